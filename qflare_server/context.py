@@ -9,7 +9,7 @@ from qflare.v1 import security_pb2
 from qflare_server.checked_signatures import CheckedSignatures
 from qflare_server.config import ServerConfig
 from qflare_server.database import Database
-from qflare_server.repository.payloads import PayloadStore
+from qflare_server.repository.payload_stores import PayloadStore
 from qflare_server.telemetry import Telemetry
 
 Clock = Callable[[], datetime]

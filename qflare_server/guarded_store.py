@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from qflare_server.database import domain_errors
-from qflare_server.repository.payloads import PayloadStore
+from qflare_server.repository.payload_stores import PayloadStore
 
 
 class GuardedStore:

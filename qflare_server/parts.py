@@ -14,7 +14,7 @@ from qflare_server.context import Clock, Context
 from qflare_server.database import Database, make_engine, normalise_url
 from qflare_server.guarded_store import GuardedStore
 from qflare_server.keys.server import ServerKeys
-from qflare_server.repository.payloads import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.repository.payload_stores import PayloadFile, PayloadStore, PayloadTable
 from qflare_server.schema import is_empty, require_current, upgrade
 from qflare_server.telemetry import Telemetry
 from qflare_server.use_cases import UseCases, put_together

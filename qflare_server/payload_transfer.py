@@ -28,8 +28,8 @@ from qflare_server.expected_payloads import Expected, split_digests
 from qflare_server.models import Payload
 from qflare_server.payload_keys import Seal
 from qflare_server.repository import payloads as rows
+from qflare_server.repository.payload_stores import READ_CHUNKS
 
-READ_CHUNKS: Final = rows.READ_CHUNKS
 TOUCH_SHARE: Final = 0.25  # of the time after which an upload expires
 
 

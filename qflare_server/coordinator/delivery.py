@@ -27,9 +27,10 @@ from qflare_server.errors import (
 )
 from qflare_server.models import GlobalModel, RiskLevel, UpdateState
 from qflare_server.payload_keys import wrap_key
-from qflare_server.payload_transfer import READ_CHUNKS, StoredPayload, describe, read_range
+from qflare_server.payload_transfer import StoredPayload, describe, read_range
 from qflare_server.repository import audit, devices, models, payloads, training, updates
 from qflare_server.repository.audit import Caller, Event
+from qflare_server.repository.payload_stores import READ_CHUNKS
 from qflare_server.sealed_transfer import Contents, recut
 
 MAX_LINKS = 1000

@@ -103,14 +103,18 @@ def models_after(
     return session.scalars(query).all()
 
 
-def downloads_after(
-    session: Session, training_session_id: str, version: int, limit: int
-) -> Sequence[GlobalModel]:
-    """Return versions that devices get in a smaller form, of all training sessions, in order, from after one."""
+def downloads_after(session: Session, after: tuple[str, int], limit: int) -> Sequence[GlobalModel]:
+    """Return versions that devices get in a smaller form, of all training sessions, in order, from after one.
+
+    Args:
+        session: Where to read.
+        after: Training session and version.
+        limit: Most that are returned.
+    """
     key = tuple_(MODELS.c.training_session_id, MODELS.c.version)
     query = (
         select(GlobalModel)
-        .where(MODELS.c.download_encoding.is_not(None), key > (training_session_id, version))
+        .where(MODELS.c.download_encoding.is_not(None), key > after)
         .order_by(MODELS.c.training_session_id, MODELS.c.version)
         .limit(limit)
     )

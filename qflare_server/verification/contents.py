@@ -11,7 +11,7 @@ from qflare_server.models import Payload
 from qflare_server.payload_transfer import describe, read_chunks
 from qflare_server.repository import evidence
 from qflare_server.sealed_transfer import Contents
-from qflare_server.verification.findings import BATCH, Finding, Tally, problem_of
+from qflare_server.verification.findings import Finding, Tally, problem_of, walk
 
 
 class ContentVerification:
@@ -30,19 +30,13 @@ class ContentVerification:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what is wrong."""
-        after = ""
-        while True:
-            with self._context.database.read() as session:
-                rows = evidence.payloads_after(session, after, BATCH)
-                session.expunge_all()
-            if not rows:
-                return
-            after = rows[-1].id
-            for row in rows:
-                self._tally.checked["payload"] += 1
-                problem = problem_of(self._check, row)
-                if problem:
-                    yield Finding("payload", row.id, problem)
+        for row in walk(
+            self._context.database, evidence.payloads_after, "", lambda payload: payload.id
+        ):
+            self._tally.checked["payload"] += 1
+            problem = problem_of(self._check, row)
+            if problem:
+                yield Finding("payload", row.id, problem)
 
     def _check(self, row: Payload) -> None:
         stated = split_digests(row.chunk_digests)

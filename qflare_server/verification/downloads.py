@@ -11,7 +11,7 @@ from qflare_server.folding import manifest_of
 from qflare_server.models import GlobalModel
 from qflare_server.payload_transfer import describe, read_chunks
 from qflare_server.repository import evidence, payloads
-from qflare_server.verification.findings import BATCH, Finding, Tally, problem_of
+from qflare_server.verification.findings import Finding, Tally, problem_of, walk
 
 
 class DownloadVerification:
@@ -30,16 +30,13 @@ class DownloadVerification:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what is wrong."""
-        after = ("", -1)
-        while True:
-            with self._context.database.read() as session:
-                rows = evidence.downloads_after(session, *after, BATCH)
-                session.expunge_all()
-            if not rows:
-                return
-            after = rows[-1].training_session_id, rows[-1].version
-            for row in rows:
-                yield from self._check(row)
+        for row in walk(
+            self._context.database,
+            evidence.downloads_after,
+            ("", -1),
+            lambda model: (model.training_session_id, model.version),
+        ):
+            yield from self._check(row)
 
     def _check(self, row: GlobalModel) -> Iterator[Finding]:
         if not self._read_bytes:

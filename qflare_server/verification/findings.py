@@ -1,21 +1,25 @@
 """What a verification of a database finds, and whose signatures it counts."""
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from google.protobuf.message import DecodeError
+from sqlalchemy.orm import Session
 
 from qflare.keysets import KeyRole, TrustedKeyset
 from qflare.signing import PublicKey
 from qflare.v1 import security_pb2
 from qflare.verification import SIGNING_ROLES, follow_keysets
 from qflare_server.context import Context
+from qflare_server.database import Database
 from qflare_server.repository import evidence
 
 BATCH: Final = 500
 """Rows of one read: what is in memory at a time."""
+Key = TypeVar("Key")
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,31 @@ def read_signer_keys(
 
 
 NO_KEYS: Final[SignerKeys] = dict.fromkeys(SIGNING_ROLES, ())
+
+
+def walk(
+    database: Database,
+    read: Callable[[Session, Key, int], Sequence[Row]],
+    first: Key,
+    key_of: Callable[[Row], Key],
+) -> Iterator[Row]:
+    """Yield all rows of a table in the order of their keys, `BATCH` in memory at a time, no transaction held.
+
+    Args:
+        database: Where they are.
+        read: Returns the next rows after a key, at most so many.
+        first: A key before all others.
+        key_of: Returns the key of a row.
+    """
+    after = first
+    while True:
+        with database.read() as session:
+            rows = read(session, after, BATCH)
+            session.expunge_all()
+        if not rows:
+            return
+        after = key_of(rows[-1])
+        yield from rows
 
 
 def problem_of(check: Callable[..., Any], *arguments: object) -> str | None:

@@ -22,7 +22,7 @@ from qflare_server.models import GlobalModel
 from qflare_server.outcomes import read_outcome
 from qflare_server.payload_transfer import Received, content_digest_of
 from qflare_server.repository import models, payloads, training, updates
-from qflare_server.repository.payloads import PayloadStore
+from qflare_server.repository.payload_stores import PayloadStore
 from qflare_server.repository.updates import Foldable
 from qflare_server.rounds import config_digest
 from qflare_server.session_privacy import open_seed

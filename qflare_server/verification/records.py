@@ -36,6 +36,7 @@ from qflare_server.verification.findings import (
     Tally,
     differences,
     problem_of,
+    walk,
 )
 
 
@@ -62,19 +63,11 @@ class RecordVerification:
         yield from self._updates()
 
     def _device_keys(self) -> Iterator[Finding]:
-        after = ""
-        while True:
-            with self._context.database.read() as session:
-                rows = evidence.keys_after(session, after, BATCH)
-                session.expunge_all()
-            if not rows:
-                return
-            after = rows[-1].key_id
-            for row in rows:
-                self._tally.checked["device_key"] += 1
-                problem = problem_of(self._check_key, row)
-                if problem:
-                    yield Finding("device_key", row.key_id, problem)
+        for row in walk(self._context.database, evidence.keys_after, "", lambda key: key.key_id):
+            self._tally.checked["device_key"] += 1
+            problem = problem_of(self._check_key, row)
+            if problem:
+                yield Finding("device_key", row.key_id, problem)
 
     def _check_key(self, row: DeviceKey) -> None:
         key = PublicKey(algorithm_of(row.algorithm), row.public_key)
@@ -137,15 +130,8 @@ class RecordVerification:
                     yield Finding("device", row.id, f"not its key's: {', '.join(changed)}")
 
     def _models(self) -> Iterator[Finding]:
-        after = ""
-        while True:
-            with self._context.database.read() as session:
-                ids = evidence.session_ids(session, after, BATCH)
-            if not ids:
-                return
-            after = ids[-1]
-            for identity in ids:
-                yield from self._lineage(identity)
+        for identity in walk(self._context.database, evidence.session_ids, "", str):
+            yield from self._lineage(identity)
 
     def _lineage(self, identity: str) -> Iterator[Finding]:
         """Walk the versions of a training session up to the one that it says is its latest."""
@@ -211,19 +197,13 @@ class RecordVerification:
         )
 
     def _updates(self) -> Iterator[Finding]:
-        after = ""
-        while True:
-            with self._context.database.read() as session:
-                rows = evidence.updates_after(session, after, BATCH)
-                session.expunge_all()
-            if not rows:
-                return
-            after = rows[-1].id
-            for row in rows:
-                self._tally.checked["update"] += 1
-                problem = problem_of(self._check_update, row)
-                if problem:
-                    yield Finding("update", row.id, problem)
+        for row in walk(
+            self._context.database, evidence.updates_after, "", lambda update: update.id
+        ):
+            self._tally.checked["update"] += 1
+            problem = problem_of(self._check_update, row)
+            if problem:
+                yield Finding("update", row.id, problem)
 
     def _check_update(self, row: ModelUpdate) -> None:
         with self._context.database.read() as session:

@@ -3,9 +3,10 @@
 Deadlines may be moved by whoever may pause a training session, and states are nobody's word: neither is looked at.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from google.protobuf import json_format
+from sqlalchemy.orm import Session
 
 from qflare.keysets import KeyRole
 from qflare.statements import open_task
@@ -16,12 +17,12 @@ from qflare_server.repository import evidence, models, training
 from qflare_server.rounds import config_digest
 from qflare_server.training_config import from_json
 from qflare_server.verification.findings import (
-    BATCH,
     Finding,
     SignerKeys,
     Tally,
     differences,
     problem_of,
+    walk,
 )
 
 
@@ -41,33 +42,22 @@ class RoundVerification:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what is wrong."""
-        after = ""
-        while True:
-            with self._context.database.read() as session:
-                ids = evidence.session_ids(session, after, BATCH)
-            if not ids:
-                return
-            after = ids[-1]
-            for identity in ids:
-                yield from self._rounds(identity)
+        for identity in walk(self._context.database, evidence.session_ids, "", str):
+            yield from self._rounds(identity)
 
     def _rounds(self, identity: str) -> Iterator[Finding]:
         with self._context.database.read() as session:
             owner = training.get_session(session, identity)
             digest = "" if owner is None else _configuration(owner)
-        after = 0
-        while True:
-            with self._context.database.read() as session:
-                rows = evidence.rounds_after(session, identity, after, BATCH)
-                session.expunge_all()
-            if not rows:
-                return
-            after = rows[-1].number
-            for row in rows:
-                self._tally.checked["round"] += 1
-                problem = problem_of(self._check, row, digest)
-                if problem:
-                    yield Finding("round", f"{identity} round {row.number}", problem)
+
+        def read(session: Session, after: int, limit: int) -> Sequence[Round]:
+            return evidence.rounds_after(session, identity, after, limit)
+
+        for row in walk(self._context.database, read, 0, lambda found: found.number):
+            self._tally.checked["round"] += 1
+            problem = problem_of(self._check, row, digest)
+            if problem:
+                yield Finding("round", f"{identity} round {row.number}", problem)
 
     def _check(self, row: Round, digest: str) -> None:
         if row.task is None:

@@ -35,7 +35,7 @@ from qflare_server.database import Database, Work
 from qflare_server.models import Base, GlobalModel, ModelUpdate, Round
 from qflare_server.repository.audit import SYSTEM
 from qflare_server.repository.paging import PageRequest
-from qflare_server.repository.payloads import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.repository.payload_stores import PayloadFile, PayloadStore, PayloadTable
 from qflare_server.repository.updates import Accepted
 from tests.conftest import FakeClock
 

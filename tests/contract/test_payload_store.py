@@ -26,7 +26,7 @@ from qflare_server.models import ModelUpdate, Payload, PayloadChunk, Upload
 from qflare_server.payload_transfer import describe, read_chunks
 from qflare_server.repository import payloads
 from qflare_server.repository.audit import SYSTEM
-from qflare_server.repository.payloads import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.repository.payload_stores import PayloadFile, PayloadStore, PayloadTable
 from qflare_server.retention import sweep
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
