@@ -8,7 +8,6 @@ and a request id, and its traceback stays in the log.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from qflare_server import errors
 from qflare_server.calls import Call, RunningCalls, answering
 from qflare_server.config import ServerConfig
 from qflare_server.coordinator.authentication import Authentication
+from qflare_server.names import unique_name
 from qflare_server.rates import CallRates
 from qflare_server.stream_limits import StreamLimits, Watchdog
 from qflare_server.telemetry import Telemetry
@@ -141,6 +141,7 @@ class Boundary(grpc.ServerInterceptor):
         self.running = RunningCalls()
         self._limits = StreamLimits(config)
         self._rates = CallRates(config.max_calls_per_second, time.monotonic)
+        self._wrapped: dict[str, tuple[Any, grpc.RpcMethodHandler[Any, Any]]] = {}
 
     def intercept_service(
         self,
@@ -157,13 +158,15 @@ class Boundary(grpc.ServerInterceptor):
             )
         if handler is None or not method.startswith("/qflare."):
             return handler
-        metadata = handler_call_details.invocation_metadata
-        return _rewrap(
-            handler, lambda behaviour: self._guarded(behaviour, handler, method, metadata)
-        )
+        known = self._wrapped.get(method)
+        if known is not None and known[0] is handler:
+            return known[1]
+        wrapped = _rewrap(handler, lambda behaviour: self._guarded(behaviour, handler, method))
+        self._wrapped[method] = handler, wrapped
+        return wrapped
 
     def _guarded(
-        self, behaviour: Callable[..., Any], handler: Any, method: str, metadata: Any
+        self, behaviour: Callable[..., Any], handler: Any, method: str
     ) -> Callable[..., Any]:
         direction = "watch" if method in WATCHES else "down"
         kind = _kind(handler)
@@ -172,6 +175,7 @@ class Boundary(grpc.ServerInterceptor):
             self.telemetry.message_received(method, kind)
 
         def unary(request: Any, context: grpc.ServicerContext) -> Any:
+            metadata = context.invocation_metadata()
             with self._call(method, kind, metadata, context) as outcome:
                 if handler.request_streaming:
                     with self._stream("up", outcome.call, context) as progress:
@@ -185,6 +189,7 @@ class Boundary(grpc.ServerInterceptor):
             return outcome.finish()
 
         def streaming(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            metadata = context.invocation_metadata()
             with self._call(method, kind, metadata, context) as outcome:
                 received()
                 with self._stream(direction, outcome.call, context) as progress:
@@ -226,7 +231,7 @@ class Boundary(grpc.ServerInterceptor):
             self.running.end()
         call = Call(
             method=method,
-            request_id=secrets.token_hex(8),
+            request_id=unique_name(64),
             peer_address=context.peer(),
             tls_group=_tls_group(context) if self._config.tls_certificate_file else "",
             kind=kind,

@@ -18,6 +18,8 @@ import hmac
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from qflare.hashing import feed
+
 HASH_BYTES = 32
 """Length of every leaf, node and root hash."""
 
@@ -52,7 +54,7 @@ class Node(NamedTuple):
 def leaf_hash(data: bytes | memoryview) -> bytes:
     """Hash the content of one leaf: SHA-256(0x00 || data)."""
     digest = hashlib.sha256(_LEAF_PREFIX)
-    digest.update(data)
+    feed(digest, data)
     return digest.digest()
 
 

@@ -37,6 +37,7 @@ from typing import Final, Protocol, Self
 
 from cryptography.exceptions import InvalidSignature
 
+from qflare.hashing import feed
 from qflare.mldsa import (
     LIBRARIES,
     SIZES,
@@ -112,7 +113,7 @@ def tagged_hash(tag: str, *parts: bytes) -> bytes:
     digest = hashlib.sha256(tag.encode())
     for part in parts:
         digest.update(struct.pack(">Q", len(part)))
-        digest.update(part)
+        feed(digest, part)
     return digest.digest()
 
 

@@ -7,7 +7,8 @@ whatever has become of its round.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import groupby
@@ -39,6 +40,9 @@ from qflare_server.repository.updates import Accepted
 from qflare_server.session_strategy import is_asynchronous
 
 BATCH_LIMIT: Final = 128
+GATHER_S: Final = (
+    0.01  # longest wait for updates that are being checked, so that one commit serves them too
+)
 BUFFER_RETRY_S: Final = 0.05
 
 
@@ -69,6 +73,33 @@ class Acceptance:
         self._lock = threading.Lock()
         self._waiting: list[_Entry] = []
         self._led = False
+        self._coming_count = 0
+        self._none_coming = threading.Event()
+        self._none_coming.set()
+
+    @contextmanager
+    def announced(self) -> Iterator[Callable[[], None]]:
+        """Say that an update is being checked, all of whose bytes are here: a batch waits a moment for it.
+
+        While one update comes at a time nothing waits; the more there are, the larger batches become, and the less of
+        a commit each of them costs. Yields what to call when the check is over, the end of the block at the latest.
+        """
+        coming = [1]
+
+        def over() -> None:
+            with self._lock:
+                self._coming_count -= coming.pop() if coming else 0
+                if not self._coming_count:
+                    self._none_coming.set()
+
+        with self._lock:
+            self._coming_count += 1
+            self._none_coming.clear()
+        try:
+            yield over
+        finally:
+            if coming:
+                over()
 
     def accept(self, caller: Caller, submission: Submission, received: Received) -> Accepted:
         """Write an update durably and return its receipt.
@@ -116,6 +147,7 @@ class Acceptance:
 
     def _lead(self) -> None:
         """Write what waits, then hand the lead to whoever has come meanwhile."""
+        self._none_coming.wait(GATHER_S)
         with self._lock:
             batch, self._waiting = self._waiting[:BATCH_LIMIT], self._waiting[BATCH_LIMIT:]
         try:

@@ -9,7 +9,7 @@ The order of things, and what holds a transaction open when (`docs/protocol.md` 
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -51,6 +51,8 @@ class Uploads:
         device: Contributor,
         header: coordinator_service_pb2.UpdateHeader,
         chunks: Iterator[tuple[int, bytes]],
+        *,
+        is_whole: bool = False,
     ) -> Accepted:
         """Take in an update and return its receipt.
 
@@ -59,6 +61,7 @@ class Uploads:
             device: Who calls.
             header: As received.
             chunks: Indices and bytes, in order; consumed as they are needed.
+            is_whole: All chunks are here: none has to be waited for.
 
         Raises:
             InvalidRequestError: Or one of its kind: the header or the payload is not what it has to be.
@@ -66,6 +69,19 @@ class Uploads:
             StaleBaseVersionError: The base version is not the round's.
             DuplicateUpdateError: The device sent a different update for this round.
         """
+        if not is_whole:
+            return self._submit(caller, device, header, chunks, lambda: None)
+        with self._acceptance.announced() as checked:
+            return self._submit(caller, device, header, chunks, checked)
+
+    def _submit(
+        self,
+        caller: Caller,
+        device: Contributor,
+        header: coordinator_service_pb2.UpdateHeader,
+        chunks: Iterator[tuple[int, bytes]],
+        checked: Callable[[], None],
+    ) -> Accepted:
         submission = self._headers.check(device, header)
         telemetry, update_id = self._context.telemetry, submission.statement.update_id
         with telemetry.span("qflare.update", update_id=update_id, device_id=device.device_id):
@@ -74,6 +90,7 @@ class Uploads:
                     received, known = self._receive(submission, chunks)
                 except _EndedEarlyError as error:
                     raise InvalidUpdateError(str(error)) from None
+            checked()
             if known is not None:
                 return known
             assert received is not None

@@ -77,6 +77,7 @@ def record(session: Session, caller: Caller, event: Event, at: datetime) -> None
 
 def record_all(session: Session, events: Sequence[tuple[Caller, Event]], at: datetime) -> None:
     """Write entries in the transaction of what they record, in their order."""
+    salts = os.urandom(SALT_BYTES * len(events))
     rows = [
         {
             "event_type": event.event_type,
@@ -86,10 +87,10 @@ def record_all(session: Session, events: Sequence[tuple[Caller, Event]], at: dat
             "authentication_method": caller.authentication_method,
             "risk_level": event.risk_level.value,
             "details": event.details,
-            "salt": os.urandom(SALT_BYTES),
+            "salt": salts[number * SALT_BYTES : (number + 1) * SALT_BYTES],
             "created_at": at,
         }
-        for caller, event in events
+        for number, (caller, event) in enumerate(events)
     ]
     _INSERT.run(session, rows)
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from grpc import ServicerContext
 
-from qflare.tensors import CHUNK_BYTES
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2
 from qflare_server.calls import current_call
@@ -13,7 +12,7 @@ from qflare_server.coordinator.submissions import Contributor
 from qflare_server.coordinator.tasks import NextTask
 from qflare_server.servicers import encoding
 from qflare_server.servicers.coordinator_auth import CoordinatorAuthServicer
-from qflare_server.servicers.streams import Pump, chunks_of, split_header
+from qflare_server.servicers.streams import Pump, chunks_of, rest_of, split_header
 from qflare_server.use_cases import UseCases
 
 
@@ -94,11 +93,13 @@ class CoordinatorServicer(CoordinatorAuthServicer):
     ) -> pb.SubmitUpdateResponse:
         """Upload an update."""
         header, first = split_header(request_iterator)
-        # A chunk that is not full is the last one: only the end of the stream can follow, not worth a thread.
-        is_short = first is not None and len(first.data) < CHUNK_BYTES
-        rest = request_iterator if is_short else self._pump.ahead(request_iterator)
+        rest, is_whole = rest_of(first, request_iterator)
         accepted = self._do.uploads.submit(
-            current_call().caller, _contributor(), header, chunks_of(first, rest)
+            current_call().caller,
+            _contributor(),
+            header,
+            chunks_of(first, rest if is_whole else self._pump.ahead(rest)),
+            is_whole=is_whole,
         )
         return encoding.receipt(accepted)
 

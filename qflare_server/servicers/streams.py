@@ -5,8 +5,10 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from typing import Any, Final, TypeAlias, TypeVar
 
+from qflare.tensors import CHUNK_BYTES
 from qflare_server.errors import InvalidRequestError, StalledError
 
 Message = TypeVar("Message")
@@ -40,6 +42,19 @@ def chunks_of(first: Any, messages: Iterator[Any]) -> Iterator[tuple[int, bytes]
         if not message.HasField("chunk"):
             raise InvalidRequestError("a message without a chunk", field="chunk")
         yield message.chunk.index, message.chunk.data
+
+
+def rest_of(first: Any, messages: Iterator[Any]) -> tuple[Iterator[Any], bool]:
+    """Return the messages after the first, and whether it is known that there are none.
+
+    A chunk that is not full is the last one: only the end of the stream can follow, which is waited for here.
+    """
+    if first is None or len(first.data) >= CHUNK_BYTES:
+        return messages, False
+    further = next(messages, None)
+    if further is None:
+        return iter(()), True
+    return chain((further,), messages), False
 
 
 class Pump:
