@@ -11,14 +11,17 @@ transaction and repeats it after a serialization failure or a deadlock.
 
 import logging
 import queue
+import select
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
+import psycopg2
 from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -29,6 +32,8 @@ from qflare_server.repository.epochs import EpochReader, Epochs
 
 logger = logging.getLogger(__name__)
 
+IDLE_SINCE: Final = "qflare_idle_since"
+PING_AFTER_S: Final = 30.0
 GROUP_LIMIT: Final = 128  # works in one commit; past a few dozen the fsync is no longer what costs
 WRITE_ATTEMPTS: Final = 8
 SQLITE_ERROR: Final = 1  # primary result codes, sqlite.org/rescode.html: a faulty statement
@@ -76,12 +81,11 @@ def make_engine(config: ServerConfig) -> Engine:
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     timeout_ms = int(config.database_timeout_s * 1000)
-    return create_engine(
+    engine = create_engine(
         url,
         pool_size=config.database_pool_size,
         max_overflow=0,
         pool_timeout=config.database_timeout_s,
-        pool_pre_ping=True,
         pool_recycle=1800,
         isolation_level="READ COMMITTED",
         connect_args={
@@ -90,6 +94,35 @@ def make_engine(config: ServerConfig) -> Engine:
             "options": f"-c lock_timeout={timeout_ms} -c idle_in_transaction_session_timeout=60000",
         },
     )
+    event.listen(engine, "checkin", _note_idle)
+    event.listen(engine, "checkout", _require_alive)
+    return engine
+
+
+def _note_idle(_connection: Any, entry: ConnectionPoolEntry) -> None:
+    entry.info[IDLE_SINCE] = time.monotonic()
+
+
+def _require_alive(connection: Any, entry: ConnectionPoolEntry, _proxy: Any) -> None:
+    """Have the pool replace a connection that is dead, without a round trip for one that was in use just now.
+
+    A server that ends a connection says so or closes it: where nothing was asked there is nothing to read otherwise.
+    """
+    idle_s = time.monotonic() - entry.info.get(IDLE_SINCE, 0.0)
+    if idle_s < PING_AFTER_S and not _has_input(connection):
+        return
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        connection.rollback()
+    except psycopg2.Error as error:
+        raise exc.DisconnectionError("the server has closed the connection") from error
+
+
+def _has_input(connection: Any) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:

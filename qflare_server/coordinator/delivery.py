@@ -21,6 +21,7 @@ from qflare_server.errors import (
     GlobalModelNotFoundError,
     InvalidRequestError,
     NoKemKeyError,
+    QflareError,
     TooManyRequestsError,
     TrainingSessionNotFoundError,
     UpdateNotFoundError,
@@ -28,7 +29,7 @@ from qflare_server.errors import (
 from qflare_server.models import GlobalModel, RiskLevel, UpdateState
 from qflare_server.payload_keys import wrap_key
 from qflare_server.payload_transfer import StoredPayload, describe, read_range
-from qflare_server.repository import audit, devices, models, payloads, training, updates
+from qflare_server.repository import audit, devices, models, training, updates
 from qflare_server.repository.audit import Caller, Event
 from qflare_server.repository.payload_stores import READ_CHUNKS
 from qflare_server.sealed_transfer import Contents, recut
@@ -126,25 +127,30 @@ class Deliveries:
             GlobalModelNotFoundError: There is no such version.
             PayloadPrunedError: Its bytes are no longer kept.
         """
+        form = encoding or Encoding.FULL_PRECISION
         with self._context.database.read() as session:
-            owner = training.get_session(session, training_session_id)
-            if owner is None:
-                raise TrainingSessionNotFoundError
-            wanted = version
-            if wanted is None:
-                wanted = owner.released_version if released else owner.current_version
-            model = models.get_model(session, owner.id, -1 if wanted is None else wanted)
-            if model is None:
-                raise GlobalModelNotFoundError(f"no version {wanted}")
-            form = encoding or Encoding.FULL_PRECISION
-            payload = describe(payloads.get_payload(session, _payload_id(model, form)))
+            found = models.find_served(
+                session,
+                training_session_id,
+                version,
+                released=released,
+                encoded=form != Encoding.FULL_PRECISION,
+            )
+            if found is None:
+                raise _missing(session, training_session_id, version, form, released=released)
+            model, payload = found
+            _require_encoding(model, form)
             links: Sequence[tuple[bytes, bytes]] = ()
             if known_version is not None and known_version < model.version - 1:
                 links = models.statements(
-                    session, owner.id, known_version + 1, model.version - 1, MAX_LINKS
+                    session,
+                    model.training_session_id,
+                    known_version + 1,
+                    model.version - 1,
+                    MAX_LINKS,
                 )
             session.expunge_all()
-            return Delivery(model, payload, Encoding(form), links)
+            return Delivery(model, describe(payload), Encoding(form), links)
 
     def wrapped_for(
         self, delivery: Delivery, device_id: str | None
@@ -291,13 +297,35 @@ class Deliveries:
         return ContributionProof(model, index, len(leaves), siblings)
 
 
-def _payload_id(model: GlobalModel, encoding: int) -> str:
-    """Return the id of a version's payload in an encoding."""
-    if encoding == Encoding.FULL_PRECISION:
-        return model.payload_id
-    if model.download_payload_id is None or encoding != model.download_encoding:
-        wanted = Encoding(model.download_encoding or Encoding.FULL_PRECISION).name
-        raise InvalidRequestError(
-            f"encoding: got number {encoding}, want {wanted} or FULL_PRECISION", field="encoding"
-        )
-    return model.download_payload_id
+def _missing(
+    session: Session,
+    training_session_id: str,
+    version: int | None,
+    encoding: int,
+    *,
+    released: bool,
+) -> QflareError:
+    """Return why there is no such version, or none in that encoding."""
+    owner = training.get_session(session, training_session_id)
+    if owner is None:
+        return TrainingSessionNotFoundError()
+    wanted = version
+    if wanted is None:
+        wanted = owner.released_version if released else owner.current_version
+    model = models.get_model(session, owner.id, -1 if wanted is None else wanted)
+    if model is None:
+        return GlobalModelNotFoundError(f"no version {wanted}")
+    return _other_encoding(model, encoding)
+
+
+def _require_encoding(model: GlobalModel, encoding: int) -> None:
+    """Refuse an encoding other than full precision and that in which devices get a version."""
+    if encoding not in {Encoding.FULL_PRECISION, model.download_encoding}:
+        raise _other_encoding(model, encoding)
+
+
+def _other_encoding(model: GlobalModel, encoding: int) -> InvalidRequestError:
+    wanted = Encoding(model.download_encoding or Encoding.FULL_PRECISION).name
+    return InvalidRequestError(
+        f"encoding: got number {encoding}, want {wanted} or FULL_PRECISION", field="encoding"
+    )

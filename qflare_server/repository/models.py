@@ -1,18 +1,20 @@
 """Statements on versions of global models."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import Select, and_, bindparam, func, insert, select, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.elements import ColumnElement
 
-from qflare_server.models import Evaluation, GlobalModel, TrainingSession
+from qflare_server.models import Evaluation, GlobalModel, Payload, TrainingSession
 from qflare_server.repository.paging import Page, PageRequest, page_token
 from qflare_server.repository.prepared import PreparedInsert
 
 MODELS = GlobalModel.__table__
 EVALUATIONS = Evaluation.__table__
 SESSIONS = TrainingSession.__table__
+PAYLOADS = Payload.__table__
 
 
 _INSERT_MODEL = PreparedInsert(MODELS, MODELS.c.keys())
@@ -26,6 +28,60 @@ def insert_model(session: Session, values: Mapping[str, Any]) -> None:
 def get_model(session: Session, training_session_id: str, version: int) -> GlobalModel | None:
     """Return a version."""
     return session.get(GlobalModel, (training_session_id, version))
+
+
+def _served(
+    version: ColumnElement[int | None], payload_id: ColumnElement[Any]
+) -> Select[GlobalModel, Payload]:
+    return (
+        select(GlobalModel, Payload)
+        .select_from(SESSIONS)
+        .join(
+            GlobalModel,
+            and_(MODELS.c.training_session_id == SESSIONS.c.id, MODELS.c.version == version),
+        )
+        .join(Payload, PAYLOADS.c.id == payload_id)
+        .where(SESSIONS.c.id == bindparam("session"))
+    )
+
+
+_WANTED: Final[Mapping[str, ColumnElement[Any]]] = {
+    "given": bindparam("version", type_=MODELS.c.version.type),
+    "current": SESSIONS.c.current_version,
+    "released": SESSIONS.c.released_version,
+}
+_SERVED: Final = {
+    (name, encoded): _served(
+        version, MODELS.c.download_payload_id if encoded else MODELS.c.payload_id
+    )
+    for name, version in _WANTED.items()
+    for encoded in (False, True)
+}
+
+
+def find_served(
+    session: Session,
+    training_session_id: str,
+    version: int | None,
+    *,
+    released: bool = False,
+    encoded: bool = False,
+) -> tuple[GlobalModel, Payload] | None:
+    """Return a version with its payload in one query, the latest or the latest released one without a number.
+
+    Args:
+        session: Of the database.
+        training_session_id: Training session.
+        version: Version; None means the latest.
+        released: Without a version: the latest released one.
+        encoded: Its payload in the form in which devices get it, where that is another.
+    """
+    kind = "given" if version is not None else "released" if released else "current"
+    wanted: dict[str, Any] = {"session": training_session_id}
+    if version is not None:
+        wanted["version"] = version
+    row = session.execute(_SERVED[kind, encoded], wanted).one_or_none()
+    return None if row is None else (row[0], row[1])
 
 
 def update_model(
