@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -29,6 +29,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from qflare_server.config import ServerConfig
 from qflare_server.errors import ConflictError, QflareError, StorageFullError, StoreUnavailableError
 from qflare_server.repository.epochs import EpochReader, Epochs
+from qflare_server.repository.prepared import sqlalchemy_error
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,12 @@ def _configure_sqlite(connection: sqlite3.Connection, _entry: ConnectionPoolEntr
 def _begin_sqlite(connection: Connection) -> None:
     """Begin as a writer or a reader; a reader that turned writer would lose its snapshot."""
     writing = connection.get_execution_options().get("qflare_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+    statement = "BEGIN IMMEDIATE" if writing else "BEGIN"
+    raw = cast("sqlite3.Connection", connection.connection.dbapi_connection)
+    try:
+        raw.execute(statement)
+    except sqlite3.Error as error:
+        raise sqlalchemy_error(connection.dialect, statement, error) from error
 
 
 def translate(error: exc.SQLAlchemyError) -> QflareError | None:
@@ -209,6 +215,7 @@ class _GroupWriter:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine.execution_options(qflare_write=True)
+        self._connection: Connection | None = None
         self._queue: queue.SimpleQueue[tuple[Work, Future[Any]] | None] = queue.SimpleQueue()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="database-writer", daemon=True)
@@ -231,6 +238,20 @@ class _GroupWriter:
     def _run(self) -> None:
         while (group := self._next_group()) is not None:
             self._commit(group)
+        self._disconnect()
+
+    def _connected(self) -> Connection:
+        """Return the writing connection, which is not the pool's: one that has failed is replaced."""
+        if self._connection is None:
+            self._connection = self._engine.connect()
+            self._connection.detach()
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(exc.SQLAlchemyError):
+                connection.close()
 
     def _next_group(self) -> list[tuple[Work, Future[Any]]] | None:
         item = self._queue.get()
@@ -249,11 +270,8 @@ class _GroupWriter:
         """Run a group in one transaction; answer nobody before it is durable."""
         outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
         try:
-            with (
-                self._engine.connect() as connection,
-                connection.begin(),
-                Session(connection, autoflush=False) as session,
-            ):
+            connection = self._connected()
+            with connection.begin(), Session(connection, autoflush=False) as session:
                 if len(group) == 1:  # its failure may undo the whole transaction
                     outcomes.append((group[0][1], group[0][0](session), None))
                     session.flush()
@@ -262,6 +280,7 @@ class _GroupWriter:
                         outcomes.append((future, *_in_savepoint(session, connection, work)))
                 _require_transaction(connection)
         except Exception as error:  # noqa: BLE001 - whatever it is, every waiting caller must hear of it
+            self._disconnect()
             for _work, future in group:
                 future.set_exception(error)
             return

@@ -66,9 +66,12 @@ def insert_key(session: Session, values: Mapping[str, Any]) -> None:
     session.connection().execute(_INSERT_KEY, dict(values))
 
 
+_KEY = select(DeviceKey).where(KEYS.c.key_id == bindparam("key"))
+
+
 def get_key(session: Session, key_id: str) -> DeviceKey | None:
     """Return a key of any device, current or retired."""
-    return session.get(DeviceKey, key_id)
+    return session.scalars(_KEY, {"key": key_id}).one_or_none()
 
 
 class KnownKey(NamedTuple):

@@ -100,9 +100,12 @@ def get_token(session: Session, token_id: str) -> UserToken | None:
     return session.get(UserToken, token_id)
 
 
+_BY_HASH = select(UserToken).where(TOKENS.c.token_hash == bindparam("hash"))
+
+
 def find_by_hash(session: Session, token_hash: str) -> UserToken | None:
     """Return a token by the hash of its secret."""
-    return session.scalars(select(UserToken).where(TOKENS.c.token_hash == token_hash)).one_or_none()
+    return session.scalars(_BY_HASH, {"hash": token_hash}).one_or_none()
 
 
 _CONSUME = (
@@ -218,9 +221,16 @@ def revoke_sessions(
     return _revoke(session, condition, reason, at)
 
 
+_BIND = (
+    update(TOKENS)
+    .where(TOKENS.c.id == bindparam("token_id"))
+    .values(device_id=bindparam("bound_to"))
+)
+
+
 def bind_to_device(session: Session, token_id: str, device_id: str) -> None:
     """Record which device an enrollment token made."""
-    session.execute(update(TOKENS).where(TOKENS.c.id == token_id).values(device_id=device_id))
+    session.connection().execute(_BIND, {"token_id": token_id, "bound_to": device_id})
 
 
 _INSERT_TOKEN = insert(TOKENS)
