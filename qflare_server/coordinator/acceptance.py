@@ -35,6 +35,7 @@ from qflare_server.models import DeviceState, RoundState, TrainingSessionState, 
 from qflare_server.payload_transfer import Received, insert_received
 from qflare_server.repository import audit, devices, models, round_places, training, updates
 from qflare_server.repository.audit import Caller, Event
+from qflare_server.repository.prepared import together
 from qflare_server.repository.round_places import RoundPlaces
 from qflare_server.repository.updates import Accepted
 from qflare_server.session_strategy import is_asynchronous
@@ -207,9 +208,11 @@ class Acceptance:
             return False
         ruling = _ruling(session, places, entries, states, at)
         taken = [entry for entry in entries if ruling.admit(entry)]
-        if taken:
+        if not taken:
+            return False
+        with together(session):
             _insert(session, places, taken, at)
-        return round_places.fill_places(session, places, ruling.count, ruling.example_count, at)
+            return round_places.fill_places(session, places, ruling.count, ruling.example_count, at)
 
 
 class _Ruling:

@@ -87,6 +87,8 @@ class EpochReader:
         self._connection: Any = None
         self._commits = _commit_mark(engine)
         self._known: tuple[bytes, Epochs] | None = None
+        self._begun_count = 0
+        self._read_number = 0  # of the last read that succeeded
 
     def read(self) -> Epochs:
         """Return the counts of this moment; zeros before the first change.
@@ -94,14 +96,19 @@ class EpochReader:
         Raises:
             StoreUnavailableError: The database cannot be reached; the next call connects again.
         """
-        known = self._known
-        mark = b"" if self._commits is None else self._commits.read()
+        begun = self._begun_count
+        known, mark = self._known, self._commits.read() if self._commits is not None else b""
         if mark and known is not None and known[0] == mark:
             return known[1]
         with self._lock:
-            found = self._read_again()
-        self._known = mark, found
-        return found
+            if self._known is not None and self._read_number > begun:
+                return self._known[
+                    1
+                ]  # that read began after this call came: it saw all that this one would see
+            self._begun_count += 1
+            self._known = mark, self._read_again()
+            self._read_number = self._begun_count
+            return self._known[1]
 
     def _read_again(self) -> Epochs:
         try:

@@ -7,7 +7,8 @@ events hears of these too.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, Final, cast
@@ -22,6 +23,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 Row = tuple[Any, ...]
 Processor = Callable[[Any], Any]
+TOGETHER: Final = "qflare_together"
 MAX_ROWS: Final = 64
 """Rows of one INSERT; fewer go in powers of two, so that a connection meets few different statements."""
 
@@ -101,7 +103,7 @@ class Prepared:
         """
         connection = session.connection()
         sql, bind, _ = self._compiled(connection.dialect)
-        _run(connection, sql, bind(parameters), fetch=False)
+        _write(session, connection, sql, bind(parameters))
 
     def _compile(
         self, dialect: Dialect
@@ -162,7 +164,7 @@ class PreparedInsert:
                 for row in rows[start : start + count]
                 for name, process in processors
             ]
-            _run(connection, sql, values, fetch=False)
+            _write(session, connection, sql, values)
             start += count
 
     def _compile(
@@ -194,19 +196,50 @@ def _result(kind: TypeEngine[Any], dialect: Dialect) -> Processor | None:
     return kind.dialect_impl(dialect).result_processor(dialect, None)
 
 
-def _run(connection: Connection, sql: str, values: Any, *, fetch: bool) -> list[Any]:
+@contextmanager
+def together(session: Session) -> Iterator[None]:
+    """Send the writes of a block in one round trip where there is a server, at the end of the block.
+
+    Only writes by `Prepared` and `PreparedInsert`; others go at once. What one of them raises, the block raises.
+    """
+    connection = session.connection()
+    if connection.dialect.name == "sqlite":
+        yield
+        return
+    waiting: list[bytes] = []
+    session.info[TOGETHER] = waiting
+    try:
+        yield
+    finally:
+        del session.info[TOGETHER]
+    if waiting:
+        _run(connection, b";\n".join(waiting), None, fetch=False)
+
+
+def _write(session: Session, connection: Connection, sql: str, values: Any) -> None:
+    waiting = session.info.get(TOGETHER)
+    if waiting is None:
+        _run(connection, sql, values, fetch=False)
+        return
+    cursor: Any = connection.connection.cursor()
+    waiting.append(cursor.mogrify(sql, values))
+    cursor.close()
+
+
+def _run(connection: Connection, sql: str | bytes, values: Any, *, fetch: bool) -> list[Any]:
     cursor = connection.connection.cursor()
     events = connection.engine.dispatch
     context = SimpleNamespace() if events.before_cursor_execute else None
     try:
         if context is not None:
             events.before_cursor_execute(connection, cursor, sql, values, context, False)
-        cursor.execute(sql, values)
+        cursor.execute(cast("str", sql), values)
         if context is not None:
             events.after_cursor_execute(connection, cursor, sql, values, context, False)
         return list(cursor.fetchall()) if fetch else []
     except Exception as error:
-        raise sqlalchemy_error(connection.dialect, sql, error) from error
+        text = sql if isinstance(sql, str) else "writes of one block"
+        raise sqlalchemy_error(connection.dialect, text, error) from error
     finally:
         cursor.close()
 
