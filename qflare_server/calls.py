@@ -1,7 +1,7 @@
 """The call that a thread is answering: who makes it, from where, and how to know it in the log; how many there are."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,13 +15,14 @@ from qflare_server.repository.audit import Caller
 class Call:
     """One RPC under way.
 
-    `tls_group` is the key exchange group of its connection, empty without TLS. `kind` is unary, client_stream,
-    server_stream or bidi_stream. `traceparent` is the caller's trace context as it came, empty without one.
+    `find_peer` returns the caller's address; most calls never ask. `tls_group` is the key exchange group of its
+    connection, empty without TLS. `kind` is unary, client_stream, server_stream or bidi_stream. `traceparent` is the
+    caller's trace context as it came, empty without one.
     """
 
     method: str
     request_id: str
-    peer_address: str
+    find_peer: Callable[[], str]
     tls_group: str = ""
     kind: str = "unary"
     traceparent: str = ""
@@ -30,7 +31,7 @@ class Call:
     @property
     def caller(self) -> Caller:
         """Who calls, for the audit log."""
-        return self.principal.caller(self.peer_address)
+        return self.principal.caller(self.find_peer())
 
     @property
     def device_id(self) -> str:

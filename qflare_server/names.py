@@ -1,6 +1,12 @@
 """Names that nobody else uses, for what is no secret: payloads, requests."""
 
+import os
 import random
+from typing import Final
+
+_GENERATOR: Final = random.Random()  # noqa: S311 - unique, not secret
+"""Its own: programs that embed this one seed the generator that all share, and forked ones must not go on alike."""
+os.register_at_fork(after_in_child=_GENERATOR.seed)
 
 
 def unique_name(bits: int) -> str:
@@ -12,4 +18,4 @@ def unique_name(bits: int) -> str:
     Args:
         bits: A multiple of 4.
     """
-    return f"{random.getrandbits(bits):0{bits // 4}x}"
+    return f"{_GENERATOR.getrandbits(bits):0{bits // 4}x}"

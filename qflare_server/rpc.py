@@ -232,7 +232,7 @@ class Boundary(grpc.ServerInterceptor):
         call = Call(
             method=method,
             request_id=unique_name(64),
-            peer_address=context.peer(),
+            find_peer=context.peer,
             tls_group=_tls_group(context) if self._config.tls_certificate_file else "",
             kind=kind,
             traceparent=_value(metadata, "traceparent"),

@@ -92,9 +92,9 @@ class Tasks:
             found = training.find_open_round(session, device_id, training_session_id, at)
             if found is not None:
                 return self._task(session, found, delay, "" if trains_only else device_id)
-            owner = _named(session, training_session_id)
-            done = owner is not None and owner.state in OVER
-            if done and owner is not None and not trains_only:
+            done = _is_over(session, training_session_id)
+            owner = training.get_session(session, training_session_id) if done else None
+            if owner is not None and not trains_only:
                 last = find_last_measurement(session, owner, device_id, at)
                 if last is not None:
                     return NextTask(delay, measurement=last)
@@ -194,14 +194,14 @@ def _group(owner: TrainingSession, device: Device) -> str:
     return str(value)[:MAX_GROUP]
 
 
-def _named(session: Session, training_session_id: str) -> TrainingSession | None:
-    """Return the training session that a device asked for, None if it asked for any."""
+def _is_over(session: Session, training_session_id: str) -> bool:
+    """Return whether the training session that a device asked for is over; that it asked for any never is."""
     if not training_session_id:
-        return None
-    owner = training.get_session(session, training_session_id)
-    if owner is None:
+        return False
+    state = training.state_of(session, training_session_id)
+    if state is None:
         raise TrainingSessionNotFoundError
-    return owner
+    return state in OVER
 
 
 def check_example_count(example_count: int) -> None:

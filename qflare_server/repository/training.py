@@ -50,6 +50,15 @@ def get_session(session: Session, training_session_id: str) -> TrainingSession |
     return session.get(TrainingSession, training_session_id)
 
 
+_STATE = Prepared(select(SESSIONS.c.state).where(SESSIONS.c.id == bindparam("session")))
+
+
+def state_of(session: Session, training_session_id: str) -> str | None:
+    """Return the state of a training session, None if there is none."""
+    rows = _STATE.rows(session, {"session": training_session_id})
+    return rows[0][0] if rows else None
+
+
 def lock_session(session: Session, training_session_id: str) -> TrainingSession | None:
     """Return a training session with its row locked: whoever makes its next version or round holds this."""
     query = select(TrainingSession).where(SESSIONS.c.id == training_session_id).with_for_update()

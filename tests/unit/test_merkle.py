@@ -52,6 +52,15 @@ def largest_power_below(n: int) -> int:
     return k
 
 
+@pytest.mark.parametrize("size", [0, 2047, 2048, 4094, 4095, 16_384, 16_385, 1_000_000])
+def test_leaf_of_any_size_is_hashed_as_a_whole(size: int) -> None:
+    data = bytes(range(256)) * (size // 256 + 1)
+    wanted = hashlib.sha256(b"\x00" + data[:size]).digest()
+
+    assert merkle.leaf_hash(data[:size]) == wanted
+    assert merkle.leaf_hash(memoryview(data)[:size]) == wanted
+
+
 def test_empty_root_is_the_hash_of_nothing() -> None:
     assert merkle.root([]) == hashlib.sha256(b"").digest()
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from qflare.tensors import CHUNK_BYTES
+from qflare.v1.coordinator_service_pb2 import Chunk
 from qflare_server.errors import StalledError
-from qflare_server.servicers.streams import Pump
+from qflare_server.servicers.streams import Pump, rest_of
 
 WAIT_S = 10.0
 
@@ -65,3 +67,27 @@ def test_a_consumer_that_goes_frees_the_reader_at_once(pump: Pump) -> None:
 
     assert ended.wait(WAIT_S / 2)
     assert list(pump.ahead(iter([7]))) == [7]
+
+
+def test_end_of_a_short_stream_is_waited_for() -> None:
+    rest, is_whole = rest_of(Chunk(data=b"short"), iter(()))
+
+    assert is_whole
+    assert list(rest) == []
+
+
+def test_what_follows_a_short_chunk_is_kept() -> None:
+    rest, is_whole = rest_of(Chunk(data=b"short"), iter((1, 2)))
+
+    assert not is_whole
+    assert list(rest) == [1, 2]
+
+
+@pytest.mark.parametrize("first", [None, Chunk(data=bytes(CHUNK_BYTES))])
+def test_stream_that_may_go_on_is_not_waited_for(first: Chunk | None) -> None:
+    messages = iter((1, 2))
+
+    rest, is_whole = rest_of(first, messages)
+
+    assert not is_whole
+    assert list(rest) == [1, 2]

@@ -1,0 +1,78 @@
+"""Statements that go past SQLAlchemy's way to the cursor still behave as statements of their transaction."""
+
+import pytest
+from sqlalchemy import event, func, select
+from sqlalchemy.orm import Session
+
+from qflare_server.database import Database
+from qflare_server.errors import ConflictError
+from qflare_server.models import AuditLog, Payload
+from qflare_server.repository import audit, payloads
+from qflare_server.repository.audit import SYSTEM, Event
+from qflare_server.repository.prepared import together
+from tests.conftest import START
+
+NAMES = ("a", "b", "c")
+
+
+def record_all(session: Session) -> None:
+    for name in NAMES:
+        audit.record(session, SYSTEM, Event("test", name), START)
+
+
+def insert_payload(session: Session, payload_id: str) -> None:
+    row = {
+        "id": payload_id,
+        "size_bytes": 1,
+        "digest": "0" * 64,
+        "chunk_digests": b"",
+        "data": b"%s",
+        "created_at": START,
+    }
+    payloads.insert_payloads(session, [row])
+
+
+def count_entries(database: Database) -> int:
+    with database.read() as session:
+        return session.execute(select(func.count()).select_from(AuditLog)).scalar_one()
+
+
+def test_writes_of_one_block_are_one_statement_for_a_server(database: Database) -> None:
+    statements: list[object] = []
+    event.listen(database.engine, "before_cursor_execute", lambda *rest: statements.append(rest[2]))
+
+    def work(session: Session) -> None:
+        with together(session):
+            record_all(session)
+
+    database.write(work)
+
+    assert len(statements) == (len(NAMES) if database.is_sqlite else 1)
+    assert count_entries(database) == len(NAMES)
+
+
+def test_block_that_fails_writes_nothing(database: Database) -> None:
+    def work(session: Session) -> None:
+        with together(session):
+            record_all(session)
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        database.write(work)
+
+    assert count_entries(database) == 0
+
+
+def test_error_of_one_write_is_that_of_its_block(database: Database) -> None:
+    def work(session: Session) -> None:
+        with together(session):
+            record_all(session)
+            insert_payload(session, "p")
+
+    database.write(work)
+    with pytest.raises(ConflictError):
+        database.write(work)
+
+    assert count_entries(database) == len(NAMES)
+    with database.read() as session:
+        assert session.scalars(select(Payload.data)).one() == b"%s"
