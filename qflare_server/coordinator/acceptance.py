@@ -42,7 +42,7 @@ from qflare_server.session_strategy import is_asynchronous
 
 BATCH_LIMIT: Final = 128
 GATHER_S: Final = (
-    0.01  # longest wait for updates that are being checked, so that one commit serves them too
+    0.01  # longest wait for updates that are about to come, so that one commit serves them too
 )
 BUFFER_RETRY_S: Final = 0.05
 
@@ -80,10 +80,11 @@ class Acceptance:
 
     @contextmanager
     def announced(self) -> Iterator[Callable[[], None]]:
-        """Say that an update is being checked, all of whose bytes are here: a batch waits a moment for it.
+        """Say that an update comes: a batch waits a moment for it.
 
         While one update comes at a time nothing waits; the more there are, the larger batches become, and the less of
-        a commit each of them costs. Yields what to call when the check is over, the end of the block at the latest.
+        a commit each of them costs. Yields what to call when it is no longer worth to wait, at the end of the block
+        at the latest.
         """
         coming = [1]
 

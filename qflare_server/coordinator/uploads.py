@@ -11,6 +11,7 @@ The order of things, and what holds a transaction open when (`docs/protocol.md` 
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Final
 
 from sqlalchemy.orm import Session
@@ -45,6 +46,13 @@ class Uploads:
         self._acceptance = Acceptance(context)
         self._places = threading.BoundedSemaphore(context.config.max_uploads)
 
+    def announced(self) -> AbstractContextManager[Callable[[], None]]:
+        """Say that an update comes, so that updates that come together are written together.
+
+        Yields what to call once that is no longer so: it is checked, or its device is still sending it.
+        """
+        return self._acceptance.announced()
+
     def submit(
         self,
         caller: Caller,
@@ -52,7 +60,7 @@ class Uploads:
         header: coordinator_service_pb2.UpdateHeader,
         chunks: Iterator[tuple[int, bytes]],
         *,
-        is_whole: bool = False,
+        checked: Callable[[], None] = lambda: None,
     ) -> Accepted:
         """Take in an update and return its receipt.
 
@@ -61,7 +69,7 @@ class Uploads:
             device: Who calls.
             header: As received.
             chunks: Indices and bytes, in order; consumed as they are needed.
-            is_whole: All chunks are here: none has to be waited for.
+            checked: Called once the payload is here and right; see `announced`.
 
         Raises:
             InvalidRequestError: Or one of its kind: the header or the payload is not what it has to be.
@@ -69,19 +77,6 @@ class Uploads:
             StaleBaseVersionError: The base version is not the round's.
             DuplicateUpdateError: The device sent a different update for this round.
         """
-        if not is_whole:
-            return self._submit(caller, device, header, chunks, lambda: None)
-        with self._acceptance.announced() as checked:
-            return self._submit(caller, device, header, chunks, checked)
-
-    def _submit(
-        self,
-        caller: Caller,
-        device: Contributor,
-        header: coordinator_service_pb2.UpdateHeader,
-        chunks: Iterator[tuple[int, bytes]],
-        checked: Callable[[], None],
-    ) -> Accepted:
         submission = self._headers.check(device, header)
         telemetry, update_id = self._context.telemetry, submission.statement.update_id
         with telemetry.span("qflare.update", update_id=update_id, device_id=device.device_id):

@@ -92,15 +92,16 @@ class CoordinatorServicer(CoordinatorAuthServicer):
         self, request_iterator: Iterator[pb.SubmitUpdateRequest], context: ServicerContext
     ) -> pb.SubmitUpdateResponse:
         """Upload an update."""
-        header, first = split_header(request_iterator)
-        rest, is_whole = rest_of(first, request_iterator)
-        accepted = self._do.uploads.submit(
-            current_call().caller,
-            _contributor(),
-            header,
-            chunks_of(first, rest if is_whole else self._pump.ahead(rest)),
-            is_whole=is_whole,
-        )
+        with self._do.uploads.announced() as checked:
+            header, first = split_header(request_iterator)
+            rest, is_whole = rest_of(first, request_iterator)
+            if not is_whole:
+                checked()
+                rest = self._pump.ahead(rest)
+            chunks = chunks_of(first, rest)
+            accepted = self._do.uploads.submit(
+                current_call().caller, _contributor(), header, chunks, checked=checked
+            )
         return encoding.receipt(accepted)
 
     def GetUpload(
