@@ -7,8 +7,7 @@ whatever has become of its round.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import groupby
@@ -17,6 +16,7 @@ from typing import Any, Final
 from sqlalchemy.orm import Session
 
 from qflare_server.context import Context
+from qflare_server.coordinator.gathering import Gathering
 from qflare_server.coordinator.submissions import Submission
 from qflare_server.coordinator.tasks import whole_epochs
 from qflare_server.errors import (
@@ -67,41 +67,18 @@ class _Entry:
 
 
 class Acceptance:
-    """Writes updates in batches; the threads that bring them take turns at it."""
+    """Writes updates in batches; the threads that bring them take turns at it.
+
+    Attributes:
+        gathering: Where updates that are about to come announce themselves: a batch waits a moment for them.
+    """
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._lock = threading.Lock()
         self._waiting: list[_Entry] = []
         self._led = False
-        self._coming_count = 0
-        self._none_coming = threading.Event()
-        self._none_coming.set()
-
-    @contextmanager
-    def announced(self) -> Iterator[Callable[[], None]]:
-        """Say that an update comes: a batch waits a moment for it.
-
-        While one update comes at a time nothing waits; the more there are, the larger batches become, and the less of
-        a commit each of them costs. Yields what to call when it is no longer worth to wait, at the end of the block
-        at the latest.
-        """
-        coming = [1]
-
-        def over() -> None:
-            with self._lock:
-                self._coming_count -= coming.pop() if coming else 0
-                if not self._coming_count:
-                    self._none_coming.set()
-
-        with self._lock:
-            self._coming_count += 1
-            self._none_coming.clear()
-        try:
-            yield over
-        finally:
-            if coming:
-                over()
+        self.gathering = Gathering(GATHER_S)
 
     def accept(self, caller: Caller, submission: Submission, received: Received) -> Accepted:
         """Write an update durably and return its receipt.
@@ -149,7 +126,7 @@ class Acceptance:
 
     def _lead(self) -> None:
         """Write what waits, then hand the lead to whoever has come meanwhile."""
-        self._none_coming.wait(GATHER_S)
+        self.gathering.wait()
         with self._lock:
             batch, self._waiting = self._waiting[:BATCH_LIMIT], self._waiting[BATCH_LIMIT:]
         try:

@@ -51,7 +51,7 @@ class Uploads:
 
         Yields what to call once that is no longer so: it is checked, or its device is still sending it.
         """
-        return self._acceptance.announced()
+        return self._acceptance.gathering.announced()
 
     def submit(
         self,
