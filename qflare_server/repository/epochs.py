@@ -1,14 +1,13 @@
 """The counts of changes that every call must notice at once, and the cheap way to read them.
 
 Reading stands on the path of every call, so it goes past the session: one prepared statement on a connection of its
-own, outside any transaction, one round trip on PostgreSQL. On SQLite it is left out where nothing has been committed
-since the last time.
+own, outside any transaction, a few microseconds on SQLite and one round trip on PostgreSQL; calls that come at the same
+time share it. To look at SQLite's shared memory instead would be cheaper still, but a process that closes any
+descriptor of that file loses all its locks on it (sqlite.org/howtocorrupt.html, section 2.2).
 """
 
-import mmap
 import threading
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Engine, insert, select, update
@@ -19,7 +18,6 @@ from qflare_server.models import Epoch
 
 EPOCHS = Epoch.__table__
 ROW: Final = 1
-MARK_BYTES: Final = 96
 _READ: Final = "SELECT security, rounds FROM epochs WHERE id = 1"
 
 
@@ -48,36 +46,6 @@ def _bump(session: Session, column: str) -> None:
         session.execute(insert(EPOCHS).values({"id": ROW, "security": 0, "rounds": 0, column: 1}))
 
 
-class CommitMark:
-    """Bytes that are others after each commit to an SQLite database, by whatever process: without asking SQLite.
-
-    They are both copies of the header of its WAL index (sqlite.org/walformat.html, section 2.1), which counts commits
-    and lies in a file that all connections share in memory. What they mean does not matter here: as long as they are
-    the same, nothing has been committed.
-
-    Args:
-        database: Path of the database file.
-    """
-
-    def __init__(self, database: str) -> None:
-        self._path = f"{database}-shm"
-        self._shared: mmap.mmap | None = None
-
-    def open(self) -> None:
-        """Map the file; a connection that has read holds it from then on."""
-        with suppress(OSError, ValueError), Path(self._path).open("rb") as file:
-            self._shared = mmap.mmap(file.fileno(), MARK_BYTES, access=mmap.ACCESS_READ)
-
-    def read(self) -> bytes:
-        """Return the mark of this moment, empty where there is none."""
-        shared = self._shared
-        return b"" if shared is None else shared[:]
-
-    def close(self) -> None:
-        """Forget the file: nothing holds it any more."""
-        self._shared = None
-
-
 class EpochReader:
     """Reads the counts as they are committed; safe to share between threads."""
 
@@ -85,10 +53,9 @@ class EpochReader:
         self._engine = engine
         self._lock = threading.Lock()
         self._connection: Any = None
-        self._commits = _commit_mark(engine)
-        self._known: tuple[bytes, Epochs] | None = None
+        self._known = Epochs(0, 0)
         self._begun_count = 0
-        self._read_number = 0  # of the last read that succeeded
+        self._read_number = 0  # of the read that gave what is known
 
     def read(self) -> Epochs:
         """Return the counts of this moment; zeros before the first change.
@@ -96,19 +63,14 @@ class EpochReader:
         Raises:
             StoreUnavailableError: The database cannot be reached; the next call connects again.
         """
-        begun = self._begun_count
-        known, mark = self._known, self._commits.read() if self._commits is not None else b""
-        if mark and known is not None and known[0] == mark:
-            return known[1]
+        begun_count = self._begun_count
         with self._lock:
-            if self._known is not None and self._read_number > begun:
-                return self._known[
-                    1
-                ]  # that read began after this call came: it saw all that this one would see
+            if self._read_number > begun_count:  # begun after this call came
+                return self._known
             self._begun_count += 1
-            self._known = mark, self._read_again()
+            self._known = self._read_again()
             self._read_number = self._begun_count
-            return self._known[1]
+            return self._known
 
     def _read_again(self) -> Epochs:
         try:
@@ -130,8 +92,6 @@ class EpochReader:
             row = cursor.fetchone()
         finally:
             cursor.close()
-        if self._commits is not None and not self._commits.read():
-            self._commits.open()
         return Epochs(0, 0) if row is None else Epochs(row[0], row[1])
 
     def _connect(self) -> Any:
@@ -145,8 +105,6 @@ class EpochReader:
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
-        if self._commits is not None:
-            self._commits.close()
         if connection is not None:
             with suppress(Exception):
                 connection.close()
@@ -155,11 +113,6 @@ class EpochReader:
         """Close the connection."""
         with self._lock:
             self._drop()
-
-
-def _commit_mark(engine: Engine) -> CommitMark | None:
-    is_sqlite = engine.dialect.name == "sqlite"
-    return CommitMark(engine.url.database) if is_sqlite and engine.url.database else None
 
 
 def current(session: Session) -> Epochs:

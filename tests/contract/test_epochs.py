@@ -3,13 +3,12 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from qflare_server.config import ServerConfig
 from qflare_server.database import Database, make_engine
-from qflare_server.repository.epochs import CommitMark, bump_rounds, bump_security
+from qflare_server.repository.epochs import bump_rounds, bump_security
 from tests.contract.test_database import adding
 
 READERS = 8
@@ -61,30 +60,3 @@ def test_many_readers_never_see_less_than_was_committed(
             committed[0] += 1
         done.set()
         assert all(one.result() for one in reading)
-
-
-def test_nothing_is_asked_while_nothing_is_committed(
-    sqlite_url: str,
-) -> None:
-    database = Database(make_engine(ServerConfig(database_url=sqlite_url)))
-    database.write(bump_security)
-    database.epochs()  # from here on it knows where commits show
-    first = database.epochs()
-    statements: list[str] = []
-    connection = database._epochs._connection
-    connection.set_trace_callback(statements.append)
-
-    again = database.epochs()
-    database.write(adding("a"))
-    database.epochs()
-
-    assert again == first
-    assert len(statements) == 1
-    database.close()
-
-
-def test_a_mark_without_a_file_is_empty(tmp_path: Path) -> None:
-    mark = CommitMark(str(tmp_path / "missing.db"))
-    mark.open()
-
-    assert mark.read() == b""
