@@ -41,9 +41,8 @@ from qflare_server.repository.updates import Accepted
 from qflare_server.session_strategy import is_asynchronous
 
 BATCH_LIMIT: Final = 128
-GATHER_S: Final = (
-    0.01  # longest wait for updates that are about to come, so that one commit serves them too
-)
+GATHER_S: Final = 0.01
+"""Longest wait for updates that are about to come, so that one commit serves them too."""
 BUFFER_RETRY_S: Final = 0.05
 
 

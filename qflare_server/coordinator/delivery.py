@@ -21,7 +21,6 @@ from qflare_server.errors import (
     GlobalModelNotFoundError,
     InvalidRequestError,
     NoKemKeyError,
-    QflareError,
     TooManyRequestsError,
     TrainingSessionNotFoundError,
     UpdateNotFoundError,
@@ -137,8 +136,10 @@ class Deliveries:
                 encoded=form != Encoding.FULL_PRECISION,
             )
             if found is None:
-                raise _missing(session, training_session_id, version, form, released=released)
-            model, payload = found
+                raise TrainingSessionNotFoundError
+            wanted, model, payload = found
+            if model is None:
+                raise GlobalModelNotFoundError(f"no version {wanted}")
             _require_encoding(model, form)
             links: Sequence[tuple[bytes, bytes]] = ()
             if known_version is not None and known_version < model.version - 1:
@@ -297,35 +298,10 @@ class Deliveries:
         return ContributionProof(model, index, len(leaves), siblings)
 
 
-def _missing(
-    session: Session,
-    training_session_id: str,
-    version: int | None,
-    encoding: int,
-    *,
-    released: bool,
-) -> QflareError:
-    """Return why there is no such version, or none in that encoding."""
-    owner = training.get_session(session, training_session_id)
-    if owner is None:
-        return TrainingSessionNotFoundError()
-    wanted = version
-    if wanted is None:
-        wanted = owner.released_version if released else owner.current_version
-    model = models.get_model(session, owner.id, -1 if wanted is None else wanted)
-    if model is None:
-        return GlobalModelNotFoundError(f"no version {wanted}")
-    return _other_encoding(model, encoding)
-
-
 def _require_encoding(model: GlobalModel, encoding: int) -> None:
     """Refuse an encoding other than full precision and that in which devices get a version."""
     if encoding not in {Encoding.FULL_PRECISION, model.download_encoding}:
-        raise _other_encoding(model, encoding)
-
-
-def _other_encoding(model: GlobalModel, encoding: int) -> InvalidRequestError:
-    wanted = Encoding(model.download_encoding or Encoding.FULL_PRECISION).name
-    return InvalidRequestError(
-        f"encoding: got number {encoding}, want {wanted} or FULL_PRECISION", field="encoding"
-    )
+        wanted = Encoding(model.download_encoding or Encoding.FULL_PRECISION).name
+        raise InvalidRequestError(
+            f"encoding: got number {encoding}, want {wanted} or FULL_PRECISION", field="encoding"
+        )

@@ -31,16 +31,14 @@ def get_model(session: Session, training_session_id: str, version: int) -> Globa
 
 
 def _served(
-    version: ColumnElement[int | None], payload_id: ColumnElement[Any]
-) -> Select[GlobalModel, Payload]:
+    version: ColumnElement[Any], payload_id: ColumnElement[Any]
+) -> Select[Any, GlobalModel | None, Payload | None]:
+    wanted = and_(MODELS.c.training_session_id == SESSIONS.c.id, MODELS.c.version == version)
     return (
-        select(GlobalModel, Payload)
+        select(version.label("wanted"), GlobalModel, Payload)
         .select_from(SESSIONS)
-        .join(
-            GlobalModel,
-            and_(MODELS.c.training_session_id == SESSIONS.c.id, MODELS.c.version == version),
-        )
-        .join(Payload, PAYLOADS.c.id == payload_id)
+        .outerjoin(GlobalModel, wanted)
+        .outerjoin(Payload, PAYLOADS.c.id == payload_id)
         .where(SESSIONS.c.id == bindparam("session"))
     )
 
@@ -66,8 +64,11 @@ def find_served(
     *,
     released: bool = False,
     encoded: bool = False,
-) -> tuple[GlobalModel, Payload] | None:
-    """Return a version with its payload in one query, the latest or the latest released one without a number.
+) -> tuple[int | None, GlobalModel | None, Payload | None] | None:
+    """Return in one query the number of a version, the version and its payload, as far as there are any.
+
+    The latest version, or the latest released one, where no number is given; None where there is no such training
+    session.
 
     Args:
         session: Of the database.
@@ -81,7 +82,7 @@ def find_served(
     if version is not None:
         wanted["version"] = version
     row = session.execute(_SERVED[kind, encoded], wanted).one_or_none()
-    return None if row is None else (row[0], row[1])
+    return None if row is None else (row[0], row[1], row[2])
 
 
 def update_model(

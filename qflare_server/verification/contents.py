@@ -11,7 +11,7 @@ from qflare_server.models import Payload
 from qflare_server.payload_transfer import describe, read_chunks
 from qflare_server.repository import evidence
 from qflare_server.sealed_transfer import Contents
-from qflare_server.verification.findings import Finding, Tally, problem_of, walk
+from qflare_server.verification.findings import Finding, Tally, faults, walk
 
 
 class ContentVerification:
@@ -30,13 +30,8 @@ class ContentVerification:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what is wrong."""
-        for row in walk(
-            self._context.database, evidence.payloads_after, "", lambda payload: payload.id
-        ):
-            self._tally.checked["payload"] += 1
-            problem = problem_of(self._check, row)
-            if problem:
-                yield Finding("payload", row.id, problem)
+        rows = walk(self._context.database, evidence.payloads_after, "", _payload_id)
+        yield from faults("payload", rows, self._check, _payload_id, self._tally)
 
     def _check(self, row: Payload) -> None:
         stated = split_digests(row.chunk_digests)
@@ -75,3 +70,7 @@ class ContentVerification:
             raise ValueError(f"it does not open: {error}") from error
         if b"".join(content.finish()) != row.content_digests:
             raise ValueError("what is sealed in it has other digests")
+
+
+def _payload_id(row: Payload) -> str:
+    return row.id

@@ -1,7 +1,7 @@
 """What a verification of a database finds, and whose signatures it counts."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -105,6 +105,29 @@ def walk(
             return
         after = key_of(rows[-1])
         yield from rows
+
+
+def faults(
+    kind: str,
+    rows: Iterable[Row],
+    check: Callable[[Row], Any],
+    subject_of: Callable[[Row], str],
+    tally: Tally,
+) -> Iterator[Finding]:
+    """Check rows one by one, count them, and yield what is wrong.
+
+    Args:
+        kind: Of row, as a finding names it.
+        rows: What is checked.
+        check: Raises for a row that is not as it was written; see `problem_of`.
+        subject_of: Returns how a finding names a row.
+        tally: Counts them.
+    """
+    for row in rows:
+        tally.checked[kind] += 1
+        problem = problem_of(check, row)
+        if problem:
+            yield Finding(kind, subject_of(row), problem)
 
 
 def problem_of(check: Callable[..., Any], *arguments: object) -> str | None:

@@ -35,6 +35,7 @@ from qflare_server.verification.findings import (
     SignerKeys,
     Tally,
     differences,
+    faults,
     problem_of,
     walk,
 )
@@ -63,11 +64,8 @@ class RecordVerification:
         yield from self._updates()
 
     def _device_keys(self) -> Iterator[Finding]:
-        for row in walk(self._context.database, evidence.keys_after, "", lambda key: key.key_id):
-            self._tally.checked["device_key"] += 1
-            problem = problem_of(self._check_key, row)
-            if problem:
-                yield Finding("device_key", row.key_id, problem)
+        rows = walk(self._context.database, evidence.keys_after, "", _key_id)
+        yield from faults("device_key", rows, self._check_key, _key_id, self._tally)
 
     def _check_key(self, row: DeviceKey) -> None:
         key = PublicKey(algorithm_of(row.algorithm), row.public_key)
@@ -197,13 +195,8 @@ class RecordVerification:
         )
 
     def _updates(self) -> Iterator[Finding]:
-        for row in walk(
-            self._context.database, evidence.updates_after, "", lambda update: update.id
-        ):
-            self._tally.checked["update"] += 1
-            problem = problem_of(self._check_update, row)
-            if problem:
-                yield Finding("update", row.id, problem)
+        rows = walk(self._context.database, evidence.updates_after, "", _update_id)
+        yield from faults("update", rows, self._check_update, _update_id, self._tally)
 
     def _check_update(self, row: ModelUpdate) -> None:
         with self._context.database.read() as session:
@@ -341,3 +334,11 @@ def _optional(message: Any, name: str) -> Any:
 
 def _seconds(statement: security_pb2.ModelStatement) -> float:
     return statement.create_time.ToMicroseconds() / 1e6
+
+
+def _key_id(row: DeviceKey) -> str:
+    return row.key_id
+
+
+def _update_id(row: ModelUpdate) -> str:
+    return row.id

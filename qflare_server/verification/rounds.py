@@ -21,7 +21,7 @@ from qflare_server.verification.findings import (
     SignerKeys,
     Tally,
     differences,
-    problem_of,
+    faults,
     walk,
 )
 
@@ -53,11 +53,14 @@ class RoundVerification:
         def read(session: Session, after: int, limit: int) -> Sequence[Round]:
             return evidence.rounds_after(session, identity, after, limit)
 
-        for row in walk(self._context.database, read, 0, lambda found: found.number):
-            self._tally.checked["round"] += 1
-            problem = problem_of(self._check, row, digest)
-            if problem:
-                yield Finding("round", f"{identity} round {row.number}", problem)
+        rows = walk(self._context.database, read, 0, lambda found: found.number)
+        yield from faults(
+            "round",
+            rows,
+            lambda row: self._check(row, digest),
+            lambda row: f"{identity} round {row.number}",
+            self._tally,
+        )
 
     def _check(self, row: Round, digest: str) -> None:
         if row.task is None:
