@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 
@@ -26,6 +25,7 @@ from qflare_server.config import ServerConfig
 from qflare_server.coordinator.authentication import Authentication
 from qflare_server.names import unique_name
 from qflare_server.rates import CallRates
+from qflare_server.servicers.streams import Pump
 from qflare_server.stream_limits import StreamLimits, Watchdog
 from qflare_server.telemetry import Telemetry
 
@@ -117,7 +117,8 @@ class Boundary(grpc.ServerInterceptor):
     Args:
         config: Limits.
         authentication: Decides who may call.
-        watchdog: Ends stalled streams.
+        pump: Reads streams that come in.
+        watchdog: Ends calls whose message does not come, and streams that go out and are not taken.
         draining: Set once no new work is taken.
         telemetry: Hears of every call.
 
@@ -129,12 +130,14 @@ class Boundary(grpc.ServerInterceptor):
         self,
         config: ServerConfig,
         authentication: Authentication,
+        pump: Pump,
         watchdog: Watchdog,
         draining: threading.Event,
         telemetry: Telemetry,
     ) -> None:
         self._config = config
         self._authentication = authentication
+        self._pump = pump
         self._watchdog = watchdog
         self._draining = draining
         self.telemetry = telemetry
@@ -174,25 +177,33 @@ class Boundary(grpc.ServerInterceptor):
         def received() -> None:
             self.telemetry.message_received(method, kind)
 
-        def unary(request: Any, context: grpc.ServicerContext) -> Any:
+        def unary(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             metadata = context.invocation_metadata()
             with self._call(method, kind, metadata, context) as outcome:
                 if handler.request_streaming:
-                    with self._stream("up", outcome.call, context) as progress:
-                        taken = _watched(request, progress, received)
-                        answer = behaviour(self._admitted(taken, method, metadata), context)
+                    with (
+                        self._limits.taken("up", outcome.call.principal.name),
+                        self._pump.ahead(requests) as messages,
+                    ):
+                        counted = _counted(messages, received)
+                        answer = behaviour(self._admitted(counted, method, metadata), context)
                 else:
+                    request = self._only(requests, context)
                     received()
                     answer = behaviour(request, context)
                 self.telemetry.message_sent(method, kind)
                 return answer
             return outcome.finish()
 
-        def streaming(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        def streaming(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
             metadata = context.invocation_metadata()
             with self._call(method, kind, metadata, context) as outcome:
+                request = self._only(requests, context)
                 received()
-                with self._stream(direction, outcome.call, context) as progress:
+                with (
+                    self._limits.taken(direction, outcome.call.principal.name),
+                    self._watchdog.watching(context) as progress,
+                ):
                     answers = behaviour(request, context)
                     if direction == "watch":
                         answers = self._admitted(answers, method, metadata)
@@ -205,22 +216,20 @@ class Boundary(grpc.ServerInterceptor):
 
         return streaming if handler.response_streaming else unary
 
+    def _only(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        """Return the message of a call that has one; a caller that never sends it is cancelled in time."""
+        with self._watchdog.watching(context):
+            request = next(requests, None)
+        if request is None:
+            raise errors.InvalidRequestError("the call has no message", field="")
+        return request
+
     def _admitted(self, messages: Iterator[Any], method: str, metadata: Any) -> Iterator[Any]:
         """Yield the messages of a stream for as long as the caller may call: a revocation ends it in the middle."""
         for number, message in enumerate(messages):
             if number:
                 self._authentication.admit(method, _bearer(metadata))
             yield message
-
-    @contextmanager
-    def _stream(
-        self, direction: str, call: Call, context: grpc.ServicerContext
-    ) -> Iterator[Callable[[], None]]:
-        with (
-            self._limits.taken(direction, call.principal.name),
-            self._watchdog.watching(context) as progress,
-        ):
-            yield progress
 
     def _call(
         self, method: str, kind: str, metadata: Any, context: grpc.ServicerContext
@@ -339,11 +348,8 @@ def _kind(handler: Any) -> str:
     return "server_stream" if handler.response_streaming else "unary"
 
 
-def _watched(
-    messages: Iterator[Any], progress: Callable[[], None], received: Callable[[], None]
-) -> Iterator[Any]:
+def _counted(messages: Iterator[Any], received: Callable[[], None]) -> Iterator[Any]:
     for message in messages:
-        progress()
         received()
         yield message
 
@@ -369,14 +375,17 @@ def _tls_group(context: grpc.ServicerContext) -> str:
 def _rewrap(
     handler: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    if handler.unary_unary:
-        make, behaviour = grpc.unary_unary_rpc_method_handler, handler.unary_unary
-    elif handler.unary_stream:
-        make, behaviour = grpc.unary_stream_rpc_method_handler, handler.unary_stream
-    elif handler.stream_unary:
-        make, behaviour = grpc.stream_unary_rpc_method_handler, handler.stream_unary
+    """Return a handler with another behaviour, which takes its messages as a stream even where there is only one.
+
+    On the wire both are the same. Left to itself gRPC waits for the one message before it calls anything of ours, so
+    a caller without a credential could hold a thread for as long as it likes.
+    """
+    if handler.response_streaming:
+        make = grpc.stream_stream_rpc_method_handler
+        behaviour = handler.stream_stream or handler.unary_stream
     else:
-        make, behaviour = grpc.stream_stream_rpc_method_handler, handler.stream_stream
+        make = grpc.stream_unary_rpc_method_handler
+        behaviour = handler.stream_unary or handler.unary_unary
     return make(
         wrap(behaviour),
         request_deserializer=handler.request_deserializer,

@@ -65,13 +65,14 @@ class Coordinator:
         self.parts = Parts.open(config, clock, self.observability.telemetry)
         self.use_cases = self.parts.use_cases
         self._watchdog = Watchdog(config.stall_timeout_s)
-        self._pump = Pump(config.max_uploads, config.stall_timeout_s)
+        self._pump = Pump(config.rpc_threads, config.stall_timeout_s)
         self._health = health.HealthServicer(
             experimental_thread_pool=ThreadPoolExecutor(2, thread_name_prefix="health")
         )
         self._boundary = Boundary(
             config,
             self.use_cases.authentication,
+            self._pump,
             self._watchdog,
             self.draining,
             self.parts.context.telemetry,
@@ -110,7 +111,7 @@ class Coordinator:
             ],
         )
         coordinator_service_pb2_grpc.add_CoordinatorServiceServicer_to_server(
-            CoordinatorServicer(self.use_cases, self._pump), server
+            CoordinatorServicer(self.use_cases), server
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
             AdminServicer(self.use_cases), server

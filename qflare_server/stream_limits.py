@@ -53,7 +53,7 @@ class StreamLimits:
 
 
 class Watchdog:
-    """Ends streams that make no progress; one thread looks after all of them."""
+    """Cancels calls whose thread waits for the caller in vain; one thread looks after all of them."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -65,7 +65,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self, context: grpc.ServicerContext) -> Iterator[Callable[[], None]]:
-        """Watch a stream; yields what to call on progress."""
+        """Watch a call for as long as the block lasts; yields what to call on progress."""
         key = id(context)
 
         def progress() -> None:

@@ -12,7 +12,7 @@ from qflare_server.coordinator.submissions import Contributor
 from qflare_server.coordinator.tasks import NextTask
 from qflare_server.servicers import encoding
 from qflare_server.servicers.coordinator_auth import CoordinatorAuthServicer
-from qflare_server.servicers.streams import Pump, chunks_of, rest_of, split_header
+from qflare_server.servicers.streams import chunks_of, rest_of, split_header
 from qflare_server.use_cases import UseCases
 
 
@@ -55,13 +55,11 @@ class CoordinatorServicer(CoordinatorAuthServicer):
 
     Args:
         use_cases: What does the work.
-        pump: Reads uploads ahead.
     """
 
-    def __init__(self, use_cases: UseCases, pump: Pump) -> None:
+    def __init__(self, use_cases: UseCases) -> None:
         super().__init__(use_cases)
         self._do = use_cases
-        self._pump = pump
 
     def GetTask(self, request: pb.GetTaskRequest, context: ServicerContext) -> pb.GetTaskResponse:
         """Ask what to do."""
@@ -97,7 +95,6 @@ class CoordinatorServicer(CoordinatorAuthServicer):
             rest, is_whole = rest_of(first, request_iterator)
             if not is_whole:
                 checked()
-                rest = self._pump.ahead(rest)
             chunks = chunks_of(first, rest)
             accepted = self._do.uploads.submit(
                 current_call().caller, _contributor(), header, chunks, checked=checked

@@ -1,10 +1,9 @@
 """Turning streams of messages into a header and chunks, and back."""
 
 import queue
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -12,8 +11,10 @@ from qflare.tensors import CHUNK_BYTES
 from qflare_server.errors import InvalidRequestError, StalledError
 
 Message = TypeVar("Message")
-Ready: TypeAlias = "queue.Queue[tuple[Any, BaseException | None]]"
-QUEUED_MESSAGES: Final = 2  # beside the one on either side: a chunk is 1 MiB
+Ready: TypeAlias = "queue.SimpleQueue[tuple[list[Any], BaseException | None]]"
+Room: TypeAlias = "queue.SimpleQueue[bool]"
+HAND_OVERS: Final = 2  # beside the one on either side: a chunk is 1 MiB
+END: Final = StopIteration()
 
 
 def split_header(messages: Iterator[Any]) -> tuple[Any, Any]:
@@ -60,6 +61,8 @@ def rest_of(first: Any, messages: Iterator[Any]) -> tuple[Iterator[Any], bool]:
 class Pump:
     """Reads streams ahead in threads of its own, so that receiving and checking overlap and a stall is noticed.
 
+    gRPC's iterator waits without a bound, and who waits in it cannot answer the call: hence the second thread.
+
     Args:
         stream_count: Streams at once.
         timeout_s: Longest wait for a message.
@@ -69,54 +72,59 @@ class Pump:
         self._executor = ThreadPoolExecutor(stream_count, thread_name_prefix="upload-reader")
         self._timeout_s = timeout_s
 
-    def ahead(self, messages: Iterator[Message]) -> Iterator[Message]:
-        """Yield the messages of a stream.
+    @contextmanager
+    def ahead(self, messages: Iterator[Message]) -> Iterator[Iterator[Message]]:
+        """Yield the messages of a stream, for as long as the block lasts.
 
         Raises:
             StalledError: None came in time.
         """
-        ready: Ready = queue.Queue(QUEUED_MESSAGES)
-        gone = threading.Event()
-        self._executor.submit(_fill, messages, ready, gone, 4 * self._timeout_s)
+        ready: Ready = queue.SimpleQueue()
+        room: Room = queue.SimpleQueue()
+        for _ in range(HAND_OVERS):
+            room.put(True)
+        self._executor.submit(_fill, messages, ready, room, 4 * self._timeout_s)
         try:
-            yield from self._taken(ready)
+            yield self._taken(ready, room)
         finally:  # also where the consumer has had enough: the reader must not wait for room
-            gone.set()
-            _drain(ready)
+            room.put(False)
 
-    def _taken(self, ready: "Ready") -> Iterator[Any]:
-        while True:
+    def _taken(self, ready: Ready, room: Room) -> Iterator[Any]:
+        ending: BaseException | None = None
+        while ending is None:
             try:
-                message, error = ready.get(timeout=self._timeout_s)
+                messages, ending = ready.get(timeout=self._timeout_s)
             except queue.Empty:
                 raise StalledError(f"no chunk came for {self._timeout_s:g} s") from None
-            if error is not None:
-                raise error
-            if message is None:
-                return
-            yield message
+            yield from messages
+            room.put(True)
+        if ending is not END:
+            raise ending
 
     def close(self) -> None:
         """Let the threads end once their streams have."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _drain(ready: Ready) -> None:
+def _fill(messages: Iterator[Any], ready: Ready, room: Room, room_s: float) -> None:
+    """Hand messages over until their consumer is gone, or has taken none for `room_s` seconds.
+
+    The first two go together, or the first and the end: one hand-over for a small update.
+    """
+    held: list[Any] = []
+    ending: BaseException = END
     with suppress(queue.Empty):
-        while True:
-            ready.get_nowait()
-
-
-def _fill(messages: Iterator[Any], ready: Ready, gone: threading.Event, room_s: float) -> None:
-    """Move messages into the queue until its consumer is gone, or has taken none for `room_s` seconds."""
-    with suppress(queue.Full):
         try:
-            for message in messages:
-                ready.put((message, None), timeout=room_s)
-                if gone.is_set():
+            for number, message in enumerate(messages):
+                held.append(message)
+                if number == 0:
+                    continue
+                if not room.get(timeout=room_s):
                     return
-            ready.put((None, None), timeout=room_s)
-        except queue.Full:
-            return
+                ready.put((held, None))
+                held = []
+        except queue.Empty:
+            raise
         except BaseException as error:  # noqa: BLE001 - raised again where the messages are consumed
-            ready.put((None, error), timeout=room_s)
+            ending = error
+        ready.put((held, ending))

@@ -209,6 +209,76 @@ def test_calls_recover_when_the_database_comes_back(
     assert deployment.session(WEIGHTS)
 
 
+def test_an_initial_model_that_stalls_is_ended(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy(stall_timeout_s=0.5)
+    done = threading.Event()
+
+    def silent() -> Iterator[admin_pb2.UploadInitialModelRequest]:
+        done.wait(20)
+        yield from ()
+
+    def call() -> object:
+        return deployment.admin.UploadInitialModel(
+            silent(), metadata=deployment.metadata, timeout=20
+        )
+
+    try:
+        refused(call, Code.DEADLINE_EXCEEDED, "STALLED")
+    finally:
+        done.set()
+
+
+def open_without_message(
+    deployment: Deployment, method: str, done: threading.Event, **options: Any
+) -> Any:
+    """Begin a call that has one message, and do not send it before `done`."""
+    make: Any = deployment.channel.stream_unary(f"/qflare.v1.{method}")
+
+    def silent() -> Iterator[bytes]:
+        done.wait(20)
+        yield from ()
+
+    return make.future(silent(), timeout=20, **options)
+
+
+def test_callers_that_never_send_their_message_do_not_keep_the_threads(
+    deploy: Callable[..., Deployment],
+) -> None:
+    deployment = deploy(stall_timeout_s=0.5, rpc_threads=4, max_uploads=2, max_watchers=1)
+    session_id = deployment.session(WEIGHTS)
+    done = threading.Event()
+    held = [
+        open_without_message(deployment, "CoordinatorService/GetKeyset", done) for _ in range(8)
+    ]
+    try:
+        assert [call.code() for call in held] == [Code.CANCELLED] * 8
+        assert get(deployment, session_id)
+    finally:
+        done.set()
+
+
+def test_a_call_without_its_message_is_an_invalid_argument(deployment: Deployment) -> None:
+    done = threading.Event()
+    done.set()
+
+    call = open_without_message(
+        deployment, "AdminService/ListDevices", done, metadata=deployment.metadata
+    )
+
+    refused(call.result, Code.INVALID_ARGUMENT, "INVALID_REQUEST")
+
+
+def test_a_caller_without_a_credential_is_refused_before_its_message(
+    deployment: Deployment,
+) -> None:
+    done = threading.Event()
+    try:
+        call = open_without_message(deployment, "AdminService/ListDevices", done)
+        refused(call.result, Code.UNAUTHENTICATED, "UNAUTHENTICATED")
+    finally:
+        done.set()
+
+
 def test_secrets_stay_out_of_the_log(
     deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:

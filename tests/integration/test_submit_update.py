@@ -343,11 +343,19 @@ def test_refuses_the_very_next_call_of_a_device_that_may_not_call(
     refused(deployment, call, Code.PERMISSION_DENIED, reason)
 
 
-def test_ends_a_stream_that_stalls(deployment: Deployment, device: RawDevice, draft: Draft) -> None:
+@pytest.mark.parametrize("before", ["nothing", "header", "all but the end"])
+def test_ends_a_stream_that_stalls(
+    deployment: Deployment, device: RawDevice, draft: Draft, before: str
+) -> None:
     done = threading.Event()
+    sent = {
+        "nothing": [],
+        "header": [pb.SubmitUpdateRequest(header=device.header(draft))],
+        "all but the end": list(device.messages(draft)),
+    }
 
     def messages() -> Iterator[pb.SubmitUpdateRequest]:
-        yield pb.SubmitUpdateRequest(header=device.header(draft))
+        yield from sent[before]
         done.wait(20)
 
     def call() -> object:

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from qflare.tensors import CHUNK_BYTES
 from qflare.v1.coordinator_service_pb2 import Chunk
 from qflare_server.errors import StalledError
-from qflare_server.servicers.streams import Pump, rest_of
+from qflare_server.servicers.streams import HAND_OVERS, Pump, rest_of
 
 WAIT_S = 10.0
 
@@ -21,32 +22,51 @@ def pump() -> Iterator[Pump]:
     made.close()
 
 
-def test_messages_come_in_order(pump: Pump) -> None:
-    assert list(pump.ahead(iter(range(50)))) == list(range(50))
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
+def test_messages_come_in_order(pump: Pump, count: int) -> None:
+    with pump.ahead(iter(range(count))) as messages:
+        assert list(messages) == list(range(count))
+
+
+def test_the_first_message_comes_with_the_end(pump: Pump) -> None:
+    """One hand-over for a small update: the reader reads to the end before the consumer is woken."""
+    ended = threading.Event()
+
+    def stream() -> Iterator[int]:
+        yield 1
+        ended.set()
+
+    with pump.ahead(stream()) as messages:
+        next(messages)
+
+        assert ended.is_set()
 
 
 def test_an_error_of_the_stream_comes_after_its_messages(pump: Pump) -> None:
     def broken() -> Iterator[int]:
-        yield 1
+        yield from range(3)
         raise ConnectionError("gone")
 
-    messages = pump.ahead(broken())
+    with pump.ahead(broken()) as messages:
+        assert [next(messages) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(ConnectionError, match="gone"):
+            next(messages)
 
-    assert next(messages) == 1
-    with pytest.raises(ConnectionError, match="gone"):
-        next(messages)
 
-
-def test_a_stream_that_brings_nothing_stalls() -> None:
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_stream_that_brings_nothing_more_stalls(before: int) -> None:
     release = threading.Event()
     pump = Pump(1, 0.02)
 
     def silent() -> Iterator[int]:
+        yield from range(before)
         release.wait(WAIT_S)
-        yield 1
 
-    with pytest.raises(StalledError, match=r"no chunk came for 0\.02 s"):
-        next(pump.ahead(silent()))
+    with (
+        pump.ahead(silent()) as messages,
+        pytest.raises(StalledError, match=r"no chunk came for 0\.02 s"),
+    ):
+        list(messages)
 
     release.set()
     pump.close()
@@ -61,12 +81,27 @@ def test_a_consumer_that_goes_frees_the_reader_at_once(pump: Pump) -> None:
         finally:
             ended.set()
 
-    messages = pump.ahead(endless())
-    next(messages)
-    messages.close()  # type: ignore[attr-defined]  # a generator
+    with pump.ahead(endless()) as messages:
+        next(messages)
 
     assert ended.wait(WAIT_S / 2)
-    assert list(pump.ahead(iter([7]))) == [7]
+    with pump.ahead(iter([7])) as messages:
+        assert list(messages) == [7]
+
+
+def test_the_reader_is_never_far_ahead(pump: Pump) -> None:
+    read: list[int] = []
+
+    def stream() -> Iterator[int]:
+        for number in range(50):
+            read.append(number)
+            yield number
+
+    with pump.ahead(stream()) as messages:
+        next(messages)
+        time.sleep(0.05)
+
+        assert len(read) <= HAND_OVERS + 3
 
 
 def test_end_of_a_short_stream_is_waited_for() -> None:
