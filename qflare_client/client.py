@@ -5,14 +5,12 @@
         base = client.download_base(task)
         receipt = client.submit(task, base, trained_arrays, example_count=100, metrics={"loss": 0.3})
 
-Login, token refresh, retries, resumption and verification happen inside. Nothing that can fail on the
-network happens at construction. `qflare_client.run` repeats the three lines for as long as there is
-work; `qflare_client.enroll` makes the key store.
+Login, token refresh, retries, resumption and verification happen inside; construction never fails on the network.
+`qflare_client.run` repeats the three lines for as long as there is work; `qflare_client.enroll` makes the key store.
 """
 
 import threading
 from collections.abc import Mapping, Sequence
-from datetime import UTC
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,7 +22,7 @@ from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import device_pb2, security_pb2, training_pb2
 from qflare_client.audit import AuditHead, read_head
 from qflare_client.calls import Calls
-from qflare_client.download import GlobalModel, ProgressHook
+from qflare_client.download import GlobalModel, ProgressHook, silent
 from qflare_client.evidence import Evidence, UpdateEvidence
 from qflare_client.identity import Identity
 from qflare_client.keystore import PLAIN, KeyStore
@@ -36,6 +34,7 @@ from qflare_client.lineage import (
     fetch,
     read_contribution,
     read_lineage,
+    read_statements,
 )
 from qflare_client.login import Login
 from qflare_client.passphrase import passphrase_coding
@@ -49,10 +48,6 @@ from qflare_client.upload import Receipt
 from qflare_client.versions import AcceptedVersions
 
 _PQ_GROUP = "X25519MLKEM768"
-
-
-def _silent(what: str, done_bytes: int, total_bytes: int) -> None:
-    del what, done_bytes, total_bytes
 
 
 class Client:
@@ -98,7 +93,7 @@ class Client:
         require_pq_tls: bool = False,
         error_feedback: bool = True,
     ) -> None:
-        self._progress = progress or _silent
+        self._progress = progress or silent
         self._defaults = defaults or TrainingDefaults()
         self._store = KeyStore(home, passphrase_coding(passphrase) if passphrase else PLAIN)
         try:
@@ -277,14 +272,12 @@ class Client:
             DuplicateUpdateError: A different update of this device is in the round.
             QflareClientError: The call failed.
         """
-        contribution = Contribution(base, arrays, example_count, metrics or {})
-        identity = self._login.identity
         return send_update(
             self._calls,
             self._trust,
-            identity,
+            self._login.identity,
             task,
-            contribution,
+            Contribution(base, arrays, example_count, metrics or {}),
             self._progress,
             timeout_s,
             self._feedback,
@@ -326,12 +319,7 @@ class Client:
         request = messages.HeartbeatRequest(profile=profile)
         answer = self._calls.unary(self._stub.Heartbeat, request, timeout_s=timeout_s)
         self._trust.at_least(answer.keyset_version)
-        return Heartbeat(
-            server_time=answer.server_time.ToDatetime(UTC),
-            device_state=device_pb2.DeviceState.Name(answer.state)
-            .removeprefix("DEVICE_STATE_")
-            .lower(),
-        )
+        return Heartbeat.from_proto(answer)
 
     def lineage(
         self,
@@ -353,12 +341,9 @@ class Client:
             VerificationError: A statement is not signed, or does not name the one before it.
             QflareClientError: The call failed.
         """
-        request = messages.GetLineageRequest(
-            training_session_id=training_session_id,
-            first_version=first_version,
-            last_version=last_version,
+        return read_lineage(
+            self._calls, self._trust, training_session_id, first_version, last_version, timeout_s
         )
-        return read_lineage(self._calls, self._trust, request, timeout_s)
 
     def contribution_proof(
         self, receipt: Receipt, *, timeout_s: float | None = None
@@ -386,9 +371,7 @@ class Client:
         Raises:
             QflareClientError: A call failed, or its answer does not verify.
         """
-        statements: list[security_pb2.SignedEnvelope] = []
-        while page := self.lineage(training_session_id, len(statements)):
-            statements += [version.envelope for version in page]
+        statements = read_statements(self._calls, self._trust, training_session_id)
         updates = [self.contribution_proof(receipt) for receipt in receipts]
         return Evidence(self.realm, training_session_id, self._trust.bundle, statements, updates)
 

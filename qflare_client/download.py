@@ -35,6 +35,11 @@ ProgressHook: TypeAlias = Callable[[str, int, int], None]
 """``hook(what, done_bytes, total_bytes)``, where `what` is "download" or "upload"."""
 
 
+def silent(what: str, done_bytes: int, total_bytes: int) -> None:
+    """Show nothing: a `ProgressHook`."""
+    del what, done_bytes, total_bytes
+
+
 @dataclass(frozen=True, eq=False)
 class GlobalModel:
     """One verified version of the global model."""

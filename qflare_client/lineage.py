@@ -40,24 +40,49 @@ class Version:
 
 
 def read_lineage(
-    calls: Calls, trust: Trust, request: messages.GetLineageRequest, timeout_s: float | None = None
+    calls: Calls,
+    trust: Trust,
+    training_session_id: str,
+    first_version: int = 0,
+    last_version: int | None = None,
+    timeout_s: float | None = None,
 ) -> list[Version]:
-    """Fetch and verify consecutive versions.
+    """Fetch and verify consecutive versions, at most 1,000.
 
     Raises:
         VerificationError: One is not signed, missing, or does not name the one before it.
         QflareClientError: The call failed.
     """
+    request = messages.GetLineageRequest(
+        training_session_id=training_session_id,
+        first_version=first_version,
+        last_version=last_version,
+    )
     answer = calls.unary(calls.transport.stub.GetLineage, request, timeout_s=timeout_s)
-    versions = trust.follow(answer.statements, request.training_session_id, None)
-    if versions and versions[0].statement.version != request.first_version:
+    versions = trust.follow(answer.statements, training_session_id, None)
+    if versions and versions[0].statement.version != first_version:
         raise RolledBackModelError(
-            f"got version {versions[0].statement.version}, want {request.first_version}"
+            f"got version {versions[0].statement.version}, want {first_version}"
         )
     return [
         Version(version.statement, version.digest, envelope)
         for version, envelope in zip(versions, answer.statements, strict=True)
     ]
+
+
+def read_statements(
+    calls: Calls, trust: Trust, training_session_id: str
+) -> list[security_pb2.SignedEnvelope]:
+    """Fetch and verify the statements of all versions.
+
+    Raises:
+        VerificationError: As `read_lineage`.
+        QflareClientError: The call failed.
+    """
+    statements: list[security_pb2.SignedEnvelope] = []
+    while page := read_lineage(calls, trust, training_session_id, len(statements)):
+        statements += [version.envelope for version in page]
+    return statements
 
 
 def read_contribution(

@@ -8,6 +8,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Self
 
 import numpy as np
 
@@ -58,6 +59,12 @@ class Heartbeat:
 
     device_state: str
     """State of the device, such as active or quarantined."""
+
+    @classmethod
+    def from_proto(cls, answer: messages.HeartbeatResponse) -> Self:
+        """Return what an answer says."""
+        state = device_pb2.DeviceState.Name(answer.state).removeprefix("DEVICE_STATE_")
+        return cls(answer.server_time.ToDatetime(UTC), state.lower())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from qflare_server.coordinator.in_process import Contribution
-from qflare_server.coordinator.training import Progress
+from qflare_server.coordinator.progress import Progress
 from qflare_server.embedding import CALLER, Embedded, close, configure, current
 from qflare_server.errors import InvalidRequestError, RoundNotOpenError
 from qflare_server.models import GlobalModel, ModelUpdate, RoundState

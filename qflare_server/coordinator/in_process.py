@@ -22,8 +22,9 @@ from qflare_server.coordinator.in_process_session import (
     find_in_use,
     require_layout,
 )
+from qflare_server.coordinator.progress import Progress
 from qflare_server.coordinator.tasks import MAX_EXAMPLES, check_metrics, whole_epochs
-from qflare_server.coordinator.training import Progress, Training
+from qflare_server.coordinator.training import Training
 from qflare_server.errors import (
     DeviceNotFoundError,
     DeviceRevokedError,

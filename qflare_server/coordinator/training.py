@@ -1,8 +1,7 @@
 """Training sessions: created, given an initial model, started, paused, resumed, cancelled, looked at."""
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 
 from sqlalchemy.orm import Session
@@ -10,6 +9,7 @@ from sqlalchemy.orm import Session
 from qflare.tensors import Manifest
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
+from qflare_server.coordinator.progress import Participation, Progress
 from qflare_server.errors import (
     InvalidRequestError,
     RoundNotFoundError,
@@ -45,32 +45,6 @@ ENDED = frozenset(
         TrainingSessionState.FAILED.value,
     }
 )
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far the aggregation of a training session is."""
-
-    session: TrainingSession
-    round: Round | None
-    pending_count: int
-    latest: GlobalModel | None
-    remaining_s: float | None
-
-    @property
-    def missing_count(self) -> int:
-        """Updates that the open round needs to close before its deadline."""
-        if self.round is None or self.round.state != RoundState.OPEN.value:
-            return 0
-        return max(0, self.round.target - self.round.accepted_count)
-
-
-@dataclass(frozen=True)
-class Participation:
-    """A round, and the first hundred of its selected devices that sent no update; empty where all may take part."""
-
-    round: Round
-    absent_ids: Sequence[str]
 
 
 class Training:

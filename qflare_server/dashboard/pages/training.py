@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from qflare_server.coordinator.training import Progress
+from qflare_server.coordinator.progress import Progress
 from qflare_server.dashboard import figures
 from qflare_server.dashboard.charts import Chart, Part, Series, bar_chart, line_chart
 from qflare_server.dashboard.figures import Moment, moment

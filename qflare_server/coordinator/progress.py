@@ -1,0 +1,32 @@
+"""How far training sessions and their rounds are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qflare_server.models import GlobalModel, Round, RoundState, TrainingSession
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the aggregation of a training session is."""
+
+    session: TrainingSession
+    round: Round | None
+    pending_count: int
+    latest: GlobalModel | None
+    remaining_s: float | None
+
+    @property
+    def missing_count(self) -> int:
+        """Updates that the open round needs to close before its deadline."""
+        if self.round is None or self.round.state != RoundState.OPEN.value:
+            return 0
+        return max(0, self.round.target - self.round.accepted_count)
+
+
+@dataclass(frozen=True)
+class Participation:
+    """A round, and the first hundred of its selected devices that sent no update; empty where all may take part."""
+
+    round: Round
+    absent_ids: Sequence[str]
