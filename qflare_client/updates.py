@@ -4,7 +4,7 @@ What it does not do: repeat or resume (see `qflare_client.upload`).
 """
 
 import math
-import uuid
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.encodings import Encoding, encode, wire_manifest
+from qflare.ids import RANDOM_BITS, time_ordered
 from qflare.signing import SigningKey
 from qflare.statements import StatementError, sign_update
 from qflare.tensors import Array, InvalidManifestError, Manifest, NonFiniteError, check_arrays
@@ -204,7 +205,7 @@ def make_statement(
         training_session_id=task.training_session_id,
         round_number=task.round_number,
         task_nonce=task.nonce,
-        update_id=str(uuid.uuid4()),
+        update_id=str(time_ordered(secrets.randbits(RANDOM_BITS))),
         device_id=device_id,
         base_version=task.base_version,
         base_digest=task.base_digest,

@@ -25,7 +25,7 @@ from qflare_server.errors import (
 )
 from qflare_server.expected_payloads import Expected, split_digests
 from qflare_server.models import Payload
-from qflare_server.names import unique_name
+from qflare_server.names import payload_name
 from qflare_server.payload_keys import Seal
 from qflare_server.repository import payloads as rows
 from qflare_server.repository.payload_stores import READ_CHUNKS
@@ -134,7 +134,7 @@ class Receiver:
         self._stored = first_chunk
         self._pending: Future[None] | None = None
         self._touched_at = rows.LONG_AGO if payload_id else context.clock()
-        self.payload_id = payload_id or unique_name(128)
+        self.payload_id = payload_id or payload_name()
         self.is_large = self._size_bytes > context.config.inline_payload_bytes
         if first_chunk:
             self._replay(first_chunk)

@@ -1,6 +1,6 @@
 """What devices send, made ready before the clock runs: signed updates, requests, models of a wanted size."""
 
-import uuid
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +8,7 @@ from functools import cached_property
 import grpc
 import numpy as np
 
+from qflare.ids import RANDOM_BITS, time_ordered
 from qflare.statements import sign_update
 from qflare.tensors import CHUNK_BYTES, DType, Manifest, PayloadHasher, TensorSpec
 from qflare.v1 import coordinator_service_pb2 as pb
@@ -82,7 +83,7 @@ def statement_of(
         training_session_id=task.training_session_id,
         round_number=task.round_number,
         task_nonce=task_statement.task_nonce,
-        update_id=str(uuid.uuid4()),
+        update_id=str(time_ordered(secrets.randbits(RANDOM_BITS))),
         device_id=device.device_id,
         key_id=device.key.public.key_id,
         base_version=task.base_version,

@@ -2,10 +2,11 @@
 
 import os
 import random
+import time
 
 import pytest
 
-from qflare_server.names import unique_name
+from qflare_server.names import payload_name, unique_name
 
 
 @pytest.mark.parametrize("bits", [4, 64, 128])
@@ -22,6 +23,15 @@ def test_names_do_not_follow_the_shared_seed() -> None:
     random.seed(0)
 
     assert unique_name(128) != first
+
+
+def test_payloads_sort_by_their_time() -> None:
+    first = payload_name()
+    time.sleep(0.002)
+    second = payload_name()
+
+    assert len(first) == len(second) == 32
+    assert first < second
 
 
 def test_forked_process_has_names_of_its_own() -> None:
