@@ -119,6 +119,10 @@ class Part:
     value: float
 
 
+TINY: Final = 1e-280
+"""Below it a range is none: its powers of ten would leave what a float can hold."""
+
+
 @dataclass(frozen=True)
 class Scale:
     """Maps values to positions."""
@@ -136,8 +140,10 @@ class Scale:
 
 def steps(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
     """Return round values that cover a range, about so many: 1, 2 or 5 times a power of ten apart."""
-    if not high > low:
-        low, high = low - (abs(low) / 10 or 1.0), high + (abs(high) / 10 or 1.0)
+    if high - low < max(abs(low), abs(high), TINY) * 1e-12:
+        room = max(abs(low), abs(high)) / 10
+        room = room if room > TINY else 1.0
+        low, high = low - room, high + room
     width = high - low
     raw = width / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qflare_server.coordinator.overview import DatabaseHealth, Report
@@ -82,6 +82,11 @@ def test_a_time_is_in_utc_with_its_distance() -> None:
 
 
 @given(st.lists(FINITE, min_size=2, max_size=2), st.integers(1, 10))
+@example([0.0, 5e-324], 1)
+@example([0.0, 5e-324], 2)
+@example([1e-310, 2e-310], 5)
+@example([1e-290, 2e-290], 5)
+@example([1.0, 1.0 + 2**-52], 5)
 def test_the_marks_of_an_axis_cover_its_values(bounds: list[float], count: int) -> None:
     low, high = sorted(bounds)
 
