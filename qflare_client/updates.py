@@ -4,7 +4,6 @@ What it does not do: repeat or resume (see `qflare_client.upload`).
 """
 
 import math
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.encodings import Encoding, encode, wire_manifest
-from qflare.ids import RANDOM_BITS, time_ordered
+from qflare.ids import new_update_id
 from qflare.signing import SigningKey
 from qflare.statements import StatementError, sign_update
 from qflare.tensors import Array, InvalidManifestError, Manifest, NonFiniteError, check_arrays
@@ -205,7 +204,7 @@ def make_statement(
         training_session_id=task.training_session_id,
         round_number=task.round_number,
         task_nonce=task.nonce,
-        update_id=str(time_ordered(secrets.randbits(RANDOM_BITS))),
+        update_id=new_update_id(),
         device_id=device_id,
         base_version=task.base_version,
         base_digest=task.base_digest,

@@ -4,6 +4,7 @@ Databases keep them in indexes. Random ids put every new row on another page, wh
 in the order of time go to the end.
 """
 
+import secrets
 import time
 import uuid
 from typing import Final
@@ -22,3 +23,8 @@ def time_ordered(random_bits: int) -> uuid.UUID:
     high, low = divmod(random_bits, 1 << 62)
     milliseconds = time.time_ns() // 1_000_000
     return uuid.UUID(int=milliseconds << 80 | _VERSION | high << 64 | _VARIANT | low)
+
+
+def new_update_id() -> str:
+    """Return an id for an update. Nobody can guess it, so nobody can take it before its device does."""
+    return str(time_ordered(secrets.randbits(RANDOM_BITS)))

@@ -5,7 +5,6 @@ A contribution is one vector of float32, without gRPC and without a signature: t
 """
 
 import hashlib
-import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
-from qflare.ids import RANDOM_BITS, time_ordered
+from qflare.ids import new_update_id
 from qflare.tensors import DType, FiniteCheck, InvalidPayloadError, Manifest, TensorSpec, cut
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
@@ -302,7 +301,7 @@ class InProcess:
             training_session_id=current.training_session_id,
             round_number=current.number,
             task_nonce=current.nonce,
-            update_id=str(time_ordered(secrets.randbits(RANDOM_BITS))),
+            update_id=new_update_id(),
             device_id=contribution.device_id,
             base_version=current.base_version,
             base_digest=base.digest,

@@ -1,6 +1,5 @@
 """What devices send, made ready before the clock runs: signed updates, requests, models of a wanted size."""
 
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +7,7 @@ from functools import cached_property
 import grpc
 import numpy as np
 
-from qflare.ids import RANDOM_BITS, time_ordered
+from qflare.ids import new_update_id
 from qflare.statements import sign_update
 from qflare.tensors import CHUNK_BYTES, DType, Manifest, PayloadHasher, TensorSpec
 from qflare.v1 import coordinator_service_pb2 as pb
@@ -83,7 +82,7 @@ def statement_of(
         training_session_id=task.training_session_id,
         round_number=task.round_number,
         task_nonce=task_statement.task_nonce,
-        update_id=str(time_ordered(secrets.randbits(RANDOM_BITS))),
+        update_id=new_update_id(),
         device_id=device.device_id,
         key_id=device.key.public.key_id,
         base_version=task.base_version,

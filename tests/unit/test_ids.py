@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qflare.ids import RANDOM_BITS, time_ordered
+from qflare.ids import RANDOM_BITS, new_update_id, time_ordered
 
 
 @given(st.integers(0, 2**RANDOM_BITS - 1))
@@ -29,3 +29,10 @@ def test_the_example_of_the_standard(monkeypatch: pytest.MonkeyPatch) -> None:
     made = time_ordered(0xCC3 << 62 | 0x18C4DC0C0C07398F)
 
     assert str(made) == "017f22e2-79b0-7cc3-98c4-dc0c0c07398f"
+
+
+def test_updates_have_ids_that_the_coordinator_takes() -> None:
+    made = {new_update_id() for _ in range(100)}
+
+    assert len(made) == 100
+    assert {str(uuid.UUID(text)) for text in made} == made
