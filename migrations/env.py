@@ -1,4 +1,4 @@
-"""Runs the revisions, for `qflare_server.schema` and for the `alembic` command alike.
+"""Runs the revisions, for `qflare_server.storage.schema` and for the `alembic` command alike.
 
 One migration runs at a time whatever the number of processes that try: PostgreSQL by an advisory lock, SQLite by
 BEGIN IMMEDIATE; each finds the work done when its turn comes. On SQLite all revisions are one transaction with
@@ -15,8 +15,8 @@ from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import Connection, Engine
 
 from qflare_server.config import ServerConfig
-from qflare_server.database import make_engine
-from qflare_server.models import Base, UtcDateTime
+from qflare_server.storage.engine import make_engine
+from qflare_server.storage.tables import Base, UtcDateTime
 
 ADVISORY_LOCK = 0x71666C61726501  # "qflare", 1: one number for all coordinators of a database
 METADATA = Base.metadata

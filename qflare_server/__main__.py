@@ -13,7 +13,7 @@ from qflare_server.commands import certificates, identity, local, registry, serv
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.errors import QflareError
 from qflare_server.keys.files import KeyStoreError
-from qflare_server.schema import SchemaError
+from qflare_server.storage.schema import SchemaError
 
 logger = logging.getLogger("qflare_server")
 

@@ -21,8 +21,8 @@ from qflare_server.coordinator.in_process import Contribution
 from qflare_server.coordinator.progress import Progress
 from qflare_server.embedding import CALLER, Embedded, close, configure, current
 from qflare_server.errors import InvalidRequestError, RoundNotOpenError
-from qflare_server.models import GlobalModel, ModelUpdate, RoundState
 from qflare_server.refusals import refused
+from qflare_server.storage.tables import GlobalModel, ModelUpdate, RoundState
 
 __all__ = [
     "aggregate_models",

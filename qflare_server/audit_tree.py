@@ -27,8 +27,8 @@ from qflare.v1 import security_pb2
 from qflare_server import witness
 from qflare_server.context import Context
 from qflare_server.errors import ConflictError
-from qflare_server.models import AuditHead, AuditLog
-from qflare_server.repository import audit_tree
+from qflare_server.storage.repository import audit_tree
+from qflare_server.storage.tables import AuditHead, AuditLog
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from qflare_server.coordinator.authentication import NOBODY, Principal
 from qflare_server.errors import UnauthenticatedError
-from qflare_server.repository.audit import Caller
+from qflare_server.storage.repository.audit import Caller
 
 
 @dataclass

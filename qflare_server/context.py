@@ -1,16 +1,16 @@
 """What every use case is built from."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Protocol
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol
 
+from qflare.signing import PublicKey
 from qflare.v1 import security_pb2
-from qflare_server.checked_signatures import CheckedSignatures
 from qflare_server.config import ServerConfig
-from qflare_server.database import Database
-from qflare_server.repository.payload_stores import PayloadStore
-from qflare_server.telemetry import Telemetry
+from qflare_server.storage.database import Database
+from qflare_server.storage.payload_store import PayloadStore
 
 Clock = Callable[[], datetime]
 """Gives the time in UTC."""
@@ -32,23 +32,91 @@ class StatementSigner(Protocol):
         """Sign a payload with the key of a role, in the role's domain."""
 
 
+class SignatureVerifier(Protocol):
+    """Verifies signatures over the statements of updates."""
+
+    def verify(self, key: PublicKey, message: bytes, signature: bytes) -> None:
+        """Check a signature.
+
+        Raises:
+            InvalidSignatureError: It does not verify.
+        """
+
+
+NOTHING: Final[AbstractContextManager[None]] = nullcontext()
+
+
+class Telemetry:
+    """Hears of what happens and forgets it."""
+
+    def call_started(self, method: str, kind: str) -> None:
+        """Hear that a call has come in; `kind` is unary, client_stream, server_stream or bidi_stream."""
+
+    def message_received(self, method: str, kind: str) -> None:
+        """Hear that a message of a call has come in."""
+
+    def message_sent(self, method: str, kind: str) -> None:
+        """Hear that a message of a call has gone out."""
+
+    def call_handled(
+        self, method: str, kind: str, code: str, duration_s: float, reason: str
+    ) -> None:
+        """Hear that a call is answered; `reason` is the machine word of its error, empty where it is OK."""
+
+    def bytes_received(self, count: int) -> None:
+        """Hear of payload bytes of an accepted update."""
+
+    def bytes_sent(self, count: int) -> None:
+        """Hear of payload bytes of a version that were sent."""
+
+    def updates_folded(self, count: int, size_bytes: int, duration_s: float) -> None:
+        """Hear that a batch of updates went into a version under way."""
+
+    def round_published(
+        self, aggregated_count: int, rejected_count: int, collected_s: float, published_s: float
+    ) -> None:
+        """Hear that a round made a version: how long it took updates, and how long the version took."""
+
+    def span(
+        self, name: str, *, links: Sequence[str] = (), **attributes: Any
+    ) -> AbstractContextManager[None]:
+        """Return a block that is one step of the way of an update.
+
+        Args:
+            name: Name of the step.
+            links: Ids of the updates that the step goes on with.
+            attributes: Facts about it; an `update_id` makes it known under that id.
+        """
+        del name, links, attributes
+        return NOTHING
+
+
+def utc_now() -> datetime:
+    """Return the time: the one place that reads the clock."""
+    return datetime.now(UTC)
+
+
+class UnknownKeyError(ValueError):
+    """No key of this id is held."""
+
+
 @dataclass(frozen=True)
 class Context:
-    """The parts that the composition root hands to every use case."""
+    """The dependencies of every use case, built once by the composition root."""
 
     config: ServerConfig
     database: Database
     store: PayloadStore
     signer: StatementSigner
     clock: Clock
+    signatures: SignatureVerifier = field(kw_only=True)
+    """Verifies signatures over updates."""
     wake: Callable[[], None]
     """Tells the aggregation worker that there may be something to do; only a hint."""
     telemetry: Telemetry = field(default_factory=Telemetry)
     """Hears of what happens."""
     state_key: bytes = field(default=b"", repr=False)
     """32 random bytes that replicas share and no database holds; keys of stored secrets are derived from it."""
-    signatures: CheckedSignatures = field(default_factory=CheckedSignatures)
-    """Verifies signatures over updates, and knows those that it has verified."""
     earlier_state_keys: Sequence[bytes] = field(default=(), repr=False)
     """State keys before it, the latest first: what was stored under them is still opened."""
     decapsulate: Decapsulate | None = field(default=None, repr=False)

@@ -13,10 +13,10 @@ from prometheus_client.registry import Collector
 from qflare_server.context import Context
 from qflare_server.coordinator.overview import DatabaseHealth, Overview
 from qflare_server.errors import QflareError
-from qflare_server.models import TrainingSession, TrainingSessionState
-from qflare_server.repository import devices, training, views
-from qflare_server.repository.paging import PageRequest
-from qflare_server.training_config import of_session
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository import devices, training_sessions, views
+from qflare_server.storage.tables import TrainingSession, TrainingSessionState
+from qflare_server.training.config import of_session
 
 MAX_SESSIONS: Final = 100
 SESSION_LABELS: Final = ("training_session_id", "name")
@@ -55,7 +55,7 @@ class DatabaseCollector(Collector):
             waiting = views.queues(session)
             size_bytes = views.database_bytes(session)
             by_device = devices.count_by_state(session)
-            by_session = training.count_sessions(session)
+            by_session = training_sessions.count_sessions(session)
         age_s = 0.0
         if waiting.oldest_closed_at is not None:
             age_s = max(0.0, (now - waiting.oldest_closed_at).total_seconds())
@@ -79,7 +79,7 @@ class DatabaseCollector(Collector):
         with self._context.database.read() as session:
             request = PageRequest(MAX_SESSIONS)
             running = TrainingSessionState.RUNNING.value
-            found = list(training.list_sessions(session, request, running).rows)
+            found = list(training_sessions.list_sessions(session, request, running).rows)
             session.expunge_all()
         yield _of_sessions(
             "qflare_training_session_round",

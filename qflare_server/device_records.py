@@ -23,7 +23,7 @@ from qflare.signing import Algorithm, InvalidKeyError, PublicKey
 from qflare_server.coordinator.devices import Profile
 from qflare_server.coordinator.known_devices import KnownDevice, PublicKeys
 from qflare_server.errors import InvalidRequestError
-from qflare_server.models import Device, DeviceState
+from qflare_server.storage.tables import Device, DeviceState
 
 STATES: Final = {state.value: state for state in DeviceState} | {
     "training": DeviceState.ACTIVE,

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from qflare_server.aggregation import Aggregator
+from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context
 from qflare_server.coordinator.delivery import Deliveries
@@ -21,7 +21,7 @@ from qflare_server.coordinator.known_devices import KnownDevices
 from qflare_server.coordinator.training import Training
 from qflare_server.keys import ensure_initialised
 from qflare_server.parts import Parts
-from qflare_server.repository.audit import Caller
+from qflare_server.storage.repository.audit import Caller
 
 CALLER: Final = Caller("system", "", "in-process")
 """Who the audit log names for what an embedding program does."""

@@ -16,9 +16,9 @@ import qflare
 from qflare_server.audit_tree import AuditSequencer
 from qflare_server.context import Context
 from qflare_server.errors import QflareError
-from qflare_server.payload_keys import rewrap
-from qflare_server.repository import devices, leases, tokens
-from qflare_server.retention import sweep
+from qflare_server.payloads.keys import rewrap
+from qflare_server.storage.repository import devices, leases, tokens
+from qflare_server.training.retention import sweep
 from qflare_server.use_cases import UseCases
 
 logger = logging.getLogger(__name__)

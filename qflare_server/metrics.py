@@ -20,9 +20,8 @@ from prometheus_client import (
 )
 from sqlalchemy import Engine, event
 
-from qflare_server.context import Context
+from qflare_server.context import Context, Telemetry
 from qflare_server.database_metrics import DatabaseCollector
-from qflare_server.telemetry import Telemetry
 
 CALL_LABELS: Final = ("grpc_type", "grpc_service", "grpc_method")
 CALL_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)

@@ -7,8 +7,8 @@ import os
 from typing import TYPE_CHECKING
 
 from qflare_server.config import ConfigError, ServerConfig
-from qflare_server.context import Context
-from qflare_server.telemetry import Several, Telemetry
+from qflare_server.context import Context, Telemetry
+from qflare_server.telemetry import Several
 
 if TYPE_CHECKING:
     from qflare_server.metrics import Metrics

@@ -5,26 +5,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from qflare_server.config import ServerConfig
-from qflare_server.context import Clock, Context
-from qflare_server.database import Database, make_engine, normalise_url
-from qflare_server.guarded_store import GuardedStore
+from qflare_server.context import Clock, Context, Telemetry, utc_now
 from qflare_server.keys.server import ServerKeys
-from qflare_server.repository.payload_stores import PayloadFile, PayloadStore, PayloadTable
-from qflare_server.schema import is_empty, require_current, upgrade
-from qflare_server.telemetry import Telemetry
+from qflare_server.keys.signature_cache import SignatureCache
+from qflare_server.storage.database import Database
+from qflare_server.storage.engine import make_engine, normalise_url
+from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.storage.schema import is_empty, require_current, upgrade
 from qflare_server.use_cases import UseCases, put_together
 
 WRITER_THREADS: Final = 8
-
-
-def utc_now() -> datetime:
-    """Return the time: the one place that reads the clock."""
-    return datetime.now(UTC)
 
 
 def open_database(config: ServerConfig) -> Database:
@@ -44,9 +38,9 @@ def open_database(config: ServerConfig) -> Database:
 def open_store(config: ServerConfig, database: Database) -> PayloadStore:
     """Open the payload store that belongs to a database."""
     if not database.is_sqlite:
-        return GuardedStore(PayloadTable(database.engine))
+        return PayloadTable(database.engine)
     path = Path(normalise_url(config.database_url).database or "").with_suffix(".payloads")
-    return GuardedStore(PayloadFile(path, timeout_s=config.database_timeout_s))
+    return PayloadFile(path, timeout_s=config.database_timeout_s)
 
 
 @dataclass(frozen=True)
@@ -88,6 +82,7 @@ class Parts:
             keys.state_key,
             earlier_state_keys=keys.earlier_state_keys,
             decapsulate=keys.decapsulate,
+            signatures=SignatureCache(),
         )
         use_cases = put_together(context, keys, executor)
         return cls(config, database, keys, context, use_cases, executor, wake)

@@ -26,8 +26,8 @@ from qflare_server.device_records import (
 )
 from qflare_server.embedding import CALLER, close, configure, current
 from qflare_server.errors import DeviceNotFoundError, InvalidRequestError
-from qflare_server.models import DeviceState
 from qflare_server.refusals import refused
+from qflare_server.storage.tables import DeviceState
 
 __all__ = [
     "check_device_health",

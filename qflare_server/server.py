@@ -18,20 +18,20 @@ from qflare.v1 import (
     coordinator_service_pb2,
     coordinator_service_pb2_grpc,
 )
-from qflare_server.aggregation import AggregationWorker, Aggregator
+from qflare_server.aggregation.aggregator import Aggregator
+from qflare_server.aggregation.worker import AggregationWorker
 from qflare_server.audit_tree import AuditSequencer
 from qflare_server.config import ConfigError, ServerConfig
-from qflare_server.context import Clock
+from qflare_server.context import Clock, Telemetry, utc_now
 from qflare_server.housekeeping import Housekeeping
 from qflare_server.observability import Observability
-from qflare_server.parts import Parts, utc_now
+from qflare_server.parts import Parts
 from qflare_server.possession import PossessionInterceptor
 from qflare_server.rpc import Boundary
 from qflare_server.servicers.admin import AdminServicer
 from qflare_server.servicers.coordinator import CoordinatorServicer
 from qflare_server.servicers.streams import Pump
 from qflare_server.stream_limits import Watchdog
-from qflare_server.telemetry import Telemetry
 from qflare_server.web import open_dashboard
 
 logger = logging.getLogger(__name__)

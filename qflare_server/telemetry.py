@@ -5,55 +5,10 @@ called on the path of calls and passes: they return fast and never raise.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Final
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
-NOTHING: Final[AbstractContextManager[None]] = nullcontext()
-
-
-class Telemetry:
-    """Hears of what happens and forgets it."""
-
-    def call_started(self, method: str, kind: str) -> None:
-        """Hear that a call has come in; `kind` is unary, client_stream, server_stream or bidi_stream."""
-
-    def message_received(self, method: str, kind: str) -> None:
-        """Hear that a message of a call has come in."""
-
-    def message_sent(self, method: str, kind: str) -> None:
-        """Hear that a message of a call has gone out."""
-
-    def call_handled(
-        self, method: str, kind: str, code: str, duration_s: float, reason: str
-    ) -> None:
-        """Hear that a call is answered; `reason` is the machine word of its error, empty where it is OK."""
-
-    def bytes_received(self, count: int) -> None:
-        """Hear of payload bytes of an accepted update."""
-
-    def bytes_sent(self, count: int) -> None:
-        """Hear of payload bytes of a version that were sent."""
-
-    def updates_folded(self, count: int, size_bytes: int, duration_s: float) -> None:
-        """Hear that a batch of updates went into a version under way."""
-
-    def round_published(
-        self, aggregated_count: int, rejected_count: int, collected_s: float, published_s: float
-    ) -> None:
-        """Hear that a round made a version: how long it took updates, and how long the version took."""
-
-    def span(
-        self, name: str, *, links: Sequence[str] = (), **attributes: Any
-    ) -> AbstractContextManager[None]:
-        """Return a block that is one step of the way of an update.
-
-        Args:
-            name: Name of the step.
-            links: Ids of the updates that the step goes on with.
-            attributes: Facts about it; an `update_id` makes it known under that id.
-        """
-        del name, links, attributes
-        return NOTHING
+from qflare_server.context import Telemetry
 
 
 class Several(Telemetry):

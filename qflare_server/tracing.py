@@ -19,7 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 import qflare
 from qflare_server.calls import current_call
-from qflare_server.telemetry import Telemetry
+from qflare_server.context import Telemetry
 
 REMEMBERED: Final = 10_000
 MAX_LINKS: Final = 128  # the SDK's own bound

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from sqlalchemy.engine import make_url
 
-from qflare_server import schema
 from qflare_server.config import ServerConfig
-from qflare_server.database import Database, make_engine
+from qflare_server.storage import schema
+from qflare_server.storage.database import Database
+from qflare_server.storage.engine import make_engine
 from tests.postgresql import PostgresServer, fresh_database, installed_prefix
 
 ROOT: Final = Path(__file__).parent.parent

@@ -25,11 +25,12 @@ from qflare_server.coordinator.enrollment import Enrolled, Enrollment
 from qflare_server.coordinator.login import Login
 from qflare_server.coordinator.presence import Presence
 from qflare_server.coordinator.tokens import Tokens
-from qflare_server.database import Database
 from qflare_server.keys import KeyFolder, ServerKeys
 from qflare_server.keys.files import Cost
-from qflare_server.models import AuditLog
-from qflare_server.repository.audit import Caller
+from qflare_server.keys.signature_cache import SignatureCache
+from qflare_server.storage.database import Database
+from qflare_server.storage.repository.audit import Caller
+from qflare_server.storage.tables import AuditLog
 
 CHEAP = Cost(iterations=1, memory_kib=32, lanes=1)
 CALLER = Caller("anonymous", "192.0.2.7", "none")
@@ -51,7 +52,15 @@ class Coordinator:
     @classmethod
     def open(cls, config: ServerConfig, database: Database, clock: Clock) -> "Coordinator":
         keys = ServerKeys.load(config, database, clock)
-        context = Context(config, database, cast("Any", None), keys, clock, lambda: None)
+        context = Context(
+            config,
+            database,
+            cast("Any", None),
+            keys,
+            clock,
+            lambda: None,
+            signatures=SignatureCache(),
+        )
         return cls(
             context,
             keys,

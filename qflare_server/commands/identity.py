@@ -10,6 +10,7 @@ from qflare.signing import algorithm_named
 from qflare_server.access import Role
 from qflare_server.commands import offline_root
 from qflare_server.config import ONLINE_ALGORITHMS, ROOT_ALGORITHMS, ServerConfig
+from qflare_server.context import utc_now
 from qflare_server.keys.files import KeyStoreError, write_secret
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.publication import of_bundle, read_published
@@ -17,8 +18,8 @@ from qflare_server.keys.root_files import given
 from qflare_server.keys.rotation import as_before, replace_stolen, rotate_online, rotate_root
 from qflare_server.keys.setup import SetupOptions, bootstrap_bundle, write_bootstrap
 from qflare_server.keys.setup import ensure_initialised as ensure_keys
-from qflare_server.parts import Parts, open_database, opened, utc_now
-from qflare_server.repository.audit import Caller
+from qflare_server.parts import Parts, open_database, opened
+from qflare_server.storage.repository.audit import Caller
 
 ADMIN_FILE: Final = "admin.token"
 FIRST_ADMIN: Final = "first"

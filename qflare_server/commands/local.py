@@ -18,12 +18,12 @@ from qflare_server.access import Role
 from qflare_server.commands import verify
 from qflare_server.config import ServerConfig
 from qflare_server.coordinator.tokens import Issued
-from qflare_server.folding import manifest_of
 from qflare_server.keys.setup import bootstrap_bundle, write_bootstrap
 from qflare_server.parts import Parts, opened
-from qflare_server.repository.audit import Caller
-from qflare_server.repository.paging import PageRequest
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.audit import Caller
 from qflare_server.terminal import progress, table
+from qflare_server.training.versions import manifest_of
 
 
 def caller() -> Caller:

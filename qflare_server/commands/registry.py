@@ -14,7 +14,7 @@ from qflare_server.coordinator.known_devices import KnownDevice, KnownDevices
 from qflare_server.device_records import read_record
 from qflare_server.errors import AlreadyExistsError, ConflictError, QflareError
 from qflare_server.parts import opened
-from qflare_server.repository.audit import Caller
+from qflare_server.storage.repository.audit import Caller
 
 logger = logging.getLogger(__name__)
 

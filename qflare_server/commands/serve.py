@@ -21,9 +21,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from qflare_server.commands.certificates import server_name
 from qflare_server.commands.identity import ensure_initialised
 from qflare_server.config import ServerConfig
-from qflare_server.database import make_engine
-from qflare_server.schema import current_revision, upgrade
 from qflare_server.server import Coordinator
+from qflare_server.storage.engine import make_engine
+from qflare_server.storage.schema import current_revision, upgrade
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from sqlalchemy.orm import Session
 from qflare_server.context import Context
 from qflare_server.coordinator.gathering import Gathering
 from qflare_server.coordinator.submissions import Submission
-from qflare_server.coordinator.tasks import whole_epochs
 from qflare_server.errors import (
     DeviceRevokedError,
     DeviceSuspendedError,
@@ -31,14 +30,22 @@ from qflare_server.errors import (
     TooManyRequestsError,
     TrainingSessionNotFoundError,
 )
-from qflare_server.models import DeviceState, RoundState, TrainingSessionState, UpdateState
-from qflare_server.payload_transfer import Received, insert_received
-from qflare_server.repository import audit, devices, models, round_places, training, updates
-from qflare_server.repository.audit import Caller, Event
-from qflare_server.repository.prepared import together
-from qflare_server.repository.round_places import RoundPlaces
-from qflare_server.repository.updates import Accepted
-from qflare_server.session_strategy import is_asynchronous
+from qflare_server.storage.payload_records import Received, insert_received
+from qflare_server.storage.prepared import together
+from qflare_server.storage.repository import (
+    audit,
+    devices,
+    global_models,
+    round_capacity,
+    training_sessions,
+    updates,
+)
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.repository.round_capacity import RoundPlaces
+from qflare_server.storage.repository.updates import Accepted
+from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState, UpdateState
+from qflare_server.training.reported_metrics import whole_epochs
+from qflare_server.training.strategy import is_asynchronous
 
 BATCH_LIMIT: Final = 128
 GATHER_S: Final = 0.01
@@ -114,7 +121,7 @@ class Acceptance:
         """
         statement, facts = submission.statement, submission.facts
         number = None if is_asynchronous(facts.config) else statement.round_number
-        places = round_places.look_at_places(session, facts.training_session_id, number)
+        places = round_capacity.look_at_places(session, facts.training_session_id, number)
         if places is None:
             raise TrainingSessionNotFoundError
         states = devices.states_of(session, [statement.device_id])
@@ -176,7 +183,7 @@ class Acceptance:
     ) -> bool:
         facts = entries[0].submission.facts
         carries = is_asynchronous(facts.config)
-        places = round_places.lock_places(
+        places = round_capacity.lock_places(
             session, facts.training_session_id, None if carries else number
         )
         if places is None:
@@ -189,7 +196,9 @@ class Acceptance:
             return False
         with together(session):
             _insert(session, places, taken, at)
-            return round_places.fill_places(session, places, ruling.count, ruling.example_count, at)
+            return round_capacity.fill_places(
+                session, places, ruling.count, ruling.example_count, at
+            )
 
 
 class _Ruling:
@@ -211,7 +220,7 @@ class _Ruling:
         facts = entries[0].submission.facts
         self._max_staleness = facts.config.rounds.max_staleness
         self._is_undone = facts.base_version < places.base_version and (
-            models.find_rollback(
+            global_models.find_rollback(
                 session, facts.training_session_id, facts.base_version, places.base_version
             )
             is not None
@@ -227,7 +236,9 @@ class _Ruling:
             and facts.number <= item.round_number <= places.number
         }
         self._selected = (
-            training.selected_among(session, facts.training_session_id, facts.number, device_ids)
+            training_sessions.selected_among(
+                session, facts.training_session_id, facts.number, device_ids
+            )
             if facts.selected_count
             else None
         )

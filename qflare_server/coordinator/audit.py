@@ -12,10 +12,10 @@ from qflare.v1 import security_pb2
 from qflare_server.audit_tree import AuditSequencer, SignedHead, entry_of, head_of
 from qflare_server.context import Context
 from qflare_server.errors import AuditEntryNotFoundError, InvalidRequestError
-from qflare_server.models import AuditLog
-from qflare_server.repository import audit, audit_tree
-from qflare_server.repository.audit import AuditFilter
-from qflare_server.repository.paging import Page, PageRequest
+from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.repository import audit, audit_tree
+from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.tables import AuditLog
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import Final
 
 from qflare_server.context import Context
 from qflare_server.errors import InvalidRequestError
-from qflare_server.models import AuditLog
-from qflare_server.repository import views
-from qflare_server.repository.audit import AuditFilter
+from qflare_server.storage.repository import views
+from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.tables import AuditLog
 
 BATCH: Final = 500
 

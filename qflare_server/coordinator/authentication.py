@@ -17,10 +17,10 @@ from qflare_server.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from qflare_server.models import DeviceState, TokenKind
-from qflare_server.repository import devices, tokens
-from qflare_server.repository.audit import Caller
-from qflare_server.repository.tokens import Credential
+from qflare_server.storage.repository import devices, tokens
+from qflare_server.storage.repository.audit import Caller
+from qflare_server.storage.repository.tokens import Credential
+from qflare_server.storage.tables import DeviceState, TokenKind
 
 SECRET_BYTES = 32
 MAX_TOKEN_CHARACTERS = 200

@@ -31,8 +31,8 @@ from qflare_server.errors import (
     UnauthenticatedError,
 )
 from qflare_server.rates import CallRates
-from qflare_server.repository import audit
-from qflare_server.repository.audit import Caller, Event
+from qflare_server.storage.repository import audit
+from qflare_server.storage.repository.audit import Caller, Event
 
 ADMIN_SERVICE: Final = "/qflare.v1.AdminService/"
 LOGIN_METHOD: Final = ADMIN_SERVICE + "GetCoordinatorStatus"

@@ -25,13 +25,19 @@ from qflare_server.errors import (
     TrainingSessionNotFoundError,
     UpdateNotFoundError,
 )
-from qflare_server.models import GlobalModel, RiskLevel, UpdateState
-from qflare_server.payload_keys import wrap_key
-from qflare_server.payload_transfer import StoredPayload, describe, read_range
-from qflare_server.repository import audit, devices, models, training, updates
-from qflare_server.repository.audit import Caller, Event
-from qflare_server.repository.payload_stores import READ_CHUNKS
-from qflare_server.sealed_transfer import Contents, recut
+from qflare_server.payloads.keys import wrap_key
+from qflare_server.payloads.reader import Contents, read_range, recut
+from qflare_server.storage.payload_records import StoredPayload, describe
+from qflare_server.storage.payload_store import READ_CHUNKS
+from qflare_server.storage.repository import (
+    audit,
+    devices,
+    global_models,
+    training_sessions,
+    updates,
+)
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.tables import GlobalModel, RiskLevel, UpdateState
 
 MAX_LINKS = 1000
 CACHE_BYTES = 96 * 2**20
@@ -128,7 +134,7 @@ class Deliveries:
         """
         form = encoding or Encoding.FULL_PRECISION
         with self._context.database.read() as session:
-            found = models.find_served(
+            found = global_models.find_served(
                 session,
                 training_session_id,
                 version,
@@ -143,7 +149,7 @@ class Deliveries:
             _require_encoding(model, form)
             links: Sequence[tuple[bytes, bytes]] = ()
             if known_version is not None and known_version < model.version - 1:
-                links = models.statements(
+                links = global_models.statements(
                     session,
                     model.training_session_id,
                     known_version + 1,
@@ -261,11 +267,11 @@ class Deliveries:
     ) -> Sequence[tuple[bytes, bytes]]:
         """Return statements and signatures of consecutive versions, at most 1,000."""
         with self._context.database.read() as session:
-            owner = training.get_session(session, training_session_id)
+            owner = training_sessions.get_session(session, training_session_id)
             if owner is None:
                 raise TrainingSessionNotFoundError
             end = owner.current_version if last is None else last
-            return models.statements(session, owner.id, max(first, 0), end, MAX_LINKS)
+            return global_models.statements(session, owner.id, max(first, 0), end, MAX_LINKS)
 
     def contribution_proof(self, update_id: str) -> ContributionProof:
         """Return the proof that an update is in its version.
@@ -288,7 +294,7 @@ class Deliveries:
     def _prove(
         self, session: Session, training_session_id: str, version: int, digest: str
     ) -> ContributionProof:
-        model = models.get_model(session, training_session_id, version)
+        model = global_models.get_model(session, training_session_id, version)
         assert model is not None
         digests = sorted(updates.contributors(session, training_session_id, version))
         leaves = [merkle.leaf_hash(bytes.fromhex(text)) for text in digests]

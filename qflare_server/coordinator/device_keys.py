@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from qflare.sealing import KemPublicKey
 from qflare.signing import PublicKey
-from qflare_server.repository import devices
+from qflare_server.storage.repository import devices
 
 
 class PublicKeys(Protocol):

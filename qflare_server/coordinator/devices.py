@@ -15,11 +15,11 @@ from qflare_server.errors import (
     InvalidRequestError,
     WrongStateError,
 )
-from qflare_server.models import Device, DeviceState, RiskLevel
-from qflare_server.repository import audit, devices, tokens
-from qflare_server.repository.audit import Caller, Event
-from qflare_server.repository.devices import DeviceFilter
-from qflare_server.repository.paging import Page, PageRequest
+from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.repository import audit, devices, tokens
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.repository.devices import DeviceFilter
+from qflare_server.storage.tables import Device, DeviceState, RiskLevel
 
 MAX_PROFILE_ENTRIES = 64
 MAX_PROFILE_TEXT = 256

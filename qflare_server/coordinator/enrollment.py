@@ -35,9 +35,9 @@ from qflare_server.errors import (
     InvalidRequestError,
 )
 from qflare_server.keys import ServerKeys
-from qflare_server.models import Device, DeviceState, RiskLevel, TokenKind, UserToken
-from qflare_server.repository import audit, devices, tokens
-from qflare_server.repository.audit import Caller, Event
+from qflare_server.storage.repository import audit, devices, tokens
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.tables import Device, DeviceState, RiskLevel, TokenKind, UserToken
 
 LOST_KEYS = "lost"
 

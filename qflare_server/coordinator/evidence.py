@@ -20,8 +20,8 @@ from qflare_server.audit_tree import AuditSequencer, SignedHead, entry_of
 from qflare_server.context import Context
 from qflare_server.coordinator.audit import EntryProof
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
-from qflare_server.models import DeviceKey, GlobalModel
-from qflare_server.repository import audit_tree, evidence, models, training
+from qflare_server.storage.repository import audit_tree, evidence, global_models, training_sessions
+from qflare_server.storage.tables import DeviceKey, GlobalModel
 
 PART: Final = 100  # statements or updates of one part: at most 1 MiB with their signatures
 Bundle = verification_pb2.VerificationBundle
@@ -53,11 +53,11 @@ class Evidence:
 
     def _model(self, training_session_id: str, version: int | None) -> GlobalModel:
         with self._context.database.read() as session:
-            owner = training.get_session(session, training_session_id)
+            owner = training_sessions.get_session(session, training_session_id)
             if owner is None:
                 raise TrainingSessionNotFoundError
             wanted = owner.current_version if version is None else version
-            model = models.get_model(session, owner.id, wanted)
+            model = global_models.get_model(session, owner.id, wanted)
             if model is None:
                 raise GlobalModelNotFoundError(f"no version {wanted}")
             session.expunge_all()
@@ -87,7 +87,9 @@ class Evidence:
         for first in range(0, model.version + 1, PART):
             last = min(first + PART - 1, model.version)
             with self._context.database.read() as session:
-                rows = models.statements(session, model.training_session_id, first, last, PART)
+                rows = global_models.statements(
+                    session, model.training_session_id, first, last, PART
+                )
             yield Bundle(statements=[_stored(payload, signed) for payload, signed in rows])
 
     def _updates(self, model: GlobalModel, head: SignedHead) -> Iterator[Bundle]:

@@ -23,7 +23,6 @@ from qflare_server.coordinator.in_process_session import (
     require_layout,
 )
 from qflare_server.coordinator.progress import Progress
-from qflare_server.coordinator.tasks import MAX_EXAMPLES, check_metrics, whole_epochs
 from qflare_server.coordinator.training import Training
 from qflare_server.errors import (
     DeviceNotFoundError,
@@ -34,8 +33,20 @@ from qflare_server.errors import (
     InvalidUpdateError,
     RoundNotOpenError,
 )
-from qflare_server.expected_payloads import Expected
-from qflare_server.models import (
+from qflare_server.payloads.expected import Expected
+from qflare_server.payloads.receiver import Receiver
+from qflare_server.storage.payload_records import Received
+from qflare_server.storage.repository import (
+    audit,
+    devices,
+    global_models,
+    payloads,
+    round_capacity,
+    training_sessions,
+    updates,
+)
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.tables import (
     DeviceState,
     ModelUpdate,
     Round,
@@ -44,18 +55,8 @@ from qflare_server.models import (
     TrainingSessionState,
     UpdateState,
 )
-from qflare_server.payload_transfer import Received, Receiver
-from qflare_server.repository import (
-    audit,
-    devices,
-    models,
-    payloads,
-    round_places,
-    training,
-    updates,
-)
-from qflare_server.repository.audit import Caller, Event
-from qflare_server.rounds import open_round
+from qflare_server.training.reported_metrics import MAX_EXAMPLES, check_metrics, whole_epochs
+from qflare_server.training.rounds import open_round
 
 TENSOR: Final = "weights"
 FLOAT_BYTES: Final = 4
@@ -116,7 +117,7 @@ class InProcess:
             identity, owner = find_in_use(session)
             if owner is not None:
                 require_layout(session, identity, manifest)
-                current = training.get_round(session, identity, owner.current_round)
+                current = training_sessions.get_round(session, identity, owner.current_round)
                 _require_open(owner, current, self._context.clock())
                 assert current is not None
                 _require_first(session, current, contribution.device_id)
@@ -158,10 +159,10 @@ class InProcess:
 
         def work(session: Session) -> int | None:
             identity, _ = find_in_use(session)
-            owner = training.lock_session(session, identity)
+            owner = training_sessions.lock_session(session, identity)
             if owner is None:
                 return None
-            current = training.lock_round(session, identity, owner.current_round)
+            current = training_sessions.lock_round(session, identity, owner.current_round)
             if current is None or current.state == RoundState.CLOSED.value:
                 return None if current is None else current.number
             running = owner.state == TrainingSessionState.RUNNING.value
@@ -170,7 +171,7 @@ class InProcess:
             if current.accepted_count < max(1, min_count):
                 return None
             values = {"state": RoundState.CLOSED.value, "closed_at": self._context.clock()}
-            training.update_round(session, identity, current.number, values)
+            training_sessions.update_round(session, identity, current.number, values)
             return current.number
 
         return self._context.database.write(work)
@@ -179,7 +180,7 @@ class InProcess:
         """Return a round of the training session in use."""
         with self._context.database.read() as session:
             identity, _ = find_in_use(session)
-            found = training.get_round(session, identity, number)
+            found = training_sessions.get_round(session, identity, number)
             session.expunge_all()
             return found
 
@@ -193,10 +194,10 @@ class InProcess:
         def work(session: Session) -> int:
             at = self._context.clock()
             identity, _ = find_in_use(session)
-            owner = training.lock_session(session, identity)
+            owner = training_sessions.lock_session(session, identity)
             if owner is None:
                 return 0
-            current = training.lock_round(session, identity, owner.current_round)
+            current = training_sessions.lock_round(session, identity, owner.current_round)
             if current is None or not current.accepted_count:
                 return 0
             _require_open(owner, current, at)
@@ -207,7 +208,7 @@ class InProcess:
                 "closed_at": at,
                 "rejected_count": current.accepted_count,
             }
-            training.update_round(session, identity, current.number, values)
+            training_sessions.update_round(session, identity, current.number, values)
             updates.reject_round(session, identity, current.number, reason, at)
             details = {"round": current.number, "rejected": current.accepted_count}
             event = Event("round.discarded", f"training_session:{identity}", details=details)
@@ -258,18 +259,18 @@ class InProcess:
         at: datetime,
     ) -> int:
         """Take a place in the open round and write everything, in the caller's transaction."""
-        owner = training.get_session(session, identity)
+        owner = training_sessions.get_session(session, identity)
         assert owner is not None
-        current = training.lock_round(session, identity, owner.current_round)
+        current = training_sessions.lock_round(session, identity, owner.current_round)
         _require_open(owner, current, at)
         assert current is not None
         _require_first(session, current, contribution.device_id)
-        places = round_places.lock_places(session, identity, current.number)
+        places = round_capacity.lock_places(session, identity, current.number)
         state = devices.states_of(session, [contribution.device_id]).get(contribution.device_id)
         if places is None or state != DeviceState.ACTIVE.value:
             raise RoundNotOpenError("the round or the device changed meanwhile")
         sequence = places.accepted_count + 1
-        round_places.fill_places(session, places, sequence, contribution.example_count, at)
+        round_capacity.fill_places(session, places, sequence, contribution.example_count, at)
         row = self._row(session, current, contribution, received, at)
         received.insert(session, at)
         updates.insert_updates(session, [{**row, "acceptance_sequence": sequence}])
@@ -293,7 +294,7 @@ class InProcess:
         received: Received,
         at: datetime,
     ) -> dict[str, Any]:
-        base = models.get_model(session, current.training_session_id, current.base_version)
+        base = global_models.get_model(session, current.training_session_id, current.base_version)
         assert base is not None
         metrics = dict(contribution.metrics)
         statement = security_pb2.UpdateStatement(

@@ -19,14 +19,14 @@ from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.coordinator.training import ENDED
 from qflare_server.errors import ConflictError, InvalidUpdateError
-from qflare_server.models import TrainingSession, TrainingSessionState
-from qflare_server.payload_transfer import Received
-from qflare_server.payload_writing import PayloadWriter
-from qflare_server.repository import audit, models, training
-from qflare_server.repository.audit import Caller, Event
-from qflare_server.rounds import IN_PROCESS_PREFIX, open_round
-from qflare_server.training_config import MAX_DEADLINE_S, complete, to_json
-from qflare_server.versions import Draft, publish
+from qflare_server.payloads.writer import PayloadWriter
+from qflare_server.storage.payload_records import Received
+from qflare_server.storage.repository import audit, global_models, training_sessions
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.tables import TrainingSession, TrainingSessionState
+from qflare_server.training.config import MAX_DEADLINE_S, complete, to_json
+from qflare_server.training.rounds import IN_PROCESS_PREFIX, open_round
+from qflare_server.training.versions import Draft, publish
 
 NAME: Final = "in-process"
 NEVER: Final = 10_000_000  # a quorum that no round reaches by itself
@@ -38,7 +38,7 @@ def find_in_use(session: Session) -> tuple[str, TrainingSession | None]:
     """Return the first id whose training session has not ended, and that session if it has begun."""
     for generation in count(1):
         identity = f"{IN_PROCESS_PREFIX}{generation}"
-        owner = training.get_session(session, identity)
+        owner = training_sessions.get_session(session, identity)
         if owner is None or owner.state not in ENDED:
             return identity, owner
     raise AssertionError("unreachable")
@@ -50,7 +50,7 @@ def require_layout(session: Session, identity: str, manifest: Manifest) -> None:
     Raises:
         InvalidUpdateError: With got and wanted.
     """
-    base = models.get_model(session, identity, 0)
+    base = global_models.get_model(session, identity, 0)
     assert base is not None
     if base.layout_digest != manifest.layout_digest:
         raise InvalidUpdateError(
@@ -106,10 +106,10 @@ def _insert(
     at: datetime,
 ) -> None:
     """Insert a training session with its initial model and its first round, all at once."""
-    if training.get_session(session, identity) is not None:
+    if training_sessions.get_session(session, identity) is not None:
         return
-    training.insert_session(session, _session_row(identity, at))
-    owner = training.lock_session(session, identity)
+    training_sessions.insert_session(session, _session_row(identity, at))
+    owner = training_sessions.lock_session(session, identity)
     assert owner is not None
     publish(context, session, owner, Draft(0, -1, 0, zeros, manifest, at))
     open_round(context, session, owner, 0, at)

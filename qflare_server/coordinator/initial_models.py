@@ -11,13 +11,13 @@ from qflare.v1 import admin_service_pb2, tensor_pb2
 from qflare_server.context import Context
 from qflare_server.coordinator.training import Training
 from qflare_server.errors import InvalidManifestError
-from qflare_server.expected_payloads import Expected
-from qflare_server.models import GlobalModel
-from qflare_server.payload_writing import VersionWriter, download_encoding, received_chunks
-from qflare_server.repository import payloads
-from qflare_server.repository.audit import Caller
-from qflare_server.sealed_transfer import receiver_of, seal_context
-from qflare_server.training_config import of_session
+from qflare_server.payloads.expected import Expected
+from qflare_server.payloads.sealed_receiver import receiver_of, seal_context
+from qflare_server.payloads.writer import VersionWriter, received_chunks
+from qflare_server.storage.repository import payloads
+from qflare_server.storage.repository.audit import Caller
+from qflare_server.storage.tables import GlobalModel
+from qflare_server.training.config import download_encoding, of_session
 
 
 class InitialModels:

@@ -32,9 +32,9 @@ from qflare_server.errors import (
     WrongStateError,
 )
 from qflare_server.keys import ServerKeys
-from qflare_server.models import Device, RiskLevel
-from qflare_server.repository import audit, devices, tokens
-from qflare_server.repository.audit import Caller, Event
+from qflare_server.storage.repository import audit, devices, tokens
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.tables import Device, RiskLevel
 
 ROTATED: Final = "rotated"
 

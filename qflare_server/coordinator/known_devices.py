@@ -17,9 +17,9 @@ from qflare_server.errors import (
     DeviceRevokedError,
     InvalidRequestError,
 )
-from qflare_server.models import Device, DeviceState, RiskLevel
-from qflare_server.repository import audit, devices
-from qflare_server.repository.audit import Caller, Event
+from qflare_server.storage.repository import audit, devices
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.tables import Device, DeviceState, RiskLevel
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,10 @@ from qflare_server.errors import (
     UnauthenticatedError,
 )
 from qflare_server.keys import ServerKeys
-from qflare_server.models import DeviceState, RiskLevel, TokenKind, UserToken
-from qflare_server.repository import audit, devices, tokens
-from qflare_server.repository.audit import Caller, Event
-from qflare_server.repository.devices import LoginKey
+from qflare_server.storage.repository import audit, devices, tokens
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.repository.devices import LoginKey
+from qflare_server.storage.tables import DeviceState, RiskLevel, TokenKind, UserToken
 
 ACCESS_PREFIX: Final = "qfx1"
 REFRESH_PREFIX: Final = "qfr1"

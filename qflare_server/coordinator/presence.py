@@ -9,8 +9,8 @@ from functools import partial
 from itertools import islice
 
 from qflare_server.config import ServerConfig
-from qflare_server.database import Database
-from qflare_server.repository import devices
+from qflare_server.storage.database import Database
+from qflare_server.storage.repository import devices
 
 WINDOW_S = 30.0
 BATCH = 128  # devices of one transaction, so that no call waits long for the writer

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qflare_server.models import GlobalModel, Round, RoundState, TrainingSession
+from qflare_server.storage.tables import GlobalModel, Round, RoundState, TrainingSession
 
 
 @dataclass(frozen=True)

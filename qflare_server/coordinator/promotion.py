@@ -20,17 +20,21 @@ from qflare_server.errors import (
     TrainingSessionNotFoundError,
     WrongStateError,
 )
-from qflare_server.folding import manifest_of
-from qflare_server.models import GlobalModel, RiskLevel, Round, TrainingSession
-from qflare_server.models import TrainingSessionState as SessionState
-from qflare_server.payload_transfer import Received, describe
-from qflare_server.payload_writing import Download
-from qflare_server.repository import audit, models, payloads, training, views
-from qflare_server.repository.audit import Caller, Event
-from qflare_server.repository.paging import Page, PageRequest
-from qflare_server.repository.views import VersionMetrics
-from qflare_server.rounds import cancel_round, open_round
-from qflare_server.versions import Draft, publish
+from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.payload_records import Download, Received, describe
+from qflare_server.storage.repository import (
+    audit,
+    global_models,
+    payloads,
+    training_sessions,
+    views,
+)
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.repository.views import VersionMetrics
+from qflare_server.storage.tables import GlobalModel, RiskLevel, Round, TrainingSession
+from qflare_server.storage.tables import TrainingSessionState as SessionState
+from qflare_server.training.rounds import cancel_round, open_round
+from qflare_server.training.versions import Draft, manifest_of, publish
 
 MAX_REASON: Final = 500
 GOES_ON: Final = frozenset({SessionState.RUNNING.value, SessionState.PAUSED.value})
@@ -65,7 +69,7 @@ class Promotion:
             GlobalModelNotFoundError: There is no such version.
         """
         with self._context.database.read() as session:
-            owner = _found(training.get_session(session, training_session_id))
+            owner = _found(training_sessions.get_session(session, training_session_id))
             wanted = owner.current_version if version is None else version
             model = _model(session, owner.id, wanted)
             session.expunge_all()
@@ -78,7 +82,7 @@ class Promotion:
             TrainingSessionNotFoundError: There is no such training session.
         """
         with self._context.database.read() as session:
-            _found(training.get_session(session, training_session_id))
+            _found(training_sessions.get_session(session, training_session_id))
             return views.list_metrics(session, training_session_id, request)
 
     def recent_metrics(self, training_session_id: str, count: int) -> Sequence[VersionMetrics]:
@@ -88,7 +92,7 @@ class Promotion:
             TrainingSessionNotFoundError: There is no such training session.
         """
         with self._context.database.read() as session:
-            _found(training.get_session(session, training_session_id))
+            _found(training_sessions.get_session(session, training_session_id))
             return views.recent_metrics(session, training_session_id, count)
 
     def release(
@@ -103,10 +107,10 @@ class Promotion:
         _check_reason(reason)
 
         def work(session: Session) -> GlobalModel:
-            owner = _found(training.lock_session(session, training_session_id))
+            owner = _found(training_sessions.lock_session(session, training_session_id))
             model = _model(session, owner.id, version)
             if not model.released:
-                models.release(session, owner, version)
+                global_models.release(session, owner, version)
                 details = {"version": version, "reason": reason}
                 subject = f"training_session:{owner.id}"
                 event = Event("version.released", subject, RiskLevel.MEDIUM, details)
@@ -132,7 +136,7 @@ class Promotion:
 
         def work(session: Session) -> Rollback:
             at = self._context.clock()
-            owner = _found(training.lock_session(session, training_session_id))
+            owner = _found(training_sessions.lock_session(session, training_session_id))
             if owner.state == SessionState.CREATED.value:
                 raise WrongStateError("the training session has not been started")
             if version == owner.current_version:
@@ -151,7 +155,9 @@ class Promotion:
             audit.record(session, caller, event, at)
             session.expire_all()
             opened = (
-                None if number is None else training.get_round(session, training_session_id, number)
+                None
+                if number is None
+                else training_sessions.get_round(session, training_session_id, number)
             )
             return Rollback(_model(session, training_session_id, draft.version), opened)
 
@@ -203,7 +209,7 @@ def _found(owner: TrainingSession | None) -> TrainingSession:
 
 
 def _model(session: Session, training_session_id: str, version: int) -> GlobalModel:
-    model = models.get_model(session, training_session_id, version)
+    model = global_models.get_model(session, training_session_id, version)
     if model is None:
         raise GlobalModelNotFoundError(f"no version {version}")
     return model

@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 
 from qflare_server.context import Context
 from qflare_server.errors import QflareError
-from qflare_server.models import RiskLevel
-from qflare_server.repository import audit
-from qflare_server.repository.audit import Caller, Event
+from qflare_server.storage.repository import audit
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.tables import RiskLevel
 
 logger = logging.getLogger(__name__)
 

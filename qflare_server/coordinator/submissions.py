@@ -23,7 +23,6 @@ from qflare.tensors import Manifest, ManifestLimits
 from qflare.v1 import coordinator_service_pb2, security_pb2, tensor_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.coordinator.algorithms import AcceptedAlgorithms
-from qflare_server.coordinator.tasks import check_example_count, check_metrics
 from qflare_server.errors import (
     GlobalModelNotFoundError,
     InvalidManifestError,
@@ -35,9 +34,10 @@ from qflare_server.errors import (
     StaleBaseVersionError,
     TrainingSessionNotFoundError,
 )
-from qflare_server.expected_payloads import Expected, SealedArrival
-from qflare_server.repository import models, training
-from qflare_server.training_config import of_session
+from qflare_server.payloads.expected import Expected, SealedArrival
+from qflare_server.storage.repository import global_models, training_sessions
+from qflare_server.training.config import of_session
+from qflare_server.training.reported_metrics import check_example_count, check_metrics
 
 MAX_STATEMENT_BYTES = 65_536
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -184,13 +184,13 @@ class HeaderCheck:
 
     def _read_facts(self, training_session_id: str, number: int) -> RoundFacts:
         with self._context.database.read() as session:
-            owner = training.get_session(session, training_session_id)
+            owner = training_sessions.get_session(session, training_session_id)
             if owner is None:
                 raise TrainingSessionNotFoundError
-            current = training.get_round(session, training_session_id, number)
+            current = training_sessions.get_round(session, training_session_id, number)
             if current is None:
                 raise RoundNotOpenError(f"round {number} has not been opened")
-            base = models.get_model(session, training_session_id, current.base_version)
+            base = global_models.get_model(session, training_session_id, current.base_version)
             if base is None:
                 raise GlobalModelNotFoundError
             manifest = Manifest.from_proto(tensor_pb2.Manifest.FromString(base.manifest))

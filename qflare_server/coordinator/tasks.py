@@ -1,7 +1,5 @@
 """What a device is asked to do next, and what it reports of an evaluation."""
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
@@ -11,23 +9,23 @@ from qflare_server.context import Context
 from qflare_server.coordinator.presence import Presence
 from qflare_server.errors import (
     GlobalModelNotFoundError,
-    InvalidRequestError,
     NotSelectedError,
     TrainingSessionNotFoundError,
 )
-from qflare_server.evaluation import (
+from qflare_server.storage.epochs import Epochs
+from qflare_server.storage.repository import audit, devices, global_models, training_sessions
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.repository.training_sessions import OpenRound
+from qflare_server.storage.tables import Device, DeviceState, TrainingSession, TrainingSessionState
+from qflare_server.training.config import of_session
+from qflare_server.training.evaluation import (
     Measurement,
     find_last_measurement,
     find_measurement,
     is_worth_summarising,
     summarise,
 )
-from qflare_server.models import Device, DeviceState, TrainingSession, TrainingSessionState
-from qflare_server.repository import audit, devices, models, training
-from qflare_server.repository.audit import Caller, Event
-from qflare_server.repository.epochs import Epochs
-from qflare_server.repository.training import OpenRound
-from qflare_server.training_config import of_session
+from qflare_server.training.reported_metrics import check_example_count, check_metrics
 
 OVER = frozenset(
     {
@@ -36,13 +34,9 @@ OVER = frozenset(
         TrainingSessionState.FAILED.value,
     }
 )
-MAX_METRICS = 64
 MAX_REMEMBERED = 200_000
 MAX_REMEMBERED_VERSIONS = 1000
-MAX_METRIC_NAME = 100
 MAX_GROUP = 100
-MAX_EPOCHS = 2**31 - 1
-MAX_EXAMPLES = 2**40
 
 
 @dataclass(frozen=True)
@@ -89,11 +83,11 @@ class Tasks:
             return NextTask(delay, done=idle[1])
         at = self._context.clock()
         with self._context.database.read() as session:
-            found = training.find_open_round(session, device_id, training_session_id, at)
+            found = training_sessions.find_open_round(session, device_id, training_session_id, at)
             if found is not None:
                 return self._task(session, found, delay, "" if trains_only else device_id)
             done = _is_over(session, training_session_id)
-            owner = training.get_session(session, training_session_id) if done else None
+            owner = training_sessions.get_session(session, training_session_id) if done else None
             if owner is not None and not trains_only:
                 last = find_last_measurement(session, owner, device_id, at)
                 if last is not None:
@@ -114,7 +108,7 @@ class Tasks:
             self._facts[key] = facts
         digest, config = facts
         if evaluator and config.evaluation.every_rounds:
-            owner = training.get_session(session, found.training_session_id)
+            owner = training_sessions.get_session(session, found.training_session_id)
             assert owner is not None
             first = find_measurement(session, owner, found.base_version, evaluator)
             if first is not None:
@@ -142,13 +136,16 @@ class Tasks:
 
         def work(session: Session) -> None:
             at = self._context.clock()
-            owner = training.lock_session(session, training_session_id)
-            if owner is None or models.get_model(session, training_session_id, version) is None:
+            owner = training_sessions.lock_session(session, training_session_id)
+            if (
+                owner is None
+                or global_models.get_model(session, training_session_id, version) is None
+            ):
                 raise GlobalModelNotFoundError(f"no version {version}")
             device = devices.get_device(session, device_id)
             if device is None or device.state != DeviceState.ACTIVE.value:
                 raise NotSelectedError("only active devices measure versions")
-            models.upsert_evaluation(
+            global_models.upsert_evaluation(
                 session,
                 {
                     "training_session_id": training_session_id,
@@ -160,7 +157,7 @@ class Tasks:
                     "reported_at": at,
                 },
             )
-            if is_worth_summarising(models.count_evaluations(session, owner.id, version)):
+            if is_worth_summarising(global_models.count_evaluations(session, owner.id, version)):
                 summarise(session, owner, version, at)
             event = Event(
                 "evaluation.reported",
@@ -176,8 +173,8 @@ def _read_facts(
     session: Session, training_session_id: str, version: int
 ) -> tuple[str, training_pb2.TrainingConfig]:
     """Return what never changes of a version and its training session: the digest and the configuration."""
-    base = models.get_model(session, training_session_id, version)
-    owner = training.get_session(session, training_session_id)
+    base = global_models.get_model(session, training_session_id, version)
+    owner = training_sessions.get_session(session, training_session_id)
     assert base is not None
     assert owner is not None
     return base.digest, of_session(owner.id, owner.config)
@@ -198,40 +195,7 @@ def _is_over(session: Session, training_session_id: str) -> bool:
     """Return whether the training session that a device asked for is over; that it asked for any never is."""
     if not training_session_id:
         return False
-    state = training.state_of(session, training_session_id)
+    state = training_sessions.state_of(session, training_session_id)
     if state is None:
         raise TrainingSessionNotFoundError
     return state in OVER
-
-
-def check_example_count(example_count: int) -> None:
-    """Refuse an example count of an update or an evaluation that is out of range.
-
-    Raises:
-        InvalidRequestError: It is.
-    """
-    if not 1 <= example_count <= MAX_EXAMPLES:
-        raise InvalidRequestError(
-            f"example_count: got {example_count}, want 1 to {MAX_EXAMPLES}", field="example_count"
-        )
-
-
-def check_metrics(metrics: dict[str, float]) -> None:
-    """Refuse metrics that are too many, badly named or not finite.
-
-    Raises:
-        InvalidRequestError: Names the metric.
-    """
-    if len(metrics) > MAX_METRICS:
-        raise InvalidRequestError(f"metrics: got {len(metrics)}, want at most {MAX_METRICS}")
-    for name, value in metrics.items():
-        if not 1 <= len(name) <= MAX_METRIC_NAME or not name.isprintable():
-            raise InvalidRequestError("metrics: a name is empty, too long or not printable")
-        if not math.isfinite(value):
-            raise InvalidRequestError(f"metrics: {name} is not finite", field="metrics")
-
-
-def whole_epochs(metrics: Mapping[str, float]) -> int | None:
-    """Return the epochs that a device reported, None if it did not or if they fit no column."""
-    epochs = metrics.get("epochs")
-    return int(epochs) if epochs is not None and 0 <= epochs <= MAX_EPOCHS else None

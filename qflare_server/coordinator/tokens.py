@@ -15,10 +15,10 @@ from qflare_server.errors import (
     InvalidRequestError,
     TokenNotFoundError,
 )
-from qflare_server.models import RiskLevel, TokenKind, UserToken
-from qflare_server.repository import audit, devices, tokens
-from qflare_server.repository.audit import Caller, Event
-from qflare_server.repository.paging import Page, PageRequest
+from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.repository import audit, devices, tokens
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.tables import RiskLevel, TokenKind, UserToken
 
 MAX_TOKENS = 1000
 MAX_LABEL = 200

@@ -16,7 +16,11 @@ from qflare_server.errors import (
     TrainingSessionNotFoundError,
     WrongStateError,
 )
-from qflare_server.models import (
+from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.payload_records import Download, Received
+from qflare_server.storage.repository import audit, global_models, training_sessions, updates, views
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.tables import (
     GlobalModel,
     ModelUpdate,
     RiskLevel,
@@ -25,16 +29,11 @@ from qflare_server.models import (
     TrainingSession,
     TrainingSessionState,
 )
-from qflare_server.payload_transfer import Received
-from qflare_server.payload_writing import Download
-from qflare_server.repository import audit, models, training, updates, views
-from qflare_server.repository.audit import Caller, Event
-from qflare_server.repository.paging import Page, PageRequest
-from qflare_server.rounds import cancel_round, open_round
-from qflare_server.session_privacy import require_affordable
-from qflare_server.session_strategy import build_strategy, tell_devices
-from qflare_server.training_config import complete, deadline_s, of_session, to_json
-from qflare_server.versions import Draft, publish
+from qflare_server.training.config import complete, deadline_s, of_session, to_json
+from qflare_server.training.privacy import require_affordable
+from qflare_server.training.rounds import cancel_round, open_round
+from qflare_server.training.strategy import build_strategy, tell_devices
+from qflare_server.training.versions import Draft, publish
 
 REQUEST_NAMESPACE = uuid.UUID("5b1c3c0e-6f0e-4b5c-8f0a-9f5d6f6a2b11")
 MAX_ABSENT = 100
@@ -89,10 +88,10 @@ class Training:
             identity = str(uuid.uuid5(REQUEST_NAMESPACE, f"{caller.name}/{request_id}"))
 
         def work(session: Session) -> TrainingSession:
-            known = training.get_session(session, identity) if request_id else None
+            known = training_sessions.get_session(session, identity) if request_id else None
             if known is not None:
                 return known
-            training.insert_session(
+            training_sessions.insert_session(
                 session,
                 {
                     "id": identity,
@@ -105,7 +104,7 @@ class Training:
                 },
             )
             self._record(session, caller, "training_session.created", identity, at, name=name)
-            return _found(training.get_session(session, identity), identity)
+            return _found(training_sessions.get_session(session, identity), identity)
 
         return self._context.database.write(work)
 
@@ -146,7 +145,7 @@ class Training:
             )
             digest = publish(self._context, session, owner, draft)
             self._record(session, caller, "model.uploaded", owner.id, at, digest=digest)
-            model = models.get_model(session, owner.id, 0)
+            model = global_models.get_model(session, owner.id, 0)
             assert model is not None
             return model
 
@@ -177,7 +176,7 @@ class Training:
             if owner.current_version < 0:
                 raise WrongStateError("the training session has no initial model")
             values = {"state": TrainingSessionState.RUNNING.value, "started_at": at}
-            training.update_session(session, owner.id, values)
+            training_sessions.update_session(session, owner.id, values)
             open_round(self._context, session, owner, owner.current_version, at)
             self._record(session, caller, "training_session.started", owner.id, at)
             return self._reload(session, owner.id)
@@ -194,7 +193,9 @@ class Training:
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
             owner = self._lock(session, training_session_id, TrainingSessionState.RUNNING)
-            training.update_session(session, owner.id, {"state": TrainingSessionState.PAUSED.value})
+            training_sessions.update_session(
+                session, owner.id, {"state": TrainingSessionState.PAUSED.value}
+            )
             self._record(session, caller, "training_session.paused", owner.id, at)
             return self._reload(session, owner.id)
 
@@ -210,14 +211,14 @@ class Training:
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
             owner = self._lock(session, training_session_id, TrainingSessionState.PAUSED)
-            training.update_session(
+            training_sessions.update_session(
                 session, owner.id, {"state": TrainingSessionState.RUNNING.value}
             )
-            current = training.lock_round(session, owner.id, owner.current_round)
+            current = training_sessions.lock_round(session, owner.id, owner.current_round)
             if current is not None and current.state == RoundState.OPEN.value:
                 limit = timedelta(seconds=deadline_s(of_session(owner.id, owner.config)))
                 values = {"deadline_at": max(current.deadline_at, at + limit)}
-                training.update_round(session, owner.id, current.number, values)
+                training_sessions.update_round(session, owner.id, current.number, values)
             self._record(session, caller, "training_session.resumed", owner.id, at)
             return self._reload(session, owner.id)
 
@@ -241,7 +242,7 @@ class Training:
                 "state_reason": reason,
                 "ended_at": at,
             }
-            training.update_session(session, owner.id, values)
+            training_sessions.update_session(session, owner.id, values)
             cancel_round(session, owner, "training session cancelled", at)
             self._record(session, caller, "training_session.cancelled", owner.id, at, reason=reason)
             return self._reload(session, owner.id)
@@ -255,7 +256,7 @@ class Training:
             TrainingSessionNotFoundError: There is no such training session.
         """
         with self._context.database.read() as session:
-            found = training.get_session(session, training_session_id)
+            found = training_sessions.get_session(session, training_session_id)
             return _detached(session, _found(found, training_session_id))
 
     def progress(self, training_session_id: str) -> Progress:
@@ -265,9 +266,11 @@ class Training:
             TrainingSessionNotFoundError: There is no such training session.
         """
         with self._context.database.read() as session:
-            owner = _found(training.get_session(session, training_session_id), training_session_id)
-            current = training.get_round(session, owner.id, owner.current_round)
-            latest = models.get_model(session, owner.id, owner.current_version)
+            owner = _found(
+                training_sessions.get_session(session, training_session_id), training_session_id
+            )
+            current = training_sessions.get_round(session, owner.id, owner.current_round)
+            latest = global_models.get_model(session, owner.id, owner.current_version)
             pending = updates.count_pending(session, owner.id)
             session.expunge_all()
         remaining = None
@@ -278,15 +281,15 @@ class Training:
     def list(self, request: PageRequest, state: str = "") -> Page[TrainingSession]:
         """Return training sessions, newest first."""
         with self._context.database.read() as session:
-            page = training.list_sessions(session, request, state)
+            page = training_sessions.list_sessions(session, request, state)
             session.expunge_all()
             return page
 
     def list_rounds(self, training_session_id: str, request: PageRequest) -> Page[Round]:
         """Return the rounds of a training session, newest first."""
         with self._context.database.read() as session:
-            _found(training.get_session(session, training_session_id), training_session_id)
-            page = training.list_rounds(session, training_session_id, request)
+            _found(training_sessions.get_session(session, training_session_id), training_session_id)
+            page = training_sessions.list_rounds(session, training_session_id, request)
             session.expunge_all()
             return page
 
@@ -297,7 +300,7 @@ class Training:
             RoundNotFoundError: There is no such round.
         """
         with self._context.database.read() as session:
-            found = training.get_round(session, training_session_id, round_number)
+            found = training_sessions.get_round(session, training_session_id, round_number)
             if found is None:
                 raise RoundNotFoundError(f"no round {round_number}")
             absent = views.list_absent(session, training_session_id, round_number, MAX_ABSENT)
@@ -307,8 +310,8 @@ class Training:
     def list_models(self, training_session_id: str, request: PageRequest) -> Page[GlobalModel]:
         """Return the versions of a training session, newest first."""
         with self._context.database.read() as session:
-            _found(training.get_session(session, training_session_id), training_session_id)
-            page = models.list_models(session, training_session_id, request)
+            _found(training_sessions.get_session(session, training_session_id), training_session_id)
+            page = global_models.list_models(session, training_session_id, request)
             session.expunge_all()
             return page
 
@@ -321,7 +324,7 @@ class Training:
             RoundNotFoundError: There is no such round.
         """
         with self._context.database.read() as session:
-            if training.get_round(session, training_session_id, round_number) is None:
+            if training_sessions.get_round(session, training_session_id, round_number) is None:
                 raise RoundNotFoundError(f"no round {round_number}")
             page = updates.list_updates(session, training_session_id, round_number, request)
             session.expunge_all()
@@ -330,14 +333,18 @@ class Training:
     def _lock(
         self, session: Session, training_session_id: str, wanted: TrainingSessionState | None = None
     ) -> TrainingSession:
-        owner = _found(training.lock_session(session, training_session_id), training_session_id)
+        owner = _found(
+            training_sessions.lock_session(session, training_session_id), training_session_id
+        )
         if wanted is not None and owner.state != wanted.value:
             raise WrongStateError(f"the training session is {owner.state}, want {wanted.value}")
         return owner
 
     def _reload(self, session: Session, training_session_id: str) -> TrainingSession:
         session.expire_all()
-        return _found(training.get_session(session, training_session_id), training_session_id)
+        return _found(
+            training_sessions.get_session(session, training_session_id), training_session_id
+        )
 
     def _changed(self, work: Callable[[Session], TrainingSession]) -> TrainingSession:
         changed = self._context.database.write(work)

@@ -27,11 +27,12 @@ from qflare_server.errors import (
     SealKeyNotAcceptedError,
     TooManyRequestsError,
 )
-from qflare_server.payload_transfer import Received, Receiver
-from qflare_server.repository import payloads, updates
-from qflare_server.repository.audit import Caller
-from qflare_server.repository.updates import Accepted
-from qflare_server.sealed_transfer import OpeningReceiver
+from qflare_server.payloads.receiver import Receiver
+from qflare_server.payloads.sealed_receiver import OpeningReceiver
+from qflare_server.storage.payload_records import Received
+from qflare_server.storage.repository import payloads, updates
+from qflare_server.storage.repository.audit import Caller
+from qflare_server.storage.repository.updates import Accepted
 
 MAX_UPLOADS_OF_DEVICE: Final = 8
 

@@ -20,9 +20,9 @@ from qflare_server.errors import (
     InvalidRequestError,
     TrainingSessionNotFoundError,
 )
-from qflare_server.models import GlobalModel, Round, RoundState, TrainingSession
-from qflare_server.models import TrainingSessionState as SessionState
-from qflare_server.repository import models, training, views
+from qflare_server.storage.repository import global_models, training_sessions, views
+from qflare_server.storage.tables import GlobalModel, Round, RoundState, TrainingSession
+from qflare_server.storage.tables import TrainingSessionState as SessionState
 
 OVER = frozenset(
     {SessionState.COMPLETED.value, SessionState.CANCELLED.value, SessionState.FAILED.value}
@@ -202,7 +202,7 @@ class Watching:
         self, training_session_id: str, before: View | None, known_round: int | None = None
     ) -> View:
         with self._context.database.read() as session:
-            owner = training.get_session(session, training_session_id)
+            owner = training_sessions.get_session(session, training_session_id)
             if owner is None:
                 raise TrainingSessionNotFoundError
             first = _first_round(owner, before, known_round)
@@ -228,7 +228,7 @@ class Watching:
 
     def _model(self, training_session_id: str, version: int) -> GlobalModel | None:
         with self._context.database.read() as session:
-            model = models.get_model(session, training_session_id, version)
+            model = global_models.get_model(session, training_session_id, version)
             session.expunge_all()
             return model
 

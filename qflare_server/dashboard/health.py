@@ -6,7 +6,7 @@ from typing import Final
 
 from qflare_server.coordinator.overview import Report
 from qflare_server.dashboard import figures
-from qflare_server.models import DeviceState, RiskLevel
+from qflare_server.storage.tables import DeviceState, RiskLevel
 
 LEVELS: Final = ("bad", "warn", "note")
 SLOW_DATABASE_S: Final = 0.25

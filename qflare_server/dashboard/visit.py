@@ -10,7 +10,7 @@ from qflare_server.coordinator.authentication import Principal
 from qflare_server.coordinator.dashboard_login import may_call
 from qflare_server.dashboard.recent import Recent
 from qflare_server.errors import InvalidRequestError
-from qflare_server.repository.paging import PageRequest
+from qflare_server.storage.paging import PageRequest
 from qflare_server.use_cases import UseCases
 
 Kind = TypeVar("Kind", bound=StrEnum)

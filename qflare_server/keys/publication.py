@@ -7,13 +7,13 @@ from sqlalchemy.orm import Session
 
 from qflare.statements import digest_of
 from qflare.v1 import security_pb2
-from qflare_server.database import Database
 from qflare_server.errors import ConflictError
 from qflare_server.keys.trust import Trust, UntrustedDocumentError
-from qflare_server.models import RiskLevel
-from qflare_server.repository import audit
-from qflare_server.repository import trust as documents
-from qflare_server.repository.audit import SYSTEM, Event
+from qflare_server.storage.database import Database
+from qflare_server.storage.repository import audit
+from qflare_server.storage.repository import trust_documents as documents
+from qflare_server.storage.repository.audit import SYSTEM, Event
+from qflare_server.storage.tables import RiskLevel
 
 
 def of_bundle(realm: str, data: bytes) -> Trust:

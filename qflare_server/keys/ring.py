@@ -18,6 +18,7 @@ from qflare.sealing import KemKey
 from qflare.signing import Algorithm, Context, Provider, SigningKey
 from qflare.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2
+from qflare_server.context import UnknownKeyError
 from qflare_server.keys.files import KeyStoreError
 
 Role: TypeAlias = security_pb2.KeyRole.ValueType
@@ -34,10 +35,6 @@ ROLES: Final[tuple[Role, ...]] = (security_pb2.KEY_ROLE_SESSION_KEM, *SIGNING_RO
 """Every role of an online key."""
 
 _FORMAT: Final = 1
-
-
-class UnknownKeyError(ValueError):
-    """No key of this id is held."""
 
 
 class KeyProvider(Protocol):

@@ -21,7 +21,6 @@ from typing import Final
 from qflare.signing import Algorithm, algorithm_of
 from qflare.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2
-from qflare_server.database import Database
 from qflare_server.keys.files import KeyStoreError
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.publication import of_bundle, publish, read_published
@@ -43,6 +42,7 @@ from qflare_server.keys.trust import (
     sign_document,
 )
 from qflare_server.keys.trust import draft_keyset as draft
+from qflare_server.storage.database import Database
 
 _EARLIER_STATE_KEYS: Final = 4  # that still open stored payloads until these are wrapped anew
 

@@ -24,7 +24,6 @@ from qflare.signing import Context, PublicKey
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock
-from qflare_server.database import Database
 from qflare_server.errors import QflareError
 from qflare_server.keys.files import KeyStoreError
 from qflare_server.keys.folder import KeyFolder
@@ -36,6 +35,7 @@ from qflare_server.keys.publication import (
 )
 from qflare_server.keys.ring import KeyProvider, KeyRing, Role
 from qflare_server.keys.trust import Trust
+from qflare_server.storage.database import Database
 
 logger = logging.getLogger(__name__)
 

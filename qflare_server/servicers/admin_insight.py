@@ -9,9 +9,9 @@ import qflare
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import admin_service_pb2_grpc
 from qflare_server.calls import current_call
-from qflare_server.repository.audit import AuditFilter
-from qflare_server.repository.paging import PageRequest
 from qflare_server.servicers import encoding, encoding_insight
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.use_cases import UseCases
 
 

@@ -18,7 +18,8 @@ from qflare.v1 import (
 )
 from qflare_server.coordinator.delivery import Delivery
 from qflare_server.coordinator.tokens import Issued
-from qflare_server.models import (
+from qflare_server.storage.repository.updates import Accepted
+from qflare_server.storage.tables import (
     AuditLog,
     Device,
     GlobalModel,
@@ -27,8 +28,7 @@ from qflare_server.models import (
     TrainingSession,
     UserToken,
 )
-from qflare_server.repository.updates import Accepted
-from qflare_server.training_config import of_session
+from qflare_server.training.config import of_session
 
 Message = TypeVar("Message")
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

@@ -5,9 +5,9 @@ from datetime import datetime
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_server.coordinator.overview import DatabaseHealth, Report
 from qflare_server.coordinator.watching import Happening
-from qflare_server.models import Replica
-from qflare_server.repository.views import Queues, VersionMetrics
 from qflare_server.servicers import encoding
+from qflare_server.storage.repository.views import Queues, VersionMetrics
+from qflare_server.storage.tables import Replica
 
 
 def session_event(happening: Happening, at: datetime) -> pb.WatchTrainingSessionResponse:

@@ -22,9 +22,9 @@ from qflare.verification import UPDATE_ACCEPTED, VERSION_SIGNED
 from qflare_server import witness
 from qflare_server.audit_tree import entry_of, head_of, origin_of
 from qflare_server.context import Context
-from qflare_server.models import AuditHead
-from qflare_server.repository import audit_tree, evidence, trust
-from qflare_server.repository.audit_tree import Place
+from qflare_server.storage.repository import audit_tree, evidence, trust_documents
+from qflare_server.storage.repository.audit_tree import Place
+from qflare_server.storage.tables import AuditHead
 from qflare_server.verification.findings import BATCH, Finding, SignerKeys, Tally
 
 DOCUMENT_PUBLISHED: Final = frozenset({"root.published", "keyset.published"})
@@ -196,7 +196,9 @@ class AuditVerification:
                 continue
             kind, _, version = row.subject.partition(":")
             with self._context.database.read() as session:
-                data = trust.find(session, kind, int(version) if version.isdecimal() else 0)
+                data = trust_documents.find(
+                    session, kind, int(version) if version.isdecimal() else 0
+                )
             if data is None or _document_digest(data) != row.details.get("digest"):
                 problem = f"not the one that audit entry {row.id} published, or missing"
                 yield Finding("keyset", row.subject, problem)

@@ -6,11 +6,10 @@ from qflare import merkle
 from qflare.tensors import CHUNK_BYTES, PieceHasher
 from qflare_server.context import Context
 from qflare_server.errors import PayloadPrunedError, SealedPayloadLostError
-from qflare_server.expected_payloads import split_digests
-from qflare_server.models import Payload
-from qflare_server.payload_transfer import describe, read_chunks
-from qflare_server.repository import evidence
-from qflare_server.sealed_transfer import Contents
+from qflare_server.payloads.reader import Contents, read_chunks
+from qflare_server.storage.payload_records import describe, split_digests
+from qflare_server.storage.repository import evidence
+from qflare_server.storage.tables import Payload
 from qflare_server.verification.findings import Finding, Tally, faults, walk
 
 

@@ -13,8 +13,8 @@ from qflare.signing import PublicKey
 from qflare.v1 import security_pb2
 from qflare.verification import SIGNING_ROLES, follow_keysets
 from qflare_server.context import Context
-from qflare_server.database import Database
-from qflare_server.repository import evidence
+from qflare_server.storage.database import Database
+from qflare_server.storage.repository import evidence
 
 BATCH: Final = 500
 """Rows of one read: what is in memory at a time."""

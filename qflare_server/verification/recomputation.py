@@ -14,20 +14,21 @@ from sqlalchemy.orm import Session
 
 from qflare.lineage import contributors_digest
 from qflare.v1 import security_pb2
+from qflare_server.aggregation.fold import BATCH, RoundFold, Written
+from qflare_server.aggregation.outcome import read_outcome
+from qflare_server.aggregation.plan import read_plan
 from qflare_server.context import Context
-from qflare_server.database import Database
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
-from qflare_server.folding import BATCH, RoundFold, Written, read_plan
-from qflare_server.models import GlobalModel
-from qflare_server.outcomes import read_outcome
-from qflare_server.payload_transfer import Received, content_digest_of
-from qflare_server.repository import models, payloads, training, updates
-from qflare_server.repository.payload_stores import PayloadStore
-from qflare_server.repository.updates import Foldable
-from qflare_server.rounds import config_digest
-from qflare_server.session_privacy import open_seed
+from qflare_server.storage.database import Database
+from qflare_server.storage.payload_records import Received, content_digest_of
+from qflare_server.storage.payload_store import PayloadStore
+from qflare_server.storage.repository import global_models, payloads, training_sessions, updates
+from qflare_server.storage.repository.updates import Foldable
+from qflare_server.storage.tables import GlobalModel
 from qflare_server.strategies import Judgement, NotEnoughUpdatesError, by_update
-from qflare_server.training_config import from_json
+from qflare_server.training.config import from_json
+from qflare_server.training.privacy import open_seed
+from qflare_server.training.rounds import config_digest
 from qflare_server.verification.downloads import download_problem
 
 T = TypeVar("T")
@@ -140,11 +141,11 @@ def _repeat(
 def _find(
     session: Session, training_session_id: str, version: int | None
 ) -> tuple[GlobalModel, str]:
-    owner = training.get_session(session, training_session_id)
+    owner = training_sessions.get_session(session, training_session_id)
     if owner is None:
         raise TrainingSessionNotFoundError
     wanted = owner.current_version if version is None else version
-    model = models.get_model(session, owner.id, wanted)
+    model = global_models.get_model(session, owner.id, wanted)
     if model is None:
         raise GlobalModelNotFoundError(f"no version {wanted}")
     current = config_digest(from_json(owner.config))
@@ -165,7 +166,9 @@ def _compare_copy(
         problem = download_problem(context, model)
         return dataclasses.replace(result, differences=(problem,) if problem else ())
     with context.database.read() as session:
-        restored = models.get_model(session, model.training_session_id, statement.rollback_version)
+        restored = global_models.get_model(
+            session, model.training_session_id, statement.rollback_version
+        )
         same = restored is not None and (
             restored.payload_digest == statement.payload_digest
             and (restored.download_payload_digest or "") == statement.download.payload_digest

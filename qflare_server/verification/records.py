@@ -19,7 +19,9 @@ from qflare.signing import PublicKey, algorithm_of
 from qflare.statements import digest_of, open_rotation, open_statement, open_update, require_equal
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_server.context import Context
-from qflare_server.models import (
+from qflare_server.storage.payload_records import content_digest_of
+from qflare_server.storage.repository import devices, evidence, payloads, training_sessions, updates
+from qflare_server.storage.tables import (
     Device,
     DeviceKey,
     GlobalModel,
@@ -27,8 +29,6 @@ from qflare_server.models import (
     Payload,
     UpdateState,
 )
-from qflare_server.payload_transfer import content_digest_of
-from qflare_server.repository import devices, evidence, payloads, training, updates
 from qflare_server.verification.findings import (
     BATCH,
     Finding,
@@ -134,7 +134,7 @@ class RecordVerification:
     def _lineage(self, identity: str) -> Iterator[Finding]:
         """Walk the versions of a training session up to the one that it says is its latest."""
         with self._context.database.read() as session:
-            owner = training.get_session(session, identity)
+            owner = training_sessions.get_session(session, identity)
             latest = -1 if owner is None else owner.current_version
         expected, parent = 0, ""
         while expected <= latest:

@@ -12,10 +12,10 @@ from qflare.keysets import KeyRole
 from qflare.statements import open_task
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
-from qflare_server.models import Round, TrainingSession
-from qflare_server.repository import evidence, models, training
-from qflare_server.rounds import config_digest
-from qflare_server.training_config import from_json
+from qflare_server.storage.repository import evidence, global_models, training_sessions
+from qflare_server.storage.tables import Round, TrainingSession
+from qflare_server.training.config import from_json
+from qflare_server.training.rounds import config_digest
 from qflare_server.verification.findings import (
     Finding,
     SignerKeys,
@@ -47,7 +47,7 @@ class RoundVerification:
 
     def _rounds(self, identity: str) -> Iterator[Finding]:
         with self._context.database.read() as session:
-            owner = training.get_session(session, identity)
+            owner = training_sessions.get_session(session, identity)
             digest = "" if owner is None else _configuration(owner)
 
         def read(session: Session, after: int, limit: int) -> Sequence[Round]:
@@ -69,7 +69,7 @@ class RoundVerification:
         envelope = security_pb2.SignedEnvelope.FromString(row.task)
         statement = open_task(envelope, self._keys[KeyRole.TASK], self._context.config.realm)
         with self._context.database.read() as session:
-            base = models.get_model(session, row.training_session_id, row.base_version)
+            base = global_models.get_model(session, row.training_session_id, row.base_version)
             base_digest = None if base is None else base.digest
         changed = differences(
             {

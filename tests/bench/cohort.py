@@ -15,7 +15,7 @@ import numpy as np
 
 from qflare.tensors import CHUNK_BYTES, DType, Manifest, TensorSpec
 from qflare.vectors import VectorLayout, VectorReader
-from qflare_server.repository.payload_stores import PayloadFile
+from qflare_server.storage.payload_store import PayloadFile
 from qflare_server.strategies import Contribution, Reader, StrategyConfig, begin, build
 from tests.bench.devices import SEED
 

@@ -20,8 +20,9 @@ from qflare.v1 import training_pb2
 from qflare.v1.admin_service_pb2_grpc import AdminServiceStub
 from qflare.v1.coordinator_service_pb2 import Chunk
 from qflare_server.config import ServerConfig
-from qflare_server.database import Database, make_engine
 from qflare_server.parts import open_database
+from qflare_server.storage.database import Database
+from qflare_server.storage.engine import make_engine
 from tests.bench.load import MAX_MESSAGE_BYTES
 from tests.bench.population import Population
 from tests.bench.process import ServerProcess

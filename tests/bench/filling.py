@@ -9,8 +9,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.orm import Session
 
 from qflare.merkle import CompactTree, Node
-from qflare_server.database import Database
-from qflare_server.repository import audit_tree
+from qflare_server.storage.database import Database
+from qflare_server.storage.repository import audit_tree
 
 DEVICE_COUNT: Final = 100_000
 ENTRY_COUNT: Final = 1_000_000

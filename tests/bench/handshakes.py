@@ -14,9 +14,9 @@ from qflare.signing import SigningKey
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2
 from qflare.v1.coordinator_service_pb2_grpc import CoordinatorServiceStub
+from qflare_server.context import utc_now
 from qflare_server.keys import ServerKeys
 from qflare_server.keys.setup import bootstrap_bundle
-from qflare_server.parts import utc_now
 from tests.bench.coordinator import Coordinator
 from tests.bench.figures import Latencies
 from tests.bench.load import COORDINATOR, Call

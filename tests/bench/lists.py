@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import device_pb2
-from qflare_server.database import Database
+from qflare_server.storage.database import Database
 from tests.bench.coordinator import Backend, Coordinator, Laboratory
 from tests.bench.figures import Figure
 from tests.bench.filling import DEVICE_COUNT, ENTRY_COUNT, fill_lists

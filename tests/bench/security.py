@@ -14,10 +14,10 @@ from qflare.merkle import inclusion_proof, verify_inclusion
 from qflare.sealing import KemKey
 from qflare.segments import Direction, PayloadKey, PayloadOpener, PayloadSealer, SealContext
 from qflare.signing import Context, Provider, SigningKey
-from qflare_server.database import Database
-from qflare_server.parts import utc_now
-from qflare_server.repository import audit, audit_tree
-from qflare_server.repository.audit import SYSTEM, Event
+from qflare_server.context import utc_now
+from qflare_server.storage.database import Database
+from qflare_server.storage.repository import audit, audit_tree
+from qflare_server.storage.repository.audit import SYSTEM, Event
 from tests.bench.coordinator import Backend, Coordinator, Laboratory
 from tests.bench.figures import (
     MB,

@@ -10,10 +10,11 @@ from qflare.signing import PublicKey, SigningKey
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context
-from qflare_server.database import Database
-from qflare_server.models import RiskLevel
-from qflare_server.repository import audit
-from qflare_server.repository.audit import Caller, Event
+from qflare_server.keys.signature_cache import SignatureCache
+from qflare_server.storage.database import Database
+from qflare_server.storage.repository import audit
+from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.tables import RiskLevel
 from tests.conftest import FakeClock
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -42,7 +43,15 @@ class LogSigner:
 def make_context(
     config: ServerConfig, database: Database, clock: FakeClock, signer: LogSigner
 ) -> Context:
-    return Context(config, database, cast("Any", None), signer, clock, lambda: None)
+    return Context(
+        config,
+        database,
+        cast("Any", None),
+        signer,
+        clock,
+        lambda: None,
+        signatures=SignatureCache(),
+    )
 
 
 def record_many(database: Database, count: int, at: datetime = START, *, first: int = 0) -> None:

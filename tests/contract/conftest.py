@@ -10,9 +10,10 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 
 from qflare.signing import Algorithm, Provider, PublicKey, SigningKey
 from qflare_server.config import ServerConfig
-from qflare_server.database import Database, make_engine
 from qflare_server.keys import KeyFolder
 from qflare_server.keys.setup import initialise
+from qflare_server.storage.database import Database
+from qflare_server.storage.engine import make_engine
 from tests.conftest import START, FakeClock
 from tests.contract.core import Core
 from tests.identity import CHEAP, Coordinator, SimulatedDevice, copy_of

@@ -20,7 +20,7 @@ from qflare.signing import Context as SigningContext
 from qflare.signing import SigningKey
 from qflare.tensors import Array, Manifest, chunks, payload_digest
 from qflare.v1 import admin_service_pb2, coordinator_service_pb2, security_pb2, training_pb2
-from qflare_server.aggregation import Aggregator
+from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context
 from qflare_server.coordinator.delivery import Deliveries
@@ -31,12 +31,14 @@ from qflare_server.coordinator.submissions import Contributor
 from qflare_server.coordinator.tasks import Tasks
 from qflare_server.coordinator.training import Training
 from qflare_server.coordinator.uploads import Uploads
-from qflare_server.database import Database, Work
-from qflare_server.models import Base, GlobalModel, ModelUpdate, Round
-from qflare_server.repository.audit import SYSTEM
-from qflare_server.repository.paging import PageRequest
-from qflare_server.repository.payload_stores import PayloadFile, PayloadStore, PayloadTable
-from qflare_server.repository.updates import Accepted
+from qflare_server.keys.signature_cache import SignatureCache
+from qflare_server.storage.database import Database
+from qflare_server.storage.group_commit import Work
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.repository.updates import Accepted
+from qflare_server.storage.tables import Base, GlobalModel, ModelUpdate, Round
 from tests.conftest import FakeClock
 
 T = TypeVar("T")
@@ -201,6 +203,7 @@ class Core:
             self.woken.set,
             state_key=bytes(range(32)),
             decapsulate=lambda _key_id, encapsulation: KEM_KEY.decapsulate(encapsulation),
+            signatures=SignatureCache(),
         )
         self.devices = Devices(self.context)
         self.training = Training(self.context)

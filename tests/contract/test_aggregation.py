@@ -10,12 +10,13 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from qflare.v1 import training_pb2
-from qflare_server.aggregation import REST_S, AggregationWorker, Aggregator
+from qflare_server.aggregation.aggregator import REST_S, Aggregator
+from qflare_server.aggregation.worker import AggregationWorker
 from qflare_server.context import Context
-from qflare_server.models import GlobalModel
-from qflare_server.repository.audit import SYSTEM
-from qflare_server.repository.paging import PageRequest
-from qflare_server.versions import contributors_digest
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import GlobalModel
+from qflare_server.training.versions import contributors_digest
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
 from tests.contract.core import (

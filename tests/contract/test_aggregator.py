@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from qflare_server import aggregator, registry
 from qflare_server.config import ServerConfig
 from qflare_server.coordinator.in_process import Contribution, InProcess
-from qflare_server.database import Database, make_engine
 from qflare_server.embedding import CALLER
 from qflare_server.errors import StoreUnavailableError
-from qflare_server.models import AuditLog, ModelUpdate, RoundState, TrainingSession
-from qflare_server.repository import training
-from qflare_server.repository.audit import SYSTEM
+from qflare_server.storage.database import Database
+from qflare_server.storage.engine import make_engine
+from qflare_server.storage.repository import training_sessions
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import AuditLog, ModelUpdate, RoundState, TrainingSession
 from tests.conftest import START, FakeClock
 from tests.contract.conftest import MakeCore
 from tests.contract.core import Core, CrashError, CrashingDatabase, Fuse
@@ -441,7 +442,7 @@ def test_round_closed_before_a_crash_is_published_by_the_next_call(program: Core
 def test_round_that_was_cancelled_meanwhile_makes_no_average(program: Core) -> None:
     aggregator.store_model_update("a", weights(1.0))
     program.database.write(
-        lambda session: training.update_round(
+        lambda session: training_sessions.update_round(
             session, FIRST, 1, {"state": RoundState.CANCELLED.value}
         )
     )

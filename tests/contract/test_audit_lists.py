@@ -11,11 +11,11 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from qflare_server.database import Database
-from qflare_server.models import RiskLevel
-from qflare_server.repository import audit, views
-from qflare_server.repository.audit import AuditFilter, Caller, Event
-from qflare_server.repository.paging import PageRequest
+from qflare_server.storage.database import Database
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository import audit, views
+from qflare_server.storage.repository.audit import AuditFilter, Caller, Event
+from qflare_server.storage.tables import RiskLevel
 from tests.conftest import START
 
 SECONDS = (5, 3, 9, 3, 3, 8, 1, 9, 2, 7)

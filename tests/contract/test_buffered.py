@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from qflare.v1 import training_pb2
-from qflare_server import training_config
 from qflare_server.coordinator.promotion import Promotion
 from qflare_server.errors import (
     DuplicateUpdateError,
@@ -17,7 +16,8 @@ from qflare_server.errors import (
     StrategyRefusedError,
     TooManyRequestsError,
 )
-from qflare_server.repository.audit import SYSTEM
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.training import config as training_config
 from tests.conftest import FakeClock
 from tests.contract.core import Core, Draft, floats, vector
 

@@ -14,10 +14,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
 from qflare_server.config import ServerConfig
-from qflare_server.database import Database, make_engine, normalise_url
 from qflare_server.errors import ConflictError, StorageFullError, StoreUnavailableError
-from qflare_server.models import Lease, TrainingSessionState
-from qflare_server.repository import training
+from qflare_server.storage.database import Database
+from qflare_server.storage.engine import make_engine, normalise_url
+from qflare_server.storage.repository import training_sessions
+from qflare_server.storage.tables import Lease, TrainingSessionState
 from tests.conftest import START
 
 WAIT_S = 30.0
@@ -112,7 +113,7 @@ def test_missing_row_of_a_foreign_key_is_a_conflict(database: Database) -> None:
     }
 
     with pytest.raises(ConflictError):
-        database.write(lambda session: training.insert_round(session, values))
+        database.write(lambda session: training_sessions.insert_round(session, values))
 
 
 def test_fault_of_ours_is_not_translated(database: Database) -> None:
@@ -200,10 +201,10 @@ def test_threads_take_gapless_numbers(database: Database) -> None:
     barrier = threading.Barrier(THREAD_COUNT)
 
     def work(session: Session) -> int:
-        owner = training.lock_session(session, "s")
+        owner = training_sessions.lock_session(session, "s")
         assert owner is not None
         number = owner.current_round + 1
-        training.update_session(session, "s", {"current_round": number})
+        training_sessions.update_session(session, "s", {"current_round": number})
         return number
 
     def take(_thread: int) -> list[int]:
@@ -217,7 +218,7 @@ def test_threads_take_gapless_numbers(database: Database) -> None:
 
 
 def _insert_session(session: Session) -> None:
-    training.insert_session(
+    training_sessions.insert_session(
         session,
         {
             "id": "s",
@@ -365,7 +366,7 @@ def test_lock_that_is_not_given_in_time_is_unavailable(postgres_url: str) -> Non
     locked, release = threading.Event(), threading.Event()
 
     def holding(session: Session) -> None:
-        training.lock_session(session, "s")
+        training_sessions.lock_session(session, "s")
         locked.set()
         assert release.wait(WAIT_S)
 
@@ -373,7 +374,7 @@ def test_lock_that_is_not_given_in_time_is_unavailable(postgres_url: str) -> Non
         future = pool.submit(database.write, holding)
         assert locked.wait(WAIT_S)
         with pytest.raises(StoreUnavailableError):
-            database.write(lambda session: training.lock_session(session, "s"))
+            database.write(lambda session: training_sessions.lock_session(session, "s"))
         release.set()
         future.result(WAIT_S)
 

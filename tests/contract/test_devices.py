@@ -10,10 +10,10 @@ from qflare_server.errors import (
     InvalidRequestError,
     WrongStateError,
 )
-from qflare_server.models import AuditLog, Device, DeviceState
-from qflare_server.repository.audit import SYSTEM, Caller
-from qflare_server.repository.devices import DeviceFilter
-from qflare_server.repository.paging import PageRequest
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.audit import SYSTEM, Caller
+from qflare_server.storage.repository.devices import DeviceFilter
+from qflare_server.storage.tables import AuditLog, Device, DeviceState
 from tests.conftest import START, FakeClock
 from tests.contract.core import Core
 

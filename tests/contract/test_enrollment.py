@@ -25,7 +25,7 @@ from qflare_server.errors import (
     UnauthenticatedError,
     WrongStateError,
 )
-from qflare_server.models import Device, DeviceKey, DeviceState, RiskLevel
+from qflare_server.storage.tables import Device, DeviceKey, DeviceState, RiskLevel
 from tests.conftest import FakeClock
 from tests.identity import ADMIN, CALLER, Coordinator, SimulatedDevice, everything_stored
 

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qflare_server.config import ServerConfig
-from qflare_server.database import Database, make_engine
-from qflare_server.repository.epochs import bump_rounds, bump_security
+from qflare_server.storage.database import Database
+from qflare_server.storage.engine import make_engine
+from qflare_server.storage.epochs import bump_rounds, bump_security
 from tests.contract.test_database import adding
 
 READERS = 8

@@ -21,7 +21,7 @@ from qflare_server.errors import (
     QflareError,
     UnauthenticatedError,
 )
-from qflare_server.models import RiskLevel, TokenKind, UserToken
+from qflare_server.storage.tables import RiskLevel, TokenKind, UserToken
 from tests.conftest import FakeClock
 from tests.identity import ADMIN, CALLER, Coordinator, SimulatedDevice, everything_stored
 

@@ -11,11 +11,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import CheckConstraint, Engine, inspect, text
 
-from qflare_server import schema
 from qflare_server.config import ServerConfig
-from qflare_server.database import make_engine
-from qflare_server.models import Base
-from qflare_server.schema import SchemaError
+from qflare_server.storage import schema
+from qflare_server.storage.engine import make_engine
+from qflare_server.storage.schema import SchemaError
+from qflare_server.storage.tables import Base
 from tests.conftest import migrate
 
 REVISIONS = Path(__file__).parents[2] / "migrations" / "versions"

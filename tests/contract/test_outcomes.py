@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from qflare.v1 import training_pb2
-from qflare_server.models import GlobalModel
-from qflare_server.outcomes import read_outcome
-from qflare_server.repository import models
+from qflare_server.aggregation.outcome import read_outcome
+from qflare_server.storage.repository import global_models
+from qflare_server.storage.tables import GlobalModel
 from qflare_server.strategies.accounting import PrivacyLedger, spent
 from qflare_server.verification import Recomputation, recompute_version
 from tests.contract.core import Core, vector
@@ -85,7 +85,7 @@ def recompute_with_another_state_key(core: Core, identity: str) -> Recomputation
 def test_an_initial_model_has_no_record(core: Core) -> None:
     identity = publish(core, "fedavg")
     with core.database.read() as session:
-        model = models.get_model(session, identity, 0)
+        model = global_models.get_model(session, identity, 0)
         assert model is not None
         session.expunge_all()
 

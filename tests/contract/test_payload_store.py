@@ -13,21 +13,21 @@ from sqlalchemy import create_engine, func, select
 from sqlalchemy.exc import ProgrammingError
 
 from qflare.v1 import training_pb2
-from qflare_server import retention
-from qflare_server.database import normalise_url
 from qflare_server.errors import (
     ConflictError,
     PayloadPrunedError,
     StorageFullError,
     StoreUnavailableError,
 )
-from qflare_server.guarded_store import GuardedStore
-from qflare_server.models import ModelUpdate, Payload, PayloadChunk, Upload
-from qflare_server.payload_transfer import describe, read_chunks
-from qflare_server.repository import payloads
-from qflare_server.repository.audit import SYSTEM
-from qflare_server.repository.payload_stores import PayloadFile, PayloadStore, PayloadTable
-from qflare_server.retention import sweep
+from qflare_server.payloads.reader import read_chunks
+from qflare_server.storage.engine import normalise_url
+from qflare_server.storage.payload_records import describe
+from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.storage.repository import payloads
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import ModelUpdate, Payload, PayloadChunk, Upload
+from qflare_server.training import retention
+from qflare_server.training.retention import sweep
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
 from tests.contract.core import Core, vector
@@ -51,7 +51,7 @@ def chunk_count(core: Core) -> int:
 
 def test_full_disk_is_told_and_recovers(tmp_path: Path) -> None:
     file = PayloadFile(tmp_path / "full.payloads", timeout_s=1.0)
-    store = GuardedStore(file)
+    store = file
     store.append("p", 0, [b"a"])
     with file._engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
@@ -69,7 +69,7 @@ def test_full_disk_is_told_and_recovers(tmp_path: Path) -> None:
 
 def test_store_that_cannot_be_reached_is_unavailable() -> None:
     engine = create_engine("postgresql+psycopg2://nobody@127.0.0.1:1/nothing")
-    store = GuardedStore(PayloadTable(engine))
+    store = PayloadTable(engine)
 
     for call in (
         lambda: store.append("p", 0, [b"a"]),

@@ -4,12 +4,12 @@ import pytest
 from sqlalchemy import event, func, select
 from sqlalchemy.orm import Session
 
-from qflare_server.database import Database
 from qflare_server.errors import ConflictError
-from qflare_server.models import AuditLog, Payload
-from qflare_server.repository import audit, payloads
-from qflare_server.repository.audit import SYSTEM, Event
-from qflare_server.repository.prepared import together
+from qflare_server.storage.database import Database
+from qflare_server.storage.prepared import together
+from qflare_server.storage.repository import audit, payloads
+from qflare_server.storage.repository.audit import SYSTEM, Event
+from qflare_server.storage.tables import AuditLog, Payload
 from tests.conftest import START
 
 NAMES = ("a", "b", "c")

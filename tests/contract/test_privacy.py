@@ -8,17 +8,18 @@ import pytest
 
 from qflare.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2, training_pb2
-from qflare_server import training_config
-from qflare_server.aggregation import Aggregator
+from qflare_server.aggregation.aggregator import Aggregator
+from qflare_server.aggregation.fold import RoundFold
+from qflare_server.aggregation.plan import read_plan
+from qflare_server.aggregation.publication import Publication
 from qflare_server.errors import StrategyRefusedError
-from qflare_server.folding import RoundFold, read_plan
-from qflare_server.models import GlobalModel, TrainingSession
-from qflare_server.publication import Publication
-from qflare_server.repository import audit, training, updates
-from qflare_server.repository.audit import AuditFilter
-from qflare_server.repository.paging import PageRequest
-from qflare_server.session_privacy import Allowance, allowance, noise_seed, open_seed
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository import audit, training_sessions, updates
+from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.tables import GlobalModel, TrainingSession
 from qflare_server.strategies.accounting import PrivacyLedger, spent
+from qflare_server.training import config as training_config
+from qflare_server.training.privacy import Allowance, allowance, noise_seed, open_seed
 from tests.contract.conftest import MakeCore
 from tests.contract.core import Core, floats, vector
 
@@ -149,7 +150,7 @@ def test_a_version_past_the_budget_is_not_released(core: Core) -> None:
     for device in ("device-0", "device-1"):
         core.submit(device, identity, vector(1.0, 300))
     core.database.write(
-        lambda session: training.update_session(
+        lambda session: training_sessions.update_session(
             session, identity, {"privacy_state": {"ledger": [[NOISE, 1.0, 2]]}}
         )
     )
@@ -195,7 +196,7 @@ def test_a_version_is_not_published_on_a_ledger_that_has_moved_on(core: Core) ->
     allowed = allowance(training_config.from_json(owner_of(core, identity).config), None)
     publication = prepare(core, identity, allowed)
     core.database.write(
-        lambda session: training.update_session(
+        lambda session: training_sessions.update_session(
             session, identity, {"privacy_state": {"ledger": ledger.as_rows()}}
         )
     )

@@ -23,10 +23,9 @@ from hypothesis.stateful import (
 
 from qflare.signing import SigningKey
 from qflare.v1 import training_pb2
-from qflare_server.aggregation import Aggregator
+from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig
 from qflare_server.coordinator.devices import Profile
-from qflare_server.database import Database, make_engine
 from qflare_server.errors import (
     DeviceRevokedError,
     DuplicateUpdateError,
@@ -34,9 +33,11 @@ from qflare_server.errors import (
     RoundNotOpenError,
     StaleBaseVersionError,
 )
-from qflare_server.repository.audit import SYSTEM
-from qflare_server.repository.paging import PageRequest
-from qflare_server.repository.updates import Accepted
+from qflare_server.storage.database import Database
+from qflare_server.storage.engine import make_engine
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.repository.updates import Accepted
 from tests.conftest import FakeClock
 from tests.contract.core import Core, CrashError, CrashingDatabase, Draft, Fuse, floats, vector
 

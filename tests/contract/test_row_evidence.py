@@ -11,9 +11,11 @@ from sqlalchemy import update
 
 from qflare.signing import Algorithm, Context, SigningKey
 from qflare.v1 import security_pb2, training_pb2
-from qflare_server.aggregation import Aggregator
+from qflare_server.aggregation.aggregator import Aggregator
+from qflare_server.aggregation.outcome import read_outcome
 from qflare_server.coordinator.devices import Profile
-from qflare_server.models import (
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import (
     EVIDENCE_REASON,
     AuditLog,
     Device,
@@ -24,8 +26,6 @@ from qflare_server.models import (
     RoundState,
     UpdateState,
 )
-from qflare_server.outcomes import read_outcome
-from qflare_server.repository.audit import SYSTEM
 from qflare_server.verification import recompute_version
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore

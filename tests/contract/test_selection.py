@@ -7,8 +7,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from qflare.v1 import training_pb2
 from qflare_server.coordinator.devices import Profile
-from qflare_server.repository import training
-from qflare_server.repository.audit import SYSTEM
+from qflare_server.storage.repository import training_sessions
+from qflare_server.storage.repository.audit import SYSTEM
 from tests.conftest import FakeClock
 from tests.contract.core import Core
 
@@ -31,7 +31,7 @@ def start(core: Core, **policy: Any) -> str:
 
 def selected(core: Core, identity: str, number: int = 1) -> list[str]:
     with core.database.read() as session:
-        return sorted(training.selection(session, identity, number))
+        return sorted(training_sessions.selection(session, identity, number))
 
 
 def asked(core: Core, identity: str) -> list[str]:

@@ -14,9 +14,9 @@ from qflare.signing import Context as SigningContext
 from qflare.signing import InvalidSignatureError
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
-from qflare_server.database import Database
+from qflare_server.context import UnknownKeyError
 from qflare_server.keys import KeyFolder, KeyStoreError, ServerKeys
-from qflare_server.keys.ring import SIGNING_ROLES, Role, UnknownKeyError
+from qflare_server.keys.ring import SIGNING_ROLES, Role
 from qflare_server.keys.rotation import (
     draft_keyset,
     prepare_online,
@@ -28,7 +28,8 @@ from qflare_server.keys.rotation import (
 from qflare_server.keys.server import CONTEXTS, LOOK_INTERVAL
 from qflare_server.keys.setup import initialise
 from qflare_server.keys.trust import Trust, UntrustedDocumentError
-from qflare_server.models import TrustDocument
+from qflare_server.storage.database import Database
+from qflare_server.storage.tables import TrustDocument
 from tests.conftest import START, FakeClock
 from tests.identity import CALLER, CHEAP, Coordinator, SimulatedDevice, copy_of, everything_stored
 

@@ -15,9 +15,9 @@ from qflare_server.errors import (
     TrainingSessionNotFoundError,
     WrongStateError,
 )
-from qflare_server.models import AuditLog, GlobalModel, Round, TrainingSession
-from qflare_server.repository.audit import SYSTEM, Caller
-from qflare_server.repository.paging import PageRequest
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.audit import SYSTEM, Caller
+from qflare_server.storage.tables import AuditLog, GlobalModel, Round, TrainingSession
 from tests.conftest import START, FakeClock
 from tests.contract.core import Core, floats, vector
 

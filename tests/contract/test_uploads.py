@@ -36,8 +36,8 @@ from qflare_server.errors import (
     TrainingSessionNotFoundError,
     UpdateTooLargeError,
 )
-from qflare_server.models import AuditLog, ModelUpdate, Payload
-from qflare_server.repository.audit import SYSTEM
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import AuditLog, ModelUpdate, Payload
 from tests.conftest import START, FakeClock
 from tests.contract.conftest import MakeCore
 from tests.contract.core import Core, Draft, vector

@@ -24,12 +24,13 @@ from qflare_client import Client, enroll
 from qflare_server.access import Role
 from qflare_server.commands.identity import ensure_initialised
 from qflare_server.config import ServerConfig
+from qflare_server.context import utc_now
 from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.setup import bootstrap_bundle, initialise
-from qflare_server.parts import Parts, utc_now
-from qflare_server.repository.audit import Caller
+from qflare_server.parts import Parts
 from qflare_server.server import Coordinator
+from qflare_server.storage.repository.audit import Caller
 from tests.integration.processes import Replicas
 
 

@@ -9,13 +9,16 @@ import numpy as np
 from qflare.tensors import Array, Manifest, assemble, chunks
 from qflare.v1 import admin_service_pb2, training_pb2
 from qflare_client import Tls, enroll
-from qflare_server.folding import RoundFold, manifest_of, read_plan
+from qflare_server.aggregation.fold import RoundFold
+from qflare_server.aggregation.plan import read_plan
 from qflare_server.keys.setup import bootstrap_bundle
-from qflare_server.models import GlobalModel, Round
 from qflare_server.parts import Parts
-from qflare_server.payload_transfer import describe, read_chunks
-from qflare_server.repository import payloads, updates
-from qflare_server.repository.audit import SYSTEM
+from qflare_server.payloads.reader import read_chunks
+from qflare_server.storage.payload_records import describe
+from qflare_server.storage.repository import payloads, updates
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import GlobalModel, Round
+from qflare_server.training.versions import manifest_of
 from tests.integration.processes import DeviceThread
 
 DEVICES: Final = 3

@@ -12,8 +12,8 @@ from qflare.tensors import Array
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import device_pb2, training_pb2
 from qflare_client import Client, NotSelectedError, Task, TaskKind, TrainingTask, run
-from qflare_server.models import DeviceState
-from qflare_server.repository.audit import Caller
+from qflare_server.storage.repository.audit import Caller
+from qflare_server.storage.tables import DeviceState
 
 Deploy = Callable[..., Any]
 ONE_DEVICE = training_pb2.RoundPolicy(quorum=1, deadline=Duration(seconds=60))

@@ -23,10 +23,10 @@ from qflare_client import (
 from qflare_client.__main__ import main
 from qflare_client.identity import DeviceKeys, Identity, load_keys, read_facts, save_keys
 from qflare_client.keystore import KeyStore
+from qflare_server.context import utc_now
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import replace_stolen, rotate_online
-from qflare_server.models import AuditLog, DeviceKey, ModelUpdate
-from qflare_server.parts import utc_now
+from qflare_server.storage.tables import AuditLog, DeviceKey, ModelUpdate
 from qflare_server.verification import verify_database
 from tests.integration.conftest import Deployment
 from tests.integration.trained import ROUND_COUNT, train

@@ -7,7 +7,7 @@ import numpy as np
 
 from qflare.v1 import training_pb2
 from qflare_client import Client, Receipt, TrainingTask, run
-from qflare_server.models import ModelUpdate
+from qflare_server.storage.tables import ModelUpdate
 from tests.integration.conftest import Deployment
 
 WAIT_S = 120.0

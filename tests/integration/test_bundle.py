@@ -23,7 +23,7 @@ from qflare.verification import (
 from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import rotate_online, rotate_root
-from qflare_server.models import AuditLog
+from qflare_server.storage.tables import AuditLog
 from qflare_server.verification import verify_database
 from tests.integration.conftest import Deployment
 from tests.integration.trained import ROUND_COUNT, Bundle, Trained, finished, train

@@ -15,7 +15,8 @@ from qflare import merkle
 from qflare.v1 import security_pb2
 from qflare_server import witness
 from qflare_server.context import Context
-from qflare_server.models import (
+from qflare_server.storage.repository.audit import SYSTEM, Caller, Event, record
+from qflare_server.storage.tables import (
     AuditHead,
     AuditLog,
     AuditNode,
@@ -28,7 +29,6 @@ from qflare_server.models import (
     TrainingSession,
     TrustDocument,
 )
-from qflare_server.repository.audit import SYSTEM, Caller, Event, record
 from qflare_server.verification import (
     DatabaseReport,
     Finding,

@@ -25,7 +25,7 @@ from qflare_client import (
     run,
 )
 from qflare_client.evidence import verify
-from qflare_server.models import GlobalModel
+from qflare_server.storage.tables import GlobalModel
 from qflare_server.verification import recompute_version, verify_database
 from tests.integration.conftest import Deployment
 

@@ -20,14 +20,16 @@ from qflare.envelope import open_envelope
 from qflare.signing import Algorithm, Context
 from qflare.v1 import security_pb2
 from qflare_server.config import ConfigError, ServerConfig
-from qflare_server.database import Database, make_engine
+from qflare_server.context import UnknownKeyError
 from qflare_server.keys import KeyFolder, KeyStoreError, ServerKeys, ensure_initialised
 from qflare_server.keys.files import write_secret
 from qflare_server.keys.hardware import Pkcs11Module
-from qflare_server.keys.ring import SIGNING_ROLES, UnknownKeyError
+from qflare_server.keys.ring import SIGNING_ROLES
 from qflare_server.keys.rotation import replace_stolen, rotate_online
 from qflare_server.keys.server import CONTEXTS, LOOK_INTERVAL
 from qflare_server.keys.setup import initialise
+from qflare_server.storage.database import Database
+from qflare_server.storage.engine import make_engine
 from tests.conftest import ROOT, START, FakeClock
 from tests.identity import CHEAP
 

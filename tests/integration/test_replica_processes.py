@@ -22,8 +22,8 @@ from qflare_client import Client, DeviceRevokedError, Receipt, Tls
 from qflare_server.__main__ import main
 from qflare_server.access import ADMINISTRATIVE, Role
 from qflare_server.parts import Parts
-from qflare_server.repository import updates
-from qflare_server.repository.audit import SYSTEM
+from qflare_server.storage.repository import updates
+from qflare_server.storage.repository.audit import SYSTEM
 from tests.integration.held_uploads import LARGE, WAIT_S, held_upload
 from tests.integration.jobs import (
     DEVICES,

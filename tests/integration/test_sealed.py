@@ -28,10 +28,10 @@ from qflare_server.errors import SealedPayloadLostError
 from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import replace_stolen, rotate_online
-from qflare_server.models import AuditLog, Payload
-from qflare_server.payload_keys import rewrap
-from qflare_server.repository import models
-from qflare_server.repository.audit import SYSTEM
+from qflare_server.payloads.keys import rewrap
+from qflare_server.storage.repository import global_models
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import AuditLog, Payload
 from qflare_server.verification import recompute_version, verify_database
 from tests.identity import everything_stored
 from tests.integration.conftest import Deployment
@@ -308,7 +308,7 @@ def test_a_sealed_payload_that_was_edited_is_found(deployment: Deployment, colum
     parts = deployment.coordinator.parts
 
     def edit(session: Session) -> str:
-        model = models.get_model(session, session_id, 1)
+        model = global_models.get_model(session, session_id, 1)
         assert model is not None
         row = session.get(Payload, model.payload_id)
         assert row is not None

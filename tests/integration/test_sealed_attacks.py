@@ -14,7 +14,7 @@ from qflare.v1 import security_pb2
 from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import rotate_online
-from qflare_server.models import AuditLog, ModelUpdate, Payload
+from qflare_server.storage.tables import AuditLog, ModelUpdate, Payload
 from tests.integration.conftest import Deployment
 from tests.integration.raw_device import Draft, RawDevice, reason_of
 from tests.integration.sealing import LARGE, SMALL, Segments, marked, name_header, seal, start

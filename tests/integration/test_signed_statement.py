@@ -9,7 +9,7 @@ import pytest
 from qflare.envelope import open_envelope
 from qflare.signing import Context
 from qflare.statements import open_update
-from qflare_server.models import ModelUpdate
+from qflare_server.storage.tables import ModelUpdate
 from tests.integration.conftest import Deployment
 from tests.integration.raw_device import Draft, RawDevice, info_of
 

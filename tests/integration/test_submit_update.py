@@ -10,8 +10,8 @@ import pytest
 from qflare.tensors import Manifest
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2, tensor_pb2
-from qflare_server.models import AuditLog, ModelUpdate, Payload, Upload
-from qflare_server.repository.audit import SYSTEM
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import AuditLog, ModelUpdate, Payload, Upload
 from tests.integration.conftest import Deployment
 from tests.integration.raw_device import Draft, RawDevice, info_of, reason_of
 

@@ -29,7 +29,7 @@ from qflare_client import Client, Tls, UnavailableError, VerificationError, enro
 from qflare_client.retry import RetryPolicy
 from qflare_server.__main__ import main
 from qflare_server.commands.certificates import Authority, issue
-from qflare_server.parts import utc_now
+from qflare_server.context import utc_now
 from tests.integration.conftest import Deployment
 
 Deploy = Callable[..., Deployment]

@@ -7,8 +7,8 @@ from typing import Any, Final
 from qflare_server.dashboard.figures import Moment, moment
 from qflare_server.dashboard.pages.overview import audit_counts, risk_slices
 from qflare_server.dashboard.visit import Visit
-from qflare_server.models import AuditLog, RiskLevel
-from qflare_server.repository.audit import AuditFilter
+from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.tables import AuditLog, RiskLevel
 
 ROWS: Final = 25
 LONG: Final = 30

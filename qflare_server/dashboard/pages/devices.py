@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from qflare_server.dashboard.figures import Moment, moment
 from qflare_server.dashboard.visit import Visit
-from qflare_server.models import Device, DeviceState
-from qflare_server.repository.devices import DeviceFilter
+from qflare_server.storage.repository.devices import DeviceFilter
+from qflare_server.storage.tables import Device, DeviceState
 
 ROWS: Final = 50
 SHOWN_TYPES: Final = 12

@@ -18,8 +18,8 @@ from qflare_server.dashboard.pages.training import (
     session_row,
 )
 from qflare_server.dashboard.visit import Visit
-from qflare_server.models import DeviceState, RiskLevel, TrainingSessionState
-from qflare_server.repository.paging import PageRequest
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.tables import DeviceState, RiskLevel, TrainingSessionState
 
 SHOWN: Final = 6
 CURVE_VERSIONS: Final = 60

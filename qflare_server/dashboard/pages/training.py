@@ -9,16 +9,16 @@ from qflare_server.dashboard import figures
 from qflare_server.dashboard.charts import Chart, Part, Series, bar_chart, line_chart
 from qflare_server.dashboard.figures import Moment, moment
 from qflare_server.dashboard.visit import Visit, whole
-from qflare_server.models import (
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.views import VersionMetrics
+from qflare_server.storage.tables import (
     ModelUpdate,
     Round,
     RoundState,
     TrainingSession,
     TrainingSessionState,
 )
-from qflare_server.repository.paging import PageRequest
-from qflare_server.repository.views import VersionMetrics
-from qflare_server.training_config import of_session
+from qflare_server.training.config import of_session
 
 SHOWN_VERSIONS: Final = 300
 SHOWN_BARS: Final = 30

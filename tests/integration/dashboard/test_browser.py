@@ -18,7 +18,7 @@ from qflare_client import Client
 from qflare_server.access import Role
 from qflare_server.coordinator.devices import Profile
 from qflare_server.dashboard.site import PAGES
-from qflare_server.repository.audit import Caller
+from qflare_server.storage.repository.audit import Caller
 from tests.browser.chromium import find, started
 from tests.integration.conftest import Deployment
 

@@ -20,8 +20,8 @@ from qflare_server.coordinator.dashboard_login import ADMIN_SERVICE
 from qflare_server.coordinator.devices import Profile
 from qflare_server.dashboard.responses import HEADERS
 from qflare_server.dashboard.site import PAGES
-from qflare_server.repository.audit import AuditFilter, Caller
-from qflare_server.repository.paging import PageRequest
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.audit import AuditFilter, Caller
 from tests.integration.conftest import Deployment
 from tests.integration.dashboard.visitor import Visitor
 

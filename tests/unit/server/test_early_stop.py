@@ -3,7 +3,7 @@
 import pytest
 
 from qflare.v1 import training_pb2
-from qflare_server.early_stop import stop_reason
+from qflare_server.training.early_stopping import stop_reason
 
 
 def history(name: str, *values: float) -> list[dict[str, float]]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qflare.v1 import training_pb2
-from qflare_server.evaluation import is_due, is_worth_summarising, weighted_means
+from qflare_server.training.evaluation import is_due, is_worth_summarising, weighted_means
 
 
 @pytest.mark.parametrize(

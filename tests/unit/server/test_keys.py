@@ -13,15 +13,9 @@ from qflare.sealing import KemKey
 from qflare.signing import ONLINE_ALGORITHMS, Algorithm, Context, Provider, SigningKey
 from qflare.symmetric import UnsealError
 from qflare.v1 import security_pb2
+from qflare_server.context import UnknownKeyError
 from qflare_server.keys.files import Cost, KeyStoreError, decrypt_secret, encrypt_secret
-from qflare_server.keys.ring import (
-    ROLES,
-    SIGNING_ROLES,
-    KeyRing,
-    RingKey,
-    UnknownKeyError,
-    generate,
-)
+from qflare_server.keys.ring import ROLES, SIGNING_ROLES, KeyRing, RingKey, generate
 from qflare_server.keys.trust import (
     Trust,
     UntrustedDocumentError,

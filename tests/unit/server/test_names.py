@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from qflare_server.names import payload_name, unique_name
+from qflare_server.storage.ids import payload_name, unique_name
 
 
 @pytest.mark.parametrize("bits", [4, 64, 128])

@@ -6,7 +6,7 @@ import pytest
 
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidRequestError
-from qflare_server.training_config import complete
+from qflare_server.training.config import complete
 
 Bound = training_pb2.MetricBound
 Stop = training_pb2.EarlyStopPolicy

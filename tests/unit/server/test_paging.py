@@ -8,12 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qflare_server.errors import InvalidRequestError
-from qflare_server.repository.paging import (
-    DEFAULT_PAGE_SIZE,
-    MAX_PAGE_SIZE,
-    PageRequest,
-    page_token,
-)
+from qflare_server.storage.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, PageRequest, page_token
 
 KEYS = st.lists(st.one_of(st.text(), st.integers(-(2**53), 2**53)), min_size=1, max_size=3)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qflare.signing import MAX_MESSAGE_BYTES
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.errors import InvalidRequestError
-from qflare_server.training_config import (
+from qflare_server.training.config import (
     MAX_DEADLINE_S,
     MAX_SEED,
     complete,

@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 import pytest
 
 from qflare_server.coordinator.watching import Change, Kind, View, changes
-from qflare_server.models import Round, TrainingSession
-from qflare_server.repository.views import VersionFacts
+from qflare_server.storage.repository.views import VersionFacts
+from qflare_server.storage.tables import Round, TrainingSession
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
 

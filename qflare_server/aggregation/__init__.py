@@ -1,0 +1,1 @@
+"""Aggregation: turns closed rounds into versions."""

@@ -1,0 +1,296 @@
+"""Aggregation of rounds into versions.
+
+A pass (`Aggregator.run_once`) folds what was accepted since the last one, closes rounds that are due and publishes
+those that are closed. Passes are safe to repeat and to run twice at once: a lease keeps two coordinators from
+doing the same work in vain, but nothing depends on it; a version is published only by a transaction that finds
+the training session still at the base version and the round closed with exactly the updates that were folded.
+Scheduling belongs to `AggregationWorker`.
+"""
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy.orm import Session
+
+from qflare.tensors import InvalidPayloadError
+from qflare_server.aggregation.fold import BATCH, RoundFold
+from qflare_server.aggregation.plan import RoundPlan, read_plan
+from qflare_server.aggregation.publication import Publication
+from qflare_server.aggregation.row_integrity import record_refusals
+from qflare_server.context import Context
+from qflare_server.errors import (
+    ConflictError,
+    InvalidUpdateError,
+    StorageFullError,
+    StoreUnavailableError,
+)
+from qflare_server.storage.repository import leases, training_sessions, updates
+from qflare_server.storage.repository.training_sessions import RoundInProgress
+from qflare_server.storage.tables import RoundState, TrainingSessionState
+from qflare_server.strategies import NotEnoughUpdatesError, PrivacyBudgetExceededError
+from qflare_server.training.privacy import Allowance, allowance, noise_seed
+from qflare_server.training.retention import let_go
+from qflare_server.training.rounds import end_session, fail_round, miss_quorum, open_round
+
+logger = logging.getLogger(__name__)
+
+COALESCE_S: Final = 0.003  # updates that come together are folded together
+REST_S: Final = 5.0  # before a round that failed for a reason of its own is tried again
+MAX_DOUBLINGS: Final = 10
+
+Key = tuple[str, int]
+
+
+class Aggregator:
+    """Folds, closes and publishes; used by one thread.
+
+    Args:
+        context: The coordinator's parts.
+        executor: Runs the writes of large payloads.
+        holder: Name of this coordinator in leases; the same after a restart.
+    """
+
+    def __init__(self, context: Context, executor: ThreadPoolExecutor, holder: str) -> None:
+        self._context = context
+        self._executor = executor
+        self._holder = holder
+        self._folds: dict[Key, RoundFold] = {}
+        self._leases: dict[str, datetime] = {}
+        self._resting: dict[Key, datetime] = {}
+
+    def run_once(self) -> bool:
+        """Do what there is to do; return whether there may be more at once."""
+        with self._context.database.read() as session:
+            rounds = training_sessions.rounds_in_progress(session)
+        current = {(item.training_session_id, item.number) for item in rounds}
+        self._folds = {key: fold for key, fold in self._folds.items() if key in current}
+        self._resting = {key: until for key, until in self._resting.items() if key in current}
+        results = [
+            self._advance(item)
+            for item in rounds
+            if not self._rests(item) and self._leads(item.training_session_id)
+        ]
+        return any(results)
+
+    def next_deadline(self) -> datetime | None:
+        """Return when the next open round that this coordinator works on is due, None without one."""
+        with self._context.database.read() as session:
+            rounds = training_sessions.rounds_in_progress(session)
+        return min(
+            (
+                item.deadline_at
+                for item in rounds
+                if item.state == RoundState.OPEN.value
+                and item.training_session_id in self._leases
+                and not self._rests(item)
+            ),
+            default=None,
+        )
+
+    def _rests(self, item: RoundInProgress) -> bool:
+        until = self._resting.get((item.training_session_id, item.number))
+        return until is not None and self._context.clock() < until
+
+    def close(self) -> None:
+        """Give the leases back, so that another coordinator goes on at once."""
+        if self._leases:
+            self._context.database.write(lambda session: leases.release(session, self._holder))
+
+    def _leads(self, training_session_id: str) -> bool:
+        """Return whether this coordinator works on a training session, taking or renewing the lease."""
+        now = self._context.clock()
+        life = timedelta(seconds=self._context.config.lease_s)
+        until = self._leases.get(training_session_id)
+        if until is not None and until - now > life / 2:
+            return True
+        name = f"aggregate:{training_session_id}"
+        try:
+            taken = self._context.database.write(
+                lambda session: leases.acquire(session, name, self._holder, now, now + life)
+            )
+        except ConflictError:
+            taken = False
+        if taken:
+            self._leases[training_session_id] = now + life
+        else:
+            self._leases.pop(training_session_id, None)
+            self._drop(training_session_id)
+        return taken
+
+    def _drop(self, training_session_id: str) -> None:
+        self._folds = {
+            key: fold for key, fold in self._folds.items() if key[0] != training_session_id
+        }
+
+    def _advance(self, item: RoundInProgress) -> bool:
+        """Bring one round forward; one that fails is logged and does not stop the others."""
+        key = (item.training_session_id, item.number)
+        try:
+            return self._advance_round(item)
+        except (StoreUnavailableError, StorageFullError):
+            self._folds.pop(key, None)
+            raise
+        except Exception:
+            self._folds.pop(key, None)
+            self._resting[key] = self._context.clock() + timedelta(seconds=REST_S)
+            logger.exception("round not aggregated: session=%s round=%d", *key)
+            return False
+
+    def _advance_round(self, item: RoundInProgress) -> bool:
+        fold = self._fold(item)
+        more = self._take(fold, item)
+        if item.state == RoundState.OPEN.value:
+            if item.deadline_at <= self._context.clock():
+                return self._close_due(item)
+            return more
+        if more or fold.last_sequence < item.accepted_count:
+            return more
+        return self._publish(item, fold)
+
+    def _fold(self, item: RoundInProgress) -> RoundFold:
+        key = (item.training_session_id, item.number)
+        if key not in self._folds:
+            with self._context.database.read() as session:
+                plan = read_plan(session, *key, item.base_version)
+            seed = noise_seed(self._context, plan.config, key[0], plan.privacy_state)
+            self._folds[key] = RoundFold(self._context, plan, noise_seed=seed)
+        return self._folds[key]
+
+    def _take(self, fold: RoundFold, item: RoundInProgress) -> bool:
+        """Fold one batch of what was accepted; return whether the batch was full."""
+        if fold.last_sequence >= item.accepted_count:
+            return False
+        with self._context.database.read() as session:
+            batch = updates.accepted_after(
+                session, item.training_session_id, item.number, fold.last_sequence, BATCH
+            )
+        telemetry, started = self._context.telemetry, time.monotonic()
+        with telemetry.span(
+            "qflare.round.fold", links=[update.update_id for update in batch], **_names(item)
+        ):
+            fold.take(batch)
+        size_bytes = sum(update.size_bytes for update in batch)
+        telemetry.updates_folded(len(batch), size_bytes, time.monotonic() - started)
+        return len(batch) == BATCH
+
+    def _close_due(self, item: RoundInProgress) -> bool:
+        """Close a round whose deadline has passed, or do what its training session says without a quorum."""
+
+        def work(session: Session) -> bool:
+            owner = training_sessions.lock_session(session, item.training_session_id)
+            current = training_sessions.lock_round(session, item.training_session_id, item.number)
+            now = self._context.clock()
+            if owner is None or current is None or current.state != RoundState.OPEN.value:
+                return False
+            if owner.state != TrainingSessionState.RUNNING.value or current.deadline_at > now:
+                return False
+            if current.accepted_count >= current.quorum:
+                values = {"state": RoundState.CLOSED.value, "closed_at": now}
+                training_sessions.update_round(session, owner.id, current.number, values)
+            else:
+                miss_quorum(self._context, session, owner, current, now)
+            return True
+
+        return self._context.database.write(work)
+
+    def _publish(self, item: RoundInProgress, fold: RoundFold) -> bool:
+        """Write the version's bytes, then publish it in one transaction."""
+        with self._context.telemetry.span(
+            "qflare.version.publish",
+            links=[update_id for update_id, _ in fold.contributors],
+            **_names(item),
+        ):
+            return self._publish_version(item, fold)
+
+    def _publish_version(self, item: RoundInProgress, fold: RoundFold) -> bool:
+        write = self._context.database.write
+        try:
+            publication = self._prepare(fold)
+        except PrivacyBudgetExceededError as error:
+            reason = f"privacy budget exceeded: {error}"
+            return write(lambda session: self._exhaust(session, item, reason, fold))
+        except (NotEnoughUpdatesError, InvalidPayloadError, InvalidUpdateError) as error:
+            problem = f"no version could be made: {error}"
+            return write(lambda session: self._retry(session, item, problem, fold))
+        finally:
+            self._folds.pop((item.training_session_id, item.number), None)
+        published = write(publication.run)
+        if published:
+            logger.info(
+                "version published: session=%s version=%d round=%d updates=%d",
+                item.training_session_id,
+                item.base_version + 1,
+                item.number,
+                fold.last_sequence,
+            )
+            self._tell(item, fold)
+            let_go(self._context, item.training_session_id)
+        return published
+
+    def _prepare(self, fold: RoundFold) -> Publication:
+        """Account for a version, then write its bytes.
+
+        Raises:
+            PrivacyBudgetExceededError: It must not be released.
+            NotEnoughUpdatesError: Or another of its kind: it cannot be made.
+        """
+        spending = self._allowance(fold.plan)
+        at = self._context.clock()
+        written = fold.write(self._executor, at)
+        outcome = fold.write_outcome(self._executor, at)
+        return Publication(self._context, fold, written, outcome, spending)
+
+    def _allowance(self, plan: RoundPlan) -> Allowance | None:
+        if not plan.config.privacy.noise_multiplier:
+            return None
+        with self._context.database.read() as session:
+            owner = training_sessions.get_session(session, plan.training_session_id)
+            state = None if owner is None else owner.privacy_state
+        return allowance(plan.config, state)
+
+    def _tell(self, item: RoundInProgress, fold: RoundFold) -> None:
+        """Tell the telemetry of a version."""
+        assert item.closed_at is not None
+        rejected = len(fold.outcome.rejected)
+        self._context.telemetry.round_published(
+            len(fold.contributors) - rejected,
+            rejected,
+            max(0.0, (item.closed_at - item.opened_at).total_seconds()),
+            max(0.0, (self._context.clock() - item.closed_at).total_seconds()),
+        )
+
+    def _exhaust(
+        self, session: Session, item: RoundInProgress, reason: str, fold: RoundFold
+    ) -> bool:
+        """End a training session whose next version would spend more privacy than it may."""
+        owner = training_sessions.lock_session(session, item.training_session_id)
+        current = training_sessions.lock_round(session, item.training_session_id, item.number)
+        if owner is None or current is None or current.state != RoundState.CLOSED.value:
+            return False
+        now = self._context.clock()
+        record_refusals(session, owner.id, current.number, fold.refusals, now)
+        fail_round(session, owner, current, reason, now)
+        if owner.state != TrainingSessionState.CANCELLED.value:
+            end_session(session, owner, TrainingSessionState.COMPLETED, reason, now)
+        return True
+
+    def _retry(self, session: Session, item: RoundInProgress, reason: str, fold: RoundFold) -> bool:
+        """Give up a round that makes no version, and open another from the same base version."""
+        owner = training_sessions.lock_session(session, item.training_session_id)
+        current = training_sessions.lock_round(session, item.training_session_id, item.number)
+        if owner is None or current is None or current.state != RoundState.CLOSED.value:
+            return False
+        now = self._context.clock()
+        record_refusals(session, owner.id, current.number, fold.refusals, now)
+        fail_round(session, owner, current, reason, now)
+        if owner.state in {TrainingSessionState.RUNNING.value, TrainingSessionState.PAUSED.value}:
+            open_round(self._context, session, owner, current.base_version, now)
+        return True
+
+
+def _names(item: RoundInProgress) -> dict[str, Any]:
+    """Return what a span says of its round."""
+    return {"training_session_id": item.training_session_id, "round_number": item.number}

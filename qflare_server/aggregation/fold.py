@@ -1,0 +1,330 @@
+"""One round being aggregated: its accepted updates go in as they come, a version comes out.
+
+What is kept in memory is the strategy's accumulator and facts of a few bytes for each update; payloads are read in
+ranges. After a crash everything is read and folded again, in the same order, to the same bytes.
+
+Integer and boolean tensors are not averaged: they are copied from the accepted update with the largest example
+count, the earliest of equals.
+
+Where devices get versions in a smaller form, full weights become deltas against that form, slice by slice: against
+what the device had. The deltas are added to the version in full precision, so that changes smaller than the smaller
+form can show are not lost but add up from round to round.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+import numpy as np
+
+from qflare.encodings import Encoding, wire_manifest
+from qflare.manifest import DType, TensorSpec
+from qflare.narrowing import download_manifest
+from qflare.segments import SealContext
+from qflare.tensors import CHUNK_BYTES, Manifest
+from qflare.v1 import training_pb2
+from qflare.vectors import VectorLayout, VectorReader, float_count, integer_ranges, write_payload
+from qflare_server.aggregation.outcome import with_refusals
+from qflare_server.aggregation.plan import RoundPlan
+from qflare_server.aggregation.row_integrity import RowEvidence
+from qflare_server.context import Context
+from qflare_server.errors import GlobalModelNotFoundError
+from qflare_server.payloads.reader import PayloadBytes
+from qflare_server.payloads.sealed_receiver import seal_context
+from qflare_server.payloads.writer import PayloadWriter, VersionWriter
+from qflare_server.storage.payload_records import (
+    Download,
+    Received,
+    StoredPayload,
+    describe,
+    seal_of,
+)
+from qflare_server.storage.repository import global_models, payloads
+from qflare_server.storage.repository.updates import Foldable
+from qflare_server.strategies import (
+    Contribution,
+    Judgement,
+    NotEnoughUpdatesError,
+    Outcome,
+    Prior,
+    Reader,
+    begin,
+    outcome_to_data,
+)
+from qflare_server.training.config import download_encoding
+from qflare_server.training.strategy import build_strategy, is_asynchronous
+
+FOLD_AHEAD: Final = 8  # chunks read at once where an update is folded by itself
+COHORT_AHEAD: Final = 1  # and where a hundred are open side by side
+BATCH: Final = 64
+
+
+@dataclass
+class _Metrics:
+    """Example-weighted means of what devices reported, added up in acceptance order."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, metrics: Mapping[str, float], example_count: int) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * example_count
+            self.counts[name] = self.counts.get(name, 0) + example_count
+
+    def means(self) -> dict[str, float]:
+        return {
+            f"train_{name}": total / self.counts[name]
+            for name, total in sorted(self.sums.items())
+            if math.isfinite(total)
+        }
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a finished aggregation has written: the version, what its strategy keeps by name, what devices get."""
+
+    payload: Received
+    vectors: Mapping[str, Received]
+    download: Download | None
+
+
+class RoundFold:
+    """The aggregation of one round under way; used by one thread.
+
+    Args:
+        context: The coordinator's parts.
+        plan: What it is aggregated with.
+        noise_seed: The training session's secret, needed with differential privacy.
+        thread_count: Threads that share the arithmetic.
+        recorded: Judgements of an earlier run by update id (`aggregation.outcome`), to recompute the version.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        plan: RoundPlan,
+        *,
+        noise_seed: bytes | None = None,
+        thread_count: int = 1,
+        recorded: Mapping[str, Judgement] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.last_sequence = 0
+        self.contributors: list[tuple[str, str]] = []
+        self.example_count = 0
+        self.refusals: dict[str, str] = {}  # by id: updates whose rows are not what was signed
+        self._evidence = RowEvidence(
+            context,
+            plan.training_session_id,
+            plan.number,
+            carries=is_asynchronous(plan.config),
+            recorded=recorded,
+        )
+        self._context = context
+        self._metrics = _Metrics()
+        self._largest: tuple[int, Foldable] | None = None
+        self._sent: dict[int, Reader] = {}
+        self._download = download_encoding(plan.config)
+        strategy = build_strategy(plan.config)
+        self._ahead = FOLD_AHEAD if strategy.folds else COHORT_AHEAD
+        self._encoding = Encoding.from_number(plan.config.transfer.update_encoding)
+        self._wire = wire_manifest(
+            plan.manifest, self._encoding, plan.config.transfer.top_k_fraction or 1.0
+        )
+        self._layout = VectorLayout(plan.manifest, self._encoding, self._wire)
+        self._aggregation = begin(
+            strategy,
+            float_count(plan.manifest),
+            self._model_reader(plan.base),
+            self._prior(),
+            noise_seed=noise_seed,
+            thread_count=thread_count,
+            recorded=recorded,
+        )
+
+    def _model_reader(self, stored: StoredPayload, manifest: Manifest | None = None) -> Reader:
+        return self._reader(stored, VectorLayout(manifest or self.plan.manifest))
+
+    def _reader(self, stored: StoredPayload, layout: VectorLayout) -> Reader:
+        source = PayloadBytes(self._context, stored, None, FOLD_AHEAD)
+        return VectorReader(layout, source.read).read
+
+    def _prior(self) -> Prior:
+        count = float_count(self.plan.manifest)
+        return Prior(
+            scalars=dict(self.plan.strategy_state.get("scalars", {})),
+            vectors={
+                name: self._model_reader(stored, vector_manifest(name, count))
+                for name, stored in self.plan.vectors.items()
+            },
+            version=self.plan.base_version + 1,
+        )
+
+    def take(self, updates: Sequence[Foldable]) -> None:
+        """Take accepted updates in, in the order of their acceptance."""
+        refused = self._evidence.refusals(updates)
+        self.refusals |= refused
+        self.contributors += [(update.update_id, update.statement_digest) for update in updates]
+        if updates:
+            self.last_sequence = updates[-1].acceptance_sequence
+        self._take([update for update in updates if update.update_id not in refused])
+
+    def _take(self, updates: Sequence[Foldable]) -> None:
+        if all(update.location == "row" for update in updates):
+            self._aggregation.extend([self._contribution(update) for update in updates])
+        else:  # one large update in memory at a time
+            for update in updates:
+                self._aggregation.add(self._contribution(update))
+        for update in updates:
+            self.example_count += update.example_count
+            self._metrics.add(update.metrics, update.example_count)
+            if self._largest is None or update.example_count > self._largest[0]:
+                self._largest = (update.example_count, update)
+
+    def _contribution(self, update: Foldable) -> Contribution:
+        source = self._source(update)
+        read: Reader = VectorReader(self._layout, source.read).read
+        staleness = self.plan.base_version - update.base_version
+        full = self.plan.config.transfer.update_kind != training_pb2.UPDATE_KIND_DELTA
+        if full and (staleness or self._download is not Encoding.FULL_PRECISION):
+            read, full = _difference(read, self._sent_reader(update.base_version)), False
+        return Contribution(
+            update_id=update.update_id,
+            example_count=update.example_count,
+            read=read,
+            staleness=staleness,
+            full_weights=full,
+        )
+
+    def _source(self, update: Foldable) -> PayloadBytes:
+        stored = StoredPayload(
+            update.payload_id,
+            update.size_bytes,
+            update.payload_digest,
+            update.chunk_digests,
+            update.location == "row",
+            seal_of(update.sealed_header, update.sealed_key, None),
+        )
+        return PayloadBytes(self._context, stored, update.data, self._ahead)
+
+    def _sent_reader(self, version: int) -> Reader:
+        """Return the reader of a version as devices got it, for updates that were trained from it."""
+        if version not in self._sent:
+            with self._context.database.read() as session:
+                model = global_models.get_model(session, self.plan.training_session_id, version)
+                if model is None:
+                    raise GlobalModelNotFoundError(f"no version {version}")
+                payload_id = model.download_payload_id or model.payload_id
+                stored = describe(payloads.get_payload(session, payload_id))
+            wire = download_manifest(self.plan.manifest, self._download)
+            layout = VectorLayout(self.plan.manifest, self._download, wire)
+            self._sent[version] = _held(self._reader(stored, layout))
+        return self._sent[version]
+
+    @property
+    def outcome(self) -> Outcome:
+        """Facts of the aggregation; complete once the version is written."""
+        order = [update_id for update_id, _ in self.contributors]
+        return with_refusals(self._aggregation.outcome, order, self.refusals)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the example-weighted means of what the devices reported, prefixed `train_`.
+
+        None with differential privacy: its noise does not cover them.
+        """
+        return {} if self.plan.config.privacy.noise_multiplier else self._metrics.means()
+
+    def write(self, executor: ThreadPoolExecutor, at: datetime) -> Written:
+        """Write the version's payload, the form in which devices get it, and its strategy's vectors.
+
+        Raises:
+            NotEnoughUpdatesError: The strategy accepted too few updates.
+            NonFiniteError: The version would hold NaN or infinity.
+            InvalidUpdateError: It would, in the form in which devices get it.
+        """
+        count = float_count(self.plan.manifest)
+        vectors: dict[str, PayloadWriter] = {}
+
+        def slices() -> Iterator[np.ndarray[Any, Any]]:
+            for piece in self._aggregation.finish():
+                for name, values in piece.vectors.items():
+                    if name not in vectors:
+                        layout = vector_manifest(name, count)
+                        vectors[name] = self._writer(executor, layout, at, name)
+                    vectors[name].feed(values.astype("<f8", copy=False).tobytes())
+                yield piece.weights
+
+        manifest, belongs_to = self.plan.manifest, self._belongs_to()
+        writer = VersionWriter(self._context, executor, manifest, self._download, at, belongs_to)
+        payload, download = writer.write(write_payload(manifest, slices(), self._integers()))
+        kept = {name: vector.finish() for name, vector in vectors.items()}
+        return Written(payload, kept, download)
+
+    def write_outcome(self, executor: ThreadPoolExecutor, at: datetime) -> Received:
+        """Write the record of what became of every update, as JSON; after `write`."""
+        data = json.dumps(outcome_to_data(self.outcome), sort_keys=True).encode()
+        layout = Manifest((TensorSpec("outcome", DType.UINT8, (len(data),)),))
+        writer = self._writer(executor, layout, at, "outcome")
+        writer.feed(data)
+        return writer.finish()
+
+    def _writer(
+        self, executor: ThreadPoolExecutor, layout: Manifest, at: datetime, state_name: str
+    ) -> PayloadWriter:
+        """Return what writes something that is kept of the version under a name."""
+        return PayloadWriter(self._context, executor, layout, at, self._belongs_to(state_name))
+
+    def _belongs_to(self, state_name: str = "") -> SealContext | None:
+        """Return what the version, or what is kept of it under a name, is sealed for; None where nothing is sealed."""
+        plan = self.plan
+        return seal_context(
+            self._context,
+            plan.config,
+            plan.training_session_id,
+            plan.base_version + 1,
+            state_name,
+        )
+
+    def _integers(self) -> Callable[[TensorSpec], Iterator[bytes]]:
+        """Return where integer tensors' bytes come from: the update with the largest example count."""
+        offsets = {
+            spec.name: offset for spec, offset in integer_ranges(self.plan.manifest, self._wire)
+        }
+        if self._largest is None:
+            raise NotEnoughUpdatesError("needs 1 accepted update, got 0")
+        source = self._source(self._largest[1])
+
+        def read(spec: TensorSpec) -> Iterator[bytes]:
+            for start in range(0, spec.size_bytes, CHUNK_BYTES):
+                length = min(CHUNK_BYTES, spec.size_bytes - start)
+                yield bytes(source.read(offsets[spec.name] + start, length))
+
+        return read
+
+
+def _difference(read: Reader, base: Reader) -> Reader:
+    def difference(start: int, stop: int) -> np.ndarray[Any, Any]:
+        return read(start, stop).astype(np.float64) - base(start, stop)
+
+    return difference
+
+
+def _held(read: Reader) -> Reader:
+    """Return a reader that keeps the slice that was read last: a cohort asks for the same one in turn."""
+    last: list[tuple[int, int, np.ndarray[Any, Any]]] = []
+
+    def held(start: int, stop: int) -> np.ndarray[Any, Any]:
+        if not last or last[0][:2] != (start, stop):
+            last[:] = [(start, stop, read(start, stop))]
+        return last[0][2]
+
+    return held
+
+
+def vector_manifest(name: str, element_count: int) -> Manifest:
+    """Return the layout in which a strategy's vector is kept."""
+    return Manifest((TensorSpec(name, DType.FLOAT64, (element_count,)),))

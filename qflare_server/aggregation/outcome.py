@@ -1,0 +1,43 @@
+"""What became of every update of a round: the record that is kept with its version."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+from qflare_server.context import Context
+from qflare_server.payloads.reader import Contents
+from qflare_server.storage.payload_records import describe
+from qflare_server.storage.repository import payloads
+from qflare_server.storage.tables import GlobalModel
+from qflare_server.strategies import Judgement, Outcome, outcome_from_data
+
+
+def read_outcome(context: Context, model: GlobalModel) -> Outcome | None:
+    """Return the record of what became of every update of a version's round; None where none was kept.
+
+    No signature vouches for it: it is worth what the bytes are that come out with it.
+
+    Raises:
+        ValueError: It is no such record.
+        PayloadPrunedError: It is no longer kept.
+    """
+    payload_id = model.strategy_state.get("outcome")
+    if payload_id is None or model.rollback_version is not None:
+        return None
+    with context.database.read() as session:
+        stored = describe(payloads.get_payload(session, payload_id))
+    contents = Contents(context, stored)
+    return outcome_from_data(json.loads(b"".join(contents.read(0, contents.piece_count))))
+
+
+def with_refusals(
+    outcome: Outcome, update_ids: Sequence[str], refusals: Mapping[str, str]
+) -> Outcome:
+    """Return the outcome of a round with those updates in it that were not folded, in the order of acceptance."""
+    if not refusals:
+        return outcome
+    judged = {entry.update_id: entry for entry in outcome.judgements}
+    for update_id, reason in refusals.items():
+        judged[update_id] = Judgement(update_id, 0.0, 0.0, 0.0, rejection=reason)
+    ordered = tuple(judged[update_id] for update_id in update_ids if update_id in judged)
+    return dataclasses.replace(outcome, judgements=ordered)

@@ -1,0 +1,62 @@
+"""The plan of a round: what its updates are aggregated with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from qflare.tensors import Manifest
+from qflare.v1 import training_pb2
+from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
+from qflare_server.storage.payload_records import StoredPayload, describe
+from qflare_server.storage.repository import global_models, payloads, training_sessions
+from qflare_server.training.config import of_session
+from qflare_server.training.versions import manifest_of
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What a round is aggregated with, read once."""
+
+    training_session_id: str
+    number: int
+    base_version: int
+    manifest: Manifest
+    config: training_pb2.TrainingConfig
+    base: StoredPayload
+    strategy_state: Mapping[str, Any]
+    vectors: Mapping[str, StoredPayload]
+    privacy_state: Mapping[str, Any] | None = None
+
+
+def read_plan(
+    session: Session, training_session_id: str, number: int, base_version: int
+) -> RoundPlan:
+    """Read what a round is aggregated with.
+
+    Raises:
+        TrainingSessionNotFoundError: There is no such training session.
+        GlobalModelNotFoundError: Its base version is missing.
+    """
+    owner = training_sessions.get_session(session, training_session_id)
+    if owner is None:
+        raise TrainingSessionNotFoundError
+    base = global_models.get_model(session, training_session_id, base_version)
+    if base is None:
+        raise GlobalModelNotFoundError
+    vectors = {
+        name: describe(payloads.get_payload(session, payload_id))
+        for name, payload_id in base.strategy_state.get("vectors", {}).items()
+    }
+    return RoundPlan(
+        training_session_id,
+        number,
+        base_version,
+        manifest_of(base),
+        of_session(owner.id, owner.config),
+        describe(payloads.get_payload(session, base.payload_id)),
+        base.strategy_state,
+        vectors,
+        owner.privacy_state,
+    )

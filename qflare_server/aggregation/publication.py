@@ -1,0 +1,174 @@
+"""The transaction that publishes the version of a round.
+
+It holds everything that must become true together: the version with its statement, what became of every update, what
+privacy has cost, and how the training session goes on. It does nothing where the round or the ledger is no longer
+what the version was made from.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from qflare_server.aggregation.fold import RoundFold, Written
+from qflare_server.aggregation.row_integrity import record_refusals
+from qflare_server.context import Context
+from qflare_server.storage.payload_records import Received
+from qflare_server.storage.repository import audit, training_sessions, updates, views
+from qflare_server.storage.repository.audit import SYSTEM, Event
+from qflare_server.storage.tables import Round, RoundState, TrainingSession, TrainingSessionState
+from qflare_server.training.config import of_session
+from qflare_server.training.early_stopping import HISTORY, stop_reason
+from qflare_server.training.evaluation import summarise
+from qflare_server.training.privacy import Allowance, ledger_rows, with_ledger
+from qflare_server.training.quarantine import quarantine_repeaters
+from qflare_server.training.rounds import end_session, open_round
+from qflare_server.training.versions import Draft, publish
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A version whose bytes are written, about to be published.
+
+    Attributes:
+        context: The coordinator's parts.
+        fold: The finished aggregation.
+        written: What it made.
+        outcome: The record of what became of every update.
+        allowance: What the version costs in privacy; None without privacy.
+    """
+
+    context: Context
+    fold: RoundFold
+    written: Written
+    outcome: Received
+    allowance: Allowance | None = None
+
+    def run(self, session: Session) -> bool:
+        """Publish the version; return whether it was, False if the round or the ledger has changed."""
+        plan, now = self.fold.plan, self.context.clock()
+        owner = training_sessions.lock_session(session, plan.training_session_id)
+        current = training_sessions.lock_round(session, plan.training_session_id, plan.number)
+        if owner is None or current is None or not self._still_holds(owner, current):
+            return False
+        draft = self._draft(owner, current, now)
+        for payload in (*self.written.vectors.values(), self.outcome):
+            payload.insert(session, now)
+        publish(self.context, session, owner, draft)
+        if self.allowance is not None:
+            state = with_ledger(owner.privacy_state, self.allowance.after)
+            training_sessions.update_session(session, owner.id, {"privacy_state": state})
+        self._settle(session, owner, current, draft, now)
+        self._go_on(session, owner, current, draft, now)
+        return True
+
+    def _still_holds(self, owner: TrainingSession, current: Round) -> bool:
+        if current.state != RoundState.CLOSED.value:
+            return False
+        if current.accepted_count != self.fold.last_sequence:
+            return False
+        if owner.current_version != self.fold.plan.base_version:
+            return False  # what is sealed is sealed for the version after it
+        return self.allowance is None or ledger_rows(owner.privacy_state) == self.allowance.before
+
+    def _draft(self, owner: TrainingSession, current: Round, now: datetime) -> Draft:
+        fold = self.fold
+        outcome = fold.outcome
+        rejected = outcome.rejected
+        spent = None if self.allowance is None else self.allowance.after
+        assert current.closed_at is not None
+        return Draft(
+            version=owner.current_version + 1,
+            base_version=current.base_version,
+            round_number=current.number,
+            payload=self.written.payload,
+            download=self.written.download,
+            manifest=fold.plan.manifest,
+            created_at=current.closed_at,
+            contributors=tuple(
+                digest for update_id, digest in fold.contributors if update_id not in rejected
+            ),
+            example_count=fold.example_count,
+            weight_sum=outcome.weight_sum,
+            metrics=fold.metrics(),
+            strategy_state={
+                "scalars": dict(outcome.scalars),
+                "vectors": {name: item.payload_id for name, item in self.written.vectors.items()},
+                "outcome": self.outcome.payload_id,
+            },
+            epsilon=None if spent is None else spent.epsilon,
+            delta=None if spent is None else spent.delta,
+            publish_duration_s=max(0.0, (now - current.closed_at).total_seconds()),
+        )
+
+    def _settle(
+        self, session: Session, owner: TrainingSession, current: Round, draft: Draft, now: datetime
+    ) -> None:
+        """Say of every update what became of it, and of the round that it is published."""
+        fold = self.fold
+        rejected = fold.outcome.rejected
+        updates.mark_rejected(session, rejected, now)
+        record_refusals(session, owner.id, current.number, fold.refusals, now)
+        updates.mark_aggregated(
+            session, owner.id, current.number, fold.last_sequence, draft.version, now
+        )
+        scores = {
+            entry.update_id: entry.cosine
+            for entry in fold.outcome.judgements
+            if entry.cosine is not None
+        }
+        updates.record_scores(session, scores)
+        values: dict[str, Any] = {
+            "state": RoundState.PUBLISHED.value,
+            "version": draft.version,
+            "rejected_count": len(rejected),
+            "published_at": now,
+        }
+        training_sessions.update_round(session, owner.id, current.number, values)
+        judged = sorted(rejected.keys() - fold.refusals.keys())
+        quarantine_repeaters(session, owner, judged, now)
+        self._record(session, owner, current, draft, now)
+
+    def _record(
+        self, session: Session, owner: TrainingSession, current: Round, draft: Draft, now: datetime
+    ) -> None:
+        details: dict[str, Any] = {
+            "version": draft.version,
+            "round": current.number,
+            "contributors": len(draft.contributors),
+            "payload_digest": draft.payload.content_digest,
+        }
+        if draft.epsilon is not None:
+            details["epsilon"] = draft.epsilon
+        event = Event("version.published", f"training_session:{owner.id}", details=details)
+        audit.record(session, SYSTEM, event, now)
+
+    def _go_on(
+        self, session: Session, owner: TrainingSession, current: Round, draft: Draft, now: datetime
+    ) -> None:
+        """Open the next round, or end the training session."""
+        if owner.state == TrainingSessionState.CANCELLED.value:
+            return
+        if of_session(owner.id, owner.config).evaluation.every_rounds:
+            summarise(session, owner, current.base_version, now)
+        reason = self._end_reason(session, owner, current)
+        if reason:
+            end_session(session, owner, TrainingSessionState.COMPLETED, reason, now)
+            return
+        open_round(self.context, session, owner, draft.version, now)
+
+    def _end_reason(self, session: Session, owner: TrainingSession, current: Round) -> str:
+        """Return why training ends with this version, empty if it goes on."""
+        config = of_session(owner.id, owner.config)
+        if current.number >= config.total_rounds:
+            return "all rounds are done"
+        if self.allowance is not None and self.allowance.is_last:
+            spent = self.allowance.after
+            return (
+                f"privacy budget spent: epsilon {spent.epsilon:.6g} of "
+                f"{config.privacy.epsilon_budget:.6g} at delta {spent.delta:.3g}"
+            )
+        if not config.early_stop.metric:
+            return ""
+        return stop_reason(config.early_stop, views.latest_metrics(session, owner.id, HISTORY))

@@ -1,0 +1,1 @@
+"""Payloads: bytes of models and updates, received, sealed, read and written within bounds."""

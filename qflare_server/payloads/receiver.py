@@ -1,0 +1,207 @@
+"""Receiving and reading payload bytes within bounds.
+
+A `Receiver` takes the chunks of one payload as they come, checks each, and keeps at most two batches in memory:
+small payloads wait there for the transaction of their row, large ones are written to the payload store by a
+background thread while the next batch arrives. `StoredPayload.chunks` reads them back, a few at a time.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
+
+from qflare import merkle
+from qflare.tensors import CHUNK_BYTES, FiniteCheck, InvalidPayloadError
+from qflare_server.context import Context
+from qflare_server.errors import (
+    DigestMismatchError,
+    InvalidUpdateError,
+)
+from qflare_server.payloads.expected import Expected
+from qflare_server.storage.ids import payload_name
+from qflare_server.storage.payload_records import Received, Seal, split_digests
+from qflare_server.storage.payload_store import READ_CHUNKS
+from qflare_server.storage.repository import payloads as rows
+
+TOUCH_SHARE: Final = 0.25  # of the time after which an upload expires
+
+
+class Receiver:
+    """Takes the chunks of one payload in order; used by one thread.
+
+    Args:
+        context: The coordinator's parts.
+        executor: Runs the writes of large payloads.
+        expected: What the payload has to be; already checked.
+        payload_id: Of an upload that is continued; empty starts a new one.
+        first_chunk: Number of chunks that the store already has.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        executor: ThreadPoolExecutor,
+        expected: Expected,
+        *,
+        payload_id: str = "",
+        first_chunk: int = 0,
+    ) -> None:
+        self._context = context
+        self._executor = executor
+        self._expected = expected
+        self._size_bytes = expected.wire_size_bytes
+        self._chunk_count = expected.wire_chunk_count
+        self._wanted = split_digests(expected.chunk_digests)
+        self._finite = FiniteCheck(expected.manifest, expected.rules)
+        self._leaves: list[bytes] = []
+        self._batch: list[bytes] = []
+        self._batch_bytes = 0
+        self._stored = first_chunk
+        self._pending: Future[None] | None = None
+        self._touched_at = rows.LONG_AGO if payload_id else context.clock()
+        self.payload_id = payload_id or payload_name()
+        self.is_large = self._size_bytes > context.config.inline_payload_bytes
+        if first_chunk:
+            self._replay(first_chunk)
+        self._resumed_at = self.next_index
+
+    @property
+    def next_index(self) -> int:
+        """Number of the chunk that comes next."""
+        return len(self._leaves)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every chunk has come."""
+        return self.next_index == self._chunk_count
+
+    def _replay(self, count: int) -> None:
+        """Take in the chunks that an interrupted upload left in the store, without writing them again."""
+        for first in range(0, count, READ_CHUNKS):
+            stored = self._context.store.read(
+                self.payload_id, first, min(READ_CHUNKS, count - first)
+            )
+            for chunk in stored:
+                self._check(len(self._leaves), chunk)
+        self._stored = self.next_index
+
+    def add(self, index: int, chunk: bytes) -> None:
+        """Check a chunk and keep it; one that an interrupted upload has left in the store is passed over.
+
+        Raises:
+            InvalidUpdateError: It is out of order, of a wrong size, or holds NaN or infinity.
+            DigestMismatchError: It is not the chunk that was stated.
+        """
+        if index < self._resumed_at:
+            return
+        self._check(index, chunk)
+        self._keep(chunk)
+
+    def _keep(self, chunk: bytes) -> None:
+        """Put a chunk to those that are to be written."""
+        self._batch.append(chunk)
+        self._batch_bytes += len(chunk)
+        full = self._batch_bytes >= self._context.config.upload_batch_bytes
+        if self.is_large and (full or self.is_complete):
+            self._flush()
+
+    def _check(self, index: int, chunk: bytes) -> None:
+        number = self.next_index
+        if index != number:
+            raise InvalidUpdateError(f"chunk index: got {index}, want {number}")
+        if self.is_complete:
+            raise InvalidUpdateError(
+                f"too many bytes: got chunk {number}, want {self._size_bytes} bytes in"
+                f" {self._chunk_count} chunks"
+            )
+        wanted = min(CHUNK_BYTES, self._size_bytes - number * CHUNK_BYTES)
+        if len(chunk) != wanted:
+            raise InvalidUpdateError(f"chunk {number}: got {len(chunk)} bytes, want {wanted}")
+        leaf = merkle.leaf_hash(chunk)
+        if self._wanted and leaf != self._wanted[number]:
+            raise DigestMismatchError(f"chunk {number}: its digest is not the one stated")
+        self._take_content(chunk)
+        self._leaves.append(leaf)
+
+    def _take_content(self, chunk: bytes) -> None:
+        """Look at what is in the chunk that comes next."""
+        self._check_elements(chunk)
+
+    def _check_elements(self, data: bytes) -> None:
+        try:
+            self._finite.feed(data)
+        except InvalidPayloadError as error:
+            raise InvalidUpdateError(str(error)) from error
+
+    def _flush(self) -> None:
+        """Hand the batch to the background; wait for the one before, so that at most two are in memory."""
+        self._wait()
+        self._touch()
+        batch, first = self._batch, self._stored
+        self._stored += len(batch)
+        self._batch, self._batch_bytes = [], 0
+        append = self._context.store.append
+        self._pending = self._executor.submit(append, self.payload_id, first, batch)
+
+    def _touch(self) -> None:
+        """Keep an upload that takes long from expiring."""
+        at = self._context.clock()
+        expiry_s = self._context.config.upload_expiry_s
+        if (at - self._touched_at).total_seconds() > expiry_s * TOUCH_SHARE:
+            self._touched_at = at
+            self._context.database.write(
+                lambda session: rows.touch_upload(session, self.payload_id, at)
+            )
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def finish(self) -> Received:
+        """Return the whole payload, durable if it is large.
+
+        Raises:
+            InvalidUpdateError: Chunks are missing.
+            DigestMismatchError: The payload is not the one that was stated.
+        """
+        digest = self._whole_digest()
+        seal = self._seal()
+        return Received(
+            payload_id=self.payload_id,
+            size_bytes=self._size_bytes,
+            digest=digest,
+            chunk_digests=b"".join(self._leaves),
+            data=self._last_batch(),
+            seal=seal,
+        )
+
+    def _whole_digest(self) -> str:
+        """Return the root over the chunks, if all of them have come and it is the one that was stated."""
+        if not self.is_complete:
+            raise InvalidUpdateError(f"chunks: got {self.next_index}, want {self._chunk_count}")
+        digest = merkle.root(self._leaves).hex()
+        if self._expected.wire_digest and digest != self._expected.wire_digest:
+            raise DigestMismatchError("payload: its digest is not the one stated")
+        return digest
+
+    def _seal(self) -> Seal | None:
+        """Return how the payload is sealed, None if it is not."""
+        return None
+
+    def _last_batch(self) -> bytes | None:
+        """Return the bytes of a small payload; write the rest of a large one and return None."""
+        if not self.is_large:
+            return b"".join(self._batch)
+        self.keep()
+        return None
+
+    def keep(self) -> None:
+        """Make what has come so far durable, so that a broken upload can go on there."""
+        if self.is_large and self._batch:
+            self._flush()
+        self._wait()
+
+    def abandon(self) -> None:
+        """Let go of memory and wait for the write in progress; its outcome no longer matters."""
+        self._batch = []
+        if self._pending is not None:
+            self._pending.exception()

@@ -1,0 +1,1 @@
+"""Storage: database, tables, statements and payload store."""

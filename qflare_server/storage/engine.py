@@ -1,0 +1,124 @@
+"""SQLAlchemy engines: URLs, pools, and how a connection of each database is set up."""
+
+import select
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any, Final, cast
+
+import psycopg2
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from qflare_server.config import ServerConfig
+from qflare_server.storage.prepared import sqlalchemy_error
+
+IDLE_SINCE: Final = "qflare_idle_since"
+
+
+PING_AFTER_S: Final = 30.0
+
+
+def normalise_url(text: str) -> URL:
+    """Return the URL with its driver: SQLAlchemy 2.1 takes a bare postgresql:// for psycopg 3.
+
+    Raises:
+        ValueError: It is neither an SQLite nor a PostgreSQL URL.
+    """
+    try:
+        url = make_url(text)
+    except exc.ArgumentError as error:
+        raise ValueError("database URL: not a URL") from error
+    if url.drivername in {"postgres", "postgresql"}:
+        url = url.set(drivername="postgresql+psycopg2")
+    if url.drivername not in {"sqlite", "postgresql+psycopg2"}:
+        raise ValueError(f"database URL: got {url.drivername}, want sqlite or postgresql")
+    if url.drivername == "sqlite" and not url.database:
+        raise ValueError("database URL: an SQLite database needs a file")
+    return url
+
+
+def make_engine(config: ServerConfig) -> Engine:
+    """Build an engine with QFLARE's settings for the dialect; make an SQLite file's folder, connect to nothing."""
+    url = normalise_url(config.database_url)
+    if url.drivername == "sqlite":
+        if url.database:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(
+            url,
+            pool_size=config.database_pool_size,
+            max_overflow=0,
+            pool_timeout=config.database_timeout_s,
+            connect_args={"timeout": config.database_timeout_s, "check_same_thread": False},
+        )
+        event.listen(engine, "connect", _configure_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    timeout_ms = int(config.database_timeout_s * 1000)
+    engine = create_engine(
+        url,
+        pool_size=config.database_pool_size,
+        max_overflow=0,
+        pool_timeout=config.database_timeout_s,
+        pool_recycle=1800,
+        isolation_level="READ COMMITTED",
+        connect_args={
+            "application_name": "qflare",
+            "connect_timeout": max(2, int(config.database_timeout_s)),
+            "options": f"-c lock_timeout={timeout_ms} -c idle_in_transaction_session_timeout=60000",
+        },
+    )
+    event.listen(engine, "checkin", _note_idle)
+    event.listen(engine, "checkout", _require_alive)
+    return engine
+
+
+def _note_idle(_connection: Any, entry: ConnectionPoolEntry) -> None:
+    entry.info[IDLE_SINCE] = time.monotonic()
+
+
+def _require_alive(connection: Any, entry: ConnectionPoolEntry, _proxy: Any) -> None:
+    """Have the pool replace a connection that is dead, without a round trip for one that was in use just now.
+
+    A server that ends a connection says so or closes it: where nothing was asked there is nothing to read otherwise.
+    """
+    idle_s = time.monotonic() - entry.info.get(IDLE_SINCE, 0.0)
+    if idle_s < PING_AFTER_S and not _has_input(connection):
+        return
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        connection.rollback()
+    except psycopg2.Error as error:
+        raise exc.DisconnectionError("the server has closed the connection") from error
+
+
+def _has_input(connection: Any) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
+    """Take transactions into our own hands and set what must hold on every connection."""
+    connection.isolation_level = None
+    for pragma in (
+        "page_size=8192",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "cache_size=-16384",
+        "journal_size_limit=67108864",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """Begin as a writer or a reader; a reader that turned writer would lose its snapshot."""
+    writing = connection.get_execution_options().get("qflare_write", False)
+    statement = "BEGIN IMMEDIATE" if writing else "BEGIN"
+    raw = cast("sqlite3.Connection", connection.connection.dbapi_connection)
+    try:
+        raw.execute(statement)
+    except sqlite3.Error as error:
+        raise sqlalchemy_error(connection.dialect, statement, error) from error

@@ -1,0 +1,132 @@
+"""Group commit: the thread that writes to SQLite, many units of work in one transaction."""
+
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, Final, TypeVar, cast
+
+from sqlalchemy import Connection, Engine, exc
+from sqlalchemy.orm import Session
+
+from qflare_server.errors import StorageFullError, StoreUnavailableError
+
+GROUP_LIMIT: Final = 128  # works in one commit; past a few dozen the fsync is no longer what costs
+
+
+WRITE_ATTEMPTS: Final = 8
+
+
+T = TypeVar("T")
+
+
+Work = Callable[[Session], Any]
+
+
+class _GroupWriter:
+    """The thread that owns the writing connection of an SQLite database."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine.execution_options(qflare_write=True)
+        self._connection: Connection | None = None
+        self._queue: queue.SimpleQueue[tuple[Work, Future[Any]] | None] = queue.SimpleQueue()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="database-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work) -> Future[Any]:
+        """Queue a work; the future is done once its group is durable."""
+        if self._stopped:
+            raise StoreUnavailableError("the database is closed")
+        future: Future[Any] = Future()
+        self._queue.put((work, future))
+        return future
+
+    def stop(self) -> None:
+        """Finish what is queued and end the thread."""
+        self._stopped = True
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (group := self._next_group()) is not None:
+            self._commit(group)
+        self._disconnect()
+
+    def _connected(self) -> Connection:
+        """Return the writing connection, which is not the pool's: one that has failed is replaced."""
+        if self._connection is None:
+            self._connection = self._engine.connect()
+            self._connection.detach()
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(exc.SQLAlchemyError):
+                connection.close()
+
+    def _next_group(self) -> list[tuple[Work, Future[Any]]] | None:
+        item = self._queue.get()
+        if item is None:
+            return None
+        group = [item]
+        while len(group) < GROUP_LIMIT and not self._queue.empty():
+            item = self._queue.get()
+            if item is None:
+                self._queue.put(None)
+                break
+            group.append(item)
+        return group
+
+    def _commit(self, group: list[tuple[Work, Future[Any]]]) -> None:
+        """Run a group in one transaction; answer nobody before it is durable."""
+        outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
+        try:
+            connection = self._connected()
+            with connection.begin(), Session(connection, autoflush=False) as session:
+                if len(group) == 1:  # its failure may undo the whole transaction
+                    outcomes.append((group[0][1], group[0][0](session), None))
+                    session.flush()
+                else:
+                    for work, future in group:
+                        outcomes.append((future, *_in_savepoint(session, connection, work)))
+                _require_transaction(connection)
+        except Exception as error:  # noqa: BLE001 - whatever it is, every waiting caller must hear of it
+            self._disconnect()
+            for _work, future in group:
+                future.set_exception(error)
+            return
+        for future, result, failure in outcomes:
+            if failure is None:
+                future.set_result(result)
+            else:
+                future.set_exception(failure)
+
+
+def _require_transaction(connection: Connection) -> None:
+    """Refuse to commit where SQLite has rolled the whole transaction back by itself, as on a full disk."""
+    raw = cast("sqlite3.Connection", connection.connection.dbapi_connection)
+    if not raw.in_transaction:
+        raise StorageFullError
+
+
+def _in_savepoint(
+    session: Session, connection: Connection, work: Work
+) -> tuple[Any, BaseException | None]:
+    """Run one work of a group; its failure undoes its own writes only."""
+    connection.exec_driver_sql("SAVEPOINT work")
+    try:
+        result = work(session)
+        session.flush()
+    except Exception as error:  # noqa: BLE001 - handed to the caller that waits for this work
+        _require_transaction(connection)
+        session.expunge_all()
+        connection.exec_driver_sql("ROLLBACK TO work")
+        connection.exec_driver_sql("RELEASE work")
+        return None, error
+    session.expunge_all()
+    connection.exec_driver_sql("RELEASE work")
+    return result, None

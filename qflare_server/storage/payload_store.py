@@ -1,0 +1,285 @@
+"""Where the chunks of large payloads are, apart from the rows that name them.
+
+A payload store writes batches of chunks, durable once the payload's row is, and reads ranges of them. On
+PostgreSQL both go by binary COPY, on SQLite into a database file of their own with large pages, so that a large
+upload neither doubles in the write-ahead log nor holds up the small commits.
+"""
+
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final, Protocol, cast
+
+from sqlalchemy import (
+    Connection,
+    Dialect,
+    Engine,
+    LargeBinary,
+    bindparam,
+    create_engine,
+    delete,
+    event,
+    exc,
+    func,
+    insert,
+    select,
+    type_coerce,
+)
+from sqlalchemy.pool import StaticPool
+
+from qflare_server.storage.error_translation import domain_errors
+from qflare_server.storage.prepared import sqlalchemy_error
+from qflare_server.storage.tables import PayloadChunk
+
+CHUNKS = PayloadChunk.__table__
+READ_CHUNKS: Final = 8  # chunks of one read, so that no read holds a lock or memory for long
+COPY_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
+COPY_TRAILER: Final = struct.pack(">h", -1)
+_RANGE: Final = (  # made once: a cohort of a hundred updates is read in thousands of ranges
+    select(type_coerce(CHUNKS.c.data, LargeBinary))
+    .where(
+        CHUNKS.c.payload_id == bindparam("payload"),
+        CHUNKS.c.chunk_index >= bindparam("first"),
+        CHUNKS.c.chunk_index < bindparam("end"),
+    )
+    .order_by(CHUNKS.c.chunk_index)
+)
+
+
+class PayloadStore(Protocol):
+    """Where the chunks of large payloads are.
+
+    All methods raise StoreUnavailableError while the store's database cannot be reached, and StorageFullError where
+    the disk is full.
+    """
+
+    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+        """Write consecutive chunks, durable no later than the payload's row; those that are there are replaced."""
+
+    def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
+        """Return up to `count` chunks in order, fewer where the payload ends."""
+
+    def stored_count(self, payload_id: str) -> int:
+        """Return how many chunks are there without a gap from the first."""
+
+    def delete(self, payload_ids: Sequence[str]) -> None:
+        """Delete all chunks of payloads; unknown ids do nothing."""
+
+    def size_bytes(self) -> int:
+        """Return the bytes that the store takes up on disk."""
+
+    def close(self) -> None:
+        """Close the store's connections."""
+
+
+class PayloadFile:
+    """Payloads in an SQLite file of their own; safe to share between threads.
+
+    One connection, one lock: reads and writes are batches of milliseconds, and a queue for a lock is fairer
+    than SQLite's sleeping retries. The rollback journal writes a page once, where a write-ahead log would
+    write it twice.
+    """
+
+    def __init__(self, path: Path, *, timeout_s: float) -> None:
+        self._lock = threading.Lock()
+        self._engine = create_engine(
+            f"sqlite:///{path}",
+            poolclass=StaticPool,
+            connect_args={"timeout": timeout_s, "check_same_thread": False},
+        )
+        event.listen(self._engine, "connect", _configure_payload_file)
+        event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        with self._lock, self._engine.begin() as connection:
+            CHUNKS.create(connection, checkfirst=True)
+
+    @domain_errors()
+    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+        """Write consecutive chunks durably in one transaction."""
+        rows = [
+            {"payload_id": payload_id, "chunk_index": index, "data": chunk}
+            for index, chunk in enumerate(chunks, first_index)
+        ]
+        with self._lock, self._engine.begin() as connection:
+            connection.execute(insert(CHUNKS).prefix_with("OR REPLACE"), rows)
+
+    @domain_errors()
+    def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
+        """Return up to `count` chunks in order."""
+        with self._lock, self._engine.connect() as connection:
+            bounds = {"payload": payload_id, "first": first_index, "end": first_index + count}
+            return list(connection.scalars(_RANGE, bounds))
+
+    @domain_errors()
+    def stored_count(self, payload_id: str) -> int:
+        """Return how many chunks are there without a gap."""
+        with self._lock, self._engine.connect() as connection:
+            return _stored_count(connection, payload_id)
+
+    @domain_errors()
+    def delete(self, payload_ids: Sequence[str]) -> None:
+        """Delete all chunks of payloads, one payload a transaction."""
+        for payload_id in payload_ids:
+            with self._lock, self._engine.begin() as connection:
+                connection.execute(delete(CHUNKS).where(CHUNKS.c.payload_id == payload_id))
+
+    @domain_errors()
+    def size_bytes(self) -> int:
+        """Return the size of the file."""
+        with self._lock, self._engine.connect() as connection:
+            pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+            return int(pages * connection.exec_driver_sql("PRAGMA page_size").scalar_one())
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._engine.dispose()
+
+
+def _configure_payload_file(connection: Any, _entry: object) -> None:
+    connection.isolation_level = None
+    for pragma in (
+        "page_size=65536",  # must stand before the first table
+        "journal_mode=TRUNCATE",
+        "synchronous=FULL",
+        "cache_size=-8192",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+class PayloadTable:
+    """Payloads in `payload_chunks` of a PostgreSQL database, in and out by binary COPY."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @domain_errors()
+    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+        """Write consecutive chunks in one transaction.
+
+        Its commit does not wait for the disk: the log is written in order, so the commit of the payload's row, which
+        does wait, makes the chunks durable with it. Until then a crash may only lose what a device sends again.
+        """
+        try:
+            self._copy(payload_id, first_index, chunks)
+        except exc.IntegrityError:  # some are there already
+            self._copy(payload_id, first_index, chunks, replacing=True)
+
+    def _copy(
+        self,
+        payload_id: str,
+        first_index: int,
+        chunks: Sequence[bytes],
+        *,
+        replacing: bool = False,
+    ) -> None:
+        with self._engine.begin() as connection:
+            connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
+            if replacing:
+                last = first_index + len(chunks) - 1
+                connection.execute(
+                    delete(CHUNKS).where(
+                        CHUNKS.c.payload_id == payload_id,
+                        CHUNKS.c.chunk_index.between(first_index, last),
+                    )
+                )
+            with _cursor(connection) as cursor:
+                _run_copy(
+                    cursor,
+                    "COPY payload_chunks (payload_id, chunk_index, data) FROM STDIN (FORMAT binary)",
+                    _CopySource(payload_id, first_index, chunks),
+                    connection.dialect,
+                )
+
+    @domain_errors()
+    def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
+        """Return up to `count` chunks in order."""
+        target = BytesIO()
+        with self._engine.connect() as connection, _cursor(connection) as cursor:
+            query = cursor.mogrify(
+                "COPY (SELECT data FROM payload_chunks WHERE payload_id = %s AND chunk_index >= %s"
+                " AND chunk_index < %s ORDER BY chunk_index) TO STDOUT (FORMAT binary)",
+                (payload_id, first_index, first_index + count),
+            )
+            _run_copy(cursor, query, target, connection.dialect)
+        return _parse_copy(target.getbuffer())
+
+    @domain_errors()
+    def stored_count(self, payload_id: str) -> int:
+        """Return how many chunks are there without a gap."""
+        with self._engine.connect() as connection:
+            return _stored_count(connection, payload_id)
+
+    @domain_errors()
+    def delete(self, payload_ids: Sequence[str]) -> None:
+        """Delete all chunks of payloads, one payload a transaction."""
+        for payload_id in payload_ids:
+            with self._engine.begin() as connection:
+                connection.execute(delete(CHUNKS).where(CHUNKS.c.payload_id == payload_id))
+
+    @domain_errors()
+    def size_bytes(self) -> int:
+        """Return the size of the table with what it keeps out of line."""
+        with self._engine.connect() as connection:
+            size = func.pg_total_relation_size(CHUNKS.name)
+            return int(connection.execute(select(size)).scalar_one())
+
+    def close(self) -> None:
+        """Do nothing: the engine belongs to the database."""
+
+
+def _run_copy(cursor: Any, query: Any, file: Any, dialect: Dialect) -> None:
+    try:
+        cursor.copy_expert(query, file, size=2**20)
+    except Exception as error:
+        raise sqlalchemy_error(dialect, "COPY payload_chunks", error) from error
+
+
+def _cursor(connection: Connection) -> Any:
+    return cast("Any", connection.connection).cursor()
+
+
+def _stored_count(connection: Connection, payload_id: str) -> int:
+    last = select(func.max(CHUNKS.c.chunk_index)).where(CHUNKS.c.payload_id == payload_id)
+    index = connection.execute(last).scalar_one()
+    return 0 if index is None else int(index) + 1
+
+
+class _CopySource:
+    """File-like view of chunk rows in PostgreSQL's binary COPY format (documentation of COPY, Binary Format)."""
+
+    def __init__(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+        self._parts = self._iterate(payload_id.encode(), first_index, chunks)
+        self._rest = memoryview(b"")
+
+    @staticmethod
+    def _iterate(payload_id: bytes, first_index: int, chunks: Sequence[bytes]) -> Iterator[bytes]:
+        yield COPY_HEADER
+        for index, chunk in enumerate(chunks, first_index):
+            yield (
+                struct.pack(">hi", 3, len(payload_id))
+                + payload_id
+                + struct.pack(">iii", 4, index, len(chunk))
+            )
+            yield chunk
+        yield COPY_TRAILER
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes, none at the end."""
+        if not self._rest:
+            self._rest = memoryview(next(self._parts, b""))
+        piece = self._rest[:size]
+        self._rest = self._rest[size:]
+        return bytes(piece)
+
+
+def _parse_copy(buffer: memoryview) -> list[bytes]:
+    """Return the single bytea column of a binary COPY."""
+    position = len(COPY_HEADER)
+    values = []
+    while struct.unpack_from(">h", buffer, position)[0] == 1:
+        (length,) = struct.unpack_from(">i", buffer, position + 2)
+        start = position + 6
+        values.append(bytes(buffer[start : start + length]))
+        position = start + length
+    return values

@@ -1,0 +1,145 @@
+"""Statements on the audit log."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, cast
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from qflare.audit_entries import SALT_BYTES
+from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
+from qflare_server.storage.prepared import PreparedInsert
+from qflare_server.storage.tables import AuditLog, RiskLevel
+
+AUDIT = AuditLog.__table__
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who makes a call: what an audit entry says of the actor.
+
+    `name` is `device:ID`, `admin:NAME`, `system` or `anonymous`.
+    """
+
+    name: str = "system"
+    peer_address: str = ""
+    authentication_method: str = "none"
+
+
+SYSTEM = Caller()
+
+
+@dataclass(frozen=True)
+class AuditFilter:
+    """Which entries a list shows; empty fields do not filter."""
+
+    start: datetime | None = None
+    end: datetime | None = None
+    actor: str = ""
+    subject: str = ""
+    event_type: str = ""
+    risk_level: str = ""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to record; details hold digests and numbers, never secrets or personal data."""
+
+    event_type: str
+    subject: str
+    risk_level: RiskLevel = RiskLevel.LOW
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+_INSERT = PreparedInsert(
+    AUDIT,
+    (
+        "event_type",
+        "actor",
+        "subject",
+        "peer_address",
+        "authentication_method",
+        "risk_level",
+        "details",
+        "salt",
+        "created_at",
+    ),
+)
+
+
+def record(session: Session, caller: Caller, event: Event, at: datetime) -> None:
+    """Write an entry in the transaction of what it records."""
+    record_all(session, [(caller, event)], at)
+
+
+def record_all(session: Session, events: Sequence[tuple[Caller, Event]], at: datetime) -> None:
+    """Write entries in the transaction of what they record, in their order."""
+    salts = os.urandom(SALT_BYTES * len(events))
+    rows = [
+        {
+            "event_type": event.event_type,
+            "actor": caller.name,
+            "subject": event.subject,
+            "peer_address": caller.peer_address,
+            "authentication_method": caller.authentication_method,
+            "risk_level": event.risk_level.value,
+            "details": event.details,
+            "salt": salts[number * SALT_BYTES : (number + 1) * SALT_BYTES],
+            "created_at": at,
+        }
+        for number, (caller, event) in enumerate(events)
+    ]
+    _INSERT.run(session, rows)
+
+
+def count_by_risk(session: Session, since: datetime) -> dict[str, int]:
+    """Return how many entries of each risk level there are since a time.
+
+    Ids follow time closely: each level is counted in the index of level and id, from the first entry since then.
+    """
+    earliest = (
+        select(AUDIT.c.id)
+        .where(AUDIT.c.created_at >= since)
+        .order_by(AUDIT.c.created_at, AUDIT.c.id)
+        .limit(1)
+    )
+    first = session.execute(earliest).scalar_one_or_none()
+    if first is None:
+        return {}
+    counts = {}
+    for level in RiskLevel:
+        query = select(func.count()).where(AUDIT.c.risk_level == level.value, AUDIT.c.id >= first)
+        counts[level.value] = session.execute(query).scalar_one()
+    return counts
+
+
+def list_entries(session: Session, request: PageRequest, wanted: AuditFilter) -> Page[AuditLog]:
+    """Return entries, newest first, as rows with the columns of an entry.
+
+    They are in the order of their times, which any filter can be combined with at the cost of a page: each index
+    begins with a filter's column and goes on with time and number.
+    """
+    query = select(AUDIT).order_by(AUDIT.c.created_at.desc(), AUDIT.c.id.desc())
+    for column in ("actor", "subject", "event_type", "risk_level"):
+        value = getattr(wanted, column)
+        if value:
+            query = query.where(AUDIT.c[column] == value)
+    if wanted.start is not None:
+        query = query.where(AUDIT.c.created_at >= wanted.start)
+    if wanted.end is not None:
+        query = query.where(AUDIT.c.created_at < wanted.end)
+    key = request.after("audit", wanted)
+    if key is not None:
+        query = query.where(earlier(AUDIT.c.created_at, AUDIT.c.id, key))
+    rows = session.execute(query.limit(request.limit + 1)).all()
+    shown = cast(
+        "list[AuditLog]", rows[: request.limit]
+    )  # an entry's attributes, not its mapping: half the time
+    if len(rows) <= request.limit:
+        return Page(shown, "")
+    return Page(
+        shown, page_token([shown[-1].created_at.isoformat(), shown[-1].id], "audit", wanted)
+    )

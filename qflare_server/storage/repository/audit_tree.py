@@ -1,0 +1,235 @@
+"""Statements on the Merkle tree over the audit log: its entries in order, its nodes, its signed heads.
+
+Nodes are the roots of complete subtrees (`qflare.merkle`), each written once, so a tree of any size can be
+read back: `complete_subtrees` names those that a size consists of.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Final
+
+from sqlalchemy import Row, Select, and_, bindparam, delete, func, insert, or_, select
+from sqlalchemy.orm import Session
+
+from qflare.merkle import CompactTree, Node
+from qflare_server.storage.tables import AuditHead, AuditLog, AuditNode, Lease
+
+AUDIT = AuditLog.__table__
+NODES = AuditNode.__table__
+HEADS = AuditHead.__table__
+LEASES = Lease.__table__
+
+TREE_LEASE: Final = "audit-tree"
+Place = tuple[int, int]
+"""Level and index of a node."""
+
+_ZERO: Final = bytes(32)
+_PENDING = select(AUDIT).where(AUDIT.c.leaf_index.is_(None)).order_by(AUDIT.c.id)
+_PENDING = _PENDING.limit(bindparam("limit"))
+_BY_ID = select(AUDIT).where(AUDIT.c.id == bindparam("number"))
+_BY_PLACE = select(AUDIT).where(AUDIT.c.leaf_index == bindparam("number"))
+_SIZE = select(func.max(AUDIT.c.leaf_index))
+_PLACE_SQLITE: Final = "UPDATE audit_log SET leaf_index = ?1, leaf_hash = ?3 WHERE id = ?2"
+_PLACE_POSTGRES: Final = (
+    "UPDATE audit_log SET leaf_index = placed.leaf_index, leaf_hash = placed.leaf_hash"
+    " FROM unnest(%s::bigint[], %s::bigint[], %s::bytea[]) AS placed (leaf_index, id, leaf_hash)"
+    " WHERE audit_log.id = placed.id"
+)
+_NODES_SQLITE: Final = "INSERT INTO audit_nodes (level, node_index, hash) VALUES (?1, ?2, ?3)"
+_NODES_POSTGRES: Final = (
+    "INSERT INTO audit_nodes (level, node_index, hash)"
+    " SELECT * FROM unnest(%s::integer[], %s::bigint[], %s::bytea[])"
+)
+
+
+def lock(session: Session, at: datetime, *, wait: bool) -> bool:
+    """Take the right to grow the tree until the transaction ends; False if another has it and we do not wait.
+
+    It is the lock on one row, so a coordinator that dies gives it back at once. SQLite has one writer anyway.
+    """
+    query = select(LEASES.c.name).where(LEASES.c.name == TREE_LEASE)
+    locking = query.with_for_update(skip_locked=not wait)
+    if session.execute(locking).one_or_none() is not None:
+        return True
+    if session.execute(query).one_or_none() is not None:
+        return False
+    session.execute(insert(LEASES).values(name=TREE_LEASE, holder="", expires_at=at))
+    return True
+
+
+def pending(session: Session, limit: int) -> Sequence[Row[Any]]:
+    """Return entries without a place, by id."""
+    return session.connection().execute(_PENDING, {"limit": limit}).all()
+
+
+def still_pending(session: Session, ids: Sequence[int]) -> set[int]:
+    """Return which of some entries have no place yet."""
+    query = select(AUDIT.c.id).where(AUDIT.c.id.in_(ids), AUDIT.c.leaf_index.is_(None))
+    return set(session.scalars(query))
+
+
+def place(session: Session, placed: Sequence[tuple[int, int, bytes]]) -> None:
+    """Write the places of entries: leaf index, id and leaf hash; the unique key refuses a place twice."""
+    _write_many(session, _PLACE_SQLITE, _PLACE_POSTGRES, placed)
+
+
+def insert_nodes(session: Session, nodes: Sequence[Node]) -> None:
+    """Write complete subtrees; the primary key refuses one twice."""
+    _write_many(session, _NODES_SQLITE, _NODES_POSTGRES, nodes)
+
+
+def _write_many(
+    session: Session, sqlite: str, postgres: str, rows: Sequence[tuple[int, int, bytes]]
+) -> None:
+    """Run one statement for many rows; SQLAlchemy takes five times as long to look at each of them."""
+    connection = session.connection()
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(sqlite, [tuple(row) for row in rows])
+    else:
+        connection.exec_driver_sql(
+            postgres, tuple(list(column) for column in zip(*rows, strict=True))
+        )
+
+
+def size(session: Session) -> int:
+    """Return the number of leaves."""
+    last = session.connection().execute(_SIZE).scalar_one()
+    return 0 if last is None else int(last) + 1
+
+
+def complete_subtrees(leaf_count: int) -> list[Place]:
+    """Return the places of the complete subtrees that a tree consists of, largest first."""
+    places = []
+    start = 0
+    for level in reversed(range(leaf_count.bit_length())):
+        if leaf_count >> level & 1:
+            places.append((level, start >> level))
+            start += 1 << level
+    return places
+
+
+def compact_tree(session: Session, leaf_count: int) -> CompactTree:
+    """Return the tree of the first leaves, ready to grow.
+
+    Raises:
+        LookupError: Nodes are missing.
+    """
+    places = complete_subtrees(leaf_count)
+    found = read_nodes(session, places)
+    return CompactTree(leaf_count, [found[item] for item in places])
+
+
+@lru_cache(maxsize=128)
+def _query_nodes(count: int) -> Select[Any]:
+    """Build the query of some nodes once: building it anew costs ten times what it takes to run."""
+    # A row value IN (...) would be shorter, but SQLite reads the whole table for it.
+    wanted = or_(
+        *(
+            and_(
+                NODES.c.level == bindparam(f"level{number}"),
+                NODES.c.node_index == bindparam(f"index{number}"),
+            )
+            for number in range(count)
+        )
+    )
+    return select(NODES.c.level, NODES.c.node_index, NODES.c.hash).where(wanted)
+
+
+def read_nodes(session: Session, wanted_places: Iterable[Place]) -> dict[Place, bytes]:
+    """Return the hashes of nodes, in one query.
+
+    Raises:
+        LookupError: One is missing.
+    """
+    wanted = set(wanted_places)
+    if not wanted:
+        return {}
+    places: dict[str, int] = {}
+    for number, (level, index) in enumerate(sorted(wanted)):
+        places |= {f"level{number}": level, f"index{number}": index}
+    rows = session.connection().execute(_query_nodes(len(wanted)), places)
+    found = {(row.level, row.node_index): bytes(row.hash) for row in rows}
+    missing = wanted - found.keys()
+    if missing:
+        raise LookupError(f"audit tree lacks node {min(missing)}")
+    return found
+
+
+def prove(
+    session: Session, build: Callable[[Callable[[int, int], bytes]], list[bytes]]
+) -> list[bytes]:
+    """Build a proof from stored nodes with a single query.
+
+    Args:
+        session: Where to read.
+        build: Makes the proof from a getter of nodes; called twice, first to learn which nodes it asks for.
+
+    Raises:
+        LookupError: A node is missing.
+    """
+    wanted: list[Place] = []
+
+    def note(level: int, index: int) -> bytes:
+        wanted.append((level, index))
+        return _ZERO
+
+    build(note)
+    found = read_nodes(session, wanted)
+    return build(lambda level, index: found[level, index])
+
+
+def find_entry(
+    session: Session, *, audit_id: int | None = None, leaf_index: int | None = None
+) -> Row[Any] | None:
+    """Return an entry by its number or by its place."""
+    query, number = (_BY_ID, audit_id) if leaf_index is None else (_BY_PLACE, leaf_index)
+    return session.connection().execute(query, {"number": number}).one_or_none()
+
+
+def latest_head(session: Session) -> AuditHead | None:
+    """Return the signed head of the largest tree."""
+    return session.scalars(select(AuditHead).order_by(HEADS.c.size.desc()).limit(1)).one_or_none()
+
+
+def get_head(session: Session, leaf_count: int) -> AuditHead | None:
+    """Return the signed head of a size, None if there is none or it is no longer kept."""
+    return session.get(AuditHead, leaf_count)
+
+
+def insert_head(session: Session, values: dict[str, Any]) -> None:
+    """Insert a signed head; the primary key refuses a second one of a size."""
+    session.execute(insert(HEADS).values(**values))
+
+
+def drop_heads(session: Session, since: datetime, leaf_count: int) -> None:
+    """Delete the heads of smaller trees that were signed since a time."""
+    session.execute(delete(HEADS).where(HEADS.c.created_at >= since, HEADS.c.size < leaf_count))
+
+
+def heads_after(session: Session, leaf_count: int, limit: int) -> Sequence[AuditHead]:
+    """Return signed heads by size, from above a size."""
+    query = select(AuditHead).where(HEADS.c.size > leaf_count).order_by(HEADS.c.size).limit(limit)
+    return session.scalars(query).all()
+
+
+def entries_after(session: Session, leaf_index: int, limit: int) -> Sequence[Row[Any]]:
+    """Return placed entries by their place, from after one."""
+    query = select(AUDIT).where(AUDIT.c.leaf_index > leaf_index).order_by(AUDIT.c.leaf_index)
+    return session.execute(query.limit(limit)).all()
+
+
+def nodes_in(
+    session: Session, ranges: Sequence[tuple[int, int, int]], limit: int | None = None
+) -> dict[Place, bytes]:
+    """Return the nodes of ranges, each a level, a first index and the index it ends before."""
+    if not ranges:
+        return {}
+    wanted = or_(
+        *(
+            and_(NODES.c.level == level, NODES.c.node_index >= first, NODES.c.node_index < end)
+            for level, first, end in ranges
+        )
+    )
+    query = select(NODES.c.level, NODES.c.node_index, NODES.c.hash).where(wanted).limit(limit)
+    return {(row[0], row[1]): bytes(row[2]) for row in session.execute(query)}

@@ -1,0 +1,264 @@
+"""Statements on devices and their keys."""
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple, cast
+
+from sqlalchemy import ColumnElement, bindparam, case, func, insert, select, update
+from sqlalchemy.orm import Session
+
+from qflare_server.storage.epochs import bump_rounds, bump_security
+from qflare_server.storage.paging import Page, PageRequest, page_token
+from qflare_server.storage.prepared import OneOf, Prepared
+from qflare_server.storage.tables import Device, DeviceKey, DeviceState
+
+DEVICES = Device.__table__
+KEYS = DeviceKey.__table__
+_INSERT_DEVICE = insert(DEVICES)
+_INSERT_KEY = insert(KEYS)
+_COMPARE = {"at_least": operator.ge, "at_most": operator.le, "equal": operator.eq}
+
+
+@dataclass(frozen=True)
+class DeviceFilter:
+    """Which devices a list shows; empty fields do not filter."""
+
+    state: str = ""
+    device_type: str = ""
+    seen_after: datetime | None = None
+    capabilities: tuple[tuple[str, str, float], ...] = ()
+    """Name, comparison (at_least, at_most or equal) and value; all have to hold."""
+
+
+def insert_device(session: Session, values: Mapping[str, Any]) -> None:
+    """Insert a device; the caller has checked that the id is free."""
+    session.connection().execute(_INSERT_DEVICE, dict(values))
+
+
+def get_device(session: Session, device_id: str) -> Device | None:
+    """Return a device."""
+    return session.get(Device, device_id)
+
+
+def lock_device(session: Session, device_id: str) -> Device | None:
+    """Return a device with its row locked until the transaction ends."""
+    query = select(Device).where(DEVICES.c.id == device_id).with_for_update()
+    return session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+
+
+def find_by_key(session: Session, key_id: str) -> Device | None:
+    """Return the device whose current signature key this is."""
+    return session.scalars(select(Device).where(DEVICES.c.signature_key_id == key_id)).one_or_none()
+
+
+def update_device(session: Session, device_id: str, values: Mapping[str, Any]) -> None:
+    """Change columns of a device; a changed state or key is noticed by the next call everywhere."""
+    if not values.keys().isdisjoint(("state", "signature_key_id")):
+        bump_security(session)
+        bump_rounds(session)
+    session.execute(update(DEVICES).where(DEVICES.c.id == device_id).values(**values))
+
+
+def insert_key(session: Session, values: Mapping[str, Any]) -> None:
+    """Insert a key into a device's history."""
+    session.connection().execute(_INSERT_KEY, dict(values))
+
+
+_KEY = select(DeviceKey).where(KEYS.c.key_id == bindparam("key"))
+
+
+def get_key(session: Session, key_id: str) -> DeviceKey | None:
+    """Return a key of any device, current or retired."""
+    return session.scalars(_KEY, {"key": key_id}).one_or_none()
+
+
+class KnownKey(NamedTuple):
+    """A signature key of a device, as its history has it."""
+
+    key_id: str
+    device_id: str
+    algorithm: int
+    public_key: bytes
+    retired_at: datetime | None
+
+
+_KNOWN_KEYS = select(
+    KEYS.c.key_id, KEYS.c.device_id, KEYS.c.algorithm, KEYS.c.public_key, KEYS.c.retired_at
+).where(KEYS.c.key_id.in_(bindparam("key_ids", expanding=True)))
+
+
+def get_keys(session: Session, key_ids: Collection[str]) -> dict[str, KnownKey]:
+    """Return keys of any devices by id, current or retired; unknown ids are left out."""
+    if not key_ids:
+        return {}
+    rows = session.connection().execute(_KNOWN_KEYS, {"key_ids": sorted(key_ids)})
+    return {row[0]: KnownKey(*row) for row in rows}
+
+
+def list_keys(session: Session, device_id: str) -> Sequence[DeviceKey]:
+    """Return all keys that a device has had, in order."""
+    query = select(DeviceKey).where(KEYS.c.device_id == device_id).order_by(KEYS.c.sequence)
+    return session.scalars(query).all()
+
+
+def retire_key(session: Session, key_id: str, reason: str, at: datetime) -> None:
+    """Mark a key as no longer current."""
+    session.execute(
+        update(KEYS).where(KEYS.c.key_id == key_id).values(retired_at=at, retired_reason=reason)
+    )
+
+
+def last_sequence(session: Session, device_id: str) -> int:
+    """Return the number of the device's newest key, 0 if it has none."""
+    query = select(func.max(KEYS.c.sequence)).where(KEYS.c.device_id == device_id)
+    return session.execute(query).scalar_one() or 0
+
+
+def record_seen(session: Session, seen: Mapping[str, datetime]) -> None:
+    """Write when devices last called, many at once."""
+    if seen:
+        session.connection().execute(
+            update(DEVICES)
+            .where(DEVICES.c.id == bindparam("device"))
+            .values(last_seen_at=bindparam("at")),
+            [{"device": device_id, "at": at} for device_id, at in sorted(seen.items())],
+        )
+
+
+def count_by_state(session: Session) -> dict[str, int]:
+    """Return how many devices are in each state."""
+    rows = session.execute(select(DEVICES.c.state, func.count()).group_by(DEVICES.c.state))
+    return {row[0]: row[1] for row in rows}
+
+
+def count_by_type(session: Session) -> dict[str, int]:
+    """Return how many devices there are of each type."""
+    rows = session.execute(
+        select(DEVICES.c.device_type, func.count()).group_by(DEVICES.c.device_type)
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+def list_active(session: Session) -> Sequence[Device]:
+    """Return every active device by id."""
+    query = select(Device).where(DEVICES.c.state == DeviceState.ACTIVE.value).order_by(DEVICES.c.id)
+    return session.scalars(query).all()
+
+
+def existing_ids(session: Session, device_ids: Sequence[str]) -> set[str]:
+    """Return which of some ids are those of devices."""
+    return set(session.scalars(select(DEVICES.c.id).where(DEVICES.c.id.in_(device_ids))))
+
+
+def count_active_since(session: Session, since: datetime) -> int:
+    """Return how many active devices have called since a time."""
+    query = select(func.count()).where(
+        DEVICES.c.state == DeviceState.ACTIVE.value, DEVICES.c.last_seen_at >= since
+    )
+    return session.execute(query).scalar_one()
+
+
+def eligible_devices(
+    session: Session, device_types: Sequence[str]
+) -> Sequence[tuple[str, dict[str, Any]]]:
+    """Return ids and capabilities of active devices, by id; empty types mean any."""
+    query = select(DEVICES.c.id, DEVICES.c.capabilities).where(
+        DEVICES.c.state == DeviceState.ACTIVE.value
+    )
+    if device_types:
+        query = query.where(DEVICES.c.device_type.in_(device_types))
+    return [(row[0], row[1]) for row in session.execute(query.order_by(DEVICES.c.id))]
+
+
+def mark_inactive(session: Session, before: datetime) -> int:
+    """Mark active devices that have not called since a time; return how many."""
+    result = session.execute(
+        update(DEVICES)
+        .where(
+            DEVICES.c.state == DeviceState.ACTIVE.value,
+            func.coalesce(DEVICES.c.last_seen_at, DEVICES.c.registered_at) < before,
+        )
+        .values(state=DeviceState.INACTIVE.value, state_reason="not seen")
+    )
+    count = int(result.rowcount)  # type: ignore[attr-defined]  # a DML result has it
+    if count:
+        bump_security(session)
+    return count
+
+
+def list_devices(session: Session, request: PageRequest, wanted: DeviceFilter) -> Page[Device]:
+    """Return devices by id, as rows with the columns of a device."""
+    query = select(DEVICES).order_by(DEVICES.c.id)
+    if wanted.state:
+        query = query.where(DEVICES.c.state == wanted.state)
+    if wanted.device_type:
+        query = query.where(DEVICES.c.device_type == wanted.device_type)
+    if wanted.seen_after is not None:
+        query = query.where(DEVICES.c.last_seen_at > wanted.seen_after)
+    key = request.after("devices", wanted)
+    if key is not None:
+        query = query.where(DEVICES.c.id > key[0])
+    for name, comparison, value in wanted.capabilities:
+        query = query.where(_COMPARE[comparison](_capability(session, name), value))
+    rows = session.execute(query.limit(request.limit + 1)).all()
+    shown = cast(
+        "list[Device]", rows[: request.limit]
+    )  # a device's attributes, not its mapping: half the time
+    more = len(rows) > request.limit
+    return Page(shown, page_token([shown[-1].id], "devices", wanted) if more else "")
+
+
+def _capability(session: Session, name: str) -> ColumnElement[float]:
+    """Return a capability as a number, null where it is none: a cast of text would fail the whole query."""
+    value = DEVICES.c.capabilities[name]
+    if session.get_bind().dialect.name == "postgresql":
+        is_number = func.json_typeof(value) == "number"
+    else:
+        is_number = func.json_type(value).in_(["integer", "real"])
+    return case((is_number, value.as_float()))
+
+
+def reactivate(session: Session, device_id: str) -> None:
+    """Make an inactive device active; does nothing to one in another state."""
+    bump_security(session)
+    session.execute(
+        update(DEVICES)
+        .where(DEVICES.c.id == device_id, DEVICES.c.state == DeviceState.INACTIVE.value)
+        .values(state=DeviceState.ACTIVE.value, state_reason="")
+    )
+
+
+@dataclass(frozen=True)
+class LoginKey:
+    """What a login needs to know of a device."""
+
+    device_id: str
+    state: str
+    algorithm: int | None
+    public_key: bytes | None
+    key_id: str | None
+
+
+_LOGIN_KEY = select(
+    DEVICES.c.id,
+    DEVICES.c.state,
+    DEVICES.c.signature_algorithm,
+    DEVICES.c.signature_public_key,
+    DEVICES.c.signature_key_id,
+).where(DEVICES.c.id == bindparam("device_id"))
+
+
+def find_login_key(session: Session, device_id: str) -> LoginKey | None:
+    """Return state and signature key of a device, in one cheap statement."""
+    row = session.connection().execute(_LOGIN_KEY, {"device_id": device_id}).one_or_none()
+    return None if row is None else LoginKey(*row)
+
+
+def states_of(session: Session, device_ids: Iterable[str]) -> dict[str, str]:
+    """Return the states of devices by id; unknown ids are left out."""
+    return dict(_STATES.rows(session, {"ids": list(device_ids)}))
+
+
+_STATES = Prepared(select(DEVICES.c.id, DEVICES.c.state).where(OneOf(DEVICES.c.id, "ids")))

@@ -1,0 +1,177 @@
+"""Statements that gather what shows where a version came from; all of them read, some rows at a time."""
+
+from collections.abc import Collection, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Row, bindparam, select, tuple_
+from sqlalchemy.orm import Session
+
+from qflare_server.storage.tables import (
+    AuditLog,
+    Device,
+    DeviceKey,
+    GlobalModel,
+    ModelUpdate,
+    Payload,
+    Round,
+    TrainingSession,
+    TrustDocument,
+)
+
+AUDIT = AuditLog.__table__
+DOCUMENTS = TrustDocument.__table__
+DEVICES = Device.__table__
+KEYS = DeviceKey.__table__
+MODELS = GlobalModel.__table__
+PAYLOADS = Payload.__table__
+ROUNDS = Round.__table__
+SESSIONS = TrainingSession.__table__
+UPDATES = ModelUpdate.__table__
+
+_ENTRY: Final = (
+    select(AUDIT)
+    .where(AUDIT.c.subject == bindparam("about"), AUDIT.c.event_type == bindparam("kind"))
+    .order_by(AUDIT.c.id)
+    .limit(1)
+)
+
+
+def trust_documents(session: Session, kind: str) -> Sequence[bytes]:
+    """Return every signed document of a kind, `root` or `keyset`, by rising version."""
+    query = select(DOCUMENTS.c.envelope).where(DOCUMENTS.c.kind == kind)
+    return session.scalars(query.order_by(DOCUMENTS.c.version)).all()
+
+
+def update_rows(
+    session: Session, training_session_id: str, version: int, after: int, limit: int
+) -> Sequence[Any]:
+    """Return the updates in a version, in the order of their acceptance, from after a sequence number.
+
+    Each row has the columns that are selected below.
+    """
+    query = (
+        select(
+            UPDATES.c.id,
+            UPDATES.c.acceptance_sequence,
+            UPDATES.c.device_id,
+            UPDATES.c.statement,
+            UPDATES.c.signature,
+            UPDATES.c.statement_digest,
+            PAYLOADS.c.location,
+        )
+        .join(PAYLOADS, PAYLOADS.c.id == UPDATES.c.payload_id)
+        .where(
+            UPDATES.c.training_session_id == training_session_id,
+            UPDATES.c.aggregated_version == version,
+            UPDATES.c.acceptance_sequence > after,
+        )
+        .order_by(UPDATES.c.acceptance_sequence)
+        .limit(limit)
+    )
+    return session.execute(query).all()
+
+
+def keys_of(session: Session, device_ids: Collection[str]) -> Sequence[DeviceKey]:
+    """Return every key that devices have had, by device and then in order."""
+    query = select(DeviceKey).where(KEYS.c.device_id.in_(sorted(device_ids)))
+    return session.scalars(query.order_by(KEYS.c.device_id, KEYS.c.sequence)).all()
+
+
+def find_event(session: Session, event_type: str, subject: str) -> Row[Any] | None:
+    """Return the first audit entry of a type about a subject."""
+    return (
+        session.connection().execute(_ENTRY, {"about": subject, "kind": event_type}).one_or_none()
+    )
+
+
+def session_ids(session: Session, after: str, limit: int) -> Sequence[str]:
+    """Return ids of training sessions, in their order, from after one."""
+    query = select(SESSIONS.c.id).where(SESSIONS.c.id > after).order_by(SESSIONS.c.id).limit(limit)
+    return session.scalars(query).all()
+
+
+def models_after(
+    session: Session, training_session_id: str, version: int, limit: int
+) -> Sequence[GlobalModel]:
+    """Return versions of a training session, in their order, from after one."""
+    query = (
+        select(GlobalModel)
+        .where(MODELS.c.training_session_id == training_session_id, MODELS.c.version > version)
+        .order_by(MODELS.c.version)
+        .limit(limit)
+    )
+    return session.scalars(query).all()
+
+
+def downloads_after(session: Session, after: tuple[str, int], limit: int) -> Sequence[GlobalModel]:
+    """Return versions that devices get in a smaller form, of all training sessions, in order, from after one.
+
+    Args:
+        session: Where to read.
+        after: Training session and version.
+        limit: Most that are returned.
+    """
+    key = tuple_(MODELS.c.training_session_id, MODELS.c.version)
+    query = (
+        select(GlobalModel)
+        .where(MODELS.c.download_encoding.is_not(None), key > after)
+        .order_by(MODELS.c.training_session_id, MODELS.c.version)
+        .limit(limit)
+    )
+    return session.scalars(query).all()
+
+
+def updates_after(session: Session, after: str, limit: int) -> Sequence[ModelUpdate]:
+    """Return updates of all training sessions by id, from after one."""
+    query = select(ModelUpdate).where(UPDATES.c.id > after).order_by(UPDATES.c.id).limit(limit)
+    return session.scalars(query).all()
+
+
+def keys_after(session: Session, after: str, limit: int) -> Sequence[DeviceKey]:
+    """Return device keys by their id, from after one."""
+    query = select(DeviceKey).where(KEYS.c.key_id > after).order_by(KEYS.c.key_id).limit(limit)
+    return session.scalars(query).all()
+
+
+def payloads_after(session: Session, after: str, limit: int) -> Sequence[Payload]:
+    """Return payload rows by id, without their bytes, from after one."""
+    query = select(Payload).where(PAYLOADS.c.id > after).order_by(PAYLOADS.c.id).limit(limit)
+    return session.scalars(query).all()
+
+
+def accepted_updates(session: Session, update_ids: Collection[str]) -> dict[str, Any]:
+    """Return what the log says of updates, as the updates' rows have it, by id; unknown ids are left out."""
+    query = select(
+        UPDATES.c.id,
+        UPDATES.c.training_session_id,
+        UPDATES.c.round_number,
+        UPDATES.c.acceptance_sequence,
+        UPDATES.c.statement_digest,
+        UPDATES.c.statement.is_not(None).label("has_statement"),
+    ).where(UPDATES.c.id.in_(sorted(update_ids)))
+    return {row.id: row for row in session.execute(query)}
+
+
+def known_digests(session: Session, digests: Collection[str]) -> set[str]:
+    """Return which digests are those of a version."""
+    query = select(MODELS.c.digest).where(MODELS.c.digest.in_(sorted(digests)))
+    return set(session.scalars(query))
+
+
+def devices_after(session: Session, after: str, limit: int) -> Sequence[Device]:
+    """Return devices by id, from after one."""
+    query = select(Device).where(DEVICES.c.id > after).order_by(DEVICES.c.id).limit(limit)
+    return session.scalars(query).all()
+
+
+def rounds_after(
+    session: Session, training_session_id: str, number: int, limit: int
+) -> Sequence[Round]:
+    """Return rounds of a training session, in their order, from after one."""
+    query = (
+        select(Round)
+        .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number > number)
+        .order_by(ROUNDS.c.number)
+        .limit(limit)
+    )
+    return session.scalars(query).all()

@@ -1,0 +1,207 @@
+"""Statements on versions of global models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Select, and_, bindparam, func, insert, select, update
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.elements import ColumnElement
+
+from qflare_server.storage.paging import Page, PageRequest, page_token
+from qflare_server.storage.prepared import PreparedInsert
+from qflare_server.storage.tables import Evaluation, GlobalModel, Payload, TrainingSession
+
+MODELS = GlobalModel.__table__
+EVALUATIONS = Evaluation.__table__
+SESSIONS = TrainingSession.__table__
+PAYLOADS = Payload.__table__
+
+
+_INSERT_MODEL = PreparedInsert(MODELS, MODELS.c.keys())
+
+
+def insert_model(session: Session, values: Mapping[str, Any]) -> None:
+    """Insert a version; the primary key refuses a second one of the same number."""
+    _INSERT_MODEL.run(session, [values])
+
+
+def get_model(session: Session, training_session_id: str, version: int) -> GlobalModel | None:
+    """Return a version."""
+    return session.get(GlobalModel, (training_session_id, version))
+
+
+def _served(
+    version: ColumnElement[Any], payload_id: ColumnElement[Any]
+) -> Select[Any, GlobalModel | None, Payload | None]:
+    wanted = and_(MODELS.c.training_session_id == SESSIONS.c.id, MODELS.c.version == version)
+    return (
+        select(version.label("wanted"), GlobalModel, Payload)
+        .select_from(SESSIONS)
+        .outerjoin(GlobalModel, wanted)
+        .outerjoin(Payload, PAYLOADS.c.id == payload_id)
+        .where(SESSIONS.c.id == bindparam("session"))
+    )
+
+
+_WANTED: Final[Mapping[str, ColumnElement[Any]]] = {
+    "given": bindparam("version", type_=MODELS.c.version.type),
+    "current": SESSIONS.c.current_version,
+    "released": SESSIONS.c.released_version,
+}
+_SERVED: Final = {
+    (name, encoded): _served(
+        version, MODELS.c.download_payload_id if encoded else MODELS.c.payload_id
+    )
+    for name, version in _WANTED.items()
+    for encoded in (False, True)
+}
+
+
+def find_served(
+    session: Session,
+    training_session_id: str,
+    version: int | None,
+    *,
+    released: bool = False,
+    encoded: bool = False,
+) -> tuple[int | None, GlobalModel | None, Payload | None] | None:
+    """Return in one query the number of a version, the version and its payload, as far as there are any.
+
+    The latest version, or the latest released one, where no number is given; None where there is no such training
+    session.
+
+    Args:
+        session: Of the database.
+        training_session_id: Training session.
+        version: Version; None means the latest.
+        released: Without a version: the latest released one.
+        encoded: Its payload in the form in which devices get it, where that is another.
+    """
+    kind = "given" if version is not None else "released" if released else "current"
+    wanted: dict[str, Any] = {"session": training_session_id}
+    if version is not None:
+        wanted["version"] = version
+    row = session.execute(_SERVED[kind, encoded], wanted).one_or_none()
+    return None if row is None else (row[0], row[1], row[2])
+
+
+def update_model(
+    session: Session, training_session_id: str, version: int, values: Mapping[str, Any]
+) -> None:
+    """Add what evaluation or release say of a version; what it was made of never changes."""
+    session.execute(
+        update(MODELS)
+        .where(MODELS.c.training_session_id == training_session_id, MODELS.c.version == version)
+        .values(**values)
+    )
+
+
+def find_rollback(
+    session: Session, training_session_id: str, after_version: int, last_version: int
+) -> int | None:
+    """Return a rollback among the versions after one up to another; None if there is none."""
+    query = select(MODELS.c.version).where(
+        MODELS.c.training_session_id == training_session_id,
+        MODELS.c.version > after_version,
+        MODELS.c.version <= last_version,
+        MODELS.c.rollback_version.is_not(None),
+    )
+    return session.execute(query.limit(1)).scalar_one_or_none()
+
+
+def release(session: Session, owner: TrainingSession, version: int) -> None:
+    """Mark a version released; the training session's released version never goes back."""
+    update_model(session, owner.id, version, {"released": True})
+    if owner.released_version is None or version > owner.released_version:
+        session.execute(
+            update(SESSIONS).where(SESSIONS.c.id == owner.id).values(released_version=version)
+        )
+
+
+def list_models(
+    session: Session, training_session_id: str, request: PageRequest
+) -> Page[GlobalModel]:
+    """Return the versions of a training session, newest first."""
+    query = (
+        select(GlobalModel)
+        .where(MODELS.c.training_session_id == training_session_id)
+        .order_by(MODELS.c.version.desc())
+    )
+    key = request.after("models", training_session_id)
+    if key is not None:
+        query = query.where(MODELS.c.version < key[0])
+    rows = session.scalars(query.limit(request.limit + 1)).all()
+    shown = rows[: request.limit]
+    more = len(rows) > request.limit
+    return Page(
+        shown, page_token([shown[-1].version], "models", training_session_id) if more else ""
+    )
+
+
+def statements(
+    session: Session, training_session_id: str, first: int, last: int, limit: int
+) -> Sequence[tuple[bytes, bytes]]:
+    """Return statements and signatures of consecutive versions, in ascending order."""
+    query = (
+        select(MODELS.c.statement, MODELS.c.signature)
+        .where(
+            MODELS.c.training_session_id == training_session_id,
+            MODELS.c.version >= first,
+            MODELS.c.version <= last,
+        )
+        .order_by(MODELS.c.version)
+        .limit(limit)
+    )
+    return [(row[0], row[1]) for row in session.execute(query)]
+
+
+def upsert_evaluation(session: Session, values: Mapping[str, Any]) -> None:
+    """Insert what a device measured, or replace what it said before."""
+    key = (values["training_session_id"], values["version"], values["device_id"])
+    existing = session.get(Evaluation, key)
+    if existing is None:
+        session.execute(insert(EVALUATIONS).values(**values))
+        return
+    session.execute(
+        update(EVALUATIONS)
+        .where(
+            EVALUATIONS.c.training_session_id == key[0],
+            EVALUATIONS.c.version == key[1],
+            EVALUATIONS.c.device_id == key[2],
+        )
+        .values(**values)
+    )
+
+
+def has_evaluated(session: Session, training_session_id: str, version: int, device_id: str) -> bool:
+    """Return whether a device has reported on a version."""
+    query = select(EVALUATIONS.c.device_id).where(
+        EVALUATIONS.c.training_session_id == training_session_id,
+        EVALUATIONS.c.version == version,
+        EVALUATIONS.c.device_id == device_id,
+    )
+    return session.execute(query).first() is not None
+
+
+def count_evaluations(session: Session, training_session_id: str, version: int) -> int:
+    """Return how many devices have reported on a version."""
+    query = select(func.count()).where(
+        EVALUATIONS.c.training_session_id == training_session_id,
+        EVALUATIONS.c.version == version,
+    )
+    return int(session.execute(query).scalar_one())
+
+
+def list_evaluations(
+    session: Session, training_session_id: str, version: int
+) -> Sequence[Evaluation]:
+    """Return every evaluation of a version, by device."""
+    query = (
+        select(Evaluation)
+        .where(
+            EVALUATIONS.c.training_session_id == training_session_id,
+            EVALUATIONS.c.version == version,
+        )
+        .order_by(EVALUATIONS.c.device_id)
+    )
+    return session.scalars(query).all()

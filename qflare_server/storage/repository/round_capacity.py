@@ -1,0 +1,116 @@
+"""The places of a round: how many updates it has, how many it takes, and the lock under which one is taken."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import bindparam, select, update
+from sqlalchemy.orm import Session
+
+from qflare_server.storage.prepared import Prepared
+from qflare_server.storage.tables import Round, RoundState, TrainingSession
+
+SESSIONS = TrainingSession.__table__
+ROUNDS = Round.__table__
+
+
+@dataclass(frozen=True)
+class RoundPlaces:
+    """A locked round, as far as taking updates goes."""
+
+    training_session_id: str
+    session_state: str
+    current_version: int
+    number: int
+    state: str
+    base_version: int
+    accepted_count: int
+    target: int
+    selected_count: int
+    deadline_at: datetime
+
+
+_PLACES = (
+    select(
+        SESSIONS.c.id,
+        SESSIONS.c.state,
+        SESSIONS.c.current_version,
+        ROUNDS.c.number,
+        ROUNDS.c.state,
+        ROUNDS.c.base_version,
+        ROUNDS.c.accepted_count,
+        ROUNDS.c.target,
+        ROUNDS.c.selected_count,
+        ROUNDS.c.deadline_at,
+    )
+    .select_from(ROUNDS.join(SESSIONS, SESSIONS.c.id == ROUNDS.c.training_session_id))
+    .where(SESSIONS.c.id == bindparam("session"))
+)
+_OF_ROUND = _PLACES.where(ROUNDS.c.number == bindparam("round"))
+_OF_CURRENT = _PLACES.where(ROUNDS.c.number == SESSIONS.c.current_round)
+_PLACES_OF_ROUND, _PLACES_OF_CURRENT = Prepared(_OF_ROUND), Prepared(_OF_CURRENT)
+_LOCKED_PLACES_OF_ROUND = Prepared(_OF_ROUND.with_for_update(of=ROUNDS))
+_LOCKED_PLACES_OF_CURRENT = Prepared(_OF_CURRENT.with_for_update(of=ROUNDS))
+
+
+def lock_places(
+    session: Session, training_session_id: str, round_number: int | None
+) -> RoundPlaces | None:
+    """Return a round with its row locked, the current one without a number; None if there is none."""
+    current = round_number is None
+    query = _LOCKED_PLACES_OF_CURRENT if current else _LOCKED_PLACES_OF_ROUND
+    return _places(session, query, training_session_id, round_number)
+
+
+def look_at_places(
+    session: Session, training_session_id: str, round_number: int | None
+) -> RoundPlaces | None:
+    """Return a round as it is now, the current one without a number; None if there is none."""
+    query = _PLACES_OF_CURRENT if round_number is None else _PLACES_OF_ROUND
+    return _places(session, query, training_session_id, round_number)
+
+
+def _places(
+    session: Session, query: Prepared, training_session_id: str, round_number: int | None
+) -> RoundPlaces | None:
+    parameters: dict[str, Any] = {"session": training_session_id}
+    if round_number is not None:
+        parameters["round"] = round_number
+    rows = query.rows(session, parameters)
+    return RoundPlaces(*rows[0]) if rows else None
+
+
+_FILL = Prepared(
+    update(ROUNDS)
+    .where(
+        ROUNDS.c.training_session_id == bindparam("session"),
+        ROUNDS.c.number == bindparam("round"),
+    )
+    .values(
+        accepted_count=bindparam("accepted"),
+        example_count=ROUNDS.c.example_count + bindparam("examples"),
+        state=bindparam("now"),
+        closed_at=bindparam("closed"),
+    )
+)
+
+
+def fill_places(
+    session: Session, places: RoundPlaces, accepted_count: int, example_count: int, at: datetime
+) -> bool:
+    """Write how many updates a locked round has; the last place closes it. Return whether it did."""
+    if accepted_count == places.accepted_count:
+        return False
+    closed = accepted_count >= places.target
+    _FILL.run(
+        session,
+        {
+            "session": places.training_session_id,
+            "round": places.number,
+            "accepted": accepted_count,
+            "examples": example_count,
+            "now": RoundState.CLOSED.value if closed else places.state,
+            "closed": at if closed else None,
+        },
+    )
+    return closed

@@ -1,0 +1,283 @@
+"""Statements on tokens. Secrets are never stored; rows are found by the SHA-256 of the secret."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import and_, bindparam, delete, insert, or_, select, text, update
+from sqlalchemy.orm import Session
+
+from qflare_server.storage.epochs import bump_security
+from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
+from qflare_server.storage.prepared import Prepared
+from qflare_server.storage.tables import Device, TokenKind, UsedNonce, UserToken
+
+TOKENS = UserToken.__table__
+NONCES = UsedNonce.__table__
+DEVICES = Device.__table__
+
+
+@dataclass(frozen=True)
+class Credential:
+    """A token and the device behind it, as one call needs them; device fields are None for administrators."""
+
+    token_id: str
+    kind: str
+    subject: str
+    roles: Sequence[str]
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    used_at: datetime | None
+    binding_key: bytes | None
+    device_id: str | None
+    device_state: str | None
+    key_id: str | None
+    key_algorithm: int | None
+    public_key: bytes | None
+
+
+_CREDENTIAL = Prepared(
+    select(
+        TOKENS.c.id,
+        TOKENS.c.kind,
+        TOKENS.c.subject,
+        TOKENS.c.roles,
+        TOKENS.c.expires_at,
+        TOKENS.c.revoked_at,
+        TOKENS.c.used_at,
+        TOKENS.c.binding_key,
+        DEVICES.c.id,
+        DEVICES.c.state,
+        DEVICES.c.signature_key_id,
+        DEVICES.c.signature_algorithm,
+        DEVICES.c.signature_public_key,
+    )
+    .select_from(TOKENS.outerjoin(DEVICES, TOKENS.c.device_id == DEVICES.c.id))
+    .where(TOKENS.c.token_hash == bindparam("hash"))
+)
+
+
+def find_credential(session: Session, token_hash: str) -> Credential | None:
+    """Return the token with this hash, with the state of its device, in one statement."""
+    rows = _CREDENTIAL.rows(session, {"hash": token_hash})
+    return Credential(*rows[0]) if rows else None
+
+
+def insert_token(
+    session: Session,
+    *,
+    token_id: str,
+    token_hash: str,
+    kind: TokenKind,
+    subject: str,
+    at: datetime,
+    expires_at: datetime | None,
+    device_id: str | None = None,
+    roles: Sequence[str] = (),
+    family_id: str | None = None,
+    binding_key: bytes | None = None,
+) -> None:
+    """Insert a token."""
+    session.execute(
+        insert(TOKENS).values(
+            id=token_id,
+            token_hash=token_hash,
+            kind=kind.value,
+            subject=subject,
+            device_id=device_id,
+            roles=list(roles),
+            family_id=family_id,
+            binding_key=binding_key,
+            created_at=at,
+            expires_at=expires_at,
+        )
+    )
+
+
+def get_token(session: Session, token_id: str) -> UserToken | None:
+    """Return a token by its id."""
+    return session.get(UserToken, token_id)
+
+
+_BY_HASH = select(UserToken).where(TOKENS.c.token_hash == bindparam("hash"))
+
+
+def find_by_hash(session: Session, token_hash: str) -> UserToken | None:
+    """Return a token by the hash of its secret."""
+    return session.scalars(_BY_HASH, {"hash": token_hash}).one_or_none()
+
+
+_CONSUME = (
+    update(TOKENS)
+    .where(
+        TOKENS.c.id == bindparam("token_id"),
+        TOKENS.c.used_at.is_(None),
+        TOKENS.c.revoked_at.is_(None),
+        or_(TOKENS.c.expires_at.is_(None), TOKENS.c.expires_at > bindparam("at")),
+    )
+    .values(used_at=bindparam("at"), last_used_at=bindparam("at"))
+)
+
+
+def consume(session: Session, token_id: str, at: datetime) -> bool:
+    """Mark a one-time token used; False if it was used or revoked already, or has expired.
+
+    The condition stands in the UPDATE itself: of two calls at the same moment one gets True.
+    """
+    values = {"token_id": token_id, "at": at}
+    return _rowcount(session.connection().execute(_CONSUME, values)) == 1
+
+
+def touch(session: Session, token_id: str, at: datetime) -> None:
+    """Record the last use of a token."""
+    session.execute(update(TOKENS).where(TOKENS.c.id == token_id).values(last_used_at=at))
+
+
+def revoke(session: Session, token_id: str, reason: str, at: datetime) -> bool:
+    """Revoke a token; False if it was revoked already."""
+    return _revoke(session, TOKENS.c.id == token_id, reason, at) == 1
+
+
+def revoke_family(session: Session, family_id: str, reason: str, at: datetime) -> int:
+    """Revoke every token of a login, after a refresh token was used twice."""
+    return _revoke(session, TOKENS.c.family_id == family_id, reason, at)
+
+
+def revoke_device_tokens(session: Session, device_id: str, reason: str, at: datetime) -> int:
+    """Revoke every token of a device."""
+    return _revoke(session, TOKENS.c.device_id == device_id, reason, at)
+
+
+def _revoke(session: Session, condition: Any, reason: str, at: datetime) -> int:
+    bump_security(session)
+    result = session.execute(
+        update(TOKENS)
+        .where(condition, TOKENS.c.revoked_at.is_(None))
+        .values(revoked_at=at, revoked_reason=reason)
+    )
+    return _rowcount(result)
+
+
+def delete_expired(session: Session, before: datetime, limit: int) -> int:
+    """Delete access and refresh tokens that ended before a time; enrollment and admin tokens stay as record."""
+    ids = session.scalars(
+        select(TOKENS.c.id)
+        .where(
+            TOKENS.c.expires_at < before,
+            TOKENS.c.kind.in_([TokenKind.ACCESS.value, TokenKind.REFRESH.value]),
+        )
+        .limit(limit)
+    ).all()
+    if ids:
+        session.execute(delete(TOKENS).where(TOKENS.c.id.in_(ids)))
+    return len(ids)
+
+
+def list_tokens(session: Session, request: PageRequest, kind: str) -> Page[UserToken]:
+    """Return tokens, newest first, of one kind or of any."""
+    query = select(UserToken).order_by(TOKENS.c.created_at.desc(), TOKENS.c.id.desc())
+    if kind:
+        query = query.where(TOKENS.c.kind == kind)
+    key = request.after("tokens", kind)
+    if key is not None:
+        query = query.where(earlier(TOKENS.c.created_at, TOKENS.c.id, key))
+    rows = session.scalars(query.limit(request.limit + 1)).all()
+    shown = rows[: request.limit]
+    more = len(rows) > request.limit
+    last = (shown[-1].created_at.isoformat(), shown[-1].id) if more else None
+    return Page(shown, page_token(last, "tokens", kind) if last else "")
+
+
+def find_nonce(session: Session, nonce: str) -> bool:
+    """Return whether a value that may be used once has been used."""
+    return (
+        session.execute(select(NONCES.c.nonce).where(NONCES.c.nonce == nonce)).first() is not None
+    )
+
+
+def insert_nonce(session: Session, nonce: str, expires_at: datetime) -> None:
+    """Use a value that may be used once; its primary key refuses a second use."""
+    session.execute(insert(NONCES).values(nonce=nonce, expires_at=expires_at))
+
+
+def delete_expired_nonces(session: Session, before: datetime) -> None:
+    """Forget values that could no longer be used anyway."""
+    session.execute(delete(NONCES).where(NONCES.c.expires_at < before))
+
+
+def _rowcount(result: Any) -> int:
+    return int(result.rowcount)
+
+
+def revoke_sessions(
+    session: Session, device_id: str, reason: str, at: datetime, *, except_family: str | None = None
+) -> int:
+    """Revoke the access and refresh tokens of a device, but those of one login."""
+    kinds = [TokenKind.ACCESS.value, TokenKind.REFRESH.value]
+    condition = and_(TOKENS.c.device_id == device_id, TOKENS.c.kind.in_(kinds))
+    if except_family is not None:
+        condition = and_(condition, TOKENS.c.family_id != except_family)
+    return _revoke(session, condition, reason, at)
+
+
+_BIND = (
+    update(TOKENS)
+    .where(TOKENS.c.id == bindparam("token_id"))
+    .values(device_id=bindparam("bound_to"))
+)
+
+
+def bind_to_device(session: Session, token_id: str, device_id: str) -> None:
+    """Record which device an enrollment token made."""
+    session.connection().execute(_BIND, {"token_id": token_id, "bound_to": device_id})
+
+
+_INSERT_TOKEN = insert(TOKENS)
+_USE_NONCE = text(
+    "INSERT INTO used_nonces (nonce, expires_at) VALUES (:nonce, :expires_at) ON CONFLICT DO NOTHING"
+).bindparams(bindparam("expires_at", type_=NONCES.c.expires_at.type))
+
+
+def insert_session(
+    session: Session,
+    issued: Sequence[tuple[TokenKind, str, str, datetime]],
+    *,
+    device_id: str,
+    family_id: str,
+    binding_key: bytes,
+    at: datetime,
+) -> None:
+    """Insert the tokens of a login in one statement.
+
+    Args:
+        session: Open transaction.
+        issued: Kind, id, hash and expiry of each.
+        device_id: Whose they are.
+        family_id: Login that they belong to.
+        binding_key: Its binding key, sealed.
+        at: When they are issued.
+    """
+    rows: list[dict[str, Any]] = [
+        {
+            "id": token_id,
+            "token_hash": token_hash,
+            "kind": kind.value,
+            "subject": device_id,
+            "device_id": device_id,
+            "family_id": family_id,
+            "roles": [],
+            "binding_key": binding_key,
+            "created_at": at,
+            "expires_at": expires_at,
+            "revoked_reason": "",
+        }
+        for kind, token_id, token_hash, expires_at in issued
+    ]
+    session.connection().execute(_INSERT_TOKEN, rows)
+
+
+def use_nonce(session: Session, nonce: str, expires_at: datetime) -> bool:
+    """Use a value that may be used once; False if it has been used, also at this very moment."""
+    values = {"nonce": nonce, "expires_at": expires_at}
+    return _rowcount(session.connection().execute(_USE_NONCE, values)) == 1

@@ -1,0 +1,339 @@
+"""Statements on training sessions, their rounds and who was selected."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Float, and_, bindparam, cast, exists, func, insert, or_, select, update
+from sqlalchemy.orm import Session
+
+from qflare_server.storage.epochs import bump_rounds
+from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
+from qflare_server.storage.prepared import OneOf, Prepared, PreparedInsert
+from qflare_server.storage.tables import (
+    Device,
+    DeviceState,
+    ModelUpdate,
+    Round,
+    RoundDevice,
+    RoundState,
+    TrainingSession,
+    TrainingSessionState,
+)
+
+SESSIONS = TrainingSession.__table__
+ROUNDS = Round.__table__
+SELECTED = RoundDevice.__table__
+UPDATES = ModelUpdate.__table__
+DEVICES = Device.__table__
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """An open round that a device may contribute to."""
+
+    training_session_id: str
+    number: int
+    base_version: int
+    deadline_at: datetime
+    task: bytes | None
+
+
+def insert_session(session: Session, values: Mapping[str, Any]) -> None:
+    """Insert a training session."""
+    session.execute(insert(SESSIONS).values(**values))
+
+
+def get_session(session: Session, training_session_id: str) -> TrainingSession | None:
+    """Return a training session."""
+    return session.get(TrainingSession, training_session_id)
+
+
+_STATE = Prepared(select(SESSIONS.c.state).where(SESSIONS.c.id == bindparam("session")))
+
+
+def state_of(session: Session, training_session_id: str) -> str | None:
+    """Return the state of a training session, None if there is none."""
+    rows = _STATE.rows(session, {"session": training_session_id})
+    return rows[0][0] if rows else None
+
+
+def lock_session(session: Session, training_session_id: str) -> TrainingSession | None:
+    """Return a training session with its row locked: whoever makes its next version or round holds this."""
+    query = select(TrainingSession).where(SESSIONS.c.id == training_session_id).with_for_update()
+    return session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+
+
+def update_session(session: Session, training_session_id: str, values: Mapping[str, Any]) -> None:
+    """Change columns of a training session; a changed state is noticed by devices at their next poll."""
+    if "state" in values:
+        bump_rounds(session)
+    session.execute(update(SESSIONS).where(SESSIONS.c.id == training_session_id).values(**values))
+
+
+def find_session_by_name(session: Session, name: str) -> TrainingSession | None:
+    """Return the newest training session of this name."""
+    query = (
+        select(TrainingSession)
+        .where(SESSIONS.c.name == name)
+        .order_by(SESSIONS.c.created_at.desc())
+    )
+    return session.scalars(query.limit(1)).one_or_none()
+
+
+def list_sessions(session: Session, request: PageRequest, state: str) -> Page[TrainingSession]:
+    """Return training sessions, newest first, in one state or in any."""
+    query = select(TrainingSession).order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.id.desc())
+    if state:
+        query = query.where(SESSIONS.c.state == state)
+    key = request.after("sessions", state)
+    if key is not None:
+        query = query.where(earlier(SESSIONS.c.created_at, SESSIONS.c.id, key))
+    rows = session.scalars(query.limit(request.limit + 1)).all()
+    shown = rows[: request.limit]
+    if len(rows) <= request.limit:
+        return Page(shown, "")
+    last = shown[-1]
+    return Page(shown, page_token([last.created_at.isoformat(), last.id], "sessions", state))
+
+
+_INSERT_ROUND = PreparedInsert(
+    ROUNDS,
+    (
+        "training_session_id",
+        "number",
+        "state",
+        "base_version",
+        "quorum",
+        "target",
+        "selected_count",
+        "nonce",
+        "task",
+        "opened_at",
+        "deadline_at",
+    ),
+)
+
+
+def insert_round(session: Session, values: Mapping[str, Any]) -> None:
+    """Insert a round; its number is the session's next. Devices that wait notice it at their next poll."""
+    bump_rounds(session)
+    _INSERT_ROUND.run(session, [values])
+
+
+def insert_selection(
+    session: Session, training_session_id: str, round_number: int, device_ids: Sequence[str]
+) -> None:
+    """Record which devices were selected for a round."""
+    if device_ids:
+        session.execute(
+            insert(SELECTED),
+            [
+                {
+                    "training_session_id": training_session_id,
+                    "round_number": round_number,
+                    "device_id": device_id,
+                }
+                for device_id in device_ids
+            ],
+        )
+
+
+def selection(session: Session, training_session_id: str, round_number: int) -> set[str]:
+    """Return the devices that were selected for a round."""
+    query = select(SELECTED.c.device_id).where(
+        SELECTED.c.training_session_id == training_session_id,
+        SELECTED.c.round_number == round_number,
+    )
+    return set(session.scalars(query))
+
+
+def get_round(session: Session, training_session_id: str, number: int) -> Round | None:
+    """Return a round."""
+    return session.get(Round, (training_session_id, number))
+
+
+def lock_round(session: Session, training_session_id: str, number: int) -> Round | None:
+    """Return a round with its row locked: no update is accepted meanwhile."""
+    query = (
+        select(Round)
+        .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number == number)
+        .with_for_update()
+    )
+    return session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+
+
+def update_round(
+    session: Session, training_session_id: str, number: int, values: Mapping[str, Any]
+) -> None:
+    """Change columns of a round; a later deadline is noticed by devices at their next poll."""
+    if "deadline_at" in values:
+        bump_rounds(session)
+    session.execute(
+        update(ROUNDS)
+        .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number == number)
+        .values(**values)
+    )
+
+
+def list_rounds(session: Session, training_session_id: str, request: PageRequest) -> Page[Round]:
+    """Return the rounds of a training session, newest first."""
+    query = (
+        select(Round)
+        .where(ROUNDS.c.training_session_id == training_session_id)
+        .order_by(ROUNDS.c.number.desc())
+    )
+    key = request.after("rounds", training_session_id)
+    if key is not None:
+        query = query.where(ROUNDS.c.number < key[0])
+    rows = session.scalars(query.limit(request.limit + 1)).all()
+    shown = rows[: request.limit]
+    more = len(rows) > request.limit
+    return Page(
+        shown, page_token([shown[-1].number], "rounds", training_session_id) if more else ""
+    )
+
+
+_IS_SELECTED = or_(
+    ROUNDS.c.selected_count == 0,
+    exists().where(
+        SELECTED.c.training_session_id == ROUNDS.c.training_session_id,
+        SELECTED.c.round_number == ROUNDS.c.number,
+        SELECTED.c.device_id == bindparam("device"),
+    ),
+)
+_HAS_CONTRIBUTED = exists().where(
+    UPDATES.c.training_session_id == ROUNDS.c.training_session_id,
+    UPDATES.c.round_number == ROUNDS.c.number,
+    UPDATES.c.device_id == bindparam("device"),
+    UPDATES.c.base_version == ROUNDS.c.base_version,
+)
+_IS_ACTIVE = exists().where(
+    DEVICES.c.id == bindparam("device"), DEVICES.c.state == DeviceState.ACTIVE.value
+)
+_OPEN_ROUND = (
+    select(
+        ROUNDS.c.training_session_id,
+        ROUNDS.c.number,
+        ROUNDS.c.base_version,
+        ROUNDS.c.deadline_at,
+        ROUNDS.c.task,
+    )
+    .select_from(
+        SESSIONS.join(
+            ROUNDS,
+            and_(
+                ROUNDS.c.training_session_id == SESSIONS.c.id,
+                ROUNDS.c.number == SESSIONS.c.current_round,
+            ),
+        )
+    )
+    .where(
+        SESSIONS.c.state == TrainingSessionState.RUNNING.value,
+        ROUNDS.c.state == RoundState.OPEN.value,
+        ROUNDS.c.deadline_at > bindparam("at"),
+        ROUNDS.c.task.is_not(None),
+        _IS_ACTIVE,
+        _IS_SELECTED,
+        ~_HAS_CONTRIBUTED,
+    )
+    .order_by(cast(ROUNDS.c.accepted_count, Float) / ROUNDS.c.target, ROUNDS.c.opened_at)
+    .limit(1)
+)
+_ANY_OPEN_ROUND = Prepared(_OPEN_ROUND)
+_OPEN_ROUND_OF_SESSION = Prepared(_OPEN_ROUND.where(SESSIONS.c.id == bindparam("session")))
+
+
+def find_open_round(
+    session: Session, device_id: str, training_session_id: str, at: datetime
+) -> OpenRound | None:
+    """Return the round that the device should contribute to: the one least far, of one training session or of all.
+
+    One statement, nothing written: this is the idle poll.
+    """
+    query = _OPEN_ROUND_OF_SESSION if training_session_id else _ANY_OPEN_ROUND
+    parameters: dict[str, Any] = {"device": device_id, "at": at}
+    if training_session_id:
+        parameters["session"] = training_session_id
+    rows = query.rows(session, parameters)
+    return OpenRound(*rows[0]) if rows else None
+
+
+_SELECTED_AMONG = Prepared(
+    select(SELECTED.c.device_id).where(
+        SELECTED.c.training_session_id == bindparam("session"),
+        SELECTED.c.round_number == bindparam("round"),
+        OneOf(SELECTED.c.device_id, "ids"),
+    )
+)
+
+
+def selected_among(
+    session: Session, training_session_id: str, round_number: int, device_ids: Sequence[str]
+) -> set[str]:
+    """Return which of these devices were selected for a round."""
+    parameters = {"session": training_session_id, "round": round_number, "ids": list(device_ids)}
+    return {row[0] for row in _SELECTED_AMONG.rows(session, parameters)}
+
+
+def is_selected(
+    session: Session, training_session_id: str, round_number: int, device_id: str
+) -> bool:
+    """Return whether a device may contribute to a round."""
+    query = select(ROUNDS.c.number).where(
+        ROUNDS.c.training_session_id == training_session_id,
+        ROUNDS.c.number == round_number,
+        _IS_SELECTED,
+    )
+    return session.execute(query, {"device": device_id}).first() is not None
+
+
+@dataclass(frozen=True)
+class RoundInProgress:
+    """A round that the worker has to look at."""
+
+    training_session_id: str
+    number: int
+    state: str
+    base_version: int
+    quorum: int
+    accepted_count: int
+    opened_at: datetime
+    deadline_at: datetime
+    closed_at: datetime | None
+
+
+_IN_PROGRESS = Prepared(
+    select(
+        ROUNDS.c.training_session_id,
+        ROUNDS.c.number,
+        ROUNDS.c.state,
+        ROUNDS.c.base_version,
+        ROUNDS.c.quorum,
+        ROUNDS.c.accepted_count,
+        ROUNDS.c.opened_at,
+        ROUNDS.c.deadline_at,
+        ROUNDS.c.closed_at,
+    )
+    .join(SESSIONS, SESSIONS.c.id == ROUNDS.c.training_session_id)
+    .where(
+        or_(ROUNDS.c.state == RoundState.OPEN.value, ROUNDS.c.state == RoundState.CLOSED.value),
+        or_(
+            SESSIONS.c.state == TrainingSessionState.RUNNING.value,
+            ROUNDS.c.state == RoundState.CLOSED.value,
+        ),
+    )
+    .order_by(ROUNDS.c.opened_at)
+)
+
+
+def rounds_in_progress(session: Session) -> list[RoundInProgress]:
+    """Return the rounds that are open or closed, of running training sessions; paused ones only when closed."""
+    return [RoundInProgress(*row) for row in _IN_PROGRESS.rows(session, {})]
+
+
+def count_sessions(session: Session) -> dict[str, int]:
+    """Return how many training sessions are in each state."""
+    rows = session.execute(select(SESSIONS.c.state, func.count()).group_by(SESSIONS.c.state))
+    return {row[0]: row[1] for row in rows}

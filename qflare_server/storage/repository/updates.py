@@ -1,0 +1,339 @@
+"""Statements on updates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Integer, and_, bindparam, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from qflare_server.storage.paging import Page, PageRequest, page_token
+from qflare_server.storage.prepared import OneOf, Prepared, PreparedInsert
+from qflare_server.storage.repository.round_capacity import RoundPlaces
+from qflare_server.storage.tables import ModelUpdate, Payload, UpdateState
+
+UPDATES = ModelUpdate.__table__
+PAYLOADS = Payload.__table__
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What a receipt needs of an accepted update."""
+
+    update_id: str
+    statement_digest: str
+    device_id: str
+    training_session_id: str
+    round_number: int
+    base_version: int
+    acceptance_sequence: int
+    accepted_at: datetime
+
+
+@dataclass(frozen=True)
+class Foldable:
+    """What the worker needs of an accepted update, its bytes included where they are small."""
+
+    update_id: str
+    device_id: str
+    acceptance_sequence: int
+    base_version: int
+    example_count: int
+    statement_digest: str
+    statement: bytes | None
+    payload_id: str
+    size_bytes: int
+    payload_digest: str
+    chunk_digests: bytes
+    location: str
+    data: bytes | None
+    sealed_header: bytes | None
+    sealed_key: bytes | None
+    metrics: dict[str, Any]
+    signature: bytes | None = None
+    key_id: str | None = None
+
+
+_ACCEPTED = select(
+    UPDATES.c.id,
+    UPDATES.c.statement_digest,
+    UPDATES.c.device_id,
+    UPDATES.c.training_session_id,
+    UPDATES.c.round_number,
+    UPDATES.c.base_version,
+    UPDATES.c.acceptance_sequence,
+    UPDATES.c.accepted_at,
+)
+_KNOWN = Prepared(
+    _ACCEPTED.where(
+        or_(
+            OneOf(UPDATES.c.id, "updates"),
+            and_(
+                UPDATES.c.training_session_id == bindparam("session"),
+                UPDATES.c.round_number.between(bindparam("first"), bindparam("last")),
+                OneOf(UPDATES.c.device_id, "devices"),
+            ),
+        )
+    )
+)
+_INSERT = PreparedInsert(
+    UPDATES,
+    (
+        "id",
+        "training_session_id",
+        "round_number",
+        "device_id",
+        "base_version",
+        "payload_id",
+        "payload_digest",
+        "size_bytes",
+        "statement",
+        "statement_digest",
+        "signature",
+        "key_id",
+        "example_count",
+        "loss",
+        "accuracy",
+        "local_epochs",
+        "training_time_s",
+        "metrics",
+        "state",
+        "acceptance_sequence",
+        "accepted_at",
+    ),
+)
+
+
+def find_accepted(session: Session, update_id: str) -> Accepted | None:
+    """Return the accepted update with this id."""
+    row = session.execute(_ACCEPTED.where(UPDATES.c.id == update_id)).one_or_none()
+    return None if row is None else Accepted(*row)
+
+
+def find_contribution(
+    session: Session, training_session_id: str, round_number: int, device_id: str, base_version: int
+) -> Accepted | None:
+    """Return what a device has contributed to a round from a base version."""
+    row = session.execute(
+        _ACCEPTED.where(
+            UPDATES.c.training_session_id == training_session_id,
+            UPDATES.c.round_number == round_number,
+            UPDATES.c.device_id == device_id,
+            UPDATES.c.base_version == base_version,
+        )
+    ).one_or_none()
+    return None if row is None else Accepted(*row)
+
+
+def find_known(
+    session: Session,
+    places: RoundPlaces,
+    update_ids: Sequence[str],
+    device_ids: Sequence[str],
+    first_round: int,
+) -> list[Accepted]:
+    """Return accepted updates with one of these ids, and what these devices have contributed from a round on."""
+    parameters = {
+        "updates": list(update_ids),
+        "session": places.training_session_id,
+        "first": first_round,
+        "last": places.number,
+        "devices": list(device_ids),
+    }
+    return [Accepted(*row) for row in _KNOWN.rows(session, parameters)]
+
+
+def insert_updates(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert accepted updates; their sequence numbers come from the round that is locked in this transaction."""
+    _INSERT.run(session, rows)
+
+
+_FOLDABLE = Prepared(
+    select(
+        UPDATES.c.id,
+        UPDATES.c.device_id,
+        UPDATES.c.acceptance_sequence,
+        UPDATES.c.base_version,
+        UPDATES.c.example_count,
+        UPDATES.c.statement_digest,
+        UPDATES.c.statement,
+        UPDATES.c.payload_id,
+        PAYLOADS.c.size_bytes,
+        PAYLOADS.c.digest,
+        PAYLOADS.c.chunk_digests,
+        PAYLOADS.c.location,
+        PAYLOADS.c.data,
+        PAYLOADS.c.sealed_header,
+        PAYLOADS.c.sealed_key,
+        UPDATES.c.metrics,
+        UPDATES.c.signature,
+        UPDATES.c.key_id,
+    )
+    .join(PAYLOADS, PAYLOADS.c.id == UPDATES.c.payload_id)
+    .where(
+        UPDATES.c.training_session_id == bindparam("session"),
+        UPDATES.c.round_number == bindparam("round"),
+        UPDATES.c.acceptance_sequence > bindparam("after"),
+    )
+    .order_by(UPDATES.c.acceptance_sequence)
+    .limit(bindparam("count", type_=Integer()))
+)
+
+
+def accepted_after(
+    session: Session, training_session_id: str, round_number: int, sequence: int, limit: int
+) -> list[Foldable]:
+    """Return updates of a round in the order of their acceptance, from after a sequence number."""
+    wanted = {
+        "session": training_session_id,
+        "round": round_number,
+        "after": sequence,
+        "count": limit,
+    }
+    return [Foldable(*row) for row in _FOLDABLE.rows(session, wanted)]
+
+
+def mark_aggregated(
+    session: Session,
+    training_session_id: str,
+    round_number: int,
+    last_sequence: int,
+    version: int,
+    at: datetime,
+) -> None:
+    """Mark the pending updates of a round up to a sequence number as part of a version."""
+    session.execute(
+        update(UPDATES)
+        .where(
+            UPDATES.c.training_session_id == training_session_id,
+            UPDATES.c.round_number == round_number,
+            UPDATES.c.acceptance_sequence <= last_sequence,
+            UPDATES.c.state == UpdateState.PENDING.value,
+        )
+        .values(state=UpdateState.AGGREGATED.value, aggregated_version=version, aggregated_at=at)
+    )
+
+
+def mark_rejected(session: Session, rejected: Mapping[str, str], at: datetime) -> None:
+    """Mark updates, by id, as left out, each with its reason."""
+    if rejected:
+        session.connection().execute(
+            update(UPDATES)
+            .where(UPDATES.c.id == bindparam("update"))
+            .values(
+                state=UpdateState.REJECTED.value, state_reason=bindparam("why"), aggregated_at=at
+            ),
+            [
+                {"update": update_id, "why": reason}
+                for update_id, reason in sorted(rejected.items())
+            ],
+        )
+
+
+def record_scores(session: Session, scores: Mapping[str, float]) -> None:
+    """Write the validation scores of updates, by id."""
+    if scores:
+        session.connection().execute(
+            update(UPDATES)
+            .where(UPDATES.c.id == bindparam("update"))
+            .values(validation_score=bindparam("score")),
+            [{"update": update_id, "score": score} for update_id, score in sorted(scores.items())],
+        )
+
+
+def reject_round(
+    session: Session, training_session_id: str, round_number: int, reason: str, at: datetime
+) -> None:
+    """Reject every pending update of a round."""
+    session.execute(
+        update(UPDATES)
+        .where(
+            UPDATES.c.training_session_id == training_session_id,
+            UPDATES.c.round_number == round_number,
+            UPDATES.c.state == UpdateState.PENDING.value,
+        )
+        .values(state=UpdateState.REJECTED.value, state_reason=reason, aggregated_at=at)
+    )
+
+
+def count_pending(session: Session, training_session_id: str) -> int:
+    """Return how many accepted updates of a training session are not yet part of a version."""
+    query = select(func.count()).where(
+        UPDATES.c.training_session_id == training_session_id,
+        UPDATES.c.aggregated_version.is_(None),
+        UPDATES.c.state == UpdateState.PENDING.value,
+    )
+    return session.execute(query).scalar_one()
+
+
+def get_update(session: Session, update_id: str) -> ModelUpdate | None:
+    """Return an update."""
+    return session.get(ModelUpdate, update_id)
+
+
+def contributors(session: Session, training_session_id: str, version: int) -> Sequence[str]:
+    """Return the statement digests of the updates in a version, in the order of their acceptance."""
+    query = (
+        select(UPDATES.c.statement_digest)
+        .where(
+            UPDATES.c.training_session_id == training_session_id,
+            UPDATES.c.aggregated_version == version,
+        )
+        .order_by(UPDATES.c.acceptance_sequence)
+    )
+    return session.scalars(query).all()
+
+
+def list_updates(
+    session: Session, training_session_id: str, round_number: int, request: PageRequest
+) -> Page[ModelUpdate]:
+    """Return the updates of a round in the order of their acceptance."""
+    query = (
+        select(ModelUpdate)
+        .where(
+            UPDATES.c.training_session_id == training_session_id,
+            UPDATES.c.round_number == round_number,
+        )
+        .order_by(UPDATES.c.acceptance_sequence)
+    )
+    scope = ("updates", training_session_id, round_number)
+    key = request.after(*scope)
+    if key is not None:
+        query = query.where(UPDATES.c.acceptance_sequence > key[0])
+    rows = session.scalars(query.limit(request.limit + 1)).all()
+    shown = rows[: request.limit]
+    more = len(rows) > request.limit
+    return Page(shown, page_token([shown[-1].acceptance_sequence], *scope) if more else "")
+
+
+def list_of_device(
+    session: Session, training_session_id: str, device_id: str, limit: int
+) -> Sequence[ModelUpdate]:
+    """Return the updates of a device to a training session, newest first."""
+    query = (
+        select(ModelUpdate)
+        .where(
+            UPDATES.c.device_id == device_id, UPDATES.c.training_session_id == training_session_id
+        )
+        .order_by(UPDATES.c.accepted_at.desc(), UPDATES.c.id)
+    )
+    return session.scalars(query.limit(limit)).all()
+
+
+def settled_payloads(
+    session: Session, training_session_id: str, last_round: int, limit: int
+) -> list[tuple[str, bool]]:
+    """Return payload ids, and whether they lie in the store, of settled updates up to a round."""
+    query = (
+        select(PAYLOADS.c.id, PAYLOADS.c.location == "store")
+        .join(UPDATES, UPDATES.c.payload_id == PAYLOADS.c.id)
+        .where(
+            UPDATES.c.training_session_id == training_session_id,
+            UPDATES.c.round_number <= last_round,
+            UPDATES.c.state != UpdateState.PENDING.value,
+            PAYLOADS.c.location != "none",
+        )
+        .limit(limit)
+    )
+    return [(row[0], bool(row[1])) for row in session.execute(query)]

@@ -1,0 +1,293 @@
+"""Statements that show how things stand: for watchers, histories and the coordinator's own state."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session
+
+from qflare_server.storage.paging import Page, PageRequest, page_token
+from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.tables import (
+    EVIDENCE_REASON,
+    AuditLog,
+    GlobalModel,
+    ModelUpdate,
+    Payload,
+    Round,
+    RoundDevice,
+    RoundState,
+    UpdateState,
+    Upload,
+)
+
+MODELS = GlobalModel.__table__
+ROUNDS = Round.__table__
+SELECTED = RoundDevice.__table__
+UPDATES = ModelUpdate.__table__
+PAYLOADS = Payload.__table__
+UPLOADS = Upload.__table__
+AUDIT = AuditLog.__table__
+
+
+@dataclass(frozen=True)
+class VersionFacts:
+    """What evaluation and release may change of a version, and which round made it."""
+
+    round_number: int
+    released: bool
+    metrics: Mapping[str, float]
+
+
+def versions_from(
+    session: Session, training_session_id: str, first: int
+) -> dict[int, VersionFacts]:
+    """Return the changing facts of the versions from one on."""
+    query = select(
+        MODELS.c.version, MODELS.c.round_number, MODELS.c.released, MODELS.c.metrics
+    ).where(MODELS.c.training_session_id == training_session_id, MODELS.c.version >= first)
+    return {row[0]: VersionFacts(row[1], row[2], row[3]) for row in session.execute(query)}
+
+
+def rounds_from(
+    session: Session, training_session_id: str, first: int, limit: int
+) -> Sequence[Round]:
+    """Return rounds from a number on, in ascending order."""
+    query = (
+        select(Round)
+        .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number >= first)
+        .order_by(ROUNDS.c.number)
+        .limit(limit)
+    )
+    return session.scalars(query).all()
+
+
+@dataclass(frozen=True)
+class VersionMetrics:
+    """What is known of how good a version is."""
+
+    version: int
+    round_number: int
+    created_at: datetime
+    metrics: Mapping[str, float]
+    group_metrics: Mapping[str, Mapping[str, float]]
+    participant_count: int
+    example_count: int
+    epsilon: float | None
+    released: bool
+
+
+_METRICS = [MODELS.c[item.name] for item in fields(VersionMetrics)]
+
+
+def list_metrics(
+    session: Session, training_session_id: str, request: PageRequest
+) -> Page[VersionMetrics]:
+    """Return the metrics of versions, oldest first."""
+    query = (
+        select(*_METRICS)
+        .where(MODELS.c.training_session_id == training_session_id)
+        .order_by(MODELS.c.version)
+    )
+    scope = ("metrics", training_session_id)
+    key = request.after(*scope)
+    if key is not None:
+        query = query.where(MODELS.c.version > key[0])
+    rows = [VersionMetrics(*row) for row in session.execute(query.limit(request.limit + 1))]
+    shown = rows[: request.limit]
+    more = len(rows) > request.limit
+    return Page(shown, page_token([shown[-1].version], *scope) if more else "")
+
+
+def recent_metrics(
+    session: Session, training_session_id: str, limit: int
+) -> Sequence[VersionMetrics]:
+    """Return the metrics of the latest versions, oldest first."""
+    query = (
+        select(*_METRICS)
+        .where(MODELS.c.training_session_id == training_session_id)
+        .order_by(MODELS.c.version.desc())
+        .limit(limit)
+    )
+    return [VersionMetrics(*row) for row in session.execute(query)][::-1]
+
+
+def latest_metrics(
+    session: Session, training_session_id: str, limit: int
+) -> list[Mapping[str, float]]:
+    """Return the metrics of the latest versions that rounds made, oldest first."""
+    query = (
+        select(MODELS.c.metrics)
+        .where(MODELS.c.training_session_id == training_session_id, MODELS.c.round_number > 0)
+        .order_by(MODELS.c.version.desc())
+        .limit(limit)
+    )
+    return list(reversed(session.scalars(query).all()))
+
+
+def audit_after(
+    session: Session, after_id: int, wanted: AuditFilter, limit: int
+) -> Sequence[AuditLog]:
+    """Return audit entries after one, by their numbers.
+
+    Every batch reads on where the one before has ended, whatever is filtered: the filters are written so that SQLite
+    does not take an index for them, and sort what it finds anew for each batch.
+    """
+    query = select(AuditLog).where(AUDIT.c.id > after_id).order_by(AUDIT.c.id).limit(limit)
+    for column in ("actor", "subject", "event_type", "risk_level"):
+        value = getattr(wanted, column)
+        if value:
+            query = query.where(AUDIT.c[column].concat("") == value)
+    if wanted.start is not None:
+        query = query.where(AUDIT.c.created_at >= wanted.start)
+    if wanted.end is not None:
+        query = query.where(AUDIT.c.created_at < wanted.end)
+    return session.scalars(query).all()
+
+
+@dataclass(frozen=True)
+class Queues:
+    """How much waits to be done."""
+
+    open_round_count: int
+    closed_round_count: int
+    pending_update_count: int
+    unfinished_upload_count: int
+    unsequenced_audit_count: int
+    oldest_closed_at: datetime | None
+
+
+def queues(session: Session) -> Queues:
+    """Return how much waits; costs what waits, not what is stored."""
+    states = session.execute(
+        select(
+            ROUNDS.c.state,
+            func.count(),
+            func.min(ROUNDS.c.closed_at),
+            func.sum(ROUNDS.c.accepted_count),
+        )
+        .where(ROUNDS.c.state.in_([RoundState.OPEN.value, RoundState.CLOSED.value]))
+        .group_by(ROUNDS.c.state)
+    )
+    found = {row[0]: row for row in states}
+    opened, closed = found.get(RoundState.OPEN.value), found.get(RoundState.CLOSED.value)
+    return Queues(
+        open_round_count=0 if opened is None else opened[1],
+        closed_round_count=0 if closed is None else closed[1],
+        pending_update_count=sum(row[3] for row in found.values()),
+        unfinished_upload_count=_count(session, select(func.count()).select_from(UPLOADS)),
+        unsequenced_audit_count=_count(
+            session, select(func.count()).where(AUDIT.c.leaf_index.is_(None))
+        ),
+        oldest_closed_at=None if closed is None else closed[2],
+    )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored."""
+
+    database_bytes: int
+    payload_bytes: int
+    payload_count: int
+    pruned_count: int
+
+
+def stored(session: Session) -> Stored:
+    """Return how much is stored; costs a pass over the rows of payloads."""
+    rows = session.execute(
+        select(
+            PAYLOADS.c.location == "none",
+            func.count(),
+            func.coalesce(func.sum(PAYLOADS.c.size_bytes), 0),
+        ).group_by(PAYLOADS.c.location == "none")
+    )
+    found = {bool(row[0]): row for row in rows}
+    kept, pruned = found.get(False), found.get(True)
+    return Stored(
+        database_bytes=database_bytes(session),
+        payload_bytes=0 if kept is None else int(kept[2]),
+        payload_count=0 if kept is None else kept[1],
+        pruned_count=0 if pruned is None else pruned[1],
+    )
+
+
+def database_bytes(session: Session) -> int:
+    """Return the size of the database."""
+    if session.get_bind().dialect.name == "sqlite":
+        pages = session.execute(text("PRAGMA page_count")).scalar_one()
+        return int(pages * session.execute(text("PRAGMA page_size")).scalar_one())
+    return int(session.execute(text("SELECT pg_database_size(current_database())")).scalar_one())
+
+
+def count_rejections(
+    session: Session, training_session_id: str, device_id: str, since: datetime
+) -> int:
+    """Return how many updates of a device were judged and rejected in a training session since a time.
+
+    Updates of rounds that failed or were cancelled as a whole do not count against the device, nor do those whose rows
+    were changed after it had sent them.
+    """
+    query = (
+        select(func.count())
+        .select_from(
+            UPDATES.join(
+                ROUNDS,
+                (ROUNDS.c.training_session_id == UPDATES.c.training_session_id)
+                & (ROUNDS.c.number == UPDATES.c.round_number),
+            )
+        )
+        .where(
+            UPDATES.c.device_id == device_id,
+            UPDATES.c.accepted_at >= since,
+            UPDATES.c.training_session_id == training_session_id,
+            UPDATES.c.state == UpdateState.REJECTED.value,
+            ~UPDATES.c.state_reason.startswith(EVIDENCE_REASON),
+            ROUNDS.c.state == RoundState.PUBLISHED.value,
+        )
+    )
+    return _count(session, query)
+
+
+def last_event_at(session: Session, subject: str, event_type: str) -> datetime | None:
+    """Return when an event last happened to a subject, None if it never did."""
+    query = (
+        select(AUDIT.c.created_at)
+        .where(AUDIT.c.subject == subject, AUDIT.c.event_type == event_type)
+        .order_by(AUDIT.c.created_at.desc(), AUDIT.c.id.desc())
+        .limit(1)
+    )
+    return session.execute(query).scalar_one_or_none()
+
+
+def devices_of(session: Session, update_ids: Sequence[str]) -> list[str]:
+    """Return the devices of updates, each once, by id."""
+    query = select(UPDATES.c.device_id).where(UPDATES.c.id.in_(update_ids)).distinct()
+    return sorted(session.scalars(query))
+
+
+def list_absent(
+    session: Session, training_session_id: str, round_number: int, limit: int
+) -> Sequence[str]:
+    """Return the devices that were selected for a round and sent it no update, by id."""
+    sent = select(UPDATES.c.device_id).where(
+        UPDATES.c.training_session_id == training_session_id,
+        UPDATES.c.round_number == round_number,
+    )
+    query = (
+        select(SELECTED.c.device_id)
+        .where(
+            SELECTED.c.training_session_id == training_session_id,
+            SELECTED.c.round_number == round_number,
+            SELECTED.c.device_id.not_in(sent),
+        )
+        .order_by(SELECTED.c.device_id)
+        .limit(limit)
+    )
+    return session.scalars(query).all()
+
+
+def _count(session: Session, query: Any) -> int:
+    return int(session.execute(query).scalar_one())

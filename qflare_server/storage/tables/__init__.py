@@ -1,0 +1,63 @@
+"""Mapped classes: the six tables of the domain and those around them.
+
+Every constraint and index is named, states have CHECK constraints, times are UTC. Rows of `GlobalModel`,
+`Payload` and `AuditLog` are never changed once written, but for what evaluation and release add to a version.
+No query lives here; `repository/` holds every statement.
+"""
+
+from qflare_server.storage.tables.audit import AuditHead, AuditLog, AuditNode, TrustDocument
+from qflare_server.storage.tables.devices import Device, DeviceKey, UserToken
+from qflare_server.storage.tables.payloads import Payload, PayloadChunk, Upload
+from qflare_server.storage.tables.replicas import Epoch, IdempotentCall, Lease, Replica, UsedNonce
+from qflare_server.storage.tables.results import (
+    EVIDENCE_REASON,
+    Evaluation,
+    GlobalModel,
+    ModelUpdate,
+)
+from qflare_server.storage.tables.states import (
+    DeviceState,
+    RiskLevel,
+    RoundState,
+    TokenKind,
+    TrainingSessionState,
+    UpdateState,
+)
+from qflare_server.storage.tables.training import Round, RoundDevice, TrainingSession
+from qflare_server.storage.tables.types import BIG_ID, NAMING, Base, UtcDateTime, one_of
+
+__all__ = [
+    "BIG_ID",
+    "EVIDENCE_REASON",
+    "NAMING",
+    "AuditHead",
+    "AuditLog",
+    "AuditNode",
+    "Base",
+    "Device",
+    "DeviceKey",
+    "DeviceState",
+    "Epoch",
+    "Evaluation",
+    "GlobalModel",
+    "IdempotentCall",
+    "Lease",
+    "ModelUpdate",
+    "Payload",
+    "PayloadChunk",
+    "Replica",
+    "RiskLevel",
+    "Round",
+    "RoundDevice",
+    "RoundState",
+    "TokenKind",
+    "TrainingSession",
+    "TrainingSessionState",
+    "TrustDocument",
+    "UpdateState",
+    "Upload",
+    "UsedNonce",
+    "UserToken",
+    "UtcDateTime",
+    "one_of",
+]

@@ -1,0 +1,165 @@
+"""What comes of rounds: updates, versions, and what devices measured of them."""
+
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    String,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import Mapped, mapped_column
+
+from qflare_server.storage.tables.states import UpdateState
+from qflare_server.storage.tables.types import Base, one_of
+
+EVIDENCE_REASON: Final = "evidence: "
+"""Begins the reason of an update that was left out because its rows are not what its device signed."""
+
+
+class ModelUpdate(Base):
+    """One device's contribution to one round.
+
+    `statement` and `signature` are the exact bytes that the device signed and its signature; null for updates of
+    embedding programs. `acceptance_sequence` counts from 1 within the round and is the order of folding.
+    """
+
+    __tablename__ = "model_updates"
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    training_session_id: Mapped[str] = mapped_column(String(36))
+    round_number: Mapped[int]
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"))
+    base_version: Mapped[int]
+    payload_id: Mapped[str] = mapped_column(ForeignKey("payloads.id"))
+    payload_digest: Mapped[str] = mapped_column(String(64))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    statement: Mapped[bytes | None]
+    statement_digest: Mapped[str] = mapped_column(String(64))
+    signature: Mapped[bytes | None]
+    key_id: Mapped[str | None] = mapped_column(String(64))
+    example_count: Mapped[int] = mapped_column(BigInteger)
+    loss: Mapped[float | None]
+    accuracy: Mapped[float | None]
+    local_epochs: Mapped[int | None]
+    training_time_s: Mapped[float | None]
+    metrics: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(String(16))
+    state_reason: Mapped[str] = mapped_column(String(500), default="")
+    acceptance_sequence: Mapped[int] = mapped_column(BigInteger)
+    validation_score: Mapped[float | None]
+    aggregated_version: Mapped[int | None]
+    accepted_at: Mapped[datetime]
+    aggregated_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        one_of("state", UpdateState),
+        ForeignKeyConstraint(
+            ["training_session_id", "round_number"],
+            ["rounds.training_session_id", "rounds.number"],
+        ),
+        CheckConstraint("example_count > 0", name="example_count"),
+        UniqueConstraint(
+            "training_session_id",
+            "round_number",
+            "acceptance_sequence",
+            name="uq_model_updates_sequence",
+        ),
+        UniqueConstraint(
+            "training_session_id",
+            "round_number",
+            "device_id",
+            "base_version",
+            name="uq_model_updates_contribution",
+        ),
+        Index(None, "device_id", "accepted_at"),
+        Index(None, "payload_id"),
+        Index(
+            "ix_model_updates_lineage",
+            "training_session_id",
+            "aggregated_version",
+            "acceptance_sequence",
+        ),
+    )
+
+
+class GlobalModel(Base):
+    """One immutable version of a training session's model.
+
+    `digest` names the version: the SHA-256 of `statement`, which the coordinator has signed in `signature`.
+    `strategy_state` maps the names of the optimiser's vectors to payload ids. The columns `download_` tell of the
+    payload that devices get, null where they get the version as it is.
+    """
+
+    __tablename__ = "global_models"
+
+    training_session_id: Mapped[str] = mapped_column(
+        ForeignKey("training_sessions.id"), primary_key=True
+    )
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    digest: Mapped[str] = mapped_column(String(64))
+    parent_digest: Mapped[str] = mapped_column(String(64), default="")
+    payload_id: Mapped[str] = mapped_column(ForeignKey("payloads.id"))
+    payload_digest: Mapped[str] = mapped_column(String(64))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    manifest: Mapped[bytes]
+    layout_digest: Mapped[str] = mapped_column(String(64))
+    statement: Mapped[bytes]
+    signature: Mapped[bytes]
+    model_type: Mapped[str] = mapped_column(String(100))
+    architecture: Mapped[dict[str, Any]]
+    base_version: Mapped[int]
+    round_number: Mapped[int]
+    participant_count: Mapped[int] = mapped_column(default=0)
+    example_count: Mapped[int] = mapped_column(BigInteger, default=0)
+    aggregation_method: Mapped[str] = mapped_column(String(100))
+    aggregation_parameters: Mapped[dict[str, Any]]
+    strategy_state: Mapped[dict[str, Any]]
+    contributors_digest: Mapped[str] = mapped_column(String(64), default="")
+    accuracy: Mapped[float | None]
+    loss: Mapped[float | None]
+    metrics: Mapped[dict[str, Any]]
+    group_metrics: Mapped[dict[str, Any]]
+    epsilon: Mapped[float | None]
+    delta: Mapped[float | None]
+    released: Mapped[bool] = mapped_column(default=False)
+    rollback_version: Mapped[int | None]
+    download_encoding: Mapped[int | None]
+    download_payload_id: Mapped[str | None] = mapped_column(ForeignKey("payloads.id"))
+    download_payload_digest: Mapped[str | None] = mapped_column(String(64))
+    download_size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    publish_duration_s: Mapped[float] = mapped_column(default=0.0)
+    created_at: Mapped[datetime]
+
+    __table_args__ = (
+        CheckConstraint("version >= 0", name="version"),
+        UniqueConstraint("digest"),
+        Index(None, "payload_id"),
+        Index(None, "created_at"),
+    )
+
+
+class Evaluation(Base):
+    """What one device measured of one version on data that it holds back."""
+
+    __tablename__ = "evaluations"
+
+    training_session_id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+    example_count: Mapped[int] = mapped_column(BigInteger)
+    metrics: Mapped[dict[str, Any]]
+    device_group: Mapped[str] = mapped_column(String(100), default="")
+    reported_at: Mapped[datetime]
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["training_session_id", "version"],
+            ["global_models.training_session_id", "global_models.version"],
+        ),
+        CheckConstraint("example_count > 0", name="example_count"),
+    )

@@ -1,0 +1,100 @@
+"""Training sessions, their rounds, and who was selected."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, ForeignKeyConstraint, Index, String
+from sqlalchemy.orm import Mapped, mapped_column
+
+from qflare_server.storage.tables.states import RoundState, TrainingSessionState
+from qflare_server.storage.tables.types import Base, one_of
+
+
+class TrainingSession(Base):
+    """One model being trained over many rounds.
+
+    `current_version` is -1 before an initial model, `current_round` 0 before the start. `privacy_state` is the
+    accountant's; null without differential privacy.
+    """
+
+    __tablename__ = "training_sessions"
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200))
+    model_type: Mapped[str] = mapped_column(String(100))
+    architecture: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(String(16))
+    state_reason: Mapped[str] = mapped_column(String(500), default="")
+    config: Mapped[dict[str, Any]]
+    current_round: Mapped[int] = mapped_column(default=0)
+    current_version: Mapped[int] = mapped_column(default=-1)
+    best_accuracy: Mapped[float | None]
+    best_version: Mapped[int | None]
+    released_version: Mapped[int | None]
+    epsilon_spent: Mapped[float | None]
+    privacy_state: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        one_of("state", TrainingSessionState),
+        CheckConstraint("current_version >= -1", name="current_version"),
+        Index(None, "state", "created_at", "id"),
+        Index(None, "created_at", "id"),
+    )
+
+
+class Round(Base):
+    """One collection of updates against one base version.
+
+    `task` is the signed task that selected devices get, null for the in-process session. The row is what an
+    accepted update locks: `accepted_count` is also the last acceptance sequence number. `selected_count` is 0 where
+    every active device may take part, -1 where the selection found nobody.
+    """
+
+    __tablename__ = "rounds"
+
+    training_session_id: Mapped[str] = mapped_column(
+        ForeignKey("training_sessions.id"), primary_key=True
+    )
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    state: Mapped[str] = mapped_column(String(16))
+    state_reason: Mapped[str] = mapped_column(String(500), default="")
+    base_version: Mapped[int]
+    version: Mapped[int | None]
+    quorum: Mapped[int]
+    target: Mapped[int]
+    selected_count: Mapped[int] = mapped_column(default=0)
+    accepted_count: Mapped[int] = mapped_column(default=0)
+    rejected_count: Mapped[int] = mapped_column(default=0)
+    example_count: Mapped[int] = mapped_column(BigInteger, default=0)
+    nonce: Mapped[str] = mapped_column(String(64))
+    task: Mapped[bytes | None]
+    opened_at: Mapped[datetime]
+    deadline_at: Mapped[datetime]
+    closed_at: Mapped[datetime | None]
+    published_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        one_of("state", RoundState),
+        Index(None, "state", "deadline_at"),
+        Index(None, "published_at"),
+    )
+
+
+class RoundDevice(Base):
+    """A device that was selected for a round."""
+
+    __tablename__ = "round_devices"
+
+    training_session_id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    round_number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["training_session_id", "round_number"],
+            ["rounds.training_session_id", "rounds.number"],
+        ),
+    )

@@ -1,0 +1,214 @@
+"""The configuration of a training session: validated once, when it is created, and kept as JSON.
+
+`complete` fills in every default and refuses what is out of range or contradicts itself, so that nothing that
+reads a stored configuration has to ask again what an unset field means.
+"""
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Final
+
+from google.protobuf import json_format
+from google.protobuf.duration_pb2 import Duration
+
+from qflare.encodings import Encoding
+from qflare.narrowing import DOWNLOAD_ENCODINGS
+from qflare.v1 import training_pb2
+from qflare_server.errors import InvalidRequestError
+
+DEFAULT_ROUNDS: Final = 10
+DEFAULT_DEADLINE_S: Final = 600
+MAX_DEADLINE_S: Final = 90 * 86_400
+DEFAULT_QUARANTINE_WINDOW_S: Final = 86_400
+DEFAULT_TOP_K_FRACTION: Final = 0.1
+LARGEST: Final = 1e300
+MAX_SEED: Final = 2**53  # seeds stay readable in JSON
+MAX_SETTINGS_BYTES: Final = (
+    16_384  # of parameters and of labels: a signed task holds both in 65,536 bytes
+)
+
+
+def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig:
+    """Return a copy with every default filled in.
+
+    Raises:
+        InvalidRequestError: Names the first field that is out of range, with got and wanted.
+    """
+    done = training_pb2.TrainingConfig()
+    done.CopyFrom(config)
+    _within("total_rounds", done.total_rounds, 0, 1_000_000)
+    done.total_rounds = done.total_rounds or DEFAULT_ROUNDS
+    _complete_rounds(done.rounds)
+    _complete_selection(done.selection)
+    _complete_transfer(done.transfer)
+    _complete_safeguards(done.safeguards)
+    _check_device_training(done.device_training)
+    _within("evaluation.every_rounds", done.evaluation.every_rounds, 0, 1_000_000)
+    _within("early_stop.patience_rounds", done.early_stop.patience_rounds, 0, 1_000_000)
+    _check_early_stop(done.early_stop)
+    for number, bound in enumerate(done.release.bounds):
+        _check_bound(f"release.bounds[{number}]", bound)
+    done.strategy.name = done.strategy.name or "fedavg"
+    return done
+
+
+def _complete_rounds(policy: training_pb2.RoundPolicy) -> None:
+    _within("rounds.quorum", policy.quorum, 0, 10_000_000)
+    policy.quorum = policy.quorum or 1
+    _within("rounds.target", policy.target, 0, 10_000_000)
+    policy.target = policy.target or policy.quorum
+    if policy.target < policy.quorum:
+        raise InvalidRequestError(
+            f"rounds.target: got {policy.target}, want at least the quorum {policy.quorum}",
+            field="config.rounds.target",
+        )
+    if not policy.HasField("deadline"):
+        policy.deadline.CopyFrom(Duration(seconds=DEFAULT_DEADLINE_S))
+    seconds = policy.deadline.seconds + policy.deadline.nanos / 1e9
+    _within("rounds.deadline", seconds, 0.001, MAX_DEADLINE_S)
+    policy.missed_quorum_action = (
+        policy.missed_quorum_action or training_pb2.MISSED_QUORUM_ACTION_EXTEND
+    )
+    policy.late_update_action = policy.late_update_action or training_pb2.LATE_UPDATE_ACTION_REJECT
+    _within("rounds.max_staleness", policy.max_staleness, 0, 10_000)
+
+
+def _complete_selection(policy: training_pb2.SelectionPolicy) -> None:
+    _within("selection.fraction", policy.fraction, 0, 1)
+    _within("selection.device_count", policy.device_count, 0, 10_000_000)
+    _within("selection.over_selection", policy.over_selection, 0, 100)
+    _within("selection.seed", policy.seed, 0, MAX_SEED)
+    policy.seed = policy.seed or 1 + secrets.randbelow(MAX_SEED)
+    for condition in policy.capabilities:
+        condition.comparison = condition.comparison or training_pb2.COMPARISON_AT_LEAST
+        if not condition.capability:
+            raise InvalidRequestError(
+                "selection.capabilities: a condition names no capability",
+                field="config.selection.capabilities",
+            )
+
+
+def _complete_transfer(policy: training_pb2.TransferPolicy) -> None:
+    policy.update_kind = policy.update_kind or training_pb2.UPDATE_KIND_WEIGHTS
+    policy.update_encoding = policy.update_encoding or training_pb2.ENCODING_NONE
+    _complete_download(policy)
+    _within("transfer.top_k_fraction", policy.top_k_fraction, 0, 1)
+    top_k = policy.update_encoding == training_pb2.ENCODING_TOP_K
+    if top_k and policy.update_kind != training_pb2.UPDATE_KIND_DELTA:
+        raise InvalidRequestError(
+            "transfer.update_kind: got weights, want delta with top-k updates",
+            field="config.transfer.update_kind",
+        )
+    if top_k:
+        policy.top_k_fraction = policy.top_k_fraction or DEFAULT_TOP_K_FRACTION
+    _within("transfer.retained_rounds", policy.retained_rounds, 0, 1_000_000)
+    if not policy.payload_retention:
+        policy.payload_retention = training_pb2.PAYLOAD_RETENTION_LAST_ROUNDS
+    policy.retained_rounds = policy.retained_rounds or 1
+
+
+def _complete_download(policy: training_pb2.TransferPolicy) -> None:
+    policy.download_encoding = policy.download_encoding or training_pb2.ENCODING_NONE
+    if policy.download_encoding == training_pb2.ENCODING_NONE:
+        return
+    if policy.download_encoding not in DOWNLOAD_ENCODINGS:
+        names = {number: name for name, number in training_pb2.Encoding.items()}
+        got = names.get(policy.download_encoding, policy.download_encoding)
+        raise InvalidRequestError(
+            f"transfer.download_encoding: got {got}, want ENCODING_FLOAT16 or ENCODING_BFLOAT16: the others lose "
+            "too much of a version",
+            field="config.transfer.download_encoding",
+        )
+    if policy.sealed:
+        raise InvalidRequestError(
+            "transfer.download_encoding: sealed payloads travel in full precision",
+            field="config.transfer.download_encoding",
+        )
+
+
+def _complete_safeguards(policy: training_pb2.SafeguardPolicy) -> None:
+    _within("safeguards.clip_norm", policy.clip_norm, 0, 1e30)
+    _within("safeguards.max_norm", policy.max_norm, 0, 1e30)
+    _within("safeguards.min_cosine_similarity", policy.min_cosine_similarity, -1, 1)
+    _within("safeguards.quarantine_rejections", policy.quarantine_rejections, 0, 1_000_000)
+    if not policy.HasField("quarantine_window"):
+        policy.quarantine_window.CopyFrom(Duration(seconds=DEFAULT_QUARANTINE_WINDOW_S))
+
+
+def _check_device_training(settings: training_pb2.DeviceTraining) -> None:
+    _within("device_training.local_epochs", settings.local_epochs, 0, 100_000)
+    _within("device_training.batch_size", settings.batch_size, 0, 100_000_000)
+    _within("device_training.learning_rate", settings.learning_rate, 0, 1e6)
+    for name, value in settings.parameters.items():
+        _within(f"device_training.parameters[{name[:100]}]", value, -LARGEST, LARGEST)
+    parameters = training_pb2.DeviceTraining(parameters=settings.parameters)
+    _check_size("device_training.parameters", parameters.ByteSize())
+    labels = training_pb2.DeviceTraining(labels=settings.labels)
+    _check_size("device_training.labels", labels.ByteSize())
+
+
+def _check_size(name: str, size_bytes: int) -> None:
+    if size_bytes > MAX_SETTINGS_BYTES:
+        raise InvalidRequestError(
+            f"{name}: got {size_bytes} bytes, want at most {MAX_SETTINGS_BYTES}",
+            field=f"config.{name}",
+        )
+
+
+def _check_early_stop(policy: training_pb2.EarlyStopPolicy) -> None:
+    if policy.HasField("target"):
+        _within("early_stop.target", policy.target, -LARGEST, LARGEST)
+    if not policy.metric and (policy.HasField("target") or policy.patience_rounds):
+        raise InvalidRequestError("early_stop.metric: empty", field="config.early_stop.metric")
+
+
+def _check_bound(name: str, bound: training_pb2.MetricBound) -> None:
+    if not bound.metric:
+        raise InvalidRequestError(f"{name}.metric: empty", field=f"config.{name}.metric")
+    for side in ("min_value", "max_value"):
+        if bound.HasField(side):
+            _within(f"{name}.{side}", getattr(bound, side), -LARGEST, LARGEST)
+    if not (bound.HasField("min_value") or bound.HasField("max_value")):
+        raise InvalidRequestError(f"{name}: no bound", field=f"config.{name}")
+
+
+def _within(name: str, got: float, least: float, most: float) -> None:
+    if not least <= got <= most:  # false for NaN as well
+        raise InvalidRequestError(
+            f"{name}: got {got:g}, want {least:g} to {most:g}", field=f"config.{name}"
+        )
+
+
+def to_json(config: training_pb2.TrainingConfig) -> dict[str, Any]:
+    """Return the form that is stored."""
+    return json_format.MessageToDict(config, preserving_proto_field_name=True)
+
+
+def from_json(stored: Mapping[str, Any]) -> training_pb2.TrainingConfig:
+    """Return a configuration from the form that is stored."""
+    return json_format.ParseDict(dict(stored), training_pb2.TrainingConfig())
+
+
+_PARSED: OrderedDict[str, training_pb2.TrainingConfig] = OrderedDict()
+_PARSED_LIMIT: Final = 256
+
+
+def of_session(training_session_id: str, stored: Mapping[str, Any]) -> training_pb2.TrainingConfig:
+    """Return the configuration of a training session, parsed once: it never changes, nor may the caller change it."""
+    parsed = _PARSED.get(training_session_id)
+    if parsed is None:
+        parsed = _PARSED[training_session_id] = from_json(stored)
+        if len(_PARSED) > _PARSED_LIMIT:
+            _PARSED.popitem(last=False)
+    return parsed
+
+
+def deadline_s(config: training_pb2.TrainingConfig) -> float:
+    """Return the time that a round is open at most, in seconds."""
+    return config.rounds.deadline.seconds + config.rounds.deadline.nanos / 1e9
+
+
+def download_encoding(config: training_pb2.TrainingConfig) -> Encoding:
+    """Return how a training session's devices get its versions."""
+    return Encoding.from_number(config.transfer.download_encoding)

@@ -1,0 +1,126 @@
+"""Federated evaluation: who measures which version, and what becomes of the results.
+
+A version that is due is measured by every device before the device trains from it, so that its metrics are there
+when the next version is made; the last one is measured for as long as a round may take. Means are written after
+every report while there are few, then after every thirty-second part more, so that the cost of a report does not grow
+with their number, and once more when the next version is made. Release gate and best accuracy look at them only once
+a quorum of devices has reported: the first report alone says nothing of the fleet.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from sqlalchemy.orm import Session
+
+from qflare.v1 import training_pb2
+from qflare_server.storage.repository import audit, global_models, training_sessions
+from qflare_server.storage.repository.audit import SYSTEM, Event
+from qflare_server.storage.tables import Evaluation, GlobalModel, RiskLevel, TrainingSession
+from qflare_server.training.config import deadline_s, of_session
+from qflare_server.training.versions import passes_gate
+
+SUMMARY_BITS: Final = 6
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A version that a device is asked to measure."""
+
+    training_session_id: str
+    version: int
+    digest: str
+    transfer: training_pb2.TransferPolicy
+
+
+def is_due(policy: training_pb2.EvaluationPolicy, round_number: int) -> bool:
+    """Return whether the version of a round is one that is measured; initial models and rollbacks are not."""
+    return bool(policy.every_rounds and round_number and round_number % policy.every_rounds == 0)
+
+
+def find_measurement(
+    session: Session, owner: TrainingSession, version: int, device_id: str
+) -> Measurement | None:
+    """Return what a device has to measure of a version, None if it is not due or has been done."""
+    config = of_session(owner.id, owner.config)
+    policy = config.evaluation
+    if not policy.every_rounds:
+        return None
+    model = global_models.get_model(session, owner.id, version)
+    if model is None or not is_due(policy, model.round_number):
+        return None
+    if global_models.has_evaluated(session, owner.id, version, device_id):
+        return None
+    return Measurement(owner.id, version, model.digest, config.transfer)
+
+
+def find_last_measurement(
+    session: Session, owner: TrainingSession, device_id: str, at: datetime
+) -> Measurement | None:
+    """Return what a device has to measure of a training session that has ended, while there is time."""
+    config = of_session(owner.id, owner.config)
+    if owner.ended_at is None or at > owner.ended_at + timedelta(seconds=deadline_s(config)):
+        return None
+    return find_measurement(session, owner, owner.current_version, device_id)
+
+
+def is_worth_summarising(report_count: int) -> bool:
+    """Return whether the means are written after this report: always up to 63, then ever more rarely."""
+    return report_count % (1 << max(0, report_count.bit_length() - SUMMARY_BITS)) == 0
+
+
+def summarise(session: Session, owner: TrainingSession, version: int, at: datetime) -> None:
+    """Write the example-weighted means of all reports on a version, overall and by group, and act on them."""
+    reports = global_models.list_evaluations(session, owner.id, version)
+    if not reports:
+        return
+    model = global_models.get_model(session, owner.id, version)
+    assert model is not None
+    measured = weighted_means([(item.example_count, item.metrics) for item in reports])
+    metrics = {**model.metrics, **measured}
+    values = {
+        "metrics": metrics,
+        "group_metrics": _by_group(reports),
+        "accuracy": metrics.get("accuracy", model.accuracy),
+        "loss": metrics.get("loss", model.loss),
+    }
+    global_models.update_model(session, owner.id, version, values)
+    config = of_session(owner.id, owner.config)
+    if len(reports) < config.rounds.quorum:
+        return
+    if not model.released and passes_gate(config.release, metrics):
+        _release(session, owner, model, at)
+    accuracy = measured.get("accuracy")
+    if accuracy is not None and (owner.best_accuracy is None or accuracy > owner.best_accuracy):
+        changes = {"best_accuracy": accuracy, "best_version": version}
+        training_sessions.update_session(session, owner.id, changes)
+
+
+def _release(session: Session, owner: TrainingSession, model: GlobalModel, at: datetime) -> None:
+    global_models.release(session, owner, model.version)
+    details = {"version": model.version, "reason": "its metrics pass the release gate"}
+    subject = f"training_session:{owner.id}"
+    event = Event("version.released", subject, RiskLevel.MEDIUM, details)
+    audit.record(session, SYSTEM, event, at)
+
+
+def _by_group(reports: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
+    return {
+        group: weighted_means(
+            [(item.example_count, item.metrics) for item in reports if item.device_group == group]
+        )
+        for group in sorted({report.device_group for report in reports})
+        if group
+    }
+
+
+def weighted_means(reports: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Return the example-weighted mean of every metric over the reports that hold it."""
+    means = {}
+    for name in sorted({name for _, metrics in reports for name in metrics}):
+        holders = [(count, metrics[name]) for count, metrics in reports if name in metrics]
+        total = sum(count for count, _ in holders)
+        means[name] = math.fsum(value * (count / total) for count, value in holders)
+    return means

@@ -1,0 +1,174 @@
+"""Central differential privacy of a training session: its noise seed, its ledger, the end of its budget.
+
+`TrainingSession.privacy_state` holds both: the seed sealed under a key that is derived from the replicas' state key,
+so that neither a copy of the database nor the key file alone gives the noise away; and the ledger of the accountant.
+The seed is drawn before the first update is folded and is the same after every crash, and so are the bytes of every
+version. It is drawn again only where it no longer opens, because the state key was replaced after a theft; the
+versions before that can then no longer be recomputed.
+
+The guarantee is about the weights. What devices report of themselves is not covered: metrics that come with updates
+are left out of the versions of such a session; example counts and who took part are not secret, and the results of
+federated evaluation are as exact as without privacy.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy.orm import Session
+
+from qflare.symmetric import SECRET_BYTES, UnsealError, decrypt, encrypt, hkdf_expand
+from qflare.v1 import training_pb2
+from qflare_server.context import Context
+from qflare_server.errors import StrategyRefusedError, TrainingSessionNotFoundError
+from qflare_server.storage.repository import audit, training_sessions
+from qflare_server.storage.repository.audit import SYSTEM, Event
+from qflare_server.storage.tables import RiskLevel
+from qflare_server.strategies import PrivacyBudgetExceededError
+from qflare_server.strategies.accounting import PrivacyLedger, PrivacySpent, spend
+from qflare_server.strategies.config import PrivacyConfig
+from qflare_server.training.strategy import privacy_config
+
+SEED: Final = "noise_seed"
+LEDGER: Final = "ledger"
+_KEY_INFO: Final = b"qflare/v1/noise seed"
+_ASSOCIATED: Final = b"qflare/v1/noise seed of "
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What releasing one version costs.
+
+    Attributes:
+        before: The ledger that it was computed from, as rows; the release counts only while this is still it.
+        after: The guarantee that holds with the version.
+        is_last: Whether no further version can be afforded.
+    """
+
+    before: list[list[float]]
+    after: PrivacySpent
+    is_last: bool
+
+
+def require_affordable(config: training_pb2.TrainingConfig) -> None:
+    """Refuse a budget that does not last for one version.
+
+    Raises:
+        StrategyRefusedError: The message gives the epsilon of one version.
+    """
+    privacy = privacy_config(config)
+    if privacy is None:
+        return
+    try:
+        spend(privacy, PrivacyLedger())
+    except PrivacyBudgetExceededError as error:
+        raise StrategyRefusedError(str(error), field="config.privacy.epsilon_budget") from error
+
+
+def allowance(config: training_pb2.TrainingConfig, state: Mapping[str, Any] | None) -> Allowance:
+    """Account for one more version of a private training session, before it is released.
+
+    Args:
+        config: Of the training session; it has privacy.
+        state: Its `privacy_state`.
+
+    Raises:
+        PrivacyBudgetExceededError: The version must not be released.
+    """
+    privacy = privacy_config(config)
+    assert privacy is not None
+    rows = ledger_rows(state)
+    after = spend(privacy, PrivacyLedger.from_rows(rows))
+    return Allowance(rows, after, is_last=not _affords(privacy, after.ledger))
+
+
+def _affords(privacy: PrivacyConfig, ledger: PrivacyLedger) -> bool:
+    try:
+        spend(privacy, ledger)
+    except PrivacyBudgetExceededError:
+        return False
+    return True
+
+
+def ledger_rows(state: Mapping[str, Any] | None) -> list[list[float]]:
+    """Return the ledger in a `privacy_state`, as rows."""
+    return list((state or {}).get(LEDGER, []))
+
+
+def with_ledger(state: Mapping[str, Any] | None, spent: PrivacySpent) -> dict[str, Any]:
+    """Return a `privacy_state` with the ledger after a version."""
+    return {**(state or {}), LEDGER: spent.ledger.as_rows()}
+
+
+def noise_seed(
+    context: Context,
+    config: training_pb2.TrainingConfig,
+    training_session_id: str,
+    state: Mapping[str, Any] | None,
+) -> bytes | None:
+    """Return the noise seed of a training session, 32 bytes; None without privacy.
+
+    One is drawn and kept where none opens.
+
+    Args:
+        context: The coordinator's parts.
+        config: Of the training session.
+        training_session_id: Whose.
+        state: Its `privacy_state` as last read.
+
+    Raises:
+        TrainingSessionNotFoundError: There is no such training session.
+    """
+    if not config.privacy.noise_multiplier:
+        return None
+    known = open_seed(context, training_session_id, state)
+    if known is not None:
+        return known
+    seed = os.urandom(SECRET_BYTES)
+    at = context.clock()
+
+    def work(session: Session) -> bytes:
+        owner = training_sessions.lock_session(session, training_session_id)
+        if owner is None:
+            raise TrainingSessionNotFoundError
+        current = open_seed(context, training_session_id, owner.privacy_state)
+        if current is not None:
+            return current
+        sealed = encrypt(_key(context), seed, _ASSOCIATED + training_session_id.encode()).hex()
+        changed = {**(owner.privacy_state or {}), SEED: sealed}
+        training_sessions.update_session(session, training_session_id, {"privacy_state": changed})
+        _record(session, training_session_id, SEED in (owner.privacy_state or {}), at)
+        return seed
+
+    return context.database.write(work)
+
+
+def open_seed(
+    context: Context, training_session_id: str, state: Mapping[str, Any] | None
+) -> bytes | None:
+    """Return the noise seed in a `privacy_state`; None where there is none that opens under the state key."""
+    sealed = (state or {}).get(SEED)
+    if sealed is None:
+        return None
+    try:
+        return decrypt(
+            _key(context), bytes.fromhex(sealed), _ASSOCIATED + training_session_id.encode()
+        )
+    except UnsealError:
+        return None
+
+
+def _key(context: Context) -> bytes:
+    return hkdf_expand(context.state_key, _KEY_INFO)
+
+
+def _record(session: Session, training_session_id: str, is_again: bool, at: datetime) -> None:
+    """Note that a seed was drawn; that one no longer opens is worth a look."""
+    event = Event(
+        "privacy.noise_seed_replaced" if is_again else "privacy.noise_seed_drawn",
+        f"training_session:{training_session_id}",
+        RiskLevel.HIGH if is_again else RiskLevel.LOW,
+    )
+    audit.record(session, SYSTEM, event, at)

@@ -1,0 +1,60 @@
+"""Which update payloads are let go of, and the sweeping of chunks that no payload row names.
+
+Payloads are let go of in two steps: a transaction marks them pruned and remembers their chunks as an upload that
+was given up; sweeping then deletes the chunks, and can be repeated after a crash. An upload that expired is given up
+in a transaction of its own before its chunks are deleted, so that a device that comes back at this very moment either
+finishes before, or is told to begin again.
+"""
+
+from datetime import timedelta
+from functools import partial
+from typing import Final
+
+from sqlalchemy.orm import Session
+
+from qflare.v1 import training_pb2
+from qflare_server.context import Context
+from qflare_server.storage.repository import payloads, training_sessions, updates
+from qflare_server.training.config import of_session
+
+PRUNE_BATCH: Final = 500
+
+
+def let_go(context: Context, training_session_id: str) -> None:
+    """Mark the payloads that a training session's retention no longer keeps as pruned, some at a time.
+
+    Only payloads of updates whose round is over are let go of, never those of versions.
+    """
+
+    def work(session: Session) -> bool:
+        owner = training_sessions.get_session(session, training_session_id)
+        if owner is None:
+            return False
+        policy = of_session(owner.id, owner.config).transfer
+        if policy.payload_retention == training_pb2.PAYLOAD_RETENTION_ALL:
+            return False
+        keep = policy.retained_rounds + 1
+        if policy.payload_retention == training_pb2.PAYLOAD_RETENTION_NONE:
+            keep = 1
+        due = updates.settled_payloads(session, owner.id, owner.current_round - keep, PRUNE_BATCH)
+        if not due:
+            return False
+        payloads.mark_pruned(session, [item for item, _ in due], context.clock())
+        for payload_id in (item for item, in_store in due if in_store):
+            payloads.begin_upload(session, payload_id=payload_id, at=payloads.LONG_AGO)
+        return len(due) == PRUNE_BATCH
+
+    while context.database.write(work):
+        pass
+
+
+def sweep(context: Context) -> int:
+    """Delete the chunks of uploads that nobody has continued in time; return how many uploads."""
+    before = context.clock() - timedelta(seconds=context.config.upload_expiry_s)
+    with context.database.read() as session:
+        expired = payloads.expired_uploads(session, before, PRUNE_BATCH)
+    context.database.write(lambda session: payloads.give_up_uploads(session, expired))
+    for payload_id in expired:
+        context.store.delete([payload_id])
+        context.database.write(partial(payloads.end_upload, payload_id=payload_id))
+    return len(expired)

@@ -1,0 +1,197 @@
+"""The life of a round: how one is opened, and who is selected for it.
+
+Every function runs in the caller's transaction, which holds the lock on the training session's row.
+"""
+
+import secrets
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from sqlalchemy.orm import Session
+
+from qflare import merkle
+from qflare.v1 import security_pb2, training_pb2
+from qflare_server.context import Context
+from qflare_server.storage.repository import audit, global_models, training_sessions, updates
+from qflare_server.storage.repository.audit import SYSTEM, Event
+from qflare_server.storage.tables import (
+    RiskLevel,
+    Round,
+    RoundState,
+    TrainingSession,
+    TrainingSessionState,
+)
+from qflare_server.training.config import deadline_s, of_session
+from qflare_server.training.selection import select_devices
+
+IN_PROCESS_PREFIX: Final = "in-process-"
+"""Begins the ids of the training sessions of embedding programs, whose rounds are no device's task."""
+
+NOBODY: Final = -1
+
+
+def open_round(
+    context: Context, session: Session, owner: TrainingSession, base_version: int, at: datetime
+) -> int:
+    """Open the next round of a training session and return its number."""
+    config = of_session(owner.id, owner.config)
+    number = owner.current_round + 1
+    selected = select_devices(session, config.selection, number)
+    target = (
+        config.rounds.target if selected is None else min(config.rounds.target, len(selected) or 1)
+    )
+    values = {
+        "training_session_id": owner.id,
+        "number": number,
+        "state": RoundState.OPEN.value,
+        "base_version": base_version,
+        "quorum": config.rounds.quorum,
+        "target": max(target, config.rounds.quorum),
+        "selected_count": _selected_count(selected),
+        "nonce": secrets.token_hex(32),
+        "opened_at": at,
+        "deadline_at": at + timedelta(seconds=deadline_s(config)),
+    }
+    if not owner.id.startswith(IN_PROCESS_PREFIX):
+        values["task"] = _signed_task(context, session, values, config)
+    training_sessions.insert_round(session, values)
+    training_sessions.insert_selection(session, owner.id, number, selected or [])
+    training_sessions.update_session(session, owner.id, {"current_round": number})
+    owner.current_round = number
+    event = Event(
+        "round.opened",
+        f"training_session:{owner.id}",
+        details={"round": number, "base_version": base_version},
+    )
+    audit.record(session, SYSTEM, event, at)
+    return number
+
+
+def cancel_round(session: Session, owner: TrainingSession, reason: str, at: datetime) -> None:
+    """Cancel the round under way, if there is one: it makes no version, its pending updates are rejected."""
+    current = training_sessions.lock_round(session, owner.id, owner.current_round)
+    if current is None or current.state not in {RoundState.OPEN.value, RoundState.CLOSED.value}:
+        return
+    values = {
+        "state": RoundState.CANCELLED.value,
+        "state_reason": reason,
+        "closed_at": current.closed_at or at,
+    }
+    training_sessions.update_round(session, owner.id, current.number, values)
+    updates.reject_round(session, owner.id, current.number, reason, at)
+
+
+def fail_round(
+    session: Session, owner: TrainingSession, current: Round, reason: str, now: datetime
+) -> None:
+    """Say that a round makes no version; its updates are rejected."""
+    values = {
+        "state": RoundState.FAILED.value,
+        "state_reason": reason[:500],
+        "closed_at": current.closed_at or now,
+        "rejected_count": current.accepted_count,
+    }
+    training_sessions.update_round(session, owner.id, current.number, values)
+    updates.reject_round(session, owner.id, current.number, reason[:500], now)
+
+
+def end_session(
+    session: Session,
+    owner: TrainingSession,
+    state: TrainingSessionState,
+    reason: str,
+    now: datetime,
+) -> None:
+    """End a training session by itself."""
+    values = {"state": state.value, "state_reason": reason[:500], "ended_at": now}
+    training_sessions.update_session(session, owner.id, values)
+    event = Event(
+        f"training_session.{state.value}",
+        f"training_session:{owner.id}",
+        RiskLevel.MEDIUM,
+        {"reason": reason},
+    )
+    audit.record(session, SYSTEM, event, now)
+
+
+def miss_quorum(
+    context: Context, session: Session, owner: TrainingSession, current: Round, now: datetime
+) -> None:
+    """Do what the training session says of a round whose deadline passes without a quorum."""
+    config = of_session(owner.id, owner.config)
+    action = config.rounds.missed_quorum_action
+    reason = f"missed its quorum: got {current.accepted_count}, want {current.quorum}"
+    details = {"round": current.number, "reason": reason}
+    event = Event("round.missed_quorum", f"training_session:{owner.id}", RiskLevel.MEDIUM, details)
+    audit.record(session, SYSTEM, event, now)
+    if action == training_pb2.MISSED_QUORUM_ACTION_EXTEND:
+        values = {
+            "deadline_at": now + timedelta(seconds=deadline_s(config)),
+            "state_reason": reason,
+        }
+        training_sessions.update_round(session, owner.id, current.number, values)
+        _select_more(session, owner, current, config.selection)
+        return
+    fail_round(session, owner, current, reason, now)
+    if action == training_pb2.MISSED_QUORUM_ACTION_FAIL:
+        end_session(session, owner, TrainingSessionState.FAILED, reason, now)
+    else:
+        open_round(context, session, owner, current.base_version, now)
+
+
+def _selected_count(selected: Sequence[str] | None) -> int:
+    """Return what a round says of its selection: 0 without one, -1 where it selects nobody."""
+    return 0 if selected is None else len(selected) or NOBODY
+
+
+def _select_more(
+    session: Session,
+    owner: TrainingSession,
+    current: Round,
+    policy: training_pb2.SelectionPolicy,
+) -> None:
+    """Draw further devices for a round that is extended: those that it has may have gone."""
+    before = training_sessions.selection(session, owner.id, current.number)
+    drawn = select_devices(session, policy, current.number, len(before)) or []
+    added = sorted(set(drawn) - before)
+    if added:
+        training_sessions.insert_selection(session, owner.id, current.number, added)
+        values = {"selected_count": len(before) + len(added)}
+        training_sessions.update_round(session, owner.id, current.number, values)
+
+
+def _signed_task(
+    context: Context,
+    session: Session,
+    values: dict[str, object],
+    config: training_pb2.TrainingConfig,
+) -> bytes:
+    """Sign what devices are asked to do: one signature serves every device of the round."""
+    owner_id, base_version = str(values["training_session_id"]), int(str(values["base_version"]))
+    base = global_models.get_model(session, owner_id, base_version)
+    deadline = Timestamp()
+    deadline_at = values["deadline_at"]
+    assert isinstance(deadline_at, datetime)
+    deadline.FromDatetime(deadline_at)
+    statement = security_pb2.TaskStatement(
+        realm=context.config.realm,
+        training_session_id=owner_id,
+        round_number=int(str(values["number"])),
+        base_version=base_version,
+        base_digest="" if base is None else base.digest,
+        task_nonce=str(values["nonce"]),
+        deadline_time=deadline,
+        config_digest=config_digest(config),
+        device_training=config.device_training,
+        transfer=config.transfer,
+    )
+    payload = statement.SerializeToString(deterministic=True)
+    envelope = context.signer.sign(security_pb2.KEY_ROLE_TASK, payload)
+    return envelope.SerializeToString()
+
+
+def config_digest(config: training_pb2.TrainingConfig) -> str:
+    """Return the hex digest of a configuration: the leaf hash of its deterministic serialisation."""
+    return merkle.leaf_hash(config.SerializeToString(deterministic=True)).hex()

@@ -1,0 +1,226 @@
+"""How a version of a global model comes to be: its statement, its signature, its row.
+
+The statement of a version names its parent, its strategy, its contributors and its payload; its SHA-256 is the
+version's digest. It holds no time of computing but the time its round closed, so that a pass repeated after a
+crash states the same.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from sqlalchemy.orm import Session
+
+import qflare
+from qflare import merkle
+from qflare.encodings import Encoding
+from qflare.tensors import Manifest
+from qflare.v1 import security_pb2, tensor_pb2, training_pb2
+from qflare.verification import VERSION_SIGNED
+from qflare_server.context import Context
+from qflare_server.storage.payload_records import Download, Received
+from qflare_server.storage.repository import audit, global_models, training_sessions
+from qflare_server.storage.repository.audit import SYSTEM, Event
+from qflare_server.storage.tables import GlobalModel, TrainingSession
+from qflare_server.training.config import download_encoding, of_session
+from qflare_server.training.rounds import config_digest
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Everything a version is made of, before it has a digest."""
+
+    version: int
+    base_version: int
+    round_number: int
+    payload: Received
+    manifest: Manifest
+    created_at: datetime
+    """When its round closed, or when the initial model was uploaded."""
+    contributors: tuple[str, ...] = ()
+    """Statement digests of the updates in it."""
+    example_count: int = 0
+    weight_sum: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    strategy_state: Mapping[str, Any] = field(default_factory=dict)
+    epsilon: float | None = None
+    delta: float | None = None
+    rollback_version: int | None = None
+    download: Download | None = None
+    """The form in which devices get it; what the training session asks for, and None where it asks for none."""
+    sealed_version: int | None = None
+    """Version that the payload of a rollback was sealed for; None for other versions, or where it is not sealed."""
+    publish_duration_s: float = 0.0
+
+
+def contributors_digest(statement_digests: tuple[str, ...]) -> str:
+    """Return the Merkle root over the sorted statement digests; empty without contributors."""
+    if not statement_digests:
+        return ""
+    return merkle.root(
+        [merkle.leaf_hash(bytes.fromhex(text)) for text in sorted(statement_digests)]
+    ).hex()
+
+
+def build_statement(
+    realm: str, owner: TrainingSession, parent_digest: str, draft: Draft
+) -> security_pb2.ModelStatement:
+    """Return the statement of a version."""
+    config = of_session(owner.id, owner.config)
+    created = Timestamp()
+    created.FromDatetime(draft.created_at)
+    statement = security_pb2.ModelStatement(
+        realm=realm,
+        training_session_id=owner.id,
+        version=draft.version,
+        parent_digest=parent_digest,
+        base_version=draft.base_version,
+        round_number=draft.round_number,
+        layout_digest=draft.manifest.layout_digest,
+        size_bytes=draft.payload.content_size_bytes,
+        payload_digest=draft.payload.content_digest,
+        strategy_name=config.strategy.name if draft.round_number else "initial",
+        config_digest=config_digest(config),
+        code_version=qflare.__version__,
+        contributor_count=len(draft.contributors),
+        contributors_digest=contributors_digest(draft.contributors),
+        weight_sum=draft.weight_sum,
+        example_count=draft.example_count,
+        epsilon=draft.epsilon,
+        delta=draft.delta,
+        metrics=dict(draft.metrics),
+        create_time=created,
+    )
+    if draft.download is not None:
+        statement.download.CopyFrom(draft.download.statement())
+    seal = draft.payload.seal
+    if seal is not None:
+        statement.sealed = True
+        statement.wire_digest = draft.payload.digest
+        statement.sealed_header_digest = hashlib.sha256(seal.header).hexdigest()
+        restored = draft.sealed_version
+        statement.sealed_version = draft.version if restored is None else restored
+    if draft.rollback_version is not None:
+        statement.rollback_version = draft.rollback_version
+        statement.strategy_name = "rollback"
+    return statement
+
+
+def publish(context: Context, session: Session, owner: TrainingSession, draft: Draft) -> str:
+    """Insert a version with its payload and move the training session to it; return its digest.
+
+    The caller holds the lock on the training session and has checked that the version is its next.
+    """
+    config = of_session(owner.id, owner.config)
+    _require_download(config, draft)
+    parent = (
+        global_models.get_model(session, owner.id, draft.version - 1) if draft.version else None
+    )
+    statement = build_statement(
+        context.config.realm, owner, "" if parent is None else parent.digest, draft
+    )
+    payload = statement.SerializeToString(deterministic=True)
+    digest = hashlib.sha256(payload).hexdigest()
+    envelope = context.signer.sign(security_pb2.KEY_ROLE_MODEL, payload)
+    draft.payload.insert(session, draft.created_at)
+    if draft.download is not None:
+        draft.download.payload.insert(session, draft.created_at)
+    released = passes_gate(config.release, draft.metrics)
+    global_models.insert_model(
+        session,
+        {
+            "training_session_id": owner.id,
+            "version": draft.version,
+            "digest": digest,
+            "parent_digest": statement.parent_digest,
+            "payload_id": draft.payload.payload_id,
+            "payload_digest": statement.payload_digest,
+            "size_bytes": statement.size_bytes,
+            "manifest": draft.manifest.to_proto().SerializeToString(),
+            "layout_digest": draft.manifest.layout_digest,
+            "statement": payload,
+            "signature": envelope.SerializeToString(),
+            "model_type": owner.model_type,
+            "architecture": owner.architecture,
+            "base_version": draft.base_version,
+            "round_number": draft.round_number,
+            "participant_count": len(draft.contributors),
+            "example_count": draft.example_count,
+            "aggregation_method": statement.strategy_name,
+            "aggregation_parameters": dict(config.strategy.parameters),
+            "strategy_state": dict(draft.strategy_state),
+            "contributors_digest": statement.contributors_digest,
+            "accuracy": draft.metrics.get("train_accuracy"),
+            "loss": draft.metrics.get("train_loss"),
+            "metrics": dict(draft.metrics),
+            "group_metrics": {},
+            "epsilon": draft.epsilon,
+            "delta": draft.delta,
+            "released": released,
+            "rollback_version": draft.rollback_version,
+            **_download_columns(draft.download),
+            "publish_duration_s": draft.publish_duration_s,
+            "created_at": draft.created_at,
+        },
+    )
+    event = Event(
+        VERSION_SIGNED,
+        f"version:{digest}",
+        details={"training_session_id": owner.id, "version": draft.version},
+    )
+    audit.record(session, SYSTEM, event, context.clock())
+    changes = _session_changes(owner, draft, released=released)
+    training_sessions.update_session(session, owner.id, changes)
+    owner.current_version = draft.version
+    return digest
+
+
+def _require_download(config: training_pb2.TrainingConfig, draft: Draft) -> None:
+    """Hold every path that publishes to the form in which the training session's devices get versions."""
+    got = Encoding.FULL_PRECISION if draft.download is None else draft.download.encoding
+    if got is not download_encoding(config):
+        raise ValueError(f"download: got {got.name}, want {download_encoding(config).name}")
+
+
+def _download_columns(download: Download | None) -> dict[str, Any]:
+    if download is None:
+        return {}
+    return {
+        "download_encoding": int(download.encoding),
+        "download_payload_id": download.payload.payload_id,
+        "download_payload_digest": download.payload.digest,
+        "download_size_bytes": download.payload.size_bytes,
+    }
+
+
+def _session_changes(owner: TrainingSession, draft: Draft, *, released: bool) -> dict[str, Any]:
+    changes: dict[str, Any] = {"current_version": draft.version}
+    if released:
+        changes["released_version"] = draft.version
+    if draft.epsilon is not None:
+        changes["epsilon_spent"] = draft.epsilon
+    accuracy = draft.metrics.get("train_accuracy")
+    if accuracy is not None and (owner.best_accuracy is None or accuracy > owner.best_accuracy):
+        changes |= {"best_accuracy": accuracy, "best_version": draft.version}
+    return changes
+
+
+def passes_gate(policy: training_pb2.ReleasePolicy, metrics: Mapping[str, float]) -> bool:
+    """Return whether a version's metrics meet every bound; a missing metric meets none."""
+    for bound in policy.bounds:
+        value = metrics.get(bound.metric)
+        if value is None:
+            return False
+        if bound.HasField("min_value") and value < bound.min_value:
+            return False
+        if bound.HasField("max_value") and value > bound.max_value:
+            return False
+    return True
+
+
+def manifest_of(model: GlobalModel) -> Manifest:
+    """Return the layout of a version."""
+    return Manifest.from_proto(tensor_pb2.Manifest.FromString(model.manifest))
