@@ -17,12 +17,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from qflare_server.coordinator.in_process import Contribution
-from qflare_server.coordinator.progress import Progress
 from qflare_server.embedding import CALLER, Embedded, close, configure, current
 from qflare_server.errors import InvalidRequestError, RoundNotOpenError
 from qflare_server.refusals import refused
 from qflare_server.storage.tables import GlobalModel, ModelUpdate, RoundState
+from qflare_server.use_cases.in_process.training import Contribution
+from qflare_server.use_cases.training_sessions.progress import Progress
 
 __all__ = [
     "aggregate_models",

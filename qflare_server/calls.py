@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from qflare_server.coordinator.authentication import NOBODY, Principal
 from qflare_server.errors import UnauthenticatedError
 from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.access.authentication import NOBODY, Principal
 
 
 @dataclass

@@ -11,12 +11,12 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from qflare_server.context import Context
-from qflare_server.coordinator.overview import DatabaseHealth, Overview
 from qflare_server.errors import QflareError
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository import devices, training_sessions, views
 from qflare_server.storage.tables import TrainingSession, TrainingSessionState
 from qflare_server.training.config import of_session
+from qflare_server.use_cases.status import DatabaseHealth, Overview
 
 MAX_SESSIONS: Final = 100
 SESSION_LABELS: Final = ("training_session_id", "name")

@@ -14,14 +14,14 @@ from typing import Final, Protocol
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context
-from qflare_server.coordinator.delivery import Deliveries
-from qflare_server.coordinator.devices import Devices
-from qflare_server.coordinator.in_process import InProcess
-from qflare_server.coordinator.known_devices import KnownDevices
-from qflare_server.coordinator.training import Training
 from qflare_server.keys import ensure_initialised
 from qflare_server.parts import Parts
 from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.devices.administration import Devices
+from qflare_server.use_cases.in_process.devices import KnownDevices
+from qflare_server.use_cases.in_process.training import InProcess
+from qflare_server.use_cases.training_sessions.administration import Training
+from qflare_server.use_cases.versions.download import Deliveries
 
 CALLER: Final = Caller("system", "", "in-process")
 """Who the audit log names for what an embedding program does."""

@@ -13,13 +13,13 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import qflare
-from qflare_server.audit_tree import AuditSequencer
 from qflare_server.context import Context
 from qflare_server.errors import QflareError
 from qflare_server.payloads.keys import rewrap
 from qflare_server.storage.repository import devices, leases, tokens
 from qflare_server.training.retention import sweep
 from qflare_server.use_cases import UseCases
+from qflare_server.use_cases.audit.sequencer import AuditSequencer
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import grpc
 
 from qflare_server.calls import current_call
-from qflare_server.coordinator.login import Login
+from qflare_server.use_cases.access.login import Login
 
 _BEHAVIOURS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 

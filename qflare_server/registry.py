@@ -16,7 +16,11 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from qflare_server.device_records import (
+from qflare_server.embedding import CALLER, close, configure, current
+from qflare_server.errors import DeviceNotFoundError, InvalidRequestError
+from qflare_server.refusals import refused
+from qflare_server.storage.tables import DeviceState
+from qflare_server.use_cases.in_process.records import (
     UNKNOWN_TYPE,
     read_keys,
     read_record,
@@ -24,10 +28,6 @@ from qflare_server.device_records import (
     write_record,
     write_summary,
 )
-from qflare_server.embedding import CALLER, close, configure, current
-from qflare_server.errors import DeviceNotFoundError, InvalidRequestError
-from qflare_server.refusals import refused
-from qflare_server.storage.tables import DeviceState
 
 __all__ = [
     "check_device_health",

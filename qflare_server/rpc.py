@@ -23,11 +23,11 @@ from qflare_server import errors
 from qflare_server.calls import Call, RunningCalls, answering
 from qflare_server.config import ServerConfig
 from qflare_server.context import Telemetry
-from qflare_server.coordinator.authentication import Authentication
-from qflare_server.rates import CallRates
 from qflare_server.servicers.streams import Pump
 from qflare_server.storage.ids import unique_name
 from qflare_server.stream_limits import StreamLimits, Watchdog
+from qflare_server.use_cases.access.authentication import Authentication
+from qflare_server.use_cases.access.rate_limits import CallRates
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from qflare.v1 import (
 )
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.worker import AggregationWorker
-from qflare_server.audit_tree import AuditSequencer
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.context import Clock, Telemetry, utc_now
 from qflare_server.housekeeping import Housekeeping
@@ -32,6 +31,7 @@ from qflare_server.servicers.admin import AdminServicer
 from qflare_server.servicers.coordinator import CoordinatorServicer
 from qflare_server.servicers.streams import Pump
 from qflare_server.stream_limits import Watchdog
+from qflare_server.use_cases.audit.sequencer import AuditSequencer
 from qflare_server.web import open_dashboard
 
 logger = logging.getLogger(__name__)

@@ -19,18 +19,18 @@ from qflare.signing import Signer, SigningKey
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock, Context
-from qflare_server.coordinator.authentication import Authentication
-from qflare_server.coordinator.devices import Devices
-from qflare_server.coordinator.enrollment import Enrolled, Enrollment
-from qflare_server.coordinator.login import Login
-from qflare_server.coordinator.presence import Presence
-from qflare_server.coordinator.tokens import Tokens
 from qflare_server.keys import KeyFolder, ServerKeys
 from qflare_server.keys.files import Cost
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.tables import AuditLog
+from qflare_server.use_cases.access.authentication import Authentication
+from qflare_server.use_cases.access.login import Login
+from qflare_server.use_cases.access.presence import Presence
+from qflare_server.use_cases.access.tokens import Tokens
+from qflare_server.use_cases.devices.administration import Devices
+from qflare_server.use_cases.devices.enrollment import Enrolled, Enrollment
 
 CHEAP = Cost(iterations=1, memory_kib=32, lanes=1)
 CALLER = Caller("anonymous", "192.0.2.7", "none")

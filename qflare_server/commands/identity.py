@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from qflare.signing import algorithm_named
-from qflare_server.access import Role
 from qflare_server.commands import offline_root
 from qflare_server.config import ONLINE_ALGORITHMS, ROOT_ALGORITHMS, ServerConfig
 from qflare_server.context import utc_now
@@ -20,6 +19,7 @@ from qflare_server.keys.setup import SetupOptions, bootstrap_bundle, write_boots
 from qflare_server.keys.setup import ensure_initialised as ensure_keys
 from qflare_server.parts import Parts, open_database, opened
 from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.access.roles import Role
 
 ADMIN_FILE: Final = "admin.token"
 FIRST_ADMIN: Final = "first"

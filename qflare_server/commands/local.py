@@ -14,16 +14,16 @@ from google.protobuf.duration_pb2 import Duration
 
 from qflare.safetensors_files import export_safetensors, import_safetensors
 from qflare.v1 import admin_service_pb2, training_pb2
-from qflare_server.access import Role
 from qflare_server.commands import verify
 from qflare_server.config import ServerConfig
-from qflare_server.coordinator.tokens import Issued
 from qflare_server.keys.setup import bootstrap_bundle, write_bootstrap
 from qflare_server.parts import Parts, opened
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.terminal import progress, table
 from qflare_server.training.versions import manifest_of
+from qflare_server.use_cases.access.roles import Role
+from qflare_server.use_cases.access.tokens import Issued
 
 
 def caller() -> Caller:

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from qflare_server.commands.local import caller
 from qflare_server.config import ServerConfig
-from qflare_server.coordinator.known_devices import KnownDevice, KnownDevices
-from qflare_server.device_records import read_record
 from qflare_server.errors import AlreadyExistsError, ConflictError, QflareError
 from qflare_server.parts import opened
 from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.in_process.devices import KnownDevice, KnownDevices
+from qflare_server.use_cases.in_process.records import read_record
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qflare_server.audit_tree import AuditSequencer
 from qflare_server.config import ServerConfig
 from qflare_server.parts import opened
+from qflare_server.use_cases.audit.sequencer import AuditSequencer
+from qflare_server.use_cases.audit.witness import append
 from qflare_server.verification import Recomputation, recompute_version, verify_database
-from qflare_server.witness import append
 
 
 def add(commands: Any) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from qflare_server.coordinator.overview import Report
 from qflare_server.dashboard import figures
 from qflare_server.storage.tables import DeviceState, RiskLevel
+from qflare_server.use_cases.status import Report
 
 LEVELS: Final = ("bad", "warn", "note")
 SLOW_DATABASE_S: Final = 0.25

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final, Generic, TypeVar
 
-from qflare_server.coordinator.overview import Report
 from qflare_server.use_cases import UseCases
+from qflare_server.use_cases.status import Report
 
 LEAST_LIFE_S: Final = 2.0
 LIFE_OF_COST: Final = 20.0

@@ -1,7 +1,7 @@
 """The web application: which pages there are, who may see them, and how a browser logs in.
 
 A page is shown to a log-in whose token may call every method that `PAGES` names for it, by the one table of
-`qflare_server.access`. The token comes once, in the body of a form; from then on a cookie that no script can read and
+`qflare_server.use_cases.access.roles`. The token comes once, in the body of a form; from then on a cookie that no script can read and
 no other site can send names the log-in.
 """
 
@@ -25,13 +25,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import qflare
 from qflare_server import errors
 from qflare_server.config import ServerConfig
-from qflare_server.coordinator.authentication import MAX_TOKEN_CHARACTERS, Principal
 from qflare_server.dashboard import figures
 from qflare_server.dashboard.pages import audit, devices, overview, system, training
 from qflare_server.dashboard.recent import Recent
 from qflare_server.dashboard.responses import Guarded
 from qflare_server.dashboard.visit import Visit
 from qflare_server.use_cases import UseCases
+from qflare_server.use_cases.access.authentication import MAX_TOKEN_CHARACTERS, Principal
 
 READERS: Final = 4
 """Threads that build pages: as many connections to the database as all visitors together take."""

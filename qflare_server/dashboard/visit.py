@@ -6,12 +6,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TypeVar
 
-from qflare_server.coordinator.authentication import Principal
-from qflare_server.coordinator.dashboard_login import may_call
 from qflare_server.dashboard.recent import Recent
 from qflare_server.errors import InvalidRequestError
 from qflare_server.storage.paging import PageRequest
 from qflare_server.use_cases import UseCases
+from qflare_server.use_cases.access.authentication import Principal
+from qflare_server.use_cases.access.dashboard_login import may_call
 
 Kind = TypeVar("Kind", bound=StrEnum)
 MAX_TEXT = 300

@@ -8,7 +8,6 @@ from grpc import ServicerContext
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import device_pb2, training_pb2
 from qflare_server.calls import current_call
-from qflare_server.coordinator.evidence import audit_evidence
 from qflare_server.servicers import encoding
 from qflare_server.servicers.admin_insight import AdminInsightServicer
 from qflare_server.servicers.streams import chunks_of, split_header
@@ -16,6 +15,7 @@ from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.use_cases import UseCases
+from qflare_server.use_cases.audit.evidence import audit_evidence
 
 
 def _page(request: Any) -> PageRequest:

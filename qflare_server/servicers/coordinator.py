@@ -7,13 +7,13 @@ from grpc import ServicerContext
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2
 from qflare_server.calls import current_call
-from qflare_server.coordinator.enrollment import profile_of
-from qflare_server.coordinator.submissions import Contributor
-from qflare_server.coordinator.tasks import NextTask
 from qflare_server.servicers import encoding
 from qflare_server.servicers.coordinator_auth import CoordinatorAuthServicer
 from qflare_server.servicers.streams import chunks_of, rest_of, split_header
 from qflare_server.use_cases import UseCases
+from qflare_server.use_cases.devices.enrollment import profile_of
+from qflare_server.use_cases.training_sessions.tasks import NextTask
+from qflare_server.use_cases.updates.submission import Contributor
 
 
 def _contributor() -> Contributor:

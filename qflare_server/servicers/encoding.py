@@ -16,8 +16,6 @@ from qflare.v1 import (
     tensor_pb2,
     training_pb2,
 )
-from qflare_server.coordinator.delivery import Delivery
-from qflare_server.coordinator.tokens import Issued
 from qflare_server.storage.repository.updates import Accepted
 from qflare_server.storage.tables import (
     AuditLog,
@@ -29,6 +27,8 @@ from qflare_server.storage.tables import (
     UserToken,
 )
 from qflare_server.training.config import of_session
+from qflare_server.use_cases.access.tokens import Issued
+from qflare_server.use_cases.versions.download import Delivery
 
 Message = TypeVar("Message")
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

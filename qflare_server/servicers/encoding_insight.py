@@ -3,11 +3,11 @@
 from datetime import datetime
 
 from qflare.v1 import admin_service_pb2 as pb
-from qflare_server.coordinator.overview import DatabaseHealth, Report
-from qflare_server.coordinator.watching import Happening
 from qflare_server.servicers import encoding
 from qflare_server.storage.repository.views import Queues, VersionMetrics
 from qflare_server.storage.tables import Replica
+from qflare_server.use_cases.status import DatabaseHealth, Report
+from qflare_server.use_cases.training_sessions.watching import Happening
 
 
 def session_event(happening: Happening, at: datetime) -> pb.WatchTrainingSessionResponse:

@@ -19,12 +19,12 @@ from qflare.keysets import KeyRole
 from qflare.statements import StatementError, digest_of, open_tree_head
 from qflare.v1 import security_pb2
 from qflare.verification import UPDATE_ACCEPTED, VERSION_SIGNED
-from qflare_server import witness
-from qflare_server.audit_tree import entry_of, head_of, origin_of
 from qflare_server.context import Context
 from qflare_server.storage.repository import audit_tree, evidence, trust_documents
 from qflare_server.storage.repository.audit_tree import Place
 from qflare_server.storage.tables import AuditHead
+from qflare_server.use_cases.audit import witness
+from qflare_server.use_cases.audit.sequencer import entry_of, head_of, origin_of
 from qflare_server.verification.findings import BATCH, Finding, SignerKeys, Tally
 
 DOCUMENT_PUBLISHED: Final = frozenset({"root.published", "keyset.published"})

@@ -13,10 +13,10 @@ from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
 from qflare.signing import SigningKey
-from qflare_server.access import ADMINISTRATIVE
-from qflare_server.coordinator.authentication import mint_secret
 from qflare_server.storage.database import Database
 from qflare_server.storage.tables import Device, DeviceKey, DeviceState, TokenKind, UserToken
+from qflare_server.use_cases.access.authentication import mint_secret
+from qflare_server.use_cases.access.roles import ADMINISTRATIVE
 
 TOKEN_LIFE = timedelta(days=1)
 

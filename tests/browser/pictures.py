@@ -15,13 +15,13 @@ from typing import Final
 
 from playwright.sync_api import Browser, Page
 
-from qflare_server.access import Role
 from qflare_server.config import ServerConfig
 from qflare_server.context import utc_now
 from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.setup import initialise
 from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.access.roles import Role
 from tests.browser.chromium import ROOT, find, started
 from tests.browser.fleet import Fleet
 from tests.integration.conftest import Deployment

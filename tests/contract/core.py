@@ -23,14 +23,6 @@ from qflare.v1 import admin_service_pb2, coordinator_service_pb2, security_pb2, 
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context
-from qflare_server.coordinator.delivery import Deliveries
-from qflare_server.coordinator.devices import Devices, Profile
-from qflare_server.coordinator.initial_models import InitialModels
-from qflare_server.coordinator.presence import Presence
-from qflare_server.coordinator.submissions import Contributor
-from qflare_server.coordinator.tasks import Tasks
-from qflare_server.coordinator.training import Training
-from qflare_server.coordinator.uploads import Uploads
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
 from qflare_server.storage.group_commit import Work
@@ -39,6 +31,14 @@ from qflare_server.storage.payload_store import PayloadFile, PayloadStore, Paylo
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.repository.updates import Accepted
 from qflare_server.storage.tables import Base, GlobalModel, ModelUpdate, Round
+from qflare_server.use_cases.access.presence import Presence
+from qflare_server.use_cases.devices.administration import Devices, Profile
+from qflare_server.use_cases.training_sessions.administration import Training
+from qflare_server.use_cases.training_sessions.tasks import Tasks
+from qflare_server.use_cases.updates.submission import Contributor
+from qflare_server.use_cases.updates.upload import Uploads
+from qflare_server.use_cases.versions.download import Deliveries
+from qflare_server.use_cases.versions.initial_model import InitialModels
 from tests.conftest import FakeClock
 
 T = TypeVar("T")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from qflare_server import aggregator, registry
 from qflare_server.config import ServerConfig
-from qflare_server.coordinator.in_process import Contribution, InProcess
 from qflare_server.embedding import CALLER
 from qflare_server.errors import StoreUnavailableError
 from qflare_server.storage.database import Database
@@ -21,6 +20,7 @@ from qflare_server.storage.engine import make_engine
 from qflare_server.storage.repository import training_sessions
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import AuditLog, ModelUpdate, RoundState, TrainingSession
+from qflare_server.use_cases.in_process.training import Contribution, InProcess
 from tests.conftest import START, FakeClock
 from tests.contract.conftest import MakeCore
 from tests.contract.core import Core, CrashError, CrashingDatabase, Fuse

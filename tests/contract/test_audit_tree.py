@@ -13,17 +13,17 @@ from sqlalchemy import event, select, text
 from qflare import merkle
 from qflare.statements import open_tree_head
 from qflare.v1 import security_pb2
-from qflare_server import audit_tree as trees
-from qflare_server import witness
-from qflare_server.audit_tree import BATCH, AuditSequencer, entry_of
 from qflare_server.config import ServerConfig
-from qflare_server.coordinator.audit import Audit
 from qflare_server.errors import AuditEntryNotFoundError, InvalidRequestError
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from qflare_server.storage.repository import audit, audit_tree
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import AuditHead, AuditLog, AuditNode
+from qflare_server.use_cases.audit import sequencer as trees
+from qflare_server.use_cases.audit import witness
+from qflare_server.use_cases.audit.log import Audit
+from qflare_server.use_cases.audit.sequencer import BATCH, AuditSequencer, entry_of
 from tests.conftest import FakeClock
 from tests.contract.audit_log import START, LogSigner, make_context, record_many
 

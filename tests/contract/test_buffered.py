@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from qflare.v1 import training_pb2
-from qflare_server.coordinator.promotion import Promotion
 from qflare_server.errors import (
     DuplicateUpdateError,
     NotSelectedError,
@@ -18,6 +17,7 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.training import config as training_config
+from qflare_server.use_cases.versions.promotion import Promotion
 from tests.conftest import FakeClock
 from tests.contract.core import Core, Draft, floats, vector
 

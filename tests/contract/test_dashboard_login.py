@@ -2,10 +2,10 @@
 
 import pytest
 
-from qflare_server.access import Role
-from qflare_server.coordinator import dashboard_login
-from qflare_server.coordinator.dashboard_login import DashboardLogin, may_call
 from qflare_server.errors import PermissionDeniedError, TooManyRequestsError, UnauthenticatedError
+from qflare_server.use_cases.access import dashboard_login
+from qflare_server.use_cases.access.dashboard_login import DashboardLogin, may_call
+from qflare_server.use_cases.access.roles import Role
 from tests.conftest import FakeClock
 from tests.identity import ADMIN, Coordinator, SimulatedDevice, everything_stored
 

@@ -3,7 +3,6 @@
 import pytest
 from sqlalchemy import select
 
-from qflare_server.coordinator.devices import Profile
 from qflare_server.errors import (
     AlreadyExistsError,
     DeviceNotFoundError,
@@ -14,6 +13,7 @@ from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import SYSTEM, Caller
 from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.storage.tables import AuditLog, Device, DeviceState
+from qflare_server.use_cases.devices.administration import Profile
 from tests.conftest import START, FakeClock
 from tests.contract.core import Core
 

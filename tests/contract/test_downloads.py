@@ -10,12 +10,12 @@ from qflare.encodings import Encoding
 from qflare.tensors import Array, Manifest, chunks
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
-from qflare_server.coordinator.promotion import Promotion
 from qflare_server.errors import InvalidManifestError, InvalidRequestError, InvalidUpdateError
 from qflare_server.payloads.writer import VersionWriter
 from qflare_server.storage.repository import payloads
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import GlobalModel, Payload
+from qflare_server.use_cases.versions.promotion import Promotion
 from qflare_server.verification import recompute_version
 from qflare_server.verification.downloads import DownloadVerification
 from qflare_server.verification.findings import Tally

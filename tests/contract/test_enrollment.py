@@ -14,9 +14,6 @@ from qflare.sealing import KemKey
 from qflare.signing import Context as SigningContext
 from qflare.signing import SigningKey
 from qflare.v1 import device_pb2, security_pb2
-from qflare_server.coordinator.authentication import Principal
-from qflare_server.coordinator.enrollment import Enrolled
-from qflare_server.coordinator.refusals import BURST, INTERVAL_S
 from qflare_server.errors import (
     InvalidEnrollmentTokenError,
     InvalidRequestError,
@@ -26,6 +23,9 @@ from qflare_server.errors import (
     WrongStateError,
 )
 from qflare_server.storage.tables import Device, DeviceKey, DeviceState, RiskLevel
+from qflare_server.use_cases.access.authentication import Principal
+from qflare_server.use_cases.access.failed_attempts import BURST, INTERVAL_S
+from qflare_server.use_cases.devices.enrollment import Enrolled
 from tests.conftest import FakeClock
 from tests.identity import ADMIN, CALLER, Coordinator, SimulatedDevice, everything_stored
 

@@ -13,8 +13,6 @@ from qflare.possession import METADATA_KEY, CallProver, Refresh
 from qflare.signing import Context as SigningContext
 from qflare.signing import SigningKey
 from qflare.v1 import security_pb2
-from qflare_server.access import Role
-from qflare_server.coordinator.authentication import NOBODY, Principal
 from qflare_server.errors import (
     DeviceRevokedError,
     DeviceSuspendedError,
@@ -22,6 +20,8 @@ from qflare_server.errors import (
     UnauthenticatedError,
 )
 from qflare_server.storage.tables import RiskLevel, TokenKind, UserToken
+from qflare_server.use_cases.access.authentication import NOBODY, Principal
+from qflare_server.use_cases.access.roles import Role
 from tests.conftest import FakeClock
 from tests.identity import ADMIN, CALLER, Coordinator, SimulatedDevice, everything_stored
 

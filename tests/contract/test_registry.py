@@ -15,14 +15,14 @@ from qflare_server import embedding, registry
 from qflare_server.__main__ import main
 from qflare_server.commands.registry import import_devices, read_dump
 from qflare_server.config import ServerConfig
-from qflare_server.coordinator.devices import Profile
-from qflare_server.coordinator.known_devices import KnownDevices
 from qflare_server.errors import StoreUnavailableError
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from qflare_server.storage.repository import devices
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import AuditLog, Device
+from qflare_server.use_cases.devices.administration import Profile
+from qflare_server.use_cases.in_process.devices import KnownDevices
 from tests.conftest import START, FakeClock
 from tests.contract.conftest import MakeCore
 from tests.contract.core import Core

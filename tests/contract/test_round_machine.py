@@ -25,7 +25,6 @@ from qflare.signing import SigningKey
 from qflare.v1 import training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig
-from qflare_server.coordinator.devices import Profile
 from qflare_server.errors import (
     DeviceRevokedError,
     DuplicateUpdateError,
@@ -38,6 +37,7 @@ from qflare_server.storage.engine import make_engine
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.repository.updates import Accepted
+from qflare_server.use_cases.devices.administration import Profile
 from tests.conftest import FakeClock
 from tests.contract.core import Core, CrashError, CrashingDatabase, Draft, Fuse, floats, vector
 

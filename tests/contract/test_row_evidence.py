@@ -13,7 +13,6 @@ from qflare.signing import Algorithm, Context, SigningKey
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.outcome import read_outcome
-from qflare_server.coordinator.devices import Profile
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import (
     EVIDENCE_REASON,
@@ -26,6 +25,7 @@ from qflare_server.storage.tables import (
     RoundState,
     UpdateState,
 )
+from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.verification import recompute_version
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore

@@ -6,9 +6,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from qflare.v1 import training_pb2
-from qflare_server.coordinator.devices import Profile
 from qflare_server.storage.repository import training_sessions
 from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.use_cases.devices.administration import Profile
 from tests.conftest import FakeClock
 from tests.contract.core import Core
 

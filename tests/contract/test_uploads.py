@@ -15,8 +15,6 @@ from qflare import merkle
 from qflare.signing import PublicKey, SigningKey
 from qflare.tensors import Array, Manifest, chunks, payload_digest
 from qflare.v1 import training_pb2
-from qflare_server.coordinator.devices import Profile
-from qflare_server.coordinator.uploads import MAX_UPLOADS_OF_DEVICE, Uploads
 from qflare_server.errors import (
     DeviceRevokedError,
     DeviceSuspendedError,
@@ -38,6 +36,8 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import AuditLog, ModelUpdate, Payload
+from qflare_server.use_cases.devices.administration import Profile
+from qflare_server.use_cases.updates.upload import MAX_UPLOADS_OF_DEVICE, Uploads
 from tests.conftest import START, FakeClock
 from tests.contract.conftest import MakeCore
 from tests.contract.core import Core, Draft, vector

@@ -17,7 +17,7 @@ from qflare.tensors import Array
 from qflare.v1 import verification_pb2
 from qflare_client import TrainingTask, run
 from qflare_client.admin.__main__ import main
-from qflare_server.access import Role
+from qflare_server.use_cases.access.roles import Role
 
 Deploy = Callable[..., Any]
 Shell = Callable[..., str]

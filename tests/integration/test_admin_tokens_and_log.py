@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from qflare.v1 import admin_service_pb2 as pb
-from qflare_server.access import Role
+from qflare_server.use_cases.access.roles import Role
 
 Deploy = Callable[..., Any]
 

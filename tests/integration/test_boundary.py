@@ -12,7 +12,7 @@ from sqlalchemy import text
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare_server import errors
-from qflare_server.access import Role
+from qflare_server.use_cases.access.roles import Role
 from tests.integration.conftest import Deployment
 from tests.integration.raw_device import RawDevice, info_of, reason_of
 

@@ -13,7 +13,6 @@ from sqlalchemy.orm import Session
 
 from qflare import merkle
 from qflare.v1 import security_pb2
-from qflare_server import witness
 from qflare_server.context import Context
 from qflare_server.storage.repository.audit import SYSTEM, Caller, Event, record
 from qflare_server.storage.tables import (
@@ -29,6 +28,7 @@ from qflare_server.storage.tables import (
     TrainingSession,
     TrustDocument,
 )
+from qflare_server.use_cases.audit import witness
 from qflare_server.verification import (
     DatabaseReport,
     Finding,

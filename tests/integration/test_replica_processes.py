@@ -20,10 +20,10 @@ from qflare.v1.admin_service_pb2_grpc import AdminServiceStub
 from qflare.v1.coordinator_service_pb2 import Chunk
 from qflare_client import Client, DeviceRevokedError, Receipt, Tls
 from qflare_server.__main__ import main
-from qflare_server.access import ADMINISTRATIVE, Role
 from qflare_server.parts import Parts
 from qflare_server.storage.repository import updates
 from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.use_cases.access.roles import ADMINISTRATIVE, Role
 from tests.integration.held_uploads import LARGE, WAIT_S, held_upload
 from tests.integration.jobs import (
     DEVICES,

@@ -23,7 +23,6 @@ from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.verification import verify_bundle
 from qflare_client import Client, TaskKind, UnavailableError
 from qflare_client.sealed_update import SealedPayload
-from qflare_server.coordinator.delivery import Deliveries
 from qflare_server.errors import SealedPayloadLostError
 from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
@@ -32,6 +31,7 @@ from qflare_server.payloads.keys import rewrap
 from qflare_server.storage.repository import global_models
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import AuditLog, Payload
+from qflare_server.use_cases.versions.download import Deliveries
 from qflare_server.verification import recompute_version, verify_database
 from tests.identity import everything_stored
 from tests.integration.conftest import Deployment

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from qflare_server.coordinator.overview import Report
 from qflare_server.dashboard import figures
 from qflare_server.dashboard.charts import COMPACT, LOW, Chart, line_chart
 from qflare_server.dashboard.health import findings, of_audit, worst
@@ -20,6 +19,7 @@ from qflare_server.dashboard.pages.training import (
 from qflare_server.dashboard.visit import Visit
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.tables import DeviceState, RiskLevel, TrainingSessionState
+from qflare_server.use_cases.status import Report
 
 SHOWN: Final = 6
 CURVE_VERSIONS: Final = 60

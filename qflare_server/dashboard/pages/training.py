@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from qflare_server.coordinator.progress import Progress
 from qflare_server.dashboard import figures
 from qflare_server.dashboard.charts import Chart, Part, Series, bar_chart, line_chart
 from qflare_server.dashboard.figures import Moment, moment
@@ -19,6 +18,7 @@ from qflare_server.storage.tables import (
     TrainingSessionState,
 )
 from qflare_server.training.config import of_session
+from qflare_server.use_cases.training_sessions.progress import Progress
 
 SHOWN_VERSIONS: Final = 300
 SHOWN_BARS: Final = 30

@@ -15,10 +15,10 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from qflare_client import Client
-from qflare_server.access import Role
-from qflare_server.coordinator.devices import Profile
 from qflare_server.dashboard.site import PAGES
 from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.access.roles import Role
+from qflare_server.use_cases.devices.administration import Profile
 from tests.browser.chromium import find, started
 from tests.integration.conftest import Deployment
 

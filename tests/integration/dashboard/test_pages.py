@@ -14,14 +14,14 @@ import pytest
 
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare_client import TaskKind
-from qflare_server.access import ACCESS, ADMINISTRATIVE, Role
 from qflare_server.config import ConfigError
-from qflare_server.coordinator.dashboard_login import ADMIN_SERVICE
-from qflare_server.coordinator.devices import Profile
 from qflare_server.dashboard.responses import HEADERS
 from qflare_server.dashboard.site import PAGES
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import AuditFilter, Caller
+from qflare_server.use_cases.access.dashboard_login import ADMIN_SERVICE
+from qflare_server.use_cases.access.roles import ACCESS, ADMINISTRATIVE, Role
+from qflare_server.use_cases.devices.administration import Profile
 from tests.integration.conftest import Deployment
 from tests.integration.dashboard.visitor import Visitor
 

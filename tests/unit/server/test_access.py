@@ -3,7 +3,7 @@
 import pytest
 
 from qflare.v1 import admin_service_pb2, coordinator_service_pb2
-from qflare_server.access import ACCESS, ADMINISTRATIVE, Role
+from qflare_server.use_cases.access.roles import ACCESS, ADMINISTRATIVE, Role
 
 SERVICES = (
     coordinator_service_pb2.DESCRIPTOR.services_by_name["CoordinatorService"],

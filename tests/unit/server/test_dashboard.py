@@ -10,12 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qflare_server.coordinator.overview import DatabaseHealth, Report
 from qflare_server.dashboard import figures
 from qflare_server.dashboard.charts import Part, Series, bar_chart, line_chart, steps
 from qflare_server.dashboard.health import findings, of_audit, worst
 from qflare_server.dashboard.recent import Kept
 from qflare_server.storage.repository.views import Queues, Stored
+from qflare_server.use_cases.status import DatabaseHealth, Report
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 FINITE = st.floats(-1e9, 1e9)

@@ -4,7 +4,7 @@ import threading
 import time
 from contextlib import suppress
 
-from qflare_server.coordinator.gathering import Gathering
+from qflare_server.use_cases.updates.batching import Gathering
 
 LONG_S = 60.0
 SHORT_S = 0.05

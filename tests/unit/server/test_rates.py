@@ -3,7 +3,7 @@
 import pytest
 
 from qflare_server.errors import TooManyRequestsError
-from qflare_server.rates import CallRates
+from qflare_server.use_cases.access.rate_limits import CallRates
 
 
 class Seconds:

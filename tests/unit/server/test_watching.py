@@ -4,9 +4,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from qflare_server.coordinator.watching import Change, Kind, View, changes
 from qflare_server.storage.repository.views import VersionFacts
 from qflare_server.storage.tables import Round, TrainingSession
+from qflare_server.use_cases.training_sessions.watching import Change, Kind, View, changes
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
 

@@ -18,8 +18,6 @@ from sqlalchemy.orm import Session
 
 from qflare.v1 import coordinator_service_pb2
 from qflare_server.context import Context
-from qflare_server.coordinator.acceptance import Acceptance
-from qflare_server.coordinator.submissions import Contributor, HeaderCheck, Submission
 from qflare_server.errors import (
     InvalidRequestError,
     InvalidUpdateError,
@@ -33,6 +31,8 @@ from qflare_server.storage.payload_records import Received
 from qflare_server.storage.repository import payloads, updates
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.repository.updates import Accepted
+from qflare_server.use_cases.updates.acceptance import Acceptance
+from qflare_server.use_cases.updates.submission import Contributor, HeaderCheck, Submission
 
 MAX_UPLOADS_OF_DEVICE: Final = 8
 

@@ -9,7 +9,6 @@ from qflare.tensors import InvalidManifestError as BadManifestError
 from qflare.tensors import Manifest, ManifestLimits
 from qflare.v1 import admin_service_pb2, tensor_pb2
 from qflare_server.context import Context
-from qflare_server.coordinator.training import Training
 from qflare_server.errors import InvalidManifestError
 from qflare_server.payloads.expected import Expected
 from qflare_server.payloads.sealed_receiver import receiver_of, seal_context
@@ -18,6 +17,7 @@ from qflare_server.storage.repository import payloads
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.tables import GlobalModel
 from qflare_server.training.config import download_encoding, of_session
+from qflare_server.use_cases.training_sessions.administration import Training
 
 
 class InitialModels:

@@ -16,8 +16,6 @@ from typing import Any, Final
 from sqlalchemy.orm import Session
 
 from qflare_server.context import Context
-from qflare_server.coordinator.gathering import Gathering
-from qflare_server.coordinator.submissions import Submission
 from qflare_server.errors import (
     DeviceRevokedError,
     DeviceSuspendedError,
@@ -46,6 +44,8 @@ from qflare_server.storage.repository.updates import Accepted
 from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState, UpdateState
 from qflare_server.training.reported_metrics import whole_epochs
 from qflare_server.training.strategy import is_asynchronous
+from qflare_server.use_cases.updates.batching import Gathering
+from qflare_server.use_cases.updates.submission import Submission
 
 BATCH_LIMIT: Final = 128
 GATHER_S: Final = 0.01

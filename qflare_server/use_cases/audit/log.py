@@ -1,21 +1,22 @@
 """The audit log as administrators and devices see it: entries, signed heads, and proofs about both."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from sqlalchemy.orm import Session
 
 from qflare import merkle
 from qflare.audit_entries import Entry
 from qflare.v1 import security_pb2
-from qflare_server.audit_tree import AuditSequencer, SignedHead, entry_of, head_of
 from qflare_server.context import Context
 from qflare_server.errors import AuditEntryNotFoundError, InvalidRequestError
 from qflare_server.storage.paging import Page, PageRequest
-from qflare_server.storage.repository import audit, audit_tree
+from qflare_server.storage.repository import audit, audit_tree, views
 from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.storage.tables import AuditLog
+from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of, head_of
 
 
 @dataclass(frozen=True)
@@ -146,3 +147,36 @@ def _prove(
         session, lambda node: merkle.inclusion_proof(node, place, tree_size)
     )
     return EntryProof(entry_of(row), place, tree_size, siblings, head)
+
+
+BATCH: Final = 500
+
+
+class AuditExport:
+    """Use case of an auditor who wants every entry."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def batches(self, wanted: AuditFilter, after_id: int) -> Iterator[Sequence[AuditLog]]:
+        """Yield batches of entries; no transaction is open between two.
+
+        Args:
+            wanted: Which entries.
+            after_id: Only entries after this one; 0 means all.
+
+        Raises:
+            InvalidRequestError: The entry's number is negative.
+        """
+        if after_id < 0:
+            raise InvalidRequestError(f"after_audit_id: got {after_id}", field="after_audit_id")
+        batch: Sequence[AuditLog] = ()
+        while True:
+            with self._context.database.read() as session:
+                batch = views.audit_after(session, after_id, wanted, BATCH)
+                session.expunge_all()
+            if batch:
+                yield batch
+                after_id = batch[-1].id
+            if len(batch) < BATCH:
+                return

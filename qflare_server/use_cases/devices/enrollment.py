@@ -22,12 +22,6 @@ from qflare import enrollment as protocol
 from qflare.handshake import HandshakeError
 from qflare.v1 import device_pb2, security_pb2
 from qflare_server.context import Context
-from qflare_server.coordinator.algorithms import AcceptedAlgorithms
-from qflare_server.coordinator.authentication import Principal, hash_secret
-from qflare_server.coordinator.device_keys import insert_key, key_columns
-from qflare_server.coordinator.devices import Profile
-from qflare_server.coordinator.key_rotation import KeyRotations
-from qflare_server.coordinator.refusals import Refusals
 from qflare_server.errors import (
     AlgorithmNotAcceptedError,
     ConflictError,
@@ -38,6 +32,11 @@ from qflare_server.keys import ServerKeys
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import Device, DeviceState, RiskLevel, TokenKind, UserToken
+from qflare_server.use_cases.access.authentication import Principal, hash_secret
+from qflare_server.use_cases.access.failed_attempts import Refusals
+from qflare_server.use_cases.devices.administration import Profile
+from qflare_server.use_cases.devices.key_rotation import KeyRotations
+from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns
 
 LOST_KEYS = "lost"
 

@@ -24,11 +24,11 @@ from sqlalchemy.orm import Session
 from qflare.audit_entries import Entry, InvalidEntryError, detail_texts
 from qflare.merkle import Node
 from qflare.v1 import security_pb2
-from qflare_server import witness
 from qflare_server.context import Context
 from qflare_server.errors import ConflictError
 from qflare_server.storage.repository import audit_tree
 from qflare_server.storage.tables import AuditHead, AuditLog
+from qflare_server.use_cases.audit import witness
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 Constructor: ``DashboardLogin(context, authentication)``.
 
 The log-ins live in the memory of this process and hold the token's hash only. What a log-in may see is decided on
-every page by its token, from the table of `qflare_server.access`: a revoked token shows nothing more. Attempts are
+every page by its token, from the table of `qflare_server.use_cases.access.roles`: a revoked token shows nothing more. Attempts are
 bounded for each address, and failed ones are recorded as those of devices are.
 """
 
@@ -16,23 +16,19 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
-from qflare_server.access import ACCESS
 from qflare_server.context import Context
-from qflare_server.coordinator.authentication import (
-    Authentication,
-    Principal,
-    hash_secret,
-)
-from qflare_server.coordinator.refusals import Refusals
 from qflare_server.errors import (
     PermissionDeniedError,
     QflareError,
     TooManyRequestsError,
     UnauthenticatedError,
 )
-from qflare_server.rates import CallRates
 from qflare_server.storage.repository import audit
 from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.use_cases.access.authentication import Authentication, Principal, hash_secret
+from qflare_server.use_cases.access.failed_attempts import Refusals
+from qflare_server.use_cases.access.rate_limits import CallRates
+from qflare_server.use_cases.access.roles import ACCESS
 
 ADMIN_SERVICE: Final = "/qflare.v1.AdminService/"
 LOGIN_METHOD: Final = ADMIN_SERVICE + "GetCoordinatorStatus"

@@ -17,7 +17,6 @@ from sqlalchemy.orm import Session
 from qflare.tensors import CHUNK_BYTES, Manifest
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
-from qflare_server.coordinator.training import ENDED
 from qflare_server.errors import ConflictError, InvalidUpdateError
 from qflare_server.payloads.writer import PayloadWriter
 from qflare_server.storage.payload_records import Received
@@ -27,6 +26,7 @@ from qflare_server.storage.tables import TrainingSession, TrainingSessionState
 from qflare_server.training.config import MAX_DEADLINE_S, complete, to_json
 from qflare_server.training.rounds import IN_PROCESS_PREFIX, open_round
 from qflare_server.training.versions import Draft, publish
+from qflare_server.use_cases.training_sessions.administration import ENDED
 
 NAME: Final = "in-process"
 NEVER: Final = 10_000_000  # a quorum that no round reaches by itself

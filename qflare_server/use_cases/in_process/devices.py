@@ -10,7 +10,6 @@ from sqlalchemy.orm import Session
 from qflare.sealing import KemPublicKey
 from qflare.signing import PublicKey, wire_algorithm
 from qflare_server.context import Context
-from qflare_server.coordinator.devices import MAX_DEVICE_ID, Profile
 from qflare_server.errors import (
     AlreadyExistsError,
     DeviceNotFoundError,
@@ -20,6 +19,7 @@ from qflare_server.errors import (
 from qflare_server.storage.repository import audit, devices
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import Device, DeviceState, RiskLevel
+from qflare_server.use_cases.devices.administration import MAX_DEVICE_ID, Profile
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from typing import Any, Final, TypeVar
 
 from qflare.sealing import KemPublicKey
 from qflare.signing import Algorithm, InvalidKeyError, PublicKey
-from qflare_server.coordinator.devices import Profile
-from qflare_server.coordinator.known_devices import KnownDevice, PublicKeys
 from qflare_server.errors import InvalidRequestError
 from qflare_server.storage.tables import Device, DeviceState
+from qflare_server.use_cases.devices.administration import Profile
+from qflare_server.use_cases.in_process.devices import KnownDevice, PublicKeys
 
 STATES: Final = {state.value: state for state in DeviceState} | {
     "training": DeviceState.ACTIVE,

@@ -6,7 +6,9 @@ from typing import Any, Protocol
 from sqlalchemy.orm import Session
 
 from qflare.sealing import KemPublicKey
-from qflare.signing import PublicKey
+from qflare.signing import Algorithm, PublicKey, algorithm_named, algorithm_names
+from qflare_server.config import ServerConfig
+from qflare_server.errors import AlgorithmNotAcceptedError
 from qflare_server.storage.repository import devices
 
 
@@ -66,3 +68,20 @@ def insert_key(
             "created_at": at,
         },
     )
+
+
+class AcceptedAlgorithms:
+    """The algorithms of a configuration; safe to share between threads."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._accepted = frozenset(algorithm_named(name) for name in config.accepted_algorithms)
+
+    def require(self, algorithm: Algorithm) -> None:
+        """Check the algorithm of a device's key.
+
+        Raises:
+            AlgorithmNotAcceptedError: It is not accepted; names those that are.
+        """
+        if algorithm not in self._accepted:
+            (got,) = algorithm_names([algorithm])
+            raise AlgorithmNotAcceptedError(got, algorithm_names(self._accepted))

@@ -22,7 +22,6 @@ from qflare.tensors import InvalidManifestError as BadManifestError
 from qflare.tensors import Manifest, ManifestLimits
 from qflare.v1 import coordinator_service_pb2, security_pb2, tensor_pb2, training_pb2
 from qflare_server.context import Context
-from qflare_server.coordinator.algorithms import AcceptedAlgorithms
 from qflare_server.errors import (
     GlobalModelNotFoundError,
     InvalidManifestError,
@@ -38,6 +37,7 @@ from qflare_server.payloads.expected import Expected, SealedArrival
 from qflare_server.storage.repository import global_models, training_sessions
 from qflare_server.training.config import of_session
 from qflare_server.training.reported_metrics import check_example_count, check_metrics
+from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
 
 MAX_STATEMENT_BYTES = 65_536
 DIGEST = re.compile(r"[0-9a-f]{64}")

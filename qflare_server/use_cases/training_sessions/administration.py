@@ -9,7 +9,6 @@ from sqlalchemy.orm import Session
 from qflare.tensors import Manifest
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
-from qflare_server.coordinator.progress import Participation, Progress
 from qflare_server.errors import (
     InvalidRequestError,
     RoundNotFoundError,
@@ -34,6 +33,7 @@ from qflare_server.training.privacy import require_affordable
 from qflare_server.training.rounds import cancel_round, open_round
 from qflare_server.training.strategy import build_strategy, tell_devices
 from qflare_server.training.versions import Draft, publish
+from qflare_server.use_cases.training_sessions.progress import Participation, Progress
 
 REQUEST_NAMESPACE = uuid.UUID("5b1c3c0e-6f0e-4b5c-8f0a-9f5d6f6a2b11")
 MAX_ABSENT = 100

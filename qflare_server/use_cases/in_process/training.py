@@ -17,13 +17,6 @@ from qflare.ids import new_update_id
 from qflare.tensors import DType, FiniteCheck, InvalidPayloadError, Manifest, TensorSpec, cut
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
-from qflare_server.coordinator.in_process_session import (
-    ensure_begun,
-    find_in_use,
-    require_layout,
-)
-from qflare_server.coordinator.progress import Progress
-from qflare_server.coordinator.training import Training
 from qflare_server.errors import (
     DeviceNotFoundError,
     DeviceRevokedError,
@@ -57,6 +50,9 @@ from qflare_server.storage.tables import (
 )
 from qflare_server.training.reported_metrics import MAX_EXAMPLES, check_metrics, whole_epochs
 from qflare_server.training.rounds import open_round
+from qflare_server.use_cases.in_process.session import ensure_begun, find_in_use, require_layout
+from qflare_server.use_cases.training_sessions.administration import Training
+from qflare_server.use_cases.training_sessions.progress import Progress
 
 TENSOR: Final = "weights"
 FLOAT_BYTES: Final = 4

@@ -4,25 +4,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from qflare_server.context import Context
-from qflare_server.coordinator.audit import Audit
-from qflare_server.coordinator.audit_export import AuditExport
-from qflare_server.coordinator.authentication import Authentication
-from qflare_server.coordinator.dashboard_login import DashboardLogin
-from qflare_server.coordinator.delivery import Deliveries
-from qflare_server.coordinator.devices import Devices
-from qflare_server.coordinator.enrollment import Enrollment
-from qflare_server.coordinator.evidence import Evidence
-from qflare_server.coordinator.initial_models import InitialModels
-from qflare_server.coordinator.login import Login
-from qflare_server.coordinator.overview import Overview
-from qflare_server.coordinator.presence import Presence
-from qflare_server.coordinator.promotion import Promotion
-from qflare_server.coordinator.tasks import Tasks
-from qflare_server.coordinator.tokens import Tokens
-from qflare_server.coordinator.training import Training
-from qflare_server.coordinator.uploads import Uploads
-from qflare_server.coordinator.watching import Watching
 from qflare_server.keys.server import ServerKeys
+from qflare_server.use_cases.access.authentication import Authentication
+from qflare_server.use_cases.access.dashboard_login import DashboardLogin
+from qflare_server.use_cases.access.login import Login
+from qflare_server.use_cases.access.presence import Presence
+from qflare_server.use_cases.access.tokens import Tokens
+from qflare_server.use_cases.audit.evidence import Evidence
+from qflare_server.use_cases.audit.log import Audit, AuditExport
+from qflare_server.use_cases.devices.administration import Devices
+from qflare_server.use_cases.devices.enrollment import Enrollment
+from qflare_server.use_cases.status import Overview
+from qflare_server.use_cases.training_sessions.administration import Training
+from qflare_server.use_cases.training_sessions.tasks import Tasks
+from qflare_server.use_cases.training_sessions.watching import Watching
+from qflare_server.use_cases.updates.upload import Uploads
+from qflare_server.use_cases.versions.download import Deliveries
+from qflare_server.use_cases.versions.initial_model import InitialModels
+from qflare_server.use_cases.versions.promotion import Promotion
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,6 @@ from qflare.signing import Context as SigningContext
 from qflare.signing import InvalidKeyError, PublicKey, algorithm_of
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
-from qflare_server.coordinator.algorithms import AcceptedAlgorithms
-from qflare_server.coordinator.authentication import Principal
-from qflare_server.coordinator.device_keys import insert_key, key_columns
-from qflare_server.coordinator.refusals import Refusals
 from qflare_server.errors import (
     AlgorithmNotAcceptedError,
     InvalidRequestError,
@@ -35,6 +31,9 @@ from qflare_server.keys import ServerKeys
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import Device, RiskLevel
+from qflare_server.use_cases.access.authentication import Principal
+from qflare_server.use_cases.access.failed_attempts import Refusals
+from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns
 
 ROTATED: Final = "rotated"
 

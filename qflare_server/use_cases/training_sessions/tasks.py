@@ -6,7 +6,6 @@ from sqlalchemy.orm import Session
 
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
-from qflare_server.coordinator.presence import Presence
 from qflare_server.errors import (
     GlobalModelNotFoundError,
     NotSelectedError,
@@ -26,6 +25,7 @@ from qflare_server.training.evaluation import (
     summarise,
 )
 from qflare_server.training.reported_metrics import check_example_count, check_metrics
+from qflare_server.use_cases.access.presence import Presence
 
 OVER = frozenset(
     {

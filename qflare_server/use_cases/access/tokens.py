@@ -6,9 +6,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.orm import Session
 
-from qflare_server.access import ADMINISTRATIVE
 from qflare_server.context import Context
-from qflare_server.coordinator.authentication import hash_secret, mint_secret
 from qflare_server.errors import (
     AlreadyExistsError,
     DeviceNotFoundError,
@@ -19,6 +17,8 @@ from qflare_server.storage.paging import Page, PageRequest
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import RiskLevel, TokenKind, UserToken
+from qflare_server.use_cases.access.authentication import hash_secret, mint_secret
+from qflare_server.use_cases.access.roles import ADMINISTRATIVE
 
 MAX_TOKENS = 1000
 MAX_LABEL = 200

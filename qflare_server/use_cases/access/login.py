@@ -31,14 +31,6 @@ from qflare.signing import InvalidKeyError, PublicKey, algorithm_of
 from qflare.symmetric import UnsealError, decrypt, encrypt, hkdf_expand
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
-from qflare_server.coordinator.authentication import (
-    MAX_TOKEN_CHARACTERS,
-    MAY_CALL,
-    Principal,
-    hash_secret,
-    mint_secret,
-)
-from qflare_server.coordinator.refusals import Refusals
 from qflare_server.errors import (
     DeviceRevokedError,
     DeviceSuspendedError,
@@ -49,6 +41,14 @@ from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.devices import LoginKey
 from qflare_server.storage.tables import DeviceState, RiskLevel, TokenKind, UserToken
+from qflare_server.use_cases.access.authentication import (
+    MAX_TOKEN_CHARACTERS,
+    MAY_CALL,
+    Principal,
+    hash_secret,
+    mint_secret,
+)
+from qflare_server.use_cases.access.failed_attempts import Refusals
 
 ACCESS_PREFIX: Final = "qfx1"
 REFRESH_PREFIX: Final = "qfr1"

@@ -8,9 +8,7 @@ import hashlib
 import secrets
 from dataclasses import dataclass
 
-from qflare_server.access import ACCESS, ADMINISTRATIVE, Role
 from qflare_server.context import Context
-from qflare_server.coordinator.presence import Presence
 from qflare_server.errors import (
     DeviceRevokedError,
     DeviceSuspendedError,
@@ -21,6 +19,8 @@ from qflare_server.storage.repository import devices, tokens
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.repository.tokens import Credential
 from qflare_server.storage.tables import DeviceState, TokenKind
+from qflare_server.use_cases.access.presence import Presence
+from qflare_server.use_cases.access.roles import ACCESS, ADMINISTRATIVE, Role
 
 SECRET_BYTES = 32
 MAX_TOKEN_CHARACTERS = 200

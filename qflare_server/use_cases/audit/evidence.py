@@ -16,12 +16,12 @@ from qflare.audit_entries import Entry
 from qflare.signing import PublicKey, algorithm_of
 from qflare.v1 import security_pb2, verification_pb2
 from qflare.verification import UPDATE_ACCEPTED, VERSION_SIGNED
-from qflare_server.audit_tree import AuditSequencer, SignedHead, entry_of
 from qflare_server.context import Context
-from qflare_server.coordinator.audit import EntryProof
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
 from qflare_server.storage.repository import audit_tree, evidence, global_models, training_sessions
 from qflare_server.storage.tables import DeviceKey, GlobalModel
+from qflare_server.use_cases.audit.log import EntryProof
+from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of
 
 PART: Final = 100  # statements or updates of one part: at most 1 MiB with their signatures
 Bundle = verification_pb2.VerificationBundle

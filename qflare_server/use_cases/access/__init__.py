@@ -1,0 +1,1 @@
+"""Access: roles, tokens, authentication, login and rate limits."""

@@ -1,0 +1,1 @@
+"""The audit log: entries, proofs, evidence, sequencing and witnesses."""

@@ -1,0 +1,1 @@
+"""Devices: enrollment, keys and administration."""

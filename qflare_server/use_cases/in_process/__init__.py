@@ -1,0 +1,1 @@
+"""Registry and aggregation for programs that embed the coordinator."""

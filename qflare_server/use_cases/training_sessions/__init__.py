@@ -1,0 +1,1 @@
+"""Training sessions: administration, progress, tasks and events."""

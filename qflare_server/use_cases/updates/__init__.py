@@ -1,0 +1,1 @@
+"""Updates: submission, upload and acceptance."""

@@ -1,0 +1,1 @@
+"""Model versions: initial model, download, release and rollback."""
