@@ -1,6 +1,6 @@
 """Aggregation for programs that embed the coordinator: weights in, averaged weights out.
 
-Functions of the process, on the database and the use cases of the coordinator (`qflare_server.embedding` says which
+Functions of the process, on the database and the use cases of the coordinator (`serving.embedded` says which
 database and how it is opened). Weights are raw little-endian float32, of one length for all devices; the average is
 weighted by `metadata["samples_count"]`. Underneath is a training session `in-process-N` like any other: durable,
 audited, its versions signed, visible over gRPC; but it is no device's task, and closes a round when
@@ -17,9 +17,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from qflare_server.embedding import CALLER, Embedded, close, configure, current
 from qflare_server.errors import InvalidRequestError, RoundNotOpenError
-from qflare_server.refusals import refused
+from qflare_server.serving.embedded import CALLER, Embedded, close, configure, current, refused
 from qflare_server.storage.tables import GlobalModel, ModelUpdate, RoundState
 from qflare_server.use_cases.in_process.training import Contribution
 from qflare_server.use_cases.training_sessions.progress import Progress

@@ -17,7 +17,11 @@ ENVIRONMENT_PREFIX: Final = "QFLARE_"
 CLIENT_NAMES: Final = frozenset(
     {"QFLARE_HOME", "QFLARE_TOKEN", "QFLARE_PROFILE", "QFLARE_PASSPHRASE_FILE"}
 )
-NOT_SETTINGS: Final = frozenset({"QFLARE_REQUIRE_ALL", "QFLARE_WORKER", "QFLARE_LIFELINE"})
+WORKER_VARIABLE: Final = "QFLARE_WORKER"
+"""Set by the supervisor of several workers: the index of this one."""
+LIFELINE_VARIABLE: Final = "QFLARE_LIFELINE"
+"""Set by the supervisor: the descriptor that reads as ended once it is gone."""
+NOT_SETTINGS: Final = frozenset({"QFLARE_REQUIRE_ALL", WORKER_VARIABLE, LIFELINE_VARIABLE})
 """What tests and worker processes are told in the same way."""
 LOOPBACK: Final = ("127.", "localhost:", "[::1]:", "unix:")
 ONLINE_ALGORITHMS: Final = ("ml-dsa-44", "ml-dsa-65", "ml-dsa-87", "ml-dsa-65-ed25519")

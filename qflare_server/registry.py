@@ -1,6 +1,6 @@
 """The registry of devices for programs that embed the coordinator.
 
-Functions of the process, on the database of the coordinator (`qflare_server.embedding` says which and how it is
+Functions of the process, on the database of the coordinator (`qflare_server.serving.embedded` says which and how it is
 opened): a device that is registered here may be listed, suspended or revoked by an administrator over gRPC, and the
 other way round.
 
@@ -16,9 +16,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from qflare_server.embedding import CALLER, close, configure, current
 from qflare_server.errors import DeviceNotFoundError, InvalidRequestError
-from qflare_server.refusals import refused
+from qflare_server.serving.embedded import CALLER, close, configure, current, refused
 from qflare_server.storage.tables import DeviceState
 from qflare_server.use_cases.in_process.records import (
     UNKNOWN_TYPE,

@@ -20,7 +20,7 @@ from qflare.v1 import training_pb2
 from qflare.v1.admin_service_pb2_grpc import AdminServiceStub
 from qflare.v1.coordinator_service_pb2 import Chunk
 from qflare_server.config import ServerConfig
-from qflare_server.parts import open_database
+from qflare_server.serving.application import open_database
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from tests.bench.load import MAX_MESSAGE_BYTES

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from qflare_server import aggregator, registry
 from qflare_server.config import ServerConfig
-from qflare_server.embedding import CALLER
 from qflare_server.errors import StoreUnavailableError
+from qflare_server.serving.embedded import CALLER
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from qflare_server.storage.repository import training_sessions

@@ -11,11 +11,12 @@ import pytest
 
 from qflare.sealing import KemKey
 from qflare.signing import Algorithm, SigningKey
-from qflare_server import embedding, registry
-from qflare_server.__main__ import main
-from qflare_server.commands.registry import import_devices, read_dump
+from qflare_server import registry
+from qflare_server.cli.main import main
+from qflare_server.cli.registry import import_devices, read_dump
 from qflare_server.config import ServerConfig
 from qflare_server.errors import StoreUnavailableError
+from qflare_server.serving import embedded
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from qflare_server.storage.repository import devices
@@ -396,12 +397,12 @@ def test_first_use_opens_what_the_environment_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QFLARE_DATA_DIR", str(tmp_path / "own"))
-    embedding.close()
+    embedded.close()
 
     assert registry.register_device("ward-3") is True
-    first = embedding.current()
+    first = embedded.current()
     registry.close()
-    again = embedding.current()
+    again = embedded.current()
     found = registry.get_device_info("ward-3")
     registry.close()
 
@@ -414,7 +415,7 @@ def test_dump_is_imported_by_command_while_the_registry_is_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("QFLARE_DATA_DIR", str(tmp_path / "own"))
-    embedding.close()
+    embedded.close()
     registry.register_device("ward-3")
     dump = tmp_path / "dump.json"
     dump.write_text(json.dumps({"ward-3": {}, "ward-4": {"public_keys": {"kem_public_key": "aa"}}}))

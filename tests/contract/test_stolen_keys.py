@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from qflare.v1 import security_pb2
-from qflare_server.__main__ import main
+from qflare_server.cli.main import main
 from qflare_server.config import ServerConfig
 from qflare_server.context import UnknownKeyError
 from qflare_server.keys.files import KeyStoreError

@@ -21,14 +21,14 @@ from qflare.v1 import (
     training_pb2,
 )
 from qflare_client import Client, enroll
-from qflare_server.commands.identity import ensure_initialised
+from qflare_server.cli.keys import ensure_initialised
 from qflare_server.config import ServerConfig
 from qflare_server.context import utc_now
 from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.setup import bootstrap_bundle, initialise
-from qflare_server.parts import Parts
-from qflare_server.server import Coordinator
+from qflare_server.serving.application import Parts
+from qflare_server.serving.coordinator import Coordinator
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role
 from tests.integration.processes import Replicas

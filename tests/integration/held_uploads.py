@@ -12,7 +12,7 @@ import numpy as np
 from qflare.tensors import Array
 from qflare_client import Client, Receipt, enroll
 from qflare_server.keys.setup import bootstrap_bundle
-from qflare_server.parts import Parts
+from qflare_server.serving.application import Parts
 from qflare_server.storage.repository.audit import SYSTEM
 from tests.integration.jobs import prepare
 from tests.integration.processes import CoordinatorProcess, addresses

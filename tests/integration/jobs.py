@@ -12,8 +12,8 @@ from qflare_client import Tls, enroll
 from qflare_server.aggregation.fold import RoundFold
 from qflare_server.aggregation.plan import read_plan
 from qflare_server.keys.setup import bootstrap_bundle
-from qflare_server.parts import Parts
 from qflare_server.payloads.reader import read_chunks
+from qflare_server.serving.application import Parts
 from qflare_server.storage.payload_records import describe
 from qflare_server.storage.repository import payloads, updates
 from qflare_server.storage.repository.audit import SYSTEM

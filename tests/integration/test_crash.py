@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qflare_server.parts import Parts
+from qflare_server.serving.application import Parts
 from tests.integration.jobs import (
     DEVICES,
     ROUNDS,

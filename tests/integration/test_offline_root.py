@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qflare_server.__main__ import main
+from qflare_server.cli.main import main
 
 INTACT_DAYS = "30"
 

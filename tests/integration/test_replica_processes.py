@@ -19,8 +19,8 @@ from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1.admin_service_pb2_grpc import AdminServiceStub
 from qflare.v1.coordinator_service_pb2 import Chunk
 from qflare_client import Client, DeviceRevokedError, Receipt, Tls
-from qflare_server.__main__ import main
-from qflare_server.parts import Parts
+from qflare_server.cli.main import main
+from qflare_server.serving.application import Parts
 from qflare_server.storage.repository import updates
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.use_cases.access.roles import ADMINISTRATIVE, Role

@@ -27,8 +27,8 @@ from google.rpc import error_details_pb2, status_pb2
 from qflare.v1 import coordinator_service_pb2, coordinator_service_pb2_grpc
 from qflare_client import Client, Tls, UnavailableError, VerificationError, enroll
 from qflare_client.retry import RetryPolicy
-from qflare_server.__main__ import main
-from qflare_server.commands.certificates import Authority, issue
+from qflare_server.cli.certificates import Authority, issue
+from qflare_server.cli.main import main
 from qflare_server.context import utc_now
 from tests.integration.conftest import Deployment
 

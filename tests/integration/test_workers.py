@@ -12,7 +12,7 @@ import pytest
 
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1.coordinator_service_pb2_grpc import CoordinatorServiceStub
-from qflare_server.parts import Parts
+from qflare_server.serving.application import Parts
 from tests.integration.held_uploads import WAIT_S, held_upload
 from tests.integration.jobs import (
     check_every_version,

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from qflare_server.database_metrics import DatabaseCollector
-from qflare_server.metrics import Metrics
+from qflare_server.serving.observability.database_metrics import DatabaseCollector
+from qflare_server.serving.observability.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy/grafana/dashboards/qflare.json"
@@ -29,7 +29,7 @@ def exported() -> set[str]:
         for line in generate_latest(metrics.registry).decode().splitlines()
         if line.startswith("# TYPE")
     }
-    source = (ROOT / "qflare_server/database_metrics.py").read_text()
+    source = (ROOT / "qflare_server/serving/observability/database_metrics.py").read_text()
     found |= set(re.findall(r'"(qflare_[a-z_]+)"', source))
     assert DatabaseCollector(cast("Any", None)).describe() == []
     return {name for name in found if not name.endswith("_created") and NAME.fullmatch(name)}

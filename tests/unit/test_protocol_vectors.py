@@ -27,8 +27,9 @@ from qflare.v1 import security_pb2 as pb
 from qflare.v1 import tensor_pb2
 from qflare_client.errors import InvalidEvidenceError
 from qflare_client.evidence import Evidence, verify
-from qflare_server import errors, rpc
+from qflare_server import errors
 from qflare_server.config import ServerConfig
+from qflare_server.serving.rpc import status
 from tests import independent, independent_exchange
 from tests.independent import RefusedError
 from tests.vectors.protocol import documents, generate
@@ -66,7 +67,7 @@ def test_the_page_lists_every_reason_with_its_status() -> None:
     listed = [(reason.strip("`"), status.strip("`")) for reason, status, _when in rows("14. ")]
     kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
     wanted = {
-        (kind.reason, rpc.status_of(kind.__new__(kind)).name)
+        (kind.reason, status.status_of(kind.__new__(kind)).name)
         for kind in kinds
         if issubclass(kind, errors.QflareError)
     }

@@ -3,7 +3,7 @@
 Constructor: ``DashboardLogin(context, authentication)``.
 
 The log-ins live in the memory of this process and hold the token's hash only. What a log-in may see is decided on
-every page by its token, from the table of `qflare_server.use_cases.access.roles`: a revoked token shows nothing more. Attempts are
+every page by its token, from the table of `access.roles`: a revoked token shows nothing more. Attempts are
 bounded for each address, and failed ones are recorded as those of devices are.
 """
 

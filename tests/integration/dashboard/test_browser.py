@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from qflare_client import Client
-from qflare_server.dashboard.site import PAGES
+from qflare_server.serving.dashboard.app import PAGES
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role
 from qflare_server.use_cases.devices.administration import Profile

@@ -15,8 +15,8 @@ import pytest
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare_client import TaskKind
 from qflare_server.config import ConfigError
-from qflare_server.dashboard.responses import HEADERS
-from qflare_server.dashboard.site import PAGES
+from qflare_server.serving.dashboard.app import PAGES
+from qflare_server.serving.dashboard.middleware import HEADERS
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import AuditFilter, Caller
 from qflare_server.use_cases.access.dashboard_login import ADMIN_SERVICE
@@ -388,7 +388,7 @@ def test_without_the_extra_the_command_to_install_it_is_said(
     deploy: Deploy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "qflare_server.dashboard.serving", raising=False)
+    monkeypatch.delitem(sys.modules, "qflare_server.serving.dashboard.http_server", raising=False)
 
     with pytest.raises(ConfigError, match=r"QFLARE_DASHBOARD: pip install 'qflare\[dashboard\]'"):
         deploy(dashboard="127.0.0.1:0")

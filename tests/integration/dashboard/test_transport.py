@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from qflare_server.__main__ import main
+from qflare_server.cli.main import main
 from qflare_server.config import ConfigError
+from qflare_server.serving.dashboard import open_dashboard
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.use_cases.access.roles import Role
-from qflare_server.web import open_dashboard
 from tests.integration.conftest import Deployment
 from tests.integration.dashboard.visitor import Visitor
 

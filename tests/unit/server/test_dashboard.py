@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qflare_server.dashboard import figures
-from qflare_server.dashboard.charts import Part, Series, bar_chart, line_chart, steps
-from qflare_server.dashboard.health import findings, of_audit, worst
-from qflare_server.dashboard.recent import Kept
+from qflare_server.serving.dashboard import formatting
+from qflare_server.serving.dashboard.alerts import findings, of_audit, worst
+from qflare_server.serving.dashboard.cache import Kept
+from qflare_server.serving.dashboard.charts import Part, Series, bar_chart, line_chart, steps
 from qflare_server.storage.repository.views import Queues, Stored
 from qflare_server.use_cases.status import DatabaseHealth, Report
 
@@ -46,7 +46,7 @@ WELL = Report(
     ],
 )
 def test_how_long_something_took(seconds: float | None, text: str) -> None:
-    assert figures.duration(seconds) == text
+    assert formatting.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_how_long_something_took(seconds: float | None, text: str) -> None:
     ],
 )
 def test_how_many_bytes(count: int, text: str) -> None:
-    assert figures.size(count) == text
+    assert formatting.size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def test_how_many_bytes(count: int, text: str) -> None:
     [(0.916, "91.6 %"), (1.0, "100.0 %"), (17.25, "17.25"), (math.nan, "\N{EN DASH}")],
 )
 def test_a_fraction_is_a_percentage_and_another_measure_is_not(value: float, text: str) -> None:
-    assert figures.share(value) == text
+    assert formatting.share(value) == text
 
 
 def test_a_time_is_in_utc_with_its_distance() -> None:
-    past = figures.moment(NOW - timedelta(minutes=3), NOW)
-    ahead = figures.moment(NOW + timedelta(seconds=40), NOW)
+    past = formatting.moment(NOW - timedelta(minutes=3), NOW)
+    ahead = formatting.moment(NOW + timedelta(seconds=40), NOW)
 
     assert past is not None
     assert ahead is not None
@@ -109,7 +109,7 @@ def test_everything_drawn_is_inside_the_drawing(values: list[float]) -> None:
         [Series("Loss", "measured", points)],
         x_label="Version",
         y_label="Loss",
-        written=figures.measure,
+        written=formatting.measure,
     )
 
     assert (chart is None) == (not any(map(math.isfinite, bounded)))
@@ -130,7 +130,7 @@ def test_a_chart_says_itself_in_words_and_as_a_table() -> None:
         ],
         x_label="Version",
         y_label="Accuracy",
-        written=figures.share,
+        written=formatting.share,
     )
 
     assert chart is not None
@@ -140,7 +140,7 @@ def test_a_chart_says_itself_in_words_and_as_a_table() -> None:
     )
     assert chart.columns == ["Version", "Measured", "Trained"]
     assert chart.rows[1] == ["2", "90.0 %", "70.0 %"]
-    assert chart.rows[2] == ["3", "80.0 %", figures.NONE]
+    assert chart.rows[2] == ["3", "80.0 %", formatting.NONE]
 
 
 def test_the_parts_of_a_bar_stand_on_each_other() -> None:
@@ -151,7 +151,7 @@ def test_the_parts_of_a_bar_stand_on_each_other() -> None:
         [(7, [Part("First", "collecting", 3.0), Part("Second", "publishing", 1.0)])],
         x_label="Round",
         y_label="Seconds",
-        written=figures.duration,
+        written=formatting.duration,
     )
 
     assert chart is not None

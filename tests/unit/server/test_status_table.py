@@ -7,7 +7,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from qflare_server import errors
-from qflare_server.rpc import STATUS, describe, status_of
+from qflare_server.serving.rpc.status import STATUS, describe, status_of
 
 
 def every_error(

@@ -10,7 +10,7 @@ import pytest
 from qflare.tensors import CHUNK_BYTES
 from qflare.v1.coordinator_service_pb2 import Chunk
 from qflare_server.errors import StalledError
-from qflare_server.servicers.streams import HAND_OVERS, Pump, rest_of
+from qflare_server.serving.rpc.streams import HAND_OVERS, Pump, rest_of
 
 WAIT_S = 10.0
 

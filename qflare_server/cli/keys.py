@@ -1,0 +1,227 @@
+"""`init`, `keys rotate`, `keys rotate-root`, `bundle`: the coordinator's identity and what devices know of it."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from qflare.signing import algorithm_named
+from qflare_server.cli import offline_root
+from qflare_server.config import ONLINE_ALGORITHMS, ROOT_ALGORITHMS, ServerConfig
+from qflare_server.context import utc_now
+from qflare_server.keys.files import KeyStoreError, write_secret
+from qflare_server.keys.folder import KeyFolder
+from qflare_server.keys.publication import of_bundle, read_published
+from qflare_server.keys.root_files import given
+from qflare_server.keys.rotation import as_before, replace_stolen, rotate_online, rotate_root
+from qflare_server.keys.setup import SetupOptions, bootstrap_bundle, write_bootstrap
+from qflare_server.keys.setup import ensure_initialised as ensure_keys
+from qflare_server.serving.application import Parts, open_database, opened
+from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.access.roles import Role
+
+ADMIN_FILE: Final = "admin.token"
+FIRST_ADMIN: Final = "first"
+
+
+def add(commands: Any) -> None:
+    """Add the parsers of this topic."""
+    _add_init(commands)
+    _add_keys(commands)
+    bundle = commands.add_parser(
+        "bundle",
+        help="write what a device needs to trust this coordinator",
+        epilog="example: qflare-server bundle --address fl.example.org:443 --output bundle.json",
+    )
+    bundle.add_argument("--address", required=True, help="where devices reach the coordinator")
+    bundle.add_argument("--ca", type=Path, help="PEM file of the TLS certificate authority")
+    bundle.add_argument("--output", type=Path, required=True, help="new 0600 file")
+    bundle.set_defaults(run=run_bundle)
+
+
+def _add_init(commands: Any) -> None:
+    init = commands.add_parser(
+        "init",
+        help="make keys, database and the first admin token",
+        description="Make everything that a coordinator needs in its data folder; `serve` does the same"
+        " for an empty folder.",
+        epilog="examples:\n  qflare-server --data-dir /var/lib/qflare init\n"
+        "  qflare-server init --root-threshold 2 --root-dir /media/a --root-dir /media/b --root-dir /media/c",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    init.add_argument(
+        "--algorithm",
+        dest="online_algorithm",
+        choices=ONLINE_ALGORITHMS,
+        help="of online signature keys (default: QFLARE_ONLINE_ALGORITHM, else ml-dsa-65)",
+    )
+    init.add_argument(
+        "--root-algorithm",
+        choices=ROOT_ALGORITHMS,
+        help="of root keys (default: QFLARE_ROOT_ALGORITHM, else ml-dsa-87)",
+    )
+    init.add_argument("--root-count", type=int, help="root keys, each in a file of its own")
+    init.add_argument(
+        "--root-threshold", type=int, default=1, help="root keys that have to sign (default: 1)"
+    )
+    init.add_argument(
+        "--root-dir",
+        type=Path,
+        action="append",
+        default=[],
+        help="folder for a root key; repeated, each key goes to another one",
+    )
+    init.add_argument(
+        "--root-passphrase-file",
+        type=Path,
+        action="append",
+        default=[],
+        help="file with the passphrase of a root key, in the order of the keys; else a random one beside each",
+    )
+    init.set_defaults(run=run_init)
+
+
+def _add_keys(commands: Any) -> None:
+    keys = commands.add_parser("keys", help="rotate the coordinator's keys")
+    actions = keys.add_subparsers(required=True, metavar="ACTION")
+    online = actions.add_parser("rotate", help="new online keys in a keyset that the root signs")
+    online.add_argument(
+        "--stolen",
+        action="store_true",
+        help="the key file was stolen: accept none of the present keys any more",
+    )
+    online.add_argument(
+        "--algorithm",
+        dest="online_algorithm",
+        choices=ONLINE_ALGORITHMS,
+        help="of the next signature keys (default: QFLARE_ONLINE_ALGORITHM, else that of the present ones)",
+    )
+    online.add_argument(
+        "--without", action="append", default=[], metavar="KEY_ID", help="accept this key no more"
+    )
+    offline_root.add_places(online)
+    online.set_defaults(run=run_rotate)
+    root = actions.add_parser("rotate-root", help="new root keys, signed by the old and the new")
+    root.add_argument(
+        "--algorithm",
+        dest="root_algorithm",
+        choices=ROOT_ALGORITHMS,
+        help="of the next root keys (default: QFLARE_ROOT_ALGORITHM, else that of the present ones)",
+    )
+    root.add_argument("--root-count", type=int, help="root keys (default: as many as before)")
+    root.add_argument(
+        "--root-threshold", type=int, help="root keys that have to sign (default: as before)"
+    )
+    root.set_defaults(run=run_rotate_root)
+    offline_root.add(actions)
+
+
+def ensure_initialised(
+    config: ServerConfig,
+    options: SetupOptions | None = None,
+    folder: KeyFolder | None = None,
+) -> list[str]:
+    """Make what is missing in the data folder; return what to tell a person, nothing if all was there.
+
+    Args:
+        config: The configuration.
+        options: How keys are made; None means as the configuration says.
+        folder: Where the keys go; None means the configuration's folder.
+    """
+    folder = folder or KeyFolder.of(config)
+    notes = []
+    if ensure_keys(config, options=options, folder=folder):
+        notes.append(f"made keys in {folder.directory}")
+        for file in folder.held_root_files():
+            shown = file.path if folder.root_files else file.path.name
+            notes.append(
+                f"  keep {shown} and its passphrase offline: only `keys rotate` needs them"
+            )
+    admin_file = config.data_dir / ADMIN_FILE
+    if notes and not admin_file.exists():
+        with opened(config) as parts:
+            issue_first_admin(parts, admin_file)
+        notes.append(f"wrote the first admin token to {admin_file}")
+    return notes
+
+
+def issue_first_admin(parts: Parts, path: Path) -> None:
+    """Write an admin token with every right to a new file that only its owner can read."""
+    roles: Sequence[Role] = [Role.ADMIN, Role.AUDITOR]
+    issued = parts.use_cases.tokens.issue_admin(Caller(), FIRST_ADMIN, roles)
+    write_secret(path, issued.secret.encode() + b"\n")
+
+
+def run_init(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Make everything that a coordinator needs."""
+    folders, passphrases = arguments.root_dir, arguments.root_passphrase_file
+    count = arguments.root_count or len(folders) or 1
+    options = SetupOptions.of(config, count, arguments.root_threshold)
+    if folders and len({folder.resolve() for folder in folders}) != count:
+        raise KeyStoreError(
+            f"got {len(folders)} folders for root keys, want {count}, each another one"
+        )
+    if folders:
+        files = given([folder / "root.key" for folder in folders], passphrases)
+        place = replace(KeyFolder.of(config), root_files=files)
+    else:
+        place = replace(KeyFolder.of(config), root_passphrase_files=tuple(passphrases))
+        place.root_places(count)  # refuses passphrases that do not fit before anything is made
+    notes = ensure_initialised(config, options, place)
+    print("\n".join(notes) or f"{config.data_dir} is set up already")
+    return 0
+
+
+def run_rotate(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Rotate the online keys."""
+    folder = offline_root.with_places(KeyFolder.of(config), arguments)
+    named = config.online_algorithm
+    algorithm = algorithm_named(named) if named else None
+    database = open_database(config)
+    try:
+        if arguments.stolen:
+            trust = replace_stolen(folder, database, utc_now(), algorithm=algorithm)
+        else:
+            without = arguments.without
+            trust = rotate_online(folder, database, utc_now(), without=without, algorithm=algorithm)
+    finally:
+        database.close()
+    print(f"keyset version {trust.keyset.version}")
+    if arguments.stolen:
+        print("copy the key file to every replica and start each of them again")
+    return 0
+
+
+def run_rotate_root(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Rotate the root keys."""
+    folder = KeyFolder.of(config)
+    ring = folder.read_online()
+    database = open_database(config)
+    try:
+        before = as_before(read_published(database, of_bundle(ring.realm, ring.bundle)))
+        options = replace(
+            before,
+            root_algorithm=algorithm_named(config.root_algorithm)
+            if config.root_algorithm
+            else before.root_algorithm,
+            root_count=arguments.root_count or before.root_count,
+            threshold=arguments.root_threshold or before.threshold,
+        )
+        trust = rotate_root(folder, database, utc_now(), options)
+    finally:
+        database.close()
+    print("root key ids:", *trust.root_key_ids())
+    return 0
+
+
+def run_bundle(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Write a bootstrap bundle without a token."""
+    with opened(config) as parts:
+        certificates = arguments.ca.read_text() if arguments.ca else ""
+        bundle = bootstrap_bundle(
+            parts.keys.trust, arguments.address, certificate_authorities=certificates
+        )
+        write_bootstrap(arguments.output, bundle)
+    print(f"wrote {arguments.output}")
+    return 0

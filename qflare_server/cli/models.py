@@ -1,0 +1,79 @@
+"""`model`: import and export models."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qflare.safetensors_files import export_safetensors, import_safetensors
+from qflare.v1 import admin_service_pb2
+from qflare_server.cli import verify
+from qflare_server.cli.terminal import caller, progress
+from qflare_server.config import ServerConfig
+from qflare_server.serving.application import opened
+from qflare_server.training.versions import manifest_of
+
+
+def add(commands: Any) -> None:
+    """Add the parsers of this topic."""
+    model = commands.add_parser("model", help="import and export models")
+    actions = model.add_subparsers(required=True, metavar="ACTION")
+    verify.add_model_verify(actions)
+    importing = actions.add_parser(
+        "import",
+        help="make a .safetensors file the initial model of a training session",
+        epilog="example: qflare-server model import SESSION initial.safetensors",
+    )
+    importing.add_argument("session", help="id")
+    importing.add_argument("file", type=Path)
+    importing.set_defaults(run=run_import)
+    exporting = actions.add_parser(
+        "export",
+        help="write a version to a .safetensors file",
+        epilog="example: qflare-server model export SESSION final.safetensors --version 20",
+    )
+    exporting.add_argument("session", help="id")
+    exporting.add_argument("file", type=Path)
+    exporting.add_argument("--version", type=int, help="default: the latest")
+    exporting.set_defaults(run=run_export)
+
+
+def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Import an initial model."""
+    with opened(config) as parts:
+        digest = upload_initial_model(
+            parts.use_cases.initial_models, arguments.session, arguments.file
+        )
+    print(f"version 0 {digest}")
+    return 0
+
+
+def upload_initial_model(initial_models: Any, training_session_id: str, path: Path) -> str:
+    """Upload a .safetensors file as version 0 and return its digest."""
+    opened_file = import_safetensors(path)
+    manifest = opened_file.manifest
+    header = admin_service_pb2.InitialModelHeader(
+        training_session_id=training_session_id, manifest=manifest.to_proto()
+    )
+    numbered = enumerate(progress(opened_file.chunks(), manifest.chunk_count, "importing"))
+    return str(initial_models.upload(caller(), header, numbered).digest)
+
+
+def run_export(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Export a version."""
+    with opened(config) as parts:
+        deliveries = parts.use_cases.deliveries
+        delivery = deliveries.find(arguments.session, arguments.version)
+        model = delivery.model
+        opened_chunks = deliveries.opened(caller(), delivery, 0)
+        chunks: Iterator[bytes] = (data for _, data in opened_chunks)
+        metadata = {
+            "training_session_id": model.training_session_id,
+            "version": str(model.version),
+            "digest": model.digest,
+            "payload_digest": model.payload_digest,
+        }
+        shown = progress(chunks, delivery.payload.chunk_count, "exporting")
+        export_safetensors(arguments.file, manifest_of(model), shown, metadata)
+    print(f"wrote version {model.version} to {arguments.file}")
+    return 0

@@ -1,0 +1,126 @@
+"""Commands that bring devices in from elsewhere, also while a coordinator serves."""
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from qflare_server.cli.terminal import caller
+from qflare_server.config import ServerConfig
+from qflare_server.errors import AlreadyExistsError, ConflictError, QflareError
+from qflare_server.serving.application import opened
+from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.in_process.devices import KnownDevice, KnownDevices
+from qflare_server.use_cases.in_process.records import read_record
+
+logger = logging.getLogger(__name__)
+
+BATCH: Final = 500
+ATTEMPTS: Final = 5
+
+
+@dataclass
+class Imported:
+    """What became of the devices of a file."""
+
+    imported: int = 0
+    skipped: int = 0
+    invalid: int = 0
+    without_keys: int = 0
+
+
+def add(commands: Any) -> None:
+    """Add the parsers of this topic."""
+    registry = commands.add_parser("registry", help="bring devices in from an in-memory registry")
+    actions = registry.add_subparsers(required=True, metavar="ACTION")
+    importing = actions.add_parser(
+        "import",
+        help="import a JSON dump of an in-memory registry; may be repeated",
+        description="Import devices that this database does not have. The dump is what"
+        " get_registered_devices() returned: an object of devices by id, or a list of devices with"
+        " their device_id. Safe while a coordinator serves; what is there already is skipped.",
+        epilog="example: qflare-server registry import registry.json",
+    )
+    importing.add_argument("file", type=Path, help="JSON")
+    importing.set_defaults(run=run_import)
+
+
+def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Import a dump; 1 if any device was invalid."""
+    entries = read_dump(json.loads(arguments.file.read_text("utf-8")))
+    with opened(config) as parts:
+        done = import_devices(KnownDevices(parts.context), caller(), entries)
+    print(f"imported: {done.imported}  skipped: {done.skipped}  invalid: {done.invalid}")
+    if done.without_keys:
+        print(f"without keys, which were of no kind used here: {done.without_keys}")
+    return 1 if done.invalid else 0
+
+
+def read_dump(dump: object) -> list[tuple[object, object]]:
+    """Return ids and records of a dump.
+
+    Raises:
+        ValueError: It is neither an object nor a list.
+    """
+    if isinstance(dump, dict):
+        return list(dump.items())
+    if isinstance(dump, list):
+        return [
+            (entry.get("device_id") if isinstance(entry, dict) else None, entry) for entry in dump
+        ]
+    raise ValueError("registry dump: want a JSON object of devices by id, or a list of devices")
+
+
+def import_devices(
+    use_case: KnownDevices, who: Caller, entries: Sequence[tuple[object, object]]
+) -> Imported:
+    """Import devices, 500 in one transaction; those that are there already are skipped."""
+    done = Imported()
+    for batch in _batches(_valid(entries, done)):
+        inserted = _add(use_case, who, batch, done)
+        done.imported += inserted
+    done.skipped = len(entries) - done.imported - done.invalid
+    return done
+
+
+def _valid(entries: Sequence[tuple[object, object]], done: Imported) -> Iterator[KnownDevice]:
+    for device_id, entry in entries:
+        try:
+            record = read_record(device_id, entry)
+        except QflareError as error:
+            done.invalid += 1
+            logger.warning("device %s is invalid: %s", str(device_id)[:64], error)
+            continue
+        done.without_keys += bool(record.unusable_keys)
+        yield record.known
+
+
+def _batches(known: Iterator[KnownDevice]) -> Iterator[list[KnownDevice]]:
+    batch: list[KnownDevice] = []
+    for device in known:
+        batch.append(device)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _add(use_case: KnownDevices, who: Caller, batch: list[KnownDevice], done: Imported) -> int:
+    """Insert a batch; repeated when a device registers at the same moment, one by one if a key is taken."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return use_case.add_many(who, batch)
+        except ConflictError:
+            if attempt == ATTEMPTS:
+                raise
+        except AlreadyExistsError as error:
+            if len(batch) == 1:
+                done.invalid += 1
+                logger.warning("device %s is invalid: %s", batch[0].device_id[:64], error)
+                return 0
+            return sum(_add(use_case, who, [device], done) for device in batch)
+    raise AssertionError("unreachable")

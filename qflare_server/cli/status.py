@@ -1,0 +1,46 @@
+"""`status`: show training sessions and devices."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from qflare_server.cli.terminal import table
+from qflare_server.config import ServerConfig
+from qflare_server.serving.application import opened
+from qflare_server.storage.paging import PageRequest
+
+
+def add(commands: Any) -> None:
+    """Add the parser of this topic."""
+    status = commands.add_parser(
+        "status", help="show training sessions and devices", epilog="example: qflare-server status"
+    )
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=run_status)
+
+
+def run_status(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Show training sessions and devices."""
+    with opened(config) as parts:
+        sessions = parts.use_cases.training.list(PageRequest(100)).rows
+        by_state, by_type = parts.use_cases.devices.counts()
+    rows = [
+        {
+            "id": row.id,
+            "name": row.name,
+            "state": row.state,
+            "round": row.current_round,
+            "version": row.current_version,
+            "best_accuracy": row.best_accuracy,
+        }
+        for row in sessions
+    ]
+    if arguments.json:
+        facts = {"training_sessions": rows, "devices": {"by_state": by_state, "by_type": by_type}}
+        json.dump(facts, sys.stdout, indent=2)
+        print()
+        return 0
+    print(table(rows))
+    print("devices:", ", ".join(f"{count} {state}" for state, count in by_state.items()) or "none")
+    return 0

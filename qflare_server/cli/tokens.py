@@ -1,0 +1,106 @@
+"""`token`: issue enrollment and admin tokens."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qflare_server.cli.terminal import caller
+from qflare_server.config import ServerConfig
+from qflare_server.keys.setup import bootstrap_bundle, write_bootstrap
+from qflare_server.serving.application import Parts, opened
+from qflare_server.use_cases.access.roles import Role
+from qflare_server.use_cases.access.tokens import Issued
+
+
+def add(commands: Any) -> None:
+    """Add the parsers of this topic."""
+    token = commands.add_parser("token", help="issue enrollment and admin tokens")
+    actions = token.add_subparsers(required=True, metavar="ACTION")
+    issue = actions.add_parser(
+        "issue",
+        help="issue enrollment tokens",
+        epilog="example: qflare-server token issue --count 10 --label ward-3 --output tokens.txt",
+    )
+    issue.add_argument("--count", type=int, default=1, help="how many (1 to 1000)")
+    issue.add_argument("--label", default="", help="what they are for")
+    issue.add_argument("--lifetime-s", type=float, help="seconds that they live")
+    issue.add_argument("--device", default="", help="device that lost its keys")
+    issue.add_argument(
+        "--bundles", type=Path, help="write a bootstrap bundle for each into this folder"
+    )
+    issue.add_argument("--address", help="where devices reach the coordinator, with --bundles")
+    issue.add_argument("--ca", type=Path, help="PEM file of the TLS certificate authority")
+    issue.add_argument(
+        "--output", type=Path, help="write to this new 0600 file instead of printing"
+    )
+    issue.set_defaults(run=run_issue)
+    admin = actions.add_parser(
+        "issue-admin",
+        help="issue an admin token",
+        epilog="example: qflare-server token issue-admin --name alice --role operator --output a.token",
+    )
+    admin.add_argument("--name", required=True, help="who it is for")
+    roles = sorted({Role.VIEWER, Role.OPERATOR, Role.ADMIN, Role.AUDITOR})
+    admin.add_argument("--role", action="append", choices=roles, required=True, help="repeatable")
+    admin.add_argument("--lifetime-s", type=float, help="seconds that it lives")
+    admin.add_argument(
+        "--output", type=Path, help="write to this new 0600 file instead of printing"
+    )
+    admin.set_defaults(run=run_issue_admin)
+
+
+def run_issue(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Issue enrollment tokens."""
+    with opened(config) as parts:
+        issued = parts.use_cases.tokens.issue_enrollment(
+            caller(),
+            count=arguments.count,
+            label=arguments.label,
+            lifetime_s=arguments.lifetime_s,
+            device_id=arguments.device,
+        )
+        if arguments.bundles is not None:
+            _write_bundles(parts, issued, arguments)
+            return 0
+    _hand_out([item.secret for item in issued], arguments.output)
+    return 0
+
+
+def _write_bundles(parts: Parts, issued: Sequence[Issued], arguments: argparse.Namespace) -> None:
+    """Write what each device needs, its token included, to a 0600 file of its own."""
+    certificates = arguments.ca.read_text() if arguments.ca else ""
+    address = arguments.address or parts.config.listen
+    arguments.bundles.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for item in issued:
+        bundle = bootstrap_bundle(
+            parts.keys.trust,
+            address,
+            enrollment_token=item.secret,
+            certificate_authorities=certificates,
+        )
+        write_bootstrap(arguments.bundles / f"{item.token.id}.json", bundle)
+    print(f"wrote {len(issued)} bundles to {arguments.bundles}")
+
+
+def run_issue_admin(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Issue an admin token."""
+    with opened(config) as parts:
+        roles = [Role(role) for role in arguments.role]
+        issued = parts.use_cases.tokens.issue_admin(
+            caller(), arguments.name, roles, arguments.lifetime_s
+        )
+    _hand_out([issued.secret], arguments.output)
+    return 0
+
+
+def _hand_out(secrets: list[str], output: Path | None) -> None:
+    """Print secrets, or write them to a new file that only its owner can read."""
+    if output is None:
+        print("\n".join(secrets))
+        return
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write("\n".join(secrets) + "\n")
+    print(f"wrote {len(secrets)} tokens to {output}")

@@ -1,0 +1,101 @@
+"""`audit verify`, `audit witness`, `model verify`: proof that nothing was changed by another hand."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qflare_server.config import ServerConfig
+from qflare_server.serving.application import opened
+from qflare_server.use_cases.audit.sequencer import AuditSequencer
+from qflare_server.use_cases.audit.witness import append
+from qflare_server.verification import Recomputation, recompute_version, verify_database
+
+
+def add(commands: Any) -> None:
+    """Add the parsers of this topic; `model verify` joins the other commands on models."""
+    audit = commands.add_parser("audit", help="verify the database, hand heads to a witness")
+    actions = audit.add_subparsers(required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "verify",
+        help="check a whole database against what was signed; exit code 1 if anything differs",
+        epilog="example: qflare-server audit verify --root-key-id 5f0c... --witness heads.txt",
+    )
+    check.add_argument(
+        "--root-key-id",
+        action="append",
+        help="pinned id of a root key, from a bundle you trust; default: the ids in this data folder",
+    )
+    check.add_argument("--no-bytes", action="store_true", help="do not hash models and updates")
+    check.add_argument("--witness", type=Path, help="heads that were handed out before")
+    check.set_defaults(run=run_verify)
+    witness = actions.add_parser(
+        "witness",
+        help="sign the head of the audit log and append it to a file to keep elsewhere",
+        epilog="example: qflare-server audit witness /mnt/elsewhere/heads.txt",
+    )
+    witness.add_argument("file", type=Path)
+    witness.set_defaults(run=run_witness)
+
+
+def add_model_verify(actions: Any) -> None:
+    """Add `model verify`."""
+    check = actions.add_parser(
+        "verify",
+        help="make a version again from its kept updates and compare; exit code 1 if it differs",
+        epilog="example: qflare-server model verify SESSION --version 20",
+    )
+    check.add_argument("session", help="id")
+    check.add_argument("--version", type=int, help="default: the latest")
+    check.set_defaults(run=run_recompute)
+
+
+def run_verify(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Verify the database."""
+    with opened(config) as parts:
+        pinned = arguments.root_key_id or parts.keys.root_key_ids
+        report = verify_database(
+            parts.context,
+            pinned,
+            read_bytes=not arguments.no_bytes,
+            witness_file=arguments.witness,
+        )
+    for finding in report.findings:
+        print(f"WRONG  {finding.kind} {finding.subject}: {finding.problem}")
+    print("checked:", _counts(report.checked) or "nothing")
+    if report.unchecked:
+        print("not checked:", _counts(report.unchecked))
+    print("verified" if not report.findings else f"{len(report.findings)} findings")
+    return 1 if report.findings else 0
+
+
+def _counts(tally: Any) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(tally.items()))
+
+
+def run_witness(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Append the head of the audit log to a witness file."""
+    with opened(config) as parts:
+        sequencer = AuditSequencer(parts.context)
+        while sequencer.run_once():
+            pass
+        append(arguments.file, sequencer.head(fresh=True).envelope)
+    print(f"appended the head to {arguments.file}")
+    return 0
+
+
+def run_recompute(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Recompute a version."""
+    with opened(config) as parts:
+        result = recompute_version(parts.context, arguments.session, arguments.version)
+    print(_verdict(result))
+    return 0 if result.recomputed and not result.differences else 1
+
+
+def _verdict(result: Recomputation) -> str:
+    if result.differences:
+        return f"version {result.version} DIFFERS: {'; '.join(result.differences)}"
+    if not result.recomputed:
+        pruned = f"{result.pruned_count} of {result.update_count} updates are pruned"
+        return f"version {result.version} cannot be recomputed: {pruned}"
+    how = ", with the judgements that are on record" if result.by_record else ""
+    return f"version {result.version} recomputed from its updates: same bytes{how}"

@@ -1,0 +1,1 @@
+"""Serving: one running process with its gRPC server, dashboard, metrics and background threads."""

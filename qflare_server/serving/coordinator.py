@@ -1,0 +1,203 @@
+"""One coordinator process: built from a configuration, started, drained, stopped."""
+
+import logging
+import os
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+import qflare
+from qflare.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    coordinator_service_pb2,
+    coordinator_service_pb2_grpc,
+)
+from qflare_server.aggregation.aggregator import Aggregator
+from qflare_server.aggregation.worker import AggregationWorker
+from qflare_server.config import WORKER_VARIABLE, ConfigError, ServerConfig
+from qflare_server.context import Clock, Telemetry, utc_now
+from qflare_server.serving.application import Parts
+from qflare_server.serving.dashboard import open_dashboard
+from qflare_server.serving.maintenance import Housekeeping
+from qflare_server.serving.observability import Observability
+from qflare_server.serving.rpc.admin_service import AdminServicer
+from qflare_server.serving.rpc.coordinator_service import CoordinatorServicer
+from qflare_server.serving.rpc.interceptor import Boundary
+from qflare_server.serving.rpc.limits import Watchdog
+from qflare_server.serving.rpc.possession import PossessionInterceptor
+from qflare_server.serving.rpc.streams import Pump
+from qflare_server.serving.tls import tls_credentials
+from qflare_server.use_cases.audit.sequencer import AuditSequencer
+
+logger = logging.getLogger(__name__)
+
+SERVICES: Final = (
+    coordinator_service_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name,
+    admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+)
+REFLECTION_V1: Final = "grpc.reflection.v1.ServerReflection"
+
+
+class Coordinator:
+    """One coordinator process.
+
+    Args:
+        config: Its settings.
+        clock: Gives the time; tests pass their own.
+        telemetry: Hears of what happens, beside the metrics and traces that the settings ask for.
+
+    Raises:
+        SchemaError: The database's schema is not this program's.
+        KeyStoreError: Its keys are missing or do not open.
+    """
+
+    def __init__(
+        self, config: ServerConfig, *, clock: Clock = utc_now, telemetry: Telemetry | None = None
+    ) -> None:
+        self.config = config
+        self.draining = threading.Event()
+        self.observability = Observability(config, telemetry)
+        self.parts = Parts.open(config, clock, self.observability.telemetry)
+        self.use_cases = self.parts.use_cases
+        self._watchdog = Watchdog(config.stall_timeout_s)
+        self._pump = Pump(config.rpc_threads, config.stall_timeout_s)
+        self._health = health.HealthServicer(
+            experimental_thread_pool=ThreadPoolExecutor(2, thread_name_prefix="health")
+        )
+        self._boundary = Boundary(
+            config,
+            self.use_cases.authentication,
+            self._pump,
+            self._watchdog,
+            self.draining,
+            self.parts.context.telemetry,
+        )
+        self._server = self._build()
+        self.port = self._bind()
+        holder = f"{socket.gethostname()}:{self.port}:{os.environ.get(WORKER_VARIABLE, '0')}"
+        context = self.parts.context
+        aggregator = Aggregator(context, self.parts.executor, holder[:64])
+        self._worker = AggregationWorker(aggregator, context, self.parts.wake)
+        self._housekeeping = Housekeeping(
+            context,
+            self.use_cases,
+            AuditSequencer(context),
+            holder[:64],
+            self._listening,
+            self._set_healthy,
+        )
+        self.dashboard = open_dashboard(config, self.use_cases, self.draining)
+
+    def _build(self) -> grpc.Server:
+        interceptors: list[grpc.ServerInterceptor] = [self._boundary]
+        if self.config.require_pop:
+            interceptors.append(PossessionInterceptor(self.use_cases.login))
+        server = grpc.server(
+            ThreadPoolExecutor(self.config.rpc_threads, thread_name_prefix="rpc"),
+            interceptors=interceptors,
+            options=[
+                ("grpc.max_receive_message_length", self.config.max_message_bytes),
+                ("grpc.max_send_message_length", self.config.max_message_bytes),
+                ("grpc.so_reuseport", 1 if self.config.workers > 1 else 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_time_ms", 120_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        coordinator_service_pb2_grpc.add_CoordinatorServiceServicer_to_server(
+            CoordinatorServicer(self.use_cases), server
+        )
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
+            AdminServicer(self.use_cases), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self.config.reflection:
+            _add_reflection(server)
+        return server
+
+    def _bind(self) -> int:
+        if self.config.tls_certificate_file is None:
+            port = self._server.add_insecure_port(self.config.listen)
+        else:
+            port = self._server.add_secure_port(self.config.listen, tls_credentials(self.config))
+        if not port:
+            raise ConfigError(f"QFLARE_LISTEN: cannot bind {self.config.listen}")
+        return int(port)
+
+    @property
+    def _listening(self) -> str:
+        """The address of the settings, with the port that was free where that is 0."""
+        host, _, port = self.config.listen.rpartition(":")
+        return f"{host}:{self.port}" if port == "0" else self.config.listen
+
+    @property
+    def address(self) -> str:
+        """Address that clients on this machine reach it at."""
+        host, _, _ = self.config.listen.rpartition(":")
+        return f"{'localhost' if host in {'0.0.0.0', '[::]'} else host}:{self.port}"  # noqa: S104
+
+    def start(self) -> None:
+        """Serve."""
+        self.observability.start(self.parts.context)
+        self._server.start()
+        self._worker.start()
+        self._housekeeping.start()
+        if self.dashboard is not None:
+            self.dashboard.start()
+        self._set_healthy(healthy=True)
+        logger.info("serving: address=%s version=%s", self.address, qflare.__version__)
+
+    def _set_healthy(self, *, healthy: bool) -> None:
+        serving = healthy and not self.draining.is_set()
+        state = (
+            health_pb2.HealthCheckResponse.SERVING
+            if serving
+            else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for name in ("", *SERVICES, "liveness", "readiness"):
+            self._health.set(name, state)
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """Take no new work, let running calls end in time, finish the pass under way, close.
+
+        Connections are told to go at once, so that devices find another replica. A watch of the health service, which
+        never ends by itself, holds nothing up.
+        """
+        grace = self.config.drain_s if grace_s is None else grace_s
+        self.draining.set()
+        self._set_healthy(healthy=False)
+        self.use_cases.watching.close()
+        self._server.stop(grace)
+        self._boundary.running.wait_until_none(grace)
+        self._server.stop(None).wait()
+        self._worker.stop(grace + 10.0)
+        self._housekeeping.stop()
+        self._watchdog.stop()
+        self._pump.close()
+        if self.dashboard is not None:
+            self.dashboard.stop()
+        self.observability.close()
+        self.parts.close()
+        logger.info("stopped")
+
+
+def _add_reflection(server: grpc.Server) -> None:
+    """Serve reflection under both of its names: grpcurl asks for v1 first, the library knows v1alpha only."""
+    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    servicer = reflection.ReflectionServicer(names)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": handler}),)
+    )

@@ -1,0 +1,35 @@
+"""The dashboard: read-only web pages for administrators, beside the gRPC server; an extra.
+
+It reads through the use cases only, and every page names in `app.PAGES` the methods of the administrators' service
+whose roles it needs. Without the setting `dashboard` its libraries are not imported.
+"""
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from qflare_server.config import WORKER_VARIABLE, ConfigError, ServerConfig
+from qflare_server.use_cases import UseCases
+
+if TYPE_CHECKING:
+    from qflare_server.serving.dashboard.http_server import DashboardServer
+
+
+def open_dashboard(
+    config: ServerConfig, use_cases: UseCases, draining: threading.Event
+) -> "DashboardServer | None":
+    """Return the dashboard's server, bound but not yet serving; None without one.
+
+    Log-ins live in the memory of one process: of several workers only the first serves the dashboard.
+
+    Raises:
+        ConfigError: The extra is not installed, the address cannot be bound or the TLS files cannot be read.
+    """
+    if not config.dashboard or os.environ.get(WORKER_VARIABLE, "0") != "0":
+        return None
+    try:
+        from qflare_server.serving.dashboard.app import Site  # noqa: PLC0415  # an extra
+        from qflare_server.serving.dashboard.http_server import DashboardServer  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError("QFLARE_DASHBOARD: pip install 'qflare[dashboard]'") from error
+    return DashboardServer(config, Site(config, use_cases, draining))

@@ -1,0 +1,82 @@
+"""What needs an administrator's attention: rules over a report, no reading."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qflare_server.serving.dashboard import formatting
+from qflare_server.storage.tables import DeviceState, RiskLevel
+from qflare_server.use_cases.status import Report
+
+LEVELS: Final = ("bad", "warn", "note")
+SLOW_DATABASE_S: Final = 0.25
+WAITING_S: Final = 60.0
+LITTLE_ROOM_BYTES: Final = 2 * 2**30
+UNSEQUENCED: Final = 10_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to look at: `level` is `bad`, `warn` or `note`, `link` the page that shows more."""
+
+    level: str
+    text: str
+    link: str
+
+
+def findings(report: Report, *, draining: bool) -> list[Finding]:
+    """Return what is not as it should be, worst first."""
+    found = [*_serving(report, draining=draining), *_work(report), *_fleet(report)]
+    return sorted(found, key=lambda item: LEVELS.index(item.level))
+
+
+def worst(found: Sequence[Finding]) -> str:
+    """Return the worst level, `good` where nothing needs attention."""
+    levels = {item.level for item in found}
+    return next((level for level in LEVELS if level in levels and level != "note"), "good")
+
+
+def of_audit(counts: Mapping[str, int]) -> list[Finding]:
+    """Return what the audit log of the last day gives to think about."""
+    return [
+        Finding(
+            level,
+            f"{counts[risk]:,} audit events of {risk} risk in the last 24 hours",
+            f"/audit?risk={risk}",
+        )
+        for risk, level in ((RiskLevel.CRITICAL.value, "bad"), (RiskLevel.HIGH.value, "note"))
+        if counts.get(risk)
+    ]
+
+
+def _serving(report: Report, *, draining: bool) -> Iterator[Finding]:
+    database = report.database
+    if draining:
+        yield Finding("bad", "This coordinator is shutting down and takes no new work", "/system")
+    if database.latency_s > SLOW_DATABASE_S:
+        took = formatting.duration(database.latency_s)
+        yield Finding("warn", f"The database takes {took} to answer", "/system")
+    if database.pool_in_use_count >= database.pool_size:
+        yield Finding("warn", "Every database connection of this process is in use", "/system")
+    if report.free_bytes is not None and report.free_bytes < LITTLE_ROOM_BYTES:
+        left = formatting.size(report.free_bytes)
+        yield Finding("bad", f"Only {left} are left on the disk of the database", "/system")
+
+
+def _work(report: Report) -> Iterator[Finding]:
+    waiting = report.queues
+    if waiting.oldest_closed_at is not None:
+        waited_s = (report.at - waiting.oldest_closed_at).total_seconds()
+        if waited_s > WAITING_S:
+            text = f"A closed round has waited {formatting.span(waited_s)} for its aggregation"
+            yield Finding("bad", text, "/sessions?state=running")
+    if waiting.unsequenced_audit_count > UNSEQUENCED:
+        text = f"{waiting.unsequenced_audit_count:,} audit events wait for their place in the log"
+        yield Finding("warn", text, "/system")
+
+
+def _fleet(report: Report) -> Iterator[Finding]:
+    count = report.device_counts.get(DeviceState.QUARANTINED.value, 0)
+    if count:
+        text = f"{count:,} {'device is' if count == 1 else 'devices are'} in quarantine"
+        yield Finding("warn", text, "/devices?state=quarantined")

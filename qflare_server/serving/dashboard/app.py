@@ -1,0 +1,318 @@
+"""The web application: which pages there are, who may see them, and how a browser logs in.
+
+A page is shown to a log-in whose token may call every method that `PAGES` names for it, by the one table of
+`use_cases.access.roles`. The token comes once, in the body of a form; from then on a cookie that no script can read and
+no other site can send names the log-in.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import parse_qs
+
+from anyio import CapacityLimiter, to_thread
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import qflare
+from qflare_server import errors
+from qflare_server.config import ServerConfig
+from qflare_server.serving.dashboard import formatting
+from qflare_server.serving.dashboard.cache import Recent
+from qflare_server.serving.dashboard.middleware import Guarded
+from qflare_server.serving.dashboard.page_context import Visit
+from qflare_server.serving.dashboard.pages import audit, devices, overview, system, training
+from qflare_server.use_cases import UseCases
+from qflare_server.use_cases.access.authentication import MAX_TOKEN_CHARACTERS, Principal
+
+READERS: Final = 4
+"""Threads that build pages: as many connections to the database as all visitors together take."""
+MAX_FORM_BYTES: Final = 4096
+DIALECTS: Final = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+ENTER: Final = "/login"
+
+STATUS: Final[dict[type[errors.QflareError], HTTPStatus]] = {
+    errors.InvalidRequestError: HTTPStatus.BAD_REQUEST,
+    errors.UnauthenticatedError: HTTPStatus.UNAUTHORIZED,
+    errors.PermissionDeniedError: HTTPStatus.FORBIDDEN,
+    errors.NotFoundError: HTTPStatus.NOT_FOUND,
+    errors.TooManyRequestsError: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.StoreUnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: `methods` of the administrators' service that its visitor must be allowed, first the most telling."""
+
+    path: str
+    template: str
+    section: str
+    methods: tuple[str, ...]
+    build: Callable[[Visit], Mapping[str, Any]]
+
+
+PAGES: Final = (
+    Page(
+        "/",
+        "overview.html",
+        "Overview",
+        ("GetCoordinatorStatus", "ListTrainingSessions", "GetTrainingSession", "ListMetrics"),
+        overview.build,
+    ),
+    Page("/sessions", "sessions.html", "Training", ("ListTrainingSessions",), training.build_list),
+    Page(
+        "/sessions/{session_id}",
+        "session.html",
+        "Training",
+        ("GetTrainingSession", "ListMetrics", "ListRounds"),
+        training.build_session,
+    ),
+    Page(
+        "/sessions/{session_id}/rounds/{number}",
+        "round.html",
+        "Training",
+        ("ListUpdates", "ListRounds"),
+        training.build_round,
+    ),
+    Page("/devices", "devices.html", "Devices", ("ListDevices",), devices.build_list),
+    Page("/device", "device.html", "Devices", ("GetDevice",), devices.build_device),
+    Page("/audit", "audit.html", "Audit", ("ListAuditEntries",), audit.build),
+    Page("/system", "system.html", "System", ("GetCoordinatorStatus",), system.build),
+)
+SECTIONS: Final = (
+    ("/", "Overview"),
+    ("/sessions", "Training"),
+    ("/devices", "Devices"),
+    ("/audit", "Audit"),
+    ("/system", "System"),
+)
+_METHODS: Final = {page.path: page.methods for page in PAGES}
+
+
+class Site:
+    """The dashboard as an ASGI application.
+
+    Args:
+        config: `dashboard` and its settings.
+        use_cases: What it reads through.
+        draining: Set once the coordinator takes no new work.
+    """
+
+    def __init__(
+        self, config: ServerConfig, use_cases: UseCases, draining: threading.Event
+    ) -> None:
+        self._config = config
+        self._do = use_cases
+        self._draining = draining
+        self._secure = config.dashboard_has_tls or config.dashboard_behind_proxy
+        self._cookie = "__Host-qflare" if self._secure else "qflare"
+        self._limiter = CapacityLimiter(READERS)
+        self._recent = Recent(use_cases)
+        self._templates = _templates()
+        self._app = Guarded(self._build(), secure=self._secure)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await self._app(scope, receive, send)
+
+    def _build(self) -> ASGIApp:
+        static = StaticFiles(packages=[("qflare_server.serving.dashboard", "static")])
+        return Starlette(
+            routes=[
+                Mount("/static", static),
+                Route(ENTER, self._login_form, methods=["GET"]),
+                Route(ENTER, self._log_in, methods=["POST"]),
+                Route("/logout", self._log_out, methods=["POST"]),
+                *(Route(page.path, self._endpoint(page), methods=["GET"]) for page in PAGES),
+            ],
+            exception_handlers={
+                errors.UnauthenticatedError: self._to_login,
+                errors.QflareError: self._refused,
+                HTTPException: self._refused,
+                Exception: self._failed,
+            },
+        )
+
+    def _endpoint(self, page: Page) -> Callable[[Request], Any]:
+        async def show(request: Request) -> Response:
+            return await to_thread.run_sync(self._show, page, request, limiter=self._limiter)
+
+        return show
+
+    def _show(self, page: Page, request: Request) -> Response:
+        principal = self._admit(request, page.methods)
+        visit = Visit(
+            do=self._do,
+            recent=self._recent,
+            principal=principal,
+            path=request.path_params,
+            query=request.query_params,
+            at=self._do.overview.now(),
+            draining=self._draining.is_set(),
+        )
+        return self._page(page.template, visit, section=page.section, **page.build(visit))
+
+    def _admit(self, request: Request, methods: tuple[str, ...]) -> Principal:
+        """Return who has logged in, if all the methods of a page are allowed; asked anew for every page."""
+        secret, login = request.cookies.get(self._cookie, ""), self._do.dashboard_login
+        first, *more = [login.admit(secret, method) for method in methods]
+        assert all(principal == first for principal in more)
+        return first
+
+    def _page(self, template: str, visit: Visit, *, section: str, **values: Any) -> Response:
+        sections = [
+            (path, name)
+            for path, name in SECTIONS
+            if all(visit.may(method) for method in _METHODS[path])
+        ]
+        text = self._templates.get_template(template).render(
+            section=section, sections=sections, visit=visit, **values
+        )
+        return HTMLResponse(text)
+
+    def _plain(self, template: str, answer: int, /, **values: Any) -> Response:
+        text = self._templates.get_template(template).render(**values)
+        return HTMLResponse(text, status_code=answer)
+
+    async def _login_form(self, request: Request) -> Response:
+        if self._cookie not in request.cookies:
+            return self._plain("login.html", HTTPStatus.OK, problem="", note="")
+        try:
+            await to_thread.run_sync(self._admit, request, PAGES[0].methods, limiter=self._limiter)
+        except errors.UnauthenticatedError:
+            note = "Your log-in is over. Log in again."
+            response = self._plain("login.html", HTTPStatus.OK, problem="", note=note)
+            self._forget(response)
+            return response
+        return RedirectResponse("/", HTTPStatus.SEE_OTHER)
+
+    async def _log_in(self, request: Request) -> Response:
+        _require_same_origin(request)
+        token = await _token(request)
+        try:
+            secret = await to_thread.run_sync(
+                self._do.dashboard_login.log_in, token, self._peer(request), limiter=self._limiter
+            )
+        except errors.TooManyRequestsError as error:
+            wait_s = max(1, round(error.retry_after_s))
+            problem = f"Too many attempts. Wait {wait_s} s and try again."
+            response = self._plain(
+                "login.html", HTTPStatus.TOO_MANY_REQUESTS, problem=problem, note=""
+            )
+            response.headers["Retry-After"] = str(wait_s)
+            return response
+        except (errors.UnauthenticatedError, errors.PermissionDeniedError):
+            problem = "This token does not open the dashboard."
+            return self._plain("login.html", HTTPStatus.UNAUTHORIZED, problem=problem, note="")
+        response = RedirectResponse("/", HTTPStatus.SEE_OTHER)
+        response.set_cookie(
+            self._cookie,
+            secret,
+            max_age=int(self._config.dashboard_login_s),
+            secure=self._secure,
+            httponly=True,
+            samesite="strict",
+        )
+        return response
+
+    async def _log_out(self, request: Request) -> Response:
+        _require_same_origin(request)
+        secret = request.cookies.get(self._cookie, "")
+        await to_thread.run_sync(
+            self._do.dashboard_login.log_out, secret, self._peer(request), limiter=self._limiter
+        )
+        response = RedirectResponse(ENTER, HTTPStatus.SEE_OTHER)
+        self._forget(response)
+        return response
+
+    def _forget(self, response: Response) -> None:
+        response.delete_cookie(self._cookie, secure=self._secure, httponly=True, samesite="strict")
+
+    def _peer(self, request: Request) -> str:
+        """Return the browser's address; behind a proxy, the one that the proxy itself has seen."""
+        if self._config.dashboard_behind_proxy:
+            entries = request.headers.get("x-forwarded-for", "").split(",")
+            if entries[-1].strip():
+                return entries[-1].strip()[:100]
+        return request.client.host if request.client is not None else ""
+
+    async def _to_login(self, _request: Request, _error: Exception) -> Response:
+        return RedirectResponse(ENTER, HTTPStatus.SEE_OTHER)
+
+    async def _refused(self, _request: Request, error: Exception) -> Response:
+        """Say what was refused: texts of the domain's errors are made to be shown."""
+        if isinstance(error, HTTPException):
+            return self._error(HTTPStatus(error.status_code), "")
+        return self._error(_status(error), str(error))
+
+    async def _failed(self, _request: Request, _error: Exception) -> Response:
+        return self._error(
+            HTTPStatus.INTERNAL_SERVER_ERROR, "The log of the coordinator says more."
+        )
+
+    def _error(self, code: HTTPStatus, text: str) -> Response:
+        return self._plain("error.html", code, code=code, text=text)
+
+
+def _status(error: Exception) -> HTTPStatus:
+    for kind in type(error).__mro__:
+        if kind in STATUS:
+            return STATUS[kind]
+    return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+async def _token(request: Request) -> str:
+    """Return the token of a form, empty without one.
+
+    Raises:
+        HTTPException: The form is too large.
+    """
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_FORM_BYTES:
+            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+    values = parse_qs(body.decode("ascii", "replace"), max_num_fields=4).get("token", [""])
+    return values[0].strip()[: MAX_TOKEN_CHARACTERS + 1]
+
+
+def _require_same_origin(request: Request) -> None:
+    """Refuse a form that another site sent: browsers say where it came from.
+
+    Raises:
+        HTTPException: It came from elsewhere.
+    """
+    site = request.headers.get("sec-fetch-site", "same-origin")
+    origin = request.headers.get("origin")
+    foreign = origin is not None and origin.partition("://")[2] != request.headers.get("host")
+    if site != "same-origin" or foreign:
+        raise HTTPException(HTTPStatus.FORBIDDEN)
+
+
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("qflare_server.dashboard"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(version=qflare.__version__)
+    environment.filters.update(
+        dialect=lambda name: DIALECTS.get(name, name),
+        duration=formatting.duration,
+        size=formatting.size,
+        number=formatting.number,
+        share=formatting.share,
+        measure=formatting.measure,
+    )
+    return environment

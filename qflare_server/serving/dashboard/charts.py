@@ -1,0 +1,355 @@
+"""Charts as geometry: what a template draws as SVG, at two widths, with words and a table for who does not see it.
+
+Positions are in the units of the drawing's view box and rounded, so that the page stays small. Colours are classes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qflare_server.serving.dashboard.formatting import NONE
+
+Point = tuple[float, float]
+TICKS: Final = 4
+WIDE: Final = (640, 270)
+COMPACT: Final = (340, 230)
+NARROW: Final = frozenset({"compact", "small"})
+MARKED_POINTS: Final = 60
+LOW: Final = (640, 200)
+Size = tuple[int, int]
+SIZES: Final[Mapping[str, Size]] = {"wide": WIDE, "compact": COMPACT}
+LEFT, RIGHT, TOP, BOTTOM = 56.0, 14.0, 12.0, 44.0
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: its name for the legend, the class of its colour, and its points by x."""
+
+    name: str
+    css: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A dot or the end of one: where it is and what it says."""
+
+    x: float
+    y: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A drawn line."""
+
+    css: str
+    path: str
+    marks: Sequence[Mark]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A drawn bar."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    css: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart at one width."""
+
+    css: str
+    width: int
+    height: int
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_ticks: Sequence[Tick]
+    y_ticks: Sequence[Tick]
+    lines: Sequence[Line] = ()
+    bars: Sequence[Bar] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with everything that stands around it.
+
+    Attributes:
+        name: Unique on its page; letters and hyphens.
+        title: What it shows.
+        summary: The same in words, for who does not see it.
+        legend: Names and classes of what is drawn.
+        columns: Heads of its table.
+        rows: Its table.
+    """
+
+    name: str
+    title: str
+    summary: str
+    x_label: str
+    y_label: str
+    legend: Sequence[tuple[str, str]]
+    plots: Sequence[Plot]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a bar: its name, its class and its height."""
+
+    name: str
+    css: str
+    value: float
+
+
+TINY: Final = 1e-280
+"""Below it a range is none: its powers of ten would leave what a float can hold."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values to positions."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """Return the position of a value."""
+        width = self.high - self.low or 1.0
+        return round(self.start + (value - self.low) / width * (self.end - self.start), 1)
+
+
+def steps(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+    """Return round values that cover a range, about so many: 1, 2 or 5 times a power of ten apart."""
+    if high - low < max(abs(low), abs(high), TINY) * 1e-12:
+        room = max(abs(low), abs(high)) / 10
+        room = room if room > TINY else 1.0
+        low, high = low - room, high + room
+    width = high - low
+    raw = width / max(1, count)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    step = max(1.0, step) if whole else step
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def line_chart(
+    name: str,
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    written: Callable[[float], str],
+    sizes: Mapping[str, Size] = SIZES,
+) -> Chart | None:
+    """Return a chart of lines over whole numbers, None where there is not one finite point.
+
+    Args:
+        name: Unique on its page.
+        title: What it shows.
+        series: Points that are not finite are left out.
+        x_label: With its unit, as is
+        y_label: the other.
+        written: Writes a value of y.
+        sizes: Width and height of each drawing, by the class that shows it.
+    """
+    shown = [item for item in map(_finite, series) if item.points]
+    if not shown:
+        return None
+    xs = sorted({x for item in shown for x, _ in item.points})
+    return Chart(
+        name,
+        title,
+        " ".join(_in_words(item, x_label, written) for item in shown),
+        x_label,
+        y_label,
+        [(item.name, item.css) for item in shown],
+        [_line_plot(css, size, shown, written) for css, size in sizes.items()],
+        [x_label, *(item.name for item in shown)],
+        list(_rows(xs, shown, written)),
+    )
+
+
+def bar_chart(
+    name: str,
+    title: str,
+    summary: str,
+    bars: Sequence[tuple[int, Sequence[Part]]],
+    *,
+    x_label: str,
+    y_label: str,
+    written: Callable[[float], str],
+) -> Chart | None:
+    """Return a chart of stacked bars over whole numbers, None without any."""
+    if not bars:
+        return None
+    legend = {part.name: part.css for _, parts in bars for part in parts}
+    rows = [
+        [str(number), *(_value(parts, part, written) for part in legend)] for number, parts in bars
+    ]
+    return Chart(
+        name,
+        title,
+        summary,
+        x_label,
+        y_label,
+        list(legend.items()),
+        [
+            _bar_plot("wide", WIDE, bars, written),
+            _bar_plot("compact", COMPACT, bars[-15:], written),
+        ],
+        [x_label, *legend],
+        rows,
+    )
+
+
+def _finite(series: Series) -> Series:
+    points = [(x, y) for x, y in series.points if math.isfinite(y)]
+    return Series(series.name, series.css, points)
+
+
+def _path(points: Sequence[Point], across: Scale, up: Scale) -> str:
+    return "M" + "L".join(f"{across(x):g} {up(y):g}" for x, y in points)
+
+
+def _frame(size: Size) -> tuple[float, float, float, float]:
+    width, height = size
+    return LEFT, width - RIGHT, TOP, height - BOTTOM
+
+
+def _line_plot(
+    css: str, size: Size, series: Sequence[Series], written: Callable[[float], str]
+) -> Plot:
+    left, right, top, bottom = _frame(size)
+    xs = [x for item in series for x, _ in item.points]
+    values = [y for item in series for _, y in item.points]
+    rungs = steps(min(values), max(values), TICKS)
+    room = 0 if min(xs) < max(xs) else 1
+    across = Scale(min(xs) - room, max(xs) + room, left, right)
+    up = Scale(rungs[0], rungs[-1], bottom, top)
+    lines = [
+        Line(
+            item.css,
+            _path(item.points, across, up),
+            [Mark(across(x), up(y), f"{item.name} {written(y)} at {x:g}") for x, y in item.points]
+            if len(item.points) <= MARKED_POINTS
+            else (),
+        )
+        for item in series
+    ]
+    return Plot(
+        css,
+        *size,
+        left,
+        right,
+        top,
+        bottom,
+        [
+            Tick(across(x), f"{x:g}")
+            for x in steps(min(xs), max(xs), 5 if css in NARROW else 8, whole=True)
+            if min(xs) <= x <= max(xs)
+        ],
+        [Tick(up(y), _rung(y, rungs)) for y in rungs],
+        lines,
+    )
+
+
+def _bar_plot(
+    css: str,
+    size: Size,
+    bars: Sequence[tuple[int, Sequence[Part]]],
+    written: Callable[[float], str],
+) -> Plot:
+    left, right, top, bottom = _frame(size)
+    highest = max(sum(part.value for part in parts) for _, parts in bars)
+    rungs = steps(0.0, highest or 1.0, TICKS)
+    up = Scale(rungs[0], rungs[-1], bottom, top)
+    pitch = (right - left) / max(len(bars), 6)
+    every = max(1, math.ceil(len(bars) / (6 if css in NARROW else 12)))
+    drawn: list[Bar] = []
+    ticks: list[Tick] = []
+    for index, (number, parts) in enumerate(bars):
+        x = left + index * pitch + pitch * 0.18
+        if index % every == 0:
+            ticks.append(Tick(round(x + pitch * 0.32, 1), str(number)))
+        floor = 0.0
+        for part in parts:
+            if not part.value:
+                continue
+            y, base = up(floor + part.value), up(floor)
+            text = f"Round {number}: {part.name.lower()} {written(part.value)}"
+            drawn.append(
+                Bar(
+                    round(x, 1),
+                    y,
+                    round(pitch * 0.64, 1),
+                    round(max(base - y, 0.6), 1),
+                    part.css,
+                    text,
+                )
+            )
+            floor += part.value
+    return Plot(
+        css,
+        *size,
+        left,
+        right,
+        top,
+        bottom,
+        ticks,
+        [Tick(up(y), _rung(y, rungs)) for y in rungs],
+        bars=drawn,
+    )
+
+
+def _rung(value: float, rungs: Sequence[float]) -> str:
+    """Return the label of a mark with just as many decimals as the marks need to differ."""
+    step = rungs[1] - rungs[0]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return f"{value:.{min(decimals, 6)}f}"
+
+
+def _in_words(series: Series, x_label: str, written: Callable[[float], str]) -> str:
+    (first_x, first), (last_x, last) = series.points[0], series.points[-1]
+    where = x_label.lower()
+    if len(series.points) == 1:
+        return f"{series.name}: {written(first)} at {where} {first_x:g}."
+    low, high = min(y for _, y in series.points), max(y for _, y in series.points)
+    return (
+        f"{series.name}: from {written(first)} at {where} {first_x:g} to {written(last)} at {where} {last_x:g};"
+        f" lowest {written(low)}, highest {written(high)}."
+    )
+
+
+def _rows(
+    xs: Sequence[float], series: Sequence[Series], written: Callable[[float], str]
+) -> Iterator[list[str]]:
+    found = [dict(item.points) for item in series]
+    for x in xs:
+        yield [f"{x:g}", *(written(points[x]) if x in points else NONE for points in found)]
+
+
+def _value(parts: Sequence[Part], name: str, written: Callable[[float], str]) -> str:
+    return next((written(part.value) for part in parts if part.name == name), NONE)

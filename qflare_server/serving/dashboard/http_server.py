@@ -1,0 +1,128 @@
+"""Serves the dashboard over HTTP from a thread of the coordinator's process."""
+
+import logging
+import socket
+import ssl
+import threading
+from typing import Final
+
+import uvicorn
+
+from qflare_server.config import ConfigError, ServerConfig
+from qflare_server.serving.dashboard.app import Site
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS: Final = 100
+MAX_HEADER_BYTES: Final = 16_384
+LOOK_S: Final = 2
+STOP_S: Final = 3
+
+
+class DashboardServer:
+    """The HTTP server of the dashboard; bound when it is made, serving between `start` and `stop`.
+
+    Args:
+        config: `dashboard` and the TLS files.
+        site: What it serves.
+
+    Raises:
+        ConfigError: The address cannot be bound, or the TLS files cannot be read.
+    """
+
+    def __init__(self, config: ServerConfig, site: Site) -> None:
+        self._config = config
+        self._context = _tls(config) if config.dashboard_has_tls else None
+        self._stamp = self._look()
+        self._server = uvicorn.Server(self._settings(site))
+        self._socket = _bind(config)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="dashboard", daemon=True
+        )
+
+    def _settings(self, site: Site) -> uvicorn.Config:
+        context = self._context
+        return uvicorn.Config(
+            site,
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=STOP_S,
+            timeout_notify=LOOK_S,
+            callback_notify=self._reload,
+            ssl_context_factory=None if context is None else lambda *_: context,
+        )
+
+    @property
+    def url(self) -> str:
+        """Where a browser on this machine finds it."""
+        host, port = self._socket.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        scheme = "https" if self._context is not None else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
+
+    def start(self) -> None:
+        """Serve."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the answers under way end, and stop serving."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join(2 * STOP_S)
+        self._socket.close()
+
+    def _look(self) -> list[int]:
+        if self._context is None:
+            return []
+        files = (self._config.tls_certificate_file, self._config.tls_key_file)
+        return [path.stat().st_mtime_ns for path in files if path is not None]
+
+    async def _reload(self) -> None:
+        """Read the certificate again if its files have changed: connections made from here on show it."""
+        if self._context is None:
+            return
+        try:
+            stamp = self._look()
+            if stamp != self._stamp:
+                _load(self._context, self._config)
+                self._stamp = stamp
+        except OSError:
+            logger.exception("certificate files were not read again; the ones in use stay")
+
+
+def _bind(config: ServerConfig) -> socket.socket:
+    host, port = config.dashboard_address
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(f"QFLARE_DASHBOARD: cannot bind {config.dashboard}: {error}") from error
+
+
+def _tls(config: ServerConfig) -> ssl.SSLContext:
+    """Return a context of TLS 1.3 that asks for client certificates where the gRPC server does."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        _load(context, config)
+        if config.tls_client_ca_file is not None:
+            context.load_verify_locations(config.tls_client_ca_file)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:
+        raise ConfigError(f"QFLARE_DASHBOARD: cannot read the TLS files: {error}") from error
+    return context
+
+
+def _load(context: ssl.SSLContext, config: ServerConfig) -> None:
+    assert config.tls_certificate_file is not None
+    context.load_cert_chain(config.tls_certificate_file, config.tls_key_file)

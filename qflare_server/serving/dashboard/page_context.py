@@ -1,0 +1,72 @@
+"""One look of an administrator at a page: who looks, at what, and through which use cases."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import TypeVar
+
+from qflare_server.errors import InvalidRequestError
+from qflare_server.serving.dashboard.cache import Recent
+from qflare_server.storage.paging import PageRequest
+from qflare_server.use_cases import UseCases
+from qflare_server.use_cases.access.authentication import Principal
+from qflare_server.use_cases.access.dashboard_login import may_call
+
+Kind = TypeVar("Kind", bound=StrEnum)
+MAX_TEXT = 300
+MAX_DIGITS = 9
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a page is built from."""
+
+    do: UseCases
+    recent: Recent
+    principal: Principal
+    path: Mapping[str, str]
+    query: Mapping[str, str]
+    at: datetime
+    draining: bool = False
+
+    def may(self, method: str) -> bool:
+        """Return whether the visitor's roles allow a method of the administrators' service."""
+        return may_call(self.principal, method)
+
+    def text(self, name: str) -> str:
+        """Return a value of the query, empty without it.
+
+        Raises:
+            InvalidRequestError: It is too long.
+        """
+        value = self.query.get(name, "")
+        if len(value) > MAX_TEXT or "\0" in value:
+            raise InvalidRequestError(f"{name}: longer than {MAX_TEXT}, or holds NUL", field=name)
+        return value
+
+    def one_of(self, name: str, kind: type[Kind]) -> str:
+        """Return a value of the query that is one of an enum's, empty without it.
+
+        Raises:
+            InvalidRequestError: It is another.
+        """
+        value = self.text(name)
+        if value and value not in {item.value for item in kind}:
+            raise InvalidRequestError(f"{name}: got {value[:40]!r}", field=name)
+        return value
+
+    def rows(self, count: int) -> PageRequest:
+        """Return which rows of a list to show."""
+        return PageRequest(count, self.text("page"))
+
+
+def whole(text: str, name: str) -> int:
+    """Return a number of a path.
+
+    Raises:
+        InvalidRequestError: It is none of up to nine digits.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
+        raise InvalidRequestError(f"{name}: got {text[:40]!r}, want a number", field=name)
+    return int(text)

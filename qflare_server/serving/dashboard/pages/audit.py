@@ -1,0 +1,67 @@
+"""The audit log: events by risk, and the events themselves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qflare_server.serving.dashboard.formatting import Moment, moment
+from qflare_server.serving.dashboard.page_context import Visit
+from qflare_server.serving.dashboard.pages.overview import audit_counts, risk_slices
+from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.tables import AuditLog, RiskLevel
+
+ROWS: Final = 25
+LONG: Final = 30
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """An audit event as it is shown."""
+
+    number: int
+    at: Moment | None
+    risk: str
+    event_type: str
+    actor: str
+    subject: str
+    peer_address: str
+    brief: str
+    """Its details on one line, long values cut."""
+    details: list[tuple[str, str]]
+
+
+def build(visit: Visit) -> Mapping[str, Any]:
+    """Build the list of audit events, newest first."""
+    wanted = AuditFilter(
+        risk_level=visit.one_of("risk", RiskLevel),
+        event_type=visit.text("event"),
+        actor=visit.text("actor"),
+        subject=visit.text("subject"),
+    )
+    page = visit.do.audit.list(visit.rows(ROWS), wanted)
+    return {
+        "rows": [_row(row, visit) for row in page.rows],
+        "next_token": page.next_token,
+        "first": not visit.text("page"),
+        "wanted": wanted,
+        "risks": risk_slices(audit_counts(visit) or {}),
+    }
+
+
+def _row(row: AuditLog, visit: Visit) -> EventRow:
+    details = [(str(name), str(value)) for name, value in sorted(row.details.items())]
+    return EventRow(
+        number=row.id,
+        at=moment(row.created_at, visit.at),
+        risk=row.risk_level,
+        event_type=row.event_type,
+        actor=row.actor,
+        subject=row.subject,
+        peer_address=row.peer_address,
+        brief=", ".join(f"{name} {_cut(value)}" for name, value in details if value),
+        details=details,
+    )
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= LONG else f"{value[:8]}…"

@@ -1,0 +1,98 @@
+"""The first page: is it well, what trains, how far, how good so far, and what needs attention."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qflare_server.serving.dashboard import formatting
+from qflare_server.serving.dashboard.alerts import findings, of_audit, worst
+from qflare_server.serving.dashboard.charts import COMPACT, LOW, Chart, line_chart
+from qflare_server.serving.dashboard.page_context import Visit
+from qflare_server.serving.dashboard.pages.devices import Slice, slices
+from qflare_server.serving.dashboard.pages.training import (
+    Current,
+    SessionRow,
+    current,
+    latest,
+    series,
+    session_row,
+)
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.tables import DeviceState, RiskLevel, TrainingSessionState
+from qflare_server.use_cases.status import Report
+
+SHOWN: Final = 6
+CURVE_VERSIONS: Final = 60
+
+
+@dataclass(frozen=True)
+class Card:
+    """A training session under way."""
+
+    row: SessionRow
+    current: Current | None
+    accuracy: float | None
+    loss: float | None
+    chart: Chart | None
+
+
+def build(visit: Visit) -> Mapping[str, Any]:
+    """Build the first page."""
+    report, risks = visit.recent.report(), audit_counts(visit)
+    recent = visit.do.training.list(PageRequest(SHOWN)).rows
+    found = [*findings(report, draining=visit.draining), *of_audit(risks or {})]
+    return {
+        "findings": found,
+        "level": worst(found),
+        "problem_count": sum(item.level != "note" for item in found),
+        "cards": _cards(visit),
+        "running_count": report.session_counts.get(TrainingSessionState.RUNNING.value, 0),
+        "recent": [session_row(row, visit) for row in recent],
+        "report": report,
+        "devices": device_slices(report),
+        "device_count": sum(report.device_counts.values()),
+        "risks": None if risks is None else risk_slices(risks),
+    }
+
+
+def audit_counts(visit: Visit) -> Mapping[str, int] | None:
+    """Return the last day's audit events by risk, None to visitors who may not read the audit log."""
+    if not visit.may("ListAuditEntries"):
+        return None
+    return visit.recent.audit_counts()
+
+
+def device_slices(report: Report) -> Sequence[Slice]:
+    """Return the devices by state."""
+    return slices(report.device_counts, [item.value for item in DeviceState])
+
+
+def risk_slices(counts: Mapping[str, int]) -> Sequence[Slice]:
+    """Return audit events by risk, the worst first."""
+    return slices(counts, [item.value for item in reversed(RiskLevel)])
+
+
+def _cards(visit: Visit) -> list[Card]:
+    rows = visit.do.training.list(PageRequest(SHOWN), TrainingSessionState.RUNNING.value).rows
+    cards = []
+    for number, row in enumerate(rows):
+        progress = visit.do.training.progress(row.id)
+        metrics = visit.do.promotion.recent_metrics(row.id, CURVE_VERSIONS)
+        cards.append(
+            Card(
+                session_row(progress.session, visit),
+                current(progress, visit),
+                latest(metrics, "accuracy"),
+                latest(metrics, "loss"),
+                line_chart(
+                    f"card-{number}",
+                    "Accuracy by version",
+                    series(metrics, "accuracy"),
+                    x_label="Version",
+                    y_label="Accuracy",
+                    written=formatting.share,
+                    sizes={"low": LOW, "small": COMPACT},
+                ),
+            )
+        )
+    return cards

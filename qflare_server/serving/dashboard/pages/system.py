@@ -1,0 +1,42 @@
+"""The coordinator itself: its replicas, its database, what waits and what is stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qflare_server.serving.dashboard.alerts import findings, worst
+from qflare_server.serving.dashboard.formatting import Moment, moment
+from qflare_server.serving.dashboard.page_context import Visit
+
+
+@dataclass(frozen=True)
+class ReplicaRow:
+    """A coordinator process."""
+
+    replica_id: str
+    address: str
+    version: str
+    started: Moment | None
+    seen: Moment | None
+
+
+def build(visit: Visit) -> Mapping[str, Any]:
+    """Build the page."""
+    report = visit.recent.report()
+    found = findings(report, draining=visit.draining)
+    return {
+        "report": report,
+        "findings": found,
+        "level": worst(found),
+        "oldest_closed": moment(report.queues.oldest_closed_at, visit.at),
+        "replicas": [
+            ReplicaRow(
+                row.id,
+                row.address,
+                row.version,
+                moment(row.started_at, visit.at),
+                moment(row.seen_at, visit.at),
+            )
+            for row in report.replicas
+        ],
+    }

@@ -1,0 +1,341 @@
+"""Training sessions, their curves, their rounds, and who took part in one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qflare_server.serving.dashboard import formatting
+from qflare_server.serving.dashboard.charts import Chart, Part, Series, bar_chart, line_chart
+from qflare_server.serving.dashboard.formatting import Moment, moment
+from qflare_server.serving.dashboard.page_context import Visit, whole
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.views import VersionMetrics
+from qflare_server.storage.tables import (
+    ModelUpdate,
+    Round,
+    RoundState,
+    TrainingSession,
+    TrainingSessionState,
+)
+from qflare_server.training.config import of_session
+from qflare_server.use_cases.training_sessions.progress import Progress
+
+SHOWN_VERSIONS: Final = 300
+SHOWN_BARS: Final = 30
+ROWS: Final = 25
+
+
+@dataclass(frozen=True)
+class SessionRow:
+    """A training session in a list."""
+
+    session_id: str
+    name: str
+    model_type: str
+    state: str
+    state_reason: str
+    strategy: str
+    round_number: int
+    round_count: int
+    version: int
+    best_accuracy: float | None
+    best_version: int | None
+    released_version: int | None
+    epsilon_spent: float | None
+    created: Moment | None
+    started: Moment | None
+    ended: Moment | None
+    took_s: float | None
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A round in a list; `selected` is None where every active device may take part."""
+
+    number: int
+    state: str
+    state_reason: str
+    base_version: int
+    version: int | None
+    quorum: int
+    target: int
+    selected: int | None
+    accepted_count: int
+    rejected_count: int
+    example_count: int
+    collecting_s: float | None
+    publishing_s: float | None
+    opened: Moment | None
+    closed: Moment | None
+    published: Moment | None
+    deadline: Moment | None
+
+
+@dataclass(frozen=True)
+class UpdateRow:
+    """An update in a list."""
+
+    device_id: str
+    state: str
+    state_reason: str
+    example_count: int
+    accuracy: float | None
+    loss: float | None
+    training_s: float | None
+    size_bytes: int
+    after_s: float
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Current:
+    """The round under way."""
+
+    round: RoundRow
+    pending_count: int
+    missing_count: int
+    remaining_s: float | None
+
+
+def session_row(row: TrainingSession, visit: Visit) -> SessionRow:
+    """Return a training session as it is shown."""
+    config = of_session(row.id, row.config)
+    end = row.ended_at or visit.at
+    return SessionRow(
+        session_id=row.id,
+        name=row.name,
+        model_type=row.model_type,
+        state=row.state,
+        state_reason=row.state_reason,
+        strategy=config.strategy.name,
+        round_number=row.current_round,
+        round_count=config.total_rounds,
+        version=row.current_version,
+        best_accuracy=row.best_accuracy,
+        best_version=row.best_version,
+        released_version=row.released_version,
+        epsilon_spent=row.epsilon_spent,
+        created=moment(row.created_at, visit.at),
+        started=moment(row.started_at, visit.at),
+        ended=moment(row.ended_at, visit.at),
+        took_s=None if row.started_at is None else (end - row.started_at).total_seconds(),
+    )
+
+
+def round_row(row: Round, visit: Visit) -> RoundRow:
+    """Return a round as it is shown; a phase under way lasts until now."""
+    collecting, publishing = _phases(row, visit)
+    return RoundRow(
+        number=row.number,
+        state=row.state,
+        state_reason=row.state_reason,
+        base_version=row.base_version,
+        version=row.version,
+        quorum=row.quorum,
+        target=row.target,
+        selected=max(0, row.selected_count) if row.selected_count else None,
+        accepted_count=row.accepted_count,
+        rejected_count=row.rejected_count,
+        example_count=row.example_count,
+        collecting_s=collecting,
+        publishing_s=publishing,
+        opened=moment(row.opened_at, visit.at),
+        closed=moment(row.closed_at, visit.at),
+        published=moment(row.published_at, visit.at),
+        deadline=moment(row.deadline_at, visit.at),
+    )
+
+
+def _phases(row: Round, visit: Visit) -> tuple[float, float | None]:
+    """Return how long a round has collected updates, and how long its version took; seconds."""
+    collecting = ((row.closed_at or visit.at) - row.opened_at).total_seconds()
+    if row.closed_at is None or row.state in {RoundState.FAILED.value, RoundState.CANCELLED.value}:
+        return collecting, None
+    return collecting, ((row.published_at or visit.at) - row.closed_at).total_seconds()
+
+
+def current(progress: Progress, visit: Visit) -> Current | None:
+    """Return the round under way, None without one."""
+    row = progress.round
+    if row is None or row.state not in {RoundState.OPEN.value, RoundState.CLOSED.value}:
+        return None
+    return Current(
+        round_row(row, visit),
+        progress.pending_count,
+        progress.missing_count,
+        progress.remaining_s,
+    )
+
+
+def series(metrics: Sequence[VersionMetrics], name: str) -> list[Series]:
+    """Return a metric by version: as devices measured it on data they hold back, and as they trained."""
+    kinds = (
+        ("On held-back data", "measured", name),
+        ("While training", "trained", f"train_{name}"),
+    )
+    return [
+        Series(
+            label,
+            css,
+            [
+                (float(row.version), float(row.metrics[key]))
+                for row in metrics
+                if key in row.metrics
+            ],
+        )
+        for label, css, key in kinds
+    ]
+
+
+def latest(metrics: Sequence[VersionMetrics], name: str) -> float | None:
+    """Return the newest value of a metric, measured on held-back data where there is any such."""
+    for key in (name, f"train_{name}"):
+        for row in reversed(metrics):
+            if key in row.metrics:
+                return float(row.metrics[key])
+    return None
+
+
+def build_list(visit: Visit) -> Mapping[str, Any]:
+    """Build the list of training sessions."""
+    state = visit.one_of("state", TrainingSessionState)
+    page = visit.do.training.list(visit.rows(ROWS), state)
+    return {
+        "rows": [session_row(row, visit) for row in page.rows],
+        "next_token": page.next_token,
+        "first": not visit.text("page"),
+        "state": state,
+        "states": [item.value for item in TrainingSessionState],
+        "counts": visit.recent.report().session_counts,
+    }
+
+
+def build_session(visit: Visit) -> Mapping[str, Any]:
+    """Build the page of one training session."""
+    identity = visit.path["session_id"]
+    progress = visit.do.training.progress(identity)
+    metrics = visit.do.promotion.recent_metrics(identity, SHOWN_VERSIONS)
+    page = visit.do.training.list_rounds(identity, visit.rows(ROWS))
+    newest = visit.do.training.list_rounds(identity, PageRequest(SHOWN_BARS)).rows
+    return {
+        "row": session_row(progress.session, visit),
+        "current": current(progress, visit),
+        "accuracy": latest(metrics, "accuracy"),
+        "loss": latest(metrics, "loss"),
+        "charts": [chart for chart in _charts(metrics, newest, visit) if chart is not None],
+        "is_cut": bool(metrics) and metrics[0].version > 0,
+        "shown_versions": SHOWN_VERSIONS,
+        "rounds": [round_row(row, visit) for row in page.rows],
+        "next_token": page.next_token,
+        "first": not visit.text("page"),
+    }
+
+
+def _charts(
+    metrics: Sequence[VersionMetrics], rounds: Sequence[Round], visit: Visit
+) -> Iterator[Chart | None]:
+    yield line_chart(
+        "accuracy",
+        "Accuracy by version",
+        series(metrics, "accuracy"),
+        x_label="Version",
+        y_label="Accuracy (share of examples)",
+        written=formatting.share,
+    )
+    yield line_chart(
+        "loss",
+        "Loss by version",
+        series(metrics, "loss"),
+        x_label="Version",
+        y_label="Loss (mean of examples)",
+        written=formatting.measure,
+    )
+    yield _phase_chart(rounds, visit)
+    yield _turnout_chart(rounds)
+
+
+def _turnout_chart(rounds: Sequence[Round]) -> Chart | None:
+    """Return how many devices took part in the latest rounds, oldest first."""
+    bars = []
+    for row in reversed(rounds):
+        wanted = row.selected_count if row.selected_count > 0 else row.target
+        missing = max(0, wanted - row.accepted_count)
+        used = row.accepted_count - row.rejected_count
+        counts = {"Took part": used, "Rejected": row.rejected_count, "No update": missing}
+        bars.append(
+            (
+                row.number,
+                [Part(name, name.lower().replace(" ", "-"), n) for name, n in counts.items()],
+            )
+        )
+    used_counts = [parts[0].value for _, parts in bars]
+    summary = ""
+    if used_counts:
+        fewest, most = min(used_counts), max(used_counts)
+        summary = f"From {fewest:,.0f} to {most:,.0f} devices took part in each of the latest {len(bars)} rounds."
+    return bar_chart(
+        "turnout",
+        "Devices, by round",
+        summary,
+        bars,
+        x_label="Round",
+        y_label="Devices (count)",
+        written=lambda value: f"{value:,.0f}",
+    )
+
+
+def _phase_chart(rounds: Sequence[Round], visit: Visit) -> Chart | None:
+    """Return how long the latest rounds took, oldest first."""
+    bars = []
+    for row in reversed(rounds):
+        if row.state == RoundState.OPEN.value:
+            continue
+        collecting, publishing = _phases(row, visit)
+        parts = [Part("Collecting updates", "collecting", max(0.0, collecting))]
+        if publishing is not None:
+            parts.append(Part("Aggregating and publishing", "publishing", max(0.0, publishing)))
+        bars.append((row.number, parts))
+    totals = [sum(part.value for part in parts) for _, parts in bars]
+    summary = ""
+    if totals:
+        fastest, slowest = formatting.duration(min(totals)), formatting.duration(max(totals))
+        summary = f"The latest {len(totals)} rounds took from {fastest} to {slowest} each."
+    return bar_chart(
+        "phases",
+        "Time of each phase, by round",
+        summary,
+        bars,
+        x_label="Round",
+        y_label="Time (seconds)",
+        written=formatting.duration,
+    )
+
+
+def build_round(visit: Visit) -> Mapping[str, Any]:
+    """Build the page of one round: who took part."""
+    identity, number = visit.path["session_id"], whole(visit.path["number"], "round")
+    found = visit.do.training.participation(identity, number)
+    page = visit.do.training.list_updates(identity, number, visit.rows(50))
+    return {
+        "session": session_row(visit.do.training.get(identity), visit),
+        "round": round_row(found.round, visit),
+        "updates": [_update_row(row, found.round) for row in page.rows],
+        "absent": found.absent_ids,
+        "next_token": page.next_token,
+        "first": not visit.text("page"),
+    }
+
+
+def _update_row(row: ModelUpdate, owner: Round) -> UpdateRow:
+    return UpdateRow(
+        device_id=row.device_id,
+        state=row.state,
+        state_reason=row.state_reason,
+        example_count=row.example_count,
+        accuracy=row.accuracy,
+        loss=row.loss,
+        training_s=row.training_time_s,
+        size_bytes=row.size_bytes,
+        after_s=(row.accepted_at - owner.opened_at).total_seconds(),
+        score=row.validation_score,
+    )

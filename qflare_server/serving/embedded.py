@@ -1,0 +1,163 @@
+"""The coordinator inside another program: the parts that `registry` and `aggregator` share in this process.
+
+They are opened on first use from `QFLARE_*` (a database is made if it is an empty SQLite file, keys if there are
+none), or are those of a coordinator that runs in this process and hands them over with `configure`. Nothing is
+opened at import. A coordinator may serve on the same database at the same time, in this process or another.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from qflare_server.aggregation.aggregator import Aggregator
+from qflare_server.config import ServerConfig
+from qflare_server.context import Context
+from qflare_server.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+    QflareError,
+)
+from qflare_server.keys import ensure_initialised
+from qflare_server.serving.application import Parts
+from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.devices.administration import Devices
+from qflare_server.use_cases.in_process.devices import KnownDevices
+from qflare_server.use_cases.in_process.training import InProcess
+from qflare_server.use_cases.training_sessions.administration import Training
+from qflare_server.use_cases.versions.download import Deliveries
+
+CALLER: Final = Caller("system", "", "in-process")
+"""Who the audit log names for what an embedding program does."""
+
+
+class OpenParts(Protocol):
+    """The parts that embedding needs; `qflare_server.serving.application.Parts` has them."""
+
+    @property
+    def context(self) -> Context:
+        """Database, payload store, keys and clock."""
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """Runs the writes of large payloads."""
+
+
+class RoundPublisher(Aggregator):
+    """An aggregator of one training session, whoever has its lease: that only saves work done twice."""
+
+    def __init__(
+        self, context: Context, executor: ThreadPoolExecutor, training_session_id: str
+    ) -> None:
+        super().__init__(context, executor, "in-process")
+        self._only = training_session_id
+
+    def _leads(self, training_session_id: str) -> bool:
+        return training_session_id == self._only
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The use cases of an embedding program."""
+
+    context: Context
+    executor: ThreadPoolExecutor
+    devices: Devices
+    known_devices: KnownDevices
+    in_process: InProcess
+    deliveries: Deliveries
+
+    @classmethod
+    def over(cls, parts: OpenParts) -> "Embedded":
+        """Put the use cases together."""
+        context, executor = parts.context, parts.executor
+        return cls(
+            context,
+            executor,
+            Devices(context),
+            KnownDevices(context),
+            InProcess(context, executor, Training(context)),
+            Deliveries(context, executor),
+        )
+
+    def publish(self, training_session_id: str) -> None:
+        """Run passes over one training session while there is something to do."""
+        publisher = RoundPublisher(self.context, self.executor, training_session_id)
+        while publisher.run_once():
+            pass
+
+
+class _Process:
+    """What is open in this process; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._embedded: Embedded | None = None
+        self._own: Parts | None = None
+
+    def current(self) -> Embedded:
+        with self._lock:
+            if self._embedded is None:
+                config = ServerConfig.from_env(os.environ)
+                ensure_initialised(config)
+                self._own = Parts.open(config)
+                self._embedded = Embedded.over(self._own)
+            return self._embedded
+
+    def configure(self, parts: OpenParts | None) -> None:
+        with self._lock:
+            own, self._own = self._own, None
+            self._embedded = None if parts is None else Embedded.over(parts)
+        if own is not None:
+            own.close()
+
+
+_PROCESS: Final = _Process()
+
+
+def current() -> Embedded:
+    """Return the use cases of this process, opening them on first use.
+
+    Raises:
+        ConfigError: The environment's settings are at fault.
+        SchemaError: The database's schema is not this program's.
+        KeyStoreError: The keys cannot be read or made.
+    """
+    return _PROCESS.current()
+
+
+def configure(parts: OpenParts) -> None:
+    """Share the parts of a coordinator that runs in this process; it stays the one to close them."""
+    _PROCESS.configure(parts)
+
+
+def close() -> None:
+    """Close what was opened on first use and let go of shared parts; the next call opens again."""
+    _PROCESS.configure(None)
+
+
+REFUSALS: Final = (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+
+
+@contextmanager
+def refused(logger: logging.Logger, what: str) -> Iterator[list[QflareError]]:
+    """Collect a refusal and log it as a WARNING; faults go through."""
+    refusals: list[QflareError] = []
+    try:
+        yield refusals
+    except REFUSALS as error:
+        logger.warning("%s refused: %s: %s", what, error.reason, error)
+        refusals.append(error)

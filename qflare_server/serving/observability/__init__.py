@@ -1,0 +1,145 @@
+"""Metrics and traces of one process, put together from its settings; both are extras.
+
+Without `metrics_listen` and `traces_endpoint` neither library is imported and `telemetry` does nothing.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from qflare_server.config import WORKER_VARIABLE, ConfigError, ServerConfig
+from qflare_server.context import Context, Telemetry
+
+if TYPE_CHECKING:
+    from qflare_server.serving.observability.metrics import Metrics
+    from qflare_server.serving.observability.tracing import Tracing
+
+
+class Observability:
+    """What of one process can be watched from outside.
+
+    Args:
+        config: `metrics_listen` and `traces_endpoint`.
+        further: Hears of everything as well.
+
+    Raises:
+        ConfigError: A setting needs an extra that is not installed.
+    """
+
+    def __init__(self, config: ServerConfig, further: Telemetry | None = None) -> None:
+        self._config = config
+        self._metrics = _metrics() if config.metrics_listen else None
+        self._tracing = _tracing(config.traces_endpoint) if config.traces_endpoint else None
+        parts = [part for part in (self._metrics, self._tracing, further) if part is not None]
+        self.telemetry = parts[0] if len(parts) == 1 else Several(parts) if parts else Telemetry()
+
+    @property
+    def metrics_port(self) -> int:
+        """Port of the metrics server, 0 without one."""
+        return 0 if self._metrics is None else self._metrics.port
+
+    def start(self, context: Context) -> None:
+        """Serve metrics, those of the database among them.
+
+        Raises:
+            ConfigError: The address cannot be bound.
+        """
+        if self._metrics is None:
+            return
+        host, _, port = self._config.metrics_listen.rpartition(":")
+        worker = int(os.environ.get(WORKER_VARIABLE, "0"))
+        number = int(port) + worker if int(port) else 0
+        try:
+            self._metrics.serve(host.strip("[]"), number, context)
+        except OSError as error:
+            listen = self._config.metrics_listen
+            raise ConfigError(f"QFLARE_METRICS_LISTEN: cannot bind {listen}: {error}") from error
+
+    def close(self) -> None:
+        """End the metrics server and send the spans that are left."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tracing is not None:
+            self._tracing.close()
+
+
+def _metrics() -> "Metrics":
+    try:
+        from qflare_server.serving.observability.metrics import Metrics  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        raise ConfigError("QFLARE_METRICS_LISTEN: pip install 'qflare[metrics]'") from error
+    return Metrics()
+
+
+def _tracing(endpoint: str) -> "Tracing":
+    try:
+        from qflare_server.serving.observability.tracing import Tracing, otlp_exporter  # noqa: PLC0415  # an extra
+
+        return Tracing(otlp_exporter(endpoint))
+    except ImportError as error:
+        raise ConfigError("QFLARE_TRACES_ENDPOINT: pip install 'qflare[otel]'") from error
+
+
+class Several(Telemetry):
+    """Tells each of several."""
+
+    def __init__(self, hearers: Sequence[Telemetry]) -> None:
+        self._hearers = tuple(hearers)
+
+    def call_started(self, method: str, kind: str) -> None:
+        """Tell each."""
+        for hearer in self._hearers:
+            hearer.call_started(method, kind)
+
+    def message_received(self, method: str, kind: str) -> None:
+        """Tell each."""
+        for hearer in self._hearers:
+            hearer.message_received(method, kind)
+
+    def message_sent(self, method: str, kind: str) -> None:
+        """Tell each."""
+        for hearer in self._hearers:
+            hearer.message_sent(method, kind)
+
+    def call_handled(
+        self, method: str, kind: str, code: str, duration_s: float, reason: str
+    ) -> None:
+        """Tell each."""
+        for hearer in self._hearers:
+            hearer.call_handled(method, kind, code, duration_s, reason)
+
+    def bytes_received(self, count: int) -> None:
+        """Tell each."""
+        for hearer in self._hearers:
+            hearer.bytes_received(count)
+
+    def bytes_sent(self, count: int) -> None:
+        """Tell each."""
+        for hearer in self._hearers:
+            hearer.bytes_sent(count)
+
+    def updates_folded(self, count: int, size_bytes: int, duration_s: float) -> None:
+        """Tell each."""
+        for hearer in self._hearers:
+            hearer.updates_folded(count, size_bytes, duration_s)
+
+    def round_published(
+        self, aggregated_count: int, rejected_count: int, collected_s: float, published_s: float
+    ) -> None:
+        """Tell each."""
+        for hearer in self._hearers:
+            hearer.round_published(aggregated_count, rejected_count, collected_s, published_s)
+
+    def span(
+        self, name: str, *, links: Sequence[str] = (), **attributes: Any
+    ) -> AbstractContextManager[None]:
+        """Open a block of each."""
+        return self._spans(name, links, attributes)
+
+    @contextmanager
+    def _spans(self, name: str, links: Sequence[str], attributes: dict[str, Any]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for hearer in self._hearers:
+                stack.enter_context(hearer.span(name, links=links, **attributes))
+            yield

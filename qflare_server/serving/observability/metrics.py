@@ -1,0 +1,192 @@
+"""Prometheus metrics of one process: its calls, its payload bytes, its rounds, its database.
+
+Calls have the names that gRPC servers are known by (grpc_server_started_total and its kin), so that dashboards made
+for others fit. Labels come from the contract and from this program only, never from a caller. What stands in the
+database is read when somebody scrapes; every replica reports the same then, so dashboards take the maximum.
+"""
+
+import threading
+import time
+from typing import Any, Final
+
+from prometheus_client import (
+    GC_COLLECTOR,
+    PLATFORM_COLLECTOR,
+    PROCESS_COLLECTOR,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    start_http_server,
+)
+from sqlalchemy import Engine, event
+
+from qflare_server.context import Context, Telemetry
+from qflare_server.serving.observability.database_metrics import DatabaseCollector
+
+CALL_LABELS: Final = ("grpc_type", "grpc_service", "grpc_method")
+CALL_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+QUERY_BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1, 5)
+ROUND_BUCKETS: Final = (0.1, 0.5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 14400, 86400)
+PUBLISH_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+SUBMIT: Final = "/qflare.v1.CoordinatorService/SubmitUpdate"
+
+
+class Metrics(Telemetry):
+    """Counts what happens, and serves the counts over HTTP."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
+            self.registry.register(collector)
+        self._define_calls()
+        self._define_work()
+        self._server: Any = None
+        self._thread: threading.Thread | None = None
+
+    def _define_calls(self) -> None:
+        make = {"labelnames": CALL_LABELS, "registry": self.registry}
+        self._started = Counter("grpc_server_started", "Calls that came in", **make)  # type: ignore[arg-type]
+        self._received = Counter("grpc_server_msg_received", "Messages received", **make)  # type: ignore[arg-type]
+        self._sent = Counter("grpc_server_msg_sent", "Messages sent", **make)  # type: ignore[arg-type]
+        self._handling = Histogram(
+            "grpc_server_handling_seconds",
+            "Time from a call to its answer",
+            labelnames=CALL_LABELS,
+            buckets=CALL_BUCKETS,
+            registry=self.registry,
+        )
+        self._handled = Counter(
+            "grpc_server_handled",
+            "Calls that were answered, by status code",
+            labelnames=(*CALL_LABELS, "grpc_code"),
+            registry=self.registry,
+        )
+
+    def _define_work(self) -> None:
+        registry = self.registry
+        self._updates = Counter(
+            "qflare_updates",
+            "Updates by outcome: accepted, aggregated, rejected, or the reason of a refusal",
+            labelnames=("outcome",),
+            registry=registry,
+        )
+        self._payload = Counter(
+            "qflare_payload_bytes",
+            "Payload bytes of accepted updates and of versions that were sent",
+            labelnames=("direction",),
+            registry=registry,
+        )
+        self._folded = Counter("qflare_folded_updates", "Updates folded", registry=registry)
+        self._folded_bytes = Counter("qflare_folded_bytes", "Bytes folded", registry=registry)
+        self._fold_time = Counter("qflare_fold_seconds", "Time spent folding", registry=registry)
+        self._versions = Counter("qflare_versions", "Versions made by rounds", registry=registry)
+        self._collecting = Histogram(
+            "qflare_round_collecting_seconds",
+            "Time from the opening of a round to its closing",
+            buckets=ROUND_BUCKETS,
+            registry=registry,
+        )
+        self._publishing = Histogram(
+            "qflare_round_publishing_seconds",
+            "Time from the closing of a round to its version",
+            buckets=PUBLISH_BUCKETS,
+            registry=registry,
+        )
+        self._query = Histogram(
+            "qflare_database_query_seconds",
+            "Time of one statement",
+            buckets=QUERY_BUCKETS,
+            registry=registry,
+        )
+
+    @property
+    def port(self) -> int:
+        """Port of the HTTP server, 0 before it serves."""
+        return 0 if self._server is None else int(self._server.server_port)
+
+    def serve(self, host: str, port: int, context: Context) -> None:
+        """Serve over HTTP, and measure the database from here on.
+
+        Raises:
+            OSError: The address cannot be bound.
+        """
+        self._server, self._thread = start_http_server(port, host, self.registry)
+        self.registry.register(DatabaseCollector(context))
+        self._measure_queries(context.database.engine)
+
+    def close(self) -> None:
+        """End the HTTP server."""
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+
+    def _measure_queries(self, engine: Engine) -> None:
+        def before(_connection: Any, _cursor: Any, *rest: Any) -> None:
+            context = rest[2]
+            if context is not None:
+                context.qflare_started = time.perf_counter()
+
+        def after(_connection: Any, _cursor: Any, *rest: Any) -> None:
+            started = getattr(rest[2], "qflare_started", None)
+            if started is not None:
+                self._query.observe(time.perf_counter() - started)
+
+        event.listen(engine, "before_cursor_execute", before)
+        event.listen(engine, "after_cursor_execute", after)
+
+    def call_started(self, method: str, kind: str) -> None:
+        """Count a call."""
+        self._started.labels(*_labels(method, kind)).inc()
+
+    def message_received(self, method: str, kind: str) -> None:
+        """Count a message."""
+        self._received.labels(*_labels(method, kind)).inc()
+
+    def message_sent(self, method: str, kind: str) -> None:
+        """Count a message."""
+        self._sent.labels(*_labels(method, kind)).inc()
+
+    def call_handled(
+        self, method: str, kind: str, code: str, duration_s: float, reason: str
+    ) -> None:
+        """Count an answer, and what became of an update that was submitted."""
+        labels = _labels(method, kind)
+        self._handled.labels(*labels, _camel(code)).inc()
+        self._handling.labels(*labels).observe(duration_s)
+        if method == SUBMIT:
+            self._updates.labels(reason.lower() or "accepted").inc()
+
+    def bytes_received(self, count: int) -> None:
+        """Count payload bytes."""
+        self._payload.labels("received").inc(count)
+
+    def bytes_sent(self, count: int) -> None:
+        """Count payload bytes."""
+        self._payload.labels("sent").inc(count)
+
+    def updates_folded(self, count: int, size_bytes: int, duration_s: float) -> None:
+        """Count folded updates, their bytes and the time that it took."""
+        self._folded.inc(count)
+        self._folded_bytes.inc(size_bytes)
+        self._fold_time.inc(duration_s)
+
+    def round_published(
+        self, aggregated_count: int, rejected_count: int, collected_s: float, published_s: float
+    ) -> None:
+        """Count a version, what became of its round's updates, and how long it took."""
+        self._versions.inc()
+        self._updates.labels("aggregated").inc(aggregated_count)
+        self._updates.labels("rejected").inc(rejected_count)
+        self._collecting.observe(collected_s)
+        self._publishing.observe(published_s)
+
+
+def _labels(method: str, kind: str) -> tuple[str, str, str]:
+    service, _, name = method.strip("/").rpartition("/")
+    return kind, service, name
+
+
+def _camel(code: str) -> str:
+    """Return a status code as the well-known metrics write it: NOT_FOUND is NotFound, OK stays."""
+    return code if code == "OK" else code.replace("_", " ").title().replace(" ", "")

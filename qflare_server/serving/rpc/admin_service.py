@@ -1,0 +1,385 @@
+"""AdminService."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from grpc import ServicerContext
+
+import qflare
+from qflare.v1 import admin_service_pb2 as pb
+from qflare.v1 import admin_service_pb2_grpc, device_pb2, training_pb2
+from qflare_server.serving.rpc.call import current_call
+from qflare_server.serving.rpc.encoding import audit, devices, status, training, values, versions
+from qflare_server.serving.rpc.streams import chunks_of, split_header
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.repository.devices import DeviceFilter
+from qflare_server.use_cases import UseCases
+from qflare_server.use_cases.audit.evidence import audit_evidence
+
+
+def _page(request: Any) -> PageRequest:
+    return PageRequest(request.page_size, request.page_token)
+
+
+class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
+    """Decodes, calls one use case, encodes.
+
+    Args:
+        use_cases: What does the work.
+    """
+
+    def __init__(self, use_cases: UseCases) -> None:
+        self._do = use_cases
+
+    def CreateTrainingSession(
+        self, request: pb.CreateTrainingSessionRequest, context: ServicerContext
+    ) -> pb.CreateTrainingSessionResponse:
+        """Create a training session."""
+        created = self._do.training.create(
+            current_call().caller,
+            name=request.name,
+            model_type=request.model_type,
+            architecture=dict(request.architecture),
+            config=request.config,
+            request_id=request.request_id,
+        )
+        return pb.CreateTrainingSessionResponse(training_session=training.training_session(created))
+
+    def UploadInitialModel(
+        self,
+        request_iterator: Iterator[pb.UploadInitialModelRequest],
+        context: ServicerContext,
+    ) -> pb.UploadInitialModelResponse:
+        """Upload the initial model."""
+        header, first = split_header(request_iterator)
+        model = self._do.initial_models.upload(
+            current_call().caller, header, chunks_of(first, request_iterator)
+        )
+        return pb.UploadInitialModelResponse(
+            global_model=versions.global_model(model, with_manifest=True)
+        )
+
+    def StartTrainingSession(
+        self, request: pb.StartTrainingSessionRequest, context: ServicerContext
+    ) -> pb.StartTrainingSessionResponse:
+        """Start the first round."""
+        row = self._do.training.start(current_call().caller, request.training_session_id)
+        return pb.StartTrainingSessionResponse(training_session=training.training_session(row))
+
+    def PauseTrainingSession(
+        self, request: pb.PauseTrainingSessionRequest, context: ServicerContext
+    ) -> pb.PauseTrainingSessionResponse:
+        """Take no updates until it is resumed."""
+        row = self._do.training.pause(current_call().caller, request.training_session_id)
+        return pb.PauseTrainingSessionResponse(training_session=training.training_session(row))
+
+    def ResumeTrainingSession(
+        self, request: pb.ResumeTrainingSessionRequest, context: ServicerContext
+    ) -> pb.ResumeTrainingSessionResponse:
+        """Go on after a pause."""
+        row = self._do.training.resume(current_call().caller, request.training_session_id)
+        return pb.ResumeTrainingSessionResponse(training_session=training.training_session(row))
+
+    def CancelTrainingSession(
+        self, request: pb.CancelTrainingSessionRequest, context: ServicerContext
+    ) -> pb.CancelTrainingSessionResponse:
+        """End it."""
+        row = self._do.training.cancel(
+            current_call().caller, request.training_session_id, request.reason
+        )
+        return pb.CancelTrainingSessionResponse(training_session=training.training_session(row))
+
+    def GetTrainingSession(
+        self, request: pb.GetTrainingSessionRequest, context: ServicerContext
+    ) -> pb.GetTrainingSessionResponse:
+        """Get a training session with its current round."""
+        progress = self._do.training.progress(request.training_session_id)
+        return pb.GetTrainingSessionResponse(
+            training_session=training.training_session(progress.session),
+            round=training.training_round(progress.round),
+        )
+
+    def ListTrainingSessions(
+        self, request: pb.ListTrainingSessionsRequest, context: ServicerContext
+    ) -> pb.ListTrainingSessionsResponse:
+        """List training sessions."""
+        state = values.state_name(
+            "TRAINING_SESSION_STATE_", request.state, training_pb2.TrainingSessionState
+        )
+        page = self._do.training.list(_page(request), state)
+        return pb.ListTrainingSessionsResponse(
+            training_sessions=[training.training_session(row) for row in page.rows],
+            next_page_token=page.next_token,
+        )
+
+    def ListRounds(
+        self, request: pb.ListRoundsRequest, context: ServicerContext
+    ) -> pb.ListRoundsResponse:
+        """List the rounds of a training session."""
+        page = self._do.training.list_rounds(request.training_session_id, _page(request))
+        return pb.ListRoundsResponse(
+            rounds=filter(None, map(training.training_round, page.rows)),
+            next_page_token=page.next_token,
+        )
+
+    def ListGlobalModels(
+        self, request: pb.ListGlobalModelsRequest, context: ServicerContext
+    ) -> pb.ListGlobalModelsResponse:
+        """List the versions of a training session."""
+        page = self._do.training.list_models(request.training_session_id, _page(request))
+        return pb.ListGlobalModelsResponse(
+            global_models=[versions.global_model(row) for row in page.rows],
+            next_page_token=page.next_token,
+        )
+
+    def DownloadGlobalModel(
+        self, request: pb.DownloadGlobalModelRequest, context: ServicerContext
+    ) -> Iterator[pb.DownloadGlobalModelResponse]:
+        """Download a version."""
+        version = request.version if request.HasField("version") else None
+        delivery = self._do.deliveries.find(request.training_session_id, version)
+        chunks = self._do.deliveries.opened(current_call().caller, delivery, request.first_chunk)
+        first = pb.DownloadGlobalModelResponse(header=versions.opened_model_header(delivery))
+        yield from values.in_messages(pb.DownloadGlobalModelResponse, first, chunks)
+
+    def ListUpdates(
+        self, request: pb.ListUpdatesRequest, context: ServicerContext
+    ) -> pb.ListUpdatesResponse:
+        """List the updates of a round."""
+        page = self._do.training.list_updates(
+            request.training_session_id, request.round_number, _page(request)
+        )
+        return pb.ListUpdatesResponse(
+            updates=[versions.model_update(row) for row in page.rows],
+            next_page_token=page.next_token,
+        )
+
+    def GetAggregationStatus(
+        self, request: pb.GetAggregationStatusRequest, context: ServicerContext
+    ) -> pb.GetAggregationStatusResponse:
+        """Get how far the aggregation is."""
+        progress = self._do.training.progress(request.training_session_id)
+        return pb.GetAggregationStatusResponse(
+            round=training.training_round(progress.round),
+            pending_update_count=progress.pending_count,
+            missing_update_count=progress.missing_count,
+            current_version=progress.session.current_version,
+            last_publish_time=values.timestamp(
+                None if progress.latest is None else progress.latest.created_at
+            ),
+            remaining_duration=values.duration(progress.remaining_s),
+        )
+
+    def GetDevice(
+        self, request: pb.GetDeviceRequest, context: ServicerContext
+    ) -> pb.GetDeviceResponse:
+        """Get a device."""
+        return pb.GetDeviceResponse(device=devices.device(self._do.devices.get(request.device_id)))
+
+    def ListDevices(
+        self, request: pb.ListDevicesRequest, context: ServicerContext
+    ) -> pb.ListDevicesResponse:
+        """List devices."""
+        wanted = DeviceFilter(
+            state=values.state_name("DEVICE_STATE_", request.state, device_pb2.DeviceState),
+            device_type=request.device_type,
+            seen_after=values.moment(request, "seen_after_time"),
+            capabilities=devices.conditions(request.capabilities),
+        )
+        page = self._do.devices.list(_page(request), wanted)
+        return pb.ListDevicesResponse(
+            devices=[devices.device(row) for row in page.rows], next_page_token=page.next_token
+        )
+
+    def SuspendDevice(
+        self, request: pb.SuspendDeviceRequest, context: ServicerContext
+    ) -> pb.SuspendDeviceResponse:
+        """Forbid a device to call until it is reinstated."""
+        row = self._do.devices.suspend(current_call().caller, request.device_id, request.reason)
+        return pb.SuspendDeviceResponse(device=devices.device(row))
+
+    def ReinstateDevice(
+        self, request: pb.ReinstateDeviceRequest, context: ServicerContext
+    ) -> pb.ReinstateDeviceResponse:
+        """Lift a suspension or a quarantine."""
+        row = self._do.devices.reinstate(current_call().caller, request.device_id, request.reason)
+        return pb.ReinstateDeviceResponse(device=devices.device(row))
+
+    def RevokeDevice(
+        self, request: pb.RevokeDeviceRequest, context: ServicerContext
+    ) -> pb.RevokeDeviceResponse:
+        """Forbid a device to call for ever."""
+        row = self._do.devices.revoke(current_call().caller, request.device_id, request.reason)
+        return pb.RevokeDeviceResponse(device=devices.device(row))
+
+    def IssueEnrollmentTokens(
+        self, request: pb.IssueEnrollmentTokensRequest, context: ServicerContext
+    ) -> pb.IssueEnrollmentTokensResponse:
+        """Issue enrollment tokens."""
+        issued = self._do.tokens.issue_enrollment(
+            current_call().caller,
+            count=request.token_count or 1,
+            label=request.label,
+            lifetime_s=values.seconds(request, "lifetime"),
+            device_id=request.device_id,
+            request_id=request.request_id,
+        )
+        return pb.IssueEnrollmentTokensResponse(
+            tokens=[devices.issued_token(item) for item in issued]
+        )
+
+    def ListTokens(
+        self, request: pb.ListTokensRequest, context: ServicerContext
+    ) -> pb.ListTokensResponse:
+        """List tokens."""
+        kind = values.state_name("TOKEN_KIND_", request.kind, pb.TokenKind)
+        page = self._do.tokens.list(_page(request), kind)
+        return pb.ListTokensResponse(
+            tokens=[devices.token(row) for row in page.rows], next_page_token=page.next_token
+        )
+
+    def RevokeToken(
+        self, request: pb.RevokeTokenRequest, context: ServicerContext
+    ) -> pb.RevokeTokenResponse:
+        """Revoke a token."""
+        row = self._do.tokens.revoke(current_call().caller, request.token_id, request.reason)
+        return pb.RevokeTokenResponse(token=devices.token(row))
+
+    def ListAuditEntries(
+        self, request: pb.ListAuditEntriesRequest, context: ServicerContext
+    ) -> pb.ListAuditEntriesResponse:
+        """List audit entries."""
+        wanted = AuditFilter(
+            start=values.moment(request, "start_time"),
+            end=values.moment(request, "end_time"),
+            actor=request.actor,
+            subject=request.subject,
+            event_type=request.event_type,
+            risk_level=values.state_name("RISK_LEVEL_", request.risk_level, pb.RiskLevel),
+        )
+        page = self._do.audit.list(_page(request), wanted)
+        return pb.ListAuditEntriesResponse(
+            entries=[audit.audit_entry(row) for row in page.rows],
+            next_page_token=page.next_token,
+        )
+
+    def GetAuditProof(
+        self, request: pb.GetAuditProofRequest, context: ServicerContext
+    ) -> pb.GetAuditProofResponse:
+        """Prove that an audit entry is in the log."""
+        proof = self._do.audit.proof(
+            audit_id=None if request.HasField("leaf_index") else request.audit_id,
+            leaf_index=request.leaf_index if request.HasField("leaf_index") else None,
+            tree_size=request.tree_size if request.HasField("tree_size") else None,
+        )
+        return pb.GetAuditProofResponse(
+            entry=audit_evidence(proof), head=None if proof.head is None else proof.head.envelope
+        )
+
+    def ExportVerificationBundle(
+        self, request: pb.ExportVerificationBundleRequest, context: ServicerContext
+    ) -> Iterator[pb.ExportVerificationBundleResponse]:
+        """Export what an offline verifier needs for a version."""
+        version = request.version if request.HasField("version") else None
+        for part in self._do.evidence.bundle(request.training_session_id, version):
+            yield pb.ExportVerificationBundleResponse(bundle=part)
+
+    def WatchTrainingSession(
+        self, request: pb.WatchTrainingSessionRequest, context: ServicerContext
+    ) -> Iterator[pb.WatchTrainingSessionResponse]:
+        """Follow a training session."""
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        known = request.known_round_number if request.HasField("known_round_number") else None
+        happenings = self._do.watching.watch(
+            request.training_session_id,
+            gone,
+            known_round=known,
+            duration_s=values.seconds(request, "duration"),
+        )
+        for happening in happenings:
+            yield training.session_event(happening, self._do.overview.now())
+
+    def DescribeGlobalModel(
+        self, request: pb.DescribeGlobalModelRequest, context: ServicerContext
+    ) -> pb.DescribeGlobalModelResponse:
+        """Describe a version."""
+        version = request.version if request.HasField("version") else None
+        model = self._do.promotion.describe(request.training_session_id, version)
+        return pb.DescribeGlobalModelResponse(
+            global_model=versions.global_model(model, with_manifest=True),
+            statement=values.envelope(model.statement, model.signature),
+        )
+
+    def ListMetrics(
+        self, request: pb.ListMetricsRequest, context: ServicerContext
+    ) -> pb.ListMetricsResponse:
+        """List the metrics of versions."""
+        page = self._do.promotion.list_metrics(
+            request.training_session_id, PageRequest(request.page_size, request.page_token)
+        )
+        return pb.ListMetricsResponse(
+            metrics=[versions.version_metrics(row) for row in page.rows],
+            next_page_token=page.next_token,
+        )
+
+    def RollbackGlobalModel(
+        self, request: pb.RollbackGlobalModelRequest, context: ServicerContext
+    ) -> pb.RollbackGlobalModelResponse:
+        """Make an older version the base of the next round."""
+        made = self._do.promotion.roll_back(
+            current_call().caller, request.training_session_id, request.version, request.reason
+        )
+        return pb.RollbackGlobalModelResponse(
+            global_model=versions.global_model(made.model),
+            round=training.training_round(made.round),
+        )
+
+    def ReleaseGlobalModel(
+        self, request: pb.ReleaseGlobalModelRequest, context: ServicerContext
+    ) -> pb.ReleaseGlobalModelResponse:
+        """Release a version."""
+        model = self._do.promotion.release(
+            current_call().caller, request.training_session_id, request.version, request.reason
+        )
+        return pb.ReleaseGlobalModelResponse(global_model=versions.global_model(model))
+
+    def IssueAdminToken(
+        self, request: pb.IssueAdminTokenRequest, context: ServicerContext
+    ) -> pb.IssueAdminTokenResponse:
+        """Issue an admin token."""
+        issued = self._do.tokens.issue_admin(
+            current_call().caller,
+            request.name,
+            list(request.roles),
+            values.seconds(request, "lifetime"),
+            request.request_id,
+        )
+        return pb.IssueAdminTokenResponse(token=devices.issued_token(issued))
+
+    def ExportAuditEntries(
+        self, request: pb.ExportAuditEntriesRequest, context: ServicerContext
+    ) -> Iterator[pb.ExportAuditEntriesResponse]:
+        """Export audit entries."""
+        wanted = AuditFilter(
+            start=values.moment(request, "start_time"),
+            end=values.moment(request, "end_time"),
+            actor=request.actor,
+            subject=request.subject,
+            event_type=request.event_type,
+            risk_level=values.state_name("RISK_LEVEL_", request.risk_level, pb.RiskLevel),
+        )
+        for batch in self._do.audit_export.batches(wanted, request.after_audit_id):
+            yield pb.ExportAuditEntriesResponse(entries=[audit.audit_entry(row) for row in batch])
+
+    def GetCoordinatorStatus(
+        self, request: pb.GetCoordinatorStatusRequest, context: ServicerContext
+    ) -> pb.GetCoordinatorStatusResponse:
+        """Get how the coordinator is."""
+        report = self._do.overview.report()
+        response = status.coordinator_status(report)
+        response.version = qflare.__version__
+        response.watcher_count = self._do.watching.watcher_count
+        return response

@@ -1,0 +1,229 @@
+"""CoordinatorService: work, models and updates. The device's way in is in `coordinator_auth`."""
+
+from collections.abc import Iterator
+
+from grpc import ServicerContext
+
+from qflare.v1 import coordinator_service_pb2 as pb
+from qflare.v1 import coordinator_service_pb2_grpc, security_pb2
+from qflare_server.serving.rpc.call import current_call
+from qflare_server.serving.rpc.encoding import devices, values, versions
+from qflare_server.serving.rpc.streams import chunks_of, rest_of, split_header
+from qflare_server.use_cases import UseCases
+from qflare_server.use_cases.devices.enrollment import profile_of
+from qflare_server.use_cases.training_sessions.tasks import NextTask
+from qflare_server.use_cases.updates.submission import Contributor
+
+
+def _contributor() -> Contributor:
+    call = current_call()
+    who = call.principal
+    return Contributor(call.device_id, who.key_id, who.key_algorithm, who.public_key)
+
+
+def _task_response(task: NextTask) -> pb.GetTaskResponse:
+    delay = values.duration(task.poll_delay_s)
+    if task.measurement is not None:
+        return pb.GetTaskResponse(
+            kind=pb.TASK_KIND_EVALUATE,
+            poll_delay=delay,
+            training_session_id=task.measurement.training_session_id,
+            base_version=task.measurement.version,
+            base_digest=task.measurement.digest,
+            transfer=task.measurement.transfer,
+        )
+    if task.round is None or task.config is None:
+        kind = pb.TASK_KIND_DONE if task.done else pb.TASK_KIND_WAIT
+        return pb.GetTaskResponse(kind=kind, poll_delay=delay)
+    return pb.GetTaskResponse(
+        kind=pb.TASK_KIND_TRAIN,
+        poll_delay=delay,
+        training_session_id=task.round.training_session_id,
+        round_number=task.round.number,
+        base_version=task.round.base_version,
+        base_digest=task.base_digest,
+        deadline_time=values.timestamp(task.round.deadline_at),
+        device_training=task.config.device_training,
+        transfer=task.config.transfer,
+        task=security_pb2.SignedEnvelope.FromString(task.round.task or b""),
+    )
+
+
+class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceServicer):
+    """Decodes, calls one use case, encodes.
+
+    Args:
+        use_cases: What does the work.
+    """
+
+    def __init__(self, use_cases: UseCases) -> None:
+        self._do = use_cases
+
+    def GetTask(self, request: pb.GetTaskRequest, context: ServicerContext) -> pb.GetTaskResponse:
+        """Ask what to do."""
+        task = self._do.tasks.next_task(
+            current_call().device_id,
+            request.training_session_id,
+            trains_only=request.trains_only,
+        )
+        return _task_response(task)
+
+    def GetGlobalModel(
+        self, request: pb.GetGlobalModelRequest, context: ServicerContext
+    ) -> Iterator[pb.GetGlobalModelResponse]:
+        """Download a version."""
+        delivery = self._do.deliveries.find(
+            request.training_session_id,
+            request.version if request.HasField("version") else None,
+            released=request.released,
+            known_version=request.known_version if request.HasField("known_version") else None,
+            encoding=request.encoding,
+        )
+        sealed = self._do.deliveries.wrapped_for(delivery, current_call().principal.device_id)
+        chunks = self._do.deliveries.chunks(delivery, request.first_chunk)
+        first = pb.GetGlobalModelResponse(header=versions.model_header(delivery, sealed))
+        yield from values.in_messages(pb.GetGlobalModelResponse, first, chunks)
+
+    def SubmitUpdate(
+        self, request_iterator: Iterator[pb.SubmitUpdateRequest], context: ServicerContext
+    ) -> pb.SubmitUpdateResponse:
+        """Upload an update."""
+        with self._do.uploads.announced() as checked:
+            header, first = split_header(request_iterator)
+            rest, is_whole = rest_of(first, request_iterator)
+            if not is_whole:
+                checked()
+            chunks = chunks_of(first, rest)
+            accepted = self._do.uploads.submit(
+                current_call().caller, _contributor(), header, chunks, checked=checked
+            )
+        return versions.receipt(accepted)
+
+    def GetUpload(
+        self, request: pb.GetUploadRequest, context: ServicerContext
+    ) -> pb.GetUploadResponse:
+        """Ask where to go on with an upload."""
+        next_chunk, known = self._do.uploads.find(_contributor(), request.update_id)
+        return pb.GetUploadResponse(
+            next_chunk=next_chunk, receipt=None if known is None else versions.receipt(known)
+        )
+
+    def ReportEvaluation(
+        self, request: pb.ReportEvaluationRequest, context: ServicerContext
+    ) -> pb.ReportEvaluationResponse:
+        """Report an evaluation."""
+        call = current_call()
+        self._do.tasks.report_evaluation(
+            call.caller,
+            call.device_id,
+            request.training_session_id,
+            request.version,
+            request.example_count,
+            dict(request.metrics),
+        )
+        return pb.ReportEvaluationResponse()
+
+    def Heartbeat(
+        self, request: pb.HeartbeatRequest, context: ServicerContext
+    ) -> pb.HeartbeatResponse:
+        """Say that the device is there."""
+        call = current_call()
+        profile = profile_of(request.profile) if request.HasField("profile") else None
+        beat = self._do.devices.heartbeat(call.caller, call.device_id, profile)
+        return pb.HeartbeatResponse(
+            server_time=values.timestamp(beat.server_time),
+            state=devices.device_state(beat.state),
+            keyset_version=self._do.enrollment.keyset_version,
+        )
+
+    def GetLineage(
+        self, request: pb.GetLineageRequest, context: ServicerContext
+    ) -> pb.GetLineageResponse:
+        """Get the signed statements of consecutive versions."""
+        statements = self._do.deliveries.lineage(
+            request.training_session_id,
+            request.first_version,
+            request.last_version if request.HasField("last_version") else None,
+        )
+        return pb.GetLineageResponse(statements=[values.envelope(*pair) for pair in statements])
+
+    def GetContributionProof(
+        self, request: pb.GetContributionProofRequest, context: ServicerContext
+    ) -> pb.GetContributionProofResponse:
+        """Get the proof that an update is in a version."""
+        proof = self._do.deliveries.contribution_proof(request.update_id)
+        return pb.GetContributionProofResponse(
+            version=proof.model.version,
+            statement=values.envelope(proof.model.statement, proof.model.signature),
+            proof=security_pb2.InclusionProof(
+                leaf_index=proof.leaf_index,
+                tree_size=proof.tree_size,
+                sibling_digests=[sibling.hex() for sibling in proof.siblings],
+            ),
+        )
+
+    def GetAuditHead(
+        self, request: pb.GetAuditHeadRequest, context: ServicerContext
+    ) -> pb.GetAuditHeadResponse:
+        """Get the latest signed head of the audit log."""
+        head, consistency = self._do.audit.head(request.known_size)
+        response = pb.GetAuditHeadResponse(head=head)
+        if consistency is not None:
+            response.consistency.CopyFrom(
+                security_pb2.ConsistencyProof(
+                    first_size=request.known_size,
+                    second_size=consistency.second_size,
+                    node_digests=[node.hex() for node in consistency.nodes],
+                )
+            )
+        return response
+
+    def GetKeyset(
+        self, request: pb.GetKeysetRequest, context: ServicerContext
+    ) -> pb.GetKeysetResponse:
+        """Get the root documents and the keyset."""
+        return pb.GetKeysetResponse(bundle=self._do.enrollment.keyset(request.known_root_version))
+
+    def BeginRegistration(
+        self, request: pb.BeginRegistrationRequest, context: ServicerContext
+    ) -> pb.BeginRegistrationResponse:
+        """Answer the first half of enrolment."""
+        challenge = self._do.enrollment.begin(current_call().caller, request.enrollment)
+        return pb.BeginRegistrationResponse(challenge=challenge)
+
+    def Register(
+        self, request: pb.RegisterRequest, context: ServicerContext
+    ) -> pb.RegisterResponse:
+        """Finish enrolment."""
+        enrolled = self._do.enrollment.register(current_call().caller, request.confirmation)
+        return pb.RegisterResponse(receipt=enrolled.receipt, device_id=enrolled.device_id)
+
+    def BeginAuthentication(
+        self, request: pb.BeginAuthenticationRequest, context: ServicerContext
+    ) -> pb.BeginAuthenticationResponse:
+        """Answer the first half of a login."""
+        call = current_call()
+        challenge = self._do.login.begin(call.caller, request.hello, call.tls_group)
+        return pb.BeginAuthenticationResponse(challenge=challenge)
+
+    def Authenticate(
+        self, request: pb.AuthenticateRequest, context: ServicerContext
+    ) -> pb.AuthenticateResponse:
+        """Finish a login."""
+        grant = self._do.login.authenticate(current_call().caller, request.proof)
+        return pb.AuthenticateResponse(grant=grant)
+
+    def RefreshToken(
+        self, request: pb.RefreshTokenRequest, context: ServicerContext
+    ) -> pb.RefreshTokenResponse:
+        """Exchange a refresh token."""
+        grant = self._do.login.refresh(current_call().caller, request.refresh)
+        return pb.RefreshTokenResponse(grant=grant)
+
+    def RotateKeys(
+        self, request: pb.RotateKeysRequest, context: ServicerContext
+    ) -> pb.RotateKeysResponse:
+        """Exchange the keys of the calling device."""
+        call = current_call()
+        count = self._do.enrollment.rotate(call.caller, call.principal, request.rotation)
+        return pb.RotateKeysResponse(key_rotation_count=count)

@@ -1,0 +1,1 @@
+"""Conversion between protobuf messages and values of the use cases."""

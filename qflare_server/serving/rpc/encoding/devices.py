@@ -1,0 +1,74 @@
+"""Devices and tokens as messages."""
+
+from collections.abc import Iterable
+
+from qflare.v1 import admin_service_pb2, device_pb2, training_pb2
+from qflare_server.serving.rpc.encoding.values import _numbers, _texts, state_name, timestamp
+from qflare_server.storage.tables import Device, UserToken
+from qflare_server.use_cases.access.tokens import Issued
+
+
+def device(row: Device) -> device_pb2.Device:
+    """Encode a device."""
+    message = device_pb2.Device(
+        device_id=row.id,
+        state=device_state(row.state),
+        state_reason=row.state_reason,
+        signature_key_id=row.signature_key_id or "",
+        kem_key_id=row.kem_key_id or "",
+        key_rotation_count=row.key_rotation_count,
+        register_time=timestamp(row.registered_at),
+        last_seen_time=timestamp(row.last_seen_at),
+    )
+    profile = (
+        message.profile
+    )  # filled in place: a message handed to a constructor is made and then copied
+    profile.device_type = row.device_type
+    profile.hardware_info.update(_texts(row.hardware_info))
+    profile.network_info.update(_texts(row.network_info))
+    profile.capabilities.update(_numbers(row.capabilities))
+    defaults = profile.training_defaults
+    defaults.local_epochs = row.local_epochs
+    defaults.batch_size = row.batch_size
+    defaults.learning_rate = row.learning_rate
+    return message
+
+
+def token(row: UserToken) -> admin_service_pb2.Token:
+    """Encode a token without its secret."""
+    return admin_service_pb2.Token(
+        token_id=row.id,
+        kind=admin_service_pb2.TokenKind.Value(f"TOKEN_KIND_{row.kind.upper()}"),
+        subject=row.subject,
+        roles=row.roles,
+        create_time=timestamp(row.created_at),
+        expire_time=timestamp(row.expires_at),
+        use_time=timestamp(row.used_at),
+        last_use_time=timestamp(row.last_used_at),
+        revoke_time=timestamp(row.revoked_at),
+        revoke_reason=row.revoked_reason,
+    )
+
+
+def issued_token(issued: Issued) -> admin_service_pb2.IssuedToken:
+    """Encode a new token with its secret."""
+    return admin_service_pb2.IssuedToken(token=token(issued.token), secret=issued.secret)
+
+
+def conditions(
+    filters: Iterable[training_pb2.CapabilityFilter],
+) -> tuple[tuple[str, str, float], ...]:
+    """Decode conditions on capabilities."""
+    return tuple(
+        (
+            item.capability,
+            state_name("COMPARISON_", item.comparison, training_pb2.Comparison) or "at_least",
+            item.value,
+        )
+        for item in filters
+    )
+
+
+def device_state(state: str) -> device_pb2.DeviceState.ValueType:
+    """Encode the state of a device."""
+    return device_pb2.DeviceState.Value(f"DEVICE_STATE_{state.upper()}")

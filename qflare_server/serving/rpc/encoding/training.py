@@ -1,0 +1,74 @@
+"""Training sessions, rounds and their events as messages."""
+
+from datetime import datetime
+
+from qflare.v1 import admin_service_pb2 as pb
+from qflare.v1 import training_pb2
+from qflare_server.serving.rpc.encoding import values, versions
+from qflare_server.serving.rpc.encoding.values import duration, timestamp
+from qflare_server.storage.tables import Round, TrainingSession
+from qflare_server.training.config import of_session
+from qflare_server.use_cases.training_sessions.watching import Happening
+
+
+def training_session(row: TrainingSession) -> training_pb2.TrainingSession:
+    """Encode a training session."""
+    return training_pb2.TrainingSession(
+        training_session_id=row.id,
+        name=row.name,
+        model_type=row.model_type,
+        state=training_pb2.TrainingSessionState.Value(
+            f"TRAINING_SESSION_STATE_{row.state.upper()}"
+        ),
+        state_reason=row.state_reason,
+        config=of_session(row.id, row.config),
+        current_round=row.current_round,
+        current_version=row.current_version,
+        best_accuracy=row.best_accuracy,
+        best_version=row.best_version,
+        released_version=row.released_version,
+        epsilon_spent=row.epsilon_spent,
+        create_time=timestamp(row.created_at),
+        start_time=timestamp(row.started_at),
+        end_time=timestamp(row.ended_at),
+    )
+
+
+def training_round(row: Round | None) -> training_pb2.Round | None:
+    """Encode a round, None for none."""
+    if row is None:
+        return None
+    took = None
+    if row.published_at is not None and row.closed_at is not None:
+        took = (row.published_at - row.closed_at).total_seconds()
+    return training_pb2.Round(
+        training_session_id=row.training_session_id,
+        round_number=row.number,
+        state=training_pb2.RoundState.Value(f"ROUND_STATE_{row.state.upper()}"),
+        state_reason=row.state_reason,
+        base_version=row.base_version,
+        version=row.version,
+        selected_count=max(0, row.selected_count),
+        accepted_count=row.accepted_count,
+        rejected_count=row.rejected_count,
+        example_count=row.example_count,
+        open_time=timestamp(row.opened_at),
+        deadline_time=timestamp(row.deadline_at),
+        close_time=timestamp(row.closed_at),
+        publish_time=timestamp(row.published_at),
+        publish_duration=duration(took),
+    )
+
+
+def session_event(happening: Happening, at: datetime) -> pb.WatchTrainingSessionResponse:
+    """Encode what has happened to a training session."""
+    session, model = happening.session, happening.model
+    return pb.WatchTrainingSessionResponse(
+        kind=pb.TrainingSessionEventKind.Value(
+            f"TRAINING_SESSION_EVENT_KIND_{happening.kind.upper()}"
+        ),
+        event_time=values.timestamp(at),
+        training_session=None if session is None else training_session(session),
+        round=training_round(happening.round),
+        global_model=None if model is None else versions.global_model(model),
+    )

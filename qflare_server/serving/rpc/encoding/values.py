@@ -1,0 +1,97 @@
+"""Scalars, times and streams: conversion shared by all messages."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from qflare.v1 import security_pb2
+
+Message = TypeVar("Message")
+
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+SECONDS_OF_DAY: Final = 86_400
+
+
+def timestamp(at: datetime | None) -> Timestamp | None:
+    """Return a time, None for none."""
+    if at is None:
+        return None
+    since = (
+        at - EPOCH
+    )  # Timestamp.FromDatetime takes three times as long, and lists are full of times
+    return Timestamp(
+        seconds=since.days * SECONDS_OF_DAY + since.seconds, nanos=since.microseconds * 1000
+    )
+
+
+def moment(message: Any, field: str) -> datetime | None:
+    """Return the time in a field, None if it is absent."""
+    if not message.HasField(field):
+        return None
+    found: datetime = getattr(message, field).ToDatetime(tzinfo=UTC)
+    return found
+
+
+def duration(seconds: float | None) -> Duration | None:
+    """Return a duration, None for none."""
+    if seconds is None:
+        return None
+    message = Duration()
+    message.FromNanoseconds(int(seconds * 1e9))
+    return message
+
+
+def seconds(message: Any, field: str) -> float | None:
+    """Return the seconds of a duration field, None if it is absent."""
+    if not message.HasField(field):
+        return None
+    return float(getattr(message, field).ToNanoseconds() / 1e9)
+
+
+def state_name(prefix: str, number: int, names: Any) -> str:
+    """Return the stored word of an enum value: FOO_STATE_OPEN becomes open, the unspecified one empty."""
+    word = names.Name(number).removeprefix(prefix).lower()
+    return "" if word == "unspecified" else str(word)
+
+
+def _texts(entries: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in entries.items()
+    }
+
+
+def _numbers(entries: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in entries.items() if isinstance(value, (int, float))}
+
+
+def envelope(payload: bytes, signature: bytes) -> security_pb2.SignedEnvelope:
+    """Decode a stored envelope; the payload beside it is what the envelope holds."""
+    message = security_pb2.SignedEnvelope.FromString(signature)
+    message.payload = payload
+    return message
+
+
+def in_messages(
+    make: Callable[[], Message], first: Message, chunks: Iterator[tuple[int, bytes]]
+) -> Iterator[Message]:
+    """Yield a stream's messages: the first chunk travels with the first message.
+
+    The fields are set in place: a chunk message handed to a constructor is copied once more.
+    """
+    message: Any = first
+    sent = False
+    for index, data in chunks:
+        message.chunk.index = index
+        message.chunk.data = data
+        yield message
+        message, sent = make(), True
+    if not sent:
+        yield message

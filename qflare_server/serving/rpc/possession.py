@@ -1,0 +1,93 @@
+"""Proofs of possession at the gRPC boundary: an interceptor for deployments behind a proxy that ends TLS.
+
+It stands inside `rpc.interceptor.Boundary`, which has admitted the caller and turns errors into statuses. A proof is
+over the first message as it came, so messages travel through it with their bytes; a stream's first message is awaited
+before its handler is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, Final, NamedTuple
+
+import grpc
+
+from qflare_server.serving.rpc.call import current_call
+from qflare_server.use_cases.access.login import Login
+
+_BEHAVIOURS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+
+
+class _Received(NamedTuple):
+    """A request message and the bytes that it was read from."""
+
+    data: bytes
+    message: Any
+
+
+class PossessionInterceptor(grpc.ServerInterceptor):
+    """Checks the proof of every call of a device.
+
+    Args:
+        login: Knows the sessions' binding keys.
+    """
+
+    def __init__(self, login: Login) -> None:
+        self._login = login
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wrap the handler of one of our methods."""
+        found = continuation(handler_call_details)
+        method = handler_call_details.method
+        if found is None or not method.startswith("/qflare."):
+            return found
+        handler: Any = found  # grpc makes it a named tuple, whatever its stub says
+        check = self._checker(method, handler_call_details.invocation_metadata)
+        wrap = _checked_stream if handler.request_streaming else _checked
+        changes = {
+            name: wrap(getattr(handler, name), check)
+            for name in _BEHAVIOURS
+            if getattr(handler, name) is not None
+        }
+        reader = _reader(handler.request_deserializer)
+        wrapped: grpc.RpcMethodHandler[Any, Any] = handler._replace(
+            request_deserializer=reader, **changes
+        )
+        return wrapped
+
+    def _checker(self, method: str, metadata: Any) -> Callable[[bytes], None]:
+        def check(first_message: bytes) -> None:
+            self._login.check_pop(current_call().principal, method, metadata, first_message)
+
+        return check
+
+
+def _reader(parse: Callable[[bytes], Any]) -> Callable[[bytes], _Received]:
+    return lambda data: _Received(data, parse(data))
+
+
+def _checked(
+    behaviour: Callable[..., Any], check: Callable[[bytes], None]
+) -> Callable[[_Received, grpc.ServicerContext], Any]:
+    def call(request: _Received, context: grpc.ServicerContext) -> Any:
+        check(request.data)
+        return behaviour(request.message, context)
+
+    return call
+
+
+def _checked_stream(
+    behaviour: Callable[..., Any], check: Callable[[bytes], None]
+) -> Callable[[Iterator[_Received], grpc.ServicerContext], Any]:
+    def call(requests: Iterator[_Received], context: grpc.ServicerContext) -> Any:
+        first = next(requests, None)
+        check(b"" if first is None else first.data)
+        received = requests if first is None else chain((first,), requests)
+        return behaviour((item.message for item in received), context)
+
+    return call

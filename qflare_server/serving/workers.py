@@ -1,0 +1,95 @@
+"""Worker processes that share one port, and the supervisor that starts and stops them."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qflare_server.config import LIFELINE_VARIABLE, WORKER_VARIABLE, ServerConfig
+
+logger = logging.getLogger(__name__)
+
+
+def supervise(config: ServerConfig) -> int:
+    """Run the worker processes; if one ends, end all, so that whoever supervises us starts again.
+
+    Returns:
+        0 if all ended as they were told to, else 1.
+    """
+    workers: list[subprocess.Popen[bytes]] = []
+    told = threading.Event()
+
+    def forward(number: int, _frame: object) -> None:
+        told.set()
+        for worker in workers:
+            worker.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    with _shared_port(config.listen) as listen, _lifeline() as line:
+        workers.extend(_start_worker(index, listen, line) for index in range(config.workers))
+        if not told.is_set():
+            # Not os.wait(), which would take the exit code away from the worker that it belongs to.
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        for worker in workers:
+            worker.send_signal(signal.SIGTERM)
+        codes = [worker.wait() for worker in workers]
+    as_told = told.is_set() and all(code in {0, -signal.SIGTERM} for code in codes)
+    if not as_told:
+        logger.error("a worker ended: exit codes %s", " ".join(map(str, codes)))
+    return 0 if as_told else 1
+
+
+def _start_worker(index: int, listen: str, line: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "qflare_server", *sys.argv[1:], "--listen", listen]
+    variables = {WORKER_VARIABLE: str(index), LIFELINE_VARIABLE: str(line)}
+    return subprocess.Popen(  # noqa: S603 - our own program and arguments
+        command, env={**os.environ, **variables}, pass_fds=[line]
+    )
+
+
+@contextmanager
+def _shared_port(listen: str) -> Iterator[str]:
+    """Give the address that all workers listen at: port 0 is made the same free port for all.
+
+    The socket holds the port until the workers have it; connections go to sockets that listen, which it does not.
+    """
+    host, _, port = listen.rpartition(":")
+    if port != "0":
+        yield listen
+        return
+    address = host.strip("[]") or "127.0.0.1"
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((address, 0))
+        yield f"{host}:{held.getsockname()[1]}"
+
+
+@contextmanager
+def _lifeline() -> Iterator[int]:
+    """Give a descriptor that reads as ended once this process is gone, however that comes about."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def end_with_supervisor(stopped: threading.Event) -> None:
+    """End when the process that started the workers does: a killed one must not leave them on the port."""
+    line = os.environ.get(LIFELINE_VARIABLE)
+    if line is None:
+        return
+
+    def watch() -> None:
+        os.read(int(line), 1)
+        stopped.set()
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
