@@ -20,7 +20,7 @@ from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock, Context
 from qflare_server.keys import KeyFolder, ServerKeys
-from qflare_server.keys.files import Cost
+from qflare_server.keys.secret_files import Cost
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
 from qflare_server.storage.repository.audit import Caller

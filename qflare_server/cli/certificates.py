@@ -30,7 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from qflare_server.config import ServerConfig
 from qflare_server.context import utc_now
-from qflare_server.keys.files import read_secret, write_secret
+from qflare_server.keys.secret_files import read_secret, write_secret
 
 AUTHORITY_LIFETIME: Final = timedelta(days=3650)
 MAX_LIFETIME_DAYS: Final = 825

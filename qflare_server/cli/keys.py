@@ -10,13 +10,13 @@ from qflare.signing import algorithm_named
 from qflare_server.cli import offline_root
 from qflare_server.config import ONLINE_ALGORITHMS, ROOT_ALGORITHMS, ServerConfig
 from qflare_server.context import utc_now
-from qflare_server.keys.files import KeyStoreError, write_secret
 from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.publication import of_bundle, read_published
 from qflare_server.keys.root_files import given
 from qflare_server.keys.rotation import as_before, replace_stolen, rotate_online, rotate_root
+from qflare_server.keys.secret_files import KeyStoreError, write_secret
 from qflare_server.keys.setup import SetupOptions, bootstrap_bundle, write_bootstrap
 from qflare_server.keys.setup import ensure_initialised as ensure_keys
+from qflare_server.keys.trust_store import of_bundle, read_published
 from qflare_server.serving.application import Parts, open_database, opened
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role

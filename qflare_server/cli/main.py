@@ -22,7 +22,7 @@ from qflare_server.cli import (
 )
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.errors import QflareError
-from qflare_server.keys.files import KeyStoreError
+from qflare_server.keys.secret_files import KeyStoreError
 from qflare_server.storage.schema import SchemaError
 
 TOPICS = (serve, keys, certificates, tokens, training_sessions, models, status, registry, verify)

@@ -21,18 +21,23 @@ from qflare.signing import PublicKey, algorithm_named, algorithm_names
 from qflare.v1 import security_pb2
 from qflare_server.config import ROOT_ALGORITHMS, ServerConfig
 from qflare_server.context import utc_now
-from qflare_server.keys.files import KeyStoreError, write_secret
 from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.root_exchange import (
+from qflare_server.keys.root_files import RootFile, given
+from qflare_server.keys.root_replacement import (
     draft_exchange,
     joined,
     make_root_key,
     publish_exchange,
 )
-from qflare_server.keys.root_files import RootFile, given
 from qflare_server.keys.rotation import draft_keyset, prepare_online, publish_keyset
+from qflare_server.keys.secret_files import KeyStoreError, write_secret
 from qflare_server.keys.setup import DEFAULT_ROOT
-from qflare_server.keys.trust import KEYSET_LIFETIME, ROOT_LIFETIME, key_id_of, sign_document
+from qflare_server.keys.trust_documents import (
+    KEYSET_LIFETIME,
+    ROOT_LIFETIME,
+    key_id_of,
+    sign_document,
+)
 from qflare_server.serving.application import open_database
 
 _DOCUMENT = "a keyset, or a root document"

@@ -4,9 +4,9 @@
 `rotation` exchange keys.
 """
 
-from qflare_server.keys.files import KeyStoreError
 from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.server import ServerKeys
+from qflare_server.keys.secret_files import KeyStoreError
+from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.setup import SetupOptions, ensure_initialised
 
 __all__ = [

@@ -20,17 +20,6 @@ from pathlib import Path
 from typing import Final
 
 from qflare_server.config import ServerConfig
-from qflare_server.keys.files import (
-    DEFAULT_COST,
-    Cost,
-    KeyStoreError,
-    decrypt_secret,
-    encrypt_secret,
-    random_passphrase,
-    read_passphrase,
-    read_secret,
-    write_secret,
-)
 from qflare_server.keys.hardware import Hardware, open_module, provider_of
 from qflare_server.keys.ring import KeyProvider, KeyRing
 from qflare_server.keys.root_files import (
@@ -41,6 +30,17 @@ from qflare_server.keys.root_files import (
     numbered,
     read_all,
     write_each,
+)
+from qflare_server.keys.secret_files import (
+    DEFAULT_COST,
+    Cost,
+    KeyStoreError,
+    decrypt_secret,
+    encrypt_secret,
+    random_passphrase,
+    read_passphrase,
+    read_secret,
+    write_secret,
 )
 
 ONLINE: Final = "online"

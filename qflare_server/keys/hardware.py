@@ -30,8 +30,8 @@ from typing import Any, Final, NamedTuple, Protocol
 from qflare.signing import Algorithm, Context, InvalidSignatureError, PublicKey, algorithm_of
 from qflare.v1 import security_pb2
 from qflare_server.context import UnknownKeyError
-from qflare_server.keys.files import KeyStoreError, read_passphrase
 from qflare_server.keys.ring import KeyProvider, KeyRing, Role
+from qflare_server.keys.secret_files import KeyStoreError, read_passphrase
 
 _WRAPPING_LABEL: Final = "qflare/passphrase"
 _NONCE_BYTES: Final = 12

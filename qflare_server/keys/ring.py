@@ -2,7 +2,7 @@
 
 `KeyProvider` is the seam: whoever signs and decapsulates for the coordinator, be it `KeyRing` (keys in memory, from
 an encrypted file) or a module of hardware. A provider holds keys; which of them are in use is said by the signed
-keyset alone (`qflare_server.keys.server`), so keys may lie in a ring before and after they are in use.
+keyset alone (`qflare_server.keys.server_keys`), so keys may lie in a ring before and after they are in use.
 
 Every key signs, or encapsulates to itself, when a ring is read.
 """
@@ -19,7 +19,7 @@ from qflare.signing import Algorithm, Context, Provider, SigningKey
 from qflare.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2
 from qflare_server.context import UnknownKeyError
-from qflare_server.keys.files import KeyStoreError
+from qflare_server.keys.secret_files import KeyStoreError
 
 Role: TypeAlias = security_pb2.KeyRole.ValueType
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from qflare_server.keys.files import (
+from qflare_server.keys.ring import KeyRing, key_ids
+from qflare_server.keys.secret_files import (
     DEFAULT_COST,
     Cost,
     KeyStoreError,
@@ -20,7 +21,6 @@ from qflare_server.keys.files import (
     read_secret,
     write_secret,
 )
-from qflare_server.keys.ring import KeyRing, key_ids
 
 ROOT: Final = "root"
 

@@ -21,9 +21,7 @@ from typing import Final
 from qflare.signing import Algorithm, algorithm_of
 from qflare.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2
-from qflare_server.keys.files import KeyStoreError
 from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.publication import of_bundle, publish, read_published
 from qflare_server.keys.ring import (
     ROLES,
     SIGNING_ROLES,
@@ -33,15 +31,17 @@ from qflare_server.keys.ring import (
     generate,
     key_ids,
 )
+from qflare_server.keys.secret_files import KeyStoreError
 from qflare_server.keys.setup import SetupOptions
-from qflare_server.keys.trust import (
+from qflare_server.keys.trust_documents import (
     KEYSET_LIFETIME,
     Trust,
     draft_root,
     key_id_of,
     sign_document,
 )
-from qflare_server.keys.trust import draft_keyset as draft
+from qflare_server.keys.trust_documents import draft_keyset as draft
+from qflare_server.keys.trust_store import of_bundle, publish, read_published
 from qflare_server.storage.database import Database
 
 _EARLIER_STATE_KEYS: Final = 4  # that still open stored payloads until these are wrapped anew
@@ -206,7 +206,7 @@ def rotate_root(
     """Exchange the root keys: the next document is signed by the previous and by the next keys.
 
     The files of the previous root keys are kept with the suffix ``.previous``, to be destroyed when the next ones are
-    in a safe place. Where root keys are kept apart, see `qflare_server.keys.root_exchange`.
+    in a safe place. Where root keys are kept apart, see `qflare_server.keys.root_replacement`.
 
     Args:
         folder: The key folder.

@@ -18,21 +18,17 @@ from qflare.envelope import MAX_SIGNATURE_COUNT
 from qflare.signing import ONLINE_ALGORITHMS, Algorithm, algorithm_named
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
-from qflare_server.keys.files import (
-    KeyStoreError,
-    synchronise_folder,
-    write_secret,
-)
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.ring import ROLES, SIGNING_ROLES, KeyRing
-from qflare_server.keys.trust import (
+from qflare_server.keys.secret_files import KeyStoreError, synchronise_folder, write_secret
+from qflare_server.keys.trust_documents import (
     KEYSET_LIFETIME,
     ROOT_LIFETIME,
     Trust,
     draft_root,
     sign_document,
 )
-from qflare_server.keys.trust import draft_keyset as draft
+from qflare_server.keys.trust_documents import draft_keyset as draft
 
 DEFAULT_ONLINE: Final = "ml-dsa-65"
 DEFAULT_ROOT: Final = "ml-dsa-87"

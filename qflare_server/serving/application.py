@@ -10,7 +10,7 @@ from typing import Final
 
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock, Context, Telemetry, utc_now
-from qflare_server.keys.server import ServerKeys
+from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine, normalise_url

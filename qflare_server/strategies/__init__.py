@@ -8,13 +8,30 @@
         ...
     aggregation.outcome                    # facts for the lineage
 
-`contract` holds the words, `parts` the contract of each part, `catalogue` the names, `testkit` the checks for a
-strategy of your own.
+`types` holds the data types, `interfaces` the base classes of rules, screens and server optimizers, `catalogue` the
+names, and `testkit` the checks for a strategy of your own.
 """
 
-from qflare_server.strategies.catalogue import build
+from qflare_server.strategies.accumulator import Accumulator
+from qflare_server.strategies.catalogue import begin, build
 from qflare_server.strategies.config import PrivacyConfig, StrategyConfig
-from qflare_server.strategies.contract import (
+from qflare_server.strategies.errors import (
+    NotEnoughUpdatesError,
+    PrivacyBudgetExceededError,
+    StrategyConfigError,
+    StrategyError,
+)
+from qflare_server.strategies.interfaces import (
+    Cohort,
+    CohortRule,
+    FoldRule,
+    Screen,
+    ServerOptimizer,
+    SliceRule,
+)
+from qflare_server.strategies.serialization import by_update, outcome_from_data, outcome_to_data
+from qflare_server.strategies.strategy import Strategy
+from qflare_server.strategies.types import (
     Aggregation,
     Contribution,
     Facts,
@@ -24,22 +41,15 @@ from qflare_server.strategies.contract import (
     Reader,
     VersionSlice,
 )
-from qflare_server.strategies.driver import begin
-from qflare_server.strategies.errors import (
-    NotEnoughUpdatesError,
-    PrivacyBudgetExceededError,
-    StrategyConfigError,
-    StrategyError,
-)
-from qflare_server.strategies.fold import Accumulator
-from qflare_server.strategies.record import by_update, outcome_from_data, outcome_to_data
-from qflare_server.strategies.strategy import Strategy
 
 __all__ = [
     "Accumulator",
     "Aggregation",
+    "Cohort",
+    "CohortRule",
     "Contribution",
     "Facts",
+    "FoldRule",
     "Judgement",
     "NotEnoughUpdatesError",
     "Outcome",
@@ -47,6 +57,9 @@ __all__ = [
     "PrivacyBudgetExceededError",
     "PrivacyConfig",
     "Reader",
+    "Screen",
+    "ServerOptimizer",
+    "SliceRule",
     "Strategy",
     "StrategyConfig",
     "StrategyConfigError",

@@ -7,8 +7,8 @@ from math import isfinite, nan
 import numpy as np
 
 from qflare_server.strategies.blocks import cosine_of, norm_of
-from qflare_server.strategies.contract import Contribution, Facts, Judgement, Prior, Reader, Vector
 from qflare_server.strategies.strategy import DIRECTION, Strategy
+from qflare_server.strategies.types import Contribution, Facts, Judgement, Prior, Reader, Vector
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,17 @@ still differ in the last bits. Coefficients derived from it are recorded in the 
 anywhere from the record.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import fsum, sqrt
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from qflare_server.strategies.contract import Contribution, Reader, Vector
-from qflare_server.strategies.ordered import in_order
+from qflare_server.strategies.types import Contribution, Reader, Vector
 
 BLOCK = 65_536
 """Elements in a block of a statistics pass: 512 KiB of float64, which a second-level cache holds."""
@@ -147,3 +149,34 @@ def _load(
         np.subtract(row, origin, out=row)
     if factor != 1.0:
         np.multiply(row, factor, out=row)
+
+
+T = TypeVar("T")
+
+
+def in_order(
+    work: Callable[[int, int], T], ranges: Iterable[tuple[int, int]], thread_count: int
+) -> Iterator[tuple[int, int, T]]:
+    """Give `(start, stop, work(start, stop))` for each range, in order.
+
+    With one thread everything runs on the caller's. With more, at most one range more than there are threads is under
+    way, so memory stays bounded however slowly the results are taken.
+
+    Args:
+        work: Safe to call from several threads at once when there are several.
+        ranges: Taken lazily.
+        thread_count: One or more.
+    """
+    if thread_count == 1:
+        for start, stop in ranges:
+            yield start, stop, work(start, stop)
+        return
+    with ThreadPoolExecutor(thread_count) as pool:
+        pending: deque[tuple[int, int, Future[T]]] = deque()
+        for start, stop in ranges:
+            pending.append((start, stop, pool.submit(work, start, stop)))
+            if len(pending) > thread_count:
+                first, last, job = pending.popleft()
+                yield first, last, job.result()
+        for first, last, job in pending:
+            yield first, last, job.result()

@@ -7,20 +7,15 @@ created with a contradiction would only show it rounds later.
 from collections.abc import Mapping
 from typing import Final
 
+from qflare_server.strategies.accumulator import Accumulator
+from qflare_server.strategies.cohort import DEFAULT_BUDGET_BYTES, CohortAggregation
 from qflare_server.strategies.config import StrategyConfig
-from qflare_server.strategies.coordinate import CoordinateMedian, TrimmedMean
-from qflare_server.strategies.distance import Bulyan, Krum
 from qflare_server.strategies.errors import StrategyConfigError
-from qflare_server.strategies.geometric import GeometricMedian
-from qflare_server.strategies.means import BufferedMean, StalenessBound, WeightedMean, Weighting
-from qflare_server.strategies.optimizers import (
-    AdagradStep,
-    AdamStep,
-    MomentumStep,
-    PlainStep,
-    YogiStep,
-)
-from qflare_server.strategies.parts import Screen, ServerOptimizer
+from qflare_server.strategies.fedavg import BufferedMean, StalenessBound, WeightedMean, Weighting
+from qflare_server.strategies.geometric_median import GeometricMedian
+from qflare_server.strategies.interfaces import Screen, ServerOptimizer
+from qflare_server.strategies.krum import Bulyan, Krum
+from qflare_server.strategies.median import CoordinateMedian, TrimmedMean
 from qflare_server.strategies.plugins import Rule, RuleFactory, installed_names, load_rule
 from qflare_server.strategies.privacy import (
     AdaptiveBound,
@@ -28,7 +23,15 @@ from qflare_server.strategies.privacy import (
     heuristic_count_stddev,
 )
 from qflare_server.strategies.screening import DirectionBound, NormBound, NormClip
+from qflare_server.strategies.server_optimizers import (
+    AdagradStep,
+    AdamStep,
+    MomentumStep,
+    PlainStep,
+    YogiStep,
+)
 from qflare_server.strategies.strategy import Strategy
+from qflare_server.strategies.types import Judgement, Prior, Reader
 from qflare_server.strategies.validation import check_combination, check_ranges
 
 
@@ -210,4 +213,53 @@ def build(config: StrategyConfig) -> Strategy:
         optimizer=_optimizer(config),
         privacy=privacy,
         device_settings={"proximal_mu": config.proximal_mu} if config.proximal_mu else {},
+    )
+
+
+def begin(
+    strategy: Strategy,
+    element_count: int,
+    base: Reader,
+    prior: Prior | None = None,
+    *,
+    noise_seed: bytes | None = None,
+    thread_count: int = 1,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    recorded: Mapping[str, Judgement] | None = None,
+) -> Accumulator | CohortAggregation:
+    """Begin an aggregation: an accumulator when the strategy folds, else one over the whole cohort.
+
+    The same updates in the same order give the same bytes, whatever the threads and the budget.
+
+    Args:
+        strategy: From `build`.
+        element_count: `n`, the floating elements of the model.
+        base: The base version.
+        prior: What the base version left behind; by default that of version 0.
+        noise_seed: The training session's secret, needed when the strategy has privacy.
+        thread_count: Threads that share the work. With more than one, readers are called from several threads
+            at once; with one, by the caller's only.
+        budget_bytes: Memory for slices of a cohort rule. A fold takes eight bytes an element instead.
+        recorded: Judgements of an earlier run by update id (`record.by_update`), to recompute that version:
+            nothing is judged or planned again.
+    """
+    if strategy.folds:
+        return Accumulator(
+            strategy,
+            element_count,
+            base,
+            prior,
+            noise_seed=noise_seed,
+            thread_count=thread_count,
+            recorded=recorded,
+        )
+    return CohortAggregation(
+        strategy,
+        element_count,
+        base,
+        prior,
+        noise_seed=noise_seed,
+        thread_count=thread_count,
+        budget_bytes=budget_bytes,
+        recorded=recorded,
     )

@@ -12,9 +12,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from qflare_server.strategies.accumulator import add_scaled
 from qflare_server.strategies.assessment import Assessor
-from qflare_server.strategies.blocks import blocks, gram_matrix
-from qflare_server.strategies.contract import (
+from qflare_server.strategies.blocks import blocks, gram_matrix, in_order
+from qflare_server.strategies.finalization import Release
+from qflare_server.strategies.interfaces import Cohort, CohortRule, SliceRule
+from qflare_server.strategies.strategy import Strategy
+from qflare_server.strategies.types import (
     Contribution,
     Facts,
     Judgement,
@@ -24,11 +28,6 @@ from qflare_server.strategies.contract import (
     Vector,
     VersionSlice,
 )
-from qflare_server.strategies.fold import add_scaled
-from qflare_server.strategies.ordered import in_order
-from qflare_server.strategies.parts import Cohort, CohortRule, SliceRule
-from qflare_server.strategies.release import Release
-from qflare_server.strategies.strategy import Strategy
 
 DEFAULT_BUDGET_BYTES: Final = 64 * 1024 * 1024
 _BYTES_PER_ELEMENT: Final = 24

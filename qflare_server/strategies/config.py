@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Self
 
 from qflare_server.strategies.errors import StrategyConfigError
-from qflare_server.strategies.means import Weighting
-from qflare_server.strategies.parts import NOTHING
+from qflare_server.strategies.fedavg import Weighting
+from qflare_server.strategies.interfaces import NOTHING
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from qflare_server.strategies.contract import Vector
+from qflare_server.strategies.types import Vector
 
 NOISE_BLOCK: Final = 65_536
 """Elements drawn from one generator. Part of the meaning of the bytes: never change it."""

@@ -12,7 +12,7 @@ from typing import Final
 
 from qflare_server.strategies.config import StrategyConfig
 from qflare_server.strategies.errors import StrategyConfigError
-from qflare_server.strategies.parts import CohortRule, FoldRule
+from qflare_server.strategies.interfaces import CohortRule, FoldRule
 
 GROUP: Final = "qflare.strategies"
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, sqrt
 
-from qflare_server.strategies.contract import Judgement
 from qflare_server.strategies.noise import gaussian_slice
 from qflare_server.strategies.screening import CLIP_BOUND, AdaptiveClip, NormClip
+from qflare_server.strategies.types import Judgement
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
-from qflare_server.strategies.contract import Facts
-from qflare_server.strategies.parts import Screen
+from qflare_server.strategies.interfaces import Screen
+from qflare_server.strategies.types import Facts
 
 CLIP_BOUND = "clip_bound"
 """Name of the number that holds the adaptive clipping bound."""

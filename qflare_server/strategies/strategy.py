@@ -3,9 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qflare_server.strategies.optimizers import PlainStep
-from qflare_server.strategies.parts import NOTHING, CohortRule, FoldRule, Screen, ServerOptimizer
+from qflare_server.strategies.interfaces import (
+    NOTHING,
+    CohortRule,
+    FoldRule,
+    Screen,
+    ServerOptimizer,
+)
 from qflare_server.strategies.privacy import CentralPrivacy
+from qflare_server.strategies.server_optimizers import PlainStep
 
 DIRECTION = "direction"
 """Name of the state vector that holds the previous aggregate."""

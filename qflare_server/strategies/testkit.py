@@ -18,18 +18,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qflare_server.strategies.contract import (
-    Contribution,
-    Judgement,
-    Outcome,
-    Prior,
-    Reader,
-    Vector,
-)
-from qflare_server.strategies.driver import begin
+from qflare_server.strategies.catalogue import begin
 from qflare_server.strategies.errors import StrategyContractError
-from qflare_server.strategies.record import by_update, outcome_from_data, outcome_to_data
+from qflare_server.strategies.serialization import by_update, outcome_from_data, outcome_to_data
 from qflare_server.strategies.strategy import Strategy
+from qflare_server.strategies.types import Contribution, Judgement, Outcome, Prior, Reader, Vector
 
 _SEED_BYTES: Final = b"a seed that is no secret"
 _TOLERANCE: Final = 1e-9

@@ -7,8 +7,8 @@ from typing import Final
 from qflare_server.strategies.accounting import ACCOUNTANTS, require_library
 from qflare_server.strategies.config import PrivacyConfig, StrategyConfig
 from qflare_server.strategies.errors import StrategyConfigError
-from qflare_server.strategies.means import WeightedMean
-from qflare_server.strategies.parts import CohortRule, FoldRule
+from qflare_server.strategies.fedavg import WeightedMean
+from qflare_server.strategies.interfaces import CohortRule, FoldRule
 from qflare_server.strategies.privacy import (
     heuristic_count_stddev,
     smallest_noise_multiplier,

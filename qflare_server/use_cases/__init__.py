@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from qflare_server.context import Context
-from qflare_server.keys.server import ServerKeys
+from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.use_cases.access.authentication import Authentication
 from qflare_server.use_cases.access.dashboard_login import DashboardLogin
 from qflare_server.use_cases.access.login import Login

@@ -17,8 +17,8 @@ from playwright.sync_api import Browser, Page
 
 from qflare_server.config import ServerConfig
 from qflare_server.context import utc_now
-from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
+from qflare_server.keys.secret_files import Cost
 from qflare_server.keys.setup import initialise
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role

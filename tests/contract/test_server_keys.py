@@ -25,9 +25,9 @@ from qflare_server.keys.rotation import (
     rotate_root,
     sign_keyset,
 )
-from qflare_server.keys.server import CONTEXTS, LOOK_INTERVAL
+from qflare_server.keys.server_keys import CONTEXTS, LOOK_INTERVAL
 from qflare_server.keys.setup import initialise
-from qflare_server.keys.trust import Trust, UntrustedDocumentError
+from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError
 from qflare_server.storage.database import Database
 from qflare_server.storage.tables import TrustDocument
 from tests.conftest import START, FakeClock
@@ -145,7 +145,7 @@ class TestServing:
     def test_a_keyset_that_is_about_to_expire_is_announced_once_a_day(
         self, keys: ServerKeys, clock: FakeClock, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with caplog.at_level(logging.WARNING, "qflare_server.keys.server"):
+        with caplog.at_level(logging.WARNING, "qflare_server.keys.server_keys"):
             clock.advance(timedelta(days=371).total_seconds())
             for _ in range(3):
                 clock.advance(SECONDS)

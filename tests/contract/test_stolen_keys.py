@@ -8,11 +8,11 @@ from qflare.v1 import security_pb2
 from qflare_server.cli.main import main
 from qflare_server.config import ServerConfig
 from qflare_server.context import UnknownKeyError
-from qflare_server.keys.files import KeyStoreError
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.ring import ROLES
 from qflare_server.keys.rotation import replace_stolen
-from qflare_server.keys.server import ServerKeys
+from qflare_server.keys.secret_files import KeyStoreError
+from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.storage.database import Database
 from tests.conftest import START
 

@@ -24,8 +24,8 @@ from qflare_client import Client, enroll
 from qflare_server.cli.keys import ensure_initialised
 from qflare_server.config import ServerConfig
 from qflare_server.context import utc_now
-from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
+from qflare_server.keys.secret_files import Cost
 from qflare_server.keys.setup import bootstrap_bundle, initialise
 from qflare_server.serving.application import Parts
 from qflare_server.serving.coordinator import Coordinator

@@ -20,9 +20,9 @@ from qflare.verification import (
     verify_bundle,
     verify_payload,
 )
-from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import rotate_online, rotate_root
+from qflare_server.keys.secret_files import Cost
 from qflare_server.storage.tables import AuditLog
 from qflare_server.verification import verify_database
 from tests.integration.conftest import Deployment

@@ -22,11 +22,11 @@ from qflare.v1 import security_pb2
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.context import UnknownKeyError
 from qflare_server.keys import KeyFolder, KeyStoreError, ServerKeys, ensure_initialised
-from qflare_server.keys.files import write_secret
 from qflare_server.keys.hardware import Pkcs11Module
 from qflare_server.keys.ring import SIGNING_ROLES
 from qflare_server.keys.rotation import replace_stolen, rotate_online
-from qflare_server.keys.server import CONTEXTS, LOOK_INTERVAL
+from qflare_server.keys.secret_files import write_secret
+from qflare_server.keys.server_keys import CONTEXTS, LOOK_INTERVAL
 from qflare_server.keys.setup import initialise
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine

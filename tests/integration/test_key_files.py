@@ -14,7 +14,7 @@ from google.protobuf import json_format
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.keys import KeyFolder, ensure_initialised
-from qflare_server.keys.files import (
+from qflare_server.keys.secret_files import (
     KeyStoreError,
     read_passphrase,
     read_secret,

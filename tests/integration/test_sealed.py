@@ -24,9 +24,9 @@ from qflare.verification import verify_bundle
 from qflare_client import Client, TaskKind, UnavailableError
 from qflare_client.sealed_update import SealedPayload
 from qflare_server.errors import SealedPayloadLostError
-from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import replace_stolen, rotate_online
+from qflare_server.keys.secret_files import Cost
 from qflare_server.payloads.keys import rewrap
 from qflare_server.storage.repository import global_models
 from qflare_server.storage.repository.audit import SYSTEM

@@ -11,9 +11,9 @@ from qflare.sealing import KemKey, KemPublicKey
 from qflare.segments import HEADER_BYTES, SEGMENT_BYTES, WRAPPED_KEY_BYTES, Direction
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2
-from qflare_server.keys.files import Cost
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import rotate_online
+from qflare_server.keys.secret_files import Cost
 from qflare_server.storage.tables import AuditLog, ModelUpdate, Payload
 from tests.integration.conftest import Deployment
 from tests.integration.raw_device import Draft, RawDevice, reason_of

@@ -12,12 +12,12 @@ from qflare.v1 import security_pb2
 from qflare_server.cli.main import main
 from qflare_server.config import ServerConfig
 from qflare_server.context import utc_now
-from qflare_server.keys.files import decrypt_secret, read_passphrase, read_secret
 from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.publication import of_bundle, read_published
 from qflare_server.keys.ring import KeyRing
 from qflare_server.keys.root_files import found_in
-from qflare_server.keys.trust import Trust
+from qflare_server.keys.secret_files import decrypt_secret, read_passphrase, read_secret
+from qflare_server.keys.trust_documents import Trust
+from qflare_server.keys.trust_store import of_bundle, read_published
 from qflare_server.serving.application import open_database
 
 

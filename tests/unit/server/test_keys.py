@@ -14,9 +14,9 @@ from qflare.signing import ONLINE_ALGORITHMS, Algorithm, Context, Provider, Sign
 from qflare.symmetric import UnsealError
 from qflare.v1 import security_pb2
 from qflare_server.context import UnknownKeyError
-from qflare_server.keys.files import Cost, KeyStoreError, decrypt_secret, encrypt_secret
 from qflare_server.keys.ring import ROLES, SIGNING_ROLES, KeyRing, RingKey, generate
-from qflare_server.keys.trust import (
+from qflare_server.keys.secret_files import Cost, KeyStoreError, decrypt_secret, encrypt_secret
+from qflare_server.keys.trust_documents import (
     Trust,
     UntrustedDocumentError,
     draft_keyset,

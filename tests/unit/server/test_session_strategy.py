@@ -4,7 +4,7 @@ import pytest
 
 from qflare.v1 import training_pb2
 from qflare_server.errors import StrategyRefusedError
-from qflare_server.strategies.optimizers import MomentumStep
+from qflare_server.strategies.server_optimizers import MomentumStep
 from qflare_server.training.config import complete
 from qflare_server.training.strategy import build_strategy, privacy_config, tell_devices
 

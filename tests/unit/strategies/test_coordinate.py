@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.stats import trim_mean
 
 from qflare_server.strategies import Contribution, StrategyConfig, build
-from qflare_server.strategies.coordinate import (
+from qflare_server.strategies.median import (
     TILE,
     CoordinateMedian,
     TrimmedMean,

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qflare_server.strategies import Facts, NotEnoughUpdatesError, StrategyConfig, build
-from qflare_server.strategies.distance import (
+from qflare_server.strategies.interfaces import Cohort, CohortRule
+from qflare_server.strategies.krum import (
     Bulyan,
     Krum,
     bulyan_selection,
@@ -12,7 +13,6 @@ from qflare_server.strategies.distance import (
     mean_around_middle,
     squared_distances,
 )
-from qflare_server.strategies.parts import Cohort, CohortRule
 from qflare_server.strategies.testkit import make_version, sample
 from tests.unit.strategies.updates import Aggregate, Array, Deltas
 

@@ -15,7 +15,7 @@ from qflare_server.strategies import (
     build,
 )
 from qflare_server.strategies.blocks import BLOCK
-from qflare_server.strategies.means import BufferedMean
+from qflare_server.strategies.fedavg import BufferedMean
 from qflare_server.strategies.testkit import Running, make_version, reader_of, sample
 from tests.unit.strategies.updates import Aggregate, Deltas
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from qflare_server.strategies.geometric import GeometricMedian, distances_to_mean, weiszfeld
-from qflare_server.strategies.parts import Cohort
+from qflare_server.strategies.geometric_median import GeometricMedian, distances_to_mean, weiszfeld
+from qflare_server.strategies.interfaces import Cohort
 from tests.unit.strategies.updates import Aggregate, Array, Deltas
 
 

@@ -3,8 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qflare_server.strategies.blocks import blocks
-from qflare_server.strategies.ordered import in_order
+from qflare_server.strategies.blocks import blocks, in_order
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -14,7 +14,7 @@ from qflare_server.strategies.testkit import check_strategy, make_version, reade
 CODE = """
 from dataclasses import dataclass
 
-from qflare_server.strategies.parts import FoldRule
+from qflare_server.strategies import FoldRule
 
 
 @dataclass(frozen=True)

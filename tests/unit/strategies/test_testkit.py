@@ -6,11 +6,11 @@ import pytest
 from numpy.typing import NDArray
 
 from qflare_server.strategies import Facts, Strategy, StrategyConfig, build
-from qflare_server.strategies.contract import Vector
 from qflare_server.strategies.errors import StrategyContractError
-from qflare_server.strategies.means import WeightedMean
-from qflare_server.strategies.parts import FoldRule, ServerOptimizer, SliceRule
+from qflare_server.strategies.fedavg import WeightedMean
+from qflare_server.strategies.interfaces import FoldRule, ServerOptimizer, SliceRule
 from qflare_server.strategies.testkit import Promises, check_strategy, sample
+from qflare_server.strategies.types import Vector
 
 SCREENS = {"clip_norm": 0.8, "max_norm": 5.0, "min_cosine": -0.5}
 CASES: dict[str, dict[str, object]] = {

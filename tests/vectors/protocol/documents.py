@@ -16,7 +16,7 @@ from qflare.statements import digest_of, sign_rotation, sign_task, sign_update
 from qflare.v1 import security_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client.evidence import Evidence, UpdateEvidence
-from qflare_server.keys.trust import Trust, draft_keyset, draft_root, sign_document
+from qflare_server.keys.trust_documents import Trust, draft_keyset, draft_root, sign_document
 from tests.vectors.protocol.generate import AT, REALM, kem_key, seed, signing_key
 
 SESSION_ID: Final = "00000000-0000-4000-8000-00000000a000"

@@ -22,7 +22,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qflare_server.strategies.contract import Facts, Vector
+from qflare_server.strategies.types import Facts, Vector
 
 NOTHING: Mapping[str, float] = MappingProxyType({})
 

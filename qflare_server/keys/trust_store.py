@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from qflare.statements import digest_of
 from qflare.v1 import security_pb2
 from qflare_server.errors import ConflictError
-from qflare_server.keys.trust import Trust, UntrustedDocumentError
+from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError
 from qflare_server.storage.database import Database
 from qflare_server.storage.repository import audit
 from qflare_server.storage.repository import trust_documents as documents

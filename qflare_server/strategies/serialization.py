@@ -9,7 +9,7 @@ from dataclasses import fields
 from math import isnan, nan
 from typing import Any
 
-from qflare_server.strategies.contract import Judgement, Outcome
+from qflare_server.strategies.types import Judgement, Outcome
 
 _NUMBERS = ("factor", "coefficient", "weight")
 _FIELDS = tuple(item.name for item in fields(Judgement))

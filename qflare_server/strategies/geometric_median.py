@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qflare_server.strategies.parts import Cohort, CohortRule
+from qflare_server.strategies.interfaces import Cohort, CohortRule
 
 _TOLERANCE: Final = 1e-11
 """Step, over the size of the iterate, at which the iteration has converged. Coefficients would be the wrong measure:

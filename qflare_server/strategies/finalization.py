@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from qflare_server.strategies.assessment import Assessor
-from qflare_server.strategies.contract import Judgement, Outcome, Vector, VersionSlice
 from qflare_server.strategies.errors import NotEnoughUpdatesError
 from qflare_server.strategies.noise import gaussian_slice, noise_key
 from qflare_server.strategies.strategy import DIRECTION
+from qflare_server.strategies.types import Judgement, Outcome, Vector, VersionSlice
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from qflare.envelope import add_signature, open_envelope
 from qflare.sealing import KemPublicKey
 from qflare.signing import Context, InvalidKeyError, InvalidSignatureError, PublicKey, Signer
 from qflare.v1 import security_pb2
-from qflare_server.keys.files import KeyStoreError
 from qflare_server.keys.ring import ROLES, Role
+from qflare_server.keys.secret_files import KeyStoreError
 
 ROOT_LIFETIME: Final = timedelta(days=3650)
 """Life of a root document unless its issuer says otherwise."""

@@ -12,13 +12,13 @@ from datetime import datetime, timedelta
 from qflare.envelope import MAX_SIGNATURE_COUNT
 from qflare.signing import Algorithm, PublicKey
 from qflare.v1 import security_pb2
-from qflare_server.keys.files import KeyStoreError
 from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.publication import of_bundle, read_published
 from qflare_server.keys.ring import KeyRing
 from qflare_server.keys.root_files import RootFile, write_each
 from qflare_server.keys.rotation import follow_keyset, publish_trust
-from qflare_server.keys.trust import KEYSET_LIFETIME, ROOT_LIFETIME, Trust, draft_root
+from qflare_server.keys.secret_files import KeyStoreError
+from qflare_server.keys.trust_documents import KEYSET_LIFETIME, ROOT_LIFETIME, Trust, draft_root
+from qflare_server.keys.trust_store import of_bundle, read_published
 from qflare_server.storage.database import Database
 
 

@@ -25,16 +25,11 @@ from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock
 from qflare_server.errors import QflareError
-from qflare_server.keys.files import KeyStoreError
 from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.publication import (
-    newest_versions,
-    of_bundle,
-    publish,
-    read_published,
-)
 from qflare_server.keys.ring import KeyProvider, KeyRing, Role
-from qflare_server.keys.trust import Trust
+from qflare_server.keys.secret_files import KeyStoreError
+from qflare_server.keys.trust_documents import Trust
+from qflare_server.keys.trust_store import newest_versions, of_bundle, publish, read_published
 from qflare_server.storage.database import Database
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 from qflare_server.strategies.assessment import Assessor
 from qflare_server.strategies.blocks import blocks
-from qflare_server.strategies.contract import (
+from qflare_server.strategies.finalization import Release
+from qflare_server.strategies.interfaces import FoldRule
+from qflare_server.strategies.strategy import Strategy
+from qflare_server.strategies.types import (
     Contribution,
     Judgement,
     Outcome,
@@ -24,9 +27,6 @@ from qflare_server.strategies.contract import (
     Vector,
     VersionSlice,
 )
-from qflare_server.strategies.parts import FoldRule
-from qflare_server.strategies.release import Release
-from qflare_server.strategies.strategy import Strategy
 
 PIECE: Final = 32_768
 """Elements read and added at once: input, scratch and total are 640 KiB, which a second-level cache holds. An update

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
-from qflare_server.strategies.contract import Facts
-from qflare_server.strategies.parts import FoldRule, Screen
+from qflare_server.strategies.interfaces import FoldRule, Screen
+from qflare_server.strategies.types import Facts
 
 Weighting = Literal["examples", "uniform"]
 """Whether an update counts by its example count or as one."""

@@ -12,9 +12,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qflare_server.strategies.contract import Facts, Vector
-from qflare_server.strategies.coordinate import middle, ordered_tiles
-from qflare_server.strategies.parts import Cohort, CohortRule, SliceRule
+from qflare_server.strategies.interfaces import Cohort, CohortRule, SliceRule
+from qflare_server.strategies.median import middle, ordered_tiles
+from qflare_server.strategies.types import Facts, Vector
 
 
 def squared_distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:

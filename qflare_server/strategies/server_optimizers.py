@@ -16,8 +16,8 @@ from math import sqrt
 
 import numpy as np
 
-from qflare_server.strategies.contract import Vector
-from qflare_server.strategies.parts import NOTHING, ServerOptimizer
+from qflare_server.strategies.interfaces import NOTHING, ServerOptimizer
+from qflare_server.strategies.types import Vector
 
 
 @dataclass(frozen=True, slots=True)

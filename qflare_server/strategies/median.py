@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qflare_server.strategies.blocks import blocks
-from qflare_server.strategies.contract import Vector
-from qflare_server.strategies.parts import SliceRule
+from qflare_server.strategies.interfaces import SliceRule
+from qflare_server.strategies.types import Vector
 
 TILE: Final = 4_096
 """Columns ordered at once: 100 updates of them in float32 are 1.6 MB."""
