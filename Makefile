@@ -110,15 +110,15 @@ PATH="$(CURDIR)/$(PROTOC_VENV)/bin:$$PATH" python -m grpc_tools.protoc -Iprotos 
 endef
 
 protos: $(PROTOC_INSTALLED) ## generate the stubs from protos/qflare/v1/*.proto
-	$(call generate,protos)
+	$(call generate,.)
 
 check-protos: $(PROTOC_INSTALLED) ## generate the stubs elsewhere and fail on any difference
 	@rm -rf build/protos && mkdir -p build/protos
 	$(call generate,build/protos)
-	@for file in protos/qflare/v1/*_pb2*.py*; do \
-		test -e "build/$$file" || { echo "$$file comes from no proto: delete it"; exit 1; }; done
+	@for file in qflare/v1/*_pb2*.py*; do \
+		test -e "build/protos/$$file" || { echo "$$file comes from no proto: delete it"; exit 1; }; done
 	@for file in build/protos/qflare/v1/*; do \
-		diff -u "$${file#build/}" "$$file" || { echo "$${file#build/} is out of date: run make protos"; exit 1; }; done
+		diff -u "$${file#build/protos/}" "$$file" || { echo "$${file#build/protos/} is out of date: run make protos"; exit 1; }; done
 
 format: $(INSTALLED) ## format the code and the protos, fix what can be fixed
 	$(BIN)/ruff check --fix .
@@ -155,7 +155,7 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## the files in deploy/, each by th
 	else echo '*** systemd-analyze is not installed: checking deploy/systemd is LEFT OUT.'; fi
 
 type: $(INSTALLED) ## mypy --strict
-	$(BIN)/mypy protos/qflare qflare_client qflare_server migrations tests $(wildcard docs examples)
+	$(BIN)/mypy qflare qflare_client qflare_server migrations tests $(wildcard docs examples)
 
 test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl-$(GRPCURL_VERSION) $(TOOLS)/.chromium ## all tests but the slow ones, on SQLite and on PostgreSQL
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)

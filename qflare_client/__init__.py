@@ -17,10 +17,8 @@ Everything public is a name of this package; its modules are private. Errors are
 `qflare_client.errors`.
 """
 
-from qflare_client.audit import AuditHead
+from qflare_client.access.enrollment import enroll
 from qflare_client.client import Client
-from qflare_client.download import GlobalModel, ProgressHook
-from qflare_client.enrollment import enroll
 from qflare_client.errors import (
     AlgorithmNotAcceptedError,
     AuthenticationError,
@@ -57,11 +55,13 @@ from qflare_client.errors import (
     VerificationError,
     WrongPassphraseError,
 )
-from qflare_client.evidence import Evidence, UpdateEvidence
-from qflare_client.lineage import Version
 from qflare_client.loop import RunSummary, run
+from qflare_client.models.download import GlobalModel, ProgressHook
+from qflare_client.models.lineage import Version
+from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
-from qflare_client.retry import RetryPolicy
+from qflare_client.rpc.retry import RetryPolicy
+from qflare_client.rpc.transport import Tls
 from qflare_client.tasks import (
     Heartbeat,
     Task,
@@ -70,8 +70,8 @@ from qflare_client.tasks import (
     TrainingTask,
     proximal_gradient,
 )
-from qflare_client.transport import Tls
-from qflare_client.upload import Receipt
+from qflare_client.trust.audit_head import AuditHead
+from qflare_client.trust.evidence import Evidence, UpdateEvidence
 
 __all__ = [
     "Algorithm",

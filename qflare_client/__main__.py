@@ -17,21 +17,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qflare.signing import (
+from qflare.crypto.signing import (
     ONLINE_ALGORITHMS,
     Algorithm,
     InvalidKeyError,
     algorithm_named,
     algorithm_names,
 )
+from qflare_client.access.enrollment import enroll, read_bundle
 from qflare_client.client import Client
-from qflare_client.enrollment import enroll, read_bundle
 from qflare_client.errors import QflareClientError
-from qflare_client.identity import read_facts
+from qflare_client.keystore.identity import read_facts
 from qflare_client.loop import RunSummary, run
+from qflare_client.rpc.transport import Tls
 from qflare_client.terminal import ProgressBar
-from qflare_client.transport import Tls
-from qflare_client.verification import verify_file
+from qflare_client.trust.verification import verify_file
 
 _HOME_VARIABLE = "QFLARE_HOME"
 _PASSPHRASE_FILE_VARIABLE = "QFLARE_PASSPHRASE_FILE"  # noqa: S105  # a name

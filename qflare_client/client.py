@@ -15,18 +15,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qflare.encodings import Encoding
-from qflare.signing import Algorithm
+from qflare.crypto.signing import Algorithm
 from qflare.tensors import Array
+from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import device_pb2, security_pb2, training_pb2
-from qflare_client.audit import AuditHead, read_head
-from qflare_client.calls import Calls
-from qflare_client.download import GlobalModel, ProgressHook, silent
-from qflare_client.evidence import Evidence, UpdateEvidence
-from qflare_client.identity import Identity
-from qflare_client.keystore import PLAIN, KeyStore
-from qflare_client.lineage import (
+from qflare_client.access.login import Login
+from qflare_client.access.rotation import pending_identity, rotate, settle
+from qflare_client.keystore.identity import Identity
+from qflare_client.keystore.passphrase import passphrase_coding
+from qflare_client.keystore.store import PLAIN, KeyStore
+from qflare_client.models.accepted_versions import AcceptedVersions
+from qflare_client.models.download import GlobalModel, ProgressHook, silent
+from qflare_client.models.lineage import (
     Version,
     check_base,
     check_not_older,
@@ -36,16 +37,15 @@ from qflare_client.lineage import (
     read_lineage,
     read_statements,
 )
-from qflare_client.login import Login
-from qflare_client.passphrase import passphrase_coding
-from qflare_client.retry import RetryPolicy
-from qflare_client.rotation import pending_identity, rotate, settle
+from qflare_client.models.submission import Contribution, feedback_for, make_evaluation, send_update
+from qflare_client.models.upload import Receipt
+from qflare_client.rpc.caller import Calls
+from qflare_client.rpc.retry import RetryPolicy
+from qflare_client.rpc.transport import Tls, Transport
 from qflare_client.tasks import Heartbeat, Task, TaskKind, TrainingDefaults
-from qflare_client.transport import Tls, Transport
-from qflare_client.trust import Trust
-from qflare_client.updates import Contribution, feedback_for, make_evaluation, send_update
-from qflare_client.upload import Receipt
-from qflare_client.versions import AcceptedVersions
+from qflare_client.trust.audit_head import AuditHead, read_head
+from qflare_client.trust.evidence import Evidence, UpdateEvidence
+from qflare_client.trust.keyset import Trust
 
 _PQ_GROUP = "X25519MLKEM768"
 

@@ -24,7 +24,6 @@ from typing import TypeAlias
 
 from qflare.tensors import Array
 from qflare_client.client import Client
-from qflare_client.download import GlobalModel
 from qflare_client.errors import (
     DuplicateUpdateError,
     FailedPreconditionError,
@@ -32,10 +31,11 @@ from qflare_client.errors import (
     TrainingFunctionError,
     UnavailableError,
 )
+from qflare_client.models.download import GlobalModel
+from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
+from qflare_client.rpc.tracing import span
 from qflare_client.tasks import Task, TaskKind, TrainingTask
-from qflare_client.tracing import span
-from qflare_client.upload import Receipt
 
 TrainFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask], tuple[Mapping[str, Array], int, Mapping[str, float]]

@@ -12,8 +12,8 @@ from typing import Self
 
 import numpy as np
 
-from qflare.encodings import Encoding
 from qflare.tensors import Array, InvalidManifestError
+from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import device_pb2, security_pb2, training_pb2
 from qflare_client.errors import UnsupportedTaskError

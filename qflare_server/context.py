@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
-from qflare.signing import PublicKey
+from qflare.crypto.signing import PublicKey
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.storage.database import Database

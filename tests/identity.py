@@ -10,12 +10,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from qflare.enrollment import DeviceEnrollment
-from qflare.envelope import add_signature, sign_envelope
-from qflare.login import DeviceLogin, SessionKeys
-from qflare.sealing import KemKey
-from qflare.signing import Context as SigningContext
-from qflare.signing import Signer, SigningKey
+from qflare.crypto.envelope import add_signature, sign_envelope
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Context as SigningContext
+from qflare.crypto.signing import Signer, SigningKey
+from qflare.protocol.enrollment import DeviceEnrollment
+from qflare.protocol.login import DeviceLogin, SessionKeys
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock, Context

@@ -22,8 +22,8 @@ import numpy as np
 from data import load
 from model import Weights, fit, initial_weights, measure
 
-from qflare.safetensors_files import export_safetensors
 from qflare.tensors import Manifest, assemble, chunks
+from qflare.tensors.safetensors_files import export_safetensors
 from qflare.v1 import admin_service_pb2, admin_service_pb2_grpc
 
 mpl.use("Agg")

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from qflare.v1 import admin_service_pb2_grpc
 from qflare_client.admin.profile import Profile, ProfileError
-from qflare_client.transport import Tls, Transport
+from qflare_client.rpc.transport import Tls, Transport
 
 PAGE_SIZE = 1000
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qflare import merkle
-from qflare.manifest import InvalidManifestError
-from qflare.safetensors_files import export_safetensors, import_safetensors
+from qflare.crypto import merkle
 from qflare.tensors import InvalidPayloadError, Manifest
+from qflare.tensors.manifest import InvalidManifestError
+from qflare.tensors.safetensors_files import export_safetensors, import_safetensors
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.arguments import add_command, add_limit, add_topic, show, show_list
 from qflare_client.admin.connection import Admin

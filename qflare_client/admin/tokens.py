@@ -11,6 +11,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from qflare.v1 import admin_service_pb2 as pb
+from qflare_client.access.enrollment import read_bundle
 from qflare_client.admin.arguments import (
     add_command,
     add_limit,
@@ -21,7 +22,6 @@ from qflare_client.admin.arguments import (
 )
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.output import Column, moment, note, parse_seconds, print_json, word
-from qflare_client.enrollment import read_bundle
 from qflare_client.errors import InvalidRequestError
 
 ROLES = ("admin", "auditor", "operator", "viewer")

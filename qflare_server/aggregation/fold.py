@@ -21,13 +21,19 @@ from typing import Any, Final
 
 import numpy as np
 
-from qflare.encodings import Encoding, wire_manifest
-from qflare.manifest import DType, TensorSpec
-from qflare.narrowing import download_manifest
-from qflare.segments import SealContext
+from qflare.crypto.sealed_payloads import SealContext
 from qflare.tensors import CHUNK_BYTES, Manifest
+from qflare.tensors.download_encodings import download_manifest
+from qflare.tensors.encodings import Encoding, wire_manifest
+from qflare.tensors.manifest import DType, TensorSpec
+from qflare.tensors.vectors import (
+    VectorLayout,
+    VectorReader,
+    float_count,
+    integer_ranges,
+    write_payload,
+)
 from qflare.v1 import training_pb2
-from qflare.vectors import VectorLayout, VectorReader, float_count, integer_ranges, write_payload
 from qflare_server.aggregation.outcome import with_refusals
 from qflare_server.aggregation.plan import RoundPlan
 from qflare_server.aggregation.row_integrity import RowEvidence

@@ -22,9 +22,9 @@ from typing import Final
 from google.protobuf.message import DecodeError
 from sqlalchemy.orm import Session
 
-from qflare import merkle
-from qflare.signing import PublicKey, algorithm_of
-from qflare.statements import StatementError, require_equal
+from qflare.crypto import merkle
+from qflare.crypto.signing import PublicKey, algorithm_of
+from qflare.evidence.statements import StatementError, require_equal
 from qflare.tensors import payload_digest
 from qflare.v1 import security_pb2
 from qflare_server.context import Context

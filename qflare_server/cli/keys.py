@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from qflare.signing import algorithm_named
+from qflare.crypto.signing import algorithm_named
 from qflare_server.cli import offline_root
 from qflare_server.config import ONLINE_ALGORITHMS, ROOT_ALGORITHMS, ServerConfig
 from qflare_server.context import utc_now

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qflare.safetensors_files import export_safetensors, import_safetensors
+from qflare.tensors.safetensors_files import export_safetensors, import_safetensors
 from qflare.v1 import admin_service_pb2
 from qflare_server.cli import verify
 from qflare_server.cli.terminal import caller, progress

@@ -17,7 +17,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from qflare.signing import PublicKey, algorithm_named, algorithm_names
+from qflare.crypto.signing import PublicKey, algorithm_named, algorithm_names
 from qflare.v1 import security_pb2
 from qflare_server.config import ROOT_ALGORITHMS, ServerConfig
 from qflare_server.context import utc_now

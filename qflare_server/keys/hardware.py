@@ -10,7 +10,7 @@ What a module keeps for the coordinator:
 The session KEM key stays in the key file in either case: no module offers X-Wing. Nothing falls back: where signing in
 the module is wanted and it has no ML-DSA, loading fails.
 
-A module takes one signature at a time from each process. A key signs, and is verified by `qflare.signing`, before it
+A module takes one signature at a time from each process. A key signs, and is verified by `crypto.signing`, before it
 is used.
 
 Source: PKCS#11 3.2, section 6.67 (ML-DSA) for mechanism and parameters.
@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NamedTuple, Protocol
 
-from qflare.signing import Algorithm, Context, InvalidSignatureError, PublicKey, algorithm_of
+from qflare.crypto.signing import Algorithm, Context, InvalidSignatureError, PublicKey, algorithm_of
 from qflare.v1 import security_pb2
 from qflare_server.context import UnknownKeyError
 from qflare_server.keys.ring import KeyProvider, KeyRing, Role

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias
 
-from qflare.sealing import KemKey
-from qflare.signing import Algorithm, Context, Provider, SigningKey
-from qflare.symmetric import SECRET_BYTES
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Algorithm, Context, Provider, SigningKey
+from qflare.crypto.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2
 from qflare_server.context import UnknownKeyError
 from qflare_server.keys.secret_files import KeyStoreError

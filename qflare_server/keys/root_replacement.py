@@ -9,8 +9,8 @@
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from qflare.envelope import MAX_SIGNATURE_COUNT
-from qflare.signing import Algorithm, PublicKey
+from qflare.crypto.envelope import MAX_SIGNATURE_COUNT
+from qflare.crypto.signing import Algorithm, PublicKey
 from qflare.v1 import security_pb2
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.ring import KeyRing

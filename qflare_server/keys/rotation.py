@@ -18,8 +18,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from qflare.signing import Algorithm, algorithm_of
-from qflare.symmetric import SECRET_BYTES
+from qflare.crypto.signing import Algorithm, algorithm_of
+from qflare.crypto.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.ring import (

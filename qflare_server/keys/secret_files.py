@@ -24,7 +24,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
-from qflare.symmetric import SECRET_BYTES, UnsealError, decrypt, encrypt
+from qflare.crypto.symmetric import SECRET_BYTES, UnsealError, decrypt, encrypt
 
 _MAGIC: Final = b"QFSF\x01"
 _COST: Final = struct.Struct(">III")

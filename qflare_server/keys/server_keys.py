@@ -19,8 +19,8 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from qflare.envelope import sign_envelope
-from qflare.signing import Context, PublicKey
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.signing import Context, PublicKey
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock
@@ -53,7 +53,7 @@ CONTEXTS: Final[dict[Role, Context]] = {
 
 
 class _HeldKey:
-    """One signature key of a provider, as `qflare.envelope` signs with it."""
+    """One signature key of a provider, as `qflare.crypto.envelope` signs with it."""
 
     def __init__(self, provider: KeyProvider, public: PublicKey) -> None:
         self._provider = provider

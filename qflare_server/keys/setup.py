@@ -14,8 +14,8 @@ from typing import Final
 
 from google.protobuf import json_format
 
-from qflare.envelope import MAX_SIGNATURE_COUNT
-from qflare.signing import ONLINE_ALGORITHMS, Algorithm, algorithm_named
+from qflare.crypto.envelope import MAX_SIGNATURE_COUNT
+from qflare.crypto.signing import ONLINE_ALGORITHMS, Algorithm, algorithm_named
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.keys.folder import KeyFolder

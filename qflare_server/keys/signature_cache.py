@@ -11,7 +11,7 @@ verify the same signature.
 
 from typing import Final
 
-from qflare.signing import Context, PublicKey, tagged_hash
+from qflare.crypto.signing import Context, PublicKey, tagged_hash
 
 REMEMBERED: Final = 50_000
 """Signatures that are remembered at least, if as many were verified; twice as many at most, 100 bytes each."""

@@ -17,9 +17,9 @@ from typing import Final, TypeVar
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from qflare.envelope import add_signature, open_envelope
-from qflare.sealing import KemPublicKey
-from qflare.signing import Context, InvalidKeyError, InvalidSignatureError, PublicKey, Signer
+from qflare.crypto.envelope import add_signature, open_envelope
+from qflare.crypto.sealing import KemPublicKey
+from qflare.crypto.signing import Context, InvalidKeyError, InvalidSignatureError, PublicKey, Signer
 from qflare.v1 import security_pb2
 from qflare_server.keys.ring import ROLES, Role
 from qflare_server.keys.secret_files import KeyStoreError

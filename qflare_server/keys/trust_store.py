@@ -5,7 +5,7 @@ from datetime import datetime
 
 from sqlalchemy.orm import Session
 
-from qflare.statements import digest_of
+from qflare.evidence.statements import digest_of
 from qflare.v1 import security_pb2
 from qflare_server.errors import ConflictError
 from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qflare import merkle
-from qflare.elements import ElementRule
-from qflare.segments import SealContext, sealed_size_bytes
+from qflare.crypto import merkle
+from qflare.crypto.sealed_payloads import SealContext, sealed_size_bytes
 from qflare.tensors import CHUNK_BYTES, Manifest
+from qflare.tensors.elements import ElementRule
 from qflare.v1 import security_pb2
 from qflare_server.errors import DigestMismatchError, UpdateTooLargeError
 from qflare_server.storage.payload_records import HASH_BYTES, split_digests

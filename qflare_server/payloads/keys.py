@@ -11,10 +11,10 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
-from qflare.sealing import KemPublicKey, UnsealError
-from qflare.segments import PayloadKey, SealContext
-from qflare.signing import InvalidKeyError
-from qflare.symmetric import hkdf_expand
+from qflare.crypto.sealed_payloads import PayloadKey, SealContext
+from qflare.crypto.sealing import KemPublicKey, UnsealError
+from qflare.crypto.signing import InvalidKeyError
+from qflare.crypto.symmetric import hkdf_expand
 from qflare.v1 import security_pb2
 from qflare_server.context import Context, UnknownKeyError
 from qflare_server.errors import (

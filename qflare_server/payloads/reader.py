@@ -3,8 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qflare.sealing import UnsealError
-from qflare.segments import PLAINTEXT_BYTES, PayloadKey, PayloadOpener, opened_size_bytes
+from qflare.crypto.sealed_payloads import (
+    PLAINTEXT_BYTES,
+    PayloadKey,
+    PayloadOpener,
+    opened_size_bytes,
+)
+from qflare.crypto.sealing import UnsealError
 from qflare.tensors import CHUNK_BYTES, cut
 from qflare_server.context import Context
 from qflare_server.errors import PayloadPrunedError, SealedPayloadLostError

@@ -8,7 +8,7 @@ background thread while the next batch arrives. `StoredPayload.chunks` reads the
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
-from qflare import merkle
+from qflare.crypto import merkle
 from qflare.tensors import CHUNK_BYTES, FiniteCheck, InvalidPayloadError
 from qflare_server.context import Context
 from qflare_server.errors import (

@@ -7,9 +7,8 @@ is kept. `Contents` reads what is in a payload, sealed or not, range by range.
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from qflare import merkle
-from qflare.sealing import UnsealError
-from qflare.segments import (
+from qflare.crypto import merkle
+from qflare.crypto.sealed_payloads import (
     PLAINTEXT_BYTES,
     Buffer,
     Direction,
@@ -18,6 +17,7 @@ from qflare.segments import (
     SealContext,
     sealed_size_bytes,
 )
+from qflare.crypto.sealing import UnsealError
 from qflare.tensors import PieceHasher
 from qflare.v1 import training_pb2
 from qflare_server.context import Context

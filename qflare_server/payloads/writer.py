@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
-from qflare.encodings import Encoding
-from qflare.manifest import CHUNK_BYTES, Manifest
-from qflare.narrowing import download_manifest, narrowed
-from qflare.segments import SealContext
+from qflare.crypto.sealed_payloads import SealContext
+from qflare.tensors.download_encodings import download_manifest, narrowed
+from qflare.tensors.encodings import Encoding
+from qflare.tensors.manifest import CHUNK_BYTES, Manifest
 from qflare_server.context import Context
 from qflare_server.errors import InvalidUpdateError
 from qflare_server.payloads.expected import Expected

@@ -7,10 +7,10 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
-from qflare import merkle
-from qflare.encodings import Encoding
-from qflare.segments import opened_size_bytes
+from qflare.crypto import merkle
+from qflare.crypto.sealed_payloads import opened_size_bytes
 from qflare.tensors import CHUNK_BYTES
+from qflare.tensors.encodings import Encoding
 from qflare.v1 import training_pb2
 from qflare_server.errors import ConflictError, PayloadPrunedError
 from qflare_server.storage.repository import payloads as rows

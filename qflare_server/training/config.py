@@ -12,8 +12,8 @@ from typing import Any, Final
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 
-from qflare.encodings import Encoding
-from qflare.narrowing import DOWNLOAD_ENCODINGS
+from qflare.tensors.download_encodings import DOWNLOAD_ENCODINGS
+from qflare.tensors.encodings import Encoding
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidRequestError
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
-from qflare.symmetric import SECRET_BYTES, UnsealError, decrypt, encrypt, hkdf_expand
+from qflare.crypto.symmetric import SECRET_BYTES, UnsealError, decrypt, encrypt, hkdf_expand
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import StrategyRefusedError, TrainingSessionNotFoundError

@@ -11,7 +11,7 @@ from typing import Final
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
-from qflare import merkle
+from qflare.crypto import merkle
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.storage.repository import audit, global_models, training_sessions, updates

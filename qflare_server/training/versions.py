@@ -15,11 +15,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
 import qflare
-from qflare import merkle
-from qflare.encodings import Encoding
+from qflare.crypto import merkle
+from qflare.evidence.verification import VERSION_SIGNED
 from qflare.tensors import Manifest
+from qflare.tensors.encodings import Encoding
 from qflare.v1 import security_pb2, tensor_pb2, training_pb2
-from qflare.verification import VERSION_SIGNED
 from qflare_server.context import Context
 from qflare_server.storage.payload_records import Download, Received
 from qflare_server.storage.repository import audit, global_models, training_sessions

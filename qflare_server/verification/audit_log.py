@@ -13,12 +13,12 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
-from qflare import merkle
-from qflare.audit_entries import InvalidEntryError
-from qflare.keysets import KeyRole
-from qflare.statements import StatementError, digest_of, open_tree_head
+from qflare.crypto import merkle
+from qflare.evidence.audit_entries import InvalidEntryError
+from qflare.evidence.statements import StatementError, digest_of, open_tree_head
+from qflare.evidence.verification import UPDATE_ACCEPTED, VERSION_SIGNED
+from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
-from qflare.verification import UPDATE_ACCEPTED, VERSION_SIGNED
 from qflare_server.context import Context
 from qflare_server.storage.repository import audit_tree, evidence, trust_documents
 from qflare_server.storage.repository.audit_tree import Place

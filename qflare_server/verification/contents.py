@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qflare import merkle
+from qflare.crypto import merkle
 from qflare.tensors import CHUNK_BYTES, PieceHasher
 from qflare_server.context import Context
 from qflare_server.errors import PayloadPrunedError, SealedPayloadLostError

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from qflare.encodings import Encoding
-from qflare.narrowing import narrowed
-from qflare.payload import payload_digest
+from qflare.tensors.download_encodings import narrowed
+from qflare.tensors.encodings import Encoding
+from qflare.tensors.payload import payload_digest
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.payloads.reader import read_chunks

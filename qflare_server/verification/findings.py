@@ -8,10 +8,10 @@ from typing import Any, Final, TypeVar
 from google.protobuf.message import DecodeError
 from sqlalchemy.orm import Session
 
-from qflare.keysets import KeyRole, TrustedKeyset
-from qflare.signing import PublicKey
+from qflare.crypto.signing import PublicKey
+from qflare.evidence.verification import SIGNING_ROLES, follow_keysets
+from qflare.protocol.keysets import KeyRole, TrustedKeyset
 from qflare.v1 import security_pb2
-from qflare.verification import SIGNING_ROLES, follow_keysets
 from qflare_server.context import Context
 from qflare_server.storage.database import Database
 from qflare_server.storage.repository import evidence

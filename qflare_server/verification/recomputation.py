@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from sqlalchemy.orm import Session
 
-from qflare.lineage import contributors_digest
+from qflare.evidence.lineage import contributors_digest
 from qflare.v1 import security_pb2
 from qflare_server.aggregation.fold import BATCH, RoundFold, Written
 from qflare_server.aggregation.outcome import read_outcome

@@ -9,14 +9,20 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from qflare.keysets import KeyRole
-from qflare.lineage import ModelVersion, contributors_digest, open_model
-from qflare.manifest import Manifest
-from qflare.sealing import KemPublicKey
-from qflare.segments import opened_size_bytes
-from qflare.signing import Context as SigningContext
-from qflare.signing import PublicKey, algorithm_of
-from qflare.statements import digest_of, open_rotation, open_statement, open_update, require_equal
+from qflare.crypto.sealed_payloads import opened_size_bytes
+from qflare.crypto.sealing import KemPublicKey
+from qflare.crypto.signing import Context as SigningContext
+from qflare.crypto.signing import PublicKey, algorithm_of
+from qflare.evidence.lineage import ModelVersion, contributors_digest, open_model
+from qflare.evidence.statements import (
+    digest_of,
+    open_rotation,
+    open_statement,
+    open_update,
+    require_equal,
+)
+from qflare.protocol.keysets import KeyRole
+from qflare.tensors.manifest import Manifest
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_server.context import Context
 from qflare_server.storage.payload_records import content_digest_of

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from google.protobuf import json_format
 from sqlalchemy.orm import Session
 
-from qflare.keysets import KeyRole
-from qflare.statements import open_task
+from qflare.evidence.statements import open_task
+from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.storage.repository import evidence, global_models, training_sessions

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qflare.tensors import CHUNK_BYTES, DType, Manifest, TensorSpec
-from qflare.vectors import VectorLayout, VectorReader
+from qflare.tensors.vectors import VectorLayout, VectorReader
 from qflare_server.storage.payload_store import PayloadFile
 from qflare_server.strategies import Contribution, Reader, StrategyConfig, begin, build
 from tests.bench.devices import SEED

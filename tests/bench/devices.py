@@ -7,8 +7,8 @@ from functools import cached_property
 import grpc
 import numpy as np
 
+from qflare.evidence.statements import sign_update
 from qflare.ids import new_update_id
-from qflare.statements import sign_update
 from qflare.tensors import CHUNK_BYTES, DType, Manifest, PayloadHasher, TensorSpec
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2

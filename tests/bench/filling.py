@@ -8,7 +8,7 @@ from typing import Final
 from sqlalchemy import Connection, text
 from sqlalchemy.orm import Session
 
-from qflare.merkle import CompactTree, Node
+from qflare.crypto.merkle import CompactTree, Node
 from qflare_server.storage.database import Database
 from qflare_server.storage.repository import audit_tree
 

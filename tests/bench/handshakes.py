@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 
 import grpc
 
-from qflare.enrollment import DeviceEnrollment
-from qflare.keysets import TrustedKeyset
-from qflare.login import DeviceLogin
-from qflare.sealing import KemKey, KemPublicKey
-from qflare.signing import SigningKey
+from qflare.crypto.sealing import KemKey, KemPublicKey
+from qflare.crypto.signing import SigningKey
+from qflare.protocol.enrollment import DeviceEnrollment
+from qflare.protocol.keysets import TrustedKeyset
+from qflare.protocol.login import DeviceLogin
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2
 from qflare.v1.coordinator_service_pb2_grpc import CoordinatorServiceStub

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
-from qflare.signing import SigningKey
+from qflare.crypto.signing import SigningKey
 from qflare_server.storage.database import Database
 from qflare_server.storage.tables import Device, DeviceKey, DeviceState, TokenKind, UserToken
 from qflare_server.use_cases.access.authentication import mint_secret

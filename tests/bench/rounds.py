@@ -10,7 +10,7 @@ from pathlib import Path
 
 from google.protobuf.duration_pb2 import Duration
 
-from qflare.signing import SigningKey
+from qflare.crypto.signing import SigningKey
 from qflare.tensors import Array
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2, training_pb2

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import grpc
 
-from qflare.sealing import KemPublicKey
-from qflare.segments import PayloadSealer, SealContext
+from qflare.crypto.sealed_payloads import PayloadSealer, SealContext
+from qflare.crypto.sealing import KemPublicKey
 from qflare.tensors import PayloadHasher
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2, training_pb2

@@ -10,10 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy.orm import Session
 
-from qflare.merkle import inclusion_proof, verify_inclusion
-from qflare.sealing import KemKey
-from qflare.segments import Direction, PayloadKey, PayloadOpener, PayloadSealer, SealContext
-from qflare.signing import Context, Provider, SigningKey
+from qflare.crypto.merkle import inclusion_proof, verify_inclusion
+from qflare.crypto.sealed_payloads import (
+    Direction,
+    PayloadKey,
+    PayloadOpener,
+    PayloadSealer,
+    SealContext,
+)
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Context, Provider, SigningKey
 from qflare_server.context import utc_now
 from qflare_server.storage.database import Database
 from qflare_server.storage.repository import audit, audit_tree

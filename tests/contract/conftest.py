@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 
-from qflare.signing import Algorithm, Provider, PublicKey, SigningKey
+from qflare.crypto.signing import Algorithm, Provider, PublicKey, SigningKey
 from qflare_server.config import ServerConfig
 from qflare_server.keys import KeyFolder
 from qflare_server.keys.setup import initialise

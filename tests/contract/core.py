@@ -13,11 +13,11 @@ import numpy as np
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qflare.envelope import sign_envelope
-from qflare.sealing import KemKey, KemPublicKey
-from qflare.segments import PayloadSealer, SealContext
-from qflare.signing import Context as SigningContext
-from qflare.signing import SigningKey
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.sealed_payloads import PayloadSealer, SealContext
+from qflare.crypto.sealing import KemKey, KemPublicKey
+from qflare.crypto.signing import Context as SigningContext
+from qflare.crypto.signing import SigningKey
 from qflare.tensors import Array, Manifest, chunks, payload_digest
 from qflare.v1 import admin_service_pb2, coordinator_service_pb2, security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import event, select, text
 
-from qflare import merkle
-from qflare.statements import open_tree_head
+from qflare.crypto import merkle
+from qflare.evidence.statements import open_tree_head
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.errors import AuditEntryNotFoundError, InvalidRequestError

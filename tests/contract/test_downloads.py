@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qflare.encodings import Encoding
 from qflare.tensors import Array, Manifest, chunks
+from qflare.tensors.encodings import Encoding
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.errors import InvalidManifestError, InvalidRequestError, InvalidUpdateError

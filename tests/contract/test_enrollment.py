@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import func, select
 
-from qflare.envelope import open_envelope, sign_envelope
-from qflare.sealing import KemKey
-from qflare.signing import Context as SigningContext
-from qflare.signing import SigningKey
+from qflare.crypto.envelope import open_envelope, sign_envelope
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Context as SigningContext
+from qflare.crypto.signing import SigningKey
 from qflare.v1 import device_pb2, security_pb2
 from qflare_server.errors import (
     InvalidEnrollmentTokenError,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qflare.symmetric import SECRET_BYTES
+from qflare.crypto.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.fold import RoundFold

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qflare.sealing import KemKey
-from qflare.signing import Algorithm, SigningKey
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Algorithm, SigningKey
 from qflare_server import registry
 from qflare_server.cli.main import main
 from qflare_server.cli.registry import import_devices, read_dump

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from qflare.signing import SigningKey
+from qflare.crypto.signing import SigningKey
 from qflare.v1 import training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sqlalchemy import update
 
-from qflare.signing import Algorithm, Context, SigningKey
+from qflare.crypto.signing import Algorithm, Context, SigningKey
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.outcome import read_outcome

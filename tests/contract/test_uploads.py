@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from sqlalchemy.orm import Session
 
-from qflare import merkle
-from qflare.signing import PublicKey, SigningKey
+from qflare.crypto import merkle
+from qflare.crypto.signing import PublicKey, SigningKey
 from qflare.tensors import Array, Manifest, chunks, payload_digest
 from qflare.v1 import training_pb2
 from qflare_server.errors import (

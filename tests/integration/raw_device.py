@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
-from qflare import merkle
-from qflare.envelope import sign_envelope
-from qflare.signing import Context
+from qflare.crypto import merkle
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.signing import Context
 from qflare.tensors import CHUNK_BYTES, Manifest, chunks, payload_digest
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qflare import merkle
-from qflare.sealing import KemPublicKey
-from qflare.segments import PayloadSealer, SealContext
+from qflare.crypto import merkle
+from qflare.crypto.sealed_payloads import PayloadSealer, SealContext
+from qflare.crypto.sealing import KemPublicKey
 from qflare.v1 import security_pb2
 from qflare_client import Client, Task, TaskKind
 from tests.integration.conftest import Deployment

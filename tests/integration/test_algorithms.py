@@ -11,7 +11,7 @@ import pytest
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 
-from qflare.signing import ONLINE_ALGORITHMS, Algorithm, algorithm_names
+from qflare.crypto.signing import ONLINE_ALGORITHMS, Algorithm, algorithm_names
 from qflare.v1 import training_pb2
 from qflare_client import (
     AlgorithmNotAcceptedError,
@@ -21,8 +21,8 @@ from qflare_client import (
     enroll,
 )
 from qflare_client.__main__ import main
-from qflare_client.identity import DeviceKeys, Identity, load_keys, read_facts, save_keys
-from qflare_client.keystore import KeyStore
+from qflare_client.keystore.identity import DeviceKeys, Identity, load_keys, read_facts, save_keys
+from qflare_client.keystore.store import KeyStore
 from qflare_server.context import utc_now
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import replace_stolen, rotate_online

@@ -10,16 +10,16 @@ import grpc
 import pytest
 from sqlalchemy import select
 
-from qflare import merkle
-from qflare.statements import check_entry, open_tree_head
-from qflare.v1 import admin_service_pb2 as admin_pb2
-from qflare.v1 import security_pb2
-from qflare.verification import (
+from qflare.crypto import merkle
+from qflare.evidence.statements import check_entry, open_tree_head
+from qflare.evidence.verification import (
     VerificationError,
     open_evidence,
     verify_bundle,
     verify_payload,
 )
+from qflare.v1 import admin_service_pb2 as admin_pb2
+from qflare.v1 import security_pb2
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import rotate_online, rotate_root
 from qflare_server.keys.secret_files import Cost

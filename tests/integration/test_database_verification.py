@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Table, delete, insert, literal_column, select, update
 from sqlalchemy.orm import Session
 
-from qflare import merkle
+from qflare.crypto import merkle
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.storage.repository.audit import SYSTEM, Caller, Event, record

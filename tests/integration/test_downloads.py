@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from sqlalchemy import update
 
-from qflare.encodings import Encoding
 from qflare.tensors import Array
+from qflare.tensors.encodings import Encoding
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import training_pb2
@@ -24,7 +24,7 @@ from qflare_client import (
     TrainingTask,
     run,
 )
-from qflare_client.evidence import verify
+from qflare_client.trust.evidence import verify
 from qflare_server.storage.tables import GlobalModel
 from qflare_server.verification import recompute_version, verify_database
 from tests.integration.conftest import Deployment

@@ -16,8 +16,8 @@ from typing import Final
 
 import pytest
 
-from qflare.envelope import open_envelope
-from qflare.signing import Algorithm, Context
+from qflare.crypto.envelope import open_envelope
+from qflare.crypto.signing import Algorithm, Context
 from qflare.v1 import security_pb2
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.context import UnknownKeyError

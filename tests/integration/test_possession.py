@@ -13,7 +13,7 @@ from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import training_pb2
 from qflare_client import AuthenticationError, Client, TaskKind, enroll
-from qflare_client.transport import Metadata
+from qflare_client.rpc.transport import Metadata
 
 Deploy = Callable[..., Any]
 ONE_DEVICE = training_pb2.RoundPolicy(quorum=1, deadline=Duration(seconds=60))

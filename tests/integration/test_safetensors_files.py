@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qflare.safetensors_files import MAX_HEADER_BYTES, export_safetensors, import_safetensors
 from qflare.tensors import (
     Array,
     DType,
@@ -25,6 +24,11 @@ from qflare.tensors import (
     TensorSpec,
     assemble,
     chunks,
+)
+from qflare.tensors.safetensors_files import (
+    MAX_HEADER_BYTES,
+    export_safetensors,
+    import_safetensors,
 )
 
 DTYPES = [member.numpy for member in DType if member is not DType.BFLOAT16]

@@ -15,14 +15,14 @@ import pytest
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
-from qflare.safetensors_files import import_safetensors
-from qflare.sealing import KemKey
+from qflare.crypto.sealing import KemKey
+from qflare.evidence.verification import verify_bundle
 from qflare.tensors import CHUNK_BYTES
+from qflare.tensors.safetensors_files import import_safetensors
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as pb
-from qflare.verification import verify_bundle
 from qflare_client import Client, TaskKind, UnavailableError
-from qflare_client.sealed_update import SealedPayload
+from qflare_client.models.sealed_update import SealedPayload
 from qflare_server.errors import SealedPayloadLostError
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import replace_stolen, rotate_online

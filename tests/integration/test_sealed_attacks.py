@@ -7,8 +7,8 @@ import grpc
 import numpy as np
 import pytest
 
-from qflare.sealing import KemKey, KemPublicKey
-from qflare.segments import HEADER_BYTES, SEGMENT_BYTES, WRAPPED_KEY_BYTES, Direction
+from qflare.crypto.sealed_payloads import HEADER_BYTES, SEGMENT_BYTES, WRAPPED_KEY_BYTES, Direction
+from qflare.crypto.sealing import KemKey, KemPublicKey
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2
 from qflare_server.keys.folder import KeyFolder

@@ -6,9 +6,9 @@ import grpc
 import numpy as np
 import pytest
 
-from qflare.envelope import open_envelope
-from qflare.signing import Context
-from qflare.statements import open_update
+from qflare.crypto.envelope import open_envelope
+from qflare.crypto.signing import Context
+from qflare.evidence.statements import open_update
 from qflare_server.storage.tables import ModelUpdate
 from tests.integration.conftest import Deployment
 from tests.integration.raw_device import Draft, RawDevice, info_of

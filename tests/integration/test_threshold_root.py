@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qflare.keysets import TrustedKeyset
-from qflare.signing import Algorithm
+from qflare.crypto.signing import Algorithm
+from qflare.protocol.keysets import TrustedKeyset
 from qflare.v1 import security_pb2
 from qflare_server.cli.main import main
 from qflare_server.config import ServerConfig

@@ -26,7 +26,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from qflare.v1 import coordinator_service_pb2, coordinator_service_pb2_grpc
 from qflare_client import Client, Tls, UnavailableError, VerificationError, enroll
-from qflare_client.retry import RetryPolicy
+from qflare_client.rpc.retry import RetryPolicy
 from qflare_server.cli.certificates import Authority, issue
 from qflare_server.cli.main import main
 from qflare_server.context import utc_now

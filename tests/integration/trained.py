@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from qflare.evidence.verification import Report, verify_bundle
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import verification_pb2
-from qflare.verification import Report, verify_bundle
 from qflare_client import Client, TaskKind
 from qflare_server.config import ServerConfig
 from tests.integration.conftest import Deployment

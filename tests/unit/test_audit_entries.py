@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qflare.audit_entries import Entry, InvalidEntryError, detail_texts
+from qflare.evidence.audit_entries import Entry, InvalidEntryError, detail_texts
 
 ENTRY = Entry(
     audit_id=7,

@@ -7,10 +7,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qflare.checkpoints import checkpoint_line, parse_checkpoint_line
-from qflare.envelope import sign_envelope
-from qflare.signing import Context, SigningKey
-from qflare.statements import StatementError, open_tree_head
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.signing import Context, SigningKey
+from qflare.evidence.checkpoints import checkpoint_line, parse_checkpoint_line
+from qflare.evidence.statements import StatementError, open_tree_head
 from qflare.v1 import security_pb2
 
 

@@ -10,15 +10,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qflare.encodings import (
-    Encoding,
-    decode,
-    encode,
-    encoding_rules,
-    narrow,
-    top_k_count,
-    wire_manifest,
-)
 from qflare.tensors import (
     Array,
     DType,
@@ -29,6 +20,15 @@ from qflare.tensors import (
     NonFiniteError,
     TensorSpec,
     chunks,
+)
+from qflare.tensors.encodings import (
+    Encoding,
+    decode,
+    encode,
+    encoding_rules,
+    narrow,
+    top_k_count,
+    wire_manifest,
 )
 
 LOSSY = [Encoding.FLOAT16, Encoding.BFLOAT16, Encoding.INT8, Encoding.TOP_K]

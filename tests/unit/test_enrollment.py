@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflare.enrollment import (
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.sealing import KemKey, seal
+from qflare.crypto.signing import Algorithm, Context, SigningKey, tagged_hash
+from qflare.crypto.symmetric import UnsealError
+from qflare.protocol.enrollment import (
     MAX_SEALED_BYTES,
     MAX_TOKEN_CHARACTERS,
     DeviceEnrollment,
     EnrollmentServer,
 )
-from qflare.envelope import sign_envelope
-from qflare.handshake import HandshakeError
-from qflare.sealing import KemKey, seal
-from qflare.signing import Algorithm, Context, SigningKey, tagged_hash
-from qflare.symmetric import UnsealError
+from qflare.protocol.handshake import HandshakeError
 from qflare.v1 import security_pb2
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

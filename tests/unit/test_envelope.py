@@ -5,8 +5,8 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflare.envelope import MAX_SIGNATURE_COUNT, add_signature, open_envelope, sign_envelope
-from qflare.signing import (
+from qflare.crypto.envelope import MAX_SIGNATURE_COUNT, add_signature, open_envelope, sign_envelope
+from qflare.crypto.signing import (
     MAX_MESSAGE_BYTES,
     Algorithm,
     Context,

@@ -8,8 +8,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflare.envelope import add_signature, sign_envelope
-from qflare.keysets import (
+from qflare.crypto.envelope import add_signature, sign_envelope
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Algorithm, Context, SigningKey
+from qflare.protocol.keysets import (
     MAX_KEY_COUNT,
     MAX_ROOT_COUNT,
     ExpiredKeysetError,
@@ -19,8 +21,6 @@ from qflare.keysets import (
     RefusedAlgorithmError,
     TrustedKeyset,
 )
-from qflare.sealing import KemKey
-from qflare.signing import Algorithm, Context, SigningKey
 from qflare.v1 import security_pb2
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflare.envelope import sign_envelope
-from qflare.lineage import (
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.signing import Context, SigningKey
+from qflare.evidence.lineage import (
     ModelVersion,
     contribution_proof,
     contributors_digest,
@@ -16,8 +17,7 @@ from qflare.lineage import (
     verify_chain,
     verify_contribution,
 )
-from qflare.signing import Context, SigningKey
-from qflare.statements import StatementError, StatementMismatchError, digest_of
+from qflare.evidence.statements import StatementError, StatementMismatchError, digest_of
 from qflare.v1 import security_pb2, training_pb2
 
 KEY, OTHER_KEY = SigningKey.generate(), SigningKey.generate()

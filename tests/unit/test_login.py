@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflare.handshake import HandshakeError, open_state, seal_state
-from qflare.login import DeviceLogin, LoginServer, SessionKeys
-from qflare.sealing import KemKey
-from qflare.signing import Algorithm, Context, SigningKey
-from qflare.symmetric import UnsealError
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Algorithm, Context, SigningKey
+from qflare.crypto.symmetric import UnsealError
+from qflare.protocol.handshake import HandshakeError, open_state, seal_state
+from qflare.protocol.login import DeviceLogin, LoginServer, SessionKeys
 from qflare.v1 import security_pb2
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qflare import merkle
-from qflare.merkle import CompactTree, ProofError
+from qflare.crypto import merkle
+from qflare.crypto.merkle import CompactTree, ProofError
 
 sizes = st.integers(0, 70)
 

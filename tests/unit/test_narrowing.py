@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qflare.elements import NonFiniteError, PayloadSizeError
-from qflare.encodings import Encoding, decode, encode
-from qflare.manifest import InvalidManifestError
-from qflare.narrowing import download_manifest, narrowed, widened
 from qflare.tensors import FiniteCheck, Manifest, assemble, chunks
+from qflare.tensors.download_encodings import download_manifest, narrowed, widened
+from qflare.tensors.elements import NonFiniteError, PayloadSizeError
+from qflare.tensors.encodings import Encoding, decode, encode
+from qflare.tensors.manifest import InvalidManifestError
 
 SMALLER = [Encoding.FLOAT16, Encoding.BFLOAT16]
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qflare.handshake import HandshakeError
-from qflare.possession import WINDOW_SIZE, CallProver, Refresh, ReplayWindow, check_call
+from qflare.protocol.handshake import HandshakeError
+from qflare.protocol.possession import WINDOW_SIZE, CallProver, Refresh, ReplayWindow, check_call
 from qflare.v1 import security_pb2
 
 KEY = bytes(range(32))

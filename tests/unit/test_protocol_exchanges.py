@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from qflare.enrollment import DeviceEnrollment
-from qflare.handshake import HandshakeError
-from qflare.possession import Refresh, check_call
-from qflare.sealing import KemPublicKey, open_sealed
-from qflare.segments import PayloadKey, PayloadOpener
-from qflare.signing import PublicKey
-from qflare.symmetric import UnsealError
+from qflare.crypto.sealed_payloads import PayloadKey, PayloadOpener
+from qflare.crypto.sealing import KemPublicKey, open_sealed
+from qflare.crypto.signing import PublicKey
+from qflare.crypto.symmetric import UnsealError
+from qflare.protocol.enrollment import DeviceEnrollment
+from qflare.protocol.handshake import HandshakeError
+from qflare.protocol.possession import Refresh, check_call
 from qflare.v1 import security_pb2 as pb
 from tests import independent, independent_exchange
 from tests.independent import RefusedError

@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 from google.protobuf import json_format
 
-from qflare import envelope as envelopes
-from qflare.checkpoints import checkpoint_line, parse_checkpoint_line
-from qflare.keysets import ExpiredKeysetError, KeyRole, TrustedKeyset
-from qflare.signing import Context, InvalidSignatureError, PublicKey
-from qflare.statements import (
+from qflare.crypto import envelope as envelopes
+from qflare.crypto.signing import Context, InvalidSignatureError, PublicKey
+from qflare.evidence.checkpoints import checkpoint_line, parse_checkpoint_line
+from qflare.evidence.statements import (
     check_growth,
     open_rotation,
     open_task,
     open_tree_head,
     open_update,
 )
+from qflare.protocol.keysets import ExpiredKeysetError, KeyRole, TrustedKeyset
 from qflare.v1 import security_pb2 as pb
 from qflare.v1 import tensor_pb2
 from qflare_client.errors import InvalidEvidenceError
-from qflare_client.evidence import Evidence, verify
+from qflare_client.trust.evidence import Evidence, verify
 from qflare_server import errors
 from qflare_server.config import ServerConfig
 from qflare_server.serving.rpc import status

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pqcrypto.kem import ml_kem_512, ml_kem_768, ml_kem_1024
 
-from qflare import sealing, symmetric
-from qflare.sealing import (
+from qflare.crypto import sealing, symmetric
+from qflare.crypto.sealing import (
     ENCAPSULATION_BYTES,
     SEAL_OVERHEAD_BYTES,
     KemKey,
@@ -24,7 +24,7 @@ from qflare.sealing import (
     open_sealed,
     seal,
 )
-from qflare.signing import CryptoUnavailableError, InvalidKeyError, Provider
+from qflare.crypto.signing import CryptoUnavailableError, InvalidKeyError, Provider
 from qflare.v1 import security_pb2
 
 VECTORS = Path(__file__).parent.parent / "vectors"

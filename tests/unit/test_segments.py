@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflare.sealing import KemKey, UnsealError
-from qflare.segments import (
+from qflare.crypto.sealed_payloads import (
     HEADER_BYTES,
     PLAINTEXT_BYTES,
     SEGMENT_BYTES,
@@ -23,6 +22,7 @@ from qflare.segments import (
     sealed_size_bytes,
     segment_count,
 )
+from qflare.crypto.sealing import KemKey, UnsealError
 from qflare.v1 import security_pb2
 
 KEY = KemKey.generate()

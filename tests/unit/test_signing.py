@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pqcrypto.sign import ml_dsa_65
 
-from qflare import mldsa
-from qflare.mldsa import LIBRARIES, SIZES, Library, library_for
-from qflare.signing import (
+from qflare.crypto import signature_libraries
+from qflare.crypto.signature_libraries import LIBRARIES, SIZES, Library, library_for
+from qflare.crypto.signing import (
     DEFAULT_PROVIDER,
     MAX_MESSAGE_BYTES,
     ONLINE_ALGORITHMS,
@@ -279,12 +279,14 @@ def refuse(error: Exception) -> Callable[[], Library]:
 
 
 def test_one_provider_is_enough_and_none_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mldsa, "_Cryptography", refuse(UnsupportedAlgorithm("no ML-DSA")))
-    assert list(mldsa._load_libraries()) == [Provider.PQCRYPTO]
+    monkeypatch.setattr(
+        signature_libraries, "_Cryptography", refuse(UnsupportedAlgorithm("no ML-DSA"))
+    )
+    assert list(signature_libraries._load_libraries()) == [Provider.PQCRYPTO]
 
-    monkeypatch.setattr(mldsa, "_Pqcrypto", refuse(ImportError("no wheel")))
+    monkeypatch.setattr(signature_libraries, "_Pqcrypto", refuse(ImportError("no wheel")))
     with pytest.raises(CryptoUnavailableError):
-        mldsa._load_libraries()
+        signature_libraries._load_libraries()
 
 
 def test_a_provider_that_does_not_verify_fails_the_self_test(

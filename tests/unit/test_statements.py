@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflare import merkle
-from qflare.envelope import sign_envelope
-from qflare.sealing import KemKey
-from qflare.signing import Context, SigningKey
-from qflare.statements import (
+from qflare.crypto import merkle
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Context, SigningKey
+from qflare.evidence.statements import (
     MAX_METRIC_COUNT,
     StatementError,
     StatementMismatchError,

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflare.encodings import Encoding, decode, encode, wire_manifest
 from qflare.tensors import (
     CHUNK_BYTES,
     Array,
@@ -23,7 +22,8 @@ from qflare.tensors import (
     assemble,
     chunks,
 )
-from qflare.vectors import (
+from qflare.tensors.encodings import Encoding, decode, encode, wire_manifest
+from qflare.tensors.vectors import (
     VectorLayout,
     VectorReader,
     float_count,

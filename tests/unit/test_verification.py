@@ -7,8 +7,8 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qflare.evidence.verification import VerificationError, verify_bundle
 from qflare.v1 import verification_pb2
-from qflare.verification import VerificationError, verify_bundle
 
 PINS = ["ab" * 32]
 NOW = datetime(2026, 1, 2, tzinfo=UTC)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qflare.audit_entries import SALT_BYTES
+from qflare.evidence.audit_entries import SALT_BYTES
 from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
 from qflare_server.storage.prepared import PreparedInsert
 from qflare_server.storage.tables import AuditLog, RiskLevel

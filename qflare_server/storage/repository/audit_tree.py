@@ -1,6 +1,6 @@
 """Statements on the Merkle tree over the audit log: its entries in order, its nodes, its signed heads.
 
-Nodes are the roots of complete subtrees (`qflare.merkle`), each written once, so a tree of any size can be
+Nodes are the roots of complete subtrees (`qflare.crypto.merkle`), each written once, so a tree of any size can be
 read back: `complete_subtrees` names those that a size consists of.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Final
 from sqlalchemy import Row, Select, and_, bindparam, delete, func, insert, or_, select
 from sqlalchemy.orm import Session
 
-from qflare.merkle import CompactTree, Node
+from qflare.crypto.merkle import CompactTree, Node
 from qflare_server.storage.tables import AuditHead, AuditLog, AuditNode, Lease
 
 AUDIT = AuditLog.__table__

@@ -14,7 +14,7 @@ class AuditLog(Base):
     """One security-relevant event, written in the transaction of what it records.
 
     The sequencer gives each committed row its `leaf_index` in the Merkle tree afterwards, in batches; until then
-    it is null. `salt` blinds what the tree commits to (`qflare.audit_entries`).
+    it is null. `salt` blinds what the tree commits to (`qflare.evidence.audit_entries`).
     """
 
     __tablename__ = "audit_log"

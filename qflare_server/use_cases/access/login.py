@@ -13,7 +13,7 @@ A login that broke off after its last message is begun anew; the answer is not k
 Proofs of possession: their sequence numbers are used up in the database, one row for each call until its token has
 expired. That costs a commit for each call, and holds across replicas and restarts, which a window in memory would not.
 
-The cryptography of the messages is in `qflare.login` and `qflare.possession`.
+The cryptography of the messages is in `qflare.protocol.login` and `qflare.protocol.possession`.
 """
 
 from collections.abc import Iterable
@@ -24,11 +24,11 @@ from typing import Final
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
-from qflare.handshake import HandshakeError
-from qflare.login import LoginServer, PendingLogin
-from qflare.possession import METADATA_KEY, Refresh, check_call
-from qflare.signing import InvalidKeyError, PublicKey, algorithm_of
-from qflare.symmetric import UnsealError, decrypt, encrypt, hkdf_expand
+from qflare.crypto.signing import InvalidKeyError, PublicKey, algorithm_of
+from qflare.crypto.symmetric import UnsealError, decrypt, encrypt, hkdf_expand
+from qflare.protocol.handshake import HandshakeError
+from qflare.protocol.login import LoginServer, PendingLogin
+from qflare.protocol.possession import METADATA_KEY, Refresh, check_call
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (

@@ -1,7 +1,7 @@
 """Everything that shows where a version came from, for a verifier who trusts nobody but the root keys.
 
 A bundle comes in parts of a bounded size; their serialisations one after another are the bundle. What it shows, and in
-which order it is checked, is said in `qflare.verification`.
+which order it is checked, is said in `qflare.evidence.verification`.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
-from qflare import merkle
-from qflare.audit_entries import Entry
-from qflare.signing import PublicKey, algorithm_of
+from qflare.crypto import merkle
+from qflare.crypto.signing import PublicKey, algorithm_of
+from qflare.evidence.audit_entries import Entry
+from qflare.evidence.verification import UPDATE_ACCEPTED, VERSION_SIGNED
 from qflare.v1 import security_pb2, verification_pb2
-from qflare.verification import UPDATE_ACCEPTED, VERSION_SIGNED
 from qflare_server.context import Context
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
 from qflare_server.storage.repository import audit_tree, evidence, global_models, training_sessions

@@ -7,8 +7,8 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
-from qflare import merkle
-from qflare.audit_entries import Entry
+from qflare.crypto import merkle
+from qflare.evidence.audit_entries import Entry
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import AuditEntryNotFoundError, InvalidRequestError

@@ -21,8 +21,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
-from qflare.audit_entries import Entry, InvalidEntryError, detail_texts
-from qflare.merkle import Node
+from qflare.crypto.merkle import Node
+from qflare.evidence.audit_entries import Entry, InvalidEntryError, detail_texts
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import ConflictError

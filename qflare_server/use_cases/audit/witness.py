@@ -1,4 +1,4 @@
-"""The witness file: every signed head of the audit log, one line each (`qflare.checkpoints`), append-only.
+"""The witness file: every signed head of the audit log, one line each (`qflare.evidence.checkpoints`), append-only.
 
 It is worth as much as it is out of reach of whoever can write to the database: a file on another machine, or one
 that another account reads and keeps.
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from qflare.checkpoints import checkpoint_line, parse_checkpoint_line
+from qflare.evidence.checkpoints import checkpoint_line, parse_checkpoint_line
 from qflare.v1 import security_pb2
 
 

@@ -6,7 +6,7 @@ Invariants: an enrollment token makes one device (or gives one device other keys
 the UPDATE that consumes it decides, in the transaction that stores the device. The same token with the same keys gets
 the receipt again. Whoever is refused learns one text; the audit log holds the reason.
 
-The cryptography of the messages is in `qflare.enrollment`.
+The cryptography of the messages is in `qflare.protocol.enrollment`.
 """
 
 import uuid
@@ -18,8 +18,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
-from qflare import enrollment as protocol
-from qflare.handshake import HandshakeError
+from qflare.protocol import enrollment as protocol
+from qflare.protocol.handshake import HandshakeError
 from qflare.v1 import device_pb2, security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (

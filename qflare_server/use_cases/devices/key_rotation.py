@@ -13,11 +13,11 @@ from typing import Final
 from google.protobuf.message import DecodeError
 from sqlalchemy.orm import Session
 
-from qflare import signing
-from qflare.envelope import open_envelope
-from qflare.sealing import KemPublicKey
-from qflare.signing import Context as SigningContext
-from qflare.signing import InvalidKeyError, PublicKey, algorithm_of
+from qflare.crypto import signing
+from qflare.crypto.envelope import open_envelope
+from qflare.crypto.sealing import KemPublicKey
+from qflare.crypto.signing import Context as SigningContext
+from qflare.crypto.signing import InvalidKeyError, PublicKey, algorithm_of
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (

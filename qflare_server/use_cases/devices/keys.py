@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 from sqlalchemy.orm import Session
 
-from qflare.sealing import KemPublicKey
-from qflare.signing import Algorithm, PublicKey, algorithm_named, algorithm_names
+from qflare.crypto.sealing import KemPublicKey
+from qflare.crypto.signing import Algorithm, PublicKey, algorithm_named, algorithm_names
 from qflare_server.config import ServerConfig
 from qflare_server.errors import AlgorithmNotAcceptedError
 from qflare_server.storage.repository import devices

@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from qflare.sealing import KemPublicKey
-from qflare.signing import PublicKey, wire_algorithm
+from qflare.crypto.sealing import KemPublicKey
+from qflare.crypto.signing import PublicKey, wire_algorithm
 from qflare_server.context import Context
 from qflare_server.errors import (
     AlreadyExistsError,

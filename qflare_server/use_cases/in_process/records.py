@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
-from qflare.sealing import KemPublicKey
-from qflare.signing import Algorithm, InvalidKeyError, PublicKey
+from qflare.crypto.sealing import KemPublicKey
+from qflare.crypto.signing import Algorithm, InvalidKeyError, PublicKey
 from qflare_server.errors import InvalidRequestError
 from qflare_server.storage.tables import Device, DeviceState
 from qflare_server.use_cases.devices.administration import Profile

@@ -12,14 +12,14 @@ from functools import lru_cache
 
 from google.protobuf.message import DecodeError
 
-from qflare.elements import ElementRule
-from qflare.encodings import Encoding, encoding_rules, wire_manifest
-from qflare.sealing import UnsealError
-from qflare.segments import WRAPPED_KEY_BYTES, SealContext, check_header
-from qflare.signing import InvalidSignatureError as BadSignatureError
-from qflare.signing import PublicKey, algorithm_of
+from qflare.crypto.sealed_payloads import WRAPPED_KEY_BYTES, SealContext, check_header
+from qflare.crypto.sealing import UnsealError
+from qflare.crypto.signing import InvalidSignatureError as BadSignatureError
+from qflare.crypto.signing import PublicKey, algorithm_of
 from qflare.tensors import InvalidManifestError as BadManifestError
 from qflare.tensors import Manifest, ManifestLimits
+from qflare.tensors.elements import ElementRule
+from qflare.tensors.encodings import Encoding, encoding_rules, wire_manifest
 from qflare.v1 import coordinator_service_pb2, security_pb2, tensor_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (

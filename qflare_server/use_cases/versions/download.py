@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
-from qflare import merkle
-from qflare.encodings import Encoding
+from qflare.crypto import merkle
 from qflare.tensors import CHUNK_BYTES
+from qflare.tensors.encodings import Encoding
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from qflare.encodings import Encoding
-from qflare.narrowing import download_manifest
 from qflare.tensors import InvalidManifestError as BadManifestError
 from qflare.tensors import Manifest, ManifestLimits
+from qflare.tensors.download_encodings import download_manifest
+from qflare.tensors.encodings import Encoding
 from qflare.v1 import admin_service_pb2, tensor_pb2
 from qflare_server.context import Context
 from qflare_server.errors import InvalidManifestError

@@ -11,7 +11,7 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
-from qflare.encodings import Encoding
+from qflare.tensors.encodings import Encoding
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (

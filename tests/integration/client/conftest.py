@@ -17,10 +17,10 @@ from google.protobuf.message import Message
 from google.rpc import status_pb2
 
 from qflare.v1 import coordinator_service_pb2, coordinator_service_pb2_grpc
-from qflare_client.calls import Calls
 from qflare_client.errors import UnavailableError
-from qflare_client.retry import RetryPolicy
-from qflare_client.transport import Transport
+from qflare_client.rpc.caller import Calls
+from qflare_client.rpc.retry import RetryPolicy
+from qflare_client.rpc.transport import Transport
 
 
 @pytest.fixture

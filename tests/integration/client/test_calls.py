@@ -9,9 +9,9 @@ from google.rpc.error_details_pb2 import ErrorInfo, RequestInfo, RetryInfo
 
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare_client import errors
-from qflare_client.calls import Calls, method_of
-from qflare_client.retry import RetryPolicy
-from qflare_client.transport import Metadata, Transport, is_loopback
+from qflare_client.rpc.caller import Calls, method_of
+from qflare_client.rpc.retry import RetryPolicy
+from qflare_client.rpc.transport import Metadata, Transport, is_loopback
 from tests.integration.client.conftest import Scripted, fail
 
 MakeCalls = Callable[..., Calls]

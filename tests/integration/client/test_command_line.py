@@ -9,8 +9,8 @@ import pytest
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 
-from qflare.safetensors_files import export_safetensors
 from qflare.tensors import Manifest, chunks
+from qflare.tensors.safetensors_files import export_safetensors
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import training_pb2
 from qflare_client.__main__ import main

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from qflare.lineage import ModelVersion
+from qflare.evidence.lineage import ModelVersion
 from qflare.tensors import Array
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import security_pb2, training_pb2
@@ -40,11 +40,11 @@ from qflare_client import (
     enroll,
 )
 from qflare_client import run as run_forever
-from qflare_client.evidence import verify
-from qflare_client.identity import DeviceKeys
-from qflare_client.keystore import KeyStore
-from qflare_client.retry import RetryPolicy
-from qflare_client.versions import AcceptedVersions
+from qflare_client.keystore.identity import DeviceKeys
+from qflare_client.keystore.store import KeyStore
+from qflare_client.models.accepted_versions import AcceptedVersions
+from qflare_client.rpc.retry import RetryPolicy
+from qflare_client.trust.evidence import verify
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import rotate_online
 

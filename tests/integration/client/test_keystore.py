@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from qflare_client.errors import KeyStoreError, KeyStoreLockedError, WrongPassphraseError
-from qflare_client.keystore import KeyStore, read_document
-from qflare_client.passphrase import is_under_passphrase, passphrase_coding
+from qflare_client.keystore.passphrase import is_under_passphrase, passphrase_coding
+from qflare_client.keystore.store import KeyStore, read_document
 
 
 def mode_of(path: Path) -> int:
@@ -66,7 +66,7 @@ def test_a_second_store_in_the_process_is_refused(tmp_path: Path) -> None:
 
 def test_another_process_is_refused(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from qflare_client.keystore import KeyStore\n"
+        "import sys; from pathlib import Path; from qflare_client.keystore.store import KeyStore\n"
         "from qflare_client.errors import KeyStoreLockedError\n"
         "try: KeyStore(Path(sys.argv[1]))\n"
         "except KeyStoreLockedError: sys.exit(7)"

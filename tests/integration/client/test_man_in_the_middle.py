@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from qflare.envelope import sign_envelope
-from qflare.sealing import KemKey
-from qflare.signing import Context, SigningKey
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Context, SigningKey
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, training_pb2
 from qflare_client import (

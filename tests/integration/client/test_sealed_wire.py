@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from google.protobuf.message import Message
 
-from qflare.sealing import KemKey
-from qflare.segments import Direction, PayloadSealer, SealContext
+from qflare.crypto.sealed_payloads import Direction, PayloadSealer, SealContext
+from qflare.crypto.sealing import KemKey
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare_client import (
     Client,

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from qflare import merkle
-from qflare.encodings import Encoding, decode, encode
-from qflare.lineage import ModelVersion
-from qflare.narrowing import narrowed
+from qflare.crypto import merkle
+from qflare.evidence.lineage import ModelVersion
 from qflare.tensors import CHUNK_BYTES, Array, Manifest, chunks, payload_digest
+from qflare.tensors.download_encodings import narrowed
+from qflare.tensors.encodings import Encoding, decode, encode
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, training_pb2
-from qflare_client.calls import Calls
-from qflare_client.download import Download, GlobalModel
 from qflare_client.errors import CorruptModelError, QflareClientError, RoundNotOpenError
-from qflare_client.upload import Payload, Receipt, Upload
+from qflare_client.models.download import Download, GlobalModel
+from qflare_client.models.upload import Payload, Receipt, Upload
+from qflare_client.rpc.caller import Calls
 from tests.integration.client.conftest import Scripted, fail
 
 MakeCalls = Callable[..., Calls]

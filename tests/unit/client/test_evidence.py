@@ -9,15 +9,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qflare.envelope import sign_envelope
-from qflare.keysets import KeyRole
-from qflare.lineage import contribution_proof, contributors_digest, sign_model
-from qflare.sealing import KemKey
-from qflare.signing import Context, SigningKey
-from qflare.statements import digest_of, sign_update
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Context, SigningKey
+from qflare.evidence.lineage import contribution_proof, contributors_digest, sign_model
+from qflare.evidence.statements import digest_of, sign_update
+from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_client.errors import InvalidEvidenceError
-from qflare_client.evidence import Evidence, UpdateEvidence, verify
+from qflare_client.trust.evidence import Evidence, UpdateEvidence, verify
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 REALM = "hospital"

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qflare.encodings import INDEX_SUFFIX, VALUE_SUFFIX
 from qflare.tensors import Array, Manifest, assemble
+from qflare.tensors.encodings import INDEX_SUFFIX, VALUE_SUFFIX
 from qflare.v1 import security_pb2, training_pb2
-from qflare_client.download import GlobalModel
 from qflare_client.errors import KeyStoreError, UnavailableError
-from qflare_client.feedback import ErrorFeedback
-from qflare_client.keystore import KeyStore
-from qflare_client.passphrase import passphrase_coding
-from qflare_client.updates import Contribution, make_payload_with_residual
+from qflare_client.keystore.passphrase import passphrase_coding
+from qflare_client.keystore.store import KeyStore
+from qflare_client.models.download import GlobalModel
+from qflare_client.models.error_feedback import ErrorFeedback
+from qflare_client.models.submission import Contribution, make_payload_with_residual
 
 SESSION = "../session"  # a coordinator's words, which are no path
-LOG = "qflare_client.feedback"
+LOG = "qflare_client.models.error_feedback"
 
 
 def zeros(size: int) -> dict[str, Array]:

@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from qflare_client.errors import BusyError, DeadlineExceededError, UnavailableError
-from qflare_client.retry import Patience, RetryPolicy
+from qflare_client.rpc.retry import Patience, RetryPolicy
 
 
 class Clock:

@@ -3,7 +3,7 @@
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
-from qflare_client import tracing
+from qflare_client.rpc import tracing
 
 
 def test_without_a_trace_nothing_is_sent() -> None:

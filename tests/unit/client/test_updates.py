@@ -5,19 +5,24 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qflare.encodings import Encoding, decode
-from qflare.sealing import KemKey
-from qflare.segments import PayloadKey, PayloadOpener, SealContext
-from qflare.signing import SigningKey
-from qflare.statements import open_update
+from qflare.crypto.sealed_payloads import PayloadKey, PayloadOpener, SealContext
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import SigningKey
+from qflare.evidence.statements import open_update
 from qflare.tensors import Array, Manifest, assemble, payload_digest
+from qflare.tensors.encodings import Encoding, decode
 from qflare.v1 import security_pb2, training_pb2
-from qflare_client.download import GlobalModel
 from qflare_client.errors import TrainingFunctionError, UnsupportedTaskError
-from qflare_client.sealed_update import SealedPayload
+from qflare_client.models.download import GlobalModel
+from qflare_client.models.sealed_update import SealedPayload
+from qflare_client.models.submission import (
+    Contribution,
+    make_payload,
+    make_statement,
+    sign_statement,
+)
+from qflare_client.models.upload import Payload
 from qflare_client.tasks import Task, TaskKind, TrainingTask
-from qflare_client.updates import Contribution, make_payload, make_statement, sign_statement
-from qflare_client.upload import Payload
 
 DIGEST = hashlib.sha256(b"statement").hexdigest()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qflare.signing import ONLINE_ALGORITHMS, Algorithm, algorithm_names
+from qflare.crypto.signing import ONLINE_ALGORITHMS, Algorithm, algorithm_names
 from qflare_server.config import ONLINE_ALGORITHMS as ONLINE_NAMES
 from qflare_server.config import ROOT_ALGORITHMS, ConfigError, ServerConfig
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflare.sealing import KemKey
-from qflare.signing import ONLINE_ALGORITHMS, Algorithm, Context, Provider, SigningKey
-from qflare.symmetric import UnsealError
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import ONLINE_ALGORITHMS, Algorithm, Context, Provider, SigningKey
+from qflare.crypto.symmetric import UnsealError
 from qflare.v1 import security_pb2
 from qflare_server.context import UnknownKeyError
 from qflare_server.keys.ring import ROLES, SIGNING_ROLES, KeyRing, RingKey, generate

@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qflare.signing import MAX_MESSAGE_BYTES
+from qflare.crypto.signing import MAX_MESSAGE_BYTES
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.errors import InvalidRequestError
 from qflare_server.training.config import (

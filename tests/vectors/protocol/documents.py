@@ -7,15 +7,15 @@ from typing import Any, Final
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from qflare import merkle
-from qflare.checkpoints import checkpoint_line
-from qflare.envelope import sign_envelope
-from qflare.lineage import contribution_proof, contributors_digest, sign_model
-from qflare.signing import Algorithm, Context, SigningKey
-from qflare.statements import digest_of, sign_rotation, sign_task, sign_update
+from qflare.crypto import merkle
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.signing import Algorithm, Context, SigningKey
+from qflare.evidence.checkpoints import checkpoint_line
+from qflare.evidence.lineage import contribution_proof, contributors_digest, sign_model
+from qflare.evidence.statements import digest_of, sign_rotation, sign_task, sign_update
 from qflare.v1 import security_pb2 as pb
 from qflare.v1 import training_pb2
-from qflare_client.evidence import Evidence, UpdateEvidence
+from qflare_client.trust.evidence import Evidence, UpdateEvidence
 from qflare_server.keys.trust_documents import Trust, draft_keyset, draft_root, sign_document
 from tests.vectors.protocol.generate import AT, REALM, kem_key, seed, signing_key
 

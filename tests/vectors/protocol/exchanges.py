@@ -3,13 +3,13 @@
 from datetime import timedelta
 from typing import Any, Final
 
-from qflare.enrollment import DeviceEnrollment, EnrollmentServer
-from qflare.envelope import sign_envelope
-from qflare.login import DeviceLogin, LoginServer
-from qflare.possession import CallProver, Refresh
-from qflare.sealing import KemPublicKey, seal
-from qflare.segments import Direction, PayloadSealer, SealContext
-from qflare.signing import Context
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.sealed_payloads import Direction, PayloadSealer, SealContext
+from qflare.crypto.sealing import KemPublicKey, seal
+from qflare.crypto.signing import Context
+from qflare.protocol.enrollment import DeviceEnrollment, EnrollmentServer
+from qflare.protocol.login import DeviceLogin, LoginServer
+from qflare.protocol.possession import CallProver, Refresh
 from qflare.v1 import security_pb2 as pb
 from tests.vectors.protocol.documents import SESSION_ID, device_id, device_key, moment
 from tests.vectors.protocol.generate import (

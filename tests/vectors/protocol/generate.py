@@ -15,13 +15,10 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric import mldsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from qflare import merkle
-from qflare.audit_entries import RISKS, Entry
-from qflare.encodings import Encoding, encode, wire_manifest
-from qflare.envelope import sign_envelope
-from qflare.lineage import contribution_proof, contributors_digest
-from qflare.sealing import KemKey
-from qflare.signing import (
+from qflare.crypto import merkle
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import (
     ONLINE_ALGORITHMS,
     Algorithm,
     Context,
@@ -30,8 +27,11 @@ from qflare.signing import (
     SigningKey,
     tagged_hash,
 )
-from qflare.statements import digest_of
+from qflare.evidence.audit_entries import RISKS, Entry
+from qflare.evidence.lineage import contribution_proof, contributors_digest
+from qflare.evidence.statements import digest_of
 from qflare.tensors import Manifest, PayloadHasher, chunks, cut
+from qflare.tensors.encodings import Encoding, encode, wire_manifest
 
 FOLDER: Final = Path(__file__).parent
 AT: Final = datetime(2030, 1, 1, tzinfo=UTC)

@@ -1,0 +1,1 @@
+"""Cryptography: signatures, sealing, hashing, envelopes and Merkle trees."""

@@ -1,0 +1,1 @@
+"""Evidence: statements, lineage, audit entries, checkpoints, and their verification."""

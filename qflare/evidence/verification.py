@@ -1,0 +1,370 @@
+"""Offline verification of a version: from the pinned root keys to the updates that are in it.
+
+`verify_bundle` checks a `VerificationBundle` in this order and raises at the first thing that is
+wrong; `VerificationError.step` names it:
+
+``keyset``
+    Root documents follow from the pinned keys, the keyset from the root, and neither is out of date.
+``lineage``
+    Every version from 0 to the one in question is signed by a model key and names the one before.
+``log``
+    The head of the audit log is signed by a log key, every entry is in its tree, and one of them
+    says that this version was signed.
+``device``
+    Every device key was brought in by a receipt of a registrar, or by a rotation from such a key.
+``contributors``
+    The updates are exactly those that the version commits to.
+``update``
+    Every signed update is by a key of its device, for this training session and round, and from a
+    version of this lineage; the log says that it was accepted.
+
+What cannot be checked because it is not there (updates of embedding programs have no signature,
+bytes are pruned) is no error: the report says it.
+
+What is not shown: that the aggregation was computed right (recompute the version where the updates
+are kept), that the log shows everybody the same (compare heads with a witness), what devices
+trained on.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Final, TypeVar
+
+from google.protobuf.message import DecodeError
+
+from qflare.crypto import merkle
+from qflare.crypto.signing import PublicKey
+from qflare.evidence.audit_entries import Entry
+from qflare.evidence.device_keys import ProvenKeys
+from qflare.evidence.lineage import ModelVersion, contributors_digest, verify_chain
+from qflare.evidence.statements import (
+    check_entry,
+    digest_of,
+    open_tree_head,
+    open_update,
+    require_equal,
+)
+from qflare.protocol.keysets import KeyRole, TrustedKeyset
+from qflare.v1 import security_pb2, verification_pb2
+
+LOG_SUFFIX: Final = "/audit"
+"""What follows the realm in the origin of its audit log."""
+
+VERSION_SIGNED: Final = "version.signed"
+"""Type of the audit entry that says that a version was signed; its subject is ``version:DIGEST``."""
+
+UPDATE_ACCEPTED: Final = "update.accepted"
+"""Type of the entry that says that an update was accepted; its subject is ``update:ID``."""
+
+SIGNING_ROLES: Final = tuple(role for role in KeyRole if role is not KeyRole.SESSION_KEM)
+"""Roles whose keys sign."""
+
+_T = TypeVar("_T")
+
+
+class VerificationError(ValueError):
+    """A bundle does not show what it should.
+
+    Attributes:
+        step: What was being checked, one of the words of this module's list.
+    """
+
+    def __init__(self, step: str, message: str) -> None:
+        super().__init__(f"{step}: {message}")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a bundle has shown, and what it could not.
+
+    Attributes:
+        realm: Name of the deployment.
+        training_session_id: Training session.
+        version: The version.
+        digest: Digest of its statement, 64 hex digits.
+        payload_digest: Merkle root over its chunks, 64 hex digits; see `verify_payload`.
+        size_bytes: Bytes of its payload.
+        root_version: Latest root document.
+        keyset_version: Keyset in force.
+        lineage_length: Versions from 0 to this one.
+        log_size: Entries of the audit log under the signed head.
+        contributor_count: Updates in the version.
+        signed_count: Those whose signature was checked.
+        device_count: Devices that made those.
+        pruned_count: Updates whose bytes are no longer kept.
+        missing: What could not be checked, in words; empty when everything was.
+    """
+
+    realm: str
+    training_session_id: str
+    version: int
+    digest: str
+    payload_digest: str
+    size_bytes: int
+    root_version: int
+    keyset_version: int
+    lineage_length: int
+    log_size: int
+    contributor_count: int
+    signed_count: int
+    device_count: int
+    pruned_count: int
+    missing: tuple[str, ...]
+
+
+def verify_bundle(
+    bundle: verification_pb2.VerificationBundle,
+    root_key_ids: Collection[str],
+    reference_time: datetime,
+    *,
+    root_threshold: int | None = None,
+) -> Report:
+    """Check a bundle.
+
+    Args:
+        bundle: All of its parts, merged.
+        root_key_ids: Pinned ids of the keys of root document 1, 64 hex digits each.
+        reference_time: The time, aware; keyset and root must not have expired by then.
+        root_threshold: How many of the pinned keys have to have signed, as in the bootstrap bundle; None means all.
+
+    Raises:
+        VerificationError: Something is wrong.
+    """
+    return _Verification(bundle, root_key_ids, reference_time, root_threshold).run()
+
+
+def verify_payload(report: Report, chunks: Iterable[bytes]) -> None:
+    """Check that bytes are those of a verified version.
+
+    Args:
+        report: Of the version.
+        chunks: The payload, cut every 1 MiB.
+
+    Raises:
+        VerificationError: They are not; its step is ``payload``.
+    """
+    tree = merkle.CompactTree()
+    size_bytes = 0
+    for chunk in chunks:
+        tree.append(merkle.leaf_hash(chunk))
+        size_bytes += len(chunk)
+    if size_bytes != report.size_bytes or tree.root().hex() != report.payload_digest:
+        raise VerificationError("payload", "bytes are not those of the version")
+
+
+def open_evidence(evidence: verification_pb2.AuditEvidence) -> Entry:
+    """Read an entry of the audit log.
+
+    Raises:
+        ValueError: A field is malformed.
+    """
+    return Entry(
+        audit_id=evidence.audit_id,
+        event_type=evidence.event_type,
+        actor=evidence.actor,
+        subject=evidence.subject,
+        peer_address=evidence.peer_address,
+        authentication_method=evidence.authentication_method,
+        risk_level=evidence.risk_level,
+        created_at=evidence.create_time.ToDatetime(tzinfo=UTC),
+        salt=bytes.fromhex(evidence.salt),
+        details=dict(evidence.details),
+    )
+
+
+def follow_keysets(
+    trusted: TrustedKeyset,
+    earlier: Iterable[security_pb2.SignedEnvelope],
+    bundle: security_pb2.KeysetBundle,
+    reference_time: datetime,
+) -> tuple[TrustedKeyset, dict[KeyRole, tuple[PublicKey, ...]]]:
+    """Follow keysets from the first that is given to the one in force.
+
+    Args:
+        trusted: Where to start; pinned roots.
+        earlier: Keysets by rising version, each counted as of the time it was issued.
+        bundle: All root documents, and the keyset in force.
+        reference_time: The time; the keyset in force must not have expired.
+
+    Returns:
+        The trust in force, and by role every key that has ever signed in it.
+
+    Raises:
+        ValueError: A document is not to be trusted.
+    """
+    keys: dict[KeyRole, dict[str, PublicKey]] = {role: {} for role in SIGNING_ROLES}
+    for envelope in earlier:
+        keyset = security_pb2.Keyset.FromString(envelope.payload)
+        at = keyset.issue_time.ToDatetime(tzinfo=UTC)
+        roots = bundle.roots[: max(keyset.root_version, 0)]
+        trusted = trusted.updated(security_pb2.KeysetBundle(roots=roots, keyset=envelope), at)
+        _add_keys(keys, trusted, at)
+    trusted = trusted.updated(bundle, reference_time)
+    _add_keys(keys, trusted, reference_time)
+    return trusted, {role: tuple(known.values()) for role, known in keys.items()}
+
+
+def _add_keys(
+    keys: dict[KeyRole, dict[str, PublicKey]], trusted: TrustedKeyset, at: datetime
+) -> None:
+    for role, known in keys.items():
+        known.update({key.key_id: key for key in trusted.signature_keys(role, at)})
+
+
+class _Verification:
+    """One bundle being checked, step by step."""
+
+    def __init__(
+        self,
+        bundle: verification_pb2.VerificationBundle,
+        root_key_ids: Collection[str],
+        reference_time: datetime,
+        root_threshold: int | None,
+    ) -> None:
+        self._bundle = bundle
+        self._pinned = sorted(set(root_key_ids))
+        self._threshold = len(self._pinned) if root_threshold is None else root_threshold
+        self._at = reference_time
+        self._devices: set[str] = set()
+
+    def run(self) -> Report:
+        trusted, ever = _step("keyset", self._follow)
+        model_keys = trusted.signature_keys(KeyRole.MODEL, self._at)
+        chain = _step("lineage", lambda: self._chain(model_keys))
+        log_keys = trusted.signature_keys(KeyRole.LOG, self._at)
+        head = _step("log", lambda: self._head(log_keys))
+        entries = _step("log", lambda: self._entries(head))
+        _step("log", lambda: _check_signed(chain[-1], entries))
+        keys = _step("device", lambda: self._device_keys(ever[KeyRole.REGISTRAR]))
+        _step("contributors", lambda: self._check_contributors(chain[-1].statement))
+        signed = [update for update in self._bundle.updates if update.HasField("statement")]
+        for update in signed:
+            _step("update", partial(self._check_update, update, chain, keys, entries))
+        return self._report(trusted, chain, head, len(signed))
+
+    def _follow(self) -> tuple[TrustedKeyset, dict[KeyRole, tuple[PublicKey, ...]]]:
+        pinned = security_pb2.BootstrapBundle(
+            realm=self._bundle.realm, root_key_ids=self._pinned, threshold=self._threshold
+        )
+        return follow_keysets(
+            TrustedKeyset.bootstrap(pinned),
+            self._bundle.earlier_keysets,
+            self._bundle.keyset,
+            self._at,
+        )
+
+    def _chain(self, model_keys: tuple[PublicKey, ...]) -> list[ModelVersion]:
+        chain = verify_chain(
+            self._bundle.statements,
+            model_keys,
+            realm=self._bundle.realm,
+            training_session_id=self._bundle.training_session_id,
+        )
+        if not chain or chain[0].statement.version != 0:
+            raise ValueError("lineage does not begin at version 0")
+        require_equal("version", chain[-1].statement.version, self._bundle.version)
+        return chain
+
+    def _head(self, log_keys: tuple[PublicKey, ...]) -> security_pb2.TreeHead:
+        return open_tree_head(self._bundle.head, log_keys, self._bundle.realm + LOG_SUFFIX)
+
+    def _entries(self, head: security_pb2.TreeHead) -> dict[tuple[str, str], Entry]:
+        """Return the entries by type and subject, each shown to be in the log."""
+        entries = {}
+        for evidence in self._bundle.entries:
+            entry = open_evidence(evidence)
+            check_entry(head, entry.leaf_hash(), evidence.proof)
+            entries[entry.event_type, entry.subject] = entry
+        return entries
+
+    def _device_keys(self, registrars: tuple[PublicKey, ...]) -> ProvenKeys:
+        keys = ProvenKeys(self._bundle.realm, registrars)
+        for evidence in self._bundle.device_keys:
+            keys.add(evidence)
+        return keys
+
+    def _check_contributors(self, statement: security_pb2.ModelStatement) -> None:
+        digests = [update.statement_digest for update in self._bundle.updates]
+        require_equal("contributor_count", len(digests), statement.contributor_count)
+        require_equal(
+            "contributors_digest", contributors_digest(digests), statement.contributors_digest
+        )
+
+    def _check_update(
+        self,
+        update: verification_pb2.UpdateEvidence,
+        chain: list[ModelVersion],
+        keys: ProvenKeys,
+        entries: Mapping[tuple[str, str], Entry],
+    ) -> None:
+        made = chain[-1].statement
+        stated = security_pb2.UpdateStatement.FromString(update.statement.payload)
+        statement = open_update(update.statement, keys.get(stated.device_id, stated.key_id))
+        digest = digest_of(update.statement.payload)
+        require_equal("statement_digest", update.statement_digest, digest)
+        require_equal("realm", statement.realm, made.realm)
+        require_equal(
+            "training_session_id", statement.training_session_id, made.training_session_id
+        )
+        if statement.round_number > made.round_number:
+            raise ValueError("update is for a later round than the version's")
+        if statement.base_version > made.base_version:
+            raise ValueError("update was trained from a later version than its round")
+        base = chain[statement.base_version]
+        require_equal("base_digest", statement.base_digest, base.digest)
+        entry = entries.get((UPDATE_ACCEPTED, f"update:{statement.update_id}"))
+        if entry is None or entry.details.get("statement_digest") != digest:
+            raise ValueError(f"the log does not say that update {statement.update_id} was accepted")
+        self._devices.add(statement.device_id)
+
+    def _report(
+        self,
+        trusted: TrustedKeyset,
+        chain: list[ModelVersion],
+        head: security_pb2.TreeHead,
+        signed_count: int,
+    ) -> Report:
+        made = chain[-1]
+        contributor_count = len(self._bundle.updates)
+        pruned_count = sum(update.pruned for update in self._bundle.updates)
+        missing = []
+        if contributor_count > signed_count:
+            missing.append(
+                f"{contributor_count - signed_count} updates carry no signature of a device"
+            )
+        if pruned_count:
+            missing.append(f"the bytes of {pruned_count} updates are pruned: no recomputation")
+        return Report(
+            realm=self._bundle.realm,
+            training_session_id=self._bundle.training_session_id,
+            version=made.statement.version,
+            digest=made.digest,
+            payload_digest=made.statement.payload_digest,
+            size_bytes=made.statement.size_bytes,
+            root_version=trusted.root_version,
+            keyset_version=trusted.keyset_version,
+            lineage_length=len(chain),
+            log_size=head.size,
+            contributor_count=contributor_count,
+            signed_count=signed_count,
+            device_count=len(self._devices),
+            pruned_count=pruned_count,
+            missing=tuple(missing),
+        )
+
+
+def _check_signed(made: ModelVersion, entries: Mapping[tuple[str, str], Entry]) -> None:
+    entry = entries.get((VERSION_SIGNED, f"version:{made.digest}"))
+    if entry is None or entry.details.get("version") != str(made.statement.version):
+        raise ValueError("the log does not say that this version was signed")
+
+
+def _step(name: str, check: Callable[[], _T]) -> _T:
+    """Run a check; whatever is wrong with the bundle becomes the one error of this module."""
+    try:
+        return check()
+    except (ValueError, DecodeError) as error:
+        raise VerificationError(name, str(error)) from error

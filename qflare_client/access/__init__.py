@@ -1,0 +1,1 @@
+"""Enrollment, login and key rotation of a device."""

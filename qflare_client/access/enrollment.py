@@ -1,0 +1,167 @@
+"""Enrolling a device: from a bootstrap bundle to a key store with an identity.
+
+The keys are stored before the first call, so that an enrolment which broke off, at any point, is
+finished by enrolling again: the same token with the same keys gets the same device.
+
+What it does not do: know the messages' cryptography (see `qflare.protocol.enrollment`).
+"""
+
+from collections.abc import Collection, Mapping
+from contextlib import closing
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from qflare.crypto.signing import ONLINE_ALGORITHMS, Algorithm
+from qflare.protocol.enrollment import DeviceEnrollment
+from qflare.protocol.handshake import HandshakeError
+from qflare.protocol.keysets import KeyRole
+from qflare.v1 import coordinator_service_pb2 as messages
+from qflare.v1 import device_pb2, security_pb2
+from qflare_client.errors import KeyStoreError, VerificationError
+from qflare_client.keystore.identity import DeviceKeys, Identity, load_keys, read_facts, save_keys
+from qflare_client.keystore.passphrase import passphrase_coding
+from qflare_client.keystore.store import PLAIN, KeyStore
+from qflare_client.rpc.caller import Calls
+from qflare_client.rpc.retry import RetryPolicy
+from qflare_client.rpc.transport import Tls, Transport
+from qflare_client.tasks import TrainingDefaults
+from qflare_client.trust.keyset import Trust
+
+
+def read_bundle(path: Path) -> security_pb2.BootstrapBundle:
+    """Read a bootstrap bundle: the JSON form of ``qflare.v1.BootstrapBundle``.
+
+    Raises:
+        KeyStoreError: It cannot be read or is no bundle.
+    """
+    try:
+        return json_format.Parse(path.read_text(), security_pb2.BootstrapBundle())
+    except (OSError, ValueError, json_format.ParseError) as error:
+        raise KeyStoreError(f"bootstrap bundle {path}: {error}") from error
+
+
+def enroll(
+    bundle: security_pb2.BootstrapBundle | Path,
+    *,
+    home: Path,
+    address: str | None = None,
+    device_type: str = "",
+    capabilities: Mapping[str, float] | None = None,
+    hardware_info: Mapping[str, str] | None = None,
+    network_info: Mapping[str, str] | None = None,
+    defaults: TrainingDefaults | None = None,
+    passphrase: str | None = None,
+    tls: Tls | None = None,
+    insecure: bool = False,
+    retry: RetryPolicy | None = None,
+    algorithm: Algorithm | None = None,
+    server_algorithms: Collection[Algorithm] = ONLINE_ALGORITHMS,
+) -> Identity:
+    """Enrol this device and store its identity; a device that is enrolled already is left as it is.
+
+    Args:
+        bundle: What the administrator handed over, or its file.
+        home: The device's key store; made when it does not exist.
+        address: Coordinator, host:port; None means the bundle's.
+        device_type: Kind of device, such as phone; at most 100 characters.
+        capabilities: Numbers by which devices are selected, such as ram_mib.
+        hardware_info: Hardware, such as gpu, as text.
+        network_info: Network, such as link, as text.
+        defaults: The device's own training settings.
+        passphrase: Encrypts the keys; None leaves them to the permissions of their file.
+        tls: How to speak TLS; None means with the authorities of the bundle.
+        insecure: Speak plaintext to any address.
+        retry: How patient calls are.
+        algorithm: Of the device's signature key; None means ML-DSA-65, or that of an enrolment that broke off.
+        server_algorithms: What the coordinator's online signature keys may be, one or more, from here on: a keyset
+            with a key of another algorithm is refused.
+
+    Raises:
+        AlgorithmNotAcceptedError: The coordinator does not accept the algorithm of devices.
+        InvalidEnrollmentTokenError: The token is unknown, used, expired or revoked.
+        UntrustedKeysetError: The coordinator's keyset does not lead to the bundle's root keys.
+        VerificationError: The coordinator's receipt is not right.
+        KeyStoreError: The key store cannot be used.
+        QflareClientError: A call failed.
+    """
+    if isinstance(bundle, Path):
+        bundle = read_bundle(bundle)
+    profile = device_pb2.DeviceProfile(
+        device_type=device_type,
+        capabilities=capabilities,
+        hardware_info=hardware_info,
+        network_info=network_info,
+        training_defaults=(defaults or TrainingDefaults()).to_proto(),
+    )
+    authorities = bundle.certificate_authorities
+    if tls is None and authorities:
+        tls = Tls(authorities.encode())
+    transport = Transport(address or bundle.address, tls=tls, insecure=insecure)
+    coding = passphrase_coding(passphrase) if passphrase else PLAIN
+    calls = Calls(transport, retry or RetryPolicy())
+    with closing(calls), KeyStore(home, coding) as store:
+        if read_facts(home):
+            return Identity.load(store)
+        trust = Trust.begin(store, bundle, calls, frozenset(server_algorithms))
+        return _enroll(store, calls, trust, _keys(store, algorithm), bundle, profile)
+
+
+def _keys(store: KeyStore, algorithm: Algorithm | None) -> DeviceKeys:
+    """Return the keys of an enrolment that broke off, or fresh ones where there are none of the algorithm."""
+    keys = load_keys(store)
+    if keys is None or algorithm not in {None, keys.algorithm}:
+        keys = DeviceKeys.generate(algorithm or Algorithm.ML_DSA_65)
+        save_keys(store, keys)
+    return keys
+
+
+def _enroll(
+    store: KeyStore,
+    calls: Calls,
+    trust: Trust,
+    keys: DeviceKeys,
+    bundle: security_pb2.BootstrapBundle,
+    profile: device_pb2.DeviceProfile,
+) -> Identity:
+    envelope, receipt = _exchange(calls, trust, keys, bundle, profile)
+    identity = Identity(
+        realm=bundle.realm,
+        address=calls.transport.address,
+        device_id=receipt.device_id,
+        key_rotation_count=receipt.key_rotation_count,
+        certificate_authorities=bundle.certificate_authorities,
+        receipt=envelope.SerializeToString().hex(),
+        keys=keys,
+    )
+    identity.save(store)
+    return identity
+
+
+def _exchange(
+    calls: Calls,
+    trust: Trust,
+    keys: DeviceKeys,
+    bundle: security_pb2.BootstrapBundle,
+    profile: device_pb2.DeviceProfile,
+) -> tuple[security_pb2.SignedEnvelope, security_pb2.EnrollmentReceipt]:
+    enrollment = DeviceEnrollment(
+        realm=bundle.realm,
+        enrollment_token=bundle.enrollment_token,
+        signing_key=keys.signing,
+        kem_key=keys.kem.public,
+        decapsulate=keys.kem.decapsulate,
+        server_key=trust.session_key(),
+        device_profile=profile.SerializeToString(),
+    )
+    stub = calls.transport.stub
+    begin = messages.BeginRegistrationRequest(enrollment=enrollment.request())
+    challenge = calls.unary(stub.BeginRegistration, begin).challenge
+    try:
+        confirmation = enrollment.confirm(challenge)
+        answer = calls.unary(stub.Register, messages.RegisterRequest(confirmation=confirmation))
+        return answer.receipt, enrollment.accept(
+            answer.receipt, trust.signature_keys(KeyRole.REGISTRAR)
+        )
+    except HandshakeError as error:
+        raise VerificationError(f"enrolment: {error}") from error

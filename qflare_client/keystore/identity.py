@@ -1,0 +1,165 @@
+"""Who this device is: its keys, its id and its coordinator, as its key store holds them.
+
+Invariants: keys are stored before they are sent anywhere, so that a crash never leaves the coordinator
+with keys that the device has lost; the public facts (`device.json`) are written after the keys that they
+name.
+
+What it does not do: enrol or log in.
+"""
+
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Algorithm, InvalidKeyError, SigningKey, algorithm_names
+from qflare_client.errors import KeyStoreError, NotEnrolledError
+from qflare_client.keystore.store import KeyStore, read_document
+
+_DOCUMENT: Final = "device.json"
+_KEYS: Final = "keys"
+_LENGTH: Final = struct.Struct(">I")
+
+
+@dataclass(frozen=True)
+class DeviceKeys:
+    """The private keys of a device."""
+
+    signing: SigningKey
+    """Signs statements and logins."""
+
+    kem: KemKey
+    """Opens what is sealed to the device."""
+
+    @classmethod
+    def generate(cls, algorithm: Algorithm = Algorithm.ML_DSA_65) -> Self:
+        """Make fresh keys from the system's randomness, the signature key of an algorithm."""
+        return cls(SigningKey.generate(algorithm), KemKey.generate())
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """Algorithm of the signature key."""
+        return self.signing.public.algorithm
+
+    def to_bytes(self) -> bytes:
+        """Serialise, unencrypted."""
+        signing = self.signing.to_bytes()
+        return _LENGTH.pack(len(signing)) + signing + self.kem.to_bytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read what `to_bytes` wrote, and test the keys.
+
+        Raises:
+            KeyStoreError: It is damaged.
+        """
+        try:
+            (length,) = _LENGTH.unpack_from(data)
+            end = _LENGTH.size + length
+            return cls(
+                SigningKey.from_bytes(data[_LENGTH.size : end]), KemKey.from_bytes(data[end:])
+            )
+        except (InvalidKeyError, struct.error) as error:
+            raise KeyStoreError(f"the device's keys are damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Identity:
+    """An enrolled device."""
+
+    realm: str
+    """Name of the deployment."""
+
+    address: str
+    """Address of the coordinator, host:port."""
+
+    device_id: str
+    """Id of the device, a UUID."""
+
+    key_rotation_count: int
+    """How often the device has changed its keys."""
+
+    certificate_authorities: str
+    """PEM certificates that vouch for the coordinator; empty means those of the system."""
+
+    receipt: str
+    """The coordinator's signed receipt of the enrolment, a serialised envelope in hex."""
+
+    keys: DeviceKeys = field(repr=False)
+    """Its private keys."""
+
+    def save(self, store: KeyStore) -> None:
+        """Store keys, then facts.
+
+        Raises:
+            KeyStoreError: They cannot be written.
+        """
+        save_keys(store, self.keys)
+        store.write_document(_DOCUMENT, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "realm": self.realm,
+            "address": self.address,
+            "device_id": self.device_id,
+            "key_rotation_count": self.key_rotation_count,
+            "certificate_authorities": self.certificate_authorities,
+            "receipt": self.receipt,
+            "signature_algorithm": algorithm_names([self.keys.algorithm])[0],
+            "signature_key_id": self.keys.signing.public.key_id,
+            "kem_key_id": self.keys.kem.public.key_id,
+        }
+
+    @classmethod
+    def load(cls, store: KeyStore) -> Self:
+        """Read the device of a key store.
+
+        Raises:
+            NotEnrolledError: It holds none.
+            KeyStoreError: It cannot be read, or is damaged.
+        """
+        facts = store.read_document(_DOCUMENT)
+        keys = load_keys(store)
+        if not facts or keys is None:
+            raise NotEnrolledError(f"key store {store.home} holds no enrolled device")
+        try:
+            return cls(
+                realm=str(facts["realm"]),
+                address=str(facts["address"]),
+                device_id=str(facts["device_id"]),
+                key_rotation_count=int(facts["key_rotation_count"]),
+                certificate_authorities=str(facts["certificate_authorities"]),
+                receipt=str(facts["receipt"]),
+                keys=keys,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise KeyStoreError(f"{store.home / _DOCUMENT} is damaged: {error}") from error
+
+
+def load_keys(store: KeyStore, name: str = _KEYS) -> DeviceKeys | None:
+    """Return keys of a key store; None when it holds none.
+
+    Raises:
+        KeyStoreError: They cannot be read, or are damaged.
+    """
+    data = store.read_secret(name)
+    return None if data is None else DeviceKeys.from_bytes(data)
+
+
+def save_keys(store: KeyStore, keys: DeviceKeys, name: str = _KEYS) -> None:
+    """Store keys durably.
+
+    Raises:
+        KeyStoreError: They cannot be written.
+    """
+    store.write_secret(name, keys.to_bytes())
+
+
+def read_facts(home: Path) -> dict[str, Any]:
+    """Return the public facts of the device in a folder that may be in use; empty if there is none.
+
+    Raises:
+        KeyStoreError: They cannot be read.
+    """
+    return read_document(home, _DOCUMENT)

@@ -1,0 +1,65 @@
+"""Secrets of a key store under a passphrase: Argon2id, then AES-256-GCM.
+
+A file is ``magic (5) || salt (16) || nonce (12) || ciphertext || tag (16)``, magic and salt
+authenticated. The parameters of Argon2id belong to the magic; other parameters get another one.
+
+What it does not do: keep the passphrase anywhere, or choose a good one.
+
+Source: RFC 9106 section 4, second recommended option (64 MiB), for the parameters.
+"""
+
+import os
+from functools import lru_cache
+from typing import Final
+
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+
+from qflare.crypto.symmetric import SECRET_BYTES, UnsealError, decrypt, encrypt
+from qflare_client.errors import WrongPassphraseError
+from qflare_client.keystore.store import SecretCoding
+
+_MAGIC: Final = b"QFDK\x01"
+_SALT_BYTES: Final = 16
+
+
+def passphrase_coding(passphrase: str) -> SecretCoding:
+    """Return the coding of secrets under a passphrase.
+
+    The first use takes about a tenth of a second; later ones with the same salt take none. Files that one
+    coding writes share a salt.
+    """
+
+    @lru_cache(maxsize=4)
+    def key(head: bytes) -> bytes:
+        return _derive(passphrase.encode(), head)
+
+    fresh = _MAGIC + os.urandom(_SALT_BYTES)
+
+    def encode(data: bytes) -> bytes:
+        return fresh + encrypt(key(fresh), data, fresh)
+
+    def decode(data: bytes) -> bytes:
+        head, rest = data[: len(fresh)], data[len(fresh) :]
+        if not head.startswith(_MAGIC):
+            raise WrongPassphraseError("the keys are not under a passphrase, but one was given")
+        try:
+            return decrypt(key(head), rest, head)
+        except UnsealError:
+            raise WrongPassphraseError("wrong passphrase, or the key file was altered") from None
+
+    return SecretCoding(encode, decode)
+
+
+def is_under_passphrase(data: bytes) -> bool:
+    """Return whether the bytes of a secret's file need a passphrase."""
+    return data.startswith(_MAGIC)
+
+
+def _derive(passphrase: bytes, head: bytes) -> bytes:
+    return Argon2id(
+        salt=head[len(_MAGIC) :],
+        length=SECRET_BYTES,
+        iterations=3,
+        lanes=4,
+        memory_cost=64 * 2**10,
+    ).derive(passphrase)

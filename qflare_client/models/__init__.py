@@ -1,0 +1,1 @@
+"""Models and updates on the device: download, upload, lineage."""

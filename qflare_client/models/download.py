@@ -1,0 +1,300 @@
+"""Downloading a version: checked before and while its bytes arrive, resumed where it broke off.
+
+Invariants: nothing is returned unless the statement is signed by a model key of the keyset, the version
+follows the last accepted one (`qflare_client.trust.keyset`), and every chunk has the digest under the
+statement's Merkle root: that of the payload, or that of the smaller form which was asked for. A chunk is
+checked before any later one is looked at.
+
+A sealed version is opened segment by segment, after each has been checked (`qflare_client.models.sealed_model`), and
+what was opened has to have the signed digest as well.
+
+What it does not do: keep what it returns (see `KeyStore`).
+"""
+
+import hmac
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from qflare.crypto import merkle
+from qflare.crypto.sealed_payloads import sealed_size_bytes
+from qflare.crypto.sealing import KemKey
+from qflare.evidence.lineage import ModelVersion
+from qflare.tensors import CHUNK_BYTES, Array, InvalidManifestError, Manifest, assemble, chunks
+from qflare.tensors.download_encodings import widened
+from qflare.tensors.encodings import Encoding
+from qflare.tensors.safetensors_files import export_safetensors
+from qflare.v1 import coordinator_service_pb2 as messages
+from qflare.v1 import security_pb2
+from qflare_client.errors import CorruptModelError
+from qflare_client.models.sealed_model import ModelOpener
+from qflare_client.rpc.caller import Calls
+
+ProgressHook: TypeAlias = Callable[[str, int, int], None]
+"""``hook(what, done_bytes, total_bytes)``, where `what` is "download" or "upload"."""
+
+
+def silent(what: str, done_bytes: int, total_bytes: int) -> None:
+    """Show nothing: a `ProgressHook`."""
+    del what, done_bytes, total_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalModel:
+    """One verified version of the global model."""
+
+    training_session_id: str
+    """Training session, a UUID."""
+
+    version: int
+    """Version; 0 is the initial model."""
+
+    digest: str
+    """Digest of its signed statement, 64 hex digits: what names it."""
+
+    arrays: dict[str, Array]
+    """The tensors by name, in manifest order, writable, native-endian."""
+
+    manifest: Manifest
+    """Layout of the payload."""
+
+    metrics: Mapping[str, float]
+    """Metrics in its statement, by name."""
+
+    model_type: str
+    """Kind of model, free text."""
+
+    architecture: Mapping[str, str]
+    """Description of the architecture, free text."""
+
+    released: bool
+    """The coordinator calls it released."""
+
+    statement: security_pb2.ModelStatement
+    """What the coordinator has signed."""
+
+    envelope: security_pb2.SignedEnvelope
+    """The statement as it was sent, with its signatures: evidence to keep."""
+
+    encoding: Encoding = Encoding.FULL_PRECISION
+    """How the floating tensors came; other than FULL_PRECISION, the arrays are the version rounded to it."""
+
+    def save(self, path: Path) -> None:
+        """Write the tensors to a ``.safetensors`` file, durably and at once.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        facts = {
+            **self.architecture,
+            "training_session_id": self.training_session_id,
+            "version": str(self.version),
+            "digest": self.digest,
+            "encoding": self.encoding.name.lower(),
+        }
+        export_safetensors(path, self.manifest, chunks(self.arrays, self.manifest), facts)
+
+
+HeaderCheck: TypeAlias = Callable[[messages.GlobalModelHeader], ModelVersion]
+"""Verifies statement and links, or raises `VerificationError`."""
+
+
+class Download:
+    """One download across any number of attempts.
+
+    Args:
+        calls: Authenticated calls.
+        request: What to get, with `first_chunk` 0.
+        check_header: Verifies the statement in the header.
+        progress: Told the bytes that have arrived.
+        kem_key: Gives the device's KEM key, for sealed versions; None where none can be opened.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        request: messages.GetGlobalModelRequest,
+        check_header: HeaderCheck,
+        progress: ProgressHook,
+        kem_key: Callable[[], KemKey] | None = None,
+    ) -> None:
+        self._kem_key = kem_key
+        self._opener: ModelOpener | None = None
+        self._calls = calls
+        self._request = request
+        self._check_header = check_header
+        self._encoding = Encoding.from_number(request.encoding)
+        self._progress = progress
+        self._header: messages.GlobalModelHeader | None = None
+        self._verified: ModelVersion | None = None
+        self._leaf_hashes: list[bytes] = []
+        self._next_chunk = 0
+
+    def run(self, timeout_s: float | None = None) -> GlobalModel:
+        """Download and verify.
+
+        Raises:
+            VerificationError: Statement, links or bytes are not right.
+            QflareClientError: What the last attempt raised.
+        """
+        responses = self._calls.receive(
+            self._calls.transport.stub.GetGlobalModel, self._next_request, timeout_s=timeout_s
+        )
+        first = next(responses, None)
+        if first is None or not first.HasField("header"):
+            raise CorruptModelError("the download begins without a header")
+        verified = self._take_header(first.header)
+        manifest = _manifest(first.header, verified.statement)
+        chunks = self._chunks(first, responses, _form(verified.statement, self._encoding)[0])
+        arrays = _assemble(manifest, self._encoding, chunks)
+        return self._global_model(first.header, verified, manifest, arrays)
+
+    def _next_request(self) -> messages.GetGlobalModelRequest:
+        request = messages.GetGlobalModelRequest()
+        request.CopyFrom(self._request)
+        request.first_chunk = self._next_chunk
+        if self._verified is not None:
+            # What "the latest" means may have changed since the first attempt.
+            request.version = self._verified.statement.version
+            request.released = False
+        return request
+
+    def _take_header(self, header: messages.GlobalModelHeader) -> ModelVersion:
+        if self._header is None or self._verified is None:
+            verified = self._check_header(header)
+            if Encoding.from_number(header.encoding) is not self._encoding:
+                raise CorruptModelError(
+                    f"encoding: got number {header.encoding}, want {self._encoding.name}"
+                )
+            self._leaf_hashes = _leaf_hashes(
+                header, *_wire_form(verified.statement, self._encoding)
+            )
+            self._opener = self._opener_of(header, verified.statement)
+            self._verified = verified
+            self._header = header
+        elif header.statement.payload != self._header.statement.payload:
+            raise CorruptModelError("another version was sent when the download was resumed")
+        return self._verified
+
+    def _opener_of(
+        self, header: messages.GlobalModelHeader, statement: security_pb2.ModelStatement
+    ) -> ModelOpener | None:
+        if not statement.sealed:
+            return None
+        if self._kem_key is None:
+            raise CorruptModelError("the version is sealed, and there is no key to open it")
+        return ModelOpener(header.sealed, statement, self._kem_key())
+
+    def _chunks(
+        self,
+        first: messages.GetGlobalModelResponse,
+        rest: Iterator[messages.GetGlobalModelResponse],
+        total_bytes: int,
+    ) -> Iterator[bytes]:
+        """Yield the payload's chunks in order, each checked."""
+        if first.HasField("chunk"):
+            yield self._take_chunk(first.chunk, total_bytes)
+        # Only as many as are wanted: the end of the stream is not waited for.
+        while self._next_chunk < len(self._leaf_hashes):
+            response = next(rest, None)
+            if response is None:
+                raise CorruptModelError(
+                    f"got {self._next_chunk} chunks, want {len(self._leaf_hashes)}"
+                )
+            if response.HasField("header"):
+                self._take_header(response.header)
+            if response.HasField("chunk"):
+                yield self._take_chunk(response.chunk, total_bytes)
+        if self._opener is not None:
+            self._opener.finish()
+
+    def _take_chunk(self, chunk: messages.Chunk, total_bytes: int) -> bytes:
+        if chunk.index != self._next_chunk or chunk.index >= len(self._leaf_hashes):
+            raise CorruptModelError(f"chunk: got {chunk.index}, want {self._next_chunk}")
+        data = chunk.data
+        if not hmac.compare_digest(merkle.leaf_hash(data), self._leaf_hashes[chunk.index]):
+            raise CorruptModelError(f"chunk {chunk.index} is not the one that was signed")
+        self._next_chunk += 1
+        done_bytes = min(self._next_chunk * CHUNK_BYTES, total_bytes)
+        self._progress("download", done_bytes, total_bytes)
+        return data if self._opener is None else self._opener.open(chunk.index, data)
+
+    def _global_model(
+        self,
+        header: messages.GlobalModelHeader,
+        verified: ModelVersion,
+        manifest: Manifest,
+        arrays: dict[str, Array],
+    ) -> GlobalModel:
+        statement = verified.statement
+        return GlobalModel(
+            training_session_id=statement.training_session_id,
+            version=statement.version,
+            digest=verified.digest,
+            arrays=arrays,
+            manifest=manifest,
+            metrics=dict(statement.metrics),
+            model_type=header.global_model.model_type,
+            architecture=dict(header.global_model.architecture),
+            released=header.global_model.released,
+            statement=statement,
+            envelope=header.statement,
+            encoding=self._encoding,
+        )
+
+
+def _manifest(
+    header: messages.GlobalModelHeader, statement: security_pb2.ModelStatement
+) -> Manifest:
+    """Return the layout, if it is the one that the statement names."""
+    try:
+        manifest = Manifest.from_proto(header.global_model.manifest)
+    except InvalidManifestError as error:
+        raise CorruptModelError(f"manifest: {error}") from error
+    got = (manifest.layout_digest, manifest.size_bytes)
+    if got != (statement.layout_digest, statement.size_bytes):
+        raise CorruptModelError("the manifest is not the one that was signed")
+    return manifest
+
+
+def _form(statement: security_pb2.ModelStatement, encoding: Encoding) -> tuple[int, str]:
+    """Return size and digest that a statement names of a version in an encoding."""
+    if encoding is Encoding.FULL_PRECISION:
+        return statement.size_bytes, statement.payload_digest
+    if statement.download.encoding != int(encoding):
+        raise CorruptModelError(f"the statement names no payload in {encoding.name}")
+    return statement.download.size_bytes, statement.download.payload_digest
+
+
+def _wire_form(statement: security_pb2.ModelStatement, encoding: Encoding) -> tuple[int, str]:
+    """Return size and digest of a version in an encoding as it travels: of the segments where it is sealed."""
+    if not statement.sealed:
+        return _form(statement, encoding)
+    if encoding is not Encoding.FULL_PRECISION:
+        raise CorruptModelError(f"a sealed version has no payload in {encoding.name}")
+    return sealed_size_bytes(statement.size_bytes), statement.wire_digest
+
+
+def _leaf_hashes(
+    header: messages.GlobalModelHeader, size_bytes: int, payload_digest: str
+) -> list[bytes]:
+    """Return the digest of each chunk, if the signed root is above them."""
+    data = header.chunk_digests
+    size = merkle.HASH_BYTES
+    if len(data) != size * -(-size_bytes // CHUNK_BYTES):
+        raise CorruptModelError(f"chunk digests: got {len(data)} bytes for the payload's size")
+    leaf_hashes = [data[start : start + size] for start in range(0, len(data), size)]
+    if merkle.root(leaf_hashes).hex() != payload_digest:
+        raise CorruptModelError("the chunk digests are not under the signed root")
+    return leaf_hashes
+
+
+def _assemble(manifest: Manifest, encoding: Encoding, chunks: Iterator[bytes]) -> dict[str, Array]:
+    """Return the tensors; what came smaller is widened piece by piece, so that there is one copy in memory."""
+    try:
+        if encoding is Encoding.FULL_PRECISION:
+            return assemble(manifest, chunks)
+        return assemble(manifest, widened(manifest, encoding, chunks))
+    except ValueError as error:
+        raise CorruptModelError(str(error)) from error

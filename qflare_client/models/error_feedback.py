@@ -1,0 +1,229 @@
+"""Error feedback: what a top-k update leaves out is added to the device's next update of the training session.
+
+A device sends the k largest elements of `delta + residual` and keeps the rest as the next residual, so that a
+change that is too small to be sent adds up until it is. The residual is held in memory and in the key store: as
+secret as the keys, since it tells as much of the data as an update does.
+
+Invariants: a residual is written before its update is sent and counts once the update is accepted; where a crash
+or an outage leaves that open, the coordinator is asked. So the sum of what was sent and the residual is the sum of
+the deltas, but for the rounding of one addition an element and update (to float32, or float64 for float64 tensors).
+A residual that is damaged or of another layout is dropped with a warning.
+
+What it does not do: take back what the coordinator accepts and later leaves out of a version (a round that fails, an
+update that a safeguard refuses).
+
+Sources: Stich et al. 2018, arXiv:1809.07599, algorithm 1 (memory); Karimireddy et al. 2019, arXiv:1901.09847,
+algorithm 2 (error feedback).
+"""
+
+import hashlib
+import json
+import logging
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import numpy as np
+
+from qflare.tensors import Array, DType, Manifest, TensorSpec, assemble, chunks
+from qflare.tensors.encodings import INDEX_SUFFIX, VALUE_SUFFIX, narrow
+from qflare_client.errors import KeyStoreError
+from qflare_client.keystore.store import KeyStore
+
+_log = logging.getLogger(__name__)
+
+_LENGTH: Final = struct.Struct(">I")
+_DIGEST_BYTES: Final = hashlib.sha256().digest_size
+_PENDING: Final = ".pending"
+
+Residual = dict[str, Array]
+
+
+def residual_manifest(base: Manifest) -> Manifest:
+    """Return the layout of a residual: the floating tensors, as float64 or else float32."""
+    return Manifest(
+        tuple(
+            TensorSpec(
+                spec.name,
+                DType.FLOAT64 if spec.dtype is DType.FLOAT64 else DType.FLOAT32,
+                spec.shape,
+            )
+            for spec in base.tensors
+            if spec.dtype.is_float
+        )
+    )
+
+
+def corrected(
+    delta: Mapping[str, Array], residual: Mapping[str, Array], base: Manifest
+) -> Residual:
+    """Return `delta + residual` of the floating tensors, fresh arrays of the residual's layout.
+
+    Args:
+        delta: Tensors of the base manifest.
+        residual: What earlier updates left out; empty for nothing.
+        base: The manifest of the model.
+    """
+    wide: Residual = {}
+    for spec in residual_manifest(base).tensors:
+        wide[spec.name] = np.array(delta[spec.name], spec.dtype.numpy, order="C")
+        if spec.name in residual:
+            wide[spec.name] += residual[spec.name]
+    return wide
+
+
+def selectable(wide: Mapping[str, Array], delta: Mapping[str, Array], base: Manifest) -> Residual:
+    """Return corrected tensors in the element types of the model, the others as they are in the delta."""
+    return {
+        spec.name: narrow(wide[spec.name], spec.dtype) if spec.dtype.is_float else delta[spec.name]
+        for spec in base.tensors
+    }
+
+
+def subtract_sent(wide: Residual, encoded: Mapping[str, Array]) -> None:
+    """Make corrected tensors the next residual: take away, in place, what a top-k update sends."""
+    for name, array in wide.items():
+        flat = array.reshape(-1)
+        flat[encoded[name + INDEX_SUFFIX]] -= encoded[name + VALUE_SUFFIX]
+
+
+class ErrorFeedback:
+    """The residuals of a device, by training session. Thread-safe for different training sessions.
+
+    Args:
+        store: Where they outlive the process.
+        is_accepted: Whether the coordinator has accepted an update, given by its id.
+    """
+
+    def __init__(self, store: KeyStore, is_accepted: Callable[[str], bool]) -> None:
+        self._store = store
+        self._is_accepted = is_accepted
+        self._lock = threading.Lock()
+        self._held: dict[str, tuple[str, Residual]] = {}
+
+    def residual(self, training_session_id: str, base: Manifest) -> Residual:
+        """Return what earlier updates left out; empty where there is nothing. Not to be written into.
+
+        Raises:
+            QflareClientError: An update is in doubt, and the coordinator cannot be asked.
+            KeyStoreError: The residual of a settled update cannot be written.
+        """
+        self._settle(training_session_id)
+        layout = residual_manifest(base)
+        with self._lock:
+            held = self._held.get(training_session_id)
+        if held is not None and held[0] == layout.layout_digest:
+            return held[1]
+        found = self._read(_name(training_session_id), training_session_id, layout)
+        if found:
+            with self._lock:
+                self._held[training_session_id] = layout.layout_digest, found
+        return found
+
+    def stage(self, training_session_id: str, update_id: str, residual: Residual) -> None:
+        """Write the residual that counts once an update is accepted, before the update is sent.
+
+        Raises:
+            KeyStoreError: It cannot be written.
+        """
+        name = _name(training_session_id) + _PENDING
+        self._store.write_secret(name, _encode(training_session_id, update_id, residual))
+
+    def commit(self, training_session_id: str, residual: Residual) -> None:
+        """Let the staged residual count: its update is accepted.
+
+        Raises:
+            KeyStoreError: It cannot be written.
+        """
+        self._promote(training_session_id)
+        digest = Manifest.from_arrays(residual).layout_digest
+        with self._lock:
+            self._held[training_session_id] = digest, residual
+
+    def forget(self, training_session_id: str) -> None:
+        """Delete what is kept of a training session that has ended."""
+        with self._lock:
+            self._held.pop(training_session_id, None)
+        name = _name(training_session_id)
+        self._store.delete(name + _PENDING)
+        self._store.delete(name)
+
+    def _promote(self, training_session_id: str) -> None:
+        name = _name(training_session_id)
+        self._store.rename(name + _PENDING, name)
+
+    def _settle(self, training_session_id: str) -> None:
+        """Find out what became of an update whose receipt has not come."""
+        name = _name(training_session_id) + _PENDING
+        data = self._load(name)
+        if data is None:
+            return
+        update_id = _update_id(data, training_session_id)
+        if update_id and self._is_accepted(update_id):
+            with self._lock:
+                self._held.pop(training_session_id, None)
+            self._promote(training_session_id)
+            return
+        self._store.delete(name)
+
+    def _read(self, name: str, training_session_id: str, layout: Manifest) -> Residual:
+        data = self._load(name)
+        if data is None:
+            return {}
+        facts = _facts(data)
+        wanted = (training_session_id, layout.layout_digest)
+        if (facts.get("training_session_id"), facts.get("layout_digest")) != wanted:
+            _log.warning("what top-k updates left out is damaged or of another layout: dropped")
+            return {}
+        return assemble(layout, [memoryview(data)[_payload_start(data) : -_DIGEST_BYTES]])
+
+    def _load(self, name: str) -> bytes | None:
+        try:
+            return self._store.read_secret(name)
+        except KeyStoreError as error:
+            _log.warning("what top-k updates left out cannot be read, and is dropped: %s", error)
+            return None
+
+
+def _name(training_session_id: str) -> str:
+    """Return the name of a training session's secret: the coordinator's words never become a path."""
+    return "residual-" + hashlib.sha256(training_session_id.encode()).hexdigest()[:32]
+
+
+def _encode(training_session_id: str, update_id: str, residual: Residual) -> bytes:
+    """Return the bytes of a file: a header, the payload, and the SHA-256 of both."""
+    manifest = Manifest.from_arrays(residual)
+    facts = {
+        "training_session_id": training_session_id,
+        "update_id": update_id,
+        "layout_digest": manifest.layout_digest,
+    }
+    header = json.dumps(facts).encode()
+    body = bytearray(_LENGTH.pack(len(header)) + header)
+    for chunk in chunks(residual, manifest):
+        body += chunk
+    body += hashlib.sha256(body).digest()
+    return bytes(body)
+
+
+def _payload_start(data: bytes) -> int:
+    (length,) = _LENGTH.unpack_from(data)
+    return int(_LENGTH.size + length)
+
+
+def _update_id(data: bytes, training_session_id: str) -> str:
+    """Return the update that a file is about; empty if it is damaged or of another training session."""
+    facts = _facts(data)
+    return (
+        str(facts["update_id"]) if facts.get("training_session_id") == training_session_id else ""
+    )
+
+
+def _facts(data: bytes) -> dict[str, str]:
+    """Return the header of a file; empty if it is damaged."""
+    view = memoryview(data)
+    if hashlib.sha256(view[:-_DIGEST_BYTES]).digest() != view[-_DIGEST_BYTES:]:
+        return {}
+    facts: dict[str, str] = json.loads(data[_LENGTH.size : _payload_start(data)])
+    return facts

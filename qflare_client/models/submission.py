@@ -1,0 +1,312 @@
+"""From what training returned to what is uploaded: checked arrays, their payload, and the statement.
+
+What it does not do: repeat or resume (see `qflare_client.models.upload`).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from qflare.crypto.signing import SigningKey
+from qflare.evidence.statements import StatementError, sign_update
+from qflare.ids import new_update_id
+from qflare.tensors import Array, InvalidManifestError, Manifest, NonFiniteError, check_arrays
+from qflare.tensors.encodings import Encoding, encode, wire_manifest
+from qflare.v1 import coordinator_service_pb2 as messages
+from qflare.v1 import security_pb2, training_pb2
+from qflare_client.errors import (
+    SealKeyNotAcceptedError,
+    TrainingFunctionError,
+    UnsupportedTaskError,
+)
+from qflare_client.keystore.identity import Identity
+from qflare_client.keystore.store import KeyStore
+from qflare_client.models.download import GlobalModel, ProgressHook
+from qflare_client.models.error_feedback import ErrorFeedback, corrected, selectable, subtract_sent
+from qflare_client.models.lineage import check_base
+from qflare_client.models.sealed_update import SealedPayload
+from qflare_client.models.upload import Outgoing, Payload, Receipt, Upload
+from qflare_client.rpc.caller import Calls
+from qflare_client.tasks import Task
+from qflare_client.trust.keyset import Trust
+
+_DEFAULT_TOP_K_FRACTION = 0.1
+"""What a training session that names no fraction means; stated in the contract."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What training made of a version."""
+
+    base: GlobalModel
+    """Version it was trained from."""
+
+    arrays: Mapping[str, Array]
+    """The trained tensors: names and shapes of the base version's."""
+
+    example_count: int
+    """Number of local examples, 1 or more."""
+
+    metrics: Mapping[str, float]
+    """Metrics by name, finite."""
+
+
+def send_update(
+    calls: Calls,
+    trust: Trust,
+    identity: Identity,
+    task: Task,
+    contribution: Contribution,
+    progress: ProgressHook,
+    timeout_s: float | None = None,
+    feedback: ErrorFeedback | None = None,
+) -> Receipt:
+    """Sign and upload a contribution, sealed if the task says so.
+
+    Args:
+        calls: Authenticated calls.
+        trust: The coordinator's keys, to which a sealed update is sealed.
+        identity: The device.
+        task: The task, of kind TRAIN.
+        contribution: What training made of its base version.
+        progress: Told the bytes that have been sent.
+        timeout_s: Deadline of each attempt, in seconds; None means the calls' own.
+        feedback: Keeps what top-k updates leave out; None lets go of it.
+
+    Raises:
+        TrainingFunctionError: It cannot be sent.
+        QflareClientError: The call failed.
+    """
+    check_base(task, contribution.base.digest)
+    known: Mapping[str, Array] = {}
+    if not _is_sparse(task.transfer):
+        feedback = None
+    if feedback is not None:
+        known = feedback.residual(task.training_session_id, contribution.base.manifest)
+    payload, residual = make_payload_with_residual(contribution, task.transfer, known)
+
+    def send() -> Receipt:
+        statement = make_statement(
+            task, contribution, payload, realm=identity.realm, device_id=identity.device_id
+        )
+        outgoing: Outgoing = payload
+        if task.transfer.sealed:
+            outgoing = SealedPayload(payload, statement, trust.session_key())
+        envelope = sign_statement(identity.keys.signing, statement)
+        upload = Upload(calls, statement.update_id, envelope, outgoing, progress=progress)
+        if feedback is not None:
+            feedback.stage(task.training_session_id, statement.update_id, residual)
+        return upload.run(timeout_s)
+
+    try:
+        receipt = send()
+    except SealKeyNotAcceptedError:
+        trust.refresh()  # the coordinator has changed its keys
+        receipt = send()
+    if feedback is not None:
+        feedback.commit(task.training_session_id, residual)
+    return receipt
+
+
+def feedback_for(store: KeyStore, calls: Calls) -> ErrorFeedback:
+    """Return the error feedback of a device."""
+
+    def is_accepted(update_id: str) -> bool:
+        request = messages.GetUploadRequest(update_id=update_id)
+        return calls.unary(calls.transport.stub.GetUpload, request).HasField("receipt")
+
+    return ErrorFeedback(store, is_accepted)
+
+
+def _is_sparse(transfer: training_pb2.TransferPolicy) -> bool:
+    """Return whether updates are deltas of which the largest elements are sent."""
+    return (
+        _kind(transfer) == training_pb2.UPDATE_KIND_DELTA and _encoding(transfer) is Encoding.TOP_K
+    )
+
+
+def make_payload(contribution: Contribution, transfer: training_pb2.TransferPolicy) -> Payload:
+    """Return the bytes that the training session asks for.
+
+    Raises:
+        TrainingFunctionError: The arrays are not those of the base version, or not finite.
+        UnsupportedTaskError: The session wants a form that this SDK does not know.
+    """
+    return make_payload_with_residual(contribution, transfer, {})[0]
+
+
+def make_payload_with_residual(
+    contribution: Contribution, transfer: training_pb2.TransferPolicy, residual: Mapping[str, Array]
+) -> tuple[Payload, dict[str, Array]]:
+    """Return the bytes that the training session asks for, and what they leave out of a top-k delta.
+
+    Args:
+        contribution: What training made.
+        transfer: How it has to travel.
+        residual: What earlier top-k updates left out, which is added to a top-k delta; empty for nothing.
+
+    Returns:
+        The payload; and the next residual, empty unless the update is a top-k delta.
+
+    Raises:
+        TrainingFunctionError: The arrays are not those of the base version, or not finite.
+        UnsupportedTaskError: The session wants a form that this SDK does not know.
+    """
+    manifest = contribution.base.manifest
+    arrays = _fitted(contribution.arrays, manifest)
+    if _kind(transfer) == training_pb2.UPDATE_KIND_DELTA:
+        arrays = _difference(arrays, contribution.base.arrays)
+    encoding = _encoding(transfer)
+    if encoding is Encoding.FULL_PRECISION:
+        return Payload(manifest, arrays), {}
+    wide: dict[str, Array] = {}
+    if _is_sparse(transfer):
+        wide = corrected(arrays, residual, manifest)
+        arrays = selectable(wide, arrays, manifest)
+    fraction = transfer.top_k_fraction or _DEFAULT_TOP_K_FRACTION
+    try:
+        encoded = encode(arrays, manifest, encoding, fraction)
+    except NonFiniteError as error:
+        raise TrainingFunctionError(f"trained arrays: {error}") from error
+    subtract_sent(wide, encoded)
+    return Payload(wire_manifest(manifest, encoding, fraction), encoded), wide
+
+
+def _kind(transfer: training_pb2.TransferPolicy) -> training_pb2.UpdateKind.ValueType:
+    if transfer.update_kind == training_pb2.UPDATE_KIND_DELTA:
+        return training_pb2.UPDATE_KIND_DELTA
+    return training_pb2.UPDATE_KIND_WEIGHTS
+
+
+def _encoding(transfer: training_pb2.TransferPolicy) -> Encoding:
+    try:
+        return Encoding.from_number(transfer.update_encoding)
+    except InvalidManifestError as error:
+        raise UnsupportedTaskError(str(error)) from error
+
+
+def make_statement(
+    task: Task, contribution: Contribution, payload: Payload, *, realm: str, device_id: str
+) -> security_pb2.UpdateStatement:
+    """Return the statement about an update, but for the key that signs it.
+
+    Raises:
+        TrainingFunctionError: The example count or a metric cannot be sent.
+    """
+    _check_counts(contribution)
+    now = Timestamp()
+    now.GetCurrentTime()
+    return security_pb2.UpdateStatement(
+        realm=realm,
+        training_session_id=task.training_session_id,
+        round_number=task.round_number,
+        task_nonce=task.nonce,
+        update_id=new_update_id(),
+        device_id=device_id,
+        base_version=task.base_version,
+        base_digest=task.base_digest,
+        layout_digest=payload.manifest.layout_digest,
+        size_bytes=payload.manifest.size_bytes,
+        payload_digest=payload.digest,
+        wire_digest=payload.digest,
+        kind=_kind(task.transfer),
+        encoding=training_pb2.Encoding.ValueType(_encoding(task.transfer)),
+        base_encoding=training_pb2.Encoding.ValueType(contribution.base.encoding),
+        example_count=contribution.example_count,
+        metrics={name: float(value) for name, value in contribution.metrics.items()},
+        create_time=now,
+    )
+
+
+def sign_statement(
+    key: SigningKey, statement: security_pb2.UpdateStatement
+) -> security_pb2.SignedEnvelope:
+    """Sign a statement about an update.
+
+    Raises:
+        TrainingFunctionError: Too many metrics, or a name of one is too long.
+    """
+    statement.key_id = key.public.key_id
+    try:
+        return sign_update(key, statement)
+    except StatementError as error:
+        raise TrainingFunctionError(f"update: {error}") from error
+
+
+def make_evaluation(
+    training_session_id: str, version: int, example_count: int, metrics: Mapping[str, float]
+) -> messages.ReportEvaluationRequest:
+    """Return the report of what was measured of a version.
+
+    Raises:
+        TrainingFunctionError: The example count or a metric cannot be sent.
+    """
+    check_example_count(example_count)
+    check_metrics(metrics)
+    return messages.ReportEvaluationRequest(
+        training_session_id=training_session_id,
+        version=version,
+        example_count=example_count,
+        metrics={name: float(value) for name, value in metrics.items()},
+    )
+
+
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Check that metrics can be sent.
+
+    Raises:
+        TrainingFunctionError: A value is not a finite number.
+    """
+    for name, value in metrics.items():
+        try:
+            finite = math.isfinite(value)
+        except TypeError:
+            finite = False
+        if not finite:
+            raise TrainingFunctionError(f"metric {name!r}: got {value!r}, want a finite number")
+
+
+def check_example_count(example_count: object) -> None:
+    """Check that an example count can be sent.
+
+    Raises:
+        TrainingFunctionError: It is no positive integer.
+    """
+    if not isinstance(example_count, int | np.integer) or example_count < 1:
+        raise TrainingFunctionError(f"example count: got {example_count!r}, want an integer >= 1")
+
+
+def _check_counts(contribution: Contribution) -> None:
+    check_example_count(contribution.example_count)
+    check_metrics(contribution.metrics)
+
+
+def _fitted(arrays: Mapping[str, Array], manifest: Manifest) -> Mapping[str, Array]:
+    """Return arrays in the dtypes of the manifest: numpy promotes float32 to float64 easily."""
+    dtypes = {spec.name: spec.dtype.numpy for spec in manifest.tensors}
+    try:
+        fitted = {
+            name: np.asarray(array).astype(
+                dtypes.get(name, np.asarray(array).dtype), casting="same_kind", copy=False
+            )
+            for name, array in arrays.items()
+        }
+        check_arrays(fitted, manifest)
+    except (TypeError, ValueError, InvalidManifestError) as error:
+        raise TrainingFunctionError(f"trained arrays: {error}") from error
+    return fitted
+
+
+def _difference(arrays: Mapping[str, Array], base: Mapping[str, Array]) -> dict[str, Array]:
+    """Subtract the base from tensors of floating types; the others travel as they are."""
+    return {
+        name: array - base[name] if _is_floating(array) else array for name, array in arrays.items()
+    }
+
+
+def _is_floating(array: Array) -> bool:
+    # bfloat16 is kind "V" to numpy.
+    return array.dtype.kind not in "iub"

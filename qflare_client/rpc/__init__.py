@@ -1,0 +1,1 @@
+"""gRPC calls of the SDK: transport, retries, tracing."""

@@ -1,0 +1,1 @@
+"""What a device trusts and verifies: keyset, audit head, evidence."""

@@ -1,0 +1,286 @@
+"""What this device believes: the keyset, and with it whatever the coordinator has signed.
+
+Invariants: a keyset that was accepted is stored before it is acted on, and none below it is ever accepted
+again; nothing is believed on an expired keyset. A signer that the keyset does not know makes the device
+ask once for a later one, then refuse.
+
+What it does not do: know the rules of keysets and statements (see `protocol.keysets`, `evidence.statements` and
+`evidence.lineage`).
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Self, TypeVar
+
+from google.protobuf.message import DecodeError
+
+from qflare.crypto.sealing import KemPublicKey
+from qflare.crypto.signing import (
+    ONLINE_ALGORITHMS,
+    Algorithm,
+    PublicKey,
+    algorithm_named,
+    algorithm_names,
+)
+from qflare.evidence.lineage import ModelVersion, open_model, verify_chain
+from qflare.evidence.statements import (
+    StatementError,
+    StatementMismatchError,
+    open_task,
+    require_equal,
+)
+from qflare.protocol.keysets import ExpiredKeysetError, KeyRole, KeysetError, TrustedKeyset
+from qflare.v1 import coordinator_service_pb2 as messages
+from qflare.v1 import security_pb2
+from qflare_client.errors import (
+    InvalidStatementError,
+    KeyStoreError,
+    RolledBackModelError,
+    UntrustedKeysetError,
+)
+from qflare_client.keystore.store import KeyStore
+from qflare_client.rpc.caller import Calls
+
+R = TypeVar("R")
+
+_DOCUMENT = "trust.json"
+_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+_TASK_FIELDS = (
+    "training_session_id",
+    "round_number",
+    "base_version",
+    "base_digest",
+    "device_training",
+    "transfer",
+)
+_LINK_FIELDS = frozenset({"version", "parent_digest", "digest", "payload_digest"})
+
+
+def utc_now() -> datetime:
+    """Return the time in UTC, aware."""
+    return datetime.now(UTC)
+
+
+class Trust:
+    """The trusted keyset of a device, kept in its key store. Thread-safe.
+
+    Args:
+        store: Where it is kept.
+        calls: Calls without credentials, to fetch later keysets.
+        trusted: What was verified before, or the pins of a bootstrap bundle.
+        clock: The time in UTC, aware.
+    """
+
+    def __init__(
+        self,
+        store: KeyStore,
+        calls: Calls,
+        trusted: TrustedKeyset,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._store = store
+        self._calls = calls
+        self._trusted = trusted
+        self._clock = clock
+        self._lock = threading.Lock()
+
+    @classmethod
+    def begin(
+        cls,
+        store: KeyStore,
+        bundle: security_pb2.BootstrapBundle,
+        calls: Calls,
+        algorithms: frozenset[Algorithm] = ONLINE_ALGORITHMS,
+    ) -> Self:
+        """Start to trust: fetch the keyset and verify it against the keys of a bootstrap bundle.
+
+        Args:
+            store: Where trust is kept.
+            bundle: What the administrator handed over.
+            calls: Calls without credentials.
+            algorithms: What the coordinator's online signature keys may be, from here on.
+
+        Raises:
+            UntrustedKeysetError: It does not lead to them.
+            QflareClientError: The call failed.
+        """
+        with _untrusted():
+            trust = cls(store, calls, TrustedKeyset.bootstrap(bundle, algorithms))
+        trust.refresh()
+        return trust
+
+    @classmethod
+    def load(cls, store: KeyStore, calls: Calls) -> Self:
+        """Go on trusting what the key store holds.
+
+        Raises:
+            KeyStoreError: It holds nothing, or it is damaged.
+        """
+        facts = store.read_document(_DOCUMENT)
+        try:
+            pins = TrustedKeyset(
+                str(facts["realm"]),
+                frozenset(facts["root_key_ids"]),
+                int(facts["threshold"]),
+                frozenset(algorithm_named(name) for name in facts["algorithms"]),
+            )
+            bundle = security_pb2.KeysetBundle.FromString(bytes.fromhex(facts["bundle"]))
+            # What has expired since it was stored still says what must not be gone below.
+            return cls(store, calls, pins.updated(bundle, _BEGINNING))
+        except (KeyError, TypeError, ValueError, DecodeError) as error:
+            raise KeyStoreError(f"{store.home / _DOCUMENT} is damaged: {error!r}") from error
+
+    @property
+    def realm(self) -> str:
+        """Name of the deployment."""
+        return self._trusted.realm
+
+    @property
+    def bundle(self) -> security_pb2.KeysetBundle:
+        """Root documents and keyset as they were sent: evidence to keep."""
+        return self._trusted.bundle
+
+    def refresh(self) -> None:
+        """Fetch the coordinator's keyset and believe it.
+
+        Raises:
+            UntrustedKeysetError: It is not to be believed.
+            QflareClientError: The call failed.
+        """
+        request = messages.GetKeysetRequest(known_root_version=self._trusted.root_version)
+        answer = self._calls.unary(self._calls.transport.stub.GetKeyset, request)
+        with self._lock, _untrusted():
+            trusted = self._trusted.updated(answer.bundle, self._clock())
+            self._store.write_document(
+                _DOCUMENT,
+                {
+                    "realm": trusted.realm,
+                    "root_key_ids": sorted(trusted.root_key_ids),
+                    "threshold": trusted.root_threshold,
+                    "algorithms": algorithm_names(trusted.algorithms),
+                    "bundle": trusted.bundle.SerializeToString().hex(),
+                },
+            )
+            self._trusted = trusted
+
+    def at_least(self, keyset_version: int) -> None:
+        """Fetch the keyset if the coordinator has a later one.
+
+        Raises:
+            QflareClientError: As `refresh`.
+        """
+        if self._trusted.keyset_version < keyset_version:
+            self.refresh()
+
+    def session_key(self) -> KemPublicKey:
+        """Return the coordinator's KEM key for enrolment and login.
+
+        Raises:
+            UntrustedKeysetError: The keyset has expired and there is no later one.
+            QflareClientError: The call for a later one failed.
+        """
+        return self._current(lambda trusted, now: trusted.kem_key(now))
+
+    def signature_keys(self, role: KeyRole) -> tuple[PublicKey, ...]:
+        """Return the coordinator's keys whose signatures count for a role.
+
+        Raises:
+            QflareClientError: As `session_key`.
+        """
+        return self._current(lambda trusted, now: trusted.signature_keys(role, now))
+
+    def keys_for(
+        self, role: KeyRole, envelope: security_pb2.SignedEnvelope
+    ) -> tuple[PublicKey, ...]:
+        """Return the keys of a role, of a later keyset if this one does not know who signed an envelope.
+
+        Raises:
+            QflareClientError: As `session_key`.
+        """
+        keys = self.signature_keys(role)
+        signers = {signature.key_id for signature in envelope.signatures}
+        if signers.isdisjoint(key.key_id for key in keys):
+            self.refresh()
+            keys = self.signature_keys(role)
+        return keys
+
+    def open_task(self, answer: messages.GetTaskResponse) -> security_pb2.TaskStatement:
+        """Verify a task, and that the answer around it says the same.
+
+        Raises:
+            InvalidStatementError: It is not signed by the coordinator, or about something else.
+        """
+        keys = self.keys_for(KeyRole.TASK, answer.task)
+        with _checked():
+            statement = open_task(answer.task, keys, self._trusted.realm)
+            for field in _TASK_FIELDS:
+                require_equal(field, getattr(answer, field), getattr(statement, field))
+        return statement
+
+    def open_model(
+        self, envelope: security_pb2.SignedEnvelope, training_session_id: str
+    ) -> ModelVersion:
+        """Verify the statement of a version.
+
+        Raises:
+            InvalidStatementError: It is not signed by the coordinator, or about something else.
+        """
+        keys = self.keys_for(KeyRole.MODEL, envelope)
+        with _checked():
+            return open_model(
+                envelope, keys, realm=self._trusted.realm, training_session_id=training_session_id
+            )
+
+    def follow(
+        self,
+        envelopes: Sequence[security_pb2.SignedEnvelope],
+        training_session_id: str,
+        known: ModelVersion | None,
+    ) -> list[ModelVersion]:
+        """Verify consecutive versions, and that they follow a known one.
+
+        Raises:
+            RolledBackModelError: One is missing, goes back, or has another history.
+            InvalidStatementError: One is not signed by the coordinator, or about something else.
+        """
+        if not envelopes:
+            return []
+        keys = self.keys_for(KeyRole.MODEL, envelopes[-1])
+        with _checked():
+            return verify_chain(
+                envelopes,
+                keys,
+                realm=self._trusted.realm,
+                training_session_id=training_session_id,
+                known=known,
+            )
+
+    def _current(self, read: Callable[[TrustedKeyset, datetime], R]) -> R:
+        """Read from a keyset that has not expired."""
+        try:
+            return read(self._trusted, self._clock())
+        except ExpiredKeysetError:
+            self.refresh()
+        with _untrusted():
+            return read(self._trusted, self._clock())
+
+
+@contextmanager
+def _untrusted() -> Iterator[None]:
+    try:
+        yield
+    except KeysetError as error:
+        raise UntrustedKeysetError(str(error)) from error
+
+
+@contextmanager
+def _checked() -> Iterator[None]:
+    try:
+        yield
+    except StatementMismatchError as error:
+        kind = RolledBackModelError if error.field in _LINK_FIELDS else InvalidStatementError
+        raise kind(str(error)) from error
+    except StatementError as error:
+        raise InvalidStatementError(str(error)) from error
