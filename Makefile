@@ -178,7 +178,7 @@ strategies: $(INSTALLED) ## compare the strategies on handwritten digits; writes
 	PYTHONPATH=examples/digits OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python examples/strategies/compare.py
 
 pictures: $(INSTALLED) tools ## make the pictures of the dashboard in docs/images from a real training session
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.browser.pictures
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m docs.make_pictures
 
 load: $(INSTALLED) tools ## measure a coordinator with ghz, on SQLite and on PostgreSQL
 	$(BIN)/python -m tests.load

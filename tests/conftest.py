@@ -21,7 +21,7 @@ from qflare_server.config import ServerConfig
 from qflare_server.storage import schema
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
-from tests.postgresql import PostgresServer, fresh_database, installed_prefix
+from tests.support.postgresql import PostgresServer, fresh_database, installed_prefix
 
 ROOT: Final = Path(__file__).parent.parent
 REQUIRE_ALL: Final = os.environ.get("QFLARE_REQUIRE_ALL") == "1"

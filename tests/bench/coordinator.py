@@ -26,7 +26,7 @@ from qflare_server.storage.engine import make_engine
 from tests.bench.load import MAX_MESSAGE_BYTES
 from tests.bench.population import Population
 from tests.bench.process import ServerProcess
-from tests.postgresql import PostgresServer, fresh_database
+from tests.support.postgresql import PostgresServer, fresh_database
 
 ROUND_DEADLINE_S = 3600
 PUBLISH_TIMEOUT_S = 120.0

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.postgresql import installed_prefix
+from tests.support.postgresql import installed_prefix
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("grpcio", "protobuf", "numpy", "sqlalchemy", "psycopg2-binary", "cryptography")

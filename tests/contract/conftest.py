@@ -15,8 +15,8 @@ from qflare_server.keys.setup import initialise
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from tests.conftest import START, FakeClock
-from tests.contract.core import Core
-from tests.identity import CHEAP, Coordinator, SimulatedDevice, copy_of
+from tests.support.identity import CHEAP, Coordinator, SimulatedDevice, copy_of
+from tests.support.use_cases import Core
 
 FIXED_SEED = bytes(range(32))
 

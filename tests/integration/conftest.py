@@ -31,7 +31,7 @@ from qflare_server.serving.application import Parts
 from qflare_server.serving.coordinator import Coordinator
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role
-from tests.integration.processes import Replicas
+from tests.support.processes import Replicas
 
 
 class Deployment:

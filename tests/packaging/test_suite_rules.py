@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import OperationalError
 
-from tests.postgresql import driver_url, installed_prefix
+from tests.support.postgresql import driver_url, installed_prefix
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120

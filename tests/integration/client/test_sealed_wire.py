@@ -20,7 +20,7 @@ from qflare_client import (
 )
 from tests.integration.client.conftest import Relay
 from tests.integration.conftest import Deployment
-from tests.integration.sealing import LARGE, MARK, ROUND_COUNT, next_task, start, train_once
+from tests.support.sealing import LARGE, MARK, ROUND_COUNT, next_task, start, train_once
 
 PATIENCE = RetryPolicy(total_time_s=10, initial_delay_s=0.01, max_delay_s=0.05)
 Header = messages.GlobalModelHeader

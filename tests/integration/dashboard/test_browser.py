@@ -19,8 +19,8 @@ from qflare_server.serving.dashboard.app import PAGES
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role
 from qflare_server.use_cases.devices.administration import Profile
-from tests.browser.chromium import find, started
 from tests.integration.conftest import Deployment
+from tests.support.chromium import find, started
 
 HOSTILE = (
     "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">" * 2

@@ -23,7 +23,7 @@ from qflare_server.use_cases.access.dashboard_login import ADMIN_SERVICE
 from qflare_server.use_cases.access.roles import ACCESS, ADMINISTRATIVE, Role
 from qflare_server.use_cases.devices.administration import Profile
 from tests.integration.conftest import Deployment
-from tests.integration.dashboard.visitor import Visitor
+from tests.support.visitor import Visitor
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
 Deploy = Callable[..., Deployment]

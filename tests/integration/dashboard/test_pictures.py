@@ -7,8 +7,8 @@ from typing import Final
 
 import pytest
 
-from tests.browser.chromium import ROOT, find
-from tests.browser.pictures import IMAGES, KEPT
+from docs.make_pictures import IMAGES, KEPT
+from tests.support.chromium import ROOT, find
 
 TIMEOUT_S: Final = 300
 MAX_BYTES: Final = 150_000
@@ -20,7 +20,7 @@ def test_the_pictures_can_be_made_again(tmp_path: Path) -> None:
         pytest.skip("no Chromium: `make tools`, or install chromium")
 
     # A process of its own: the remote control of a browser runs once in each.
-    command = [sys.executable, "-m", "tests.browser.pictures", "--all", str(tmp_path)]
+    command = [sys.executable, "-m", "docs.make_pictures", "--all", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=TIMEOUT_S)
 
     made = {path.name for path in tmp_path.iterdir()}

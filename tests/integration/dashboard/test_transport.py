@@ -15,7 +15,7 @@ from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.use_cases.access.roles import Role
 from tests.integration.conftest import Deployment
-from tests.integration.dashboard.visitor import Visitor
+from tests.support.visitor import Visitor
 
 Deploy = Callable[..., Deployment]
 

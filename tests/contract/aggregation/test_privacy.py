@@ -1,0 +1,266 @@
+"""Central differential privacy of training sessions, on both databases."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qflare.crypto.symmetric import SECRET_BYTES
+from qflare.v1 import security_pb2, training_pb2
+from qflare_server.aggregation.aggregator import Aggregator
+from qflare_server.aggregation.fold import RoundFold
+from qflare_server.aggregation.plan import read_plan
+from qflare_server.aggregation.publication import Publication
+from qflare_server.errors import StrategyRefusedError
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository import audit, training_sessions, updates
+from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.tables import GlobalModel, TrainingSession
+from qflare_server.strategies.accounting import PrivacyLedger, spent
+from qflare_server.training import config as training_config
+from qflare_server.training.privacy import Allowance, allowance, noise_seed, open_seed
+from tests.contract.conftest import MakeCore
+from tests.support.use_cases import Core, floats, vector
+
+DELTA = 1e-5
+NOISE = 4.0
+REPLACED = "privacy.noise_seed_replaced"
+
+
+def epsilon_of(count: int) -> float:
+    """Return the guarantee after so many versions."""
+    ledger = PrivacyLedger()
+    for _ in range(count):
+        ledger = ledger.with_release(NOISE, 1.0)
+    return spent(ledger, DELTA).epsilon
+
+
+def policy(**changes: Any) -> training_pb2.PrivacyPolicy:
+    """Return a policy whose budget lasts for two versions and a little."""
+    values = {
+        "noise_multiplier": NOISE,
+        "clip_norm": 1.0,
+        "delta": DELTA,
+        "epsilon_budget": epsilon_of(2) * 1.01,
+    }
+    return training_pb2.PrivacyPolicy(**{**values, **changes})
+
+
+def start(core: Core, **config: Any) -> str:
+    quorum = training_pb2.RoundPolicy(quorum=2)
+    wanted: dict[str, Any] = {"privacy": policy(), "rounds": quorum, **config}
+    return core.start(vector(0.0, 300), **wanted)
+
+
+def run_round(core: Core, identity: str) -> None:
+    for device in ("device-0", "device-1"):
+        core.submit(device, identity, vector(1.0, 300), loss=0.5)
+    core.settle()
+
+
+def owner_of(core: Core, identity: str) -> TrainingSession:
+    return core.training.get(identity)
+
+
+def test_a_version_states_its_guarantee(core: Core) -> None:
+    identity = start(core)
+    run_round(core, identity)
+
+    version = core.versions(identity)[1]
+
+    statement = security_pb2.ModelStatement.FromString(version.statement)
+    assert version.epsilon == statement.epsilon == pytest.approx(epsilon_of(1))
+    assert version.delta == statement.delta == DELTA
+    assert owner_of(core, identity).epsilon_spent == version.epsilon
+
+
+def test_loss_distributions_are_an_option_that_lasts_longer(core: Core) -> None:
+    """The budget affords two versions, of which the accountant by orders would refuse the second."""
+    ledger = PrivacyLedger().with_release(NOISE, 1.0)
+    tight = spent(ledger.with_release(NOISE, 1.0), DELTA, "pld").epsilon
+    assert tight < epsilon_of(2)
+    identity = start(
+        core,
+        privacy=policy(
+            accountant=training_pb2.PRIVACY_ACCOUNTANT_PLD, epsilon_budget=tight * 1.0001
+        ),
+    )
+
+    run_round(core, identity)
+    run_round(core, identity)
+
+    versions = core.versions(identity)
+    assert [row.epsilon for row in versions[1:]] == [
+        pytest.approx(spent(ledger, DELTA, "pld").epsilon),
+        pytest.approx(tight),
+    ]
+    assert owner_of(core, identity).state == "completed"
+
+
+def test_the_guarantee_composes_over_versions(core: Core) -> None:
+    identity = start(core)
+    run_round(core, identity)
+    run_round(core, identity)
+
+    assert owner_of(core, identity).epsilon_spent == pytest.approx(epsilon_of(2))
+
+
+def test_updates_are_clipped_and_noise_of_the_stated_size_is_added(core: Core) -> None:
+    identity = start(core)
+    run_round(core, identity)
+
+    noisy = np.array(floats(core.weights(identity, 1)))
+
+    # The clipped mean has elements of 1 / sqrt(300); the noise has a deviation of 4 * 1 / 2.
+    assert noisy.std() == pytest.approx(2.0, rel=0.2)
+
+
+def test_the_denominator_is_the_number_of_updates_at_which_a_round_closes(core: Core) -> None:
+    identity = start(core, rounds=training_pb2.RoundPolicy(quorum=1, target=4))
+    for device in ("device-0", "device-1", "device-2", "device-3"):
+        core.submit(device, identity, vector(1.0, 300))
+    core.settle()
+
+    noisy = np.array(floats(core.weights(identity, 1)))
+
+    assert noisy.std() == pytest.approx(1.0, rel=0.2)  # 4 * 1 / 4
+
+
+def test_metrics_that_no_noise_covers_are_left_out(core: Core) -> None:
+    identity = start(core)
+    run_round(core, identity)
+
+    assert core.versions(identity)[1].metrics == {}
+
+
+def test_training_ends_when_no_further_version_can_be_afforded(core: Core) -> None:
+    identity = start(core)
+    run_round(core, identity)
+    run_round(core, identity)
+
+    owner = owner_of(core, identity)
+
+    assert (owner.state, owner.current_version) == ("completed", 2)
+    assert owner.state_reason.startswith("privacy budget spent")
+
+
+def test_a_version_past_the_budget_is_not_released(core: Core) -> None:
+    identity = start(core)
+    for device in ("device-0", "device-1"):
+        core.submit(device, identity, vector(1.0, 300))
+    core.database.write(
+        lambda session: training_sessions.update_session(
+            session, identity, {"privacy_state": {"ledger": [[NOISE, 1.0, 2]]}}
+        )
+    )
+    core.settle()
+
+    owner = owner_of(core, identity)
+
+    assert (owner.state, owner.current_version) == ("completed", 0)
+    assert owner.state_reason.startswith("privacy budget exceeded")
+    assert [item.state for item in core.updates(identity, 1)] == ["rejected", "rejected"]
+    assert core.count(GlobalModel) == 1
+
+
+def fold_round(core: Core, identity: str) -> RoundFold:
+    """Fold round 1."""
+    with core.database.read() as session:
+        plan = read_plan(session, identity, 1, 0)
+        accepted = updates.accepted_after(session, identity, 1, 0, 10)
+    seed = noise_seed(core.context, plan.config, identity, plan.privacy_state)
+    fold = RoundFold(core.context, plan, noise_seed=seed)
+    fold.take(accepted)
+    return fold
+
+
+def test_a_process_that_takes_over_releases_the_same_noise(make_core: MakeCore) -> None:
+    first, second = make_core(), make_core()
+    first.add_devices(2)
+    identity = start(first)
+    for device in ("device-0", "device-1"):
+        first.submit(device, identity, vector(1.0, 300))
+    lost = fold_round(first, identity).write(first.executor, first.clock()).payload
+
+    second.settle()
+
+    assert second.versions(identity)[1].payload_digest == lost.digest
+
+
+def test_a_version_is_not_published_on_a_ledger_that_has_moved_on(core: Core) -> None:
+    identity = start(core)
+    for device in ("device-0", "device-1"):
+        core.submit(device, identity, vector(1.0, 300))
+    ledger = PrivacyLedger().with_release(NOISE, 1.0)
+    allowed = allowance(training_config.from_json(owner_of(core, identity).config), None)
+    publication = prepare(core, identity, allowed)
+    core.database.write(
+        lambda session: training_sessions.update_session(
+            session, identity, {"privacy_state": {"ledger": ledger.as_rows()}}
+        )
+    )
+
+    assert not core.database.write(publication.run)
+    assert core.count(GlobalModel) == 1
+
+
+def prepare(core: Core, identity: str, allowed: Allowance) -> Publication:
+    """Write the bytes of the version of round 1, up to its publication."""
+    fold = fold_round(core, identity)
+    written = fold.write(core.executor, core.clock())
+    outcome = fold.write_outcome(core.executor, core.clock())
+    return Publication(core.context, fold, written, outcome, allowed)
+
+
+def test_the_seed_does_not_open_under_another_state_key(core: Core) -> None:
+    identity = start(core)
+    run_round(core, identity)
+    state = owner_of(core, identity).privacy_state
+    thief = replace(core.context, state_key=bytes(32))
+
+    assert len(open_seed(core.context, identity, state) or b"") == SECRET_BYTES
+    assert open_seed(thief, identity, state) is None
+
+
+def test_training_goes_on_after_the_state_key_was_replaced(make_core: MakeCore) -> None:
+    core, restarted = make_core(), make_core()
+    core.add_devices(2)
+    identity = start(core)
+    run_round(core, identity)
+    restarted.aggregator = Aggregator(
+        replace(restarted.context, state_key=bytes(32)), restarted.executor, "restarted"
+    )
+
+    core.aggregator.close()
+    run_round(restarted, identity)
+
+    assert owner_of(core, identity).current_version == 2
+    with core.database.read() as session:
+        drawn = audit.list_entries(session, PageRequest(10), AuditFilter(event_type=REPLACED))
+        assert len(drawn.rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"privacy": policy(epsilon_budget=0.01)}, "past the budget"),
+        ({"privacy": policy(clip_norm=0.0)}, "clip_norm must be above 0"),
+        ({"privacy": policy(delta=0.0)}, "delta must be within"),
+        ({"privacy": policy(noise_multiplier=0.0)}, "privacy without noise is none"),
+        ({"strategy": training_pb2.StrategyConfig(name="median")}, "sensitivity is not bounded"),
+        (
+            {
+                "strategy": training_pb2.StrategyConfig(name="fedbuff"),
+                "rounds": training_pb2.RoundPolicy(max_staleness=2),
+            },
+            "in a buffer several times",
+        ),
+        ({"safeguards": training_pb2.SafeguardPolicy(clip_norm=1.0)}, "brings its own clipping"),
+    ],
+)
+def test_contradictions_are_refused_when_the_session_is_created(
+    core: Core, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StrategyRefusedError, match=message):
+        start(core, **config)

@@ -1,0 +1,422 @@
+"""Chunks are durable when they are written, read back whole or not at all, and none is left behind for ever."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import create_engine, func, select
+from sqlalchemy.exc import ProgrammingError
+
+from qflare.v1 import training_pb2
+from qflare_server.errors import (
+    ConflictError,
+    PayloadPrunedError,
+    StorageFullError,
+    StoreUnavailableError,
+)
+from qflare_server.payloads.reader import read_chunks
+from qflare_server.storage.engine import normalise_url
+from qflare_server.storage.payload_records import describe
+from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.storage.repository import payloads
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import ModelUpdate, Payload, PayloadChunk, Upload
+from qflare_server.training import retention
+from qflare_server.training.retention import sweep
+from tests.conftest import FakeClock
+from tests.contract.conftest import MakeCore
+from tests.support.use_cases import Core, vector
+
+BIG = 700_000  # elements: three chunks of float32
+WAIT_S = 30.0
+ONE = training_pb2.RoundPolicy(quorum=1)
+
+
+@pytest.fixture
+def store(core: Core) -> PayloadStore:
+    return core.store
+
+
+def chunk_count(core: Core) -> int:
+    """Return the number of chunks, wherever the store keeps them."""
+    engine = core.store._engine  # type: ignore[attr-defined]
+    with engine.connect() as connection:
+        return int(connection.execute(select(func.count()).select_from(PayloadChunk)).scalar_one())
+
+
+def test_full_disk_is_told_and_recovers(tmp_path: Path) -> None:
+    file = PayloadFile(tmp_path / "full.payloads", timeout_s=1.0)
+    store = file
+    store.append("p", 0, [b"a"])
+    with file._engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+
+    with pytest.raises(StorageFullError):
+        store.append("p", 1, [bytes(2**20)])
+    with file._engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1073741823")
+    store.append("p", 1, [b"b"])
+
+    assert store.read("p", 0, 2) == [b"a", b"b"]
+    store.close()
+
+
+def test_store_that_cannot_be_reached_is_unavailable() -> None:
+    engine = create_engine("postgresql+psycopg2://nobody@127.0.0.1:1/nothing")
+    store = PayloadTable(engine)
+
+    for call in (
+        lambda: store.append("p", 0, [b"a"]),
+        lambda: store.read("p", 0, 1),
+        lambda: store.stored_count("p"),
+        lambda: store.delete(["p"]),
+        store.size_bytes,
+    ):
+        with pytest.raises(StoreUnavailableError):
+            call()
+
+
+def test_broken_copy_is_an_error_of_the_database(postgres_url: str) -> None:
+    engine = create_engine(normalise_url(postgres_url))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE payload_chunks RENAME TO elsewhere")
+
+    with pytest.raises(ProgrammingError):
+        PayloadTable(engine).append("p", 0, [b"a"])
+
+    engine.dispose()
+
+
+def test_chunks_read_back_in_order(store: PayloadStore) -> None:
+    store.append("p", 0, [b"a", b"bb"])
+    store.append("p", 2, [b"ccc"])
+
+    assert store.read("p", 0, 10) == [b"a", b"bb", b"ccc"]
+    assert store.read("p", 1, 1) == [b"bb"]
+    assert store.read("p", 3, 5) == []
+
+
+def test_payloads_are_apart(store: PayloadStore) -> None:
+    store.append("p", 0, [b"a"])
+    store.append("q", 0, [b"b"])
+
+    assert store.read("p", 0, 10) == [b"a"]
+
+
+def test_chunk_that_is_written_again_replaces_the_first(store: PayloadStore) -> None:
+    store.append("p", 0, [b"a", b"b", b"c"])
+
+    store.append("p", 1, [b"B", b"C"])
+
+    assert store.read("p", 0, 10) == [b"a", b"B", b"C"]
+
+
+def test_stored_count_is_that_of_the_chunks(store: PayloadStore) -> None:
+    before = store.stored_count("p")
+    store.append("p", 0, [b"a", b"b"])
+
+    assert (before, store.stored_count("p")) == (0, 2)
+
+
+def test_deleted_payloads_are_gone_and_unknown_ones_do_no_harm(store: PayloadStore) -> None:
+    store.append("p", 0, [b"a"])
+    store.append("q", 0, [b"b"])
+
+    store.delete(["p", "unknown"])
+
+    assert store.read("p", 0, 1) == []
+    assert store.read("q", 0, 1) == [b"b"]
+
+
+def test_store_says_how_much_room_it_takes(store: PayloadStore) -> None:
+    before = store.size_bytes()
+
+    store.append("p", 0, [bytes(range(256)) * 4096 for _ in range(2)])
+
+    assert store.size_bytes() > before
+
+
+def test_chunks_are_there_for_another_process(core: Core, make_core: MakeCore) -> None:
+    core.store.append("p", 0, [b"a"])
+
+    assert make_core().store.read("p", 0, 1) == [b"a"]
+
+
+@given(
+    chunks=st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=6),
+    first=st.integers(0, 5),
+)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_chunks_read_back(store: PayloadStore, chunks: list[bytes], first: int) -> None:
+    store.append("p", 0, chunks)
+
+    assert store.read("p", first, len(chunks)) == chunks[first:]
+
+    store.delete(["p"])
+
+
+def test_threads_write_payloads_side_by_side(store: PayloadStore) -> None:
+    count = 8
+    barrier = threading.Barrier(count)
+
+    def write(number: int) -> None:
+        barrier.wait(WAIT_S)
+        for index in range(4):
+            store.append(f"p{number}", index, [bytes([number, index])])
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(write, range(count)))
+
+    for number in range(count):
+        wanted = [bytes([number, index]) for index in range(4)]
+        assert store.read(f"p{number}", 0, 10) == wanted
+
+
+def test_small_payload_lies_in_its_row(core: Core) -> None:
+    identity = core.start()
+
+    payload = payload_of(core, identity, 0)
+
+    assert payload.location == "row"
+    assert chunk_count(core) == 0
+
+
+def test_large_payload_lies_in_the_store(large: Core) -> None:
+    identity = large.start(vector(0.5, BIG))
+
+    payload = payload_of(large, identity, 0)
+
+    assert (payload.location, payload.data) == ("store", None)
+    assert chunk_count(large) == 3
+    assert large.count(Upload) == 0
+
+
+def payload_of(core: Core, identity: str, version: int) -> Payload:
+    payload_id = core.versions(identity)[version].payload_id
+    with core.database.read() as session:
+        payload = payloads.get_payload(session, payload_id)
+        assert payload is not None
+        assert payload.data is None or payload.data
+        session.expunge_all()
+        return payload
+
+
+def test_payload_reads_from_any_chunk(large: Core) -> None:
+    identity = large.start(vector(0.5, BIG))
+    stored = describe(payload_of(large, identity, 0))
+
+    whole = list(read_chunks(large.context, stored))
+
+    assert list(read_chunks(large.context, stored, 2)) == whole[2:]
+    assert b"".join(whole) == vector(0.5, BIG)["w"].tobytes()
+
+
+def test_payload_whose_chunks_were_deleted_is_pruned(large: Core) -> None:
+    identity = large.start(vector(0.5, BIG))
+    stored = describe(payload_of(large, identity, 0))
+    large.store.delete([stored.payload_id])
+
+    with pytest.raises(PayloadPrunedError):
+        list(read_chunks(large.context, stored))
+
+
+# What is left of uploads
+
+
+class BrokenError(Exception):
+    """The stream ends in the middle."""
+
+
+def break_off(core: Core, identity: str, device_id: str = "device-0") -> Any:
+    """Send two of three chunks of an update; return the update."""
+    draft = core.draft(device_id, identity, vector(1.0, BIG))
+
+    def pieces() -> Iterator[tuple[int, bytes]]:
+        yield from draft.chunks[:2]
+        raise BrokenError
+
+    with pytest.raises(BrokenError):
+        core.send(draft, pieces())
+    return draft
+
+
+@pytest.fixture
+def identity(large: Core) -> str:
+    return large.start(vector(0.0, BIG), rounds=training_pb2.RoundPolicy(quorum=3))
+
+
+def test_upload_that_nobody_continues_is_swept(
+    large: Core, identity: str, clock: FakeClock
+) -> None:
+    break_off(large, identity)
+    clock.advance(large.config.upload_expiry_s + 1)
+
+    swept = sweep(large.context)
+
+    assert swept == 1
+    assert (chunk_count(large), large.count(Upload)) == (3, 0)  # those of the initial model
+
+
+def test_upload_that_may_be_continued_is_not_swept(large: Core, identity: str) -> None:
+    break_off(large, identity)
+
+    assert sweep(large.context) == 0
+    assert chunk_count(large) == 5
+
+
+def test_swept_upload_begins_again(large: Core, identity: str, clock: FakeClock) -> None:
+    draft = break_off(large, identity)
+    clock.advance(large.config.upload_expiry_s + 1)
+    large.training.pause(SYSTEM, identity)
+    large.training.resume(SYSTEM, identity)
+    sweep(large.context)
+
+    following, _ = large.uploads.find(draft.device, draft.statement.update_id)
+    large.send(draft)
+
+    assert following == 0
+    assert large.round(identity).accepted_count == 1
+
+
+def test_upload_that_is_swept_under_way_is_not_accepted(large: Core, identity: str) -> None:
+    draft = large.draft("device-0", identity, vector(1.0, BIG))
+
+    def stalling() -> Iterator[tuple[int, bytes]]:
+        yield from draft.chunks[:2]
+        give_up(large)
+        yield draft.chunks[2]
+
+    with pytest.raises(ConflictError):
+        large.send(draft, stalling())
+
+    assert large.count(ModelUpdate) == 0
+
+
+def give_up(core: Core) -> None:
+    """Sweep as if every unfinished upload had expired."""
+    with core.database.read() as session:
+        found = list(session.scalars(select(Upload.payload_id)))
+    core.database.write(lambda session: payloads.give_up_uploads(session, found))
+    sweep(core.context)
+
+
+def test_slow_upload_does_not_expire(large: Core, clock: FakeClock) -> None:
+    rounds = training_pb2.RoundPolicy(quorum=1)
+    rounds.deadline.seconds = 86_400
+    slow = large.start(vector(0.0, BIG), rounds=rounds)
+    draft = large.draft("device-0", slow, vector(1.0, BIG))
+
+    def pieces() -> Iterator[tuple[int, bytes]]:
+        for piece in draft.chunks:
+            yield piece
+            clock.advance(large.config.upload_expiry_s * 0.75)
+            sweep(large.context)
+
+    large.send(draft, pieces())
+    large.settle()
+
+    assert large.weights(slow, 1) == vector(1.0, BIG)["w"].tobytes()
+
+
+def test_chunks_of_a_crash_before_the_row_are_swept(large: Core, clock: FakeClock) -> None:
+    large.database.write(
+        lambda session: payloads.begin_upload(session, payload_id="lost", at=clock())
+    )
+    large.store.append("lost", 0, [b"a"])
+    clock.advance(large.config.upload_expiry_s + 1)
+
+    sweep(large.context)
+
+    assert large.store.read("lost", 0, 1) == []
+
+
+# Retention
+
+
+def run_rounds(core: Core, count: int, kept: Any, **transfer: Any) -> str:
+    policy = training_pb2.TransferPolicy(payload_retention=kept, **transfer)
+    identity = core.start(vector(0.0, BIG), total_rounds=count + 1, rounds=ONE, transfer=policy)
+    for number in range(count):
+        core.submit("device-0", identity, vector(float(number), BIG))
+        core.settle()
+    return identity
+
+
+def locations(core: Core, identity: str, count: int) -> list[str]:
+    """Return where the payload of each round's update is."""
+    found = []
+    with core.database.read() as session:
+        for number in range(1, count + 1):
+            (update,) = core.updates(identity, number)
+            payload = payloads.get_payload(session, update.payload_id)
+            assert payload is not None
+            found.append(payload.location)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("setting", "transfer", "kept"),
+    [
+        (training_pb2.PAYLOAD_RETENTION_ALL, {}, ["store"] * 4),
+        (training_pb2.PAYLOAD_RETENTION_NONE, {}, ["none"] * 4),
+        (
+            training_pb2.PAYLOAD_RETENTION_LAST_ROUNDS,
+            {"retained_rounds": 2},
+            ["none", "none", "store", "store"],
+        ),
+    ],
+)
+def test_payloads_are_kept_as_the_session_says(
+    large: Core, setting: Any, transfer: dict[str, int], kept: list[str]
+) -> None:
+    identity = run_rounds(large, 4, setting, **transfer)
+
+    assert locations(large, identity, 4) == kept
+
+
+def test_pruned_payloads_are_swept_and_versions_stay(large: Core) -> None:
+    identity = run_rounds(large, 3, training_pb2.PAYLOAD_RETENTION_NONE)
+
+    sweep(large.context)
+
+    for number in range(1, 4):
+        (update,) = large.updates(identity, number)
+        assert large.store.read(update.payload_id, 0, 1) == []
+    for version in range(1, 4):
+        wanted = vector(float(version - 1), BIG)["w"].tobytes()
+        assert large.weights(identity, version) == wanted
+
+
+def test_pruned_payload_says_so(large: Core) -> None:
+    identity = run_rounds(large, 1, training_pb2.PAYLOAD_RETENTION_NONE)
+    (update,) = large.updates(identity, 1)
+
+    with large.database.read() as session:
+        payload = payloads.get_payload(session, update.payload_id)
+        with pytest.raises(PayloadPrunedError):
+            describe(payload)
+        assert payload is not None
+        assert payload.pruned_at is not None
+
+
+def test_pruning_keeps_up_with_rounds_of_many_updates(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "PRUNE_BATCH", 1)
+    policy = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_NONE)
+    identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3), transfer=policy)
+    for number in range(3):
+        core.submit(f"device-{number}", identity)
+
+    core.settle()
+
+    with core.database.read() as session:
+        query = select(func.count()).select_from(ModelUpdate).join(Payload)
+        kept = session.execute(query.where(Payload.location != "none")).scalar_one()
+    assert kept == 0

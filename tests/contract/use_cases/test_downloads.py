@@ -1,0 +1,345 @@
+"""Versions that devices get in a smaller form: written, signed, folded against, verified, on both databases."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from qflare.tensors import Array, Manifest, chunks
+from qflare.tensors.encodings import Encoding
+from qflare.v1 import security_pb2, training_pb2
+from qflare_server.aggregation.aggregator import Aggregator
+from qflare_server.errors import InvalidManifestError, InvalidRequestError, InvalidUpdateError
+from qflare_server.payloads.writer import VersionWriter
+from qflare_server.storage.repository import payloads
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import GlobalModel, Payload
+from qflare_server.use_cases.versions.promotion import Promotion
+from qflare_server.verification import recompute_version
+from qflare_server.verification.downloads import DownloadVerification
+from qflare_server.verification.findings import Tally
+from tests.contract.aggregation.test_aggregation import LARGE, crashing, run_out
+from tests.contract.conftest import MakeCore
+from tests.support.use_cases import Core, CrashError, Fuse
+
+NUMBERS = {
+    training_pb2.ENCODING_FLOAT16: np.dtype(np.float16),
+    training_pb2.ENCODING_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+KINDS = [training_pb2.UPDATE_KIND_WEIGHTS, training_pb2.UPDATE_KIND_DELTA]
+BFLOAT16 = training_pb2.ENCODING_BFLOAT16
+FLOAT16 = training_pb2.ENCODING_FLOAT16
+
+
+def values(size: int = 50, seed: int = 1) -> dict[str, Array]:
+    """Return weights of which no 16-bit float is exact."""
+    return {"w": np.random.default_rng(seed).normal(size=size).astype(np.float32)}
+
+
+def transfer(encoding: Any = BFLOAT16, **settings: Any) -> training_pb2.TransferPolicy:
+    return training_pb2.TransferPolicy(download_encoding=encoding, **settings)
+
+
+def start(core: Core, weights: dict[str, Array], encoding: Any = BFLOAT16, **config: Any) -> str:
+    kind = config.pop("kind", training_pb2.UPDATE_KIND_WEIGHTS)
+    config = {"rounds": training_pb2.RoundPolicy(quorum=1), "total_rounds": 20, **config}
+    return core.start(weights, transfer=transfer(encoding, update_kind=kind), **config)
+
+
+def downloaded(core: Core, identity: str, version: int | None = None) -> Array:
+    """Return what a device has after its download, widened to float32."""
+    model = core.versions(identity)[-1 if version is None else version]
+    assert model.download_encoding is not None
+    delivery = core.deliveries.find(identity, model.version, encoding=model.download_encoding)
+    data = b"".join(data for _, data in core.deliveries.chunks(delivery, 0))
+    number = training_pb2.Encoding.ValueType(model.download_encoding)
+    return np.frombuffer(data, NUMBERS[number]).astype(np.float32)
+
+
+def full(core: Core, identity: str, version: int | None = None) -> Array:
+    return np.frombuffer(core.weights(identity, version), np.float32)
+
+
+def contribute(
+    core: Core, identity: str, step: Any, device: str = "device-0", examples: int = 10
+) -> None:
+    """Train from the version as it is downloaded: add a step, and send what the session asks for."""
+    config = training_pb2.TrainingConfig()
+    config.CopyFrom(core.tasks.next_task(device, identity).config or config)
+    delta = config.transfer.update_kind == training_pb2.UPDATE_KIND_DELTA
+    base = downloaded(core, identity) * np.float32(0 if delta else 1)
+    draft = core.draft(device, identity, {"w": base + step}, examples=examples)
+    draft.statement.kind = config.transfer.update_kind
+    draft.statement.base_encoding = config.transfer.download_encoding
+    core.send(draft)
+
+
+@pytest.mark.parametrize("encoding", NUMBERS)
+@pytest.mark.parametrize("size", [50, LARGE])
+def test_an_initial_model_is_rounded_and_its_statement_says_so(
+    make_core: MakeCore, encoding: Any, size: int
+) -> None:
+    core = make_core(inline_payload_bytes=2**18, upload_batch_bytes=2**20)
+    weights = values(size)
+
+    identity = start(core, weights, encoding)
+
+    model = core.versions(identity)[0]
+    stated = security_pb2.ModelStatement.FromString(model.statement).download
+    row = (model.download_encoding, model.download_size_bytes, model.download_payload_digest)
+    assert row == (stated.encoding, stated.size_bytes, stated.payload_digest)
+    assert (stated.encoding, stated.size_bytes) == (encoding, size * 2)
+    wanted = weights["w"].astype(NUMBERS[encoding]).astype(np.float32)
+    np.testing.assert_array_equal(downloaded(core, identity), wanted)
+    np.testing.assert_array_equal(full(core, identity), weights["w"])
+
+
+def test_a_session_without_the_setting_writes_one_payload(core: Core) -> None:
+    identity = core.start(values())
+
+    model = core.versions(identity)[0]
+
+    assert model.download_payload_id is None
+    assert not security_pb2.ModelStatement.FromString(model.statement).HasField("download")
+
+
+def test_both_payloads_are_counted(core: Core) -> None:
+    start(core, values(50))
+
+    with core.database.read() as session:
+        assert payloads.stored_bytes(session) == 50 * 4 + 50 * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("large_payloads", [False, True])
+def test_what_devices_changed_is_added_to_the_version_in_full_precision(
+    make_core: MakeCore, kind: Any, large_payloads: bool
+) -> None:
+    core = make_core(inline_payload_bytes=0 if large_payloads else 2**18)
+    core.add_devices(2)
+    weights = values(LARGE if large_payloads else 50)
+    identity = start(core, weights, kind=kind, rounds=training_pb2.RoundPolicy(quorum=2))
+    steps = [np.float32(0.25), np.float32(1.0)]
+
+    contribute(core, identity, steps[0], "device-0", 30)
+    contribute(core, identity, steps[1], "device-1", 10)
+    core.settle()
+
+    base = weights["w"].astype(np.float64)
+    sent = downloaded(core, identity, 0)
+    changes = [(sent + step).astype(np.float64) - sent for step in steps]
+    if kind == training_pb2.UPDATE_KIND_DELTA:
+        changes = [np.full(len(base), step) for step in steps]
+    wanted = (base + (30 * changes[0] + 10 * changes[1]) / 40).astype(np.float32)
+    np.testing.assert_allclose(full(core, identity, 1), wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(
+        downloaded(core, identity, 1),
+        full(core, identity, 1).astype(ml_dtypes.bfloat16).astype(np.float32),
+    )
+
+
+def test_changes_too_small_for_the_smaller_form_add_up(core: Core) -> None:
+    """A step of 2^-11 is lost next to 1.0 in bfloat16, whose neighbours are 2^-7 apart, but not for ever."""
+    identity = start(core, {"w": np.ones(4, np.float32)}, kind=training_pb2.UPDATE_KIND_DELTA)
+    before = downloaded(core, identity)
+
+    for _ in range(16):
+        contribute(core, identity, np.full(4, 2.0**-11, np.float32))
+        core.settle()
+
+    assert (downloaded(core, identity, 1) == before).all()
+    assert (downloaded(core, identity) == 1 + 2.0**-7).all()
+
+
+def test_a_late_update_is_folded_against_what_its_device_had(core: Core) -> None:
+    rounds = training_pb2.RoundPolicy(quorum=1, max_staleness=2)
+    strategy = training_pb2.StrategyConfig(name="fedbuff")
+    identity = start(core, values(), rounds=rounds, strategy=strategy)
+    step = np.float32(0.5)
+    had = downloaded(core, identity, 0)
+    draft = core.draft("device-3", identity, {"w": had + step})
+    draft.statement.base_encoding = BFLOAT16
+    contribute(core, identity, np.float32(1.0))
+    core.settle()
+    before = full(core, identity).astype(np.float64)
+
+    core.send(draft)
+    core.settle()
+
+    change = ((had + step).astype(np.float64) - had) / np.sqrt(2.0)
+    np.testing.assert_allclose(full(core, identity), before + change, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["median", "krum", "fedadam"])
+def test_other_strategies_see_what_devices_changed(core: Core, name: str) -> None:
+    rounds = training_pb2.RoundPolicy(quorum=4)
+    chosen = training_pb2.StrategyConfig(name=name)
+    sessions = [start(core, values(), kind=kind, rounds=rounds, strategy=chosen) for kind in KINDS]
+    # Steps that are exact next to any of the values, so that both forms say the same.
+    for identity in sessions:
+        for number, step in enumerate((0, 1, 3, 9)):
+            sent = downloaded(core, identity)
+            exact = (sent + np.float32(step)) - sent
+            contribute(core, identity, exact, f"device-{number}")
+    core.settle()
+
+    weights, deltas = (full(core, identity) for identity in sessions)
+    np.testing.assert_allclose(weights, deltas, rtol=1e-5, atol=1e-6)
+
+
+def test_the_smaller_form_is_the_same_bytes_after_any_crash(core: Core) -> None:
+    def prepare() -> str:
+        identity = start(core, values(), total_rounds=2)
+        contribute(core, identity, np.float32(0.5))
+        return identity
+
+    undisturbed = prepare()
+    fuse = Fuse()
+    run_out(crashing(core, fuse))
+    wanted = core.versions(undisturbed)[1].download_payload_digest
+    for step in range(1, fuse.count + 1):
+        identity = prepare()
+        with pytest.raises(CrashError):
+            run_out(crashing(core, Fuse(step)))
+        run_out(Aggregator(core.context, core.executor, "one"))
+        assert core.versions(identity)[1].download_payload_digest == wanted, f"step {step}"
+        core.training.cancel(SYSTEM, identity, "")
+
+
+@pytest.mark.parametrize("size", [50, LARGE])
+def test_a_version_and_its_smaller_form_are_recomputed(make_core: MakeCore, size: int) -> None:
+    core = make_core(inline_payload_bytes=2**18)
+    core.add_devices(1)
+    identity = start(core, values(size))
+    contribute(core, identity, np.float32(0.5))
+    core.settle()
+
+    for version, recomputed in ((0, False), (1, True)):
+        result = recompute_version(core.context, identity, version)
+        assert (result.recomputed, result.differences) == (recomputed, ())
+
+
+def test_a_rollback_restores_both_payloads(core: Core) -> None:
+    identity = start(core, values())
+    contribute(core, identity, np.float32(0.5))
+    core.settle()
+    payload_count = core.count(Payload)
+
+    Promotion(core.context).roll_back(SYSTEM, identity, 0, "")
+
+    first, last = core.versions(identity)[0], core.versions(identity)[-1]
+    assert last.download_payload_id == first.download_payload_id
+    assert core.count(Payload) == payload_count
+    assert recompute_version(core.context, identity).differences == ()
+
+
+def publish_wrongly(core: Core) -> str:
+    """Publish an initial model whose smaller form, signed as it is, is that of other weights."""
+    config = training_pb2.TrainingConfig(transfer=transfer())
+    created = core.training.create(
+        SYSTEM, name="wrong", model_type="", architecture={}, config=config
+    )
+    received = []
+    for weights in (values(seed=1), values(seed=2)):
+        manifest = Manifest.from_arrays(weights)
+        writer = VersionWriter(
+            core.context, core.executor, manifest, Encoding.BFLOAT16, core.clock()
+        )
+        received.append(writer.write(chunks(weights, manifest)))
+    payload, download = received[0][0], received[1][1]
+    core.training.add_initial_model(SYSTEM, created.id, manifest, payload, download)
+    return created.id
+
+
+def test_a_smaller_form_of_something_else_is_found(core: Core) -> None:
+    identity = publish_wrongly(core)
+    tally = Tally()
+
+    found = list(DownloadVerification(core.context, tally, read_bytes=True).findings())
+    result = recompute_version(core.context, identity, 0)
+
+    assert [finding.subject for finding in found] == [f"{identity} version 0"]
+    assert found[0].problem.startswith("download: got")
+    assert result.differences[0].startswith("download: got")
+    assert tally.checked["download"] == 1
+
+
+def test_smaller_forms_that_are_not_read_are_counted(core: Core) -> None:
+    start(core, values())
+    tally = Tally()
+
+    assert list(DownloadVerification(core.context, tally, read_bytes=False).findings()) == []
+    assert tally.unchecked["downloads whose versions were not read"] == 1
+
+
+def test_a_version_without_the_smaller_form_is_not_published(core: Core) -> None:
+    config = training_pb2.TrainingConfig(transfer=transfer())
+    created = core.training.create(
+        SYSTEM, name="none", model_type="", architecture={}, config=config
+    )
+    manifest = Manifest.from_arrays(values())
+    writer = VersionWriter(
+        core.context, core.executor, manifest, Encoding.FULL_PRECISION, core.clock()
+    )
+    payload, download = writer.write(chunks(values(), manifest))
+
+    with pytest.raises(ValueError, match="got FULL_PRECISION, want BFLOAT16"):
+        core.training.add_initial_model(SYSTEM, created.id, manifest, payload, download)
+    assert core.count(GlobalModel) == 0
+
+
+# Refusals
+
+
+def test_an_initial_model_beyond_the_range_is_refused(core: Core) -> None:
+    with pytest.raises(InvalidUpdateError, match="download as float16: tensor 'w', element 1"):
+        core.create({"w": np.array([1.0, 1e5], np.float32)}, transfer=transfer(FLOAT16))
+
+    assert core.count(GlobalModel) == core.count(Payload) == 0
+
+
+def test_a_model_that_would_not_get_smaller_is_refused(core: Core) -> None:
+    with pytest.raises(InvalidManifestError, match="no tensor over 16 bits"):
+        core.create({"w": np.ones(3, np.float16)}, transfer=transfer(FLOAT16))
+
+
+def test_a_round_that_leaves_the_range_makes_no_version(core: Core) -> None:
+    identity = start(core, {"w": np.full(3, 6e4, np.float32)}, FLOAT16)
+
+    contribute(core, identity, np.float32(1e4))
+    core.settle()
+
+    assert [row.version for row in core.versions(identity)] == [0]
+    failed = core.round(identity, 1)
+    assert failed.state == "failed"
+    assert "download as float16: tensor 'w', element 0" in failed.state_reason
+    assert core.round(identity).base_version == 0
+
+
+@pytest.mark.parametrize("got", [0, training_pb2.ENCODING_NONE, FLOAT16])
+def test_an_update_trained_from_another_form_is_refused(core: Core, got: Any) -> None:
+    identity = start(core, values())
+    draft = core.draft("device-0", identity, values())
+    draft.statement.base_encoding = got
+
+    with pytest.raises(InvalidRequestError, match=r"base_encoding: got \w+, want ENCODING_BF"):
+        core.send(draft)
+    assert core.round(identity).accepted_count == 0
+
+
+@pytest.mark.parametrize("encoding", [FLOAT16, training_pb2.ENCODING_INT8, 99])
+def test_a_download_in_another_encoding_is_refused(core: Core, encoding: int) -> None:
+    identity = start(core, values())
+
+    with pytest.raises(InvalidRequestError, match="want BFLOAT16 or FULL_PRECISION") as caught:
+        core.deliveries.find(identity, encoding=encoding)
+    assert caught.value.metadata == {"field": "encoding"}
+
+
+def test_a_download_of_a_session_without_the_setting_is_in_full_precision(core: Core) -> None:
+    identity = core.start(values())
+
+    assert core.deliveries.find(identity).encoding is Encoding.FULL_PRECISION
+    with pytest.raises(InvalidRequestError, match="want FULL_PRECISION"):
+        core.deliveries.find(identity, encoding=Encoding.FLOAT16)

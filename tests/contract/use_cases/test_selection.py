@@ -1,0 +1,132 @@
+"""Who is asked to take part in a round: drawn so that it can be repeated, and nobody else gets in."""
+
+from typing import Any
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from qflare.v1 import training_pb2
+from qflare_server.storage.repository import training_sessions
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.use_cases.devices.administration import Profile
+from tests.conftest import FakeClock
+from tests.support.use_cases import Core
+
+ROUNDS = training_pb2.RoundPolicy(quorum=1, target=20, deadline=Duration(seconds=60))
+RAM = training_pb2.CapabilityFilter(capability="ram_mib", value=2048)
+
+
+@pytest.fixture
+def fleet(core: Core) -> Core:
+    """A coordinator with four bare devices and six phones of growing memory."""
+    for number in range(6):
+        profile = Profile("phone", capabilities={"ram_mib": 1024 * number})
+        core.devices.add(SYSTEM, f"phone-{number}", profile)
+    return core
+
+
+def start(core: Core, **policy: Any) -> str:
+    return core.start(rounds=ROUNDS, selection=training_pb2.SelectionPolicy(seed=7, **policy))
+
+
+def selected(core: Core, identity: str, number: int = 1) -> list[str]:
+    with core.database.read() as session:
+        return sorted(training_sessions.selection(session, identity, number))
+
+
+def asked(core: Core, identity: str) -> list[str]:
+    """Return the devices that get a task."""
+    names = [device.id for device in core.devices.list_active()]
+    return [name for name in names if core.tasks.next_task(name, identity).round is not None]
+
+
+def test_every_active_device_is_asked_without_a_selection(fleet: Core) -> None:
+    identity = start(fleet)
+
+    assert len(asked(fleet, identity)) == 10
+    assert fleet.round(identity).selected_count == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "count"),
+    [
+        ({"fraction": 0.5}, 5),
+        ({"fraction": 0.01}, 1),
+        ({"device_count": 3}, 3),
+        ({"device_count": 30}, 10),
+        ({"device_count": 4, "over_selection": 0.5}, 6),
+        ({"fraction": 0.5, "device_count": 2}, 2),
+        ({"device_types": ["phone"]}, 6),
+        ({"device_types": ["phone"], "device_count": 2}, 2),
+    ],
+)
+def test_as_many_are_asked_as_the_session_says(
+    fleet: Core, policy: dict[str, Any], count: int
+) -> None:
+    identity = start(fleet, **policy)
+
+    assert len(asked(fleet, identity)) == count
+    assert asked(fleet, identity) == selected(fleet, identity)
+    assert fleet.round(identity).selected_count == count
+
+
+def test_capabilities_filter(fleet: Core) -> None:
+    identity = start(fleet, capabilities=[RAM])
+
+    assert asked(fleet, identity) == [f"phone-{number}" for number in range(2, 6)]
+
+
+def test_devices_that_are_not_active_are_not_selected(fleet: Core) -> None:
+    fleet.devices.suspend(SYSTEM, "phone-5", "")
+
+    assert "phone-5" not in selected(fleet, start(fleet, device_types=["phone"]))
+
+
+def test_draw_is_repeated_by_the_same_seed(fleet: Core) -> None:
+    first, second = (start(fleet, device_count=3) for _ in range(2))
+
+    assert selected(fleet, first) == selected(fleet, second)
+
+
+def test_rounds_draw_apart(fleet: Core) -> None:
+    rounds = training_pb2.RoundPolicy(quorum=1)
+    policy = training_pb2.SelectionPolicy(seed=7, device_count=3)
+    identity = fleet.start(rounds=rounds, selection=policy)
+    for _ in range(3):
+        fleet.submit(asked(fleet, identity)[0], identity)
+        fleet.settle()
+
+    draws = {tuple(selected(fleet, identity, number)) for number in range(1, 5)}
+
+    assert len(draws) > 1
+
+
+def test_selection_that_finds_nobody_asks_nobody(core: Core) -> None:
+    identity = start(core, device_types=["phone"])
+
+    assert asked(core, identity) == []
+    assert core.round(identity).selected_count == -1
+
+
+def test_extended_round_asks_devices_that_came_since(core: Core, clock: FakeClock) -> None:
+    identity = start(core, device_types=["phone"])
+    core.devices.add(SYSTEM, "phone-1", Profile("phone"))
+    clock.advance(60)
+
+    core.settle()
+
+    assert asked(core, identity) == ["phone-1"]
+    assert core.round(identity).selected_count == 1
+
+
+def test_extended_round_draws_further_devices(fleet: Core, clock: FakeClock) -> None:
+    identity = start(fleet, device_count=2)
+    before = selected(fleet, identity)
+    for _ in range(6):
+        clock.advance(60)
+        fleet.settle()
+
+    after = selected(fleet, identity)
+
+    assert set(before) < set(after)
+    assert fleet.round(identity).selected_count == len(after)

@@ -1,0 +1,364 @@
+"""Training sessions keep their life cycle, whoever asks for what when."""
+
+from collections.abc import Callable
+
+import pytest
+
+from qflare.tensors import Manifest, chunks
+from qflare.v1 import admin_service_pb2, training_pb2
+from qflare_server.errors import (
+    InvalidManifestError,
+    InvalidRequestError,
+    InvalidUpdateError,
+    RoundNotFoundError,
+    StrategyRefusedError,
+    TrainingSessionNotFoundError,
+    WrongStateError,
+)
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.repository.audit import SYSTEM, Caller
+from qflare_server.storage.tables import AuditLog, GlobalModel, Round, TrainingSession
+from tests.conftest import START, FakeClock
+from tests.support.use_cases import Core, floats, vector
+
+MISSING = "00000000-0000-4000-8000-000000000000"
+
+
+def create(core: Core, name: str = "test", request_id: str = "", **config: object) -> str:
+    return core.training.create(
+        SYSTEM,
+        name=name,
+        model_type="",
+        architecture={"layers": "2"},
+        config=training_pb2.TrainingConfig(**config),  # type: ignore[arg-type]
+        request_id=request_id,
+    ).id
+
+
+def test_created_session_waits_for_its_model(core: Core) -> None:
+    identity = create(core)
+
+    created = core.training.get(identity)
+
+    assert (created.state, created.current_version, created.current_round) == ("created", -1, 0)
+    assert created.created_at == START
+    assert created.architecture == {"layers": "2"}
+
+
+def test_create_with_the_same_request_id_gives_the_same_session(core: Core) -> None:
+    first = create(core, request_id="request-1")
+
+    second = create(core, request_id="request-1")
+
+    assert second == first
+    assert core.count(TrainingSession) == 1
+
+
+def test_request_ids_of_two_callers_are_apart(core: Core) -> None:
+    first = create(core, request_id="request-1")
+
+    second = core.training.create(
+        Caller("admin:bob"),
+        name="test",
+        model_type="",
+        architecture={},
+        config=training_pb2.TrainingConfig(),
+        request_id="request-1",
+    ).id
+
+    assert second != first
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "nul\0"])
+def test_create_refuses_a_name_that_cannot_be_stored(core: Core, name: str) -> None:
+    with pytest.raises(InvalidRequestError, match="name"):
+        create(core, name=name)
+
+    assert core.count(TrainingSession) == 0
+
+
+def test_create_refuses_contradictory_settings_with_a_reason(core: Core) -> None:
+    with pytest.raises(StrategyRefusedError, match="quorum"):
+        create(
+            core,
+            strategy=training_pb2.StrategyConfig(name="krum", parameters={"byzantine_count": 3}),
+            rounds=training_pb2.RoundPolicy(quorum=2),
+        )
+
+    assert core.count(TrainingSession) == 0
+
+
+def test_start_opens_the_first_round_on_the_initial_model(core: Core) -> None:
+    identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3, target=4))
+
+    opened = core.round(identity)
+
+    assert (opened.number, opened.state, opened.base_version) == (1, "open", 0)
+    assert (opened.quorum, opened.target) == (3, 4)
+    assert (opened.deadline_at - opened.opened_at).total_seconds() == 600
+    assert core.training.get(identity).state == "running"
+
+
+def test_initial_model_reads_back(core: Core) -> None:
+    identity = core.create(vector(2.5))
+
+    assert floats(core.weights(identity)) == [2.5, 2.5, 2.5]
+
+
+def test_large_initial_model_reads_back(large: Core) -> None:
+    identity = large.create(vector(0.5, 700_000))
+
+    assert floats(large.weights(identity)) == [0.5] * 700_000
+
+
+@pytest.mark.parametrize("state", ["started", "has a model"])
+def test_second_initial_model_is_refused(core: Core, state: str) -> None:
+    identity = core.start() if state == "started" else core.create()
+    manifest = Manifest.from_arrays(vector(0))
+    header = admin_service_pb2.InitialModelHeader(
+        training_session_id=identity, manifest=manifest.to_proto()
+    )
+
+    with pytest.raises(WrongStateError):
+        core.initial_models.upload(SYSTEM, header, enumerate(chunks(vector(0), manifest)))
+
+    assert core.count(GlobalModel) == 1
+
+
+def test_initial_model_that_is_not_finite_is_refused(core: Core) -> None:
+    with pytest.raises(InvalidUpdateError):
+        core.create(vector(float("nan")))
+
+    assert core.count(GlobalModel) == 0
+
+
+def test_initial_model_without_a_floating_tensor_is_refused(core: Core) -> None:
+    with pytest.raises(InvalidManifestError):
+        core.create({"n": vector(0)["w"].astype("<i8")})
+
+
+def pause(core: Core, identity: str) -> object:
+    return core.training.pause(SYSTEM, identity)
+
+
+def resume(core: Core, identity: str) -> object:
+    return core.training.resume(SYSTEM, identity)
+
+
+def start(core: Core, identity: str) -> object:
+    return core.training.start(SYSTEM, identity)
+
+
+def cancel(core: Core, identity: str) -> object:
+    return core.training.cancel(SYSTEM, identity, "no longer wanted")
+
+
+Step = Callable[[Core, str], object]
+
+
+@pytest.mark.parametrize(
+    ("steps", "state"),
+    [
+        ([start], "running"),
+        ([start, pause], "paused"),
+        ([start, pause, resume], "running"),
+        ([start, cancel], "cancelled"),
+        ([start, pause, cancel], "cancelled"),
+        ([cancel], "cancelled"),
+    ],
+)
+def test_life_cycle(core: Core, steps: list[Step], state: str) -> None:
+    identity = core.create()
+
+    for step in steps:
+        step(core, identity)
+
+    assert core.training.get(identity).state == state
+
+
+@pytest.mark.parametrize(
+    ("before", "step"),
+    [
+        ([], pause),
+        ([], resume),
+        ([start], start),
+        ([start], resume),
+        ([start, pause], pause),
+        ([start, pause], start),
+        ([cancel], start),
+        ([cancel], pause),
+        ([cancel], resume),
+        ([cancel], cancel),
+    ],
+)
+def test_step_from_a_wrong_state_is_refused_and_changes_nothing(
+    core: Core, before: list[Step], step: Step
+) -> None:
+    identity = core.create()
+    for earlier in before:
+        earlier(core, identity)
+    state, entries = core.training.get(identity).state, core.count(AuditLog)
+
+    with pytest.raises(WrongStateError):
+        step(core, identity)
+
+    assert core.training.get(identity).state == state
+    assert core.count(AuditLog) == entries
+
+
+def test_start_without_a_model_is_refused(core: Core) -> None:
+    with pytest.raises(WrongStateError, match="initial model"):
+        start(core, create(core))
+
+    assert core.count(Round) == 0
+
+
+@pytest.mark.parametrize("step", [start, pause, resume, cancel])
+def test_step_of_an_unknown_session_is_refused(core: Core, step: Step) -> None:
+    with pytest.raises(TrainingSessionNotFoundError):
+        step(core, MISSING)
+
+
+def test_resume_gives_the_open_round_its_full_time_again(core: Core, clock: FakeClock) -> None:
+    identity = core.start()
+    pause(core, identity)
+    clock.advance(10_000)
+
+    resume(core, identity)
+
+    remaining = core.round(identity).deadline_at - clock()
+    assert remaining.total_seconds() == 600
+
+
+def test_cancel_rejects_what_the_open_round_has_taken(core: Core) -> None:
+    identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3))
+    core.submit("device-0", identity)
+
+    cancel(core, identity)
+
+    assert core.round(identity).state == "cancelled"
+    assert [row.state for row in core.updates(identity, 1)] == ["rejected"]
+
+
+def test_every_step_wakes_the_worker(core: Core) -> None:
+    identity = core.create()
+    core.woken.clear()
+
+    start(core, identity)
+
+    assert core.woken.is_set()
+
+
+def test_progress_counts_what_is_missing(core: Core, clock: FakeClock) -> None:
+    identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3))
+    core.submit("device-0", identity)
+    clock.advance(100)
+
+    progress = core.training.progress(identity)
+
+    assert (progress.pending_count, progress.missing_count) == (1, 2)
+    assert progress.remaining_s == 500
+
+
+def test_progress_of_an_unknown_session_is_refused(core: Core) -> None:
+    with pytest.raises(TrainingSessionNotFoundError):
+        core.training.progress(MISSING)
+
+
+def test_updates_of_an_unknown_round_are_refused(core: Core) -> None:
+    with pytest.raises(RoundNotFoundError):
+        core.updates(core.create(), 1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_pages_hold_every_session_once_newest_first(
+    core: Core, clock: FakeClock, size: int
+) -> None:
+    made = []
+    for number in range(7):
+        made.append(create(core, f"session {number}"))
+        clock.advance(number % 3)  # some at the same moment
+
+    seen, token = [], ""
+    while True:
+        page = core.training.list(PageRequest(size, token))
+        seen += [(row.created_at, row.id) for row in page.rows]
+        token = page.next_token
+        if not token:
+            break
+
+    assert {identity for _, identity in seen} == set(made)
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_page_stays_where_it_is_when_sessions_are_added(core: Core, clock: FakeClock) -> None:
+    for number in range(4):
+        create(core, f"session {number}")
+        clock.advance(1)
+    first = core.training.list(PageRequest(2))
+    create(core, "later")
+
+    second = core.training.list(PageRequest(2, first.next_token))
+
+    assert [row.name for row in second.rows] == ["session 1", "session 0"]
+
+
+def test_list_shows_one_state(core: Core) -> None:
+    create(core)
+    running = core.start()
+
+    page = core.training.list(PageRequest(), "running")
+
+    assert [row.id for row in page.rows] == [running]
+
+
+def test_page_token_of_another_query_is_refused(core: Core) -> None:
+    for _ in range(3):
+        create(core)
+    token = core.training.list(PageRequest(2)).next_token
+
+    with pytest.raises(InvalidRequestError, match="page_token"):
+        core.training.list(PageRequest(2, token), "running")
+
+
+def test_pages_of_updates_come_in_the_order_of_acceptance(core: Core) -> None:
+    identity = core.start(rounds=training_pb2.RoundPolicy(quorum=4))
+    for number in (2, 0, 3):
+        core.submit(f"device-{number}", identity)
+
+    first = core.training.list_updates(identity, 1, PageRequest(2))
+    second = core.training.list_updates(identity, 1, PageRequest(2, first.next_token))
+
+    assert [row.device_id for row in (*first.rows, *second.rows)] == [
+        "device-2",
+        "device-0",
+        "device-3",
+    ]
+    assert second.next_token == ""
+
+
+def test_pages_of_rounds_and_versions_come_newest_first(core: Core) -> None:
+    identity = core.start(total_rounds=3, rounds=training_pb2.RoundPolicy(quorum=1))
+    for _ in range(3):
+        core.submit("device-0", identity)
+        core.settle()
+
+    rounds = core.training.list_rounds(identity, PageRequest(2))
+    versions = core.training.list_models(identity, PageRequest(3))
+    rest = core.training.list_models(identity, PageRequest(3, versions.next_token))
+
+    assert [row.number for row in rounds.rows] == [3, 2]
+    assert [row.version for row in (*versions.rows, *rest.rows)] == [3, 2, 1, 0]
+
+
+def test_sessions_do_not_share_configurations(core: Core) -> None:
+    # The parsed configuration of a session is kept by its id.
+    first = core.start(total_rounds=2)
+    second = core.start(total_rounds=1)
+
+    for identity in (first, second):
+        core.submit("device-0", identity)
+        core.settle()
+
+    assert core.training.get(first).state == "running"
+    assert core.training.get(second).state == "completed"

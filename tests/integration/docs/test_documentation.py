@@ -1,0 +1,134 @@
+"""The README and the manuals: every shell and Python block runs, or is listed here with the reason why not."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.support.manual_pages import FILE, ROOT, blocks, run_page
+
+ELSEWHERE: Final = {"docs/administration.md": "test_administration_page.py"}
+PAGES: Final = sorted(
+    str(page.relative_to(ROOT))
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    if str(page.relative_to(ROOT)) not in ELSEWHERE
+)
+
+NOT_RUN: Final = {
+    ("README.md", "make demo"): "minutes of training, and these tests themselves",
+    ("README.md", "pip install '.[server,dashboard]'"): "tests/packaging/test_wheel.py installs",
+    ("docs/getting-started.md", "python3 -m venv .venv"): "tests/packaging/test_wheel.py installs",
+    ("docs/devices.md", "# torch_device.py"): "PyTorch is no part of the development install",
+    ("docs/operations.md", "pg_dump"): "needs a PostgreSQL and its client programs",
+    ("docs/operations.md", "createuser"): "needs a PostgreSQL and its client programs",
+    ("docs/benchmarks.md", "make bench"): "takes an hour",
+    (
+        "docs/strategies.md",
+        "from qflare_server.strategies import StrategyConfig",
+    ): "my_rule has to be installed; the tests of the test kit install one",
+    ("docs/deploy/docker.md", "docker build"): "needs Docker; hadolint checks the Dockerfile",
+    ("docs/deploy/docker.md", "docker run"): "needs Docker",
+    (
+        "docs/deploy/keys.md",
+        "qflare-server keys prepare",
+    ): "test_offline_root.py, with another folder",
+    ("docs/deploy/keys.md", "QFLARE_PKCS11_MODULE="): "test_hardware_keys.py, where SoftHSM is",
+    ("docs/deploy/systemd.md", "python3 -m venv /opt"): "needs root and systemd",
+    ("docs/deploy/systemd.md", "systemctl enable"): "needs root and systemd",
+}
+"""Page and beginning of a block, with the reason why it is not run. Indented blocks, all of them in the pages on
+Docker Compose and Kubernetes, need these programs; `make lint-deploy` checks the files that they name."""
+
+GIVEN: Final = {"README.md": {"initial.safetensors"}}
+"""Files that a page takes for granted."""
+
+COMPLETED: Final = """
+```sh
+until qflare-server --data-dir qflare-data status --json | grep completed; do sleep 1; done
+```
+"""
+LAST: Final = {"README.md": COMPLETED}
+"""What a test does after a page, so that what it left in the background is seen to end."""
+
+
+def runs(text: str) -> bool:
+    return any(block.language in {"sh", "python"} for block in blocks(text))
+
+
+def excepted(page: str, code: str) -> bool:
+    return any(page == name and code.startswith(start) for name, start in NOT_RUN)
+
+
+def runnable(page: str) -> str:
+    """Return a page without what is not run, and with Python blocks that are no files as shell blocks."""
+    text = (ROOT / page).read_text()
+    for block in reversed(blocks(text)):
+        fence = block.start - len(block.language) - 1
+        if excepted(page, block.code):
+            text = f"{text[:fence]}text\n{text[block.start :]}"
+        elif block.language == "python" and not FILE.match(block.code):
+            code = f"sh\npython3 - <<'END_OF_BLOCK'\n{block.code}END_OF_BLOCK\n"
+            text = f"{text[:fence]}{code}{text[block.stop :]}"
+    return text + LAST.get(page, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if runs(runnable(page))])
+def test_every_block_of_the_page_runs(page: str, grpcurl: str, tmp_path: Path) -> None:
+    for name in GIVEN.get(page, ()):
+        save_file({"weight": np.ones((4, 2), np.float32)}, tmp_path / name)
+
+    run_page(runnable(page), tmp_path, str(Path(grpcurl).parent))
+
+
+@pytest.mark.parametrize(("page", "start"), NOT_RUN)
+def test_what_is_not_run_is_still_there(page: str, start: str) -> None:
+    codes = [block.code for block in blocks((ROOT / page).read_text())]
+
+    assert any(code.startswith(start) for code in codes)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_the_page_is_python(page: str) -> None:
+    for block in blocks((ROOT / page).read_text()):
+        if block.language == "python":
+            ast.parse(block.code)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_the_page_lead_to_files(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
+
+    assert [target for target in targets if not ((ROOT / page).parent / target).exists()] == []
+
+
+def test_every_file_of_a_page_is_run_by_it_or_listed() -> None:
+    for page in PAGES:
+        found = blocks((ROOT / page).read_text())
+        shell = "".join(block.code for block in found if block.language == "sh")
+        for block in found:
+            named = FILE.match(block.code) if block.language == "python" else None
+            if named and not excepted(page, block.code):
+                stem = named[1].removesuffix(".py")
+                assert re.search(rf"\b{stem}(\.py|:)", shell), f"{page}: {named[1]} is not run"
+
+
+def test_the_table_of_settings_is_current() -> None:
+    settings = load_make_settings()
+    text = (ROOT / "docs/operations.md").read_text()
+
+    assert settings.page(text) == text, "run python docs/make_settings.py"
+
+
+def load_make_settings() -> Any:
+    spec = importlib.util.spec_from_file_location("make_settings", ROOT / "docs/make_settings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,221 @@
+"""Key folders on a real file system: made once, whole, for their owner only."""
+
+import json
+import os
+import shutil
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from google.protobuf import json_format
+
+from qflare.v1 import security_pb2
+from qflare_server.config import ServerConfig
+from qflare_server.keys import KeyFolder, ensure_initialised
+from qflare_server.keys.secret_files import (
+    KeyStoreError,
+    read_passphrase,
+    read_secret,
+    write_secret,
+)
+from qflare_server.keys.setup import (
+    SetupOptions,
+    bootstrap_bundle,
+    initialise,
+    write_bootstrap,
+)
+from tests.conftest import START
+from tests.support.identity import CHEAP
+
+REALM = "qflare"
+NAMES = {"online.key", "online.passphrase", "root.key", "root.passphrase"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> KeyFolder:
+    return KeyFolder(tmp_path / "keys", cost=CHEAP)
+
+
+class TestWriting:
+    def test_only_the_owner_may_read(self, tmp_path: Path) -> None:
+        write_secret(tmp_path / "secret", b"x")
+        assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+
+    def test_what_is_there_is_left_alone(self, tmp_path: Path) -> None:
+        write_secret(tmp_path / "secret", b"first")
+        with pytest.raises(KeyStoreError):
+            write_secret(tmp_path / "secret", b"second")
+        assert read_secret(tmp_path / "secret") == b"first"
+
+    def test_it_is_replaced_when_asked(self, tmp_path: Path) -> None:
+        write_secret(tmp_path / "secret", b"first")
+        write_secret(tmp_path / "secret", b"second", replace=True)
+        assert read_secret(tmp_path / "secret") == b"second"
+
+    def test_no_temporary_file_stays(self, tmp_path: Path) -> None:
+        write_secret(tmp_path / "secret", b"first")
+        with pytest.raises(KeyStoreError):
+            write_secret(tmp_path / "secret", b"second")
+        assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+    def test_a_folder_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(KeyStoreError):
+            write_secret(tmp_path / "none" / "secret", b"x")
+
+
+class TestReading:
+    @pytest.mark.parametrize("mode", [0o604, 0o602, 0o601, 0o644, 0o666, 0o620, 0o777])
+    def test_a_file_that_is_open_to_others_is_refused(self, tmp_path: Path, mode: int) -> None:
+        path = tmp_path / "secret"
+        write_secret(path, b"x")
+        path.chmod(mode)
+        with pytest.raises(KeyStoreError, match="open to others"):
+            read_secret(path)
+
+    def test_a_group_may_read_what_an_orchestrator_mounts(self, tmp_path: Path) -> None:
+        path = tmp_path / "secret"
+        write_secret(path, b"x")
+        path.chmod(0o440)
+        assert read_secret(path) == b"x"
+
+    def test_a_file_of_another_user_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "secret"
+        write_secret(path, b"x")
+        if os.geteuid() == 0:
+            os.chown(path, 12345, 12345)
+        else:
+            monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        with pytest.raises(KeyStoreError, match="another user"):
+            read_secret(path)
+
+    def test_a_file_that_is_too_long_is_refused(self, tmp_path: Path) -> None:
+        write_secret(tmp_path / "secret", bytes(2**20 + 1))
+        with pytest.raises(KeyStoreError, match="longer"):
+            read_secret(tmp_path / "secret")
+
+    def test_a_missing_file_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(KeyStoreError, match="cannot read"):
+            read_secret(tmp_path / "secret")
+
+    @pytest.mark.parametrize("content", [b"word", b"word\n", b"word\r\n", b"word\nmore"])
+    def test_a_passphrase_is_the_first_line(self, tmp_path: Path, content: bytes) -> None:
+        write_secret(tmp_path / "passphrase", content)
+        assert read_passphrase(tmp_path / "passphrase") == b"word"
+
+    def test_an_empty_passphrase_is_refused(self, tmp_path: Path) -> None:
+        write_secret(tmp_path / "passphrase", b"\n")
+        with pytest.raises(KeyStoreError):
+            read_passphrase(tmp_path / "passphrase")
+
+
+class TestInitialising:
+    def test_everything_is_there_for_its_owner_only(self, folder: KeyFolder) -> None:
+        initialise(folder, REALM, START)
+        files = list(folder.directory.iterdir())
+        assert {path.name for path in files} == NAMES
+        assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+        assert stat.S_IMODE(folder.directory.stat().st_mode) == 0o700
+
+    def test_nothing_else_is_left(self, folder: KeyFolder) -> None:
+        initialise(folder, REALM, START)
+        assert list(folder.directory.parent.iterdir()) == [folder.directory]
+
+    def test_keys_are_not_made_twice(self, folder: KeyFolder) -> None:
+        initialise(folder, REALM, START)
+        before = folder.online_file.read_bytes()
+        with pytest.raises(KeyStoreError):
+            initialise(folder, REALM, START)
+        assert folder.online_file.read_bytes() == before
+        assert list(folder.directory.parent.iterdir()) == [folder.directory]
+
+    def test_of_many_at_the_same_moment_one_makes_them(self, folder: KeyFolder) -> None:
+        def attempt(_: int) -> bool:
+            try:
+                initialise(folder, REALM, START)
+            except KeyStoreError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sum(pool.map(attempt, range(4))) == 1
+        assert folder.read_online().realm == REALM
+
+    def test_serving_needs_no_root_key(self, folder: KeyFolder) -> None:
+        initialise(folder, REALM, START)
+        folder.root_file.unlink()
+        folder.offline_passphrase_file.unlink()
+        assert folder.read_online().realm == REALM
+
+    def test_the_online_keys_hold_no_root_key(self, folder: KeyFolder) -> None:
+        trust = initialise(folder, REALM, START)
+        held = {entry.key_id for entry in folder.read_online().keys}
+        assert not held & set(trust.root_key_ids())
+
+    def test_no_key_is_in_the_clear(self, folder: KeyFolder) -> None:
+        initialise(folder, REALM, START)
+        ring = folder.read_online()
+        stored = folder.online_file.read_bytes()
+        assert ring.state_key not in stored
+        assert b"qflare" not in stored
+
+    def test_a_given_passphrase_is_used(self, folder: KeyFolder, tmp_path: Path) -> None:
+        write_secret(tmp_path / "passphrase", b"correct horse\n")
+        given = replace(folder, passphrase_file=tmp_path / "passphrase")
+        initialise(given, REALM, START)
+        assert not (folder.directory / "online.passphrase").exists()
+        assert given.read_online().realm == REALM
+
+    def test_the_root_keys_can_be_elsewhere(self, folder: KeyFolder, tmp_path: Path) -> None:
+        apart = replace(folder, root_directory=tmp_path / "stick")
+        initialise(apart, REALM, START)
+        assert {path.name for path in folder.directory.iterdir()} == {
+            "online.key",
+            "online.passphrase",
+        }
+        assert apart.read_root().realm == REALM
+
+    def test_a_setup_that_fails_leaves_nothing(self, folder: KeyFolder, tmp_path: Path) -> None:
+        apart = replace(folder, root_directory=tmp_path / "stick")
+        initialise(apart, REALM, START)
+        shutil.rmtree(folder.directory)
+        with pytest.raises(KeyStoreError):
+            initialise(apart, REALM, START)
+        assert {path.name for path in tmp_path.iterdir()} == {"stick"}
+
+    def test_several_root_keys_share_the_signing(self, folder: KeyFolder) -> None:
+        trust = initialise(folder, REALM, START, SetupOptions(root_count=3, threshold=2))
+        assert len(trust.root_key_ids()) == 3
+        assert trust.first_threshold() == 2
+
+    def test_a_changed_key_file_is_refused(self, folder: KeyFolder) -> None:
+        initialise(folder, REALM, START)
+        data = bytearray(folder.online_file.read_bytes())
+        data[-1] ^= 1
+        write_secret(folder.online_file, bytes(data), replace=True)
+        with pytest.raises(KeyStoreError, match="changed"):
+            folder.read_online()
+
+    def test_a_missing_folder_says_what_to_do(self, folder: KeyFolder) -> None:
+        with pytest.raises(KeyStoreError, match="qflare-server init"):
+            folder.read_online()
+
+    def test_it_is_done_where_a_configuration_has_no_keys(self, tmp_path: Path) -> None:
+        config = ServerConfig(data_dir=tmp_path / "data").checked()
+        assert ensure_initialised(config)
+        assert not ensure_initialised(config)
+        assert {path.name for path in (tmp_path / "data" / "keys").iterdir()} == NAMES
+
+
+class TestBootstrapBundle:
+    def test_it_is_written_for_its_owner_only(self, folder: KeyFolder, tmp_path: Path) -> None:
+        trust = initialise(folder, REALM, START)
+        bundle = bootstrap_bundle(trust, "localhost:50051", enrollment_token="qfe1.a.b")
+        write_bootstrap(tmp_path / "bundle.json", bundle)
+        path = tmp_path / "bundle.json"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert json.loads(path.read_text())["rootKeyIds"] == trust.root_key_ids()
+        assert json_format.Parse(path.read_text(), security_pb2.BootstrapBundle()) == bundle
