@@ -1,4 +1,3 @@
-# ruff: noqa: INP001 - a program of the pages beside it, no package
 """Writes the table of settings into `operations.md`, from the fields of `ServerConfig` and the texts below them.
 
     python docs/make_settings.py

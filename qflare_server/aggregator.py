@@ -18,7 +18,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from qflare_server.errors import InvalidRequestError, RoundNotOpenError
-from qflare_server.serving.embedded import CALLER, Embedded, close, configure, current, refused
+from qflare_server.serving.embedded import (
+    CALLER,
+    EmbeddedCoordinator,
+    close,
+    configure,
+    current,
+    refused,
+)
 from qflare_server.storage.tables import GlobalModel, ModelUpdate, RoundState
 from qflare_server.use_cases.in_process.training import Contribution
 from qflare_server.use_cases.training_sessions.progress import Progress
@@ -186,7 +193,7 @@ def reset_aggregation_state() -> bool:
     return not refusal
 
 
-def _bring_forward(embedded: Embedded) -> None:
+def _bring_forward(embedded: EmbeddedCoordinator) -> None:
     progress = embedded.in_process.progress()
     if progress is not None:
         embedded.publish(progress.session.id)
@@ -230,7 +237,7 @@ def _pending_count(progress: Progress | None) -> int:
     return 0 if progress is None else progress.pending_count
 
 
-def _read(embedded: Embedded, training_session_id: str, version: int) -> bytes:
+def _read(embedded: EmbeddedCoordinator, training_session_id: str, version: int) -> bytes:
     delivery = embedded.deliveries.find(training_session_id, version)
     return b"".join(chunk for _, chunk in embedded.deliveries.chunks(delivery, 0))
 

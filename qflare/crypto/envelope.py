@@ -13,10 +13,10 @@ from google.protobuf.message import Message
 
 from qflare.crypto.signing import (
     MAX_MESSAGE_BYTES,
-    Context,
     InvalidSignatureError,
     PublicKey,
     Signer,
+    SigningContext,
     wire_algorithm,
 )
 from qflare.v1 import security_pb2
@@ -26,7 +26,7 @@ MAX_SIGNATURE_COUNT: Final = 16
 
 
 def sign_envelope(
-    key: Signer, context: Context, message: Message | bytes
+    key: Signer, context: SigningContext, message: Message | bytes
 ) -> security_pb2.SignedEnvelope:
     """Serialise a message (or take a payload as it is) and sign it.
 
@@ -40,7 +40,7 @@ def sign_envelope(
 
 
 def add_signature(
-    envelope: security_pb2.SignedEnvelope, key: Signer, context: Context
+    envelope: security_pb2.SignedEnvelope, key: Signer, context: SigningContext
 ) -> security_pb2.SignedEnvelope:
     """Return a copy of an envelope with one more signature over the same payload.
 
@@ -63,7 +63,7 @@ def add_signature(
 
 def open_envelope(
     envelope: security_pb2.SignedEnvelope,
-    context: Context,
+    context: SigningContext,
     keys: Iterable[PublicKey],
     threshold: int = 1,
 ) -> bytes:

@@ -1,6 +1,6 @@
 """Post-quantum signatures: the one door to their libraries (which `qflare.crypto.signature_libraries` adapts).
 
-A signature is made under a `Context`, the FIPS 204 context string of one message type, so a
+A signature is made under a `SigningContext`, the FIPS 204 context string of one message type, so a
 signature of one type never passes for another. Public keys are named by a hash over algorithm and
 bytes (`PublicKey.key_id`). `qflare.crypto.envelope` carries signed messages.
 
@@ -55,13 +55,13 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "ONLINE_ALGORITHMS",
     "Algorithm",
-    "Context",
     "CryptoUnavailableError",
     "InvalidKeyError",
     "InvalidSignatureError",
     "Provider",
     "PublicKey",
     "Signer",
+    "SigningContext",
     "SigningError",
     "SigningKey",
     "algorithm_named",
@@ -89,7 +89,7 @@ class SigningError(RuntimeError):
     """The provider could not make a signature."""
 
 
-class Context(StrEnum):
+class SigningContext(StrEnum):
     """What is signed; the FIPS 204 context string."""
 
     ROOT = "qflare/v1/root"
@@ -154,7 +154,7 @@ class PublicKey:
 
     def verify(
         self,
-        context: Context,
+        context: SigningContext,
         message: bytes,
         signature: bytes,
         *,
@@ -257,7 +257,7 @@ class Signer(Protocol):
     def public(self) -> PublicKey:
         """The public key."""
 
-    def sign(self, context: Context, message: bytes) -> bytes:
+    def sign(self, context: SigningContext, message: bytes) -> bytes:
         """Sign at most `MAX_MESSAGE_BYTES`."""
 
 
@@ -280,7 +280,9 @@ class SigningKey:
         self._secret = secret
         try:
             self._sign = library_for(provider, public.algorithm).signer(public.algorithm, secret)
-            public.verify(Context.SELF_TEST, b"qflare", self.sign(Context.SELF_TEST, b"qflare"))
+            public.verify(
+                SigningContext.SELF_TEST, b"qflare", self.sign(SigningContext.SELF_TEST, b"qflare")
+            )
         except (ValueError, SigningError) as error:
             raise InvalidKeyError("private key fails its self-test") from error
 
@@ -305,7 +307,7 @@ class SigningKey:
         """Library that the key belongs to."""
         return self._provider
 
-    def sign(self, context: Context, message: bytes) -> bytes:
+    def sign(self, context: SigningContext, message: bytes) -> bytes:
         """Sign a message; two signatures of one message differ (hedged).
 
         Raises:
@@ -362,9 +364,9 @@ def self_test() -> None:
         for provider in LIBRARIES:
             for algorithm in ONLINE_ALGORITHMS:
                 key = SigningKey.generate(algorithm, provider=provider)
-                signature = key.sign(Context.SELF_TEST, b"start")
+                signature = key.sign(SigningContext.SELF_TEST, b"start")
                 for other in LIBRARIES:
-                    key.public.verify(Context.SELF_TEST, b"start", signature, provider=other)
+                    key.public.verify(SigningContext.SELF_TEST, b"start", signature, provider=other)
     except (ValueError, SigningError) as error:
         raise CryptoUnavailableError("a provider of signatures fails its self-test") from error
 

@@ -6,7 +6,7 @@ rotation is signed by the key before it and by the key itself. Nothing else coun
 
 from collections.abc import Collection
 
-from qflare.crypto.signing import Context, PublicKey
+from qflare.crypto.signing import PublicKey, SigningContext
 from qflare.evidence.statements import open_rotation, open_statement, require_equal
 from qflare.v1 import security_pb2, verification_pb2
 
@@ -53,7 +53,7 @@ class ProvenKeys:
     def _check_receipt(self, evidence: verification_pb2.DeviceKeyEvidence, key: PublicKey) -> None:
         receipt = open_statement(
             evidence.receipt,
-            Context.RECEIPT,
+            SigningContext.RECEIPT,
             self._registrar_keys,
             security_pb2.EnrollmentReceipt,
         )

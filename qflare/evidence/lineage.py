@@ -19,7 +19,7 @@ from typing import Final
 
 from qflare.crypto import merkle
 from qflare.crypto.envelope import sign_envelope
-from qflare.crypto.signing import Context, PublicKey, Signer
+from qflare.crypto.signing import PublicKey, Signer, SigningContext
 from qflare.evidence.statements import (
     StatementError,
     check_inclusion,
@@ -56,7 +56,7 @@ def sign_model(key: Signer, statement: security_pb2.ModelStatement) -> security_
         StatementError: The statement is malformed.
     """
     _check_form(statement)
-    return sign_envelope(key, Context.MODEL, statement)
+    return sign_envelope(key, SigningContext.MODEL, statement)
 
 
 def open_model(
@@ -78,7 +78,7 @@ def open_model(
         StatementMismatchError: It is of another realm or training session.
         StatementError: It is malformed, or not signed by a model key.
     """
-    statement = open_statement(envelope, Context.MODEL, keys, security_pb2.ModelStatement)
+    statement = open_statement(envelope, SigningContext.MODEL, keys, security_pb2.ModelStatement)
     _check_form(statement)
     require_equal("realm", statement.realm, realm)
     require_equal("training_session_id", statement.training_session_id, training_session_id)

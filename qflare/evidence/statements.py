@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, Message
 from qflare.crypto import merkle
 from qflare.crypto.envelope import add_signature, open_envelope, sign_envelope
 from qflare.crypto.sealing import KemPublicKey
-from qflare.crypto.signing import Context, PublicKey, Signer
+from qflare.crypto.signing import PublicKey, Signer, SigningContext
 from qflare.v1 import security_pb2
 
 MAX_METRIC_COUNT: Final = 64
@@ -58,7 +58,7 @@ def digest_of(payload: bytes) -> str:
 
 def open_statement(
     envelope: security_pb2.SignedEnvelope,
-    context: Context,
+    context: SigningContext,
     keys: Iterable[PublicKey],
     kind: type[_MessageT],
 ) -> _MessageT:
@@ -83,7 +83,7 @@ def sign_update(
     """
     _check_update_form(statement)
     require_equal("key_id", statement.key_id, key.public.key_id)
-    return sign_envelope(key, Context.UPDATE, statement)
+    return sign_envelope(key, SigningContext.UPDATE, statement)
 
 
 def open_update(
@@ -94,7 +94,7 @@ def open_update(
     Raises:
         StatementError: It is malformed, or not signed by this key.
     """
-    statement = open_statement(envelope, Context.UPDATE, [key], security_pb2.UpdateStatement)
+    statement = open_statement(envelope, SigningContext.UPDATE, [key], security_pb2.UpdateStatement)
     _check_update_form(statement)
     require_equal("key_id", statement.key_id, key.key_id)
     return statement
@@ -140,7 +140,7 @@ def sign_task(key: Signer, statement: security_pb2.TaskStatement) -> security_pb
         StatementError: The statement is malformed.
     """
     _check_task_form(statement)
-    return sign_envelope(key, Context.TASK, statement)
+    return sign_envelope(key, SigningContext.TASK, statement)
 
 
 def open_task(
@@ -156,7 +156,7 @@ def open_task(
     Raises:
         StatementError: It is malformed, of another realm, or not signed by a task key.
     """
-    statement = open_statement(envelope, Context.TASK, keys, security_pb2.TaskStatement)
+    statement = open_statement(envelope, SigningContext.TASK, keys, security_pb2.TaskStatement)
     _check_task_form(statement)
     require_equal("realm", statement.realm, realm)
     return statement
@@ -166,8 +166,8 @@ def sign_rotation(
     previous: Signer, following: Signer, rotation: security_pb2.KeyRotation
 ) -> security_pb2.SignedEnvelope:
     """Sign an exchange of keys with the previous and the next signature key."""
-    envelope = sign_envelope(previous, Context.ROTATION, rotation)
-    return add_signature(envelope, following, Context.ROTATION)
+    envelope = sign_envelope(previous, SigningContext.ROTATION, rotation)
+    return add_signature(envelope, following, SigningContext.ROTATION)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def open_rotation(
         message = security_pb2.KeyRotation.FromString(envelope.payload)
         following = PublicKey.from_proto(message.signature_key)
         kem_key = KemPublicKey.from_proto(message.kem_key)
-        open_envelope(envelope, Context.ROTATION, [current, following], threshold=2)
+        open_envelope(envelope, SigningContext.ROTATION, [current, following], threshold=2)
     except (ValueError, DecodeError) as error:
         raise StatementError("rotation is not signed by both keys") from error
     require_equal("realm", message.realm, realm)
@@ -228,7 +228,7 @@ def open_tree_head(
     Raises:
         StatementError: It is malformed, of another log, or not signed by a log key.
     """
-    head = open_statement(envelope, Context.TREE_HEAD, keys, security_pb2.TreeHead)
+    head = open_statement(envelope, SigningContext.TREE_HEAD, keys, security_pb2.TreeHead)
     require_equal("origin", head.origin, origin)
     require_digests(head, "root_digest")
     _require(head.size >= 0, "size of a log is negative")

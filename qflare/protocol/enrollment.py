@@ -30,9 +30,9 @@ from qflare.crypto.signing import (
     MAX_MESSAGE_BYTES,
     ONLINE_ALGORITHMS,
     Algorithm,
-    Context,
     PublicKey,
     Signer,
+    SigningContext,
     tagged_hash,
 )
 from qflare.crypto.symmetric import SECRET_BYTES, check_equal, hkdf_expand, mac
@@ -93,7 +93,7 @@ class DeviceEnrollment:
             nonce=os.urandom(NONCE_BYTES),
             server_kem_key_id=server_key.key_id,
         )
-        self._envelope = sign_envelope(signing_key, Context.ENROLLMENT, request)
+        self._envelope = sign_envelope(signing_key, SigningContext.ENROLLMENT, request)
 
     def request(self) -> security_pb2.SealedEnrollment:
         """First message; may be asked for again to repeat it."""
@@ -130,7 +130,7 @@ class DeviceEnrollment:
             HandshakeError: It is not signed by a registrar key, or is for another realm or device.
         """
         with refusing("receipt"):
-            payload = open_envelope(receipt, Context.RECEIPT, registrar_keys)
+            payload = open_envelope(receipt, SigningContext.RECEIPT, registrar_keys)
             opened = security_pb2.EnrollmentReceipt.FromString(payload)
         named = (opened.realm, opened.signature_key_id, opened.kem_key_id)
         own = (self._realm, self._signature_key.key_id, self._kem_key.key_id)
@@ -205,7 +205,7 @@ class EnrollmentServer:
             envelope = security_pb2.SignedEnvelope.FromString(plaintext)
             request = security_pb2.EnrollmentRequest.FromString(envelope.payload)
             application = _application_of(request, envelope.payload)
-            open_envelope(envelope, Context.ENROLLMENT, [application.signature_key])
+            open_envelope(envelope, SigningContext.ENROLLMENT, [application.signature_key])
         require(request.realm == self._realm, "enrolment is for another realm")
         require(request.server_kem_key_id == key_id, "enrolment is for another key")
         self._check(application)

@@ -34,7 +34,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.crypto.envelope import MAX_SIGNATURE_COUNT, open_envelope
 from qflare.crypto.sealing import KemPublicKey
-from qflare.crypto.signing import ONLINE_ALGORITHMS, Algorithm, Context, PublicKey, algorithm_names
+from qflare.crypto.signing import (
+    ONLINE_ALGORITHMS,
+    Algorithm,
+    PublicKey,
+    SigningContext,
+    algorithm_names,
+)
 from qflare.v1 import security_pb2
 
 MAX_ROOT_COUNT: Final = 256
@@ -203,16 +209,16 @@ class TrustedKeyset:
             return roots
         _require(version == len(roots) + 1, f"root document {version} is out of order")
         if roots:
-            _open(envelope, Context.ROOT, roots[-1].keys, roots[-1].document.threshold)
+            _open(envelope, SigningContext.ROOT, roots[-1].keys, roots[-1].document.threshold)
         else:
             pinned = [key for key in root.keys if key.key_id in self.root_key_ids]
-            _open(envelope, Context.ROOT, pinned, self.root_threshold)
-        _open(envelope, Context.ROOT, root.keys, root.document.threshold)
+            _open(envelope, SigningContext.ROOT, pinned, self.root_threshold)
+        _open(envelope, SigningContext.ROOT, root.keys, root.document.threshold)
         return (*roots, root)
 
     def _opened(self, root: _Root, envelope: security_pb2.SignedEnvelope) -> _Online:
         """The keyset under a root document, not below the one that is trusted."""
-        _open(envelope, Context.KEYSET, root.keys, root.document.threshold)
+        _open(envelope, SigningContext.KEYSET, root.keys, root.document.threshold)
         online = _parse_keyset(envelope)
         _require(online.document.realm == self.realm, "keyset is of another realm")
         same_root = online.document.root_version == root.document.version
@@ -290,7 +296,7 @@ def _sorted_keys(
 
 def _open(
     envelope: security_pb2.SignedEnvelope,
-    context: Context,
+    context: SigningContext,
     keys: Sequence[PublicKey],
     threshold: int,
 ) -> None:

@@ -32,7 +32,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qflare.crypto.sealing import KemKey, KemPublicKey
-from qflare.crypto.signing import Context, PublicKey, Signer, tagged_hash, wire_algorithm
+from qflare.crypto.signing import PublicKey, Signer, SigningContext, tagged_hash, wire_algorithm
 from qflare.crypto.symmetric import SECRET_BYTES, check_mac, decrypt, encrypt, hkdf_expand, mac
 from qflare.protocol.handshake import (
     NONCE_BYTES,
@@ -170,7 +170,7 @@ class DeviceLogin:
     def _proof(
         self, challenge: security_pb2.SessionChallenge, transcript: bytes, secrets: "_Secrets"
     ) -> security_pb2.SessionProof:
-        signature = self._signing_key.sign(Context.SESSION, transcript)
+        signature = self._signing_key.sign(SigningContext.SESSION, transcript)
         return security_pb2.SessionProof(
             session_id=challenge.session_id,
             sealed_state=challenge.sealed_state,
@@ -210,7 +210,7 @@ class PendingLogin:
         require(named == (key.key_id, key.algorithm), "signature is of another key")
         require(self.signature_key_id == key.key_id, "login is with another key")
         with refusing("signature"):
-            key.verify(Context.SESSION, self._transcript, self._signature.signature)
+            key.verify(SigningContext.SESSION, self._transcript, self._signature.signature)
         return self._secrets.session(self.session_id)
 
 

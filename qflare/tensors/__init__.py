@@ -32,8 +32,8 @@ from qflare.tensors.payload import (
     assemble,
     check_arrays,
     chunks,
-    cut,
     payload_digest,
+    rechunk,
     split,
 )
 
@@ -57,7 +57,7 @@ __all__ = [
     "check_arrays",
     "check_elements",
     "chunks",
-    "cut",
     "payload_digest",
+    "rechunk",
     "split",
 ]

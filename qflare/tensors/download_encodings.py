@@ -20,7 +20,7 @@ import numpy as np
 from qflare.tensors.elements import BytesLike
 from qflare.tensors.encodings import Encoding, narrow, wire_manifest
 from qflare.tensors.manifest import DType, InvalidManifestError, Manifest
-from qflare.tensors.payload import cut, split
+from qflare.tensors.payload import rechunk, split
 
 DOWNLOAD_ENCODINGS: Final[frozenset[int]] = frozenset({Encoding.FLOAT16, Encoding.BFLOAT16})
 """The encodings that a download may have beside full precision."""
@@ -58,7 +58,7 @@ def narrowed(base: Manifest, encoding: Encoding, pieces: Iterable[BytesLike]) ->
         InvalidManifestError: At once: the encoding is none for downloads.
         PayloadSizeError: Too few or too many bytes.
     """
-    return cut(_converted(base, download_manifest(base, encoding), pieces))
+    return rechunk(_converted(base, download_manifest(base, encoding), pieces))
 
 
 def widened(base: Manifest, encoding: Encoding, pieces: Iterable[BytesLike]) -> Iterator[BytesLike]:

@@ -42,7 +42,7 @@ def chunks(arrays: Mapping[str, Array], manifest: Manifest) -> Iterator[bytes]:
         InvalidManifestError: At once, when a name, dtype or shape differs from the manifest.
     """
     check_arrays(arrays, manifest)
-    return cut(_tensor_bytes(arrays[spec.name], spec) for spec in manifest.tensors)
+    return rechunk(_tensor_bytes(arrays[spec.name], spec) for spec in manifest.tensors)
 
 
 def check_arrays(arrays: Mapping[str, Array], manifest: Manifest) -> None:
@@ -72,7 +72,7 @@ def _tensor_bytes(array: Array, spec: TensorSpec) -> memoryview:
     return canonical.reshape(-1).view(np.uint8).data
 
 
-def cut(parts: Iterable[BytesLike]) -> Iterator[bytes]:
+def rechunk(parts: Iterable[BytesLike]) -> Iterator[bytes]:
     """Cut consecutive bytes, given in pieces of any size, into the chunks of a payload.
 
     Holds at most one chunk; whole chunks within one piece are copied once.

@@ -28,7 +28,7 @@ from qflare.tensors.manifest import (
     ManifestLimits,
     TensorSpec,
 )
-from qflare.tensors.payload import cut, split
+from qflare.tensors.payload import rechunk, split
 
 MAX_HEADER_BYTES = 16 * 2**20
 """Longest header that is read or written, in bytes. The library allows 100 MB."""
@@ -62,7 +62,7 @@ class SafetensorsFile:
             PayloadSizeError: While iterating: the file has become shorter.
             OSError: While iterating: it cannot be read.
         """
-        return cut(self._pieces())
+        return rechunk(self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
         with self.path.open("rb") as file:

@@ -21,7 +21,7 @@ import numpy as np
 from qflare.tensors.elements import BytesLike, FiniteCheck, PayloadSizeError
 from qflare.tensors.encodings import Encoding, narrow
 from qflare.tensors.manifest import Array, DType, Manifest, TensorSpec
-from qflare.tensors.payload import cut
+from qflare.tensors.payload import rechunk
 from qflare.tensors.vector_runs import (
     SPARSE_BLOCK_COUNT,
     Decode,
@@ -176,7 +176,7 @@ def write_payload(
         InvalidPayloadError: A boolean is neither 0 nor 1.
         PayloadSizeError: Too few or too many elements or integer bytes.
     """
-    return cut(_checked(base, _tensor_pieces(base, float_slices, integer_bytes)))
+    return rechunk(_checked(base, _tensor_pieces(base, float_slices, integer_bytes)))
 
 
 def _checked(manifest: Manifest, pieces: Iterable[BytesLike]) -> Iterator[BytesLike]:

@@ -27,7 +27,7 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
 
 from qflare.crypto.envelope import open_envelope
-from qflare.crypto.signing import Context, PublicKey
+from qflare.crypto.signing import PublicKey, SigningContext
 from qflare.evidence.lineage import (
     ModelVersion,
     contributors_digest,
@@ -242,7 +242,7 @@ def _about_update(
     verify_contribution(version.statement, update.statement.payload, update.proof)
     known = "with a key that no receipt ties to it"
     if update.enrollment_receipt is not None:
-        payload = open_envelope(update.enrollment_receipt, Context.RECEIPT, registrars)
+        payload = open_envelope(update.enrollment_receipt, SigningContext.RECEIPT, registrars)
         receipt = security_pb2.EnrollmentReceipt.FromString(payload)
         require_equal("realm", receipt.realm, evidence.realm)
         require_equal("device_id", receipt.device_id, statement.device_id)

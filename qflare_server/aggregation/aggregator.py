@@ -31,9 +31,9 @@ from qflare_server.storage.repository import leases, training_sessions, updates
 from qflare_server.storage.repository.training_sessions import RoundInProgress
 from qflare_server.storage.tables import RoundState, TrainingSessionState
 from qflare_server.strategies import NotEnoughUpdatesError, PrivacyBudgetExceededError
-from qflare_server.training.privacy import Allowance, allowance, noise_seed
-from qflare_server.training.retention import let_go
-from qflare_server.training.rounds import end_session, fail_round, miss_quorum, open_round
+from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed
+from qflare_server.training.retention import prune_payloads
+from qflare_server.training.rounds import end_session, fail_round, handle_missed_quorum, open_round
 
 logger = logging.getLogger(__name__)
 
@@ -180,18 +180,25 @@ class Aggregator:
         """Close a round whose deadline has passed, or do what its training session says without a quorum."""
 
         def work(session: Session) -> bool:
-            owner = training_sessions.lock_session(session, item.training_session_id)
+            training_session = training_sessions.lock_session(session, item.training_session_id)
             current = training_sessions.lock_round(session, item.training_session_id, item.number)
             now = self._context.clock()
-            if owner is None or current is None or current.state != RoundState.OPEN.value:
+            if (
+                training_session is None
+                or current is None
+                or current.state != RoundState.OPEN.value
+            ):
                 return False
-            if owner.state != TrainingSessionState.RUNNING.value or current.deadline_at > now:
+            if (
+                training_session.state != TrainingSessionState.RUNNING.value
+                or current.deadline_at > now
+            ):
                 return False
             if current.accepted_count >= current.quorum:
                 values = {"state": RoundState.CLOSED.value, "closed_at": now}
-                training_sessions.update_round(session, owner.id, current.number, values)
+                training_sessions.update_round(session, training_session.id, current.number, values)
             else:
-                miss_quorum(self._context, session, owner, current, now)
+                handle_missed_quorum(self._context, session, training_session, current, now)
             return True
 
         return self._context.database.write(work)
@@ -227,7 +234,7 @@ class Aggregator:
                 fold.last_sequence,
             )
             self._tell(item, fold)
-            let_go(self._context, item.training_session_id)
+            prune_payloads(self._context, item.training_session_id)
         return published
 
     def _prepare(self, fold: RoundFold) -> Publication:
@@ -243,12 +250,12 @@ class Aggregator:
         outcome = fold.write_outcome(self._executor, at)
         return Publication(self._context, fold, written, outcome, spending)
 
-    def _allowance(self, plan: RoundPlan) -> Allowance | None:
+    def _allowance(self, plan: RoundPlan) -> PrivacyCharge | None:
         if not plan.config.privacy.noise_multiplier:
             return None
         with self._context.database.read() as session:
-            owner = training_sessions.get_session(session, plan.training_session_id)
-            state = None if owner is None else owner.privacy_state
+            training_session = training_sessions.get_session(session, plan.training_session_id)
+            state = None if training_session is None else training_session.privacy_state
         return allowance(plan.config, state)
 
     def _tell(self, item: RoundInProgress, fold: RoundFold) -> None:
@@ -266,28 +273,31 @@ class Aggregator:
         self, session: Session, item: RoundInProgress, reason: str, fold: RoundFold
     ) -> bool:
         """End a training session whose next version would spend more privacy than it may."""
-        owner = training_sessions.lock_session(session, item.training_session_id)
+        training_session = training_sessions.lock_session(session, item.training_session_id)
         current = training_sessions.lock_round(session, item.training_session_id, item.number)
-        if owner is None or current is None or current.state != RoundState.CLOSED.value:
+        if training_session is None or current is None or current.state != RoundState.CLOSED.value:
             return False
         now = self._context.clock()
-        record_refusals(session, owner.id, current.number, fold.refusals, now)
-        fail_round(session, owner, current, reason, now)
-        if owner.state != TrainingSessionState.CANCELLED.value:
-            end_session(session, owner, TrainingSessionState.COMPLETED, reason, now)
+        record_refusals(session, training_session.id, current.number, fold.refusals, now)
+        fail_round(session, training_session, current, reason, now)
+        if training_session.state != TrainingSessionState.CANCELLED.value:
+            end_session(session, training_session, TrainingSessionState.COMPLETED, reason, now)
         return True
 
     def _retry(self, session: Session, item: RoundInProgress, reason: str, fold: RoundFold) -> bool:
         """Give up a round that makes no version, and open another from the same base version."""
-        owner = training_sessions.lock_session(session, item.training_session_id)
+        training_session = training_sessions.lock_session(session, item.training_session_id)
         current = training_sessions.lock_round(session, item.training_session_id, item.number)
-        if owner is None or current is None or current.state != RoundState.CLOSED.value:
+        if training_session is None or current is None or current.state != RoundState.CLOSED.value:
             return False
         now = self._context.clock()
-        record_refusals(session, owner.id, current.number, fold.refusals, now)
-        fail_round(session, owner, current, reason, now)
-        if owner.state in {TrainingSessionState.RUNNING.value, TrainingSessionState.PAUSED.value}:
-            open_round(self._context, session, owner, current.base_version, now)
+        record_refusals(session, training_session.id, current.number, fold.refusals, now)
+        fail_round(session, training_session, current, reason, now)
+        if training_session.state in {
+            TrainingSessionState.RUNNING.value,
+            TrainingSessionState.PAUSED.value,
+        }:
+            open_round(self._context, session, training_session, current.base_version, now)
         return True
 
 

@@ -36,7 +36,7 @@ from qflare.tensors.vectors import (
 from qflare.v1 import training_pb2
 from qflare_server.aggregation.outcome import with_refusals
 from qflare_server.aggregation.plan import RoundPlan
-from qflare_server.aggregation.row_integrity import RowEvidence
+from qflare_server.aggregation.row_integrity import RowIntegrity
 from qflare_server.context import Context
 from qflare_server.errors import GlobalModelNotFoundError
 from qflare_server.payloads.reader import PayloadBytes
@@ -44,20 +44,20 @@ from qflare_server.payloads.sealed_receiver import seal_context
 from qflare_server.payloads.writer import PayloadWriter, VersionWriter
 from qflare_server.storage.payload_records import (
     Download,
-    Received,
+    ReceivedPayload,
     StoredPayload,
     describe,
     seal_of,
 )
 from qflare_server.storage.repository import global_models, payloads
-from qflare_server.storage.repository.updates import Foldable
+from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.strategies import (
     Contribution,
-    Judgement,
     NotEnoughUpdatesError,
     Outcome,
     Prior,
     Reader,
+    UpdateAssessment,
     begin,
     outcome_to_data,
 )
@@ -90,11 +90,11 @@ class _Metrics:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenVersion:
     """What a finished aggregation has written: the version, what its strategy keeps by name, what devices get."""
 
-    payload: Received
-    vectors: Mapping[str, Received]
+    payload: ReceivedPayload
+    vectors: Mapping[str, ReceivedPayload]
     download: Download | None
 
 
@@ -116,14 +116,14 @@ class RoundFold:
         *,
         noise_seed: bytes | None = None,
         thread_count: int = 1,
-        recorded: Mapping[str, Judgement] | None = None,
+        recorded: Mapping[str, UpdateAssessment] | None = None,
     ) -> None:
         self.plan = plan
         self.last_sequence = 0
         self.contributors: list[tuple[str, str]] = []
         self.example_count = 0
         self.refusals: dict[str, str] = {}  # by id: updates whose rows are not what was signed
-        self._evidence = RowEvidence(
+        self._evidence = RowIntegrity(
             context,
             plan.training_session_id,
             plan.number,
@@ -132,7 +132,7 @@ class RoundFold:
         )
         self._context = context
         self._metrics = _Metrics()
-        self._largest: tuple[int, Foldable] | None = None
+        self._largest: tuple[int, AcceptedUpdate] | None = None
         self._sent: dict[int, Reader] = {}
         self._download = download_encoding(plan.config)
         strategy = build_strategy(plan.config)
@@ -170,7 +170,7 @@ class RoundFold:
             version=self.plan.base_version + 1,
         )
 
-    def take(self, updates: Sequence[Foldable]) -> None:
+    def take(self, updates: Sequence[AcceptedUpdate]) -> None:
         """Take accepted updates in, in the order of their acceptance."""
         refused = self._evidence.refusals(updates)
         self.refusals |= refused
@@ -179,7 +179,7 @@ class RoundFold:
             self.last_sequence = updates[-1].acceptance_sequence
         self._take([update for update in updates if update.update_id not in refused])
 
-    def _take(self, updates: Sequence[Foldable]) -> None:
+    def _take(self, updates: Sequence[AcceptedUpdate]) -> None:
         if all(update.location == "row" for update in updates):
             self._aggregation.extend([self._contribution(update) for update in updates])
         else:  # one large update in memory at a time
@@ -191,7 +191,7 @@ class RoundFold:
             if self._largest is None or update.example_count > self._largest[0]:
                 self._largest = (update.example_count, update)
 
-    def _contribution(self, update: Foldable) -> Contribution:
+    def _contribution(self, update: AcceptedUpdate) -> Contribution:
         source = self._source(update)
         read: Reader = VectorReader(self._layout, source.read).read
         staleness = self.plan.base_version - update.base_version
@@ -206,7 +206,7 @@ class RoundFold:
             full_weights=full,
         )
 
-    def _source(self, update: Foldable) -> PayloadBytes:
+    def _source(self, update: AcceptedUpdate) -> PayloadBytes:
         stored = StoredPayload(
             update.payload_id,
             update.size_bytes,
@@ -244,7 +244,7 @@ class RoundFold:
         """
         return {} if self.plan.config.privacy.noise_multiplier else self._metrics.means()
 
-    def write(self, executor: ThreadPoolExecutor, at: datetime) -> Written:
+    def write(self, executor: ThreadPoolExecutor, at: datetime) -> WrittenVersion:
         """Write the version's payload, the form in which devices get it, and its strategy's vectors.
 
         Raises:
@@ -268,9 +268,9 @@ class RoundFold:
         writer = VersionWriter(self._context, executor, manifest, self._download, at, belongs_to)
         payload, download = writer.write(write_payload(manifest, slices(), self._integers()))
         kept = {name: vector.finish() for name, vector in vectors.items()}
-        return Written(payload, kept, download)
+        return WrittenVersion(payload, kept, download)
 
-    def write_outcome(self, executor: ThreadPoolExecutor, at: datetime) -> Received:
+    def write_outcome(self, executor: ThreadPoolExecutor, at: datetime) -> ReceivedPayload:
         """Write the record of what became of every update, as JSON; after `write`."""
         data = json.dumps(outcome_to_data(self.outcome), sort_keys=True).encode()
         layout = Manifest((TensorSpec("outcome", DType.UINT8, (len(data),)),))

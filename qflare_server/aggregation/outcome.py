@@ -9,7 +9,7 @@ from qflare_server.payloads.reader import Contents
 from qflare_server.storage.payload_records import describe
 from qflare_server.storage.repository import payloads
 from qflare_server.storage.tables import GlobalModel
-from qflare_server.strategies import Judgement, Outcome, outcome_from_data
+from qflare_server.strategies import Outcome, UpdateAssessment, outcome_from_data
 
 
 def read_outcome(context: Context, model: GlobalModel) -> Outcome | None:
@@ -38,6 +38,6 @@ def with_refusals(
         return outcome
     judged = {entry.update_id: entry for entry in outcome.judgements}
     for update_id, reason in refusals.items():
-        judged[update_id] = Judgement(update_id, 0.0, 0.0, 0.0, rejection=reason)
+        judged[update_id] = UpdateAssessment(update_id, 0.0, 0.0, 0.0, rejection=reason)
     ordered = tuple(judged[update_id] for update_id in update_ids if update_id in judged)
     return dataclasses.replace(outcome, judgements=ordered)

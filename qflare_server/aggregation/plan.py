@@ -11,7 +11,7 @@ from qflare.v1 import training_pb2
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
 from qflare_server.storage.payload_records import StoredPayload, describe
 from qflare_server.storage.repository import global_models, payloads, training_sessions
-from qflare_server.training.config import of_session
+from qflare_server.training.config import stored_config
 from qflare_server.training.versions import manifest_of
 
 
@@ -39,8 +39,8 @@ def read_plan(
         TrainingSessionNotFoundError: There is no such training session.
         GlobalModelNotFoundError: Its base version is missing.
     """
-    owner = training_sessions.get_session(session, training_session_id)
-    if owner is None:
+    training_session = training_sessions.get_session(session, training_session_id)
+    if training_session is None:
         raise TrainingSessionNotFoundError
     base = global_models.get_model(session, training_session_id, base_version)
     if base is None:
@@ -54,9 +54,9 @@ def read_plan(
         number,
         base_version,
         manifest_of(base),
-        of_session(owner.id, owner.config),
+        stored_config(training_session.id, training_session.config),
         describe(payloads.get_payload(session, base.payload_id)),
         base.strategy_state,
         vectors,
-        owner.privacy_state,
+        training_session.privacy_state,
     )

@@ -11,20 +11,20 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from qflare_server.aggregation.fold import RoundFold, Written
+from qflare_server.aggregation.fold import RoundFold, WrittenVersion
 from qflare_server.aggregation.row_integrity import record_refusals
 from qflare_server.context import Context
-from qflare_server.storage.payload_records import Received
+from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.repository import audit, training_sessions, updates, views
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import Round, RoundState, TrainingSession, TrainingSessionState
-from qflare_server.training.config import of_session
+from qflare_server.training.config import stored_config
 from qflare_server.training.early_stopping import HISTORY, stop_reason
 from qflare_server.training.evaluation import summarise
-from qflare_server.training.privacy import Allowance, ledger_rows, with_ledger
+from qflare_server.training.privacy import PrivacyCharge, ledger_rows, with_ledger
 from qflare_server.training.quarantine import quarantine_repeaters
 from qflare_server.training.rounds import end_session, open_round
-from qflare_server.training.versions import Draft, publish
+from qflare_server.training.versions import VersionDraft, publish
 
 
 @dataclass(frozen=True)
@@ -41,45 +41,54 @@ class Publication:
 
     context: Context
     fold: RoundFold
-    written: Written
-    outcome: Received
-    allowance: Allowance | None = None
+    written: WrittenVersion
+    outcome: ReceivedPayload
+    allowance: PrivacyCharge | None = None
 
     def run(self, session: Session) -> bool:
         """Publish the version; return whether it was, False if the round or the ledger has changed."""
         plan, now = self.fold.plan, self.context.clock()
-        owner = training_sessions.lock_session(session, plan.training_session_id)
+        training_session = training_sessions.lock_session(session, plan.training_session_id)
         current = training_sessions.lock_round(session, plan.training_session_id, plan.number)
-        if owner is None or current is None or not self._still_holds(owner, current):
+        if (
+            training_session is None
+            or current is None
+            or not self._still_holds(training_session, current)
+        ):
             return False
-        draft = self._draft(owner, current, now)
+        draft = self._draft(training_session, current, now)
         for payload in (*self.written.vectors.values(), self.outcome):
             payload.insert(session, now)
-        publish(self.context, session, owner, draft)
+        publish(self.context, session, training_session, draft)
         if self.allowance is not None:
-            state = with_ledger(owner.privacy_state, self.allowance.after)
-            training_sessions.update_session(session, owner.id, {"privacy_state": state})
-        self._settle(session, owner, current, draft, now)
-        self._go_on(session, owner, current, draft, now)
+            state = with_ledger(training_session.privacy_state, self.allowance.after)
+            training_sessions.update_session(session, training_session.id, {"privacy_state": state})
+        self._settle(session, training_session, current, draft, now)
+        self._go_on(session, training_session, current, draft, now)
         return True
 
-    def _still_holds(self, owner: TrainingSession, current: Round) -> bool:
+    def _still_holds(self, training_session: TrainingSession, current: Round) -> bool:
         if current.state != RoundState.CLOSED.value:
             return False
         if current.accepted_count != self.fold.last_sequence:
             return False
-        if owner.current_version != self.fold.plan.base_version:
+        if training_session.current_version != self.fold.plan.base_version:
             return False  # what is sealed is sealed for the version after it
-        return self.allowance is None or ledger_rows(owner.privacy_state) == self.allowance.before
+        return (
+            self.allowance is None
+            or ledger_rows(training_session.privacy_state) == self.allowance.before
+        )
 
-    def _draft(self, owner: TrainingSession, current: Round, now: datetime) -> Draft:
+    def _draft(
+        self, training_session: TrainingSession, current: Round, now: datetime
+    ) -> VersionDraft:
         fold = self.fold
         outcome = fold.outcome
         rejected = outcome.rejected
         spent = None if self.allowance is None else self.allowance.after
         assert current.closed_at is not None
-        return Draft(
-            version=owner.current_version + 1,
+        return VersionDraft(
+            version=training_session.current_version + 1,
             base_version=current.base_version,
             round_number=current.number,
             payload=self.written.payload,
@@ -103,15 +112,20 @@ class Publication:
         )
 
     def _settle(
-        self, session: Session, owner: TrainingSession, current: Round, draft: Draft, now: datetime
+        self,
+        session: Session,
+        training_session: TrainingSession,
+        current: Round,
+        draft: VersionDraft,
+        now: datetime,
     ) -> None:
         """Say of every update what became of it, and of the round that it is published."""
         fold = self.fold
         rejected = fold.outcome.rejected
         updates.mark_rejected(session, rejected, now)
-        record_refusals(session, owner.id, current.number, fold.refusals, now)
+        record_refusals(session, training_session.id, current.number, fold.refusals, now)
         updates.mark_aggregated(
-            session, owner.id, current.number, fold.last_sequence, draft.version, now
+            session, training_session.id, current.number, fold.last_sequence, draft.version, now
         )
         scores = {
             entry.update_id: entry.cosine
@@ -125,13 +139,18 @@ class Publication:
             "rejected_count": len(rejected),
             "published_at": now,
         }
-        training_sessions.update_round(session, owner.id, current.number, values)
+        training_sessions.update_round(session, training_session.id, current.number, values)
         judged = sorted(rejected.keys() - fold.refusals.keys())
-        quarantine_repeaters(session, owner, judged, now)
-        self._record(session, owner, current, draft, now)
+        quarantine_repeaters(session, training_session, judged, now)
+        self._record(session, training_session, current, draft, now)
 
     def _record(
-        self, session: Session, owner: TrainingSession, current: Round, draft: Draft, now: datetime
+        self,
+        session: Session,
+        training_session: TrainingSession,
+        current: Round,
+        draft: VersionDraft,
+        now: datetime,
     ) -> None:
         details: dict[str, Any] = {
             "version": draft.version,
@@ -141,26 +160,35 @@ class Publication:
         }
         if draft.epsilon is not None:
             details["epsilon"] = draft.epsilon
-        event = Event("version.published", f"training_session:{owner.id}", details=details)
+        event = Event(
+            "version.published", f"training_session:{training_session.id}", details=details
+        )
         audit.record(session, SYSTEM, event, now)
 
     def _go_on(
-        self, session: Session, owner: TrainingSession, current: Round, draft: Draft, now: datetime
+        self,
+        session: Session,
+        training_session: TrainingSession,
+        current: Round,
+        draft: VersionDraft,
+        now: datetime,
     ) -> None:
         """Open the next round, or end the training session."""
-        if owner.state == TrainingSessionState.CANCELLED.value:
+        if training_session.state == TrainingSessionState.CANCELLED.value:
             return
-        if of_session(owner.id, owner.config).evaluation.every_rounds:
-            summarise(session, owner, current.base_version, now)
-        reason = self._end_reason(session, owner, current)
+        if stored_config(training_session.id, training_session.config).evaluation.every_rounds:
+            summarise(session, training_session, current.base_version, now)
+        reason = self._end_reason(session, training_session, current)
         if reason:
-            end_session(session, owner, TrainingSessionState.COMPLETED, reason, now)
+            end_session(session, training_session, TrainingSessionState.COMPLETED, reason, now)
             return
-        open_round(self.context, session, owner, draft.version, now)
+        open_round(self.context, session, training_session, draft.version, now)
 
-    def _end_reason(self, session: Session, owner: TrainingSession, current: Round) -> str:
+    def _end_reason(
+        self, session: Session, training_session: TrainingSession, current: Round
+    ) -> str:
         """Return why training ends with this version, empty if it goes on."""
-        config = of_session(owner.id, owner.config)
+        config = stored_config(training_session.id, training_session.config)
         if current.number >= config.total_rounds:
             return "all rounds are done"
         if self.allowance is not None and self.allowance.is_last:
@@ -171,4 +199,6 @@ class Publication:
             )
         if not config.early_stop.metric:
             return ""
-        return stop_reason(config.early_stop, views.latest_metrics(session, owner.id, HISTORY))
+        return stop_reason(
+            config.early_stop, views.latest_metrics(session, training_session.id, HISTORY)
+        )

@@ -1,6 +1,6 @@
 """Updates are checked once more, from their stored rows, before they are folded.
 
-Between acceptance and folding an update is rows in a database. `RowEvidence` makes sure that they still are what a
+Between acceptance and folding an update is rows in a database. `RowIntegrity` makes sure that they still are what a
 device signed: the signature verifies under a key of the device's history that was in use when the round was opened or
 later, and every column that is folded says what the statement says. An update that fails is never folded; it counts
 as rejected, its reason begins with `EVIDENCE_REASON`, and it stands in the record of the version's outcome, so that
@@ -32,9 +32,9 @@ from qflare_server.storage.payload_records import split_digests
 from qflare_server.storage.repository import audit, devices, training_sessions, updates
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.repository.devices import KnownKey
-from qflare_server.storage.repository.updates import Foldable
+from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.storage.tables import EVIDENCE_REASON, RiskLevel
-from qflare_server.strategies import Judgement
+from qflare_server.strategies import UpdateAssessment
 from qflare_server.training.rounds import IN_PROCESS_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ CLOCK_SLACK: Final = timedelta(minutes=5)
 Statement = security_pb2.UpdateStatement
 
 
-class RowEvidence:
+class RowIntegrity:
     """Checks the updates of one round; used by one thread.
 
     Args:
@@ -64,7 +64,7 @@ class RowEvidence:
         round_number: int,
         *,
         carries: bool,
-        recorded: Mapping[str, Judgement] | None = None,
+        recorded: Mapping[str, UpdateAssessment] | None = None,
     ) -> None:
         self._context = context
         self._session_id = training_session_id
@@ -76,7 +76,7 @@ class RowEvidence:
         )
         self._opened: dict[int, datetime] = {}
 
-    def refusals(self, batch: Sequence[Foldable]) -> dict[str, str]:
+    def refusals(self, batch: Sequence[AcceptedUpdate]) -> dict[str, str]:
         """Return why updates must not be folded, by id; empty where all are what was signed."""
         found = self._recorded_refusals(batch)
         if not self._is_on:
@@ -89,7 +89,7 @@ class RowEvidence:
                 logger.warning("update not folded: %s: %s", update.update_id, problem)
         return found
 
-    def _recorded_refusals(self, batch: Sequence[Foldable]) -> dict[str, str]:
+    def _recorded_refusals(self, batch: Sequence[AcceptedUpdate]) -> dict[str, str]:
         recorded = self._recorded or {}
         reasons = {
             update.update_id: recorded[update.update_id].rejection
@@ -98,13 +98,13 @@ class RowEvidence:
         }
         return {name: text for name, text in reasons.items() if text.startswith(EVIDENCE_REASON)}
 
-    def _keys(self, batch: Sequence[Foldable]) -> Mapping[str, KnownKey]:
+    def _keys(self, batch: Sequence[AcceptedUpdate]) -> Mapping[str, KnownKey]:
         """Read the keys that a batch names."""
         key_ids = {update.key_id for update in batch if update.key_id is not None}
         with self._context.database.read() as session:
             return devices.get_keys(session, key_ids)
 
-    def _problem(self, update: Foldable, keys: Mapping[str, KnownKey]) -> str:
+    def _problem(self, update: AcceptedUpdate, keys: Mapping[str, KnownKey]) -> str:
         """Return what is wrong with an update, empty if nothing is."""
         if update.statement is None or update.signature is None or update.key_id is None:
             return "" if self._passed_unsigned(update) else "it is not signed"
@@ -117,13 +117,13 @@ class RowEvidence:
             return str(error)[:200] or type(error).__name__
         return ""
 
-    def _passed_unsigned(self, update: Foldable) -> bool:
+    def _passed_unsigned(self, update: AcceptedUpdate) -> bool:
         """Return whether the record says of an update without a signature that it was folded."""
         nothing = update.signature is None and update.key_id is None
         return nothing and update.update_id in (self._recorded or {})
 
     def _check_signature(
-        self, update: Foldable, statement: Statement, row: KnownKey | None
+        self, update: AcceptedUpdate, statement: Statement, row: KnownKey | None
     ) -> None:
         assert update.statement is not None
         assert update.signature is not None
@@ -153,7 +153,7 @@ class RowEvidence:
                 self._opened[number] = found.opened_at
         return self._opened[number]
 
-    def _check_columns(self, update: Foldable, statement: Statement) -> None:
+    def _check_columns(self, update: AcceptedUpdate, statement: Statement) -> None:
         assert update.statement is not None
         digest = hashlib.sha256(update.statement).hexdigest()
         require_equal("statement_digest", update.statement_digest, digest)
@@ -166,7 +166,7 @@ class RowEvidence:
         require_equal("metrics", update.metrics, dict(statement.metrics))
 
 
-def _check_payload(update: Foldable, statement: Statement) -> None:
+def _check_payload(update: AcceptedUpdate, statement: Statement) -> None:
     """Check that the payload is the one that was signed as it travelled, as far as it is at hand."""
     wanted = statement.wire_digest or statement.payload_digest
     require_equal("payload digest", update.payload_digest, wanted)

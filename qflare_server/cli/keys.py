@@ -16,8 +16,8 @@ from qflare_server.keys.rotation import as_before, replace_stolen, rotate_online
 from qflare_server.keys.secret_files import KeyStoreError, write_secret
 from qflare_server.keys.setup import SetupOptions, bootstrap_bundle, write_bootstrap
 from qflare_server.keys.setup import ensure_initialised as ensure_keys
-from qflare_server.keys.trust_store import of_bundle, read_published
-from qflare_server.serving.application import Parts, open_database, opened
+from qflare_server.keys.trust_store import read_published, trust_from_bundle
+from qflare_server.serving.application import Application, open_application, open_database
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role
 
@@ -129,7 +129,7 @@ def ensure_initialised(
         options: How keys are made; None means as the configuration says.
         folder: Where the keys go; None means the configuration's folder.
     """
-    folder = folder or KeyFolder.of(config)
+    folder = folder or KeyFolder.from_config(config)
     notes = []
     if ensure_keys(config, options=options, folder=folder):
         notes.append(f"made keys in {folder.directory}")
@@ -140,13 +140,13 @@ def ensure_initialised(
             )
     admin_file = config.data_dir / ADMIN_FILE
     if notes and not admin_file.exists():
-        with opened(config) as parts:
+        with open_application(config) as parts:
             issue_first_admin(parts, admin_file)
         notes.append(f"wrote the first admin token to {admin_file}")
     return notes
 
 
-def issue_first_admin(parts: Parts, path: Path) -> None:
+def issue_first_admin(parts: Application, path: Path) -> None:
     """Write an admin token with every right to a new file that only its owner can read."""
     roles: Sequence[Role] = [Role.ADMIN, Role.AUDITOR]
     issued = parts.use_cases.tokens.issue_admin(Caller(), FIRST_ADMIN, roles)
@@ -157,16 +157,16 @@ def run_init(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Make everything that a coordinator needs."""
     folders, passphrases = arguments.root_dir, arguments.root_passphrase_file
     count = arguments.root_count or len(folders) or 1
-    options = SetupOptions.of(config, count, arguments.root_threshold)
+    options = SetupOptions.from_config(config, count, arguments.root_threshold)
     if folders and len({folder.resolve() for folder in folders}) != count:
         raise KeyStoreError(
             f"got {len(folders)} folders for root keys, want {count}, each another one"
         )
     if folders:
         files = given([folder / "root.key" for folder in folders], passphrases)
-        place = replace(KeyFolder.of(config), root_files=files)
+        place = replace(KeyFolder.from_config(config), root_files=files)
     else:
-        place = replace(KeyFolder.of(config), root_passphrase_files=tuple(passphrases))
+        place = replace(KeyFolder.from_config(config), root_passphrase_files=tuple(passphrases))
         place.root_places(count)  # refuses passphrases that do not fit before anything is made
     notes = ensure_initialised(config, options, place)
     print("\n".join(notes) or f"{config.data_dir} is set up already")
@@ -175,7 +175,7 @@ def run_init(config: ServerConfig, arguments: argparse.Namespace) -> int:
 
 def run_rotate(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Rotate the online keys."""
-    folder = offline_root.with_places(KeyFolder.of(config), arguments)
+    folder = offline_root.with_places(KeyFolder.from_config(config), arguments)
     named = config.online_algorithm
     algorithm = algorithm_named(named) if named else None
     database = open_database(config)
@@ -195,11 +195,11 @@ def run_rotate(config: ServerConfig, arguments: argparse.Namespace) -> int:
 
 def run_rotate_root(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Rotate the root keys."""
-    folder = KeyFolder.of(config)
+    folder = KeyFolder.from_config(config)
     ring = folder.read_online()
     database = open_database(config)
     try:
-        before = as_before(read_published(database, of_bundle(ring.realm, ring.bundle)))
+        before = as_before(read_published(database, trust_from_bundle(ring.realm, ring.bundle)))
         options = replace(
             before,
             root_algorithm=algorithm_named(config.root_algorithm)
@@ -217,7 +217,7 @@ def run_rotate_root(config: ServerConfig, arguments: argparse.Namespace) -> int:
 
 def run_bundle(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Write a bootstrap bundle without a token."""
-    with opened(config) as parts:
+    with open_application(config) as parts:
         certificates = arguments.ca.read_text() if arguments.ca else ""
         bundle = bootstrap_bundle(
             parts.keys.trust, arguments.address, certificate_authorities=certificates

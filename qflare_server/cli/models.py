@@ -10,7 +10,7 @@ from qflare.v1 import admin_service_pb2
 from qflare_server.cli import verify
 from qflare_server.cli.terminal import caller, progress
 from qflare_server.config import ServerConfig
-from qflare_server.serving.application import opened
+from qflare_server.serving.application import open_application
 from qflare_server.training.versions import manifest_of
 
 
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
 
 def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Import an initial model."""
-    with opened(config) as parts:
+    with open_application(config) as parts:
         digest = upload_initial_model(
             parts.use_cases.initial_models, arguments.session, arguments.file
         )
@@ -61,7 +61,7 @@ def upload_initial_model(initial_models: Any, training_session_id: str, path: Pa
 
 def run_export(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Export a version."""
-    with opened(config) as parts:
+    with open_application(config) as parts:
         deliveries = parts.use_cases.deliveries
         delivery = deliveries.find(arguments.session, arguments.version)
         model = delivery.model

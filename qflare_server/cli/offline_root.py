@@ -153,7 +153,7 @@ def with_places(folder: KeyFolder, arguments: argparse.Namespace) -> KeyFolder:
 
 def run_prepare(config: ServerConfig, _arguments: argparse.Namespace) -> int:
     """Add the next keys to the key file."""
-    folder = KeyFolder.of(config)
+    folder = KeyFolder.from_config(config)
     named = config.online_algorithm
     for key_id in prepare_online(folder, algorithm=algorithm_named(named) if named else None):
         print(f"prepared {key_id}")
@@ -166,7 +166,7 @@ def run_draft(config: ServerConfig, arguments: argparse.Namespace) -> int:
     database = open_database(config)
     try:
         keyset = draft_keyset(
-            KeyFolder.of(config),
+            KeyFolder.from_config(config),
             database,
             utc_now(),
             without=arguments.without,
@@ -195,7 +195,7 @@ def run_draft_root(config: ServerConfig, arguments: argparse.Namespace) -> int:
     database = open_database(config)
     try:
         document, keyset = draft_exchange(
-            KeyFolder.of(config),
+            KeyFolder.from_config(config),
             database,
             keys,
             arguments.root_threshold,
@@ -231,7 +231,7 @@ def run_sign(config: ServerConfig, arguments: argparse.Namespace) -> int:
 def run_publish(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Bring signed documents into force."""
     signed = _read_signed(arguments.signed)
-    folder, database = KeyFolder.of(config), open_database(config)
+    folder, database = KeyFolder.from_config(config), open_database(config)
     try:
         if arguments.signed_root:
             root = _read_signed(arguments.signed_root)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from qflare_server.cli.terminal import caller
 from qflare_server.config import ServerConfig
 from qflare_server.errors import AlreadyExistsError, ConflictError, QflareError
-from qflare_server.serving.application import opened
+from qflare_server.serving.application import open_application
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.in_process.devices import KnownDevice, KnownDevices
 from qflare_server.use_cases.in_process.records import read_record
@@ -23,7 +23,7 @@ ATTEMPTS: Final = 5
 
 
 @dataclass
-class Imported:
+class ImportCounts:
     """What became of the devices of a file."""
 
     imported: int = 0
@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
 def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Import a dump; 1 if any device was invalid."""
     entries = read_dump(json.loads(arguments.file.read_text("utf-8")))
-    with opened(config) as parts:
+    with open_application(config) as parts:
         done = import_devices(KnownDevices(parts.context), caller(), entries)
     print(f"imported: {done.imported}  skipped: {done.skipped}  invalid: {done.invalid}")
     if done.without_keys:
@@ -76,9 +76,9 @@ def read_dump(dump: object) -> list[tuple[object, object]]:
 
 def import_devices(
     use_case: KnownDevices, who: Caller, entries: Sequence[tuple[object, object]]
-) -> Imported:
+) -> ImportCounts:
     """Import devices, 500 in one transaction; those that are there already are skipped."""
-    done = Imported()
+    done = ImportCounts()
     for batch in _batches(_valid(entries, done)):
         inserted = _add(use_case, who, batch, done)
         done.imported += inserted
@@ -86,7 +86,7 @@ def import_devices(
     return done
 
 
-def _valid(entries: Sequence[tuple[object, object]], done: Imported) -> Iterator[KnownDevice]:
+def _valid(entries: Sequence[tuple[object, object]], done: ImportCounts) -> Iterator[KnownDevice]:
     for device_id, entry in entries:
         try:
             record = read_record(device_id, entry)
@@ -109,7 +109,7 @@ def _batches(known: Iterator[KnownDevice]) -> Iterator[list[KnownDevice]]:
         yield batch
 
 
-def _add(use_case: KnownDevices, who: Caller, batch: list[KnownDevice], done: Imported) -> int:
+def _add(use_case: KnownDevices, who: Caller, batch: list[KnownDevice], done: ImportCounts) -> int:
     """Insert a batch; repeated when a device registers at the same moment, one by one if a key is taken."""
     for attempt in range(1, ATTEMPTS + 1):
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qflare_server.cli.terminal import table
 from qflare_server.config import ServerConfig
-from qflare_server.serving.application import opened
+from qflare_server.serving.application import open_application
 from qflare_server.storage.paging import PageRequest
 
 
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
 
 def run_status(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Show training sessions and devices."""
-    with opened(config) as parts:
+    with open_application(config) as parts:
         sessions = parts.use_cases.training.list(PageRequest(100)).rows
         by_state, by_type = parts.use_cases.devices.counts()
     rows = [

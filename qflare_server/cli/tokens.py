@@ -9,9 +9,9 @@ from typing import Any
 from qflare_server.cli.terminal import caller
 from qflare_server.config import ServerConfig
 from qflare_server.keys.setup import bootstrap_bundle, write_bootstrap
-from qflare_server.serving.application import Parts, opened
+from qflare_server.serving.application import Application, open_application
 from qflare_server.use_cases.access.roles import Role
-from qflare_server.use_cases.access.tokens import Issued
+from qflare_server.use_cases.access.tokens import IssuedToken
 
 
 def add(commands: Any) -> None:
@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
 
 def run_issue(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Issue enrollment tokens."""
-    with opened(config) as parts:
+    with open_application(config) as parts:
         issued = parts.use_cases.tokens.issue_enrollment(
             caller(),
             count=arguments.count,
@@ -68,7 +68,9 @@ def run_issue(config: ServerConfig, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _write_bundles(parts: Parts, issued: Sequence[Issued], arguments: argparse.Namespace) -> None:
+def _write_bundles(
+    parts: Application, issued: Sequence[IssuedToken], arguments: argparse.Namespace
+) -> None:
     """Write what each device needs, its token included, to a 0600 file of its own."""
     certificates = arguments.ca.read_text() if arguments.ca else ""
     address = arguments.address or parts.config.listen
@@ -86,7 +88,7 @@ def _write_bundles(parts: Parts, issued: Sequence[Issued], arguments: argparse.N
 
 def run_issue_admin(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Issue an admin token."""
-    with opened(config) as parts:
+    with open_application(config) as parts:
         roles = [Role(role) for role in arguments.role]
         issued = parts.use_cases.tokens.issue_admin(
             caller(), arguments.name, roles, arguments.lifetime_s

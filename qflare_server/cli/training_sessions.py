@@ -11,7 +11,7 @@ from qflare.v1 import training_pb2
 from qflare_server.cli.models import upload_initial_model
 from qflare_server.cli.terminal import caller
 from qflare_server.config import ServerConfig
-from qflare_server.serving.application import opened
+from qflare_server.serving.application import open_application
 
 
 def add(commands: Any) -> None:
@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
 def run_create(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Create a training session."""
     wanted = _training_config(arguments)
-    with opened(config) as parts:
+    with open_application(config) as parts:
         training = parts.use_cases.training
         created = training.create(
             caller(),
@@ -80,7 +80,7 @@ def _training_config(arguments: argparse.Namespace) -> training_pb2.TrainingConf
 
 def run_transition(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Start, pause, resume or cancel a training session."""
-    with opened(config) as parts:
+    with open_application(config) as parts:
         training = parts.use_cases.training
         if arguments.transition == "cancel":
             row = training.cancel(caller(), arguments.session, "cancelled by command")

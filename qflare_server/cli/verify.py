@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qflare_server.config import ServerConfig
-from qflare_server.serving.application import opened
+from qflare_server.serving.application import open_application
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
 from qflare_server.use_cases.audit.witness import append
 from qflare_server.verification import Recomputation, recompute_version, verify_database
@@ -51,7 +51,7 @@ def add_model_verify(actions: Any) -> None:
 
 def run_verify(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Verify the database."""
-    with opened(config) as parts:
+    with open_application(config) as parts:
         pinned = arguments.root_key_id or parts.keys.root_key_ids
         report = verify_database(
             parts.context,
@@ -74,7 +74,7 @@ def _counts(tally: Any) -> str:
 
 def run_witness(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Append the head of the audit log to a witness file."""
-    with opened(config) as parts:
+    with open_application(config) as parts:
         sequencer = AuditSequencer(parts.context)
         while sequencer.run_once():
             pass
@@ -85,7 +85,7 @@ def run_witness(config: ServerConfig, arguments: argparse.Namespace) -> int:
 
 def run_recompute(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Recompute a version."""
-    with opened(config) as parts:
+    with open_application(config) as parts:
         result = recompute_version(parts.context, arguments.session, arguments.version)
     print(_verdict(result))
     return 0 if result.recomputed and not result.differences else 1

@@ -69,7 +69,7 @@ class KeyFolder:
     hardware: Hardware | None = None
 
     @classmethod
-    def of(cls, config: ServerConfig) -> "KeyFolder":
+    def from_config(cls, config: ServerConfig) -> "KeyFolder":
         """Return the folder that a configuration names, with its hardware module.
 
         Raises:

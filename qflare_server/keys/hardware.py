@@ -27,7 +27,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NamedTuple, Protocol
 
-from qflare.crypto.signing import Algorithm, Context, InvalidSignatureError, PublicKey, algorithm_of
+from qflare.crypto.signing import (
+    Algorithm,
+    InvalidSignatureError,
+    PublicKey,
+    SigningContext,
+    algorithm_of,
+)
 from qflare.v1 import security_pb2
 from qflare_server.context import UnknownKeyError
 from qflare_server.keys.ring import KeyProvider, KeyRing, Role
@@ -82,7 +88,7 @@ class Hardware(Protocol):
     def public(self) -> Sequence[security_pb2.RoleKey]:
         """Return the signature keys in it, oldest first."""
 
-    def sign(self, key_id: str, context: Context, message: bytes) -> bytes:
+    def sign(self, key_id: str, context: SigningContext, message: bytes) -> bytes:
         """Sign a message; raises `UnknownKeyError`."""
 
     def keep_only(self, key_ids: Collection[str]) -> None:
@@ -100,7 +106,7 @@ class JoinedProvider:
         """Return the public half of every key with its role."""
         return [*self.ring.public(), *self.hardware.public()]
 
-    def sign(self, key_id: str, context: Context, message: bytes) -> bytes:
+    def sign(self, key_id: str, context: SigningContext, message: bytes) -> bytes:
         """Sign in the module.
 
         Raises:
@@ -211,7 +217,7 @@ class Pkcs11Module:
             for held in self._keys.values()
         ]
 
-    def sign(self, key_id: str, context: Context, message: bytes) -> bytes:
+    def sign(self, key_id: str, context: SigningContext, message: bytes) -> bytes:
         """Sign a message in the token.
 
         Raises:
@@ -264,9 +270,9 @@ class Pkcs11Module:
 
     def _test(self, key: PublicKey) -> None:
         """Sign in the token and verify outside, under a context."""
-        signature = self.sign(key.key_id, Context.SELF_TEST, b"qflare")
+        signature = self.sign(key.key_id, SigningContext.SELF_TEST, b"qflare")
         try:
-            key.verify(Context.SELF_TEST, b"qflare", signature)
+            key.verify(SigningContext.SELF_TEST, b"qflare", signature)
         except InvalidSignatureError as error:
             raise KeyStoreError("a key of the PKCS#11 token fails its self-test") from error
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias
 
 from qflare.crypto.sealing import KemKey
-from qflare.crypto.signing import Algorithm, Context, Provider, SigningKey
+from qflare.crypto.signing import Algorithm, Provider, SigningContext, SigningKey
 from qflare.crypto.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2
 from qflare_server.context import UnknownKeyError
@@ -43,7 +43,7 @@ class KeyProvider(Protocol):
     def public(self) -> Sequence[security_pb2.RoleKey]:
         """Return the public half of every key with its role, oldest first."""
 
-    def sign(self, key_id: str, context: Context, message: bytes) -> bytes:
+    def sign(self, key_id: str, context: SigningContext, message: bytes) -> bytes:
         """Sign a message under a FIPS 204 context; raises `UnknownKeyError`."""
 
     def decapsulate(self, key_id: str, encapsulation: bytes) -> bytes:
@@ -110,7 +110,7 @@ class KeyRing:
         """Return the public half of every key with its role, oldest first."""
         return [entry.to_proto() for entry in self.keys]
 
-    def sign(self, key_id: str, context: Context, message: bytes) -> bytes:
+    def sign(self, key_id: str, context: SigningContext, message: bytes) -> bytes:
         """Sign a message.
 
         Raises:

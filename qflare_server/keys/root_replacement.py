@@ -18,7 +18,7 @@ from qflare_server.keys.root_files import RootFile, write_each
 from qflare_server.keys.rotation import follow_keyset, publish_trust
 from qflare_server.keys.secret_files import KeyStoreError
 from qflare_server.keys.trust_documents import KEYSET_LIFETIME, ROOT_LIFETIME, Trust, draft_root
-from qflare_server.keys.trust_store import of_bundle, read_published
+from qflare_server.keys.trust_store import read_published, trust_from_bundle
 from qflare_server.storage.database import Database
 
 
@@ -65,7 +65,7 @@ def draft_exchange(
     if len({key.key_id for key in keys}) != len(keys):
         raise KeyStoreError("a root key is given twice")
     ring = folder.read_online()
-    trust = read_published(database, of_bundle(ring.realm, ring.bundle))
+    trust = read_published(database, trust_from_bundle(ring.realm, ring.bundle))
     version = trust.root.version + 1
     document = draft_root(ring.realm, version, keys, threshold, at, root_lifetime)
     keyset = follow_keyset(folder.provider(ring), trust, version, at, (), keyset_lifetime)
@@ -86,7 +86,7 @@ def publish_exchange(
         ConflictError: Another process published at the same moment.
     """
     ring = folder.read_online()
-    trust = read_published(database, of_bundle(ring.realm, ring.bundle))
+    trust = read_published(database, trust_from_bundle(ring.realm, ring.bundle))
     wanted = Trust.follow(ring.realm, [*trust.roots, root], keyset)
     return publish_trust(folder, database, trust, wanted, at)
 

@@ -41,7 +41,7 @@ from qflare_server.keys.trust_documents import (
     sign_document,
 )
 from qflare_server.keys.trust_documents import draft_keyset as draft
-from qflare_server.keys.trust_store import of_bundle, publish, read_published
+from qflare_server.keys.trust_store import publish, read_published, trust_from_bundle
 from qflare_server.storage.database import Database
 
 _EARLIER_STATE_KEYS: Final = 4  # that still open stored payloads until these are wrapped anew
@@ -105,7 +105,7 @@ def draft_keyset(
         KeyStoreError: The key file cannot be read, or the published documents are not right.
     """
     ring = folder.read_online()
-    trust = read_published(database, of_bundle(ring.realm, ring.bundle))
+    trust = read_published(database, trust_from_bundle(ring.realm, ring.bundle))
     return follow_keyset(folder.provider(ring), trust, trust.root.version, at, without, lifetime)
 
 
@@ -128,7 +128,7 @@ def publish_keyset(
         ConflictError: Another process published at the same moment.
     """
     ring = folder.read_online()
-    trust = read_published(database, of_bundle(ring.realm, ring.bundle))
+    trust = read_published(database, trust_from_bundle(ring.realm, ring.bundle))
     return publish_trust(folder, database, trust, Trust.follow(ring.realm, trust.roots, keyset), at)
 
 
@@ -156,7 +156,7 @@ def rotate_online(
         ConflictError: Another process published at the same moment.
     """
     root, ring = folder.read_root(), folder.read_online()
-    trust = read_published(database, of_bundle(ring.realm, ring.bundle))
+    trust = read_published(database, trust_from_bundle(ring.realm, ring.bundle))
     _require_threshold(root, trust)
     prepare_online(folder, algorithm=algorithm)
     keyset = draft_keyset(folder, database, at, without=without, lifetime=lifetime)
@@ -178,7 +178,7 @@ def replace_stolen(
         ConflictError: Another process published at the same moment.
     """
     root, ring = folder.read_root(), folder.read_online()
-    trust = read_published(database, of_bundle(ring.realm, ring.bundle))
+    trust = read_published(database, trust_from_bundle(ring.realm, ring.bundle))
     _require_threshold(root, trust)  # before anything is written
     held = folder.provider(ring).public()
     stolen = {key_id_of(key) for key in [*trust.keyset.keys, *held]}
@@ -219,7 +219,7 @@ def rotate_root(
         ConflictError: Another process published at the same moment.
     """
     previous, ring = folder.read_root(), folder.read_online()
-    trust = read_published(database, of_bundle(ring.realm, ring.bundle))
+    trust = read_published(database, trust_from_bundle(ring.realm, ring.bundle))
     _require_threshold(previous, trust)
     chosen = options or as_before(trust)
     following = KeyRing.generate_root(ring.realm, chosen.root_count, chosen.root_algorithm)

@@ -20,7 +20,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from qflare.crypto.envelope import sign_envelope
-from qflare.crypto.signing import Context, PublicKey
+from qflare.crypto.signing import PublicKey, SigningContext
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock
@@ -29,7 +29,12 @@ from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.ring import KeyProvider, KeyRing, Role
 from qflare_server.keys.secret_files import KeyStoreError
 from qflare_server.keys.trust_documents import Trust
-from qflare_server.keys.trust_store import newest_versions, of_bundle, publish, read_published
+from qflare_server.keys.trust_store import (
+    newest_versions,
+    publish,
+    read_published,
+    trust_from_bundle,
+)
 from qflare_server.storage.database import Database
 
 logger = logging.getLogger(__name__)
@@ -43,11 +48,11 @@ EXPIRY_WARNING: Final = timedelta(days=30)
 WARNING_INTERVAL: Final = timedelta(days=1)
 """How often it says so."""
 
-CONTEXTS: Final[dict[Role, Context]] = {
-    security_pb2.KEY_ROLE_MODEL: Context.MODEL,
-    security_pb2.KEY_ROLE_REGISTRAR: Context.RECEIPT,
-    security_pb2.KEY_ROLE_LOG: Context.TREE_HEAD,
-    security_pb2.KEY_ROLE_TASK: Context.TASK,
+CONTEXTS: Final[dict[Role, SigningContext]] = {
+    security_pb2.KEY_ROLE_MODEL: SigningContext.MODEL,
+    security_pb2.KEY_ROLE_REGISTRAR: SigningContext.RECEIPT,
+    security_pb2.KEY_ROLE_LOG: SigningContext.TREE_HEAD,
+    security_pb2.KEY_ROLE_TASK: SigningContext.TASK,
 }
 """What the key of a role signs: one FIPS 204 context for each."""
 
@@ -63,7 +68,7 @@ class _HeldKey:
     def public(self) -> PublicKey:
         return self._public
 
-    def sign(self, context: Context, message: bytes) -> bytes:
+    def sign(self, context: SigningContext, message: bytes) -> bytes:
         return self._provider.sign(self._public.key_id, context, message)
 
 
@@ -114,7 +119,7 @@ class ServerKeys:
         self._reread = reread
         self._lock = threading.Lock()
         self._looked_at = clock()
-        self._pinned = of_bundle(ring.realm, ring.bundle)
+        self._pinned = trust_from_bundle(ring.realm, ring.bundle)
         self._trust = publish(database, self._pinned, self._pinned, clock())
         self._holding = _Holding(self._provide(ring))
         self.realm: Final = ring.realm
@@ -133,7 +138,7 @@ class ServerKeys:
                 database do not follow from them.
             StoreUnavailableError: The database cannot be reached.
         """
-        folder = KeyFolder.of(config)
+        folder = KeyFolder.from_config(config)
         ring = folder.read_online()
         if ring.realm != config.realm:
             raise KeyStoreError(f"keys are of realm {ring.realm!r}, want {config.realm!r}")

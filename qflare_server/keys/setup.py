@@ -64,7 +64,9 @@ class SetupOptions:
             raise KeyStoreError(f"{self.algorithm.name} signs too slowly for online keys")
 
     @classmethod
-    def of(cls, config: ServerConfig, root_count: int = 1, threshold: int = 1) -> "SetupOptions":
+    def from_config(
+        cls, config: ServerConfig, root_count: int = 1, threshold: int = 1
+    ) -> "SetupOptions":
         """Return the options that a configuration names.
 
         Raises:
@@ -146,11 +148,13 @@ def ensure_initialised(
     Raises:
         KeyStoreError: They cannot be written.
     """
-    folder = folder or KeyFolder.of(config)
+    folder = folder or KeyFolder.from_config(config)
     if not folder.is_empty():
         return False
     try:
-        initialise(folder, config.realm, datetime.now(UTC), options or SetupOptions.of(config))
+        initialise(
+            folder, config.realm, datetime.now(UTC), options or SetupOptions.from_config(config)
+        )
     except KeyStoreError:
         if folder.is_empty():
             raise

@@ -11,7 +11,7 @@ verify the same signature.
 
 from typing import Final
 
-from qflare.crypto.signing import Context, PublicKey, tagged_hash
+from qflare.crypto.signing import PublicKey, SigningContext, tagged_hash
 
 REMEMBERED: Final = 50_000
 """Signatures that are remembered at least, if as many were verified; twice as many at most, 100 bytes each."""
@@ -33,7 +33,7 @@ class SignatureCache:
         name = tagged_hash("qflare/checked", key.key_id.encode(), key.data, message, signature)
         if name in self._recent or name in self._earlier:
             return
-        key.verify(Context.UPDATE, message, signature)
+        key.verify(SigningContext.UPDATE, message, signature)
         if len(self._recent) >= REMEMBERED:
             self._earlier, self._recent = self._recent, set()
         self._recent.add(name)

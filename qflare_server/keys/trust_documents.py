@@ -19,7 +19,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.crypto.envelope import add_signature, open_envelope
 from qflare.crypto.sealing import KemPublicKey
-from qflare.crypto.signing import Context, InvalidKeyError, InvalidSignatureError, PublicKey, Signer
+from qflare.crypto.signing import (
+    InvalidKeyError,
+    InvalidSignatureError,
+    PublicKey,
+    Signer,
+    SigningContext,
+)
 from qflare.v1 import security_pb2
 from qflare_server.keys.ring import ROLES, Role
 from qflare_server.keys.secret_files import KeyStoreError
@@ -181,7 +187,7 @@ def sign_document(
         ValueError: It is longer than a signed message may be.
     """
     is_root = isinstance(document, security_pb2.RootDocument)
-    context = Context.ROOT if is_root else Context.KEYSET
+    context = SigningContext.ROOT if is_root else SigningContext.KEYSET
     payload = document.SerializeToString(deterministic=True)
     envelope = security_pb2.SignedEnvelope(payload=payload)
     for signer in signers:
@@ -197,14 +203,14 @@ def _next_root(
     if (document.realm, document.version) != (realm, version):
         raise UntrustedDocumentError(f"root document: want version {version} of {realm}")
     for root in (document,) if before is None else (before, document):
-        _open(envelope, Context.ROOT, root)
+        _open(envelope, SigningContext.ROOT, root)
     return document
 
 
 def _open_keyset(
     realm: str, envelope: security_pb2.SignedEnvelope, root: security_pb2.RootDocument
 ) -> security_pb2.Keyset:
-    keyset = _read(security_pb2.Keyset.FromString, _open(envelope, Context.KEYSET, root))
+    keyset = _read(security_pb2.Keyset.FromString, _open(envelope, SigningContext.KEYSET, root))
     if (keyset.realm, keyset.root_version) != (realm, root.version):
         raise UntrustedDocumentError(f"keyset: want one of root {root.version} of {realm}")
     named = Counter(key.role for key in keyset.keys)
@@ -214,7 +220,7 @@ def _open_keyset(
 
 
 def _open(
-    envelope: security_pb2.SignedEnvelope, context: Context, root: security_pb2.RootDocument
+    envelope: security_pb2.SignedEnvelope, context: SigningContext, root: security_pb2.RootDocument
 ) -> bytes:
     try:
         keys = [PublicKey.from_proto(key) for key in root.keys]

@@ -16,7 +16,7 @@ from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import RiskLevel
 
 
-def of_bundle(realm: str, data: bytes) -> Trust:
+def trust_from_bundle(realm: str, data: bytes) -> Trust:
     """Follow a serialised bundle that begins with version 1 of the root.
 
     Raises:

@@ -28,7 +28,7 @@ class SealedArrival:
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedPayload:
     """What a payload has to be, known before its first byte.
 
     `digest` and `chunk_digests` may be empty where the sender did not state them; the latter are those of the chunks

@@ -10,7 +10,7 @@ from qflare.crypto.sealed_payloads import (
     opened_size_bytes,
 )
 from qflare.crypto.sealing import UnsealError
-from qflare.tensors import CHUNK_BYTES, cut
+from qflare.tensors import CHUNK_BYTES, rechunk
 from qflare_server.context import Context
 from qflare_server.errors import PayloadPrunedError, SealedPayloadLostError
 from qflare_server.payloads.keys import restore_key
@@ -161,7 +161,7 @@ class Contents:
         return self._opener
 
 
-def recut(pieces: Iterator[bytes], skipped_bytes: int) -> Iterator[bytes]:
+def rechunk_after(pieces: Iterator[bytes], skipped_bytes: int) -> Iterator[bytes]:
     """Yield chunks of `CHUNK_BYTES` from pieces of any size, without the first bytes."""
 
     def rest() -> Iterator[memoryview]:
@@ -171,4 +171,4 @@ def recut(pieces: Iterator[bytes], skipped_bytes: int) -> Iterator[bytes]:
             left = max(0, left - len(piece))
             yield view
 
-    return cut(rest())
+    return rechunk(rest())

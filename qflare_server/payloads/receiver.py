@@ -15,9 +15,9 @@ from qflare_server.errors import (
     DigestMismatchError,
     InvalidUpdateError,
 )
-from qflare_server.payloads.expected import Expected
+from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.storage.ids import payload_name
-from qflare_server.storage.payload_records import Received, Seal, split_digests
+from qflare_server.storage.payload_records import ReceivedPayload, Seal, split_digests
 from qflare_server.storage.payload_store import READ_CHUNKS
 from qflare_server.storage.repository import payloads as rows
 
@@ -39,7 +39,7 @@ class Receiver:
         self,
         context: Context,
         executor: ThreadPoolExecutor,
-        expected: Expected,
+        expected: ExpectedPayload,
         *,
         payload_id: str = "",
         first_chunk: int = 0,
@@ -156,7 +156,7 @@ class Receiver:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def finish(self) -> Received:
+    def finish(self) -> ReceivedPayload:
         """Return the whole payload, durable if it is large.
 
         Raises:
@@ -165,7 +165,7 @@ class Receiver:
         """
         digest = self._whole_digest()
         seal = self._seal()
-        return Received(
+        return ReceivedPayload(
             payload_id=self.payload_id,
             size_bytes=self._size_bytes,
             digest=digest,

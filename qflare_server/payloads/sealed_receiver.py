@@ -22,10 +22,10 @@ from qflare.tensors import PieceHasher
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import DigestMismatchError, InvalidSealError
-from qflare_server.payloads.expected import Expected
+from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.keys import restore_key, store_key, take_key
 from qflare_server.payloads.receiver import Receiver
-from qflare_server.storage.payload_records import Received, Seal
+from qflare_server.storage.payload_records import ReceivedPayload, Seal
 
 
 class OpeningReceiver(Receiver):
@@ -49,7 +49,7 @@ class OpeningReceiver(Receiver):
         self,
         context: Context,
         executor: ThreadPoolExecutor,
-        expected: Expected,
+        expected: ExpectedPayload,
         *,
         payload_id: str = "",
         first_chunk: int = 0,
@@ -112,7 +112,7 @@ class SealingReceiver(Receiver):
         self,
         context: Context,
         executor: ThreadPoolExecutor,
-        expected: Expected,
+        expected: ExpectedPayload,
         belongs_to: SealContext,
     ) -> None:
         super().__init__(context, executor, expected)
@@ -141,7 +141,7 @@ class SealingReceiver(Receiver):
         self._segments.append(merkle.leaf_hash(segment))
         self._keep(segment)
 
-    def finish(self) -> Received:
+    def finish(self) -> ReceivedPayload:
         """Return the whole payload, sealed, and durable if it is large.
 
         Raises:
@@ -152,7 +152,7 @@ class SealingReceiver(Receiver):
         self._keep_segment(self._rest)
         key = self._sealer.key
         stored_key = store_key(self._context, self.payload_id, key)
-        return Received(
+        return ReceivedPayload(
             payload_id=self.payload_id,
             size_bytes=self._kept_bytes,
             digest=merkle.root(self._segments).hex(),
@@ -189,7 +189,7 @@ def seal_context(
 def receiver_of(
     context: Context,
     executor: ThreadPoolExecutor,
-    expected: Expected,
+    expected: ExpectedPayload,
     belongs_to: SealContext | None,
 ) -> Receiver:
     """Return what takes in a payload that does not come sealed, and keeps it sealed if it belongs to something."""

@@ -10,10 +10,10 @@ from qflare.tensors.encodings import Encoding
 from qflare.tensors.manifest import CHUNK_BYTES, Manifest
 from qflare_server.context import Context
 from qflare_server.errors import InvalidUpdateError
-from qflare_server.payloads.expected import Expected
+from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.reader import read_chunks
 from qflare_server.payloads.sealed_receiver import receiver_of
-from qflare_server.storage.payload_records import Download, Received, StoredPayload
+from qflare_server.storage.payload_records import Download, ReceivedPayload, StoredPayload
 from qflare_server.storage.repository import payloads
 
 
@@ -28,7 +28,7 @@ class PayloadWriter:
         at: datetime,
         belongs_to: SealContext | None = None,
     ) -> None:
-        self._receiver = receiver_of(context, executor, Expected(manifest), belongs_to)
+        self._receiver = receiver_of(context, executor, ExpectedPayload(manifest), belongs_to)
         self._rest = bytearray()
         if self._receiver.is_large:
             payload_id = self._receiver.payload_id
@@ -50,7 +50,7 @@ class PayloadWriter:
             self._receiver.add(self._receiver.next_index, bytes(self._rest[:CHUNK_BYTES]))
             del self._rest[:CHUNK_BYTES]
 
-    def finish(self) -> Received:
+    def finish(self) -> ReceivedPayload:
         """Return the whole payload, durable if it is large."""
         if self._rest:
             self._receiver.add(self._receiver.next_index, bytes(self._rest))
@@ -86,7 +86,7 @@ class VersionWriter:
         self._at = at
         self._belongs_to = belongs_to
 
-    def write(self, chunks: Iterable[bytes]) -> tuple[Received, Download | None]:
+    def write(self, chunks: Iterable[bytes]) -> tuple[ReceivedPayload, Download | None]:
         """Write both.
 
         Raises:
@@ -131,7 +131,7 @@ class VersionWriter:
         return InvalidUpdateError(f"download as {self._encoding.name.lower()}: {error}")
 
 
-def received_chunks(context: Context, received: Received) -> Iterator[bytes]:
+def received_chunks(context: Context, received: ReceivedPayload) -> Iterator[bytes]:
     """Yield the chunks of a payload whose row is not written yet."""
     if received.data is not None:
         yield received.data

@@ -16,7 +16,7 @@ from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine, normalise_url
 from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
 from qflare_server.storage.schema import is_empty, require_current, upgrade
-from qflare_server.use_cases import UseCases, put_together
+from qflare_server.use_cases import UseCases, build_use_cases
 
 WRITER_THREADS: Final = 8
 
@@ -44,7 +44,7 @@ def open_store(config: ServerConfig, database: Database) -> PayloadStore:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Application:
     """The open parts of a coordinator."""
 
     config: ServerConfig
@@ -58,7 +58,7 @@ class Parts:
     @classmethod
     def open(
         cls, config: ServerConfig, clock: Clock = utc_now, telemetry: Telemetry | None = None
-    ) -> "Parts":
+    ) -> "Application":
         """Open database, payload store and keys, and put the use cases together.
 
         Raises:
@@ -84,7 +84,7 @@ class Parts:
             decapsulate=keys.decapsulate,
             signatures=SignatureCache(),
         )
-        use_cases = put_together(context, keys, executor)
+        use_cases = build_use_cases(context, keys, executor)
         return cls(config, database, keys, context, use_cases, executor, wake)
 
     def close(self) -> None:
@@ -95,9 +95,9 @@ class Parts:
 
 
 @contextmanager
-def opened(config: ServerConfig) -> Iterator[Parts]:
+def open_application(config: ServerConfig) -> Iterator[Application]:
     """Open the parts for a command and close them after it."""
-    parts = Parts.open(config)
+    parts = Application.open(config)
     try:
         yield parts
     finally:

@@ -22,16 +22,16 @@ from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.worker import AggregationWorker
 from qflare_server.config import WORKER_VARIABLE, ConfigError, ServerConfig
 from qflare_server.context import Clock, Telemetry, utc_now
-from qflare_server.serving.application import Parts
+from qflare_server.serving.application import Application
 from qflare_server.serving.dashboard import open_dashboard
-from qflare_server.serving.maintenance import Housekeeping
+from qflare_server.serving.maintenance import Maintenance
 from qflare_server.serving.observability import Observability
 from qflare_server.serving.rpc.admin_service import AdminServicer
 from qflare_server.serving.rpc.coordinator_service import CoordinatorServicer
-from qflare_server.serving.rpc.interceptor import Boundary
+from qflare_server.serving.rpc.interceptor import CallInterceptor
 from qflare_server.serving.rpc.limits import Watchdog
 from qflare_server.serving.rpc.possession import PossessionInterceptor
-from qflare_server.serving.rpc.streams import Pump
+from qflare_server.serving.rpc.streams import StreamReader
 from qflare_server.serving.tls import tls_credentials
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
 
@@ -63,14 +63,14 @@ class Coordinator:
         self.config = config
         self.draining = threading.Event()
         self.observability = Observability(config, telemetry)
-        self.parts = Parts.open(config, clock, self.observability.telemetry)
+        self.parts = Application.open(config, clock, self.observability.telemetry)
         self.use_cases = self.parts.use_cases
         self._watchdog = Watchdog(config.stall_timeout_s)
-        self._pump = Pump(config.rpc_threads, config.stall_timeout_s)
+        self._pump = StreamReader(config.rpc_threads, config.stall_timeout_s)
         self._health = health.HealthServicer(
             experimental_thread_pool=ThreadPoolExecutor(2, thread_name_prefix="health")
         )
-        self._boundary = Boundary(
+        self._boundary = CallInterceptor(
             config,
             self.use_cases.authentication,
             self._pump,
@@ -84,7 +84,7 @@ class Coordinator:
         context = self.parts.context
         aggregator = Aggregator(context, self.parts.executor, holder[:64])
         self._worker = AggregationWorker(aggregator, context, self.parts.wake)
-        self._housekeeping = Housekeeping(
+        self._housekeeping = Maintenance(
             context,
             self.use_cases,
             AuditSequencer(context),

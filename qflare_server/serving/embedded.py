@@ -26,7 +26,7 @@ from qflare_server.errors import (
     QflareError,
 )
 from qflare_server.keys import ensure_initialised
-from qflare_server.serving.application import Parts
+from qflare_server.serving.application import Application
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.devices.administration import Devices
 from qflare_server.use_cases.in_process.devices import KnownDevices
@@ -39,7 +39,7 @@ CALLER: Final = Caller("system", "", "in-process")
 
 
 class OpenParts(Protocol):
-    """The parts that embedding needs; `qflare_server.serving.application.Parts` has them."""
+    """The parts that embedding needs; `qflare_server.serving.application.Application` has them."""
 
     @property
     def context(self) -> Context:
@@ -64,7 +64,7 @@ class RoundPublisher(Aggregator):
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedCoordinator:
     """The use cases of an embedding program."""
 
     context: Context
@@ -75,7 +75,7 @@ class Embedded:
     deliveries: Deliveries
 
     @classmethod
-    def over(cls, parts: OpenParts) -> "Embedded":
+    def over(cls, parts: OpenParts) -> "EmbeddedCoordinator":
         """Put the use cases together."""
         context, executor = parts.context, parts.executor
         return cls(
@@ -99,22 +99,22 @@ class _Process:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._embedded: Embedded | None = None
-        self._own: Parts | None = None
+        self._embedded: EmbeddedCoordinator | None = None
+        self._own: Application | None = None
 
-    def current(self) -> Embedded:
+    def current(self) -> EmbeddedCoordinator:
         with self._lock:
             if self._embedded is None:
                 config = ServerConfig.from_env(os.environ)
                 ensure_initialised(config)
-                self._own = Parts.open(config)
-                self._embedded = Embedded.over(self._own)
+                self._own = Application.open(config)
+                self._embedded = EmbeddedCoordinator.over(self._own)
             return self._embedded
 
     def configure(self, parts: OpenParts | None) -> None:
         with self._lock:
             own, self._own = self._own, None
-            self._embedded = None if parts is None else Embedded.over(parts)
+            self._embedded = None if parts is None else EmbeddedCoordinator.over(parts)
         if own is not None:
             own.close()
 
@@ -122,7 +122,7 @@ class _Process:
 _PROCESS: Final = _Process()
 
 
-def current() -> Embedded:
+def current() -> EmbeddedCoordinator:
     """Return the use cases of this process, opening them on first use.
 
     Raises:

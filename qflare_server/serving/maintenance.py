@@ -35,7 +35,7 @@ class SetHealthy(Protocol):
         """Set it."""
 
 
-class Housekeeping:
+class Maintenance:
     """The thread that keeps house.
 
     Args:

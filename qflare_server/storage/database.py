@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from qflare_server.errors import StoreUnavailableError
 from qflare_server.storage.epochs import EpochReader, Epochs
 from qflare_server.storage.error_translation import POSTGRES_RETRY, domain_errors
-from qflare_server.storage.group_commit import WRITE_ATTEMPTS, T, _GroupWriter
+from qflare_server.storage.group_commit import WRITE_ATTEMPTS, GroupWriter, T
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Database:
         self.is_sqlite = engine.dialect.name == "sqlite"
         self._timeout_s = timeout_s
         self._epochs = EpochReader(engine)
-        self._writer = _GroupWriter(engine) if self.is_sqlite else None
+        self._writer = GroupWriter(engine) if self.is_sqlite else None
 
     def epochs(self) -> Epochs:
         """Return the counts of changes that every call must notice at once.

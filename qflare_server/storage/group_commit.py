@@ -25,7 +25,7 @@ T = TypeVar("T")
 Work = Callable[[Session], Any]
 
 
-class _GroupWriter:
+class GroupWriter:
     """The thread that owns the writing connection of an SQLite database."""
 
     def __init__(self, engine: Engine) -> None:

@@ -33,7 +33,7 @@ class Seal:
 
 
 @dataclass(frozen=True)
-class Received:
+class ReceivedPayload:
     """A whole payload, checked; `data` is None if its chunks are in the store.
 
     Size and digests are those of the bytes that are kept: of the segments where it is sealed.
@@ -63,7 +63,7 @@ class Received:
         insert_received(session, [self], at)
 
 
-def insert_received(session: Session, payloads: Sequence[Received], at: datetime) -> None:
+def insert_received(session: Session, payloads: Sequence[ReceivedPayload], at: datetime) -> None:
     """Insert the rows of payloads; from then on their chunks are no longer those of uploads.
 
     Raises:
@@ -152,7 +152,7 @@ class Download:
     """The form in which devices get a version, where that is not its payload."""
 
     encoding: Encoding
-    payload: Received
+    payload: ReceivedPayload
 
     def statement(self) -> training_pb2.EncodedPayload:
         """Return what the version's statement says of it."""

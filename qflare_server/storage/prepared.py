@@ -65,7 +65,7 @@ def _one_of_postgres(element: OneOf, compiler: SQLCompiler, **options: Any) -> s
     return f"{column} = ANY ({texts})"
 
 
-class Prepared:
+class PreparedStatement:
     """A SELECT or UPDATE with named parameters.
 
     Args:
@@ -200,7 +200,7 @@ def _result(kind: TypeEngine[Any], dialect: Dialect) -> Processor | None:
 def together(session: Session) -> Iterator[None]:
     """Send the writes of a block in one round trip where there is a server, at the end of the block.
 
-    Only writes by `Prepared` and `PreparedInsert`; others go at once. What one of them raises, the block raises.
+    Only `PreparedStatement` and `PreparedInsert`; others go at once. The block raises what one of them raises.
     """
     connection = session.connection()
     if connection.dialect.name == "sqlite":

@@ -35,10 +35,10 @@ from qflare_server.strategies.types import (
     Aggregation,
     Contribution,
     Facts,
-    Judgement,
     Outcome,
     Prior,
     Reader,
+    UpdateAssessment,
     VersionSlice,
 )
 
@@ -50,7 +50,6 @@ __all__ = [
     "Contribution",
     "Facts",
     "FoldRule",
-    "Judgement",
     "NotEnoughUpdatesError",
     "Outcome",
     "Prior",
@@ -64,6 +63,7 @@ __all__ = [
     "StrategyConfig",
     "StrategyConfigError",
     "StrategyError",
+    "UpdateAssessment",
     "VersionSlice",
     "begin",
     "build",

@@ -20,10 +20,10 @@ from qflare_server.strategies.interfaces import FoldRule
 from qflare_server.strategies.strategy import Strategy
 from qflare_server.strategies.types import (
     Contribution,
-    Judgement,
     Outcome,
     Prior,
     Reader,
+    UpdateAssessment,
     Vector,
     VersionSlice,
 )
@@ -84,7 +84,7 @@ class Accumulator:
         *,
         noise_seed: bytes | None = None,
         thread_count: int = 1,
-        recorded: Mapping[str, Judgement] | None = None,
+        recorded: Mapping[str, UpdateAssessment] | None = None,
     ) -> None:
         """Start with no update.
 
@@ -108,7 +108,7 @@ class Accumulator:
         self._noise_seed = noise_seed
         self._total = np.zeros(element_count)
         self._thread_count = thread_count
-        self._judgements: list[Judgement] = []
+        self._judgements: list[UpdateAssessment] = []
         self._seen: set[str] = set()
         self._base_factor = 0.0
 
@@ -146,7 +146,7 @@ class Accumulator:
         if readers:
             self._sweep(readers, factors)
 
-    def _judge(self, contribution: Contribution) -> Judgement:
+    def _judge(self, contribution: Contribution) -> UpdateAssessment:
         recalled = self._assessor.recall(contribution)
         if recalled is not None:
             return recalled

@@ -8,7 +8,14 @@ import numpy as np
 
 from qflare_server.strategies.blocks import cosine_of, norm_of
 from qflare_server.strategies.strategy import DIRECTION, Strategy
-from qflare_server.strategies.types import Contribution, Facts, Judgement, Prior, Reader, Vector
+from qflare_server.strategies.types import (
+    Contribution,
+    Facts,
+    Prior,
+    Reader,
+    UpdateAssessment,
+    Vector,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +34,7 @@ class Assessor:
     element_count: int
     base: Reader
     prior: Prior
-    recorded: Mapping[str, Judgement] | None = None
+    recorded: Mapping[str, UpdateAssessment] | None = None
 
     @property
     def scalars(self) -> Mapping[str, float]:
@@ -39,7 +46,7 @@ class Assessor:
         """Read the base version as float64: a factor times float32 would round to float32."""
         return self.base(start, stop).astype(np.float64, copy=False)
 
-    def assess(self, contribution: Contribution) -> tuple[Facts, Judgement]:
+    def assess(self, contribution: Contribution) -> tuple[Facts, UpdateAssessment]:
         """Gather the facts of one update and ask the screens; the rule's part of the judgement is zero."""
         norm, cosine = self._measure(contribution)
         facts = Facts(
@@ -50,7 +57,7 @@ class Assessor:
             cosine=cosine,
         )
         factor, rejection = self._screen(facts)
-        judgement = Judgement(
+        judgement = UpdateAssessment(
             update_id=facts.update_id,
             factor=factor,
             coefficient=0.0,
@@ -61,7 +68,7 @@ class Assessor:
         )
         return facts, judgement
 
-    def recall(self, contribution: Contribution) -> Judgement | None:
+    def recall(self, contribution: Contribution) -> UpdateAssessment | None:
         """Give the recorded judgement, or None when this run judges for itself.
 
         Raises:

@@ -31,7 +31,7 @@ from qflare_server.strategies.server_optimizers import (
     YogiStep,
 )
 from qflare_server.strategies.strategy import Strategy
-from qflare_server.strategies.types import Judgement, Prior, Reader
+from qflare_server.strategies.types import Prior, Reader, UpdateAssessment
 from qflare_server.strategies.validation import check_combination, check_ranges
 
 
@@ -225,7 +225,7 @@ def begin(
     noise_seed: bytes | None = None,
     thread_count: int = 1,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
-    recorded: Mapping[str, Judgement] | None = None,
+    recorded: Mapping[str, UpdateAssessment] | None = None,
 ) -> Accumulator | CohortAggregation:
     """Begin an aggregation: an accumulator when the strategy folds, else one over the whole cohort.
 

@@ -21,10 +21,10 @@ from qflare_server.strategies.strategy import Strategy
 from qflare_server.strategies.types import (
     Contribution,
     Facts,
-    Judgement,
     Outcome,
     Prior,
     Reader,
+    UpdateAssessment,
     Vector,
     VersionSlice,
 )
@@ -70,7 +70,7 @@ class CohortAggregation:
         noise_seed: bytes | None = None,
         thread_count: int = 1,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
-        recorded: Mapping[str, Judgement] | None = None,
+        recorded: Mapping[str, UpdateAssessment] | None = None,
     ) -> None:
         """Start with no update.
 
@@ -96,7 +96,7 @@ class CohortAggregation:
         self._thread_count = thread_count
         self._budget_bytes = budget_bytes
         self._contributions: dict[str, Contribution] = {}
-        self._decided: tuple[Judgement, ...] | None = None
+        self._decided: tuple[UpdateAssessment, ...] | None = None
 
     def add(self, contribution: Contribution) -> None:
         """Note one update; it is read when the aggregation is finished.
@@ -114,7 +114,7 @@ class CohortAggregation:
         for contribution in contributions:
             self.add(contribution)
 
-    def _judgements(self) -> tuple[Judgement, ...]:
+    def _judgements(self) -> tuple[UpdateAssessment, ...]:
         """Judge every update, then let the rule plan over the accepted ones; once for a cohort."""
         if self._decided is None:
             recalled = [self._assessor.recall(entry) for entry in self._contributions.values()]
@@ -122,7 +122,7 @@ class CohortAggregation:
             self._decided = known or self._judge()
         return self._decided
 
-    def _judge(self) -> tuple[Judgement, ...]:
+    def _judge(self) -> tuple[UpdateAssessment, ...]:
         assessed = [self._assessor.assess(entry) for entry in self._contributions.values()]
         accepted = [(facts, judgement) for facts, judgement in assessed if judgement.accepted]
         if len(accepted) < self._rule.minimum_count:
@@ -134,7 +134,7 @@ class CohortAggregation:
             for share in [chosen.get(judgement.update_id, 0.0)]
         )
 
-    def _plan(self, accepted: Sequence[tuple[Facts, Judgement]]) -> dict[str, float]:
+    def _plan(self, accepted: Sequence[tuple[Facts, UpdateAssessment]]) -> dict[str, float]:
         """Give the coefficients of the accepted updates."""
         gram = None
         if self._rule.needs_gram:

@@ -9,7 +9,7 @@ from qflare_server.strategies.assessment import Assessor
 from qflare_server.strategies.errors import NotEnoughUpdatesError
 from qflare_server.strategies.noise import gaussian_slice, noise_key
 from qflare_server.strategies.strategy import DIRECTION
-from qflare_server.strategies.types import Judgement, Outcome, Vector, VersionSlice
+from qflare_server.strategies.types import Outcome, UpdateAssessment, Vector, VersionSlice
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Release:
     """
 
     assessor: Assessor
-    judgements: tuple[Judgement, ...]
+    judgements: tuple[UpdateAssessment, ...]
     noise_seed: bytes | None = None
 
     def require_enough(self) -> None:

@@ -15,7 +15,7 @@ from math import exp, sqrt
 
 from qflare_server.strategies.noise import gaussian_slice
 from qflare_server.strategies.screening import CLIP_BOUND, AdaptiveClip, NormClip
-from qflare_server.strategies.types import Judgement
+from qflare_server.strategies.types import UpdateAssessment
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class CentralPrivacy:
         return self.sum_noise_multiplier * self.bound(scalars) / self.expected_update_count
 
     def next_scalars(
-        self, scalars: Mapping[str, float], judgements: Sequence[Judgement], key: bytes
+        self, scalars: Mapping[str, float], judgements: Sequence[UpdateAssessment], key: bytes
     ) -> Mapping[str, float]:
         """Move the clipping bound by the noisy share of norms within it.
 

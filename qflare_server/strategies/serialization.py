@@ -9,10 +9,10 @@ from dataclasses import fields
 from math import isnan, nan
 from typing import Any
 
-from qflare_server.strategies.types import Judgement, Outcome
+from qflare_server.strategies.types import Outcome, UpdateAssessment
 
 _NUMBERS = ("factor", "coefficient", "weight")
-_FIELDS = tuple(item.name for item in fields(Judgement))
+_FIELDS = tuple(item.name for item in fields(UpdateAssessment))
 
 
 def outcome_to_data(outcome: Outcome) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def outcome_to_data(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _row(entry: Judgement) -> dict[str, Any]:
+def _row(entry: UpdateAssessment) -> dict[str, Any]:
     row = {name: getattr(entry, name) for name in _FIELDS}  # a tenth of the time of `asdict`
     return {**row, "norm": None if isnan(entry.norm) else entry.norm}
 
@@ -51,9 +51,9 @@ def outcome_from_data(data: Mapping[str, Any]) -> Outcome:
         raise ValueError(f"not the record of an outcome: {error!r}") from error
 
 
-def _judgements(rows: Sequence[Mapping[str, Any]]) -> tuple[Judgement, ...]:
+def _judgements(rows: Sequence[Mapping[str, Any]]) -> tuple[UpdateAssessment, ...]:
     return tuple(
-        Judgement(
+        UpdateAssessment(
             update_id=str(row["update_id"]),
             **{name: float(row[name]) for name in _NUMBERS},
             rejection=str(row["rejection"]),
@@ -64,6 +64,6 @@ def _judgements(rows: Sequence[Mapping[str, Any]]) -> tuple[Judgement, ...]:
     )
 
 
-def by_update(outcome: Outcome) -> dict[str, Judgement]:
+def by_update(outcome: Outcome) -> dict[str, UpdateAssessment]:
     """Give the judgements by update id, as `begin` takes them."""
     return {entry.update_id: entry for entry in outcome.judgements}

@@ -22,7 +22,14 @@ from qflare_server.strategies.catalogue import begin
 from qflare_server.strategies.errors import StrategyContractError
 from qflare_server.strategies.serialization import by_update, outcome_from_data, outcome_to_data
 from qflare_server.strategies.strategy import Strategy
-from qflare_server.strategies.types import Contribution, Judgement, Outcome, Prior, Reader, Vector
+from qflare_server.strategies.types import (
+    Contribution,
+    Outcome,
+    Prior,
+    Reader,
+    UpdateAssessment,
+    Vector,
+)
 
 _SEED_BYTES: Final = b"a seed that is no secret"
 _TOLERANCE: Final = 1e-9
@@ -94,7 +101,7 @@ class Running:
     thread_count: int = 1
     budget_bytes: int = 64 * 1024 * 1024
     prior: Prior = field(default_factory=Prior)
-    recorded: Mapping[str, Judgement] | None = None
+    recorded: Mapping[str, UpdateAssessment] | None = None
 
 
 def _typed(values: NDArray[np.float32], *, wide: bool) -> NDArray[np.floating]:

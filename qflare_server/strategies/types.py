@@ -88,7 +88,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class UpdateAssessment:
     """What became of one update.
 
     Attributes:
@@ -133,7 +133,7 @@ class Outcome:
     """
 
     strategy: str
-    judgements: tuple[Judgement, ...]
+    judgements: tuple[UpdateAssessment, ...]
     weight_sum: float
     scalars: Mapping[str, float] = field(default_factory=dict)
     clipped_fraction: float = 0.0

@@ -194,7 +194,9 @@ _PARSED: OrderedDict[str, training_pb2.TrainingConfig] = OrderedDict()
 _PARSED_LIMIT: Final = 256
 
 
-def of_session(training_session_id: str, stored: Mapping[str, Any]) -> training_pb2.TrainingConfig:
+def stored_config(
+    training_session_id: str, stored: Mapping[str, Any]
+) -> training_pb2.TrainingConfig:
     """Return the configuration of a training session, parsed once: it never changes, nor may the caller change it."""
     parsed = _PARSED.get(training_session_id)
     if parsed is None:

@@ -19,7 +19,7 @@ from qflare.v1 import training_pb2
 from qflare_server.storage.repository import audit, global_models, training_sessions
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import Evaluation, GlobalModel, RiskLevel, TrainingSession
-from qflare_server.training.config import deadline_s, of_session
+from qflare_server.training.config import deadline_s, stored_config
 from qflare_server.training.versions import passes_gate
 
 SUMMARY_BITS: Final = 6
@@ -41,29 +41,31 @@ def is_due(policy: training_pb2.EvaluationPolicy, round_number: int) -> bool:
 
 
 def find_measurement(
-    session: Session, owner: TrainingSession, version: int, device_id: str
+    session: Session, training_session: TrainingSession, version: int, device_id: str
 ) -> Measurement | None:
     """Return what a device has to measure of a version, None if it is not due or has been done."""
-    config = of_session(owner.id, owner.config)
+    config = stored_config(training_session.id, training_session.config)
     policy = config.evaluation
     if not policy.every_rounds:
         return None
-    model = global_models.get_model(session, owner.id, version)
+    model = global_models.get_model(session, training_session.id, version)
     if model is None or not is_due(policy, model.round_number):
         return None
-    if global_models.has_evaluated(session, owner.id, version, device_id):
+    if global_models.has_evaluated(session, training_session.id, version, device_id):
         return None
-    return Measurement(owner.id, version, model.digest, config.transfer)
+    return Measurement(training_session.id, version, model.digest, config.transfer)
 
 
 def find_last_measurement(
-    session: Session, owner: TrainingSession, device_id: str, at: datetime
+    session: Session, training_session: TrainingSession, device_id: str, at: datetime
 ) -> Measurement | None:
     """Return what a device has to measure of a training session that has ended, while there is time."""
-    config = of_session(owner.id, owner.config)
-    if owner.ended_at is None or at > owner.ended_at + timedelta(seconds=deadline_s(config)):
+    config = stored_config(training_session.id, training_session.config)
+    if training_session.ended_at is None or at > training_session.ended_at + timedelta(
+        seconds=deadline_s(config)
+    ):
         return None
-    return find_measurement(session, owner, owner.current_version, device_id)
+    return find_measurement(session, training_session, training_session.current_version, device_id)
 
 
 def is_worth_summarising(report_count: int) -> bool:
@@ -71,12 +73,14 @@ def is_worth_summarising(report_count: int) -> bool:
     return report_count % (1 << max(0, report_count.bit_length() - SUMMARY_BITS)) == 0
 
 
-def summarise(session: Session, owner: TrainingSession, version: int, at: datetime) -> None:
+def summarise(
+    session: Session, training_session: TrainingSession, version: int, at: datetime
+) -> None:
     """Write the example-weighted means of all reports on a version, overall and by group, and act on them."""
-    reports = global_models.list_evaluations(session, owner.id, version)
+    reports = global_models.list_evaluations(session, training_session.id, version)
     if not reports:
         return
-    model = global_models.get_model(session, owner.id, version)
+    model = global_models.get_model(session, training_session.id, version)
     assert model is not None
     measured = weighted_means([(item.example_count, item.metrics) for item in reports])
     metrics = {**model.metrics, **measured}
@@ -86,22 +90,26 @@ def summarise(session: Session, owner: TrainingSession, version: int, at: dateti
         "accuracy": metrics.get("accuracy", model.accuracy),
         "loss": metrics.get("loss", model.loss),
     }
-    global_models.update_model(session, owner.id, version, values)
-    config = of_session(owner.id, owner.config)
+    global_models.update_model(session, training_session.id, version, values)
+    config = stored_config(training_session.id, training_session.config)
     if len(reports) < config.rounds.quorum:
         return
     if not model.released and passes_gate(config.release, metrics):
-        _release(session, owner, model, at)
+        _release(session, training_session, model, at)
     accuracy = measured.get("accuracy")
-    if accuracy is not None and (owner.best_accuracy is None or accuracy > owner.best_accuracy):
+    if accuracy is not None and (
+        training_session.best_accuracy is None or accuracy > training_session.best_accuracy
+    ):
         changes = {"best_accuracy": accuracy, "best_version": version}
-        training_sessions.update_session(session, owner.id, changes)
+        training_sessions.update_session(session, training_session.id, changes)
 
 
-def _release(session: Session, owner: TrainingSession, model: GlobalModel, at: datetime) -> None:
-    global_models.release(session, owner, model.version)
+def _release(
+    session: Session, training_session: TrainingSession, model: GlobalModel, at: datetime
+) -> None:
+    global_models.release(session, training_session, model.version)
     details = {"version": model.version, "reason": "its metrics pass the release gate"}
-    subject = f"training_session:{owner.id}"
+    subject = f"training_session:{training_session.id}"
     event = Event("version.released", subject, RiskLevel.MEDIUM, details)
     audit.record(session, SYSTEM, event, at)
 

@@ -38,7 +38,7 @@ _ASSOCIATED: Final = b"qflare/v1/noise seed of "
 
 
 @dataclass(frozen=True)
-class Allowance:
+class PrivacyCharge:
     """What releasing one version costs.
 
     Attributes:
@@ -67,7 +67,9 @@ def require_affordable(config: training_pb2.TrainingConfig) -> None:
         raise StrategyRefusedError(str(error), field="config.privacy.epsilon_budget") from error
 
 
-def allowance(config: training_pb2.TrainingConfig, state: Mapping[str, Any] | None) -> Allowance:
+def allowance(
+    config: training_pb2.TrainingConfig, state: Mapping[str, Any] | None
+) -> PrivacyCharge:
     """Account for one more version of a private training session, before it is released.
 
     Args:
@@ -81,7 +83,7 @@ def allowance(config: training_pb2.TrainingConfig, state: Mapping[str, Any] | No
     assert privacy is not None
     rows = ledger_rows(state)
     after = spend(privacy, PrivacyLedger.from_rows(rows))
-    return Allowance(rows, after, is_last=not _affords(privacy, after.ledger))
+    return PrivacyCharge(rows, after, is_last=not _affords(privacy, after.ledger))
 
 
 def _affords(privacy: PrivacyConfig, ledger: PrivacyLedger) -> bool:
@@ -130,16 +132,16 @@ def noise_seed(
     at = context.clock()
 
     def work(session: Session) -> bytes:
-        owner = training_sessions.lock_session(session, training_session_id)
-        if owner is None:
+        training_session = training_sessions.lock_session(session, training_session_id)
+        if training_session is None:
             raise TrainingSessionNotFoundError
-        current = open_seed(context, training_session_id, owner.privacy_state)
+        current = open_seed(context, training_session_id, training_session.privacy_state)
         if current is not None:
             return current
         sealed = encrypt(_key(context), seed, _ASSOCIATED + training_session_id.encode()).hex()
-        changed = {**(owner.privacy_state or {}), SEED: sealed}
+        changed = {**(training_session.privacy_state or {}), SEED: sealed}
         training_sessions.update_session(session, training_session_id, {"privacy_state": changed})
-        _record(session, training_session_id, SEED in (owner.privacy_state or {}), at)
+        _record(session, training_session_id, SEED in (training_session.privacy_state or {}), at)
         return seed
 
     return context.database.write(work)

@@ -8,27 +8,27 @@ from sqlalchemy.orm import Session
 from qflare_server.storage.repository import audit, devices, views
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import DeviceState, RiskLevel, TrainingSession
-from qflare_server.training.config import of_session
+from qflare_server.training.config import stored_config
 
 
 def quarantine_repeaters(
-    session: Session, owner: TrainingSession, rejected: Sequence[str], now: datetime
+    session: Session, training_session: TrainingSession, rejected: Sequence[str], now: datetime
 ) -> list[str]:
     """Quarantine the devices of rejected updates that have reached the training session's bound; return their ids.
 
     Counted are updates that were judged and rejected in this training session within its window, and since the
     device was last reinstated. The caller has marked the updates and their round.
     """
-    policy = of_session(owner.id, owner.config).safeguards
+    policy = stored_config(training_session.id, training_session.config).safeguards
     if not policy.quarantine_rejections or not rejected:
         return []
     window = timedelta(seconds=policy.quarantine_window.ToNanoseconds() / 1e9)
     found = []
     for device_id in views.devices_of(session, rejected):
         since = _since(session, device_id, now - window)
-        count = views.count_rejections(session, owner.id, device_id, since)
+        count = views.count_rejections(session, training_session.id, device_id, since)
         if count >= policy.quarantine_rejections and _quarantine(
-            session, owner, device_id, count, now
+            session, training_session, device_id, count, now
         ):
             found.append(device_id)
     return found
@@ -40,7 +40,7 @@ def _since(session: Session, device_id: str, start: datetime) -> datetime:
 
 
 def _quarantine(
-    session: Session, owner: TrainingSession, device_id: str, count: int, now: datetime
+    session: Session, training_session: TrainingSession, device_id: str, count: int, now: datetime
 ) -> bool:
     """Move an active device to quarantine; one that an administrator has dealt with stays as it is."""
     device = devices.lock_device(session, device_id)
@@ -49,7 +49,7 @@ def _quarantine(
     reason = f"{count} updates rejected"
     values = {"state": DeviceState.QUARANTINED.value, "state_reason": reason}
     devices.update_device(session, device_id, values)
-    details = {"training_session": owner.id, "rejections": count}
+    details = {"training_session": training_session.id, "rejections": count}
     event = Event("device.quarantined", f"device:{device_id}", RiskLevel.HIGH, details)
     audit.record(session, SYSTEM, event, now)
     return True

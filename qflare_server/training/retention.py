@@ -15,28 +15,30 @@ from sqlalchemy.orm import Session
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.storage.repository import payloads, training_sessions, updates
-from qflare_server.training.config import of_session
+from qflare_server.training.config import stored_config
 
 PRUNE_BATCH: Final = 500
 
 
-def let_go(context: Context, training_session_id: str) -> None:
+def prune_payloads(context: Context, training_session_id: str) -> None:
     """Mark the payloads that a training session's retention no longer keeps as pruned, some at a time.
 
     Only payloads of updates whose round is over are let go of, never those of versions.
     """
 
     def work(session: Session) -> bool:
-        owner = training_sessions.get_session(session, training_session_id)
-        if owner is None:
+        training_session = training_sessions.get_session(session, training_session_id)
+        if training_session is None:
             return False
-        policy = of_session(owner.id, owner.config).transfer
+        policy = stored_config(training_session.id, training_session.config).transfer
         if policy.payload_retention == training_pb2.PAYLOAD_RETENTION_ALL:
             return False
         keep = policy.retained_rounds + 1
         if policy.payload_retention == training_pb2.PAYLOAD_RETENTION_NONE:
             keep = 1
-        due = updates.settled_payloads(session, owner.id, owner.current_round - keep, PRUNE_BATCH)
+        due = updates.settled_payloads(
+            session, training_session.id, training_session.current_round - keep, PRUNE_BATCH
+        )
         if not due:
             return False
         payloads.mark_pruned(session, [item for item, _ in due], context.clock())

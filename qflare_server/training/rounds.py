@@ -23,7 +23,7 @@ from qflare_server.storage.tables import (
     TrainingSession,
     TrainingSessionState,
 )
-from qflare_server.training.config import deadline_s, of_session
+from qflare_server.training.config import deadline_s, stored_config
 from qflare_server.training.selection import select_devices
 
 IN_PROCESS_PREFIX: Final = "in-process-"
@@ -33,17 +33,21 @@ NOBODY: Final = -1
 
 
 def open_round(
-    context: Context, session: Session, owner: TrainingSession, base_version: int, at: datetime
+    context: Context,
+    session: Session,
+    training_session: TrainingSession,
+    base_version: int,
+    at: datetime,
 ) -> int:
     """Open the next round of a training session and return its number."""
-    config = of_session(owner.id, owner.config)
-    number = owner.current_round + 1
+    config = stored_config(training_session.id, training_session.config)
+    number = training_session.current_round + 1
     selected = select_devices(session, config.selection, number)
     target = (
         config.rounds.target if selected is None else min(config.rounds.target, len(selected) or 1)
     )
     values = {
-        "training_session_id": owner.id,
+        "training_session_id": training_session.id,
         "number": number,
         "state": RoundState.OPEN.value,
         "base_version": base_version,
@@ -54,24 +58,28 @@ def open_round(
         "opened_at": at,
         "deadline_at": at + timedelta(seconds=deadline_s(config)),
     }
-    if not owner.id.startswith(IN_PROCESS_PREFIX):
+    if not training_session.id.startswith(IN_PROCESS_PREFIX):
         values["task"] = _signed_task(context, session, values, config)
     training_sessions.insert_round(session, values)
-    training_sessions.insert_selection(session, owner.id, number, selected or [])
-    training_sessions.update_session(session, owner.id, {"current_round": number})
-    owner.current_round = number
+    training_sessions.insert_selection(session, training_session.id, number, selected or [])
+    training_sessions.update_session(session, training_session.id, {"current_round": number})
+    training_session.current_round = number
     event = Event(
         "round.opened",
-        f"training_session:{owner.id}",
+        f"training_session:{training_session.id}",
         details={"round": number, "base_version": base_version},
     )
     audit.record(session, SYSTEM, event, at)
     return number
 
 
-def cancel_round(session: Session, owner: TrainingSession, reason: str, at: datetime) -> None:
+def cancel_round(
+    session: Session, training_session: TrainingSession, reason: str, at: datetime
+) -> None:
     """Cancel the round under way, if there is one: it makes no version, its pending updates are rejected."""
-    current = training_sessions.lock_round(session, owner.id, owner.current_round)
+    current = training_sessions.lock_round(
+        session, training_session.id, training_session.current_round
+    )
     if current is None or current.state not in {RoundState.OPEN.value, RoundState.CLOSED.value}:
         return
     values = {
@@ -79,12 +87,12 @@ def cancel_round(session: Session, owner: TrainingSession, reason: str, at: date
         "state_reason": reason,
         "closed_at": current.closed_at or at,
     }
-    training_sessions.update_round(session, owner.id, current.number, values)
-    updates.reject_round(session, owner.id, current.number, reason, at)
+    training_sessions.update_round(session, training_session.id, current.number, values)
+    updates.reject_round(session, training_session.id, current.number, reason, at)
 
 
 def fail_round(
-    session: Session, owner: TrainingSession, current: Round, reason: str, now: datetime
+    session: Session, training_session: TrainingSession, current: Round, reason: str, now: datetime
 ) -> None:
     """Say that a round makes no version; its updates are rejected."""
     values = {
@@ -93,52 +101,58 @@ def fail_round(
         "closed_at": current.closed_at or now,
         "rejected_count": current.accepted_count,
     }
-    training_sessions.update_round(session, owner.id, current.number, values)
-    updates.reject_round(session, owner.id, current.number, reason[:500], now)
+    training_sessions.update_round(session, training_session.id, current.number, values)
+    updates.reject_round(session, training_session.id, current.number, reason[:500], now)
 
 
 def end_session(
     session: Session,
-    owner: TrainingSession,
+    training_session: TrainingSession,
     state: TrainingSessionState,
     reason: str,
     now: datetime,
 ) -> None:
     """End a training session by itself."""
     values = {"state": state.value, "state_reason": reason[:500], "ended_at": now}
-    training_sessions.update_session(session, owner.id, values)
+    training_sessions.update_session(session, training_session.id, values)
     event = Event(
         f"training_session.{state.value}",
-        f"training_session:{owner.id}",
+        f"training_session:{training_session.id}",
         RiskLevel.MEDIUM,
         {"reason": reason},
     )
     audit.record(session, SYSTEM, event, now)
 
 
-def miss_quorum(
-    context: Context, session: Session, owner: TrainingSession, current: Round, now: datetime
+def handle_missed_quorum(
+    context: Context,
+    session: Session,
+    training_session: TrainingSession,
+    current: Round,
+    now: datetime,
 ) -> None:
     """Do what the training session says of a round whose deadline passes without a quorum."""
-    config = of_session(owner.id, owner.config)
+    config = stored_config(training_session.id, training_session.config)
     action = config.rounds.missed_quorum_action
     reason = f"missed its quorum: got {current.accepted_count}, want {current.quorum}"
     details = {"round": current.number, "reason": reason}
-    event = Event("round.missed_quorum", f"training_session:{owner.id}", RiskLevel.MEDIUM, details)
+    event = Event(
+        "round.missed_quorum", f"training_session:{training_session.id}", RiskLevel.MEDIUM, details
+    )
     audit.record(session, SYSTEM, event, now)
     if action == training_pb2.MISSED_QUORUM_ACTION_EXTEND:
         values = {
             "deadline_at": now + timedelta(seconds=deadline_s(config)),
             "state_reason": reason,
         }
-        training_sessions.update_round(session, owner.id, current.number, values)
-        _select_more(session, owner, current, config.selection)
+        training_sessions.update_round(session, training_session.id, current.number, values)
+        _select_more(session, training_session, current, config.selection)
         return
-    fail_round(session, owner, current, reason, now)
+    fail_round(session, training_session, current, reason, now)
     if action == training_pb2.MISSED_QUORUM_ACTION_FAIL:
-        end_session(session, owner, TrainingSessionState.FAILED, reason, now)
+        end_session(session, training_session, TrainingSessionState.FAILED, reason, now)
     else:
-        open_round(context, session, owner, current.base_version, now)
+        open_round(context, session, training_session, current.base_version, now)
 
 
 def _selected_count(selected: Sequence[str] | None) -> int:
@@ -148,18 +162,18 @@ def _selected_count(selected: Sequence[str] | None) -> int:
 
 def _select_more(
     session: Session,
-    owner: TrainingSession,
+    training_session: TrainingSession,
     current: Round,
     policy: training_pb2.SelectionPolicy,
 ) -> None:
     """Draw further devices for a round that is extended: those that it has may have gone."""
-    before = training_sessions.selection(session, owner.id, current.number)
+    before = training_sessions.selection(session, training_session.id, current.number)
     drawn = select_devices(session, policy, current.number, len(before)) or []
     added = sorted(set(drawn) - before)
     if added:
-        training_sessions.insert_selection(session, owner.id, current.number, added)
+        training_sessions.insert_selection(session, training_session.id, current.number, added)
         values = {"selected_count": len(before) + len(added)}
-        training_sessions.update_round(session, owner.id, current.number, values)
+        training_sessions.update_round(session, training_session.id, current.number, values)
 
 
 def _signed_task(

@@ -125,7 +125,7 @@ def _accountant(policy: training_pb2.PrivacyPolicy) -> str:
     return name.removeprefix("PRIVACY_ACCOUNTANT_").lower()
 
 
-def tell_devices(config: training_pb2.TrainingConfig, strategy: Strategy) -> None:
+def add_device_settings(config: training_pb2.TrainingConfig, strategy: Strategy) -> None:
     """Add what a strategy tells the devices, such as `proximal_mu`, to what their tasks hold.
 
     Raises:

@@ -21,22 +21,22 @@ from qflare.tensors import Manifest
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import security_pb2, tensor_pb2, training_pb2
 from qflare_server.context import Context
-from qflare_server.storage.payload_records import Download, Received
+from qflare_server.storage.payload_records import Download, ReceivedPayload
 from qflare_server.storage.repository import audit, global_models, training_sessions
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import GlobalModel, TrainingSession
-from qflare_server.training.config import download_encoding, of_session
+from qflare_server.training.config import download_encoding, stored_config
 from qflare_server.training.rounds import config_digest
 
 
 @dataclass(frozen=True)
-class Draft:
+class VersionDraft:
     """Everything a version is made of, before it has a digest."""
 
     version: int
     base_version: int
     round_number: int
-    payload: Received
+    payload: ReceivedPayload
     manifest: Manifest
     created_at: datetime
     """When its round closed, or when the initial model was uploaded."""
@@ -66,15 +66,15 @@ def contributors_digest(statement_digests: tuple[str, ...]) -> str:
 
 
 def build_statement(
-    realm: str, owner: TrainingSession, parent_digest: str, draft: Draft
+    realm: str, training_session: TrainingSession, parent_digest: str, draft: VersionDraft
 ) -> security_pb2.ModelStatement:
     """Return the statement of a version."""
-    config = of_session(owner.id, owner.config)
+    config = stored_config(training_session.id, training_session.config)
     created = Timestamp()
     created.FromDatetime(draft.created_at)
     statement = security_pb2.ModelStatement(
         realm=realm,
-        training_session_id=owner.id,
+        training_session_id=training_session.id,
         version=draft.version,
         parent_digest=parent_digest,
         base_version=draft.base_version,
@@ -109,18 +109,22 @@ def build_statement(
     return statement
 
 
-def publish(context: Context, session: Session, owner: TrainingSession, draft: Draft) -> str:
+def publish(
+    context: Context, session: Session, training_session: TrainingSession, draft: VersionDraft
+) -> str:
     """Insert a version with its payload and move the training session to it; return its digest.
 
     The caller holds the lock on the training session and has checked that the version is its next.
     """
-    config = of_session(owner.id, owner.config)
+    config = stored_config(training_session.id, training_session.config)
     _require_download(config, draft)
     parent = (
-        global_models.get_model(session, owner.id, draft.version - 1) if draft.version else None
+        global_models.get_model(session, training_session.id, draft.version - 1)
+        if draft.version
+        else None
     )
     statement = build_statement(
-        context.config.realm, owner, "" if parent is None else parent.digest, draft
+        context.config.realm, training_session, "" if parent is None else parent.digest, draft
     )
     payload = statement.SerializeToString(deterministic=True)
     digest = hashlib.sha256(payload).hexdigest()
@@ -132,7 +136,7 @@ def publish(context: Context, session: Session, owner: TrainingSession, draft: D
     global_models.insert_model(
         session,
         {
-            "training_session_id": owner.id,
+            "training_session_id": training_session.id,
             "version": draft.version,
             "digest": digest,
             "parent_digest": statement.parent_digest,
@@ -143,8 +147,8 @@ def publish(context: Context, session: Session, owner: TrainingSession, draft: D
             "layout_digest": draft.manifest.layout_digest,
             "statement": payload,
             "signature": envelope.SerializeToString(),
-            "model_type": owner.model_type,
-            "architecture": owner.architecture,
+            "model_type": training_session.model_type,
+            "architecture": training_session.architecture,
             "base_version": draft.base_version,
             "round_number": draft.round_number,
             "participant_count": len(draft.contributors),
@@ -169,16 +173,16 @@ def publish(context: Context, session: Session, owner: TrainingSession, draft: D
     event = Event(
         VERSION_SIGNED,
         f"version:{digest}",
-        details={"training_session_id": owner.id, "version": draft.version},
+        details={"training_session_id": training_session.id, "version": draft.version},
     )
     audit.record(session, SYSTEM, event, context.clock())
-    changes = _session_changes(owner, draft, released=released)
-    training_sessions.update_session(session, owner.id, changes)
-    owner.current_version = draft.version
+    changes = _session_changes(training_session, draft, released=released)
+    training_sessions.update_session(session, training_session.id, changes)
+    training_session.current_version = draft.version
     return digest
 
 
-def _require_download(config: training_pb2.TrainingConfig, draft: Draft) -> None:
+def _require_download(config: training_pb2.TrainingConfig, draft: VersionDraft) -> None:
     """Hold every path that publishes to the form in which the training session's devices get versions."""
     got = Encoding.FULL_PRECISION if draft.download is None else draft.download.encoding
     if got is not download_encoding(config):
@@ -196,14 +200,18 @@ def _download_columns(download: Download | None) -> dict[str, Any]:
     }
 
 
-def _session_changes(owner: TrainingSession, draft: Draft, *, released: bool) -> dict[str, Any]:
+def _session_changes(
+    training_session: TrainingSession, draft: VersionDraft, *, released: bool
+) -> dict[str, Any]:
     changes: dict[str, Any] = {"current_version": draft.version}
     if released:
         changes["released_version"] = draft.version
     if draft.epsilon is not None:
         changes["epsilon_spent"] = draft.epsilon
     accuracy = draft.metrics.get("train_accuracy")
-    if accuracy is not None and (owner.best_accuracy is None or accuracy > owner.best_accuracy):
+    if accuracy is not None and (
+        training_session.best_accuracy is None or accuracy > training_session.best_accuracy
+    ):
         changes |= {"best_accuracy": accuracy, "best_version": draft.version}
     return changes
 

@@ -48,7 +48,7 @@ class UseCases:
     dashboard_login: DashboardLogin
 
 
-def put_together(context: Context, keys: ServerKeys, executor: ThreadPoolExecutor) -> UseCases:
+def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExecutor) -> UseCases:
     """Build every use case over the same parts.
 
     Args:

@@ -35,8 +35,8 @@ class Report:
     at: datetime
     replicas: Sequence[Replica]
     database: DatabaseHealth
-    queues: views.Queues
-    stored: views.Stored
+    queues: views.Backlog
+    stored: views.StorageUsage
     payload_store_bytes: int
     free_bytes: int | None
     device_counts: Mapping[str, int]

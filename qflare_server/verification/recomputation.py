@@ -14,18 +14,18 @@ from sqlalchemy.orm import Session
 
 from qflare.evidence.lineage import contributors_digest
 from qflare.v1 import security_pb2
-from qflare_server.aggregation.fold import BATCH, RoundFold, Written
+from qflare_server.aggregation.fold import BATCH, RoundFold, WrittenVersion
 from qflare_server.aggregation.outcome import read_outcome
 from qflare_server.aggregation.plan import read_plan
 from qflare_server.context import Context
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
 from qflare_server.storage.database import Database
-from qflare_server.storage.payload_records import Received, content_digest_of
+from qflare_server.storage.payload_records import ReceivedPayload, content_digest_of
 from qflare_server.storage.payload_store import PayloadStore
 from qflare_server.storage.repository import global_models, payloads, training_sessions, updates
-from qflare_server.storage.repository.updates import Foldable
+from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.storage.tables import GlobalModel
-from qflare_server.strategies import Judgement, NotEnoughUpdatesError, by_update
+from qflare_server.strategies import NotEnoughUpdatesError, UpdateAssessment, by_update
 from qflare_server.training.config import from_json
 from qflare_server.training.privacy import open_seed
 from qflare_server.training.rounds import config_digest
@@ -101,7 +101,7 @@ def recompute_version(
         problem = "noise: its seed does not open under this state key"
         return dataclasses.replace(result, differences=(problem,))
 
-    def run(recorded: Mapping[str, Judgement] | None) -> tuple[str, ...]:
+    def run(recorded: Mapping[str, UpdateAssessment] | None) -> tuple[str, ...]:
         fold = RoundFold(
             _without_writing(context),
             plan,
@@ -123,7 +123,7 @@ def _repeat(
     model: GlobalModel,
     statement: security_pb2.ModelStatement,
     fold: RoundFold,
-    folded: Sequence[Foldable],
+    folded: Sequence[AcceptedUpdate],
 ) -> tuple[str, ...]:
     """Fold the updates again and return what comes out other than it was published."""
     fold.take(folded)
@@ -141,14 +141,14 @@ def _repeat(
 def _find(
     session: Session, training_session_id: str, version: int | None
 ) -> tuple[GlobalModel, str]:
-    owner = training_sessions.get_session(session, training_session_id)
-    if owner is None:
+    training_session = training_sessions.get_session(session, training_session_id)
+    if training_session is None:
         raise TrainingSessionNotFoundError
-    wanted = owner.current_version if version is None else version
-    model = global_models.get_model(session, owner.id, wanted)
+    wanted = training_session.current_version if version is None else version
+    model = global_models.get_model(session, training_session.id, wanted)
     if model is None:
         raise GlobalModelNotFoundError(f"no version {wanted}")
-    current = config_digest(from_json(owner.config))
+    current = config_digest(from_json(training_session.config))
     session.expunge_all()
     return model, current
 
@@ -177,9 +177,9 @@ def _compare_copy(
     return dataclasses.replace(result, recomputed=True, differences=() if same else (problem,))
 
 
-def _updates_of(context: Context, model: GlobalModel) -> list[Foldable]:
+def _updates_of(context: Context, model: GlobalModel) -> list[AcceptedUpdate]:
     """Return the updates of a version's round, without the bytes that lie in rows."""
-    found: list[Foldable] = []
+    found: list[AcceptedUpdate] = []
     while True:
         after = found[-1].acceptance_sequence if found else 0
         with context.database.read() as session:
@@ -192,7 +192,7 @@ def _updates_of(context: Context, model: GlobalModel) -> list[Foldable]:
 
 
 def _compare(
-    fold: RoundFold, statement: security_pb2.ModelStatement, written: Written
+    fold: RoundFold, statement: security_pb2.ModelStatement, written: WrittenVersion
 ) -> list[str]:
     rejected = fold.outcome.rejected
     digests = [digest for update_id, digest in fold.contributors if update_id not in rejected]
@@ -213,7 +213,7 @@ def _compare(
 
 
 def _compare_vectors(
-    context: Context, model: GlobalModel, vectors: Mapping[str, Received]
+    context: Context, model: GlobalModel, vectors: Mapping[str, ReceivedPayload]
 ) -> list[str]:
     """Compare the optimiser's vectors: no statement vouches for them, and the next version needs them."""
     problems = []

@@ -11,8 +11,7 @@ from sqlalchemy.orm import Session
 
 from qflare.crypto.sealed_payloads import opened_size_bytes
 from qflare.crypto.sealing import KemPublicKey
-from qflare.crypto.signing import Context as SigningContext
-from qflare.crypto.signing import PublicKey, algorithm_of
+from qflare.crypto.signing import PublicKey, SigningContext, algorithm_of
 from qflare.evidence.lineage import ModelVersion, contributors_digest, open_model
 from qflare.evidence.statements import (
     digest_of,
@@ -134,28 +133,30 @@ class RecordVerification:
                     yield Finding("device", row.id, f"not its key's: {', '.join(changed)}")
 
     def _models(self) -> Iterator[Finding]:
-        for identity in walk(self._context.database, evidence.session_ids, "", str):
-            yield from self._lineage(identity)
+        for training_session_id in walk(self._context.database, evidence.session_ids, "", str):
+            yield from self._lineage(training_session_id)
 
-    def _lineage(self, identity: str) -> Iterator[Finding]:
+    def _lineage(self, training_session_id: str) -> Iterator[Finding]:
         """Walk the versions of a training session up to the one that it says is its latest."""
         with self._context.database.read() as session:
-            owner = training_sessions.get_session(session, identity)
-            latest = -1 if owner is None else owner.current_version
+            training_session = training_sessions.get_session(session, training_session_id)
+            latest = -1 if training_session is None else training_session.current_version
         expected, parent = 0, ""
         while expected <= latest:
             with self._context.database.read() as session:
-                rows = evidence.models_after(session, identity, expected - 1, BATCH)
+                rows = evidence.models_after(session, training_session_id, expected - 1, BATCH)
                 session.expunge_all()
             for row in rows:
                 if row.version > expected:
                     missing = f"{expected} to {row.version - 1}"
-                    yield Finding("model", f"{identity} versions {missing}", "missing")
+                    yield Finding("model", f"{training_session_id} versions {missing}", "missing")
                     parent = row.parent_digest
                 yield from self._model(row, parent)
                 expected, parent = row.version + 1, row.digest
             if not rows:
-                yield Finding("model", f"{identity} versions {expected} to {latest}", "missing")
+                yield Finding(
+                    "model", f"{training_session_id} versions {expected} to {latest}", "missing"
+                )
                 return
         if expected > latest + 1:
             return  # the session has gone on meanwhile

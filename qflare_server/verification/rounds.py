@@ -42,23 +42,23 @@ class RoundVerification:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what is wrong."""
-        for identity in walk(self._context.database, evidence.session_ids, "", str):
-            yield from self._rounds(identity)
+        for training_session_id in walk(self._context.database, evidence.session_ids, "", str):
+            yield from self._rounds(training_session_id)
 
-    def _rounds(self, identity: str) -> Iterator[Finding]:
+    def _rounds(self, training_session_id: str) -> Iterator[Finding]:
         with self._context.database.read() as session:
-            owner = training_sessions.get_session(session, identity)
-            digest = "" if owner is None else _configuration(owner)
+            training_session = training_sessions.get_session(session, training_session_id)
+            digest = "" if training_session is None else _configuration(training_session)
 
         def read(session: Session, after: int, limit: int) -> Sequence[Round]:
-            return evidence.rounds_after(session, identity, after, limit)
+            return evidence.rounds_after(session, training_session_id, after, limit)
 
         rows = walk(self._context.database, read, 0, lambda found: found.number)
         yield from faults(
             "round",
             rows,
             lambda row: self._check(row, digest),
-            lambda row: f"{identity} round {row.number}",
+            lambda row: f"{training_session_id} round {row.number}",
             self._tally,
         )
 
@@ -85,9 +85,9 @@ class RoundVerification:
             raise ValueError(f"not what was signed: {', '.join(changed)}")
 
 
-def _configuration(owner: TrainingSession) -> str:
+def _configuration(training_session: TrainingSession) -> str:
     """Return the digest of a configuration as it is stored; empty if it is none any more."""
     try:
-        return config_digest(from_json(owner.config))
+        return config_digest(from_json(training_session.config))
     except (json_format.ParseError, TypeError, ValueError):
         return ""

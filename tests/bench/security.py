@@ -19,7 +19,7 @@ from qflare.crypto.sealed_payloads import (
     SealContext,
 )
 from qflare.crypto.sealing import KemKey
-from qflare.crypto.signing import Context, Provider, SigningKey
+from qflare.crypto.signing import Provider, SigningContext, SigningKey
 from qflare_server.context import utc_now
 from qflare_server.storage.database import Database
 from qflare_server.storage.repository import audit, audit_tree
@@ -142,7 +142,7 @@ def _lateness(duration_s: float, key: SigningKey | None) -> float:
 
     def sign() -> None:
         while key is not None and not stopped.is_set():
-            key.sign(Context.UPDATE, b"statement")
+            key.sign(SigningContext.UPDATE, b"statement")
 
     signer = threading.Thread(target=sign)
     signer.start()

@@ -16,11 +16,11 @@ from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from tests.conftest import START, FakeClock
 from tests.support.identity import CHEAP, Coordinator, SimulatedDevice, copy_of
-from tests.support.use_cases import Core
+from tests.support.use_cases import CoordinatorHarness
 
 FIXED_SEED = bytes(range(32))
 
-MakeCore = Callable[..., Core]
+MakeCore = Callable[..., CoordinatorHarness]
 
 
 @pytest.fixture(scope="session")
@@ -73,12 +73,14 @@ def make_core(
     unsigned_config: ServerConfig, clock: FakeClock, signing_key: SigningKey
 ) -> Iterator[MakeCore]:
     """Return a function that makes a coordinator with connections of its own, as a process would."""
-    cores: list[Core] = []
+    cores: list[CoordinatorHarness] = []
 
-    def make(**settings: Any) -> Core:
+    def make(**settings: Any) -> CoordinatorHarness:
         name = settings.pop("name", f"core-{len(cores)}")
         config = replace(unsigned_config, **settings)
-        core = Core(config, Database(make_engine(config)), clock, signing_key, name=name)
+        core = CoordinatorHarness(
+            config, Database(make_engine(config)), clock, signing_key, name=name
+        )
         cores.append(core)
         return core
 
@@ -89,7 +91,7 @@ def make_core(
 
 
 @pytest.fixture
-def core(make_core: MakeCore) -> Core:
+def core(make_core: MakeCore) -> CoordinatorHarness:
     """Return a coordinator with four devices."""
     made = make_core()
     made.add_devices(4)
@@ -97,7 +99,7 @@ def core(make_core: MakeCore) -> Core:
 
 
 @pytest.fixture
-def large(make_core: MakeCore) -> Core:
+def large(make_core: MakeCore) -> CoordinatorHarness:
     """Return a coordinator with four devices that puts every payload into the payload store."""
     made = make_core(inline_payload_bytes=0, upload_batch_bytes=2**20)
     made.add_devices(4)

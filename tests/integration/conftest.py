@@ -27,7 +27,7 @@ from qflare_server.context import utc_now
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.secret_files import Cost
 from qflare_server.keys.setup import bootstrap_bundle, initialise
-from qflare_server.serving.application import Parts
+from qflare_server.serving.application import Application
 from qflare_server.serving.coordinator import Coordinator
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role
@@ -159,19 +159,19 @@ def deploy(
 
 
 @pytest.fixture
-def parts(database_url: str, tmp_path: Path, key_folder: Path) -> Iterator[Parts]:
+def parts(database_url: str, tmp_path: Path, key_folder: Path) -> Iterator[Application]:
     """Yield the use cases on the test's database, whose keys are in the folder `coordinator`."""
     shutil.copytree(key_folder, tmp_path / "coordinator" / "keys")
     config = ServerConfig(
         data_dir=tmp_path / "coordinator", database_url=database_url, database_pool_size=4
     ).checked()
-    opened = Parts.open(config)
-    yield opened
-    opened.close()
+    open_application = Application.open(config)
+    yield open_application
+    open_application.close()
 
 
 @pytest.fixture
-def replicas(parts: Parts, database_url: str) -> Iterator[Replicas]:
+def replicas(parts: Application, database_url: str) -> Iterator[Replicas]:
     """Yield what starts coordinators."""
     with ExitStack() as stack:
         yield Replicas(parts.context.config.data_dir, database_url, stack)

@@ -5,8 +5,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from qflare.crypto.envelope import sign_envelope
-from qflare.crypto.signing import Context as SigningContext
-from qflare.crypto.signing import PublicKey, SigningKey
+from qflare.crypto.signing import PublicKey, SigningContext, SigningKey
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context

@@ -12,7 +12,7 @@ import numpy as np
 from qflare.tensors import Array
 from qflare_client import Client, Receipt, enroll
 from qflare_server.keys.setup import bootstrap_bundle
-from qflare_server.serving.application import Parts
+from qflare_server.serving.application import Application
 from qflare_server.storage.repository.audit import SYSTEM
 from tests.support.jobs import prepare
 from tests.support.processes import CoordinatorProcess, addresses
@@ -61,7 +61,7 @@ class HeldUpload:
 
 
 @contextmanager
-def held_upload(parts: Parts, home: Path, *at: CoordinatorProcess) -> Iterator[HeldUpload]:
+def held_upload(parts: Application, home: Path, *at: CoordinatorProcess) -> Iterator[HeldUpload]:
     """Give an upload that waits in its middle, of a device that knows these coordinators."""
     session_id = prepare(parts, LARGE, quorum=1)
     secret = parts.use_cases.tokens.issue_enrollment(SYSTEM)[0].secret

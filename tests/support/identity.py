@@ -12,8 +12,7 @@ from sqlalchemy.orm import Session
 
 from qflare.crypto.envelope import add_signature, sign_envelope
 from qflare.crypto.sealing import KemKey
-from qflare.crypto.signing import Context as SigningContext
-from qflare.crypto.signing import Signer, SigningKey
+from qflare.crypto.signing import Signer, SigningContext, SigningKey
 from qflare.protocol.enrollment import DeviceEnrollment
 from qflare.protocol.login import DeviceLogin, SessionKeys
 from qflare.v1 import security_pb2
@@ -30,7 +29,7 @@ from qflare_server.use_cases.access.login import Login
 from qflare_server.use_cases.access.presence import Presence
 from qflare_server.use_cases.access.tokens import Tokens
 from qflare_server.use_cases.devices.administration import Devices
-from qflare_server.use_cases.devices.enrollment import Enrolled, Enrollment
+from qflare_server.use_cases.devices.enrollment import Enrollment, EnrollmentResult
 
 CHEAP = Cost(iterations=1, memory_kib=32, lanes=1)
 CALLER = Caller("anonymous", "192.0.2.7", "none")
@@ -117,7 +116,9 @@ class SimulatedDevice:
         exchange = self.enrollment(coordinator, token, profile)
         return exchange.confirm(coordinator.enrollment.begin(CALLER, exchange.request()))
 
-    def enroll(self, coordinator: Coordinator, token: str = "", profile: bytes = b"") -> Enrolled:
+    def enroll(
+        self, coordinator: Coordinator, token: str = "", profile: bytes = b""
+    ) -> EnrollmentResult:
         token = token or coordinator.enrollment_token()
         confirmation = self.confirmation(coordinator, token, profile)
         enrolled = coordinator.enrollment.register(CALLER, confirmation)

@@ -13,7 +13,7 @@ from qflare_server.aggregation.fold import RoundFold
 from qflare_server.aggregation.plan import read_plan
 from qflare_server.keys.setup import bootstrap_bundle
 from qflare_server.payloads.reader import read_chunks
-from qflare_server.serving.application import Parts
+from qflare_server.serving.application import Application
 from qflare_server.storage.payload_records import describe
 from qflare_server.storage.repository import payloads, updates
 from qflare_server.storage.repository.audit import SYSTEM
@@ -29,7 +29,9 @@ SMALL: Final[dict[str, Array]] = {
 }
 
 
-def prepare(parts: Parts, weights: dict[str, Array] | None = None, *, quorum: int = DEVICES) -> str:
+def prepare(
+    parts: Application, weights: dict[str, Array] | None = None, *, quorum: int = DEVICES
+) -> str:
     """Create and start a training session whose every update is kept; return its id."""
     weights = SMALL if weights is None else weights
     manifest = Manifest.from_arrays(weights)
@@ -47,7 +49,7 @@ def prepare(parts: Parts, weights: dict[str, Array] | None = None, *, quorum: in
 
 
 def enroll_devices(
-    parts: Parts, tmp_path: Path, address: str, tls: Tls | None = None
+    parts: Application, tmp_path: Path, address: str, tls: Tls | None = None
 ) -> list[Path]:
     """Enrol the devices at a coordinator; return their homes."""
     homes = [tmp_path / f"device-{index}" for index in range(DEVICES)]
@@ -58,7 +60,7 @@ def enroll_devices(
     return homes
 
 
-def recompute(parts: Parts, session_id: str, round_row: Round) -> dict[str, np.ndarray]:
+def recompute(parts: Application, session_id: str, round_row: Round) -> dict[str, np.ndarray]:
     """Fold the kept updates of a round again, in the order of their acceptance."""
     with parts.database.read() as session:
         plan = read_plan(session, session_id, round_row.number, round_row.base_version)
@@ -70,7 +72,7 @@ def recompute(parts: Parts, session_id: str, round_row: Round) -> dict[str, np.n
     return assemble(plan.manifest, [received.data])
 
 
-def check_every_version(parts: Parts, session_id: str) -> None:
+def check_every_version(parts: Application, session_id: str) -> None:
     """Versions are gapless, and each has the bytes of an undisturbed run over the same accepted updates."""
     for version in range(1, ROUNDS + 1):
         with parts.database.read() as session:

@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from qflare.crypto import merkle
 from qflare.crypto.envelope import sign_envelope
-from qflare.crypto.signing import Context
+from qflare.crypto.signing import SigningContext
 from qflare.tensors import CHUNK_BYTES, Manifest, chunks, payload_digest
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2
@@ -73,7 +73,7 @@ class RawDevice:
     def header(self, draft: Draft) -> pb.UpdateHeader:
         """Sign a draft's statement; what travels is the payload unless a test says otherwise."""
         draft.statement.wire_digest = draft.statement.wire_digest or draft.statement.payload_digest
-        envelope = sign_envelope(self.identity.keys.signing, Context.UPDATE, draft.statement)
+        envelope = sign_envelope(self.identity.keys.signing, SigningContext.UPDATE, draft.statement)
         header = pb.UpdateHeader(statement=envelope, chunk_digests=draft.chunk_digests)
         draft.spoil_header(header)
         return header

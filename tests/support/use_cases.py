@@ -16,8 +16,7 @@ from sqlalchemy.orm import Session
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.sealed_payloads import PayloadSealer, SealContext
 from qflare.crypto.sealing import KemKey, KemPublicKey
-from qflare.crypto.signing import Context as SigningContext
-from qflare.crypto.signing import SigningKey
+from qflare.crypto.signing import SigningContext, SigningKey
 from qflare.tensors import Array, Manifest, chunks, payload_digest
 from qflare.v1 import admin_service_pb2, coordinator_service_pb2, security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
@@ -29,7 +28,7 @@ from qflare_server.storage.group_commit import Work
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
 from qflare_server.storage.repository.audit import SYSTEM
-from qflare_server.storage.repository.updates import Accepted
+from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.tables import Base, GlobalModel, ModelUpdate, Round
 from qflare_server.use_cases.access.presence import Presence
 from qflare_server.use_cases.devices.administration import Devices, Profile
@@ -174,7 +173,7 @@ class Draft:
         return hashlib.sha256(self.statement.SerializeToString(deterministic=True)).hexdigest()
 
 
-class Core:
+class CoordinatorHarness:
     """One coordinator process without its network; two over one database are two processes."""
 
     def __init__(
@@ -279,14 +278,14 @@ class Core:
             draft.seal(KEM_KEY.public)
         return draft
 
-    def send(self, draft: Draft, sent: Iterable[tuple[int, bytes]] | None = None) -> Accepted:
+    def send(self, draft: Draft, sent: Iterable[tuple[int, bytes]] | None = None) -> UpdateReceipt:
         """Submit an update, or only some of its chunks."""
         pieces = draft.chunks if sent is None else sent
         return self.uploads.submit(SYSTEM, draft.device, draft.header(), iter(pieces))
 
     def submit(
         self, device_id: str, identity: str, arrays: Arrays | None = None, **facts: Any
-    ) -> Accepted:
+    ) -> UpdateReceipt:
         """Do a device's task."""
         weights = vector(1.0) if arrays is None else arrays
         return self.send(self.draft(device_id, identity, weights, **facts))

@@ -16,7 +16,7 @@ UNSEQUENCED: Final = 10_000
 
 
 @dataclass(frozen=True)
-class Finding:
+class Alert:
     """Something to look at: `level` is `bad`, `warn` or `note`, `link` the page that shows more."""
 
     level: str
@@ -24,22 +24,22 @@ class Finding:
     link: str
 
 
-def findings(report: Report, *, draining: bool) -> list[Finding]:
+def findings(report: Report, *, draining: bool) -> list[Alert]:
     """Return what is not as it should be, worst first."""
     found = [*_serving(report, draining=draining), *_work(report), *_fleet(report)]
     return sorted(found, key=lambda item: LEVELS.index(item.level))
 
 
-def worst(found: Sequence[Finding]) -> str:
+def worst(found: Sequence[Alert]) -> str:
     """Return the worst level, `good` where nothing needs attention."""
     levels = {item.level for item in found}
     return next((level for level in LEVELS if level in levels and level != "note"), "good")
 
 
-def of_audit(counts: Mapping[str, int]) -> list[Finding]:
+def of_audit(counts: Mapping[str, int]) -> list[Alert]:
     """Return what the audit log of the last day gives to think about."""
     return [
-        Finding(
+        Alert(
             level,
             f"{counts[risk]:,} audit events of {risk} risk in the last 24 hours",
             f"/audit?risk={risk}",
@@ -49,34 +49,34 @@ def of_audit(counts: Mapping[str, int]) -> list[Finding]:
     ]
 
 
-def _serving(report: Report, *, draining: bool) -> Iterator[Finding]:
+def _serving(report: Report, *, draining: bool) -> Iterator[Alert]:
     database = report.database
     if draining:
-        yield Finding("bad", "This coordinator is shutting down and takes no new work", "/system")
+        yield Alert("bad", "This coordinator is shutting down and takes no new work", "/system")
     if database.latency_s > SLOW_DATABASE_S:
         took = formatting.duration(database.latency_s)
-        yield Finding("warn", f"The database takes {took} to answer", "/system")
+        yield Alert("warn", f"The database takes {took} to answer", "/system")
     if database.pool_in_use_count >= database.pool_size:
-        yield Finding("warn", "Every database connection of this process is in use", "/system")
+        yield Alert("warn", "Every database connection of this process is in use", "/system")
     if report.free_bytes is not None and report.free_bytes < LITTLE_ROOM_BYTES:
         left = formatting.size(report.free_bytes)
-        yield Finding("bad", f"Only {left} are left on the disk of the database", "/system")
+        yield Alert("bad", f"Only {left} are left on the disk of the database", "/system")
 
 
-def _work(report: Report) -> Iterator[Finding]:
+def _work(report: Report) -> Iterator[Alert]:
     waiting = report.queues
     if waiting.oldest_closed_at is not None:
         waited_s = (report.at - waiting.oldest_closed_at).total_seconds()
         if waited_s > WAITING_S:
             text = f"A closed round has waited {formatting.span(waited_s)} for its aggregation"
-            yield Finding("bad", text, "/sessions?state=running")
+            yield Alert("bad", text, "/sessions?state=running")
     if waiting.unsequenced_audit_count > UNSEQUENCED:
         text = f"{waiting.unsequenced_audit_count:,} audit events wait for their place in the log"
-        yield Finding("warn", text, "/system")
+        yield Alert("warn", text, "/system")
 
 
-def _fleet(report: Report) -> Iterator[Finding]:
+def _fleet(report: Report) -> Iterator[Alert]:
     count = report.device_counts.get(DeviceState.QUARANTINED.value, 0)
     if count:
         text = f"{count:,} {'device is' if count == 1 else 'devices are'} in quarantine"
-        yield Finding("warn", text, "/devices?state=quarantined")
+        yield Alert("warn", text, "/devices?state=quarantined")

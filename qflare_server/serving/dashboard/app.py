@@ -26,9 +26,9 @@ import qflare
 from qflare_server import errors
 from qflare_server.config import ServerConfig
 from qflare_server.serving.dashboard import formatting
-from qflare_server.serving.dashboard.cache import Recent
-from qflare_server.serving.dashboard.middleware import Guarded
-from qflare_server.serving.dashboard.page_context import Visit
+from qflare_server.serving.dashboard.cache import DashboardCache
+from qflare_server.serving.dashboard.middleware import SecurityHeaders
+from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages import audit, devices, overview, system, training
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.access.authentication import MAX_TOKEN_CHARACTERS, Principal
@@ -57,7 +57,7 @@ class Page:
     template: str
     section: str
     methods: tuple[str, ...]
-    build: Callable[[Visit], Mapping[str, Any]]
+    build: Callable[[PageContext], Mapping[str, Any]]
 
 
 PAGES: Final = (
@@ -111,14 +111,14 @@ class Site:
         self, config: ServerConfig, use_cases: UseCases, draining: threading.Event
     ) -> None:
         self._config = config
-        self._do = use_cases
+        self._use_cases = use_cases
         self._draining = draining
         self._secure = config.dashboard_has_tls or config.dashboard_behind_proxy
         self._cookie = "__Host-qflare" if self._secure else "qflare"
         self._limiter = CapacityLimiter(READERS)
-        self._recent = Recent(use_cases)
+        self._recent = DashboardCache(use_cases)
         self._templates = _templates()
-        self._app = Guarded(self._build(), secure=self._secure)
+        self._app = SecurityHeaders(self._build(), secure=self._secure)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -150,25 +150,25 @@ class Site:
 
     def _show(self, page: Page, request: Request) -> Response:
         principal = self._admit(request, page.methods)
-        visit = Visit(
-            do=self._do,
+        visit = PageContext(
+            use_cases=self._use_cases,
             recent=self._recent,
             principal=principal,
             path=request.path_params,
             query=request.query_params,
-            at=self._do.overview.now(),
+            at=self._use_cases.overview.now(),
             draining=self._draining.is_set(),
         )
         return self._page(page.template, visit, section=page.section, **page.build(visit))
 
     def _admit(self, request: Request, methods: tuple[str, ...]) -> Principal:
         """Return who has logged in, if all the methods of a page are allowed; asked anew for every page."""
-        secret, login = request.cookies.get(self._cookie, ""), self._do.dashboard_login
+        secret, login = request.cookies.get(self._cookie, ""), self._use_cases.dashboard_login
         first, *more = [login.admit(secret, method) for method in methods]
         assert all(principal == first for principal in more)
         return first
 
-    def _page(self, template: str, visit: Visit, *, section: str, **values: Any) -> Response:
+    def _page(self, template: str, visit: PageContext, *, section: str, **values: Any) -> Response:
         sections = [
             (path, name)
             for path, name in SECTIONS
@@ -200,7 +200,10 @@ class Site:
         token = await _token(request)
         try:
             secret = await to_thread.run_sync(
-                self._do.dashboard_login.log_in, token, self._peer(request), limiter=self._limiter
+                self._use_cases.dashboard_login.log_in,
+                token,
+                self._peer(request),
+                limiter=self._limiter,
             )
         except errors.TooManyRequestsError as error:
             wait_s = max(1, round(error.retry_after_s))
@@ -228,7 +231,10 @@ class Site:
         _require_same_origin(request)
         secret = request.cookies.get(self._cookie, "")
         await to_thread.run_sync(
-            self._do.dashboard_login.log_out, secret, self._peer(request), limiter=self._limiter
+            self._use_cases.dashboard_login.log_out,
+            secret,
+            self._peer(request),
+            limiter=self._limiter,
         )
         response = RedirectResponse(ENTER, HTTPStatus.SEE_OTHER)
         self._forget(response)

@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 @dataclass
-class Kept(Generic[Value]):
+class CachedValue(Generic[Value]):
     """A value that is read anew when it is too old; safe to share between threads.
 
     Args:
@@ -43,17 +43,19 @@ class Kept(Generic[Value]):
             return value
 
 
-class Recent:
+class DashboardCache:
     """The counts that pages share.
 
     Args:
         do: What they are read through.
     """
 
-    def __init__(self, do: UseCases) -> None:
-        self._report = Kept(do.overview.report)
-        self._devices = Kept(do.devices.counts)
-        self._audit = Kept(lambda: do.audit.count_by_risk(do.overview.now() - AUDIT_SPAN))
+    def __init__(self, use_cases: UseCases) -> None:
+        self._report = CachedValue(use_cases.overview.report)
+        self._devices = CachedValue(use_cases.devices.counts)
+        self._audit = CachedValue(
+            lambda: use_cases.audit.count_by_risk(use_cases.overview.now() - AUDIT_SPAN)
+        )
 
     def report(self) -> Report:
         """Return how the coordinator is."""

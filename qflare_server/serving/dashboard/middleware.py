@@ -28,7 +28,7 @@ STRICT_TRANSPORT: Final = "max-age=31536000"
 STATIC: Final = "/static/"
 
 
-class Guarded:
+class SecurityHeaders:
     """Wraps an application so that no answer leaves without its headers, not even one to an error.
 
     Args:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 from qflare_server.errors import InvalidRequestError
-from qflare_server.serving.dashboard.cache import Recent
+from qflare_server.serving.dashboard.cache import DashboardCache
 from qflare_server.storage.paging import PageRequest
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.access.authentication import Principal
@@ -19,11 +19,11 @@ MAX_DIGITS = 9
 
 
 @dataclass(frozen=True)
-class Visit:
+class PageContext:
     """What a page is built from."""
 
-    do: UseCases
-    recent: Recent
+    use_cases: UseCases
+    recent: DashboardCache
     principal: Principal
     path: Mapping[str, str]
     query: Mapping[str, str]

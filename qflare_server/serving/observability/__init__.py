@@ -32,7 +32,9 @@ class Observability:
         self._metrics = _metrics() if config.metrics_listen else None
         self._tracing = _tracing(config.traces_endpoint) if config.traces_endpoint else None
         parts = [part for part in (self._metrics, self._tracing, further) if part is not None]
-        self.telemetry = parts[0] if len(parts) == 1 else Several(parts) if parts else Telemetry()
+        self.telemetry = (
+            parts[0] if len(parts) == 1 else CompositeTelemetry(parts) if parts else Telemetry()
+        )
 
     @property
     def metrics_port(self) -> int:
@@ -81,7 +83,7 @@ def _tracing(endpoint: str) -> "Tracing":
         raise ConfigError("QFLARE_TRACES_ENDPOINT: pip install 'qflare[otel]'") from error
 
 
-class Several(Telemetry):
+class CompositeTelemetry(Telemetry):
     """Tells each of several."""
 
     def __init__(self, hearers: Sequence[Telemetry]) -> None:

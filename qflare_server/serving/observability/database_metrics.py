@@ -15,7 +15,7 @@ from qflare_server.errors import QflareError
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository import devices, training_sessions, views
 from qflare_server.storage.tables import TrainingSession, TrainingSessionState
-from qflare_server.training.config import of_session
+from qflare_server.training.config import stored_config
 from qflare_server.use_cases.status import DatabaseHealth, Overview
 
 MAX_SESSIONS: Final = 100
@@ -108,8 +108,10 @@ class DatabaseCollector(Collector):
         )
 
 
-def _budget(owner: TrainingSession) -> float | None:
-    return of_session(owner.id, owner.config).privacy.epsilon_budget or None
+def _budget(training_session: TrainingSession) -> float | None:
+    return (
+        stored_config(training_session.id, training_session.config).privacy.epsilon_budget or None
+    )
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
@@ -127,7 +129,7 @@ def _of_sessions(
     name: str, text: str, values: Mapping[TrainingSession, float | None]
 ) -> GaugeMetricFamily:
     family = GaugeMetricFamily(name, text, labels=SESSION_LABELS)
-    for owner, value in values.items():
+    for training_session, value in values.items():
         if value is not None:
-            family.add_metric((owner.id, owner.name), value)
+            family.add_metric((training_session.id, training_session.name), value)
     return family

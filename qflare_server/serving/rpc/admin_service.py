@@ -31,13 +31,13 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     """
 
     def __init__(self, use_cases: UseCases) -> None:
-        self._do = use_cases
+        self._use_cases = use_cases
 
     def CreateTrainingSession(
         self, request: pb.CreateTrainingSessionRequest, context: ServicerContext
     ) -> pb.CreateTrainingSessionResponse:
         """Create a training session."""
-        created = self._do.training.create(
+        created = self._use_cases.training.create(
             current_call().caller,
             name=request.name,
             model_type=request.model_type,
@@ -54,7 +54,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> pb.UploadInitialModelResponse:
         """Upload the initial model."""
         header, first = split_header(request_iterator)
-        model = self._do.initial_models.upload(
+        model = self._use_cases.initial_models.upload(
             current_call().caller, header, chunks_of(first, request_iterator)
         )
         return pb.UploadInitialModelResponse(
@@ -65,28 +65,28 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.StartTrainingSessionRequest, context: ServicerContext
     ) -> pb.StartTrainingSessionResponse:
         """Start the first round."""
-        row = self._do.training.start(current_call().caller, request.training_session_id)
+        row = self._use_cases.training.start(current_call().caller, request.training_session_id)
         return pb.StartTrainingSessionResponse(training_session=training.training_session(row))
 
     def PauseTrainingSession(
         self, request: pb.PauseTrainingSessionRequest, context: ServicerContext
     ) -> pb.PauseTrainingSessionResponse:
         """Take no updates until it is resumed."""
-        row = self._do.training.pause(current_call().caller, request.training_session_id)
+        row = self._use_cases.training.pause(current_call().caller, request.training_session_id)
         return pb.PauseTrainingSessionResponse(training_session=training.training_session(row))
 
     def ResumeTrainingSession(
         self, request: pb.ResumeTrainingSessionRequest, context: ServicerContext
     ) -> pb.ResumeTrainingSessionResponse:
         """Go on after a pause."""
-        row = self._do.training.resume(current_call().caller, request.training_session_id)
+        row = self._use_cases.training.resume(current_call().caller, request.training_session_id)
         return pb.ResumeTrainingSessionResponse(training_session=training.training_session(row))
 
     def CancelTrainingSession(
         self, request: pb.CancelTrainingSessionRequest, context: ServicerContext
     ) -> pb.CancelTrainingSessionResponse:
         """End it."""
-        row = self._do.training.cancel(
+        row = self._use_cases.training.cancel(
             current_call().caller, request.training_session_id, request.reason
         )
         return pb.CancelTrainingSessionResponse(training_session=training.training_session(row))
@@ -95,7 +95,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.GetTrainingSessionRequest, context: ServicerContext
     ) -> pb.GetTrainingSessionResponse:
         """Get a training session with its current round."""
-        progress = self._do.training.progress(request.training_session_id)
+        progress = self._use_cases.training.progress(request.training_session_id)
         return pb.GetTrainingSessionResponse(
             training_session=training.training_session(progress.session),
             round=training.training_round(progress.round),
@@ -108,7 +108,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         state = values.state_name(
             "TRAINING_SESSION_STATE_", request.state, training_pb2.TrainingSessionState
         )
-        page = self._do.training.list(_page(request), state)
+        page = self._use_cases.training.list(_page(request), state)
         return pb.ListTrainingSessionsResponse(
             training_sessions=[training.training_session(row) for row in page.rows],
             next_page_token=page.next_token,
@@ -118,7 +118,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.ListRoundsRequest, context: ServicerContext
     ) -> pb.ListRoundsResponse:
         """List the rounds of a training session."""
-        page = self._do.training.list_rounds(request.training_session_id, _page(request))
+        page = self._use_cases.training.list_rounds(request.training_session_id, _page(request))
         return pb.ListRoundsResponse(
             rounds=filter(None, map(training.training_round, page.rows)),
             next_page_token=page.next_token,
@@ -128,7 +128,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.ListGlobalModelsRequest, context: ServicerContext
     ) -> pb.ListGlobalModelsResponse:
         """List the versions of a training session."""
-        page = self._do.training.list_models(request.training_session_id, _page(request))
+        page = self._use_cases.training.list_models(request.training_session_id, _page(request))
         return pb.ListGlobalModelsResponse(
             global_models=[versions.global_model(row) for row in page.rows],
             next_page_token=page.next_token,
@@ -139,8 +139,10 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> Iterator[pb.DownloadGlobalModelResponse]:
         """Download a version."""
         version = request.version if request.HasField("version") else None
-        delivery = self._do.deliveries.find(request.training_session_id, version)
-        chunks = self._do.deliveries.opened(current_call().caller, delivery, request.first_chunk)
+        delivery = self._use_cases.deliveries.find(request.training_session_id, version)
+        chunks = self._use_cases.deliveries.opened(
+            current_call().caller, delivery, request.first_chunk
+        )
         first = pb.DownloadGlobalModelResponse(header=versions.opened_model_header(delivery))
         yield from values.in_messages(pb.DownloadGlobalModelResponse, first, chunks)
 
@@ -148,7 +150,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.ListUpdatesRequest, context: ServicerContext
     ) -> pb.ListUpdatesResponse:
         """List the updates of a round."""
-        page = self._do.training.list_updates(
+        page = self._use_cases.training.list_updates(
             request.training_session_id, request.round_number, _page(request)
         )
         return pb.ListUpdatesResponse(
@@ -160,7 +162,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.GetAggregationStatusRequest, context: ServicerContext
     ) -> pb.GetAggregationStatusResponse:
         """Get how far the aggregation is."""
-        progress = self._do.training.progress(request.training_session_id)
+        progress = self._use_cases.training.progress(request.training_session_id)
         return pb.GetAggregationStatusResponse(
             round=training.training_round(progress.round),
             pending_update_count=progress.pending_count,
@@ -176,7 +178,9 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.GetDeviceRequest, context: ServicerContext
     ) -> pb.GetDeviceResponse:
         """Get a device."""
-        return pb.GetDeviceResponse(device=devices.device(self._do.devices.get(request.device_id)))
+        return pb.GetDeviceResponse(
+            device=devices.device(self._use_cases.devices.get(request.device_id))
+        )
 
     def ListDevices(
         self, request: pb.ListDevicesRequest, context: ServicerContext
@@ -188,7 +192,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             seen_after=values.moment(request, "seen_after_time"),
             capabilities=devices.conditions(request.capabilities),
         )
-        page = self._do.devices.list(_page(request), wanted)
+        page = self._use_cases.devices.list(_page(request), wanted)
         return pb.ListDevicesResponse(
             devices=[devices.device(row) for row in page.rows], next_page_token=page.next_token
         )
@@ -197,28 +201,34 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.SuspendDeviceRequest, context: ServicerContext
     ) -> pb.SuspendDeviceResponse:
         """Forbid a device to call until it is reinstated."""
-        row = self._do.devices.suspend(current_call().caller, request.device_id, request.reason)
+        row = self._use_cases.devices.suspend(
+            current_call().caller, request.device_id, request.reason
+        )
         return pb.SuspendDeviceResponse(device=devices.device(row))
 
     def ReinstateDevice(
         self, request: pb.ReinstateDeviceRequest, context: ServicerContext
     ) -> pb.ReinstateDeviceResponse:
         """Lift a suspension or a quarantine."""
-        row = self._do.devices.reinstate(current_call().caller, request.device_id, request.reason)
+        row = self._use_cases.devices.reinstate(
+            current_call().caller, request.device_id, request.reason
+        )
         return pb.ReinstateDeviceResponse(device=devices.device(row))
 
     def RevokeDevice(
         self, request: pb.RevokeDeviceRequest, context: ServicerContext
     ) -> pb.RevokeDeviceResponse:
         """Forbid a device to call for ever."""
-        row = self._do.devices.revoke(current_call().caller, request.device_id, request.reason)
+        row = self._use_cases.devices.revoke(
+            current_call().caller, request.device_id, request.reason
+        )
         return pb.RevokeDeviceResponse(device=devices.device(row))
 
     def IssueEnrollmentTokens(
         self, request: pb.IssueEnrollmentTokensRequest, context: ServicerContext
     ) -> pb.IssueEnrollmentTokensResponse:
         """Issue enrollment tokens."""
-        issued = self._do.tokens.issue_enrollment(
+        issued = self._use_cases.tokens.issue_enrollment(
             current_call().caller,
             count=request.token_count or 1,
             label=request.label,
@@ -235,7 +245,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> pb.ListTokensResponse:
         """List tokens."""
         kind = values.state_name("TOKEN_KIND_", request.kind, pb.TokenKind)
-        page = self._do.tokens.list(_page(request), kind)
+        page = self._use_cases.tokens.list(_page(request), kind)
         return pb.ListTokensResponse(
             tokens=[devices.token(row) for row in page.rows], next_page_token=page.next_token
         )
@@ -244,7 +254,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.RevokeTokenRequest, context: ServicerContext
     ) -> pb.RevokeTokenResponse:
         """Revoke a token."""
-        row = self._do.tokens.revoke(current_call().caller, request.token_id, request.reason)
+        row = self._use_cases.tokens.revoke(current_call().caller, request.token_id, request.reason)
         return pb.RevokeTokenResponse(token=devices.token(row))
 
     def ListAuditEntries(
@@ -259,7 +269,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             event_type=request.event_type,
             risk_level=values.state_name("RISK_LEVEL_", request.risk_level, pb.RiskLevel),
         )
-        page = self._do.audit.list(_page(request), wanted)
+        page = self._use_cases.audit.list(_page(request), wanted)
         return pb.ListAuditEntriesResponse(
             entries=[audit.audit_entry(row) for row in page.rows],
             next_page_token=page.next_token,
@@ -269,7 +279,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.GetAuditProofRequest, context: ServicerContext
     ) -> pb.GetAuditProofResponse:
         """Prove that an audit entry is in the log."""
-        proof = self._do.audit.proof(
+        proof = self._use_cases.audit.proof(
             audit_id=None if request.HasField("leaf_index") else request.audit_id,
             leaf_index=request.leaf_index if request.HasField("leaf_index") else None,
             tree_size=request.tree_size if request.HasField("tree_size") else None,
@@ -283,7 +293,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> Iterator[pb.ExportVerificationBundleResponse]:
         """Export what an offline verifier needs for a version."""
         version = request.version if request.HasField("version") else None
-        for part in self._do.evidence.bundle(request.training_session_id, version):
+        for part in self._use_cases.evidence.bundle(request.training_session_id, version):
             yield pb.ExportVerificationBundleResponse(bundle=part)
 
     def WatchTrainingSession(
@@ -293,21 +303,21 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         gone = threading.Event()
         context.add_callback(gone.set)
         known = request.known_round_number if request.HasField("known_round_number") else None
-        happenings = self._do.watching.watch(
+        happenings = self._use_cases.watching.watch(
             request.training_session_id,
             gone,
             known_round=known,
             duration_s=values.seconds(request, "duration"),
         )
         for happening in happenings:
-            yield training.session_event(happening, self._do.overview.now())
+            yield training.session_event(happening, self._use_cases.overview.now())
 
     def DescribeGlobalModel(
         self, request: pb.DescribeGlobalModelRequest, context: ServicerContext
     ) -> pb.DescribeGlobalModelResponse:
         """Describe a version."""
         version = request.version if request.HasField("version") else None
-        model = self._do.promotion.describe(request.training_session_id, version)
+        model = self._use_cases.promotion.describe(request.training_session_id, version)
         return pb.DescribeGlobalModelResponse(
             global_model=versions.global_model(model, with_manifest=True),
             statement=values.envelope(model.statement, model.signature),
@@ -317,7 +327,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.ListMetricsRequest, context: ServicerContext
     ) -> pb.ListMetricsResponse:
         """List the metrics of versions."""
-        page = self._do.promotion.list_metrics(
+        page = self._use_cases.promotion.list_metrics(
             request.training_session_id, PageRequest(request.page_size, request.page_token)
         )
         return pb.ListMetricsResponse(
@@ -329,7 +339,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.RollbackGlobalModelRequest, context: ServicerContext
     ) -> pb.RollbackGlobalModelResponse:
         """Make an older version the base of the next round."""
-        made = self._do.promotion.roll_back(
+        made = self._use_cases.promotion.roll_back(
             current_call().caller, request.training_session_id, request.version, request.reason
         )
         return pb.RollbackGlobalModelResponse(
@@ -341,7 +351,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.ReleaseGlobalModelRequest, context: ServicerContext
     ) -> pb.ReleaseGlobalModelResponse:
         """Release a version."""
-        model = self._do.promotion.release(
+        model = self._use_cases.promotion.release(
             current_call().caller, request.training_session_id, request.version, request.reason
         )
         return pb.ReleaseGlobalModelResponse(global_model=versions.global_model(model))
@@ -350,7 +360,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.IssueAdminTokenRequest, context: ServicerContext
     ) -> pb.IssueAdminTokenResponse:
         """Issue an admin token."""
-        issued = self._do.tokens.issue_admin(
+        issued = self._use_cases.tokens.issue_admin(
             current_call().caller,
             request.name,
             list(request.roles),
@@ -371,15 +381,15 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             event_type=request.event_type,
             risk_level=values.state_name("RISK_LEVEL_", request.risk_level, pb.RiskLevel),
         )
-        for batch in self._do.audit_export.batches(wanted, request.after_audit_id):
+        for batch in self._use_cases.audit_export.batches(wanted, request.after_audit_id):
             yield pb.ExportAuditEntriesResponse(entries=[audit.audit_entry(row) for row in batch])
 
     def GetCoordinatorStatus(
         self, request: pb.GetCoordinatorStatusRequest, context: ServicerContext
     ) -> pb.GetCoordinatorStatusResponse:
         """Get how the coordinator is."""
-        report = self._do.overview.report()
+        report = self._use_cases.overview.report()
         response = status.coordinator_status(report)
         response.version = qflare.__version__
-        response.watcher_count = self._do.watching.watcher_count
+        response.watcher_count = self._use_cases.watching.watcher_count
         return response

@@ -57,11 +57,11 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     """
 
     def __init__(self, use_cases: UseCases) -> None:
-        self._do = use_cases
+        self._use_cases = use_cases
 
     def GetTask(self, request: pb.GetTaskRequest, context: ServicerContext) -> pb.GetTaskResponse:
         """Ask what to do."""
-        task = self._do.tasks.next_task(
+        task = self._use_cases.tasks.next_task(
             current_call().device_id,
             request.training_session_id,
             trains_only=request.trains_only,
@@ -72,15 +72,17 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
         self, request: pb.GetGlobalModelRequest, context: ServicerContext
     ) -> Iterator[pb.GetGlobalModelResponse]:
         """Download a version."""
-        delivery = self._do.deliveries.find(
+        delivery = self._use_cases.deliveries.find(
             request.training_session_id,
             request.version if request.HasField("version") else None,
             released=request.released,
             known_version=request.known_version if request.HasField("known_version") else None,
             encoding=request.encoding,
         )
-        sealed = self._do.deliveries.wrapped_for(delivery, current_call().principal.device_id)
-        chunks = self._do.deliveries.chunks(delivery, request.first_chunk)
+        sealed = self._use_cases.deliveries.wrapped_for(
+            delivery, current_call().principal.device_id
+        )
+        chunks = self._use_cases.deliveries.chunks(delivery, request.first_chunk)
         first = pb.GetGlobalModelResponse(header=versions.model_header(delivery, sealed))
         yield from values.in_messages(pb.GetGlobalModelResponse, first, chunks)
 
@@ -88,13 +90,13 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
         self, request_iterator: Iterator[pb.SubmitUpdateRequest], context: ServicerContext
     ) -> pb.SubmitUpdateResponse:
         """Upload an update."""
-        with self._do.uploads.announced() as checked:
+        with self._use_cases.uploads.announced() as checked:
             header, first = split_header(request_iterator)
             rest, is_whole = rest_of(first, request_iterator)
             if not is_whole:
                 checked()
             chunks = chunks_of(first, rest)
-            accepted = self._do.uploads.submit(
+            accepted = self._use_cases.uploads.submit(
                 current_call().caller, _contributor(), header, chunks, checked=checked
             )
         return versions.receipt(accepted)
@@ -103,7 +105,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
         self, request: pb.GetUploadRequest, context: ServicerContext
     ) -> pb.GetUploadResponse:
         """Ask where to go on with an upload."""
-        next_chunk, known = self._do.uploads.find(_contributor(), request.update_id)
+        next_chunk, known = self._use_cases.uploads.find(_contributor(), request.update_id)
         return pb.GetUploadResponse(
             next_chunk=next_chunk, receipt=None if known is None else versions.receipt(known)
         )
@@ -113,7 +115,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     ) -> pb.ReportEvaluationResponse:
         """Report an evaluation."""
         call = current_call()
-        self._do.tasks.report_evaluation(
+        self._use_cases.tasks.report_evaluation(
             call.caller,
             call.device_id,
             request.training_session_id,
@@ -129,18 +131,18 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
         """Say that the device is there."""
         call = current_call()
         profile = profile_of(request.profile) if request.HasField("profile") else None
-        beat = self._do.devices.heartbeat(call.caller, call.device_id, profile)
+        beat = self._use_cases.devices.heartbeat(call.caller, call.device_id, profile)
         return pb.HeartbeatResponse(
             server_time=values.timestamp(beat.server_time),
             state=devices.device_state(beat.state),
-            keyset_version=self._do.enrollment.keyset_version,
+            keyset_version=self._use_cases.enrollment.keyset_version,
         )
 
     def GetLineage(
         self, request: pb.GetLineageRequest, context: ServicerContext
     ) -> pb.GetLineageResponse:
         """Get the signed statements of consecutive versions."""
-        statements = self._do.deliveries.lineage(
+        statements = self._use_cases.deliveries.lineage(
             request.training_session_id,
             request.first_version,
             request.last_version if request.HasField("last_version") else None,
@@ -151,7 +153,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
         self, request: pb.GetContributionProofRequest, context: ServicerContext
     ) -> pb.GetContributionProofResponse:
         """Get the proof that an update is in a version."""
-        proof = self._do.deliveries.contribution_proof(request.update_id)
+        proof = self._use_cases.deliveries.contribution_proof(request.update_id)
         return pb.GetContributionProofResponse(
             version=proof.model.version,
             statement=values.envelope(proof.model.statement, proof.model.signature),
@@ -166,7 +168,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
         self, request: pb.GetAuditHeadRequest, context: ServicerContext
     ) -> pb.GetAuditHeadResponse:
         """Get the latest signed head of the audit log."""
-        head, consistency = self._do.audit.head(request.known_size)
+        head, consistency = self._use_cases.audit.head(request.known_size)
         response = pb.GetAuditHeadResponse(head=head)
         if consistency is not None:
             response.consistency.CopyFrom(
@@ -182,20 +184,22 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
         self, request: pb.GetKeysetRequest, context: ServicerContext
     ) -> pb.GetKeysetResponse:
         """Get the root documents and the keyset."""
-        return pb.GetKeysetResponse(bundle=self._do.enrollment.keyset(request.known_root_version))
+        return pb.GetKeysetResponse(
+            bundle=self._use_cases.enrollment.keyset(request.known_root_version)
+        )
 
     def BeginRegistration(
         self, request: pb.BeginRegistrationRequest, context: ServicerContext
     ) -> pb.BeginRegistrationResponse:
         """Answer the first half of enrolment."""
-        challenge = self._do.enrollment.begin(current_call().caller, request.enrollment)
+        challenge = self._use_cases.enrollment.begin(current_call().caller, request.enrollment)
         return pb.BeginRegistrationResponse(challenge=challenge)
 
     def Register(
         self, request: pb.RegisterRequest, context: ServicerContext
     ) -> pb.RegisterResponse:
         """Finish enrolment."""
-        enrolled = self._do.enrollment.register(current_call().caller, request.confirmation)
+        enrolled = self._use_cases.enrollment.register(current_call().caller, request.confirmation)
         return pb.RegisterResponse(receipt=enrolled.receipt, device_id=enrolled.device_id)
 
     def BeginAuthentication(
@@ -203,21 +207,21 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     ) -> pb.BeginAuthenticationResponse:
         """Answer the first half of a login."""
         call = current_call()
-        challenge = self._do.login.begin(call.caller, request.hello, call.tls_group)
+        challenge = self._use_cases.login.begin(call.caller, request.hello, call.tls_group)
         return pb.BeginAuthenticationResponse(challenge=challenge)
 
     def Authenticate(
         self, request: pb.AuthenticateRequest, context: ServicerContext
     ) -> pb.AuthenticateResponse:
         """Finish a login."""
-        grant = self._do.login.authenticate(current_call().caller, request.proof)
+        grant = self._use_cases.login.authenticate(current_call().caller, request.proof)
         return pb.AuthenticateResponse(grant=grant)
 
     def RefreshToken(
         self, request: pb.RefreshTokenRequest, context: ServicerContext
     ) -> pb.RefreshTokenResponse:
         """Exchange a refresh token."""
-        grant = self._do.login.refresh(current_call().caller, request.refresh)
+        grant = self._use_cases.login.refresh(current_call().caller, request.refresh)
         return pb.RefreshTokenResponse(grant=grant)
 
     def RotateKeys(
@@ -225,5 +229,5 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     ) -> pb.RotateKeysResponse:
         """Exchange the keys of the calling device."""
         call = current_call()
-        count = self._do.enrollment.rotate(call.caller, call.principal, request.rotation)
+        count = self._use_cases.enrollment.rotate(call.caller, call.principal, request.rotation)
         return pb.RotateKeysResponse(key_rotation_count=count)

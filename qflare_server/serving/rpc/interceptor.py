@@ -1,6 +1,6 @@
 """The gRPC boundary: the one table from errors to statuses, the one abort, the server and its limits.
 
-Every call goes through `Boundary`: it is admitted before its first message is looked at, answered, and its outcome
+`CallInterceptor` admits every call before its first message is looked at, has it answered, and its outcome
 is logged in one line. Errors of the domain become rich statuses; anything else becomes INTERNAL with a fixed text
 and a request id, and its traceback stays in the log.
 """
@@ -22,10 +22,10 @@ from qflare_server.context import Telemetry
 from qflare_server.serving.rpc.call import Call, RunningCalls, answering
 from qflare_server.serving.rpc.limits import StreamLimits, Watchdog
 from qflare_server.serving.rpc.status import Code, describe, status_of
-from qflare_server.serving.rpc.streams import Pump
+from qflare_server.serving.rpc.streams import StreamReader
 from qflare_server.storage.ids import unique_name
 from qflare_server.use_cases.access.authentication import Authentication
-from qflare_server.use_cases.access.rate_limits import CallRates
+from qflare_server.use_cases.access.rate_limits import RateLimiter
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ WATCHES: Final = frozenset({"/qflare.v1.AdminService/WatchTrainingSession"})
 """Streams that last long and send little: they have places of their own, so that they keep none from a download."""
 
 
-class Boundary(grpc.ServerInterceptor):
+class CallInterceptor(grpc.ServerInterceptor):
     """Admission, errors, limits and the log line of every call.
 
     Args:
@@ -57,7 +57,7 @@ class Boundary(grpc.ServerInterceptor):
         self,
         config: ServerConfig,
         authentication: Authentication,
-        pump: Pump,
+        pump: StreamReader,
         watchdog: Watchdog,
         draining: threading.Event,
         telemetry: Telemetry,
@@ -70,7 +70,7 @@ class Boundary(grpc.ServerInterceptor):
         self.telemetry = telemetry
         self.running = RunningCalls()
         self._limits = StreamLimits(config)
-        self._rates = CallRates(config.max_calls_per_second, time.monotonic)
+        self._rates = RateLimiter(config.max_calls_per_second, time.monotonic)
         self._wrapped: dict[str, tuple[Any, grpc.RpcMethodHandler[Any, Any]]] = {}
 
     def intercept_service(
@@ -160,7 +160,7 @@ class Boundary(grpc.ServerInterceptor):
 
     def _call(
         self, method: str, kind: str, metadata: Any, context: grpc.ServicerContext
-    ) -> _Outcome:
+    ) -> _CallScope:
         self.telemetry.call_started(method, kind)
         self.running.begin()
         if not context.add_callback(self.running.end):  # the caller has gone already
@@ -173,7 +173,7 @@ class Boundary(grpc.ServerInterceptor):
             kind=kind,
             traceparent=_value(metadata, "traceparent"),
         )
-        return _Outcome(self, call, metadata, context)
+        return _CallScope(self, call, metadata, context)
 
     def admit(self, call: Call, metadata: Any) -> None:
         """Set the principal of a call, or refuse it."""
@@ -202,11 +202,11 @@ class Boundary(grpc.ServerInterceptor):
         self.telemetry.call_handled(call.method, call.kind, code.name, seconds, reason)
 
 
-class _Outcome:
+class _CallScope:
     """One call from its admission to its log line: keeps its error until the `except` block is left."""
 
     def __init__(
-        self, boundary: Boundary, call: Call, metadata: Any, context: grpc.ServicerContext
+        self, boundary: CallInterceptor, call: Call, metadata: Any, context: grpc.ServicerContext
     ) -> None:
         self._boundary = boundary
         self._metadata = metadata

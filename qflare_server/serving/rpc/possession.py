@@ -1,6 +1,6 @@
 """Proofs of possession at the gRPC boundary: an interceptor for deployments behind a proxy that ends TLS.
 
-It stands inside `rpc.interceptor.Boundary`, which has admitted the caller and turns errors into statuses. A proof is
+It stands inside `interceptor.CallInterceptor`, which has admitted the caller and turns errors into statuses. A proof is
 over the first message as it came, so messages travel through it with their bytes; a stream's first message is awaited
 before its handler is called.
 """

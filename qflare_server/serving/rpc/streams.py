@@ -58,7 +58,7 @@ def rest_of(first: Any, messages: Iterator[Any]) -> tuple[Iterator[Any], bool]:
     return chain((further,), messages), False
 
 
-class Pump:
+class StreamReader:
     """Reads streams ahead in threads of its own, so that receiving and checking overlap and a stall is noticed.
 
     gRPC's iterator waits without a bound, and who waits in it cannot answer the call: hence the second thread.

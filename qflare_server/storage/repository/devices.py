@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from qflare_server.storage.epochs import bump_rounds, bump_security
 from qflare_server.storage.paging import Page, PageRequest, page_token
-from qflare_server.storage.prepared import OneOf, Prepared
+from qflare_server.storage.prepared import OneOf, PreparedStatement
 from qflare_server.storage.tables import Device, DeviceKey, DeviceState
 
 DEVICES = Device.__table__
@@ -261,4 +261,4 @@ def states_of(session: Session, device_ids: Iterable[str]) -> dict[str, str]:
     return dict(_STATES.rows(session, {"ids": list(device_ids)}))
 
 
-_STATES = Prepared(select(DEVICES.c.id, DEVICES.c.state).where(OneOf(DEVICES.c.id, "ids")))
+_STATES = PreparedStatement(select(DEVICES.c.id, DEVICES.c.state).where(OneOf(DEVICES.c.id, "ids")))

@@ -109,12 +109,14 @@ def find_rollback(
     return session.execute(query.limit(1)).scalar_one_or_none()
 
 
-def release(session: Session, owner: TrainingSession, version: int) -> None:
+def release(session: Session, training_session: TrainingSession, version: int) -> None:
     """Mark a version released; the training session's released version never goes back."""
-    update_model(session, owner.id, version, {"released": True})
-    if owner.released_version is None or version > owner.released_version:
+    update_model(session, training_session.id, version, {"released": True})
+    if training_session.released_version is None or version > training_session.released_version:
         session.execute(
-            update(SESSIONS).where(SESSIONS.c.id == owner.id).values(released_version=version)
+            update(SESSIONS)
+            .where(SESSIONS.c.id == training_session.id)
+            .values(released_version=version)
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import bindparam, select, update
 from sqlalchemy.orm import Session
 
-from qflare_server.storage.prepared import Prepared
+from qflare_server.storage.prepared import PreparedStatement
 from qflare_server.storage.tables import Round, RoundState, TrainingSession
 
 SESSIONS = TrainingSession.__table__
@@ -15,7 +15,7 @@ ROUNDS = Round.__table__
 
 
 @dataclass(frozen=True)
-class RoundPlaces:
+class RoundCapacity:
     """A locked round, as far as taking updates goes."""
 
     training_session_id: str
@@ -48,39 +48,39 @@ _PLACES = (
 )
 _OF_ROUND = _PLACES.where(ROUNDS.c.number == bindparam("round"))
 _OF_CURRENT = _PLACES.where(ROUNDS.c.number == SESSIONS.c.current_round)
-_PLACES_OF_ROUND, _PLACES_OF_CURRENT = Prepared(_OF_ROUND), Prepared(_OF_CURRENT)
-_LOCKED_PLACES_OF_ROUND = Prepared(_OF_ROUND.with_for_update(of=ROUNDS))
-_LOCKED_PLACES_OF_CURRENT = Prepared(_OF_CURRENT.with_for_update(of=ROUNDS))
+_PLACES_OF_ROUND, _PLACES_OF_CURRENT = PreparedStatement(_OF_ROUND), PreparedStatement(_OF_CURRENT)
+_LOCKED_PLACES_OF_ROUND = PreparedStatement(_OF_ROUND.with_for_update(of=ROUNDS))
+_LOCKED_PLACES_OF_CURRENT = PreparedStatement(_OF_CURRENT.with_for_update(of=ROUNDS))
 
 
-def lock_places(
+def lock_capacity(
     session: Session, training_session_id: str, round_number: int | None
-) -> RoundPlaces | None:
+) -> RoundCapacity | None:
     """Return a round with its row locked, the current one without a number; None if there is none."""
     current = round_number is None
     query = _LOCKED_PLACES_OF_CURRENT if current else _LOCKED_PLACES_OF_ROUND
     return _places(session, query, training_session_id, round_number)
 
 
-def look_at_places(
+def read_capacity(
     session: Session, training_session_id: str, round_number: int | None
-) -> RoundPlaces | None:
+) -> RoundCapacity | None:
     """Return a round as it is now, the current one without a number; None if there is none."""
     query = _PLACES_OF_CURRENT if round_number is None else _PLACES_OF_ROUND
     return _places(session, query, training_session_id, round_number)
 
 
 def _places(
-    session: Session, query: Prepared, training_session_id: str, round_number: int | None
-) -> RoundPlaces | None:
+    session: Session, query: PreparedStatement, training_session_id: str, round_number: int | None
+) -> RoundCapacity | None:
     parameters: dict[str, Any] = {"session": training_session_id}
     if round_number is not None:
         parameters["round"] = round_number
     rows = query.rows(session, parameters)
-    return RoundPlaces(*rows[0]) if rows else None
+    return RoundCapacity(*rows[0]) if rows else None
 
 
-_FILL = Prepared(
+_FILL = PreparedStatement(
     update(ROUNDS)
     .where(
         ROUNDS.c.training_session_id == bindparam("session"),
@@ -95,8 +95,8 @@ _FILL = Prepared(
 )
 
 
-def fill_places(
-    session: Session, places: RoundPlaces, accepted_count: int, example_count: int, at: datetime
+def record_accepted(
+    session: Session, places: RoundCapacity, accepted_count: int, example_count: int, at: datetime
 ) -> bool:
     """Write how many updates a locked round has; the last place closes it. Return whether it did."""
     if accepted_count == places.accepted_count:

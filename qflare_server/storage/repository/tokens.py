@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from qflare_server.storage.epochs import bump_security
 from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
-from qflare_server.storage.prepared import Prepared
+from qflare_server.storage.prepared import PreparedStatement
 from qflare_server.storage.tables import Device, TokenKind, UsedNonce, UserToken
 
 TOKENS = UserToken.__table__
@@ -37,7 +37,7 @@ class Credential:
     public_key: bytes | None
 
 
-_CREDENTIAL = Prepared(
+_CREDENTIAL = PreparedStatement(
     select(
         TOKENS.c.id,
         TOKENS.c.kind,

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from qflare_server.storage.epochs import bump_rounds
 from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
-from qflare_server.storage.prepared import OneOf, Prepared, PreparedInsert
+from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
 from qflare_server.storage.tables import (
     Device,
     DeviceState,
@@ -50,7 +50,7 @@ def get_session(session: Session, training_session_id: str) -> TrainingSession |
     return session.get(TrainingSession, training_session_id)
 
 
-_STATE = Prepared(select(SESSIONS.c.state).where(SESSIONS.c.id == bindparam("session")))
+_STATE = PreparedStatement(select(SESSIONS.c.state).where(SESSIONS.c.id == bindparam("session")))
 
 
 def state_of(session: Session, training_session_id: str) -> str | None:
@@ -241,8 +241,8 @@ _OPEN_ROUND = (
     .order_by(cast(ROUNDS.c.accepted_count, Float) / ROUNDS.c.target, ROUNDS.c.opened_at)
     .limit(1)
 )
-_ANY_OPEN_ROUND = Prepared(_OPEN_ROUND)
-_OPEN_ROUND_OF_SESSION = Prepared(_OPEN_ROUND.where(SESSIONS.c.id == bindparam("session")))
+_ANY_OPEN_ROUND = PreparedStatement(_OPEN_ROUND)
+_OPEN_ROUND_OF_SESSION = PreparedStatement(_OPEN_ROUND.where(SESSIONS.c.id == bindparam("session")))
 
 
 def find_open_round(
@@ -260,7 +260,7 @@ def find_open_round(
     return OpenRound(*rows[0]) if rows else None
 
 
-_SELECTED_AMONG = Prepared(
+_SELECTED_AMONG = PreparedStatement(
     select(SELECTED.c.device_id).where(
         SELECTED.c.training_session_id == bindparam("session"),
         SELECTED.c.round_number == bindparam("round"),
@@ -304,7 +304,7 @@ class RoundInProgress:
     closed_at: datetime | None
 
 
-_IN_PROGRESS = Prepared(
+_IN_PROGRESS = PreparedStatement(
     select(
         ROUNDS.c.training_session_id,
         ROUNDS.c.number,

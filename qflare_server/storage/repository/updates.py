@@ -9,8 +9,8 @@ from sqlalchemy import Integer, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage.paging import Page, PageRequest, page_token
-from qflare_server.storage.prepared import OneOf, Prepared, PreparedInsert
-from qflare_server.storage.repository.round_capacity import RoundPlaces
+from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
+from qflare_server.storage.repository.round_capacity import RoundCapacity
 from qflare_server.storage.tables import ModelUpdate, Payload, UpdateState
 
 UPDATES = ModelUpdate.__table__
@@ -18,7 +18,7 @@ PAYLOADS = Payload.__table__
 
 
 @dataclass(frozen=True)
-class Accepted:
+class UpdateReceipt:
     """What a receipt needs of an accepted update."""
 
     update_id: str
@@ -32,7 +32,7 @@ class Accepted:
 
 
 @dataclass(frozen=True)
-class Foldable:
+class AcceptedUpdate:
     """What the worker needs of an accepted update, its bytes included where they are small."""
 
     update_id: str
@@ -65,7 +65,7 @@ _ACCEPTED = select(
     UPDATES.c.acceptance_sequence,
     UPDATES.c.accepted_at,
 )
-_KNOWN = Prepared(
+_KNOWN = PreparedStatement(
     _ACCEPTED.where(
         or_(
             OneOf(UPDATES.c.id, "updates"),
@@ -105,15 +105,15 @@ _INSERT = PreparedInsert(
 )
 
 
-def find_accepted(session: Session, update_id: str) -> Accepted | None:
+def find_accepted(session: Session, update_id: str) -> UpdateReceipt | None:
     """Return the accepted update with this id."""
     row = session.execute(_ACCEPTED.where(UPDATES.c.id == update_id)).one_or_none()
-    return None if row is None else Accepted(*row)
+    return None if row is None else UpdateReceipt(*row)
 
 
 def find_contribution(
     session: Session, training_session_id: str, round_number: int, device_id: str, base_version: int
-) -> Accepted | None:
+) -> UpdateReceipt | None:
     """Return what a device has contributed to a round from a base version."""
     row = session.execute(
         _ACCEPTED.where(
@@ -123,16 +123,16 @@ def find_contribution(
             UPDATES.c.base_version == base_version,
         )
     ).one_or_none()
-    return None if row is None else Accepted(*row)
+    return None if row is None else UpdateReceipt(*row)
 
 
 def find_known(
     session: Session,
-    places: RoundPlaces,
+    places: RoundCapacity,
     update_ids: Sequence[str],
     device_ids: Sequence[str],
     first_round: int,
-) -> list[Accepted]:
+) -> list[UpdateReceipt]:
     """Return accepted updates with one of these ids, and what these devices have contributed from a round on."""
     parameters = {
         "updates": list(update_ids),
@@ -141,7 +141,7 @@ def find_known(
         "last": places.number,
         "devices": list(device_ids),
     }
-    return [Accepted(*row) for row in _KNOWN.rows(session, parameters)]
+    return [UpdateReceipt(*row) for row in _KNOWN.rows(session, parameters)]
 
 
 def insert_updates(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -149,7 +149,7 @@ def insert_updates(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
     _INSERT.run(session, rows)
 
 
-_FOLDABLE = Prepared(
+_FOLDABLE = PreparedStatement(
     select(
         UPDATES.c.id,
         UPDATES.c.device_id,
@@ -183,7 +183,7 @@ _FOLDABLE = Prepared(
 
 def accepted_after(
     session: Session, training_session_id: str, round_number: int, sequence: int, limit: int
-) -> list[Foldable]:
+) -> list[AcceptedUpdate]:
     """Return updates of a round in the order of their acceptance, from after a sequence number."""
     wanted = {
         "session": training_session_id,
@@ -191,7 +191,7 @@ def accepted_after(
         "after": sequence,
         "count": limit,
     }
-    return [Foldable(*row) for row in _FOLDABLE.rows(session, wanted)]
+    return [AcceptedUpdate(*row) for row in _FOLDABLE.rows(session, wanted)]
 
 
 def mark_aggregated(

@@ -148,7 +148,7 @@ def audit_after(
 
 
 @dataclass(frozen=True)
-class Queues:
+class Backlog:
     """How much waits to be done."""
 
     open_round_count: int
@@ -159,7 +159,7 @@ class Queues:
     oldest_closed_at: datetime | None
 
 
-def queues(session: Session) -> Queues:
+def queues(session: Session) -> Backlog:
     """Return how much waits; costs what waits, not what is stored."""
     states = session.execute(
         select(
@@ -173,7 +173,7 @@ def queues(session: Session) -> Queues:
     )
     found = {row[0]: row for row in states}
     opened, closed = found.get(RoundState.OPEN.value), found.get(RoundState.CLOSED.value)
-    return Queues(
+    return Backlog(
         open_round_count=0 if opened is None else opened[1],
         closed_round_count=0 if closed is None else closed[1],
         pending_update_count=sum(row[3] for row in found.values()),
@@ -186,7 +186,7 @@ def queues(session: Session) -> Queues:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StorageUsage:
     """What is stored."""
 
     database_bytes: int
@@ -195,7 +195,7 @@ class Stored:
     pruned_count: int
 
 
-def stored(session: Session) -> Stored:
+def stored(session: Session) -> StorageUsage:
     """Return how much is stored; costs a pass over the rows of payloads."""
     rows = session.execute(
         select(
@@ -206,7 +206,7 @@ def stored(session: Session) -> Stored:
     )
     found = {bool(row[0]): row for row in rows}
     kept, pruned = found.get(False), found.get(True)
-    return Stored(
+    return StorageUsage(
         database_bytes=database_bytes(session),
         payload_bytes=0 if kept is None else int(kept[2]),
         payload_count=0 if kept is None else kept[1],

@@ -26,8 +26,8 @@ from qflare_server.errors import (
 from qflare_server.storage.repository import audit
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.use_cases.access.authentication import Authentication, Principal, hash_secret
-from qflare_server.use_cases.access.failed_attempts import Refusals
-from qflare_server.use_cases.access.rate_limits import CallRates
+from qflare_server.use_cases.access.failed_attempts import FailedAttempts
+from qflare_server.use_cases.access.rate_limits import RateLimiter
 from qflare_server.use_cases.access.roles import ACCESS
 
 ADMIN_SERVICE: Final = "/qflare.v1.AdminService/"
@@ -51,8 +51,8 @@ class DashboardLogin:
     def __init__(self, context: Context, authentication: Authentication) -> None:
         self._context = context
         self._authentication = authentication
-        self._refusals = Refusals(context)
-        self._attempts = CallRates(ATTEMPTS_PER_SECOND, time.monotonic)
+        self._refusals = FailedAttempts(context)
+        self._attempts = RateLimiter(ATTEMPTS_PER_SECOND, time.monotonic)
         self._lock = threading.Lock()
         self._logins: dict[str, _LoggedIn] = {}
 

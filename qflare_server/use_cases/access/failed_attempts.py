@@ -1,6 +1,6 @@
 """Failed attempts to enrol or to log in, in the audit log, without letting who fails fill it.
 
-Constructor: ``Refusals(context)``. Each process records at most `BURST` refusals at once and one more every
+Constructor: ``FailedAttempts(context)``. Each process records at most `BURST` refusals at once and one more every
 `INTERVAL_S` seconds; the next entry says how many were left out.
 """
 
@@ -22,7 +22,7 @@ BURST: Final = 20
 INTERVAL_S: Final = 6.0
 
 
-class Refusals:
+class FailedAttempts:
     """Records refusals as far as the bound allows; safe to share between threads."""
 
     def __init__(self, context: Context) -> None:

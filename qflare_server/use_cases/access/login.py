@@ -48,7 +48,7 @@ from qflare_server.use_cases.access.authentication import (
     hash_secret,
     mint_secret,
 )
-from qflare_server.use_cases.access.failed_attempts import Refusals
+from qflare_server.use_cases.access.failed_attempts import FailedAttempts
 
 ACCESS_PREFIX: Final = "qfx1"
 REFRESH_PREFIX: Final = "qfr1"
@@ -63,7 +63,7 @@ class _RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class _Minted:
+class _NewTokens:
     """A grant before it is stored: the message for the device, and ids and hashes of its tokens."""
 
     message: security_pb2.TokenGrant = field(repr=False)
@@ -79,7 +79,7 @@ class Login:
     def __init__(self, context: Context, keys: ServerKeys) -> None:
         self._context = context
         self._keys = keys
-        self._refusals = Refusals(context)
+        self._refusals = FailedAttempts(context)
         self._binding_kek = hkdf_expand(keys.state_key, b"qflare/v1/stored binding key")
         self._protocol = LoginServer(
             realm=keys.realm, state_key=keys.state_key, decapsulate=keys.decapsulate
@@ -192,7 +192,7 @@ class Login:
         self,
         caller: Caller,
         pending: PendingLogin,
-        minted: _Minted,
+        minted: _NewTokens,
         sealed_key: bytes,
         at: datetime,
     ) -> None:
@@ -230,7 +230,7 @@ class Login:
             raise _RefusedError("refresh token has expired")
         return token
 
-    def _continue(self, token: UserToken, minted: _Minted, at: datetime) -> bool:
+    def _continue(self, token: UserToken, minted: _NewTokens, at: datetime) -> bool:
         """Spend a refresh token and store the next tokens; False if it was spent or revoked meanwhile."""
 
         def work(session: Session) -> bool:
@@ -258,7 +258,7 @@ class Login:
 
         self._context.database.write(work)
 
-    def _mint(self, at: datetime) -> _Minted:
+    def _mint(self, at: datetime) -> _NewTokens:
         config = self._context.config
         access_expires = at + timedelta(seconds=config.access_token_s)
         refresh_expires = at + timedelta(seconds=config.refresh_token_s)
@@ -271,7 +271,7 @@ class Login:
             refresh_expire_time=_timestamp(refresh_expires),
             keyset_version=self._keys.keyset_version,
         )
-        return _Minted(
+        return _NewTokens(
             message,
             (access_id, access_hash),
             (refresh_id, refresh_hash),
@@ -319,7 +319,7 @@ class Login:
 
 
 def _store(
-    session: Session, device_id: str, family_id: str, minted: _Minted, key: bytes, at: datetime
+    session: Session, device_id: str, family_id: str, minted: _NewTokens, key: bytes, at: datetime
 ) -> None:
     tokens.insert_session(
         session,

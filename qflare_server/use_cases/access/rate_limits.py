@@ -10,7 +10,7 @@ BURST_S: Final = 10.0
 MAX_CALLERS: Final = 100_000
 
 
-class CallRates:
+class RateLimiter:
     """Bounds the calls of each caller; safe to share between threads.
 
     Args:

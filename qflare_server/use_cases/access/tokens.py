@@ -28,7 +28,7 @@ REQUEST_MEMORY_S = 86_400
 
 
 @dataclass(frozen=True)
-class Issued:
+class IssuedToken:
     """A new token; the only place its secret ever stands."""
 
     token: UserToken
@@ -54,7 +54,7 @@ class Tokens:
         lifetime_s: float | None = None,
         device_id: str = "",
         request_id: str = "",
-    ) -> Sequence[Issued]:
+    ) -> Sequence[IssuedToken]:
         """Issue one-time rights to enrol; with a device id, to give that device new keys.
 
         Raises:
@@ -70,7 +70,7 @@ class Tokens:
         if len(label) > MAX_LABEL:
             raise InvalidRequestError("label: longer than 200 characters", field="label")
 
-        def work(session: Session) -> list[Issued]:
+        def work(session: Session) -> list[IssuedToken]:
             if device_id and devices.get_device(session, device_id) is None:
                 raise DeviceNotFoundError
             if request_id:
@@ -99,7 +99,7 @@ class Tokens:
         roles: Sequence[str],
         lifetime_s: float | None = None,
         request_id: str = "",
-    ) -> Issued:
+    ) -> IssuedToken:
         """Issue an admin token.
 
         Raises:
@@ -115,7 +115,7 @@ class Tokens:
         if lifetime_s is not None and not 0 < lifetime_s <= MAX_LIFETIME_S:
             raise InvalidRequestError(f"lifetime: got {lifetime_s:g} s", field="lifetime")
 
-        def work(session: Session) -> Issued:
+        def work(session: Session) -> IssuedToken:
             if request_id:
                 self._once(session, caller, request_id)
             return self._issue(
@@ -134,7 +134,7 @@ class Tokens:
         lifetime_s: float | None,
         device_id: str,
         roles: Sequence[str] = (),
-    ) -> Issued:
+    ) -> IssuedToken:
         at = self._context.clock()
         token_id, secret, digest = mint_secret(prefix)
         expires: datetime | None = (
@@ -156,7 +156,7 @@ class Tokens:
         audit.record(session, caller, event, at)
         token = tokens.get_token(session, token_id)
         assert token is not None
-        return Issued(token, secret)
+        return IssuedToken(token, secret)
 
     def list(self, request: PageRequest, kind: str = "") -> Page[UserToken]:
         """Return tokens, newest first."""

@@ -53,11 +53,11 @@ class Evidence:
 
     def _model(self, training_session_id: str, version: int | None) -> GlobalModel:
         with self._context.database.read() as session:
-            owner = training_sessions.get_session(session, training_session_id)
-            if owner is None:
+            training_session = training_sessions.get_session(session, training_session_id)
+            if training_session is None:
                 raise TrainingSessionNotFoundError
-            wanted = owner.current_version if version is None else version
-            model = global_models.get_model(session, owner.id, wanted)
+            wanted = training_session.current_version if version is None else version
+            model = global_models.get_model(session, training_session.id, wanted)
             if model is None:
                 raise GlobalModelNotFoundError(f"no version {wanted}")
             session.expunge_all()

@@ -33,7 +33,7 @@ from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import Device, DeviceState, RiskLevel, TokenKind, UserToken
 from qflare_server.use_cases.access.authentication import Principal, hash_secret
-from qflare_server.use_cases.access.failed_attempts import Refusals
+from qflare_server.use_cases.access.failed_attempts import FailedAttempts
 from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.use_cases.devices.key_rotation import KeyRotations
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns
@@ -46,7 +46,7 @@ class _RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class Enrolled:
+class EnrollmentResult:
     """A finished enrolment.
 
     Attributes:
@@ -68,7 +68,7 @@ class _Plan:
     token_id: str
     device_id: str
     device: Device | None = None
-    done: Enrolled | None = None
+    done: EnrollmentResult | None = None
 
 
 class Enrollment:
@@ -77,7 +77,7 @@ class Enrollment:
     def __init__(self, context: Context, keys: ServerKeys) -> None:
         self._context = context
         self._keys = keys
-        self._refusals = Refusals(context)
+        self._refusals = FailedAttempts(context)
         self._algorithms = AcceptedAlgorithms(context.config)
         self._rotations = KeyRotations(context, keys)
         self._protocol = protocol.EnrollmentServer(
@@ -111,7 +111,7 @@ class Enrollment:
 
     def register(
         self, caller: Caller, confirmation: security_pb2.EnrollmentConfirmation
-    ) -> Enrolled:
+    ) -> EnrollmentResult:
         """Finish an enrolment: consume the token and store the device.
 
         Raises:
@@ -143,10 +143,10 @@ class Enrollment:
         application: protocol.EnrollmentApplication,
         plan: _Plan,
         at: datetime,
-    ) -> Enrolled:
+    ) -> EnrollmentResult:
         says_nothing = plan.device is not None and not application.device_profile
         profile = {} if says_nothing else _profile_columns(application.device_profile)
-        enrolled = Enrolled(plan.device_id, self._receipt(application, plan, at))
+        enrolled = EnrollmentResult(plan.device_id, self._receipt(application, plan, at))
         statement = enrolled.receipt.SerializeToString(deterministic=True)
         event = _event(application, plan)
 
@@ -244,7 +244,7 @@ def _repeated(
     if not same or key is None or key.statement is None:
         raise _RefusedError("the token is used")
     receipt = security_pb2.SignedEnvelope.FromString(key.statement)
-    return _Plan(token.id, key.device_id, done=Enrolled(key.device_id, receipt))
+    return _Plan(token.id, key.device_id, done=EnrollmentResult(key.device_id, receipt))
 
 
 def _insert_device(session: Session, device_id: str, columns: dict[str, Any], at: datetime) -> None:

@@ -16,8 +16,7 @@ from sqlalchemy.orm import Session
 from qflare.crypto import signing
 from qflare.crypto.envelope import open_envelope
 from qflare.crypto.sealing import KemPublicKey
-from qflare.crypto.signing import Context as SigningContext
-from qflare.crypto.signing import InvalidKeyError, PublicKey, algorithm_of
+from qflare.crypto.signing import InvalidKeyError, PublicKey, SigningContext, algorithm_of
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -32,7 +31,7 @@ from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import Device, RiskLevel
 from qflare_server.use_cases.access.authentication import Principal
-from qflare_server.use_cases.access.failed_attempts import Refusals
+from qflare_server.use_cases.access.failed_attempts import FailedAttempts
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns
 
 ROTATED: Final = "rotated"
@@ -52,7 +51,7 @@ class KeyRotations:
     def __init__(self, context: Context, keys: ServerKeys) -> None:
         self._context = context
         self._realm = keys.realm
-        self._refusals = Refusals(context)
+        self._refusals = FailedAttempts(context)
         self._algorithms = AcceptedAlgorithms(context.config)
 
     def rotate(

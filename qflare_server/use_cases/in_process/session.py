@@ -19,13 +19,13 @@ from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import ConflictError, InvalidUpdateError
 from qflare_server.payloads.writer import PayloadWriter
-from qflare_server.storage.payload_records import Received
+from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.repository import audit, global_models, training_sessions
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import TrainingSession, TrainingSessionState
 from qflare_server.training.config import MAX_DEADLINE_S, complete, to_json
 from qflare_server.training.rounds import IN_PROCESS_PREFIX, open_round
-from qflare_server.training.versions import Draft, publish
+from qflare_server.training.versions import VersionDraft, publish
 from qflare_server.use_cases.training_sessions.administration import ENDED
 
 NAME: Final = "in-process"
@@ -37,20 +37,20 @@ OPENING_ATTEMPTS: Final = 3
 def find_in_use(session: Session) -> tuple[str, TrainingSession | None]:
     """Return the first id whose training session has not ended, and that session if it has begun."""
     for generation in count(1):
-        identity = f"{IN_PROCESS_PREFIX}{generation}"
-        owner = training_sessions.get_session(session, identity)
-        if owner is None or owner.state not in ENDED:
-            return identity, owner
+        training_session_id = f"{IN_PROCESS_PREFIX}{generation}"
+        training_session = training_sessions.get_session(session, training_session_id)
+        if training_session is None or training_session.state not in ENDED:
+            return training_session_id, training_session
     raise AssertionError("unreachable")
 
 
-def require_layout(session: Session, identity: str, manifest: Manifest) -> None:
+def require_layout(session: Session, training_session_id: str, manifest: Manifest) -> None:
     """Refuse weights of another length than the training session's.
 
     Raises:
         InvalidUpdateError: With got and wanted.
     """
-    base = global_models.get_model(session, identity, 0)
+    base = global_models.get_model(session, training_session_id, 0)
     assert base is not None
     if base.layout_digest != manifest.layout_digest:
         raise InvalidUpdateError(
@@ -68,11 +68,11 @@ def ensure_begun(
     """
     for _ in range(OPENING_ATTEMPTS):
         with context.database.read() as session:
-            identity, owner = find_in_use(session)
-            if owner is not None:
-                require_layout(session, identity, manifest)
-                return identity
-        _begin(context, executor, caller, identity, manifest)
+            training_session_id, training_session = find_in_use(session)
+            if training_session is not None:
+                require_layout(session, training_session_id, manifest)
+                return training_session_id
+        _begin(context, executor, caller, training_session_id, manifest)
     raise ConflictError("the training session was ended again and again")
 
 
@@ -80,7 +80,7 @@ def _begin(
     context: Context,
     executor: ThreadPoolExecutor,
     caller: Caller,
-    identity: str,
+    training_session_id: str,
     manifest: Manifest,
 ) -> None:
     at = context.clock()
@@ -90,7 +90,9 @@ def _begin(
     zeros = writer.finish()
     try:
         context.database.write(
-            lambda session: _insert(context, session, caller, identity, manifest, zeros, at)
+            lambda session: _insert(
+                context, session, caller, training_session_id, manifest, zeros, at
+            )
         )
     except ConflictError:
         return  # another program began it meanwhile
@@ -100,30 +102,30 @@ def _insert(
     context: Context,
     session: Session,
     caller: Caller,
-    identity: str,
+    training_session_id: str,
     manifest: Manifest,
-    zeros: Received,
+    zeros: ReceivedPayload,
     at: datetime,
 ) -> None:
     """Insert a training session with its initial model and its first round, all at once."""
-    if training_sessions.get_session(session, identity) is not None:
+    if training_sessions.get_session(session, training_session_id) is not None:
         return
-    training_sessions.insert_session(session, _session_row(identity, at))
-    owner = training_sessions.lock_session(session, identity)
-    assert owner is not None
-    publish(context, session, owner, Draft(0, -1, 0, zeros, manifest, at))
-    open_round(context, session, owner, 0, at)
-    event = Event("training_session.started", f"training_session:{identity}")
+    training_sessions.insert_session(session, _session_row(training_session_id, at))
+    training_session = training_sessions.lock_session(session, training_session_id)
+    assert training_session is not None
+    publish(context, session, training_session, VersionDraft(0, -1, 0, zeros, manifest, at))
+    open_round(context, session, training_session, 0, at)
+    event = Event("training_session.started", f"training_session:{training_session_id}")
     audit.record(session, caller, event, at)
 
 
-def _session_row(identity: str, at: datetime) -> dict[str, Any]:
+def _session_row(training_session_id: str, at: datetime) -> dict[str, Any]:
     rounds = training_pb2.RoundPolicy(
         quorum=NEVER, target=NEVER, deadline=Duration(seconds=MAX_DEADLINE_S)
     )
     config = complete(training_pb2.TrainingConfig(total_rounds=MAX_ROUNDS, rounds=rounds))
     return {
-        "id": identity,
+        "id": training_session_id,
         "name": NAME,
         "model_type": "float32 vector",
         "architecture": {},

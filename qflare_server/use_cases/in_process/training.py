@@ -14,7 +14,7 @@ from typing import Any, Final
 from sqlalchemy.orm import Session
 
 from qflare.ids import new_update_id
-from qflare.tensors import DType, FiniteCheck, InvalidPayloadError, Manifest, TensorSpec, cut
+from qflare.tensors import DType, FiniteCheck, InvalidPayloadError, Manifest, TensorSpec, rechunk
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -26,9 +26,9 @@ from qflare_server.errors import (
     InvalidUpdateError,
     RoundNotOpenError,
 )
-from qflare_server.payloads.expected import Expected
+from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.receiver import Receiver
-from qflare_server.storage.payload_records import Received
+from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.repository import (
     audit,
     devices,
@@ -98,8 +98,8 @@ class InProcess:
     def progress(self) -> Progress | None:
         """Return how far the training session in use is, None before the first contribution."""
         with self._context.database.read() as session:
-            identity, owner = find_in_use(session)
-        return None if owner is None else self._training.progress(identity)
+            training_session_id, training_session = find_in_use(session)
+        return None if training_session is None else self._training.progress(training_session_id)
 
     def check(self, contribution: Contribution) -> None:
         """Refuse what `contribute` would refuse, without writing anything.
@@ -110,16 +110,18 @@ class InProcess:
         manifest = contribution.manifest()
         with self._context.database.read() as session:
             _require_active(session, contribution.device_id)
-            identity, owner = find_in_use(session)
-            if owner is not None:
-                require_layout(session, identity, manifest)
-                current = training_sessions.get_round(session, identity, owner.current_round)
-                _require_open(owner, current, self._context.clock())
+            training_session_id, training_session = find_in_use(session)
+            if training_session is not None:
+                require_layout(session, training_session_id, manifest)
+                current = training_sessions.get_round(
+                    session, training_session_id, training_session.current_round
+                )
+                _require_open(training_session, current, self._context.clock())
                 assert current is not None
                 _require_first(session, current, contribution.device_id)
         finite = FiniteCheck(manifest)
         try:
-            for chunk in cut([contribution.data]):
+            for chunk in rechunk([contribution.data]):
                 finite.feed(chunk)
         except InvalidPayloadError as error:
             raise InvalidUpdateError(str(error)) from error
@@ -138,11 +140,13 @@ class InProcess:
         manifest = contribution.manifest()
         with self._context.database.read() as session:
             _require_active(session, contribution.device_id)
-        identity = ensure_begun(self._context, self._executor, caller, manifest)
+        training_session_id = ensure_begun(self._context, self._executor, caller, manifest)
         received = self._receive(contribution, manifest)
         at = self._context.clock()
         sequence = self._context.database.write(
-            lambda session: self._accept(session, caller, identity, contribution, received, at)
+            lambda session: self._accept(
+                session, caller, training_session_id, contribution, received, at
+            )
         )
         self._context.wake()
         return sequence
@@ -154,20 +158,22 @@ class InProcess:
         """
 
         def work(session: Session) -> int | None:
-            identity, _ = find_in_use(session)
-            owner = training_sessions.lock_session(session, identity)
-            if owner is None:
+            training_session_id, _ = find_in_use(session)
+            training_session = training_sessions.lock_session(session, training_session_id)
+            if training_session is None:
                 return None
-            current = training_sessions.lock_round(session, identity, owner.current_round)
+            current = training_sessions.lock_round(
+                session, training_session_id, training_session.current_round
+            )
             if current is None or current.state == RoundState.CLOSED.value:
                 return None if current is None else current.number
-            running = owner.state == TrainingSessionState.RUNNING.value
+            running = training_session.state == TrainingSessionState.RUNNING.value
             if not running or current.state != RoundState.OPEN.value:
                 return None
             if current.accepted_count < max(1, min_count):
                 return None
             values = {"state": RoundState.CLOSED.value, "closed_at": self._context.clock()}
-            training_sessions.update_round(session, identity, current.number, values)
+            training_sessions.update_round(session, training_session_id, current.number, values)
             return current.number
 
         return self._context.database.write(work)
@@ -175,8 +181,8 @@ class InProcess:
     def find_round(self, number: int) -> Round | None:
         """Return a round of the training session in use."""
         with self._context.database.read() as session:
-            identity, _ = find_in_use(session)
-            found = training_sessions.get_round(session, identity, number)
+            training_session_id, _ = find_in_use(session)
+            found = training_sessions.get_round(session, training_session_id, number)
             session.expunge_all()
             return found
 
@@ -189,14 +195,16 @@ class InProcess:
 
         def work(session: Session) -> int:
             at = self._context.clock()
-            identity, _ = find_in_use(session)
-            owner = training_sessions.lock_session(session, identity)
-            if owner is None:
+            training_session_id, _ = find_in_use(session)
+            training_session = training_sessions.lock_session(session, training_session_id)
+            if training_session is None:
                 return 0
-            current = training_sessions.lock_round(session, identity, owner.current_round)
+            current = training_sessions.lock_round(
+                session, training_session_id, training_session.current_round
+            )
             if current is None or not current.accepted_count:
                 return 0
-            _require_open(owner, current, at)
+            _require_open(training_session, current, at)
             reason = "discarded by the program"
             values = {
                 "state": RoundState.CANCELLED.value,
@@ -204,12 +212,16 @@ class InProcess:
                 "closed_at": at,
                 "rejected_count": current.accepted_count,
             }
-            training_sessions.update_round(session, identity, current.number, values)
-            updates.reject_round(session, identity, current.number, reason, at)
+            training_sessions.update_round(session, training_session_id, current.number, values)
+            updates.reject_round(session, training_session_id, current.number, reason, at)
             details = {"round": current.number, "rejected": current.accepted_count}
-            event = Event("round.discarded", f"training_session:{identity}", details=details)
+            event = Event(
+                "round.discarded", f"training_session:{training_session_id}", details=details
+            )
             audit.record(session, caller, event, at)
-            open_round(self._context, session, owner, owner.current_version, at)
+            open_round(
+                self._context, session, training_session, training_session.current_version, at
+            )
             return current.accepted_count
 
         return self._context.database.write(work)
@@ -223,13 +235,13 @@ class InProcess:
     def contributions(self, device_id: str, limit: int) -> list[ModelUpdate]:
         """Return what a device has contributed to the training session in use, newest first."""
         with self._context.database.read() as session:
-            identity, _ = find_in_use(session)
-            found = list(updates.list_of_device(session, identity, device_id, limit))
+            training_session_id, _ = find_in_use(session)
+            found = list(updates.list_of_device(session, training_session_id, device_id, limit))
             session.expunge_all()
             return found
 
-    def _receive(self, contribution: Contribution, manifest: Manifest) -> Received:
-        expected = Expected(manifest)
+    def _receive(self, contribution: Contribution, manifest: Manifest) -> ReceivedPayload:
+        expected = ExpectedPayload(manifest)
         expected.check(self._context.config.max_payload_bytes)
         receiver = Receiver(self._context, self._executor, expected)
         if receiver.is_large:
@@ -238,7 +250,7 @@ class InProcess:
                 lambda session: payloads.begin_upload(session, payload_id=payload_id, at=at)
             )
         try:
-            for index, chunk in enumerate(cut([contribution.data])):
+            for index, chunk in enumerate(rechunk([contribution.data])):
                 receiver.add(index, chunk)
             return receiver.finish()
         except BaseException:
@@ -249,30 +261,32 @@ class InProcess:
         self,
         session: Session,
         caller: Caller,
-        identity: str,
+        training_session_id: str,
         contribution: Contribution,
-        received: Received,
+        received: ReceivedPayload,
         at: datetime,
     ) -> int:
         """Take a place in the open round and write everything, in the caller's transaction."""
-        owner = training_sessions.get_session(session, identity)
-        assert owner is not None
-        current = training_sessions.lock_round(session, identity, owner.current_round)
-        _require_open(owner, current, at)
+        training_session = training_sessions.get_session(session, training_session_id)
+        assert training_session is not None
+        current = training_sessions.lock_round(
+            session, training_session_id, training_session.current_round
+        )
+        _require_open(training_session, current, at)
         assert current is not None
         _require_first(session, current, contribution.device_id)
-        places = round_capacity.lock_places(session, identity, current.number)
+        places = round_capacity.lock_capacity(session, training_session_id, current.number)
         state = devices.states_of(session, [contribution.device_id]).get(contribution.device_id)
         if places is None or state != DeviceState.ACTIVE.value:
             raise RoundNotOpenError("the round or the device changed meanwhile")
         sequence = places.accepted_count + 1
-        round_capacity.fill_places(session, places, sequence, contribution.example_count, at)
+        round_capacity.record_accepted(session, places, sequence, contribution.example_count, at)
         row = self._row(session, current, contribution, received, at)
         received.insert(session, at)
         updates.insert_updates(session, [{**row, "acceptance_sequence": sequence}])
         devices.record_seen(session, {contribution.device_id: at})
         details = {
-            "training_session_id": identity,
+            "training_session_id": training_session_id,
             "round": current.number,
             "sequence": sequence,
             "statement_digest": row["statement_digest"],
@@ -287,7 +301,7 @@ class InProcess:
         session: Session,
         current: Round,
         contribution: Contribution,
-        received: Received,
+        received: ReceivedPayload,
         at: datetime,
     ) -> dict[str, Any]:
         base = global_models.get_model(session, current.training_session_id, current.base_version)
@@ -340,11 +354,11 @@ def _require_active(session: Session, device_id: str) -> None:
         raise DeviceSuspendedError(f"the device is {device.state}")
 
 
-def _require_open(owner: TrainingSession, current: Round | None, at: datetime) -> None:
-    if owner.state != TrainingSessionState.RUNNING.value:
-        raise RoundNotOpenError(f"the training session is {owner.state}")
+def _require_open(training_session: TrainingSession, current: Round | None, at: datetime) -> None:
+    if training_session.state != TrainingSessionState.RUNNING.value:
+        raise RoundNotOpenError(f"the training session is {training_session.state}")
     if current is None or current.state != RoundState.OPEN.value or current.deadline_at <= at:
-        raise RoundNotOpenError(f"round {owner.current_round} is not open")
+        raise RoundNotOpenError(f"round {training_session.current_round} is not open")
 
 
 def _require_first(session: Session, current: Round, device_id: str) -> None:

@@ -16,7 +16,7 @@ from qflare_server.errors import (
     WrongStateError,
 )
 from qflare_server.storage.paging import Page, PageRequest
-from qflare_server.storage.payload_records import Download, Received
+from qflare_server.storage.payload_records import Download, ReceivedPayload
 from qflare_server.storage.repository import audit, global_models, training_sessions, updates, views
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import (
@@ -28,11 +28,11 @@ from qflare_server.storage.tables import (
     TrainingSession,
     TrainingSessionState,
 )
-from qflare_server.training.config import complete, deadline_s, of_session, to_json
+from qflare_server.training.config import complete, deadline_s, stored_config, to_json
 from qflare_server.training.privacy import require_affordable
 from qflare_server.training.rounds import cancel_round, open_round
-from qflare_server.training.strategy import build_strategy, tell_devices
-from qflare_server.training.versions import Draft, publish
+from qflare_server.training.strategy import add_device_settings, build_strategy
+from qflare_server.training.versions import VersionDraft, publish
 from qflare_server.use_cases.training_sessions.progress import Participation, Progress
 
 REQUEST_NAMESPACE = uuid.UUID("5b1c3c0e-6f0e-4b5c-8f0a-9f5d6f6a2b11")
@@ -80,21 +80,23 @@ class Training:
         _text("model_type", model_type, 0, 100)
         _text("request_id", request_id, 0, 100)
         done = complete(config)
-        tell_devices(done, build_strategy(done))
+        add_device_settings(done, build_strategy(done))
         require_affordable(done)
         at = self._context.clock()
-        identity = str(uuid.uuid4())
+        training_session_id = str(uuid.uuid4())
         if request_id:
-            identity = str(uuid.uuid5(REQUEST_NAMESPACE, f"{caller.name}/{request_id}"))
+            training_session_id = str(uuid.uuid5(REQUEST_NAMESPACE, f"{caller.name}/{request_id}"))
 
         def work(session: Session) -> TrainingSession:
-            known = training_sessions.get_session(session, identity) if request_id else None
+            known = (
+                training_sessions.get_session(session, training_session_id) if request_id else None
+            )
             if known is not None:
                 return known
             training_sessions.insert_session(
                 session,
                 {
-                    "id": identity,
+                    "id": training_session_id,
                     "name": name,
                     "model_type": model_type,
                     "architecture": dict(architecture),
@@ -103,8 +105,12 @@ class Training:
                     "created_at": at,
                 },
             )
-            self._record(session, caller, "training_session.created", identity, at, name=name)
-            return _found(training_sessions.get_session(session, identity), identity)
+            self._record(
+                session, caller, "training_session.created", training_session_id, at, name=name
+            )
+            return _found(
+                training_sessions.get_session(session, training_session_id), training_session_id
+            )
 
         return self._context.database.write(work)
 
@@ -113,7 +119,7 @@ class Training:
         caller: Caller,
         training_session_id: str,
         manifest: Manifest,
-        payload: Received,
+        payload: ReceivedPayload,
         download: Download | None = None,
     ) -> GlobalModel:
         """Publish the initial model as version 0.
@@ -131,10 +137,12 @@ class Training:
         at = self._context.clock()
 
         def work(session: Session) -> GlobalModel:
-            owner = self._lock(session, training_session_id, TrainingSessionState.CREATED)
-            if owner.current_version >= 0:
+            training_session = self._lock(
+                session, training_session_id, TrainingSessionState.CREATED
+            )
+            if training_session.current_version >= 0:
                 raise WrongStateError("the training session has an initial model")
-            draft = Draft(
+            draft = VersionDraft(
                 version=0,
                 base_version=-1,
                 round_number=0,
@@ -143,9 +151,9 @@ class Training:
                 created_at=at,
                 download=download,
             )
-            digest = publish(self._context, session, owner, draft)
-            self._record(session, caller, "model.uploaded", owner.id, at, digest=digest)
-            model = global_models.get_model(session, owner.id, 0)
+            digest = publish(self._context, session, training_session, draft)
+            self._record(session, caller, "model.uploaded", training_session.id, at, digest=digest)
+            model = global_models.get_model(session, training_session.id, 0)
             assert model is not None
             return model
 
@@ -158,10 +166,13 @@ class Training:
             TrainingSessionNotFoundError: There is no such training session.
             WrongStateError: It has been started, or has an initial model.
         """
-        owner = self.get(training_session_id)
-        if owner.state != TrainingSessionState.CREATED.value or owner.current_version >= 0:
+        training_session = self.get(training_session_id)
+        if (
+            training_session.state != TrainingSessionState.CREATED.value
+            or training_session.current_version >= 0
+        ):
             raise WrongStateError("an initial model can only be uploaded once, before the start")
-        return owner
+        return training_session
 
     def start(self, caller: Caller, training_session_id: str) -> TrainingSession:
         """Start the first round.
@@ -172,14 +183,18 @@ class Training:
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
-            owner = self._lock(session, training_session_id, TrainingSessionState.CREATED)
-            if owner.current_version < 0:
+            training_session = self._lock(
+                session, training_session_id, TrainingSessionState.CREATED
+            )
+            if training_session.current_version < 0:
                 raise WrongStateError("the training session has no initial model")
             values = {"state": TrainingSessionState.RUNNING.value, "started_at": at}
-            training_sessions.update_session(session, owner.id, values)
-            open_round(self._context, session, owner, owner.current_version, at)
-            self._record(session, caller, "training_session.started", owner.id, at)
-            return self._reload(session, owner.id)
+            training_sessions.update_session(session, training_session.id, values)
+            open_round(
+                self._context, session, training_session, training_session.current_version, at
+            )
+            self._record(session, caller, "training_session.started", training_session.id, at)
+            return self._reload(session, training_session.id)
 
         return self._changed(work)
 
@@ -192,12 +207,14 @@ class Training:
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
-            owner = self._lock(session, training_session_id, TrainingSessionState.RUNNING)
-            training_sessions.update_session(
-                session, owner.id, {"state": TrainingSessionState.PAUSED.value}
+            training_session = self._lock(
+                session, training_session_id, TrainingSessionState.RUNNING
             )
-            self._record(session, caller, "training_session.paused", owner.id, at)
-            return self._reload(session, owner.id)
+            training_sessions.update_session(
+                session, training_session.id, {"state": TrainingSessionState.PAUSED.value}
+            )
+            self._record(session, caller, "training_session.paused", training_session.id, at)
+            return self._reload(session, training_session.id)
 
         return self._changed(work)
 
@@ -210,17 +227,21 @@ class Training:
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
-            owner = self._lock(session, training_session_id, TrainingSessionState.PAUSED)
+            training_session = self._lock(session, training_session_id, TrainingSessionState.PAUSED)
             training_sessions.update_session(
-                session, owner.id, {"state": TrainingSessionState.RUNNING.value}
+                session, training_session.id, {"state": TrainingSessionState.RUNNING.value}
             )
-            current = training_sessions.lock_round(session, owner.id, owner.current_round)
+            current = training_sessions.lock_round(
+                session, training_session.id, training_session.current_round
+            )
             if current is not None and current.state == RoundState.OPEN.value:
-                limit = timedelta(seconds=deadline_s(of_session(owner.id, owner.config)))
+                limit = timedelta(
+                    seconds=deadline_s(stored_config(training_session.id, training_session.config))
+                )
                 values = {"deadline_at": max(current.deadline_at, at + limit)}
-                training_sessions.update_round(session, owner.id, current.number, values)
-            self._record(session, caller, "training_session.resumed", owner.id, at)
-            return self._reload(session, owner.id)
+                training_sessions.update_round(session, training_session.id, current.number, values)
+            self._record(session, caller, "training_session.resumed", training_session.id, at)
+            return self._reload(session, training_session.id)
 
         return self._changed(work)
 
@@ -234,18 +255,25 @@ class Training:
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
-            owner = self._lock(session, training_session_id)
-            if owner.state in ENDED:
-                raise WrongStateError(f"the training session is {owner.state}")
+            training_session = self._lock(session, training_session_id)
+            if training_session.state in ENDED:
+                raise WrongStateError(f"the training session is {training_session.state}")
             values = {
                 "state": TrainingSessionState.CANCELLED.value,
                 "state_reason": reason,
                 "ended_at": at,
             }
-            training_sessions.update_session(session, owner.id, values)
-            cancel_round(session, owner, "training session cancelled", at)
-            self._record(session, caller, "training_session.cancelled", owner.id, at, reason=reason)
-            return self._reload(session, owner.id)
+            training_sessions.update_session(session, training_session.id, values)
+            cancel_round(session, training_session, "training session cancelled", at)
+            self._record(
+                session,
+                caller,
+                "training_session.cancelled",
+                training_session.id,
+                at,
+                reason=reason,
+            )
+            return self._reload(session, training_session.id)
 
         return self._changed(work)
 
@@ -266,17 +294,21 @@ class Training:
             TrainingSessionNotFoundError: There is no such training session.
         """
         with self._context.database.read() as session:
-            owner = _found(
+            training_session = _found(
                 training_sessions.get_session(session, training_session_id), training_session_id
             )
-            current = training_sessions.get_round(session, owner.id, owner.current_round)
-            latest = global_models.get_model(session, owner.id, owner.current_version)
-            pending = updates.count_pending(session, owner.id)
+            current = training_sessions.get_round(
+                session, training_session.id, training_session.current_round
+            )
+            latest = global_models.get_model(
+                session, training_session.id, training_session.current_version
+            )
+            pending = updates.count_pending(session, training_session.id)
             session.expunge_all()
         remaining = None
         if current is not None and current.state == RoundState.OPEN.value:
             remaining = max(0.0, (current.deadline_at - self._context.clock()).total_seconds())
-        return Progress(owner, current, pending, latest, remaining)
+        return Progress(training_session, current, pending, latest, remaining)
 
     def list(self, request: PageRequest, state: str = "") -> Page[TrainingSession]:
         """Return training sessions, newest first."""
@@ -333,12 +365,14 @@ class Training:
     def _lock(
         self, session: Session, training_session_id: str, wanted: TrainingSessionState | None = None
     ) -> TrainingSession:
-        owner = _found(
+        training_session = _found(
             training_sessions.lock_session(session, training_session_id), training_session_id
         )
-        if wanted is not None and owner.state != wanted.value:
-            raise WrongStateError(f"the training session is {owner.state}, want {wanted.value}")
-        return owner
+        if wanted is not None and training_session.state != wanted.value:
+            raise WrongStateError(
+                f"the training session is {training_session.state}, want {wanted.value}"
+            )
+        return training_session
 
     def _reload(self, session: Session, training_session_id: str) -> TrainingSession:
         session.expire_all()
@@ -356,23 +390,25 @@ class Training:
         session: Session,
         caller: Caller,
         event_type: str,
-        identity: str,
+        training_session_id: str,
         at: datetime,
         **details: str,
     ) -> None:
-        event = Event(event_type, f"training_session:{identity}", RiskLevel.MEDIUM, dict(details))
+        event = Event(
+            event_type, f"training_session:{training_session_id}", RiskLevel.MEDIUM, dict(details)
+        )
         audit.record(session, caller, event, at)
 
 
-def _found(owner: TrainingSession | None, training_session_id: str) -> TrainingSession:
-    if owner is None:
+def _found(training_session: TrainingSession | None, training_session_id: str) -> TrainingSession:
+    if training_session is None:
         raise TrainingSessionNotFoundError(f"no training session {training_session_id[:64]!r}")
-    return owner
+    return training_session
 
 
-def _detached(session: Session, owner: TrainingSession) -> TrainingSession:
-    session.expunge(owner)
-    return owner
+def _detached(session: Session, training_session: TrainingSession) -> TrainingSession:
+    session.expunge(training_session)
+    return training_session
 
 
 def _text(name: str, value: str, least: int, most: int) -> None:

@@ -16,7 +16,7 @@ from qflare_server.storage.repository import audit, devices, global_models, trai
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.training_sessions import OpenRound
 from qflare_server.storage.tables import Device, DeviceState, TrainingSession, TrainingSessionState
-from qflare_server.training.config import of_session
+from qflare_server.training.config import stored_config
 from qflare_server.training.evaluation import (
     Measurement,
     find_last_measurement,
@@ -87,9 +87,11 @@ class Tasks:
             if found is not None:
                 return self._task(session, found, delay, "" if trains_only else device_id)
             done = _is_over(session, training_session_id)
-            owner = training_sessions.get_session(session, training_session_id) if done else None
-            if owner is not None and not trains_only:
-                last = find_last_measurement(session, owner, device_id, at)
+            training_session = (
+                training_sessions.get_session(session, training_session_id) if done else None
+            )
+            if training_session is not None and not trains_only:
+                last = find_last_measurement(session, training_session, device_id, at)
                 if last is not None:
                     return NextTask(delay, measurement=last)
         if len(self._idle) >= MAX_REMEMBERED:
@@ -108,9 +110,9 @@ class Tasks:
             self._facts[key] = facts
         digest, config = facts
         if evaluator and config.evaluation.every_rounds:
-            owner = training_sessions.get_session(session, found.training_session_id)
-            assert owner is not None
-            first = find_measurement(session, owner, found.base_version, evaluator)
+            training_session = training_sessions.get_session(session, found.training_session_id)
+            assert training_session is not None
+            first = find_measurement(session, training_session, found.base_version, evaluator)
             if first is not None:
                 return NextTask(delay, measurement=first)
         return NextTask(delay, found, digest, config)
@@ -136,9 +138,9 @@ class Tasks:
 
         def work(session: Session) -> None:
             at = self._context.clock()
-            owner = training_sessions.lock_session(session, training_session_id)
+            training_session = training_sessions.lock_session(session, training_session_id)
             if (
-                owner is None
+                training_session is None
                 or global_models.get_model(session, training_session_id, version) is None
             ):
                 raise GlobalModelNotFoundError(f"no version {version}")
@@ -153,12 +155,14 @@ class Tasks:
                     "device_id": device_id,
                     "example_count": example_count,
                     "metrics": metrics,
-                    "device_group": _group(owner, device),
+                    "device_group": _group(training_session, device),
                     "reported_at": at,
                 },
             )
-            if is_worth_summarising(global_models.count_evaluations(session, owner.id, version)):
-                summarise(session, owner, version, at)
+            if is_worth_summarising(
+                global_models.count_evaluations(session, training_session.id, version)
+            ):
+                summarise(session, training_session, version, at)
             event = Event(
                 "evaluation.reported",
                 f"training_session:{training_session_id}",
@@ -174,15 +178,15 @@ def _read_facts(
 ) -> tuple[str, training_pb2.TrainingConfig]:
     """Return what never changes of a version and its training session: the digest and the configuration."""
     base = global_models.get_model(session, training_session_id, version)
-    owner = training_sessions.get_session(session, training_session_id)
+    training_session = training_sessions.get_session(session, training_session_id)
     assert base is not None
-    assert owner is not None
-    return base.digest, of_session(owner.id, owner.config)
+    assert training_session is not None
+    return base.digest, stored_config(training_session.id, training_session.config)
 
 
-def _group(owner: TrainingSession, device: Device) -> str:
+def _group(training_session: TrainingSession, device: Device) -> str:
     """Return the group that a device's results count in, empty without groups."""
-    attribute = of_session(owner.id, owner.config).evaluation.group_by
+    attribute = stored_config(training_session.id, training_session.config).evaluation.group_by
     if not attribute:
         return ""
     if attribute == "device_type":

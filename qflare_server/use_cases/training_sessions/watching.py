@@ -66,7 +66,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Happening:
+class SessionEvent:
     """What a watcher is told."""
 
     kind: Kind
@@ -135,7 +135,7 @@ class Watching:
         *,
         known_round: int | None = None,
         duration_s: float | None = None,
-    ) -> Iterator[Happening]:
+    ) -> Iterator[SessionEvent]:
         """Yield what happens to a training session, a snapshot first, until it has ended or time is over.
 
         Args:
@@ -178,7 +178,7 @@ class Watching:
 
     def _follow(
         self, before: View, after: View, gone: threading.Event, limit_s: float
-    ) -> Iterator[Happening]:
+    ) -> Iterator[SessionEvent]:
         config = self._context.config
         quiet_s = min(15.0, config.stall_timeout_s / 2)
         until = time.monotonic() + limit_s
@@ -191,7 +191,7 @@ class Watching:
                 return
             if time.monotonic() - told_at >= quiet_s:
                 told_at = time.monotonic()
-                yield Happening(Kind.KEEPALIVE)
+                yield SessionEvent(Kind.KEEPALIVE)
             if gone.wait(min(config.watch_poll_s, max(0.0, until - time.monotonic()))):
                 if self._closed:
                     raise DrainingError
@@ -202,24 +202,24 @@ class Watching:
         self, training_session_id: str, before: View | None, known_round: int | None = None
     ) -> View:
         with self._context.database.read() as session:
-            owner = training_sessions.get_session(session, training_session_id)
-            if owner is None:
+            training_session = training_sessions.get_session(session, training_session_id)
+            if training_session is None:
                 raise TrainingSessionNotFoundError
-            first = _first_round(owner, before, known_round)
-            rounds = views.rounds_from(session, owner.id, first, MAX_ROUNDS)
-            oldest = max(0, owner.current_version - RECENT_VERSIONS + 1)
-            versions = views.versions_from(session, owner.id, oldest)
+            first = _first_round(training_session, before, known_round)
+            rounds = views.rounds_from(session, training_session.id, first, MAX_ROUNDS)
+            oldest = max(0, training_session.current_version - RECENT_VERSIONS + 1)
+            versions = views.versions_from(session, training_session.id, oldest)
             session.expunge_all()
-        return View(owner, {item.number: item for item in rounds}, versions)
+        return View(training_session, {item.number: item for item in rounds}, versions)
 
-    def _snapshot(self, view: View) -> Happening:
+    def _snapshot(self, view: View) -> SessionEvent:
         current = view.rounds.get(view.session.current_round)
         model = self._model(view.session.id, view.session.current_version)
-        return Happening(Kind.SNAPSHOT, view.session, current, model)
+        return SessionEvent(Kind.SNAPSHOT, view.session, current, model)
 
-    def _happening(self, change: Change, view: View) -> Happening:
+    def _happening(self, change: Change, view: View) -> SessionEvent:
         number = change.round_number
-        return Happening(
+        return SessionEvent(
             change.kind,
             view.session,
             None if number is None else view.rounds[number],
@@ -233,13 +233,15 @@ class Watching:
             return model
 
 
-def _first_round(owner: TrainingSession, before: View | None, known_round: int | None) -> int:
+def _first_round(
+    training_session: TrainingSession, before: View | None, known_round: int | None
+) -> int:
     """Return the first round that can still tell anything new."""
     if before is None:
         return (
-            owner.current_round
+            training_session.current_round
             if known_round is None
-            else min(known_round + 1, owner.current_round)
+            else min(known_round + 1, training_session.current_round)
         )
     unsettled = [number for number, item in before.rounds.items() if item.state in UNSETTLED]
     return min([*unsettled, max(before.rounds, default=before.session.current_round) + 1])

@@ -28,7 +28,7 @@ from qflare_server.errors import (
     TooManyRequestsError,
     TrainingSessionNotFoundError,
 )
-from qflare_server.storage.payload_records import Received, insert_received
+from qflare_server.storage.payload_records import ReceivedPayload, insert_received
 from qflare_server.storage.prepared import together
 from qflare_server.storage.repository import (
     audit,
@@ -39,12 +39,12 @@ from qflare_server.storage.repository import (
     updates,
 )
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.repository.round_capacity import RoundPlaces
-from qflare_server.storage.repository.updates import Accepted
+from qflare_server.storage.repository.round_capacity import RoundCapacity
+from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState, UpdateState
 from qflare_server.training.reported_metrics import whole_epochs
 from qflare_server.training.strategy import is_asynchronous
-from qflare_server.use_cases.updates.batching import Gathering
+from qflare_server.use_cases.updates.batching import BatchWindow
 from qflare_server.use_cases.updates.submission import Submission
 
 BATCH_LIMIT: Final = 128
@@ -59,13 +59,13 @@ class _Entry:
 
     caller: Caller
     submission: Submission
-    received: Received | None
+    received: ReceivedPayload | None
     answered: threading.Event = field(default_factory=threading.Event)
     leads: bool = False
-    accepted: Accepted | None = None
+    accepted: UpdateReceipt | None = None
     error: BaseException | None = None
 
-    def result(self) -> Accepted:
+    def result(self) -> UpdateReceipt:
         if self.error is not None:
             raise self.error
         assert self.accepted is not None
@@ -84,9 +84,11 @@ class Acceptance:
         self._lock = threading.Lock()
         self._waiting: list[_Entry] = []
         self._led = False
-        self.gathering = Gathering(GATHER_S)
+        self.gathering = BatchWindow(GATHER_S)
 
-    def accept(self, caller: Caller, submission: Submission, received: Received) -> Accepted:
+    def accept(
+        self, caller: Caller, submission: Submission, received: ReceivedPayload
+    ) -> UpdateReceipt:
         """Write an update durably and return its receipt.
 
         Raises:
@@ -114,14 +116,14 @@ class Acceptance:
                 self._waiting.remove(entry)
         raise StoreUnavailableError("the database did not commit in time")
 
-    def foresee(self, session: Session, submission: Submission) -> Accepted | None:
+    def preview(self, session: Session, submission: Submission) -> UpdateReceipt | None:
         """Return the receipt of an update that is accepted already; refuse one that would not be accepted.
 
         Spares a device the upload of a large payload in vain; the decision falls when the payload has come.
         """
         statement, facts = submission.statement, submission.facts
         number = None if is_asynchronous(facts.config) else statement.round_number
-        places = round_capacity.look_at_places(session, facts.training_session_id, number)
+        places = round_capacity.read_capacity(session, facts.training_session_id, number)
         if places is None:
             raise TrainingSessionNotFoundError
         states = devices.states_of(session, [statement.device_id])
@@ -183,7 +185,7 @@ class Acceptance:
     ) -> bool:
         facts = entries[0].submission.facts
         carries = is_asynchronous(facts.config)
-        places = round_capacity.lock_places(
+        places = round_capacity.lock_capacity(
             session, facts.training_session_id, None if carries else number
         )
         if places is None:
@@ -196,18 +198,18 @@ class Acceptance:
             return False
         with together(session):
             _insert(session, places, taken, at)
-            return round_capacity.fill_places(
+            return round_capacity.record_accepted(
                 session, places, ruling.count, ruling.example_count, at
             )
 
 
-class _Ruling:
+class _Admission:
     """Decides which updates of a batch, all for one task, a locked round takes, in their order."""
 
     def __init__(
         self,
         session: Session,
-        places: RoundPlaces,
+        places: RoundCapacity,
         entries: Sequence[_Entry],
         states: dict[str, str],
         at: datetime,
@@ -257,7 +259,7 @@ class _Ruling:
             return False
         self.count += 1
         self.example_count += statement.example_count
-        accepted = Accepted(
+        accepted = UpdateReceipt(
             statement.update_id,
             entry.submission.statement_digest,
             statement.device_id,
@@ -272,7 +274,7 @@ class _Ruling:
         self._by_device[accepted.device_id, accepted.base_version] = accepted
         return True
 
-    def _answer_known(self, entry: _Entry, known: Accepted) -> None:
+    def _answer_known(self, entry: _Entry, known: UpdateReceipt) -> None:
         same = (entry.submission.device.device_id, entry.submission.statement_digest)
         if (known.device_id, known.statement_digest) == same:
             entry.accepted = known
@@ -297,7 +299,7 @@ class _Ruling:
         return refusal
 
 
-class _BufferRuling(_Ruling):
+class _BufferedAdmission(_Admission):
     """The same where updates of older versions count in the round that is open.
 
     A device contributes once from a version, to the round of its task or to a later one. While a full buffer
@@ -320,13 +322,13 @@ class _BufferRuling(_Ruling):
 
 def _ruling(
     session: Session,
-    places: RoundPlaces,
+    places: RoundCapacity,
     entries: Sequence[_Entry],
     states: dict[str, str],
     at: datetime,
-) -> _Ruling:
+) -> _Admission:
     carries = is_asynchronous(entries[0].submission.facts.config)
-    kind = _BufferRuling if carries else _Ruling
+    kind = _BufferedAdmission if carries else _Admission
     return kind(session, places, entries, states, at)
 
 
@@ -340,7 +342,7 @@ def refuse_device(state: str | None) -> QflareError | None:
 
 
 def refuse_round(
-    places: RoundPlaces, base_version: int, at: datetime, count: int
+    places: RoundCapacity, base_version: int, at: datetime, count: int
 ) -> QflareError | None:
     """Return why a round takes no update, None if it does."""
     if places.session_state != TrainingSessionState.RUNNING.value:
@@ -354,14 +356,14 @@ def refuse_round(
     return None
 
 
-def _insert(session: Session, places: RoundPlaces, taken: Sequence[_Entry], at: datetime) -> None:
+def _insert(session: Session, places: RoundCapacity, taken: Sequence[_Entry], at: datetime) -> None:
     """Write accepted updates with their payloads and audit entries."""
     insert_received(session, [entry.received for entry in taken if entry.received is not None], at)
     updates.insert_updates(session, [_row(entry, at) for entry in taken])
     audit.record_all(session, _events(places, taken), at)
 
 
-def _events(places: RoundPlaces, taken: Iterable[_Entry]) -> list[tuple[Caller, Event]]:
+def _events(places: RoundCapacity, taken: Iterable[_Entry]) -> list[tuple[Caller, Event]]:
     events = []
     for entry in taken:
         assert entry.accepted is not None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Gathering:
+class BatchWindow:
     """Knows how many are on their way; safe to share between threads.
 
     While one comes at a time nobody waits. The more there are, the more come together, and the less of a commit each

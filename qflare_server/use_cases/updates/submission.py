@@ -33,9 +33,9 @@ from qflare_server.errors import (
     StaleBaseVersionError,
     TrainingSessionNotFoundError,
 )
-from qflare_server.payloads.expected import Expected, SealedArrival
+from qflare_server.payloads.expected import ExpectedPayload, SealedArrival
 from qflare_server.storage.repository import global_models, training_sessions
-from qflare_server.training.config import of_session
+from qflare_server.training.config import stored_config
 from qflare_server.training.reported_metrics import check_example_count, check_metrics
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
 
@@ -82,10 +82,10 @@ class Submission:
     signature: bytes | None
     device: Contributor
     facts: RoundFacts
-    expected: Expected
+    expected: ExpectedPayload
 
 
-class HeaderCheck:
+class SubmissionValidator:
     """Checks headers; safe to share between threads."""
 
     def __init__(self, context: Context) -> None:
@@ -115,7 +115,7 @@ class HeaderCheck:
         _check_sealing(header, statement, facts)
         manifest = self._manifest(header, statement, facts)
         signature = self._check_signature(device, statement, header.statement)
-        expected = Expected(
+        expected = ExpectedPayload(
             manifest,
             statement.payload_digest,
             header.chunk_digests,
@@ -184,8 +184,8 @@ class HeaderCheck:
 
     def _read_facts(self, training_session_id: str, number: int) -> RoundFacts:
         with self._context.database.read() as session:
-            owner = training_sessions.get_session(session, training_session_id)
-            if owner is None:
+            training_session = training_sessions.get_session(session, training_session_id)
+            if training_session is None:
                 raise TrainingSessionNotFoundError
             current = training_sessions.get_round(session, training_session_id, number)
             if current is None:
@@ -194,11 +194,11 @@ class HeaderCheck:
             if base is None:
                 raise GlobalModelNotFoundError
             manifest = Manifest.from_proto(tensor_pb2.Manifest.FromString(base.manifest))
-            config = of_session(owner.id, owner.config)
+            config = stored_config(training_session.id, training_session.config)
             encoding = Encoding.from_number(config.transfer.update_encoding)
             top_k_fraction = config.transfer.top_k_fraction or 1.0
             return RoundFacts(
-                owner.id,
+                training_session.id,
                 number,
                 current.base_version,
                 base.digest,

@@ -27,12 +27,12 @@ from qflare_server.errors import (
 )
 from qflare_server.payloads.receiver import Receiver
 from qflare_server.payloads.sealed_receiver import OpeningReceiver
-from qflare_server.storage.payload_records import Received
+from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.repository import payloads, updates
 from qflare_server.storage.repository.audit import Caller
-from qflare_server.storage.repository.updates import Accepted
+from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.use_cases.updates.acceptance import Acceptance
-from qflare_server.use_cases.updates.submission import Contributor, HeaderCheck, Submission
+from qflare_server.use_cases.updates.submission import Contributor, Submission, SubmissionValidator
 
 MAX_UPLOADS_OF_DEVICE: Final = 8
 
@@ -43,7 +43,7 @@ class Uploads:
     def __init__(self, context: Context, executor: ThreadPoolExecutor) -> None:
         self._context = context
         self._executor = executor
-        self._headers = HeaderCheck(context)
+        self._headers = SubmissionValidator(context)
         self._acceptance = Acceptance(context)
         self._places = threading.BoundedSemaphore(context.config.max_uploads)
 
@@ -62,7 +62,7 @@ class Uploads:
         chunks: Iterator[tuple[int, bytes]],
         *,
         checked: Callable[[], None] = lambda: None,
-    ) -> Accepted:
+    ) -> UpdateReceipt:
         """Take in an update and return its receipt.
 
         Args:
@@ -95,7 +95,7 @@ class Uploads:
         telemetry.bytes_received(received.size_bytes)
         return accepted
 
-    def find(self, device: Contributor, update_id: str) -> tuple[int, Accepted | None]:
+    def find(self, device: Contributor, update_id: str) -> tuple[int, UpdateReceipt | None]:
         """Return the first chunk that is not stored, and the receipt if the update is accepted."""
         with self._context.database.read() as session:
             known = updates.find_accepted(session, update_id)
@@ -108,35 +108,37 @@ class Uploads:
 
     def _receive(
         self, submission: Submission, chunks: Iterator[tuple[int, bytes]]
-    ) -> tuple[Received | None, Accepted | None]:
+    ) -> tuple[ReceivedPayload | None, UpdateReceipt | None]:
         """Take the payload in: a small one as it is, a large one on one of the places that there are."""
         if submission.expected.wire_size_bytes <= self._context.config.inline_payload_bytes:
             receiver_or_known = self._open_small(submission)
-            if isinstance(receiver_or_known, Accepted):
+            if isinstance(receiver_or_known, UpdateReceipt):
                 return None, receiver_or_known
             return _fill(receiver_or_known, chunks), None
         if not self._places.acquire(blocking=False):
             raise TooManyRequestsError("too many large uploads at once", retry_after_s=0.2)
         try:
             receiver_or_known = self._open(submission)
-            if isinstance(receiver_or_known, Accepted):
+            if isinstance(receiver_or_known, UpdateReceipt):
                 return None, receiver_or_known
             return self._fill_large(receiver_or_known, chunks), None
         finally:
             self._places.release()
 
-    def _open_small(self, submission: Submission) -> Receiver | Accepted:
+    def _open_small(self, submission: Submission) -> Receiver | UpdateReceipt:
         """Begin a small upload; one that is accepted already needs no key that is still held."""
         try:
             return self._receiver(submission)
         except SealKeyNotAcceptedError:
             with self._context.database.read() as session:
-                known = self._acceptance.foresee(session, submission)
+                known = self._acceptance.preview(session, submission)
             if known is None:
                 raise
             return known
 
-    def _fill_large(self, receiver: Receiver, chunks: Iterator[tuple[int, bytes]]) -> Received:
+    def _fill_large(
+        self, receiver: Receiver, chunks: Iterator[tuple[int, bytes]]
+    ) -> ReceivedPayload:
         """Receive the chunks; an upload that turned out wrong is given up, so that a right one may follow."""
         try:
             return _fill(receiver, chunks)
@@ -146,11 +148,11 @@ class Uploads:
             )
             raise
 
-    def _open(self, submission: Submission) -> Receiver | Accepted:
+    def _open(self, submission: Submission) -> Receiver | UpdateReceipt:
         """Begin a large upload or continue it; refuse it here if it could not be accepted."""
         statement = submission.statement
         with self._context.database.read() as session:
-            known = self._acceptance.foresee(session, submission)
+            known = self._acceptance.preview(session, submission)
             if known is not None:
                 return known
             found = payloads.find_upload(session, statement.update_id)
@@ -213,7 +215,7 @@ def _require_complete(receiver: Receiver) -> None:
         raise _EndedEarlyError(f"chunks: got {receiver.next_index}, want more")
 
 
-def _fill(receiver: Receiver, chunks: Iterator[tuple[int, bytes]]) -> Received:
+def _fill(receiver: Receiver, chunks: Iterator[tuple[int, bytes]]) -> ReceivedPayload:
     """Receive the chunks up to the end of the stream, where it is known that no more come than belong to the payload.
 
     What came of a broken upload is kept, what came of a wrong one is not.

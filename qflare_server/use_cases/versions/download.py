@@ -26,7 +26,7 @@ from qflare_server.errors import (
     UpdateNotFoundError,
 )
 from qflare_server.payloads.keys import wrap_key
-from qflare_server.payloads.reader import Contents, read_range, recut
+from qflare_server.payloads.reader import Contents, read_range, rechunk_after
 from qflare_server.storage.payload_records import StoredPayload, describe
 from qflare_server.storage.payload_store import READ_CHUNKS
 from qflare_server.storage.repository import (
@@ -205,7 +205,7 @@ class Deliveries:
         if first >= contents.piece_count:
             return iter(())
         kept = (data for _, data in self._chunks(payload, first))
-        return enumerate(recut(contents.open(kept, first), skipped_bytes), first_chunk)
+        return enumerate(rechunk_after(contents.open(kept, first), skipped_bytes), first_chunk)
 
     def _record_opening(self, caller: Caller, model: GlobalModel) -> None:
         event = Event(
@@ -267,11 +267,13 @@ class Deliveries:
     ) -> Sequence[tuple[bytes, bytes]]:
         """Return statements and signatures of consecutive versions, at most 1,000."""
         with self._context.database.read() as session:
-            owner = training_sessions.get_session(session, training_session_id)
-            if owner is None:
+            training_session = training_sessions.get_session(session, training_session_id)
+            if training_session is None:
                 raise TrainingSessionNotFoundError
-            end = owner.current_version if last is None else last
-            return global_models.statements(session, owner.id, max(first, 0), end, MAX_LINKS)
+            end = training_session.current_version if last is None else last
+            return global_models.statements(
+                session, training_session.id, max(first, 0), end, MAX_LINKS
+            )
 
     def contribution_proof(self, update_id: str) -> ContributionProof:
         """Return the proof that an update is in its version.

@@ -10,13 +10,13 @@ from qflare.tensors.encodings import Encoding
 from qflare.v1 import admin_service_pb2, tensor_pb2
 from qflare_server.context import Context
 from qflare_server.errors import InvalidManifestError
-from qflare_server.payloads.expected import Expected
+from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.sealed_receiver import receiver_of, seal_context
 from qflare_server.payloads.writer import VersionWriter, received_chunks
 from qflare_server.storage.repository import payloads
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.tables import GlobalModel
-from qflare_server.training.config import download_encoding, of_session
+from qflare_server.training.config import download_encoding, stored_config
 from qflare_server.use_cases.training_sessions.administration import Training
 
 
@@ -44,14 +44,14 @@ class InitialModels:
             DigestMismatchError: The bytes are not those of the digest.
             WrongStateError: The training session has been started, or has an initial model.
         """
-        owner = self._training.require_waiting(header.training_session_id)
-        config = of_session(owner.id, owner.config)
+        training_session = self._training.require_waiting(header.training_session_id)
+        config = stored_config(training_session.id, training_session.config)
         manifest = self.parse(header.manifest)
         encoding = download_encoding(config)
         _require_smaller(manifest, encoding)
-        expected = Expected(manifest, header.payload_digest)
+        expected = ExpectedPayload(manifest, header.payload_digest)
         expected.check(self._context.config.max_payload_bytes)
-        belongs_to = seal_context(self._context, config, owner.id, 0)
+        belongs_to = seal_context(self._context, config, training_session.id, 0)
         receiver = receiver_of(self._context, self._executor, expected, belongs_to)
         if receiver.is_large:
             at = self._context.clock()

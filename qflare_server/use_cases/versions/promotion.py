@@ -21,7 +21,7 @@ from qflare_server.errors import (
     WrongStateError,
 )
 from qflare_server.storage.paging import Page, PageRequest
-from qflare_server.storage.payload_records import Download, Received, describe
+from qflare_server.storage.payload_records import Download, ReceivedPayload, describe
 from qflare_server.storage.repository import (
     audit,
     global_models,
@@ -34,13 +34,13 @@ from qflare_server.storage.repository.views import VersionMetrics
 from qflare_server.storage.tables import GlobalModel, RiskLevel, Round, TrainingSession
 from qflare_server.storage.tables import TrainingSessionState as SessionState
 from qflare_server.training.rounds import cancel_round, open_round
-from qflare_server.training.versions import Draft, manifest_of, publish
+from qflare_server.training.versions import VersionDraft, manifest_of, publish
 
 MAX_REASON: Final = 500
 GOES_ON: Final = frozenset({SessionState.RUNNING.value, SessionState.PAUSED.value})
 
 
-class SharedPayload(Received):
+class SharedPayload(ReceivedPayload):
     """A payload that another version has brought in: nothing is inserted."""
 
     def insert(self, session: Session, at: datetime) -> None:
@@ -69,9 +69,9 @@ class Promotion:
             GlobalModelNotFoundError: There is no such version.
         """
         with self._context.database.read() as session:
-            owner = _found(training_sessions.get_session(session, training_session_id))
-            wanted = owner.current_version if version is None else version
-            model = _model(session, owner.id, wanted)
+            training_session = _found(training_sessions.get_session(session, training_session_id))
+            wanted = training_session.current_version if version is None else version
+            model = _model(session, training_session.id, wanted)
             session.expunge_all()
             return model
 
@@ -107,12 +107,12 @@ class Promotion:
         _check_reason(reason)
 
         def work(session: Session) -> GlobalModel:
-            owner = _found(training_sessions.lock_session(session, training_session_id))
-            model = _model(session, owner.id, version)
+            training_session = _found(training_sessions.lock_session(session, training_session_id))
+            model = _model(session, training_session.id, version)
             if not model.released:
-                global_models.release(session, owner, version)
+                global_models.release(session, training_session, version)
                 details = {"version": version, "reason": reason}
-                subject = f"training_session:{owner.id}"
+                subject = f"training_session:{training_session.id}"
                 event = Event("version.released", subject, RiskLevel.MEDIUM, details)
                 audit.record(session, caller, event, self._context.clock())
             session.expire_all()
@@ -136,19 +136,21 @@ class Promotion:
 
         def work(session: Session) -> Rollback:
             at = self._context.clock()
-            owner = _found(training_sessions.lock_session(session, training_session_id))
-            if owner.state == SessionState.CREATED.value:
+            training_session = _found(training_sessions.lock_session(session, training_session_id))
+            if training_session.state == SessionState.CREATED.value:
                 raise WrongStateError("the training session has not been started")
-            if version == owner.current_version:
+            if version == training_session.current_version:
                 raise InvalidRequestError(f"version: {version} is the latest", field="version")
-            draft = _draft(session, owner, _model(session, owner.id, version), at)
-            cancel_round(session, owner, f"rolled back to version {version}", at)
-            digest = publish(self._context, session, owner, draft)
+            draft = _draft(
+                session, training_session, _model(session, training_session.id, version), at
+            )
+            cancel_round(session, training_session, f"rolled back to version {version}", at)
+            digest = publish(self._context, session, training_session, draft)
             number = None
-            if owner.state in GOES_ON:
-                number = open_round(self._context, session, owner, draft.version, at)
+            if training_session.state in GOES_ON:
+                number = open_round(self._context, session, training_session, draft.version, at)
             details = {"from": version, "version": draft.version, "digest": digest}
-            subject = f"training_session:{owner.id}"
+            subject = f"training_session:{training_session.id}"
             event = Event(
                 "version.rolled_back", subject, RiskLevel.HIGH, {**details, "reason": reason}
             )
@@ -166,15 +168,17 @@ class Promotion:
         return result
 
 
-def _draft(session: Session, owner: TrainingSession, old: GlobalModel, at: datetime) -> Draft:
+def _draft(
+    session: Session, training_session: TrainingSession, old: GlobalModel, at: datetime
+) -> VersionDraft:
     """Return a version with the content of an older one; what privacy has cost stays spent."""
     download = None
     if old.download_payload_id is not None and old.download_encoding is not None:
         encoding = Encoding.from_number(old.download_encoding)
         download = Download(encoding, _shared(session, old.download_payload_id))
     statement = security_pb2.ModelStatement.FromString(old.statement)
-    return Draft(
-        version=owner.current_version + 1,
+    return VersionDraft(
+        version=training_session.current_version + 1,
         base_version=old.version,
         round_number=0,
         payload=_shared(session, old.payload_id),
@@ -183,7 +187,7 @@ def _draft(session: Session, owner: TrainingSession, old: GlobalModel, at: datet
         created_at=at,
         metrics=old.metrics,
         strategy_state=old.strategy_state,
-        epsilon=owner.epsilon_spent,
+        epsilon=training_session.epsilon_spent,
         delta=old.delta,
         rollback_version=old.version,
         sealed_version=statement.sealed_version if statement.sealed else None,
@@ -202,10 +206,10 @@ def _shared(session: Session, payload_id: str) -> SharedPayload:
     )
 
 
-def _found(owner: TrainingSession | None) -> TrainingSession:
-    if owner is None:
+def _found(training_session: TrainingSession | None) -> TrainingSession:
+    if training_session is None:
         raise TrainingSessionNotFoundError
-    return owner
+    return training_session
 
 
 def _model(session: Session, training_session_id: str, version: int) -> GlobalModel:

@@ -20,7 +20,7 @@ from qflare_server.training.versions import contributors_digest
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
 from tests.support.use_cases import (
-    Core,
+    CoordinatorHarness,
     CrashError,
     CrashingDatabase,
     CrashingStore,
@@ -38,7 +38,7 @@ def policy(quorum: int, **settings: Any) -> training_pb2.RoundPolicy:
     return training_pb2.RoundPolicy(quorum=quorum, deadline=Duration(seconds=60), **settings)
 
 
-def crashing(core: Core, fuse: Fuse) -> Aggregator:
+def crashing(core: CoordinatorHarness, fuse: Fuse) -> Aggregator:
     """Return the aggregator of a process that ends where the fuse says."""
     context = dataclasses.replace(
         core.context,
@@ -51,7 +51,7 @@ def crashing(core: Core, fuse: Fuse) -> Aggregator:
 # Closing and publishing
 
 
-def test_quorum_makes_the_example_weighted_mean(core: Core) -> None:
+def test_quorum_makes_the_example_weighted_mean(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(3))
     for number, examples in enumerate((1, 2, 5)):
         core.submit(f"device-{number}", identity, vector(float(number)), examples=examples)
@@ -61,7 +61,7 @@ def test_quorum_makes_the_example_weighted_mean(core: Core) -> None:
     assert floats(core.weights(identity)) == [1.5, 1.5, 1.5]
 
 
-def test_version_names_what_made_it(core: Core) -> None:
+def test_version_names_what_made_it(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(2))
     receipts = [core.submit(f"device-{n}", identity, loss=float(n), examples=10) for n in (0, 1)]
 
@@ -77,7 +77,7 @@ def test_version_names_what_made_it(core: Core) -> None:
     assert (version.aggregation_method, version.loss) == ("fedavg", 0.5)
 
 
-def test_published_round_and_its_updates_say_so(core: Core) -> None:
+def test_published_round_and_its_updates_say_so(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(2))
     for number in range(2):
         core.submit(f"device-{number}", identity)
@@ -92,7 +92,7 @@ def test_published_round_and_its_updates_say_so(core: Core) -> None:
     assert (core.round(identity).number, core.round(identity).base_version) == (2, 1)
 
 
-def test_nothing_is_published_below_the_quorum(core: Core) -> None:
+def test_nothing_is_published_below_the_quorum(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(3))
     core.submit("device-0", identity)
 
@@ -102,7 +102,7 @@ def test_nothing_is_published_below_the_quorum(core: Core) -> None:
     assert core.round(identity).state == "open"
 
 
-def test_round_takes_more_than_its_quorum_until_its_target(core: Core) -> None:
+def test_round_takes_more_than_its_quorum_until_its_target(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(1, target=2))
     core.submit("device-0", identity)
     core.settle()
@@ -114,7 +114,9 @@ def test_round_takes_more_than_its_quorum_until_its_target(core: Core) -> None:
     assert (before, len(core.versions(identity))) == (1, 2)
 
 
-def test_deadline_closes_a_round_that_has_its_quorum(core: Core, clock: FakeClock) -> None:
+def test_deadline_closes_a_round_that_has_its_quorum(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     identity = core.start(rounds=policy(1, target=4))
     core.submit("device-0", identity, vector(3.0))
     clock.advance(60)
@@ -125,7 +127,9 @@ def test_deadline_closes_a_round_that_has_its_quorum(core: Core, clock: FakeCloc
     assert core.versions(identity)[1].participant_count == 1
 
 
-def test_missed_quorum_extends_and_keeps_what_came(core: Core, clock: FakeClock) -> None:
+def test_missed_quorum_extends_and_keeps_what_came(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     identity = core.start(rounds=policy(2))
     core.submit("device-0", identity)
     clock.advance(60)
@@ -138,7 +142,9 @@ def test_missed_quorum_extends_and_keeps_what_came(core: Core, clock: FakeClock)
     assert core.round(identity, 1).accepted_count == 2
 
 
-def test_missed_quorum_retries_with_another_round(core: Core, clock: FakeClock) -> None:
+def test_missed_quorum_retries_with_another_round(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     identity = core.start(
         rounds=policy(2, missed_quorum_action=training_pb2.MISSED_QUORUM_ACTION_RETRY)
     )
@@ -153,7 +159,7 @@ def test_missed_quorum_retries_with_another_round(core: Core, clock: FakeClock) 
     core.submit("device-0", identity)  # it may contribute again
 
 
-def test_missed_quorum_fails_the_session(core: Core, clock: FakeClock) -> None:
+def test_missed_quorum_fails_the_session(core: CoordinatorHarness, clock: FakeClock) -> None:
     identity = core.start(
         rounds=policy(2, missed_quorum_action=training_pb2.MISSED_QUORUM_ACTION_FAIL)
     )
@@ -168,7 +174,7 @@ def test_missed_quorum_fails_the_session(core: Core, clock: FakeClock) -> None:
     assert len(core.training.list_rounds(identity, PAGE).rows) == 1
 
 
-def test_last_round_completes_the_session(core: Core) -> None:
+def test_last_round_completes_the_session(core: CoordinatorHarness) -> None:
     identity = core.start(total_rounds=2, rounds=policy(1))
 
     for _ in range(2):
@@ -179,7 +185,7 @@ def test_last_round_completes_the_session(core: Core) -> None:
     assert [row.version for row in core.versions(identity)] == [0, 1, 2]
 
 
-def test_best_accuracy_is_that_of_the_best_version(core: Core) -> None:
+def test_best_accuracy_is_that_of_the_best_version(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(1))
 
     for accuracy in (0.5, 0.75, 0.25):
@@ -190,7 +196,7 @@ def test_best_accuracy_is_that_of_the_best_version(core: Core) -> None:
     assert (row.best_accuracy, row.best_version) == (0.75, 2)
 
 
-def test_delta_updates_are_added_to_the_base(core: Core) -> None:
+def test_delta_updates_are_added_to_the_base(core: CoordinatorHarness) -> None:
     transfer = training_pb2.TransferPolicy(update_kind=training_pb2.UPDATE_KIND_DELTA)
     identity = core.start(vector(10.0), rounds=policy(2), transfer=transfer)
     for number in range(2):
@@ -203,7 +209,7 @@ def test_delta_updates_are_added_to_the_base(core: Core) -> None:
     assert floats(core.weights(identity)) == [10.5, 10.5, 10.5]
 
 
-def test_integers_come_from_the_update_with_the_most_examples(core: Core) -> None:
+def test_integers_come_from_the_update_with_the_most_examples(core: CoordinatorHarness) -> None:
     def arrays(number: int) -> dict[str, Any]:
         return {"n": np.array(number, np.int64), "w": np.full(2, number, np.float32)}
 
@@ -216,7 +222,7 @@ def test_integers_come_from_the_update_with_the_most_examples(core: Core) -> Non
     assert np.frombuffer(core.weights(identity)[:8], "<i8")[0] == 2
 
 
-def test_order_of_acceptance_is_the_order_of_folding(core: Core) -> None:
+def test_order_of_acceptance_is_the_order_of_folding(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(3))
     for number in (2, 0, 1):
         core.submit(f"device-{number}", identity, vector(0.1 * (number + 1)), examples=number + 1)
@@ -235,7 +241,7 @@ def test_order_of_acceptance_is_the_order_of_folding(core: Core) -> None:
 # Pause, resume, cancel
 
 
-def test_closed_round_of_a_paused_session_is_published(core: Core) -> None:
+def test_closed_round_of_a_paused_session_is_published(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(1))
     core.submit("device-0", identity)
     core.training.pause(SYSTEM, identity)
@@ -247,7 +253,9 @@ def test_closed_round_of_a_paused_session_is_published(core: Core) -> None:
     assert core.tasks.next_task("device-1", identity).round is None
 
 
-def test_open_round_of_a_paused_session_is_left_alone(core: Core, clock: FakeClock) -> None:
+def test_open_round_of_a_paused_session_is_left_alone(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     identity = core.start(
         rounds=policy(1, target=2, missed_quorum_action=training_pb2.MISSED_QUORUM_ACTION_FAIL)
     )
@@ -261,7 +269,7 @@ def test_open_round_of_a_paused_session_is_left_alone(core: Core, clock: FakeClo
     assert core.training.get(identity).state == "paused"
 
 
-def test_resumed_session_goes_on_with_what_it_had(core: Core) -> None:
+def test_resumed_session_goes_on_with_what_it_had(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(2))
     core.submit("device-0", identity)
     core.training.pause(SYSTEM, identity)
@@ -274,7 +282,7 @@ def test_resumed_session_goes_on_with_what_it_had(core: Core) -> None:
     assert core.versions(identity)[1].participant_count == 2
 
 
-def test_closed_round_of_a_cancelled_session_is_not_published(core: Core) -> None:
+def test_closed_round_of_a_cancelled_session_is_not_published(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(1))
     core.submit("device-0", identity)
     core.training.cancel(SYSTEM, identity, "")
@@ -284,7 +292,7 @@ def test_closed_round_of_a_cancelled_session_is_not_published(core: Core) -> Non
     assert len(core.versions(identity)) == 1
 
 
-def test_sessions_are_served_side_by_side(core: Core) -> None:
+def test_sessions_are_served_side_by_side(core: CoordinatorHarness) -> None:
     identities = [core.start(rounds=policy(1)) for _ in range(3)]
     for number, identity in enumerate(identities):
         core.submit("device-0", identity, vector(float(number)))
@@ -294,7 +302,9 @@ def test_sessions_are_served_side_by_side(core: Core) -> None:
     assert [floats(core.weights(identity))[0] for identity in identities] == [0.0, 1.0, 2.0]
 
 
-def test_session_that_cannot_be_aggregated_does_not_stop_the_others(core: Core) -> None:
+def test_session_that_cannot_be_aggregated_does_not_stop_the_others(
+    core: CoordinatorHarness,
+) -> None:
     broken = core.start(vector(0.0, LARGE), rounds=policy(1))
     core.submit("device-0", broken, vector(1.0, LARGE))
     (update,) = core.updates(broken, 1)
@@ -308,7 +318,9 @@ def test_session_that_cannot_be_aggregated_does_not_stop_the_others(core: Core) 
     assert len(core.versions(broken)) == 1
 
 
-def test_round_that_could_not_be_aggregated_is_tried_again(core: Core, clock: FakeClock) -> None:
+def test_round_that_could_not_be_aggregated_is_tried_again(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     identity = core.start(vector(0.0, LARGE), rounds=policy(1))
     core.submit("device-0", identity, vector(1.0, LARGE))
     (update,) = core.updates(identity, 1)
@@ -334,7 +346,7 @@ def test_deadline_of_a_round_that_another_works_on_is_not_ours(make_core: MakeCo
     assert second.aggregator.next_deadline() is None
 
 
-def test_rounds_follow_each_other_from_every_version(core: Core) -> None:
+def test_rounds_follow_each_other_from_every_version(core: CoordinatorHarness) -> None:
     identity = core.start(total_rounds=5, rounds=policy(2))
 
     for number in range(5):
@@ -351,7 +363,7 @@ def test_rounds_follow_each_other_from_every_version(core: Core) -> None:
 # Crashes
 
 
-def prepare(core: Core, size: int, *, sealed: bool = False) -> str:
+def prepare(core: CoordinatorHarness, size: int, *, sealed: bool = False) -> str:
     """Return a training session whose first round is closed with three updates."""
     transfer = training_pb2.TransferPolicy(sealed=sealed)
     identity = core.start(vector(0.0, size), total_rounds=2, rounds=policy(3), transfer=transfer)
@@ -361,7 +373,7 @@ def prepare(core: Core, size: int, *, sealed: bool = False) -> str:
     return identity
 
 
-def content_of(core: Core, identity: str) -> bytes:
+def content_of(core: CoordinatorHarness, identity: str) -> bytes:
     """Return the bytes of the latest version, opened if it is sealed."""
     delivery = core.deliveries.find(identity)
     return b"".join(data for _, data in core.deliveries.opened(SYSTEM, delivery, 0))
@@ -401,7 +413,7 @@ def test_crash_between_any_two_steps_gives_the_same_bytes(
     assert fuse.count > 5
 
 
-def test_crash_while_folding_early_gives_the_same_bytes(core: Core) -> None:
+def test_crash_while_folding_early_gives_the_same_bytes(core: CoordinatorHarness) -> None:
     undisturbed = prepare(core, 50)
     core.settle()
     wanted = core.versions(undisturbed)[1].payload_digest
@@ -417,7 +429,9 @@ def test_crash_while_folding_early_gives_the_same_bytes(core: Core) -> None:
     assert core.versions(identity)[1].payload_digest == wanted
 
 
-def test_crash_of_a_deadline_pass_leaves_one_version(core: Core, clock: FakeClock) -> None:
+def test_crash_of_a_deadline_pass_leaves_one_version(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     for step in range(1, 200):
         identity = core.start(total_rounds=1, rounds=policy(1, target=4))
         core.submit("device-0", identity)
@@ -448,7 +462,7 @@ def test_two_aggregators_publish_each_version_once(make_core: MakeCore) -> None:
                 cores[device % 2].submit(f"device-{device}", identity, vector(float(number)))
             barrier = threading.Barrier(2)
 
-            def work(core: Core, barrier: threading.Barrier = barrier) -> None:
+            def work(core: CoordinatorHarness, barrier: threading.Barrier = barrier) -> None:
                 barrier.wait(WAIT_S)
                 core.settle()
 
@@ -532,7 +546,9 @@ class Observed:
         self._inner.close()
 
 
-def worker_of(core: Core, **settings: Any) -> tuple[AggregationWorker, Observed, threading.Event]:
+def worker_of(
+    core: CoordinatorHarness, **settings: Any
+) -> tuple[AggregationWorker, Observed, threading.Event]:
     wake = threading.Event()
     context: Context = dataclasses.replace(
         core.context, config=dataclasses.replace(core.config, **settings), wake=wake.set
@@ -542,7 +558,7 @@ def worker_of(core: Core, **settings: Any) -> tuple[AggregationWorker, Observed,
     return worker, observed, wake
 
 
-def test_worker_publishes_when_it_is_woken(core: Core) -> None:
+def test_worker_publishes_when_it_is_woken(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(1))
     worker, observed, wake = worker_of(core, worker_poll_s=WAIT_S)
     worker.start()
@@ -557,7 +573,7 @@ def test_worker_publishes_when_it_is_woken(core: Core) -> None:
     assert len(core.versions(identity)) == 2
 
 
-def test_worker_looks_now_and_then_where_nothing_wakes_it(core: Core) -> None:
+def test_worker_looks_now_and_then_where_nothing_wakes_it(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=policy(1))
     worker, observed, _ = worker_of(core, worker_poll_s=0.01)
     worker.start()
@@ -570,7 +586,7 @@ def test_worker_looks_now_and_then_where_nothing_wakes_it(core: Core) -> None:
     worker.stop(WAIT_S)
 
 
-def test_worker_goes_on_after_a_failed_pass(core: Core) -> None:
+def test_worker_goes_on_after_a_failed_pass(core: CoordinatorHarness) -> None:
     core.start(rounds=policy(1))
     worker, observed, _ = worker_of(core, worker_poll_s=0.01)
     observed.failures = 2
@@ -581,7 +597,7 @@ def test_worker_goes_on_after_a_failed_pass(core: Core) -> None:
     worker.stop(WAIT_S)
 
 
-def test_worker_stopped_before_its_start_ends_at_once(core: Core) -> None:
+def test_worker_stopped_before_its_start_ends_at_once(core: CoordinatorHarness) -> None:
     worker, _, _ = worker_of(core, worker_poll_s=WAIT_S)
 
     worker.stop()

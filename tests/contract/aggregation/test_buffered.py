@@ -19,22 +19,26 @@ from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.training import config as training_config
 from qflare_server.use_cases.versions.promotion import Promotion
 from tests.conftest import FakeClock
-from tests.support.use_cases import Core, Draft, floats, vector
+from tests.support.use_cases import CoordinatorHarness, Draft, floats, vector
 
 FEDBUFF = training_pb2.StrategyConfig(name="fedbuff")
 
 
-def start(core: Core, *, quorum: int = 1, max_staleness: int = 2, **config: Any) -> str:
+def start(
+    core: CoordinatorHarness, *, quorum: int = 1, max_staleness: int = 2, **config: Any
+) -> str:
     rounds = training_pb2.RoundPolicy(quorum=quorum, max_staleness=max_staleness)
     return core.start(strategy=FEDBUFF, rounds=rounds, **config)
 
 
-def run_round(core: Core, identity: str, device: str = "device-0", value: float = 1.0) -> None:
+def run_round(
+    core: CoordinatorHarness, identity: str, device: str = "device-0", value: float = 1.0
+) -> None:
     core.send(prepare(core, identity, device, value))
     core.settle()
 
 
-def prepare(core: Core, identity: str, device: str, value: float) -> Draft:
+def prepare(core: CoordinatorHarness, identity: str, device: str, value: float) -> Draft:
     """Return a device's update, of the kind that its training session asks for."""
     draft = core.draft(device, identity, vector(value))
     config = training_config.from_json(core.training.get(identity).config)
@@ -42,7 +46,7 @@ def prepare(core: Core, identity: str, device: str, value: float) -> Draft:
     return draft
 
 
-def late(core: Core, identity: str, value: float = 8.0, rounds: int = 1) -> Draft:
+def late(core: CoordinatorHarness, identity: str, value: float = 8.0, rounds: int = 1) -> Draft:
     """Return an update of version 0 that its device has ready only some versions later."""
     draft = prepare(core, identity, "device-3", value)
     for number in range(rounds):
@@ -50,7 +54,7 @@ def late(core: Core, identity: str, value: float = 8.0, rounds: int = 1) -> Draf
     return draft
 
 
-def test_a_late_update_counts_in_the_open_round(core: Core) -> None:
+def test_a_late_update_counts_in_the_open_round(core: CoordinatorHarness) -> None:
     identity = start(core)
 
     receipt = core.send(late(core, identity))
@@ -60,7 +64,7 @@ def test_a_late_update_counts_in_the_open_round(core: Core) -> None:
 
 @pytest.mark.parametrize("kind", [training_pb2.UPDATE_KIND_WEIGHTS, training_pb2.UPDATE_KIND_DELTA])
 def test_what_a_late_update_changed_is_scaled_down_by_its_staleness(
-    core: Core, kind: training_pb2.UpdateKind.ValueType
+    core: CoordinatorHarness, kind: training_pb2.UpdateKind.ValueType
 ) -> None:
     transfer = training_pb2.TransferPolicy(update_kind=kind)
     identity = start(core, transfer=transfer)
@@ -75,14 +79,16 @@ def test_what_a_late_update_changed_is_scaled_down_by_its_staleness(
     assert change == pytest.approx(8.0 / math.sqrt(3.0), rel=1e-6)
 
 
-def test_an_update_past_the_bound_is_refused(core: Core) -> None:
+def test_an_update_past_the_bound_is_refused(core: CoordinatorHarness) -> None:
     identity = start(core, max_staleness=1)
 
     with pytest.raises(StaleBaseVersionError):
         core.send(late(core, identity, rounds=2))
 
 
-def test_what_was_trained_from_a_version_that_is_undone_is_refused(core: Core) -> None:
+def test_what_was_trained_from_a_version_that_is_undone_is_refused(
+    core: CoordinatorHarness,
+) -> None:
     identity = start(core, max_staleness=10)
     run_round(core, identity)
     draft = prepare(core, identity, "device-3", 8.0)
@@ -94,7 +100,9 @@ def test_what_was_trained_from_a_version_that_is_undone_is_refused(core: Core) -
         core.send(draft)
 
 
-def test_an_update_is_asked_for_again_while_the_buffer_becomes_a_version(core: Core) -> None:
+def test_an_update_is_asked_for_again_while_the_buffer_becomes_a_version(
+    core: CoordinatorHarness,
+) -> None:
     identity = start(core)
     draft = core.draft("device-3", identity, vector(8.0))
     core.submit("device-0", identity)  # fills the buffer; nothing is published yet
@@ -106,7 +114,7 @@ def test_an_update_is_asked_for_again_while_the_buffer_becomes_a_version(core: C
     assert core.send(draft).round_number == 2
 
 
-def test_a_device_contributes_once_from_a_version(core: Core) -> None:
+def test_a_device_contributes_once_from_a_version(core: CoordinatorHarness) -> None:
     identity = start(core, quorum=2)
     first = core.draft("device-3", identity, vector(8.0))
     second = core.draft("device-3", identity, vector(8.0))
@@ -118,7 +126,7 @@ def test_a_device_contributes_once_from_a_version(core: Core) -> None:
         core.send(second)
 
 
-def test_a_late_update_that_is_sent_again_gets_its_first_receipt(core: Core) -> None:
+def test_a_late_update_that_is_sent_again_gets_its_first_receipt(core: CoordinatorHarness) -> None:
     identity = start(core)
     draft = late(core, identity)
     receipt = core.send(draft)
@@ -127,7 +135,9 @@ def test_a_late_update_that_is_sent_again_gets_its_first_receipt(core: Core) -> 
     assert core.send(draft) == receipt
 
 
-def test_a_device_waits_for_the_next_version_once_it_has_contributed(core: Core) -> None:
+def test_a_device_waits_for_the_next_version_once_it_has_contributed(
+    core: CoordinatorHarness,
+) -> None:
     identity = start(core, quorum=2)
     core.submit("device-3", identity)
 
@@ -140,7 +150,9 @@ def test_a_device_waits_for_the_next_version_once_it_has_contributed(core: Core)
     assert after.round.base_version == 1
 
 
-def test_a_device_that_was_late_trains_from_the_latest_version_next(core: Core) -> None:
+def test_a_device_that_was_late_trains_from_the_latest_version_next(
+    core: CoordinatorHarness,
+) -> None:
     identity = start(core, quorum=2)
     draft = core.draft("device-3", identity, vector(8.0))
     core.submit("device-0", identity)
@@ -154,7 +166,7 @@ def test_a_device_that_was_late_trains_from_the_latest_version_next(core: Core) 
     assert after.round.base_version == 1
 
 
-def test_selection_is_that_of_the_round_a_device_trained_for(core: Core) -> None:
+def test_selection_is_that_of_the_round_a_device_trained_for(core: CoordinatorHarness) -> None:
     selection = training_pb2.SelectionPolicy(device_count=1, seed=1)
     identity = start(core, selection=selection)
     chosen = next(name for name in _names(4) if core.tasks.next_task(name, identity).round)
@@ -174,7 +186,7 @@ def _names(count: int) -> list[str]:
     return [f"device-{number}" for number in range(count)]
 
 
-def test_nothing_is_taken_while_paused(core: Core) -> None:
+def test_nothing_is_taken_while_paused(core: CoordinatorHarness) -> None:
     identity = start(core)
     draft = late(core, identity)
     core.training.pause(SYSTEM, identity)
@@ -183,7 +195,9 @@ def test_nothing_is_taken_while_paused(core: Core) -> None:
         core.send(draft)
 
 
-def test_a_buffer_past_its_deadline_asks_to_send_again(core: Core, clock: FakeClock) -> None:
+def test_a_buffer_past_its_deadline_asks_to_send_again(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     identity = start(core, quorum=2)
     core.submit("device-0", identity)
     draft = core.draft("device-3", identity, vector(8.0))
@@ -200,7 +214,9 @@ def test_a_buffer_past_its_deadline_asks_to_send_again(core: Core, clock: FakeCl
     ("name", "message"),
     [("median", "one fixed cohort"), ("fedavg", "full weight"), ("fedadam", "full weight")],
 )
-def test_rules_that_need_one_base_version_are_refused(core: Core, name: str, message: str) -> None:
+def test_rules_that_need_one_base_version_are_refused(
+    core: CoordinatorHarness, name: str, message: str
+) -> None:
     rounds = training_pb2.RoundPolicy(
         quorum=3, late_update_action=training_pb2.LATE_UPDATE_ACTION_CARRY
     )

@@ -12,13 +12,13 @@ from qflare_server.storage.repository import global_models
 from qflare_server.storage.tables import GlobalModel
 from qflare_server.strategies.accounting import PrivacyLedger, spent
 from qflare_server.verification import Recomputation, recompute_version
-from tests.support.use_cases import Core, vector
+from tests.support.use_cases import CoordinatorHarness, vector
 
 KEEP = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL)
 QUORUM_4 = training_pb2.RoundPolicy(quorum=4)
 
 
-def publish(core: Core, name: str, **config: Any) -> str:
+def publish(core: CoordinatorHarness, name: str, **config: Any) -> str:
     """Publish a version from three alike updates and one that is far off."""
     strategy = training_pb2.StrategyConfig(name=name)
     config = {"strategy": strategy, "rounds": QUORUM_4, "transfer": KEEP, **config}
@@ -31,12 +31,12 @@ def publish(core: Core, name: str, **config: Any) -> str:
     return identity
 
 
-def published(core: Core, identity: str) -> GlobalModel:
+def published(core: CoordinatorHarness, identity: str) -> GlobalModel:
     return core.versions(identity)[1]
 
 
 @pytest.mark.parametrize("name", ["fedavg", "median", "krum", "fedadam", "geometric_median"])
-def test_every_update_has_its_judgement(core: Core, name: str) -> None:
+def test_every_update_has_its_judgement(core: CoordinatorHarness, name: str) -> None:
     identity = publish(core, name)
 
     outcome = read_outcome(core.context, published(core, identity))
@@ -47,7 +47,7 @@ def test_every_update_has_its_judgement(core: Core, name: str) -> None:
     assert [entry.update_id for entry in outcome.judgements] == accepted
 
 
-def test_the_record_says_why_an_update_was_left_out(core: Core) -> None:
+def test_the_record_says_why_an_update_was_left_out(core: CoordinatorHarness) -> None:
     safeguards = training_pb2.SafeguardPolicy(max_norm=100.0)
     identity = publish(core, "fedavg", safeguards=safeguards)
 
@@ -58,7 +58,7 @@ def test_the_record_says_why_an_update_was_left_out(core: Core) -> None:
 
 
 @pytest.mark.parametrize("name", ["fedavg", "trimmed_mean", "krum", "geometric_median"])
-def test_a_version_is_made_again(core: Core, name: str) -> None:
+def test_a_version_is_made_again(core: CoordinatorHarness, name: str) -> None:
     identity = publish(core, name)
 
     again = recompute_version(core.context, identity, 1)
@@ -66,7 +66,7 @@ def test_a_version_is_made_again(core: Core, name: str) -> None:
     assert (again.recomputed, again.differences, again.by_record) == (True, (), False)
 
 
-def test_a_private_version_is_made_again_with_its_noise(core: Core) -> None:
+def test_a_private_version_is_made_again_with_its_noise(core: CoordinatorHarness) -> None:
     budget = spent(PrivacyLedger().with_release(1.0, 1.0), 1e-5).epsilon * 2
     privacy = training_pb2.PrivacyPolicy(
         noise_multiplier=1.0, clip_norm=1.0, delta=1e-5, epsilon_budget=budget
@@ -77,12 +77,12 @@ def test_a_private_version_is_made_again_with_its_noise(core: Core) -> None:
     assert recompute_with_another_state_key(core, identity).differences != ()
 
 
-def recompute_with_another_state_key(core: Core, identity: str) -> Recomputation:
+def recompute_with_another_state_key(core: CoordinatorHarness, identity: str) -> Recomputation:
     context = dataclasses.replace(core.context, state_key=bytes(32))
     return recompute_version(context, identity, 1)
 
 
-def test_an_initial_model_has_no_record(core: Core) -> None:
+def test_an_initial_model_has_no_record(core: CoordinatorHarness) -> None:
     identity = publish(core, "fedavg")
     with core.database.read() as session:
         model = global_models.get_model(session, identity, 0)

@@ -19,9 +19,9 @@ from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.storage.tables import GlobalModel, TrainingSession
 from qflare_server.strategies.accounting import PrivacyLedger, spent
 from qflare_server.training import config as training_config
-from qflare_server.training.privacy import Allowance, allowance, noise_seed, open_seed
+from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed, open_seed
 from tests.contract.conftest import MakeCore
-from tests.support.use_cases import Core, floats, vector
+from tests.support.use_cases import CoordinatorHarness, floats, vector
 
 DELTA = 1e-5
 NOISE = 4.0
@@ -47,23 +47,23 @@ def policy(**changes: Any) -> training_pb2.PrivacyPolicy:
     return training_pb2.PrivacyPolicy(**{**values, **changes})
 
 
-def start(core: Core, **config: Any) -> str:
+def start(core: CoordinatorHarness, **config: Any) -> str:
     quorum = training_pb2.RoundPolicy(quorum=2)
     wanted: dict[str, Any] = {"privacy": policy(), "rounds": quorum, **config}
     return core.start(vector(0.0, 300), **wanted)
 
 
-def run_round(core: Core, identity: str) -> None:
+def run_round(core: CoordinatorHarness, identity: str) -> None:
     for device in ("device-0", "device-1"):
         core.submit(device, identity, vector(1.0, 300), loss=0.5)
     core.settle()
 
 
-def owner_of(core: Core, identity: str) -> TrainingSession:
+def owner_of(core: CoordinatorHarness, identity: str) -> TrainingSession:
     return core.training.get(identity)
 
 
-def test_a_version_states_its_guarantee(core: Core) -> None:
+def test_a_version_states_its_guarantee(core: CoordinatorHarness) -> None:
     identity = start(core)
     run_round(core, identity)
 
@@ -75,7 +75,7 @@ def test_a_version_states_its_guarantee(core: Core) -> None:
     assert owner_of(core, identity).epsilon_spent == version.epsilon
 
 
-def test_loss_distributions_are_an_option_that_lasts_longer(core: Core) -> None:
+def test_loss_distributions_are_an_option_that_lasts_longer(core: CoordinatorHarness) -> None:
     """The budget affords two versions, of which the accountant by orders would refuse the second."""
     ledger = PrivacyLedger().with_release(NOISE, 1.0)
     tight = spent(ledger.with_release(NOISE, 1.0), DELTA, "pld").epsilon
@@ -98,7 +98,7 @@ def test_loss_distributions_are_an_option_that_lasts_longer(core: Core) -> None:
     assert owner_of(core, identity).state == "completed"
 
 
-def test_the_guarantee_composes_over_versions(core: Core) -> None:
+def test_the_guarantee_composes_over_versions(core: CoordinatorHarness) -> None:
     identity = start(core)
     run_round(core, identity)
     run_round(core, identity)
@@ -106,7 +106,9 @@ def test_the_guarantee_composes_over_versions(core: Core) -> None:
     assert owner_of(core, identity).epsilon_spent == pytest.approx(epsilon_of(2))
 
 
-def test_updates_are_clipped_and_noise_of_the_stated_size_is_added(core: Core) -> None:
+def test_updates_are_clipped_and_noise_of_the_stated_size_is_added(
+    core: CoordinatorHarness,
+) -> None:
     identity = start(core)
     run_round(core, identity)
 
@@ -116,7 +118,9 @@ def test_updates_are_clipped_and_noise_of_the_stated_size_is_added(core: Core) -
     assert noisy.std() == pytest.approx(2.0, rel=0.2)
 
 
-def test_the_denominator_is_the_number_of_updates_at_which_a_round_closes(core: Core) -> None:
+def test_the_denominator_is_the_number_of_updates_at_which_a_round_closes(
+    core: CoordinatorHarness,
+) -> None:
     identity = start(core, rounds=training_pb2.RoundPolicy(quorum=1, target=4))
     for device in ("device-0", "device-1", "device-2", "device-3"):
         core.submit(device, identity, vector(1.0, 300))
@@ -127,14 +131,14 @@ def test_the_denominator_is_the_number_of_updates_at_which_a_round_closes(core: 
     assert noisy.std() == pytest.approx(1.0, rel=0.2)  # 4 * 1 / 4
 
 
-def test_metrics_that_no_noise_covers_are_left_out(core: Core) -> None:
+def test_metrics_that_no_noise_covers_are_left_out(core: CoordinatorHarness) -> None:
     identity = start(core)
     run_round(core, identity)
 
     assert core.versions(identity)[1].metrics == {}
 
 
-def test_training_ends_when_no_further_version_can_be_afforded(core: Core) -> None:
+def test_training_ends_when_no_further_version_can_be_afforded(core: CoordinatorHarness) -> None:
     identity = start(core)
     run_round(core, identity)
     run_round(core, identity)
@@ -145,7 +149,7 @@ def test_training_ends_when_no_further_version_can_be_afforded(core: Core) -> No
     assert owner.state_reason.startswith("privacy budget spent")
 
 
-def test_a_version_past_the_budget_is_not_released(core: Core) -> None:
+def test_a_version_past_the_budget_is_not_released(core: CoordinatorHarness) -> None:
     identity = start(core)
     for device in ("device-0", "device-1"):
         core.submit(device, identity, vector(1.0, 300))
@@ -164,7 +168,7 @@ def test_a_version_past_the_budget_is_not_released(core: Core) -> None:
     assert core.count(GlobalModel) == 1
 
 
-def fold_round(core: Core, identity: str) -> RoundFold:
+def fold_round(core: CoordinatorHarness, identity: str) -> RoundFold:
     """Fold round 1."""
     with core.database.read() as session:
         plan = read_plan(session, identity, 1, 0)
@@ -188,7 +192,7 @@ def test_a_process_that_takes_over_releases_the_same_noise(make_core: MakeCore) 
     assert second.versions(identity)[1].payload_digest == lost.digest
 
 
-def test_a_version_is_not_published_on_a_ledger_that_has_moved_on(core: Core) -> None:
+def test_a_version_is_not_published_on_a_ledger_that_has_moved_on(core: CoordinatorHarness) -> None:
     identity = start(core)
     for device in ("device-0", "device-1"):
         core.submit(device, identity, vector(1.0, 300))
@@ -205,7 +209,7 @@ def test_a_version_is_not_published_on_a_ledger_that_has_moved_on(core: Core) ->
     assert core.count(GlobalModel) == 1
 
 
-def prepare(core: Core, identity: str, allowed: Allowance) -> Publication:
+def prepare(core: CoordinatorHarness, identity: str, allowed: PrivacyCharge) -> Publication:
     """Write the bytes of the version of round 1, up to its publication."""
     fold = fold_round(core, identity)
     written = fold.write(core.executor, core.clock())
@@ -213,7 +217,7 @@ def prepare(core: Core, identity: str, allowed: Allowance) -> Publication:
     return Publication(core.context, fold, written, outcome, allowed)
 
 
-def test_the_seed_does_not_open_under_another_state_key(core: Core) -> None:
+def test_the_seed_does_not_open_under_another_state_key(core: CoordinatorHarness) -> None:
     identity = start(core)
     run_round(core, identity)
     state = owner_of(core, identity).privacy_state
@@ -260,7 +264,7 @@ def test_training_goes_on_after_the_state_key_was_replaced(make_core: MakeCore) 
     ],
 )
 def test_contradictions_are_refused_when_the_session_is_created(
-    core: Core, config: dict[str, Any], message: str
+    core: CoordinatorHarness, config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(StrategyRefusedError, match=message):
         start(core, **config)

@@ -36,10 +36,18 @@ from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import SYSTEM
-from qflare_server.storage.repository.updates import Accepted
+from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.use_cases.devices.administration import Profile
 from tests.conftest import FakeClock
-from tests.support.use_cases import Core, CrashError, CrashingDatabase, Draft, Fuse, floats, vector
+from tests.support.use_cases import (
+    CoordinatorHarness,
+    CrashError,
+    CrashingDatabase,
+    Draft,
+    Fuse,
+    floats,
+    vector,
+)
 
 DEVICES = 5
 DEADLINE_S = 60
@@ -70,7 +78,9 @@ class RoundMachine(RuleBasedStateMachine):
     def begin(self, quorum: int, extra: int, action: Any) -> None:
         self.clock = FakeClock()
         self.database = Database(make_engine(self.config))
-        self.core = Core(self.config, self.database, self.clock, self.key, name="machine")
+        self.core = CoordinatorHarness(
+            self.config, self.database, self.clock, self.key, name="machine"
+        )
         type(self).count += 1
         self.devices = [f"device-{self.count}-{number}" for number in range(DEVICES)]
         for name in self.devices:
@@ -88,7 +98,7 @@ class RoundMachine(RuleBasedStateMachine):
         self.revoked: set[str] = set()
         self.versions: list[list[Draft]] = []
         self.rounds = [ModelledRound(0, DEADLINE_S)]
-        self.sent: list[tuple[Draft, Accepted]] = []
+        self.sent: list[tuple[Draft, UpdateReceipt]] = []
         self.held: list[Draft] = []
 
     @property
@@ -209,7 +219,9 @@ class RoundMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         """The process ends and begins anew: what is only in memory is lost."""
         self.core.close()
-        self.core = Core(self.config, self.database, self.clock, self.key, name="machine")
+        self.core = CoordinatorHarness(
+            self.config, self.database, self.clock, self.key, name="machine"
+        )
 
     @rule(step=st.integers(1, 12))
     def crash(self, step: int) -> None:

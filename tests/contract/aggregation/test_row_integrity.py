@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sqlalchemy import update
 
-from qflare.crypto.signing import Algorithm, Context, SigningKey
+from qflare.crypto.signing import Algorithm, SigningContext, SigningKey
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.outcome import read_outcome
@@ -29,7 +29,15 @@ from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.verification import recompute_version
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
-from tests.support.use_cases import Core, CrashError, CrashingDatabase, Draft, Fuse, floats, vector
+from tests.support.use_cases import (
+    CoordinatorHarness,
+    CrashError,
+    CrashingDatabase,
+    Draft,
+    Fuse,
+    floats,
+    vector,
+)
 
 QUORUM_3 = training_pb2.RoundPolicy(quorum=3)
 KEEP = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL)
@@ -39,7 +47,7 @@ KEEP = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENT
 class Signed:
     """A coordinator that wants signatures, and devices with keys in its history."""
 
-    core: Core
+    core: CoordinatorHarness
     keys: dict[str, SigningKey]
 
     def draft(self, name: str, identity: str, value: float, **facts: Any) -> Draft:
@@ -84,7 +92,7 @@ def signed(make_core: MakeCore) -> Signed:
     return enrolled(make_core(require_signatures=True))
 
 
-def enrolled(core: Core) -> Signed:
+def enrolled(core: CoordinatorHarness) -> Signed:
     """Add three devices, each with a key of another algorithm."""
     algorithms = (Algorithm.ML_DSA_65, Algorithm.ML_DSA_44, Algorithm.ML_DSA_65_ED25519)
     keys = {
@@ -96,7 +104,7 @@ def enrolled(core: Core) -> Signed:
     return Signed(core, keys)
 
 
-def add_device(core: Core, name: str, key: SigningKey) -> None:
+def add_device(core: CoordinatorHarness, name: str, key: SigningKey) -> None:
     public = key.public
     columns = {
         "signature_algorithm": int(public.algorithm),
@@ -115,14 +123,14 @@ def add_device(core: Core, name: str, key: SigningKey) -> None:
     core.database.write(lambda session: session.add(row))
 
 
-def events(core: Core, kind: str) -> list[AuditLog]:
+def events(core: CoordinatorHarness, kind: str) -> list[AuditLog]:
     with core.database.read() as session:
         rows = session.query(AuditLog).filter_by(event_type=kind).order_by(AuditLog.id).all()
         session.expunge_all()
         return rows
 
 
-def mean(core: Core, identity: str) -> float:
+def mean(core: CoordinatorHarness, identity: str) -> float:
     return floats(core.weights(identity))[0]
 
 
@@ -136,7 +144,9 @@ def test_rows_that_are_what_was_signed_are_folded(signed: Signed) -> None:
     assert not events(signed.core, "update.evidence_refused")
 
 
-def resigned(signed: Signed, update_id: str, context: Context = Context.UPDATE) -> bytes:
+def resigned(
+    signed: Signed, update_id: str, context: SigningContext = SigningContext.UPDATE
+) -> bytes:
     """Return the signature of a row's statement by another key, made to look like the device's."""
     row = signed.row(update_id)
     assert row.statement is not None

@@ -23,7 +23,7 @@ from qflare_server.storage.tables import AuditLog, ModelUpdate, RoundState, Trai
 from qflare_server.use_cases.in_process.training import Contribution, InProcess
 from tests.conftest import START, FakeClock
 from tests.contract.conftest import MakeCore
-from tests.support.use_cases import Core, CrashError, CrashingDatabase, Fuse
+from tests.support.use_cases import CoordinatorHarness, CrashError, CrashingDatabase, Fuse
 
 FIRST = "in-process-1"
 WAIT_S = 30.0
@@ -39,7 +39,7 @@ def values(data: bytes | None) -> list[float]:
     return np.frombuffer(data, "<f4").tolist()  # type: ignore[no-any-return]
 
 
-def share(core: Core) -> None:
+def share(core: CoordinatorHarness) -> None:
     """Let this process embed a coordinator with four devices a to d."""
     registry.configure(core)
     for name in "abcd":
@@ -47,7 +47,7 @@ def share(core: Core) -> None:
 
 
 @pytest.fixture
-def program(make_core: MakeCore) -> Iterator[Core]:
+def program(make_core: MakeCore) -> Iterator[CoordinatorHarness]:
     core = make_core()
     share(core)
     yield core
@@ -55,14 +55,14 @@ def program(make_core: MakeCore) -> Iterator[Core]:
 
 
 @pytest.fixture
-def large_program(make_core: MakeCore) -> Iterator[Core]:
+def large_program(make_core: MakeCore) -> Iterator[CoordinatorHarness]:
     core = make_core(inline_payload_bytes=0, upload_batch_bytes=2**20)
     share(core)
     yield core
     aggregator.close()
 
 
-def test_average_is_weighted_by_samples(program: Core) -> None:
+def test_average_is_weighted_by_samples(program: CoordinatorHarness) -> None:
     assert aggregator.store_model_update("a", weights(1.0), {"samples_count": 3}) is True
     assert aggregator.store_model_update("b", weights(5.0)) is True
 
@@ -73,7 +73,7 @@ def test_average_is_weighted_by_samples(program: Core) -> None:
     assert program.weights(FIRST, 1) == average
 
 
-def test_nothing_is_there_before_the_first_update(program: Core) -> None:
+def test_nothing_is_there_before_the_first_update(program: CoordinatorHarness) -> None:
     assert aggregator.get_global_model() is None
     assert aggregator.aggregate_models() is None
     assert aggregator.get_aggregation_status() == {
@@ -87,7 +87,7 @@ def test_nothing_is_there_before_the_first_update(program: Core) -> None:
     assert program.count(TrainingSession) == 0
 
 
-def test_status_counts_what_is_pending(program: Core) -> None:
+def test_status_counts_what_is_pending(program: CoordinatorHarness) -> None:
     aggregator.store_model_update("a", weights(1.0))
     one = aggregator.get_aggregation_status()
     aggregator.store_model_update("b", weights(1.0))
@@ -98,7 +98,9 @@ def test_status_counts_what_is_pending(program: Core) -> None:
     assert program.training.get(FIRST).state == "running"
 
 
-def test_status_and_metrics_tell_of_the_last_aggregation(program: Core, clock: FakeClock) -> None:
+def test_status_and_metrics_tell_of_the_last_aggregation(
+    program: CoordinatorHarness, clock: FakeClock
+) -> None:
     facts = {"samples_count": 1, "local_accuracy": 0.5, "local_loss": 1.0}
     aggregator.store_model_update("a", weights(1.0), facts)
     aggregator.store_model_update(
@@ -127,7 +129,7 @@ def test_status_and_metrics_tell_of_the_last_aggregation(program: Core, clock: F
 
 
 @pytest.mark.parametrize("least", [2, 3])
-def test_too_few_updates_make_no_average(program: Core, least: int) -> None:
+def test_too_few_updates_make_no_average(program: CoordinatorHarness, least: int) -> None:
     aggregator.store_model_update("a", weights(1.0))
 
     assert aggregator.aggregate_models(least) is None
@@ -137,7 +139,9 @@ def test_too_few_updates_make_no_average(program: Core, least: int) -> None:
 
 
 @pytest.mark.parametrize("least", [1, 0, -1])
-def test_one_update_is_enough_where_it_is_asked_for(program: Core, least: int) -> None:
+def test_one_update_is_enough_where_it_is_asked_for(
+    program: CoordinatorHarness, least: int
+) -> None:
     nothing = aggregator.aggregate_models(least)
     aggregator.store_model_update("a", weights(1.0))
 
@@ -146,7 +150,7 @@ def test_one_update_is_enough_where_it_is_asked_for(program: Core, least: int) -
     assert len(program.versions(FIRST)) == 2
 
 
-def test_rounds_follow_each_other(program: Core) -> None:
+def test_rounds_follow_each_other(program: CoordinatorHarness) -> None:
     averages = []
     for number in range(4):
         for device in "ab":
@@ -157,7 +161,9 @@ def test_rounds_follow_each_other(program: Core) -> None:
     assert [row.version for row in program.versions(FIRST)] == [0, 1, 2, 3, 4]
 
 
-def test_second_update_of_a_device_for_a_round_replaces_nothing(program: Core) -> None:
+def test_second_update_of_a_device_for_a_round_replaces_nothing(
+    program: CoordinatorHarness,
+) -> None:
     aggregator.store_model_update("a", weights(1.0))
 
     assert aggregator.store_model_update("a", weights(9.0)) is False
@@ -166,7 +172,7 @@ def test_second_update_of_a_device_for_a_round_replaces_nothing(program: Core) -
     assert program.count(ModelUpdate) == 1
 
 
-def test_large_weights_go_through_the_payload_store(large_program: Core) -> None:
+def test_large_weights_go_through_the_payload_store(large_program: CoordinatorHarness) -> None:
     for number, device in enumerate("ab"):
         values_of = np.arange(LARGE, dtype="<f4") + number
         assert aggregator.store_model_update(device, values_of.tobytes()) is True
@@ -178,7 +184,7 @@ def test_large_weights_go_through_the_payload_store(large_program: Core) -> None
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_weights_may_be_any_buffer(program: Core, kind: Any) -> None:
+def test_weights_may_be_any_buffer(program: CoordinatorHarness, kind: Any) -> None:
     assert aggregator.store_model_update("a", kind(weights(1.0))) is True
     assert program.count(ModelUpdate) == 1
 
@@ -186,7 +192,7 @@ def test_weights_may_be_any_buffer(program: Core, kind: Any) -> None:
 # Refusals
 
 
-def refused(program: Core, device_id: str, data: bytes, metadata: Any = None) -> None:
+def refused(program: CoordinatorHarness, device_id: str, data: bytes, metadata: Any = None) -> None:
     before = (program.count(ModelUpdate), program.count(AuditLog))
 
     assert aggregator.validate_model_update(device_id, data, metadata) is False
@@ -195,28 +201,30 @@ def refused(program: Core, device_id: str, data: bytes, metadata: Any = None) ->
     assert (program.count(ModelUpdate), program.count(AuditLog)) == before
 
 
-def test_unknown_device_is_refused(program: Core, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_device_is_refused(
+    program: CoordinatorHarness, caplog: pytest.LogCaptureFixture
+) -> None:
     refused(program, "nobody", weights(1.0))
 
     assert "DEVICE_NOT_FOUND" in caplog.text
 
 
 @pytest.mark.parametrize("move", ["suspend", "revoke", "deactivate"])
-def test_device_that_is_not_active_is_refused(program: Core, move: str) -> None:
+def test_device_that_is_not_active_is_refused(program: CoordinatorHarness, move: str) -> None:
     getattr(program.devices, move)(SYSTEM, "a", "")
 
     refused(program, "a", weights(1.0))
 
 
 @pytest.mark.parametrize("data", [b"", b"abc", b"abcde", weights(1.0, 4), weights(1.0, 2)])
-def test_weights_of_another_length_are_refused(program: Core, data: bytes) -> None:
+def test_weights_of_another_length_are_refused(program: CoordinatorHarness, data: bytes) -> None:
     aggregator.store_model_update("b", weights(1.0))
 
     refused(program, "a", data)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused(program: Core, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(program: CoordinatorHarness, value: float) -> None:
     aggregator.store_model_update("b", weights(1.0))
 
     refused(program, "a", weights(value))
@@ -236,11 +244,13 @@ def test_weights_that_are_not_finite_are_refused(program: Core, value: float) ->
         {"training_time": 10**400},
     ],
 )
-def test_metadata_out_of_range_is_refused(program: Core, metadata: dict[str, Any]) -> None:
+def test_metadata_out_of_range_is_refused(
+    program: CoordinatorHarness, metadata: dict[str, Any]
+) -> None:
     refused(program, "a", weights(1.0), metadata)
 
 
-def test_metadata_of_no_meaning_here_is_left_out(program: Core) -> None:
+def test_metadata_of_no_meaning_here_is_left_out(program: CoordinatorHarness) -> None:
     facts = {"samples_count": 5, "loss": None, "dataset": "ward", "local_epochs": 3}
 
     assert aggregator.store_model_update("a", weights(1.0), facts) is True
@@ -259,7 +269,7 @@ def test_weights_over_the_bound_are_refused(make_core: MakeCore) -> None:
     aggregator.close()
 
 
-def test_paused_session_takes_nothing(program: Core) -> None:
+def test_paused_session_takes_nothing(program: CoordinatorHarness) -> None:
     aggregator.store_model_update("a", weights(1.0))
     program.training.pause(SYSTEM, FIRST)
 
@@ -269,7 +279,7 @@ def test_paused_session_takes_nothing(program: Core) -> None:
     assert aggregator.clear_pending_updates() is False
 
 
-def test_fault_is_raised_and_not_hidden(program: Core, tmp_path: Any) -> None:
+def test_fault_is_raised_and_not_hidden(program: CoordinatorHarness, tmp_path: Any) -> None:
     (tmp_path / "folder").mkdir()
     nowhere = ServerConfig(database_url=f"sqlite:///{tmp_path / 'folder'}")
     database = Database(make_engine(nowhere))
@@ -287,14 +297,14 @@ def test_fault_is_raised_and_not_hidden(program: Core, tmp_path: Any) -> None:
 # What is validated, listed, cleared and reset
 
 
-def test_valid_update_is_valid_and_not_stored(program: Core) -> None:
+def test_valid_update_is_valid_and_not_stored(program: CoordinatorHarness) -> None:
     assert aggregator.validate_model_update("a", weights(1.0), {"samples_count": 2}) is True
 
     assert program.count(ModelUpdate) == 0
     assert program.count(TrainingSession) == 0
 
 
-def test_second_update_of_a_device_is_not_valid(program: Core) -> None:
+def test_second_update_of_a_device_is_not_valid(program: CoordinatorHarness) -> None:
     aggregator.store_model_update("a", weights(1.0))
 
     assert aggregator.validate_model_update("a", weights(2.0)) is False
@@ -302,7 +312,9 @@ def test_second_update_of_a_device_is_not_valid(program: Core) -> None:
     assert program.count(ModelUpdate) == 1
 
 
-def test_updates_of_a_device_are_listed_newest_first(program: Core, clock: FakeClock) -> None:
+def test_updates_of_a_device_are_listed_newest_first(
+    program: CoordinatorHarness, clock: FakeClock
+) -> None:
     facts = {"samples_count": 7, "loss": 0.5, "training_time": 2.5}
     aggregator.store_model_update("a", weights(1.0), facts)
     aggregator.store_model_update("b", weights(1.0))
@@ -326,13 +338,13 @@ def test_updates_of_a_device_are_listed_newest_first(program: Core, clock: FakeC
 
 
 @pytest.mark.parametrize("limit", [0, 1001])
-def test_limit_out_of_range_is_a_mistake(program: Core, limit: int) -> None:
+def test_limit_out_of_range_is_a_mistake(program: CoordinatorHarness, limit: int) -> None:
     with pytest.raises(ValueError, match="limit"):
         aggregator.get_model_updates_for_device("a", limit)
     assert program.count(ModelUpdate) == 0
 
 
-def test_cleared_updates_do_not_count_and_may_be_sent_again(program: Core) -> None:
+def test_cleared_updates_do_not_count_and_may_be_sent_again(program: CoordinatorHarness) -> None:
     aggregator.store_model_update("a", weights(9.0))
 
     assert aggregator.clear_pending_updates() is True
@@ -344,7 +356,7 @@ def test_cleared_updates_do_not_count_and_may_be_sent_again(program: Core) -> No
     assert [row.state for row in program.updates(FIRST, 1)] == ["rejected"]
 
 
-def test_reset_starts_over_with_any_length(program: Core) -> None:
+def test_reset_starts_over_with_any_length(program: CoordinatorHarness) -> None:
     aggregator.store_model_update("a", weights(1.0))
     aggregator.aggregate_models(1)
 
@@ -359,14 +371,16 @@ def test_reset_starts_over_with_any_length(program: Core) -> None:
 # Beside a coordinator that serves
 
 
-def test_no_device_is_given_the_round_as_a_task(program: Core) -> None:
+def test_no_device_is_given_the_round_as_a_task(program: CoordinatorHarness) -> None:
     aggregator.store_model_update("a", weights(1.0))
 
     assert program.tasks.next_task("b", "").round is None
     assert program.tasks.next_task("b", FIRST).round is None
 
 
-def test_worker_of_the_coordinator_leaves_the_round_open(program: Core, clock: FakeClock) -> None:
+def test_worker_of_the_coordinator_leaves_the_round_open(
+    program: CoordinatorHarness, clock: FakeClock
+) -> None:
     aggregator.store_model_update("a", weights(1.0))
     clock.advance(30 * 86_400)
 
@@ -376,7 +390,7 @@ def test_worker_of_the_coordinator_leaves_the_round_open(program: Core, clock: F
     assert values(aggregator.aggregate_models(1)) == [1.0, 1.0, 1.0]
 
 
-def test_round_past_its_deadline_is_extended(program: Core, clock: FakeClock) -> None:
+def test_round_past_its_deadline_is_extended(program: CoordinatorHarness, clock: FakeClock) -> None:
     aggregator.store_model_update("a", weights(1.0))
     clock.advance(91 * 86_400)
 
@@ -387,7 +401,7 @@ def test_round_past_its_deadline_is_extended(program: Core, clock: FakeClock) ->
 
 
 def test_average_is_made_while_another_coordinator_has_the_lease(
-    program: Core, make_core: MakeCore
+    program: CoordinatorHarness, make_core: MakeCore
 ) -> None:
     aggregator.store_model_update("a", weights(1.0))
     other = make_core(name="other")
@@ -398,11 +412,11 @@ def test_average_is_made_while_another_coordinator_has_the_lease(
     assert len(program.versions(FIRST)) == 2
 
 
-def test_two_programs_share_one_session(program: Core, make_core: MakeCore) -> None:
+def test_two_programs_share_one_session(program: CoordinatorHarness, make_core: MakeCore) -> None:
     other = make_core()
     barrier = threading.Barrier(2)
 
-    def contribute(core: Core, device: str) -> None:
+    def contribute(core: CoordinatorHarness, device: str) -> None:
         use_case = InProcess(core.context, core.executor, core.training)
         barrier.wait(WAIT_S)
         use_case.contribute(CALLER, Contribution(device, weights(1.0)))
@@ -416,7 +430,9 @@ def test_two_programs_share_one_session(program: Core, make_core: MakeCore) -> N
     assert aggregator.get_aggregation_status()["pending_updates"] == 2
 
 
-def test_round_closed_before_a_crash_is_published_by_the_next_call(program: Core) -> None:
+def test_round_closed_before_a_crash_is_published_by_the_next_call(
+    program: CoordinatorHarness,
+) -> None:
     aggregator.store_model_update("a", weights(1.0))
     fuse_at = 0
     for step in range(1, 50):
@@ -439,7 +455,7 @@ def test_round_closed_before_a_crash_is_published_by_the_next_call(program: Core
     assert values(aggregator.get_global_model()) == [1.0, 1.0, 1.0]
 
 
-def test_round_that_was_cancelled_meanwhile_makes_no_average(program: Core) -> None:
+def test_round_that_was_cancelled_meanwhile_makes_no_average(program: CoordinatorHarness) -> None:
     aggregator.store_model_update("a", weights(1.0))
     program.database.write(
         lambda session: training_sessions.update_round(
@@ -450,7 +466,7 @@ def test_round_that_was_cancelled_meanwhile_makes_no_average(program: Core) -> N
     assert aggregator.aggregate_models(1) is None
 
 
-def test_everything_is_audited_as_the_program_s(program: Core) -> None:
+def test_everything_is_audited_as_the_program_s(program: CoordinatorHarness) -> None:
     aggregator.store_model_update("a", weights(1.0))
 
     with program.database.read() as session:
@@ -469,7 +485,9 @@ def test_everything_is_audited_as_the_program_s(program: Core) -> None:
     )
 )
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_average_agrees_with_numpy(program: Core, updates: list[tuple[list[float], int]]) -> None:
+def test_average_agrees_with_numpy(
+    program: CoordinatorHarness, updates: list[tuple[list[float], int]]
+) -> None:
     for device, (vector, samples) in zip("abcd", updates, strict=False):
         data = np.array(vector, "<f4").tobytes()
         assert aggregator.store_model_update(device, data, {"samples_count": samples})

@@ -26,7 +26,7 @@ from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.use_cases.in_process.devices import KnownDevices
 from tests.conftest import START, FakeClock
 from tests.contract.conftest import MakeCore
-from tests.support.use_cases import Core
+from tests.support.use_cases import CoordinatorHarness
 
 HOUR_S = 3600
 
@@ -42,7 +42,7 @@ WARD: dict[str, Any] = {
 
 
 @pytest.fixture
-def program(make_core: MakeCore) -> Iterator[Core]:
+def program(make_core: MakeCore) -> Iterator[CoordinatorHarness]:
     """A coordinator without devices whose parts the registry of this process shares."""
     core = make_core()
     registry.configure(core)
@@ -55,7 +55,7 @@ def device_key() -> SigningKey:
     return SigningKey.generate(Algorithm.ML_DSA_44)
 
 
-def test_registered_device_reads_back(program: Core) -> None:
+def test_registered_device_reads_back(program: CoordinatorHarness) -> None:
     assert registry.register_device("ward-3", WARD) is True
 
     info = registry.get_device_info("ward-3")
@@ -74,14 +74,14 @@ def test_registered_device_reads_back(program: Core) -> None:
     assert program.count(Device) == 1
 
 
-def test_registered_device_may_contribute_over_the_network(program: Core) -> None:
+def test_registered_device_may_contribute_over_the_network(program: CoordinatorHarness) -> None:
     registry.register_device("ward-3")
     identity = program.start()
 
     assert program.submit("ward-3", identity).acceptance_sequence == 1
 
 
-def test_device_that_an_administrator_added_is_there(program: Core) -> None:
+def test_device_that_an_administrator_added_is_there(program: CoordinatorHarness) -> None:
     program.devices.add(SYSTEM, "phone-1", Profile(device_type="phone"))
 
     info = registry.get_device_info("phone-1")
@@ -90,7 +90,7 @@ def test_device_that_an_administrator_added_is_there(program: Core) -> None:
     assert info["metadata"]["device_type"] == "phone"
 
 
-def test_bare_device_gets_the_defaults(program: Core) -> None:
+def test_bare_device_gets_the_defaults(program: CoordinatorHarness) -> None:
     registry.register_device("ward-3")
 
     info = registry.get_device_info("ward-3")
@@ -111,7 +111,7 @@ def test_bare_device_gets_the_defaults(program: Core) -> None:
 
 
 def test_id_that_is_taken_is_refused_and_logged(
-    program: Core, caplog: pytest.LogCaptureFixture
+    program: CoordinatorHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry.register_device("ward-3", WARD)
 
@@ -138,27 +138,29 @@ def test_id_that_is_taken_is_refused_and_logged(
         {"registered_at": "yesterday"},
     ],
 )
-def test_information_that_is_not_valid_is_refused(program: Core, info: dict[str, Any]) -> None:
+def test_information_that_is_not_valid_is_refused(
+    program: CoordinatorHarness, info: dict[str, Any]
+) -> None:
     assert registry.register_device("ward-3", info) is False
 
     assert program.count(Device) == 0
 
 
 @pytest.mark.parametrize("device_id", ["", "x" * 256, "line\nbreak", None, 7])
-def test_id_that_is_no_name_is_refused(program: Core, device_id: Any) -> None:
+def test_id_that_is_no_name_is_refused(program: CoordinatorHarness, device_id: Any) -> None:
     assert registry.register_device(device_id) is False
 
     assert program.count(Device) == 0
 
 
-def test_capabilities_may_be_a_list(program: Core) -> None:
+def test_capabilities_may_be_a_list(program: CoordinatorHarness) -> None:
     registry.register_device("ward-3", {"metadata": {"capabilities": ["gpu", "avx"]}})
 
     assert registry.get_device_capabilities() == {"ward-3": ["avx", "gpu"]}
     assert program.devices.get("ward-3").capabilities == {"gpu": True, "avx": True}
 
 
-def test_unknown_device_has_no_information(program: Core) -> None:
+def test_unknown_device_has_no_information(program: CoordinatorHarness) -> None:
     assert registry.get_device_info("nobody") is None
     assert program.count(Device) == 0
 
@@ -167,7 +169,9 @@ def test_unknown_device_has_no_information(program: Core) -> None:
 
 
 @pytest.mark.parametrize("form", [bytes, bytes.hex, lambda data: base64.b64encode(data).decode()])
-def test_keys_may_be_bytes_hex_or_base64(program: Core, device_key: SigningKey, form: Any) -> None:
+def test_keys_may_be_bytes_hex_or_base64(
+    program: CoordinatorHarness, device_key: SigningKey, form: Any
+) -> None:
     kem = KemKey.generate().public
     keys = {"sig_public_key": form(device_key.public.data), "kem_public_key": form(kem.data)}
 
@@ -182,7 +186,7 @@ def test_keys_may_be_bytes_hex_or_base64(program: Core, device_key: SigningKey, 
 
 
 def test_keys_of_no_use_are_left_out_with_a_warning(
-    program: Core, caplog: pytest.LogCaptureFixture
+    program: CoordinatorHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = {"sig_public_key": b"dilithium?", "kem_public_key": "not base64!"}
 
@@ -193,7 +197,7 @@ def test_keys_of_no_use_are_left_out_with_a_warning(
 
 
 def test_replaced_keys_count_as_a_rotation_and_leave_the_first_as_evidence(
-    program: Core, device_key: SigningKey
+    program: CoordinatorHarness, device_key: SigningKey
 ) -> None:
     first = {"sig_public_key": SigningKey.generate(Algorithm.ML_DSA_44).public.data}
     registry.register_device("ward-3", {"public_keys": first})
@@ -209,7 +213,9 @@ def test_replaced_keys_count_as_a_rotation_and_leave_the_first_as_evidence(
         assert [key.retired_at is None for key in history] == [False, True]
 
 
-def test_same_key_again_changes_nothing(program: Core, device_key: SigningKey) -> None:
+def test_same_key_again_changes_nothing(
+    program: CoordinatorHarness, device_key: SigningKey
+) -> None:
     keys = {"sig_public_key": device_key.public.data}
     registry.register_device("ward-3", {"public_keys": keys})
 
@@ -218,7 +224,9 @@ def test_same_key_again_changes_nothing(program: Core, device_key: SigningKey) -
     assert program.devices.get("ward-3").key_rotation_count == 0
 
 
-def test_key_of_another_device_is_refused(program: Core, device_key: SigningKey) -> None:
+def test_key_of_another_device_is_refused(
+    program: CoordinatorHarness, device_key: SigningKey
+) -> None:
     keys = {"sig_public_key": device_key.public.data}
     registry.register_device("ward-3", {"public_keys": keys})
     registry.register_device("ward-4")
@@ -231,7 +239,7 @@ def test_key_of_another_device_is_refused(program: Core, device_key: SigningKey)
 
 
 @pytest.mark.parametrize("keys", [{}, {"sig_public_key": b"short"}, {"kem_public_key": 7}])
-def test_keys_that_are_none_are_refused(program: Core, keys: dict[str, Any]) -> None:
+def test_keys_that_are_none_are_refused(program: CoordinatorHarness, keys: dict[str, Any]) -> None:
     registry.register_device("ward-3")
 
     assert registry.update_device_keys("ward-3", keys) is False
@@ -239,7 +247,7 @@ def test_keys_that_are_none_are_refused(program: Core, keys: dict[str, Any]) -> 
 
 
 def test_keys_of_an_unknown_or_revoked_device_are_refused(
-    program: Core, device_key: SigningKey
+    program: CoordinatorHarness, device_key: SigningKey
 ) -> None:
     registry.register_device("ward-3")
     program.devices.revoke(SYSTEM, "ward-3", "")
@@ -262,7 +270,9 @@ def test_keys_of_an_unknown_or_revoked_device_are_refused(
         ("revoked", "revoked"),
     ],
 )
-def test_status_moves_the_device(program: Core, clock: FakeClock, status: str, state: str) -> None:
+def test_status_moves_the_device(
+    program: CoordinatorHarness, clock: FakeClock, status: str, state: str
+) -> None:
     registry.register_device("ward-3")
     clock.advance(60)
 
@@ -273,14 +283,16 @@ def test_status_moves_the_device(program: Core, clock: FakeClock, status: str, s
 
 
 @pytest.mark.parametrize("status", ["", "dancing", "quarantined", None])
-def test_status_that_stands_for_nothing_is_refused(program: Core, status: Any) -> None:
+def test_status_that_stands_for_nothing_is_refused(
+    program: CoordinatorHarness, status: Any
+) -> None:
     registry.register_device("ward-3")
 
     assert registry.update_device_status("ward-3", status) is False
     assert program.devices.get("ward-3").state == "active"
 
 
-def test_status_of_an_unknown_or_revoked_device_is_refused(program: Core) -> None:
+def test_status_of_an_unknown_or_revoked_device_is_refused(program: CoordinatorHarness) -> None:
     registry.register_device("ward-3")
     program.devices.revoke(SYSTEM, "ward-3", "")
 
@@ -288,7 +300,7 @@ def test_status_of_an_unknown_or_revoked_device_is_refused(program: Core) -> Non
     assert registry.update_device_status("ward-3", "active") is False
 
 
-def test_removed_device_is_inactive_and_not_listed(program: Core) -> None:
+def test_removed_device_is_inactive_and_not_listed(program: CoordinatorHarness) -> None:
     registry.register_device("ward-3")
     registry.register_device("ward-4")
 
@@ -299,12 +311,12 @@ def test_removed_device_is_inactive_and_not_listed(program: Core) -> None:
     assert program.devices.get("ward-3").state == "inactive"
 
 
-def test_unknown_device_is_not_removed(program: Core) -> None:
+def test_unknown_device_is_not_removed(program: CoordinatorHarness) -> None:
     assert registry.remove_device("nobody") is False
     assert program.count(AuditLog) == 0
 
 
-def test_devices_not_heard_of_are_cleaned_up(program: Core, clock: FakeClock) -> None:
+def test_devices_not_heard_of_are_cleaned_up(program: CoordinatorHarness, clock: FakeClock) -> None:
     registry.register_device("ward-3")
     registry.register_device("ward-4")
     clock.advance(25 * HOUR_S)
@@ -316,7 +328,7 @@ def test_devices_not_heard_of_are_cleaned_up(program: Core, clock: FakeClock) ->
     assert program.devices.get("ward-3").state == "inactive"
 
 
-def test_cleanup_of_negative_hours_is_a_mistake(program: Core) -> None:
+def test_cleanup_of_negative_hours_is_a_mistake(program: CoordinatorHarness) -> None:
     with pytest.raises(ValueError, match="hours_threshold"):
         registry.cleanup_inactive_devices(-1)
     assert program.count(Device) == 0
@@ -325,7 +337,7 @@ def test_cleanup_of_negative_hours_is_a_mistake(program: Core) -> None:
 # Lists and counts
 
 
-def test_list_shows_what_the_earlier_registry_showed(program: Core) -> None:
+def test_list_shows_what_the_earlier_registry_showed(program: CoordinatorHarness) -> None:
     registry.register_device("ward-3", WARD)
 
     assert registry.list_active_devices() == [
@@ -340,7 +352,7 @@ def test_list_shows_what_the_earlier_registry_showed(program: Core) -> None:
     assert program.count(Device) == 1
 
 
-def test_stats_count_by_state_and_type(program: Core) -> None:
+def test_stats_count_by_state_and_type(program: CoordinatorHarness) -> None:
     registry.register_device("ward-3", WARD)
     registry.register_device("ward-4", WARD)
     registry.register_device("phone-1")
@@ -356,7 +368,9 @@ def test_stats_count_by_state_and_type(program: Core) -> None:
     assert program.count(Device) == 3
 
 
-def test_health_tells_heard_of_from_silent_and_stopped(program: Core, clock: FakeClock) -> None:
+def test_health_tells_heard_of_from_silent_and_stopped(
+    program: CoordinatorHarness, clock: FakeClock
+) -> None:
     for name in ("fresh", "silent", "stopped"):
         registry.register_device(name)
     clock.advance(25 * HOUR_S)
@@ -375,7 +389,7 @@ def test_health_tells_heard_of_from_silent_and_stopped(program: Core, clock: Fak
 # Faults
 
 
-def test_fault_is_raised_and_not_hidden(program: Core, tmp_path: Path) -> None:
+def test_fault_is_raised_and_not_hidden(program: CoordinatorHarness, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     nowhere = ServerConfig(database_url=f"sqlite:///{tmp_path / 'folder'}")
     database = Database(make_engine(nowhere))
@@ -437,12 +451,14 @@ def test_dump_is_imported_by_command_while_the_registry_is_open(
 # The import of a dump
 
 
-def imported(core: Core, dump: object) -> tuple[int, int, int]:
+def imported(core: CoordinatorHarness, dump: object) -> tuple[int, int, int]:
     done = import_devices(KnownDevices(core.context), SYSTEM, read_dump(dump))
     return done.imported, done.skipped, done.invalid
 
 
-def test_dump_of_a_registry_is_imported_into_another(program: Core, make_core: MakeCore) -> None:
+def test_dump_of_a_registry_is_imported_into_another(
+    program: CoordinatorHarness, make_core: MakeCore
+) -> None:
     registry.register_device("ward-3", WARD)
     registry.register_device("ward-4")
     dump = json.loads(json.dumps(registry.get_registered_devices()))
@@ -458,7 +474,7 @@ def _forget_devices(session: Any) -> None:
     session.execute(Device.__table__.delete())
 
 
-def test_import_again_skips_all(program: Core) -> None:
+def test_import_again_skips_all(program: CoordinatorHarness) -> None:
     dump: dict[str, object] = {"ward-3": WARD, "ward-4": {}}
     imported(program, dump)
 
@@ -466,7 +482,7 @@ def test_import_again_skips_all(program: Core) -> None:
     assert program.count(Device) == 2
 
 
-def test_import_keeps_what_is_there(program: Core) -> None:
+def test_import_keeps_what_is_there(program: CoordinatorHarness) -> None:
     registry.register_device("ward-3", WARD)
     program.devices.suspend(SYSTEM, "ward-3", "")
 
@@ -476,7 +492,7 @@ def test_import_keeps_what_is_there(program: Core) -> None:
     assert program.devices.get("ward-3").state == "suspended"
 
 
-def test_import_takes_a_list_with_states_and_times(program: Core) -> None:
+def test_import_takes_a_list_with_states_and_times(program: CoordinatorHarness) -> None:
     dump = [
         {"device_id": "a", "status": "inactive", "registered_at": "2029-05-01T12:00:00"},
         {"device_id": "b", "status": "training", "last_seen": 1_800_000_000.5},
@@ -496,7 +512,7 @@ def test_import_takes_a_list_with_states_and_times(program: Core) -> None:
     ]
 
 
-def test_import_counts_what_is_invalid_and_takes_the_rest(program: Core) -> None:
+def test_import_counts_what_is_invalid_and_takes_the_rest(program: CoordinatorHarness) -> None:
     dump = [
         {"device_id": "good"},
         {"device_id": "bad", "status": "dancing"},
@@ -511,7 +527,7 @@ def test_import_counts_what_is_invalid_and_takes_the_rest(program: Core) -> None
 
 
 def test_import_of_one_key_for_two_devices_takes_the_first(
-    program: Core, device_key: SigningKey
+    program: CoordinatorHarness, device_key: SigningKey
 ) -> None:
     keys = {"public_keys": {"sig_public_key": device_key.public.data.hex()}}
 
@@ -520,7 +536,7 @@ def test_import_of_one_key_for_two_devices_takes_the_first(
     assert counts == (2, 0, 1)
 
 
-def test_import_of_more_than_one_transaction(program: Core) -> None:
+def test_import_of_more_than_one_transaction(program: CoordinatorHarness) -> None:
     dump: dict[str, Any] = {f"device-{number:04}": {} for number in range(1001)}
 
     assert imported(program, dump) == (1001, 0, 0)

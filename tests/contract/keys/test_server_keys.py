@@ -10,8 +10,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from qflare.crypto.envelope import open_envelope
-from qflare.crypto.signing import Context as SigningContext
-from qflare.crypto.signing import InvalidSignatureError
+from qflare.crypto.signing import InvalidSignatureError, SigningContext
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import UnknownKeyError

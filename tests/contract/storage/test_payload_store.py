@@ -30,7 +30,7 @@ from qflare_server.training import retention
 from qflare_server.training.retention import sweep
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
-from tests.support.use_cases import Core, vector
+from tests.support.use_cases import CoordinatorHarness, vector
 
 BIG = 700_000  # elements: three chunks of float32
 WAIT_S = 30.0
@@ -38,11 +38,11 @@ ONE = training_pb2.RoundPolicy(quorum=1)
 
 
 @pytest.fixture
-def store(core: Core) -> PayloadStore:
+def store(core: CoordinatorHarness) -> PayloadStore:
     return core.store
 
 
-def chunk_count(core: Core) -> int:
+def chunk_count(core: CoordinatorHarness) -> int:
     """Return the number of chunks, wherever the store keeps them."""
     engine = core.store._engine  # type: ignore[attr-defined]
     with engine.connect() as connection:
@@ -142,7 +142,9 @@ def test_store_says_how_much_room_it_takes(store: PayloadStore) -> None:
     assert store.size_bytes() > before
 
 
-def test_chunks_are_there_for_another_process(core: Core, make_core: MakeCore) -> None:
+def test_chunks_are_there_for_another_process(
+    core: CoordinatorHarness, make_core: MakeCore
+) -> None:
     core.store.append("p", 0, [b"a"])
 
     assert make_core().store.read("p", 0, 1) == [b"a"]
@@ -178,7 +180,7 @@ def test_threads_write_payloads_side_by_side(store: PayloadStore) -> None:
         assert store.read(f"p{number}", 0, 10) == wanted
 
 
-def test_small_payload_lies_in_its_row(core: Core) -> None:
+def test_small_payload_lies_in_its_row(core: CoordinatorHarness) -> None:
     identity = core.start()
 
     payload = payload_of(core, identity, 0)
@@ -187,7 +189,7 @@ def test_small_payload_lies_in_its_row(core: Core) -> None:
     assert chunk_count(core) == 0
 
 
-def test_large_payload_lies_in_the_store(large: Core) -> None:
+def test_large_payload_lies_in_the_store(large: CoordinatorHarness) -> None:
     identity = large.start(vector(0.5, BIG))
 
     payload = payload_of(large, identity, 0)
@@ -197,7 +199,7 @@ def test_large_payload_lies_in_the_store(large: Core) -> None:
     assert large.count(Upload) == 0
 
 
-def payload_of(core: Core, identity: str, version: int) -> Payload:
+def payload_of(core: CoordinatorHarness, identity: str, version: int) -> Payload:
     payload_id = core.versions(identity)[version].payload_id
     with core.database.read() as session:
         payload = payloads.get_payload(session, payload_id)
@@ -207,7 +209,7 @@ def payload_of(core: Core, identity: str, version: int) -> Payload:
         return payload
 
 
-def test_payload_reads_from_any_chunk(large: Core) -> None:
+def test_payload_reads_from_any_chunk(large: CoordinatorHarness) -> None:
     identity = large.start(vector(0.5, BIG))
     stored = describe(payload_of(large, identity, 0))
 
@@ -217,7 +219,7 @@ def test_payload_reads_from_any_chunk(large: Core) -> None:
     assert b"".join(whole) == vector(0.5, BIG)["w"].tobytes()
 
 
-def test_payload_whose_chunks_were_deleted_is_pruned(large: Core) -> None:
+def test_payload_whose_chunks_were_deleted_is_pruned(large: CoordinatorHarness) -> None:
     identity = large.start(vector(0.5, BIG))
     stored = describe(payload_of(large, identity, 0))
     large.store.delete([stored.payload_id])
@@ -233,7 +235,7 @@ class BrokenError(Exception):
     """The stream ends in the middle."""
 
 
-def break_off(core: Core, identity: str, device_id: str = "device-0") -> Any:
+def break_off(core: CoordinatorHarness, identity: str, device_id: str = "device-0") -> Any:
     """Send two of three chunks of an update; return the update."""
     draft = core.draft(device_id, identity, vector(1.0, BIG))
 
@@ -247,12 +249,12 @@ def break_off(core: Core, identity: str, device_id: str = "device-0") -> Any:
 
 
 @pytest.fixture
-def identity(large: Core) -> str:
+def identity(large: CoordinatorHarness) -> str:
     return large.start(vector(0.0, BIG), rounds=training_pb2.RoundPolicy(quorum=3))
 
 
 def test_upload_that_nobody_continues_is_swept(
-    large: Core, identity: str, clock: FakeClock
+    large: CoordinatorHarness, identity: str, clock: FakeClock
 ) -> None:
     break_off(large, identity)
     clock.advance(large.config.upload_expiry_s + 1)
@@ -263,14 +265,18 @@ def test_upload_that_nobody_continues_is_swept(
     assert (chunk_count(large), large.count(Upload)) == (3, 0)  # those of the initial model
 
 
-def test_upload_that_may_be_continued_is_not_swept(large: Core, identity: str) -> None:
+def test_upload_that_may_be_continued_is_not_swept(
+    large: CoordinatorHarness, identity: str
+) -> None:
     break_off(large, identity)
 
     assert sweep(large.context) == 0
     assert chunk_count(large) == 5
 
 
-def test_swept_upload_begins_again(large: Core, identity: str, clock: FakeClock) -> None:
+def test_swept_upload_begins_again(
+    large: CoordinatorHarness, identity: str, clock: FakeClock
+) -> None:
     draft = break_off(large, identity)
     clock.advance(large.config.upload_expiry_s + 1)
     large.training.pause(SYSTEM, identity)
@@ -284,7 +290,9 @@ def test_swept_upload_begins_again(large: Core, identity: str, clock: FakeClock)
     assert large.round(identity).accepted_count == 1
 
 
-def test_upload_that_is_swept_under_way_is_not_accepted(large: Core, identity: str) -> None:
+def test_upload_that_is_swept_under_way_is_not_accepted(
+    large: CoordinatorHarness, identity: str
+) -> None:
     draft = large.draft("device-0", identity, vector(1.0, BIG))
 
     def stalling() -> Iterator[tuple[int, bytes]]:
@@ -298,7 +306,7 @@ def test_upload_that_is_swept_under_way_is_not_accepted(large: Core, identity: s
     assert large.count(ModelUpdate) == 0
 
 
-def give_up(core: Core) -> None:
+def give_up(core: CoordinatorHarness) -> None:
     """Sweep as if every unfinished upload had expired."""
     with core.database.read() as session:
         found = list(session.scalars(select(Upload.payload_id)))
@@ -306,7 +314,7 @@ def give_up(core: Core) -> None:
     sweep(core.context)
 
 
-def test_slow_upload_does_not_expire(large: Core, clock: FakeClock) -> None:
+def test_slow_upload_does_not_expire(large: CoordinatorHarness, clock: FakeClock) -> None:
     rounds = training_pb2.RoundPolicy(quorum=1)
     rounds.deadline.seconds = 86_400
     slow = large.start(vector(0.0, BIG), rounds=rounds)
@@ -324,7 +332,9 @@ def test_slow_upload_does_not_expire(large: Core, clock: FakeClock) -> None:
     assert large.weights(slow, 1) == vector(1.0, BIG)["w"].tobytes()
 
 
-def test_chunks_of_a_crash_before_the_row_are_swept(large: Core, clock: FakeClock) -> None:
+def test_chunks_of_a_crash_before_the_row_are_swept(
+    large: CoordinatorHarness, clock: FakeClock
+) -> None:
     large.database.write(
         lambda session: payloads.begin_upload(session, payload_id="lost", at=clock())
     )
@@ -339,7 +349,7 @@ def test_chunks_of_a_crash_before_the_row_are_swept(large: Core, clock: FakeCloc
 # Retention
 
 
-def run_rounds(core: Core, count: int, kept: Any, **transfer: Any) -> str:
+def run_rounds(core: CoordinatorHarness, count: int, kept: Any, **transfer: Any) -> str:
     policy = training_pb2.TransferPolicy(payload_retention=kept, **transfer)
     identity = core.start(vector(0.0, BIG), total_rounds=count + 1, rounds=ONE, transfer=policy)
     for number in range(count):
@@ -348,7 +358,7 @@ def run_rounds(core: Core, count: int, kept: Any, **transfer: Any) -> str:
     return identity
 
 
-def locations(core: Core, identity: str, count: int) -> list[str]:
+def locations(core: CoordinatorHarness, identity: str, count: int) -> list[str]:
     """Return where the payload of each round's update is."""
     found = []
     with core.database.read() as session:
@@ -373,14 +383,14 @@ def locations(core: Core, identity: str, count: int) -> list[str]:
     ],
 )
 def test_payloads_are_kept_as_the_session_says(
-    large: Core, setting: Any, transfer: dict[str, int], kept: list[str]
+    large: CoordinatorHarness, setting: Any, transfer: dict[str, int], kept: list[str]
 ) -> None:
     identity = run_rounds(large, 4, setting, **transfer)
 
     assert locations(large, identity, 4) == kept
 
 
-def test_pruned_payloads_are_swept_and_versions_stay(large: Core) -> None:
+def test_pruned_payloads_are_swept_and_versions_stay(large: CoordinatorHarness) -> None:
     identity = run_rounds(large, 3, training_pb2.PAYLOAD_RETENTION_NONE)
 
     sweep(large.context)
@@ -393,7 +403,7 @@ def test_pruned_payloads_are_swept_and_versions_stay(large: Core) -> None:
         assert large.weights(identity, version) == wanted
 
 
-def test_pruned_payload_says_so(large: Core) -> None:
+def test_pruned_payload_says_so(large: CoordinatorHarness) -> None:
     identity = run_rounds(large, 1, training_pb2.PAYLOAD_RETENTION_NONE)
     (update,) = large.updates(identity, 1)
 
@@ -406,7 +416,7 @@ def test_pruned_payload_says_so(large: Core) -> None:
 
 
 def test_pruning_keeps_up_with_rounds_of_many_updates(
-    core: Core, monkeypatch: pytest.MonkeyPatch
+    core: CoordinatorHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "PRUNE_BATCH", 1)
     policy = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_NONE)

@@ -15,12 +15,12 @@ from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.storage.tables import AuditLog, Device, DeviceState
 from qflare_server.use_cases.devices.administration import Profile
 from tests.conftest import START, FakeClock
-from tests.support.use_cases import Core
+from tests.support.use_cases import CoordinatorHarness
 
 ALICE = Caller("admin:alice", "192.0.2.7", "token")
 
 
-def entries(core: Core, event_type: str) -> list[AuditLog]:
+def entries(core: CoordinatorHarness, event_type: str) -> list[AuditLog]:
     with core.database.read() as session:
         query = select(AuditLog).where(AuditLog.event_type == event_type)
         found = list(session.scalars(query))
@@ -28,7 +28,7 @@ def entries(core: Core, event_type: str) -> list[AuditLog]:
         return found
 
 
-def test_added_device_reads_back(core: Core) -> None:
+def test_added_device_reads_back(core: CoordinatorHarness) -> None:
     profile = Profile(
         "phone", {"ram_mib": 4096}, {"link": "lte"}, {"gpu": True}, 3, 64, learning_rate=0.5
     )
@@ -43,14 +43,14 @@ def test_added_device_reads_back(core: Core) -> None:
     assert (device.local_epochs, device.batch_size, device.learning_rate) == (3, 64, 0.5)
 
 
-def test_added_device_is_audited_with_who_added_it(core: Core) -> None:
+def test_added_device_is_audited_with_who_added_it(core: CoordinatorHarness) -> None:
     core.devices.add(ALICE, "phone-1", Profile())
 
     entry = next(row for row in entries(core, "device.registered") if row.subject.endswith("ne-1"))
     assert (entry.actor, entry.peer_address) == ("admin:alice", "192.0.2.7")
 
 
-def test_id_that_is_taken_is_refused(core: Core) -> None:
+def test_id_that_is_taken_is_refused(core: CoordinatorHarness) -> None:
     with pytest.raises(AlreadyExistsError):
         core.devices.add(SYSTEM, "device-0", Profile(device_type="other"))
 
@@ -58,7 +58,7 @@ def test_id_that_is_taken_is_refused(core: Core) -> None:
 
 
 @pytest.mark.parametrize("device_id", ["", "x" * 256, "line\nbreak", "nul\0"])
-def test_id_that_is_no_name_is_refused(core: Core, device_id: str) -> None:
+def test_id_that_is_no_name_is_refused(core: CoordinatorHarness, device_id: str) -> None:
     with pytest.raises(InvalidRequestError):
         core.devices.add(SYSTEM, device_id, Profile())
 
@@ -79,19 +79,19 @@ def test_id_that_is_no_name_is_refused(core: Core, device_id: str) -> None:
         Profile(learning_rate=float("nan")),
     ],
 )
-def test_profile_out_of_range_is_refused(core: Core, profile: Profile) -> None:
+def test_profile_out_of_range_is_refused(core: CoordinatorHarness, profile: Profile) -> None:
     with pytest.raises(InvalidRequestError):
         core.devices.add(SYSTEM, "phone-1", profile)
 
     assert core.count(Device) == 4
 
 
-def test_unknown_device_is_not_found(core: Core) -> None:
+def test_unknown_device_is_not_found(core: CoordinatorHarness) -> None:
     with pytest.raises(DeviceNotFoundError):
         core.devices.get("nobody")
 
 
-def test_suspended_device_is_reinstated(core: Core) -> None:
+def test_suspended_device_is_reinstated(core: CoordinatorHarness) -> None:
     suspended = core.devices.suspend(ALICE, "device-0", "looks odd")
     reinstated = core.devices.reinstate(ALICE, "device-0", "was fine")
 
@@ -99,7 +99,7 @@ def test_suspended_device_is_reinstated(core: Core) -> None:
     assert (reinstated.state, reinstated.state_reason) == ("active", "was fine")
 
 
-def test_revoked_device_stays_revoked(core: Core) -> None:
+def test_revoked_device_stays_revoked(core: CoordinatorHarness) -> None:
     core.devices.revoke(ALICE, "device-0", "stolen")
 
     for move in (core.devices.reinstate, core.devices.suspend, core.devices.deactivate):
@@ -109,7 +109,7 @@ def test_revoked_device_stays_revoked(core: Core) -> None:
     assert core.devices.get("device-0").state == "revoked"
 
 
-def test_every_move_is_audited_with_both_states(core: Core) -> None:
+def test_every_move_is_audited_with_both_states(core: CoordinatorHarness) -> None:
     core.devices.suspend(ALICE, "device-0", "looks odd")
 
     (entry,) = entries(core, "device.suspended")
@@ -118,20 +118,20 @@ def test_every_move_is_audited_with_both_states(core: Core) -> None:
 
 
 @pytest.mark.parametrize("move", ["suspend", "reinstate", "deactivate", "revoke"])
-def test_move_of_an_unknown_device_is_refused(core: Core, move: str) -> None:
+def test_move_of_an_unknown_device_is_refused(core: CoordinatorHarness, move: str) -> None:
     with pytest.raises(DeviceNotFoundError):
         getattr(core.devices, move)(ALICE, "nobody", "")
 
 
 @pytest.mark.parametrize("reason", ["x" * 501, "nul\0"])
-def test_reason_that_cannot_be_stored_is_refused(core: Core, reason: str) -> None:
+def test_reason_that_cannot_be_stored_is_refused(core: CoordinatorHarness, reason: str) -> None:
     with pytest.raises(InvalidRequestError):
         core.devices.suspend(ALICE, "device-0", reason)
 
     assert core.devices.get("device-0").state == "active"
 
 
-def test_heartbeat_answers_the_state_and_takes_the_profile(core: Core) -> None:
+def test_heartbeat_answers_the_state_and_takes_the_profile(core: CoordinatorHarness) -> None:
     core.devices.suspend(ALICE, "device-0", "")
 
     beat = core.devices.heartbeat(SYSTEM, "device-0", Profile(device_type="phone"))
@@ -140,7 +140,7 @@ def test_heartbeat_answers_the_state_and_takes_the_profile(core: Core) -> None:
     assert core.devices.get("device-0").device_type == "phone"
 
 
-def test_heartbeat_without_a_profile_writes_nothing(core: Core) -> None:
+def test_heartbeat_without_a_profile_writes_nothing(core: CoordinatorHarness) -> None:
     before = core.count(AuditLog)
 
     core.devices.heartbeat(SYSTEM, "device-0", None)
@@ -148,7 +148,9 @@ def test_heartbeat_without_a_profile_writes_nothing(core: Core) -> None:
     assert core.count(AuditLog) == before
 
 
-def test_devices_that_have_not_called_become_inactive(core: Core, clock: FakeClock) -> None:
+def test_devices_that_have_not_called_become_inactive(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     clock.advance(3600)
     core.devices.add(SYSTEM, "late", Profile())
     core.devices.suspend(SYSTEM, "device-3", "")
@@ -160,7 +162,7 @@ def test_devices_that_have_not_called_become_inactive(core: Core, clock: FakeClo
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_pages_hold_every_device_once_by_id(core: Core, size: int) -> None:
+def test_pages_hold_every_device_once_by_id(core: CoordinatorHarness, size: int) -> None:
     seen, token = [], ""
     while True:
         page = core.devices.list(PageRequest(size, token), DeviceFilter())
@@ -172,7 +174,9 @@ def test_pages_hold_every_device_once_by_id(core: Core, size: int) -> None:
     assert seen == [f"device-{number}" for number in range(4)]
 
 
-def test_page_goes_on_behind_a_device_that_is_gone_from_the_filter(core: Core) -> None:
+def test_page_goes_on_behind_a_device_that_is_gone_from_the_filter(
+    core: CoordinatorHarness,
+) -> None:
     wanted = DeviceFilter(state="active")
     first = core.devices.list(PageRequest(2), wanted)
     core.devices.suspend(SYSTEM, "device-1", "")
@@ -182,19 +186,21 @@ def test_page_goes_on_behind_a_device_that_is_gone_from_the_filter(core: Core) -
     assert [row.id for row in second.rows] == ["device-2", "device-3"]
 
 
-def test_page_token_of_another_filter_is_refused(core: Core) -> None:
+def test_page_token_of_another_filter_is_refused(core: CoordinatorHarness) -> None:
     token = core.devices.list(PageRequest(2), DeviceFilter()).next_token
 
     with pytest.raises(InvalidRequestError, match="page_token"):
         core.devices.list(PageRequest(2, token), DeviceFilter(state="active"))
 
 
-def test_page_token_that_is_none_is_refused(core: Core) -> None:
+def test_page_token_that_is_none_is_refused(core: CoordinatorHarness) -> None:
     with pytest.raises(InvalidRequestError, match="page_token"):
         core.devices.list(PageRequest(2, "not a token"), DeviceFilter())
 
 
-def test_list_filters_by_type_state_and_last_call(core: Core, clock: FakeClock) -> None:
+def test_list_filters_by_type_state_and_last_call(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     clock.advance(60)
     core.devices.add(SYSTEM, "phone-1", Profile(device_type="phone"))
     core.devices.add(SYSTEM, "phone-2", Profile(device_type="phone"))
@@ -217,7 +223,7 @@ def test_list_filters_by_type_state_and_last_call(core: Core, clock: FakeClock) 
     ],
 )
 def test_list_filters_by_capability(
-    core: Core, condition: tuple[str, str, float], found: list[str]
+    core: CoordinatorHarness, condition: tuple[str, str, float], found: list[str]
 ) -> None:
     for name, size in (("small", 512), ("middle", 2048), ("big", 8192)):
         core.devices.add(SYSTEM, name, Profile(capabilities={"ram_mib": size}))
@@ -227,7 +233,7 @@ def test_list_filters_by_capability(
     assert [row.id for row in page.rows] == found
 
 
-def test_capability_that_is_text_matches_no_number(core: Core) -> None:
+def test_capability_that_is_text_matches_no_number(core: CoordinatorHarness) -> None:
     core.devices.add(SYSTEM, "phone-1", Profile(capabilities={"ram_mib": "plenty"}))
     core.devices.add(SYSTEM, "phone-2", Profile(capabilities={"ram_mib": 4096}))
 
@@ -236,13 +242,13 @@ def test_capability_that_is_text_matches_no_number(core: Core) -> None:
     assert [row.id for row in core.devices.list(PageRequest(), wanted).rows] == ["phone-2"]
 
 
-def test_active_devices_come_by_id(core: Core) -> None:
+def test_active_devices_come_by_id(core: CoordinatorHarness) -> None:
     core.devices.suspend(SYSTEM, "device-2", "")
 
     assert [row.id for row in core.devices.list_active()] == ["device-0", "device-1", "device-3"]
 
 
-def test_counts_by_state_and_type(core: Core) -> None:
+def test_counts_by_state_and_type(core: CoordinatorHarness) -> None:
     core.devices.add(SYSTEM, "phone-1", Profile(device_type="phone"))
 
     by_state, by_type = core.devices.counts()

@@ -21,7 +21,7 @@ from qflare_server.verification.downloads import DownloadVerification
 from qflare_server.verification.findings import Tally
 from tests.contract.aggregation.test_aggregation import LARGE, crashing, run_out
 from tests.contract.conftest import MakeCore
-from tests.support.use_cases import Core, CrashError, Fuse
+from tests.support.use_cases import CoordinatorHarness, CrashError, Fuse
 
 NUMBERS = {
     training_pb2.ENCODING_FLOAT16: np.dtype(np.float16),
@@ -41,13 +41,15 @@ def transfer(encoding: Any = BFLOAT16, **settings: Any) -> training_pb2.Transfer
     return training_pb2.TransferPolicy(download_encoding=encoding, **settings)
 
 
-def start(core: Core, weights: dict[str, Array], encoding: Any = BFLOAT16, **config: Any) -> str:
+def start(
+    core: CoordinatorHarness, weights: dict[str, Array], encoding: Any = BFLOAT16, **config: Any
+) -> str:
     kind = config.pop("kind", training_pb2.UPDATE_KIND_WEIGHTS)
     config = {"rounds": training_pb2.RoundPolicy(quorum=1), "total_rounds": 20, **config}
     return core.start(weights, transfer=transfer(encoding, update_kind=kind), **config)
 
 
-def downloaded(core: Core, identity: str, version: int | None = None) -> Array:
+def downloaded(core: CoordinatorHarness, identity: str, version: int | None = None) -> Array:
     """Return what a device has after its download, widened to float32."""
     model = core.versions(identity)[-1 if version is None else version]
     assert model.download_encoding is not None
@@ -57,12 +59,12 @@ def downloaded(core: Core, identity: str, version: int | None = None) -> Array:
     return np.frombuffer(data, NUMBERS[number]).astype(np.float32)
 
 
-def full(core: Core, identity: str, version: int | None = None) -> Array:
+def full(core: CoordinatorHarness, identity: str, version: int | None = None) -> Array:
     return np.frombuffer(core.weights(identity, version), np.float32)
 
 
 def contribute(
-    core: Core, identity: str, step: Any, device: str = "device-0", examples: int = 10
+    core: CoordinatorHarness, identity: str, step: Any, device: str = "device-0", examples: int = 10
 ) -> None:
     """Train from the version as it is downloaded: add a step, and send what the session asks for."""
     config = training_pb2.TrainingConfig()
@@ -95,7 +97,7 @@ def test_an_initial_model_is_rounded_and_its_statement_says_so(
     np.testing.assert_array_equal(full(core, identity), weights["w"])
 
 
-def test_a_session_without_the_setting_writes_one_payload(core: Core) -> None:
+def test_a_session_without_the_setting_writes_one_payload(core: CoordinatorHarness) -> None:
     identity = core.start(values())
 
     model = core.versions(identity)[0]
@@ -104,7 +106,7 @@ def test_a_session_without_the_setting_writes_one_payload(core: Core) -> None:
     assert not security_pb2.ModelStatement.FromString(model.statement).HasField("download")
 
 
-def test_both_payloads_are_counted(core: Core) -> None:
+def test_both_payloads_are_counted(core: CoordinatorHarness) -> None:
     start(core, values(50))
 
     with core.database.read() as session:
@@ -139,7 +141,7 @@ def test_what_devices_changed_is_added_to_the_version_in_full_precision(
     )
 
 
-def test_changes_too_small_for_the_smaller_form_add_up(core: Core) -> None:
+def test_changes_too_small_for_the_smaller_form_add_up(core: CoordinatorHarness) -> None:
     """A step of 2^-11 is lost next to 1.0 in bfloat16, whose neighbours are 2^-7 apart, but not for ever."""
     identity = start(core, {"w": np.ones(4, np.float32)}, kind=training_pb2.UPDATE_KIND_DELTA)
     before = downloaded(core, identity)
@@ -152,7 +154,7 @@ def test_changes_too_small_for_the_smaller_form_add_up(core: Core) -> None:
     assert (downloaded(core, identity) == 1 + 2.0**-7).all()
 
 
-def test_a_late_update_is_folded_against_what_its_device_had(core: Core) -> None:
+def test_a_late_update_is_folded_against_what_its_device_had(core: CoordinatorHarness) -> None:
     rounds = training_pb2.RoundPolicy(quorum=1, max_staleness=2)
     strategy = training_pb2.StrategyConfig(name="fedbuff")
     identity = start(core, values(), rounds=rounds, strategy=strategy)
@@ -172,7 +174,7 @@ def test_a_late_update_is_folded_against_what_its_device_had(core: Core) -> None
 
 
 @pytest.mark.parametrize("name", ["median", "krum", "fedadam"])
-def test_other_strategies_see_what_devices_changed(core: Core, name: str) -> None:
+def test_other_strategies_see_what_devices_changed(core: CoordinatorHarness, name: str) -> None:
     rounds = training_pb2.RoundPolicy(quorum=4)
     chosen = training_pb2.StrategyConfig(name=name)
     sessions = [start(core, values(), kind=kind, rounds=rounds, strategy=chosen) for kind in KINDS]
@@ -188,7 +190,7 @@ def test_other_strategies_see_what_devices_changed(core: Core, name: str) -> Non
     np.testing.assert_allclose(weights, deltas, rtol=1e-5, atol=1e-6)
 
 
-def test_the_smaller_form_is_the_same_bytes_after_any_crash(core: Core) -> None:
+def test_the_smaller_form_is_the_same_bytes_after_any_crash(core: CoordinatorHarness) -> None:
     def prepare() -> str:
         identity = start(core, values(), total_rounds=2)
         contribute(core, identity, np.float32(0.5))
@@ -220,7 +222,7 @@ def test_a_version_and_its_smaller_form_are_recomputed(make_core: MakeCore, size
         assert (result.recomputed, result.differences) == (recomputed, ())
 
 
-def test_a_rollback_restores_both_payloads(core: Core) -> None:
+def test_a_rollback_restores_both_payloads(core: CoordinatorHarness) -> None:
     identity = start(core, values())
     contribute(core, identity, np.float32(0.5))
     core.settle()
@@ -234,7 +236,7 @@ def test_a_rollback_restores_both_payloads(core: Core) -> None:
     assert recompute_version(core.context, identity).differences == ()
 
 
-def publish_wrongly(core: Core) -> str:
+def publish_wrongly(core: CoordinatorHarness) -> str:
     """Publish an initial model whose smaller form, signed as it is, is that of other weights."""
     config = training_pb2.TrainingConfig(transfer=transfer())
     created = core.training.create(
@@ -252,7 +254,7 @@ def publish_wrongly(core: Core) -> str:
     return created.id
 
 
-def test_a_smaller_form_of_something_else_is_found(core: Core) -> None:
+def test_a_smaller_form_of_something_else_is_found(core: CoordinatorHarness) -> None:
     identity = publish_wrongly(core)
     tally = Tally()
 
@@ -265,7 +267,7 @@ def test_a_smaller_form_of_something_else_is_found(core: Core) -> None:
     assert tally.checked["download"] == 1
 
 
-def test_smaller_forms_that_are_not_read_are_counted(core: Core) -> None:
+def test_smaller_forms_that_are_not_read_are_counted(core: CoordinatorHarness) -> None:
     start(core, values())
     tally = Tally()
 
@@ -273,7 +275,7 @@ def test_smaller_forms_that_are_not_read_are_counted(core: Core) -> None:
     assert tally.unchecked["downloads whose versions were not read"] == 1
 
 
-def test_a_version_without_the_smaller_form_is_not_published(core: Core) -> None:
+def test_a_version_without_the_smaller_form_is_not_published(core: CoordinatorHarness) -> None:
     config = training_pb2.TrainingConfig(transfer=transfer())
     created = core.training.create(
         SYSTEM, name="none", model_type="", architecture={}, config=config
@@ -292,19 +294,19 @@ def test_a_version_without_the_smaller_form_is_not_published(core: Core) -> None
 # Refusals
 
 
-def test_an_initial_model_beyond_the_range_is_refused(core: Core) -> None:
+def test_an_initial_model_beyond_the_range_is_refused(core: CoordinatorHarness) -> None:
     with pytest.raises(InvalidUpdateError, match="download as float16: tensor 'w', element 1"):
         core.create({"w": np.array([1.0, 1e5], np.float32)}, transfer=transfer(FLOAT16))
 
     assert core.count(GlobalModel) == core.count(Payload) == 0
 
 
-def test_a_model_that_would_not_get_smaller_is_refused(core: Core) -> None:
+def test_a_model_that_would_not_get_smaller_is_refused(core: CoordinatorHarness) -> None:
     with pytest.raises(InvalidManifestError, match="no tensor over 16 bits"):
         core.create({"w": np.ones(3, np.float16)}, transfer=transfer(FLOAT16))
 
 
-def test_a_round_that_leaves_the_range_makes_no_version(core: Core) -> None:
+def test_a_round_that_leaves_the_range_makes_no_version(core: CoordinatorHarness) -> None:
     identity = start(core, {"w": np.full(3, 6e4, np.float32)}, FLOAT16)
 
     contribute(core, identity, np.float32(1e4))
@@ -318,7 +320,7 @@ def test_a_round_that_leaves_the_range_makes_no_version(core: Core) -> None:
 
 
 @pytest.mark.parametrize("got", [0, training_pb2.ENCODING_NONE, FLOAT16])
-def test_an_update_trained_from_another_form_is_refused(core: Core, got: Any) -> None:
+def test_an_update_trained_from_another_form_is_refused(core: CoordinatorHarness, got: Any) -> None:
     identity = start(core, values())
     draft = core.draft("device-0", identity, values())
     draft.statement.base_encoding = got
@@ -329,7 +331,7 @@ def test_an_update_trained_from_another_form_is_refused(core: Core, got: Any) ->
 
 
 @pytest.mark.parametrize("encoding", [FLOAT16, training_pb2.ENCODING_INT8, 99])
-def test_a_download_in_another_encoding_is_refused(core: Core, encoding: int) -> None:
+def test_a_download_in_another_encoding_is_refused(core: CoordinatorHarness, encoding: int) -> None:
     identity = start(core, values())
 
     with pytest.raises(InvalidRequestError, match="want BFLOAT16 or FULL_PRECISION") as caught:
@@ -337,7 +339,9 @@ def test_a_download_in_another_encoding_is_refused(core: Core, encoding: int) ->
     assert caught.value.metadata == {"field": "encoding"}
 
 
-def test_a_download_of_a_session_without_the_setting_is_in_full_precision(core: Core) -> None:
+def test_a_download_of_a_session_without_the_setting_is_in_full_precision(
+    core: CoordinatorHarness,
+) -> None:
     identity = core.start(values())
 
     assert core.deliveries.find(identity).encoding is Encoding.FULL_PRECISION

@@ -11,8 +11,7 @@ from sqlalchemy import func, select
 
 from qflare.crypto.envelope import open_envelope, sign_envelope
 from qflare.crypto.sealing import KemKey
-from qflare.crypto.signing import Context as SigningContext
-from qflare.crypto.signing import SigningKey
+from qflare.crypto.signing import SigningContext, SigningKey
 from qflare.v1 import device_pb2, security_pb2
 from qflare_server.errors import (
     InvalidEnrollmentTokenError,
@@ -25,7 +24,7 @@ from qflare_server.errors import (
 from qflare_server.storage.tables import Device, DeviceKey, DeviceState, RiskLevel
 from qflare_server.use_cases.access.authentication import Principal
 from qflare_server.use_cases.access.failed_attempts import BURST, INTERVAL_S
-from qflare_server.use_cases.devices.enrollment import Enrolled
+from qflare_server.use_cases.devices.enrollment import EnrollmentResult
 from tests.conftest import FakeClock
 from tests.support.identity import ADMIN, CALLER, Coordinator, SimulatedDevice, everything_stored
 
@@ -64,7 +63,9 @@ def at_once(count: int, call: Callable[[int], T]) -> list[T | QflareError]:
         return list(pool.map(run, range(count)))
 
 
-def open_receipt(coordinator: Coordinator, enrolled: Enrolled) -> security_pb2.EnrollmentReceipt:
+def open_receipt(
+    coordinator: Coordinator, enrolled: EnrollmentResult
+) -> security_pb2.EnrollmentReceipt:
     keys = coordinator.keys.trust.signature_keys(security_pb2.KEY_ROLE_REGISTRAR)
     payload = open_envelope(enrolled.receipt, SigningContext.RECEIPT, keys)
     return security_pb2.EnrollmentReceipt.FromString(payload)
@@ -174,7 +175,7 @@ class TestRepeating:
         receipts = {
             result.receipt.SerializeToString(deterministic=True)
             for result in results
-            if isinstance(result, Enrolled)
+            if isinstance(result, EnrollmentResult)
         }
         assert len(receipts) == 1
         assert count_devices(coordinator) == 1

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from qflare.crypto.signing import Context as SigningContext
-from qflare.crypto.signing import SigningKey
+from qflare.crypto.signing import SigningContext, SigningKey
 from qflare.protocol.possession import METADATA_KEY, CallProver, Refresh
 from qflare.v1 import security_pb2
 from qflare_server.errors import (

@@ -10,14 +10,14 @@ from qflare_server.storage.repository import training_sessions
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.use_cases.devices.administration import Profile
 from tests.conftest import FakeClock
-from tests.support.use_cases import Core
+from tests.support.use_cases import CoordinatorHarness
 
 ROUNDS = training_pb2.RoundPolicy(quorum=1, target=20, deadline=Duration(seconds=60))
 RAM = training_pb2.CapabilityFilter(capability="ram_mib", value=2048)
 
 
 @pytest.fixture
-def fleet(core: Core) -> Core:
+def fleet(core: CoordinatorHarness) -> CoordinatorHarness:
     """A coordinator with four bare devices and six phones of growing memory."""
     for number in range(6):
         profile = Profile("phone", capabilities={"ram_mib": 1024 * number})
@@ -25,22 +25,22 @@ def fleet(core: Core) -> Core:
     return core
 
 
-def start(core: Core, **policy: Any) -> str:
+def start(core: CoordinatorHarness, **policy: Any) -> str:
     return core.start(rounds=ROUNDS, selection=training_pb2.SelectionPolicy(seed=7, **policy))
 
 
-def selected(core: Core, identity: str, number: int = 1) -> list[str]:
+def selected(core: CoordinatorHarness, identity: str, number: int = 1) -> list[str]:
     with core.database.read() as session:
         return sorted(training_sessions.selection(session, identity, number))
 
 
-def asked(core: Core, identity: str) -> list[str]:
+def asked(core: CoordinatorHarness, identity: str) -> list[str]:
     """Return the devices that get a task."""
     names = [device.id for device in core.devices.list_active()]
     return [name for name in names if core.tasks.next_task(name, identity).round is not None]
 
 
-def test_every_active_device_is_asked_without_a_selection(fleet: Core) -> None:
+def test_every_active_device_is_asked_without_a_selection(fleet: CoordinatorHarness) -> None:
     identity = start(fleet)
 
     assert len(asked(fleet, identity)) == 10
@@ -61,7 +61,7 @@ def test_every_active_device_is_asked_without_a_selection(fleet: Core) -> None:
     ],
 )
 def test_as_many_are_asked_as_the_session_says(
-    fleet: Core, policy: dict[str, Any], count: int
+    fleet: CoordinatorHarness, policy: dict[str, Any], count: int
 ) -> None:
     identity = start(fleet, **policy)
 
@@ -70,25 +70,25 @@ def test_as_many_are_asked_as_the_session_says(
     assert fleet.round(identity).selected_count == count
 
 
-def test_capabilities_filter(fleet: Core) -> None:
+def test_capabilities_filter(fleet: CoordinatorHarness) -> None:
     identity = start(fleet, capabilities=[RAM])
 
     assert asked(fleet, identity) == [f"phone-{number}" for number in range(2, 6)]
 
 
-def test_devices_that_are_not_active_are_not_selected(fleet: Core) -> None:
+def test_devices_that_are_not_active_are_not_selected(fleet: CoordinatorHarness) -> None:
     fleet.devices.suspend(SYSTEM, "phone-5", "")
 
     assert "phone-5" not in selected(fleet, start(fleet, device_types=["phone"]))
 
 
-def test_draw_is_repeated_by_the_same_seed(fleet: Core) -> None:
+def test_draw_is_repeated_by_the_same_seed(fleet: CoordinatorHarness) -> None:
     first, second = (start(fleet, device_count=3) for _ in range(2))
 
     assert selected(fleet, first) == selected(fleet, second)
 
 
-def test_rounds_draw_apart(fleet: Core) -> None:
+def test_rounds_draw_apart(fleet: CoordinatorHarness) -> None:
     rounds = training_pb2.RoundPolicy(quorum=1)
     policy = training_pb2.SelectionPolicy(seed=7, device_count=3)
     identity = fleet.start(rounds=rounds, selection=policy)
@@ -101,14 +101,16 @@ def test_rounds_draw_apart(fleet: Core) -> None:
     assert len(draws) > 1
 
 
-def test_selection_that_finds_nobody_asks_nobody(core: Core) -> None:
+def test_selection_that_finds_nobody_asks_nobody(core: CoordinatorHarness) -> None:
     identity = start(core, device_types=["phone"])
 
     assert asked(core, identity) == []
     assert core.round(identity).selected_count == -1
 
 
-def test_extended_round_asks_devices_that_came_since(core: Core, clock: FakeClock) -> None:
+def test_extended_round_asks_devices_that_came_since(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     identity = start(core, device_types=["phone"])
     core.devices.add(SYSTEM, "phone-1", Profile("phone"))
     clock.advance(60)
@@ -119,7 +121,7 @@ def test_extended_round_asks_devices_that_came_since(core: Core, clock: FakeCloc
     assert core.round(identity).selected_count == 1
 
 
-def test_extended_round_draws_further_devices(fleet: Core, clock: FakeClock) -> None:
+def test_extended_round_draws_further_devices(fleet: CoordinatorHarness, clock: FakeClock) -> None:
     identity = start(fleet, device_count=2)
     before = selected(fleet, identity)
     for _ in range(6):

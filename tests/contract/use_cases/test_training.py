@@ -19,12 +19,14 @@ from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import SYSTEM, Caller
 from qflare_server.storage.tables import AuditLog, GlobalModel, Round, TrainingSession
 from tests.conftest import START, FakeClock
-from tests.support.use_cases import Core, floats, vector
+from tests.support.use_cases import CoordinatorHarness, floats, vector
 
 MISSING = "00000000-0000-4000-8000-000000000000"
 
 
-def create(core: Core, name: str = "test", request_id: str = "", **config: object) -> str:
+def create(
+    core: CoordinatorHarness, name: str = "test", request_id: str = "", **config: object
+) -> str:
     return core.training.create(
         SYSTEM,
         name=name,
@@ -35,7 +37,7 @@ def create(core: Core, name: str = "test", request_id: str = "", **config: objec
     ).id
 
 
-def test_created_session_waits_for_its_model(core: Core) -> None:
+def test_created_session_waits_for_its_model(core: CoordinatorHarness) -> None:
     identity = create(core)
 
     created = core.training.get(identity)
@@ -45,7 +47,7 @@ def test_created_session_waits_for_its_model(core: Core) -> None:
     assert created.architecture == {"layers": "2"}
 
 
-def test_create_with_the_same_request_id_gives_the_same_session(core: Core) -> None:
+def test_create_with_the_same_request_id_gives_the_same_session(core: CoordinatorHarness) -> None:
     first = create(core, request_id="request-1")
 
     second = create(core, request_id="request-1")
@@ -54,7 +56,7 @@ def test_create_with_the_same_request_id_gives_the_same_session(core: Core) -> N
     assert core.count(TrainingSession) == 1
 
 
-def test_request_ids_of_two_callers_are_apart(core: Core) -> None:
+def test_request_ids_of_two_callers_are_apart(core: CoordinatorHarness) -> None:
     first = create(core, request_id="request-1")
 
     second = core.training.create(
@@ -70,14 +72,14 @@ def test_request_ids_of_two_callers_are_apart(core: Core) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "x" * 201, "nul\0"])
-def test_create_refuses_a_name_that_cannot_be_stored(core: Core, name: str) -> None:
+def test_create_refuses_a_name_that_cannot_be_stored(core: CoordinatorHarness, name: str) -> None:
     with pytest.raises(InvalidRequestError, match="name"):
         create(core, name=name)
 
     assert core.count(TrainingSession) == 0
 
 
-def test_create_refuses_contradictory_settings_with_a_reason(core: Core) -> None:
+def test_create_refuses_contradictory_settings_with_a_reason(core: CoordinatorHarness) -> None:
     with pytest.raises(StrategyRefusedError, match="quorum"):
         create(
             core,
@@ -88,7 +90,7 @@ def test_create_refuses_contradictory_settings_with_a_reason(core: Core) -> None
     assert core.count(TrainingSession) == 0
 
 
-def test_start_opens_the_first_round_on_the_initial_model(core: Core) -> None:
+def test_start_opens_the_first_round_on_the_initial_model(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3, target=4))
 
     opened = core.round(identity)
@@ -99,20 +101,20 @@ def test_start_opens_the_first_round_on_the_initial_model(core: Core) -> None:
     assert core.training.get(identity).state == "running"
 
 
-def test_initial_model_reads_back(core: Core) -> None:
+def test_initial_model_reads_back(core: CoordinatorHarness) -> None:
     identity = core.create(vector(2.5))
 
     assert floats(core.weights(identity)) == [2.5, 2.5, 2.5]
 
 
-def test_large_initial_model_reads_back(large: Core) -> None:
+def test_large_initial_model_reads_back(large: CoordinatorHarness) -> None:
     identity = large.create(vector(0.5, 700_000))
 
     assert floats(large.weights(identity)) == [0.5] * 700_000
 
 
 @pytest.mark.parametrize("state", ["started", "has a model"])
-def test_second_initial_model_is_refused(core: Core, state: str) -> None:
+def test_second_initial_model_is_refused(core: CoordinatorHarness, state: str) -> None:
     identity = core.start() if state == "started" else core.create()
     manifest = Manifest.from_arrays(vector(0))
     header = admin_service_pb2.InitialModelHeader(
@@ -125,35 +127,35 @@ def test_second_initial_model_is_refused(core: Core, state: str) -> None:
     assert core.count(GlobalModel) == 1
 
 
-def test_initial_model_that_is_not_finite_is_refused(core: Core) -> None:
+def test_initial_model_that_is_not_finite_is_refused(core: CoordinatorHarness) -> None:
     with pytest.raises(InvalidUpdateError):
         core.create(vector(float("nan")))
 
     assert core.count(GlobalModel) == 0
 
 
-def test_initial_model_without_a_floating_tensor_is_refused(core: Core) -> None:
+def test_initial_model_without_a_floating_tensor_is_refused(core: CoordinatorHarness) -> None:
     with pytest.raises(InvalidManifestError):
         core.create({"n": vector(0)["w"].astype("<i8")})
 
 
-def pause(core: Core, identity: str) -> object:
+def pause(core: CoordinatorHarness, identity: str) -> object:
     return core.training.pause(SYSTEM, identity)
 
 
-def resume(core: Core, identity: str) -> object:
+def resume(core: CoordinatorHarness, identity: str) -> object:
     return core.training.resume(SYSTEM, identity)
 
 
-def start(core: Core, identity: str) -> object:
+def start(core: CoordinatorHarness, identity: str) -> object:
     return core.training.start(SYSTEM, identity)
 
 
-def cancel(core: Core, identity: str) -> object:
+def cancel(core: CoordinatorHarness, identity: str) -> object:
     return core.training.cancel(SYSTEM, identity, "no longer wanted")
 
 
-Step = Callable[[Core, str], object]
+Step = Callable[[CoordinatorHarness, str], object]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ Step = Callable[[Core, str], object]
         ([cancel], "cancelled"),
     ],
 )
-def test_life_cycle(core: Core, steps: list[Step], state: str) -> None:
+def test_life_cycle(core: CoordinatorHarness, steps: list[Step], state: str) -> None:
     identity = core.create()
 
     for step in steps:
@@ -192,7 +194,7 @@ def test_life_cycle(core: Core, steps: list[Step], state: str) -> None:
     ],
 )
 def test_step_from_a_wrong_state_is_refused_and_changes_nothing(
-    core: Core, before: list[Step], step: Step
+    core: CoordinatorHarness, before: list[Step], step: Step
 ) -> None:
     identity = core.create()
     for earlier in before:
@@ -206,7 +208,7 @@ def test_step_from_a_wrong_state_is_refused_and_changes_nothing(
     assert core.count(AuditLog) == entries
 
 
-def test_start_without_a_model_is_refused(core: Core) -> None:
+def test_start_without_a_model_is_refused(core: CoordinatorHarness) -> None:
     with pytest.raises(WrongStateError, match="initial model"):
         start(core, create(core))
 
@@ -214,12 +216,14 @@ def test_start_without_a_model_is_refused(core: Core) -> None:
 
 
 @pytest.mark.parametrize("step", [start, pause, resume, cancel])
-def test_step_of_an_unknown_session_is_refused(core: Core, step: Step) -> None:
+def test_step_of_an_unknown_session_is_refused(core: CoordinatorHarness, step: Step) -> None:
     with pytest.raises(TrainingSessionNotFoundError):
         step(core, MISSING)
 
 
-def test_resume_gives_the_open_round_its_full_time_again(core: Core, clock: FakeClock) -> None:
+def test_resume_gives_the_open_round_its_full_time_again(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     identity = core.start()
     pause(core, identity)
     clock.advance(10_000)
@@ -230,7 +234,7 @@ def test_resume_gives_the_open_round_its_full_time_again(core: Core, clock: Fake
     assert remaining.total_seconds() == 600
 
 
-def test_cancel_rejects_what_the_open_round_has_taken(core: Core) -> None:
+def test_cancel_rejects_what_the_open_round_has_taken(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3))
     core.submit("device-0", identity)
 
@@ -240,7 +244,7 @@ def test_cancel_rejects_what_the_open_round_has_taken(core: Core) -> None:
     assert [row.state for row in core.updates(identity, 1)] == ["rejected"]
 
 
-def test_every_step_wakes_the_worker(core: Core) -> None:
+def test_every_step_wakes_the_worker(core: CoordinatorHarness) -> None:
     identity = core.create()
     core.woken.clear()
 
@@ -249,7 +253,7 @@ def test_every_step_wakes_the_worker(core: Core) -> None:
     assert core.woken.is_set()
 
 
-def test_progress_counts_what_is_missing(core: Core, clock: FakeClock) -> None:
+def test_progress_counts_what_is_missing(core: CoordinatorHarness, clock: FakeClock) -> None:
     identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3))
     core.submit("device-0", identity)
     clock.advance(100)
@@ -260,19 +264,19 @@ def test_progress_counts_what_is_missing(core: Core, clock: FakeClock) -> None:
     assert progress.remaining_s == 500
 
 
-def test_progress_of_an_unknown_session_is_refused(core: Core) -> None:
+def test_progress_of_an_unknown_session_is_refused(core: CoordinatorHarness) -> None:
     with pytest.raises(TrainingSessionNotFoundError):
         core.training.progress(MISSING)
 
 
-def test_updates_of_an_unknown_round_are_refused(core: Core) -> None:
+def test_updates_of_an_unknown_round_are_refused(core: CoordinatorHarness) -> None:
     with pytest.raises(RoundNotFoundError):
         core.updates(core.create(), 1)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 def test_pages_hold_every_session_once_newest_first(
-    core: Core, clock: FakeClock, size: int
+    core: CoordinatorHarness, clock: FakeClock, size: int
 ) -> None:
     made = []
     for number in range(7):
@@ -291,7 +295,9 @@ def test_pages_hold_every_session_once_newest_first(
     assert seen == sorted(seen, reverse=True)
 
 
-def test_page_stays_where_it_is_when_sessions_are_added(core: Core, clock: FakeClock) -> None:
+def test_page_stays_where_it_is_when_sessions_are_added(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
     for number in range(4):
         create(core, f"session {number}")
         clock.advance(1)
@@ -303,7 +309,7 @@ def test_page_stays_where_it_is_when_sessions_are_added(core: Core, clock: FakeC
     assert [row.name for row in second.rows] == ["session 1", "session 0"]
 
 
-def test_list_shows_one_state(core: Core) -> None:
+def test_list_shows_one_state(core: CoordinatorHarness) -> None:
     create(core)
     running = core.start()
 
@@ -312,7 +318,7 @@ def test_list_shows_one_state(core: Core) -> None:
     assert [row.id for row in page.rows] == [running]
 
 
-def test_page_token_of_another_query_is_refused(core: Core) -> None:
+def test_page_token_of_another_query_is_refused(core: CoordinatorHarness) -> None:
     for _ in range(3):
         create(core)
     token = core.training.list(PageRequest(2)).next_token
@@ -321,7 +327,7 @@ def test_page_token_of_another_query_is_refused(core: Core) -> None:
         core.training.list(PageRequest(2, token), "running")
 
 
-def test_pages_of_updates_come_in_the_order_of_acceptance(core: Core) -> None:
+def test_pages_of_updates_come_in_the_order_of_acceptance(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=training_pb2.RoundPolicy(quorum=4))
     for number in (2, 0, 3):
         core.submit(f"device-{number}", identity)
@@ -337,7 +343,7 @@ def test_pages_of_updates_come_in_the_order_of_acceptance(core: Core) -> None:
     assert second.next_token == ""
 
 
-def test_pages_of_rounds_and_versions_come_newest_first(core: Core) -> None:
+def test_pages_of_rounds_and_versions_come_newest_first(core: CoordinatorHarness) -> None:
     identity = core.start(total_rounds=3, rounds=training_pb2.RoundPolicy(quorum=1))
     for _ in range(3):
         core.submit("device-0", identity)
@@ -351,7 +357,7 @@ def test_pages_of_rounds_and_versions_come_newest_first(core: Core) -> None:
     assert [row.version for row in (*versions.rows, *rest.rows)] == [3, 2, 1, 0]
 
 
-def test_sessions_do_not_share_configurations(core: Core) -> None:
+def test_sessions_do_not_share_configurations(core: CoordinatorHarness) -> None:
     # The parsed configuration of a session is kept by its id.
     first = core.start(total_rounds=2)
     second = core.start(total_rounds=1)

@@ -40,7 +40,7 @@ from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.use_cases.updates.upload import MAX_UPLOADS_OF_DEVICE, Uploads
 from tests.conftest import START, FakeClock
 from tests.contract.conftest import MakeCore
-from tests.support.use_cases import Core, Draft, vector
+from tests.support.use_cases import CoordinatorHarness, Draft, vector
 
 WAIT_S = 30.0
 QUORUM_4 = training_pb2.RoundPolicy(quorum=4)
@@ -49,26 +49,26 @@ WRITTEN = (ModelUpdate, Payload, AuditLog)
 
 
 @pytest.fixture
-def identity(core: Core) -> str:
+def identity(core: CoordinatorHarness) -> str:
     return core.start(rounds=QUORUM_4)
 
 
 @pytest.fixture
-def draft(core: Core, identity: str) -> Draft:
+def draft(core: CoordinatorHarness, identity: str) -> Draft:
     return core.draft("device-0", identity, vector(1.0), loss=0.5, accuracy=0.25, epochs=2)
 
 
 @pytest.fixture
-def big_identity(large: Core) -> str:
+def big_identity(large: CoordinatorHarness) -> str:
     return large.start(vector(0.0, BIG), rounds=QUORUM_4)
 
 
 @pytest.fixture
-def big(large: Core, big_identity: str) -> Draft:
+def big(large: CoordinatorHarness, big_identity: str) -> Draft:
     return large.draft("device-0", big_identity, vector(1.0, BIG))
 
 
-def refuse(core: Core, draft: Draft, error: type[QflareError]) -> QflareError:
+def refuse(core: CoordinatorHarness, draft: Draft, error: type[QflareError]) -> QflareError:
     """Send an update that is refused; nothing may have been written."""
     before = [core.count(model) for model in WRITTEN]
 
@@ -82,7 +82,9 @@ def refuse(core: Core, draft: Draft, error: type[QflareError]) -> QflareError:
 # Receipts
 
 
-def test_receipt_names_what_was_accepted(core: Core, identity: str, draft: Draft) -> None:
+def test_receipt_names_what_was_accepted(
+    core: CoordinatorHarness, identity: str, draft: Draft
+) -> None:
     receipt = core.send(draft)
 
     assert receipt.update_id == draft.statement.update_id
@@ -91,7 +93,9 @@ def test_receipt_names_what_was_accepted(core: Core, identity: str, draft: Draft
     assert (receipt.acceptance_sequence, receipt.accepted_at) == (1, START)
 
 
-def test_row_holds_what_the_device_stated(core: Core, identity: str, draft: Draft) -> None:
+def test_row_holds_what_the_device_stated(
+    core: CoordinatorHarness, identity: str, draft: Draft
+) -> None:
     core.send(draft)
 
     (row,) = core.updates(identity, 1)
@@ -102,7 +106,7 @@ def test_row_holds_what_the_device_stated(core: Core, identity: str, draft: Draf
     assert row.state == "pending"
 
 
-def test_update_is_audited_with_it(core: Core, draft: Draft) -> None:
+def test_update_is_audited_with_it(core: CoordinatorHarness, draft: Draft) -> None:
     before = core.count(AuditLog)
 
     core.send(draft)
@@ -111,7 +115,7 @@ def test_update_is_audited_with_it(core: Core, draft: Draft) -> None:
 
 
 def test_same_update_again_gets_the_first_receipt(
-    core: Core, draft: Draft, clock: FakeClock
+    core: CoordinatorHarness, draft: Draft, clock: FakeClock
 ) -> None:
     first = core.send(draft)
     clock.advance(5)
@@ -122,7 +126,7 @@ def test_same_update_again_gets_the_first_receipt(
     assert core.count(ModelUpdate) == 1
 
 
-def test_same_update_after_the_version_gets_the_first_receipt(core: Core) -> None:
+def test_same_update_after_the_version_gets_the_first_receipt(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=training_pb2.RoundPolicy(quorum=1))
     draft = core.draft("device-0", identity, vector(1.0))
     first = core.send(draft)
@@ -131,7 +135,9 @@ def test_same_update_after_the_version_gets_the_first_receipt(core: Core) -> Non
     assert core.send(draft) == first
 
 
-def test_same_update_of_a_revoked_device_gets_the_first_receipt(core: Core, draft: Draft) -> None:
+def test_same_update_of_a_revoked_device_gets_the_first_receipt(
+    core: CoordinatorHarness, draft: Draft
+) -> None:
     first = core.send(draft)
     core.devices.revoke(SYSTEM, "device-0", "")
 
@@ -139,21 +145,25 @@ def test_same_update_of_a_revoked_device_gets_the_first_receipt(core: Core, draf
 
 
 def test_same_update_to_a_restarted_coordinator_gets_the_first_receipt(
-    core: Core, make_core: MakeCore, draft: Draft
+    core: CoordinatorHarness, make_core: MakeCore, draft: Draft
 ) -> None:
     first = core.send(draft)
 
     assert make_core().send(draft) == first
 
 
-def test_different_update_for_the_round_is_refused(core: Core, identity: str, draft: Draft) -> None:
+def test_different_update_for_the_round_is_refused(
+    core: CoordinatorHarness, identity: str, draft: Draft
+) -> None:
     other = core.draft("device-0", identity, vector(2.0))
     core.send(draft)
 
     refuse(core, other, DuplicateUpdateError)
 
 
-def test_update_id_of_another_device_is_refused(core: Core, identity: str, draft: Draft) -> None:
+def test_update_id_of_another_device_is_refused(
+    core: CoordinatorHarness, identity: str, draft: Draft
+) -> None:
     core.send(draft)
     other = core.draft("device-1", identity, vector(1.0))
     other.statement.update_id = draft.statement.update_id
@@ -162,7 +172,9 @@ def test_update_id_of_another_device_is_refused(core: Core, identity: str, draft
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_one_of_many_at_once_is_accepted(core: Core, identity: str, same: bool) -> None:
+def test_one_of_many_at_once_is_accepted(
+    core: CoordinatorHarness, identity: str, same: bool
+) -> None:
     count = 6
     drafts = [core.draft("device-0", identity, vector(1.0)) for _ in range(count)]
     barrier = threading.Barrier(count)
@@ -204,7 +216,7 @@ def test_sequences_of_many_at_once_have_no_gap(make_core: MakeCore) -> None:
     assert cores[0].round(identity).accepted_count == count
 
 
-def test_last_place_closes_the_round_and_wakes_the_worker(core: Core) -> None:
+def test_last_place_closes_the_round_and_wakes_the_worker(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=training_pb2.RoundPolicy(quorum=2))
     core.submit("device-0", identity)
     core.woken.clear()
@@ -218,7 +230,7 @@ def test_last_place_closes_the_round_and_wakes_the_worker(core: Core) -> None:
 # Where the round does not take it
 
 
-def test_update_for_a_closed_round_is_refused(core: Core) -> None:
+def test_update_for_a_closed_round_is_refused(core: CoordinatorHarness) -> None:
     identity = core.start(rounds=training_pb2.RoundPolicy(quorum=1))
     late = core.draft("device-1", identity, vector(1.0))
     core.submit("device-0", identity)
@@ -226,7 +238,9 @@ def test_update_for_a_closed_round_is_refused(core: Core) -> None:
     refuse(core, late, RoundNotOpenError)
 
 
-def test_update_for_an_older_version_is_refused_with_the_current_one(core: Core) -> None:
+def test_update_for_an_older_version_is_refused_with_the_current_one(
+    core: CoordinatorHarness,
+) -> None:
     identity = core.start(rounds=training_pb2.RoundPolicy(quorum=1))
     late = core.draft("device-1", identity, vector(1.0))
     core.submit("device-0", identity)
@@ -238,43 +252,51 @@ def test_update_for_an_older_version_is_refused_with_the_current_one(core: Core)
 
 
 @pytest.mark.parametrize("version", [1, 2**31 - 1])
-def test_base_version_of_the_future_is_refused(core: Core, draft: Draft, version: int) -> None:
+def test_base_version_of_the_future_is_refused(
+    core: CoordinatorHarness, draft: Draft, version: int
+) -> None:
     draft.statement.base_version = version
 
     refuse(core, draft, StaleBaseVersionError)
 
 
-def test_update_past_the_deadline_is_refused(core: Core, draft: Draft, clock: FakeClock) -> None:
+def test_update_past_the_deadline_is_refused(
+    core: CoordinatorHarness, draft: Draft, clock: FakeClock
+) -> None:
     clock.advance(600)
 
     refuse(core, draft, RoundNotOpenError)
 
 
-def test_update_of_a_paused_session_is_refused(core: Core, identity: str, draft: Draft) -> None:
+def test_update_of_a_paused_session_is_refused(
+    core: CoordinatorHarness, identity: str, draft: Draft
+) -> None:
     core.training.pause(SYSTEM, identity)
 
     refuse(core, draft, RoundNotOpenError)
 
 
-def test_update_of_a_cancelled_session_is_refused(core: Core, identity: str, draft: Draft) -> None:
+def test_update_of_a_cancelled_session_is_refused(
+    core: CoordinatorHarness, identity: str, draft: Draft
+) -> None:
     core.training.cancel(SYSTEM, identity, "")
 
     refuse(core, draft, RoundNotOpenError)
 
 
-def test_round_that_has_not_been_opened_is_refused(core: Core, draft: Draft) -> None:
+def test_round_that_has_not_been_opened_is_refused(core: CoordinatorHarness, draft: Draft) -> None:
     draft.statement.round_number = 2
 
     refuse(core, draft, RoundNotOpenError)
 
 
-def test_unknown_session_is_refused(core: Core, draft: Draft) -> None:
+def test_unknown_session_is_refused(core: CoordinatorHarness, draft: Draft) -> None:
     draft.statement.training_session_id = str(uuid.uuid4())
 
     refuse(core, draft, TrainingSessionNotFoundError)
 
 
-def test_device_that_was_not_selected_is_refused(core: Core) -> None:
+def test_device_that_was_not_selected_is_refused(core: CoordinatorHarness) -> None:
     core.devices.add(SYSTEM, "phone-1", Profile(device_type="phone"))
     identity = core.start(selection=training_pb2.SelectionPolicy(device_types=["phone"]))
     draft = core.draft("phone-1", identity, vector(1.0))
@@ -284,14 +306,14 @@ def test_device_that_was_not_selected_is_refused(core: Core) -> None:
     refuse(core, draft, NotSelectedError)
 
 
-Move = Callable[[Core], object]
+Move = Callable[[CoordinatorHarness], object]
 
 
-def revoke(core: Core) -> object:
+def revoke(core: CoordinatorHarness) -> object:
     return core.devices.revoke(SYSTEM, "device-0", "")
 
 
-def suspend(core: Core) -> object:
+def suspend(core: CoordinatorHarness) -> object:
     return core.devices.suspend(SYSTEM, "device-0", "")
 
 
@@ -302,7 +324,7 @@ MOVES = pytest.mark.parametrize(
 
 @MOVES
 def test_device_that_may_not_call_is_refused(
-    core: Core, draft: Draft, move: Move, error: type[QflareError]
+    core: CoordinatorHarness, draft: Draft, move: Move, error: type[QflareError]
 ) -> None:
     move(core)
 
@@ -311,7 +333,7 @@ def test_device_that_may_not_call_is_refused(
 
 @MOVES
 def test_device_that_is_stopped_in_mid_upload_is_refused(
-    large: Core, big: Draft, move: Move, error: type[QflareError]
+    large: CoordinatorHarness, big: Draft, move: Move, error: type[QflareError]
 ) -> None:
     def pieces() -> Iterator[tuple[int, bytes]]:
         yield big.chunks[0]
@@ -366,14 +388,14 @@ def assign(name: str, value: object) -> Spoil:
     ],
 )
 def test_wrong_statement_is_refused(
-    core: Core, draft: Draft, spoil: Spoil, error: type[QflareError]
+    core: CoordinatorHarness, draft: Draft, spoil: Spoil, error: type[QflareError]
 ) -> None:
     spoil(draft.statement)
 
     refuse(core, draft, error)
 
 
-def test_epochs_that_fit_no_column_are_left_out(core: Core, identity: str) -> None:
+def test_epochs_that_fit_no_column_are_left_out(core: CoordinatorHarness, identity: str) -> None:
     core.submit("device-0", identity, epochs=1e300)
 
     (row,) = core.updates(identity, 1)
@@ -382,7 +404,9 @@ def test_epochs_that_fit_no_column_are_left_out(core: Core, identity: str) -> No
 
 
 @pytest.mark.parametrize("payload", [b"", b"\xff\xff", bytes(65_537)])
-def test_bytes_that_are_no_statement_are_refused(core: Core, draft: Draft, payload: bytes) -> None:
+def test_bytes_that_are_no_statement_are_refused(
+    core: CoordinatorHarness, draft: Draft, payload: bytes
+) -> None:
     header = draft.header()
     header.statement.payload = payload
 
@@ -390,7 +414,7 @@ def test_bytes_that_are_no_statement_are_refused(core: Core, draft: Draft, paylo
         core.uploads.submit(SYSTEM, draft.device, header, iter(draft.chunks))
 
 
-def test_manifest_that_is_none_is_refused(core: Core, draft: Draft) -> None:
+def test_manifest_that_is_none_is_refused(core: CoordinatorHarness, draft: Draft) -> None:
     header = draft.header()
     header.manifest.tensors.add(name="w", shape=[-1])
 
@@ -398,13 +422,13 @@ def test_manifest_that_is_none_is_refused(core: Core, draft: Draft) -> None:
         core.uploads.submit(SYSTEM, draft.device, header, iter(draft.chunks))
 
 
-def test_layout_of_another_model_is_refused(core: Core, identity: str) -> None:
+def test_layout_of_another_model_is_refused(core: CoordinatorHarness, identity: str) -> None:
     draft = core.draft("device-0", identity, {"v": np.zeros(3, np.float32)})
 
     refuse(core, draft, InvalidManifestError)
 
 
-def test_payload_over_the_bound_is_refused(make_core: MakeCore, core: Core) -> None:
+def test_payload_over_the_bound_is_refused(make_core: MakeCore, core: CoordinatorHarness) -> None:
     identity = core.start()
     small = make_core(max_payload_bytes=8)
     draft = core.draft("device-0", identity, vector(1.0))
@@ -415,70 +439,82 @@ def test_payload_over_the_bound_is_refused(make_core: MakeCore, core: Core) -> N
 # Payloads that are not what was stated
 
 
-def test_too_few_bytes_are_refused(core: Core, draft: Draft) -> None:
+def test_too_few_bytes_are_refused(core: CoordinatorHarness, draft: Draft) -> None:
     draft.chunks = [(0, draft.chunks[0][1][:-1])]
 
     refuse(core, draft, InvalidUpdateError)
 
 
-def test_too_many_bytes_are_refused(core: Core, draft: Draft) -> None:
+def test_too_many_bytes_are_refused(core: CoordinatorHarness, draft: Draft) -> None:
     draft.chunks = [(0, draft.chunks[0][1] + b"\0")]
 
     refuse(core, draft, InvalidUpdateError)
 
 
 @pytest.mark.parametrize("extra", [b"", b"\0", bytes(2**20)])
-def test_chunk_after_the_last_one_is_refused(core: Core, draft: Draft, extra: bytes) -> None:
+def test_chunk_after_the_last_one_is_refused(
+    core: CoordinatorHarness, draft: Draft, extra: bytes
+) -> None:
     draft.chunks.append((1, extra))
 
     refuse(core, draft, InvalidUpdateError)
 
 
-def test_chunk_after_the_last_one_of_a_large_update_is_refused(large: Core, big: Draft) -> None:
+def test_chunk_after_the_last_one_of_a_large_update_is_refused(
+    large: CoordinatorHarness, big: Draft
+) -> None:
     big.chunks.append((3, b""))
 
     refuse(large, big, InvalidUpdateError)
 
 
-def test_no_bytes_are_refused(core: Core, draft: Draft) -> None:
+def test_no_bytes_are_refused(core: CoordinatorHarness, draft: Draft) -> None:
     draft.chunks = []
 
     refuse(core, draft, InvalidUpdateError)
 
 
 @pytest.mark.parametrize("index", [1, -1, 2**31 - 1])
-def test_chunk_out_of_order_is_refused(core: Core, draft: Draft, index: int) -> None:
+def test_chunk_out_of_order_is_refused(core: CoordinatorHarness, draft: Draft, index: int) -> None:
     draft.chunks = [(index, draft.chunks[0][1])]
 
     refuse(core, draft, InvalidUpdateError)
 
 
-def test_changed_bytes_are_refused(core: Core, draft: Draft) -> None:
+def test_changed_bytes_are_refused(core: CoordinatorHarness, draft: Draft) -> None:
     draft.chunks = [(0, bytes(12))]
 
     refuse(core, draft, DigestMismatchError)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_elements_that_are_not_finite_are_refused(core: Core, identity: str, value: float) -> None:
+def test_elements_that_are_not_finite_are_refused(
+    core: CoordinatorHarness, identity: str, value: float
+) -> None:
     draft = core.draft("device-0", identity, vector(value))
 
     refuse(core, draft, InvalidUpdateError)
 
 
-def test_chunk_digests_of_another_payload_are_refused(core: Core, draft: Draft) -> None:
+def test_chunk_digests_of_another_payload_are_refused(
+    core: CoordinatorHarness, draft: Draft
+) -> None:
     draft.chunk_digests = bytes(32)
 
     refuse(core, draft, DigestMismatchError)
 
 
-def test_chunk_digests_of_a_wrong_length_are_refused(core: Core, draft: Draft) -> None:
+def test_chunk_digests_of_a_wrong_length_are_refused(
+    core: CoordinatorHarness, draft: Draft
+) -> None:
     draft.chunk_digests = bytes(31)
 
     refuse(core, draft, DigestMismatchError)
 
 
-def test_wrong_chunk_is_refused_at_once_where_digests_are_stated(large: Core, big: Draft) -> None:
+def test_wrong_chunk_is_refused_at_once_where_digests_are_stated(
+    large: CoordinatorHarness, big: Draft
+) -> None:
     big.chunk_digests = b"".join(merkle.leaf_hash(data) for _, data in big.chunks)
 
     def pieces() -> Iterator[tuple[int, bytes]]:
@@ -495,7 +531,7 @@ def test_wrong_chunk_is_refused_at_once_where_digests_are_stated(large: Core, bi
 
 
 @pytest.fixture
-def signing(make_core: MakeCore, signing_key: SigningKey) -> tuple[Core, Draft]:
+def signing(make_core: MakeCore, signing_key: SigningKey) -> tuple[CoordinatorHarness, Draft]:
     """Return a coordinator that wants signatures, and a signed update of a device with a key."""
     core = make_core(require_signatures=True)
     public = signing_key.public
@@ -517,7 +553,7 @@ def signing(make_core: MakeCore, signing_key: SigningKey) -> tuple[Core, Draft]:
     return core, draft
 
 
-def test_signature_is_kept_with_the_update(signing: tuple[Core, Draft]) -> None:
+def test_signature_is_kept_with_the_update(signing: tuple[CoordinatorHarness, Draft]) -> None:
     core, draft = signing
 
     core.send(draft)
@@ -527,14 +563,14 @@ def test_signature_is_kept_with_the_update(signing: tuple[Core, Draft]) -> None:
     assert row.signature is not None
 
 
-def test_update_without_a_signature_is_refused(signing: tuple[Core, Draft]) -> None:
+def test_update_without_a_signature_is_refused(signing: tuple[CoordinatorHarness, Draft]) -> None:
     core, draft = signing
     draft.signing_key = None
 
     refuse(core, draft, InvalidSignatureError)
 
 
-def test_signature_of_another_key_is_refused(signing: tuple[Core, Draft]) -> None:
+def test_signature_of_another_key_is_refused(signing: tuple[CoordinatorHarness, Draft]) -> None:
     core, draft = signing
     draft.signing_key = SigningKey.generate()
 
@@ -542,7 +578,7 @@ def test_signature_of_another_key_is_refused(signing: tuple[Core, Draft]) -> Non
 
 
 def test_signature_over_other_bytes_than_those_that_travel_is_refused(
-    signing: tuple[Core, Draft],
+    signing: tuple[CoordinatorHarness, Draft],
 ) -> None:
     core, draft = signing
     draft.statement.wire_digest = "0" * 64
@@ -550,7 +586,9 @@ def test_signature_over_other_bytes_than_those_that_travel_is_refused(
     refuse(core, draft, InvalidRequestError)
 
 
-def test_statement_changed_after_signing_is_refused(signing: tuple[Core, Draft]) -> None:
+def test_statement_changed_after_signing_is_refused(
+    signing: tuple[CoordinatorHarness, Draft],
+) -> None:
     core, draft = signing
     header = draft.header()
     draft.statement.example_count += 1
@@ -563,14 +601,14 @@ def test_statement_changed_after_signing_is_refused(signing: tuple[Core, Draft])
 
 
 def test_signature_of_a_device_without_a_key_is_refused(
-    core: Core, draft: Draft, signing_key: SigningKey
+    core: CoordinatorHarness, draft: Draft, signing_key: SigningKey
 ) -> None:
     draft.signing_key = signing_key
 
     refuse(core, draft, InvalidSignatureError)
 
 
-def test_two_signatures_are_refused(signing: tuple[Core, Draft]) -> None:
+def test_two_signatures_are_refused(signing: tuple[CoordinatorHarness, Draft]) -> None:
     core, draft = signing
     header = draft.header()
     header.statement.signatures.append(header.statement.signatures[0])
@@ -579,7 +617,7 @@ def test_two_signatures_are_refused(signing: tuple[Core, Draft]) -> None:
         core.uploads.submit(SYSTEM, draft.device, header, iter(draft.chunks))
 
 
-def test_key_of_another_device_is_refused(signing: tuple[Core, Draft]) -> None:
+def test_key_of_another_device_is_refused(signing: tuple[CoordinatorHarness, Draft]) -> None:
     core, draft = signing
     other: PublicKey = SigningKey.generate().public
     draft.device = replace(draft.device, key_id=other.key_id, public_key=other.data)
@@ -608,14 +646,14 @@ def _fail() -> tuple[int, bytes] | None:
     raise AssertionError("read a payload in vain")
 
 
-def test_large_update_is_accepted(large: Core, big: Draft) -> None:
+def test_large_update_is_accepted(large: CoordinatorHarness, big: Draft) -> None:
     receipt = large.send(big)
 
     assert receipt.acceptance_sequence == 1
     assert len(big.chunks) == 3
 
 
-def test_large_update_goes_on_where_it_broke(large: Core, big: Draft) -> None:
+def test_large_update_goes_on_where_it_broke(large: CoordinatorHarness, big: Draft) -> None:
     with pytest.raises(BrokenError):
         large.send(big, broken(big, 2))
 
@@ -628,7 +666,9 @@ def test_large_update_goes_on_where_it_broke(large: Core, big: Draft) -> None:
     )
 
 
-def test_large_update_goes_on_after_a_restart(large: Core, make_core: MakeCore, big: Draft) -> None:
+def test_large_update_goes_on_after_a_restart(
+    large: CoordinatorHarness, make_core: MakeCore, big: Draft
+) -> None:
     with pytest.raises(BrokenError):
         large.send(big, broken(big, 1))
     restarted = make_core(inline_payload_bytes=0)
@@ -641,7 +681,7 @@ def test_large_update_goes_on_after_a_restart(large: Core, make_core: MakeCore, 
     assert restarted.count(ModelUpdate) == 1
 
 
-def test_version_of_a_resumed_update_holds_all_of_it(large: Core) -> None:
+def test_version_of_a_resumed_update_holds_all_of_it(large: CoordinatorHarness) -> None:
     values = np.arange(BIG, dtype=np.float32)
     identity = large.start(vector(0.0, BIG), rounds=training_pb2.RoundPolicy(quorum=1))
     draft = large.draft("device-0", identity, {"w": values})
@@ -654,13 +694,13 @@ def test_version_of_a_resumed_update_holds_all_of_it(large: Core) -> None:
     assert large.weights(identity, 1) == values.tobytes()
 
 
-def test_accepted_update_is_found_with_its_receipt(large: Core, big: Draft) -> None:
+def test_accepted_update_is_found_with_its_receipt(large: CoordinatorHarness, big: Draft) -> None:
     receipt = large.send(big)
 
     assert large.uploads.find(big.device, big.statement.update_id) == (0, receipt)
 
 
-def test_upload_of_another_device_is_not_found(large: Core, big: Draft) -> None:
+def test_upload_of_another_device_is_not_found(large: CoordinatorHarness, big: Draft) -> None:
     with pytest.raises(BrokenError):
         large.send(big, broken(big, 2))
 
@@ -669,7 +709,9 @@ def test_upload_of_another_device_is_not_found(large: Core, big: Draft) -> None:
     assert large.uploads.find(other, big.statement.update_id) == (0, None)
 
 
-def test_upload_that_nobody_began_starts_at_the_first_chunk(core: Core, draft: Draft) -> None:
+def test_upload_that_nobody_began_starts_at_the_first_chunk(
+    core: CoordinatorHarness, draft: Draft
+) -> None:
     assert core.uploads.find(draft.device, str(uuid.uuid4())) == (0, None)
 
 
@@ -678,7 +720,7 @@ def _unread(problem: str) -> Iterator[tuple[int, bytes]]:
 
 
 def test_large_update_is_refused_before_its_bytes_where_it_cannot_be_accepted(
-    large: Core, big: Draft
+    large: CoordinatorHarness, big: Draft
 ) -> None:
     large.training.pause(SYSTEM, big.statement.training_session_id)
 
@@ -689,7 +731,7 @@ def test_large_update_is_refused_before_its_bytes_where_it_cannot_be_accepted(
         large.send(big, pieces())
 
 
-def test_large_update_sent_again_is_not_read_again(large: Core, big: Draft) -> None:
+def test_large_update_sent_again_is_not_read_again(large: CoordinatorHarness, big: Draft) -> None:
     receipt = large.send(big)
 
     def pieces() -> Iterator[tuple[int, bytes]]:
@@ -700,7 +742,7 @@ def test_large_update_sent_again_is_not_read_again(large: Core, big: Draft) -> N
 
 @pytest.mark.parametrize("index", [0, 2])
 def test_wrong_large_update_can_be_sent_right_afterwards(
-    large: Core, big: Draft, index: int
+    large: CoordinatorHarness, big: Draft, index: int
 ) -> None:
     right = big.chunks
     wrong = list(right)
@@ -716,7 +758,7 @@ def test_wrong_large_update_can_be_sent_right_afterwards(
 
 
 def test_wrong_large_updates_do_not_use_up_the_device_s_share(
-    large: Core, big_identity: str
+    large: CoordinatorHarness, big_identity: str
 ) -> None:
     for _ in range(MAX_UPLOADS_OF_DEVICE):
         draft = large.draft("device-0", big_identity, vector(float("nan"), BIG))
@@ -726,7 +768,9 @@ def test_wrong_large_updates_do_not_use_up_the_device_s_share(
     large.submit("device-0", big_identity, vector(1.0, BIG))
 
 
-def test_unfinished_uploads_of_a_device_are_bounded(large: Core, big_identity: str) -> None:
+def test_unfinished_uploads_of_a_device_are_bounded(
+    large: CoordinatorHarness, big_identity: str
+) -> None:
     for _ in range(MAX_UPLOADS_OF_DEVICE):
         draft = large.draft("device-0", big_identity, vector(1.0, BIG))
         with pytest.raises(BrokenError):
@@ -738,7 +782,7 @@ def test_unfinished_uploads_of_a_device_are_bounded(large: Core, big_identity: s
         large.send(one_more)
 
 
-def test_disconnection_keeps_nothing_that_counts(large: Core, big: Draft) -> None:
+def test_disconnection_keeps_nothing_that_counts(large: CoordinatorHarness, big: Draft) -> None:
     def pieces() -> Iterator[tuple[int, bytes]]:
         yield big.chunks[0]
         raise DisconnectedError
@@ -750,7 +794,7 @@ def test_disconnection_keeps_nothing_that_counts(large: Core, big: Draft) -> Non
     assert large.round(big.statement.training_session_id).accepted_count == 0
 
 
-def test_integers_travel_with_the_floats(core: Core) -> None:
+def test_integers_travel_with_the_floats(core: CoordinatorHarness) -> None:
     arrays: dict[str, Array] = {"n": np.array([7, -7], np.int64), "w": np.ones(2, np.float32)}
     identity = core.start(arrays, rounds=training_pb2.RoundPolicy(quorum=1))
 
@@ -790,7 +834,7 @@ def parts(draft: Draft) -> tuple[Any, Iterator[tuple[int, bytes]]]:
 class SlowDatabase:
     """Uploads over a database whose first write takes until it is released."""
 
-    def __init__(self, core: Core, clock: FakeClock) -> None:
+    def __init__(self, core: CoordinatorHarness, clock: FakeClock) -> None:
         self.entered, self.release = threading.Event(), threading.Event()
         inner = core.database
         outer = self

@@ -506,7 +506,7 @@ def test_a_device_follows_the_coordinators_next_keys(deploy: Deploy) -> None:
     session_id = deployment.session(rounds=ONE_DEVICE, total_rounds=3)
     take_part(client, session_id)
     rotate_online(
-        KeyFolder.of(deployment.config),
+        KeyFolder.from_config(deployment.config),
         deployment.coordinator.parts.context.database,
         datetime.now(UTC),
     )

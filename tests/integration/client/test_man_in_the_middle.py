@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.sealing import KemKey
-from qflare.crypto.signing import Context, SigningKey
+from qflare.crypto.signing import SigningContext, SigningKey
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, training_pb2
 from qflare_client import (
@@ -112,7 +112,7 @@ def test_a_keyset_of_his_own_is_not_trusted(wire: Wire) -> None:
         key = SigningKey.generate()
         keyset = security_pb2.Keyset.FromString(answer.bundle.keyset.payload)
         keyset.keys[0].kem_key.CopyFrom(KemKey.generate().public.to_proto())
-        answer.bundle.keyset.CopyFrom(sign_envelope(key, Context.KEYSET, keyset))
+        answer.bundle.keyset.CopyFrom(sign_envelope(key, SigningContext.KEYSET, keyset))
 
     wire.relay.on_answer["GetKeyset"] = changed(forge)
 

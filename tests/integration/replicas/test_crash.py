@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qflare_server.serving.application import Parts
+from qflare_server.serving.application import Application
 from tests.support.jobs import (
     DEVICES,
     ROUNDS,
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_job_survives_kills_at_random_points(
-    parts: Parts, database_url: str, tmp_path: Path
+    parts: Application, database_url: str, tmp_path: Path
 ) -> None:
     session_id = prepare(parts)
     coordinator = CoordinatorProcess(tmp_path / "coordinator", database_url)
@@ -44,7 +44,7 @@ def test_a_job_survives_kills_at_random_points(
 
 
 def test_two_coordinators_publish_every_version_once(
-    parts: Parts, database_url: str, tmp_path: Path
+    parts: Application, database_url: str, tmp_path: Path
 ) -> None:
     session_id = prepare(parts)
     coordinators = [CoordinatorProcess(tmp_path / "coordinator", database_url) for _ in range(2)]

@@ -20,7 +20,7 @@ from qflare.v1.admin_service_pb2_grpc import AdminServiceStub
 from qflare.v1.coordinator_service_pb2 import Chunk
 from qflare_client import Client, DeviceRevokedError, Receipt, Tls
 from qflare_server.cli.main import main
-from qflare_server.serving.application import Parts
+from qflare_server.serving.application import Application
 from qflare_server.storage.repository import updates
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.use_cases.access.roles import ADMINISTRATIVE, Role
@@ -56,7 +56,7 @@ def watched_health(coordinator: CoordinatorProcess) -> Iterator[Iterator[Any]]:
 
 
 def test_a_running_upload_finishes_where_it_began(
-    parts: Parts, replicas: Replicas, tmp_path: Path
+    parts: Application, replicas: Replicas, tmp_path: Path
 ) -> None:
     coordinator = replicas.start(drain_s=DRAIN_S)
     with (
@@ -70,7 +70,7 @@ def test_a_running_upload_finishes_where_it_began(
 
 
 def test_a_draining_replica_takes_no_new_connection(
-    parts: Parts, replicas: Replicas, tmp_path: Path
+    parts: Application, replicas: Replicas, tmp_path: Path
 ) -> None:
     coordinator = replicas.start()
     assert main(["health", "--address", coordinator.address]) == 0
@@ -84,7 +84,7 @@ def test_a_draining_replica_takes_no_new_connection(
 
 
 def test_an_upload_that_does_not_finish_in_time_goes_on_at_the_other_replica(
-    parts: Parts, replicas: Replicas, tmp_path: Path
+    parts: Application, replicas: Replicas, tmp_path: Path
 ) -> None:
     first, second = replicas.start(drain_s=1), replicas.start()
     with held_upload(parts, tmp_path / "device", first, second) as upload:
@@ -93,7 +93,7 @@ def test_an_upload_that_does_not_finish_in_time_goes_on_at_the_other_replica(
     assert accepted_ids(parts, receipt) == [receipt.update_id]
 
 
-def accepted_ids(parts: Parts, receipt: Receipt) -> list[str]:
+def accepted_ids(parts: Application, receipt: Receipt) -> list[str]:
     """Return the ids of the updates that the round of a receipt has taken."""
     with parts.database.read() as session:
         taken = updates.accepted_after(
@@ -104,7 +104,7 @@ def accepted_ids(parts: Parts, receipt: Receipt) -> list[str]:
 
 @pytest.mark.slow
 def test_replicas_that_are_replaced_one_by_one_lose_no_update(
-    parts: Parts, replicas: Replicas, tmp_path: Path
+    parts: Application, replicas: Replicas, tmp_path: Path
 ) -> None:
     session_id = prepare(parts)
     pair = [replicas.start(), replicas.start()]
@@ -125,7 +125,7 @@ def test_replicas_that_are_replaced_one_by_one_lose_no_update(
 
 
 def test_a_device_revoked_at_one_replica_in_mid_upload_is_refused_by_the_other(
-    parts: Parts, replicas: Replicas, tmp_path: Path
+    parts: Application, replicas: Replicas, tmp_path: Path
 ) -> None:
     first, second = replicas.start(), replicas.start()
     with (
@@ -139,7 +139,7 @@ def test_a_device_revoked_at_one_replica_in_mid_upload_is_refused_by_the_other(
 
 
 def test_a_token_revoked_at_one_replica_in_mid_upload_is_refused_by_the_other(
-    parts: Parts, replicas: Replicas
+    parts: Application, replicas: Replicas
 ) -> None:
     first, second = replicas.start(), replicas.start()
     revoked = parts.use_cases.tokens.issue_admin(SYSTEM, "alice", [Role.ADMIN])
@@ -165,7 +165,9 @@ def bearer(secret: str) -> tuple[tuple[str, str], ...]:
 
 
 @contextmanager
-def administrator(parts: Parts, coordinator: CoordinatorProcess) -> Iterator[Callable[..., Any]]:
+def administrator(
+    parts: Application, coordinator: CoordinatorProcess
+) -> Iterator[Callable[..., Any]]:
     """Give what calls a method of AdminService at a coordinator."""
     secret = parts.use_cases.tokens.issue_admin(SYSTEM, "tester", list(ADMINISTRATIVE)).secret
     with grpc.insecure_channel(coordinator.address) as channel:
@@ -193,7 +195,7 @@ def model_messages(
 
 
 def test_new_certificates_are_taken_over_by_both_replicas_while_open_connections_go_on(
-    parts: Parts, replicas: Replicas, tmp_path: Path
+    parts: Application, replicas: Replicas, tmp_path: Path
 ) -> None:
     folder = tmp_path / "certificates"
     assert main(["certificates", "make", "--output", str(folder)]) == 0

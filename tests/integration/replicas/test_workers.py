@@ -12,7 +12,7 @@ import pytest
 
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1.coordinator_service_pb2_grpc import CoordinatorServiceStub
-from qflare_server.serving.application import Parts
+from qflare_server.serving.application import Application
 from tests.support.held_uploads import WAIT_S, held_upload
 from tests.support.jobs import check_every_version, enroll_devices, prepare, wait_for_end
 from tests.support.processes import CoordinatorProcess, DeviceThread, Replicas
@@ -80,7 +80,7 @@ def test_calls_reach_every_worker(replicas: Replicas, metrics_port: int) -> None
 
 @pytest.mark.slow
 def test_rounds_close_whichever_worker_folds(
-    parts: Parts, replicas: Replicas, tmp_path: Path
+    parts: Application, replicas: Replicas, tmp_path: Path
 ) -> None:
     coordinator = replicas.start(worker_count=WORKERS)
     session_id = prepare(parts)
@@ -107,7 +107,9 @@ def test_workers_end_with_a_supervisor_that_is_killed(replicas: Replicas) -> Non
     assert all(has_ended(worker, WAIT_S) for worker in workers)
 
 
-def test_sigterm_drains_every_worker(parts: Parts, replicas: Replicas, tmp_path: Path) -> None:
+def test_sigterm_drains_every_worker(
+    parts: Application, replicas: Replicas, tmp_path: Path
+) -> None:
     coordinator = replicas.start(worker_count=WORKERS)
     with held_upload(parts, tmp_path / "device", coordinator) as upload:
         coordinator.send(signal.SIGTERM)

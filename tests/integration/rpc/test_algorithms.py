@@ -190,7 +190,7 @@ def test_a_downgrade_of_the_keyset_is_refused_later_as_well(fresh: Deploy, tmp_p
     deployment = fresh(online_algorithm="ml-dsa-65-ed25519")
     client = deployment.device("a", server_algorithms=[HYBRID])
     parts = deployment.coordinator.parts
-    folder = KeyFolder.of(deployment.config)
+    folder = KeyFolder.from_config(deployment.config)
     rotate_online(folder, parts.database, utc_now(), algorithm=Algorithm.ML_DSA_65)
     while parts.keys.keyset_version < 2:
         threading.Event().wait(0.05)
@@ -205,7 +205,9 @@ def test_a_keyset_that_names_no_earlier_key_ends_a_migration(
 ) -> None:
     deployment = deploy()
     parts = deployment.coordinator.parts
-    replace_stolen(KeyFolder.of(deployment.config), parts.database, utc_now(), algorithm=HYBRID)
+    replace_stolen(
+        KeyFolder.from_config(deployment.config), parts.database, utc_now(), algorithm=HYBRID
+    )
     deployment.close()
     again = deploy()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qflare.crypto.envelope import open_envelope
-from qflare.crypto.signing import Context
+from qflare.crypto.signing import SigningContext
 from qflare.evidence.statements import open_update
 from qflare_server.storage.tables import ModelUpdate
 from tests.integration.conftest import Deployment
@@ -71,5 +71,5 @@ def test_what_is_stored_of_an_accepted_update_verifies(
     del envelope.signatures[:]
     assert signature is not None
     envelope.signatures.add().ParseFromString(signature)
-    assert open_envelope(envelope, Context.UPDATE, [key]) == payload
+    assert open_envelope(envelope, SigningContext.UPDATE, [key]) == payload
     assert open_update(envelope, key).payload_digest == row.payload_digest

@@ -17,7 +17,7 @@ from typing import Final
 import pytest
 
 from qflare.crypto.envelope import open_envelope
-from qflare.crypto.signing import Algorithm, Context
+from qflare.crypto.signing import Algorithm, SigningContext
 from qflare.v1 import security_pb2
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.context import UnknownKeyError
@@ -179,7 +179,7 @@ class TestOpening:
             pkcs11_signing=False,
         ).checked()
         assert ensure_initialised(config)
-        assert KeyFolder.of(config).read_online().realm == "qflare"
+        assert KeyFolder.from_config(config).read_online().realm == "qflare"
 
 
 @pytest.fixture(scope="session")
@@ -230,7 +230,11 @@ class TestSigning:
 
         def sign(number: int) -> None:
             message = str(number).encode()
-            key.verify(Context.MODEL, message, signing.sign(key.key_id, Context.MODEL, message))
+            key.verify(
+                SigningContext.MODEL,
+                message,
+                signing.sign(key.key_id, SigningContext.MODEL, message),
+            )
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(sign, range(40)))
@@ -245,7 +249,7 @@ class TestSigning:
         if signing is None:
             return
         with pytest.raises(UnknownKeyError):
-            signing.sign("0" * 64, Context.MODEL, b"message")
+            signing.sign("0" * 64, SigningContext.MODEL, b"message")
 
     def test_a_destroyed_key_does_not_sign(self, signing: Pkcs11Module | None) -> None:
         if signing is None:
@@ -253,4 +257,4 @@ class TestSigning:
         key = signing.generate(MODEL, Algorithm.ML_DSA_65)
         signing.keep_only([])
         with pytest.raises(UnknownKeyError):
-            signing.sign(key.key_id, Context.MODEL, b"message")
+            signing.sign(key.key_id, SigningContext.MODEL, b"message")

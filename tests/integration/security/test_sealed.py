@@ -91,7 +91,7 @@ def rotate(deployment: Deployment, count: int = 1) -> None:
 
 
 def _folder(deployment: Deployment) -> KeyFolder:
-    directory = KeyFolder.of(deployment.config).directory
+    directory = KeyFolder.from_config(deployment.config).directory
     return KeyFolder(directory, cost=Cost(iterations=1, memory_kib=1024, lanes=1))
 
 

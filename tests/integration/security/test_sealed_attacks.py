@@ -404,7 +404,7 @@ def test_a_key_that_is_wrapped_for_somebody_else_in_our_name_is_refused(
 
 def rotate(deployment: Deployment, count: int) -> None:
     """Exchange the coordinator's online keys, and let it see that at once."""
-    directory = KeyFolder.of(deployment.config).directory
+    directory = KeyFolder.from_config(deployment.config).directory
     folder = KeyFolder(directory, cost=Cost(iterations=1, memory_kib=1024, lanes=1))
     parts = deployment.coordinator.parts
     for _ in range(count):

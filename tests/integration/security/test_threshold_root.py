@@ -17,7 +17,7 @@ from qflare_server.keys.ring import KeyRing
 from qflare_server.keys.root_files import found_in
 from qflare_server.keys.secret_files import decrypt_secret, read_passphrase, read_secret
 from qflare_server.keys.trust_documents import Trust
-from qflare_server.keys.trust_store import of_bundle, read_published
+from qflare_server.keys.trust_store import read_published, trust_from_bundle
 from qflare_server.serving.application import open_database
 
 
@@ -54,10 +54,10 @@ def init(data: Path, tmp_path: Path, *arguments: object) -> list[Path]:
 
 def trust_of(data: Path, database_url: str) -> Trust:
     config = ServerConfig(data_dir=data, database_url=database_url).checked()
-    ring = KeyFolder.of(config).read_online()
+    ring = KeyFolder.from_config(config).read_online()
     database = open_database(config)
     try:
-        return read_published(database, of_bundle(ring.realm, ring.bundle))
+        return read_published(database, trust_from_bundle(ring.realm, ring.bundle))
     finally:
         database.close()
 
@@ -345,7 +345,7 @@ def test_a_key_that_is_left_out_is_accepted_no_more(data: Path, database_url: st
 def trust_of_file(data: Path) -> Trust:
     """Return what the key file says, before anything is published."""
     ring = KeyFolder(data / "keys").read_online()
-    return of_bundle(ring.realm, ring.bundle)
+    return trust_from_bundle(ring.realm, ring.bundle)
 
 
 def test_a_setting_chooses_the_algorithm(

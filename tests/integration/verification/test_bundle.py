@@ -313,7 +313,7 @@ def published(trained: Trained) -> list[str]:
 
 def cheap_folder(trained: Trained) -> KeyFolder:
     """The coordinator's key folder, its next files encrypted at little cost."""
-    folder = KeyFolder.of(trained.deployment.config)
+    folder = KeyFolder.from_config(trained.deployment.config)
     return dataclasses.replace(folder, cost=Cost(iterations=1, memory_kib=1024, lanes=1))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.sealing import KemKey
-from qflare.crypto.signing import Context, SigningKey
+from qflare.crypto.signing import SigningContext, SigningKey
 from qflare.evidence.lineage import contribution_proof, contributors_digest, sign_model
 from qflare.evidence.statements import digest_of, sign_update
 from qflare.protocol.keysets import KeyRole
@@ -56,8 +56,8 @@ def keyset() -> security_pb2.KeysetBundle:
             signature_key=key(role.name).public.to_proto(),
         )
     return security_pb2.KeysetBundle(
-        roots=[sign_envelope(key("root"), Context.ROOT, root)],
-        keyset=sign_envelope(key("root"), Context.KEYSET, online),
+        roots=[sign_envelope(key("root"), SigningContext.ROOT, root)],
+        keyset=sign_envelope(key("root"), SigningContext.KEYSET, online),
     )
 
 
@@ -120,7 +120,7 @@ def receipt(device: str, **facts: Any) -> security_pb2.SignedEnvelope:
             **facts,
         }
     )
-    return sign_envelope(key("REGISTRAR"), Context.RECEIPT, message)
+    return sign_envelope(key("REGISTRAR"), SigningContext.RECEIPT, message)
 
 
 def update_evidence(device: str, **changes: Any) -> UpdateEvidence:
@@ -248,7 +248,7 @@ def test_a_receipt_for_something_else_is_refused(facts: dict[str, str]) -> None:
 def test_a_receipt_of_another_signer_is_refused() -> None:
     forged = sign_envelope(
         key("MODEL"),
-        Context.RECEIPT,
+        SigningContext.RECEIPT,
         security_pb2.EnrollmentReceipt.FromString(receipt("a").payload),
     )
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qflare.crypto.envelope import sign_envelope
-from qflare.crypto.signing import Context, SigningKey
+from qflare.crypto.signing import SigningContext, SigningKey
 from qflare.evidence.checkpoints import checkpoint_line, parse_checkpoint_line
 from qflare.evidence.statements import StatementError, open_tree_head
 from qflare.v1 import security_pb2
@@ -27,7 +27,7 @@ def envelope(key: SigningKey) -> security_pb2.SignedEnvelope:
         root_digest="ab" * 32,
         create_time=Timestamp(seconds=1_767_323_045),
     )
-    return sign_envelope(key, Context.TREE_HEAD, head)
+    return sign_envelope(key, SigningContext.TREE_HEAD, head)
 
 
 def test_a_line_says_origin_size_root_and_time(envelope: security_pb2.SignedEnvelope) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.sealing import KemKey, seal
-from qflare.crypto.signing import Algorithm, Context, SigningKey, tagged_hash
+from qflare.crypto.signing import Algorithm, SigningContext, SigningKey, tagged_hash
 from qflare.crypto.symmetric import UnsealError
 from qflare.protocol.enrollment import (
     MAX_SEALED_BYTES,
@@ -108,7 +108,7 @@ def test_a_hybrid_key_enrols() -> None:
 
 
 def test_the_receipt_is_accepted() -> None:
-    envelope = sign_envelope(REGISTRAR, Context.RECEIPT, receipt())
+    envelope = sign_envelope(REGISTRAR, SigningContext.RECEIPT, receipt())
 
     assert device().accept(envelope, [REGISTRAR.public]).device_id == "device"
 
@@ -123,15 +123,15 @@ def test_the_receipt_is_accepted() -> None:
     ],
 )
 def test_a_receipt_for_someone_else_is_refused(changes: dict[str, str]) -> None:
-    envelope = sign_envelope(REGISTRAR, Context.RECEIPT, receipt(**changes))
+    envelope = sign_envelope(REGISTRAR, SigningContext.RECEIPT, receipt(**changes))
 
     with pytest.raises(HandshakeError):
         device().accept(envelope, [REGISTRAR.public])
 
 
 def test_a_receipt_by_another_key_or_context_is_refused() -> None:
-    by_other = sign_envelope(SIGNING_KEY, Context.RECEIPT, receipt())
-    as_other = sign_envelope(REGISTRAR, Context.KEYSET, receipt())
+    by_other = sign_envelope(SIGNING_KEY, SigningContext.RECEIPT, receipt())
+    as_other = sign_envelope(REGISTRAR, SigningContext.KEYSET, receipt())
 
     for envelope in (by_other, as_other, security_pb2.SignedEnvelope()):
         with pytest.raises(HandshakeError):
@@ -194,20 +194,20 @@ def request_message() -> security_pb2.EnrollmentRequest:
 
 
 def test_a_request_made_by_hand_is_accepted() -> None:
-    envelope = sign_envelope(SIGNING_KEY, Context.ENROLLMENT, request_message())
+    envelope = sign_envelope(SIGNING_KEY, SigningContext.ENROLLMENT, request_message())
 
     assert server().open_request(sealed_by_hand(envelope)).enrollment_token == TOKEN
 
 
 def test_a_signature_key_that_the_device_does_not_hold_is_refused() -> None:
-    envelope = sign_envelope(SigningKey.generate(), Context.ENROLLMENT, request_message())
+    envelope = sign_envelope(SigningKey.generate(), SigningContext.ENROLLMENT, request_message())
 
     with pytest.raises(HandshakeError):
         server().open_request(sealed_by_hand(envelope))
 
 
 def test_a_signature_in_another_context_is_refused() -> None:
-    envelope = sign_envelope(SIGNING_KEY, Context.ROTATION, request_message())
+    envelope = sign_envelope(SIGNING_KEY, SigningContext.ROTATION, request_message())
 
     with pytest.raises(HandshakeError):
         server().open_request(sealed_by_hand(envelope))
@@ -230,7 +230,7 @@ def test_a_signed_request_with_a_bad_field_is_refused(changes: dict[str, object]
     for name, value in changes.items():
         message.ClearField(name)  # type: ignore[arg-type]
         message.MergeFrom(security_pb2.EnrollmentRequest(**{name: value}))  # type: ignore[arg-type]
-    envelope = sign_envelope(SIGNING_KEY, Context.ENROLLMENT, message)
+    envelope = sign_envelope(SIGNING_KEY, SigningContext.ENROLLMENT, message)
 
     with pytest.raises(HandshakeError):
         server().open_request(sealed_by_hand(envelope))

@@ -9,16 +9,16 @@ from qflare.crypto.envelope import MAX_SIGNATURE_COUNT, add_signature, open_enve
 from qflare.crypto.signing import (
     MAX_MESSAGE_BYTES,
     Algorithm,
-    Context,
     InvalidSignatureError,
     PublicKey,
+    SigningContext,
     SigningKey,
 )
 from qflare.v1 import security_pb2
 
 FIRST, SECOND, THIRD = (SigningKey.generate() for _ in range(3))
 HEAD = security_pb2.TreeHead(origin="realm/audit", size=3)
-ENVELOPE = sign_envelope(FIRST, Context.TREE_HEAD, HEAD)
+ENVELOPE = sign_envelope(FIRST, SigningContext.TREE_HEAD, HEAD)
 
 
 def copy_of(envelope: security_pb2.SignedEnvelope) -> security_pb2.SignedEnvelope:
@@ -28,7 +28,7 @@ def copy_of(envelope: security_pb2.SignedEnvelope) -> security_pb2.SignedEnvelop
 def refused(
     envelope: security_pb2.SignedEnvelope,
     *keys: PublicKey,
-    context: Context = Context.TREE_HEAD,
+    context: SigningContext = SigningContext.TREE_HEAD,
     threshold: int = 1,
 ) -> None:
     with pytest.raises(InvalidSignatureError):
@@ -36,25 +36,25 @@ def refused(
 
 
 def test_the_payload_comes_back_as_it_was_signed() -> None:
-    payload = open_envelope(copy_of(ENVELOPE), Context.TREE_HEAD, [FIRST.public])
+    payload = open_envelope(copy_of(ENVELOPE), SigningContext.TREE_HEAD, [FIRST.public])
 
     assert security_pb2.TreeHead.FromString(payload) == HEAD
 
 
 def test_bytes_are_signed_as_they_are() -> None:
-    envelope = sign_envelope(FIRST, Context.TREE_HEAD, b"any bytes")
+    envelope = sign_envelope(FIRST, SigningContext.TREE_HEAD, b"any bytes")
 
-    assert open_envelope(envelope, Context.TREE_HEAD, [FIRST.public]) == b"any bytes"
+    assert open_envelope(envelope, SigningContext.TREE_HEAD, [FIRST.public]) == b"any bytes"
 
 
 def test_a_threshold_is_met_by_different_keys() -> None:
-    both = add_signature(ENVELOPE, SECOND, Context.TREE_HEAD)
+    both = add_signature(ENVELOPE, SECOND, SigningContext.TREE_HEAD)
 
-    open_envelope(both, Context.TREE_HEAD, [FIRST.public, SECOND.public], threshold=2)
+    open_envelope(both, SigningContext.TREE_HEAD, [FIRST.public, SECOND.public], threshold=2)
 
 
 def test_signatures_of_unknown_keys_do_not_count() -> None:
-    both = add_signature(ENVELOPE, SECOND, Context.TREE_HEAD)
+    both = add_signature(ENVELOPE, SECOND, SigningContext.TREE_HEAD)
 
     refused(both, FIRST.public, THIRD.public, threshold=2)
     refused(both, THIRD.public)
@@ -69,7 +69,7 @@ def test_one_key_does_not_count_twice() -> None:
 
 
 def test_one_wrong_signature_of_a_trusted_key_refuses_all() -> None:
-    both = add_signature(ENVELOPE, SECOND, Context.TREE_HEAD)
+    both = add_signature(ENVELOPE, SECOND, SigningContext.TREE_HEAD)
     both.signatures[1].signature = both.signatures[0].signature
 
     refused(both, FIRST.public, SECOND.public)
@@ -85,12 +85,12 @@ def test_a_threshold_below_one_is_refused(threshold: int) -> None:
 
 
 def test_another_context_is_refused() -> None:
-    refused(ENVELOPE, context=Context.MODEL)
+    refused(ENVELOPE, context=SigningContext.MODEL)
 
 
 def test_a_downgraded_algorithm_is_refused() -> None:
     strong = SigningKey.generate(Algorithm.ML_DSA_65_ED25519)
-    envelope = sign_envelope(strong, Context.TREE_HEAD, HEAD)
+    envelope = sign_envelope(strong, SigningContext.TREE_HEAD, HEAD)
     envelope.signatures[0].algorithm = security_pb2.SIGNATURE_ALGORITHM_ML_DSA_65
     envelope.signatures[0].signature = envelope.signatures[0].signature[:3309]
 
@@ -131,7 +131,7 @@ def test_a_truncated_envelope_is_refused(length: int) -> None:
 def test_a_payload_over_its_limit_is_neither_signed_nor_opened() -> None:
     too_long = b"x" * (MAX_MESSAGE_BYTES + 1)
     with pytest.raises(ValueError, match="want <="):
-        sign_envelope(FIRST, Context.TREE_HEAD, too_long)
+        sign_envelope(FIRST, SigningContext.TREE_HEAD, too_long)
 
     forged = copy_of(ENVELOPE)
     forged.payload = too_long
@@ -145,9 +145,9 @@ def test_too_many_signatures_are_refused_before_any_is_checked() -> None:
 
     refused(crowded)
     with pytest.raises(ValueError, match="full"):
-        add_signature(crowded, SECOND, Context.TREE_HEAD)
+        add_signature(crowded, SECOND, SigningContext.TREE_HEAD)
 
 
 def test_a_key_adds_its_signature_once() -> None:
     with pytest.raises(ValueError, match="already signed"):
-        add_signature(ENVELOPE, FIRST, Context.TREE_HEAD)
+        add_signature(ENVELOPE, FIRST, SigningContext.TREE_HEAD)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qflare.crypto.envelope import add_signature, sign_envelope
 from qflare.crypto.sealing import KemKey
-from qflare.crypto.signing import Algorithm, Context, SigningKey
+from qflare.crypto.signing import Algorithm, SigningContext, SigningKey
 from qflare.protocol.keysets import (
     MAX_KEY_COUNT,
     MAX_ROOT_COUNT,
@@ -44,7 +44,7 @@ def after(days: float) -> Timestamp:
 
 
 def signed(
-    context: Context,
+    context: SigningContext,
     message: security_pb2.RootDocument | security_pb2.Keyset,
     signers: Sequence[SigningKey],
 ) -> security_pb2.SignedEnvelope:
@@ -62,7 +62,7 @@ def root(
     threshold: int = 2,
     realm: str = REALM,
     days: float = 300,
-    context: Context = Context.ROOT,
+    context: SigningContext = SigningContext.ROOT,
 ) -> security_pb2.SignedEnvelope:
     document = security_pb2.RootDocument(
         realm=realm,
@@ -94,7 +94,7 @@ def keyset(
     root_version: int = 1,
     realm: str = REALM,
     days: float = 30,
-    context: Context = Context.KEYSET,
+    context: SigningContext = SigningContext.KEYSET,
 ) -> security_pb2.SignedEnvelope:
     document = security_pb2.Keyset(
         realm=realm,
@@ -253,8 +253,8 @@ def test_a_keyset_needs_the_threshold_of_the_root() -> None:
 
 
 def test_another_context_is_refused() -> None:
-    refused(PINNED, root(context=Context.KEYSET), keyset=keyset())
-    refused(PINNED, root(), keyset=keyset(context=Context.ROOT))
+    refused(PINNED, root(context=SigningContext.KEYSET), keyset=keyset())
+    refused(PINNED, root(), keyset=keyset(context=SigningContext.ROOT))
 
 
 def test_another_realm_is_refused() -> None:
@@ -358,7 +358,7 @@ def test_a_document_without_an_expiry_is_refused() -> None:
     )
 
     for broken in (document, endless):
-        refused(TRUSTED, keyset=signed(Context.KEYSET, broken, ROOT_KEYS[:2]))
+        refused(TRUSTED, keyset=signed(SigningContext.KEYSET, broken, ROOT_KEYS[:2]))
 
 
 def test_too_many_roots_are_refused_unread() -> None:
@@ -374,7 +374,10 @@ def test_an_empty_bundle_is_refused() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=300))
 def test_signed_garbage_is_refused(payload: bytes) -> None:
-    for context, key in ((Context.ROOT, ROOT_KEYS[0]), (Context.KEYSET, ROOT_KEYS[1])):
+    for context, key in (
+        (SigningContext.ROOT, ROOT_KEYS[0]),
+        (SigningContext.KEYSET, ROOT_KEYS[1]),
+    ):
         envelope = sign_envelope(key, context, payload)
         refused(PINNED, envelope, keyset=keyset())
         refused(PINNED, root(), keyset=envelope)

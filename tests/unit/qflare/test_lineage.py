@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qflare.crypto.envelope import sign_envelope
-from qflare.crypto.signing import Context, SigningKey
+from qflare.crypto.signing import SigningContext, SigningKey
 from qflare.evidence.lineage import (
     ModelVersion,
     contribution_proof,
@@ -131,7 +131,7 @@ def test_another_key_or_context_is_refused() -> None:
     with pytest.raises(StatementError):
         followed(CHAIN, key=OTHER_KEY)
     with pytest.raises(StatementError):
-        followed([sign_envelope(KEY, Context.UPDATE, model(0))])
+        followed([sign_envelope(KEY, SigningContext.UPDATE, model(0))])
 
 
 def test_a_rollback_restores_an_earlier_payload() -> None:
@@ -185,7 +185,7 @@ def test_a_malformed_statement_is_neither_signed_nor_opened(
     with pytest.raises(StatementError):
         sign_model(KEY, malformed)
     with pytest.raises(StatementError):
-        followed([sign_envelope(KEY, Context.MODEL, malformed)])
+        followed([sign_envelope(KEY, SigningContext.MODEL, malformed)])
 
 
 def with_download(version: int, parent: str = "", **changes: Any) -> security_pb2.ModelStatement:
@@ -213,7 +213,7 @@ def test_a_malformed_download_is_neither_signed_nor_opened(changes: dict[str, An
     with pytest.raises(StatementError, match=r"download|digest"):
         sign_model(KEY, malformed)
     with pytest.raises(StatementError, match=r"download|digest"):
-        followed([sign_envelope(KEY, Context.MODEL, malformed)])
+        followed([sign_envelope(KEY, SigningContext.MODEL, malformed)])
 
 
 @pytest.mark.parametrize("digest", ["cd" * 32, "ce" * 32])
@@ -234,7 +234,7 @@ def test_a_rollback_restores_the_download_as_well(digest: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=300))
 def test_signed_garbage_is_refused(payload: bytes) -> None:
-    envelope = sign_envelope(KEY, Context.MODEL, payload)
+    envelope = sign_envelope(KEY, SigningContext.MODEL, payload)
 
     with pytest.raises(StatementError):
         open_model(envelope, [KEY.public], realm="realm", training_session_id="session")

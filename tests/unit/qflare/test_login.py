@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qflare.crypto.sealing import KemKey
-from qflare.crypto.signing import Algorithm, Context, SigningKey
+from qflare.crypto.signing import Algorithm, SigningContext, SigningKey
 from qflare.crypto.symmetric import UnsealError
 from qflare.protocol.handshake import HandshakeError, open_state, seal_state
 from qflare.protocol.login import DeviceLogin, LoginServer, SessionKeys
@@ -250,7 +250,7 @@ def test_a_device_that_signs_with_another_key_than_it_named_is_refused() -> None
 
         public = DEVICE_KEY.public
 
-        def sign(self, context: Context, message: bytes) -> bytes:
+        def sign(self, context: SigningContext, message: bytes) -> bytes:
             return SigningKey.generate().sign(context, message)
 
     coordinator = server()

@@ -13,7 +13,7 @@ import pytest
 from google.protobuf import json_format
 
 from qflare.crypto import envelope as envelopes
-from qflare.crypto.signing import Context, InvalidSignatureError, PublicKey
+from qflare.crypto.signing import InvalidSignatureError, PublicKey, SigningContext
 from qflare.evidence.checkpoints import checkpoint_line, parse_checkpoint_line
 from qflare.evidence.statements import (
     check_growth,
@@ -76,7 +76,7 @@ def test_the_page_lists_every_reason_with_its_status() -> None:
 
 def test_the_page_names_every_signing_context() -> None:
     named = {cells[0].strip("`") for cells in rows("1. ")}
-    assert named == {str(context) for context in Context} - {str(Context.SELF_TEST)}
+    assert named == {str(context) for context in SigningContext} - {str(SigningContext.SELF_TEST)}
 
 
 @pytest.mark.parametrize("name", ["protocol.md", "security.md"])
@@ -172,7 +172,7 @@ def _signed(vector: dict[str, Any]) -> tuple[pb.PublicKey, pb.SignedEnvelope]:
 def test_signature(vector: dict[str, Any]) -> None:
     key, envelope = _signed(vector)
     opened = envelopes.open_envelope(
-        envelope, Context(vector["context"]), [PublicKey.from_proto(key)]
+        envelope, SigningContext(vector["context"]), [PublicKey.from_proto(key)]
     )
     assert opened == verifier.open_envelope(envelope, vector["context"], {key.key_id: key})
     assert (len(key.data), len(envelope.signatures[0].signature)) == SIZES[key.algorithm]
@@ -186,7 +186,7 @@ def test_a_flipped_bit_of_a_signature_is_refused(vector: dict[str, Any], place: 
     changed[place] ^= 1
     envelope.signatures[0].signature = bytes(changed)
     with pytest.raises(InvalidSignatureError):
-        envelopes.open_envelope(envelope, Context.TASK, [PublicKey.from_proto(key)])
+        envelopes.open_envelope(envelope, SigningContext.TASK, [PublicKey.from_proto(key)])
     with pytest.raises(RefusedError):
         verifier.open_envelope(envelope, vector["context"], {key.key_id: key})
 
@@ -195,7 +195,7 @@ def test_a_flipped_bit_of_a_signature_is_refused(vector: dict[str, Any], place: 
 def test_a_signature_of_another_context_is_refused(vector: dict[str, Any]) -> None:
     key, envelope = _signed(vector)
     with pytest.raises(InvalidSignatureError):
-        envelopes.open_envelope(envelope, Context.UPDATE, [PublicKey.from_proto(key)])
+        envelopes.open_envelope(envelope, SigningContext.UPDATE, [PublicKey.from_proto(key)])
     with pytest.raises(RefusedError):
         verifier.open_envelope(envelope, "qflare/v1/update", {key.key_id: key})
 

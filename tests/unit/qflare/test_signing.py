@@ -19,12 +19,12 @@ from qflare.crypto.signing import (
     MAX_MESSAGE_BYTES,
     ONLINE_ALGORITHMS,
     Algorithm,
-    Context,
     CryptoUnavailableError,
     InvalidKeyError,
     InvalidSignatureError,
     Provider,
     PublicKey,
+    SigningContext,
     SigningError,
     SigningKey,
     algorithm_named,
@@ -37,7 +37,7 @@ from qflare.v1 import security_pb2
 
 VECTORS = Path(__file__).parents[2] / "vectors"
 KEY = SigningKey.generate(provider=Provider.CRYPTOGRAPHY)
-SIGNATURE = KEY.sign(Context.UPDATE, b"message")
+SIGNATURE = KEY.sign(SigningContext.UPDATE, b"message")
 
 every_provider = pytest.mark.parametrize("provider", Provider)
 every_algorithm = pytest.mark.parametrize("algorithm", sorted(ONLINE_ALGORITHMS))
@@ -56,10 +56,10 @@ def test_each_provider_accepts_what_the_other_signs(
 ) -> None:
     key = SigningKey.generate(algorithm, provider=signer)
 
-    signature = key.sign(Context.MODEL, b"message")
+    signature = key.sign(SigningContext.MODEL, b"message")
 
     assert len(signature) == SIZES[algorithm].signature_bytes
-    key.public.verify(Context.MODEL, b"message", signature, provider=verifier)
+    key.public.verify(SigningContext.MODEL, b"message", signature, provider=verifier)
 
 
 @every_algorithm
@@ -72,16 +72,16 @@ def test_a_stored_key_signs_for_the_same_public_key(
     loaded = SigningKey.from_bytes(key.to_bytes())
 
     assert loaded.provider is provider
-    key.public.verify(Context.TASK, b"message", loaded.sign(Context.TASK, b"message"))
+    key.public.verify(SigningContext.TASK, b"message", loaded.sign(SigningContext.TASK, b"message"))
 
 
 def test_two_signatures_of_one_message_differ() -> None:
-    assert KEY.sign(Context.UPDATE, b"message") != SIGNATURE
+    assert KEY.sign(SigningContext.UPDATE, b"message") != SIGNATURE
 
 
 @every_provider
 def test_another_context_is_refused(provider: Provider) -> None:
-    for context in set(Context) - {Context.UPDATE}:
+    for context in set(SigningContext) - {SigningContext.UPDATE}:
         with pytest.raises(InvalidSignatureError):
             KEY.public.verify(context, b"message", SIGNATURE, provider=provider)
 
@@ -89,7 +89,7 @@ def test_another_context_is_refused(provider: Provider) -> None:
 @every_provider
 def test_another_message_is_refused(provider: Provider) -> None:
     with pytest.raises(InvalidSignatureError):
-        KEY.public.verify(Context.UPDATE, b"massage", SIGNATURE, provider=provider)
+        KEY.public.verify(SigningContext.UPDATE, b"massage", SIGNATURE, provider=provider)
 
 
 @every_provider
@@ -97,7 +97,7 @@ def test_another_key_is_refused(provider: Provider) -> None:
     other = SigningKey.generate()
 
     with pytest.raises(InvalidSignatureError):
-        other.public.verify(Context.UPDATE, b"message", SIGNATURE, provider=provider)
+        other.public.verify(SigningContext.UPDATE, b"message", SIGNATURE, provider=provider)
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,41 +107,41 @@ def test_a_flipped_bit_is_refused(bit: int, provider: Provider) -> None:
     flipped[bit // 8] ^= 1 << bit % 8
 
     with pytest.raises(InvalidSignatureError):
-        KEY.public.verify(Context.UPDATE, b"message", bytes(flipped), provider=provider)
+        KEY.public.verify(SigningContext.UPDATE, b"message", bytes(flipped), provider=provider)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.one_of(st.binary(max_size=4000), st.integers(0, 3308).map(lambda n: SIGNATURE[:n])))
 def test_a_truncated_or_invented_signature_is_refused(signature: bytes) -> None:
     with pytest.raises(InvalidSignatureError):
-        KEY.public.verify(Context.UPDATE, b"message", signature)
+        KEY.public.verify(SigningContext.UPDATE, b"message", signature)
 
 
 def test_a_lengthened_signature_is_refused() -> None:
     with pytest.raises(InvalidSignatureError):
-        KEY.public.verify(Context.UPDATE, b"message", SIGNATURE + b"\x00")
+        KEY.public.verify(SigningContext.UPDATE, b"message", SIGNATURE + b"\x00")
 
 
 @every_provider
 def test_both_halves_of_a_hybrid_signature_have_to_verify(provider: Provider) -> None:
     key = SigningKey.generate(Algorithm.ML_DSA_65_ED25519, provider=provider)
-    signature = key.sign(Context.UPDATE, b"message")
+    signature = key.sign(SigningContext.UPDATE, b"message")
     split = SIZES[Algorithm.ML_DSA_65].signature_bytes
 
     for place in (0, split - 1, split, len(signature) - 1):
         broken = bytearray(signature)
         broken[place] ^= 1
         with pytest.raises(InvalidSignatureError):
-            key.public.verify(Context.UPDATE, b"message", bytes(broken))
+            key.public.verify(SigningContext.UPDATE, b"message", bytes(broken))
 
 
 def test_half_of_a_hybrid_signature_is_no_signature_of_its_own() -> None:
     key = SigningKey.generate(Algorithm.ML_DSA_65_ED25519)
-    half = key.sign(Context.UPDATE, b"message")[: SIZES[Algorithm.ML_DSA_65].signature_bytes]
+    half = key.sign(SigningContext.UPDATE, b"message")[: SIZES[Algorithm.ML_DSA_65].signature_bytes]
     lattice = PublicKey(Algorithm.ML_DSA_65, key.public.data[:1952])
 
     with pytest.raises(InvalidSignatureError):
-        lattice.verify(Context.UPDATE, b"message", half)
+        lattice.verify(SigningContext.UPDATE, b"message", half)
 
 
 @every_provider
@@ -149,13 +149,13 @@ def test_the_longest_message_is_signed_and_no_longer_one(provider: Provider) -> 
     key = SigningKey.generate(provider=provider)
     longest = b"x" * MAX_MESSAGE_BYTES
 
-    signature = key.sign(Context.UPDATE, longest)
+    signature = key.sign(SigningContext.UPDATE, longest)
 
-    key.public.verify(Context.UPDATE, longest, signature)
+    key.public.verify(SigningContext.UPDATE, longest, signature)
     with pytest.raises(ValueError, match="want <= 65536"):
-        key.sign(Context.UPDATE, longest + b"x")
+        key.sign(SigningContext.UPDATE, longest + b"x")
     with pytest.raises(InvalidSignatureError):
-        key.public.verify(Context.UPDATE, longest + b"x", signature)
+        key.public.verify(SigningContext.UPDATE, longest + b"x", signature)
 
 
 def test_key_id_binds_the_algorithm() -> None:
@@ -191,7 +191,9 @@ def test_a_public_key_message_that_does_not_fit_is_refused(change: dict[str, Any
 
 def test_an_all_zero_public_key_verifies_nothing() -> None:
     with pytest.raises(InvalidSignatureError):
-        PublicKey(Algorithm.ML_DSA_65, bytes(1952)).verify(Context.UPDATE, b"message", SIGNATURE)
+        PublicKey(Algorithm.ML_DSA_65, bytes(1952)).verify(
+            SigningContext.UPDATE, b"message", SIGNATURE
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -256,10 +258,12 @@ def test_signing_is_tried_twice(
     monkeypatch.setattr(key, "_sign", sign)
 
     if error is None:
-        key.public.verify(Context.UPDATE, b"message", key.sign(Context.UPDATE, b"message"))
+        key.public.verify(
+            SigningContext.UPDATE, b"message", key.sign(SigningContext.UPDATE, b"message")
+        )
         return
     with pytest.raises(error):
-        key.sign(Context.UPDATE, b"message")
+        key.sign(SigningContext.UPDATE, b"message")
 
 
 def test_a_provider_that_is_not_there_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,11 +389,11 @@ def test_slh_dsa_of_another_provider_is_refused_on_load() -> None:
 
 def test_a_flipped_bit_of_an_slh_dsa_signature_is_refused() -> None:
     key = SigningKey.generate(Algorithm.SLH_DSA_SHA2_128S)
-    signature = bytearray(key.sign(Context.ROOT, b"message"))
+    signature = bytearray(key.sign(SigningContext.ROOT, b"message"))
     signature[4000] ^= 1
 
     with pytest.raises(InvalidSignatureError):
-        key.public.verify(Context.ROOT, b"message", bytes(signature))
+        key.public.verify(SigningContext.ROOT, b"message", bytes(signature))
 
 
 @pytest.mark.parametrize("algorithm", list(Algorithm))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qflare.crypto import merkle
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.sealing import KemKey
-from qflare.crypto.signing import Context, SigningKey
+from qflare.crypto.signing import SigningContext, SigningKey
 from qflare.evidence.statements import (
     MAX_METRIC_COUNT,
     StatementError,
@@ -90,7 +90,7 @@ def test_an_update_signed_by_another_key_is_refused() -> None:
 
 
 def test_an_update_in_another_context_is_refused() -> None:
-    for context in set(Context) - {Context.UPDATE}:
+    for context in set(SigningContext) - {SigningContext.UPDATE}:
         with pytest.raises(StatementError):
             open_update(sign_envelope(KEY, context, update()), KEY.public)
 
@@ -101,7 +101,7 @@ def test_an_update_that_names_another_key_is_neither_signed_nor_opened() -> None
     with pytest.raises(StatementMismatchError):
         sign_update(KEY, foreign)
     with pytest.raises(StatementMismatchError):
-        open_update(sign_envelope(KEY, Context.UPDATE, foreign), KEY.public)
+        open_update(sign_envelope(KEY, SigningContext.UPDATE, foreign), KEY.public)
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(OCCASION)])
@@ -148,16 +148,16 @@ def test_a_malformed_update_is_neither_signed_nor_opened(changes: dict[str, Any]
     with pytest.raises(StatementError):
         sign_update(KEY, malformed)
     with pytest.raises(StatementError):
-        open_update(sign_envelope(KEY, Context.UPDATE, malformed), KEY.public)
+        open_update(sign_envelope(KEY, SigningContext.UPDATE, malformed), KEY.public)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=300))
 def test_signed_garbage_is_refused(payload: bytes) -> None:
-    update_envelope = sign_envelope(KEY, Context.UPDATE, payload)
-    task = sign_envelope(KEY, Context.TASK, payload)
-    head = sign_envelope(KEY, Context.TREE_HEAD, payload)
-    rotation = sign_envelope(KEY, Context.ROTATION, payload)
+    update_envelope = sign_envelope(KEY, SigningContext.UPDATE, payload)
+    task = sign_envelope(KEY, SigningContext.TASK, payload)
+    head = sign_envelope(KEY, SigningContext.TREE_HEAD, payload)
+    rotation = sign_envelope(KEY, SigningContext.ROTATION, payload)
 
     for attempt in (
         lambda: open_update(update_envelope, KEY.public),
@@ -214,7 +214,7 @@ def test_a_task_of_another_realm_key_or_context_is_refused() -> None:
     with pytest.raises(StatementError):
         open_task(envelope, [OTHER_KEY.public], "realm")
     with pytest.raises(StatementError):
-        open_task(sign_envelope(KEY, Context.UPDATE, task()), [KEY.public], "realm")
+        open_task(sign_envelope(KEY, SigningContext.UPDATE, task()), [KEY.public], "realm")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_rotation_is_signed_by_both_keys() -> None:
 def test_a_rotation_by_one_key_only_is_refused() -> None:
     for key in (KEY, NEXT_KEY):
         with pytest.raises(StatementError):
-            opened_rotation(sign_envelope(key, Context.ROTATION, rotation()))
+            opened_rotation(sign_envelope(key, SigningContext.ROTATION, rotation()))
 
 
 def test_a_rotation_by_a_stranger_is_refused() -> None:
@@ -278,7 +278,7 @@ def test_a_rotation_to_the_same_key_is_refused() -> None:
     same.signature_key.CopyFrom(KEY.public.to_proto())
 
     with pytest.raises(StatementError):
-        opened_rotation(sign_envelope(KEY, Context.ROTATION, same))
+        opened_rotation(sign_envelope(KEY, SigningContext.ROTATION, same))
 
 
 @pytest.mark.parametrize("rotation_count", [0, 1, 3])
@@ -316,7 +316,7 @@ def inclusion(index: int, size: int) -> security_pb2.InclusionProof:
 
 
 def test_a_head_is_opened_with_a_log_key() -> None:
-    envelope = sign_envelope(KEY, Context.TREE_HEAD, head(9))
+    envelope = sign_envelope(KEY, SigningContext.TREE_HEAD, head(9))
 
     assert open_tree_head(envelope, [KEY.public], "realm/audit") == head(9)
     with pytest.raises(StatementMismatchError):
@@ -332,7 +332,7 @@ def test_a_malformed_head_is_refused(name: str, value: Any) -> None:
 
     with pytest.raises(StatementError):
         open_tree_head(
-            sign_envelope(KEY, Context.TREE_HEAD, malformed), [KEY.public], "realm/audit"
+            sign_envelope(KEY, SigningContext.TREE_HEAD, malformed), [KEY.public], "realm/audit"
         )
 
 

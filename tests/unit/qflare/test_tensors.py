@@ -29,8 +29,8 @@ from qflare.tensors import (
     TensorSpec,
     assemble,
     chunks,
-    cut,
     payload_digest,
+    rechunk,
     split,
 )
 from qflare.v1 import tensor_pb2
@@ -327,7 +327,7 @@ class TestChunks:
     def test_cut_keeps_the_bytes(self, parts: list[bytes], large_count: int) -> None:
         parts = parts + [bytes(CHUNK_BYTES - 3)] * large_count
 
-        assert b"".join(cut(parts)) == b"".join(parts)
+        assert b"".join(rechunk(parts)) == b"".join(parts)
 
 
 class TestAssemble:

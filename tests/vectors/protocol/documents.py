@@ -9,7 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.crypto import merkle
 from qflare.crypto.envelope import sign_envelope
-from qflare.crypto.signing import Algorithm, Context, SigningKey
+from qflare.crypto.signing import Algorithm, SigningContext, SigningKey
 from qflare.evidence.checkpoints import checkpoint_line
 from qflare.evidence.lineage import contribution_proof, contributors_digest, sign_model
 from qflare.evidence.statements import digest_of, sign_rotation, sign_task, sign_update
@@ -167,7 +167,7 @@ def _receipt(number: int) -> pb.SignedEnvelope:
         register_time=moment(),
         request_nonce=seed(f"request {number}"),
     )
-    return sign_envelope(signing_key("registrar"), Context.RECEIPT, receipt)
+    return sign_envelope(signing_key("registrar"), SigningContext.RECEIPT, receipt)
 
 
 def evidence() -> dict[str, Any]:
@@ -241,7 +241,7 @@ def audit_heads() -> dict[str, Any]:
     heads = [
         sign_envelope(
             signing_key("log"),
-            Context.TREE_HEAD,
+            SigningContext.TREE_HEAD,
             pb.TreeHead(
                 origin=f"{REALM}/audit",
                 size=size,

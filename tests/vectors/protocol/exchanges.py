@@ -6,7 +6,7 @@ from typing import Any, Final
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.sealed_payloads import Direction, PayloadSealer, SealContext
 from qflare.crypto.sealing import KemPublicKey, seal
-from qflare.crypto.signing import Context
+from qflare.crypto.signing import SigningContext
 from qflare.protocol.enrollment import DeviceEnrollment, EnrollmentServer
 from qflare.protocol.login import DeviceLogin, LoginServer
 from qflare.protocol.possession import CallProver, Refresh
@@ -60,7 +60,7 @@ def enrollment() -> dict[str, Any]:
         register_time=moment(),
         request_nonce=application.nonce,
     )
-    signed = sign_envelope(signing_key("registrar"), Context.RECEIPT, receipt)
+    signed = sign_envelope(signing_key("registrar"), SigningContext.RECEIPT, receipt)
     messages = {
         "sealed_enrollment": sealed,
         "challenge": challenge,

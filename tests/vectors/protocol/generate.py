@@ -21,16 +21,16 @@ from qflare.crypto.sealing import KemKey
 from qflare.crypto.signing import (
     ONLINE_ALGORITHMS,
     Algorithm,
-    Context,
     Provider,
     PublicKey,
+    SigningContext,
     SigningKey,
     tagged_hash,
 )
 from qflare.evidence.audit_entries import RISKS, Entry
 from qflare.evidence.lineage import contribution_proof, contributors_digest
 from qflare.evidence.statements import digest_of
-from qflare.tensors import Manifest, PayloadHasher, chunks, cut
+from qflare.tensors import Manifest, PayloadHasher, chunks, rechunk
 from qflare.tensors.encodings import Encoding, encode, wire_manifest
 
 FOLDER: Final = Path(__file__).parent
@@ -117,7 +117,7 @@ def _layout(manifest: Manifest) -> dict[str, Any]:
 
 def _payload(size_bytes: int) -> dict[str, Any]:
     hasher = PayloadHasher()
-    for chunk in cut([pattern(size_bytes)]):
+    for chunk in rechunk([pattern(size_bytes)]):
         hasher.add(chunk)
     return {
         "size_bytes": size_bytes,
@@ -240,14 +240,14 @@ def signatures() -> dict[str, Any]:
 def _signature(algorithm: Algorithm) -> dict[str, Any]:
     label = f"signature {algorithm.name}"
     key = signing_key(label, algorithm)
-    envelope = sign_envelope(key, Context.TASK, b"what is signed")
+    envelope = sign_envelope(key, SigningContext.TASK, b"what is signed")
     length_bytes = 64 if algorithm is Algorithm.ML_DSA_65_ED25519 else 32
     return {
         "algorithm": int(algorithm),
         "signing_seed": seed(label, length_bytes).hex(),
         "public_key": key.public.data.hex(),
         "key_id": key.public.key_id,
-        "context": str(Context.TASK),
+        "context": str(SigningContext.TASK),
         "envelope": envelope.SerializeToString().hex(),
     }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qflare_server.serving.dashboard.formatting import Moment, moment
-from qflare_server.serving.dashboard.page_context import Visit
+from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages.overview import audit_counts, risk_slices
 from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.storage.tables import AuditLog, RiskLevel
@@ -30,7 +30,7 @@ class EventRow:
     details: list[tuple[str, str]]
 
 
-def build(visit: Visit) -> Mapping[str, Any]:
+def build(visit: PageContext) -> Mapping[str, Any]:
     """Build the list of audit events, newest first."""
     wanted = AuditFilter(
         risk_level=visit.one_of("risk", RiskLevel),
@@ -38,7 +38,7 @@ def build(visit: Visit) -> Mapping[str, Any]:
         actor=visit.text("actor"),
         subject=visit.text("subject"),
     )
-    page = visit.do.audit.list(visit.rows(ROWS), wanted)
+    page = visit.use_cases.audit.list(visit.rows(ROWS), wanted)
     return {
         "rows": [_row(row, visit) for row in page.rows],
         "next_token": page.next_token,
@@ -48,7 +48,7 @@ def build(visit: Visit) -> Mapping[str, Any]:
     }
 
 
-def _row(row: AuditLog, visit: Visit) -> EventRow:
+def _row(row: AuditLog, visit: PageContext) -> EventRow:
     details = [(str(name), str(value)) for name, value in sorted(row.details.items())]
     return EventRow(
         number=row.id,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qflare_server.serving.dashboard.formatting import Moment, moment
-from qflare_server.serving.dashboard.page_context import Visit
+from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.storage.tables import Device, DeviceState
 
@@ -45,10 +45,12 @@ def slices(counts: Mapping[str, int], names: Sequence[str]) -> Sequence[Slice]:
     ]
 
 
-def build_list(visit: Visit) -> Mapping[str, Any]:
+def build_list(visit: PageContext) -> Mapping[str, Any]:
     """Build the list of devices."""
     state, kind = visit.one_of("state", DeviceState), visit.text("type")
-    page = visit.do.devices.list(visit.rows(ROWS), DeviceFilter(state=state, device_type=kind))
+    page = visit.use_cases.devices.list(
+        visit.rows(ROWS), DeviceFilter(state=state, device_type=kind)
+    )
     by_state, by_type = visit.recent.device_counts()
     types = sorted(by_type, key=lambda name: (-by_type[name], name))
     return {
@@ -64,9 +66,9 @@ def build_list(visit: Visit) -> Mapping[str, Any]:
     }
 
 
-def build_device(visit: Visit) -> Mapping[str, Any]:
+def build_device(visit: PageContext) -> Mapping[str, Any]:
     """Build the page of one device."""
-    device = visit.do.devices.get(visit.text("id"))
+    device = visit.use_cases.devices.get(visit.text("id"))
     return {
         "row": _row(device, visit),
         "settings": {
@@ -82,7 +84,7 @@ def build_device(visit: Visit) -> Mapping[str, Any]:
     }
 
 
-def _row(device: Device, visit: Visit) -> DeviceRow:
+def _row(device: Device, visit: PageContext) -> DeviceRow:
     return DeviceRow(
         device_id=device.id,
         state=device.state,

@@ -7,7 +7,7 @@ from typing import Any, Final
 from qflare_server.serving.dashboard import formatting
 from qflare_server.serving.dashboard.alerts import findings, of_audit, worst
 from qflare_server.serving.dashboard.charts import COMPACT, LOW, Chart, line_chart
-from qflare_server.serving.dashboard.page_context import Visit
+from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages.devices import Slice, slices
 from qflare_server.serving.dashboard.pages.training import (
     Current,
@@ -36,10 +36,10 @@ class Card:
     chart: Chart | None
 
 
-def build(visit: Visit) -> Mapping[str, Any]:
+def build(visit: PageContext) -> Mapping[str, Any]:
     """Build the first page."""
     report, risks = visit.recent.report(), audit_counts(visit)
-    recent = visit.do.training.list(PageRequest(SHOWN)).rows
+    recent = visit.use_cases.training.list(PageRequest(SHOWN)).rows
     found = [*findings(report, draining=visit.draining), *of_audit(risks or {})]
     return {
         "findings": found,
@@ -55,7 +55,7 @@ def build(visit: Visit) -> Mapping[str, Any]:
     }
 
 
-def audit_counts(visit: Visit) -> Mapping[str, int] | None:
+def audit_counts(visit: PageContext) -> Mapping[str, int] | None:
     """Return the last day's audit events by risk, None to visitors who may not read the audit log."""
     if not visit.may("ListAuditEntries"):
         return None
@@ -72,12 +72,14 @@ def risk_slices(counts: Mapping[str, int]) -> Sequence[Slice]:
     return slices(counts, [item.value for item in reversed(RiskLevel)])
 
 
-def _cards(visit: Visit) -> list[Card]:
-    rows = visit.do.training.list(PageRequest(SHOWN), TrainingSessionState.RUNNING.value).rows
+def _cards(visit: PageContext) -> list[Card]:
+    rows = visit.use_cases.training.list(
+        PageRequest(SHOWN), TrainingSessionState.RUNNING.value
+    ).rows
     cards = []
     for number, row in enumerate(rows):
-        progress = visit.do.training.progress(row.id)
-        metrics = visit.do.promotion.recent_metrics(row.id, CURVE_VERSIONS)
+        progress = visit.use_cases.training.progress(row.id)
+        metrics = visit.use_cases.promotion.recent_metrics(row.id, CURVE_VERSIONS)
         cards.append(
             Card(
                 session_row(progress.session, visit),

@@ -6,7 +6,7 @@ from typing import Any
 
 from qflare_server.serving.dashboard.alerts import findings, worst
 from qflare_server.serving.dashboard.formatting import Moment, moment
-from qflare_server.serving.dashboard.page_context import Visit
+from qflare_server.serving.dashboard.page_context import PageContext
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ReplicaRow:
     seen: Moment | None
 
 
-def build(visit: Visit) -> Mapping[str, Any]:
+def build(visit: PageContext) -> Mapping[str, Any]:
     """Build the page."""
     report = visit.recent.report()
     found = findings(report, draining=visit.draining)

@@ -7,7 +7,7 @@ from typing import Any, Final
 from qflare_server.serving.dashboard import formatting
 from qflare_server.serving.dashboard.charts import Chart, Part, Series, bar_chart, line_chart
 from qflare_server.serving.dashboard.formatting import Moment, moment
-from qflare_server.serving.dashboard.page_context import Visit, whole
+from qflare_server.serving.dashboard.page_context import PageContext, whole
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.views import VersionMetrics
 from qflare_server.storage.tables import (
@@ -17,7 +17,7 @@ from qflare_server.storage.tables import (
     TrainingSession,
     TrainingSessionState,
 )
-from qflare_server.training.config import of_session
+from qflare_server.training.config import stored_config
 from qflare_server.use_cases.training_sessions.progress import Progress
 
 SHOWN_VERSIONS: Final = 300
@@ -97,9 +97,9 @@ class Current:
     remaining_s: float | None
 
 
-def session_row(row: TrainingSession, visit: Visit) -> SessionRow:
+def session_row(row: TrainingSession, visit: PageContext) -> SessionRow:
     """Return a training session as it is shown."""
-    config = of_session(row.id, row.config)
+    config = stored_config(row.id, row.config)
     end = row.ended_at or visit.at
     return SessionRow(
         session_id=row.id,
@@ -122,7 +122,7 @@ def session_row(row: TrainingSession, visit: Visit) -> SessionRow:
     )
 
 
-def round_row(row: Round, visit: Visit) -> RoundRow:
+def round_row(row: Round, visit: PageContext) -> RoundRow:
     """Return a round as it is shown; a phase under way lasts until now."""
     collecting, publishing = _phases(row, visit)
     return RoundRow(
@@ -146,7 +146,7 @@ def round_row(row: Round, visit: Visit) -> RoundRow:
     )
 
 
-def _phases(row: Round, visit: Visit) -> tuple[float, float | None]:
+def _phases(row: Round, visit: PageContext) -> tuple[float, float | None]:
     """Return how long a round has collected updates, and how long its version took; seconds."""
     collecting = ((row.closed_at or visit.at) - row.opened_at).total_seconds()
     if row.closed_at is None or row.state in {RoundState.FAILED.value, RoundState.CANCELLED.value}:
@@ -154,7 +154,7 @@ def _phases(row: Round, visit: Visit) -> tuple[float, float | None]:
     return collecting, ((row.published_at or visit.at) - row.closed_at).total_seconds()
 
 
-def current(progress: Progress, visit: Visit) -> Current | None:
+def current(progress: Progress, visit: PageContext) -> Current | None:
     """Return the round under way, None without one."""
     row = progress.round
     if row is None or row.state not in {RoundState.OPEN.value, RoundState.CLOSED.value}:
@@ -196,10 +196,10 @@ def latest(metrics: Sequence[VersionMetrics], name: str) -> float | None:
     return None
 
 
-def build_list(visit: Visit) -> Mapping[str, Any]:
+def build_list(visit: PageContext) -> Mapping[str, Any]:
     """Build the list of training sessions."""
     state = visit.one_of("state", TrainingSessionState)
-    page = visit.do.training.list(visit.rows(ROWS), state)
+    page = visit.use_cases.training.list(visit.rows(ROWS), state)
     return {
         "rows": [session_row(row, visit) for row in page.rows],
         "next_token": page.next_token,
@@ -210,13 +210,13 @@ def build_list(visit: Visit) -> Mapping[str, Any]:
     }
 
 
-def build_session(visit: Visit) -> Mapping[str, Any]:
+def build_session(visit: PageContext) -> Mapping[str, Any]:
     """Build the page of one training session."""
-    identity = visit.path["session_id"]
-    progress = visit.do.training.progress(identity)
-    metrics = visit.do.promotion.recent_metrics(identity, SHOWN_VERSIONS)
-    page = visit.do.training.list_rounds(identity, visit.rows(ROWS))
-    newest = visit.do.training.list_rounds(identity, PageRequest(SHOWN_BARS)).rows
+    training_session_id = visit.path["session_id"]
+    progress = visit.use_cases.training.progress(training_session_id)
+    metrics = visit.use_cases.promotion.recent_metrics(training_session_id, SHOWN_VERSIONS)
+    page = visit.use_cases.training.list_rounds(training_session_id, visit.rows(ROWS))
+    newest = visit.use_cases.training.list_rounds(training_session_id, PageRequest(SHOWN_BARS)).rows
     return {
         "row": session_row(progress.session, visit),
         "current": current(progress, visit),
@@ -232,7 +232,7 @@ def build_session(visit: Visit) -> Mapping[str, Any]:
 
 
 def _charts(
-    metrics: Sequence[VersionMetrics], rounds: Sequence[Round], visit: Visit
+    metrics: Sequence[VersionMetrics], rounds: Sequence[Round], visit: PageContext
 ) -> Iterator[Chart | None]:
     yield line_chart(
         "accuracy",
@@ -284,7 +284,7 @@ def _turnout_chart(rounds: Sequence[Round]) -> Chart | None:
     )
 
 
-def _phase_chart(rounds: Sequence[Round], visit: Visit) -> Chart | None:
+def _phase_chart(rounds: Sequence[Round], visit: PageContext) -> Chart | None:
     """Return how long the latest rounds took, oldest first."""
     bars = []
     for row in reversed(rounds):
@@ -311,13 +311,13 @@ def _phase_chart(rounds: Sequence[Round], visit: Visit) -> Chart | None:
     )
 
 
-def build_round(visit: Visit) -> Mapping[str, Any]:
+def build_round(visit: PageContext) -> Mapping[str, Any]:
     """Build the page of one round: who took part."""
-    identity, number = visit.path["session_id"], whole(visit.path["number"], "round")
-    found = visit.do.training.participation(identity, number)
-    page = visit.do.training.list_updates(identity, number, visit.rows(50))
+    training_session_id, number = visit.path["session_id"], whole(visit.path["number"], "round")
+    found = visit.use_cases.training.participation(training_session_id, number)
+    page = visit.use_cases.training.list_updates(training_session_id, number, visit.rows(50))
     return {
-        "session": session_row(visit.do.training.get(identity), visit),
+        "session": session_row(visit.use_cases.training.get(training_session_id), visit),
         "round": round_row(found.round, visit),
         "updates": [_update_row(row, found.round) for row in page.rows],
         "absent": found.absent_ids,
@@ -326,7 +326,7 @@ def build_round(visit: Visit) -> Mapping[str, Any]:
     }
 
 
-def _update_row(row: ModelUpdate, owner: Round) -> UpdateRow:
+def _update_row(row: ModelUpdate, training_session: Round) -> UpdateRow:
     return UpdateRow(
         device_id=row.device_id,
         state=row.state,
@@ -336,6 +336,6 @@ def _update_row(row: ModelUpdate, owner: Round) -> UpdateRow:
         loss=row.loss,
         training_s=row.training_time_s,
         size_bytes=row.size_bytes,
-        after_s=(row.accepted_at - owner.opened_at).total_seconds(),
+        after_s=(row.accepted_at - training_session.opened_at).total_seconds(),
         score=row.validation_score,
     )

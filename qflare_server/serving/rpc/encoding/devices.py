@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from qflare.v1 import admin_service_pb2, device_pb2, training_pb2
 from qflare_server.serving.rpc.encoding.values import _numbers, _texts, state_name, timestamp
 from qflare_server.storage.tables import Device, UserToken
-from qflare_server.use_cases.access.tokens import Issued
+from qflare_server.use_cases.access.tokens import IssuedToken
 
 
 def device(row: Device) -> device_pb2.Device:
@@ -50,7 +50,7 @@ def token(row: UserToken) -> admin_service_pb2.Token:
     )
 
 
-def issued_token(issued: Issued) -> admin_service_pb2.IssuedToken:
+def issued_token(issued: IssuedToken) -> admin_service_pb2.IssuedToken:
     """Encode a new token with its secret."""
     return admin_service_pb2.IssuedToken(token=token(issued.token), secret=issued.secret)
 

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_server.serving.rpc.encoding import values
-from qflare_server.storage.repository.views import Queues
+from qflare_server.storage.repository.views import Backlog
 from qflare_server.storage.tables import Replica
 from qflare_server.use_cases.status import DatabaseHealth, Report
 
@@ -43,7 +43,7 @@ def _database(health: DatabaseHealth) -> pb.DatabaseStatus:
     )
 
 
-def _queues(waiting: Queues, at: datetime) -> pb.QueueStatus:
+def _queues(waiting: Backlog, at: datetime) -> pb.QueueStatus:
     closed_at = waiting.oldest_closed_at
     age = None if closed_at is None else max(0.0, (at - closed_at).total_seconds())
     return pb.QueueStatus(

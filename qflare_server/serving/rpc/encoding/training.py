@@ -7,8 +7,8 @@ from qflare.v1 import training_pb2
 from qflare_server.serving.rpc.encoding import values, versions
 from qflare_server.serving.rpc.encoding.values import duration, timestamp
 from qflare_server.storage.tables import Round, TrainingSession
-from qflare_server.training.config import of_session
-from qflare_server.use_cases.training_sessions.watching import Happening
+from qflare_server.training.config import stored_config
+from qflare_server.use_cases.training_sessions.watching import SessionEvent
 
 
 def training_session(row: TrainingSession) -> training_pb2.TrainingSession:
@@ -21,7 +21,7 @@ def training_session(row: TrainingSession) -> training_pb2.TrainingSession:
             f"TRAINING_SESSION_STATE_{row.state.upper()}"
         ),
         state_reason=row.state_reason,
-        config=of_session(row.id, row.config),
+        config=stored_config(row.id, row.config),
         current_round=row.current_round,
         current_version=row.current_version,
         best_accuracy=row.best_accuracy,
@@ -60,7 +60,7 @@ def training_round(row: Round | None) -> training_pb2.Round | None:
     )
 
 
-def session_event(happening: Happening, at: datetime) -> pb.WatchTrainingSessionResponse:
+def session_event(happening: SessionEvent, at: datetime) -> pb.WatchTrainingSessionResponse:
     """Encode what has happened to a training session."""
     session, model = happening.session, happening.model
     return pb.WatchTrainingSessionResponse(

@@ -10,7 +10,7 @@ from qflare_server.serving.rpc.encoding.values import (
     envelope,
     timestamp,
 )
-from qflare_server.storage.repository.updates import Accepted
+from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.repository.views import VersionMetrics
 from qflare_server.storage.tables import GlobalModel, ModelUpdate
 from qflare_server.use_cases.versions.download import Delivery
@@ -79,7 +79,7 @@ def model_update(row: ModelUpdate) -> training_pb2.ModelUpdate:
     )
 
 
-def receipt(accepted: Accepted) -> coordinator_service_pb2.SubmitUpdateResponse:
+def receipt(accepted: UpdateReceipt) -> coordinator_service_pb2.SubmitUpdateResponse:
     """Encode a receipt."""
     return coordinator_service_pb2.SubmitUpdateResponse(
         update_id=accepted.update_id,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qflare.crypto.sealing import KemKey
-from qflare.crypto.signing import ONLINE_ALGORITHMS, Algorithm, Context, Provider, SigningKey
+from qflare.crypto.signing import ONLINE_ALGORITHMS, Algorithm, Provider, SigningContext, SigningKey
 from qflare.crypto.symmetric import UnsealError
 from qflare.v1 import security_pb2
 from qflare_server.context import UnknownKeyError
@@ -124,8 +124,8 @@ class TestRing:
 
     def test_signatures_are_the_keys(self, online: KeyRing) -> None:
         key = online.signing_keys()[0]
-        signature = online.sign(key.public.key_id, Context.MODEL, b"message")
-        key.public.verify(Context.MODEL, b"message", signature)
+        signature = online.sign(key.public.key_id, SigningContext.MODEL, b"message")
+        key.public.verify(SigningContext.MODEL, b"message", signature)
 
     def test_secrets_are_recovered(self, online: KeyRing) -> None:
         kem = next(entry.key for entry in online.keys if isinstance(entry.key, KemKey))
@@ -135,14 +135,14 @@ class TestRing:
 
     def test_an_unknown_key_does_nothing(self, online: KeyRing) -> None:
         with pytest.raises(UnknownKeyError):
-            online.sign("0" * 64, Context.MODEL, b"message")
+            online.sign("0" * 64, SigningContext.MODEL, b"message")
         with pytest.raises(UnknownKeyError):
             online.decapsulate("0" * 64, bytes(1120))
 
     def test_a_key_does_only_what_it_is_for(self, online: KeyRing) -> None:
         session_key, model_key = online.keys[0].key_id, online.keys[1].key_id
         with pytest.raises(UnknownKeyError):
-            online.sign(session_key, Context.MODEL, b"message")
+            online.sign(session_key, SigningContext.MODEL, b"message")
         with pytest.raises(UnknownKeyError):
             online.decapsulate(model_key, bytes(1120))
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from qflare_server.serving.dashboard import formatting
 from qflare_server.serving.dashboard.alerts import findings, of_audit, worst
-from qflare_server.serving.dashboard.cache import Kept
+from qflare_server.serving.dashboard.cache import CachedValue
 from qflare_server.serving.dashboard.charts import Part, Series, bar_chart, line_chart, steps
-from qflare_server.storage.repository.views import Queues, Stored
+from qflare_server.storage.repository.views import Backlog, StorageUsage
 from qflare_server.use_cases.status import DatabaseHealth, Report
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
@@ -23,8 +23,8 @@ WELL = Report(
     at=NOW,
     replicas=[],
     database=DatabaseHealth("sqlite", "0001", 0.001, 24, 1),
-    queues=Queues(1, 0, 3, 0, 0, None),
-    stored=Stored(1000, 1000, 2, 0),
+    queues=Backlog(1, 0, 3, 0, 0, None),
+    stored=StorageUsage(1000, 1000, 2, 0),
     payload_store_bytes=1000,
     free_bytes=10 * 2**30,
     device_counts={"active": 3},
@@ -223,7 +223,7 @@ def test_a_count_is_kept_for_two_seconds_or_twenty_times_its_cost() -> None:
         readings += 1
         return readings
 
-    kept = Kept(read, lambda: at)
+    kept = CachedValue(read, lambda: at)
 
     assert [kept.get(), kept.get()] == [1, 1]
     at += 2.1

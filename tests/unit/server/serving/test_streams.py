@@ -10,25 +10,25 @@ import pytest
 from qflare.tensors import CHUNK_BYTES
 from qflare.v1.coordinator_service_pb2 import Chunk
 from qflare_server.errors import StalledError
-from qflare_server.serving.rpc.streams import HAND_OVERS, Pump, rest_of
+from qflare_server.serving.rpc.streams import HAND_OVERS, StreamReader, rest_of
 
 WAIT_S = 10.0
 
 
 @pytest.fixture
-def pump() -> Iterator[Pump]:
-    made = Pump(1, WAIT_S)
+def pump() -> Iterator[StreamReader]:
+    made = StreamReader(1, WAIT_S)
     yield made
     made.close()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
-def test_messages_come_in_order(pump: Pump, count: int) -> None:
+def test_messages_come_in_order(pump: StreamReader, count: int) -> None:
     with pump.ahead(iter(range(count))) as messages:
         assert list(messages) == list(range(count))
 
 
-def test_the_first_message_comes_with_the_end(pump: Pump) -> None:
+def test_the_first_message_comes_with_the_end(pump: StreamReader) -> None:
     """One hand-over for a small update: the reader reads to the end before the consumer is woken."""
     ended = threading.Event()
 
@@ -42,7 +42,7 @@ def test_the_first_message_comes_with_the_end(pump: Pump) -> None:
         assert ended.is_set()
 
 
-def test_an_error_of_the_stream_comes_after_its_messages(pump: Pump) -> None:
+def test_an_error_of_the_stream_comes_after_its_messages(pump: StreamReader) -> None:
     def broken() -> Iterator[int]:
         yield from range(3)
         raise ConnectionError("gone")
@@ -56,7 +56,7 @@ def test_an_error_of_the_stream_comes_after_its_messages(pump: Pump) -> None:
 @pytest.mark.parametrize("before", [0, 1, 2])
 def test_a_stream_that_brings_nothing_more_stalls(before: int) -> None:
     release = threading.Event()
-    pump = Pump(1, 0.02)
+    pump = StreamReader(1, 0.02)
 
     def silent() -> Iterator[int]:
         yield from range(before)
@@ -72,7 +72,7 @@ def test_a_stream_that_brings_nothing_more_stalls(before: int) -> None:
     pump.close()
 
 
-def test_a_consumer_that_goes_frees_the_reader_at_once(pump: Pump) -> None:
+def test_a_consumer_that_goes_frees_the_reader_at_once(pump: StreamReader) -> None:
     ended = threading.Event()
 
     def endless() -> Iterator[int]:
@@ -89,7 +89,7 @@ def test_a_consumer_that_goes_frees_the_reader_at_once(pump: Pump) -> None:
         assert list(messages) == [7]
 
 
-def test_the_reader_is_never_far_ahead(pump: Pump) -> None:
+def test_the_reader_is_never_far_ahead(pump: StreamReader) -> None:
     read: list[int] = []
 
     def stream() -> Iterator[int]:

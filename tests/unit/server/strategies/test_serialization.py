@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from qflare_server.strategies import (
-    Judgement,
     Outcome,
+    UpdateAssessment,
     begin,
     build,
     by_update,
@@ -19,8 +19,8 @@ from qflare_server.strategies.testkit import Running, make_version, reader_of, s
 OUTCOME = Outcome(
     strategy="fedavg",
     judgements=(
-        Judgement("a", factor=0.1, coefficient=3.0, weight=3.0, norm=1 / 3, cosine=-0.5),
-        Judgement(
+        UpdateAssessment("a", factor=0.1, coefficient=3.0, weight=3.0, norm=1 / 3, cosine=-0.5),
+        UpdateAssessment(
             "b", factor=0.0, coefficient=0.0, weight=0.0, rejection="too long", norm=math.inf
         ),
     ),
@@ -36,7 +36,7 @@ def test_an_outcome_survives_json() -> None:
 
 
 def test_an_unknown_norm_becomes_null() -> None:
-    outcome = Outcome("fedavg", (Judgement("a", 1.0, 1.0, 1.0),), 1.0)
+    outcome = Outcome("fedavg", (UpdateAssessment("a", 1.0, 1.0, 1.0),), 1.0)
 
     data = outcome_to_data(outcome)
 

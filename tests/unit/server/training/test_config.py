@@ -19,7 +19,7 @@ from qflare_server.training.config import (
     complete,
     deadline_s,
     from_json,
-    of_session,
+    stored_config,
     to_json,
 )
 
@@ -218,5 +218,5 @@ def test_completing_twice_changes_nothing() -> None:
 def test_parsed_configuration_is_kept_by_session() -> None:
     first, second = to_json(complete(Config())), to_json(complete(Config(total_rounds=3)))
 
-    assert of_session("unit-a", first) is of_session("unit-a", first)
-    assert of_session("unit-b", second).total_rounds == 3
+    assert stored_config("unit-a", first) is stored_config("unit-a", first)
+    assert stored_config("unit-b", second).total_rounds == 3

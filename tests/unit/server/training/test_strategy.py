@@ -6,7 +6,7 @@ from qflare.v1 import training_pb2
 from qflare_server.errors import StrategyRefusedError
 from qflare_server.strategies.server_optimizers import MomentumStep
 from qflare_server.training.config import complete
-from qflare_server.training.strategy import build_strategy, privacy_config, tell_devices
+from qflare_server.training.strategy import add_device_settings, build_strategy, privacy_config
 
 
 def config(name: str, **parameters: float) -> training_pb2.TrainingConfig:
@@ -17,7 +17,7 @@ def config(name: str, **parameters: float) -> training_pb2.TrainingConfig:
 def test_devices_are_told_the_proximal_term() -> None:
     prox = config("fedprox", proximal_mu=0.25)
 
-    tell_devices(prox, build_strategy(prox))
+    add_device_settings(prox, build_strategy(prox))
 
     assert dict(prox.device_training.parameters) == {"proximal_mu": 0.25}
 
@@ -27,14 +27,14 @@ def test_devices_are_not_told_two_proximal_terms() -> None:
     prox.device_training.parameters["proximal_mu"] = 0.5
 
     with pytest.raises(StrategyRefusedError, match=r"strategy says 0.25, device_training 0.5"):
-        tell_devices(prox, build_strategy(prox))
+        add_device_settings(prox, build_strategy(prox))
 
 
 def test_other_settings_of_the_devices_stay() -> None:
     plain = config("fedavg")
     plain.device_training.parameters["temperature"] = 2.0
 
-    tell_devices(plain, build_strategy(plain))
+    add_device_settings(plain, build_strategy(plain))
 
     assert dict(plain.device_training.parameters) == {"temperature": 2.0}
 

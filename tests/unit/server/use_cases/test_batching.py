@@ -4,7 +4,7 @@ import threading
 import time
 from contextlib import suppress
 
-from qflare_server.use_cases.updates.batching import Gathering
+from qflare_server.use_cases.updates.batching import BatchWindow
 
 LONG_S = 60.0
 SHORT_S = 0.05
@@ -13,13 +13,13 @@ SHORT_S = 0.05
 def test_nobody_on_the_way_is_not_waited_for() -> None:
     begun = time.monotonic()
 
-    Gathering(LONG_S).wait()
+    BatchWindow(LONG_S).wait()
 
     assert time.monotonic() - begun < LONG_S / 2
 
 
 def test_the_last_to_come_ends_the_wait() -> None:
-    gathering = Gathering(LONG_S)
+    gathering = BatchWindow(LONG_S)
     waited = threading.Event()
 
     def wait() -> None:
@@ -38,14 +38,14 @@ def test_the_last_to_come_ends_the_wait() -> None:
 
 
 def test_one_that_never_comes_is_not_waited_for_long() -> None:
-    gathering = Gathering(SHORT_S)
+    gathering = BatchWindow(SHORT_S)
 
     with gathering.announced():
         gathering.wait()
 
 
 def test_a_failure_on_the_way_is_the_end_of_it() -> None:
-    gathering = Gathering(LONG_S)
+    gathering = BatchWindow(LONG_S)
     begun = time.monotonic()
 
     with suppress(ZeroDivisionError), gathering.announced():

@@ -3,7 +3,7 @@
 import pytest
 
 from qflare_server.errors import TooManyRequestsError
-from qflare_server.use_cases.access.rate_limits import CallRates
+from qflare_server.use_cases.access.rate_limits import RateLimiter
 
 
 class Seconds:
@@ -17,7 +17,7 @@ class Seconds:
 
 
 def test_ten_seconds_of_calls_may_come_at_once() -> None:
-    rates = CallRates(2.0, Seconds())
+    rates = RateLimiter(2.0, Seconds())
 
     for _ in range(20):
         rates.take("device:1")
@@ -30,7 +30,7 @@ def test_ten_seconds_of_calls_may_come_at_once() -> None:
 
 def test_calls_come_back_with_time() -> None:
     seconds = Seconds()
-    rates = CallRates(2.0, seconds)
+    rates = RateLimiter(2.0, seconds)
     for _ in range(20):
         rates.take("device:1")
 
@@ -42,7 +42,7 @@ def test_calls_come_back_with_time() -> None:
 
 
 def test_callers_do_not_share() -> None:
-    rates = CallRates(0.1, Seconds())
+    rates = RateLimiter(0.1, Seconds())
     rates.take("device:1")
 
     rates.take("device:2")
@@ -52,7 +52,7 @@ def test_callers_do_not_share() -> None:
 
 
 def test_zero_means_no_bound() -> None:
-    rates = CallRates(0.0, Seconds())
+    rates = RateLimiter(0.0, Seconds())
 
     for _ in range(1000):
         rates.take("device:1")
