@@ -306,7 +306,7 @@ def _require_same_origin(request: Request) -> None:
 
 def _templates() -> Environment:
     environment = Environment(
-        loader=PackageLoader("qflare_server.dashboard"),
+        loader=PackageLoader("qflare_server.serving.dashboard"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -235,7 +235,7 @@ def test_a_count_is_kept_for_two_seconds_or_twenty_times_its_cost() -> None:
     assert kept.get() == 3
 
 
-STYLES = (files("qflare_server.dashboard") / "static" / "dashboard.css").read_text()
+STYLES = (files("qflare_server.serving.dashboard") / "static" / "dashboard.css").read_text()
 LIGHT, DARK = (
     dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
     for block in re.findall(r":root \{(.*?)\}", STYLES, re.DOTALL)
