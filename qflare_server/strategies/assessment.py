@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import nan
 
 import numpy as np
 
-from qflare_server.strategies.blocks import cosine_of, norm_of
+from qflare_server.strategies.blocks import LARGEST_NORM, cosine_of, norm_of
 from qflare_server.strategies.strategy import DIRECTION, Strategy
 from qflare_server.strategies.types import (
     Contribution,
@@ -53,17 +53,18 @@ class Assessor:
             update_id=contribution.update_id,
             example_count=contribution.example_count,
             staleness=contribution.staleness,
-            norm=norm,
+            norm=nan if norm is None else norm,
             cosine=cosine,
         )
-        factor, rejection = self._screen(facts)
+        too_long = "" if norm is None else excess_of(norm)
+        factor, rejection = (0.0, too_long) if too_long else self._screen(facts)
         judgement = UpdateAssessment(
             update_id=facts.update_id,
             factor=factor,
             coefficient=0.0,
             weight=0.0,
             rejection=rejection,
-            norm=norm,
+            norm=facts.norm,
             cosine=cosine,
         )
         return facts, judgement
@@ -80,20 +81,19 @@ class Assessor:
             raise ValueError(f"the record holds no judgement of update {contribution.update_id}")
         return self.recorded[contribution.update_id]
 
-    def _measure(self, contribution: Contribution) -> tuple[float, float | None]:
+    def _measure(self, contribution: Contribution) -> tuple[float | None, float | None]:
+        """Give norm and cosine; None for what nothing asks for."""
         direction = self.prior.vectors.get(DIRECTION)
         if self.strategy.needs_direction and direction is not None:
             return cosine_of(contribution, self.base, direction, self.element_count)
         if not self.strategy.needs_norm:
-            return nan, None
+            return None, None
         if contribution.norm is not None:
             return contribution.norm, None
         return norm_of(contribution, self.base, self.element_count), None
 
     def _screen(self, facts: Facts) -> tuple[float, str]:
         """Ask every screen in order: the product of the factors, or the first refusal."""
-        if self.strategy.needs_norm and not isfinite(facts.norm):
-            return 0.0, f"norm {facts.norm} is not finite"
         scalars = self.scalars
         product = 1.0
         for screen in self.strategy.screens:
@@ -102,3 +102,10 @@ class Assessor:
                 return 0.0, reason
             product *= factor
         return product, ""
+
+
+def excess_of(norm: float) -> str:
+    """Give the reason to refuse a delta that is too long to be compared with others; empty for any other."""
+    if norm <= LARGEST_NORM:
+        return ""
+    return f"norm {norm:.6g} exceeds {LARGEST_NORM:g}, the longest that float64 compares"

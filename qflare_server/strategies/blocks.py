@@ -2,6 +2,10 @@
 
 Statistics of a whole vector are taken over blocks that start at multiples of their length (`BLOCK` elements for a
 norm or a dot product, `GRAM_BLOCK` for a Gram matrix), and the blocks' figures are added in order. Every figure comes
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 from arrays of one shape, so the budget, the slice size and the number of threads never change a bit.
 
 The Gram matrix is a product of the BLAS library, held to one thread of its own: the bytes then do not depend on its
@@ -10,17 +14,19 @@ still differ in the last bits. Coefficients derived from it are recorded in the 
 anywhere from the record.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from math import fsum, sqrt
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from math import fsum, inf, sqrt
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from qflare_server.strategies.types import Contribution, Reader, Vector
+
+LARGEST_NORM: Final = 1e150
+"""Longest delta that is compared with others: the square of anything longer, or a sum of such squares over ten million
+updates, may exceed float64. No model is trained there; an update beyond it is refused."""
 
 BLOCK = 65_536
 """Elements in a block of a statistics pass: 512 KiB of float64, which a second-level cache holds."""
@@ -39,23 +45,33 @@ def blocks(element_count: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
 
 
 def delta_of(contribution: Contribution, base: Reader, start: int, stop: int) -> Vector:
-    """Read a slice of an update's delta as a float64 array the caller owns."""
+    """Read a slice of an update's delta as a float64 array the caller owns; infinite where it exceeds float64."""
     values = np.array(contribution.read(start, stop), dtype=np.float64)
     if contribution.full_weights:
-        values -= base(start, stop)
+        with np.errstate(over="ignore"):
+            values -= base(start, stop)
     return values
 
 
 def squared_norm(values: NDArray[np.floating]) -> float:
-    """Sum the squares of one block in float64 (numpy's pairwise summation, not BLAS)."""
+    """Sum the squares of one block in float64 (numpy's pairwise summation, not BLAS); infinite on overflow."""
     wide = values.astype(np.float64, copy=False)
-    return float(np.add.reduce(wide * wide))
+    with np.errstate(over="ignore"):
+        return float(np.add.reduce(wide * wide))
+
+
+def _exact_sum(parts: Iterable[float]) -> float:
+    """Add figures of blocks exactly, none of them negative; infinite on overflow."""
+    try:
+        return fsum(parts)
+    except OverflowError:
+        return inf
 
 
 def norm_of(contribution: Contribution, base: Reader, element_count: int) -> float:
-    """Compute the L2 norm of a delta by one pass over it."""
+    """Compute the L2 norm of a delta by one pass over it; infinite where its square exceeds float64."""
     return sqrt(
-        fsum(
+        _exact_sum(
             squared_norm(delta_of(contribution, base, start, stop))
             for start, stop in blocks(element_count)
         )
@@ -68,7 +84,8 @@ def cosine_of(
     """Compute a delta's norm and its cosine to a direction by one pass.
 
     Returns:
-        The norm, and the cosine within [-1, 1]; None when either vector is zero.
+        The norm, infinite where its square exceeds float64; and the cosine within [-1, 1], None when either vector is
+        zero or too long to be compared.
     """
     own: list[float] = []
     other: list[float] = []
@@ -78,9 +95,10 @@ def cosine_of(
         towards = direction(start, stop).astype(np.float64, copy=False)
         own.append(squared_norm(delta))
         other.append(squared_norm(towards))
-        dots.append(float(np.add.reduce(delta * towards)))
-    norm, length = sqrt(fsum(own)), sqrt(fsum(other))
-    if norm == 0.0 or length == 0.0:
+        with np.errstate(over="ignore", invalid="ignore"):
+            dots.append(float(np.add.reduce(delta * towards)))
+    norm, length = sqrt(_exact_sum(own)), sqrt(_exact_sum(other))
+    if not (0.0 < norm <= LARGEST_NORM and 0.0 < length <= LARGEST_NORM):
         return norm, None
     return norm, max(-1.0, min(1.0, fsum(dots) / norm / length))
 
@@ -102,8 +120,9 @@ def gram_matrix(
         thread_count: Threads that share the work; readers are called from all of them.
 
     Returns:
-        A symmetric float64 array of shape (k, k). Memory for each thread: at most 8,192 elements of every update
-        in float64, and as many again, or up to 16 MiB, as read.
+        A symmetric float64 array of shape (k, k). The products of an update longer than `LARGEST_NORM` may be
+        infinite or NaN; those of the others are not touched by it. Memory for each thread: at most 8,192 elements of
+        every update in float64, and as many again, or up to 16 MiB, as read.
     """
     count = len(cohort)
     ahead = max(1, min(_READ_AHEAD, _READ_AHEAD_BYTES // (8 * GRAM_BLOCK * max(1, count))))
@@ -116,7 +135,8 @@ def gram_matrix(
     with threadpool_limits(limits=1, user_api="blas"):
         for _, _, products in in_order(work, ranges, thread_count):
             for product in products:
-                total += product
+                with np.errstate(over="ignore", invalid="ignore"):
+                    total += product
     return total
 
 
@@ -132,7 +152,8 @@ def _products(
         part = matrix[:, : last - first]
         for row, contribution, factor, values in zip(part, cohort, factors, slices, strict=True):
             _load(row, values[first:last], contribution, factor, origin[first:last])
-        products.append(part @ part.T)
+        with np.errstate(over="ignore", invalid="ignore"):
+            products.append(part @ part.T)
     return products
 
 
@@ -146,7 +167,8 @@ def _load(
     """Put a scaled delta into a row."""
     row[:] = values
     if contribution.full_weights:
-        np.subtract(row, origin, out=row)
+        with np.errstate(over="ignore"):
+            np.subtract(row, origin, out=row)
     if factor != 1.0:
         np.multiply(row, factor, out=row)
 

@@ -7,13 +7,14 @@ from its own column, so the slice length never changes a bit.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from math import sqrt
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qflare_server.strategies.accumulator import add_scaled
-from qflare_server.strategies.assessment import Assessor
+from qflare_server.strategies.assessment import Assessor, excess_of
 from qflare_server.strategies.blocks import blocks, gram_matrix, in_order
 from qflare_server.strategies.finalization import Release
 from qflare_server.strategies.interfaces import Cohort, CohortRule, SliceRule
@@ -46,6 +47,9 @@ def slice_elements(update_count: int, budget_bytes: int, thread_count: int = 1) 
     """
     length = budget_bytes // (_BYTES_PER_ELEMENT * max(1, update_count) * thread_count)
     return max(_SMALLEST_SLICE, min(_LARGEST_SLICE, length))
+
+
+Assessed: TypeAlias = tuple[Facts, UpdateAssessment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,31 +128,48 @@ class CohortAggregation:
 
     def _judge(self) -> tuple[UpdateAssessment, ...]:
         assessed = [self._assessor.assess(entry) for entry in self._contributions.values()]
-        accepted = [(facts, judgement) for facts, judgement in assessed if judgement.accepted]
-        if len(accepted) < self._rule.minimum_count:
-            return tuple(judgement for _, judgement in assessed)
-        chosen = self._plan(accepted)
+        gram = None
+        if self._rule.needs_gram and self._enough(assessed):
+            assessed, gram = self._compare(assessed)
+        judgements = tuple(judgement for _, judgement in assessed)
+        if not self._enough(assessed):
+            return judgements
+        accepted = tuple(facts for facts, judgement in assessed if judgement.accepted)
+        shares = self._rule.plan(Cohort(facts=accepted, gram=gram))
+        chosen = dict(zip((facts.update_id for facts in accepted), shares, strict=True))
         return tuple(
             replace(judgement, coefficient=share, weight=share)
-            for _, judgement in assessed
+            for judgement in judgements
             for share in [chosen.get(judgement.update_id, 0.0)]
         )
 
-    def _plan(self, accepted: Sequence[tuple[Facts, UpdateAssessment]]) -> dict[str, float]:
-        """Give the coefficients of the accepted updates."""
-        gram = None
-        if self._rule.needs_gram:
-            gram = gram_matrix(
-                [self._contributions[facts.update_id] for facts, _ in accepted],
-                [judgement.factor for _, judgement in accepted],
-                self._assessor.base,
-                self._assessor.element_count,
-                self._thread_count,
+    def _enough(self, assessed: Sequence[Assessed]) -> bool:
+        accepted_count = sum(judgement.accepted for _, judgement in assessed)
+        return accepted_count >= self._rule.minimum_count
+
+    def _compare(
+        self, assessed: Sequence[Assessed]
+    ) -> tuple[list[Assessed], NDArray[np.float64] | None]:
+        """Compute the inner products of the accepted updates; refuse those that are too long for them."""
+        accepted = [judgement for _, judgement in assessed if judgement.accepted]
+        gram = gram_matrix(
+            [self._contributions[judgement.update_id] for judgement in accepted],
+            [judgement.factor for judgement in accepted],
+            self._assessor.base,
+            self._assessor.element_count,
+            self._thread_count,
+        )
+        norms = [sqrt(square) for square in np.diagonal(gram)]
+        refused = {
+            judgement.update_id: replace(
+                judgement, factor=0.0, rejection=excess_of(norm), norm=norm
             )
-        facts = tuple(facts for facts, _ in accepted)
-        coefficients = self._rule.plan(Cohort(facts=facts, gram=gram))
-        names = (entry.update_id for entry in facts)
-        return dict(zip(names, coefficients, strict=True))
+            for judgement, norm in zip(accepted, norms, strict=True)
+            if excess_of(norm)
+        }
+        kept = [index for index, norm in enumerate(norms) if not excess_of(norm)]
+        judged = [(facts, refused.get(facts.update_id, judgement)) for facts, judgement in assessed]
+        return judged, gram[np.ix_(kept, kept)]
 
     def _rows(self) -> tuple[Row, ...]:
         """Give the updates that take part."""
