@@ -2,10 +2,6 @@
 
 Statistics of a whole vector are taken over blocks that start at multiples of their length (`BLOCK` elements for a
 norm or a dot product, `GRAM_BLOCK` for a Gram matrix), and the blocks' figures are added in order. Every figure comes
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 from arrays of one shape, so the budget, the slice size and the number of threads never change a bit.
 
 The Gram matrix is a product of the BLAS library, held to one thread of its own: the bytes then do not depend on its
@@ -14,9 +10,11 @@ still differ in the last bits. Coefficients derived from it are recorded in the 
 anywhere from the record.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import fsum, inf, sqrt
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray

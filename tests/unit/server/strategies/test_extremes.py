@@ -9,19 +9,20 @@ from qflare_server.strategies.testkit import make_version, reader_of
 from tests.unit.server.strategies.updates import Array, clustered, contributions
 
 HUGE = [1e149, -1e149, 1e151, 1e155, -1e155, 1e306, 1.7e308, -1.7e308]
-COMPARING = {
+COMPARING: dict[str, dict[str, float]] = {
     "krum": {"byzantine_count": 2},
     "multi_krum": {"byzantine_count": 2},
     "bulyan": {"byzantine_count": 1},
     "geometric_median": {},
 }
-ORDERING = {"median": {}, "trimmed_mean": {"trimmed_fraction": 0.2}}
+ORDERING: dict[str, dict[str, float]] = {"median": {}, "trimmed_mean": {"trimmed_fraction": 0.2}}
 
 
 def with_hostile(value: float, place: int, size: int = 1_000) -> tuple[Array, Array]:
     """Seven honest deltas, one hostile among them; and the honest alone."""
-    honest = clustered(np.random.default_rng(3), 7, size)
-    return np.insert(honest, place, np.full(size, value), axis=0), honest
+    honest = clustered(np.random.default_rng(3), 7, size).astype(np.float64)
+    deltas: Array = np.insert(honest, place, np.full(size, value), axis=0)
+    return deltas, honest
 
 
 def run(deltas: Array, name: str, **settings: float) -> tuple[Array, Outcome]:
