@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from qflare.tensors.elements import BytesLike, FiniteCheck, PayloadSizeError
-from qflare.tensors.encodings import Encoding, narrow
+from qflare.tensors.encodings import Encoding, narrow, narrow_dtype
 from qflare.tensors.manifest import Array, DType, Manifest, TensorSpec
 from qflare.tensors.payload import rechunk
 from qflare.tensors.vector_runs import (
@@ -35,6 +35,7 @@ from qflare.tensors.vector_runs import (
 __all__ = [
     "ReadBytes",
     "VectorLayout",
+    "VectorRange",
     "VectorReader",
     "float_count",
     "integer_ranges",
@@ -149,6 +150,52 @@ class VectorReader:
         if self._open is None or self._open[0] is not run:
             self._open = run, run.open(self._read_bytes)
         return self._open[1]
+
+
+class VectorRange:
+    """Which numbers a vector's tensors can hold, as a model is stored and as it is downloaded.
+
+    Args:
+        base: The manifest of the model.
+        download: The encoding in which devices get it: FULL_PRECISION, FLOAT16 or BFLOAT16.
+    """
+
+    def __init__(self, base: Manifest, download: Encoding = Encoding.FULL_PRECISION) -> None:
+        self._tensors = [
+            spec for spec in base.tensors if spec.dtype.is_float and spec.element_count
+        ]
+        self._starts: list[int] = []
+        self._download = download
+        start = 0
+        for spec in self._tensors:
+            self._starts.append(start)
+            start += spec.element_count
+
+    def fits(self, start: int, values: Array) -> Array:
+        """Return for each value of the vector from element `start` on whether it stays finite when it is rounded.
+
+        Args:
+            start: 0 or above; the values end within the vector.
+            values: Float64, one dimension.
+
+        Returns:
+            Booleans of the same shape.
+        """
+        fitting = np.empty(len(values), np.bool_)
+        position, stop = start, start + len(values)
+        while position < stop:
+            place = bisect_right(self._starts, position) - 1
+            spec = self._tensors[place]
+            end = min(stop, self._starts[place] + spec.element_count)
+            part = narrow(values[position - start : end - start], spec.dtype)
+            part = narrow(part, narrow_dtype(spec.dtype, self._download))
+            fitting[position - start : end - start] = np.isfinite(part)
+            position = end
+        return fitting
+
+    def tensor_at(self, element: int) -> str:
+        """Return the name of the tensor that an element of the vector belongs to."""
+        return self._tensors[bisect_right(self._starts, element) - 1].name
 
 
 def write_payload(

@@ -32,6 +32,7 @@ from qflare_server.storage.repository.training_sessions import RoundInProgress
 from qflare_server.storage.tables import RoundState, TrainingSessionState
 from qflare_server.strategies import NotEnoughUpdatesError, PrivacyBudgetExceededError
 from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed
+from qflare_server.training.quarantine import quarantine_repeaters
 from qflare_server.training.retention import prune_payloads
 from qflare_server.training.rounds import end_session, fail_round, handle_missed_quorum, open_round
 
@@ -207,7 +208,7 @@ class Aggregator:
         """Write the version's bytes, then publish it in one transaction."""
         with self._context.telemetry.span(
             "qflare.version.publish",
-            links=[update_id for update_id, _ in fold.contributors],
+            links=[update_id for update_id, _ in fold.taken],
             **_names(item),
         ):
             return self._publish_version(item, fold)
@@ -261,10 +262,10 @@ class Aggregator:
     def _tell(self, item: RoundInProgress, fold: RoundFold) -> None:
         """Tell the telemetry of a version."""
         assert item.closed_at is not None
-        rejected = len(fold.outcome.rejected)
+        used = len(fold.contributors())
         self._context.telemetry.round_published(
-            len(fold.contributors) - rejected,
-            rejected,
+            used,
+            len(fold.taken) - used,
             max(0.0, (item.closed_at - item.opened_at).total_seconds()),
             max(0.0, (self._context.clock() - item.closed_at).total_seconds()),
         )
@@ -291,8 +292,12 @@ class Aggregator:
         if training_session is None or current is None or current.state != RoundState.CLOSED.value:
             return False
         now = self._context.clock()
+        rejected = fold.outcome.rejected
+        updates.mark_rejected(session, rejected, now)
         record_refusals(session, training_session.id, current.number, fold.refusals, now)
         fail_round(session, training_session, current, reason, now)
+        judged = sorted(rejected.keys() - fold.refusals.keys())
+        quarantine_repeaters(session, training_session, judged, now)
         if training_session.state in {
             TrainingSessionState.RUNNING.value,
             TrainingSessionState.PAUSED.value,

@@ -3,8 +3,12 @@
 What is kept in memory is the strategy's accumulator and facts of a few bytes for each update; payloads are read in
 ranges. After a crash everything is read and folded again, in the same order, to the same bytes.
 
-Integer and boolean tensors are not averaged: they are copied from the accepted update with the largest example
-count, the earliest of equals.
+Integer and boolean tensors are not averaged: they are copied from the contributor with the largest example count,
+the earliest of equals. Contributors are the updates that have a share in the version: those that a safeguard refused
+or that the rule left out count for nothing, neither in these tensors nor in example counts or metrics.
+
+Where a version would not fit the element types of its model, the updates of which alone no version could be made are
+refused, and the others are aggregated without them.
 
 Where devices get versions in a smaller form, full weights become deltas against that form, slice by slice: against
 what the device had. The deltas are added to the version in full precision, so that changes smaller than the smaller
@@ -12,22 +16,24 @@ form can show are not lost but add up from round to round.
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 
 import numpy as np
 
 from qflare.crypto.sealed_payloads import SealContext
-from qflare.tensors import CHUNK_BYTES, Manifest
+from qflare.tensors import CHUNK_BYTES, Manifest, NonFiniteError
 from qflare.tensors.download_encodings import download_manifest
 from qflare.tensors.encodings import Encoding, wire_manifest
 from qflare.tensors.manifest import DType, TensorSpec
 from qflare.tensors.vectors import (
     VectorLayout,
+    VectorRange,
     VectorReader,
     float_count,
     integer_ranges,
@@ -38,7 +44,7 @@ from qflare_server.aggregation.outcome import with_refusals
 from qflare_server.aggregation.plan import RoundPlan
 from qflare_server.aggregation.row_integrity import RowIntegrity
 from qflare_server.context import Context
-from qflare_server.errors import GlobalModelNotFoundError
+from qflare_server.errors import GlobalModelNotFoundError, InvalidUpdateError
 from qflare_server.payloads.reader import PayloadBytes
 from qflare_server.payloads.sealed_receiver import seal_context
 from qflare_server.payloads.writer import PayloadWriter, VersionWriter
@@ -49,9 +55,11 @@ from qflare_server.storage.payload_records import (
     describe,
     seal_of,
 )
-from qflare_server.storage.repository import global_models, payloads
+from qflare_server.storage.repository import global_models, payloads, updates
 from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.strategies import (
+    REVISION,
+    Accumulator,
     Contribution,
     NotEnoughUpdatesError,
     Outcome,
@@ -59,10 +67,14 @@ from qflare_server.strategies import (
     Reader,
     UpdateAssessment,
     begin,
+    by_update,
+    first_excess,
     outcome_to_data,
 )
 from qflare_server.training.config import download_encoding
 from qflare_server.training.strategy import build_strategy, is_asynchronous
+
+logger = logging.getLogger(__name__)
 
 FOLD_AHEAD: Final = 8  # chunks read at once where an update is folded by itself
 COHORT_AHEAD: Final = 1  # and where a hundred are open side by side
@@ -89,6 +101,31 @@ class _Metrics:
         }
 
 
+@dataclass
+class Totals:
+    """What a version says of its contributors together, added up in acceptance order.
+
+    Attributes:
+        example_count: Their examples.
+        largest: The one with most examples, the earliest of equals; None without any.
+    """
+
+    example_count: int = 0
+    largest: AcceptedUpdate | None = None
+    _metrics: _Metrics = field(default_factory=_Metrics)
+
+    def add(self, update: AcceptedUpdate) -> None:
+        """Count one update."""
+        self.example_count += update.example_count
+        self._metrics.add(update.metrics, update.example_count)
+        if self.largest is None or update.example_count > self.largest.example_count:
+            self.largest = update
+
+    def metrics(self) -> dict[str, float]:
+        """Return the example-weighted means of what the devices reported, prefixed `train_`."""
+        return self._metrics.means()
+
+
 @dataclass(frozen=True)
 class WrittenVersion:
     """What a finished aggregation has written: the version, what its strategy keeps by name, what devices get."""
@@ -106,7 +143,8 @@ class RoundFold:
         plan: What it is aggregated with.
         noise_seed: The training session's secret, needed with differential privacy.
         thread_count: Threads that share the arithmetic.
-        recorded: Judgements of an earlier run by update id (`aggregation.outcome`), to recompute the version.
+        recorded: Judgements of an earlier run by update id (`qflare_server.outcomes`), to recompute the version from.
+        revision: Number of the rules to aggregate by; to recompute a version, those that it was made by.
     """
 
     def __init__(
@@ -117,12 +155,13 @@ class RoundFold:
         noise_seed: bytes | None = None,
         thread_count: int = 1,
         recorded: Mapping[str, UpdateAssessment] | None = None,
+        revision: int = REVISION,
     ) -> None:
         self.plan = plan
         self.last_sequence = 0
-        self.contributors: list[tuple[str, str]] = []
-        self.example_count = 0
+        self.taken: list[tuple[str, str]] = []  # id and statement digest of every update, in order
         self.refusals: dict[str, str] = {}  # by id: updates whose rows are not what was signed
+        self.revision = revision
         self._evidence = RowIntegrity(
             context,
             plan.training_session_id,
@@ -131,25 +170,33 @@ class RoundFold:
             recorded=recorded,
         )
         self._context = context
-        self._metrics = _Metrics()
-        self._largest: tuple[int, AcceptedUpdate] | None = None
+        self._noise_seed = noise_seed
+        self._thread_count = thread_count
+        self._recorded = recorded
         self._sent: dict[int, Reader] = {}
         self._download = download_encoding(plan.config)
-        strategy = build_strategy(plan.config)
-        self._ahead = FOLD_AHEAD if strategy.folds else COHORT_AHEAD
+        self._strategy = build_strategy(plan.config)
+        self._ahead = FOLD_AHEAD if self._strategy.folds else COHORT_AHEAD
         self._encoding = Encoding.from_number(plan.config.transfer.update_encoding)
         self._wire = wire_manifest(
             plan.manifest, self._encoding, plan.config.transfer.top_k_fraction or 1.0
         )
         self._layout = VectorLayout(plan.manifest, self._encoding, self._wire)
+        self._begin({})
+
+    def _begin(self, excluded: Mapping[str, str]) -> None:
+        """Begin the aggregation, with the reasons of updates that are refused beforehand."""
+        self._totals = Totals()
+        self._waiting: list[AcceptedUpdate] = []
         self._aggregation = begin(
-            strategy,
-            float_count(plan.manifest),
-            self._model_reader(plan.base),
+            self._strategy,
+            float_count(self.plan.manifest),
+            self._model_reader(self.plan.base),
             self._prior(),
-            noise_seed=noise_seed,
-            thread_count=thread_count,
-            recorded=recorded,
+            noise_seed=self._noise_seed,
+            thread_count=self._thread_count,
+            recorded=self._recorded,
+            excluded=excluded,
         )
 
     def _model_reader(self, stored: StoredPayload, manifest: Manifest | None = None) -> Reader:
@@ -170,26 +217,50 @@ class RoundFold:
             version=self.plan.base_version + 1,
         )
 
-    def take(self, updates: Sequence[AcceptedUpdate]) -> None:
+    def take(self, batch: Sequence[AcceptedUpdate]) -> None:
         """Take accepted updates in, in the order of their acceptance."""
-        refused = self._evidence.refusals(updates)
+        refused = self._evidence.refusals(batch)
         self.refusals |= refused
-        self.contributors += [(update.update_id, update.statement_digest) for update in updates]
-        if updates:
-            self.last_sequence = updates[-1].acceptance_sequence
-        self._take([update for update in updates if update.update_id not in refused])
+        self.taken += [(update.update_id, update.statement_digest) for update in batch]
+        if batch:
+            self.last_sequence = batch[-1].acceptance_sequence
+        self._take([update for update in batch if update.update_id not in refused])
 
-    def _take(self, updates: Sequence[AcceptedUpdate]) -> None:
-        if all(update.location == "row" for update in updates):
-            self._aggregation.extend([self._contribution(update) for update in updates])
+    def _take(self, batch: Sequence[AcceptedUpdate]) -> None:
+        if all(update.location == "row" for update in batch):
+            self._aggregation.extend([self._contribution(update) for update in batch])
         else:  # one large update in memory at a time
-            for update in updates:
+            for update in batch:
                 self._aggregation.add(self._contribution(update))
-        for update in updates:
-            self.example_count += update.example_count
-            self._metrics.add(update.metrics, update.example_count)
-            if self._largest is None or update.example_count > self._largest[0]:
-                self._largest = (update.example_count, update)
+        facts = [replace(update, data=None) for update in batch]
+        if self._strategy.folds:
+            self._count(facts, {item.update_id: self._judgement(item) for item in facts})
+        else:
+            self._waiting += facts  # who contributes is known when all are there
+
+    def _judgement(self, update: AcceptedUpdate) -> UpdateAssessment:
+        assert isinstance(self._aggregation, Accumulator)
+        return self._aggregation.judgement_of(update.update_id)
+
+    def _count(
+        self, batch: Sequence[AcceptedUpdate], judged: Mapping[str, UpdateAssessment]
+    ) -> None:
+        for update in batch:
+            if self.revision == 1 or judged[update.update_id].contributes:
+                self._totals.add(update)
+
+    def totals(self) -> Totals:
+        """Return what the version says of its contributors; after the last update was taken."""
+        if self._waiting:
+            self._count(self._waiting, by_update(self._aggregation.outcome))
+            self._waiting = []
+        return self._totals
+
+    def contributors(self) -> tuple[str, ...]:
+        """Return the statement digests of the updates in the version, in the order of their acceptance."""
+        outcome = self.outcome
+        without = {*outcome.rejected, *(outcome.left_out if self.revision > 1 else ())}
+        return tuple(digest for update_id, digest in self.taken if update_id not in without)
 
     def _contribution(self, update: AcceptedUpdate) -> Contribution:
         source = self._source(update)
@@ -234,24 +305,75 @@ class RoundFold:
     @property
     def outcome(self) -> Outcome:
         """Facts of the aggregation; complete once the version is written."""
-        order = [update_id for update_id, _ in self.contributors]
+        order = [update_id for update_id, _ in self.taken]
         return with_refusals(self._aggregation.outcome, order, self.refusals)
 
     def metrics(self) -> dict[str, float]:
-        """Return the example-weighted means of what the devices reported, prefixed `train_`.
+        """Return the example-weighted means of what the contributors reported, prefixed `train_`.
 
         None with differential privacy: its noise does not cover them.
         """
-        return {} if self.plan.config.privacy.noise_multiplier else self._metrics.means()
+        return {} if self.plan.config.privacy.noise_multiplier else self.totals().metrics()
 
     def write(self, executor: ThreadPoolExecutor, at: datetime) -> WrittenVersion:
         """Write the version's payload, the form in which devices get it, and its strategy's vectors.
 
         Raises:
             NotEnoughUpdatesError: The strategy accepted too few updates.
-            NonFiniteError: The version would hold NaN or infinity.
+            NonFiniteError: The version would hold NaN or infinity, and no single update is to blame.
             InvalidUpdateError: It would, in the form in which devices get it.
         """
+        try:
+            return self._write(executor, at)
+        except (NonFiniteError, InvalidUpdateError):
+            culprits = self._culprits()
+            if not culprits:
+                raise
+        self._begin(culprits)
+        for batch in self._taken_again():
+            self._take(batch)
+        return self._write(executor, at)
+
+    def _culprits(self) -> dict[str, str]:
+        """Return the reasons, by id, to refuse the updates of which alone no version could be made.
+
+        None with differential privacy: who is refused would tell of single updates.
+        """
+        if self.plan.config.privacy.noise_multiplier:
+            return {}
+        fitting, found = VectorRange(self.plan.manifest, self._download), {}
+        judged = by_update(self._aggregation.outcome)
+        release = self._aggregation.release
+        for update in (update for batch in self._taken_again() for update in batch):
+            judgement = judged[update.update_id]
+            if not judgement.contributes:
+                continue
+            element = first_excess(release, self._contribution(update), judgement, fitting.fits)
+            if element is not None:
+                tensor = fitting.tensor_at(element)
+                found[update.update_id] = f"alone it would take tensor {tensor!r} out of its range"
+                logger.warning(
+                    "update not folded: %s: %s", update.update_id, found[update.update_id]
+                )
+        return found
+
+    def _taken_again(self) -> Iterator[list[AcceptedUpdate]]:
+        """Read the updates that were taken once more, without those that are not what was signed."""
+        plan, after = self.plan, 0
+        while after < self.last_sequence:
+            with self._context.database.read() as session:
+                batch = updates.accepted_after(
+                    session, plan.training_session_id, plan.number, after, BATCH
+                )
+            after = batch[-1].acceptance_sequence
+            yield [
+                update
+                for update in batch
+                if update.update_id not in self.refusals
+                and update.acceptance_sequence <= self.last_sequence
+            ]
+
+    def _write(self, executor: ThreadPoolExecutor, at: datetime) -> WrittenVersion:
         count = float_count(self.plan.manifest)
         vectors: dict[str, PayloadWriter] = {}
 
@@ -296,13 +418,14 @@ class RoundFold:
         )
 
     def _integers(self) -> Callable[[TensorSpec], Iterator[bytes]]:
-        """Return where integer tensors' bytes come from: the update with the largest example count."""
+        """Return where integer tensors' bytes come from: the contributor with the largest example count."""
         offsets = {
             spec.name: offset for spec, offset in integer_ranges(self.plan.manifest, self._wire)
         }
-        if self._largest is None:
+        largest = self.totals().largest
+        if largest is None:
             raise NotEnoughUpdatesError("needs 1 accepted update, got 0")
-        source = self._source(self._largest[1])
+        source = self._source(largest)
 
         def read(spec: TensorSpec) -> Iterator[bytes]:
             for start in range(0, spec.size_bytes, CHUNK_BYTES):

@@ -17,7 +17,13 @@ from qflare_server.context import Context
 from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.repository import audit, training_sessions, updates, views
 from qflare_server.storage.repository.audit import SYSTEM, Event
-from qflare_server.storage.tables import Round, RoundState, TrainingSession, TrainingSessionState
+from qflare_server.storage.tables import (
+    LEFT_OUT_REASON,
+    Round,
+    RoundState,
+    TrainingSession,
+    TrainingSessionState,
+)
 from qflare_server.training.config import stored_config
 from qflare_server.training.early_stopping import HISTORY, stop_reason
 from qflare_server.training.evaluation import summarise
@@ -84,7 +90,6 @@ class Publication:
     ) -> VersionDraft:
         fold = self.fold
         outcome = fold.outcome
-        rejected = outcome.rejected
         spent = None if self.allowance is None else self.allowance.after
         assert current.closed_at is not None
         return VersionDraft(
@@ -95,16 +100,15 @@ class Publication:
             download=self.written.download,
             manifest=fold.plan.manifest,
             created_at=current.closed_at,
-            contributors=tuple(
-                digest for update_id, digest in fold.contributors if update_id not in rejected
-            ),
-            example_count=fold.example_count,
+            contributors=fold.contributors(),
+            example_count=fold.totals().example_count,
             weight_sum=outcome.weight_sum,
             metrics=fold.metrics(),
             strategy_state={
                 "scalars": dict(outcome.scalars),
                 "vectors": {name: item.payload_id for name, item in self.written.vectors.items()},
                 "outcome": self.outcome.payload_id,
+                "revision": fold.revision,
             },
             epsilon=None if spent is None else spent.epsilon,
             delta=None if spent is None else spent.delta,
@@ -120,23 +124,26 @@ class Publication:
         now: datetime,
     ) -> None:
         """Say of every update what became of it, and of the round that it is published."""
-        fold = self.fold
-        rejected = fold.outcome.rejected
-        updates.mark_rejected(session, rejected, now)
+        fold, outcome = self.fold, self.fold.outcome
+        rejected = outcome.rejected
+        left_out = dict.fromkeys(
+            outcome.left_out, f"{LEFT_OUT_REASON}{outcome.strategy} gave it no share"
+        )
+        updates.mark_rejected(session, rejected | left_out, now)
         record_refusals(session, training_session.id, current.number, fold.refusals, now)
         updates.mark_aggregated(
             session, training_session.id, current.number, fold.last_sequence, draft.version, now
         )
         scores = {
             entry.update_id: entry.cosine
-            for entry in fold.outcome.judgements
+            for entry in outcome.judgements
             if entry.cosine is not None
         }
         updates.record_scores(session, scores)
         values: dict[str, Any] = {
             "state": RoundState.PUBLISHED.value,
             "version": draft.version,
-            "rejected_count": len(rejected),
+            "rejected_count": len(rejected) + len(left_out),
             "published_at": now,
         }
         training_sessions.update_round(session, training_session.id, current.number, values)

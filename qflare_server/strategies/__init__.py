@@ -15,6 +15,7 @@ names, and `testkit` the checks for a strategy of your own.
 from qflare_server.strategies.accumulator import Accumulator
 from qflare_server.strategies.catalogue import begin, build
 from qflare_server.strategies.config import PrivacyConfig, StrategyConfig
+from qflare_server.strategies.culprits import first_excess
 from qflare_server.strategies.errors import (
     NotEnoughUpdatesError,
     PrivacyBudgetExceededError,
@@ -32,6 +33,7 @@ from qflare_server.strategies.interfaces import (
 from qflare_server.strategies.serialization import by_update, outcome_from_data, outcome_to_data
 from qflare_server.strategies.strategy import Strategy
 from qflare_server.strategies.types import (
+    REVISION,
     Aggregation,
     Contribution,
     Facts,
@@ -43,6 +45,7 @@ from qflare_server.strategies.types import (
 )
 
 __all__ = [
+    "REVISION",
     "Accumulator",
     "Aggregation",
     "Cohort",
@@ -68,6 +71,7 @@ __all__ = [
     "begin",
     "build",
     "by_update",
+    "first_excess",
     "outcome_from_data",
     "outcome_to_data",
 ]

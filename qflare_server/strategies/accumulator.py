@@ -36,7 +36,7 @@ BATCH: Final = 16
 
 
 def add_scaled(total: Vector, values: NDArray[np.floating], factor: float, scratch: Vector) -> None:
-    """Add `factor * values` to `total`, in float64.
+    """Add `factor * values` to `total`, in float64; infinite or NaN where that is exceeded.
 
     Args:
         total: Float64, shape (m,); changed in place.
@@ -44,13 +44,14 @@ def add_scaled(total: Vector, values: NDArray[np.floating], factor: float, scrat
         factor: Finite.
         scratch: Float64, shape (m,) or more; overwritten.
     """
-    if factor == 1.0:
-        np.add(total, values, out=total)
-        return
-    spare = scratch[: total.size]
-    np.copyto(spare, values)
-    np.multiply(spare, factor, out=spare)
-    np.add(total, spare, out=total)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if factor == 1.0:
+            np.add(total, values, out=total)
+            return
+        spare = scratch[: total.size]
+        np.copyto(spare, values)
+        np.multiply(spare, factor, out=spare)
+        np.add(total, spare, out=total)
 
 
 def fold_pieces(
@@ -85,6 +86,7 @@ class Accumulator:
         noise_seed: bytes | None = None,
         thread_count: int = 1,
         recorded: Mapping[str, UpdateAssessment] | None = None,
+        excluded: Mapping[str, str] | None = None,
     ) -> None:
         """Start with no update.
 
@@ -97,6 +99,7 @@ class Accumulator:
             thread_count: Threads that share the work. With more than one, readers are called from several
                 threads at once; with one, by the caller's only.
             recorded: Judgements of an earlier run, to recompute it from.
+            excluded: Reasons by update id of updates that are refused without being measured.
 
         Raises:
             TypeError: The rule does not fold.
@@ -104,12 +107,13 @@ class Accumulator:
         if not isinstance(strategy.rule, FoldRule):
             raise TypeError(f"{strategy.name} needs all updates at once and cannot fold")
         self._rule = strategy.rule
-        self._assessor = Assessor(strategy, element_count, base, prior or Prior(), recorded)
+        self._assessor = Assessor(
+            strategy, element_count, base, prior or Prior(), recorded, excluded or {}
+        )
         self._noise_seed = noise_seed
         self._total = np.zeros(element_count)
         self._thread_count = thread_count
-        self._judgements: list[UpdateAssessment] = []
-        self._seen: set[str] = set()
+        self._judgements: dict[str, UpdateAssessment] = {}
         self._base_factor = 0.0
 
     def add(self, contribution: Contribution) -> None:
@@ -131,11 +135,10 @@ class Accumulator:
         readers: list[Reader] = []
         factors: list[float] = []
         for contribution in batch:
-            if contribution.update_id in self._seen:
+            if contribution.update_id in self._judgements:
                 raise ValueError(f"update {contribution.update_id} was taken in before")
             judgement = self._judge(contribution)
-            self._seen.add(contribution.update_id)
-            self._judgements.append(judgement)
+            self._judgements[contribution.update_id] = judgement
             factor = judgement.factor * judgement.coefficient
             if factor == 0.0:
                 continue
@@ -170,13 +173,19 @@ class Accumulator:
             for job in jobs:
                 job.result()
 
-    def _release(self) -> Release:
-        return Release(self._assessor, tuple(self._judgements), self._noise_seed)
+    @property
+    def release(self) -> Release:
+        """What makes the version of the updates taken in so far."""
+        return Release(self._assessor, tuple(self._judgements.values()), self._noise_seed)
+
+    def judgement_of(self, update_id: str) -> UpdateAssessment:
+        """What became of an update that was taken in."""
+        return self._judgements[update_id]
 
     @property
     def outcome(self) -> Outcome:
         """The facts of the updates taken in so far."""
-        return self._release().outcome
+        return self.release.outcome
 
     def finish(self) -> Iterator[VersionSlice]:
         """Give the version slice by slice. May be called again, and gives the same.
@@ -184,7 +193,7 @@ class Accumulator:
         Raises:
             NotEnoughUpdatesError: Too few updates were accepted.
         """
-        release = self._release()
+        release = self.release
         release.require_enough()
         return self._slices(release)
 

@@ -1,7 +1,7 @@
 """From a contribution to the facts a strategy may judge it by, and the verdict of its screens."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
 
 import numpy as np
@@ -28,6 +28,7 @@ class Assessor:
         base: The base version.
         prior: What the base version left behind.
         recorded: Judgements of an earlier run by update id; with them nothing is judged again.
+        excluded: Reasons by update id of updates that are refused without being measured.
     """
 
     strategy: Strategy
@@ -35,6 +36,7 @@ class Assessor:
     base: Reader
     prior: Prior
     recorded: Mapping[str, UpdateAssessment] | None = None
+    excluded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def scalars(self) -> Mapping[str, float]:
@@ -48,7 +50,8 @@ class Assessor:
 
     def assess(self, contribution: Contribution) -> tuple[Facts, UpdateAssessment]:
         """Gather the facts of one update and ask the screens; the rule's part of the judgement is zero."""
-        norm, cosine = self._measure(contribution)
+        excluded = self.excluded.get(contribution.update_id, "")
+        norm, cosine = (None, None) if excluded else self._measure(contribution)
         facts = Facts(
             update_id=contribution.update_id,
             example_count=contribution.example_count,
@@ -56,8 +59,8 @@ class Assessor:
             norm=nan if norm is None else norm,
             cosine=cosine,
         )
-        too_long = "" if norm is None else excess_of(norm)
-        factor, rejection = (0.0, too_long) if too_long else self._screen(facts)
+        reason = excluded if norm is None else excess_of(norm)
+        factor, rejection = (0.0, reason) if reason else self._screen(facts)
         judgement = UpdateAssessment(
             update_id=facts.update_id,
             factor=factor,

@@ -226,6 +226,7 @@ def begin(
     thread_count: int = 1,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
     recorded: Mapping[str, UpdateAssessment] | None = None,
+    excluded: Mapping[str, str] | None = None,
 ) -> Accumulator | CohortAggregation:
     """Begin an aggregation: an accumulator when the strategy folds, else one over the whole cohort.
 
@@ -242,6 +243,7 @@ def begin(
         budget_bytes: Memory for slices of a cohort rule. A fold takes eight bytes an element instead.
         recorded: Judgements of an earlier run by update id (`record.by_update`), to recompute that version:
             nothing is judged or planned again.
+        excluded: Reasons by update id of updates that are refused without being measured.
     """
     if strategy.folds:
         return Accumulator(
@@ -252,6 +254,7 @@ def begin(
             noise_seed=noise_seed,
             thread_count=thread_count,
             recorded=recorded,
+            excluded=excluded,
         )
     return CohortAggregation(
         strategy,
@@ -262,4 +265,5 @@ def begin(
         thread_count=thread_count,
         budget_bytes=budget_bytes,
         recorded=recorded,
+        excluded=excluded,
     )

@@ -75,6 +75,7 @@ class CohortAggregation:
         thread_count: int = 1,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
         recorded: Mapping[str, UpdateAssessment] | None = None,
+        excluded: Mapping[str, str] | None = None,
     ) -> None:
         """Start with no update.
 
@@ -88,6 +89,7 @@ class CohortAggregation:
                 threads at once; with one, by the caller's only.
             budget_bytes: Memory for slices.
             recorded: Judgements of an earlier run, to recompute it from.
+            excluded: Reasons by update id of updates that are refused without being measured.
 
         Raises:
             TypeError: The rule folds.
@@ -95,7 +97,9 @@ class CohortAggregation:
         if not isinstance(strategy.rule, CohortRule):
             raise TypeError(f"{strategy.name} folds; use an Accumulator")
         self._rule = strategy.rule
-        self._assessor = Assessor(strategy, element_count, base, prior or Prior(), recorded)
+        self._assessor = Assessor(
+            strategy, element_count, base, prior or Prior(), recorded, excluded or {}
+        )
         self._noise_seed = noise_seed
         self._thread_count = thread_count
         self._budget_bytes = budget_bytes
@@ -179,13 +183,15 @@ class CohortAggregation:
             if entry.accepted and entry.coefficient != 0.0
         )
 
-    def _release(self) -> Release:
+    @property
+    def release(self) -> Release:
+        """What makes the version of the updates taken in so far."""
         return Release(self._assessor, self._judgements(), self._noise_seed)
 
     @property
     def outcome(self) -> Outcome:
         """The facts of the updates taken in so far; reads the updates when the rule's plan needs to."""
-        return self._release().outcome
+        return self.release.outcome
 
     def finish(self) -> Iterator[VersionSlice]:
         """Give the version slice by slice. May be called again, and gives the same.
@@ -193,7 +199,7 @@ class CohortAggregation:
         Raises:
             NotEnoughUpdatesError: Too few updates were accepted.
         """
-        release = self._release()
+        release = self.release
         release.require_enough()
         return self._slices(release, self._rows())
 
@@ -210,7 +216,8 @@ class CohortAggregation:
 
     def _aggregate(self, rows: tuple[Row, ...], start: int, stop: int) -> Vector:
         slices = [row.contribution.read(start, stop) for row in rows]
-        return combine(self._rule, rows, slices, self._assessor.wide_base(start, stop))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return combine(self._rule, rows, slices, self._assessor.wide_base(start, stop))
 
 
 def combine(

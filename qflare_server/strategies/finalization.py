@@ -90,14 +90,25 @@ class Release:
             stop: One past the last element.
             aggregate: The rule's aggregate, shape (stop - start,).
         """
-        strategy = self.assessor.strategy
-        if strategy.privacy is not None:
+        if self.assessor.strategy.privacy is not None:
             key = self._key("aggregate")
             aggregate = aggregate + gaussian_slice(key, start, stop, self.noise_stddev)
+        return self.step(start, stop, aggregate)
+
+    def step(self, start: int, stop: int, aggregate: Vector) -> VersionSlice:
+        """Take the server step, without noise. What leaves float64 becomes infinite or NaN.
+
+        Args:
+            start: First element.
+            stop: One past the last element.
+            aggregate: Shape (stop - start,).
+        """
+        strategy = self.assessor.strategy
         scalars = strategy.optimizer.advance(self.assessor.scalars)
         base = self.assessor.wide_base(start, stop)
         before = self._vectors(start, stop)
-        weights, after = strategy.optimizer.step(base, aggregate, before, scalars)
+        with np.errstate(over="ignore", invalid="ignore"):
+            weights, after = strategy.optimizer.step(base, aggregate, before, scalars)
         vectors = dict(after)
         if strategy.needs_direction:
             vectors[DIRECTION] = aggregate

@@ -14,10 +14,19 @@ Invariants: everything here is a value. Nothing reads a clock, a file or a rando
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+REVISION: Final = 2
+"""Number of the rules by which this release aggregates. A version keeps the number of those that it was made by, so
+that it can be recomputed where later ones differ:
+
+1. (versions without a number) Updates that were refused or left out counted in example counts and metrics, could give
+   the integers, and were among the contributors where it was the rule that left them out.
+2. Only updates with a share in the aggregate count.
+"""
 
 Vector: TypeAlias = NDArray[np.float64]
 """A float64 array of one dimension."""
@@ -112,8 +121,13 @@ class UpdateAssessment:
 
     @property
     def accepted(self) -> bool:
-        """Whether the update took part."""
+        """Whether no screen refused the update; the rule may still have left it out (`contributes`)."""
         return not self.rejection
+
+    @property
+    def contributes(self) -> bool:
+        """Whether the aggregate holds anything of the update: it was accepted and the rule gave it a share."""
+        return self.accepted and (self.coefficient != 0.0 or self.weight != 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +159,15 @@ class Outcome:
         return {entry.update_id: entry.rejection for entry in self.judgements if entry.rejection}
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """Ids of the updates that were accepted and that the rule gave no share."""
+        return tuple(
+            entry.update_id for entry in self.judgements if entry.accepted and not entry.contributes
+        )
+
+    @property
     def coefficients(self) -> dict[str, float]:
-        """Factor times coefficient by update id, of the updates that took part."""
+        """Factor times coefficient by update id, of the updates that were accepted."""
         return {
             entry.update_id: entry.factor * entry.coefficient
             for entry in self.judgements

@@ -108,6 +108,7 @@ def recompute_version(
             noise_seed=seed,
             thread_count=thread_count,
             recorded=recorded,
+            revision=int(model.strategy_state.get("revision", 1)),
         )
         return _repeat(context, model, statement, fold, folded)
 
@@ -194,17 +195,15 @@ def _updates_of(context: Context, model: GlobalModel) -> list[AcceptedUpdate]:
 def _compare(
     fold: RoundFold, statement: security_pb2.ModelStatement, written: WrittenVersion
 ) -> list[str]:
-    rejected = fold.outcome.rejected
-    digests = [digest for update_id, digest in fold.contributors if update_id not in rejected]
     pairs = {
         "payload": (written.payload.content_digest, statement.payload_digest),
         "download": (
             "" if written.download is None else written.download.payload.digest,
             statement.download.payload_digest,
         ),
-        "contributors": (contributors_digest(digests), statement.contributors_digest),
+        "contributors": (contributors_digest(fold.contributors()), statement.contributors_digest),
         "weight_sum": (fold.outcome.weight_sum, statement.weight_sum),
-        "example_count": (fold.example_count, statement.example_count),
+        "example_count": (fold.totals().example_count, statement.example_count),
         "metrics": (fold.metrics(), dict(statement.metrics)),
     }
     return [

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Integer, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
@@ -15,6 +15,8 @@ from qflare_server.storage.tables import ModelUpdate, Payload, UpdateState
 
 UPDATES = ModelUpdate.__table__
 PAYLOADS = Payload.__table__
+MAX_REASON: Final = 500
+"""Characters of the reason why an update was left out."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def mark_aggregated(
 
 
 def mark_rejected(session: Session, rejected: Mapping[str, str], at: datetime) -> None:
-    """Mark updates, by id, as left out, each with its reason."""
+    """Mark updates, by id, as left out, each with its reason, cut to `MAX_REASON` characters."""
     if rejected:
         session.connection().execute(
             update(UPDATES)
@@ -225,7 +227,7 @@ def mark_rejected(session: Session, rejected: Mapping[str, str], at: datetime) -
                 state=UpdateState.REJECTED.value, state_reason=bindparam("why"), aggregated_at=at
             ),
             [
-                {"update": update_id, "why": reason}
+                {"update": update_id, "why": reason[:MAX_REASON]}
                 for update_id, reason in sorted(rejected.items())
             ],
         )

@@ -5,13 +5,14 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select, text
+from sqlalchemy import and_, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from qflare_server.storage.paging import Page, PageRequest, page_token
 from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.storage.tables import (
     EVIDENCE_REASON,
+    LEFT_OUT_REASON,
     AuditLog,
     GlobalModel,
     ModelUpdate,
@@ -227,8 +228,8 @@ def count_rejections(
 ) -> int:
     """Return how many updates of a device were judged and rejected in a training session since a time.
 
-    Updates of rounds that failed or were cancelled as a whole do not count against the device, nor do those whose rows
-    were changed after it had sent them.
+    What does not count against the device: that a round failed or was cancelled as a whole, that the rule preferred
+    other updates, and that rows were changed after it had sent them.
     """
     query = (
         select(func.count())
@@ -245,7 +246,14 @@ def count_rejections(
             UPDATES.c.training_session_id == training_session_id,
             UPDATES.c.state == UpdateState.REJECTED.value,
             ~UPDATES.c.state_reason.startswith(EVIDENCE_REASON),
-            ROUNDS.c.state == RoundState.PUBLISHED.value,
+            ~UPDATES.c.state_reason.startswith(LEFT_OUT_REASON),
+            or_(
+                ROUNDS.c.state == RoundState.PUBLISHED.value,
+                and_(
+                    ROUNDS.c.state == RoundState.FAILED.value,
+                    UPDATES.c.state_reason != ROUNDS.c.state_reason,
+                ),
+            ),
         )
     )
     return _count(session, query)

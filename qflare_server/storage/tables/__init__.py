@@ -11,6 +11,7 @@ from qflare_server.storage.tables.payloads import Payload, PayloadChunk, Upload
 from qflare_server.storage.tables.replicas import Epoch, IdempotentCall, Lease, Replica, UsedNonce
 from qflare_server.storage.tables.results import (
     EVIDENCE_REASON,
+    LEFT_OUT_REASON,
     Evaluation,
     GlobalModel,
     ModelUpdate,
@@ -29,6 +30,7 @@ from qflare_server.storage.tables.types import BIG_ID, NAMING, Base, UtcDateTime
 __all__ = [
     "BIG_ID",
     "EVIDENCE_REASON",
+    "LEFT_OUT_REASON",
     "NAMING",
     "AuditHead",
     "AuditLog",

@@ -20,6 +20,9 @@ from qflare_server.storage.tables.types import Base, one_of
 EVIDENCE_REASON: Final = "evidence: "
 """Begins the reason of an update that was left out because its rows are not what its device signed."""
 
+LEFT_OUT_REASON: Final = "left out: "
+"""Begins the reason of an update that no safeguard refused and that its rule gave no share in the version."""
+
 
 class ModelUpdate(Base):
     """One device's contribution to one round.

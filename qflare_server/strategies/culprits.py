@@ -1,0 +1,55 @@
+"""Updates of which no version could be made: what to refuse when an aggregate leaves the range of the model.
+
+A rule that means is linear, so a version made of updates each of which would fit alone fits too. Where a version does
+not fit, the updates that would not fit alone are the ones to refuse; without them the round has a version. Where none
+of them is to blame, the model itself has diverged.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qflare_server.strategies.blocks import LARGEST_NORM, blocks, delta_of
+from qflare_server.strategies.finalization import Release
+from qflare_server.strategies.types import Contribution, UpdateAssessment, Vector, VersionSlice
+
+Fits: TypeAlias = Callable[[int, Vector], NDArray[np.bool_]]
+"""`fits(start, weights)` says of each weight from element `start` on whether the model can hold it."""
+
+
+def first_excess(
+    release: Release, contribution: Contribution, judgement: UpdateAssessment, fits: Fits
+) -> int | None:
+    """Find an element that the version could not hold if it were made of one update alone.
+
+    Elements that leave the range without the update as well, by the momentum of earlier versions, do not count.
+
+    Args:
+        release: Of the aggregation that the update was taken into.
+        contribution: The update.
+        judgement: What the aggregation made of it: its factor counts, its share does not.
+        fits: Of the model.
+
+    Returns:
+        The first such element; None if there is none.
+    """
+    element_count = release.assessor.element_count
+    for start, stop in blocks(element_count):
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta = delta_of(contribution, release.assessor.base, start, stop) * judgement.factor
+        exceeds = ~(np.abs(delta) <= LARGEST_NORM) | ~_whole(release.step(start, stop, delta), fits)
+        if exceeds.any():
+            exceeds &= _whole(release.step(start, stop, np.zeros(stop - start)), fits)
+        if exceeds.any():
+            return start + int(np.argmax(exceeds))
+    return None
+
+
+def _whole(made: VersionSlice, fits: Fits) -> NDArray[np.bool_]:
+    """Say of each element whether its weight fits and its state is finite."""
+    whole = fits(made.start, made.weights)
+    for vector in made.vectors.values():
+        whole = whole & np.isfinite(vector)
+    return whole

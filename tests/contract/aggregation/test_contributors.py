@@ -1,0 +1,157 @@
+"""Only contributors count: what a safeguard or the rule leaves out of a version has no say in anything of it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qflare.v1 import security_pb2, training_pb2
+from qflare_server.aggregation.aggregator import Aggregator
+from qflare_server.aggregation.fold import RoundFold
+from qflare_server.aggregation.plan import read_plan
+from qflare_server.aggregation.publication import Publication
+from qflare_server.errors import UpdateNotFoundError
+from qflare_server.storage.repository import devices, updates
+from qflare_server.storage.repository.updates import UpdateReceipt
+from qflare_server.storage.tables import LEFT_OUT_REASON, DeviceState, GlobalModel
+from qflare_server.verification import recompute_version
+from tests.support.use_cases import CoordinatorHarness
+
+KEEP = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL)
+MANY = 2**40
+QUORUM_3 = training_pb2.RoundPolicy(quorum=3)
+
+
+def arrays(weight: float, steps: int) -> dict[str, np.ndarray[Any, Any]]:
+    return {"steps": np.array([steps], np.int64), "w": np.full(4, weight, np.float32)}
+
+
+def start(core: CoordinatorHarness, name: str = "fedavg", **config: Any) -> str:
+    strategy = training_pb2.StrategyConfig(name=name)
+    return core.start(
+        arrays(0.0, 1), **{"strategy": strategy, "rounds": QUORUM_3, "transfer": KEEP, **config}
+    )
+
+
+def submit_round(core: CoordinatorHarness, identity: str) -> list[UpdateReceipt]:
+    """Two alike updates, and one far off that claims most examples, the best accuracy and other integers."""
+    return [
+        core.submit("device-0", identity, arrays(1.0, 2), examples=10, accuracy=0.25),
+        core.submit("device-1", identity, arrays(50.0, 9), examples=MANY, accuracy=1.0),
+        core.submit("device-2", identity, arrays(1.5, 3), examples=4, accuracy=0.5),
+    ]
+
+
+def statement_of(model: GlobalModel) -> security_pb2.ModelStatement:
+    return security_pb2.ModelStatement.FromString(model.statement)
+
+
+SAFEGUARD: dict[str, Any] = {"safeguards": training_pb2.SafeguardPolicy(max_norm=10.0)}
+
+
+def test_an_update_that_is_refused_counts_for_nothing(core: CoordinatorHarness) -> None:
+    identity = start(core, **SAFEGUARD)
+    submit_round(core, identity)
+    core.settle()
+
+    statement = statement_of(core.versions(identity)[1])
+
+    assert (statement.contributor_count, statement.example_count) == (2, 14)
+    assert dict(statement.metrics) == {"train_accuracy": pytest.approx((2.5 + 2.0) / 14)}
+    assert np.frombuffer(core.weights(identity, 1)[:8], "<i8").tolist() == [2]
+    assert core.training.get(identity).best_accuracy == pytest.approx(4.5 / 14)
+
+
+def test_an_update_that_is_refused_ends_no_training(core: CoordinatorHarness) -> None:
+    early = training_pb2.EarlyStopPolicy(metric="accuracy", target=0.9)
+    identity = start(core, early_stop=early, **SAFEGUARD)
+
+    submit_round(core, identity)
+    core.settle()
+
+    assert core.training.get(identity).state == "running"
+
+
+def test_updates_that_the_rule_leaves_out_count_for_nothing(core: CoordinatorHarness) -> None:
+    """Krum takes one of the two that are alike; which one is a matter of their ids."""
+    identity = start(core, "krum")
+    submit_round(core, identity)
+    core.settle()
+
+    version = core.versions(identity)[1]
+    statement = statement_of(version)
+
+    rows = core.updates(identity, 1)
+    (taken,) = (row for row in rows if row.state == "aggregated")
+    others = [row for row in rows if row is not taken]
+    assert all(row.state == "rejected" for row in others)
+    assert all(row.state_reason.startswith(LEFT_OUT_REASON + "krum") for row in others)
+    assert (version.participant_count, statement.contributor_count) == (1, 1)
+    assert statement.example_count == taken.example_count
+    assert dict(statement.metrics) == {"train_accuracy": taken.accuracy}
+    assert core.round(identity, 1).rejected_count == 2
+    assert core.deliveries.contribution_proof(taken.id).tree_size == 1
+    with pytest.raises(UpdateNotFoundError):
+        core.deliveries.contribution_proof(others[0].id)
+
+
+def test_the_preference_of_a_rule_is_not_held_against_devices(core: CoordinatorHarness) -> None:
+    safeguards = training_pb2.SafeguardPolicy(quarantine_rejections=1)
+    identity = start(core, "krum", safeguards=safeguards)
+
+    submit_round(core, identity)
+    core.settle()
+
+    with core.database.read() as session:
+        states = {devices.lock_device(session, f"device-{n}").state for n in range(3)}  # type: ignore[union-attr]
+    assert states == {DeviceState.ACTIVE.value}
+
+
+@pytest.mark.parametrize("config", [SAFEGUARD, {"name": "krum"}, {"name": "median"}], ids=str)
+def test_a_version_is_made_again_by_the_same_rules(
+    core: CoordinatorHarness, config: dict[str, Any]
+) -> None:
+    identity = start(core, **config)
+    submit_round(core, identity)
+    core.settle()
+
+    again = recompute_version(core.context, identity, 1)
+
+    assert (again.recomputed, again.differences, again.by_record) == (True, (), False)
+
+
+@pytest.mark.parametrize("config", [SAFEGUARD, {"name": "krum"}], ids=str)
+def test_versions_of_earlier_releases_are_made_again_by_theirs(
+    core: CoordinatorHarness, config: dict[str, Any]
+) -> None:
+    identity = start(core, **config)
+    submit_round(core, identity)
+    publish_as_before(core, identity)
+
+    statement = statement_of(core.versions(identity)[1])
+    again = recompute_version(core.context, identity, 1)
+
+    assert statement.example_count == MANY + 14
+    assert (again.recomputed, again.differences, again.by_record) == (True, (), False)
+
+
+def publish_as_before(core: CoordinatorHarness, identity: str) -> None:
+    """Close round 1 and publish its version by the rules of versions that keep no number of them."""
+    core.aggregator = NoAggregator(core.context, core.executor, "one")
+    core.settle()
+    with core.database.read() as session:
+        plan = read_plan(session, identity, 1, 0)
+        accepted = updates.accepted_after(session, identity, 1, 0, 10)
+    fold = RoundFold(core.context, plan, revision=1)
+    fold.take(accepted)
+    written = fold.write(core.executor, core.clock())
+    outcome = fold.write_outcome(core.executor, core.clock())
+    assert core.database.write(Publication(core.context, fold, written, outcome).run)
+
+
+class NoAggregator(Aggregator):
+    """Closes rounds and publishes nothing."""
+
+    def _publish(self, item: Any, fold: RoundFold) -> bool:
+        del item, fold
+        return False

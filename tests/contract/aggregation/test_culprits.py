@@ -1,0 +1,162 @@
+"""One update stops no round: where a version would leave the range of its model, who is to blame is left out."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qflare.v1 import training_pb2
+from qflare_server.storage.repository import devices
+from qflare_server.storage.tables import DeviceState
+from qflare_server.verification import recompute_version
+from tests.support.use_cases import CoordinatorHarness
+
+DELTA = training_pb2.UPDATE_KIND_DELTA
+WEIGHTS = training_pb2.UPDATE_KIND_WEIGHTS
+ALL = training_pb2.PAYLOAD_RETENTION_ALL
+QUORUM_3 = training_pb2.RoundPolicy(quorum=3)
+HALF = {"download_encoding": training_pb2.ENCODING_FLOAT16}
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def arrays(value: float, dtype: str, steps: int = 1) -> Arrays:
+    return {
+        "steps": np.array([steps], np.int32),
+        "fine": np.full(3, 0.5, dtype),
+        "w": np.full(5, value, dtype),
+    }
+
+
+def start(
+    core: CoordinatorHarness, dtype: str, *, base: float = 1.0, transfer: Any = None, **config: Any
+) -> str:
+    policy = {"payload_retention": ALL, "update_kind": DELTA, **(transfer or {})}
+    settings: dict[str, Any] = {"rounds": QUORUM_3, **config}
+    return core.start(
+        arrays(base, dtype), transfer=training_pb2.TransferPolicy(**policy), **settings
+    )
+
+
+def submit(
+    core: CoordinatorHarness, device: str, identity: str, weights: Arrays, examples: int = 10
+) -> None:
+    """Submit an update of the kind that the training session wants."""
+    task = core.tasks.next_task(device, identity)
+    draft = core.draft(device, identity, weights, examples=examples)
+    assert task.config is not None
+    draft.statement.kind = task.config.transfer.update_kind
+    draft.statement.base_encoding = task.config.transfer.download_encoding
+    core.send(draft)
+
+
+def run_round(
+    core: CoordinatorHarness,
+    identity: str,
+    dtype: str,
+    hostile: float,
+    hostile_examples: int = 2**40,
+) -> None:
+    submit(core, "device-0", identity, arrays(0.25, dtype, 2))
+    submit(core, "device-1", identity, arrays(hostile, dtype, 9), hostile_examples)
+    submit(core, "device-2", identity, arrays(0.75, dtype, 3))
+    core.settle()
+
+
+CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "float16 leaves its range": ("float16", 65504.0, {"base": 100.0}),
+    "float16 by an optimizer": (
+        "float16",
+        60000.0,
+        {"base": 10_000.0, "strategy": ("fedavgm", {})},
+    ),
+    "float16 by a learning rate": (
+        "float16",
+        2000.0,
+        {"strategy": ("fedavg", {"server_learning_rate": 50.0})},
+    ),
+    "float32 leaves the range of downloads": ("float32", 70000.0, {"transfer": HALF}),
+    "float64 sums exceed float64": ("float64", 1.7e308, {}),
+    "squares of an optimizer exceed float64": ("float64", 1e200, {"strategy": ("fedadam", {})}),
+    "geometric median": ("float64", 1e155, {"strategy": ("geometric_median", {})}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_round_goes_on_without_the_culprit(core: CoordinatorHarness, case: str) -> None:
+    dtype, hostile, changes = CASES[case]
+    config = dict(changes)
+    if "strategy" in config:
+        name, parameters = config["strategy"]
+        config["strategy"] = training_pb2.StrategyConfig(name=name, parameters=parameters)
+    identity = start(core, dtype, **config)
+    run_round(core, identity, dtype, hostile)
+
+    rows = core.updates(identity, 1)
+
+    assert core.round(identity, 1).state == "published"
+    assert [row.state for row in rows] == ["aggregated", "rejected", "aggregated"]
+    assert core.versions(identity)[1].example_count == 20
+    version = core.weights(identity, 1)
+    assert np.isfinite(np.frombuffer(version[4:], np.dtype(dtype))).all()
+    again = recompute_version(core.context, identity, 1)
+    assert (again.recomputed, again.differences, again.by_record) == (True, (), False)
+
+
+def test_the_reason_names_the_tensor(core: CoordinatorHarness) -> None:
+    identity = start(core, "float16", base=100.0)
+
+    run_round(core, identity, "float16", 65504.0)
+
+    reason = core.updates(identity, 1)[1].state_reason
+    assert reason == "alone it would take tensor 'w' out of its range"
+
+
+def test_full_weights_beyond_the_range_of_downloads_are_found_too(core: CoordinatorHarness) -> None:
+    identity = start(core, "float32", transfer={"update_kind": WEIGHTS, **HALF})
+
+    run_round(core, identity, "float32", 1e6)
+
+    assert [row.state for row in core.updates(identity, 1)][1] == "rejected"
+    assert core.round(identity, 1).state == "published"
+
+
+def test_too_few_are_left_and_only_the_culprit_is_to_blame(core: CoordinatorHarness) -> None:
+    """Three updates are the fewest of Krum: the round fails, the device is quarantined, the next one goes on."""
+    safeguards = training_pb2.SafeguardPolicy(quarantine_rejections=1)
+    krum = training_pb2.StrategyConfig(name="krum")
+    identity = start(core, "float64", strategy=krum, safeguards=safeguards)
+
+    run_round(core, identity, "float64", 1e306)
+
+    rows = core.updates(identity, 1)
+    assert core.round(identity, 1).state == "failed"
+    assert "exceeds 1e+150" in rows[1].state_reason
+    assert {rows[0].state_reason, rows[2].state_reason} == {core.round(identity, 1).state_reason}
+    assert state_of(core, "device-0") == DeviceState.ACTIVE.value
+    assert state_of(core, "device-1") == DeviceState.QUARANTINED.value
+    assert core.round(identity).number == 2
+
+
+def state_of(core: CoordinatorHarness, device_id: str) -> str:
+    with core.database.read() as session:
+        device = devices.lock_device(session, device_id)
+        assert device is not None
+        return device.state
+
+
+def test_a_model_that_diverges_by_everyone_s_hand_fails_its_rounds(
+    core: CoordinatorHarness,
+) -> None:
+    """Each step alone stays in range; the momentum of both leaves it, and no update is refused for that."""
+    fedavgm = training_pb2.StrategyConfig(name="fedavgm")
+    one = training_pb2.RoundPolicy(quorum=1)
+    identity = start(core, "float16", base=0.0, strategy=fedavgm, rounds=one)
+    submit(core, "device-0", identity, arrays(50000.0, "float16"))
+    core.settle()
+
+    submit(core, "device-1", identity, arrays(0.25, "float16"))
+    core.settle()
+
+    assert core.round(identity, 2).state == "failed"
+    assert core.updates(identity, 2)[0].state_reason == core.round(identity, 2).state_reason
