@@ -239,12 +239,6 @@ class StaleBaseVersionError(FailedPreconditionError):
         )
 
 
-class PrivacyBudgetError(FailedPreconditionError):
-    """The next version would spend more than the privacy budget."""
-
-    reason = "PRIVACY_BUDGET_EXCEEDED"
-
-
 class TooManyRequestsError(QflareError):
     """A dynamic bound is reached; the same call may succeed later.
 

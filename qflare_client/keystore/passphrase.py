@@ -50,11 +50,6 @@ def passphrase_coding(passphrase: str) -> SecretCoding:
     return SecretCoding(encode, decode)
 
 
-def is_under_passphrase(data: bytes) -> bool:
-    """Return whether the bytes of a secret's file need a passphrase."""
-    return data.startswith(_MAGIC)
-
-
 def _derive(passphrase: bytes, head: bytes) -> bytes:
     return Argon2id(
         salt=head[len(_MAGIC) :],

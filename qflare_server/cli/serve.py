@@ -69,8 +69,10 @@ def add(commands: Any) -> None:
 def run_serve(config: ServerConfig, _arguments: argparse.Namespace) -> int:
     """Serve until a signal; with several workers, start them and wait for them."""
     notes = ensure_initialised(config)
-    if config.workers > 1 and WORKER_VARIABLE not in os.environ:
-        return supervise(config)
+    if WORKER_VARIABLE not in os.environ:
+        logger.info("settings: %s", config.as_log())
+        if config.workers > 1:
+            return supervise(config)
     _keep_freed_memory()
     coordinator = Coordinator(config)
     stopped = threading.Event()

@@ -114,11 +114,6 @@ class KeyFolder:
         """File of the passphrase of the online keys."""
         return self.passphrase_file or self.online_file.with_suffix(".passphrase")
 
-    @property
-    def offline_passphrase_file(self) -> Path:
-        """File of the passphrase of the root keys."""
-        return self._with_passphrases([RootFile(self.root_file)])[0].passphrase
-
     def is_empty(self) -> bool:
         """Whether there are no online keys."""
         return not self.online_file.exists()

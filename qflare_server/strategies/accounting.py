@@ -8,7 +8,7 @@ The relation is add-or-remove of one device with all its updates of a version. S
 Poisson sampling and secret; a sampling probability of one claims nothing and is right otherwise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -87,14 +87,6 @@ class PrivacySpent:
     epsilon: float
     delta: float
     ledger: PrivacyLedger
-
-    def as_metadata(self) -> Mapping[str, float]:
-        """Give the numbers that belong into a version's metadata."""
-        return {
-            "epsilon": self.epsilon,
-            "delta": self.delta,
-            "release_count": float(self.ledger.release_count),
-        }
 
 
 def require_library() -> None:

@@ -4,7 +4,7 @@ A configuration is plain data. Whether it makes sense is decided by `build`, whi
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Self
 
 from qflare_server.strategies.errors import StrategyConfigError
@@ -101,17 +101,6 @@ class StrategyConfig:
     secure_aggregation: bool = False
     privacy: PrivacyConfig | None = None
     options: Mapping[str, float] = field(default_factory=lambda: NOTHING)
-
-    def as_mapping(self) -> dict[str, object]:
-        """Give the configuration as JSON-ready data; `from_mapping` is the way back."""
-        data: dict[str, object] = {
-            entry.name: getattr(self, entry.name)
-            for entry in fields(self)
-            if entry.name not in {"privacy", "options"}
-        }
-        data["privacy"] = asdict(self.privacy) if self.privacy else None
-        data["options"] = dict(self.options)
-        return data
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, object]) -> Self:

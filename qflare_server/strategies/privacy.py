@@ -11,7 +11,7 @@ arXiv:1905.03871, Algorithm 1 (adaptive clipping).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, sqrt
+from math import exp
 
 from qflare_server.strategies.noise import gaussian_slice
 from qflare_server.strategies.screening import CLIP_BOUND, AdaptiveClip, NormClip
@@ -116,8 +116,3 @@ def smallest_noise_multiplier(count_stddev: float) -> float:
     From it on the count alone would spend the whole budget.
     """
     return 2.0 * count_stddev
-
-
-def combined_noise_multiplier(sum_multiplier: float, count_stddev: float) -> float:
-    """Give the multiplier of a release of both sum and count, the inverse of `sum_noise_multiplier`."""
-    return 1.0 / sqrt(sum_multiplier**-2 + (2.0 * count_stddev) ** -2)

@@ -24,6 +24,7 @@ class CoordinatorProcess:
         port: 0 takes a free one at the first start and keeps it.
         settings: Further `QFLARE_*` variables.
         worker_count: Processes that share the port.
+        log_file: Where their log goes; None throws it away.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class CoordinatorProcess:
         port: int = 0,
         settings: Mapping[str, str] | None = None,
         worker_count: int = 1,
+        log_file: Path | None = None,
     ) -> None:
         self._data_dir = data_dir
         self._database_url = database_url
         self._settings = dict(settings or {})
         self._worker_count = worker_count
+        self._log_file = log_file
         self.port = port
         self.process: subprocess.Popen[str] | None = None
 
@@ -50,18 +53,19 @@ class CoordinatorProcess:
             **self._settings,
         }
         command = [sys.executable, "-m", "qflare_server", "--data-dir", str(self._data_dir)]
-        self.process = subprocess.Popen(
-            [
-                *command,
-                "serve",
-                *("--listen", f"127.0.0.1:{self.port}"),
-                *("--workers", str(self._worker_count)),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environ,
-        )
+        with (self._log_file or Path(os.devnull)).open("a") as log:
+            self.process = subprocess.Popen(
+                [
+                    *command,
+                    "serve",
+                    *("--listen", f"127.0.0.1:{self.port}"),
+                    *("--workers", str(self._worker_count)),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environ,
+            )
         self._await_address(self.process)
 
     def _await_address(self, process: subprocess.Popen[str]) -> None:
@@ -115,11 +119,17 @@ class Replicas:
         self._database_url = database_url
         self._stack = stack
 
-    def start(self, *, worker_count: int = 1, **settings: object) -> CoordinatorProcess:
+    def start(
+        self, *, worker_count: int = 1, log_file: Path | None = None, **settings: object
+    ) -> CoordinatorProcess:
         """Start one more, with settings that differ from the defaults."""
         variables = {f"QFLARE_{name.upper()}": str(value) for name, value in settings.items()}
         process = CoordinatorProcess(
-            self._data_dir, self._database_url, settings=variables, worker_count=worker_count
+            self._data_dir,
+            self._database_url,
+            settings=variables,
+            worker_count=worker_count,
+            log_file=log_file,
         )
         process.start()
         self._stack.callback(process.stop)

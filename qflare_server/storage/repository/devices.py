@@ -48,11 +48,6 @@ def lock_device(session: Session, device_id: str) -> Device | None:
     return session.scalars(query.execution_options(populate_existing=True)).one_or_none()
 
 
-def find_by_key(session: Session, key_id: str) -> Device | None:
-    """Return the device whose current signature key this is."""
-    return session.scalars(select(Device).where(DEVICES.c.signature_key_id == key_id)).one_or_none()
-
-
 def update_device(session: Session, device_id: str, values: Mapping[str, Any]) -> None:
     """Change columns of a device; a changed state or key is noticed by the next call everywhere."""
     if not values.keys().isdisjoint(("state", "signature_key_id")):
@@ -95,12 +90,6 @@ def get_keys(session: Session, key_ids: Collection[str]) -> dict[str, KnownKey]:
         return {}
     rows = session.connection().execute(_KNOWN_KEYS, {"key_ids": sorted(key_ids)})
     return {row[0]: KnownKey(*row) for row in rows}
-
-
-def list_keys(session: Session, device_id: str) -> Sequence[DeviceKey]:
-    """Return all keys that a device has had, in order."""
-    query = select(DeviceKey).where(KEYS.c.device_id == device_id).order_by(KEYS.c.sequence)
-    return session.scalars(query).all()
 
 
 def retire_key(session: Session, key_id: str, reason: str, at: datetime) -> None:

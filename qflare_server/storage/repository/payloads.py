@@ -183,11 +183,3 @@ def replace_key(session: Session, payload_id: str, stored_key: bytes) -> None:
         .where(PAYLOADS.c.id == payload_id, PAYLOADS.c.sealed_key.is_not(None))
         .values(sealed_key=stored_key)
     )
-
-
-def stored_bytes(session: Session) -> int:
-    """Return the sum of the sizes of all payloads that are kept."""
-    query = select(func.coalesce(func.sum(PAYLOADS.c.size_bytes), 0)).where(
-        PAYLOADS.c.location != "none"
-    )
-    return int(session.execute(query).scalar_one())

@@ -72,16 +72,6 @@ def update_session(session: Session, training_session_id: str, values: Mapping[s
     session.execute(update(SESSIONS).where(SESSIONS.c.id == training_session_id).values(**values))
 
 
-def find_session_by_name(session: Session, name: str) -> TrainingSession | None:
-    """Return the newest training session of this name."""
-    query = (
-        select(TrainingSession)
-        .where(SESSIONS.c.name == name)
-        .order_by(SESSIONS.c.created_at.desc())
-    )
-    return session.scalars(query.limit(1)).one_or_none()
-
-
 def list_sessions(session: Session, request: PageRequest, state: str) -> Page[TrainingSession]:
     """Return training sessions, newest first, in one state or in any."""
     query = select(TrainingSession).order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.id.desc())
@@ -275,18 +265,6 @@ def selected_among(
     """Return which of these devices were selected for a round."""
     parameters = {"session": training_session_id, "round": round_number, "ids": list(device_ids)}
     return {row[0] for row in _SELECTED_AMONG.rows(session, parameters)}
-
-
-def is_selected(
-    session: Session, training_session_id: str, round_number: int, device_id: str
-) -> bool:
-    """Return whether a device may contribute to a round."""
-    query = select(ROUNDS.c.number).where(
-        ROUNDS.c.training_session_id == training_session_id,
-        ROUNDS.c.number == round_number,
-        _IS_SELECTED,
-    )
-    return session.execute(query, {"device": device_id}).first() is not None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from qflare.crypto.sealing import KemKey
 from qflare.crypto.signing import Algorithm, SigningKey
@@ -19,9 +20,8 @@ from qflare_server.errors import StoreUnavailableError
 from qflare_server.serving import embedded
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
-from qflare_server.storage.repository import devices
 from qflare_server.storage.repository.audit import SYSTEM
-from qflare_server.storage.tables import AuditLog, Device
+from qflare_server.storage.tables import AuditLog, Device, DeviceKey
 from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.use_cases.in_process.devices import KnownDevices
 from tests.conftest import START, FakeClock
@@ -208,7 +208,8 @@ def test_replaced_keys_count_as_a_rotation_and_leave_the_first_as_evidence(
     device = program.devices.get("ward-3")
     assert (device.signature_key_id, device.key_rotation_count) == (device_key.public.key_id, 1)
     with program.database.read() as session:
-        history = devices.list_keys(session, "ward-3")
+        query = select(DeviceKey).where(DeviceKey.device_id == "ward-3")
+        history = session.scalars(query.order_by(DeviceKey.sequence)).all()
         assert [key.sequence for key in history] == [1, 2]
         assert [key.retired_at is None for key in history] == [False, True]
 

@@ -12,7 +12,7 @@ from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.errors import InvalidManifestError, InvalidRequestError, InvalidUpdateError
 from qflare_server.payloads.writer import VersionWriter
-from qflare_server.storage.repository import payloads
+from qflare_server.storage.repository import views
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import GlobalModel, Payload
 from qflare_server.use_cases.versions.promotion import Promotion
@@ -110,7 +110,7 @@ def test_both_payloads_are_counted(core: CoordinatorHarness) -> None:
     start(core, values(50))
 
     with core.database.read() as session:
-        assert payloads.stored_bytes(session) == 50 * 4 + 50 * 2
+        assert views.stored(session).payload_bytes == 50 * 4 + 50 * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -78,6 +78,20 @@ def test_calls_reach_every_worker(replicas: Replicas, metrics_port: int) -> None
     assert min(answered) > 0
 
 
+@pytest.mark.parametrize("worker_count", [1, WORKERS])
+def test_the_settings_are_logged_once(
+    replicas: Replicas, database_url: str, tmp_path: Path, worker_count: int
+) -> None:
+    log_file = tmp_path / "log"
+
+    coordinator = replicas.start(worker_count=worker_count, log_file=log_file)
+    coordinator.stop()
+
+    (line,) = [line for line in log_file.read_text().splitlines() if "settings: " in line]
+    assert f" workers={worker_count} " in line
+    assert database_url not in line
+
+
 @pytest.mark.slow
 def test_rounds_close_whichever_worker_folds(
     parts: Application, replicas: Replicas, tmp_path: Path

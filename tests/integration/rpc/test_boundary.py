@@ -114,7 +114,6 @@ def test_a_strategy_that_contradicts_itself_is_refused(deployment: Deployment) -
         (errors.ConflictError(), Code.ABORTED),
         (errors.StoreUnavailableError(), Code.UNAVAILABLE),
         (errors.StorageFullError(), Code.RESOURCE_EXHAUSTED),
-        (errors.PrivacyBudgetError(), Code.FAILED_PRECONDITION),
         (errors.AlreadyExistsError(), Code.ALREADY_EXISTS),
         (errors.DisconnectedError(), Code.CANCELLED),
         (errors.StalledError(), Code.DEADLINE_EXCEEDED),

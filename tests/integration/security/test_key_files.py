@@ -147,7 +147,7 @@ class TestInitialising:
     def test_serving_needs_no_root_key(self, folder: KeyFolder) -> None:
         initialise(folder, REALM, START)
         folder.root_file.unlink()
-        folder.offline_passphrase_file.unlink()
+        folder.root_file.with_suffix(".passphrase").unlink()
         assert folder.read_online().realm == REALM
 
     def test_the_online_keys_hold_no_root_key(self, folder: KeyFolder) -> None:

@@ -179,14 +179,6 @@ def test_a_row_out_of_range_is_refused(row: list[float]) -> None:
         PrivacyLedger.from_rows([row])
 
 
-def test_metadata_states_the_guarantee() -> None:
-    metadata = spend(PLAIN, PrivacyLedger()).as_metadata()
-
-    assert metadata["delta"] == 1e-5
-    assert metadata["release_count"] == 1.0
-    assert 0.0 < metadata["epsilon"] < 4.0
-
-
 def test_privacy_without_the_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qflare_server.strategies.accounting.find_spec", lambda _: None)
 

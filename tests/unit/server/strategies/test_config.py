@@ -1,10 +1,8 @@
-import json
 from typing import Any
 
 import pytest
 
 from qflare_server.strategies import (
-    PrivacyConfig,
     Strategy,
     StrategyConfig,
     StrategyConfigError,
@@ -124,20 +122,6 @@ def test_privacy_out_of_range_is_refused(name: str, value: float) -> None:
 
     with pytest.raises(StrategyConfigError, match=rf"^privacy\.{name} must be"):
         build(config)
-
-
-def test_a_configuration_survives_json() -> None:
-    config = StrategyConfig(
-        name="krum",
-        quorum=9,
-        byzantine_count=3,
-        privacy=PrivacyConfig(1.0, 2.0, 3.0, 1e-6, accountant="pld"),
-        options={"alpha": 0.5},
-    )
-
-    again = StrategyConfig.from_mapping(json.loads(json.dumps(config.as_mapping())))
-
-    assert again == config
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from qflare_server.strategies.noise import NOISE_BLOCK, gaussian_slice, noise_ke
 from qflare_server.strategies.privacy import (
     AdaptiveBound,
     CentralPrivacy,
-    combined_noise_multiplier,
     heuristic_count_stddev,
 )
 from qflare_server.strategies.testkit import Running, make_version, reader_of, sample
@@ -163,7 +162,7 @@ def test_sum_and_count_share_the_noise_multiplier() -> None:
     split = privacy.sum_noise_multiplier
 
     assert split > 0.7
-    assert combined_noise_multiplier(split, 5.0) == pytest.approx(0.7)
+    assert 1.0 / math.sqrt(split**-2 + (2.0 * 5.0) ** -2) == pytest.approx(0.7)
 
 
 def test_a_fixed_bound_keeps_no_numbers() -> None:

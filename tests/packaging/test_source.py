@@ -1,0 +1,43 @@
+"""Rules of the coordinator's source that neither ruff nor mypy knows."""
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ("qflare", "qflare_client", "qflare_server", "migrations", "docs", "examples", "deploy")
+TEXTS = {".py", ".md", ".html", ".sh", ".yaml"}
+CALLED_BY_LIBRARIES = {"process_result_value"}
+
+
+def program_files() -> Iterator[Path]:
+    for folder in PROGRAM:
+        files = (ROOT / folder).rglob("*")
+        yield from (item for item in files if item.suffix in TEXTS and "_pb2" not in item.name)
+
+
+def server_modules() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted((ROOT / "qflare_server").rglob("*.py")):
+        yield path.relative_to(ROOT), ast.parse(path.read_text())
+
+
+def test_nothing_of_the_server_is_for_tests_only() -> None:
+    """A function, class or method that its definition alone names is dead, however well it is tested."""
+    words: Counter[str] = Counter()
+    for path in program_files():
+        words.update(re.findall(r"\w+", path.read_text()))
+
+    dead = [
+        f"{path}:{node.lineno}: {node.name}"
+        for path, tree in server_modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.decorator_list
+        and not node.name.startswith("__")
+        and node.name not in CALLED_BY_LIBRARIES
+        and words[node.name] == 1
+    ]
+
+    assert dead == []
