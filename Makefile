@@ -1,4 +1,4 @@
-# What a person types; CI calls the same targets. Needs Python 3.11 or later and make; Go adds grpcurl and ghz.
+# What a person types; CI calls the same targets. Needs Python 3.11 or later and make; Go 1.24 adds grpcurl and ghz.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,13 +9,14 @@ INSTALLED := $(VENV)/.installed
 PROTOC_INSTALLED := $(PROTOC_VENV)/.installed
 FLOWER_VENV := .venv-flower
 FLOWER_INSTALLED := $(FLOWER_VENV)/.installed
+AUDIT_VENV := .venv-audit
+AUDIT_INSTALLED := $(AUDIT_VENV)/.installed
 
 # The generator's version is the oldest runtime that its output runs on: keep it old.
 GRPCIO_TOOLS_VERSION := 1.75.1
 MYPY_PROTOBUF_VERSION := 5.1.0
 FLOWER_VERSION := 1.41.0
-GRPCURL_VERSION := v1.9.3
-GHZ_VERSION := v0.121.0
+PIP_AUDIT_VERSION := 2.10.1
 
 MESSAGE_PROTOS := $(wildcard protos/qflare/v1/*.proto)
 SERVICE_PROTOS := $(wildcard protos/qflare/v1/*_service.proto)
@@ -26,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install tools protos check-protos format lint lint-deploy type test test-postgres test-all check \
-	bench demo strategies pictures load serve migrate migration build check-wheel clean
+	audit bench demo strategies pictures load serve migrate migration build check-wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,13 +52,18 @@ $(PROTOC_INSTALLED): Makefile
 		'grpcio-tools==$(GRPCIO_TOOLS_VERSION)' 'mypy-protobuf==$(MYPY_PROTOBUF_VERSION)' 'setuptools<81'
 	@touch $@
 
-tools: $(TOOLS)/.grpcurl-$(GRPCURL_VERSION) $(TOOLS)/.ghz-$(GHZ_VERSION) $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.chromium ## grpcurl, ghz, SoftHSM, promtool and Chromium
+$(AUDIT_INSTALLED): Makefile
+	test -x $(AUDIT_VENV)/bin/python || "$(PYTHON)" -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit==$(PIP_AUDIT_VERSION)'
+	@touch $@
 
-$(TOOLS)/.grpcurl-$(GRPCURL_VERSION):
-	$(call go_install,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL_VERSION),$@)
+tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.chromium ## grpcurl, ghz, SoftHSM, promtool and Chromium
 
-$(TOOLS)/.ghz-$(GHZ_VERSION):
-	$(call go_install,ghz,github.com/bojand/ghz/cmd/ghz@$(GHZ_VERSION),$@)
+$(TOOLS)/.grpcurl: .ci/tools/go.mod .ci/tools/go.sum
+	$(call go_build,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl)
+
+$(TOOLS)/.ghz: .ci/tools/go.mod .ci/tools/go.sum
+	$(call go_build,ghz,github.com/bojand/ghz/cmd/ghz)
 
 $(TOOLS)/.softhsm:
 	@mkdir -p $(TOOLS)/softhsm
@@ -88,16 +94,17 @@ $(TOOLS)/.chromium:
 download_chromium = packages=$$(apt-get --simulate --no-install-recommends install chromium-headless-shell \
 	fontconfig-config fonts-inter | awk '$$1 == "Inst" {print $$2}') && test -n "$$packages" && apt-get download $$packages
 
-# $(1) program, $(2) module, $(3) stamp: installs where Go is, else says what will be left out and goes on.
-define go_install
+# $(1) program, $(2) package: builds in a module of ours, whose go line decides that TLS offers X25519MLKEM768
+# (`go install PACKAGE@VERSION` takes the line of the program's own module). Without Go it says what is left out.
+define go_build
 @mkdir -p $(TOOLS)
 @if ! command -v go >/dev/null; then \
 	echo '*** Go is not installed: everything that needs $(1) is LEFT OUT.'; \
-	echo '*** Get Go from https://go.dev/dl/ and run make again, or put $(1) on the PATH yourself.'; \
-elif GOBIN="$(CURDIR)/$(TOOLS)" GOFLAGS=-mod=mod go install $(2); then \
-	rm -f $(TOOLS)/.$(1)-*; touch $(3); \
+	echo '*** Get Go 1.24 or later from https://go.dev/dl/ and run make again, or put $(1) on the PATH yourself.'; \
+elif rm -f $(TOOLS)/$(1) && GOFLAGS= go -C .ci/tools build -trimpath -buildvcs=false -o "$(CURDIR)/$(TOOLS)/$(1)" $(2); then \
+	touch $@; \
 else \
-	echo '*** go install $(2) failed: everything that needs $(1) is LEFT OUT.'; \
+	echo '*** go build $(2) failed: everything that needs $(1) is LEFT OUT.'; \
 fi
 endef
 
@@ -157,7 +164,7 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## the files in deploy/, each by th
 type: $(INSTALLED) ## mypy --strict
 	$(BIN)/mypy qflare qflare_client qflare_server migrations tests $(wildcard docs examples)
 
-test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl-$(GRPCURL_VERSION) $(TOOLS)/.chromium ## all tests but the slow ones, on SQLite and on PostgreSQL
+test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium ## all tests but the slow ones, on SQLite and on PostgreSQL
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) ## the tests on PostgreSQL, which must be there
@@ -167,6 +174,9 @@ test-all: $(INSTALLED) $(FLOWER_INSTALLED) tools ## all tests, with everything t
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) $(PYTEST_ARGS)
 
 check: check-protos lint lint-deploy type test-all ## everything that CI runs
+
+audit: $(AUDIT_INSTALLED) ## ask the package index for known vulnerabilities of every pinned dependency; needs the network
+	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps --requirement .ci/constraints.txt
 
 bench: $(INSTALLED) ## measure on this machine and print the table of docs/benchmarks.md
 	$(BIN)/python -m tests.bench
@@ -204,6 +214,6 @@ check-wheel: $(INSTALLED) ## build, install in a clean environment and use
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) tests/packaging $(PYTEST_ARGS)
 
 clean: ## delete what can be made again
-	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(AUDIT_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .import_linter_cache .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

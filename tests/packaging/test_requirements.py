@@ -2,10 +2,12 @@
 
 import configparser
 import re
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import qflare
@@ -89,3 +91,28 @@ def test_the_changelog_has_a_place_for_the_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
 
     assert "## [Unreleased]" in text or f"## [{qflare.__version__}]" in text
+
+
+def installed_closure(extras: set[str]) -> set[str]:
+    """Return the distributions of this environment that an install with these extras brings."""
+    found: set[tuple[str, str]] = set()
+    waiting = {("qflare", extra) for extra in ("", *extras)}
+    while waiting:
+        name, extra = waiting.pop()
+        found.add((name, extra))
+        try:
+            needed = [Requirement(line) for line in requires(name) or []]
+        except PackageNotFoundError:
+            continue
+        for item in needed:
+            if item.marker is None or item.marker.evaluate({"extra": extra}):
+                waiting |= {(canonicalize_name(item.name), e) for e in ("", *item.extras)} - found
+    return {name for name, _ in found} - {"qflare"}
+
+
+def test_what_is_audited_is_all_that_is_installed() -> None:
+    pins = lines((ROOT / ".ci" / "constraints.txt").read_text())
+    extras = set(setup_cfg()["options.extras_require"]) - {"pytorch"}
+
+    assert all(str(item.specifier).startswith("==") for item in pins)
+    assert installed_closure(extras) <= {canonicalize_name(item.name) for item in pins}

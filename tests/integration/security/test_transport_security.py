@@ -5,8 +5,11 @@ Python's `ssl`, whose groups and versions can be set.
 """
 
 import base64
+import json
+import os
 import socket
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +34,7 @@ from qflare_server.cli.certificates import Authority, issue
 from qflare_server.cli.main import main
 from qflare_server.context import utc_now
 from tests.integration.conftest import Deployment
+from tests.pages import ROOT
 
 Deploy = Callable[..., Deployment]
 X25519MLKEM768 = 0x11EC
@@ -506,3 +510,43 @@ def test_the_health_command_shows_a_client_certificate(
     client += ["--key", str(certificates / "device.key")]
     assert main([*asked, *client]) == 0
     assert main([*asked, "--timeout", "1"]) == 1
+
+
+def administrate(program: str, address: str, certificates: Path, token: str, **go: str) -> Any:
+    """List the training sessions with one of the Go programs; return the finished process."""
+    method = "qflare.v1.AdminService/ListTrainingSessions"
+    authority = str(certificates / "ca.pem")
+    bearer = f"Bearer {token}"
+    flags = {
+        "grpcurl": ["-cacert", authority, "-H", f"authorization: {bearer}", address, method],
+        "ghz": [
+            *("--cacert", authority, "--metadata", json.dumps({"authorization": bearer})),
+            *("--proto", str(ROOT / "protos/qflare/v1/admin_service.proto")),
+            *("--import-paths", str(ROOT / "protos"), "--call", method, "--total", "1"),
+            *("--format", "json", address),
+        ],
+    }
+    return subprocess.run(
+        [program, *flags[Path(program).name]],
+        env={**os.environ, "GODEBUG": "", **go},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["grpcurl", "ghz"])
+def test_the_go_programs_of_the_repository_negotiate_x25519mlkem768(
+    name: str, request: pytest.FixtureRequest, serve_tls: Deploy, certificates: Path
+) -> None:
+    program = request.getfixturevalue(name)
+    deployment = serve_tls(require_pq_tls=True)
+    address, token = deployment.coordinator.address, deployment.admin_token
+
+    done = administrate(program, address, certificates, token)
+    classical = administrate(program, address, certificates, token, GODEBUG="tlsmlkem=0")
+
+    assert done.returncode == 0, done.stderr
+    assert "PermissionDenied" not in done.stdout
+    assert "PermissionDenied" in classical.stdout + classical.stderr
