@@ -26,6 +26,10 @@ NOT_SETTINGS: Final = frozenset({"QFLARE_REQUIRE_ALL", WORKER_VARIABLE, LIFELINE
 LOOPBACK: Final = ("127.", "localhost:", "[::1]:", "unix:")
 ONLINE_ALGORITHMS: Final = ("ml-dsa-44", "ml-dsa-65", "ml-dsa-87", "ml-dsa-65-ed25519")
 ROOT_ALGORITHMS: Final = (*ONLINE_ALGORITHMS, "slh-dsa-sha2-128s")
+SERVICE_LINK: Final = re.compile(
+    r"QFLARE_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
+)
+SERVICE_URL: Final = re.compile(r"(?:tcp|udp|sctp)://\S+:\d+")
 TRUE: Final = frozenset({"1", "true", "yes", "on"})
 MAX_PORT: Final = 65_535
 FALSE: Final = frozenset({"0", "false", "no", "off"})
@@ -52,6 +56,9 @@ class ServerConfig:
 
     listen: str = "127.0.0.1:50051"
     """Address of the gRPC server; port 0 takes a free one."""
+    health_listen: str = ""
+    """Address on which the gRPC health service alone is served without TLS, such as 0.0.0.0:50052, for probes of
+    Kubernetes and load balancers; empty means none."""
     realm: str = "qflare"
     """Name of this deployment, part of everything that is signed."""
     root_algorithm: str = ""
@@ -247,13 +254,21 @@ def _read_environment(
         if name.startswith("QFLARE_TEST_") or name in NOT_SETTINGS:
             continue
         if name not in known:
-            problems.append(f"{name}: no such setting")
+            if not _is_service_link(name, text):
+                problems.append(f"{name}: no such setting")
             continue
         try:
             values[known[name]] = _convert(text, types[known[name]])
         except ValueError as error:
             problems.append(f"{name}: {error}")
     return values
+
+
+def _is_service_link(name: str, text: str) -> bool:
+    """Return whether Kubernetes or Docker set a variable for a service whose name begins with `qflare`."""
+    if SERVICE_LINK.fullmatch(name):
+        return True
+    return name.endswith("_PORT") and SERVICE_URL.fullmatch(text) is not None
 
 
 def _convert(text: str, kind: Any) -> Any:
@@ -312,6 +327,7 @@ def _contradictions(config: ServerConfig) -> list[str]:
         problems.append(
             f"QFLARE_LISTEN: {config.listen} can be reached from outside; set a server certificate"
         )
+    problems += _malformed_addresses(config)
     problems += _unknown_algorithms(config)
     problems.extend(_contradictions_of_dashboard(config))
     if config.log_level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
@@ -320,6 +336,19 @@ def _contradictions(config: ServerConfig) -> list[str]:
         problems.append(f"QFLARE_LOG_FORMAT: got {config.log_format}, want text or json")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,62}", config.realm):
         problems.append(f"QFLARE_REALM: got {config.realm!r}, want 1 to 63 of a-z 0-9 . -")
+    return problems
+
+
+def _malformed_addresses(config: ServerConfig) -> list[str]:
+    problems = []
+    for name in ("listen", "health_listen", "metrics_listen"):
+        address: str = getattr(config, name)
+        host, _, port = address.rpartition(":")
+        optional = name != "listen"
+        if (optional and not address) or address.startswith("unix:"):
+            continue
+        if not host or not re.fullmatch(r"\d{1,5}", port) or int(port) > MAX_PORT:
+            problems.append(f"QFLARE_{name.upper()}: got {address!r}, want host:port")
     return problems
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+import qflare
 from qflare_client.admin import (
     audit,
     devices,
@@ -38,7 +39,14 @@ UNREACHABLE: Final = 3
 NOT_ALLOWED: Final = 4
 INTERRUPTED: Final = 130
 
-OVERRIDES: Final = ("address", "ca_file", "token_file", "insecure")
+OVERRIDES: Final = (
+    "address",
+    "ca_file",
+    "certificate_file",
+    "key_file",
+    "token_file",
+    "insecure",
+)
 EPILOG: Final = """\
 first steps:
   qflare-admin profile set --address localhost:50051 --token-file admin.token
@@ -99,8 +107,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    root.add_argument("--version", action="version", version=qflare.__version__)
     root.add_argument("--address", help="host:port; outweighs the profile")
     root.add_argument("--ca", dest="ca_file", help="PEM certificates that vouch for it")
+    root.add_argument("--certificate", dest="certificate_file", help="PEM chain, for mutual TLS")
+    root.add_argument("--key", dest="key_file", help="PEM key of that certificate")
     root.add_argument("--token-file", help="file that holds the token")
     root.add_argument("--insecure", action="store_true", help="speak without TLS to any address")
     root.add_argument("--timeout-s", type=float, default=30.0, help="seconds for one call (30)")

@@ -20,10 +20,11 @@ from qflare.v1 import (
 )
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.worker import AggregationWorker
-from qflare_server.config import WORKER_VARIABLE, ConfigError, ServerConfig
+from qflare_server.config import WORKER_VARIABLE, ServerConfig
 from qflare_server.context import Clock, Telemetry, utc_now
 from qflare_server.serving.application import Application
 from qflare_server.serving.dashboard import open_dashboard
+from qflare_server.serving.listeners import HealthListener, bind
 from qflare_server.serving.maintenance import Maintenance
 from qflare_server.serving.observability import Observability
 from qflare_server.serving.rpc.admin_service import AdminServicer
@@ -80,6 +81,9 @@ class Coordinator:
         )
         self._server = self._build()
         self.port = self._bind()
+        self.health_listener = (
+            HealthListener(config, self._health) if config.health_listen else None
+        )
         holder = f"{socket.gethostname()}:{self.port}:{os.environ.get(WORKER_VARIABLE, '0')}"
         context = self.parts.context
         aggregator = Aggregator(context, self.parts.executor, holder[:64])
@@ -123,13 +127,9 @@ class Coordinator:
         return server
 
     def _bind(self) -> int:
-        if self.config.tls_certificate_file is None:
-            port = self._server.add_insecure_port(self.config.listen)
-        else:
-            port = self._server.add_secure_port(self.config.listen, tls_credentials(self.config))
-        if not port:
-            raise ConfigError(f"QFLARE_LISTEN: cannot bind {self.config.listen}")
-        return int(port)
+        has_tls = self.config.tls_certificate_file is not None
+        credentials = tls_credentials(self.config) if has_tls else None
+        return bind(self._server, "QFLARE_LISTEN", self.config.listen, credentials)
 
     @property
     def _listening(self) -> str:
@@ -151,6 +151,8 @@ class Coordinator:
         self._housekeeping.start()
         if self.dashboard is not None:
             self.dashboard.start()
+        if self.health_listener is not None:
+            self.health_listener.start()
         self._set_healthy(healthy=True)
         logger.info("serving: address=%s version=%s", self.address, qflare.__version__)
 
@@ -183,6 +185,8 @@ class Coordinator:
         self._pump.close()
         if self.dashboard is not None:
             self.dashboard.stop()
+        if self.health_listener is not None:
+            self.health_listener.stop()
         self.observability.close()
         self.parts.close()
         logger.info("stopped")

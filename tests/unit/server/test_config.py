@@ -205,3 +205,42 @@ def test_a_dashboard_cannot_promise_a_post_quantum_key_exchange(tmp_path: Path) 
 
     with pytest.raises(ConfigError, match="QFLARE_DASHBOARD cannot require X25519MLKEM768"):
         ServerConfig(dashboard="0.0.0.0:1", require_pq_tls=True, **files).checked()  # type: ignore[arg-type]
+
+
+SERVICE_LINKS = {
+    "PORT": "tcp://10.96.0.7:50051",
+    "SERVICE_HOST": "10.96.0.7",
+    "SERVICE_PORT": "50051",
+    "SERVICE_PORT_GRPC": "50051",
+    "PORT_50051_TCP": "tcp://10.96.0.7:50051",
+    "PORT_50051_TCP_PROTO": "tcp",
+    "PORT_50051_TCP_PORT": "50051",
+    "PORT_50051_TCP_ADDR": "10.96.0.7",
+    "DASHBOARD_PORT": "tcp://10.96.0.8:8080",
+    "DASHBOARD_SERVICE_HOST": "fd00::8",
+    "DASHBOARD_SERVICE_PORT": "8080",
+    "DASHBOARD_PORT_8080_TCP": "tcp://[fd00::8]:8080",
+    "METRICS_PORT": "udp://10.96.0.9:9464",
+}
+"""What the kubelet sets in every pod for services named `qflare`, `qflare-dashboard` and `qflare-metrics`."""
+
+
+def test_variables_of_a_service_link_are_no_settings() -> None:
+    assert read(**SERVICE_LINKS) == read()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("PORT", "50051"), ("LISTEN_PORT", "50051"), ("SERVICE", "x"), ("HOST", "x")]
+)
+def test_a_misspelled_setting_is_no_service_link(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"QFLARE_{name}: no such setting"):
+        read(**{name: text})
+
+
+@pytest.mark.parametrize("name", ["LISTEN", "HEALTH_LISTEN", "METRICS_LISTEN"])
+@pytest.mark.parametrize(
+    "text", ["localhost", "localhost:", ":50051", "localhost:65536", "localhost:5o", "50051"]
+)
+def test_an_address_without_host_or_port_is_refused(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"QFLARE_{name}: got '{text}', want host:port"):
+        read(**{name: text})

@@ -1,0 +1,92 @@
+"""Listening addresses of the gRPC servers, and the plaintext port of the health service.
+
+A port that cannot be bound is a configuration error that names the setting and the reason. `HealthListener` serves
+`grpc.health.v1` and nothing else, for probes that speak no TLS or have no client certificate.
+"""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+
+from qflare_server.config import ConfigError, ServerConfig
+
+_PROBES: Final = 64
+_THREADS: Final = 2
+_MAX_REQUEST_BYTES: Final = 4096
+
+
+def bind(
+    server: grpc.Server,
+    setting: str,
+    address: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
+    """Bind a server to an address, with TLS if there are credentials; return the port.
+
+    Raises:
+        ConfigError: The address cannot be bound; names the setting and says why.
+    """
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise ConfigError(f"{setting}: cannot bind {address}: {_reason(address)}") from error
+    if not port:
+        raise ConfigError(f"{setting}: cannot bind {address}: {_reason(address)}")
+    return int(port)
+
+
+def _reason(address: str) -> str:
+    """Return why an address cannot be bound; gRPC does not say."""
+    if address.startswith("unix:"):
+        return "its folder is missing or not writable, or the path is too long"
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, kind, protocol, _, target in found:
+            with socket.socket(family, kind, protocol) as held:
+                held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                held.bind(target)
+    except (OSError, ValueError, OverflowError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return "the address is in use or not of this machine"
+
+
+class HealthListener:
+    """The health service on a port of its own, in plaintext.
+
+    Args:
+        config: `health_listen` and `workers`.
+        servicer: Answers, as it does on the gRPC port.
+
+    Raises:
+        ConfigError: The address cannot be bound.
+    """
+
+    def __init__(self, config: ServerConfig, servicer: health.HealthServicer) -> None:
+        self._server = grpc.server(
+            ThreadPoolExecutor(_THREADS, thread_name_prefix="probe"),
+            maximum_concurrent_rpcs=_PROBES,
+            options=[
+                ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
+                ("grpc.max_concurrent_streams", _PROBES),
+                ("grpc.so_reuseport", 1 if config.workers > 1 else 0),
+            ],
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
+        self.port = bind(self._server, "QFLARE_HEALTH_LISTEN", config.health_listen)
+
+    def start(self) -> None:
+        """Serve."""
+        self._server.start()
+
+    def stop(self) -> None:
+        """Close the port and every connection."""
+        self._server.stop(None).wait()
