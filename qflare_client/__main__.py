@@ -1,4 +1,4 @@
-"""Command line of a device: ``qflare-client enroll | rotate | run | status | evidence | verify``.
+"""Command line of a device: ``qflare-client init | enroll | rotate | run | status | evidence | verify``.
 
 Exit codes: 0 done, 1 the coordinator or the key store said no (the message says why), 2 wrong usage,
 130 interrupted.
@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import qflare
 from qflare.crypto.signing import (
     ONLINE_ALGORITHMS,
     Algorithm,
@@ -29,6 +30,7 @@ from qflare_client.client import Client
 from qflare_client.errors import QflareClientError
 from qflare_client.keystore.identity import read_facts
 from qflare_client.loop import RunSummary, run
+from qflare_client.project import create_project
 from qflare_client.rpc.transport import Tls
 from qflare_client.terminal import ProgressBar
 from qflare_client.trust.verification import verify_file
@@ -40,6 +42,7 @@ _NAMES = "|".join(algorithm_names(ONLINE_ALGORITHMS))
 
 _EXAMPLES = """\
 examples:
+  qflare-client init first-project
   qflare-client enroll bundle.json --home device1 --device-type hospital_server
   qflare-client run mytraining:train --home device1 --training-session ID
   qflare-client status --home device1
@@ -76,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=qflare.__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_init(commands)
     _add_enroll(commands)
     _add_rotate(commands)
     _add_run(commands)
@@ -84,6 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_evidence(commands)
     _add_verify(commands)
     return parser
+
+
+def _add_init(commands: Any) -> None:
+    text = "Write a device program, a session configuration and a first model into a new folder."
+    parser = commands.add_parser(
+        "init",
+        help="make a project to start from",
+        description=text,
+        epilog="example:\n  qflare-client init first-project",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=_init, verbose=False)
+    parser.add_argument("project", type=Path, metavar="PROJECT", help="new or empty folder")
 
 
 def _add_command(
@@ -284,6 +302,12 @@ def _evidence(options: argparse.Namespace) -> None:
         evidence = client.evidence(options.training_session)
     options.output.write_text(evidence.to_json())
     sys.stdout.write(f"{options.output}: {len(evidence.statements)} versions\n")
+
+
+def _init(options: argparse.Namespace) -> None:
+    for path in create_project(options.project):
+        sys.stdout.write(f"wrote {path}\n")
+    sys.stdout.write(f"read {options.project / 'README.md'} for the next steps\n")
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -31,6 +31,8 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
+TOOLS = HERE.parents[1] / ".tools"
+LATER, PAGES = "127.0.0.1:50051", "127.0.0.1:8080"
 TIMEOUT_S = 300
 ALLOWED_GAP = 0.02
 SETTINGS = {"rounds": {"deadline": "60s"}, "transfer": {"sealed": True}}
@@ -187,18 +189,23 @@ class Demo:
         return 0 if gap <= ALLOWED_GAP else 1
 
     def _explain(self, session_id: str) -> None:
-        """Say how to look into the database that is left behind."""
-        root = f"--data-dir {self.data_dir}"
-        call = "grpcurl -plaintext -expand-headers -H 'authorization: Bearer ${QFLARE_TOKEN}'"
-        print("\nLook into what is left behind:\n")
-        print(f"  qflare-server {root} serve --listen 127.0.0.1:50051 &")
-        print(f"  export QFLARE_TOKEN=$(cat {self.data_dir / 'admin.token'})")
-        print(f"  {call} 127.0.0.1:50051 qflare.v1.AdminService/ListTrainingSessions")
-        for method in ("ListRounds", "ListGlobalModels", "GetAggregationStatus"):
-            body = f'-d \'{{"trainingSessionId": "{session_id}"}}\''
-            print(f"  {call} {body} 127.0.0.1:50051 qflare.v1.AdminService/{method}")
-        print(f"  {call} 127.0.0.1:50051 qflare.v1.AdminService/ListDevices")
-        print(f"  {call} 127.0.0.1:50051 qflare.v1.AdminService/ListAuditEntries\n")
+        """Print how to look into the database that is left behind, with the programs that are installed."""
+        token = self.data_dir / "admin.token"
+        admin = f"qflare-admin --address {LATER} --token-file {token}"
+        print("\nStart the coordinator again on what it left behind:\n")
+        print(f"  . {BIN / 'activate'}")
+        print(
+            f"  qflare-server --data-dir {self.data_dir} serve --listen {LATER} --dashboard {PAGES} &\n"
+        )
+        print(f"Dashboard: open http://{PAGES}/ and log in with the token in {token}\n")
+        print("Command line:\n")
+        for command in ("session show", "model list", "metrics show"):
+            print(f"  {admin} {command} {session_id}")
+        print(f"  {admin} device list\n  {admin} audit list\n")
+        if shutil.which("grpcurl", path=os.pathsep.join([os.environ.get("PATH", ""), str(TOOLS)])):
+            print(f"grpcurl:\n\n  export QFLARE_TOKEN=$(cat {token})")
+            call = "grpcurl -plaintext -expand-headers -H 'authorization: Bearer ${QFLARE_TOKEN}'"
+            print(f"  {call} {LATER} qflare.v1.AdminService/ListTrainingSessions\n")
 
 
 def _download(

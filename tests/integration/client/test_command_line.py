@@ -171,3 +171,21 @@ def test_every_command_has_an_example(word: str, capsys: pytest.CaptureFixture[s
         main([word, "--help"])
 
     assert f"example:\n  qflare-client {word} " in capsys.readouterr().out
+
+
+def test_a_project_is_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = tmp_path / "first"
+
+    assert main(["init", str(project)]) == 0
+    before = {path.name: path.read_bytes() for path in project.iterdir()}
+    assert main(["init", str(project)]) == 1
+
+    assert set(before) == {
+        ".gitignore",
+        "README.md",
+        "device.py",
+        "initial.safetensors",
+        "session.json",
+    }
+    assert {path.name: path.read_bytes() for path in project.iterdir()} == before
+    assert "is not empty" in capsys.readouterr().err

@@ -6,22 +6,21 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
+from qflare_client.project import create_project
 from tests.support.manual_pages import FILE, ROOT, blocks, run_page
 
 ELSEWHERE: Final = {"docs/administration.md": "test_administration_page.py"}
 PAGES: Final = sorted(
     str(page.relative_to(ROOT))
-    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    for page in (ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md"))
     if str(page.relative_to(ROOT)) not in ELSEWHERE
 )
 
 NOT_RUN: Final = {
     ("README.md", "make demo"): "minutes of training, and these tests themselves",
-    ("README.md", "pip install '.[server,dashboard]'"): "tests/packaging/test_wheel.py installs",
+    ("README.md", "python3 -m venv .venv"): "tests/packaging/test_readme.py types the whole page",
     ("docs/getting-started.md", "python3 -m venv .venv"): "tests/packaging/test_wheel.py installs",
     ("docs/devices.md", "# torch_device.py"): "PyTorch is no part of the development install",
     ("docs/operations.md", "pg_dump"): "needs a PostgreSQL and its client programs",
@@ -44,17 +43,6 @@ NOT_RUN: Final = {
 """Page and beginning of a block, with the reason why it is not run. Indented blocks, all of them in the pages on
 Docker Compose and Kubernetes, need these programs; `make lint-deploy` checks the files that they name."""
 
-GIVEN: Final = {"README.md": {"initial.safetensors"}}
-"""Files that a page takes for granted."""
-
-COMPLETED: Final = """
-```sh
-until qflare-server --data-dir qflare-data status --json | grep completed; do sleep 1; done
-```
-"""
-LAST: Final = {"README.md": COMPLETED}
-"""What a test does after a page, so that what it left in the background is seen to end."""
-
 
 def runs(text: str) -> bool:
     return any(block.language in {"sh", "python"} for block in blocks(text))
@@ -74,16 +62,21 @@ def runnable(page: str) -> str:
         elif block.language == "python" and not FILE.match(block.code):
             code = f"sh\npython3 - <<'END_OF_BLOCK'\n{block.code}END_OF_BLOCK\n"
             text = f"{text[:fence]}{code}{text[block.stop :]}"
-    return text + LAST.get(page, "")
+    return text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(runnable(page))])
 def test_every_block_of_the_page_runs(page: str, grpcurl: str, tmp_path: Path) -> None:
-    for name in GIVEN.get(page, ()):
-        save_file({"weight": np.ones((4, 2), np.float32)}, tmp_path / name)
-
     run_page(runnable(page), tmp_path, str(Path(grpcurl).parent))
+
+
+@pytest.mark.slow
+def test_every_block_of_a_new_project_s_readme_runs(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    create_project(project)
+
+    run_page((project / "README.md").read_text(), project, "")
 
 
 @pytest.mark.parametrize(("page", "start"), NOT_RUN)
@@ -116,6 +109,24 @@ def test_every_file_of_a_page_is_run_by_it_or_listed() -> None:
             if named and not excepted(page, block.code):
                 stem = named[1].removesuffix(".py")
                 assert re.search(rf"\b{stem}(\.py|:)", shell), f"{page}: {named[1]} is not run"
+
+
+def test_the_training_function_of_the_readme_is_that_of_the_project_template() -> None:
+    template = (ROOT / "qflare_client/project/template/device.py").read_text()
+    (code,) = [
+        block.code
+        for block in blocks((ROOT / "README.md").read_text())
+        if block.language == "python"
+    ]
+
+    assert code in template
+
+
+def test_every_manual_is_in_the_index() -> None:
+    index = (ROOT / "docs/README.md").read_text()
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+
+    assert [page for page in pages if page != "README.md" and f"]({page})" not in index] == []
 
 
 def test_the_table_of_settings_is_current() -> None:

@@ -34,7 +34,7 @@ from qflare_server.cli.certificates import Authority, issue
 from qflare_server.cli.main import main
 from qflare_server.context import utc_now
 from tests.integration.conftest import Deployment
-from tests.pages import ROOT
+from tests.support.manual_pages import ROOT
 
 Deploy = Callable[..., Deployment]
 X25519MLKEM768 = 0x11EC

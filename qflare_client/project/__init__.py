@@ -1,0 +1,41 @@
+"""Project template: a device program, the configuration of a training session, a first model and a README.
+
+The files of `template/` are copied as they are; the first model comes from `first_model` of the copied program, so
+that program and model fit each other.
+"""
+
+import os
+import runpy
+import shutil
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Final
+
+from safetensors.numpy import save_file
+
+PROGRAM: Final = "device.py"
+MODEL: Final = "initial.safetensors"
+_NAMES: Final = {
+    PROGRAM: PROGRAM,
+    "session.json": "session.json",
+    "README.md": "README.md",
+    "gitignore": ".gitignore",
+}
+
+
+def create_project(folder: Path) -> list[Path]:
+    """Write a project into a new or empty folder; return its files.
+
+    Raises:
+        FileExistsError: The folder holds files already.
+        OSError: It cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; name a new folder")
+    with as_file(files(__name__) / "template") as template:
+        for source, target in _NAMES.items():
+            shutil.copyfile(template / source, folder / target)
+    program = runpy.run_path(os.fspath(folder / PROGRAM))
+    save_file(program["first_model"](), folder / MODEL)
+    return sorted(folder.iterdir())
