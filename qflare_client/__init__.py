@@ -1,22 +1,24 @@
-"""QFLARE's device SDK: enrol a device, train on data that never leaves it, send signed updates.
+"""QFLARE's device SDK: enroll a device, train on data that never leaves it, send signed updates.
 
     from pathlib import Path
-    from qflare.signing import Algorithm
-from qflare_client import Client, enroll, run
 
-    enroll(Path("bundle.json"), home=Path("device"))          # once
+    from qflare_client import Client, enroll, run
 
     def train(arrays, config):
-        ...
-        return arrays, example_count, {"loss": loss}
+        for array in arrays.values():
+            array += 1.0                                       # stands for training
+        return arrays, 100, {"loss": 0.25}
 
-    with Client(home=Path("device")) as client:
-        run(client, train)
+    if __name__ == "__main__":
+        enroll(Path("bundle.json"), home=Path("device"))       # leaves an enrolled device as it is
+        with Client(home=Path("device")) as client:
+            run(client, train)
 
 Everything public is a name of this package; its modules are private. Errors are drawn as a tree in
 `qflare_client.errors`.
 """
 
+from qflare.crypto.signing import Algorithm
 from qflare_client.access.enrollment import enroll
 from qflare_client.client import Client
 from qflare_client.errors import (
@@ -30,6 +32,7 @@ from qflare_client.errors import (
     DeviceSuspendedError,
     DuplicateUpdateError,
     FailedPreconditionError,
+    ForkedError,
     InvalidEnrollmentTokenError,
     InvalidEvidenceError,
     InvalidRequestError,
@@ -40,6 +43,7 @@ from qflare_client.errors import (
     NotFoundError,
     NotSelectedError,
     PermissionDeniedError,
+    ProxyRefusedError,
     QflareClientError,
     RejectedError,
     RewrittenLogError,
@@ -48,6 +52,7 @@ from qflare_client.errors import (
     SealingMismatchError,
     SealKeyNotAcceptedError,
     StaleBaseVersionError,
+    TlsError,
     TrainingFunctionError,
     UnavailableError,
     UnsupportedTaskError,
@@ -88,6 +93,7 @@ __all__ = [
     "DuplicateUpdateError",
     "Evidence",
     "FailedPreconditionError",
+    "ForkedError",
     "GlobalModel",
     "Heartbeat",
     "InvalidEnrollmentTokenError",
@@ -102,6 +108,7 @@ __all__ = [
     "NotSelectedError",
     "PermissionDeniedError",
     "ProgressHook",
+    "ProxyRefusedError",
     "QflareClientError",
     "Receipt",
     "RejectedError",
@@ -116,6 +123,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "Tls",
+    "TlsError",
     "TrainingDefaults",
     "TrainingFunctionError",
     "TrainingTask",

@@ -263,7 +263,12 @@ def _rotate(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    def end(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+
+    signal.signal(signal.SIGTERM, end)
     with _client(options) as client:
         summary = run(
             client,

@@ -40,8 +40,9 @@ from qflare_client.models.lineage import (
 from qflare_client.models.submission import Contribution, feedback_for, make_evaluation, send_update
 from qflare_client.models.upload import Receipt
 from qflare_client.rpc.caller import Calls
+from qflare_client.rpc.lifetime import Lifetime
 from qflare_client.rpc.retry import RetryPolicy
-from qflare_client.rpc.transport import Tls, Transport
+from qflare_client.rpc.transport import Tls, Transport, trusting
 from qflare_client.tasks import Heartbeat, Task, TaskKind, TrainingDefaults
 from qflare_client.trust.audit_head import AuditHead, read_head
 from qflare_client.trust.evidence import Evidence, UpdateEvidence
@@ -57,7 +58,8 @@ class Client:
         home: The device's key store.
         address: Coordinator, host:port; None means the one at which the device enrolled.
         passphrase: Of the key store; None when it has none.
-        tls: How to speak TLS; None means with the authorities of the bootstrap bundle.
+        tls: How to speak TLS. Authorities that it leaves out are those of the bootstrap bundle; where that has
+            none either, those of the system.
         insecure: Speak plaintext to any address: for a network that protects the connection itself.
         timeout_s: Deadline of one attempt of a call, in seconds, above 0.
         transfer_timeout_s: Deadline of one attempt of an upload or download, in seconds, above 0.
@@ -96,13 +98,12 @@ class Client:
         self._progress = progress or silent
         self._defaults = defaults or TrainingDefaults()
         self._store = KeyStore(home, passphrase_coding(passphrase) if passphrase else PLAIN)
+        transport: Transport | None = None
         try:
             identity = Identity.load(self._store)
-            if tls is None and identity.certificate_authorities:
-                tls = Tls(identity.certificate_authorities.encode())
             transport = Transport(
                 address or identity.address,
-                tls=tls,
+                tls=trusting(tls, identity.certificate_authorities),
                 insecure=insecure,
                 timeout_s=timeout_s,
                 transfer_timeout_s=transfer_timeout_s,
@@ -120,6 +121,8 @@ class Client:
                 required_tls_group=_PQ_GROUP if require_pq_tls else None,
             )
         except BaseException:
+            if transport is not None:
+                transport.close()
             self._store.close()
             raise
         self._calls = self._open_calls.authenticated(self._login)
@@ -142,6 +145,11 @@ class Client:
         """End all calls and give the key store back. May be called more than once."""
         self._open_calls.close()
         self._store.close()
+
+    @property
+    def lifetime(self) -> Lifetime:
+        """Until when the calls of this client go on; `qflare_client.run` ends its calls by it."""
+        return self._calls.lifetime
 
     @property
     def device_id(self) -> str:

@@ -4,6 +4,7 @@
 QflareClientError
   + UnavailableError           could not be reached or has no room; safe to try later  .reason
     - DeadlineExceededError    the time for one call passed
+    - TlsError                 the TLS handshake fails, and would fail again: certificates or names are wrong
     - BusyError                a bound is reached, or another call was faster  .retry_after_s
     - CoordinatorFaultError    it failed inside; .reason and the message name the request
   + RejectedError              the coordinator said no; .reason is the machine word, .metadata its details
@@ -19,6 +20,7 @@ QflareClientError
       - RoundNotOpenError
       - NotSelectedError
       - StaleBaseVersionError  .current_version
+    - ProxyRefusedError        a proxy before the coordinator said no, such as to the size
   + VerificationError          what the coordinator sent does not prove what it claims
     - UntrustedKeysetError     root documents or keyset: wrong signer, expired, rolled back
     - InvalidStatementError    a statement is not signed by the coordinator, or about something else
@@ -30,6 +32,7 @@ QflareClientError
     - NotEnrolledError         it holds no device
     - KeyStoreLockedError      another process uses it
     - WrongPassphraseError     its keys cannot be opened
+  + ForkedError                the client was opened before this process was forked
   + UnsupportedTaskError       the training session asks for what this SDK cannot do
   + TrainingFunctionError      the training function returned something unusable
 ```
@@ -64,6 +67,10 @@ class UnavailableError(QflareClientError):
 
 class DeadlineExceededError(UnavailableError):
     """The time for one call passed; whether it had an effect is not known."""
+
+
+class TlsError(UnavailableError):
+    """The TLS handshake fails and would fail again: untrusted authority, other name, unusable certificate or key."""
 
 
 class BusyError(UnavailableError):
@@ -170,6 +177,13 @@ class StaleBaseVersionError(FailedPreconditionError):
         return int(text) if text.isdecimal() else -1
 
 
+class ProxyRefusedError(RejectedError):
+    """A proxy before the coordinator refused the call, with an HTTP status of 400 to 499.
+
+    HTTP 413 means that the proxy takes no request body of this size; nginx takes 1 MiB unless it is told otherwise.
+    """
+
+
 class VerificationError(QflareClientError):
     """What the coordinator sent does not prove what it claims; nothing of it was used."""
 
@@ -212,6 +226,15 @@ class KeyStoreLockedError(KeyStoreError):
 
 class WrongPassphraseError(KeyStoreError):
     """The keys cannot be opened with this passphrase, or their file was altered."""
+
+
+class ForkedError(QflareClientError):
+    """The client was opened before this process was forked: its connection belongs to the other process."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the client was opened before this process was forked: use it in the process that opened it"
+        )
 
 
 class UnsupportedTaskError(QflareClientError):
@@ -258,6 +281,7 @@ def error_from_answer(
     metadata: Mapping[str, str] | None = None,
     retry_after_s: float | None = None,
     request_id: str = "",
+    resumable: bool = False,
 ) -> QflareClientError:
     """Turn the coordinator's answer to a failed call into the error that a developer sees.
 
@@ -268,6 +292,7 @@ def error_from_answer(
         metadata: `google.rpc.ErrorInfo.metadata`.
         retry_after_s: `google.rpc.RetryInfo.retry_delay` in seconds.
         request_id: `google.rpc.RequestInfo.request_id`, by which its log knows the call.
+        resumable: The call goes on where it was when it is made again: worth it even if its time has passed.
     """
     reason = reason or code
     text = f"{message} [{reason}]"
@@ -278,7 +303,11 @@ def error_from_answer(
         case "RESOURCE_EXHAUSTED":
             return BusyError(text, reason=reason, retry_after_s=retry_after_s)
         case "DEADLINE_EXCEEDED":
-            return DeadlineExceededError(text, reason=reason)
+            # A stream that stalled was ended by the coordinator, which kept what had come.
+            again = resumable or reason == "STALLED"
+            return DeadlineExceededError(
+                text, reason=reason, retry_after_s=(retry_after_s or 0.0) if again else None
+            )
         case "CANCELLED":
             return UnavailableError(text, reason=reason)
     if code in _FAULT_CODES:

@@ -6,10 +6,10 @@
 
     run(client, train)
 
-Invariants: the pause between polls is the one that the coordinator asks for, spread by a random quarter so
-that devices do not call in step; a version that is already held is not downloaded again; an outage of the
-coordinator ends the loop only after `patience_s`; a round that closed while the device was training
-costs that round's work and nothing else.
+Invariants: the pause between polls is the one that the coordinator asks for, at most an hour, spread by a random
+quarter so that devices do not call in step; a version that is already held is not downloaded again; an outage of the
+coordinator ends the loop after `patience_s`, counted once for the loop and its calls; a round that closed while the
+device was training costs that round's work and nothing else.
 
 What it does not do: catch what the training function raises.
 """
@@ -17,7 +17,6 @@ What it does not do: catch what the training function raises.
 import logging
 import random
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -28,12 +27,15 @@ from qflare_client.errors import (
     DuplicateUpdateError,
     FailedPreconditionError,
     NotFoundError,
+    QflareClientError,
+    TlsError,
     TrainingFunctionError,
     UnavailableError,
 )
 from qflare_client.models.download import GlobalModel
 from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
+from qflare_client.rpc.lifetime import Bounds
 from qflare_client.rpc.tracing import span
 from qflare_client.tasks import Task, TaskKind, TrainingTask
 
@@ -90,51 +92,49 @@ def run(
         train: Trains on the local data.
         evaluate: Measures on data held back; None leaves evaluations to other devices.
         training_session_id: Training session; None means any, and then only `stop` ends the loop.
-        stop: Ends the loop at the next pause; never in the middle of a training.
+        stop: Ends the loop: pauses and retries at once, calls in flight after 5 s; never in the middle of a training.
         patience_s: How long the coordinator may be unreachable before its error is raised, in seconds.
         privacy: Clips what training changed and adds noise, before it leaves the device; None sends it as it is.
         on_receipt: Told every accepted update.
 
+    Closing the client, from any thread, ends the loop as well.
+
     Raises:
         TrainingFunctionError: A function returned something that cannot be sent.
+        TlsError: The first connection fails for good, over its certificates.
         QflareClientError: The coordinator refused this device, could not be reached for `patience_s`, or
             sent something that does not verify.
     """
-    loop = _Loop(client, train, evaluate, privacy, on_receipt)
-    stop = stop or threading.Event()
-    outage = _Outage(patience_s)
-    while not stop.is_set():
-        try:
-            task = client.get_task(training_session_id, trains_only=evaluate is None)
-            if task.kind is TaskKind.DONE:
-                break
-            pause_s = loop.do(task)
-            outage.over()
-        except UnavailableError as error:
-            pause_s = outage.pause_s(error)
-        if pause_s > 0:
-            stop.wait(pause_s * random.uniform(0.75, 1.25))  # noqa: S311  # no secret
+    lifetime = client.lifetime
+    with lifetime.bounded(stop, patience_s) as bounds:
+        loop = _Loop(client, train, evaluate, training_session_id, privacy, on_receipt, bounds)
+        while not (loop.is_done or lifetime.is_ending()):
+            try:
+                pause_s = loop.step()
+                bounds.seen()
+            except UnavailableError as error:
+                if lifetime.is_ending():
+                    break
+                pause_s = _outage_pause_s(bounds, error)
+            except QflareClientError:
+                if lifetime.is_closed:
+                    break  # what is half closed may fail in any way
+                raise
+            if pause_s > 0:
+                lifetime.wait(pause_s * random.uniform(0.75, 1.25))  # noqa: S311  # no secret
     return loop.summary
 
 
-class _Outage:
-    """How long the coordinator has not been there."""
+def _outage_pause_s(bounds: Bounds, error: UnavailableError) -> float:
+    """Return how long to pause, in seconds; raise the error when patience has ended.
 
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._began_at: float | None = None
-
-    def over(self) -> None:
-        self._began_at = None
-
-    def pause_s(self, error: UnavailableError) -> float:
-        """Return how long to pause, or raise the error when patience has ended."""
-        if self._began_at is None:
-            self._began_at = time.monotonic()
-        if time.monotonic() - self._began_at > self._patience_s:
-            raise error
-        _log.warning("the coordinator is not available, trying again: %s", error)
-        return max(_OUTAGE_DELAY_S, error.retry_after_s or 0.0)
+    Certificates that are wrong at the first connection are a mistake of configuration; those that expire later are
+    an outage, until somebody renews them.
+    """
+    if bounds.left_s <= 0 or (isinstance(error, TlsError) and not bounds.was_seen):
+        raise error
+    _log.warning("the coordinator is not available, trying again: %s", error)
+    return min(max(_OUTAGE_DELAY_S, error.retry_after_s or 0.0), bounds.left_s)
 
 
 class _Loop:
@@ -145,19 +145,30 @@ class _Loop:
         client: Client,
         train: TrainFunction,
         evaluate: EvaluateFunction | None,
+        training_session_id: str | None,
         privacy: LocalPrivacy | None,
         on_receipt: Callable[[Receipt], None] | None,
+        bounds: Bounds,
     ) -> None:
         self.summary = RunSummary()
+        self.is_done = False
         self._client = client
+        self._bounds = bounds
         self._train = train
         self._evaluate = evaluate
+        self._training_session_id = training_session_id
         self._on_receipt = on_receipt or (lambda _: None)
         self._privacy = privacy
         self._held: GlobalModel | None = None
         self._late_in_a_row = 0
 
-    def do(self, task: Task) -> float:
+    def step(self) -> float:
+        """Ask for a task, do it, and return the seconds to pause before the next poll."""
+        task = self._client.get_task(self._training_session_id, trains_only=self._evaluate is None)
+        self.is_done = task.kind is TaskKind.DONE
+        return 0.0 if self.is_done else self._do(task)
+
+    def _do(self, task: Task) -> float:
         """Do a task and return the seconds to pause before the next poll."""
         try:
             if task.kind is TaskKind.TRAIN:
@@ -186,8 +197,11 @@ class _Loop:
 
     def _contribute(self, task: Task) -> None:
         base = self._model(task)
+        if self._client.lifetime.is_ending():
+            return
         with span("qflare.device.train"):
             arrays, example_count, metrics = _triple(self._train(_copy(base), task.config))
+        self._bounds.seen()
         if self._privacy is not None:
             try:
                 arrays = self._privacy.protect(arrays, base.arrays)
@@ -200,7 +214,11 @@ class _Loop:
     def _measure(self, task: Task) -> float:
         if self._evaluate is None:
             return max(task.poll_delay_s, _LEAST_POLL_DELAY_S)
-        result = self._evaluate(_copy(self._model(task)), task.config)
+        model = self._model(task)
+        if self._client.lifetime.is_ending():
+            return 0.0
+        result = self._evaluate(_copy(model), task.config)
+        self._bounds.seen()
         try:
             example_count, metrics = result
         except (TypeError, ValueError):

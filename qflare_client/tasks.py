@@ -7,7 +7,7 @@ are filled from the device's own `TrainingDefaults`.
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Self
 
 import numpy as np
@@ -17,6 +17,7 @@ from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import device_pb2, security_pb2, training_pb2
 from qflare_client.errors import UnsupportedTaskError
+from qflare_client.times import delay_s, moment
 
 
 class TaskKind(enum.Enum):
@@ -58,13 +59,14 @@ class Heartbeat:
     """The coordinator's time, UTC."""
 
     device_state: str
-    """State of the device, such as active or quarantined."""
+    """State of the device, such as active or quarantined; unknown for one that this SDK does not know."""
 
     @classmethod
     def from_proto(cls, answer: messages.HeartbeatResponse) -> Self:
         """Return what an answer says."""
-        state = device_pb2.DeviceState.Name(answer.state).removeprefix("DEVICE_STATE_")
-        return cls(answer.server_time.ToDatetime(UTC), state.lower())
+        known = device_pb2.DeviceState.values()
+        name = device_pb2.DeviceState.Name(answer.state) if answer.state in known else "unknown"
+        return cls(moment(answer.server_time), name.removeprefix("DEVICE_STATE_").lower())
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Task:
     """What to do."""
 
     poll_delay_s: float
-    """Seconds to wait before asking again when there is nothing to do."""
+    """Seconds to wait before asking again when there is nothing to do, at most 3600."""
 
     training_session_id: str
     """Training session; empty for WAIT."""
@@ -164,12 +166,12 @@ class Task:
         deadline = message.deadline_time
         return cls(
             kind=_KINDS.get(message.kind, TaskKind.WAIT),
-            poll_delay_s=message.poll_delay.ToTimedelta().total_seconds(),
+            poll_delay_s=delay_s(message.poll_delay),
             training_session_id=message.training_session_id,
             round_number=message.round_number,
             base_version=message.base_version,
             base_digest=message.base_digest,
-            deadline=deadline.ToDatetime(UTC) if message.HasField("deadline_time") else None,
+            deadline=moment(deadline) if message.HasField("deadline_time") else None,
             config=_training_task(message, defaults),
             transfer=message.transfer,
             nonce=statement.task_nonce,

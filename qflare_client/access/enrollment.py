@@ -24,7 +24,7 @@ from qflare_client.keystore.passphrase import passphrase_coding
 from qflare_client.keystore.store import PLAIN, KeyStore
 from qflare_client.rpc.caller import Calls
 from qflare_client.rpc.retry import RetryPolicy
-from qflare_client.rpc.transport import Tls, Transport
+from qflare_client.rpc.transport import Tls, Transport, trusting
 from qflare_client.tasks import TrainingDefaults
 from qflare_client.trust.keyset import Trust
 
@@ -70,7 +70,8 @@ def enroll(
         network_info: Network, such as link, as text.
         defaults: The device's own training settings.
         passphrase: Encrypts the keys; None leaves them to the permissions of their file.
-        tls: How to speak TLS; None means with the authorities of the bundle.
+        tls: How to speak TLS. Authorities that it leaves out are those of the bundle; where that has none either,
+            those of the system.
         insecure: Speak plaintext to any address.
         retry: How patient calls are.
         algorithm: Of the device's signature key; None means ML-DSA-65, or that of an enrolment that broke off.
@@ -94,9 +95,7 @@ def enroll(
         network_info=network_info,
         training_defaults=(defaults or TrainingDefaults()).to_proto(),
     )
-    authorities = bundle.certificate_authorities
-    if tls is None and authorities:
-        tls = Tls(authorities.encode())
+    tls = trusting(tls, bundle.certificate_authorities)
     transport = Transport(address or bundle.address, tls=tls, insecure=insecure)
     coding = passphrase_coding(passphrase) if passphrase else PLAIN
     calls = Calls(transport, retry or RetryPolicy())

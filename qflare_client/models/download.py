@@ -139,7 +139,10 @@ class Download:
             QflareClientError: What the last attempt raised.
         """
         responses = self._calls.receive(
-            self._calls.transport.stub.GetGlobalModel, self._next_request, timeout_s=timeout_s
+            self._calls.transport.stub.GetGlobalModel,
+            self._next_request,
+            is_progress=lambda response: response.HasField("chunk"),
+            timeout_s=timeout_s,
         )
         first = next(responses, None)
         if first is None or not first.HasField("header"):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import chain, islice
 from typing import Protocol
 
@@ -31,6 +31,8 @@ from qflare.v1 import security_pb2
 from qflare_client.errors import TrainingFunctionError
 from qflare_client.models.download import ProgressHook
 from qflare_client.rpc.caller import Attempts, Calls
+from qflare_client.rpc.retry import Patience
+from qflare_client.times import moment
 
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -67,7 +69,7 @@ class Receipt:
             training_session_id=message.training_session_id,
             round_number=message.round_number,
             acceptance_sequence=message.acceptance_sequence,
-            accepted_at=message.accept_time.ToDatetime(UTC),
+            accepted_at=moment(message.accept_time),
             statement=statement,
         )
 
@@ -182,7 +184,8 @@ class Upload:
         self._payload = payload
         self._progress = progress
         self._attempted = False
-        self._reached_chunk = 0
+        self._stored_chunk = 0  # chunks that the coordinator is known to have
+        self._sent_chunk = 0  # chunks that were ever handed to the network
         self._header = messages.UpdateHeader(
             statement=statement,
             chunk_digests=payload.chunk_digests,
@@ -210,11 +213,11 @@ class Upload:
             if state.HasField("receipt"):
                 return state.receipt
             first = state.next_chunk
-        if first > self._reached_chunk:
-            self._reached_chunk = first
-            attempts.patience.progressed()
+        if first > self._stored_chunk:
+            self._stored_chunk = first
+            attempts.progressed()
         self._attempted = True
-        requests = self._requests(first)
+        requests = self._requests(first, attempts.patience)
         first_message = next(requests)
         return transport.send(
             transport.stub.SubmitUpdate,
@@ -223,8 +226,12 @@ class Upload:
             timeout_s=timeout_s,
         )
 
-    def _requests(self, first: int) -> Iterator[messages.SubmitUpdateRequest]:
-        """Yield the header with the first chunk that is to be sent, then the others."""
+    def _requests(self, first: int, patience: Patience) -> Iterator[messages.SubmitUpdateRequest]:
+        """Yield the header with the first chunk that is to be sent, then the others.
+
+        A chunk that goes out for the first time shows that the line moves. What it does not show is that it arrives:
+        each counts once, so a proxy that takes chunks and refuses the call is not tried for ever.
+        """
         header: messages.UpdateHeader | None = self._header
         total_bytes = self._payload.size_bytes
         for index, data in enumerate(self._payload.chunks_from(first), first):
@@ -234,6 +241,9 @@ class Upload:
             request.chunk.data = data
             yield request
             header = None
+            if index >= self._sent_chunk:
+                self._sent_chunk = index + 1
+                patience.progressed()
             self._progress("upload", min((index + 1) * CHUNK_BYTES, total_bytes), total_bytes)
         if header is not None:
             yield messages.SubmitUpdateRequest(header=header)

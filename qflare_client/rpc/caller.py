@@ -2,12 +2,11 @@
 
 `Calls` joins a `Transport` (one attempt), a `RetryPolicy` (when to make another) and the credentials of
 the device (login is invisible: a token is obtained when one is needed). A call that the coordinator
-refuses as unauthenticated is made once more with a fresh login.
+refuses as unauthenticated is made once more with a fresh login, and once more after each progress of a transfer.
 
 What it does not do: know what the messages mean.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
@@ -15,6 +14,7 @@ import grpc
 from google.protobuf.message import Message
 
 from qflare_client.errors import AuthenticationError, QflareClientError, UnavailableError
+from qflare_client.rpc.lifetime import Lifetime
 from qflare_client.rpc.retry import Patience, RetryPolicy
 from qflare_client.rpc.transport import Metadata, Transport
 
@@ -57,7 +57,6 @@ class Calls:
         transport: Makes the attempts.
         policy: When an attempt is repeated.
         credentials: Of this device; None for calls that need none.
-        closed: Set when nobody waits for answers any more; ends all waits.
     """
 
     def __init__(
@@ -65,21 +64,23 @@ class Calls:
         transport: Transport,
         policy: RetryPolicy,
         credentials: Credentials | None = None,
-        closed: threading.Event | None = None,
     ) -> None:
         self.transport = transport
         self._policy = policy
         self._credentials = credentials or _Anonymous()
-        self._closed = closed or threading.Event()
+
+    @property
+    def lifetime(self) -> Lifetime:
+        """Until when calls go on."""
+        return self.transport.lifetime
 
     def close(self) -> None:
         """End all waits and close the channel."""
-        self._closed.set()
         self.transport.close()
 
     def authenticated(self, credentials: Credentials) -> "Calls":
         """Return calls over the same channel that carry credentials."""
-        return Calls(self.transport, self._policy, credentials, self._closed)
+        return Calls(self.transport, self._policy, credentials)
 
     def unary(
         self,
@@ -113,18 +114,21 @@ class Calls:
         Raises:
             QflareClientError: What the last attempt raised.
         """
-        attempts = Attempts(self._credentials, Patience(self._policy, self._closed))
-        while True:
-            try:
-                return attempt(attempts)
-            except (UnavailableError, AuthenticationError) as error:
-                attempts.recover(error)
+        patience = self.lifetime.patience(self._policy)
+        attempts = Attempts(self._credentials, patience)
+        with self.lifetime.sharing(patience):
+            while True:
+                try:
+                    return attempt(attempts)
+                except (UnavailableError, AuthenticationError) as error:
+                    attempts.recover(error)
 
     def receive(
         self,
         method: "grpc.UnaryStreamMultiCallable[Q, R]",
         next_request: Callable[[], Q],
         *,
+        is_progress: Callable[[R], bool],
         timeout_s: float | None = None,
     ) -> Iterator[R]:
         """Yield the messages of a server stream, across broken connections.
@@ -132,20 +136,24 @@ class Calls:
         Args:
             method: Of the transport's stub.
             next_request: Makes the request for what has not been received; called for each attempt.
+            is_progress: Whether a message, once it has been consumed, makes the next request ask for less.
             timeout_s: Deadline of each attempt, in seconds; None means the transport's.
 
         Raises:
             QflareClientError: While iterating: what the last attempt raised.
         """
-        attempts = Attempts(self._credentials, Patience(self._policy, self._closed))
+        attempts = Attempts(self._credentials, self.lifetime.patience(self._policy))
         while True:
             request = next_request()
             try:
+                with self.lifetime.sharing(attempts.patience):
+                    metadata = attempts.metadata(request)
                 for response in self.transport.receive(
-                    method, request, metadata=attempts.metadata(request), timeout_s=timeout_s
+                    method, request, metadata=metadata, timeout_s=timeout_s
                 ):
                     yield response
-                    attempts.patience.progressed()
+                    if is_progress(response):
+                        attempts.progressed()
             except (UnavailableError, AuthenticationError) as error:
                 attempts.recover(error)
             else:
@@ -155,9 +163,15 @@ class Calls:
 class Attempts:
     """The attempts of one call.
 
+    A refused token is replaced by a fresh login once, and once more after each progress: a transfer may outlive any
+    number of tokens, while a login that does not help is noticed.
+
+    Attributes:
+        patience: Of this call.
+
     Args:
         credentials: Of this device.
-        patience: Of this call; told when an attempt has moved data.
+        patience: Of this call.
     """
 
     def __init__(self, credentials: Credentials, patience: Patience) -> None:
@@ -178,6 +192,11 @@ class Attempts:
         self._used = ()
         self._used = self._credentials.metadata(method_of(first_message), first_message)
         return self._used
+
+    def progressed(self) -> None:
+        """Start again: the coordinator has taken or given data that the next attempt need not repeat."""
+        self.patience.progressed()
+        self._logged_in_again = False
 
     def recover(self, error: QflareClientError) -> None:
         """Prepare the next attempt, after one that raised `error`.

@@ -1,9 +1,10 @@
 """When a failed call is made again, and how long is waited before it.
 
-Only errors that carry a `retry_after_s` are repeated: UNAVAILABLE, ABORTED, and RESOURCE_EXHAUSTED
-with a RetryInfo. Delays grow exponentially with full jitter, never fall below what the coordinator asked
-for, and end when the total time would be exceeded. The total time starts again whenever an attempt
-has moved data, so that a long transfer over a bad line ends only when it stands still.
+Only errors that carry a `retry_after_s` are repeated: UNAVAILABLE, ABORTED, RESOURCE_EXHAUSTED with a RetryInfo, and
+a stream that stalled or passed its deadline. Delays grow exponentially with full jitter, never fall below what the
+coordinator asked for, and end when the total time would be exceeded. The total time starts again whenever an attempt
+has moved data, so that a long transfer over a bad line ends only when it stands still. It is counted once: calls that
+are made on the way of another one share its patience (`qflare_client.rpc.lifetime`).
 
 What it does not do: know any method or message. Every attempt builds its own request iterator.
 
@@ -11,10 +12,10 @@ Source: full jitter is from M. Brooker, "Exponential Backoff And Jitter", AWS Ar
 """
 
 import random
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from qflare_client.errors import UnavailableError
 
@@ -33,6 +34,10 @@ class RetryPolicy:
     max_delay_s: float = 5.0
     """Upper bound of any delay that the coordinator did not ask for, in seconds."""
 
+    def at_most(self, total_time_s: float) -> "RetryPolicy":
+        """Return this policy with a total time of at most so many seconds."""
+        return replace(self, total_time_s=min(self.total_time_s, total_time_s))
+
     def delay_s(self, failure_count: int, at_least_s: float) -> float:
         """Return a random delay before the next attempt, in seconds.
 
@@ -44,28 +49,42 @@ class RetryPolicy:
         return at_least_s + random.uniform(0.0, ceiling_s)  # noqa: S311  # no secret
 
 
+class Waiting(Protocol):
+    """Waits; an event that ends the wait does."""
+
+    def wait(self, timeout: float, /) -> bool:
+        """Wait so many seconds; return True at once when nobody waits for the call any more."""
+
+
 class Patience:
     """What is left of the patience of one call.
 
     Args:
         policy: How patient.
-        closed: Set when nobody waits for the call any more.
+        waiting: Waits, until nobody waits for the call any more.
         clock: Monotonic seconds.
+        on_progress: Called whenever data has moved.
     """
 
     def __init__(
         self,
         policy: RetryPolicy,
-        closed: threading.Event,
+        waiting: Waiting,
         clock: Callable[[], float] = time.monotonic,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._policy = policy
-        self._closed = closed
+        self._waiting = waiting
         self._clock = clock
-        self.progressed()
+        self._on_progress = on_progress
+        self._begin()
 
     def progressed(self) -> None:
         """Start again: data has moved."""
+        self._on_progress()
+        self._begin()
+
+    def _begin(self) -> None:
         self._failure_count = 0
         self._give_up_at = self._clock() + self._policy.total_time_s
 
@@ -79,5 +98,5 @@ class Patience:
             raise error
         self._failure_count += 1
         delay_s = self._policy.delay_s(self._failure_count, error.retry_after_s)
-        if self._clock() + delay_s > self._give_up_at or self._closed.wait(delay_s):
+        if self._clock() + delay_s > self._give_up_at or self._waiting.wait(delay_s):
             raise error

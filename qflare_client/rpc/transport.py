@@ -9,11 +9,14 @@ What it does not do: repeat, authenticate or verify.
 """
 
 import ipaddress
+import os
+import re
+import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeAlias, TypeVar
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf import any_pb2
@@ -21,8 +24,17 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from qflare.v1.coordinator_service_pb2_grpc import CoordinatorServiceStub
-from qflare_client.errors import QflareClientError, UnavailableError, error_from_answer
+from qflare_client.errors import (
+    ForkedError,
+    ProxyRefusedError,
+    QflareClientError,
+    TlsError,
+    UnavailableError,
+    error_from_answer,
+)
+from qflare_client.rpc.lifetime import TICK_S, Bounds, Lifetime
 from qflare_client.rpc.tracing import trace_metadata
+from qflare_client.times import delay_s
 
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 Q = TypeVar("Q")
@@ -32,6 +44,19 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 """Largest message taken: a header with the chunk digests of 256 GiB, or some thousand statements."""
 
 _DETAILS_KEY = "grpc-status-details-bin"
+
+_TLS_FAULTS: Final = {
+    "CERTIFICATE_VERIFY_FAILED": "no trusted authority vouches for the coordinator's certificate, or it has expired",
+    "Hostname Verification Check failed": "the coordinator's certificate is for another name",
+    "WRONG_VERSION_NUMBER": "the coordinator does not speak TLS at this address",
+    "Failed to create security handshaker": "the certificates or the key of this device cannot be used",
+}
+"""What gRPC says of a TLS handshake that fails however often it is repeated, and what it means."""
+
+_HTTP_REFUSAL: Final = re.compile(r"http2 header with status: (4\d\d)")
+"""What gRPC says of an answer that is not gRPC's: a proxy's."""
+
+_TOO_LARGE: Final = "413"
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_retries", 0),
@@ -86,8 +111,23 @@ class Tls:
         return cls(ca, chain, key, server_name)
 
 
+def trusting(tls: Tls | None, certificate_authorities: str) -> Tls | None:
+    """Return TLS settings with the authorities of a bootstrap bundle where they name none of their own.
+
+    Args:
+        tls: What the caller gave; None for nothing.
+        certificate_authorities: PEM; empty for none.
+    """
+    if not certificate_authorities or (tls is not None and tls.certificate_authorities is not None):
+        return tls
+    return replace(tls or Tls(), certificate_authorities=certificate_authorities.encode())
+
+
 class Transport:
     """One channel to the coordinator. Thread-safe. Connects at the first call.
+
+    Attributes:
+        lifetime: Until when calls go on.
 
     Args:
         address: host:port, unix:path, or ipv4:IP:PORT,IP:PORT for several coordinators on one database, of which
@@ -111,7 +151,8 @@ class Transport:
         self.address = address
         self.timeout_s = timeout_s
         self.transfer_timeout_s = transfer_timeout_s
-        self._closed = False
+        self.lifetime = Lifetime()
+        self._process_id = os.getpid()
         self._channel = _open_channel(address, tls, insecure=insecure)
         self.stub = CoordinatorServiceStub(self._channel)
 
@@ -122,8 +163,9 @@ class Transport:
 
     def close(self) -> None:
         """Close the channel; calls in progress end with `UnavailableError`."""
-        self._closed = True
-        self._channel.close()
+        self.lifetime.close()
+        if os.getpid() == self._process_id:
+            self._channel.close()
 
     def unary(
         self,
@@ -138,8 +180,10 @@ class Transport:
         Raises:
             QflareClientError: What the coordinator answered, or that it did not.
         """
-        with _Translated(self):
-            return method(request, timeout=timeout_s or self.timeout_s, metadata=_traced(metadata))
+        options = {"timeout": timeout_s or self.timeout_s, "metadata": _traced(metadata)}
+        with self._translated():
+            answer: R = self._answer(method, request, options)
+        return answer
 
     def send(
         self,
@@ -154,10 +198,10 @@ class Transport:
         Raises:
             QflareClientError: What the coordinator answered, or that it did not.
         """
-        with _Translated(self):
-            return method(
-                requests, timeout=timeout_s or self.transfer_timeout_s, metadata=_traced(metadata)
-            )
+        options = {"timeout": timeout_s or self.transfer_timeout_s, "metadata": _traced(metadata)}
+        with self._translated(resumable=True):
+            answer: R = self._answer(method, requests, options)
+        return answer
 
     def receive(
         self,
@@ -172,83 +216,157 @@ class Transport:
         Raises:
             QflareClientError: While iterating: what the coordinator answered, or that it did not.
         """
-        with _Translated(self):
+        with self._translated(resumable=True):
             call = method(
                 request, timeout=timeout_s or self.transfer_timeout_s, metadata=_traced(metadata)
             )
             try:
-                yield from call
+                with _cancelled_in_time(call, self.lifetime.bounds):
+                    yield from call
             finally:
                 call.cancel()
 
+    def _answer(self, method: Any, requests: Any, options: dict[str, Any]) -> Any:
+        """Wait for the one answer of a call; one that is made in a loop can be cancelled."""
+        bounds = self.lifetime.bounds
+        if bounds is None or bounds.stop is None:
+            return method(requests, **options)
+        call = method.future(requests, **options)
+        try:
+            while not bounds.is_over:
+                try:
+                    return call.result(timeout=TICK_S)
+                except grpc.FutureTimeoutError:
+                    continue
+        finally:
+            call.cancel()  # does nothing to a call that has ended
+        raise UnavailableError("the loop was told to stop", reason="STOPPED")
 
-class _Translated:
-    """Turns what gRPC raises into this SDK's errors."""
+    @contextmanager
+    def _translated(self, *, resumable: bool = False) -> Iterator[None]:
+        """Turn what gRPC raises into this SDK's errors.
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+        Args:
+            resumable: The call goes on where it was when it is made again.
+        """
+        if os.getpid() != self._process_id:
+            raise ForkedError
+        self._require_open()
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise _translate(error, resumable=resumable) from None
+        except ValueError:
+            self._require_open()  # gRPC says so of a channel that was closed meanwhile
+            raise
 
-    def __enter__(self) -> None:
-        if self._transport._closed:  # noqa: SLF001  # its other half
-            raise UnavailableError("the client is closed", reason="CLOSED")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(error, grpc.RpcError):
-            raise _translate(error) from None
-        if isinstance(error, ValueError) and self._transport._closed:  # noqa: SLF001
+    def _require_open(self) -> None:
+        if self.lifetime.is_closed:
             raise UnavailableError("the client is closed", reason="CLOSED") from None
+
+
+@contextmanager
+def _cancelled_in_time(call: Any, bounds: Bounds | None) -> Iterator[None]:
+    """Cancel a stream from another thread once the loop that reads it has to end."""
+    if bounds is None or bounds.stop is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(TICK_S):
+            if bounds.is_over:
+                call.cancel()
+                return
+
+    thread = threading.Thread(target=watch, name="qflare-stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _traced(metadata: Metadata) -> Metadata:
     return (*metadata, *trace_metadata())
 
 
-def _translate(error: grpc.RpcError) -> QflareClientError:
-    details = _details(error.trailing_metadata() or ())  # type: ignore[arg-type]
-    info = error_details_pb2.ErrorInfo()
-    retry = error_details_pb2.RetryInfo()
-    request = error_details_pb2.RequestInfo()
-    retry_after_s = None
-    for detail in details:
-        if detail.Unpack(retry):
-            retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
-        elif not detail.Unpack(info):
-            detail.Unpack(request)
+def _translate(error: Any, *, resumable: bool) -> QflareClientError:
+    text = error.details() or "no details"
+    refused = _refused_on_the_way(text)
+    if refused is not None:
+        return refused
+    info, retry, request = _unpacked(error.trailing_metadata() or ())
     return error_from_answer(
         code=error.code().name,
-        message=error.details() or "no details",
+        message=text,
         reason=info.reason,
         metadata=dict(info.metadata),
-        retry_after_s=retry_after_s,
+        retry_after_s=None if retry is None else delay_s(retry.retry_delay),
         request_id=request.request_id,
+        resumable=resumable,
     )
+
+
+def _refused_on_the_way(text: str) -> QflareClientError | None:
+    """Return the error of a call that the coordinator never saw, and never will however often it is made."""
+    for sign, meaning in _TLS_FAULTS.items():
+        if sign in text:
+            return TlsError(f"TLS: {meaning} ({text})")
+    refusal = _HTTP_REFUSAL.search(text)
+    if refusal is None:
+        return None
+    status = refusal[1]
+    hint = ": raise its limit on request bodies" if status == _TOO_LARGE else ""
+    return ProxyRefusedError(
+        f"a proxy before the coordinator answers HTTP status {status}{hint}",
+        reason=f"HTTP_{status}",
+    )
+
+
+def _unpacked(
+    metadata: Iterable[tuple[str, str | bytes]],
+) -> tuple[
+    error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo | None, error_details_pb2.RequestInfo
+]:
+    """Return the details of a status; what cannot be read counts as absent."""
+    info, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
+    retry: error_details_pb2.RetryInfo | None = None
+    found = error_details_pb2.RetryInfo()
+    try:
+        for detail in _details(metadata):
+            if detail.Unpack(found):
+                retry = found
+            elif not detail.Unpack(info):
+                detail.Unpack(request)
+    except DecodeError:
+        pass
+    return info, retry, request
 
 
 def _details(metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[any_pb2.Any]:
     for key, value in metadata:
         if key == _DETAILS_KEY and isinstance(value, bytes):
-            try:
-                yield from status_pb2.Status.FromString(value).details
-            except DecodeError:
-                return
+            yield from status_pb2.Status.FromString(value).details
 
 
 def _open_channel(address: str, tls: Tls | None, *, insecure: bool) -> grpc.Channel:
+    options: list[tuple[str, str | int]] = [*_CHANNEL_OPTIONS, *proxy_options(address)]
     if insecure or (tls is None and is_loopback(address)):
-        return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        return grpc.insecure_channel(address, options=options)
     tls = tls or Tls()
     credentials = grpc.ssl_channel_credentials(
         tls.certificate_authorities, tls.private_key, tls.certificate_chain
     )
-    options: list[tuple[str, str | int]] = list(_CHANNEL_OPTIONS)
     if tls.server_name:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return grpc.secure_channel(address, credentials, options=options)
+
+
+def proxy_options(address: str) -> list[tuple[str, int]]:
+    """Return channel options that keep calls within this machine away from the proxy of the environment."""
+    return [("grpc.enable_http_proxy", 0)] if is_loopback(address) else []
 
 
 def is_loopback(address: str) -> bool:

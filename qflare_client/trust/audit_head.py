@@ -8,7 +8,7 @@ What it does not do: read entries.
 """
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 from google.protobuf.message import DecodeError
 
@@ -24,6 +24,7 @@ from qflare_client.errors import (
 )
 from qflare_client.keystore.store import KeyStore
 from qflare_client.rpc.caller import Calls
+from qflare_client.times import moment
 from qflare_client.trust.keyset import Trust
 
 _DOCUMENT = "audit.json"
@@ -74,7 +75,7 @@ def read_head(
         except StatementError as error:
             raise RewrittenLogError(f"the audit log is not what it was: {error}") from error
     store.write_document(_DOCUMENT, {"head": head.SerializeToString().hex()})
-    return AuditHead(head.size, head.root_digest, head.create_time.ToDatetime(UTC), answer.head)
+    return AuditHead(head.size, head.root_digest, moment(head.create_time), answer.head)
 
 
 def _kept_head(store: KeyStore) -> security_pb2.TreeHead:

@@ -23,7 +23,9 @@ from qflare_server.errors import (
     InvalidUpdateError,
     QflareError,
     SealKeyNotAcceptedError,
+    StalledError,
     TooManyRequestsError,
+    UnauthenticatedError,
 )
 from qflare_server.payloads.receiver import Receiver
 from qflare_server.payloads.sealed_receiver import OpeningReceiver
@@ -225,6 +227,9 @@ def _fill(receiver: Receiver, chunks: Iterator[tuple[int, bytes]]) -> ReceivedPa
             receiver.add(index, chunk)
         _require_complete(receiver)
         return receiver.finish()
+    except (StalledError, UnauthenticatedError):  # the line or the token failed, not the update
+        receiver.keep()
+        raise
     except QflareError:
         receiver.abandon()
         raise

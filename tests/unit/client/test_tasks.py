@@ -10,7 +10,7 @@ from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, training_pb2
 from qflare_client.errors import UnsupportedTaskError
-from qflare_client.tasks import Task, TaskKind, TrainingDefaults, proximal_gradient
+from qflare_client.tasks import Heartbeat, Task, TaskKind, TrainingDefaults, proximal_gradient
 
 
 def train_answer(**settings: Any) -> messages.GetTaskResponse:
@@ -40,6 +40,20 @@ def test_a_task_to_train_is_read() -> None:
     assert task.nonce == "n"
     assert (task.config.local_epochs, task.config.batch_size) == (5, 8)
     assert task.config.learning_rate == 0.1
+
+
+def test_a_wait_of_ten_years_is_an_hour() -> None:
+    answer = messages.GetTaskResponse(
+        kind=messages.TASK_KIND_WAIT, poll_delay=Duration(seconds=315_360_000)
+    )
+
+    assert read(answer).poll_delay_s == 3600.0
+
+
+def test_a_state_that_this_sdk_does_not_know_is_unknown() -> None:
+    answer = messages.HeartbeatResponse(state=77)  # type: ignore[arg-type]  # as it came
+
+    assert Heartbeat.from_proto(answer).device_state == "unknown"
 
 
 def test_open_settings_are_the_devices_own() -> None:
