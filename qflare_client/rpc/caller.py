@@ -128,7 +128,7 @@ class Calls:
         method: "grpc.UnaryStreamMultiCallable[Q, R]",
         next_request: Callable[[], Q],
         *,
-        is_progress: Callable[[R], bool],
+        is_progress: Callable[[R], bool] = lambda _: True,
         timeout_s: float | None = None,
     ) -> Iterator[R]:
         """Yield the messages of a server stream, across broken connections.
