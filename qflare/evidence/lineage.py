@@ -55,7 +55,7 @@ def sign_model(key: Signer, statement: security_pb2.ModelStatement) -> security_
     Raises:
         StatementError: The statement is malformed.
     """
-    _check_form(statement)
+    check_model_form(statement)
     return sign_envelope(key, SigningContext.MODEL, statement)
 
 
@@ -79,7 +79,7 @@ def open_model(
         StatementError: It is malformed, or not signed by a model key.
     """
     statement = open_statement(envelope, SigningContext.MODEL, keys, security_pb2.ModelStatement)
-    _check_form(statement)
+    check_model_form(statement)
     require_equal("realm", statement.realm, realm)
     require_equal("training_session_id", statement.training_session_id, training_session_id)
     return ModelVersion(statement, digest_of(envelope.payload))
@@ -175,13 +175,35 @@ def verify_contribution(
     check_inclusion(leaf, proof, statement.contributors_digest)
 
 
+def check_step(
+    statement: security_pb2.ModelStatement,
+    parent: ModelVersion | None,
+    restored: security_pb2.ModelStatement | None = None,
+) -> None:
+    """Check that a version continues a chain as `verify_chain` will have it.
+
+    Args:
+        statement: Of the version.
+        parent: The version before it; None for an initial model.
+        restored: For a rollback: of the version that it restores.
+
+    Raises:
+        StatementMismatchError: It does not follow, or does not restore what it names.
+    """
+    if parent is None:
+        require_equal("version", statement.version, 0)
+    else:
+        require_equal("version", statement.version, parent.statement.version + 1)
+        require_equal("parent_digest", statement.parent_digest, parent.digest)
+    _check_rollback(statement, {} if restored is None else {restored.version: restored})
+
+
 def _check_follows(version: ModelVersion, previous: ModelVersion, *, repeated: bool) -> None:
     """Check a step of the chain; the first may repeat the version that was known."""
     if repeated and version.statement.version == previous.statement.version:
         require_equal("digest", version.digest, previous.digest)
         return
-    require_equal("version", version.statement.version, previous.statement.version + 1)
-    require_equal("parent_digest", version.statement.parent_digest, previous.digest)
+    check_step(version.statement, previous)
 
 
 def _check_rollback(
@@ -196,7 +218,12 @@ def _check_rollback(
             require_equal(field, getattr(statement, field), getattr(restored, field))
 
 
-def _check_form(statement: security_pb2.ModelStatement) -> None:
+def check_model_form(statement: security_pb2.ModelStatement) -> None:
+    """Check what can be checked of a version's statement without others.
+
+    Raises:
+        StatementError: It is malformed.
+    """
     require_digests(statement, "layout_digest", "payload_digest")
     for field in ("realm", "training_session_id"):
         _require(getattr(statement, field), f"{field} is empty")

@@ -81,7 +81,7 @@ def sign_update(
     Raises:
         StatementError: The statement is malformed.
     """
-    _check_update_form(statement)
+    check_update_form(statement)
     require_equal("key_id", statement.key_id, key.public.key_id)
     return sign_envelope(key, SigningContext.UPDATE, statement)
 
@@ -95,7 +95,7 @@ def open_update(
         StatementError: It is malformed, or not signed by this key.
     """
     statement = open_statement(envelope, SigningContext.UPDATE, [key], security_pb2.UpdateStatement)
-    _check_update_form(statement)
+    check_update_form(statement)
     require_equal("key_id", statement.key_id, key.key_id)
     return statement
 
@@ -139,7 +139,7 @@ def sign_task(key: Signer, statement: security_pb2.TaskStatement) -> security_pb
     Raises:
         StatementError: The statement is malformed.
     """
-    _check_task_form(statement)
+    check_task_form(statement)
     return sign_envelope(key, SigningContext.TASK, statement)
 
 
@@ -157,7 +157,7 @@ def open_task(
         StatementError: It is malformed, of another realm, or not signed by a task key.
     """
     statement = open_statement(envelope, SigningContext.TASK, keys, security_pb2.TaskStatement)
-    _check_task_form(statement)
+    check_task_form(statement)
     require_equal("realm", statement.realm, realm)
     return statement
 
@@ -229,9 +229,8 @@ def open_tree_head(
         StatementError: It is malformed, of another log, or not signed by a log key.
     """
     head = open_statement(envelope, SigningContext.TREE_HEAD, keys, security_pb2.TreeHead)
+    check_head_form(head)
     require_equal("origin", head.origin, origin)
-    require_digests(head, "root_digest")
-    _require(head.size >= 0, "size of a log is negative")
     return head
 
 
@@ -307,7 +306,8 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
         _require(named and math.isfinite(value), "a metric has no name or no finite value")
 
 
-def _check_update_form(statement: security_pb2.UpdateStatement) -> None:
+def check_update_form(statement: security_pb2.UpdateStatement) -> None:
+    """Raise a `StatementError` unless an update's statement is well-formed."""
     require_digests(
         statement,
         "task_nonce",
@@ -334,7 +334,15 @@ def _check_update_form(statement: security_pb2.UpdateStatement) -> None:
     )
 
 
-def _check_task_form(statement: security_pb2.TaskStatement) -> None:
+def check_head_form(head: security_pb2.TreeHead) -> None:
+    """Raise a `StatementError` unless a head of a log is well-formed."""
+    _require(head.origin, "origin is empty")
+    require_digests(head, "root_digest")
+    _require(head.size >= 0, "size of a log is negative")
+
+
+def check_task_form(statement: security_pb2.TaskStatement) -> None:
+    """Raise a `StatementError` unless a task is well-formed."""
     require_digests(statement, "base_digest", "task_nonce", "config_digest")
     for field in ("realm", "training_session_id"):
         _require(getattr(statement, field), f"{field} is empty")

@@ -132,11 +132,22 @@ class DeviceEnrollment:
         with refusing("receipt"):
             payload = open_envelope(receipt, SigningContext.RECEIPT, registrar_keys)
             opened = security_pb2.EnrollmentReceipt.FromString(payload)
+        check_receipt_form(opened)
         named = (opened.realm, opened.signature_key_id, opened.kem_key_id)
         own = (self._realm, self._signature_key.key_id, self._kem_key.key_id)
         require(named == own, "receipt is for another device")
-        require(opened.device_id, "receipt names no device")
         return opened
+
+
+def check_receipt_form(receipt: security_pb2.EnrollmentReceipt) -> None:
+    """Check what can be checked of a receipt without knowing whose it is.
+
+    Raises:
+        HandshakeError: It is malformed.
+    """
+    require(receipt.realm, "receipt names no realm")
+    require(receipt.device_id, "receipt names no device")
+    require(receipt.signature_key_id and receipt.kem_key_id, "receipt names no keys")
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,22 @@ class TrustedKeyset:
                 raise KeysetRollbackError(f"keyset {version} has changed")
 
 
+def check_document_form(envelope: security_pb2.SignedEnvelope, context: SigningContext) -> None:
+    """Check what can be checked of a root document or a keyset without knowing who may sign it.
+
+    Args:
+        envelope: The document; its signatures are not looked at.
+        context: Whether it is a root document or a keyset.
+
+    Raises:
+        KeysetError: It is malformed.
+    """
+    if context is SigningContext.ROOT:
+        _require(_parse_root(envelope).document.realm, "root document names no realm")
+    else:
+        _require(_parse_keyset(envelope).document.realm, "keyset names no realm")
+
+
 def _parse_root(envelope: security_pb2.SignedEnvelope) -> _Root:
     """Read a root document; its signatures are not yet checked."""
     try:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
+from qflare.evidence.statements import StatementError
 from qflare.tensors import InvalidPayloadError
 from qflare_server.aggregation.fold import BATCH, RoundFold
 from qflare_server.aggregation.plan import RoundPlan, read_plan
@@ -225,7 +226,12 @@ class Aggregator:
             return write(lambda session: self._retry(session, item, problem, fold))
         finally:
             self._folds.pop((item.training_session_id, item.number), None)
-        published = write(publication.run)
+        try:
+            published = write(publication.run)
+        except StatementError as error:
+            logger.exception("version not published: no device would take its statement")
+            problem = f"no version could be published: {error}"
+            return write(lambda session: self._retry(session, item, problem, fold))
         if published:
             logger.info(
                 "version published: session=%s version=%d round=%d updates=%d",

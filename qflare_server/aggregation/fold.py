@@ -17,7 +17,6 @@ form can show are not lost but add up from round to round.
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -72,6 +71,7 @@ from qflare_server.strategies import (
     outcome_to_data,
 )
 from qflare_server.training.config import download_encoding
+from qflare_server.training.reported_metrics import TRAINING, Means
 from qflare_server.training.strategy import build_strategy, is_asynchronous
 
 logger = logging.getLogger(__name__)
@@ -82,48 +82,25 @@ BATCH: Final = 64
 
 
 @dataclass
-class _Metrics:
-    """Example-weighted means of what devices reported, added up in acceptance order."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, metrics: Mapping[str, float], example_count: int) -> None:
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value * example_count
-            self.counts[name] = self.counts.get(name, 0) + example_count
-
-    def means(self) -> dict[str, float]:
-        return {
-            f"train_{name}": total / self.counts[name]
-            for name, total in sorted(self.sums.items())
-            if math.isfinite(total)
-        }
-
-
-@dataclass
 class Totals:
     """What a version says of its contributors together, added up in acceptance order.
 
     Attributes:
         example_count: Their examples.
         largest: The one with most examples, the earliest of equals; None without any.
+        metrics: What their devices reported.
     """
 
     example_count: int = 0
     largest: AcceptedUpdate | None = None
-    _metrics: _Metrics = field(default_factory=_Metrics)
+    metrics: Means = field(default_factory=Means)
 
     def add(self, update: AcceptedUpdate) -> None:
         """Count one update."""
         self.example_count += update.example_count
-        self._metrics.add(update.metrics, update.example_count)
+        self.metrics.add(update.metrics, update.example_count)
         if self.largest is None or update.example_count > self.largest.example_count:
             self.largest = update
-
-    def metrics(self) -> dict[str, float]:
-        """Return the example-weighted means of what the devices reported, prefixed `train_`."""
-        return self._metrics.means()
 
 
 @dataclass(frozen=True)
@@ -311,9 +288,17 @@ class RoundFold:
     def metrics(self) -> dict[str, float]:
         """Return the example-weighted means of what the contributors reported, prefixed `train_`.
 
-        None with differential privacy: its noise does not cover them.
+        They are as many as a version can state; those that decide about release and early stop come first. None with
+        differential privacy: its noise does not cover them.
         """
-        return {} if self.plan.config.privacy.noise_multiplier else self.totals().metrics()
+        config = self.plan.config
+        if config.privacy.noise_multiplier:
+            return {}
+        if self.revision == 1:
+            return self.totals().metrics.means(TRAINING)
+        bounds = [bound.metric for bound in config.release.bounds]
+        deciding = [TRAINING + name for name in (config.early_stop.metric, "accuracy", "loss")]
+        return self.totals().metrics.most_reported(TRAINING, [*bounds, *deciding])
 
     def write(self, executor: ThreadPoolExecutor, at: datetime) -> WrittenVersion:
         """Write the version's payload, the form in which devices get it, and its strategy's vectors.

@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.signing import PublicKey, SigningContext
+from qflare.evidence.forms import check_form
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock
@@ -149,12 +150,13 @@ class ServerKeys:
 
         Raises:
             KeyStoreError: No accepted key of the role is held.
-            ValueError: The payload is longer than a signed message may be.
+            StatementError: No verifier would take the payload.
         """
         trust = self._current()
         for key_id in trust.key_ids(role):
             signer = self._holding.signers.get(key_id)
             if signer is not None:
+                check_form(CONTEXTS[role], payload)
                 return sign_envelope(signer, CONTEXTS[role], payload)
         raise KeyStoreError("no key of this role is held: copy the key file to this replica")
 

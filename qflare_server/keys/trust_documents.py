@@ -26,6 +26,7 @@ from qflare.crypto.signing import (
     Signer,
     SigningContext,
 )
+from qflare.evidence.forms import check_form
 from qflare.v1 import security_pb2
 from qflare_server.keys.ring import ROLES, Role
 from qflare_server.keys.secret_files import KeyStoreError
@@ -37,8 +38,9 @@ KEYSET_LIFETIME: Final = timedelta(days=400)
 """Life of a keyset unless its issuer says otherwise."""
 
 _FEW_KEPT: Final = 2
-_KEPT: Final = {security_pb2.KEY_ROLE_MODEL: 10, security_pb2.KEY_ROLE_LOG: 10}
-"""Keys of a role that a keyset names: all of them have to fit into 64 KiB, statements of models last longest."""
+_KEPT: Final = {security_pb2.KEY_ROLE_MODEL: 9, security_pb2.KEY_ROLE_LOG: 9}
+"""Keys of a role that a keyset names: together no more than a device takes (`keysets.MAX_KEY_COUNT`), within 64 KiB;
+statements of models last longest."""
 
 
 T = TypeVar("T")
@@ -184,11 +186,12 @@ def sign_document(
     """Sign a root document or a keyset with every signer.
 
     Raises:
-        ValueError: It is longer than a signed message may be.
+        StatementError: No device would take it.
     """
     is_root = isinstance(document, security_pb2.RootDocument)
     context = SigningContext.ROOT if is_root else SigningContext.KEYSET
     payload = document.SerializeToString(deterministic=True)
+    check_form(context, payload)
     envelope = security_pb2.SignedEnvelope(payload=payload)
     for signer in signers:
         envelope = add_signature(envelope, signer, context)

@@ -7,8 +7,7 @@ with their number, and once more when the next version is made. Release gate and
 a quorum of devices has reported: the first report alone says nothing of the fleet.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -20,9 +19,12 @@ from qflare_server.storage.repository import audit, global_models, training_sess
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import Evaluation, GlobalModel, RiskLevel, TrainingSession
 from qflare_server.training.config import deadline_s, stored_config
+from qflare_server.training.reported_metrics import TRAINING, Means
 from qflare_server.training.versions import passes_gate
 
 SUMMARY_BITS: Final = 6
+MAX_GROUPS: Final = 100
+"""Groups of devices whose means a version keeps."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,17 @@ def summarise(
         return
     model = global_models.get_model(session, training_session.id, version)
     assert model is not None
-    measured = weighted_means([(item.example_count, item.metrics) for item in reports])
+    config = stored_config(training_session.id, training_session.config)
+    wanted = [config.early_stop.metric, *(bound.metric for bound in config.release.bounds)]
+    measured = weighted_means([(item.example_count, item.metrics) for item in reports], wanted)
     metrics = {**model.metrics, **measured}
     values = {
         "metrics": metrics,
-        "group_metrics": _by_group(reports),
+        "group_metrics": _by_group(reports, wanted),
         "accuracy": metrics.get("accuracy", model.accuracy),
         "loss": metrics.get("loss", model.loss),
     }
     global_models.update_model(session, training_session.id, version, values)
-    config = stored_config(training_session.id, training_session.config)
     if len(reports) < config.rounds.quorum:
         return
     if not model.released and passes_gate(config.release, metrics):
@@ -114,21 +117,31 @@ def _release(
     audit.record(session, SYSTEM, event, at)
 
 
-def _by_group(reports: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
-    return {
-        group: weighted_means(
-            [(item.example_count, item.metrics) for item in reports if item.device_group == group]
-        )
-        for group in sorted({report.device_group for report in reports})
-        if group
-    }
+def _by_group(reports: Sequence[Evaluation], wanted: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the means of each group: of the `MAX_GROUPS` with most reports where devices name more."""
+    groups: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    for report in reports:
+        if report.device_group:
+            held = groups.setdefault(report.device_group, [])
+            held.append((report.example_count, report.metrics))
+    largest = sorted(groups, key=lambda group: (-len(groups[group]), group))[:MAX_GROUPS]
+    return {group: weighted_means(groups[group], wanted) for group in sorted(largest)}
 
 
-def weighted_means(reports: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Return the example-weighted mean of every metric over the reports that hold it."""
-    means = {}
-    for name in sorted({name for _, metrics in reports for name in metrics}):
-        holders = [(count, metrics[name]) for count, metrics in reports if name in metrics]
-        total = sum(count for count, _ in holders)
-        means[name] = math.fsum(value * (count / total) for count, value in holders)
-    return means
+def weighted_means(
+    reports: Sequence[tuple[int, Mapping[str, float]]], wanted: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return the example-weighted means over the reports that hold a metric.
+
+    Of the metrics there are as many as a version can state: the wanted ones, accuracy and loss, then those that most
+    reports hold. What is named like a mean of training (`train_`) is not the devices' to say.
+
+    Args:
+        reports: Example count and metrics of each.
+        wanted: Names that decide about release or early stop.
+    """
+    added = Means()
+    for count, metrics in reports:
+        own = {name: value for name, value in metrics.items() if not name.startswith(TRAINING)}
+        added.add(own, count)
+    return added.most_reported(wanted=[*wanted, "accuracy", "loss"])

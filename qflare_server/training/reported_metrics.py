@@ -1,20 +1,23 @@
-"""Checks of what devices report: metrics, example counts, epochs."""
+"""Metrics, example counts and epochs that devices report: their checks, their means, what of them a version holds."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
 
+from qflare.evidence.statements import MAX_METRIC_COUNT, MAX_METRIC_NAME_CHARACTERS
 from qflare_server.errors import InvalidRequestError
 
-MAX_METRICS = 64
+MAX_METRICS: Final = MAX_METRIC_COUNT
+MAX_METRIC_NAME: Final = MAX_METRIC_NAME_CHARACTERS
+MAX_EPOCHS: Final = 2**31 - 1
+MAX_EXAMPLES: Final = 2**40
 
+TRAINING: Final = "train_"
+"""Begins the name of a metric of a version that is the mean of what was measured while training."""
 
-MAX_METRIC_NAME = 100
-
-
-MAX_EPOCHS = 2**31 - 1
-
-
-MAX_EXAMPLES = 2**40
+MAX_NAMES: Final = 64 * MAX_METRICS
+"""Different names that a round adds up; later ones are left out, so that no device fills the memory."""
 
 
 def check_example_count(example_count: int) -> None:
@@ -48,3 +51,60 @@ def whole_epochs(metrics: Mapping[str, float]) -> int | None:
     """Return the epochs that a device reported, None if it did not or if they fit no column."""
     epochs = metrics.get("epochs")
     return int(epochs) if epochs is not None and 0 <= epochs <= MAX_EPOCHS else None
+
+
+@dataclass
+class Means:
+    """Example-weighted means of metrics, added up in the order of the reports. Not safe for use by two threads."""
+
+    _sums: dict[str, float] = field(default_factory=dict)
+    _example_counts: dict[str, int] = field(default_factory=dict)
+    _report_counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, metrics: Mapping[str, float], example_count: int) -> None:
+        """Add one report."""
+        for name, value in metrics.items():
+            if name not in self._sums and len(self._sums) >= MAX_NAMES:
+                continue
+            self._sums[name] = self._sums.get(name, 0.0) + value * example_count
+            self._example_counts[name] = self._example_counts.get(name, 0) + example_count
+            self._report_counts[name] = self._report_counts.get(name, 0) + 1
+
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """Return the finite means by name, each name with a prefix."""
+        return {
+            prefix + name: total / self._example_counts[name]
+            for name, total in sorted(self._sums.items())
+            if math.isfinite(total)
+        }
+
+    def most_reported(self, prefix: str = "", wanted: Iterable[str] = ()) -> dict[str, float]:
+        """Return the finite means that a version can state, by name.
+
+        They are at most `MAX_METRICS` with names of at most `MAX_METRIC_NAME` characters, as statements have them: the
+        wanted ones, then those that most devices report.
+
+        Args:
+            prefix: Is put before every name.
+            wanted: Names with their prefix that come first.
+        """
+        first = set(wanted)
+        means = {
+            name: mean for name, mean in self.means(prefix).items() if len(name) <= MAX_METRIC_NAME
+        }
+        ranked = sorted(
+            means,
+            key=lambda name: (
+                name not in first,
+                -self._report_counts[name.removeprefix(prefix)],
+                name,
+            ),
+        )
+        return {name: means[name] for name in sorted(ranked[:MAX_METRICS])}
+
+
+def stated(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return those of a version's metrics that its statement can hold; what was measured while training comes first."""
+    fitting = [name for name in metrics if len(name) <= MAX_METRIC_NAME]
+    ranked = sorted(fitting, key=lambda name: (not name.startswith(TRAINING), name))
+    return {name: metrics[name] for name in ranked[:MAX_METRICS]}

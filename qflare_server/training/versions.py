@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 import qflare
 from qflare.crypto import merkle
+from qflare.evidence.lineage import ModelVersion, check_step
 from qflare.evidence.verification import VERSION_SIGNED
 from qflare.tensors import Manifest
 from qflare.tensors.encodings import Encoding
@@ -26,6 +27,7 @@ from qflare_server.storage.repository import audit, global_models, training_sess
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import GlobalModel, TrainingSession
 from qflare_server.training.config import download_encoding, stored_config
+from qflare_server.training.reported_metrics import stated
 from qflare_server.training.rounds import config_digest
 
 
@@ -91,7 +93,7 @@ def build_statement(
         example_count=draft.example_count,
         epsilon=draft.epsilon,
         delta=draft.delta,
-        metrics=dict(draft.metrics),
+        metrics=stated(draft.metrics),
         create_time=created,
     )
     if draft.download is not None:
@@ -115,6 +117,9 @@ def publish(
     """Insert a version with its payload and move the training session to it; return its digest.
 
     The caller holds the lock on the training session and has checked that the version is its next.
+
+    Raises:
+        StatementError: No verifier would take the version's statement.
     """
     config = stored_config(training_session.id, training_session.config)
     _require_download(config, draft)
@@ -128,6 +133,7 @@ def publish(
     )
     payload = statement.SerializeToString(deterministic=True)
     digest = hashlib.sha256(payload).hexdigest()
+    _check_step(session, statement, parent)
     envelope = context.signer.sign(security_pb2.KEY_ROLE_MODEL, payload)
     draft.payload.insert(session, draft.created_at)
     if draft.download is not None:
@@ -180,6 +186,26 @@ def publish(
     training_sessions.update_session(session, training_session.id, changes)
     training_session.current_version = draft.version
     return digest
+
+
+def _check_step(
+    session: Session, statement: security_pb2.ModelStatement, parent: GlobalModel | None
+) -> None:
+    """Check that devices which have the parent will follow to a version."""
+    restored = (
+        global_models.get_model(session, statement.training_session_id, statement.rollback_version)
+        if statement.HasField("rollback_version")
+        else None
+    )
+    check_step(
+        statement,
+        None if parent is None else ModelVersion(_statement_of(parent), parent.digest),
+        None if restored is None else _statement_of(restored),
+    )
+
+
+def _statement_of(model: GlobalModel) -> security_pb2.ModelStatement:
+    return security_pb2.ModelStatement.FromString(model.statement)
 
 
 def _require_download(config: training_pb2.TrainingConfig, draft: VersionDraft) -> None:

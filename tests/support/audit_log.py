@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.signing import PublicKey, SigningContext, SigningKey
+from qflare.evidence.forms import check_form
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context
@@ -36,6 +37,7 @@ class LogSigner:
     ) -> security_pb2.SignedEnvelope:
         assert role == security_pb2.KEY_ROLE_LOG
         self.count += 1
+        check_form(SigningContext.TREE_HEAD, payload)
         return sign_envelope(self.key, SigningContext.TREE_HEAD, payload)
 
 

@@ -17,6 +17,7 @@ from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.sealed_payloads import PayloadSealer, SealContext
 from qflare.crypto.sealing import KemKey, KemPublicKey
 from qflare.crypto.signing import SigningContext, SigningKey
+from qflare.evidence.forms import check_form
 from qflare.tensors import Array, Manifest, chunks, payload_digest
 from qflare.v1 import admin_service_pb2, coordinator_service_pb2, security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
@@ -62,6 +63,7 @@ class OneKeySigner:
     def sign(
         self, role: security_pb2.KeyRole.ValueType, payload: bytes
     ) -> security_pb2.SignedEnvelope:
+        check_form(CONTEXTS[role], payload)
         return sign_envelope(self.key, CONTEXTS[role], payload)
 
 

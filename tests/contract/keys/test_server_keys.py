@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from qflare.crypto.envelope import open_envelope
 from qflare.crypto.signing import InvalidSignatureError, SigningContext
+from qflare.evidence.statements import StatementError
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import UnknownKeyError
@@ -38,6 +39,7 @@ from tests.support.identity import (
     copy_of,
     everything_stored,
 )
+from tests.support.statements import statement_of
 
 MODEL = security_pb2.KEY_ROLE_MODEL
 SESSION_KEM = security_pb2.KEY_ROLE_SESSION_KEM
@@ -67,7 +69,7 @@ def replica(
 
 
 def signer_of(keys: ServerKeys, role: Role) -> str:
-    return str(keys.sign(role, b"payload").signatures[0].key_id)
+    return str(keys.sign(role, statement_of(role)).signatures[0].key_id)
 
 
 def edit(database: Database, kind: str, version: int, envelope: bytes) -> None:
@@ -89,12 +91,22 @@ def stored(database: Database, kind: str, version: int) -> security_pb2.SignedEn
 class TestServing:
     @pytest.mark.parametrize("role", SIGNING_ROLES)
     def test_a_role_signs_in_its_context(self, keys: ServerKeys, role: Role) -> None:
-        envelope = keys.sign(role, b"payload")
+        envelope = keys.sign(role, statement_of(role))
         trusted = keys.trust.signature_keys(role)
-        assert open_envelope(envelope, CONTEXTS[role], trusted) == b"payload"
+        assert open_envelope(envelope, CONTEXTS[role], trusted) == statement_of(role)
+
+    @pytest.mark.parametrize("role", SIGNING_ROLES)
+    def test_nothing_is_signed_that_every_verifier_refuses(
+        self, keys: ServerKeys, role: Role
+    ) -> None:
+        for other in {*SIGNING_ROLES} - {role}:
+            with pytest.raises(StatementError):
+                keys.sign(role, statement_of(other))
+        with pytest.raises(StatementError):
+            keys.sign(role, b"")
 
     def test_a_role_signs_in_no_other_context(self, keys: ServerKeys) -> None:
-        envelope = keys.sign(MODEL, b"payload")
+        envelope = keys.sign(MODEL, statement_of(MODEL))
         with pytest.raises(InvalidSignatureError):
             open_envelope(envelope, SigningContext.TASK, keys.trust.signature_keys(MODEL))
 
@@ -223,7 +235,7 @@ class TestRotating:
     def test_earlier_keys_stay_accepted(
         self, keys: ServerKeys, key_folder: KeyFolder, database: Database, clock: FakeClock
     ) -> None:
-        envelope = keys.sign(MODEL, b"payload")
+        envelope = keys.sign(MODEL, statement_of(MODEL))
         rotate_online(key_folder, database, clock())
         clock.advance(SECONDS)
         open_envelope(envelope, SigningContext.MODEL, keys.trust.signature_keys(MODEL))

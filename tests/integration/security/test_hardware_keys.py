@@ -32,6 +32,7 @@ from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from tests.conftest import ROOT, START, FakeClock
 from tests.support.identity import CHEAP
+from tests.support.statements import statement_of
 
 MODEL: Final = security_pb2.KEY_ROLE_MODEL
 PIN: Final = "1234"
@@ -141,7 +142,10 @@ class TestGuarding:
         keys = ServerKeys(folder.read_online(), database, clock, reread=folder.read_online)
         rotate_online(folder, database, clock())
         clock.advance(LOOK_INTERVAL.total_seconds())
-        assert keys.sign(MODEL, b"payload").signatures[0].key_id == keys.trust.key_ids(MODEL)[0]
+        assert (
+            keys.sign(MODEL, statement_of(MODEL)).signatures[0].key_id
+            == keys.trust.key_ids(MODEL)[0]
+        )
 
 
 class TestOpening:
@@ -208,11 +212,13 @@ class TestSigning:
         keys = ServerKeys(ring, database, clock, provide=folder.provider, reread=folder.read_online)
         for role in SIGNING_ROLES:
             trusted = keys.trust.signature_keys(role)
-            assert open_envelope(keys.sign(role, b"payload"), CONTEXTS[role], trusted) == b"payload"
+            assert open_envelope(
+                keys.sign(role, statement_of(role)), CONTEXTS[role], trusted
+            ) == statement_of(role)
         before = keys.trust.key_ids(MODEL)[0]
         rotate_online(folder, database, clock())
         clock.advance(LOOK_INTERVAL.total_seconds())
-        assert keys.sign(MODEL, b"payload").signatures[0].key_id != before
+        assert keys.sign(MODEL, statement_of(MODEL)).signatures[0].key_id != before
         stolen = set(keys.trust.key_ids(MODEL))
         replace_stolen(folder, database, clock())
         clock.advance(LOOK_INTERVAL.total_seconds())
