@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine
 
 from qflare_server.config import ServerConfig
 from qflare_server.storage.engine import make_engine
+from qflare_server.storage.postgresql import lift_bounds
 from qflare_server.storage.tables import Base, UtcDateTime
 
 ADVISORY_LOCK = 0x71666C61726501  # "qflare", 1: one number for all coordinators of a database
@@ -60,6 +61,7 @@ def run_on_sqlite(connection: Connection) -> None:
 
 def run_on_postgresql(connection: Connection) -> None:
     """Run under the lock that holds other coordinators back, however long it takes."""
+    lift_bounds(connection.connection.dbapi_connection)
     connection.exec_driver_sql("SET lock_timeout = 0")
     connection.exec_driver_sql(f"SELECT pg_advisory_lock({ADVISORY_LOCK})")
     connection.exec_driver_sql("RESET lock_timeout")

@@ -288,6 +288,12 @@ class SealedPayloadLostError(FailedPreconditionError):
     reason = "SEALED_PAYLOAD_LOST"
 
 
+class StorageDamagedError(QflareError):
+    """The database or the payload store holds pages that cannot be read: restore a backup."""
+
+    reason = "STORAGE_DAMAGED"
+
+
 class StoreUnavailableError(QflareError):
     """The database cannot be reached."""
 

@@ -203,7 +203,7 @@ class Aggregator:
                 handle_missed_quorum(self._context, session, training_session, current, now)
             return True
 
-        return self._context.database.write(work)
+        return self._ended(item, self._context.database.write(work))
 
     def _publish(self, item: RoundInProgress, fold: RoundFold) -> bool:
         """Write the version's bytes, then publish it in one transaction."""
@@ -220,10 +220,14 @@ class Aggregator:
             publication = self._prepare(fold)
         except PrivacyBudgetExceededError as error:
             reason = f"privacy budget exceeded: {error}"
-            return write(lambda session: self._exhaust(session, item, reason, fold))
+            return self._ended(
+                item, write(lambda session: self._exhaust(session, item, reason, fold))
+            )
         except (NotEnoughUpdatesError, InvalidPayloadError, InvalidUpdateError) as error:
             problem = f"no version could be made: {error}"
-            return write(lambda session: self._retry(session, item, problem, fold))
+            return self._ended(
+                item, write(lambda session: self._retry(session, item, problem, fold))
+            )
         finally:
             self._folds.pop((item.training_session_id, item.number), None)
         try:
@@ -241,8 +245,13 @@ class Aggregator:
                 fold.last_sequence,
             )
             self._tell(item, fold)
+        return self._ended(item, published)
+
+    def _ended(self, item: RoundInProgress, has_ended: bool) -> bool:
+        """Prune what retention no longer keeps once a round has ended; return whether it has."""
+        if has_ended:
             prune_payloads(self._context, item.training_session_id)
-        return published
+        return has_ended
 
     def _prepare(self, fold: RoundFold) -> Publication:
         """Account for a version, then write its bytes.

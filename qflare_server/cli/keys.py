@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -10,6 +11,7 @@ from qflare.crypto.signing import algorithm_named
 from qflare_server.cli import offline_root
 from qflare_server.config import ONLINE_ALGORITHMS, ROOT_ALGORITHMS, ServerConfig
 from qflare_server.context import utc_now
+from qflare_server.errors import AlreadyExistsError
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.root_files import given
 from qflare_server.keys.rotation import as_before, replace_stolen, rotate_online, rotate_root
@@ -18,7 +20,9 @@ from qflare_server.keys.setup import SetupOptions, bootstrap_bundle, write_boots
 from qflare_server.keys.setup import ensure_initialised as ensure_keys
 from qflare_server.keys.trust_store import read_published, trust_from_bundle
 from qflare_server.serving.application import Application, open_application, open_database
+from qflare_server.storage.repository import tokens
 from qflare_server.storage.repository.audit import Caller
+from qflare_server.storage.tables import TokenKind
 from qflare_server.use_cases.access.roles import Role
 
 ADMIN_FILE: Final = "admin.token"
@@ -138,19 +142,40 @@ def ensure_initialised(
             notes.append(
                 f"  keep {shown} and its passphrase offline: only `keys rotate` needs them"
             )
-    admin_file = config.data_dir / ADMIN_FILE
-    if notes and not admin_file.exists():
+    if not _has_admin(config):
+        admin_file = config.data_dir / ADMIN_FILE
         with open_application(config) as parts:
             issue_first_admin(parts, admin_file)
         notes.append(f"wrote the first admin token to {admin_file}")
     return notes
 
 
+def _has_admin(config: ServerConfig) -> bool:
+    """Return whether the database knows an admin token: a first start that was broken off may not have come so far."""
+    database = open_database(config)
+    try:
+        with database.read() as session:
+            return tokens.has_kind(session, TokenKind.ADMIN.value)
+    finally:
+        database.close()
+
+
 def issue_first_admin(parts: Application, path: Path) -> None:
-    """Write an admin token with every right to a new file that only its owner can read."""
+    """Write an admin token with every right to a file that only its owner can read.
+
+    The file is durable before the token's row is: a start that is killed in between leaves a token that opens nothing,
+    and the next start writes another one. Of several coordinators that start at once, one issues it.
+    """
     roles: Sequence[Role] = [Role.ADMIN, Role.AUDITOR]
-    issued = parts.use_cases.tokens.issue_admin(Caller(), FIRST_ADMIN, roles)
-    write_secret(path, issued.secret.encode() + b"\n")
+
+    def hand_over(secret: str) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_secret(path, secret.encode() + b"\n", replace=True)
+
+    with suppress(AlreadyExistsError):
+        parts.use_cases.tokens.issue_admin(
+            Caller(), FIRST_ADMIN, roles, request_id=FIRST_ADMIN, hand_over=hand_over
+        )
 
 
 def run_init(config: ServerConfig, arguments: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from qflare_server.storage.schema import current_revision, upgrade
 
 logger = logging.getLogger(__name__)
 
+STOP_SLACK_S = 10.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
 
 
@@ -77,15 +78,35 @@ def run_serve(config: ServerConfig, _arguments: argparse.Namespace) -> int:
     coordinator = Coordinator(config)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+        signal.signal(number, lambda *_: _end_at_once() if stopped.is_set() else stopped.set())
     end_with_supervisor(stopped)
     coordinator.start()
     gc.collect()
     gc.freeze()  # what is there by now stays: a collection need not go through it while calls wait
     _announce(coordinator, notes)
     stopped.wait()
+    _bound_stop(config)
     coordinator.stop()
     return 0
+
+
+def _end_at_once() -> None:
+    """End on a second signal, whatever is under way: what was acknowledged is durable."""
+    os.write(sys.stderr.fileno(), b"qflare-server: ended at once by a second signal\n")
+    os._exit(1)
+
+
+def _bound_stop(config: ServerConfig) -> None:
+    """End the process if stopping takes longer than it can when every wait is bounded."""
+    limit_s = config.drain_s + 3 * config.database_timeout_s + STOP_SLACK_S
+
+    def end() -> None:
+        logger.error("stopping took longer than %.0f s; the process ends", limit_s)
+        os._exit(1)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _keep_freed_memory() -> None:

@@ -4,9 +4,12 @@
 where a configuration has none. How keys are exchanged later is in `qflare_server.keys.rotation`.
 """
 
+import fcntl
+import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -118,15 +121,34 @@ def initialise(
     except OSError as error:
         raise KeyStoreError(f"cannot write {folder.directory}: {error.strerror}") from error
     made = Path(name)
-    try:
-        _fill(replace(folder, directory=made), root, replace(online, bundle=data))
-        _put_in_place(made, folder.directory)
-    except KeyStoreError:
-        shutil.rmtree(made)
-        for file in folder.root_files:
-            file.path.unlink(missing_ok=True)
-        raise
+    with _held(made):
+        try:
+            _fill(replace(folder, directory=made), root, replace(online, bundle=data))
+            _put_in_place(made, folder.directory)
+        except KeyStoreError:
+            shutil.rmtree(made)
+            for file in folder.root_files:
+                file.path.unlink(missing_ok=True)
+            raise
     return trust
+
+
+@contextmanager
+def _held(folder: Path, *, waiting: bool = True) -> Iterator[None]:
+    """Hold a lock on a folder that is being filled, which the system drops with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Delete what starts that were killed have left beside a key folder; one under way holds a lock on its own."""
+    for left in directory.parent.glob(f".{directory.name}.*"):
+        with suppress(OSError), _held(left, waiting=False):
+            shutil.rmtree(left)
 
 
 def ensure_initialised(
@@ -149,6 +171,7 @@ def ensure_initialised(
         KeyStoreError: They cannot be written.
     """
     folder = folder or KeyFolder.from_config(config)
+    remove_abandoned(folder.directory)
     if not folder.is_empty():
         return False
     try:

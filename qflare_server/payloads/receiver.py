@@ -12,6 +12,7 @@ from qflare.crypto import merkle
 from qflare.tensors import CHUNK_BYTES, FiniteCheck, InvalidPayloadError
 from qflare_server.context import Context
 from qflare_server.errors import (
+    ConflictError,
     DigestMismatchError,
     InvalidUpdateError,
 )
@@ -188,10 +189,16 @@ class Receiver:
         return None
 
     def _last_batch(self) -> bytes | None:
-        """Return the bytes of a small payload; write the rest of a large one and return None."""
+        """Return the bytes of a small payload; write the rest of a large one and return None.
+
+        Raises:
+            ConflictError: The store has lost chunks meanwhile; what it still has can be continued.
+        """
         if not self.is_large:
             return b"".join(self._batch)
         self.keep()
+        if self._context.store.stored_count(self.payload_id) != self._chunk_count:
+            raise ConflictError("chunks of the upload are missing; send them again")
         return None
 
     def keep(self) -> None:

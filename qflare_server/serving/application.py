@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from qflare_server.config import ServerConfig
-from qflare_server.context import Clock, Context, Telemetry, utc_now
+from qflare_server.context import Clock, Context, Telemetry
 from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
@@ -57,15 +57,21 @@ class Application:
 
     @classmethod
     def open(
-        cls, config: ServerConfig, clock: Clock = utc_now, telemetry: Telemetry | None = None
+        cls, config: ServerConfig, clock: Clock | None = None, telemetry: Telemetry | None = None
     ) -> "Application":
         """Open database, payload store and keys, and put the use cases together.
+
+        Args:
+            config: The settings.
+            clock: Gives the time; None means the database's clock.
+            telemetry: Is told of what happens.
 
         Raises:
             SchemaError: The database's schema is not this program's.
             KeyStoreError: The keys are missing or do not open.
         """
         database = open_database(config)
+        clock = clock or database.clock
         store = open_store(config, database)
         executor = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="payload-writer")
         keys = ServerKeys.load(config, database, clock)

@@ -21,7 +21,7 @@ from qflare.v1 import (
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.worker import AggregationWorker
 from qflare_server.config import WORKER_VARIABLE, ServerConfig
-from qflare_server.context import Clock, Telemetry, utc_now
+from qflare_server.context import Clock, Telemetry
 from qflare_server.serving.application import Application
 from qflare_server.serving.dashboard import open_dashboard
 from qflare_server.serving.listeners import HealthListener, bind
@@ -50,7 +50,7 @@ class Coordinator:
 
     Args:
         config: Its settings.
-        clock: Gives the time; tests pass their own.
+        clock: Gives the time; None means the database's clock.
         telemetry: Hears of what happens, beside the metrics and traces that the settings ask for.
 
     Raises:
@@ -59,7 +59,11 @@ class Coordinator:
     """
 
     def __init__(
-        self, config: ServerConfig, *, clock: Clock = utc_now, telemetry: Telemetry | None = None
+        self,
+        config: ServerConfig,
+        *,
+        clock: Clock | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.config = config
         self.draining = threading.Event()

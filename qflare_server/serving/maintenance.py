@@ -9,7 +9,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Final, Protocol
 
-from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import qflare
@@ -17,7 +16,7 @@ from qflare_server.context import Context
 from qflare_server.errors import QflareError
 from qflare_server.payloads.keys import rewrap
 from qflare_server.storage.repository import devices, leases, tokens
-from qflare_server.training.retention import sweep
+from qflare_server.training.retention import prune_ended, sweep
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
 
@@ -87,7 +86,10 @@ class Maintenance:
     def tick(self) -> None:
         """Do what is due."""
         self._ticks += 1
-        self._set_healthy(healthy=self._attempt(self._ping))
+        healthy = self._attempt(self._check)
+        self._set_healthy(healthy=healthy)
+        if not healthy:  # every task would only wait for the same database
+            return
         self._attempt(self._sequence)
         due = self._ticks % max(1, round(self._context.config.last_seen_interval_s / TICK_S)) == 0
         if due:
@@ -95,7 +97,7 @@ class Maintenance:
         if due or self._ticks == 1:
             self._attempt(self._announce)
         if self._ticks % MINUTE_TICKS == 1:
-            for chore in (self._expire, self._sweep, self._deactivate, self._rewrap):
+            for chore in (self._expire, self._prune, self._sweep, self._deactivate, self._rewrap):
                 self._attempt(chore)
 
     def _attempt(self, chore: Callable[[], None]) -> bool:
@@ -110,9 +112,9 @@ class Maintenance:
             return False
         return True
 
-    def _ping(self) -> None:
-        with self._context.database.read() as session:
-            session.execute(text("SELECT 1"))
+    def _check(self) -> None:
+        self._context.database.check()
+        self._context.store.check()
 
     def _sequence(self) -> None:
         self._sequencer.run_once()
@@ -143,6 +145,9 @@ class Maintenance:
             tokens.delete_expired_nonces(session, now)
 
         self._context.database.write(work)
+
+    def _prune(self) -> None:
+        prune_ended(self._context)
 
     def _sweep(self) -> None:
         sweep(self._context)

@@ -10,19 +10,25 @@ transaction and repeats it after a serialization failure or a deadlock.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import cast
 
-from sqlalchemy import Engine, exc
+from sqlalchemy import Engine, exc, text
 from sqlalchemy.orm import Session
 
-from qflare_server.errors import StoreUnavailableError
+from qflare_server.errors import StorageDamagedError, StoreUnavailableError
 from qflare_server.storage.epochs import EpochReader, Epochs
 from qflare_server.storage.error_translation import POSTGRES_RETRY, domain_errors
 from qflare_server.storage.group_commit import WRITE_ATTEMPTS, GroupWriter, T
 
 logger = logging.getLogger(__name__)
+
+_SERVER_STATE = text(
+    "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on', clock_timestamp()"
+)
 
 
 class Database:
@@ -39,6 +45,8 @@ class Database:
         self._timeout_s = timeout_s
         self._epochs = EpochReader(engine)
         self._writer = GroupWriter(engine) if self.is_sqlite else None
+        self._damage: StorageDamagedError | None = None
+        self._server_time: tuple[datetime, float] | None = None
 
     def epochs(self) -> Epochs:
         """Return the counts of changes that every call must notice at once.
@@ -55,7 +63,7 @@ class Database:
         Raises:
             StoreUnavailableError: The database cannot be reached.
         """
-        with domain_errors(), Session(self.engine, autoflush=False) as session:
+        with self._errors(), Session(self.engine, autoflush=False) as session:
             yield session
 
     def write(self, work: Callable[[Session], T]) -> T:
@@ -67,7 +75,7 @@ class Database:
             StoreUnavailableError: The database cannot be reached.
         """
         try:
-            with domain_errors():
+            with self._errors():
                 if self._writer is not None:
                     return cast("T", self._writer.submit(work).result(timeout=self._timeout_s))
                 return self._write_alone(work)
@@ -87,6 +95,56 @@ class Database:
                 if code not in POSTGRES_RETRY or attempt == WRITE_ATTEMPTS:
                     raise
         raise AssertionError("unreachable")
+
+    def check(self) -> None:
+        """Check that the database can be read and written: asked once a second, for the health service.
+
+        Raises:
+            StorageDamagedError: A page could not be read since the start.
+            StoreUnavailableError: The database does not answer, has become read-only, or its file is gone.
+        """
+        if self._damage is not None:
+            raise self._damage
+        if self._writer is not None:
+            self._writer.require_file()
+        with self.read() as session:
+            if self.is_sqlite:
+                session.execute(text("SELECT 1"))
+            else:
+                self._check_server(session)
+
+    def _check_server(self, session: Session) -> None:
+        asked = time.monotonic()
+        is_read_only, at = session.execute(_SERVER_STATE).one()
+        if is_read_only:
+            self.engine.dispose()  # pooled connections lead to what is a standby by now
+            raise StoreUnavailableError("the database is read-only")
+        self._server_time = at, (asked + time.monotonic()) / 2
+
+    def clock(self) -> datetime:
+        """Return the time in UTC by the database's clock, which all coordinators on it share.
+
+        Deadlines and leases written by one coordinator are compared by others, whose own clocks may be minutes apart.
+        The server is asked once a second by `check`; between two answers the process's monotonic clock goes on. SQLite
+        has no clock but the machine's.
+        """
+        if self.is_sqlite:
+            return datetime.now(UTC)
+        if self._server_time is None:
+            self.check()
+        assert self._server_time is not None
+        at, answered = self._server_time
+        return (at + timedelta(seconds=time.monotonic() - answered)).astimezone(UTC)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Translate errors, and remember damage: nothing that is read from here on can be relied on."""
+        try:
+            with domain_errors():
+                yield
+        except StorageDamagedError as error:
+            self._damage = error
+            raise
 
     def close(self) -> None:
         """Finish queued writes and close every connection."""

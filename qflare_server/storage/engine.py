@@ -11,6 +11,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from qflare_server.config import ServerConfig
+from qflare_server.storage.postgresql import bound_waits, connect_arguments
 from qflare_server.storage.prepared import sqlalchemy_error
 
 IDLE_SINCE: Final = "qflare_idle_since"
@@ -54,20 +55,16 @@ def make_engine(config: ServerConfig) -> Engine:
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
-    timeout_ms = int(config.database_timeout_s * 1000)
     engine = create_engine(
-        url,
+        url.difference_update_query(["options"]),
         pool_size=config.database_pool_size,
         max_overflow=0,
         pool_timeout=config.database_timeout_s,
         pool_recycle=1800,
         isolation_level="READ COMMITTED",
-        connect_args={
-            "application_name": "qflare",
-            "connect_timeout": max(2, int(config.database_timeout_s)),
-            "options": f"-c lock_timeout={timeout_ms} -c idle_in_transaction_session_timeout=60000",
-        },
+        connect_args=connect_arguments(config, url),
     )
+    bound_waits(engine, config)
     event.listen(engine, "checkin", _note_idle)
     event.listen(engine, "checkout", _require_alive)
     return engine

@@ -7,7 +7,13 @@ from typing import Final
 
 from sqlalchemy import exc
 
-from qflare_server.errors import ConflictError, QflareError, StorageFullError, StoreUnavailableError
+from qflare_server.errors import (
+    ConflictError,
+    QflareError,
+    StorageDamagedError,
+    StorageFullError,
+    StoreUnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +22,9 @@ SQLITE_ERROR: Final = 1  # primary result codes, sqlite.org/rescode.html: a faul
 
 
 SQLITE_FULL: Final = 13
+SQLITE_DAMAGED: Final = frozenset({11, 26})  # CORRUPT, NOTADB
+POSTGRES_DAMAGED: Final = frozenset({"XX001", "XX002"})  # data_corrupted, index_corrupted
+POSTGRES_READ_ONLY: Final = "25006"  # read_only_sql_transaction: a primary that is one no longer
 
 
 POSTGRES_RETRY: Final = frozenset({"40001", "40P01"})  # serialization_failure, deadlock_detected
@@ -30,19 +39,34 @@ def translate(error: exc.SQLAlchemyError) -> QflareError | None:
         return ConflictError("another call was faster; repeat the call")
     if isinstance(error, exc.TimeoutError):
         return StoreUnavailableError("no database connection became free in time")
-    if not isinstance(error, exc.DBAPIError):
-        return None
-    if _is_full(error.orig):
+    return _translate_driver_error(error) if isinstance(error, exc.DBAPIError) else None
+
+
+def _translate_driver_error(error: exc.DBAPIError) -> QflareError | None:
+    code, sqlite_code = getattr(error.orig, "pgcode", None), _sqlite_code(error.orig)
+    if sqlite_code == SQLITE_FULL or code in POSTGRES_FULL:
         return StorageFullError()
-    if getattr(error.orig, "pgcode", None) in POSTGRES_RETRY:
+    if code in POSTGRES_RETRY:
         return ConflictError("another call was faster; repeat the call")
-    if _sqlite_code(error.orig) == SQLITE_ERROR:
-        return None
-    if error.connection_invalidated or isinstance(
-        error, (exc.OperationalError, exc.InterfaceError)
-    ):
+    if sqlite_code in SQLITE_DAMAGED or code in POSTGRES_DAMAGED:
+        return StorageDamagedError("the database is damaged: restore a backup")
+    if code == POSTGRES_READ_ONLY:
+        return StoreUnavailableError("the database is read-only")
+    if sqlite_code != SQLITE_ERROR and (_is_broken(error) or _has_no_code(error)):
         return StoreUnavailableError("the database cannot be reached")
     return None
+
+
+def _is_broken(error: exc.DBAPIError) -> bool:
+    return error.connection_invalidated or isinstance(
+        error, (exc.OperationalError, exc.InterfaceError)
+    )
+
+
+def _has_no_code(error: exc.DBAPIError) -> bool:
+    """Return whether PostgreSQL's driver gave a bare error without a code, as for a backend that dies in a COPY."""
+    original = error.orig
+    return type(original).__name__ == "DatabaseError" and getattr(original, "pgcode", "") is None
 
 
 @contextmanager
@@ -51,6 +75,7 @@ def domain_errors() -> Iterator[None]:
 
     Raises:
         ConflictError: A unique key or a lock was taken by somebody else.
+        StorageDamagedError: The database holds pages that cannot be read.
         StorageFullError: The disk is full.
         StoreUnavailableError: The database cannot be reached.
     """
@@ -62,12 +87,6 @@ def domain_errors() -> Iterator[None]:
             raise
         _log(translated, error)
         raise translated from error
-
-
-def _is_full(original: BaseException | None) -> bool:
-    return (
-        _sqlite_code(original) == SQLITE_FULL or getattr(original, "pgcode", None) in POSTGRES_FULL
-    )
 
 
 def _sqlite_code(original: BaseException | None) -> int | None:

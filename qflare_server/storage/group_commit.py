@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, exc
 from sqlalchemy.orm import Session
 
 from qflare_server.errors import StorageFullError, StoreUnavailableError
+from qflare_server.storage.file_identity import FileIdentity
 
 GROUP_LIMIT: Final = 128  # works in one commit; past a few dozen the fsync is no longer what costs
 
@@ -31,6 +33,7 @@ class GroupWriter:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine.execution_options(qflare_write=True)
         self._connection: Connection | None = None
+        self._file: FileIdentity | None = None
         self._queue: queue.SimpleQueue[tuple[Work, Future[Any]] | None] = queue.SimpleQueue()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="database-writer", daemon=True)
@@ -60,7 +63,18 @@ class GroupWriter:
         if self._connection is None:
             self._connection = self._engine.connect()
             self._connection.detach()
+            if self._file is None:  # the one that this process began with, for good
+                self._file = FileIdentity(Path(self._engine.url.database or ""))
         return self._connection
+
+    def require_file(self) -> None:
+        """Check that the database file is the one that this process began with.
+
+        Raises:
+            StoreUnavailableError: It was deleted or replaced.
+        """
+        if self._file is not None:
+            self._file.require()
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
@@ -94,6 +108,7 @@ class GroupWriter:
                     for work, future in group:
                         outcomes.append((future, *_in_savepoint(session, connection, work)))
                 _require_transaction(connection)
+            self.require_file()
         except Exception as error:  # noqa: BLE001 - whatever it is, every waiting caller must hear of it
             self._disconnect()
             for _work, future in group:

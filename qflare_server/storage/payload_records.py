@@ -67,7 +67,7 @@ def insert_received(session: Session, payloads: Sequence[ReceivedPayload], at: d
     """Insert the rows of payloads; from then on their chunks are no longer those of uploads.
 
     Raises:
-        ConflictError: An upload was given up meanwhile: its payload has to be sent again.
+        ConflictError: An upload was given up meanwhile, or chunks are missing: the payload has to be sent again.
     """
     values = [
         {
@@ -83,8 +83,17 @@ def insert_received(session: Session, payloads: Sequence[ReceivedPayload], at: d
     ]
     rows.insert_payloads(session, values)
     for payload in payloads:
-        if payload.data is None and not rows.finish_upload(session, payload.payload_id):
-            raise ConflictError("the upload was given up; send it again")
+        if payload.data is None:
+            _finish_upload(session, payload)
+
+
+def _finish_upload(session: Session, payload: ReceivedPayload) -> None:
+    """Forget an upload whose chunks are all there, in the transaction that names them."""
+    chunk_count = len(payload.chunk_digests) // HASH_BYTES
+    if not rows.has_every_chunk(session, payload.payload_id, chunk_count):
+        raise ConflictError("chunks of the upload are missing; send them again")
+    if not rows.finish_upload(session, payload.payload_id):
+        raise ConflictError("the upload was given up; send it again")
 
 
 _NOT_SEALED: Final = dict.fromkeys(("sealed_header", "sealed_key", "content_digests"))

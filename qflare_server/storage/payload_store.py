@@ -7,10 +7,11 @@ upload neither doubles in the write-ahead log nor holds up the small commits.
 
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from sqlalchemy import (
     Connection,
@@ -29,7 +30,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.pool import StaticPool
 
+from qflare_server.errors import StorageDamagedError
 from qflare_server.storage.error_translation import domain_errors
+from qflare_server.storage.file_identity import FileIdentity
 from qflare_server.storage.prepared import sqlalchemy_error
 from qflare_server.storage.tables import PayloadChunk
 
@@ -56,7 +59,7 @@ class PayloadStore(Protocol):
     """
 
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
-        """Write consecutive chunks, durable no later than the payload's row; those that are there are replaced."""
+        """Write consecutive chunks; they are durable when this returns. Chunks that are there are replaced."""
 
     def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
         """Return up to `count` chunks in order, fewer where the payload ends."""
@@ -70,8 +73,29 @@ class PayloadStore(Protocol):
     def size_bytes(self) -> int:
         """Return the bytes that the store takes up on disk."""
 
+    def check(self) -> None:
+        """Check that the store can be relied on; cheap, asked once a second."""
+
     def close(self) -> None:
         """Close the store's connections."""
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _noticing_damage(method: Method) -> Method:
+    """Translate a method's errors; remember that the file is damaged, so that `check` says so from then on."""
+
+    @wraps(method)
+    def guarded(self: "PayloadFile", *arguments: Any) -> Any:
+        try:
+            with domain_errors():
+                return method(self, *arguments)
+        except StorageDamagedError as error:
+            self.damage = error
+            raise
+
+    return cast("Method", guarded)
 
 
 class PayloadFile:
@@ -84,6 +108,7 @@ class PayloadFile:
 
     def __init__(self, path: Path, *, timeout_s: float) -> None:
         self._lock = threading.Lock()
+        self.damage: StorageDamagedError | None = None
         self._engine = create_engine(
             f"sqlite:///{path}",
             poolclass=StaticPool,
@@ -93,8 +118,9 @@ class PayloadFile:
         event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
         with self._lock, self._engine.begin() as connection:
             CHUNKS.create(connection, checkfirst=True)
+        self._file = FileIdentity(path)
 
-    @domain_errors()
+    @_noticing_damage
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
         """Write consecutive chunks durably in one transaction."""
         rows = [
@@ -103,33 +129,45 @@ class PayloadFile:
         ]
         with self._lock, self._engine.begin() as connection:
             connection.execute(insert(CHUNKS).prefix_with("OR REPLACE"), rows)
+        self._file.require()
 
-    @domain_errors()
+    @_noticing_damage
     def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
         """Return up to `count` chunks in order."""
         with self._lock, self._engine.connect() as connection:
             bounds = {"payload": payload_id, "first": first_index, "end": first_index + count}
             return list(connection.scalars(_RANGE, bounds))
 
-    @domain_errors()
+    @_noticing_damage
     def stored_count(self, payload_id: str) -> int:
         """Return how many chunks are there without a gap."""
         with self._lock, self._engine.connect() as connection:
             return _stored_count(connection, payload_id)
 
-    @domain_errors()
+    @_noticing_damage
     def delete(self, payload_ids: Sequence[str]) -> None:
         """Delete all chunks of payloads, one payload a transaction."""
         for payload_id in payload_ids:
             with self._lock, self._engine.begin() as connection:
                 connection.execute(delete(CHUNKS).where(CHUNKS.c.payload_id == payload_id))
 
-    @domain_errors()
+    @_noticing_damage
     def size_bytes(self) -> int:
         """Return the size of the file."""
         with self._lock, self._engine.connect() as connection:
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
             return int(pages * connection.exec_driver_sql("PRAGMA page_size").scalar_one())
+
+    def check(self) -> None:
+        """Check that the file is still there and that no damaged page was met.
+
+        Raises:
+            StorageDamagedError: A page could not be read since the start.
+            StoreUnavailableError: The file was deleted or replaced.
+        """
+        if self.damage is not None:
+            raise self.damage
+        self._file.require()
 
     def close(self) -> None:
         """Close the connection."""
@@ -155,10 +193,10 @@ class PayloadTable:
 
     @domain_errors()
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
-        """Write consecutive chunks in one transaction.
+        """Write consecutive chunks durably in one transaction.
 
-        Its commit does not wait for the disk: the log is written in order, so the commit of the payload's row, which
-        does wait, makes the chunks durable with it. Until then a crash may only lose what a device sends again.
+        The commit waits for the disk (`engine.require_synchronous_commit`): a server that crashes after it has
+        answered, while this process lives, would otherwise lose chunks that a receipt later relies on.
         """
         try:
             self._copy(payload_id, first_index, chunks)
@@ -174,7 +212,6 @@ class PayloadTable:
         replacing: bool = False,
     ) -> None:
         with self._engine.begin() as connection:
-            connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
             if replacing:
                 last = first_index + len(chunks) - 1
                 connection.execute(
@@ -224,6 +261,9 @@ class PayloadTable:
             size = func.pg_total_relation_size(CHUNKS.name)
             return int(connection.execute(select(size)).scalar_one())
 
+    def check(self) -> None:
+        """Do nothing: the database is checked by itself."""
+
     def close(self) -> None:
         """Do nothing: the engine belongs to the database."""
 
@@ -240,9 +280,18 @@ def _cursor(connection: Connection) -> Any:
 
 
 def _stored_count(connection: Connection, payload_id: str) -> int:
-    last = select(func.max(CHUNKS.c.chunk_index)).where(CHUNKS.c.payload_id == payload_id)
-    index = connection.execute(last).scalar_one()
-    return 0 if index is None else int(index) + 1
+    """Return the index of the first chunk that is missing."""
+    mine = CHUNKS.c.payload_id == payload_id
+    count, last = connection.execute(
+        select(func.count(), func.max(CHUNKS.c.chunk_index)).where(mine)
+    ).one()
+    if count == 0 or last == count - 1:
+        return int(count)
+    indices = select(CHUNKS.c.chunk_index).where(mine).order_by(CHUNKS.c.chunk_index)
+    for wanted, index in enumerate(connection.scalars(indices)):
+        if index != wanted:
+            return wanted
+    return int(count)
 
 
 class _CopySource:

@@ -6,6 +6,7 @@ in a transaction of its own before its chunks are deleted, so that a device that
 finishes before, or is told to begin again.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Final
@@ -23,7 +24,8 @@ PRUNE_BATCH: Final = 500
 def prune_payloads(context: Context, training_session_id: str) -> None:
     """Mark the payloads that a training session's retention no longer keeps as pruned, some at a time.
 
-    Only payloads of updates whose round is over are let go of, never those of versions.
+    Rounds count that made a version: the last `retained_rounds` of them are kept, or none. Only payloads of updates
+    whose round is over are pruned, never those of versions.
     """
 
     def work(session: Session) -> bool:
@@ -33,12 +35,12 @@ def prune_payloads(context: Context, training_session_id: str) -> None:
         policy = stored_config(training_session.id, training_session.config).transfer
         if policy.payload_retention == training_pb2.PAYLOAD_RETENTION_ALL:
             return False
-        keep = policy.retained_rounds + 1
-        if policy.payload_retention == training_pb2.PAYLOAD_RETENTION_NONE:
-            keep = 1
-        due = updates.settled_payloads(
-            session, training_session.id, training_session.current_round - keep, PRUNE_BATCH
-        )
+        kept: list[int] = []
+        if policy.payload_retention != training_pb2.PAYLOAD_RETENTION_NONE:
+            kept = training_sessions.last_published_rounds(
+                session, training_session.id, policy.retained_rounds
+            )
+        due = updates.settled_payloads(session, training_session.id, kept, PRUNE_BATCH)
         if not due:
             return False
         payloads.mark_pruned(session, [item for item, _ in due], context.clock())
@@ -50,13 +52,29 @@ def prune_payloads(context: Context, training_session_id: str) -> None:
         pass
 
 
+def prune_ended(context: Context) -> None:
+    """Prune training sessions that have ended lately: a crash may have come between their end and their pruning."""
+    since = context.clock() - timedelta(days=1)
+    with context.database.read() as session:
+        ended = training_sessions.ended_since(session, since)
+    for training_session_id in ended:
+        prune_payloads(context, training_session_id)
+
+
 def sweep(context: Context) -> int:
     """Delete the chunks of uploads that nobody has continued in time; return how many uploads."""
     before = context.clock() - timedelta(seconds=context.config.upload_expiry_s)
     with context.database.read() as session:
         expired = payloads.expired_uploads(session, before, PRUNE_BATCH)
-    context.database.write(lambda session: payloads.give_up_uploads(session, expired))
-    for payload_id in expired:
+    discard_uploads(context, expired)
+    return len(expired)
+
+
+def discard_uploads(context: Context, payload_ids: Sequence[str]) -> None:
+    """Give uploads up and delete their chunks at once; a crash in between leaves them to the next sweep."""
+    if not payload_ids:
+        return
+    context.database.write(lambda session: payloads.give_up_uploads(session, payload_ids))
+    for payload_id in payload_ids:
         context.store.delete([payload_id])
         context.database.write(partial(payloads.end_upload, payload_id=payload_id))
-    return len(expired)

@@ -133,6 +133,9 @@ class CrashingStore:
     def size_bytes(self) -> int:
         return self._inner.size_bytes()
 
+    def check(self) -> None:
+        self._inner.check()
+
     def close(self) -> None:
         self._inner.close()
 

@@ -27,6 +27,7 @@ STATUS: Final[dict[type[BaseException], grpc.StatusCode]] = {
     errors.StalledError: Code.DEADLINE_EXCEEDED,
     errors.DisconnectedError: Code.CANCELLED,
     errors.ConflictError: Code.ABORTED,
+    errors.StorageDamagedError: Code.DATA_LOSS,
     errors.StoreUnavailableError: Code.UNAVAILABLE,
     errors.DrainingError: Code.UNAVAILABLE,
 }

@@ -14,10 +14,11 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage.prepared import PreparedInsert
-from qflare_server.storage.tables import Payload, Upload
+from qflare_server.storage.tables import Payload, PayloadChunk, Upload
 
 PAYLOADS = Payload.__table__
 UPLOADS = Upload.__table__
+CHUNKS = PayloadChunk.__table__
 LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """When an upload that was given up was last touched."""
 
@@ -105,10 +106,14 @@ def find_upload(session: Session, update_id: str) -> UnfinishedUpload | None:
     return None if row is None else UnfinishedUpload(*row)
 
 
-def count_uploads(session: Session, device_id: str) -> int:
-    """Return how many unfinished uploads a device has."""
-    query = select(func.count()).select_from(UPLOADS).where(UPLOADS.c.device_id == device_id)
-    return session.execute(query).scalar_one()
+def uploads_of(session: Session, device_id: str) -> list[str]:
+    """Return the payload ids of a device's unfinished uploads, the one that was touched longest ago first."""
+    query = (
+        select(UPLOADS.c.payload_id)
+        .where(UPLOADS.c.device_id == device_id)
+        .order_by(UPLOADS.c.touched_at, UPLOADS.c.payload_id)
+    )
+    return list(session.scalars(query))
 
 
 def touch_upload(session: Session, payload_id: str, at: datetime) -> None:
@@ -135,6 +140,17 @@ def finish_upload(session: Session, payload_id: str) -> bool:
         delete(UPLOADS).where(UPLOADS.c.payload_id == payload_id, UPLOADS.c.touched_at > LONG_AGO)
     )
     return bool(result.rowcount)  # type: ignore[attr-defined]  # a DML result has it
+
+
+def has_every_chunk(session: Session, payload_id: str, chunk_count: int) -> bool:
+    """Return whether all chunks of an upload are in this database; true where chunks lie in a store of their own.
+
+    PostgreSQL shows a chunk to others only after its commit is on disk, so a chunk that is seen here is durable.
+    """
+    if session.get_bind().dialect.name != "postgresql":
+        return True
+    query = select(func.count()).select_from(CHUNKS).where(CHUNKS.c.payload_id == payload_id)
+    return session.execute(query).scalar_one() == chunk_count
 
 
 def end_upload(session: Session, payload_id: str) -> None:

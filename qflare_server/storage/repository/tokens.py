@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import and_, bindparam, delete, insert, or_, select, text, update
+from sqlalchemy import and_, bindparam, delete, exists, insert, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage.epochs import bump_security
@@ -101,6 +101,11 @@ def get_token(session: Session, token_id: str) -> UserToken | None:
 
 
 _BY_HASH = select(UserToken).where(TOKENS.c.token_hash == bindparam("hash"))
+
+
+def has_kind(session: Session, kind: str) -> bool:
+    """Return whether any token of a kind is in the database, in whatever state."""
+    return session.execute(select(exists().where(TOKENS.c.kind == kind))).scalar_one()
 
 
 def find_by_hash(session: Session, token_hash: str) -> UserToken | None:

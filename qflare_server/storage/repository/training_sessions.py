@@ -65,6 +65,25 @@ def lock_session(session: Session, training_session_id: str) -> TrainingSession 
     return session.scalars(query.execution_options(populate_existing=True)).one_or_none()
 
 
+def last_published_rounds(session: Session, training_session_id: str, count: int) -> list[int]:
+    """Return the numbers of the last rounds that made a version."""
+    query = (
+        select(ROUNDS.c.number)
+        .where(
+            ROUNDS.c.training_session_id == training_session_id,
+            ROUNDS.c.state == RoundState.PUBLISHED.value,
+        )
+        .order_by(ROUNDS.c.number.desc())
+        .limit(count)
+    )
+    return list(session.scalars(query))
+
+
+def ended_since(session: Session, since: datetime) -> list[str]:
+    """Return the ids of training sessions that have ended since a time."""
+    return list(session.scalars(select(SESSIONS.c.id).where(SESSIONS.c.ended_at >= since)))
+
+
 def update_session(session: Session, training_session_id: str, values: Mapping[str, Any]) -> None:
     """Change columns of a training session; a changed state is noticed by devices at their next poll."""
     if "state" in values:

@@ -324,15 +324,15 @@ def list_of_device(
 
 
 def settled_payloads(
-    session: Session, training_session_id: str, last_round: int, limit: int
+    session: Session, training_session_id: str, kept_rounds: Sequence[int], limit: int
 ) -> list[tuple[str, bool]]:
-    """Return payload ids, and whether they lie in the store, of settled updates up to a round."""
+    """Return payload ids, and whether they lie in the store, of settled updates of all rounds but some."""
     query = (
         select(PAYLOADS.c.id, PAYLOADS.c.location == "store")
         .join(UPDATES, UPDATES.c.payload_id == PAYLOADS.c.id)
         .where(
             UPDATES.c.training_session_id == training_session_id,
-            UPDATES.c.round_number <= last_round,
+            UPDATES.c.round_number.not_in(kept_rounds),
             UPDATES.c.state != UpdateState.PENDING.value,
             PAYLOADS.c.location != "none",
         )

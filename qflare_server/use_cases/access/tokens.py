@@ -1,6 +1,6 @@
 """Tokens: issued, listed, revoked. A secret is in the answer that issues it and nowhere else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -99,8 +99,17 @@ class Tokens:
         roles: Sequence[str],
         lifetime_s: float | None = None,
         request_id: str = "",
+        hand_over: Callable[[str], None] = lambda _secret: None,
     ) -> IssuedToken:
         """Issue an admin token.
+
+        Args:
+            caller: For the audit log.
+            name: Whom it is for, 1 to 200 printable characters.
+            roles: What it may do.
+            lifetime_s: Seconds that it lives; None means for ever.
+            request_id: A second call with the same one issues nothing.
+            hand_over: Given the secret before the token is committed; may be called again for another secret.
 
         Raises:
             AlreadyExistsError: A call with this request id has issued a token; secrets are not kept.
@@ -118,9 +127,11 @@ class Tokens:
         def work(session: Session) -> IssuedToken:
             if request_id:
                 self._once(session, caller, request_id)
-            return self._issue(
+            issued = self._issue(
                 session, caller, TokenKind.ADMIN, "qfa1", name, lifetime_s, "", sorted(set(roles))
             )
+            hand_over(issued.secret)
+            return issued
 
         return self._context.database.write(work)
 

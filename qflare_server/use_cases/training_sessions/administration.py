@@ -30,6 +30,7 @@ from qflare_server.storage.tables import (
 )
 from qflare_server.training.config import complete, deadline_s, stored_config, to_json
 from qflare_server.training.privacy import require_affordable
+from qflare_server.training.retention import prune_payloads
 from qflare_server.training.rounds import cancel_round, open_round
 from qflare_server.training.strategy import add_device_settings, build_strategy
 from qflare_server.training.versions import VersionDraft, publish
@@ -275,7 +276,9 @@ class Training:
             )
             return self._reload(session, training_session.id)
 
-        return self._changed(work)
+        cancelled = self._changed(work)
+        prune_payloads(self._context, training_session_id)
+        return cancelled
 
     def get(self, training_session_id: str) -> TrainingSession:
         """Return a training session.

@@ -19,8 +19,12 @@ from sqlalchemy.orm import Session
 from qflare.v1 import coordinator_service_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
     InvalidRequestError,
     InvalidUpdateError,
+    NotFoundError,
+    PermissionDeniedError,
     QflareError,
     SealKeyNotAcceptedError,
     StalledError,
@@ -33,10 +37,19 @@ from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.repository import payloads, updates
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.repository.updates import UpdateReceipt
+from qflare_server.training.retention import discard_uploads
 from qflare_server.use_cases.updates.acceptance import Acceptance
 from qflare_server.use_cases.updates.submission import Contributor, Submission, SubmissionValidator
 
 MAX_UPLOADS_OF_DEVICE: Final = 8
+FINAL_REFUSALS: Final = (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+"""Refusals that sending the same update again does not change."""
 
 
 class Uploads:
@@ -93,9 +106,20 @@ class Uploads:
                 return known
             assert received is not None
             with telemetry.span("qflare.update.store", size_bytes=received.size_bytes):
-                accepted = self._acceptance.accept(caller, submission, received)
+                accepted = self._accept(caller, submission, received)
         telemetry.bytes_received(received.size_bytes)
         return accepted
+
+    def _accept(
+        self, caller: Caller, submission: Submission, received: ReceivedPayload
+    ) -> UpdateReceipt:
+        """Write an update; give up the upload of one that is refused for good."""
+        try:
+            return self._acceptance.accept(caller, submission, received)
+        except FINAL_REFUSALS:
+            if received.data is None:
+                discard_uploads(self._context, [received.payload_id])
+            raise
 
     def find(self, device: Contributor, update_id: str) -> tuple[int, UpdateReceipt | None]:
         """Return the first chunk that is not stored, and the receipt if the update is accepted."""
@@ -145,25 +169,34 @@ class Uploads:
         try:
             return _fill(receiver, chunks)
         except InvalidRequestError:
-            self._context.database.write(
-                lambda session: payloads.give_up_uploads(session, [receiver.payload_id])
-            )
+            discard_uploads(self._context, [receiver.payload_id])
             raise
 
     def _open(self, submission: Submission) -> Receiver | UpdateReceipt:
         """Begin a large upload or continue it; refuse it here if it could not be accepted."""
-        statement = submission.statement
-        with self._context.database.read() as session:
-            known = self._acceptance.preview(session, submission)
-            if known is not None:
-                return known
-            found = payloads.find_upload(session, statement.update_id)
-        mine = (submission.device.device_id, submission.statement_digest)
-        if found is None or (found.device_id, found.statement_digest) != mine:
+        try:
+            with self._context.database.read() as session:
+                known = self._acceptance.preview(session, submission)
+        except FINAL_REFUSALS:
+            found = self._unfinished(submission)
+            if found is not None:
+                discard_uploads(self._context, [found.payload_id])
+            raise
+        if known is not None:
+            return known
+        found = self._unfinished(submission)
+        if found is None:
             receiver = self._receiver(submission)
             self._remember(submission, receiver)
             return receiver
         return self._receiver(submission, found)
+
+    def _unfinished(self, submission: Submission) -> payloads.UnfinishedUpload | None:
+        """Return the upload of this very update that broke off, None without one."""
+        with self._context.database.read() as session:
+            found = payloads.find_upload(session, submission.statement.update_id)
+        mine = (submission.device.device_id, submission.statement_digest)
+        return found if found and (found.device_id, found.statement_digest) == mine else None
 
     def _receiver(
         self, submission: Submission, found: payloads.UnfinishedUpload | None = None
@@ -186,15 +219,17 @@ class Uploads:
         )
 
     def _remember(self, submission: Submission, receiver: Receiver) -> None:
-        """Write down that an upload has begun, so that it can be continued or swept."""
+        """Write down that an upload has begun, so that it can be continued or swept.
+
+        A device that has as many unfinished uploads as it may abandons the one that it has left alone longest.
+        """
         sealed_key = receiver.stored_key if isinstance(receiver, OpeningReceiver) else None
         device_id = submission.device.device_id
 
-        def work(session: Session) -> None:
-            if payloads.count_uploads(session, device_id) >= MAX_UPLOADS_OF_DEVICE:
-                raise TooManyRequestsError(
-                    f"unfinished uploads: want at most {MAX_UPLOADS_OF_DEVICE}", retry_after_s=30.0
-                )
+        def work(session: Session) -> list[str]:
+            earlier = payloads.uploads_of(session, device_id)
+            abandoned = earlier[: max(0, len(earlier) - MAX_UPLOADS_OF_DEVICE + 1)]
+            payloads.give_up_uploads(session, abandoned)
             payloads.begin_upload(
                 session,
                 payload_id=receiver.payload_id,
@@ -204,8 +239,9 @@ class Uploads:
                 statement_digest=submission.statement_digest,
                 sealed_key=sealed_key,
             )
+            return abandoned
 
-        self._context.database.write(work)
+        discard_uploads(self._context, self._context.database.write(work))
 
 
 class _EndedEarlyError(Exception):
