@@ -13,7 +13,7 @@ from packaging.version import Version
 import qflare
 
 ROOT = Path(__file__).parents[2]
-STUBS = ROOT / "protos" / "qflare" / "v1"
+STUBS = ROOT / "qflare" / "v1"
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -76,15 +76,13 @@ def test_every_package_is_listed() -> None:
     listed = set(setup_cfg()["options"]["packages"].split())
 
     found = {
-        ".".join(path.parent.relative_to(folder).parts)
-        for folder, tops in (
-            (ROOT, ("qflare_client", "qflare_server")),
-            (ROOT / "protos", ("qflare",)),
-        )
-        for top in tops
-        for path in (folder / top).rglob("__init__.py")
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for top in ("qflare", "qflare_client", "qflare_server")
+        for path in (ROOT / top).rglob("__init__.py")
     }
-    assert listed == found | {"qflare_server.migrations", "qflare_server.migrations.versions"}
+    schemas = {"qflare.protos", "qflare.protos.qflare.v1"}
+    migrations = {"qflare_server.migrations", "qflare_server.migrations.versions"}
+    assert listed == found | schemas | migrations
 
 
 def test_the_changelog_has_a_place_for_the_version() -> None:

@@ -390,6 +390,39 @@ def test_payloads_are_kept_as_the_session_says(
     assert locations(large, identity, 4) == kept
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("end", ["completed", "cancelled"])
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [
+        (training_pb2.PAYLOAD_RETENTION_ALL, 4),
+        (training_pb2.PAYLOAD_RETENTION_NONE, 0),
+        (training_pb2.PAYLOAD_RETENTION_LAST_ROUNDS, None),
+    ],
+)
+def test_the_end_of_a_session_keeps_what_the_session_says(
+    large: CoordinatorHarness, end: str, setting: Any, kept: int | None, count: int
+) -> None:
+    policy = training_pb2.TransferPolicy(payload_retention=setting, retained_rounds=count)
+    rounds = training_pb2.RoundPolicy(quorum=1 if end == "completed" else 2)
+    identity = large.start(vector(0.0, BIG), total_rounds=4, rounds=rounds, transfer=policy)
+    while large.training.get(identity).state == "running":
+        for device in range(rounds.quorum):
+            large.submit(f"device-{device}", identity, vector(1.0, BIG))
+            if end == "cancelled" and large.training.get(identity).current_round == 3:
+                large.training.cancel(SYSTEM, identity, "enough")
+                break
+        large.settle()
+
+    with large.database.read() as session:
+        query = select(func.count()).select_from(ModelUpdate).join(Payload)
+        left = session.execute(query.where(Payload.location != "none")).scalar_one()
+    if setting == training_pb2.PAYLOAD_RETENTION_ALL:
+        assert left == (4 if end == "completed" else 5)
+    else:
+        assert left == (0 if kept == 0 else count * rounds.quorum)
+
+
 def test_pruned_payloads_are_swept_and_versions_stay(large: CoordinatorHarness) -> None:
     identity = run_rounds(large, 3, training_pb2.PAYLOAD_RETENTION_NONE)
 

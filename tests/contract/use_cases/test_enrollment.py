@@ -161,7 +161,7 @@ class TestRepeating:
         proofs = [SimulatedDevice().confirmation(coordinator, token) for _ in range(4)]
         results = at_once(4, lambda number: coordinator.enrollment.register(CALLER, proofs[number]))
         assert sorted(type(result).__name__ for result in results) == [
-            "Enrolled",
+            "EnrollmentResult",
             *["InvalidEnrollmentTokenError"] * 3,
         ]
         assert count_devices(coordinator) == 1

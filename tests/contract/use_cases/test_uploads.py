@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from qflare.crypto import merkle
@@ -30,12 +31,11 @@ from qflare_server.errors import (
     RoundNotOpenError,
     StaleBaseVersionError,
     StoreUnavailableError,
-    TooManyRequestsError,
     TrainingSessionNotFoundError,
     UpdateTooLargeError,
 )
 from qflare_server.storage.repository.audit import SYSTEM
-from qflare_server.storage.tables import AuditLog, ModelUpdate, Payload
+from qflare_server.storage.tables import AuditLog, ModelUpdate, Payload, PayloadChunk, Upload
 from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.use_cases.updates.upload import MAX_UPLOADS_OF_DEVICE, Uploads
 from tests.conftest import START, FakeClock
@@ -768,18 +768,56 @@ def test_wrong_large_updates_do_not_use_up_the_device_s_share(
     large.submit("device-0", big_identity, vector(1.0, BIG))
 
 
-def test_unfinished_uploads_of_a_device_are_bounded(
-    large: CoordinatorHarness, big_identity: str
+def unfinished(core: CoordinatorHarness) -> tuple[int, int]:
+    """Return the number of unfinished uploads, and of chunks that the store holds."""
+    engine = core.store._engine  # type: ignore[attr-defined]
+    with engine.connect() as connection:
+        chunk_count = connection.execute(
+            select(func.count()).select_from(PayloadChunk)
+        ).scalar_one()
+    return core.count(Upload), chunk_count
+
+
+def test_a_device_with_many_unfinished_uploads_abandons_the_oldest(
+    large: CoordinatorHarness, big_identity: str, clock: FakeClock
 ) -> None:
-    for _ in range(MAX_UPLOADS_OF_DEVICE):
-        draft = large.draft("device-0", big_identity, vector(1.0, BIG))
+    drafts = []
+    _, chunks_before = unfinished(large)
+    for _ in range(MAX_UPLOADS_OF_DEVICE + 3):
+        drafts.append(large.draft("device-0", big_identity, vector(1.0, BIG)))
         with pytest.raises(BrokenError):
-            large.send(draft, broken(draft, 0))
+            large.send(drafts[-1], broken(drafts[-1], 1))
+        clock.advance(1)
 
-    one_more = large.draft("device-0", big_identity, vector(1.0, BIG))
+    kept = [large.uploads.find(each.device, each.statement.update_id)[0] for each in drafts]
 
-    with pytest.raises(TooManyRequestsError):
-        large.send(one_more)
+    assert kept == [0] * 3 + [1] * MAX_UPLOADS_OF_DEVICE
+    assert unfinished(large) == (MAX_UPLOADS_OF_DEVICE, chunks_before + MAX_UPLOADS_OF_DEVICE)
+    assert large.send(drafts[-1], drafts[-1].chunks[1:]).acceptance_sequence == 1
+
+
+@pytest.mark.parametrize("is_sent_again", [False, True])
+def test_uploads_that_are_refused_for_good_leave_nothing(
+    large: CoordinatorHarness, is_sent_again: bool
+) -> None:
+    for _ in range(MAX_UPLOADS_OF_DEVICE + 1):
+        session_id = large.start(vector(0.0, BIG), rounds=training_pb2.RoundPolicy(quorum=1))
+        before = unfinished(large)
+        draft = large.draft("device-0", session_id, vector(1.0, BIG))
+        if is_sent_again:
+            with pytest.raises(BrokenError):
+                large.send(draft, broken(draft, 2))
+
+        def late(draft: Draft = draft, session_id: str = session_id) -> Iterator[tuple[int, bytes]]:
+            yield from draft.chunks
+            large.training.cancel(SYSTEM, session_id, "over")
+
+        if is_sent_again:
+            large.training.cancel(SYSTEM, session_id, "over")
+        with pytest.raises(RoundNotOpenError):
+            large.send(draft, unread() if is_sent_again else late())
+
+        assert unfinished(large) == before
 
 
 def test_disconnection_keeps_nothing_that_counts(large: CoordinatorHarness, big: Draft) -> None:
