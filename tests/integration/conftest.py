@@ -21,9 +21,9 @@ from qflare.v1 import (
     training_pb2,
 )
 from qflare_client import Client, enroll
-from qflare_server.cli.keys import ensure_initialised
 from qflare_server.config import ServerConfig
 from qflare_server.context import utc_now
+from qflare_server.keys import ensure_initialised
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.secret_files import Cost
 from qflare_server.keys.setup import bootstrap_bundle, initialise
