@@ -102,15 +102,35 @@ class ServerConfig:
     """Processes that serve on one port, 1 to 64."""
 
     rpc_threads: int = 32
-    """Threads that answer calls, 4 to 512."""
+    """Threads that answer calls of devices that are short, 4 to 512."""
+    anonymous_threads: int = 8
+    """Threads for callers without a credential, 1 to 128: who enrols, logs in or has a token not seen before."""
+    admin_threads: int = 8
+    """Threads for short calls of administrators, 1 to 128."""
     max_uploads: int = 16
-    """Uploads in progress at once, at most half of rpc_threads plus 4."""
+    """Uploads of more than one message in progress at once, 1 to 512; each has a thread."""
     max_downloads: int = 16
-    """Downloads in progress at once, likewise."""
+    """Downloads in progress at once, 1 to 512; each has a thread."""
+    min_transfer_bytes_per_s: float = 131_072.0
+    """What an upload or a download has to move each second while others wait for its place."""
+    first_message_timeout_s: float = 3.0
+    """Seconds in which the first message of a call has to come as a whole."""
+    max_waiting_calls: int = 1000
+    """Calls of one class of callers that wait for their message, and as many that wait for a thread."""
+    max_waiting_calls_per_caller: int = 256
+    """Calls of one caller that wait for a thread: a device, an administrator, an address without a credential."""
+    max_connections: int = 10_000
+    """Connections at once, 1 to 1000000; fewer where the process may not open as many files."""
+    max_streams_per_connection: int = 128
+    """Calls at once on one connection, 1 to 10000."""
+    idle_connection_s: float = 150.0
+    """Seconds without a call after which a connection is ended."""
+    connection_age_s: float = 3600.0
+    """Seconds after which a connection takes no new call and ends with its last one."""
     max_streams_per_device: int = 4
     """Streams of one device at once."""
     max_watchers: int = 4
-    """Administrators that watch a training session at once, 1 to 64; each holds a thread of rpc_threads."""
+    """Administrators that watch a training session at once, 1 to 64; each has a thread."""
     watch_s: float = 600.0
     """Longest watch of one call; the caller then asks again."""
     watch_poll_s: float = 0.25
@@ -293,6 +313,17 @@ def _out_of_range(config: ServerConfig) -> list[str]:
         "database_timeout_s": (0.1, 600),
         "workers": (1, 64),
         "rpc_threads": (4, 512),
+        "anonymous_threads": (1, 128),
+        "admin_threads": (1, 128),
+        "max_uploads": (1, 512),
+        "max_downloads": (1, 512),
+        "first_message_timeout_s": (0.1, 600),
+        "max_waiting_calls": (10, 10**6),
+        "max_waiting_calls_per_caller": (1, 10**6),
+        "max_connections": (1, 10**6),
+        "max_streams_per_connection": (1, 10_000),
+        "idle_connection_s": (1, 86_400),
+        "connection_age_s": (1, 31_536_000),
         "max_watchers": (1, 64),
         "watch_poll_s": (0.01, 60),
         "dashboard_login_s": (1, 604_800),

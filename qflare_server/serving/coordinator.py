@@ -4,7 +4,6 @@ import logging
 import os
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import grpc
@@ -29,10 +28,10 @@ from qflare_server.serving.maintenance import Maintenance
 from qflare_server.serving.observability import Observability
 from qflare_server.serving.rpc.admin_service import AdminServicer
 from qflare_server.serving.rpc.coordinator_service import CoordinatorServicer
+from qflare_server.serving.rpc.dispatcher import Dispatcher
 from qflare_server.serving.rpc.interceptor import CallInterceptor
-from qflare_server.serving.rpc.limits import Watchdog
+from qflare_server.serving.rpc.limits import StreamLimits, Watchdog, channel_options
 from qflare_server.serving.rpc.possession import PossessionInterceptor
-from qflare_server.serving.rpc.streams import StreamReader
 from qflare_server.serving.tls import tls_credentials
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
 
@@ -71,22 +70,18 @@ class Coordinator:
         self.parts = Application.open(config, clock, self.observability.telemetry)
         self.use_cases = self.parts.use_cases
         self._watchdog = Watchdog(config.stall_timeout_s)
-        self._pump = StreamReader(config.rpc_threads, config.stall_timeout_s)
-        self._health = health.HealthServicer(
-            experimental_thread_pool=ThreadPoolExecutor(2, thread_name_prefix="health")
-        )
+        self._health = health.HealthServicer()
+        limits, telemetry = StreamLimits(config), self.parts.context.telemetry
         self._boundary = CallInterceptor(
-            config,
-            self.use_cases.authentication,
-            self._pump,
-            self._watchdog,
-            self.draining,
-            self.parts.context.telemetry,
+            config, self.use_cases.authentication, limits, self._watchdog, self.draining, telemetry
         )
+        self._dispatcher = Dispatcher(config, self._boundary, limits, telemetry)
         self._server = self._build()
         self.port = self._bind()
         self.health_listener = (
-            HealthListener(config, self._health) if config.health_listen else None
+            HealthListener(config, self._health, self._dispatcher, self._boundary)
+            if config.health_listen
+            else None
         )
         holder = f"{socket.gethostname()}:{self.port}:{os.environ.get(WORKER_VARIABLE, '0')}"
         context = self.parts.context
@@ -107,17 +102,9 @@ class Coordinator:
         if self.config.require_pop:
             interceptors.append(PossessionInterceptor(self.use_cases.login))
         server = grpc.server(
-            ThreadPoolExecutor(self.config.rpc_threads, thread_name_prefix="rpc"),
+            self._dispatcher,  # type: ignore[arg-type]  # gRPC calls its `submit`, no more
             interceptors=interceptors,
-            options=[
-                ("grpc.max_receive_message_length", self.config.max_message_bytes),
-                ("grpc.max_send_message_length", self.config.max_message_bytes),
-                ("grpc.so_reuseport", 1 if self.config.workers > 1 else 0),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                ("grpc.keepalive_time_ms", 120_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
+            options=list(channel_options(self.config).items()),
         )
         coordinator_service_pb2_grpc.add_CoordinatorServiceServicer_to_server(
             CoordinatorServicer(self.use_cases), server
@@ -186,7 +173,7 @@ class Coordinator:
         self._worker.stop(grace + 10.0)
         self._housekeeping.stop()
         self._watchdog.stop()
-        self._pump.close()
+        self._dispatcher.shutdown()
         if self.dashboard is not None:
             self.dashboard.stop()
         if self.health_listener is not None:

@@ -5,16 +5,15 @@ A port that cannot be bound is a configuration error that names the setting and 
 """
 
 import socket
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
 from qflare_server.config import ConfigError, ServerConfig
+from qflare_server.serving.rpc.dispatcher import Dispatcher
+from qflare_server.serving.rpc.limits import channel_options
 
-_PROBES: Final = 64
-_THREADS: Final = 2
 _MAX_REQUEST_BYTES: Final = 4096
 
 
@@ -65,20 +64,25 @@ class HealthListener:
     Args:
         config: `health_listen` and `workers`.
         servicer: Answers, as it does on the gRPC port.
+        dispatcher: Receives the calls.
+        boundary: Stands around them, as it does there.
 
     Raises:
         ConfigError: The address cannot be bound.
     """
 
-    def __init__(self, config: ServerConfig, servicer: health.HealthServicer) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        servicer: health.HealthServicer,
+        dispatcher: Dispatcher,
+        boundary: grpc.ServerInterceptor,
+    ) -> None:
+        options = {**channel_options(config), "grpc.max_receive_message_length": _MAX_REQUEST_BYTES}
         self._server = grpc.server(
-            ThreadPoolExecutor(_THREADS, thread_name_prefix="probe"),
-            maximum_concurrent_rpcs=_PROBES,
-            options=[
-                ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
-                ("grpc.max_concurrent_streams", _PROBES),
-                ("grpc.so_reuseport", 1 if config.workers > 1 else 0),
-            ],
+            dispatcher,  # type: ignore[arg-type]  # gRPC calls its `submit`, no more
+            interceptors=[boundary],
+            options=list(options.items()),
         )
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
         self.port = bind(self._server, "QFLARE_HEALTH_LISTEN", config.health_listen)

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 
@@ -20,22 +21,23 @@ from qflare_server import errors
 from qflare_server.config import ServerConfig
 from qflare_server.context import Telemetry
 from qflare_server.serving.rpc.call import Call, RunningCalls, answering
+from qflare_server.serving.rpc.half_open import HalfOpenCalls
+from qflare_server.serving.rpc.incoming import DETAILS_KEY, IncomingCall
 from qflare_server.serving.rpc.limits import StreamLimits, Watchdog
+from qflare_server.serving.rpc.route import Route, audience_of
 from qflare_server.serving.rpc.status import Code, describe, status_of
-from qflare_server.serving.rpc.streams import StreamReader
 from qflare_server.storage.ids import unique_name
-from qflare_server.use_cases.access.authentication import Authentication
+from qflare_server.use_cases.access.authentication import Authentication, KnownCaller
 from qflare_server.use_cases.access.rate_limits import RateLimiter
 
 logger = logging.getLogger(__name__)
 
-DETAILS_KEY: Final = "grpc-status-details-bin"
 UNKNOWN: Final = (
     "unknown"  # one name for all methods that there are not: callers must not make up labels
 )
 PQ_GROUP: Final = "X25519MLKEM768"
-WATCHES: Final = frozenset({"/qflare.v1.AdminService/WatchTrainingSession"})
-"""Streams that last long and send little: they have places of their own, so that they keep none from a download."""
+MAX_HEALTH_WATCHES: Final = 100
+"""Watches of the health service at once; each costs memory, none a thread."""
 
 
 class CallInterceptor(grpc.ServerInterceptor):
@@ -44,8 +46,8 @@ class CallInterceptor(grpc.ServerInterceptor):
     Args:
         config: Limits.
         authentication: Decides who may call.
-        pump: Reads streams that come in.
-        watchdog: Ends calls whose message does not come, and streams that go out and are not taken.
+        limits: Bounds the streams of a caller.
+        watchdog: Ends streams that go out and are not taken.
         draining: Set once no new work is taken.
         telemetry: Hears of every call.
 
@@ -57,19 +59,19 @@ class CallInterceptor(grpc.ServerInterceptor):
         self,
         config: ServerConfig,
         authentication: Authentication,
-        pump: StreamReader,
+        limits: StreamLimits,
         watchdog: Watchdog,
         draining: threading.Event,
         telemetry: Telemetry,
     ) -> None:
         self._config = config
         self._authentication = authentication
-        self._pump = pump
+        self._limits = limits
         self._watchdog = watchdog
         self._draining = draining
         self.telemetry = telemetry
         self.running = RunningCalls()
-        self._limits = StreamLimits(config)
+        self._health_watches = HalfOpenCalls(MAX_HEALTH_WATCHES)
         self._rates = RateLimiter(config.max_calls_per_second, time.monotonic)
         self._wrapped: dict[str, tuple[Any, grpc.RpcMethodHandler[Any, Any]]] = {}
 
@@ -78,105 +80,167 @@ class CallInterceptor(grpc.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap the handler of one of our methods; leave health and reflection to themselves."""
-        handler = continuation(handler_call_details)
+        """Wrap the handler of a method, be it ours or one of gRPC's own services."""
+        handler: Any = continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None:
             self.telemetry.call_started(UNKNOWN, "unary")
             self.telemetry.call_handled(
                 UNKNOWN, "unary", Code.UNIMPLEMENTED.name, 0.0, "UNKNOWN_METHOD"
             )
-        if handler is None or not method.startswith("/qflare."):
-            return handler
+            return None
         known = self._wrapped.get(method)
         if known is not None and known[0] is handler:
             return known[1]
-        wrapped = _rewrap(handler, lambda behaviour: self._guarded(behaviour, handler, method))
+        route = Route(
+            method, audience_of(method), handler.request_streaming, handler.response_streaming
+        )
+        wrapped = _rewrap(handler, route, self._behavior(handler, route))
         self._wrapped[method] = handler, wrapped
         return wrapped
 
-    def _guarded(
-        self, behaviour: Callable[..., Any], handler: Any, method: str
+    def recognize(self, metadata: Any) -> KnownCaller | None:
+        """Return whom the token of a call was last seen to belong to, from memory."""
+        return self._authentication.recognize(_bearer(metadata))
+
+    def introduce(self, metadata: Any) -> KnownCaller | None:
+        """Look up the token of a call; None where it is not good, or cannot be looked up."""
+        try:
+            return self._authentication.introduce(_bearer(metadata))
+        except errors.QflareError:
+            return None
+
+    def _behavior(self, handler: Any, route: Route) -> Callable[..., Any]:
+        if handler.response_streaming:
+            behavior = handler.stream_stream or handler.unary_stream
+            if getattr(behavior, "experimental_non_blocking", False):
+                return self._watched(behavior, route, handler.request_deserializer)
+            return self._streaming(behavior, route, handler.request_deserializer)
+        behavior = handler.stream_unary or handler.unary_unary
+        return self._unary(behavior, route, handler.request_deserializer)
+
+    def _unary(
+        self, behavior: Callable[..., Any], route: Route, parse: Callable[[bytes], Any]
     ) -> Callable[..., Any]:
-        direction = "watch" if method in WATCHES else "down"
-        kind = _kind(handler)
+        """Return the behavior of a method with one answer."""
 
-        def received() -> None:
-            self.telemetry.message_received(method, kind)
-
-        def unary(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        def answer(requests: IncomingCall, context: grpc.ServicerContext) -> Any:
             metadata = context.invocation_metadata()
-            with self._call(method, kind, metadata, context) as outcome:
-                if handler.request_streaming:
-                    with (
-                        self._limits.taken("up", outcome.call.principal.name),
-                        self._pump.ahead(requests) as messages,
-                    ):
-                        counted = _counted(messages, received)
-                        answer = behaviour(self._admitted(counted, method, metadata), context)
+            with self._call(route, metadata, context) as scope:
+                if route.request_streaming:
+                    messages = self._admitted(self._parsed(requests, route, parse), route, metadata)
+                    response = behavior(messages, context)
                 else:
-                    request = self._only(requests, context)
-                    received()
-                    answer = behaviour(request, context)
-                self.telemetry.message_sent(method, kind)
-                return answer
-            return outcome.finish()
+                    response = behavior(self._only(requests, route, parse), context)
+                self.telemetry.message_sent(route.method, route.kind)
+                return response
+            return scope.finish()
 
-        def streaming(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        return answer
+
+    def _streaming(
+        self, behavior: Callable[..., Any], route: Route, parse: Callable[[bytes], Any]
+    ) -> Callable[..., Any]:
+        """Return the behavior of a method with a stream of answers."""
+
+        def answer(requests: IncomingCall, context: grpc.ServicerContext) -> Iterator[Any]:
             metadata = context.invocation_metadata()
-            with self._call(method, kind, metadata, context) as outcome:
-                request = self._only(requests, context)
-                received()
+            with self._call(route, metadata, context) as scope:
+                request = (
+                    self._parsed(requests, route, parse)
+                    if route.request_streaming
+                    else self._only(requests, route, parse)
+                )
                 with (
-                    self._limits.taken(direction, outcome.call.principal.name),
+                    self._limits.taken(route.direction, self._charged_to(scope.call, requests)),
                     self._watchdog.watching(context) as progress,
                 ):
-                    answers = behaviour(request, context)
-                    if direction == "watch":
-                        answers = self._admitted(answers, method, metadata)
+                    answers = behavior(request, context)
+                    if route.direction == "watch":
+                        answers = self._admitted(answers, route, metadata)
                     for message in answers:
-                        yield message
+                        with requests.sends.running():
+                            yield message
                         progress()
-                        self.telemetry.message_sent(method, kind)
+                        self.telemetry.message_sent(route.method, route.kind)
                 return
-            outcome.finish()
+            scope.finish()
 
-        return streaming if handler.response_streaming else unary
+        return answer
 
-    def _only(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """Return the message of a call that has one; a caller that never sends it is cancelled in time."""
-        with self._watchdog.watching(context):
-            request = next(requests, None)
+    def _watched(
+        self, behavior: Callable[..., Any], route: Route, parse: Callable[[bytes], Any]
+    ) -> Callable[..., Any]:
+        """Return the behavior of a method that answers now and then, from other threads, for as long as it is asked.
+
+        Where too many watch, the oldest of whoever has most is cut off.
+        """
+
+        def answer(
+            requests: IncomingCall, context: grpc.ServicerContext, send: Callable[[Any], None]
+        ) -> None:
+            with self._call(route, context.invocation_metadata(), context) as scope:
+                request = self._only(requests, route, parse)
+                evicted = self._health_watches.add(requests)
+                if evicted is not None:
+                    evicted.cancel()
+                if not requests.on_end(partial(self._health_watches.discard, requests)):
+                    self._health_watches.discard(requests)
+                behavior(request, context, send)
+                return
+            scope.finish()
+
+        answer.experimental_non_blocking = True  # type: ignore[attr-defined]
+        return answer
+
+    @staticmethod
+    def _charged_to(call: Call, requests: IncomingCall) -> str:
+        """Return whose streams a stream counts among: a caller without a credential is its address."""
+        return call.principal.name if call.principal.token_id else requests.caller
+
+    def _parsed(
+        self, requests: Iterator[bytes], route: Route, parse: Callable[[bytes], Any]
+    ) -> Iterator[Any]:
+        """Yield the messages of a stream, parsed and counted."""
+        for data in requests:
+            message = parse(data)
+            self.telemetry.message_received(route.method, route.kind)
+            yield message
+
+    def _only(self, requests: Iterator[bytes], route: Route, parse: Callable[[bytes], Any]) -> Any:
+        """Return the message of a call that has one."""
+        request = next(self._parsed(requests, route, parse), None)
         if request is None:
             raise errors.InvalidRequestError("the call has no message", field="")
         return request
 
-    def _admitted(self, messages: Iterator[Any], method: str, metadata: Any) -> Iterator[Any]:
+    def _admitted(self, messages: Iterator[Any], route: Route, metadata: Any) -> Iterator[Any]:
         """Yield the messages of a stream for as long as the caller may call: a revocation ends it in the middle."""
         for number, message in enumerate(messages):
             if number:
-                self._authentication.admit(method, _bearer(metadata))
+                self._authentication.admit(route.method, _bearer(metadata))
             yield message
 
-    def _call(
-        self, method: str, kind: str, metadata: Any, context: grpc.ServicerContext
-    ) -> _CallScope:
-        self.telemetry.call_started(method, kind)
-        self.running.begin()
-        if not context.add_callback(self.running.end):  # the caller has gone already
-            self.running.end()
+    def _call(self, route: Route, metadata: Any, context: grpc.ServicerContext) -> _CallScope:
+        self.telemetry.call_started(route.method, route.kind)
+        if route.is_ours:
+            self.running.begin()
+            if not context.add_callback(self.running.end):  # the caller has gone already
+                self.running.end()
         call = Call(
-            method=method,
+            method=route.method,
             request_id=unique_name(64),
             find_peer=context.peer,
             tls_group=_tls_group(context) if self._config.tls_certificate_file else "",
-            kind=kind,
+            kind=route.kind,
             traceparent=_value(metadata, "traceparent"),
         )
-        return _CallScope(self, call, metadata, context)
+        return _CallScope(self, call, route, metadata, context)
 
-    def admit(self, call: Call, metadata: Any) -> None:
-        """Set the principal of a call, or refuse it."""
+    def admit(self, call: Call, route: Route, metadata: Any) -> None:
+        """Set the principal of a call, or refuse it; gRPC's own services answer anybody, also while draining."""
+        if not route.is_ours:
+            return
         if self._draining.is_set():
             raise errors.DrainingError
         if self._config.require_pq_tls and call.tls_group != PQ_GROUP:
@@ -187,7 +251,9 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     def report(self, call: Call, code: grpc.StatusCode, seconds: float, reason: str = "") -> None:
         """Log the one line of a call; what devices do all the time only for who looks for it."""
-        routine = code is Code.OK and call.principal.device_id is not None
+        routine = code is Code.OK and (
+            call.principal.device_id is not None or not call.method.startswith("/qflare.")
+        )
         level = logging.DEBUG if routine else logging.INFO
         if logger.isEnabledFor(level):
             logger.log(
@@ -206,9 +272,15 @@ class _CallScope:
     """One call from its admission to its log line: keeps its error until the `except` block is left."""
 
     def __init__(
-        self, boundary: CallInterceptor, call: Call, metadata: Any, context: grpc.ServicerContext
+        self,
+        boundary: CallInterceptor,
+        call: Call,
+        route: Route,
+        metadata: Any,
+        context: grpc.ServicerContext,
     ) -> None:
         self._boundary = boundary
+        self._route = route
         self._metadata = metadata
         self._context = context
         self._error: BaseException | None = None
@@ -219,7 +291,7 @@ class _CallScope:
     def __enter__(self) -> Self:
         self._answering.__enter__()
         try:
-            self._boundary.admit(self.call, self._metadata)
+            self._boundary.admit(self.call, self._route, self._metadata)
         except BaseException as error:  # noqa: BLE001 - the boundary: every error becomes a status
             self._error = error
         if self._error is not None:
@@ -268,19 +340,6 @@ class _CallScope:
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def _kind(handler: Any) -> str:
-    """Return what the well-known metrics call the shape of a method."""
-    if handler.request_streaming:
-        return "bidi_stream" if handler.response_streaming else "client_stream"
-    return "server_stream" if handler.response_streaming else "unary"
-
-
-def _counted(messages: Iterator[Any], received: Callable[[], None]) -> Iterator[Any]:
-    for message in messages:
-        received()
-        yield message
-
-
 def _value(metadata: Any, wanted: str) -> str:
     """Return the text of a metadata key, empty without it."""
     for key, value in metadata or ():
@@ -300,21 +359,16 @@ def _tls_group(context: grpc.ServicerContext) -> str:
 
 
 def _rewrap(
-    handler: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    handler: Any, route: Route, behavior: Callable[..., Any]
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """Return a handler with another behaviour, which takes its messages as a stream even where there is only one.
+    """Return a handler with another behavior, which takes its messages as a stream even where there is only one.
 
-    On the wire both are the same. Left to itself gRPC waits for the one message before it calls anything of ours, so
-    a caller without a credential could hold a thread for as long as it likes.
+    On the wire both are the same, and gRPC leaves it to the dispatcher to receive them.
     """
-    if handler.response_streaming:
-        make = grpc.stream_stream_rpc_method_handler
-        behaviour = handler.stream_stream or handler.unary_stream
-    else:
-        make = grpc.stream_unary_rpc_method_handler
-        behaviour = handler.stream_unary or handler.unary_unary
-    return make(
-        wrap(behaviour),
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
+    make = (
+        grpc.stream_stream_rpc_method_handler
+        if handler.response_streaming
+        else grpc.stream_unary_rpc_method_handler
     )
+    behavior.route = route  # type: ignore[attr-defined]
+    return make(behavior, response_serializer=handler.response_serializer)

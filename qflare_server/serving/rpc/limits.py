@@ -7,11 +7,42 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import grpc
 
 from qflare_server import errors
 from qflare_server.config import ServerConfig
+
+MAX_PENDING: Final = 200
+"""Calls of one method that wait inside gRPC until they are handed over; those beyond are refused there."""
+MAX_PING_STRIKES: Final = 2
+HANDSHAKE_S: Final = 10
+MILLISECONDS: Final = 1000
+
+
+def channel_options(config: ServerConfig) -> dict[str, int]:
+    """Return the options of a gRPC server: what one connection and all of them may do.
+
+    Names and meanings are in grpc/impl/channel_arg_names.h of grpc.
+    """
+    return {
+        "grpc.max_receive_message_length": config.max_message_bytes,
+        "grpc.max_send_message_length": config.max_message_bytes,
+        "grpc.so_reuseport": 1 if config.workers > 1 else 0,
+        "grpc.max_concurrent_streams": config.max_streams_per_connection,
+        "grpc.max_allowed_incoming_connections": config.max_connections,
+        "grpc.max_connection_idle_ms": round(config.idle_connection_s * MILLISECONDS),
+        "grpc.max_connection_age_ms": round(config.connection_age_s * MILLISECONDS),
+        "grpc.server_handshake_timeout_ms": HANDSHAKE_S * MILLISECONDS,
+        "grpc.server.max_pending_requests": MAX_PENDING,
+        "grpc.server.max_pending_requests_hard_limit": 2 * MAX_PENDING,
+        "grpc.http2.min_ping_interval_without_data_ms": 10_000,
+        "grpc.http2.max_ping_strikes": MAX_PING_STRIKES,
+        "grpc.keepalive_time_ms": 120_000,
+        "grpc.keepalive_timeout_ms": 20_000,
+        "grpc.keepalive_permit_without_calls": 1,
+    }
 
 
 class StreamLimits:
@@ -26,9 +57,8 @@ class StreamLimits:
         self._per_caller = config.max_streams_per_device
         self._counts: Counter[str] = Counter()
 
-    @contextmanager
-    def taken(self, direction: str, caller: str) -> Iterator[None]:
-        """Hold a place for a stream.
+    def take(self, direction: str, caller: str) -> None:
+        """Take a place for a stream; `release` gives it back.
 
         Raises:
             TooManyRequestsError: No place is free.
@@ -42,14 +72,27 @@ class StreamLimits:
                 )
             self._counts[direction] += 1
             self._counts[caller] += 1
+
+    def release(self, direction: str, caller: str) -> None:
+        """Give a place back."""
+        with self._lock:
+            self._counts[direction] -= 1
+            self._counts[caller] -= 1
+            if not self._counts[caller]:
+                del self._counts[caller]
+
+    @contextmanager
+    def taken(self, direction: str, caller: str) -> Iterator[None]:
+        """Hold a place for a stream for as long as the block lasts.
+
+        Raises:
+            TooManyRequestsError: No place is free.
+        """
+        self.take(direction, caller)
         try:
             yield
         finally:
-            with self._lock:
-                self._counts[direction] -= 1
-                self._counts[caller] -= 1
-                if not self._counts[caller]:
-                    del self._counts[caller]
+            self.release(direction, caller)
 
 
 class Watchdog:

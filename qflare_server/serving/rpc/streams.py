@@ -1,19 +1,18 @@
 """Turning streams of messages into a header and chunks, and back."""
 
-import queue
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final
 
 from qflare.tensors import CHUNK_BYTES
 from qflare_server.errors import InvalidRequestError, StalledError
 
-Message = TypeVar("Message")
-Ready: TypeAlias = "queue.SimpleQueue[tuple[list[Any], BaseException | None]]"
-Room: TypeAlias = "queue.SimpleQueue[bool]"
-HAND_OVERS: Final = 2  # beside the one on either side: a chunk is 1 MiB
+READ_AHEAD: Final = 3
+"""Messages of a stream that are held before one is consumed; a chunk is 1 MiB."""
 END: Final = StopIteration()
 
 
@@ -58,73 +57,116 @@ def rest_of(first: Any, messages: Iterator[Any]) -> tuple[Iterator[Any], bool]:
     return chain((further,), messages), False
 
 
-class StreamReader:
-    """Reads streams ahead in threads of its own, so that receiving and checking overlap and a stall is noticed.
+class Stopwatch:
+    """Adds up waits; one thread waits, others read."""
 
-    gRPC's iterator waits without a bound, and who waits in it cannot answer the call: hence the second thread.
+    def __init__(self) -> None:
+        self._total_s = 0.0
+        self._since: float | None = None
 
-    Args:
-        stream_count: Streams at once.
-        timeout_s: Longest wait for a message.
-    """
-
-    def __init__(self, stream_count: int, timeout_s: float) -> None:
-        self._executor = ThreadPoolExecutor(stream_count, thread_name_prefix="upload-reader")
-        self._timeout_s = timeout_s
+    @property
+    def total_s(self) -> float:
+        """Seconds of all waits, the present one included."""
+        since = self._since
+        return self._total_s + (0.0 if since is None else time.monotonic() - since)
 
     @contextmanager
-    def ahead(self, messages: Iterator[Message]) -> Iterator[Iterator[Message]]:
-        """Yield the messages of a stream, for as long as the block lasts.
+    def running(self) -> Iterator[None]:
+        """Count the time of a block."""
+        began = self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+            self._total_s += time.monotonic() - began
+
+
+class MessageStream:
+    """The messages of one call, in order; received ahead of their consumer, while no thread waits for them.
+
+    gRPC's own iterator holds a thread from the beginning of a call to its last message. Here the transport is asked
+    for a message and says when it is there, so a thread is needed only once there is something to work on, and a
+    consumer that waits does so within a bound.
+
+    Args:
+        receive: Asks the transport for the next message; it answers by `arrived` or `ended`, in a thread of its own.
+        stall_timeout_s: Longest wait of the consumer for one message.
+
+    Attributes:
+        received_bytes: Bytes of the messages that have come.
+        waits: Times that the consumer has waited for messages.
+    """
+
+    def __init__(self, receive: Callable[[], None], stall_timeout_s: float) -> None:
+        self._receive = receive
+        self._stall_timeout_s = stall_timeout_s
+        self._changed = threading.Condition(threading.Lock())
+        self._held: deque[bytes] = deque()
+        self._receiving = False
+        self._ending: BaseException | None = None
+        self.received_bytes = 0
+        self.waits = Stopwatch()
+
+    @property
+    def held_count(self) -> int:
+        """Messages that have come and are not consumed."""
+        return len(self._held)
+
+    @property
+    def ending(self) -> BaseException | None:
+        """What comes after the last message: `END`, or the error that ended the stream; None while it may go on."""
+        return self._ending
+
+    def start(self) -> None:
+        """Ask for the next message, unless one is under way or enough are held."""
+        with self._changed:
+            if self._receiving or self._ending is not None or len(self._held) >= READ_AHEAD:
+                return
+            self._receiving = True
+        self._receive()
+
+    def arrived(self, message: bytes) -> None:
+        """Take a message from the transport."""
+        with self._changed:
+            self._receiving = False
+            self._held.append(message)
+            self.received_bytes += len(message)
+            self._changed.notify()
+
+    def ended(self, ending: BaseException) -> None:
+        """Let nothing come after the messages that are held; the first ending counts."""
+        with self._changed:
+            self._receiving = False
+            self._ending = self._ending or ending
+            self._changed.notify()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        """Return the next message.
 
         Raises:
-            StalledError: None came in time.
+            StopIteration: There is none.
+            StalledError: It did not come in time.
+            QflareError: What else ended the stream.
         """
-        ready: Ready = queue.SimpleQueue()
-        room: Room = queue.SimpleQueue()
-        for _ in range(HAND_OVERS):
-            room.put(True)
-        self._executor.submit(_fill, messages, ready, room, 4 * self._timeout_s)
-        try:
-            yield self._taken(ready, room)
-        finally:  # also where the consumer has had enough: the reader must not wait for room
-            room.put(False)
+        self.start()
+        with self._changed:
+            if not self._held and self._ending is None:
+                self._wait()
+            if self._held:
+                return self._held.popleft()
+            if self._ending is None:
+                raise StalledError(f"no message came for {self._stall_timeout_s:g} s")
+            if (
+                self._ending is END
+            ):  # shared by all streams: raised itself, it would collect their frames
+                raise StopIteration
+            raise self._ending
 
-    def _taken(self, ready: Ready, room: Room) -> Iterator[Any]:
-        ending: BaseException | None = None
-        while ending is None:
-            try:
-                messages, ending = ready.get(timeout=self._timeout_s)
-            except queue.Empty:
-                raise StalledError(f"no chunk came for {self._timeout_s:g} s") from None
-            yield from messages
-            room.put(True)
-        if ending is not END:
-            raise ending
-
-    def close(self) -> None:
-        """Let the threads end once their streams have."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _fill(messages: Iterator[Any], ready: Ready, room: Room, room_s: float) -> None:
-    """Hand messages over until their consumer is gone, or has taken none for `room_s` seconds.
-
-    The first two go together, or the first and the end: one hand-over for a small update.
-    """
-    held: list[Any] = []
-    ending: BaseException = END
-    with suppress(queue.Empty):
-        try:
-            for number, message in enumerate(messages):
-                held.append(message)
-                if number == 0:
-                    continue
-                if not room.get(timeout=room_s):
-                    return
-                ready.put((held, None))
-                held = []
-        except queue.Empty:
-            raise
-        except BaseException as error:  # noqa: BLE001 - raised again where the messages are consumed
-            ending = error
-        ready.put((held, ending))
+    def _wait(self) -> None:
+        with self.waits.running():
+            self._changed.wait_for(
+                lambda: self._held or self._ending is not None, self._stall_timeout_s
+            )

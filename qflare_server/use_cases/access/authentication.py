@@ -53,6 +53,14 @@ class Principal:
         return Caller(self.name, peer_address, "token" if self.token_id else "none")
 
 
+@dataclass(frozen=True)
+class KnownCaller:
+    """Whom a token was last seen to belong to: enough to sort a call, not to admit it."""
+
+    name: str
+    is_device: bool
+
+
 NOBODY = Principal("anonymous", ANONYMOUS)
 
 
@@ -106,6 +114,36 @@ class Authentication:
         if not principal.roles & allowed:
             raise PermissionDeniedError(f"needs one of: {', '.join(sorted(allowed))}")
         return principal
+
+    def recognize(self, bearer: str | None) -> KnownCaller | None:
+        """Return who a token was last seen to belong to, from memory alone; None for one that was not seen or is over.
+
+        It admits nobody: a token that was revoked since is still recognized, and refused by `admit`.
+        """
+        if not bearer or len(bearer) > MAX_TOKEN_CHARACTERS:
+            return None
+        known = self._known.get(hash_secret(bearer))
+        if known is None:
+            return None
+        found = known[1]
+        is_over = found.expires_at is not None and found.expires_at <= self._context.clock()
+        if is_over or found.revoked_at is not None:
+            return None
+        if found.kind == TokenKind.ADMIN.value:
+            return KnownCaller(f"admin:{found.subject}", is_device=False)
+        if found.kind != TokenKind.ACCESS.value:
+            return None
+        return KnownCaller(f"device:{found.device_id}", is_device=True)
+
+    def introduce(self, bearer: str | None) -> KnownCaller | None:
+        """Look a token up, so that it is recognized from now on; None for one that is not good.
+
+        Raises:
+            StoreUnavailableError: The database does not answer.
+        """
+        if bearer and len(bearer) <= MAX_TOKEN_CHARACTERS:
+            self._find(hash_secret(bearer))
+        return self.recognize(bearer)
 
     def _identify(self, token_hash: str) -> Principal:
         found = self._find(token_hash)

@@ -250,7 +250,7 @@ def test_callers_that_never_send_their_message_do_not_keep_the_threads(
         open_without_message(deployment, "CoordinatorService/GetKeyset", done) for _ in range(8)
     ]
     try:
-        assert [call.code() for call in held] == [Code.CANCELLED] * 8
+        assert [call.code() for call in held] == [Code.DEADLINE_EXCEEDED] * 8
         assert get(deployment, session_id)
     finally:
         done.set()

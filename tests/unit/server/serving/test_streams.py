@@ -1,107 +1,143 @@
-"""A stream that is read ahead: in order, with its errors, and never for a consumer that has gone."""
+"""A stream that is received ahead: in order, with its errors, within bounds, and without a thread that waits for it."""
 
-import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from qflare.tensors import CHUNK_BYTES
 from qflare.v1.coordinator_service_pb2 import Chunk
-from qflare_server.errors import StalledError
-from qflare_server.serving.rpc.streams import HAND_OVERS, StreamReader, rest_of
+from qflare_server.errors import DisconnectedError, StalledError
+from qflare_server.serving.rpc.streams import END, READ_AHEAD, MessageStream, Stopwatch, rest_of
 
 WAIT_S = 10.0
 
 
+class Transport:
+    """Gives messages when it is told to, each only if it was asked for."""
+
+    def __init__(self, stall_timeout_s: float = WAIT_S) -> None:
+        self.asked_count = 0
+        self.stream = MessageStream(self._ask, stall_timeout_s)
+
+    def _ask(self) -> None:
+        self.asked_count += 1
+
+    def give(self, message: bytes) -> None:
+        """Let a message arrive, and the next one be asked for, as a call does."""
+        self.stream.arrived(message)
+        self.stream.start()
+
+    def end(self, ending: BaseException = END) -> None:
+        """End the stream."""
+        self.stream.ended(ending)
+
+
 @pytest.fixture
-def pump() -> Iterator[StreamReader]:
-    made = StreamReader(1, WAIT_S)
-    yield made
-    made.close()
+def transport() -> Transport:
+    return Transport()
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
-def test_messages_come_in_order(pump: StreamReader, count: int) -> None:
-    with pump.ahead(iter(range(count))) as messages:
-        assert list(messages) == list(range(count))
+def test_messages_come_in_order(transport: Transport) -> None:
+    sent = [bytes([number]) for number in range(READ_AHEAD)]
+    transport.stream.start()
+    for message in sent:
+        transport.give(message)
+    transport.end()
+
+    assert list(transport.stream) == sent
+    assert transport.stream.received_bytes == len(sent)
 
 
-def test_the_first_message_comes_with_the_end(pump: StreamReader) -> None:
-    """One hand-over for a small update: the reader reads to the end before the consumer is woken."""
-    ended = threading.Event()
+def test_no_more_is_asked_for_than_is_held(transport: Transport) -> None:
+    transport.stream.start()
+    transport.stream.start()
+    assert transport.asked_count == 1
 
-    def stream() -> Iterator[int]:
-        yield 1
-        ended.set()
+    for _ in range(READ_AHEAD):
+        transport.give(b"x")
+    assert transport.asked_count == READ_AHEAD
 
-    with pump.ahead(stream()) as messages:
-        next(messages)
+    next(transport.stream)
+    next(transport.stream)
+    assert transport.asked_count == READ_AHEAD + 1
 
-        assert ended.is_set()
+
+def test_an_error_of_the_stream_comes_after_its_messages(transport: Transport) -> None:
+    transport.stream.start()
+    transport.give(b"a")
+    transport.end(DisconnectedError())
+
+    assert next(transport.stream) == b"a"
+    for _ in range(2):
+        with pytest.raises(DisconnectedError):
+            next(transport.stream)
 
 
-def test_an_error_of_the_stream_comes_after_its_messages(pump: StreamReader) -> None:
-    def broken() -> Iterator[int]:
-        yield from range(3)
-        raise ConnectionError("gone")
+def test_the_first_ending_counts(transport: Transport) -> None:
+    transport.end(StalledError())
+    transport.end()
 
-    with pump.ahead(broken()) as messages:
-        assert [next(messages) for _ in range(3)] == [0, 1, 2]
-        with pytest.raises(ConnectionError, match="gone"):
-            next(messages)
+    with pytest.raises(StalledError):
+        next(transport.stream)
+
+
+def test_nothing_is_asked_for_after_the_end(transport: Transport) -> None:
+    transport.end()
+
+    assert list(transport.stream) == []
+    assert transport.asked_count == 0
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])
 def test_a_stream_that_brings_nothing_more_stalls(before: int) -> None:
-    release = threading.Event()
-    pump = StreamReader(1, 0.02)
+    transport = Transport(0.02)
+    transport.stream.start()
+    for _ in range(before):
+        transport.give(b"x")
 
-    def silent() -> Iterator[int]:
-        yield from range(before)
-        release.wait(WAIT_S)
-
-    with (
-        pump.ahead(silent()) as messages,
-        pytest.raises(StalledError, match=r"no chunk came for 0\.02 s"),
-    ):
-        list(messages)
-
-    release.set()
-    pump.close()
+    with pytest.raises(StalledError, match=r"no message came for 0\.02 s"):
+        list(transport.stream)
+    assert transport.stream.waits.total_s >= 0.02
 
 
-def test_a_consumer_that_goes_frees_the_reader_at_once(pump: StreamReader) -> None:
-    ended = threading.Event()
+@pytest.mark.parametrize(
+    "act",
+    [lambda transport: transport.give(b"late"), lambda transport: transport.end()],
+    ids=["message", "end"],
+)
+def test_a_consumer_that_waits_is_woken(
+    transport: Transport, act: Callable[[Transport], None]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        consumed = pool.submit(next, transport.stream, b"")
+        while not transport.asked_count:
+            time.sleep(0.001)
+        act(transport)
 
-    def endless() -> Iterator[int]:
-        try:
-            yield from itertools.count()
-        finally:
-            ended.set()
-
-    with pump.ahead(endless()) as messages:
-        next(messages)
-
-    assert ended.wait(WAIT_S / 2)
-    with pump.ahead(iter([7])) as messages:
-        assert list(messages) == [7]
+        assert consumed.result(WAIT_S) in {b"late", b""}
 
 
-def test_the_reader_is_never_far_ahead(pump: StreamReader) -> None:
-    read: list[int] = []
+def test_a_stopwatch_shows_the_wait_under_way() -> None:
+    watch, entered, leave = Stopwatch(), threading.Event(), threading.Event()
 
-    def stream() -> Iterator[int]:
-        for number in range(50):
-            read.append(number)
-            yield number
+    def wait() -> None:
+        with watch.running():
+            entered.set()
+            leave.wait(WAIT_S)
 
-    with pump.ahead(stream()) as messages:
-        next(messages)
-        time.sleep(0.05)
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    entered.wait(WAIT_S)
+    first = watch.total_s
+    while watch.total_s <= first:
+        time.sleep(0.001)
+    leave.set()
+    waiter.join()
 
-        assert len(read) <= HAND_OVERS + 3
+    assert watch.total_s == watch.total_s > first
 
 
 def test_end_of_a_short_stream_is_waited_for() -> None:

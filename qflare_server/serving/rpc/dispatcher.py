@@ -1,0 +1,287 @@
+"""Which calls wait for what: their messages come without a thread, and threads are kept apart by class of caller.
+
+gRPC takes the `Dispatcher` for its thread pool. A call that comes in is sorted by its method and by whom its token was
+last seen to belong to. It gets a thread once there is something to do: its message is here, a small update is here as a
+whole, or a large one has begun to move. So whoever sends nothing, or a byte a second, holds no thread, and strangers,
+devices, administrators and probes never wait for each other's threads.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, Protocol
+from urllib.parse import unquote
+
+from qflare_server import errors
+from qflare_server.config import ServerConfig
+from qflare_server.context import Telemetry
+from qflare_server.serving.rpc.half_open import HalfOpenCalls
+from qflare_server.serving.rpc.incoming import IncomingCall, Refusal, check_grpcio
+from qflare_server.serving.rpc.limits import StreamLimits
+from qflare_server.serving.rpc.route import Audience
+from qflare_server.serving.rpc.thread_pools import FairPool
+from qflare_server.serving.rpc.transfers import TransferPool
+from qflare_server.use_cases.access.authentication import KnownCaller
+
+logger = logging.getLogger(__name__)
+
+TICK_S: Final = 0.25
+REVIEW_TICKS: Final = 4
+HEALTH_THREADS: Final = 2
+REFLECTION_THREADS: Final = 2
+ADMIN_STREAM_THREADS: Final = 4
+MAX_STRANGER_BYTES: Final = 64 * 1024
+"""Largest message of a caller without a credential: some kilobytes of keys and signatures."""
+
+STALLED: Final = Refusal.from_error(errors.StalledError("the message did not come in time"))
+CROWDED: Final = Refusal.from_error(errors.TooManyRequestsError("too many calls wait"))
+TOO_LARGE: Final = Refusal.from_error(
+    errors.InvalidRequestError(f"without a credential: want at most {MAX_STRANGER_BYTES} bytes")
+)
+
+
+class Gatekeeper(Protocol):
+    """Knows callers by the metadata of a call."""
+
+    def recognize(self, metadata: Any) -> KnownCaller | None:
+        """Return who the token was last seen to belong to, from memory."""
+
+    def introduce(self, metadata: Any) -> KnownCaller | None:
+        """Look the token up, and return whose it is."""
+
+
+class Dispatcher:
+    """Receives calls and hands them to the threads of their class.
+
+    Args:
+        config: Numbers of threads, bounds and times.
+        gatekeeper: Tells devices and administrators from strangers.
+        limits: Bounds the streams of a caller.
+        telemetry: Hears of the calls that no thread sees.
+
+    Raises:
+        RuntimeError: grpcio is a version that it was not made for.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        gatekeeper: Gatekeeper,
+        limits: StreamLimits,
+        telemetry: Telemetry,
+    ) -> None:
+        check_grpcio()
+        self._config = config
+        self._gatekeeper = gatekeeper
+        self._limits = limits
+        self._telemetry = telemetry
+        self._first_message_s = min(config.first_message_timeout_s, config.stall_timeout_s)
+        self._refused: Counter[str] = Counter()
+        self._strangers = HalfOpenCalls(config.max_waiting_calls)
+        self._known = HalfOpenCalls(config.max_waiting_calls)
+        self._health = self._pool("health", HEALTH_THREADS)
+        self._reflection = self._pool("reflection", REFLECTION_THREADS)
+        self._anonymous = self._pool("anonymous", config.anonymous_threads)
+        self._devices = self._pool("device", config.rpc_threads)
+        self._administrators = self._pool("admin", config.admin_threads)
+        self._admin_streams = self._pool("admin-stream", ADMIN_STREAM_THREADS + config.max_watchers)
+        self._uploads = self._transfers("upload", config.max_uploads)
+        self._downloads = self._transfers("download", config.max_downloads)
+        self._stopped = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, name="calls", daemon=True)
+        self._supervisor.start()
+
+    def _pool(self, name: str, thread_count: int) -> FairPool:
+        return FairPool(
+            name,
+            thread_count,
+            max_waiting=self._config.max_waiting_calls,
+            max_waiting_per_caller=self._config.max_waiting_calls_per_caller,
+            displaced=partial(self._refuse, refusal=CROWDED),
+        )
+
+    def _transfers(self, name: str, place_count: int) -> TransferPool:
+        return TransferPool(
+            name,
+            place_count,
+            min_bytes_per_s=self._config.min_transfer_bytes_per_s,
+            max_waiting_per_caller=self._config.max_streams_per_device,
+            displaced=partial(self._refuse, refusal=CROWDED),
+        )
+
+    def submit(
+        self, run: Callable[..., Any], respond: Callable[..., None], /, *arguments: Any
+    ) -> None:
+        """Take a call over from gRPC, whose thread must not wait here."""
+        call = IncomingCall(run, respond, arguments, self._config.stall_timeout_s)
+        if call.route.audience is Audience.CREDENTIAL:
+            known = self._gatekeeper.recognize(call.metadata)
+            if known is None:
+                call.caller = host_of(call.peer_address)
+                call.task = partial(self._introduce, call)
+                self._enqueue(self._anonymous, call)
+            else:
+                self._await_known(call, known)
+        else:
+            call.caller = host_of(call.peer_address)
+            self._await_messages(call, self._strangers, self._pool_of_stranger(call))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
+        """End the threads; the call that an executor has, which is what gRPC takes this for."""
+        self._stopped.set()
+        self._supervisor.join()
+        for pool in self._pools():
+            pool.close()
+
+    def _pools(self) -> tuple[FairPool, ...]:
+        return (
+            self._health,
+            self._reflection,
+            self._anonymous,
+            self._devices,
+            self._administrators,
+            self._admin_streams,
+            self._uploads,
+            self._downloads,
+        )
+
+    def _introduce(self, call: IncomingCall) -> None:
+        """Look up a token that is not known yet; a call without a good one is refused before its message comes."""
+        known = self._gatekeeper.introduce(call.metadata)
+        call.task = call.answer
+        if known is None:
+            call.answer()
+        else:
+            self._await_known(call, known)
+
+    def _await_known(self, call: IncomingCall, known: KnownCaller) -> None:
+        call.caller = known.name
+        if call.route.request_streaming and not self._take_stream(call):
+            return
+        self._await_messages(call, self._known, partial(self._pool_of_known, known))
+
+    def _take_stream(self, call: IncomingCall) -> bool:
+        """Count a stream of a caller until it is over; False if it has too many, and the call is refused."""
+        try:
+            self._limits.take("up", call.caller)
+        except errors.TooManyRequestsError as error:
+            self._refuse(call, Refusal.from_error(error))
+            return False
+        release = partial(self._limits.release, "up", call.caller)
+        if not call.on_end(release):
+            release()
+        return True
+
+    def _await_messages(
+        self,
+        call: IncomingCall,
+        table: HalfOpenCalls,
+        pool_of: Callable[[IncomingCall], FairPool],
+    ) -> None:
+        call.deadline_at = time.monotonic() + self._first_message_s
+        evicted = table.add(call)
+        if evicted is not None:
+            self._refuse(evicted, CROWDED)
+        call.receive(partial(self._progressed, table, pool_of))
+
+    def _progressed(
+        self,
+        table: HalfOpenCalls,
+        pool_of: Callable[[IncomingCall], FairPool],
+        call: IncomingCall,
+    ) -> None:
+        """Look at a call after each of its messages, and queue it once a thread can work on it."""
+        if not _is_ready(call):
+            call.deadline_at = time.monotonic() + self._config.stall_timeout_s
+            return
+        call.leave()
+        if not table.remove(call) or call.is_over:
+            return
+        if table is self._strangers and call.moved_bytes > MAX_STRANGER_BYTES:
+            self._refuse(call, TOO_LARGE)
+            return
+        self._enqueue(pool_of(call), call)
+
+    def _pool_of_stranger(self, call: IncomingCall) -> Callable[[IncomingCall], FairPool]:
+        pools = {Audience.HEALTH: self._health, Audience.REFLECTION: self._reflection}
+        pool = pools.get(call.route.audience, self._anonymous)
+        return lambda _call: pool
+
+    def _pool_of_known(self, known: KnownCaller, call: IncomingCall) -> FairPool:
+        whole = not call.route.request_streaming or call.messages.ending is not None
+        short = whole and not call.route.response_streaming
+        if not known.is_device:
+            return self._administrators if short else self._admin_streams
+        if short:
+            return self._devices
+        return self._downloads if call.route.response_streaming else self._uploads
+
+    def _enqueue(self, pool: FairPool, call: IncomingCall) -> None:
+        if not pool.put(call):
+            self._refuse(call, CROWDED)
+
+    def _refuse(self, call: IncomingCall, refusal: Refusal) -> None:
+        call.refuse(refusal)
+        self._refused[refusal.reason] += 1
+        route = call.route
+        self._telemetry.call_started(route.method, route.kind)
+        self._telemetry.call_handled(
+            route.method,
+            route.kind,
+            refusal.code.name,
+            time.monotonic() - call.began_at,
+            refusal.reason,
+        )
+
+    def _supervise(self) -> None:
+        ticks = 0
+        while not self._stopped.wait(TICK_S):
+            ticks += 1
+            try:
+                self._tick(is_review=ticks % REVIEW_TICKS == 0)
+            except Exception:
+                logger.exception("the supervision of calls failed; it goes on")
+
+    def _tick(self, *, is_review: bool) -> None:
+        now = time.monotonic()
+        for table in (self._strangers, self._known):
+            for call in table.take_overdue(now):
+                self._refuse(call, STALLED)
+        if is_review:
+            self._uploads.review(now)
+            self._downloads.review(now)
+            self._log_refused()
+
+    def _log_refused(self) -> None:
+        """Say how many calls were refused without a thread: one line a second, however many there are."""
+        if self._refused:
+            refused, self._refused = self._refused, Counter()
+            counts = " ".join(f"{reason}={count}" for reason, count in sorted(refused.items()))
+            logger.warning("calls refused while they waited: %s", counts)
+
+
+def _is_ready(call: IncomingCall) -> bool:
+    """Return whether there is something to work on: a whole request, or a stream that has begun to move."""
+    messages = call.messages
+    if messages.ending is not None:
+        return True
+    return messages.held_count >= (2 if call.route.kind == "client_stream" else 1)
+
+
+def host_of(peer_address: str) -> str:
+    """Return whom an address of gRPC's is charged to: an IPv4 address, or the /64 network of an IPv6 one."""
+    kind, _, rest = peer_address.partition(":")
+    host = unquote(rest).rpartition(":")[0].strip("[]").partition("%")[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return kind
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
