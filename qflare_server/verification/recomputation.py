@@ -239,13 +239,20 @@ class _ReadingDatabase(Database):
 
 
 class _ReadingStore:
-    """A payload store that reads, and lets go of what is written."""
+    """A payload store that reads, and only counts what is written."""
 
     def __init__(self, store: PayloadStore) -> None:
         self._store = store
+        self._counts: dict[str, int] = {}
 
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
-        """Let go of chunks; their digests are all that is wanted."""
+        """Count chunks; their digests are all that is wanted."""
+        self._counts[payload_id] = first_index + len(chunks)
+
+    def stored_count(self, payload_id: str) -> int:
+        """Return how many chunks were written, or are stored."""
+        written = self._counts.get(payload_id)
+        return self._store.stored_count(payload_id) if written is None else written
 
     def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
         """Return stored chunks."""

@@ -71,6 +71,7 @@ def train(deployment: Deployment, **enrollment: Any) -> Trained:
         {"w": np.zeros((600, 500), np.float32), "b": np.zeros(3, np.float32)},
         total_rounds=ROUND_COUNT,
         rounds={"quorum": 2, "target": 2},
+        transfer={"payload_retention": "PAYLOAD_RETENTION_ALL"},
     )
     with ThreadPoolExecutor(2) as executor:
         work = [

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from qflare.v1 import security_pb2
+from qflare.v1.security_pb2 import KEY_ROLE_MODEL as MODEL
 from qflare_server.cli.main import main
 from qflare_server.config import ServerConfig
 from qflare_server.context import UnknownKeyError
@@ -15,6 +15,7 @@ from qflare_server.keys.secret_files import KeyStoreError
 from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.storage.database import Database
 from tests.conftest import START
+from tests.support.statements import statement_of
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_coordinator_goes_on_with_the_next_keys(
     stolen = folder.read_online().public()[0].kem_key.key_id
     replace_stolen(folder, database, START)
     keys = ServerKeys.load(config, database, lambda: START)
-    assert keys.sign(security_pb2.KEY_ROLE_MODEL, b"statement").signatures
+    assert keys.sign(MODEL, statement_of(MODEL)).signatures
     with pytest.raises(UnknownKeyError):
         keys.decapsulate(stolen, bytes(1120))
 
