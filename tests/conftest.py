@@ -22,6 +22,7 @@ from qflare_server.storage import schema
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from tests.support.postgresql import PostgresServer, fresh_database, installed_prefix
+from tests.support.signatures import SignatureWatch, watch_signatures
 
 ROOT: Final = Path(__file__).parent.parent
 REQUIRE_ALL: Final = os.environ.get("QFLARE_REQUIRE_ALL") == "1"
@@ -49,6 +50,21 @@ class FakeClock:
         """Move the clock forward."""
         with self._lock:
             self._at += timedelta(seconds=seconds)
+
+
+@pytest.fixture(scope="session")
+def watched_signatures() -> Iterator[SignatureWatch]:
+    """Watch every signature that this process makes."""
+    with watch_signatures() as watch:
+        yield watch
+
+
+@pytest.fixture(autouse=True)
+def signatures_outside_transactions(watched_signatures: SignatureWatch) -> Iterator[None]:
+    """Fail a test in which a key signs while a write transaction is open: a hardware module takes its time."""
+    watched_signatures.violations.clear()
+    yield
+    assert watched_signatures.violations == []
 
 
 @pytest.fixture

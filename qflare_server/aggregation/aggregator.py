@@ -19,7 +19,7 @@ from qflare.evidence.statements import StatementError
 from qflare.tensors import InvalidPayloadError
 from qflare_server.aggregation.fold import BATCH, RoundFold
 from qflare_server.aggregation.plan import RoundPlan, read_plan
-from qflare_server.aggregation.publication import Publication
+from qflare_server.aggregation.publication import Publication, prepare_publication
 from qflare_server.aggregation.row_integrity import record_refusals
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -35,7 +35,15 @@ from qflare_server.strategies import NotEnoughUpdatesError, PrivacyBudgetExceede
 from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed
 from qflare_server.training.quarantine import quarantine_repeaters
 from qflare_server.training.retention import prune_payloads
-from qflare_server.training.rounds import end_session, fail_round, handle_missed_quorum, open_round
+from qflare_server.training.rounds import (
+    RoundTask,
+    end_session,
+    fail_round,
+    handle_missed_quorum,
+    open_round,
+    opens_after_missed_quorum,
+    sign_task,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +188,7 @@ class Aggregator:
 
     def _close_due(self, item: RoundInProgress) -> bool:
         """Close a round whose deadline has passed, or do what its training session says without a quorum."""
+        next_task = self._task_after_missed_quorum(item)
 
         def work(session: Session) -> bool:
             training_session = training_sessions.lock_session(session, item.training_session_id)
@@ -200,10 +209,28 @@ class Aggregator:
                 values = {"state": RoundState.CLOSED.value, "closed_at": now}
                 training_sessions.update_round(session, training_session.id, current.number, values)
             else:
-                handle_missed_quorum(self._context, session, training_session, current, now)
+                handle_missed_quorum(session, training_session, current, next_task, now)
             return True
 
         return self._ended(item, self._context.database.write(work))
+
+    def _task_after_missed_quorum(self, item: RoundInProgress) -> RoundTask | None:
+        """Sign the task of the round that follows one whose deadline passes without a quorum, if one does."""
+        if item.accepted_count >= item.quorum:
+            return None
+        plan = self._fold(item).plan
+        return self._sign_retry(plan) if opens_after_missed_quorum(plan.config) else None
+
+    def _sign_retry(self, plan: RoundPlan) -> RoundTask:
+        """Sign the task of a round that follows one of the same base version."""
+        return sign_task(
+            self._context,
+            plan.training_session_id,
+            plan.config,
+            number=plan.number + 1,
+            base_version=plan.base_version,
+            base_digest=plan.parent.digest,
+        )
 
     def _publish(self, item: RoundInProgress, fold: RoundFold) -> bool:
         """Write the version's bytes, then publish it in one transaction."""
@@ -217,25 +244,20 @@ class Aggregator:
     def _publish_version(self, item: RoundInProgress, fold: RoundFold) -> bool:
         write = self._context.database.write
         try:
-            publication = self._prepare(fold)
+            publication = self._prepare(item, fold)
         except PrivacyBudgetExceededError as error:
             reason = f"privacy budget exceeded: {error}"
             return self._ended(
                 item, write(lambda session: self._exhaust(session, item, reason, fold))
             )
         except (NotEnoughUpdatesError, InvalidPayloadError, InvalidUpdateError) as error:
-            problem = f"no version could be made: {error}"
-            return self._ended(
-                item, write(lambda session: self._retry(session, item, problem, fold))
-            )
-        finally:
-            self._folds.pop((item.training_session_id, item.number), None)
-        try:
-            published = write(publication.run)
+            return self._give_up(item, fold, f"no version could be made: {error}")
         except StatementError as error:
             logger.exception("version not published: no device would take its statement")
-            problem = f"no version could be published: {error}"
-            return write(lambda session: self._retry(session, item, problem, fold))
+            return self._give_up(item, fold, f"no version could be published: {error}")
+        finally:
+            self._folds.pop((item.training_session_id, item.number), None)
+        published = write(publication.run)
         if published:
             logger.info(
                 "version published: session=%s version=%d round=%d updates=%d",
@@ -244,8 +266,15 @@ class Aggregator:
                 item.number,
                 fold.last_sequence,
             )
-            self._tell(item, fold)
+            self._tell(item, publication)
         return self._ended(item, published)
+
+    def _give_up(self, item: RoundInProgress, fold: RoundFold, problem: str) -> bool:
+        task = self._sign_retry(fold.plan)
+        write = self._context.database.write
+        return self._ended(
+            item, write(lambda session: self._retry(session, item, problem, fold, task))
+        )
 
     def _ended(self, item: RoundInProgress, has_ended: bool) -> bool:
         """Prune what retention no longer keeps once a round has ended; return whether it has."""
@@ -253,18 +282,17 @@ class Aggregator:
             prune_payloads(self._context, item.training_session_id)
         return has_ended
 
-    def _prepare(self, fold: RoundFold) -> Publication:
-        """Account for a version, then write its bytes.
+    def _prepare(self, item: RoundInProgress, fold: RoundFold) -> Publication:
+        """Account for a version, then write its bytes and sign it.
 
         Raises:
             PrivacyBudgetExceededError: It must not be released.
             NotEnoughUpdatesError: Or another of its kind: it cannot be made.
+            StatementError: No verifier would take its statement.
         """
         spending = self._allowance(fold.plan)
-        at = self._context.clock()
-        written = fold.write(self._executor, at)
-        outcome = fold.write_outcome(self._executor, at)
-        return Publication(self._context, fold, written, outcome, spending)
+        assert item.closed_at is not None
+        return prepare_publication(self._context, self._executor, fold, item.closed_at, spending)
 
     def _allowance(self, plan: RoundPlan) -> PrivacyCharge | None:
         if not plan.config.privacy.noise_multiplier:
@@ -274,13 +302,13 @@ class Aggregator:
             state = None if training_session is None else training_session.privacy_state
         return allowance(plan.config, state)
 
-    def _tell(self, item: RoundInProgress, fold: RoundFold) -> None:
+    def _tell(self, item: RoundInProgress, publication: Publication) -> None:
         """Tell the telemetry of a version."""
         assert item.closed_at is not None
-        used = len(fold.contributors())
+        used = len(publication.version.draft.contributors)
         self._context.telemetry.round_published(
             used,
-            len(fold.taken) - used,
+            len(publication.fold.taken) - used,
             max(0.0, (item.closed_at - item.opened_at).total_seconds()),
             max(0.0, (self._context.clock() - item.closed_at).total_seconds()),
         )
@@ -300,7 +328,14 @@ class Aggregator:
             end_session(session, training_session, TrainingSessionState.COMPLETED, reason, now)
         return True
 
-    def _retry(self, session: Session, item: RoundInProgress, reason: str, fold: RoundFold) -> bool:
+    def _retry(
+        self,
+        session: Session,
+        item: RoundInProgress,
+        reason: str,
+        fold: RoundFold,
+        next_task: RoundTask,
+    ) -> bool:
         """Give up a round that makes no version, and open another from the same base version."""
         training_session = training_sessions.lock_session(session, item.training_session_id)
         current = training_sessions.lock_round(session, item.training_session_id, item.number)
@@ -317,7 +352,7 @@ class Aggregator:
             TrainingSessionState.RUNNING.value,
             TrainingSessionState.PAUSED.value,
         }:
-            open_round(self._context, session, training_session, current.base_version, now)
+            open_round(session, training_session, next_task, now)
         return True
 
 

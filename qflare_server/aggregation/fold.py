@@ -233,9 +233,12 @@ class RoundFold:
             self._waiting = []
         return self._totals
 
-    def contributors(self) -> tuple[str, ...]:
-        """Return the statement digests of the updates in the version, in the order of their acceptance."""
-        outcome = self.outcome
+    def contributors(self, outcome: Outcome) -> tuple[str, ...]:
+        """Return the statement digests of the updates in the version, in the order of their acceptance.
+
+        Args:
+            outcome: Facts of this aggregation, from `outcome`.
+        """
         without = {*outcome.rejected, *(outcome.left_out if self.revision > 1 else ())}
         return tuple(digest for update_id, digest in self.taken if update_id not in without)
 
@@ -377,9 +380,11 @@ class RoundFold:
         kept = {name: vector.finish() for name, vector in vectors.items()}
         return WrittenVersion(payload, kept, download)
 
-    def write_outcome(self, executor: ThreadPoolExecutor, at: datetime) -> ReceivedPayload:
-        """Write the record of what became of every update, as JSON; after `write`."""
-        data = json.dumps(outcome_to_data(self.outcome), sort_keys=True).encode()
+    def write_outcome(
+        self, executor: ThreadPoolExecutor, outcome: Outcome, at: datetime
+    ) -> ReceivedPayload:
+        """Write the record of every update's outcome, as JSON; after `write`."""
+        data = json.dumps(outcome_to_data(outcome), sort_keys=True).encode()
         layout = Manifest((TensorSpec("outcome", DType.UINT8, (len(data),)),))
         writer = self._writer(executor, layout, at, "outcome")
         writer.feed(data)

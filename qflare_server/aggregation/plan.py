@@ -6,13 +6,14 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from qflare.evidence.lineage import ModelVersion
 from qflare.tensors import Manifest
 from qflare.v1 import training_pb2
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
 from qflare_server.storage.payload_records import StoredPayload, describe
 from qflare_server.storage.repository import global_models, payloads, training_sessions
 from qflare_server.training.config import stored_config
-from qflare_server.training.versions import manifest_of
+from qflare_server.training.versions import manifest_of, version_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RoundPlan:
     training_session_id: str
     number: int
     base_version: int
+    parent: ModelVersion
     manifest: Manifest
     config: training_pb2.TrainingConfig
     base: StoredPayload
@@ -53,6 +55,7 @@ def read_plan(
         training_session_id,
         number,
         base_version,
+        version_of(base),
         manifest_of(base),
         stored_config(training_session.id, training_session.config),
         describe(payloads.get_payload(session, base.payload_id)),

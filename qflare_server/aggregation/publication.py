@@ -1,17 +1,20 @@
-"""The transaction that publishes the version of a round.
+"""Publication of the version of a round: written and signed first, then made known in one transaction.
 
-It holds everything that must become true together: the version with its statement, what became of every update, what
-privacy has cost, and how the training session goes on. It does nothing where the round or the ledger is no longer
-what the version was made from.
+The transaction holds everything that must become true together: the version with its statement, the outcome of every
+update, what privacy has cost, and how the training session goes on. It does nothing where the round or the ledger is
+no longer what the version was made from.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from qflare_server.aggregation.fold import RoundFold, WrittenVersion
+from qflare_server.aggregation.plan import RoundPlan
 from qflare_server.aggregation.row_integrity import record_refusals
 from qflare_server.context import Context
 from qflare_server.storage.payload_records import ReceivedPayload
@@ -24,32 +27,36 @@ from qflare_server.storage.tables import (
     TrainingSession,
     TrainingSessionState,
 )
-from qflare_server.training.config import stored_config
+from qflare_server.strategies import Outcome
 from qflare_server.training.early_stopping import HISTORY, stop_reason
 from qflare_server.training.evaluation import summarise
 from qflare_server.training.privacy import PrivacyCharge, ledger_rows, with_ledger
 from qflare_server.training.quarantine import quarantine_repeaters
-from qflare_server.training.rounds import end_session, open_round
-from qflare_server.training.versions import VersionDraft, publish
+from qflare_server.training.rounds import RoundTask, end_session, open_round, sign_task
+from qflare_server.training.versions import SignedVersion, VersionDraft, publish, sign_version
 
 
 @dataclass(frozen=True)
 class Publication:
-    """A version whose bytes are written, about to be published.
+    """A version that is written and signed, about to be published.
 
     Attributes:
         context: The coordinator's parts.
         fold: The finished aggregation.
-        written: What it made.
-        outcome: The record of what became of every update.
+        outcome: Its facts.
+        version: The signed version.
+        payloads: What is stored beside the version: its strategy's vectors, and the record of every update's outcome.
+        next_task: For the round that trains from the version; None where it is known that none does.
         allowance: What the version costs in privacy; None without privacy.
     """
 
     context: Context
     fold: RoundFold
-    written: WrittenVersion
-    outcome: ReceivedPayload
-    allowance: PrivacyCharge | None = None
+    outcome: Outcome
+    version: SignedVersion
+    payloads: Sequence[ReceivedPayload]
+    next_task: RoundTask | None
+    allowance: PrivacyCharge | None
 
     def run(self, session: Session) -> bool:
         """Publish the version; return whether it was, False if the round or the ledger has changed."""
@@ -62,15 +69,15 @@ class Publication:
             or not self._still_holds(training_session, current)
         ):
             return False
-        draft = self._draft(training_session, current, now)
-        for payload in (*self.written.vectors.values(), self.outcome):
+        for payload in self.payloads:
             payload.insert(session, now)
-        publish(self.context, session, training_session, draft)
+        publish(session, training_session, self.version, now)
         if self.allowance is not None:
             state = with_ledger(training_session.privacy_state, self.allowance.after)
             training_sessions.update_session(session, training_session.id, {"privacy_state": state})
+        draft = self.version.draft
         self._settle(session, training_session, current, draft, now)
-        self._go_on(session, training_session, current, draft, now)
+        self._go_on(session, training_session, current, now)
         return True
 
     def _still_holds(self, training_session: TrainingSession, current: Round) -> bool:
@@ -78,41 +85,13 @@ class Publication:
             return False
         if current.accepted_count != self.fold.last_sequence:
             return False
+        if current.closed_at != self.version.draft.created_at:
+            return False
         if training_session.current_version != self.fold.plan.base_version:
             return False  # what is sealed is sealed for the version after it
         return (
             self.allowance is None
             or ledger_rows(training_session.privacy_state) == self.allowance.before
-        )
-
-    def _draft(
-        self, training_session: TrainingSession, current: Round, now: datetime
-    ) -> VersionDraft:
-        fold = self.fold
-        outcome = fold.outcome
-        spent = None if self.allowance is None else self.allowance.after
-        assert current.closed_at is not None
-        return VersionDraft(
-            version=training_session.current_version + 1,
-            base_version=current.base_version,
-            round_number=current.number,
-            payload=self.written.payload,
-            download=self.written.download,
-            manifest=fold.plan.manifest,
-            created_at=current.closed_at,
-            contributors=fold.contributors(),
-            example_count=fold.totals().example_count,
-            weight_sum=outcome.weight_sum,
-            metrics=fold.metrics(),
-            strategy_state={
-                "scalars": dict(outcome.scalars),
-                "vectors": {name: item.payload_id for name, item in self.written.vectors.items()},
-                "outcome": self.outcome.payload_id,
-                "revision": fold.revision,
-            },
-            epsilon=None if spent is None else spent.epsilon,
-            delta=None if spent is None else spent.delta,
-            publish_duration_s=max(0.0, (now - current.closed_at).total_seconds()),
         )
 
     def _settle(
@@ -124,7 +103,7 @@ class Publication:
         now: datetime,
     ) -> None:
         """Say of every update what became of it, and of the round that it is published."""
-        fold, outcome = self.fold, self.fold.outcome
+        fold, outcome = self.fold, self.outcome
         rejected = outcome.rejected
         left_out = dict.fromkeys(
             outcome.left_out, f"{LEFT_OUT_REASON}{outcome.strategy} gave it no share"
@@ -173,39 +152,110 @@ class Publication:
         audit.record(session, SYSTEM, event, now)
 
     def _go_on(
-        self,
-        session: Session,
-        training_session: TrainingSession,
-        current: Round,
-        draft: VersionDraft,
-        now: datetime,
+        self, session: Session, training_session: TrainingSession, current: Round, now: datetime
     ) -> None:
         """Open the next round, or end the training session."""
         if training_session.state == TrainingSessionState.CANCELLED.value:
             return
-        if stored_config(training_session.id, training_session.config).evaluation.every_rounds:
+        config = self.fold.plan.config
+        if config.evaluation.every_rounds:
             summarise(session, training_session, current.base_version, now)
-        reason = self._end_reason(session, training_session, current)
+        reason = _last_reason(self.fold.plan, self.allowance)
+        if not reason and config.early_stop.metric:
+            history = views.latest_metrics(session, training_session.id, HISTORY)
+            reason = stop_reason(config.early_stop, history)
         if reason:
             end_session(session, training_session, TrainingSessionState.COMPLETED, reason, now)
             return
-        open_round(self.context, session, training_session, draft.version, now)
+        assert self.next_task is not None
+        open_round(session, training_session, self.next_task, now)
 
-    def _end_reason(
-        self, session: Session, training_session: TrainingSession, current: Round
-    ) -> str:
-        """Return why training ends with this version, empty if it goes on."""
-        config = stored_config(training_session.id, training_session.config)
-        if current.number >= config.total_rounds:
-            return "all rounds are done"
-        if self.allowance is not None and self.allowance.is_last:
-            spent = self.allowance.after
-            return (
-                f"privacy budget spent: epsilon {spent.epsilon:.6g} of "
-                f"{config.privacy.epsilon_budget:.6g} at delta {spent.delta:.3g}"
-            )
-        if not config.early_stop.metric:
-            return ""
-        return stop_reason(
-            config.early_stop, views.latest_metrics(session, training_session.id, HISTORY)
+
+def prepare_publication(
+    context: Context,
+    executor: ThreadPoolExecutor,
+    fold: RoundFold,
+    closed_at: datetime,
+    allowance: PrivacyCharge | None = None,
+) -> Publication:
+    """Write the bytes of a version, sign it, and sign the task of the round after it.
+
+    Args:
+        context: The coordinator's parts.
+        executor: Runs the writes of large payloads.
+        fold: The finished aggregation of a closed round.
+        closed_at: When that round closed.
+        allowance: What the version costs in privacy; None without privacy.
+
+    Raises:
+        NotEnoughUpdatesError: Or another of its kind: no version can be made.
+        StatementError: No verifier would take its statement.
+    """
+    at = context.clock()
+    written = fold.write(executor, at)
+    plan, outcome = fold.plan, fold.outcome
+    record = fold.write_outcome(executor, outcome, at)
+    draft = _draft(fold, outcome, written, record, closed_at, allowance)
+    draft = replace(
+        draft, publish_duration_s=max(0.0, (context.clock() - closed_at).total_seconds())
+    )
+    version = sign_version(context, plan.training_session_id, plan.config, draft, plan.parent)
+    task = None if _last_reason(plan, allowance) else _next_task(context, plan, version)
+    payloads = [*written.vectors.values(), record]
+    return Publication(context, fold, outcome, version, payloads, task, allowance)
+
+
+def _draft(
+    fold: RoundFold,
+    outcome: Outcome,
+    written: WrittenVersion,
+    record: ReceivedPayload,
+    closed_at: datetime,
+    allowance: PrivacyCharge | None,
+) -> VersionDraft:
+    plan, spent = fold.plan, None if allowance is None else allowance.after
+    return VersionDraft(
+        version=plan.base_version + 1,
+        base_version=plan.base_version,
+        round_number=plan.number,
+        payload=written.payload,
+        download=written.download,
+        manifest=plan.manifest,
+        created_at=closed_at,
+        contributors=fold.contributors(outcome),
+        example_count=fold.totals().example_count,
+        weight_sum=outcome.weight_sum,
+        metrics=fold.metrics(),
+        strategy_state={
+            "scalars": dict(outcome.scalars),
+            "vectors": {name: item.payload_id for name, item in written.vectors.items()},
+            "outcome": record.payload_id,
+            "revision": fold.revision,
+        },
+        epsilon=None if spent is None else spent.epsilon,
+        delta=None if spent is None else spent.delta,
+    )
+
+
+def _next_task(context: Context, plan: RoundPlan, version: SignedVersion) -> RoundTask:
+    return sign_task(
+        context,
+        plan.training_session_id,
+        plan.config,
+        number=plan.number + 1,
+        base_version=version.draft.version,
+        base_digest=version.digest,
+    )
+
+
+def _last_reason(plan: RoundPlan, allowance: PrivacyCharge | None) -> str:
+    """Return why it is known beforehand that training ends with a version, empty if it is not."""
+    if plan.number >= plan.config.total_rounds:
+        return "all rounds are done"
+    if allowance is not None and allowance.is_last:
+        spent = allowance.after
+        return (
+            f"privacy budget spent: epsilon {spent.epsilon:.6g} of "
+            f"{plan.config.privacy.epsilon_budget:.6g} at delta {spent.delta:.3g}"
         )
+    return ""

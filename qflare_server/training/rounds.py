@@ -1,10 +1,12 @@
 """The life of a round: how one is opened, and who is selected for it.
 
-Every function runs in the caller's transaction, which holds the lock on the training session's row.
+Every function but `sign_task` runs in the caller's transaction, which holds the lock on the training session's row.
+`sign_task` runs before that transaction.
 """
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -24,6 +26,7 @@ from qflare_server.storage.tables import (
     TrainingSessionState,
 )
 from qflare_server.training.config import deadline_s, stored_config
+from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.selection import select_devices
 
 IN_PROCESS_PREFIX: Final = "in-process-"
@@ -32,16 +35,73 @@ IN_PROCESS_PREFIX: Final = "in-process-"
 NOBODY: Final = -1
 
 
-def open_round(
+@dataclass(frozen=True)
+class RoundTask:
+    """What a round asks of its devices, made before the transaction that opens the round.
+
+    Attributes:
+        statement: Names the round, its base version, its nonce and its deadline.
+        envelope: The serialized signed statement; None where no device is asked, in rounds of embedding programs.
+        deadline_at: When the round ends.
+    """
+
+    statement: security_pb2.TaskStatement
+    envelope: bytes | None
+    deadline_at: datetime
+
+
+def sign_task(
     context: Context,
-    session: Session,
-    training_session: TrainingSession,
+    training_session_id: str,
+    config: training_pb2.TrainingConfig,
+    *,
+    number: int,
     base_version: int,
-    at: datetime,
+    base_digest: str,
+) -> RoundTask:
+    """Sign what a round asks of its devices: one signature serves every device of the round.
+
+    Args:
+        context: The coordinator's parts.
+        training_session_id: Whose round it is.
+        config: Of the training session.
+        number: Of the round, the training session's next.
+        base_version: Version that devices train from.
+        base_digest: Digest of that version.
+    """
+    deadline_at = context.clock() + timedelta(seconds=deadline_s(config))
+    deadline = Timestamp()
+    deadline.FromDatetime(deadline_at)
+    statement = security_pb2.TaskStatement(
+        realm=context.config.realm,
+        training_session_id=training_session_id,
+        round_number=number,
+        base_version=base_version,
+        base_digest=base_digest,
+        task_nonce=secrets.token_hex(32),
+        deadline_time=deadline,
+        config_digest=config_digest(config),
+        device_training=config.device_training,
+        transfer=config.transfer,
+    )
+    if training_session_id.startswith(IN_PROCESS_PREFIX):
+        return RoundTask(statement, None, deadline_at)
+    payload = statement.SerializeToString(deterministic=True)
+    envelope = context.signer.sign(security_pb2.KEY_ROLE_TASK, payload)
+    return RoundTask(statement, envelope.SerializeToString(), deadline_at)
+
+
+def open_round(
+    session: Session, training_session: TrainingSession, task: RoundTask, at: datetime
 ) -> int:
-    """Open the next round of a training session and return its number."""
+    """Open the next round of a training session and return its number.
+
+    Raises:
+        PremisesChangedError: The task is for another round or another base.
+    """
     config = stored_config(training_session.id, training_session.config)
-    number = training_session.current_round + 1
+    number, base_version = task.statement.round_number, task.statement.base_version
+    _require_next(session, training_session, task.statement)
     selected = select_devices(session, config.selection, number)
     target = (
         config.rounds.target if selected is None else min(config.rounds.target, len(selected) or 1)
@@ -54,16 +114,14 @@ def open_round(
         "quorum": config.rounds.quorum,
         "target": max(target, config.rounds.quorum),
         "selected_count": _selected_count(selected),
-        "nonce": secrets.token_hex(32),
+        "nonce": task.statement.task_nonce,
         "opened_at": at,
-        "deadline_at": at + timedelta(seconds=deadline_s(config)),
+        "deadline_at": task.deadline_at,
+        "task": task.envelope,
     }
-    if not training_session.id.startswith(IN_PROCESS_PREFIX):
-        values["task"] = _signed_task(context, session, values, config)
     training_sessions.insert_round(session, values)
     training_sessions.insert_selection(session, training_session.id, number, selected or [])
     training_sessions.update_session(session, training_session.id, {"current_round": number})
-    training_session.current_round = number
     event = Event(
         "round.opened",
         f"training_session:{training_session.id}",
@@ -71,6 +129,18 @@ def open_round(
     )
     audit.record(session, SYSTEM, event, at)
     return number
+
+
+def _require_next(
+    session: Session, training_session: TrainingSession, statement: security_pb2.TaskStatement
+) -> None:
+    """Hold a round to what its task was signed for."""
+    stated = (statement.training_session_id, statement.round_number)
+    if stated != (training_session.id, training_session.current_round + 1):
+        raise PremisesChangedError("another round was opened meanwhile")
+    base = global_models.get_model(session, training_session.id, statement.base_version)
+    if base is None or base.digest != statement.base_digest:
+        raise PremisesChangedError("the round's base version is another one")
 
 
 def cancel_round(
@@ -124,14 +194,31 @@ def end_session(
     audit.record(session, SYSTEM, event, now)
 
 
+def opens_after_missed_quorum(config: training_pb2.TrainingConfig) -> bool:
+    """Return whether another round follows one whose deadline passes without a quorum."""
+    return config.rounds.missed_quorum_action not in {
+        training_pb2.MISSED_QUORUM_ACTION_EXTEND,
+        training_pb2.MISSED_QUORUM_ACTION_FAIL,
+    }
+
+
 def handle_missed_quorum(
-    context: Context,
     session: Session,
     training_session: TrainingSession,
     current: Round,
+    next_task: RoundTask | None,
     now: datetime,
 ) -> None:
-    """Do what the training session says of a round whose deadline passes without a quorum."""
+    """Do what the training session says of a round whose deadline passes without a quorum.
+
+    Args:
+        session: The transaction.
+        training_session: Locked.
+        current: The round, locked.
+        next_task: For the round that follows, from the same base version; None where `opens_after_missed_quorum` says
+            that none does.
+        now: The time.
+    """
     config = stored_config(training_session.id, training_session.config)
     action = config.rounds.missed_quorum_action
     reason = f"missed its quorum: got {current.accepted_count}, want {current.quorum}"
@@ -152,7 +239,8 @@ def handle_missed_quorum(
     if action == training_pb2.MISSED_QUORUM_ACTION_FAIL:
         end_session(session, training_session, TrainingSessionState.FAILED, reason, now)
     else:
-        open_round(context, session, training_session, current.base_version, now)
+        assert next_task is not None
+        open_round(session, training_session, next_task, now)
 
 
 def _selected_count(selected: Sequence[str] | None) -> int:
@@ -174,36 +262,6 @@ def _select_more(
         training_sessions.insert_selection(session, training_session.id, current.number, added)
         values = {"selected_count": len(before) + len(added)}
         training_sessions.update_round(session, training_session.id, current.number, values)
-
-
-def _signed_task(
-    context: Context,
-    session: Session,
-    values: dict[str, object],
-    config: training_pb2.TrainingConfig,
-) -> bytes:
-    """Sign what devices are asked to do: one signature serves every device of the round."""
-    owner_id, base_version = str(values["training_session_id"]), int(str(values["base_version"]))
-    base = global_models.get_model(session, owner_id, base_version)
-    deadline = Timestamp()
-    deadline_at = values["deadline_at"]
-    assert isinstance(deadline_at, datetime)
-    deadline.FromDatetime(deadline_at)
-    statement = security_pb2.TaskStatement(
-        realm=context.config.realm,
-        training_session_id=owner_id,
-        round_number=int(str(values["number"])),
-        base_version=base_version,
-        base_digest="" if base is None else base.digest,
-        task_nonce=str(values["nonce"]),
-        deadline_time=deadline,
-        config_digest=config_digest(config),
-        device_training=config.device_training,
-        transfer=config.transfer,
-    )
-    payload = statement.SerializeToString(deterministic=True)
-    envelope = context.signer.sign(security_pb2.KEY_ROLE_TASK, payload)
-    return envelope.SerializeToString()
 
 
 def config_digest(config: training_pb2.TrainingConfig) -> str:

@@ -2,7 +2,7 @@
 
 The statement of a version names its parent, its strategy, its contributors and its payload; its SHA-256 is the
 version's digest. It holds no time of computing but the time its round closed, so that a pass repeated after a
-crash states the same.
+crash states the same. `sign_version` runs before the transaction in which `publish` writes the version.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from qflare_server.storage.repository import audit, global_models, training_sess
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import GlobalModel, TrainingSession
 from qflare_server.training.config import download_encoding, stored_config
+from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.reported_metrics import stated
 from qflare_server.training.rounds import config_digest
 
@@ -67,16 +68,70 @@ def contributors_digest(statement_digests: tuple[str, ...]) -> str:
     ).hex()
 
 
-def build_statement(
-    realm: str, training_session: TrainingSession, parent_digest: str, draft: VersionDraft
+@dataclass(frozen=True)
+class SignedVersion:
+    """A version whose statement is signed, before the transaction that publishes it.
+
+    Attributes:
+        draft: What it is made of.
+        statement: Names it, its parent and what it is made of.
+        payload: The statement's deterministic serialization, which is what was signed.
+        envelope: The signed statement.
+    """
+
+    draft: VersionDraft
+    statement: security_pb2.ModelStatement
+    payload: bytes
+    envelope: security_pb2.SignedEnvelope
+
+    @property
+    def digest(self) -> str:
+        """The version's name: the hex SHA-256 of its statement."""
+        return hashlib.sha256(self.payload).hexdigest()
+
+
+def sign_version(
+    context: Context,
+    training_session_id: str,
+    config: training_pb2.TrainingConfig,
+    draft: VersionDraft,
+    parent: ModelVersion | None,
+    restored: ModelVersion | None = None,
+) -> SignedVersion:
+    """Sign the statement of a version.
+
+    Args:
+        context: The coordinator's parts.
+        training_session_id: Whose version it is.
+        config: Of the training session.
+        draft: What the version is made of.
+        parent: The version before; None for version 0.
+        restored: For a rollback: the version that it restores.
+
+    Raises:
+        StatementError: No verifier would take the version's statement.
+    """
+    _require_download(config, draft)
+    parent_digest = "" if parent is None else parent.digest
+    statement = _statement(context.config.realm, training_session_id, config, parent_digest, draft)
+    check_step(statement, parent, None if restored is None else restored.statement)
+    payload = statement.SerializeToString(deterministic=True)
+    envelope = context.signer.sign(security_pb2.KEY_ROLE_MODEL, payload)
+    return SignedVersion(draft, statement, payload, envelope)
+
+
+def _statement(
+    realm: str,
+    training_session_id: str,
+    config: training_pb2.TrainingConfig,
+    parent_digest: str,
+    draft: VersionDraft,
 ) -> security_pb2.ModelStatement:
-    """Return the statement of a version."""
-    config = stored_config(training_session.id, training_session.config)
     created = Timestamp()
     created.FromDatetime(draft.created_at)
     statement = security_pb2.ModelStatement(
         realm=realm,
-        training_session_id=training_session.id,
+        training_session_id=training_session_id,
         version=draft.version,
         parent_digest=parent_digest,
         base_version=draft.base_version,
@@ -112,29 +167,18 @@ def build_statement(
 
 
 def publish(
-    context: Context, session: Session, training_session: TrainingSession, draft: VersionDraft
-) -> str:
-    """Insert a version with its payload and move the training session to it; return its digest.
+    session: Session, training_session: TrainingSession, signed: SignedVersion, at: datetime
+) -> None:
+    """Insert a version with its payload and move the training session to it.
 
-    The caller holds the lock on the training session and has checked that the version is its next.
+    The caller holds the lock on the training session.
 
     Raises:
-        StatementError: No verifier would take the version's statement.
+        PremisesChangedError: The version is not the training session's next.
     """
+    draft, statement = signed.draft, signed.statement
+    _require_next(session, training_session, statement)
     config = stored_config(training_session.id, training_session.config)
-    _require_download(config, draft)
-    parent = (
-        global_models.get_model(session, training_session.id, draft.version - 1)
-        if draft.version
-        else None
-    )
-    statement = build_statement(
-        context.config.realm, training_session, "" if parent is None else parent.digest, draft
-    )
-    payload = statement.SerializeToString(deterministic=True)
-    digest = hashlib.sha256(payload).hexdigest()
-    _check_step(session, statement, parent)
-    envelope = context.signer.sign(security_pb2.KEY_ROLE_MODEL, payload)
     draft.payload.insert(session, draft.created_at)
     if draft.download is not None:
         draft.download.payload.insert(session, draft.created_at)
@@ -144,15 +188,15 @@ def publish(
         {
             "training_session_id": training_session.id,
             "version": draft.version,
-            "digest": digest,
+            "digest": signed.digest,
             "parent_digest": statement.parent_digest,
             "payload_id": draft.payload.payload_id,
             "payload_digest": statement.payload_digest,
             "size_bytes": statement.size_bytes,
             "manifest": draft.manifest.to_proto().SerializeToString(),
             "layout_digest": draft.manifest.layout_digest,
-            "statement": payload,
-            "signature": envelope.SerializeToString(),
+            "statement": signed.payload,
+            "signature": signed.envelope.SerializeToString(),
             "model_type": training_session.model_type,
             "architecture": training_session.architecture,
             "base_version": draft.base_version,
@@ -178,34 +222,28 @@ def publish(
     )
     event = Event(
         VERSION_SIGNED,
-        f"version:{digest}",
+        f"version:{signed.digest}",
         details={"training_session_id": training_session.id, "version": draft.version},
     )
-    audit.record(session, SYSTEM, event, context.clock())
+    audit.record(session, SYSTEM, event, at)
     changes = _session_changes(training_session, draft, released=released)
     training_sessions.update_session(session, training_session.id, changes)
-    training_session.current_version = draft.version
-    return digest
 
 
-def _check_step(
-    session: Session, statement: security_pb2.ModelStatement, parent: GlobalModel | None
+def _require_next(
+    session: Session, training_session: TrainingSession, statement: security_pb2.ModelStatement
 ) -> None:
-    """Check that devices which have the parent will follow to a version."""
-    restored = (
-        global_models.get_model(session, statement.training_session_id, statement.rollback_version)
-        if statement.HasField("rollback_version")
+    """Hold a version to the place in the lineage that its statement was signed for."""
+    place = (statement.training_session_id, statement.version)
+    if place != (training_session.id, training_session.current_version + 1):
+        raise PremisesChangedError("another version was published meanwhile")
+    parent = (
+        global_models.get_model(session, training_session.id, statement.version - 1)
+        if statement.version
         else None
     )
-    check_step(
-        statement,
-        None if parent is None else ModelVersion(_statement_of(parent), parent.digest),
-        None if restored is None else _statement_of(restored),
-    )
-
-
-def _statement_of(model: GlobalModel) -> security_pb2.ModelStatement:
-    return security_pb2.ModelStatement.FromString(model.statement)
+    if statement.parent_digest != ("" if parent is None else parent.digest):
+        raise PremisesChangedError("the version's parent is another one")
 
 
 def _require_download(config: training_pb2.TrainingConfig, draft: VersionDraft) -> None:
@@ -258,3 +296,8 @@ def passes_gate(policy: training_pb2.ReleasePolicy, metrics: Mapping[str, float]
 def manifest_of(model: GlobalModel) -> Manifest:
     """Return the layout of a version."""
     return Manifest.from_proto(tensor_pb2.Manifest.FromString(model.manifest))
+
+
+def version_of(model: GlobalModel) -> ModelVersion:
+    """Return the statement of a version with its digest."""
+    return ModelVersion(security_pb2.ModelStatement.FromString(model.statement), model.digest)

@@ -195,14 +195,18 @@ def _updates_of(context: Context, model: GlobalModel) -> list[AcceptedUpdate]:
 def _compare(
     fold: RoundFold, statement: security_pb2.ModelStatement, written: WrittenVersion
 ) -> list[str]:
+    outcome = fold.outcome
     pairs = {
         "payload": (written.payload.content_digest, statement.payload_digest),
         "download": (
             "" if written.download is None else written.download.payload.digest,
             statement.download.payload_digest,
         ),
-        "contributors": (contributors_digest(fold.contributors()), statement.contributors_digest),
-        "weight_sum": (fold.outcome.weight_sum, statement.weight_sum),
+        "contributors": (
+            contributors_digest(fold.contributors(outcome)),
+            statement.contributors_digest,
+        ),
+        "weight_sum": (outcome.weight_sum, statement.weight_sum),
         "example_count": (fold.totals().example_count, statement.example_count),
         "metrics": (fold.metrics(), dict(statement.metrics)),
     }

@@ -77,9 +77,10 @@ def make_core(
 
     def make(**settings: Any) -> CoordinatorHarness:
         name = settings.pop("name", f"core-{len(cores)}")
+        signer = settings.pop("signer", None)
         config = replace(unsigned_config, **settings)
         core = CoordinatorHarness(
-            config, Database(make_engine(config)), clock, signing_key, name=name
+            config, Database(make_engine(config)), clock, signing_key, name=name, signer=signer
         )
         cores.append(core)
         return core

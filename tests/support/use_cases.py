@@ -22,7 +22,7 @@ from qflare.tensors import Array, Manifest, chunks, payload_digest
 from qflare.v1 import admin_service_pb2, coordinator_service_pb2, security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig
-from qflare_server.context import Context
+from qflare_server.context import Context, StatementSigner
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
 from qflare_server.storage.group_commit import Work
@@ -47,6 +47,7 @@ Arrays = Mapping[str, Array]
 CONTEXTS: Final = {
     security_pb2.KEY_ROLE_MODEL: SigningContext.MODEL,
     security_pb2.KEY_ROLE_TASK: SigningContext.TASK,
+    security_pb2.KEY_ROLE_LOG: SigningContext.TREE_HEAD,
 }
 
 
@@ -190,6 +191,7 @@ class CoordinatorHarness:
         *,
         name: str = "one",
         store: PayloadStore | None = None,
+        signer: StatementSigner | None = None,
     ) -> None:
         self.config = config
         self.database = database
@@ -202,7 +204,7 @@ class CoordinatorHarness:
             config,
             database,
             self.store,
-            OneKeySigner(key),
+            OneKeySigner(key) if signer is None else signer,
             clock,
             self.woken.set,
             state_key=bytes(range(32)),

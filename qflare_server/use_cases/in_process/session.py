@@ -6,6 +6,7 @@ rounds have no task, so no enrolled device is asked to take part, and a quorum t
 the program asks for it.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from itertools import count
@@ -19,13 +20,12 @@ from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import ConflictError, InvalidUpdateError
 from qflare_server.payloads.writer import PayloadWriter
-from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.repository import audit, global_models, training_sessions
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import TrainingSession, TrainingSessionState
 from qflare_server.training.config import MAX_DEADLINE_S, complete, to_json
-from qflare_server.training.rounds import IN_PROCESS_PREFIX, open_round
-from qflare_server.training.versions import VersionDraft, publish
+from qflare_server.training.rounds import IN_PROCESS_PREFIX, RoundTask, open_round, sign_task
+from qflare_server.training.versions import SignedVersion, VersionDraft, publish, sign_version
 from qflare_server.use_cases.training_sessions.administration import ENDED
 
 NAME: Final = "in-process"
@@ -84,46 +84,52 @@ def _begin(
     manifest: Manifest,
 ) -> None:
     at = context.clock()
+    config = complete(training_pb2.TrainingConfig(total_rounds=MAX_ROUNDS, rounds=_rounds()))
     writer = PayloadWriter(context, executor, manifest, at)
     for start in range(0, manifest.size_bytes, CHUNK_BYTES):
         writer.feed(bytes(min(CHUNK_BYTES, manifest.size_bytes - start)))
-    zeros = writer.finish()
+    draft = VersionDraft(0, -1, 0, writer.finish(), manifest, at)
+    signed = sign_version(context, training_session_id, config, draft, None)
+    task = sign_task(
+        context, training_session_id, config, number=1, base_version=0, base_digest=signed.digest
+    )
+    row = _session_row(training_session_id, config, at)
     try:
-        context.database.write(
-            lambda session: _insert(
-                context, session, caller, training_session_id, manifest, zeros, at
-            )
-        )
+        context.database.write(lambda session: _insert(session, caller, row, signed, task, at))
     except ConflictError:
         return  # another program began it meanwhile
 
 
 def _insert(
-    context: Context,
     session: Session,
     caller: Caller,
-    training_session_id: str,
-    manifest: Manifest,
-    zeros: ReceivedPayload,
+    row: Mapping[str, Any],
+    signed: SignedVersion,
+    task: RoundTask,
     at: datetime,
 ) -> None:
     """Insert a training session with its initial model and its first round, all at once."""
+    training_session_id = row["id"]
     if training_sessions.get_session(session, training_session_id) is not None:
         return
-    training_sessions.insert_session(session, _session_row(training_session_id, at))
+    training_sessions.insert_session(session, row)
     training_session = training_sessions.lock_session(session, training_session_id)
     assert training_session is not None
-    publish(context, session, training_session, VersionDraft(0, -1, 0, zeros, manifest, at))
-    open_round(context, session, training_session, 0, at)
+    publish(session, training_session, signed, at)
+    open_round(session, training_session, task, at)
     event = Event("training_session.started", f"training_session:{training_session_id}")
     audit.record(session, caller, event, at)
 
 
-def _session_row(training_session_id: str, at: datetime) -> dict[str, Any]:
-    rounds = training_pb2.RoundPolicy(
+def _rounds() -> training_pb2.RoundPolicy:
+    return training_pb2.RoundPolicy(
         quorum=NEVER, target=NEVER, deadline=Duration(seconds=MAX_DEADLINE_S)
     )
-    config = complete(training_pb2.TrainingConfig(total_rounds=MAX_ROUNDS, rounds=rounds))
+
+
+def _session_row(
+    training_session_id: str, config: training_pb2.TrainingConfig, at: datetime
+) -> dict[str, Any]:
     return {
         "id": training_session_id,
         "name": NAME,

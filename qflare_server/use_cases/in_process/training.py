@@ -48,8 +48,10 @@ from qflare_server.storage.tables import (
     TrainingSessionState,
     UpdateState,
 )
+from qflare_server.training.config import stored_config
+from qflare_server.training.premises import repeat
 from qflare_server.training.reported_metrics import MAX_EXAMPLES, check_metrics, whole_epochs
-from qflare_server.training.rounds import open_round
+from qflare_server.training.rounds import open_round, sign_task
 from qflare_server.use_cases.in_process.session import ensure_begun, find_in_use, require_layout
 from qflare_server.use_cases.training_sessions.administration import Training
 from qflare_server.use_cases.training_sessions.progress import Progress
@@ -192,10 +194,26 @@ class InProcess:
         Raises:
             RoundNotOpenError: The round is being published, or the training session is paused.
         """
+        return repeat(lambda: self._discard_round(caller))
+
+    def _discard_round(self, caller: Caller) -> int:
+        with self._context.database.read() as session:
+            training_session_id, known = find_in_use(session)
+            if known is None:
+                return 0
+            base = global_models.get_model(session, training_session_id, known.current_version)
+            assert base is not None
+        task = sign_task(
+            self._context,
+            training_session_id,
+            stored_config(training_session_id, known.config),
+            number=known.current_round + 1,
+            base_version=base.version,
+            base_digest=base.digest,
+        )
 
         def work(session: Session) -> int:
             at = self._context.clock()
-            training_session_id, _ = find_in_use(session)
             training_session = training_sessions.lock_session(session, training_session_id)
             if training_session is None:
                 return 0
@@ -219,9 +237,7 @@ class InProcess:
                 "round.discarded", f"training_session:{training_session_id}", details=details
             )
             audit.record(session, caller, event, at)
-            open_round(
-                self._context, session, training_session, training_session.current_version, at
-            )
+            open_round(session, training_session, task, at)
             return current.accepted_count
 
         return self._context.database.write(work)

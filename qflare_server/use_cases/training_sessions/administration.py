@@ -29,11 +29,12 @@ from qflare_server.storage.tables import (
     TrainingSessionState,
 )
 from qflare_server.training.config import complete, deadline_s, stored_config, to_json
+from qflare_server.training.premises import repeat
 from qflare_server.training.privacy import require_affordable
 from qflare_server.training.retention import prune_payloads
-from qflare_server.training.rounds import cancel_round, open_round
+from qflare_server.training.rounds import cancel_round, open_round, sign_task
 from qflare_server.training.strategy import add_device_settings, build_strategy
-from qflare_server.training.versions import VersionDraft, publish
+from qflare_server.training.versions import VersionDraft, publish, sign_version
 from qflare_server.use_cases.training_sessions.progress import Participation, Progress
 
 REQUEST_NAMESPACE = uuid.UUID("5b1c3c0e-6f0e-4b5c-8f0a-9f5d6f6a2b11")
@@ -136,6 +137,18 @@ class Training:
             WrongStateError: The training session has been started, or has an initial model.
         """
         at = self._context.clock()
+        draft = VersionDraft(
+            version=0,
+            base_version=-1,
+            round_number=0,
+            payload=payload,
+            manifest=manifest,
+            created_at=at,
+            download=download,
+        )
+        waiting = self.get(training_session_id)
+        config = stored_config(waiting.id, waiting.config)
+        signed = sign_version(self._context, waiting.id, config, draft, None)
 
         def work(session: Session) -> GlobalModel:
             training_session = self._lock(
@@ -143,17 +156,10 @@ class Training:
             )
             if training_session.current_version >= 0:
                 raise WrongStateError("the training session has an initial model")
-            draft = VersionDraft(
-                version=0,
-                base_version=-1,
-                round_number=0,
-                payload=payload,
-                manifest=manifest,
-                created_at=at,
-                download=download,
+            publish(session, training_session, signed, at)
+            self._record(
+                session, caller, "model.uploaded", training_session.id, at, digest=signed.digest
             )
-            digest = publish(self._context, session, training_session, draft)
-            self._record(session, caller, "model.uploaded", training_session.id, at, digest=digest)
             model = global_models.get_model(session, training_session.id, 0)
             assert model is not None
             return model
@@ -181,19 +187,34 @@ class Training:
         Raises:
             WrongStateError: It has been started, or has no initial model.
         """
+        return repeat(lambda: self._start(caller, training_session_id))
+
+    def _start(self, caller: Caller, training_session_id: str) -> TrainingSession:
+        with self._context.database.read() as session:
+            waiting = _found(
+                training_sessions.get_session(session, training_session_id), training_session_id
+            )
+            _require_state(waiting, TrainingSessionState.CREATED)
+            base = global_models.get_model(session, waiting.id, waiting.current_version)
+            if base is None:
+                raise WrongStateError("the training session has no initial model")
+        task = sign_task(
+            self._context,
+            waiting.id,
+            stored_config(waiting.id, waiting.config),
+            number=waiting.current_round + 1,
+            base_version=base.version,
+            base_digest=base.digest,
+        )
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
             training_session = self._lock(
                 session, training_session_id, TrainingSessionState.CREATED
             )
-            if training_session.current_version < 0:
-                raise WrongStateError("the training session has no initial model")
             values = {"state": TrainingSessionState.RUNNING.value, "started_at": at}
             training_sessions.update_session(session, training_session.id, values)
-            open_round(
-                self._context, session, training_session, training_session.current_version, at
-            )
+            open_round(session, training_session, task, at)
             self._record(session, caller, "training_session.started", training_session.id, at)
             return self._reload(session, training_session.id)
 
@@ -371,10 +392,8 @@ class Training:
         training_session = _found(
             training_sessions.lock_session(session, training_session_id), training_session_id
         )
-        if wanted is not None and training_session.state != wanted.value:
-            raise WrongStateError(
-                f"the training session is {training_session.state}, want {wanted.value}"
-            )
+        if wanted is not None:
+            _require_state(training_session, wanted)
         return training_session
 
     def _reload(self, session: Session, training_session_id: str) -> TrainingSession:
@@ -407,6 +426,13 @@ def _found(training_session: TrainingSession | None, training_session_id: str) -
     if training_session is None:
         raise TrainingSessionNotFoundError(f"no training session {training_session_id[:64]!r}")
     return training_session
+
+
+def _require_state(training_session: TrainingSession, wanted: TrainingSessionState) -> None:
+    if training_session.state != wanted.value:
+        raise WrongStateError(
+            f"the training session is {training_session.state}, want {wanted.value}"
+        )
 
 
 def _detached(session: Session, training_session: TrainingSession) -> TrainingSession:

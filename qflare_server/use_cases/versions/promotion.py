@@ -12,7 +12,7 @@ from typing import Final
 from sqlalchemy.orm import Session
 
 from qflare.tensors.encodings import Encoding
-from qflare.v1 import security_pb2
+from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
     GlobalModelNotFoundError,
@@ -33,8 +33,17 @@ from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.views import VersionMetrics
 from qflare_server.storage.tables import GlobalModel, RiskLevel, Round, TrainingSession
 from qflare_server.storage.tables import TrainingSessionState as SessionState
-from qflare_server.training.rounds import cancel_round, open_round
-from qflare_server.training.versions import VersionDraft, manifest_of, publish
+from qflare_server.training.config import stored_config
+from qflare_server.training.premises import PremisesChangedError, repeat
+from qflare_server.training.rounds import RoundTask, cancel_round, open_round, sign_task
+from qflare_server.training.versions import (
+    SignedVersion,
+    VersionDraft,
+    manifest_of,
+    publish,
+    sign_version,
+    version_of,
+)
 
 MAX_REASON: Final = 500
 GOES_ON: Final = frozenset({SessionState.RUNNING.value, SessionState.PAUSED.value})
@@ -134,22 +143,35 @@ class Promotion:
         """
         _check_reason(reason)
 
+        result = repeat(lambda: self._roll_back(caller, training_session_id, version, reason))
+        self._context.wake()
+        return result
+
+    def _roll_back(
+        self, caller: Caller, training_session_id: str, version: int, reason: str
+    ) -> Rollback:
+        at = self._context.clock()
+        with self._context.database.read() as session:
+            known = _found(training_sessions.get_session(session, training_session_id))
+            draft = _draft(session, known, version, at)
+            parent = version_of(_model(session, known.id, known.current_version))
+            restored = version_of(_model(session, known.id, version))
+        config = stored_config(known.id, known.config)
+        signed = sign_version(self._context, known.id, config, draft, parent, restored)
+        task = self._next_task(known, config, signed)
+
         def work(session: Session) -> Rollback:
-            at = self._context.clock()
             training_session = _found(training_sessions.lock_session(session, training_session_id))
-            if training_session.state == SessionState.CREATED.value:
-                raise WrongStateError("the training session has not been started")
-            if version == training_session.current_version:
-                raise InvalidRequestError(f"version: {version} is the latest", field="version")
-            draft = _draft(
-                session, training_session, _model(session, training_session.id, version), at
-            )
+            if _draft(session, training_session, version, at) != draft:
+                raise PremisesChangedError("the training session went on meanwhile")
             cancel_round(session, training_session, f"rolled back to version {version}", at)
-            digest = publish(self._context, session, training_session, draft)
+            publish(session, training_session, signed, at)
             number = None
             if training_session.state in GOES_ON:
-                number = open_round(self._context, session, training_session, draft.version, at)
-            details = {"from": version, "version": draft.version, "digest": digest}
+                if task is None:
+                    raise PremisesChangedError("the training session was started meanwhile")
+                number = open_round(session, training_session, task, at)
+            details = {"from": version, "version": draft.version, "digest": signed.digest}
             subject = f"training_session:{training_session.id}"
             event = Event(
                 "version.rolled_back", subject, RiskLevel.HIGH, {**details, "reason": reason}
@@ -163,15 +185,40 @@ class Promotion:
             )
             return Rollback(_model(session, training_session_id, draft.version), opened)
 
-        result = self._context.database.write(work)
-        self._context.wake()
-        return result
+        return self._context.database.write(work)
+
+    def _next_task(
+        self,
+        training_session: TrainingSession,
+        config: training_pb2.TrainingConfig,
+        signed: SignedVersion,
+    ) -> RoundTask | None:
+        """Return the task of the round that trains from a rollback; None where training does not go on."""
+        if training_session.state not in GOES_ON:
+            return None
+        return sign_task(
+            self._context,
+            training_session.id,
+            config,
+            number=training_session.current_round + 1,
+            base_version=signed.draft.version,
+            base_digest=signed.digest,
+        )
 
 
 def _draft(
-    session: Session, training_session: TrainingSession, old: GlobalModel, at: datetime
+    session: Session, training_session: TrainingSession, version: int, at: datetime
 ) -> VersionDraft:
-    """Return a version with the content of an older one; what privacy has cost stays spent."""
+    """Return a version with the content of an older one; what privacy has cost stays spent.
+
+    Raises:
+        QflareError: As `Promotion.roll_back`.
+    """
+    if training_session.state == SessionState.CREATED.value:
+        raise WrongStateError("the training session has not been started")
+    if version == training_session.current_version:
+        raise InvalidRequestError(f"version: {version} is the latest", field="version")
+    old = _model(session, training_session.id, version)
     download = None
     if old.download_payload_id is not None and old.download_encoding is not None:
         encoding = Encoding.from_number(old.download_encoding)

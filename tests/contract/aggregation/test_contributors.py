@@ -9,7 +9,7 @@ from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.fold import RoundFold
 from qflare_server.aggregation.plan import read_plan
-from qflare_server.aggregation.publication import Publication
+from qflare_server.aggregation.publication import prepare_publication
 from qflare_server.errors import UpdateNotFoundError
 from qflare_server.storage.repository import devices, updates
 from qflare_server.storage.repository.updates import UpdateReceipt
@@ -144,9 +144,10 @@ def publish_as_before(core: CoordinatorHarness, identity: str) -> None:
         accepted = updates.accepted_after(session, identity, 1, 0, 10)
     fold = RoundFold(core.context, plan, revision=1)
     fold.take(accepted)
-    written = fold.write(core.executor, core.clock())
-    outcome = fold.write_outcome(core.executor, core.clock())
-    assert core.database.write(Publication(core.context, fold, written, outcome).run)
+    closed_at = core.round(identity, 1).closed_at
+    assert closed_at is not None
+    publication = prepare_publication(core.context, core.executor, fold, closed_at)
+    assert core.database.write(publication.run)
 
 
 class NoAggregator(Aggregator):

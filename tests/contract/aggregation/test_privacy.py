@@ -11,7 +11,7 @@ from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.fold import RoundFold
 from qflare_server.aggregation.plan import read_plan
-from qflare_server.aggregation.publication import Publication
+from qflare_server.aggregation.publication import Publication, prepare_publication
 from qflare_server.errors import StrategyRefusedError
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository import audit, training_sessions, updates
@@ -212,9 +212,9 @@ def test_a_version_is_not_published_on_a_ledger_that_has_moved_on(core: Coordina
 def prepare(core: CoordinatorHarness, identity: str, allowed: PrivacyCharge) -> Publication:
     """Write the bytes of the version of round 1, up to its publication."""
     fold = fold_round(core, identity)
-    written = fold.write(core.executor, core.clock())
-    outcome = fold.write_outcome(core.executor, core.clock())
-    return Publication(core.context, fold, written, outcome, allowed)
+    closed_at = core.round(identity, 1).closed_at
+    assert closed_at is not None
+    return prepare_publication(core.context, core.executor, fold, closed_at, allowed)
 
 
 def test_the_seed_does_not_open_under_another_state_key(core: CoordinatorHarness) -> None:
