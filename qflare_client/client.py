@@ -22,6 +22,7 @@ from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import device_pb2, security_pb2, training_pb2
 from qflare_client.access.login import Login
 from qflare_client.access.rotation import pending_identity, rotate, settle
+from qflare_client.errors import RejectedError
 from qflare_client.keystore.identity import Identity
 from qflare_client.keystore.passphrase import passphrase_coding
 from qflare_client.keystore.store import PLAIN, KeyStore
@@ -37,8 +38,12 @@ from qflare_client.models.lineage import (
     read_lineage,
     read_statements,
 )
-from qflare_client.models.submission import Contribution, feedback_for, make_evaluation, send_update
+from qflare_client.models.outbox import Outbox
+from qflare_client.models.privacy_ledger import PrivacyLedger
+from qflare_client.models.sender import UpdateSender
+from qflare_client.models.submission import Contribution, feedback_for, make_evaluation
 from qflare_client.models.upload import Receipt
+from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.caller import Calls
 from qflare_client.rpc.lifetime import Lifetime
 from qflare_client.rpc.retry import RetryPolicy
@@ -71,6 +76,7 @@ class Client:
         require_pq_tls: Refuse a coordinator that does not report a post-quantum key exchange for its TLS
             connection, inside the authenticated login.
         error_feedback: Keep what top-k updates leave out, and add it to the next one.
+        keep_updates: Keep finished updates in the key store, as large as they are, until they are settled.
 
     Raises:
         NotEnrolledError: The key store holds no device.
@@ -94,6 +100,7 @@ class Client:
         proof_of_possession: bool = False,
         require_pq_tls: bool = False,
         error_feedback: bool = True,
+        keep_updates: bool = True,
     ) -> None:
         self._progress = progress or silent
         self._defaults = defaults or TrainingDefaults()
@@ -111,6 +118,8 @@ class Client:
             self._open_calls = Calls(transport, retry or RetryPolicy())
             self._trust = Trust.load(self._store, self._open_calls)
             self._versions = AcceptedVersions(self._store)
+            self._ledger = PrivacyLedger(self._store)
+            outbox = Outbox(self._store) if keep_updates else None
             self._login = Login(
                 self._open_calls,
                 self._trust,
@@ -128,6 +137,15 @@ class Client:
         self._calls = self._open_calls.authenticated(self._login)
         self._stub = transport.stub
         self._feedback = feedback_for(self._store, self._calls) if error_feedback else None
+        self._sender = UpdateSender(
+            self._calls,
+            self._trust,
+            lambda: self._login.identity,
+            self._ledger,
+            self._progress,
+            outbox,
+            self._feedback,
+        )
         self._rotation_lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -260,9 +278,13 @@ class Client:
         example_count: int,
         metrics: Mapping[str, float] | None = None,
         *,
+        privacy: LocalPrivacy | None = None,
         timeout_s: float | None = None,
     ) -> Receipt:
         """Sign and upload what training made of a version; durable when it returns.
+
+        The update is kept on the device until the coordinator accepts it or refuses it for good. Where an earlier call
+        has left an update for the same task unsent, that one is sent, whatever is given here.
 
         Args:
             task: The task, of kind TRAIN.
@@ -271,25 +293,57 @@ class Client:
                 to the base version's; they must not change before the call returns.
             example_count: Number of local examples, 1 or more.
             metrics: Metrics by name, finite.
+            privacy: Clips what training changed and adds noise, before it leaves the device; None sends it as it is.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
         Raises:
             TrainingFunctionError: Arrays, example count or metrics cannot be sent.
+            PrivacyError: Local privacy does not allow an update for this task.
             RoundNotOpenError: The round takes no update any more.
             StaleBaseVersionError: The round trains from another version.
             DuplicateUpdateError: A different update of this device is in the round.
             QflareClientError: The call failed.
         """
-        return send_update(
-            self._calls,
-            self._trust,
-            self._login.identity,
-            task,
-            Contribution(base, arrays, example_count, metrics or {}),
-            self._progress,
-            timeout_s,
-            self._feedback,
-        )
+        contribution = Contribution(base, arrays, example_count, metrics or {})
+        return self._sender.submit(task, contribution, privacy, timeout_s)
+
+    def send_kept(
+        self, task: Task | None = None, *, timeout_s: float | None = None
+    ) -> list[Receipt | RejectedError]:
+        """Send finished updates that an outage, or the end of an earlier process, has left unsent.
+
+        Args:
+            task: Only the update that is kept for this task; None means all that are kept.
+            timeout_s: Deadline of each attempt, in seconds; None means the client's.
+
+        Returns:
+            For each its receipt, or why the coordinator refused it: its round has closed, for instance. Either way it
+            is kept no more.
+
+        Raises:
+            QflareClientError: A call failed; what is not settled is kept on.
+        """
+        return self._sender.send_kept(task, timeout_s)
+
+    def require_release(self, task: Task, privacy: LocalPrivacy) -> None:
+        """Check, before a training, that local privacy allows an update for a task.
+
+        Raises:
+            RepeatedTaskError: One was released for its round already, or for a later one.
+            PrivacyBudgetExceededError: It would cost more than `privacy.max_epsilon`.
+        """
+        self._ledger.require(task, privacy)
+
+    def privacy_epsilon(self, delta: float = 1e-5) -> float:
+        """Return the epsilon that the private updates of this device have cost so far, over all training sessions.
+
+        Args:
+            delta: At which epsilon is counted, within (0, 1).
+
+        Returns:
+            Epsilon; infinite if one of them was without noise.
+        """
+        return self._ledger.epsilon(delta)
 
     def report_evaluation(
         self,

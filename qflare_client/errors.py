@@ -33,6 +33,9 @@ QflareClientError
     - KeyStoreLockedError      another process uses it
     - WrongPassphraseError     its keys cannot be opened
   + ForkedError                the client was opened before this process was forked
+  + PrivacyError               local privacy does not allow this update
+    - RepeatedTaskError        an update was released for this round or a later one
+    - PrivacyBudgetExceededError  it would cost more than the budget of epsilon
   + UnsupportedTaskError       the training session asks for what this SDK cannot do
   + TrainingFunctionError      the training function returned something unusable
 ```
@@ -235,6 +238,18 @@ class ForkedError(QflareClientError):
         super().__init__(
             "the client was opened before this process was forked: use it in the process that opened it"
         )
+
+
+class PrivacyError(QflareClientError):
+    """Local privacy does not allow this update to be released."""
+
+
+class RepeatedTaskError(PrivacyError):
+    """The device has released an update for this round of the training session, or for a later one."""
+
+
+class PrivacyBudgetExceededError(PrivacyError):
+    """The update would bring all releases of the device above the budget of epsilon."""
 
 
 class UnsupportedTaskError(QflareClientError):

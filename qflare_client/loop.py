@@ -8,8 +8,9 @@
 
 Invariants: the pause between polls is the one that the coordinator asks for, at most an hour, spread by a random
 quarter so that devices do not call in step; a version that is already held is not downloaded again; an outage of the
-coordinator ends the loop after `patience_s`, counted once for the loop and its calls; a round that closed while the
-device was training costs that round's work and nothing else.
+coordinator ends the loop after `patience_s`, counted once for the loop and its calls; a finished update outlives an
+outage and the process, and is sent before any other work; a round that closed while the device was training costs that
+round's work and nothing else.
 
 What it does not do: catch what the training function raises.
 """
@@ -17,7 +18,7 @@ What it does not do: catch what the training function raises.
 import logging
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -28,6 +29,8 @@ from qflare_client.errors import (
     FailedPreconditionError,
     NotFoundError,
     QflareClientError,
+    RejectedError,
+    RepeatedTaskError,
     TlsError,
     TrainingFunctionError,
     UnavailableError,
@@ -163,10 +166,24 @@ class _Loop:
         self._late_in_a_row = 0
 
     def step(self) -> float:
-        """Ask for a task, do it, and return the seconds to pause before the next poll."""
+        """Send what is kept, ask for a task, do it, and return the seconds to pause before the next poll."""
+        self._settle(self._client.send_kept())
         task = self._client.get_task(self._training_session_id, trains_only=self._evaluate is None)
         self.is_done = task.kind is TaskKind.DONE
         return 0.0 if self.is_done else self._do(task)
+
+    def _settle(self, outcomes: Iterable[Receipt | RejectedError]) -> None:
+        """Count what became of updates that an outage or an earlier process had left unsent."""
+        for outcome in outcomes:
+            if isinstance(outcome, Receipt):
+                self._accepted(outcome)
+            else:
+                _log.info("kept update refused: %s", outcome)
+                self.summary.late_count += 1
+
+    def _accepted(self, receipt: Receipt) -> None:
+        self.summary.update_count += 1
+        self._on_receipt(receipt)
 
     def _do(self, task: Task) -> float:
         """Do a task and return the seconds to pause before the next poll."""
@@ -177,9 +194,14 @@ class _Loop:
                 return 0.0
             if task.kind is TaskKind.EVALUATE:
                 return self._measure(task)
-        except (FailedPreconditionError, DuplicateUpdateError, NotFoundError) as error:
-            # The round or the version went by while this device was busy, or an earlier process of this
-            # device has already sent its update: there will be another.
+        except (
+            FailedPreconditionError,
+            DuplicateUpdateError,
+            NotFoundError,
+            RepeatedTaskError,
+        ) as error:
+            # The round or the version went by while this device was busy, or it has already sent its update, in
+            # an earlier process or before its coordinator lost it: there will be another round.
             _log.info("task left: %s", error)
             self.summary.late_count += 1
             self._late_in_a_row += 1
@@ -196,20 +218,17 @@ class _Loop:
             self._contribute(task)
 
     def _contribute(self, task: Task) -> None:
+        if self._privacy is not None:
+            self._client.require_release(task, self._privacy)
         base = self._model(task)
         if self._client.lifetime.is_ending():
             return
         with span("qflare.device.train"):
             arrays, example_count, metrics = _triple(self._train(_copy(base), task.config))
         self._bounds.seen()
-        if self._privacy is not None:
-            try:
-                arrays = self._privacy.protect(arrays, base.arrays)
-            except ValueError as error:
-                raise TrainingFunctionError(f"trained arrays: {error}") from error
-        receipt = self._client.submit(task, base, arrays, example_count, metrics)
-        self.summary.update_count += 1
-        self._on_receipt(receipt)
+        self._accepted(
+            self._client.submit(task, base, arrays, example_count, metrics, privacy=self._privacy)
+        )
 
     def _measure(self, task: Task) -> float:
         if self._evaluate is None:

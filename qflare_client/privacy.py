@@ -4,16 +4,21 @@ Numpy only, no I/O. A device that uses this needs to trust no one: the coordinat
 size hurts accuracy far more than noise added once to the mean, so choose it when the coordinator is not
 trusted, and central privacy otherwise.
 
-The noise of a device comes from the operating system's entropy and is never repeated; a retry must send the update
-that was made first, not make another one.
+The noise of a device comes from the operating system's entropy and is never repeated: a retry sends the update that was
+made first, and does not make another one. `Client.submit` and `run` see to that, and to the budget
+(`qflare_client.models.privacy_ledger`); `protect` alone has no memory.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import erfc, exp, isfinite, sqrt
+from math import erfc, exp, inf, isfinite, sqrt
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+MAX_EPSILON: Final = 700.0
+"""Largest epsilon that is told from infinity: its exponential is near the end of float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +29,18 @@ class LocalPrivacy:
         clip_norm: Largest L2 norm of the delta over all floating tensors. Above zero.
         noise_multiplier: Standard deviation of the noise in each element, over `clip_norm`. Zero or more;
             zero only clips.
+        max_epsilon: Most epsilon that all releases of the device together may cost, above 0; None sets no bound.
+        delta: At which epsilon is counted, within (0, 1).
+
+    A release is a Gaussian mechanism of sensitivity `2 * clip_norm`: any update may stand for any other. Any number of
+    them compose to one whose cost, in units of (sensitivity / standard deviation) squared, is the sum of theirs (Dong,
+    Roth, Su 2022, arXiv:1905.02383, corollary 3.3).
     """
 
     clip_norm: float
     noise_multiplier: float = 0.0
+    max_epsilon: float | None = None
+    delta: float = 1e-5
 
     def __post_init__(self) -> None:
         """Refuse what protects nothing."""
@@ -35,6 +48,26 @@ class LocalPrivacy:
             raise ValueError(f"clip_norm must be above 0, got {self.clip_norm}")
         if not (isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
             raise ValueError(f"noise_multiplier must be 0 or above, got {self.noise_multiplier}")
+        if not 0.0 < self.delta < 1.0:
+            raise ValueError(f"delta must be within (0, 1), got {self.delta}")
+        if self.max_epsilon is None:
+            return
+        if not 0.0 < self.max_epsilon <= MAX_EPSILON:
+            raise ValueError(
+                f"max_epsilon must be within (0, {MAX_EPSILON}], got {self.max_epsilon}"
+            )
+        if self.is_without_noise:
+            raise ValueError("max_epsilon needs noise: noise_multiplier is 0")
+
+    @property
+    def is_without_noise(self) -> bool:
+        """Whether updates are only clipped."""
+        return self.noise_multiplier == 0.0
+
+    @property
+    def cost(self) -> float:
+        """(sensitivity / standard deviation) squared of one release; 0 where there is no noise to count with."""
+        return 0.0 if self.is_without_noise else (2.0 / self.noise_multiplier) ** 2
 
     def protect(
         self,
@@ -148,11 +181,39 @@ def gaussian_delta(epsilon: float, sensitivity: float, stddev: float) -> float:
     return _normal_cdf(half - slope) - exp(epsilon) * _normal_cdf(-half - slope)
 
 
+def gaussian_epsilon(ratio: float, delta: float) -> float:
+    """Give the smallest epsilon at which a Gaussian mechanism is (epsilon, delta)-private.
+
+    Args:
+        ratio: Sensitivity over standard deviation, zero or more.
+        delta: Within (0, 1).
+
+    Returns:
+        Epsilon, rounded up; infinite above `MAX_EPSILON`.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+    if not (ratio >= 0.0 and 0.0 < delta < 1.0):
+        raise ValueError(f"got ratio {ratio}, delta {delta}")
+    if ratio == 0.0 or gaussian_delta(0.0, ratio, 1.0) <= delta:
+        return 0.0
+    if not gaussian_delta(MAX_EPSILON, ratio, 1.0) <= delta:
+        return inf
+    low, high = 0.0, MAX_EPSILON
+    while (middle := (low + high) / 2.0) not in {low, high}:
+        if gaussian_delta(middle, ratio, 1.0) > delta:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 def gaussian_stddev(epsilon: float, delta: float, sensitivity: float) -> float:
     """Give the smallest standard deviation with which one release is (epsilon, delta)-private.
 
     Args:
-        epsilon: Above zero, at most 700 (where its exponential ends).
+        epsilon: Above zero, at most `MAX_EPSILON`.
         delta: Within (0, 1).
         sensitivity: Largest L2 distance between two possible releases. For a clipped update under local
             privacy that is `2 * clip_norm`: any update may stand for any other.
@@ -160,7 +221,7 @@ def gaussian_stddev(epsilon: float, delta: float, sensitivity: float) -> float:
     Raises:
         ValueError: A number is out of its range.
     """
-    if not (0.0 < epsilon <= 700.0 and 0.0 < delta < 1.0 and sensitivity > 0.0):  # noqa: PLR2004
+    if not (0.0 < epsilon <= MAX_EPSILON and 0.0 < delta < 1.0 and sensitivity > 0.0):
         raise ValueError(f"got epsilon {epsilon}, delta {delta}, sensitivity {sensitivity}")
     low, high = 0.0, sensitivity
     while gaussian_delta(epsilon, sensitivity, high) > delta:

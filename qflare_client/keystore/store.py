@@ -1,11 +1,12 @@
 """The folder in which a device keeps its keys and what it has learnt to trust.
 
-Two kinds of files: *secrets* (bytes) and *documents* (JSON). Both are written atomically: to a
-temporary file that only the owner can read, synchronised, renamed, and the folder synchronised, so that
-after a crash a file is the earlier or the later one, whole. A passphrase encrypts the secrets.
+Three kinds of files: *secrets* (bytes), *documents* (JSON), and *bulk*, a secret followed by bytes of any length that
+it opens. All are written atomically: to a temporary file that only the owner can read, synchronized, renamed, and
+the folder synchronized, so that after a crash a file is the earlier or the later one, whole. A passphrase encrypts the
+secrets.
 
-Invariants: one process at a time (an advisory lock that ends with the process); a secret that others may
-read is refused, as is a folder that others may write.
+Invariants: one process at a time (an advisory lock that ends with the process, whatever it has forked); a secret that
+others may read is refused, as is a folder that others may write; a store that is closed writes nothing.
 
 What it does not do: know what the files mean (see `qflare_client.keystore.identity`), or wipe anything from memory.
 """
@@ -14,16 +15,21 @@ import fcntl
 import json
 import os
 import stat
+import struct
 import tempfile
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Final, Self
 
-from qflare_client.errors import KeyStoreError, KeyStoreLockedError
+from qflare_client.errors import ForkedError, KeyStoreError, KeyStoreLockedError
 
 _LOCK = "lock"
+_LENGTH: Final = struct.Struct(">Q")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OTHERS_ANY = stat.S_IRWXG | stat.S_IRWXO
 
@@ -69,6 +75,8 @@ class KeyStore:
         except OSError:
             os.close(self._lock)
             raise KeyStoreLockedError(f"key store {home} is in use by another process") from None
+        self._was_forked = False
+        _OPEN.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -84,8 +92,26 @@ class KeyStore:
     def close(self) -> None:
         """Give the lock back. May be called more than once."""
         if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+            # Closing alone would leave the lock to a process that was forked behind Python's back.
+            with suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        os.close(self._lock)
+        self._lock = -1
+
+    def leave_to_parent(self) -> None:
+        """Let go of the lock in a process that was forked: it belongs to the one that opened the store."""
+        if self._lock >= 0:
+            self._let_go()
+            self._was_forked = True
+
+    def _require_open(self) -> None:
+        if self._was_forked:
+            raise ForkedError
+        if self._lock < 0:
+            raise KeyStoreError(f"key store {self.home} is closed")
 
     def read_secret(self, name: str) -> bytes | None:
         """Return a secret; None when there is none of this name.
@@ -107,7 +133,55 @@ class KeyStore:
         Raises:
             KeyStoreError: It cannot be written.
         """
-        _write(self.home / name, self._coding.encode(secret))
+        self._require_open()
+        _write(self.home / name, [self._coding.encode(secret)])
+
+    def write_bulk(self, name: str, secret: bytes, bulk: Iterable[bytes]) -> None:
+        """Store a secret and what it opens, durably; memory is that of one piece.
+
+        Args:
+            name: Of the file.
+            secret: Stored as secrets are.
+            bulk: Pieces of any size, stored as they are: encrypted under a key in the secret.
+
+        Raises:
+            KeyStoreError: They cannot be written.
+        """
+        self._require_open()
+        coded = self._coding.encode(secret)
+        _write(self.home / name, chain((_LENGTH.pack(len(coded)), coded), bulk))
+
+    def open_bulk(self, name: str) -> tuple[bytes, BinaryIO] | None:
+        """Return a secret, and an open file that stands at the first byte of what it opens; None when there is none.
+
+        Raises:
+            WrongPassphraseError: The secret cannot be opened.
+            KeyStoreError: They cannot be read, or others can read them.
+        """
+        path = self.home / name
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise KeyStoreError(f"cannot read {path}: {error}") from error
+        try:
+            _check_mode(path, _OTHERS_ANY)
+            return self._coding.decode(_read_head(path, file)), file
+        except BaseException:
+            file.close()
+            raise
+
+    def names(self, prefix: str) -> list[str]:
+        """Return the names of the files that begin with a prefix, in order.
+
+        Raises:
+            KeyStoreError: The folder cannot be read.
+        """
+        try:
+            return sorted(path.name for path in self.home.glob(f"{prefix}*") if path.is_file())
+        except OSError as error:
+            raise KeyStoreError(f"key store {self.home}: {error}") from error
 
     def read_document(self, name: str) -> dict[str, Any]:
         """Return a document; empty when there is none of this name.
@@ -123,7 +197,8 @@ class KeyStore:
         Raises:
             KeyStoreError: It cannot be written.
         """
-        _write(self.home / name, json.dumps(document, indent=1, sort_keys=True).encode())
+        self._require_open()
+        _write(self.home / name, [json.dumps(document, indent=1, sort_keys=True).encode()])
 
     def rename(self, name: str, following: str) -> None:
         """Give a secret or document another name, durably and at once; what has that name is replaced.
@@ -131,9 +206,10 @@ class KeyStore:
         Raises:
             KeyStoreError: There is none of this name, or it cannot be renamed.
         """
+        self._require_open()
         try:
             (self.home / name).replace(self.home / following)
-            _synchronise_folder(self.home)
+            _synchronize_folder(self.home)
         except OSError as error:
             raise KeyStoreError(f"key store {self.home}: {error}") from error
 
@@ -143,10 +219,23 @@ class KeyStore:
         Raises:
             KeyStoreError: It cannot be deleted.
         """
+        self._require_open()
         try:
             (self.home / name).unlink(missing_ok=True)
         except OSError as error:
             raise KeyStoreError(f"key store {self.home}: {error}") from error
+
+
+_OPEN: "weakref.WeakSet[KeyStore]" = weakref.WeakSet()
+
+
+def _leave_all_to_parent() -> None:
+    for store in list(_OPEN):
+        store.leave_to_parent()
+
+
+# A worker of a data loader would otherwise hold the lock for as long as it lives, also when its parent has died.
+os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def read_document(home: Path, name: str) -> dict[str, Any]:
@@ -176,24 +265,38 @@ def _read(path: Path) -> bytes | None:
         raise KeyStoreError(f"cannot read {path}: {error}") from error
 
 
-def _write(path: Path, data: bytes) -> None:
+def _read_head(path: Path, file: BinaryIO) -> bytes:
+    """Read the secret at the head of a bulk file, as it is stored."""
+    try:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(_LENGTH.size)
+        length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
+        if length > size - _LENGTH.size:
+            raise KeyStoreError(f"{path} is damaged: it ends early")
+        return file.read(length)
+    except OSError as error:
+        raise KeyStoreError(f"cannot read {path}: {error}") from error
+
+
+def _write(path: Path, pieces: Iterable[bytes]) -> None:
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:  # mkstemp makes it 0600
-                file.write(data)
+                for piece in pieces:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        _synchronise_folder(path.parent)
+        _synchronize_folder(path.parent)
     except OSError as error:
         raise KeyStoreError(f"cannot write {path}: {error}") from error
 
 
-def _synchronise_folder(folder: Path) -> None:
+def _synchronize_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -141,6 +141,18 @@ class ErrorFeedback:
         with self._lock:
             self._held[training_session_id] = digest, residual
 
+    def accept(self, training_session_id: str) -> None:
+        """Let the staged residual count, if there is one, where its update was sent by an earlier process.
+
+        Raises:
+            KeyStoreError: It cannot be written.
+        """
+        if self._load(_name(training_session_id) + _PENDING) is None:
+            return
+        with self._lock:
+            self._held.pop(training_session_id, None)
+        self._promote(training_session_id)
+
     def forget(self, training_session_id: str) -> None:
         """Delete what is kept of a training session that has ended."""
         with self._lock:

@@ -8,12 +8,25 @@ What it does not do: decide whether to seal; a signed task says that.
 
 import hashlib
 from collections.abc import Iterator
+from typing import Protocol
 
 from qflare.crypto import merkle
-from qflare.crypto.sealed_payloads import PayloadSealer, SealContext, sealed_size_bytes
+from qflare.crypto.sealed_payloads import PayloadKey, PayloadSealer, SealContext, sealed_size_bytes
 from qflare.crypto.sealing import KemPublicKey
+from qflare.tensors import Manifest
 from qflare.v1 import security_pb2
-from qflare_client.models.upload import Payload, hashed
+from qflare_client.models.upload import hashed
+
+
+class Plain(Protocol):
+    """The bytes of an update before they are sealed."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Their layout."""
+
+    def chunks_from(self, first: int) -> Iterator[bytes]:
+        """Return the chunks from one on, in order."""
 
 
 class SealedPayload:
@@ -33,7 +46,7 @@ class SealedPayload:
 
     def __init__(
         self,
-        payload: Payload,
+        payload: Plain,
         statement: security_pb2.UpdateStatement,
         recipient: KemPublicKey,
     ) -> None:
@@ -44,12 +57,17 @@ class SealedPayload:
         leaf_hashes = list(hashed(self.chunks_from(0)))
         self.chunk_digests = b"".join(leaf_hashes)
         key = self._sealer.key
-        self.sealed: security_pb2.SealedPayloadHeader | None = security_pb2.SealedPayloadHeader(
+        self.sealed = security_pb2.SealedPayloadHeader(
             header=key.header, wrapped_keys=[key.wrap(recipient)]
         )
         statement.sealed = True
         statement.wire_digest = merkle.root(leaf_hashes).hex()
         statement.sealed_header_digest = hashlib.sha256(key.header).hexdigest()
+
+    @property
+    def key(self) -> PayloadKey:
+        """The key of the segments."""
+        return self._sealer.key
 
     def chunks_from(self, first: int) -> Iterator[bytes]:
         """Return the segments from one on, in order; the same bytes every time."""

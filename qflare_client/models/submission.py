@@ -17,21 +17,13 @@ from qflare.tensors import Array, InvalidManifestError, Manifest, NonFiniteError
 from qflare.tensors.encodings import Encoding, encode, wire_manifest
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, training_pb2
-from qflare_client.errors import (
-    SealKeyNotAcceptedError,
-    TrainingFunctionError,
-    UnsupportedTaskError,
-)
-from qflare_client.keystore.identity import Identity
+from qflare_client.errors import TrainingFunctionError, UnsupportedTaskError
 from qflare_client.keystore.store import KeyStore
-from qflare_client.models.download import GlobalModel, ProgressHook
+from qflare_client.models.download import GlobalModel
 from qflare_client.models.error_feedback import ErrorFeedback, corrected, selectable, subtract_sent
-from qflare_client.models.lineage import check_base
-from qflare_client.models.sealed_update import SealedPayload
-from qflare_client.models.upload import Outgoing, Payload, Receipt, Upload
+from qflare_client.models.upload import Payload
 from qflare_client.rpc.caller import Calls
 from qflare_client.tasks import Task
-from qflare_client.trust.keyset import Trust
 
 _DEFAULT_TOP_K_FRACTION = 0.1
 """What a training session that names no fraction means; stated in the contract."""
@@ -54,63 +46,6 @@ class Contribution:
     """Metrics by name, finite."""
 
 
-def send_update(
-    calls: Calls,
-    trust: Trust,
-    identity: Identity,
-    task: Task,
-    contribution: Contribution,
-    progress: ProgressHook,
-    timeout_s: float | None = None,
-    feedback: ErrorFeedback | None = None,
-) -> Receipt:
-    """Sign and upload a contribution, sealed if the task says so.
-
-    Args:
-        calls: Authenticated calls.
-        trust: The coordinator's keys, to which a sealed update is sealed.
-        identity: The device.
-        task: The task, of kind TRAIN.
-        contribution: What training made of its base version.
-        progress: Told the bytes that have been sent.
-        timeout_s: Deadline of each attempt, in seconds; None means the calls' own.
-        feedback: Keeps what top-k updates leave out; None lets go of it.
-
-    Raises:
-        TrainingFunctionError: It cannot be sent.
-        QflareClientError: The call failed.
-    """
-    check_base(task, contribution.base.digest)
-    known: Mapping[str, Array] = {}
-    if not _is_sparse(task.transfer):
-        feedback = None
-    if feedback is not None:
-        known = feedback.residual(task.training_session_id, contribution.base.manifest)
-    payload, residual = make_payload_with_residual(contribution, task.transfer, known)
-
-    def send() -> Receipt:
-        statement = make_statement(
-            task, contribution, payload, realm=identity.realm, device_id=identity.device_id
-        )
-        outgoing: Outgoing = payload
-        if task.transfer.sealed:
-            outgoing = SealedPayload(payload, statement, trust.session_key())
-        envelope = sign_statement(identity.keys.signing, statement)
-        upload = Upload(calls, statement.update_id, envelope, outgoing, progress=progress)
-        if feedback is not None:
-            feedback.stage(task.training_session_id, statement.update_id, residual)
-        return upload.run(timeout_s)
-
-    try:
-        receipt = send()
-    except SealKeyNotAcceptedError:
-        trust.refresh()  # the coordinator has changed its keys
-        receipt = send()
-    if feedback is not None:
-        feedback.commit(task.training_session_id, residual)
-    return receipt
-
-
 def feedback_for(store: KeyStore, calls: Calls) -> ErrorFeedback:
     """Return the error feedback of a device."""
 
@@ -121,7 +56,7 @@ def feedback_for(store: KeyStore, calls: Calls) -> ErrorFeedback:
     return ErrorFeedback(store, is_accepted)
 
 
-def _is_sparse(transfer: training_pb2.TransferPolicy) -> bool:
+def is_sparse(transfer: training_pb2.TransferPolicy) -> bool:
     """Return whether updates are deltas of which the largest elements are sent."""
     return (
         _kind(transfer) == training_pb2.UPDATE_KIND_DELTA and _encoding(transfer) is Encoding.TOP_K
@@ -163,7 +98,7 @@ def make_payload_with_residual(
     if encoding is Encoding.FULL_PRECISION:
         return Payload(manifest, arrays), {}
     wide: dict[str, Array] = {}
-    if _is_sparse(transfer):
+    if is_sparse(transfer):
         wide = corrected(arrays, residual, manifest)
         arrays = selectable(wide, arrays, manifest)
     fraction = transfer.top_k_fraction or _DEFAULT_TOP_K_FRACTION
@@ -196,7 +131,7 @@ def make_statement(
     Raises:
         TrainingFunctionError: The example count or a metric cannot be sent.
     """
-    _check_counts(contribution)
+    check_counts(contribution)
     now = Timestamp()
     now.GetCurrentTime()
     return security_pb2.UpdateStatement(
@@ -279,7 +214,12 @@ def check_example_count(example_count: object) -> None:
         raise TrainingFunctionError(f"example count: got {example_count!r}, want an integer >= 1")
 
 
-def _check_counts(contribution: Contribution) -> None:
+def check_counts(contribution: Contribution) -> None:
+    """Check that the example count and the metrics of a contribution can be sent.
+
+    Raises:
+        TrainingFunctionError: They cannot.
+    """
     check_example_count(contribution.example_count)
     check_metrics(contribution.metrics)
 

@@ -28,7 +28,7 @@ from qflare.tensors import (
 )
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2
-from qflare_client.errors import TrainingFunctionError
+from qflare_client.errors import QflareClientError, TrainingFunctionError
 from qflare_client.models.download import ProgressHook
 from qflare_client.rpc.caller import Attempts, Calls
 from qflare_client.rpc.retry import Patience
@@ -167,6 +167,7 @@ class Upload:
         payload: What it is about.
         progress: Told the bytes that have been handed to the network.
         with_manifest: Send the payload's layout too, where it is not the base version's.
+        resumes: An earlier upload of the update, of this process or another, may have got somewhere.
     """
 
     def __init__(
@@ -178,12 +179,13 @@ class Upload:
         *,
         progress: ProgressHook,
         with_manifest: bool = False,
+        resumes: bool = False,
     ) -> None:
         self._calls = calls
         self._update_id = update_id
         self._payload = payload
         self._progress = progress
-        self._attempted = False
+        self._attempted = resumes
         self._stored_chunk = 0  # chunks that the coordinator is known to have
         self._sent_chunk = 0  # chunks that were ever handed to the network
         self._header = messages.UpdateHeader(
@@ -219,12 +221,19 @@ class Upload:
         self._attempted = True
         requests = self._requests(first, attempts.patience)
         first_message = next(requests)
-        return transport.send(
-            transport.stub.SubmitUpdate,
-            chain((first_message,), requests),
-            metadata=attempts.metadata(first_message),
-            timeout_s=timeout_s,
-        )
+        metadata = attempts.metadata(first_message)
+        rest = _Rest(requests)
+        try:
+            return transport.send(
+                transport.stub.SubmitUpdate,
+                chain((first_message,), rest),
+                metadata=metadata,
+                timeout_s=timeout_s,
+            )
+        except QflareClientError:
+            if rest.error is not None:
+                raise rest.error from None
+            raise
 
     def _requests(self, first: int, patience: Patience) -> Iterator[messages.SubmitUpdateRequest]:
         """Yield the header with the first chunk that is to be sent, then the others.
@@ -247,3 +256,22 @@ class Upload:
             self._progress("upload", min((index + 1) * CHUNK_BYTES, total_bytes), total_bytes)
         if header is not None:
             yield messages.SubmitUpdateRequest(header=header)
+
+
+class _Rest:
+    """The requests after the first, which gRPC takes in a thread of its own: what goes wrong there is kept.
+
+    Attributes:
+        error: What ended the requests early; None if nothing did.
+    """
+
+    def __init__(self, requests: Iterator[messages.SubmitUpdateRequest]) -> None:
+        self._requests = requests
+        self.error: QflareClientError | None = None
+
+    def __iter__(self) -> Iterator[messages.SubmitUpdateRequest]:
+        try:
+            yield from self._requests
+        except QflareClientError as error:
+            self.error = error
+            raise

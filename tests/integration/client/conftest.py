@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import status_pb2
+from google.rpc.error_details_pb2 import ErrorInfo
 
 from qflare.v1 import coordinator_service_pb2, coordinator_service_pb2_grpc
 from qflare_client.errors import UnavailableError
@@ -100,6 +101,14 @@ def make_calls(scripted: Scripted) -> Iterator[Callable[..., Calls]]:
         calls.close()
 
 
+class RefusalError(Exception):
+    """What a relay answers instead of its coordinator."""
+
+    def __init__(self, code: grpc.StatusCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
 class Relay:
     """Stands between devices and a real coordinator, sees everything, and changes what a test says.
 
@@ -107,7 +116,7 @@ class Relay:
         address: Where it listens.
         on_request: By method: what becomes of a request.
         on_answer: By method: what becomes of an answer, or of each message of one. A function that raises
-            `UnavailableError` loses it.
+            `UnavailableError` loses it, one that raises `RefusalError` answers with that.
         requests: Unary requests that passed, by method.
     """
 
@@ -137,6 +146,8 @@ class Relay:
             context.abort(error.code(), error.details() or "")
         except UnavailableError as error:
             fail(context, grpc.StatusCode.UNAVAILABLE, message=str(error))
+        except RefusalError as refusal:
+            fail(context, refusal.code, ErrorInfo(reason=str(refusal)))
 
     def _forward(self, name: str, request: Any, context: grpc.ServicerContext) -> Any:
         metadata = [pair for pair in context.invocation_metadata() if pair[0] in _CREDENTIALS]

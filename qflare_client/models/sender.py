@@ -1,0 +1,341 @@
+"""Sending finished updates: signed, kept until they are settled, uploaded, and sent again after an outage or a restart.
+
+The order for each update: what local privacy allows is checked; the payload and its statement are made; a private
+release is written down; the update is kept; only then does a byte of it leave the device. It is kept until the
+coordinator accepts it or refuses it for good. What is sent again is what was kept, byte for byte.
+
+What it does not do: train, or ask for tasks.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from qflare.ids import new_update_id
+from qflare.tensors import Array
+from qflare.v1 import coordinator_service_pb2 as messages
+from qflare.v1 import security_pb2
+from qflare_client.errors import (
+    AuthenticationError,
+    CoordinatorFaultError,
+    KeyStoreError,
+    PermissionDeniedError,
+    ProxyRefusedError,
+    RejectedError,
+    SealKeyNotAcceptedError,
+    TrainingFunctionError,
+)
+from qflare_client.keystore.identity import Identity
+from qflare_client.models.download import ProgressHook
+from qflare_client.models.error_feedback import ErrorFeedback
+from qflare_client.models.lineage import check_base
+from qflare_client.models.outbox import (
+    DamagedUpdateError,
+    KeptPayload,
+    KeptSegments,
+    KeptUpdate,
+    Outbox,
+)
+from qflare_client.models.privacy_ledger import PrivacyLedger
+from qflare_client.models.sealed_update import SealedPayload
+from qflare_client.models.submission import (
+    Contribution,
+    check_counts,
+    is_sparse,
+    make_payload_with_residual,
+    make_statement,
+    sign_statement,
+)
+from qflare_client.models.upload import Payload, Receipt, Upload
+from qflare_client.privacy import LocalPrivacy
+from qflare_client.rpc.caller import Calls
+from qflare_client.tasks import Task
+from qflare_client.trust.keyset import Trust
+
+_log = logging.getLogger(__name__)
+
+_MAY_PASS: Final = (AuthenticationError, PermissionDeniedError, ProxyRefusedError)
+"""Refusals of the device or the way, not of the update: it is worth keeping."""
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An update that can be sent.
+
+    Attributes:
+        statement: About it; `key_id` is set once it is signed.
+        payload: Its bytes, before they are sealed.
+        sealed: Its bytes as they travel; None where they travel as they are.
+        residual: What a top-k update leaves out; None where that is not kept, or is in the key store only.
+    """
+
+    statement: security_pb2.UpdateStatement
+    payload: Payload | KeptPayload
+    sealed: SealedPayload | KeptSegments | None
+    residual: dict[str, Array] | None = field(default=None, repr=False)
+
+    @property
+    def session_id(self) -> str:
+        return self.statement.training_session_id
+
+
+class UpdateSender:
+    """Sends the updates of a device. Thread-safe for different training sessions.
+
+    Args:
+        calls: Authenticated calls.
+        trust: The coordinator's keys, to which sealed updates are sealed.
+        identity: Gives the device as the coordinator knows it.
+        ledger: The memory of local privacy.
+        progress: Told the bytes that have been sent.
+        outbox: Keeps updates until they are settled; None keeps none.
+        feedback: Keeps what top-k updates leave out; None lets go of it.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        trust: Trust,
+        identity: Callable[[], Identity],
+        ledger: PrivacyLedger,
+        progress: ProgressHook,
+        outbox: Outbox | None,
+        feedback: ErrorFeedback | None,
+    ) -> None:
+        self._calls = calls
+        self._trust = trust
+        self._identity = identity
+        self._ledger = ledger
+        self._progress = progress
+        self._outbox = outbox
+        self._feedback = feedback
+
+    def submit(
+        self,
+        task: Task,
+        contribution: Contribution,
+        privacy: LocalPrivacy | None,
+        timeout_s: float | None,
+    ) -> Receipt:
+        """Send what training made of a task's base version; of a task for which an update is kept, send that one.
+
+        Args:
+            task: The task, of kind TRAIN.
+            contribution: What training made of its base version.
+            privacy: Protects it before it leaves the device; None sends it as it is.
+            timeout_s: Deadline of each attempt, in seconds; None means the calls' own.
+
+        Raises:
+            TrainingFunctionError: It cannot be sent.
+            PrivacyError: Local privacy does not allow it.
+            QflareClientError: The call failed; the update is kept unless the coordinator refused it.
+        """
+        check_base(task, contribution.base.digest)
+        for outcome in self.send_kept(task, timeout_s):
+            if isinstance(outcome, Receipt):
+                return outcome
+            raise outcome
+        self._forget(task.training_session_id)
+        check_counts(contribution)
+        if privacy is not None:
+            contribution = self._protected(task, contribution, privacy)
+        update = self._make(task, contribution)
+        if privacy is not None:
+            self._ledger.record(task, privacy)
+        return self._send(update, timeout_s)
+
+    def send_kept(
+        self, task: Task | None, timeout_s: float | None
+    ) -> list[Receipt | RejectedError]:
+        """Send kept updates; return the receipt of each, or why the coordinator refused it for good.
+
+        Args:
+            task: Only the update that is kept for this task; None means all that are kept.
+            timeout_s: Deadline of each attempt, in seconds; None means the calls' own.
+
+        Raises:
+            QflareClientError: A call failed; the updates that are not settled stay.
+        """
+        outcomes: list[Receipt | RejectedError] = []
+        for kept in self._kept(task):
+            try:
+                outcomes.append(self._send_again(kept, timeout_s))
+            except _MAY_PASS:
+                raise
+            except RejectedError as error:
+                outcomes.append(error)
+            except DamagedUpdateError as error:
+                _log.warning("a finished update is damaged, and is lost: %s", error)
+        return outcomes
+
+    def _kept(self, task: Task | None) -> Iterator[KeptUpdate]:
+        if task is not None:
+            kept = self._find(task)
+            yield from () if kept is None else (kept,)
+        elif self._outbox is not None:
+            yield from self._outbox.all()
+
+    def _find(self, task: Task) -> KeptUpdate | None:
+        """Return the kept update for a task; None when there is none."""
+        if self._outbox is None:
+            return None
+        kept = self._outbox.find(task.training_session_id)
+        if kept is None:
+            return None
+        got = (kept.statement.round_number, kept.statement.task_nonce)
+        return kept if got == (task.round_number, task.nonce) else None
+
+    def _protected(
+        self, task: Task, contribution: Contribution, privacy: LocalPrivacy
+    ) -> Contribution:
+        self._ledger.require(task, privacy)
+        try:
+            arrays = privacy.protect(contribution.arrays, contribution.base.arrays)
+        except ValueError as error:
+            raise TrainingFunctionError(f"trained arrays: {error}") from error
+        return replace(contribution, arrays=arrays)
+
+    def _make(self, task: Task, contribution: Contribution) -> _Update:
+        feedback = self._feedback if is_sparse(task.transfer) else None
+        known: Mapping[str, Array] = {}
+        if feedback is not None:
+            known = feedback.residual(task.training_session_id, contribution.base.manifest)
+        payload, residual = make_payload_with_residual(contribution, task.transfer, known)
+        identity = self._identity()
+        statement = make_statement(
+            task, contribution, payload, realm=identity.realm, device_id=identity.device_id
+        )
+        sealed = None
+        if task.transfer.sealed:
+            sealed = SealedPayload(payload, statement, self._trust.session_key())
+        return _Update(statement, payload, sealed, residual if feedback is not None else None)
+
+    def _send(self, update: _Update, timeout_s: float | None) -> Receipt:
+        """Send an update for the first time."""
+        with self._forgotten_if_refused(update.session_id):
+            envelope, update = self._keep(update)
+            receipt, update = self._upload(update, envelope, timeout_s, resumes=False)
+        if self._feedback is not None and update.residual is not None:
+            self._feedback.commit(update.session_id, update.residual)
+        self._forget(update.session_id)
+        return receipt
+
+    def _send_again(self, kept: KeptUpdate, timeout_s: float | None) -> Receipt:
+        """Send a kept update, unless it turns out to be accepted already."""
+        update = _Update(kept.statement, kept.payload, kept.sealed_payload)
+        envelope, receipt = kept.envelope, None
+        with self._forgotten_if_refused(
+            update.session_id, CoordinatorFaultError, DamagedUpdateError
+        ):
+            if kept.statement.key_id != self._identity().keys.signing.public.key_id:
+                # The device has changed its keys since: unless it is accepted, it needs another signature.
+                receipt = self._find_receipt(kept)
+                if receipt is None:
+                    envelope, update = self._keep(update)
+            if receipt is None:
+                receipt, update = self._upload(update, envelope, timeout_s, resumes=True)
+        if self._feedback is not None:
+            self._feedback.accept(update.session_id)
+        self._forget(update.session_id)
+        return receipt
+
+    def _upload(
+        self,
+        update: _Update,
+        envelope: security_pb2.SignedEnvelope,
+        timeout_s: float | None,
+        *,
+        resumes: bool,
+    ) -> tuple[Receipt, _Update]:
+        """Upload an update, sealed anew where the coordinator has changed its keys meanwhile; return what was sent."""
+        try:
+            return self._upload_as_it_is(update, envelope, timeout_s, resumes=resumes), update
+        except SealKeyNotAcceptedError:
+            envelope, update = self._keep(self._sealed_anew(update))
+        return self._upload_as_it_is(update, envelope, timeout_s, resumes=False), update
+
+    def _upload_as_it_is(
+        self,
+        update: _Update,
+        envelope: security_pb2.SignedEnvelope,
+        timeout_s: float | None,
+        *,
+        resumes: bool,
+    ) -> Receipt:
+        upload = Upload(
+            self._calls,
+            update.statement.update_id,
+            envelope,
+            update.sealed or update.payload,
+            progress=self._progress,
+            resumes=resumes,
+        )
+        return upload.run(timeout_s)
+
+    def _sealed_anew(self, update: _Update) -> _Update:
+        self._trust.refresh()
+        statement = security_pb2.UpdateStatement()
+        statement.CopyFrom(update.statement)
+        statement.update_id = new_update_id()
+        sealed = SealedPayload(update.payload, statement, self._trust.session_key())
+        return replace(update, statement=statement, sealed=sealed)
+
+    def _keep(self, update: _Update) -> tuple[security_pb2.SignedEnvelope, _Update]:
+        """Sign an update and keep it; one that cannot be kept is sent all the same.
+
+        Returns:
+            The signed statement; and the update, whose bytes are those of the new file if they came from a file.
+        """
+        envelope = sign_statement(self._identity().keys.signing, update.statement)
+        if self._feedback is not None and update.residual is not None:
+            self._feedback.stage(update.session_id, update.statement.update_id, update.residual)
+        if self._outbox is None:
+            return envelope, update
+        try:
+            self._outbox.keep(envelope, update.payload, update.sealed)
+        except DamagedUpdateError:
+            raise
+        except KeyStoreError as error:
+            _log.warning("the update cannot be kept, and is lost if it cannot be sent: %s", error)
+            return envelope, update
+        kept = (
+            self._outbox.find(update.session_id)
+            if isinstance(update.payload, KeptPayload)
+            else None
+        )
+        if kept is not None:
+            update = replace(update, payload=kept.payload, sealed=kept.sealed_payload)
+        return envelope, update
+
+    def _find_receipt(self, kept: KeptUpdate) -> Receipt | None:
+        request = messages.GetUploadRequest(update_id=kept.statement.update_id)
+        state = self._calls.unary(self._calls.transport.stub.GetUpload, request)
+        if not state.HasField("receipt"):
+            return None
+        return Receipt.from_proto(state.receipt, kept.envelope)
+
+    def _forget(self, training_session_id: str) -> None:
+        if self._outbox is not None:
+            self._outbox.forget(training_session_id)
+
+    @contextmanager
+    def _forgotten_if_refused(
+        self, training_session_id: str, *others: type[Exception]
+    ) -> Iterator[None]:
+        """Forget the kept update of a training session when the coordinator refuses it for good.
+
+        Args:
+            training_session_id: Training session.
+            others: Errors after which it is no use either: it must not stand in the way of those that follow.
+        """
+        hopeless: tuple[type[Exception], ...] = (RejectedError, *others)
+        try:
+            yield
+        except _MAY_PASS:
+            raise
+        except hopeless as error:
+            _log.info("the update is dropped: %s", error)
+            self._forget(training_session_id)
+            raise
