@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install tools protos check-protos format lint lint-deploy type test test-postgres test-all check \
-	audit bench demo strategies pictures load serve migrate migration build check-wheel clean
+	audit bench demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -132,12 +132,13 @@ format: $(INSTALLED) ## format the code and the protos, fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write protos
 
-lint: $(INSTALLED) ## ruff, buf and import-linter
+lint: $(INSTALLED) ## ruff, buf, import-linter, and names that prose states
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.structure.stated_names
 
 lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## the files in deploy/, each by the tool made for it
 	$(BIN)/hadolint deploy/docker/Dockerfile
@@ -189,6 +190,12 @@ strategies: $(INSTALLED) ## compare the strategies on handwritten digits; writes
 
 pictures: $(INSTALLED) tools ## make the pictures of the dashboard in docs/images from a real training session
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m docs.make_pictures
+
+architecture: $(INSTALLED) ## draw the pictures of docs/architecture.md and write its tables, from the code
+	$(BIN)/python -m docs.make_architecture
+
+structure: $(INSTALLED) ## count rooms, floors and imports, and what one small update passes
+	$(BIN)/python -m tests.structure
 
 load: $(INSTALLED) tools ## measure a coordinator with ghz, on SQLite and on PostgreSQL
 	$(BIN)/python -m tests.load

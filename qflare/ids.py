@@ -1,4 +1,4 @@
-"""Ids that sort by the time of their making: UUIDs of version 7 (RFC 9562, section 5.7).
+"""Time-ordered ids: UUIDs of version 7 (RFC 9562, section 5.7).
 
 Databases keep them in indexes. Random ids put every new row on another page, which is then written as a whole; ids
 in the order of time go to the end.

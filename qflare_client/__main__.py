@@ -1,4 +1,4 @@
-"""Command line of a device: ``qflare-client init | enroll | rotate | run | status | evidence | verify``.
+"""The `qflare-client` command: init, enroll, rotate, run, status, evidence, verify.
 
 Exit codes: 0 done, 1 the coordinator or the key store said no (the message says why), 2 wrong usage,
 130 interrupted.

@@ -1,4 +1,4 @@
-"""The client: one enrolled device and its coordinator.
+"""The client of one enrolled device: tasks, downloads, updates, evidence, key rotation.
 
     with Client(home=Path("device")) as client:
         task = client.get_task()

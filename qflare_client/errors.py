@@ -1,4 +1,4 @@
-"""Everything that the device SDK raises, and how a reason of the coordinator becomes one of its errors.
+"""Errors of the SDK, and the table from the coordinator's error reasons to them.
 
 ```
 QflareClientError

@@ -1,4 +1,4 @@
-"""The device loop: what turns a training function into a device that takes part.
+"""The device loop: polls for tasks, trains, and submits updates.
 
     def train(arrays, config):
         ...

@@ -1,4 +1,4 @@
-"""What a coordinator asks of a device: `Task`, and `TrainingTask`, the part that training code sees.
+"""Tasks of a device: `Task`, and `TrainingTask`, the part that training code sees.
 
 All are plain values without network or protobuf in them. Settings that the training session leaves open
 are filled from the device's own `TrainingDefaults`.

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: a progress bar on stderr, and nothing where stderr is no terminal."""
+"""Progress bar on stderr; silent where stderr is no terminal."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""Aggregation for programs that embed the coordinator: weights in, averaged weights out.
+"""Aggregation functions for programs that embed the coordinator.
 
 Functions of the process, on the database and the use cases of the coordinator (`serving.embedded` says which
 database and how it is opened). Weights are raw little-endian float32, of one length for all devices; the average is

@@ -1,4 +1,4 @@
-"""The configuration of one coordinator process, read once from `QFLARE_*`.
+"""Configuration of one coordinator process, read once from `QFLARE_*`.
 
 Every limit is a field with its unit in its name and a safe default. Secrets come as file paths or inside the
 database URL, which has no repr. An unknown `QFLARE_*` name is a fault: a typing error must not silently leave a

@@ -1,4 +1,4 @@
-"""What every use case is built from."""
+"""Dependencies of every use case: configuration, database, payload store, signer, clock, telemetry."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,7 @@
-"""Domain errors: the only exceptions that are meant to reach a caller of the coordinator.
+"""Domain errors: the only exceptions that reach a caller of the coordinator.
 
 Each class has a `reason`, the machine word that travels as `google.rpc.ErrorInfo.reason` in domain `qflare`;
-its status code stands in the one table of `rpc.py`. Messages give got and wanted and never hold a secret.
+its status code is in the one table of `serving.rpc.status`. Messages give got and wanted and never hold a secret.
 """
 
 from collections.abc import Mapping, Sequence

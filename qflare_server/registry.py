@@ -1,12 +1,12 @@
-"""The registry of devices for programs that embed the coordinator.
+"""Device registry for programs that embed the coordinator.
 
 Functions of the process, on the database of the coordinator (`qflare_server.serving.embedded` says which and how it is
 opened): a device that is registered here may be listed, suspended or revoked by an administrator over gRPC, and the
 other way round.
 
 A refusal is False or None, as it was with the in-memory registry that these functions replace, and is logged as a
-WARNING with its reason. What is no refusal (the database is gone, the disk is full) raises. `device_records`
-documents the dictionaries. Call `close` at the end of the program.
+WARNING with its reason. What is no refusal (the database is gone, the disk is full) raises. The dictionaries are
+documented in `use_cases.in_process.records`. Call `close` at the end of the program.
 
     register_device("ward-3", {"metadata": {"device_type": "workstation"}})
     update_device_status("ward-3", "suspended")
@@ -57,8 +57,8 @@ def register_device(device_id: str, device_info: Mapping[str, Any] | None = None
 
     Args:
         device_id: 1 to 255 printable characters.
-        device_info: `metadata`, `public_keys` and `training_config` as in `device_records`; anything may be left
-            out. A public key that is neither ML-DSA nor X-Wing is left out with a WARNING.
+        device_info: `metadata`, `public_keys` and `training_config` as in `use_cases.in_process.records`; anything may
+            be left out. A public key that is neither ML-DSA nor X-Wing is left out with a WARNING.
     """
 
     def work() -> None:
@@ -72,7 +72,7 @@ def register_device(device_id: str, device_info: Mapping[str, Any] | None = None
 
 
 def get_device_info(device_id: str) -> dict[str, Any] | None:
-    """Return a device as in `device_records`, None if there is none. Reading changes nothing."""
+    """Return a device as in `use_cases.in_process.records`, None if there is none. Reading changes nothing."""
     try:
         return write_record(current().devices.get(device_id))
     except DeviceNotFoundError:

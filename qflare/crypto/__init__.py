@@ -1,1 +1,1 @@
-"""Cryptography: signatures, sealing, hashing, envelopes and Merkle trees."""
+"""Signatures, sealing, hashing, envelopes and Merkle trees."""

@@ -1,1 +1,1 @@
-"""Evidence: statements, lineage, audit entries, checkpoints, and their verification."""
+"""Signed statements, lineage, audit entries, checkpoints, and their verification."""

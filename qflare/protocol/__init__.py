@@ -1,1 +1,1 @@
-"""Exchanges between a device and the coordinator: handshake, enrollment, login, proof of possession, keysets."""
+"""Exchanges between a device and the coordinator: enrollment, login, proof of possession, keysets."""

@@ -1,4 +1,4 @@
-"""Tensors as bytes: the public names for manifests and payloads.
+"""Tensors as bytes: manifests, payloads and encodings.
 
     manifest = Manifest.from_arrays(arrays)
     digest = payload_digest(chunks(arrays, manifest))

@@ -1,1 +1,1 @@
-"""Thin bridges between machine-learning libraries and the arrays of the SDK; each imports its library lazily."""
+"""Adapters between machine-learning libraries and the SDK's arrays; each imports its library lazily."""

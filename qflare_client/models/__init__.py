@@ -1,1 +1,1 @@
-"""Models and updates on the device: download, upload, lineage."""
+"""Model download, update upload and lineage on the device."""

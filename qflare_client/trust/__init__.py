@@ -1,1 +1,1 @@
-"""What a device trusts and verifies: keyset, audit head, evidence."""
+"""Trust and verification on the device: keyset, audit head, evidence."""

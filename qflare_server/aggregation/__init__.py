@@ -1,1 +1,1 @@
-"""Aggregation: turns closed rounds into versions."""
+"""Aggregation of closed rounds into versions: the worker thread, the pass, the fold, the publication."""

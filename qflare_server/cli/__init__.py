@@ -1,1 +1,1 @@
-"""The subcommands of `qflare-server`, one module per topic; each adds its parsers and runs them."""
+"""The `qflare-server` command: parsers, output and exit codes."""

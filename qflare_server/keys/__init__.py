@@ -1,4 +1,4 @@
-"""The coordinator's keys: encrypted files, signed trust documents, and their use while serving.
+"""The coordinator's own keys and trust documents.
 
 `ensure_initialised` (or `setup.initialise`) makes a key folder, `ServerKeys.load` serves with it, the functions of
 `rotation` exchange keys.

@@ -1,1 +1,1 @@
-"""Payloads: bytes of models and updates, received, sealed, read and written within bounds."""
+"""Bytes of models and updates: received, sealed, read and written, in bounded memory."""

@@ -1,8 +1,8 @@
-"""Receiving and reading payload bytes within bounds.
+"""Receives the chunks of one payload in bounded memory.
 
 A `Receiver` takes the chunks of one payload as they come, checks each, and keeps at most two batches in memory:
 small payloads wait there for the transaction of their row, large ones are written to the payload store by a
-background thread while the next batch arrives. `StoredPayload.chunks` reads them back, a few at a time.
+background thread while the next batch arrives. `payloads.reader` reads them back, a few at a time.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,1 +1,1 @@
-"""Serving: one running process with its gRPC server, dashboard, metrics and background threads."""
+"""One running process: gRPC server, dashboard, metrics, background threads, start and stop."""

@@ -1,1 +1,1 @@
-"""Storage: database, tables, statements and payload store."""
+"""The database: engine, tables, SQL statements, and the payload store."""

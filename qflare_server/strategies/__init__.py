@@ -1,4 +1,4 @@
-"""Rules from updates to versions: pure numpy, no I/O.
+"""Aggregation rules, from updates to a version: pure numpy, no I/O.
 
     strategy = build(StrategyConfig(name="fedavg", quorum=3))
     aggregation = begin(strategy, element_count, base, prior)

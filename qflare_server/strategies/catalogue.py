@@ -241,7 +241,7 @@ def begin(
         thread_count: Threads that share the work. With more than one, readers are called from several threads
             at once; with one, by the caller's only.
         budget_bytes: Memory for slices of a cohort rule. A fold takes eight bytes an element instead.
-        recorded: Judgements of an earlier run by update id (`record.by_update`), to recompute that version:
+        recorded: Judgements of an earlier run by update id (`by_update`), to recompute that version:
             nothing is judged or planned again.
         excluded: Reasons by update id of updates that are refused without being measured.
     """

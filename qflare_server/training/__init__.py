@@ -1,1 +1,1 @@
-"""Rules of a training session that run inside a caller's transaction: configuration, rounds, versions."""
+"""Rules of a training session, run inside a caller's transaction: configuration, rounds, versions."""

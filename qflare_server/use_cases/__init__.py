@@ -1,4 +1,4 @@
-"""The use cases of a coordinator, put together once."""
+"""Operations that devices, administrators and auditors can call; they open the transactions."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Checking a whole database: was anything changed by another hand than the coordinator's?
+"""Verification of a database against what was signed; reads only.
 
 `verify_database` walks the audit log, the devices' keys, the versions, the updates, the rounds and the bytes of all of
 them, and compares each with what was signed; `find` yields the same one by one. `recompute_version` makes a version

@@ -22,7 +22,7 @@ from qflare.v1 import (
 )
 from qflare_client import Client, enroll
 from qflare_server.config import ServerConfig
-from qflare_server.context import utc_now
+from qflare_server.context import Telemetry, utc_now
 from qflare_server.keys import ensure_initialised
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.secret_files import Cost
@@ -37,11 +37,13 @@ from tests.support.processes import Replicas
 class Deployment:
     """One running coordinator, with an administrator's stub and as many devices as a test wants."""
 
-    def __init__(self, config: ServerConfig, folder: Path) -> None:
+    def __init__(
+        self, config: ServerConfig, folder: Path, telemetry: Telemetry | None = None
+    ) -> None:
         ensure_initialised(config)
         self.folder = folder
         self.config = config
-        self.coordinator = Coordinator(config)
+        self.coordinator = Coordinator(config, telemetry=telemetry)
         self.coordinator.start()
         self.channel = grpc.insecure_channel(self.coordinator.address)
         self.admin_token = self.issue_admin(Role.ADMIN, Role.AUDITOR)

@@ -1,4 +1,4 @@
-"""The dashboard: read-only web pages for administrators, beside the gRPC server; an extra.
+"""The dashboard: read-only web pages for administrators, beside the gRPC server; an optional extra.
 
 It reads through the use cases only, and every page names in `app.PAGES` the methods of the administrators' service
 whose roles it needs. Without the setting `dashboard` its libraries are not imported.

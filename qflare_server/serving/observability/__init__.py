@@ -1,4 +1,4 @@
-"""Metrics and traces of one process, put together from its settings; both are extras.
+"""Metrics and traces of one process; both are optional extras.
 
 Without `metrics_listen` and `traces_endpoint` neither library is imported and `telemetry` does nothing.
 """

@@ -1,1 +1,1 @@
-"""The RPC methods: each decodes its request, calls one use case and encodes the answer."""
+"""gRPC services: each method decodes its request, calls one use case and encodes the answer."""

@@ -1,4 +1,4 @@
-"""CoordinatorService: work, models and updates. The device's way in is in `coordinator_auth`."""
+"""CoordinatorService: the methods that devices call."""
 
 from collections.abc import Iterator
 

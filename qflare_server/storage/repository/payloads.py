@@ -1,8 +1,8 @@
 """The rows of payloads and of unfinished uploads.
 
-A small payload lies in its row and is written in the transaction of what it belongs to; the chunks of a large one are
-in a payload store (`payload_stores`) before. A chunk that no payload row names is invisible; `uploads` remembers it
-until it is named or swept.
+A small payload is stored in its row, in the transaction of the row that refers to it; the chunks of a large one are
+written to the payload store (`storage.payload_store`) beforehand. A chunk that no payload row refers to is invisible;
+the table `uploads` records it until a payload row refers to it or it is swept.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Mapped classes: the six tables of the domain and those around them.
+"""Mapped classes of the database tables.
 
 Every constraint and index is named, states have CHECK constraints, times are UTC. Rows of `GlobalModel`,
 `Payload` and `AuditLog` are never changed once written, but for what evaluation and release add to a version.

@@ -16,7 +16,7 @@ class Payload(Base):
 
     A sealed payload is kept as its segments: size and digests above are theirs, `content_digests` are the leaf hashes
     of what is in them, `sealed_header` stands before them, and `sealed_key` is their key, encrypted under a key that
-    is not in the database (`qflare_server.sealed_payloads`); it goes with the bytes. All three are null otherwise.
+    is not in the database (`payloads.keys`); it goes with the bytes. All three are null otherwise.
     """
 
     __tablename__ = "payloads"

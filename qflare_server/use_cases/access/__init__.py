@@ -1,1 +1,1 @@
-"""Access: roles, tokens, authentication, login and rate limits."""
+"""Roles, tokens, authentication, login and rate limits."""

@@ -1,1 +1,1 @@
-"""Devices: enrollment, keys and administration."""
+"""Device enrollment, keys and administration."""

@@ -1,7 +1,7 @@
 """What programs that embed the coordinator do with their training session: contribute, close rounds, start over.
 
 A contribution is one vector of float32, without gRPC and without a signature: the program vouches for its devices.
-`in_process_session` says what the training session is.
+`in_process.session` says what the training session is.
 """
 
 import hashlib

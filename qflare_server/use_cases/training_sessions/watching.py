@@ -3,7 +3,7 @@
 What happened is found by comparing two looks at the database, so that every replica sees what any other did and no
 writer has to know who watches. A look is two or three reads by primary key. Watching never holds a transaction or a
 connection between two looks, is bounded in time, and ends at once when the coordinator drains. How many watch at once
-is bounded by `rpc.StreamLimits`.
+is bounded by `serving.rpc.limits.StreamLimits`.
 """
 
 import threading

@@ -1,1 +1,1 @@
-"""Updates: submission, upload and acceptance."""
+"""Update submission: header checks, upload, acceptance."""

@@ -1,11 +1,11 @@
-"""Taking in a device's update: checked as it streams, durable before it is acknowledged.
+"""Upload of a device's update: checked as it streams, durable before it is acknowledged.
 
-The order of things, and what holds a transaction open when (`docs/protocol.md` tells it from the device's side):
+The steps, and which of them hold a transaction open (`docs/protocol.md` describes them from the device's side):
 
-1. The header is checked (`submissions`): statement, round, device, signature. No byte of the payload is looked at.
-2. No transaction is open while the payload arrives.
-3. One short transaction takes a place in the round and writes everything (`acceptance`). Only then is the update
-   acknowledged.
+1. The header is checked (`updates.submission`): statement, round, device, signature. The payload is not read yet.
+2. The payload is received. No transaction is open meanwhile.
+3. One short transaction takes a slot in the round and writes everything (`updates.acceptance`). Only then is the
+   update acknowledged.
 """
 
 import threading

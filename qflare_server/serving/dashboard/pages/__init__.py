@@ -1,1 +1,1 @@
-"""The pages, one module a section: each builds from the use cases what its template shows."""
+"""Pages of the dashboard, one module per section."""
