@@ -31,13 +31,15 @@ PAGE: Final = DOCS / "architecture.md"
 IMAGES: Final = DOCS / "images"
 
 WIDTH: Final = 1000.0
-BOX_WIDTH: Final = 280.0
+MAX_BOX_WIDTH: Final = 280.0
 LANE_WIDTH: Final = 14.0  # of an arrow that passes a layer
 MARGIN: Final = 24.0
 COLUMN_GAP: Final = 22.0
+LANE_GAP: Final = 12.0
+PADDING: Final = 12.0
 ROW_GAP: Final = 44.0
 LINE_HEIGHT: Final = 15.0
-LINE_CHARACTERS: Final = 41
+CHARACTER_WIDTH: Final = 6.2
 SWEEPS: Final = 20
 SEEDS: Final = 40
 LANE_WEIGHT: Final = 6
@@ -61,17 +63,14 @@ class Place:
     Attributes:
         layer: Number of the layer, 0 at the top.
         room: Name of the room; empty for a lane.
-        x: Center, in pixels.
+        width: Width in pixels.
+        x: Center in pixels.
     """
 
     layer: int
     room: str
+    width: float = LANE_WIDTH
     x: float = 0.0
-
-    @property
-    def width(self) -> float:
-        """Width in pixels."""
-        return BOX_WIDTH if self.room else LANE_WIDTH
 
 
 class Layout:
@@ -85,12 +84,15 @@ class Layout:
     def __init__(self, structure: Structure, seed: int) -> None:
         start = random.Random(seed)  # noqa: S311 - the same picture every time
         self.rows: list[list[Place]] = [
-            [Place(number, room, start.random() * WIDTH) for room in layer]
+            [Place(number, room, x=start.random() * WIDTH) for room in layer]
             for number, layer in enumerate(structure.layers)
         ]
         boxes = {place.room: place for row in self.rows for place in row}
         self.ways = [self._way(boxes, arrow) for arrow in direct_arrows(structure)]
         self._links = [link for way in self.ways for link in pairwise(way)]
+        self.box_width = min(MAX_BOX_WIDTH, *map(widest_box, self.rows))
+        for box in boxes.values():
+            box.width = self.box_width
         for _ in range(SWEEPS):
             for row in (*self.rows, *reversed(self.rows)):
                 row.sort(key=self._wanted)
@@ -136,11 +138,23 @@ class Layout:
         return sum(other.x * weight for other, weight in weighted) / sum(weights)
 
 
+def gap(left: Place, right: Place) -> float:
+    """Return the least distance between two places."""
+    return COLUMN_GAP if left.room and right.room else LANE_GAP
+
+
+def widest_box(row: Sequence[Place]) -> float:
+    """Return how wide the boxes of a layer may be so that it fits on the page."""
+    count = sum(bool(place.room) for place in row)
+    taken = 2 * MARGIN + (len(row) - count) * (LANE_WIDTH + 2 * LANE_GAP) + (count - 1) * COLUMN_GAP
+    return (WIDTH - taken) // count
+
+
 def spread(row: Sequence[Place], wanted: Sequence[float]) -> None:
     """Move the places of a layer as near as possible to where they are wanted, without overlap, in their order."""
     offsets = [0.0]
     for left, right in pairwise(row):
-        offsets.append(offsets[-1] + (left.width + right.width) / 2 + COLUMN_GAP)
+        offsets.append(offsets[-1] + (left.width + right.width) / 2 + gap(left, right))
     least = MARGIN + row[0].width / 2
     most = WIDTH - MARGIN - row[-1].width / 2 - offsets[-1]
     blocks: list[list[float]] = []  # sum and count of what is pushed together
@@ -155,11 +169,17 @@ def spread(row: Sequence[Place], wanted: Sequence[float]) -> None:
         place.x = max(least, min(most, start)) + offset
 
 
+def best_layout(structure: Structure) -> Layout:
+    """Return the layout with the fewest crossings, of many."""
+    return min((Layout(structure, seed) for seed in range(SEEDS)), key=lambda made: made.cost)
+
+
 def picture(structure: Structure) -> str:
     """Return an SVG of a package: its rooms as boxes, layer by layer, and their direct imports as arrows."""
-    layout = min((Layout(structure, seed) for seed in range(SEEDS)), key=lambda made: made.cost)
+    layout = best_layout(structure)
+    characters = int((layout.box_width - 2 * PADDING) / CHARACTER_WIDTH)
     texts = {
-        room: textwrap.wrap(sentence_of(structure.package, room).replace("`", ""), LINE_CHARACTERS)
+        room: textwrap.wrap(sentence_of(structure.package, room).replace("`", ""), characters)
         for room in structure.rooms
     }
     tops, heights, y = [], [], MARGIN
@@ -186,15 +206,15 @@ def picture(structure: Structure) -> str:
 
 
 def _box(place: Place, top: float, height: float, text: Sequence[str]) -> Iterator[str]:
-    left = place.x - BOX_WIDTH / 2
+    left = place.x - place.width / 2
     yield (
-        f'<rect class="box" x="{left:.1f}" y="{top:.1f}" width="{BOX_WIDTH:.0f}" '
+        f'<rect class="box" x="{left:.1f}" y="{top:.1f}" width="{place.width:.0f}" '
         f'height="{height:.0f}" rx="6"/>'
     )
-    yield f'<text class="name" x="{left + 12:.1f}" y="{top + 22:.1f}">{escape(place.room)}</text>'
+    yield f'<text class="name" x="{left + PADDING:.1f}" y="{top + 22:.1f}">{escape(place.room)}</text>'
     for number, line in enumerate(text):
         y = top + 40 + number * LINE_HEIGHT
-        yield f'<text x="{left + 12:.1f}" y="{y:.1f}">{escape(line)}</text>'
+        yield f'<text x="{left + PADDING:.1f}" y="{y:.1f}">{escape(line)}</text>'
 
 
 def _arrows(layout: Layout, tops: Sequence[float], heights: Sequence[float]) -> Iterator[str]:
@@ -220,7 +240,7 @@ def _port(box: Place, neighbors: Sequence[Place], neighbor: Place) -> float:
     """Return where on the edge of a box the arrow to a neighbor is fastened: side by side, in their order."""
     order = sorted(neighbors, key=lambda place: place.x)
     number = next(index for index, place in enumerate(order) if place is neighbor)
-    step = min(36.0, BOX_WIDTH / (len(order) + 1))
+    step = min(36.0, box.width / (len(order) + 1))
     return box.x + (number - (len(order) - 1) / 2) * step
 
 

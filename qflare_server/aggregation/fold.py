@@ -120,7 +120,7 @@ class RoundFold:
         plan: What it is aggregated with.
         noise_seed: The training session's secret, needed with differential privacy.
         thread_count: Threads that share the arithmetic.
-        recorded: Judgements of an earlier run by update id (`qflare_server.outcomes`), to recompute the version from.
+        recorded: Judgements of an earlier run by update id (`aggregation.outcome`), to recompute the version from.
         revision: Number of the rules to aggregate by; to recompute a version, those that it was made by.
     """
 

@@ -195,7 +195,7 @@ class PayloadTable:
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
         """Write consecutive chunks durably in one transaction.
 
-        The commit waits for the disk (`engine.require_synchronous_commit`): a server that crashes after it has
+        The commit waits for the disk (`storage.postgresql`): a server that crashes after it has
         answered, while this process lives, would otherwise lose chunks that a receipt later relies on.
         """
         try:

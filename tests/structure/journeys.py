@@ -26,7 +26,11 @@ from tests.structure.rooms import PACKAGES, ROOT
 
 TIMEOUT_S: Final = 60
 MAIN: Final = "MainThread"
-BACKGROUND: Final = frozenset({"housekeeping", "maintenance", "stream-watchdog"})
+UNNAMED: Final = "Thread-"
+"""What the threads that gRPC starts are called."""
+BACKGROUND: Final = frozenset(
+    {"calls", "database-watchdog", "housekeeping", "maintenance", "stream-watchdog"}
+)
 """Threads that work beside every journey; what they run is not part of it."""
 WORKER: Final = "aggregation"
 
@@ -38,7 +42,7 @@ class Call:
     Attributes:
         path: Its file, relative to the repository.
         function: Its qualified name.
-        thread: Name of the thread, without the number that a pool adds; empty for the caller's own thread.
+        thread: Name of the thread, without the number that a pool adds; `grpc` for gRPC's own, empty for the caller's.
     """
 
     path: str
@@ -108,9 +112,10 @@ class CallRecorder:
         code = frame.f_code
         if journey is None or event != "call" or not code.co_filename.startswith(self._prefixes):
             return
-        thread = re.sub(r"_\d+$", "", threading.current_thread().name)
+        thread = re.sub(r"[-_]\d+$", "", threading.current_thread().name)
         if thread not in self._left_out:
             path = code.co_filename.removeprefix(self._root)
+            thread = "grpc" if thread.startswith(UNNAMED) else thread
             journey.calls[Call(path, code.co_qualname, "" if thread == MAIN else thread)] = None
 
 

@@ -38,6 +38,7 @@ FOREIGN: Final = frozenset(
         "PREFIX.ID.SECRET",  # the form of a token
         "tests/test_compute_delta.py",  # TensorFlow Privacy
         "torch.nn.Module",
+        "asdict",  # dataclasses
         "F8_E4M3",  # safetensors
         "v_t",  # of the formulas of Adam
     }
@@ -106,6 +107,8 @@ class Index:
         for path, tree in self.trees.items():
             self._add_module(module_name(path, root), tree)
         self._add_stubs(root)
+        for settings in self.classes.get("ServerConfig", ()):
+            self.words |= {f"QFLARE_{name.upper()}" for name in settings.names}
 
     def _add_module(self, name: str, tree: ast.Module) -> None:
         self.modules[name] = Definitions(
@@ -178,6 +181,9 @@ class Index:
         if found:
             return True
         if first in self.fields and self.fields.issuperset(rest):
+            return True
+        instance_of = first.title().replace("_", "")
+        if any(self._in_class(each, rest) for each in self.classes.get(instance_of, ())):
             return True
         if (targets or first in self.classes) and first not in scope.values:
             return first in scope.names - {target.rpartition(".")[2] for target in targets}

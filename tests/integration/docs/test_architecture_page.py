@@ -4,11 +4,12 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from docs.make_architecture import PAGE, page, pictures
+from docs.make_architecture import PAGE, WIDTH, best_layout, page, pictures
 from tests.structure.journeys import Journey, Journeys, travel
 from tests.structure.rooms import PACKAGES, ROOT, read_structure, subpackages
 from tests.structure.stated_names import class_members, defined
@@ -22,6 +23,7 @@ JOURNEYS = {
 }
 MOST_ROOMS = 12
 LEAST_STEPS = 5
+POOLS = {"_pool", "_transfers"}
 THREAD_ARGUMENTS = {"name", "thread_name_prefix"}
 
 
@@ -53,7 +55,7 @@ def steps(journey: str) -> list[Step]:
     for _number, thread, function, text in rows(JOURNEYS[journey]):
         link = LINK.fullmatch(function)
         assert link is not None, function
-        found.append(Step("" if thread == "device" else thread, link[1], link[2], text))
+        found.append(Step("" if thread == "SDK" else thread, link[1], link[2], text))
     return found
 
 
@@ -68,14 +70,17 @@ def definitions(path: Path) -> set[str]:
 
 
 def thread_names(tree: ast.Module) -> Iterator[str]:
-    """Yield the names that a module gives to threads."""
+    """Yield the names that a module gives to threads and pools of them."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
-        if ast.unparse(node.func).rpartition(".")[2] in {"Thread", "ThreadPoolExecutor"}:
-            for keyword in node.keywords:
-                if keyword.arg in THREAD_ARGUMENTS and isinstance(keyword.value, ast.Constant):
-                    yield str(keyword.value.value)
+        function = ast.unparse(node.func).rpartition(".")[2]
+        values = [item.value for item in node.keywords if item.arg in THREAD_ARGUMENTS]
+        if function in POOLS:
+            values = node.args[:1]
+        elif function not in {"Thread", "ThreadPoolExecutor"}:
+            continue
+        yield from (str(value.value) for value in values if isinstance(value, ast.Constant))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,16 @@ def test_the_pictures_are_current() -> None:
     for path, picture in pictures().items():
         assert path.read_text() == picture, "run make architecture"
         assert f"](images/{path.name})" in TEXT
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_boxes_and_arrows_of_a_picture_fit(package: str) -> None:
+    for row in best_layout(read_structure(package)).rows:
+        edges = [(place.x - place.width / 2, place.x + place.width / 2) for place in row]
+
+        assert min(left for left, _ in edges) >= 0
+        assert max(right for _, right in edges) <= WIDTH
+        assert all(right < left for (_, right), (left, _) in pairwise(edges))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -157,7 +172,7 @@ def test_a_fresh_reader_finds_it_in_four_clicks(word: str) -> None:
 
 
 def test_every_thread_is_listed() -> None:
-    listed = {row[0].strip("`") for row in rows("Threads")}
+    listed = {name for row in rows("Threads") for name in re.findall(r"`([^`]+)`", row[0])}
     named = {
         name
         for path in (ROOT / "qflare_server").rglob("*.py")
