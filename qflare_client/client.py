@@ -347,27 +347,27 @@ class Client:
 
     def report_evaluation(
         self,
-        training_session_id: str,
-        version: int,
+        task: Task,
         example_count: int,
         metrics: Mapping[str, float],
         *,
         timeout_s: float | None = None,
     ) -> None:
-        """Report what was measured of a version on data that is held back.
+        """Sign and report what was measured of a version on data that is held back; once for each version.
 
         Args:
-            training_session_id: Training session.
-            version: Version.
+            task: The task, of kind EVALUATE.
             example_count: Number of examples that were measured, 1 or more.
-            metrics: Metrics by name, such as accuracy and loss; finite.
+            metrics: Metrics by name, such as accuracy and loss; finite. Names that begin with `train_` are reserved.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
         Raises:
             TrainingFunctionError: Example count or metrics cannot be sent.
+            NotSelectedError: This device was not asked to measure the version.
+            DuplicateUpdateError: It has reported something else of the version before.
             QflareClientError: The call failed.
         """
-        request = make_evaluation(training_session_id, version, example_count, metrics)
+        request = make_evaluation(self._login.identity, task, example_count, metrics)
         self._calls.unary(self._stub.ReportEvaluation, request, timeout_s=timeout_s)
 
     def heartbeat(

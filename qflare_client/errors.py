@@ -147,7 +147,7 @@ class SealingMismatchError(InvalidRequestError):
 
 
 class DuplicateUpdateError(RejectedError):
-    """A different update of this device is already in the round."""
+    """A different update of this device is in the round already, or a different evaluation of the version."""
 
 
 class FailedPreconditionError(RejectedError):
@@ -163,7 +163,7 @@ class SealKeyNotAcceptedError(FailedPreconditionError):
 
 
 class NotSelectedError(FailedPreconditionError):
-    """The device was not selected for the round."""
+    """The device was not selected for the round, or not asked to measure the version."""
 
 
 class StaleBaseVersionError(FailedPreconditionError):
@@ -265,6 +265,7 @@ _BY_REASON: Mapping[str, type[RejectedError]] = {
     "ALREADY_EXISTS": DuplicateUpdateError,
     "DEVICE_REVOKED": DeviceRevokedError,
     "DEVICE_SUSPENDED": DeviceSuspendedError,
+    "DUPLICATE_EVALUATION": DuplicateUpdateError,
     "DUPLICATE_UPDATE": DuplicateUpdateError,
     "INVALID_ENROLLMENT_TOKEN": InvalidEnrollmentTokenError,
     "NOT_SELECTED": NotSelectedError,

@@ -244,9 +244,7 @@ class _Loop:
             raise TrainingFunctionError(
                 "the evaluation function must return (example count, metrics)"
             ) from None
-        self._client.report_evaluation(
-            task.training_session_id, task.base_version, example_count, metrics
-        )
+        self._client.report_evaluation(task, example_count, metrics)
         self.summary.evaluation_count += 1
         return 0.0
 

@@ -135,7 +135,7 @@ class Task:
     """How the version and the update travel."""
 
     nonce: str
-    """Value of the signed task statement that the update repeats; empty unless TRAIN."""
+    """Value that the update or the evaluation repeats; empty unless TRAIN or EVALUATE."""
 
     @property
     def download_encoding(self) -> Encoding:
@@ -174,7 +174,7 @@ class Task:
             deadline=moment(deadline) if message.HasField("deadline_time") else None,
             config=_training_task(message, defaults),
             transfer=message.transfer,
-            nonce=statement.task_nonce,
+            nonce=statement.task_nonce or message.evaluation_nonce,
         )
 
 

@@ -192,6 +192,12 @@ class DuplicateUpdateError(AlreadyExistsError):
     reason = "DUPLICATE_UPDATE"
 
 
+class DuplicateEvaluationError(AlreadyExistsError):
+    """The device has reported something else of this version."""
+
+    reason = "DUPLICATE_EVALUATION"
+
+
 class FailedPreconditionError(QflareError):
     """The state of the coordinator does not allow this."""
 
@@ -223,7 +229,7 @@ class NoKemKeyError(FailedPreconditionError):
 
 
 class NotSelectedError(FailedPreconditionError):
-    """The device was not selected for this round."""
+    """The device was not selected for this round, or not asked to measure this version."""
 
     reason = "NOT_SELECTED"
 

@@ -100,6 +100,7 @@ class SigningContext(StrEnum):
     SESSION = "qflare/v1/session-device"
     TASK = "qflare/v1/task"
     UPDATE = "qflare/v1/update"
+    EVALUATION = "qflare/v1/evaluation"
     MODEL = "qflare/v1/model"
     TREE_HEAD = "qflare/v1/sth"
     SELF_TEST = "qflare/v1/self-test"

@@ -15,6 +15,7 @@ from qflare.crypto.signing import MAX_MESSAGE_BYTES, SigningContext
 from qflare.evidence.lineage import check_model_form
 from qflare.evidence.statements import (
     StatementError,
+    check_evaluation_form,
     check_head_form,
     check_task_form,
     check_update_form,
@@ -67,6 +68,7 @@ FORMS: Final[Mapping[SigningContext, Callable[[bytes], None]]] = {
     SigningContext.RECEIPT: _parsed(security_pb2.EnrollmentReceipt, check_receipt_form),
     SigningContext.TASK: _parsed(security_pb2.TaskStatement, check_task_form),
     SigningContext.UPDATE: _parsed(security_pb2.UpdateStatement, check_update_form),
+    SigningContext.EVALUATION: _parsed(security_pb2.EvaluationStatement, check_evaluation_form),
     SigningContext.MODEL: _parsed(security_pb2.ModelStatement, check_model_form),
     SigningContext.TREE_HEAD: _parsed(security_pb2.TreeHead, check_head_form),
 }

@@ -1,4 +1,4 @@
-"""What devices and the coordinator vouch for: updates, tasks, key rotations, heads of the log.
+"""What devices and the coordinator vouch for: updates, evaluations, tasks, key rotations, heads of the log.
 
 Each statement is signed as the bytes that are sent, under a context of its own, and names realm,
 training session and whatever else it could be replayed into. `sign_` functions check a statement
@@ -30,6 +30,9 @@ MAX_METRIC_COUNT: Final = 64
 
 MAX_METRIC_NAME_CHARACTERS: Final = 100
 """Longest name of a metric."""
+
+TRAINING_PREFIX: Final = "train_"
+"""Begins the names of metrics that the coordinator makes from updates: no evaluation may use such a name."""
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _MessageT = TypeVar("_MessageT", bound=Message)
@@ -131,6 +134,35 @@ def check_update(statement: security_pb2.UpdateStatement, occasion: UpdateOccasi
     """
     for field in occasion.__dataclass_fields__:
         require_equal(field, getattr(statement, field), getattr(occasion, field))
+
+
+def sign_evaluation(
+    key: Signer, statement: security_pb2.EvaluationStatement
+) -> security_pb2.SignedEnvelope:
+    """Sign an evaluation; the statement has to name the key.
+
+    Raises:
+        StatementError: The statement is malformed.
+    """
+    check_evaluation_form(statement)
+    require_equal("key_id", statement.key_id, key.public.key_id)
+    return sign_envelope(key, SigningContext.EVALUATION, statement)
+
+
+def open_evaluation(
+    envelope: security_pb2.SignedEnvelope, key: PublicKey
+) -> security_pb2.EvaluationStatement:
+    """Check signature and form of an evaluation.
+
+    Raises:
+        StatementError: It is malformed, or not signed by this key.
+    """
+    statement = open_statement(
+        envelope, SigningContext.EVALUATION, [key], security_pb2.EvaluationStatement
+    )
+    check_evaluation_form(statement)
+    require_equal("key_id", statement.key_id, key.key_id)
+    return statement
 
 
 def sign_task(key: Signer, statement: security_pb2.TaskStatement) -> security_pb2.SignedEnvelope:
@@ -332,6 +364,22 @@ def check_update_form(statement: security_pb2.UpdateStatement) -> None:
         statement.wire_digest == statement.payload_digest,
         "payload is not sealed but travels as another",
     )
+
+
+def check_evaluation_form(statement: security_pb2.EvaluationStatement) -> None:
+    """Raise a `StatementError` unless an evaluation is well-formed."""
+    require_digests(statement, "version_digest", "evaluation_nonce", "key_id")
+    for field in ("realm", "training_session_id", "device_id"):
+        _require(getattr(statement, field), f"{field} is empty")
+    _require(statement.version >= 0, "version is negative")
+    _require(statement.example_count >= 1, "example_count is below 1")
+    check_metrics(statement.metrics)
+    _require(statement.metrics, "there is no metric")
+    for name in statement.metrics:
+        reserved = name.startswith(TRAINING_PREFIX)
+        _require(
+            not reserved, f"metric {name!r}: names that begin with {TRAINING_PREFIX} are reserved"
+        )
 
 
 def check_head_form(head: security_pb2.TreeHead) -> None:

@@ -17,6 +17,9 @@ wrong; `VerificationError.step` names it:
 ``update``
     Every signed update is by a key of its device, for this training session and round, and from a
     version of this lineage; the log says that it was accepted.
+``evaluation``
+    Every evaluation is by a key of its device, of which there is one, and of this version; the log
+    says that it was reported.
 
 What cannot be checked because it is not there (updates of embedding programs have no signature,
 bytes are pruned) is no error: the report says it.
@@ -42,6 +45,7 @@ from qflare.evidence.lineage import ModelVersion, contributors_digest, verify_ch
 from qflare.evidence.statements import (
     check_entry,
     digest_of,
+    open_evaluation,
     open_tree_head,
     open_update,
     require_equal,
@@ -57,6 +61,9 @@ VERSION_SIGNED: Final = "version.signed"
 
 UPDATE_ACCEPTED: Final = "update.accepted"
 """Type of the entry that says that an update was accepted; its subject is ``update:ID``."""
+
+EVALUATION_REPORTED: Final = "evaluation.reported"
+"""Type of the entry that says that an evaluation was reported; its subject is ``evaluation:DIGEST``."""
 
 SIGNING_ROLES: Final = tuple(role for role in KeyRole if role is not KeyRole.SESSION_KEM)
 """Roles whose keys sign."""
@@ -95,6 +102,7 @@ class Report:
         signed_count: Those whose signature was checked.
         device_count: Devices that made those.
         pruned_count: Updates whose bytes are no longer kept.
+        evaluation_count: Evaluations of the version whose signature was checked.
         missing: What could not be checked, in words; empty when everything was.
     """
 
@@ -112,6 +120,7 @@ class Report:
     signed_count: int
     device_count: int
     pruned_count: int
+    evaluation_count: int
     missing: tuple[str, ...]
 
 
@@ -243,6 +252,7 @@ class _Verification:
         signed = [update for update in self._bundle.updates if update.HasField("statement")]
         for update in signed:
             _step("update", partial(self._check_update, update, chain, keys, entries))
+        _step("evaluation", lambda: self._check_evaluations(chain[-1], keys, entries))
         return self._report(trusted, chain, head, len(signed))
 
     def _follow(self) -> tuple[TrustedKeyset, dict[KeyRole, tuple[PublicKey, ...]]]:
@@ -320,6 +330,23 @@ class _Verification:
             raise ValueError(f"the log does not say that update {statement.update_id} was accepted")
         self._devices.add(statement.device_id)
 
+    def _check_evaluations(
+        self, made: ModelVersion, keys: ProvenKeys, entries: Mapping[tuple[str, str], Entry]
+    ) -> None:
+        evaluators: set[str] = set()
+        for envelope in self._bundle.evaluations:
+            stated = security_pb2.EvaluationStatement.FromString(envelope.payload)
+            statement = open_evaluation(envelope, keys.get(stated.device_id, stated.key_id))
+            for field in ("realm", "training_session_id", "version"):
+                require_equal(field, getattr(statement, field), getattr(made.statement, field))
+            require_equal("version_digest", statement.version_digest, made.digest)
+            if statement.device_id in evaluators:
+                raise ValueError(f"device {statement.device_id[:64]} evaluated the version twice")
+            evaluators.add(statement.device_id)
+            digest = digest_of(envelope.payload)
+            if (EVALUATION_REPORTED, f"evaluation:{digest}") not in entries:
+                raise ValueError(f"the log does not say that evaluation {digest} was reported")
+
     def _report(
         self,
         trusted: TrustedKeyset,
@@ -352,6 +379,7 @@ class _Verification:
             signed_count=signed_count,
             device_count=len(self._devices),
             pruned_count=pruned_count,
+            evaluation_count=len(self._bundle.evaluations),
             missing=tuple(missing),
         )
 

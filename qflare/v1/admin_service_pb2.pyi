@@ -159,6 +159,7 @@ class Token(_message.Message):
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     REVOKE_TIME_FIELD_NUMBER: _builtins.int
     REVOKE_REASON_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     token_id: _builtins.str
     """Id, 32 hex digits."""
     kind: Global___TokenKind.ValueType
@@ -191,6 +192,10 @@ class Token(_message.Message):
     def revoke_time(self) -> _timestamp_pb2.Timestamp:
         """When it was revoked. Absent if it was not."""
 
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Groups that a device gets which enrols with it."""
+
     def __init__(
         self,
         *,
@@ -204,10 +209,11 @@ class Token(_message.Message):
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
         revoke_time: _timestamp_pb2.Timestamp | None = ...,
         revoke_reason: _builtins.str = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_use_time", b"last_use_time", "revoke_time", b"revoke_time", "use_time", b"use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "kind", b"kind", "last_use_time", b"last_use_time", "revoke_reason", b"revoke_reason", "revoke_time", b"revoke_time", "roles", b"roles", "subject", b"subject", "token_id", b"token_id", "use_time", b"use_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "groups", b"groups", "kind", b"kind", "last_use_time", b"last_use_time", "revoke_reason", b"revoke_reason", "revoke_time", b"revoke_time", "roles", b"roles", "subject", b"subject", "token_id", b"token_id", "use_time", b"use_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1135,6 +1141,7 @@ class ListDevicesRequest(_message.Message):
     DEVICE_TYPE_FIELD_NUMBER: _builtins.int
     SEEN_AFTER_TIME_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most entries of a page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
@@ -1143,6 +1150,8 @@ class ListDevicesRequest(_message.Message):
     """Only those in this state."""
     device_type: _builtins.str
     """Only those of this type. Empty means any."""
+    group: _builtins.str
+    """Only those in this group. Empty means any."""
     @_builtins.property
     def seen_after_time(self) -> _timestamp_pb2.Timestamp:
         """Only those that were seen since. Absent means any."""
@@ -1160,10 +1169,11 @@ class ListDevicesRequest(_message.Message):
         device_type: _builtins.str = ...,
         seen_after_time: _timestamp_pb2.Timestamp | None = ...,
         capabilities: _abc.Iterable[_training_pb2.CapabilityFilter] | None = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["seen_after_time", b"seen_after_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "device_type", b"device_type", "page_size", b"page_size", "page_token", b"page_token", "seen_after_time", b"seen_after_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "device_type", b"device_type", "group", b"group", "page_size", b"page_size", "page_token", b"page_token", "seen_after_time", b"seen_after_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1358,6 +1368,7 @@ class IssueEnrollmentTokensRequest(_message.Message):
     LIFETIME_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     token_count: _builtins.int
     """How many, 1 to 1,000. 0 means 1."""
     label: _builtins.str
@@ -1370,6 +1381,10 @@ class IssueEnrollmentTokensRequest(_message.Message):
     def lifetime(self) -> _duration_pb2.Duration:
         """How long they live. Absent means 24 hours."""
 
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Groups that the new devices get: at most 32 names of 1 to 63 characters of a-z 0-9 . _ -. Empty with device_id."""
+
     def __init__(
         self,
         *,
@@ -1378,10 +1393,11 @@ class IssueEnrollmentTokensRequest(_message.Message):
         lifetime: _duration_pb2.Duration | None = ...,
         device_id: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lifetime", b"lifetime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "label", b"label", "lifetime", b"lifetime", "request_id", b"request_id", "token_count", b"token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "groups", b"groups", "label", b"label", "lifetime", b"lifetime", "request_id", b"request_id", "token_count", b"token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -461,6 +461,7 @@ class GetTaskResponse(_message.Message):
     DEVICE_TRAINING_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
+    EVALUATION_NONCE_FIELD_NUMBER: _builtins.int
     kind: Global___TaskKind.ValueType
     """What to do."""
     training_session_id: _builtins.str
@@ -471,6 +472,8 @@ class GetTaskResponse(_message.Message):
     """Version to train from or to measure. Set for TRAIN and EVALUATE."""
     base_digest: _builtins.str
     """Digest of that version. Set for TRAIN and EVALUATE."""
+    evaluation_nonce: _builtins.str
+    """Random value that the device's EvaluationStatement repeats, 64 hex digits. Set for EVALUATE."""
     @_builtins.property
     def poll_delay(self) -> _duration_pb2.Duration:
         """Time to wait before the next GetTask when there is nothing to do."""
@@ -504,10 +507,11 @@ class GetTaskResponse(_message.Message):
         device_training: _training_pb2.DeviceTraining | None = ...,
         transfer: _training_pb2.TransferPolicy | None = ...,
         task: _security_pb2.SignedEnvelope | None = ...,
+        evaluation_nonce: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "device_training", b"device_training", "poll_delay", b"poll_delay", "task", b"task", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_version", b"base_version", "deadline_time", b"deadline_time", "device_training", b"device_training", "kind", b"kind", "poll_delay", b"poll_delay", "round_number", b"round_number", "task", b"task", "training_session_id", b"training_session_id", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_version", b"base_version", "deadline_time", b"deadline_time", "device_training", b"device_training", "evaluation_nonce", b"evaluation_nonce", "kind", b"kind", "poll_delay", b"poll_delay", "round_number", b"round_number", "task", b"task", "training_session_id", b"training_session_id", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -818,51 +822,19 @@ class ReportEvaluationRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class MetricsEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.float
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.float = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
-    VERSION_FIELD_NUMBER: _builtins.int
-    EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
-    METRICS_FIELD_NUMBER: _builtins.int
-    training_session_id: _builtins.str
-    """Training session."""
-    version: _builtins.int
-    """Version."""
-    example_count: _builtins.int
-    """Number of examples that were measured; 1 or more."""
+    STATEMENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Metrics by name, such as accuracy and loss; finite."""
+    def statement(self) -> _security_pb2.SignedEnvelope:
+        """An EvaluationStatement, signed by the device."""
 
     def __init__(
         self,
         *,
-        training_session_id: _builtins.str = ...,
-        version: _builtins.int = ...,
-        example_count: _builtins.int = ...,
-        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        statement: _security_pb2.SignedEnvelope | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["example_count", b"example_count", "metrics", b"metrics", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["statement", b"statement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

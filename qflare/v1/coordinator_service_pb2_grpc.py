@@ -217,14 +217,14 @@ class CoordinatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportEvaluation(self, request, context):
-        """Report what the device measured of a version on data that it holds back.
+        """Report what the device was asked to measure of a version, on data that it holds back; once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Heartbeat(self, request, context):
-        """Say that the device is there, and what it can do.
+        """Say that the device is there, and what it can do. Selection does not go by what is said here.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

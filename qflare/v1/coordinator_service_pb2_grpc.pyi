@@ -49,9 +49,9 @@ class CoordinatorServiceStub:
     GetUpload: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetUploadRequest, _coordinator_service_pb2.GetUploadResponse]
     """Ask where to go on with an upload that broke off."""
     ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ReportEvaluationRequest, _coordinator_service_pb2.ReportEvaluationResponse]
-    """Report what the device measured of a version on data that it holds back."""
+    """Report what the device was asked to measure of a version, on data that it holds back; once."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.HeartbeatRequest, _coordinator_service_pb2.HeartbeatResponse]
-    """Say that the device is there, and what it can do."""
+    """Say that the device is there, and what it can do. Selection does not go by what is said here."""
     GetLineage: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetLineageRequest, _coordinator_service_pb2.GetLineageResponse]
     """Get the signed statements of consecutive versions."""
     GetContributionProof: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetContributionProofRequest, _coordinator_service_pb2.GetContributionProofResponse]
@@ -166,7 +166,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.ReportEvaluationRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.ReportEvaluationResponse:
-        """Report what the device measured of a version on data that it holds back."""
+        """Report what the device was asked to measure of a version, on data that it holds back; once."""
 
     @_abc_1.abstractmethod
     def Heartbeat(
@@ -174,7 +174,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.HeartbeatRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.HeartbeatResponse:
-        """Say that the device is there, and what it can do."""
+        """Say that the device is there, and what it can do. Selection does not go by what is said here."""
 
     @_abc_1.abstractmethod
     def GetLineage(

@@ -198,6 +198,26 @@ class Device(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ReportedCapabilitiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     STATE_REASON_FIELD_NUMBER: _builtins.int
@@ -207,6 +227,10 @@ class Device(_message.Message):
     KEY_ROTATION_COUNT_FIELD_NUMBER: _builtins.int
     REGISTER_TIME_FIELD_NUMBER: _builtins.int
     LAST_SEEN_TIME_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    REPORTED_TYPE_FIELD_NUMBER: _builtins.int
+    REPORTED_CAPABILITIES_FIELD_NUMBER: _builtins.int
+    CONFIRM_TIME_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Id; a UUID for devices that enrolled over the network."""
     state: Global___DeviceState.ValueType
@@ -219,9 +243,13 @@ class Device(_message.Message):
     """Digest of its KEM key, 64 hex digits. Empty if it has none."""
     key_rotation_count: _builtins.int
     """How often it has changed its keys."""
+    reported_type: _builtins.str
+    """Kind of device that it last said to be; nothing goes by it."""
     @_builtins.property
     def profile(self) -> Global___DeviceProfile:
-        """What it said of itself."""
+        """Its profile. Device type and capabilities are those that selection goes by: as the signed enrollment states them,
+        or as an administrator has confirmed them. The rest is what the device said last.
+        """
 
     @_builtins.property
     def register_time(self) -> _timestamp_pb2.Timestamp:
@@ -230,6 +258,18 @@ class Device(_message.Message):
     @_builtins.property
     def last_seen_time(self) -> _timestamp_pb2.Timestamp:
         """When it last called; written at most every few seconds. Absent if it has not."""
+
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Groups that it is in, in alphabetical order."""
+
+    @_builtins.property
+    def reported_capabilities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Capabilities that it last said to have; nothing goes by them."""
+
+    @_builtins.property
+    def confirm_time(self) -> _timestamp_pb2.Timestamp:
+        """When an administrator confirmed device type and capabilities. Absent if nobody has."""
 
     def __init__(
         self,
@@ -243,10 +283,14 @@ class Device(_message.Message):
         key_rotation_count: _builtins.int = ...,
         register_time: _timestamp_pb2.Timestamp | None = ...,
         last_seen_time: _timestamp_pb2.Timestamp | None = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
+        reported_type: _builtins.str = ...,
+        reported_capabilities: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        confirm_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen_time", b"last_seen_time", "profile", b"profile", "register_time", b"register_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["confirm_time", b"confirm_time", "last_seen_time", b"last_seen_time", "profile", b"profile", "register_time", b"register_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "kem_key_id", b"kem_key_id", "key_rotation_count", b"key_rotation_count", "last_seen_time", b"last_seen_time", "profile", b"profile", "register_time", b"register_time", "signature_key_id", b"signature_key_id", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm_time", b"confirm_time", "device_id", b"device_id", "groups", b"groups", "kem_key_id", b"kem_key_id", "key_rotation_count", b"key_rotation_count", "last_seen_time", b"last_seen_time", "profile", b"profile", "register_time", b"register_time", "reported_capabilities", b"reported_capabilities", "reported_type", b"reported_type", "signature_key_id", b"signature_key_id", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -751,8 +751,8 @@ Global___PrivacyPolicy: _TypeAlias = PrivacyPolicy  # noqa: Y015
 
 @_typing.final
 class EarlyStopPolicy(_message.Message):
-    """When training ends before the last round; looked at whenever a version is published. A metric that no version has
-    is looked for as train_NAME.
+    """When training ends before the last round; looked at whenever a version is published. Only federated evaluation
+    counts, never what devices report with their updates.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -762,7 +762,9 @@ class EarlyStopPolicy(_message.Message):
     PATIENCE_ROUNDS_FIELD_NUMBER: _builtins.int
     MINIMIZE_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
-    """Metric that is watched, such as accuracy or loss. Empty means no early stop."""
+    """Metric of federated evaluation that is watched, such as accuracy or loss; needs evaluation.every_rounds. Empty
+    means no early stop.
+    """
     target: _builtins.float
     """Training ends when the metric reaches this. Absent means no target."""
     patience_rounds: _builtins.int
@@ -797,7 +799,7 @@ class MetricBound(_message.Message):
     MIN_VALUE_FIELD_NUMBER: _builtins.int
     MAX_VALUE_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
-    """Metric of the version, such as accuracy."""
+    """Metric of federated evaluation, such as accuracy; never one that devices report with their updates."""
     min_value: _builtins.float
     """Least value. Absent means no lower bound."""
     max_value: _builtins.float
@@ -858,21 +860,43 @@ class EvaluationPolicy(_message.Message):
 
     EVERY_ROUNDS_FIELD_NUMBER: _builtins.int
     GROUP_BY_FIELD_NUMBER: _builtins.int
+    QUORUM_FIELD_NUMBER: _builtins.int
+    MAX_EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    TRIM_FRACTION_FIELD_NUMBER: _builtins.int
+    TRIM_FROM_COUNT_FIELD_NUMBER: _builtins.int
     every_rounds: _builtins.int
     """A version is evaluated every so many rounds. 0 means never."""
     group_by: _builtins.str
     """Device attribute by which results are grouped as well, such as device_type. Empty means none."""
+    quorum: _builtins.int
+    """Least number of devices that have to report a metric of a version before it counts. 0 means the rounds' quorum."""
+    max_example_count: _builtins.int
+    """Most examples that a report counts as. 0 means the most that an update of its device to this training session
+    stated, 1 where it has sent none.
+    """
+    trim_fraction: _builtins.float
+    """Share of the reports of a metric that is left out at either end, below 0.5, at least one at either end. Absent
+    means 0.2; 0 means that none is left out.
+    """
+    trim_from_count: _builtins.int
+    """Reports of a metric from which on the ends are left out; 3 or more. 0 means 5."""
     def __init__(
         self,
         *,
         every_rounds: _builtins.int = ...,
         group_by: _builtins.str = ...,
+        quorum: _builtins.int = ...,
+        max_example_count: _builtins.int = ...,
+        trim_fraction: _builtins.float | None = ...,
+        trim_from_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_trim_fraction", b"_trim_fraction", "trim_fraction", b"trim_fraction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_rounds", b"every_rounds", "group_by", b"group_by"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_trim_fraction", b"_trim_fraction", "every_rounds", b"every_rounds", "group_by", b"group_by", "max_example_count", b"max_example_count", "quorum", b"quorum", "trim_fraction", b"trim_fraction", "trim_from_count", b"trim_from_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__trim_fraction: _TypeAlias = _typing.Literal["trim_fraction"]  # noqa: Y015
+    _WhichOneofArgType__trim_fraction: _TypeAlias = _typing.Literal["_trim_fraction", b"_trim_fraction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trim_fraction) -> _WhichOneofReturnType__trim_fraction | None: ...
 
 Global___EvaluationPolicy: _TypeAlias = EvaluationPolicy  # noqa: Y015
 
@@ -893,6 +917,7 @@ class TrainingConfig(_message.Message):
     EARLY_STOP_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     total_rounds: _builtins.int
     """Rounds to run; 1 or more. 0 means 10."""
     @_builtins.property
@@ -935,6 +960,10 @@ class TrainingConfig(_message.Message):
     def evaluation(self) -> Global___EvaluationPolicy:
         """Federated evaluation."""
 
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Groups of devices that it is open to: to the devices of any of them. Empty means open to every device."""
+
     def __init__(
         self,
         *,
@@ -949,10 +978,11 @@ class TrainingConfig(_message.Message):
         early_stop: Global___EarlyStopPolicy | None = ...,
         release: Global___ReleasePolicy | None = ...,
         evaluation: Global___EvaluationPolicy | None = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "selection", b"selection", "strategy", b"strategy", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "selection", b"selection", "strategy", b"strategy", "total_rounds", b"total_rounds", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "groups", b"groups", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "selection", b"selection", "strategy", b"strategy", "total_rounds", b"total_rounds", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1218,6 +1248,7 @@ class GlobalModel(_message.Message):
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     DOWNLOAD_FIELD_NUMBER: _builtins.int
+    IN_PROCESS_COUNT_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     version: _builtins.int
@@ -1250,6 +1281,8 @@ class GlobalModel(_message.Message):
     """Epsilon spent up to it. Absent without differential privacy."""
     delta: _builtins.float
     """Delta of the guarantee. Absent without differential privacy."""
+    in_process_count: _builtins.int
+    """Updates in it that a program which embeds the coordinator vouches for: no device signed them."""
     @_builtins.property
     def strategy(self) -> Global___StrategyConfig:
         """Strategy that made it."""
@@ -1257,7 +1290,7 @@ class GlobalModel(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics by name: the example-weighted means that devices reported with their updates, prefixed train_, and
-        those of federated evaluation without prefix.
+        the trimmed means of federated evaluation without prefix, each once a quorum of devices has reported it.
         """
 
     @_builtins.property
@@ -1306,10 +1339,11 @@ class GlobalModel(_message.Message):
         architecture: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         manifest: _tensor_pb2.Manifest | None = ...,
         download: Global___EncodedPayload | None = ...,
+        in_process_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "manifest", b"manifest", "publish_duration", b"publish_duration", "rollback_version", b"rollback_version", "strategy", b"strategy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "architecture", b"architecture", "base_version", b"base_version", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "digest", b"digest", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "layout_digest", b"layout_digest", "manifest", b"manifest", "metrics", b"metrics", "model_type", b"model_type", "participant_count", b"participant_count", "payload_digest", b"payload_digest", "publish_duration", b"publish_duration", "released", b"released", "rollback_version", b"rollback_version", "round_number", b"round_number", "size_bytes", b"size_bytes", "strategy", b"strategy", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "architecture", b"architecture", "base_version", b"base_version", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "digest", b"digest", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "in_process_count", b"in_process_count", "layout_digest", b"layout_digest", "manifest", b"manifest", "metrics", b"metrics", "model_type", b"model_type", "participant_count", b"participant_count", "payload_digest", b"payload_digest", "publish_duration", b"publish_duration", "released", b"released", "rollback_version", b"rollback_version", "round_number", b"round_number", "size_bytes", b"size_bytes", "strategy", b"strategy", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
     _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
@@ -1366,6 +1400,7 @@ class ModelUpdate(_message.Message):
     ACCEPTANCE_SEQUENCE_FIELD_NUMBER: _builtins.int
     VALIDATION_SCORE_FIELD_NUMBER: _builtins.int
     ACCEPT_TIME_FIELD_NUMBER: _builtins.int
+    IN_PROCESS_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Id, a UUID that the device minted."""
     training_session_id: _builtins.str
@@ -1390,6 +1425,8 @@ class ModelUpdate(_message.Message):
     """Place in the order of acceptance within its round, from 1."""
     validation_score: _builtins.float
     """Score of the validation, such as the cosine similarity to the previous change. Absent if none was made."""
+    in_process: _builtins.bool
+    """A program that embeds the coordinator handed it in and vouches for it: no device signed it."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics that the device reported."""
@@ -1415,10 +1452,11 @@ class ModelUpdate(_message.Message):
         acceptance_sequence: _builtins.int = ...,
         validation_score: _builtins.float | None = ...,
         accept_time: _timestamp_pb2.Timestamp | None = ...,
+        in_process: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score", "accept_time", b"accept_time", "validation_score", b"validation_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score", "accept_time", b"accept_time", "acceptance_sequence", b"acceptance_sequence", "base_version", b"base_version", "device_id", b"device_id", "example_count", b"example_count", "metrics", b"metrics", "payload_digest", b"payload_digest", "round_number", b"round_number", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "update_id", b"update_id", "validation_score", b"validation_score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score", "accept_time", b"accept_time", "acceptance_sequence", b"acceptance_sequence", "base_version", b"base_version", "device_id", b"device_id", "example_count", b"example_count", "in_process", b"in_process", "metrics", b"metrics", "payload_digest", b"payload_digest", "round_number", b"round_number", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "update_id", b"update_id", "validation_score", b"validation_score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__validation_score: _TypeAlias = _typing.Literal["validation_score"]  # noqa: Y015
     _WhichOneofArgType__validation_score: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score"]  # noqa: Y015

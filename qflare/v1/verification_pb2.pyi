@@ -203,6 +203,7 @@ class VerificationBundle(_message.Message):
     UPDATES_FIELD_NUMBER: _builtins.int
     DEVICE_KEYS_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    EVALUATIONS_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -235,11 +236,17 @@ class VerificationBundle(_message.Message):
 
     @_builtins.property
     def device_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceKeyEvidence]:
-        """Keys that signed the updates, and those that came before them."""
+        """Keys that signed the updates and the evaluations, and those that came before them."""
 
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEvidence]:
-        """Entries of the audit log: that this version was signed, and that its updates were accepted."""
+        """Entries of the audit log: that this version was signed, that its updates were accepted, and that evaluations of it
+        were reported.
+        """
+
+    @_builtins.property
+    def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
+        """Signed EvaluationStatements of this version, one of a device."""
 
     def __init__(
         self,
@@ -255,10 +262,11 @@ class VerificationBundle(_message.Message):
         updates: _abc.Iterable[Global___UpdateEvidence] | None = ...,
         device_keys: _abc.Iterable[Global___DeviceKeyEvidence] | None = ...,
         entries: _abc.Iterable[Global___AuditEvidence] | None = ...,
+        evaluations: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "head", b"head", "keyset", b"keyset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device_keys", b"device_keys", "earlier_keysets", b"earlier_keysets", "entries", b"entries", "head", b"head", "keyset", b"keyset", "realm", b"realm", "statements", b"statements", "training_session_id", b"training_session_id", "updates", b"updates", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device_keys", b"device_keys", "earlier_keysets", b"earlier_keysets", "entries", b"entries", "evaluations", b"evaluations", "head", b"head", "keyset", b"keyset", "realm", b"realm", "statements", b"statements", "training_session_id", b"training_session_id", "updates", b"updates", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

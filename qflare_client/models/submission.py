@@ -11,13 +11,14 @@ import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.crypto.signing import SigningKey
-from qflare.evidence.statements import StatementError, sign_update
+from qflare.evidence.statements import StatementError, sign_evaluation, sign_update
 from qflare.ids import new_update_id
 from qflare.tensors import Array, InvalidManifestError, Manifest, NonFiniteError, check_arrays
 from qflare.tensors.encodings import Encoding, encode, wire_manifest
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, training_pb2
 from qflare_client.errors import TrainingFunctionError, UnsupportedTaskError
+from qflare_client.keystore.identity import Identity
 from qflare_client.keystore.store import KeyStore
 from qflare_client.models.download import GlobalModel
 from qflare_client.models.error_feedback import ErrorFeedback, corrected, selectable, subtract_sent
@@ -172,21 +173,34 @@ def sign_statement(
 
 
 def make_evaluation(
-    training_session_id: str, version: int, example_count: int, metrics: Mapping[str, float]
+    identity: Identity, task: Task, example_count: int, metrics: Mapping[str, float]
 ) -> messages.ReportEvaluationRequest:
-    """Return the report of what was measured of a version.
+    """Return the signed report of what was measured of the version that a task names.
 
     Raises:
         TrainingFunctionError: The example count or a metric cannot be sent.
     """
     check_example_count(example_count)
     check_metrics(metrics)
-    return messages.ReportEvaluationRequest(
-        training_session_id=training_session_id,
-        version=version,
+    now = Timestamp()
+    now.GetCurrentTime()
+    statement = security_pb2.EvaluationStatement(
+        realm=identity.realm,
+        training_session_id=task.training_session_id,
+        version=task.base_version,
+        version_digest=task.base_digest,
+        evaluation_nonce=task.nonce,
+        device_id=identity.device_id,
+        key_id=identity.keys.signing.public.key_id,
         example_count=example_count,
         metrics={name: float(value) for name, value in metrics.items()},
+        create_time=now,
     )
+    try:
+        signed = sign_evaluation(identity.keys.signing, statement)
+    except StatementError as error:
+        raise TrainingFunctionError(f"evaluation: {error}") from error
+    return messages.ReportEvaluationRequest(statement=signed)
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:

@@ -16,6 +16,7 @@ from qflare.tensors.download_encodings import DOWNLOAD_ENCODINGS
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidRequestError
+from qflare_server.training.reported_metrics import MAX_EXAMPLES, is_reserved
 
 DEFAULT_ROUNDS: Final = 10
 DEFAULT_DEADLINE_S: Final = 600
@@ -23,6 +24,10 @@ MAX_DEADLINE_S: Final = 90 * 86_400
 DEFAULT_QUARANTINE_WINDOW_S: Final = 86_400
 DEFAULT_TOP_K_FRACTION: Final = 0.1
 LARGEST: Final = 1e300
+DEFAULT_TRIM_FRACTION: Final = 0.2
+MAX_TRIM_FRACTION: Final = 0.49
+DEFAULT_TRIM_FROM_COUNT: Final = 5
+LEAST_TRIM_FROM_COUNT: Final = 3
 MAX_SEED: Final = 2**53  # seeds stay readable in JSON
 MAX_SETTINGS_BYTES: Final = (
     16_384  # of parameters and of labels: a signed task holds both in 65,536 bytes
@@ -44,9 +49,9 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     _complete_transfer(done.transfer)
     _complete_safeguards(done.safeguards)
     _check_device_training(done.device_training)
-    _within("evaluation.every_rounds", done.evaluation.every_rounds, 0, 1_000_000)
+    _complete_evaluation(done.evaluation, done.rounds.quorum)
     _within("early_stop.patience_rounds", done.early_stop.patience_rounds, 0, 1_000_000)
-    _check_early_stop(done.early_stop)
+    _check_early_stop(done.early_stop, done.evaluation)
     for number, bound in enumerate(done.release.bounds):
         _check_bound(f"release.bounds[{number}]", bound)
     done.strategy.name = done.strategy.name or "fedavg"
@@ -136,6 +141,18 @@ def _complete_safeguards(policy: training_pb2.SafeguardPolicy) -> None:
         policy.quarantine_window.CopyFrom(Duration(seconds=DEFAULT_QUARANTINE_WINDOW_S))
 
 
+def _complete_evaluation(policy: training_pb2.EvaluationPolicy, round_quorum: int) -> None:
+    _within("evaluation.every_rounds", policy.every_rounds, 0, 1_000_000)
+    _within("evaluation.quorum", policy.quorum, 0, 10_000_000)
+    policy.quorum = policy.quorum or round_quorum
+    _within("evaluation.max_example_count", policy.max_example_count, 0, MAX_EXAMPLES)
+    if not policy.HasField("trim_fraction"):
+        policy.trim_fraction = DEFAULT_TRIM_FRACTION
+    _within("evaluation.trim_fraction", policy.trim_fraction, 0, MAX_TRIM_FRACTION)
+    policy.trim_from_count = policy.trim_from_count or DEFAULT_TRIM_FROM_COUNT
+    _within("evaluation.trim_from_count", policy.trim_from_count, LEAST_TRIM_FROM_COUNT, 10_000_000)
+
+
 def _check_device_training(settings: training_pb2.DeviceTraining) -> None:
     _within("device_training.local_epochs", settings.local_epochs, 0, 100_000)
     _within("device_training.batch_size", settings.batch_size, 0, 100_000_000)
@@ -156,21 +173,39 @@ def _check_size(name: str, size_bytes: int) -> None:
         )
 
 
-def _check_early_stop(policy: training_pb2.EarlyStopPolicy) -> None:
+def _check_early_stop(
+    policy: training_pb2.EarlyStopPolicy, evaluation: training_pb2.EvaluationPolicy
+) -> None:
     if policy.HasField("target"):
         _within("early_stop.target", policy.target, -LARGEST, LARGEST)
     if not policy.metric and (policy.HasField("target") or policy.patience_rounds):
         raise InvalidRequestError("early_stop.metric: empty", field="config.early_stop.metric")
+    _require_evaluated("early_stop.metric", policy.metric)
+    if policy.metric and not evaluation.every_rounds:
+        raise InvalidRequestError(
+            "early_stop.metric: goes by federated evaluation, which evaluation.every_rounds turns on",
+            field="config.early_stop.metric",
+        )
 
 
 def _check_bound(name: str, bound: training_pb2.MetricBound) -> None:
     if not bound.metric:
         raise InvalidRequestError(f"{name}.metric: empty", field=f"config.{name}.metric")
+    _require_evaluated(f"{name}.metric", bound.metric)
     for side in ("min_value", "max_value"):
         if bound.HasField(side):
             _within(f"{name}.{side}", getattr(bound, side), -LARGEST, LARGEST)
     if not (bound.HasField("min_value") or bound.HasField("max_value")):
         raise InvalidRequestError(f"{name}: no bound", field=f"config.{name}")
+
+
+def _require_evaluated(name: str, metric: str) -> None:
+    """Refuse a gate that goes by what devices report with their updates: whoever sends one could open it."""
+    if is_reserved(metric):
+        raise InvalidRequestError(
+            f"{name}: got {metric[:100]}, want a metric of federated evaluation",
+            field=f"config.{name}",
+        )
 
 
 def _within(name: str, got: float, least: float, most: float) -> None:

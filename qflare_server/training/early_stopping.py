@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from qflare.v1 import training_pb2
+from qflare_server.training.reported_metrics import is_reserved
 
 HISTORY: Final = 2000
 """Versions that are looked back at."""
@@ -16,10 +17,12 @@ def stop_reason(
 
     Args:
         policy: What is watched; without a metric nothing is.
-        history: Metrics of the latest versions, oldest first. The metric is taken under its own name where any
-            version has it, else as `train_` and its name; versions without it do not count.
+        history: Metrics of the latest versions, oldest first; versions without the metric do not count. A metric that
+            devices report with their updates is none: whoever sends an update could end the training with it.
     """
-    values = _values(policy.metric, history)
+    if is_reserved(policy.metric):
+        return ""
+    values = [metrics[policy.metric] for metrics in history if policy.metric in metrics]
     if not values:
         return ""
     sign = -1.0 if policy.minimize else 1.0
@@ -31,13 +34,3 @@ def stop_reason(
     if policy.patience_rounds and since >= policy.patience_rounds:
         return f"{policy.metric} has not improved for {since} rounds"
     return ""
-
-
-def _values(metric: str, history: Sequence[Mapping[str, float]]) -> list[float]:
-    if not metric:
-        return []
-    for name in (metric, f"train_{metric}"):
-        values = [metrics[name] for metrics in history if name in metrics]
-        if values:
-            return values
-    return []

@@ -1,30 +1,58 @@
-"""Federated evaluation: who measures which version, and what becomes of the results.
+"""Federated evaluation: which device measures which version, and what becomes of the results.
 
-A version that is due is measured by every device before the device trains from it, so that its metrics are there
-when the next version is made; the last one is measured for as long as a round may take. Means are written after
-every report while there are few, then after every thirty-second part more, so that the cost of a report does not grow
-with their number, and once more when the next version is made. Release gate and best accuracy look at them only once
-a quorum of devices has reported: the first report alone says nothing of the fleet.
+A version that is due is measured by every device of its round before the device trains from it, so that its metrics
+are there when the next version is made; the last one is measured for as long as a round may take. A task to evaluate
+holds a random value that only the coordinator can derive for this device and version; the signed report repeats it,
+which shows that the device was asked.
+
+A metric counts once a quorum of devices has reported it: as the mean over the reports, each weighted by examples up to
+a cap, the largest and smallest left out where there are enough. Release gate, early stop and best accuracy go by
+nothing else. The means are written after every report while there are few, then after every thirty-second part more,
+so that the cost of a report does not grow with their number, and once more when the next version is made.
 """
 
-from collections.abc import Mapping, Sequence
+import hmac
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
 from sqlalchemy.orm import Session
 
-from qflare.v1 import training_pb2
-from qflare_server.storage.repository import audit, global_models, training_sessions
+from qflare.crypto.signing import tagged_hash
+from qflare.crypto.symmetric import hkdf_expand, mac
+from qflare.v1 import security_pb2, training_pb2
+from qflare_server.context import Context
+from qflare_server.storage.repository import (
+    audit,
+    devices,
+    evaluations,
+    global_models,
+    training_sessions,
+)
 from qflare_server.storage.repository.audit import SYSTEM, Event
-from qflare_server.storage.tables import Evaluation, GlobalModel, RiskLevel, TrainingSession
-from qflare_server.training.config import deadline_s, stored_config
-from qflare_server.training.reported_metrics import TRAINING, Means
+from qflare_server.storage.tables import (
+    DeviceState,
+    Evaluation,
+    GlobalModel,
+    RiskLevel,
+    TrainingSession,
+)
+from qflare_server.training.config import (
+    DEFAULT_TRIM_FRACTION,
+    DEFAULT_TRIM_FROM_COUNT,
+    deadline_s,
+    stored_config,
+)
+from qflare_server.training.reported_metrics import MAX_METRICS
 from qflare_server.training.versions import passes_gate
 
 SUMMARY_BITS: Final = 6
 MAX_GROUPS: Final = 100
 """Groups of devices whose means a version keeps."""
+Report = tuple[int, Mapping[str, float]]
+"""Weight, and metrics by name."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,26 @@ class Measurement:
     version: int
     digest: str
     transfer: training_pb2.TransferPolicy
+    nonce: str
+    """Value that the report repeats, 64 hex digits."""
+
+
+def evaluation_nonce(
+    state_key: bytes, training_session_id: str, version: int, device_id: str
+) -> str:
+    """Return the value that shows that a device was asked to measure a version, 64 hex digits."""
+    key = hkdf_expand(state_key, b"qflare/v1/evaluation nonce")
+    parts = training_session_id.encode(), str(version).encode(), device_id.encode()
+    return mac(key, tagged_hash("qflare/v1/evaluation nonce", *parts)).hex()
+
+
+def was_asked(context: Context, statement: security_pb2.EvaluationStatement) -> bool:
+    """Return whether the device of an evaluation was asked for it, under this state key or an earlier one."""
+    named = statement.training_session_id, statement.version, statement.device_id
+    return any(
+        hmac.compare_digest(evaluation_nonce(key, *named), statement.evaluation_nonce)
+        for key in (context.state_key, *context.earlier_state_keys)
+    )
 
 
 def is_due(policy: training_pb2.EvaluationPolicy, round_number: int) -> bool:
@@ -43,7 +91,11 @@ def is_due(policy: training_pb2.EvaluationPolicy, round_number: int) -> bool:
 
 
 def find_measurement(
-    session: Session, training_session: TrainingSession, version: int, device_id: str
+    context: Context,
+    session: Session,
+    training_session: TrainingSession,
+    version: int,
+    device_id: str,
 ) -> Measurement | None:
     """Return what a device has to measure of a version, None if it is not due or has been done."""
     config = stored_config(training_session.id, training_session.config)
@@ -53,13 +105,18 @@ def find_measurement(
     model = global_models.get_model(session, training_session.id, version)
     if model is None or not is_due(policy, model.round_number):
         return None
-    if global_models.has_evaluated(session, training_session.id, version, device_id):
+    if evaluations.find_digest(session, training_session.id, version, device_id) is not None:
         return None
-    return Measurement(training_session.id, version, model.digest, config.transfer)
+    nonce = evaluation_nonce(context.state_key, training_session.id, version, device_id)
+    return Measurement(training_session.id, version, model.digest, config.transfer, nonce)
 
 
 def find_last_measurement(
-    session: Session, training_session: TrainingSession, device_id: str, at: datetime
+    context: Context,
+    session: Session,
+    training_session: TrainingSession,
+    device_id: str,
+    at: datetime,
 ) -> Measurement | None:
     """Return what a device has to measure of a training session that has ended, while there is time."""
     config = stored_config(training_session.id, training_session.config)
@@ -67,7 +124,12 @@ def find_last_measurement(
         seconds=deadline_s(config)
     ):
         return None
-    return find_measurement(session, training_session, training_session.current_version, device_id)
+    state = devices.states_of(session, [device_id]).get(device_id)
+    if state != DeviceState.ACTIVE.value:
+        return None
+    return find_measurement(
+        context, session, training_session, training_session.current_version, device_id
+    )
 
 
 def is_worth_summarising(report_count: int) -> bool:
@@ -78,26 +140,25 @@ def is_worth_summarising(report_count: int) -> bool:
 def summarise(
     session: Session, training_session: TrainingSession, version: int, at: datetime
 ) -> None:
-    """Write the example-weighted means of all reports on a version, overall and by group, and act on them."""
-    reports = global_models.list_evaluations(session, training_session.id, version)
+    """Write the means of the reports on a version, overall and by group, and act on them."""
+    reports = evaluations.list_of_version(session, training_session.id, version)
     if not reports:
         return
     model = global_models.get_model(session, training_session.id, version)
     assert model is not None
     config = stored_config(training_session.id, training_session.config)
     wanted = [config.early_stop.metric, *(bound.metric for bound in config.release.bounds)]
-    measured = weighted_means([(item.example_count, item.metrics) for item in reports], wanted)
+    quorum = config.evaluation.quorum or config.rounds.quorum
+    measured = robust_means(config.evaluation, map(_report, reports), quorum, wanted)
     metrics = {**model.metrics, **measured}
     values = {
         "metrics": metrics,
-        "group_metrics": _by_group(reports, wanted),
+        "group_metrics": _by_group(config.evaluation, reports, wanted),
         "accuracy": metrics.get("accuracy", model.accuracy),
         "loss": metrics.get("loss", model.loss),
     }
     global_models.update_model(session, training_session.id, version, values)
-    if len(reports) < config.rounds.quorum:
-        return
-    if not model.released and passes_gate(config.release, metrics):
+    if measured and not model.released and passes_gate(config.release, metrics):
         _release(session, training_session, model, at)
     accuracy = measured.get("accuracy")
     if accuracy is not None and (
@@ -117,31 +178,69 @@ def _release(
     audit.record(session, SYSTEM, event, at)
 
 
-def _by_group(reports: Sequence[Evaluation], wanted: Sequence[str]) -> dict[str, dict[str, float]]:
+def _report(row: Evaluation) -> Report:
+    assert row.weight is not None
+    return row.weight, row.metrics
+
+
+def _by_group(
+    policy: training_pb2.EvaluationPolicy, reports: Sequence[Evaluation], wanted: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Return the means of each group: of the `MAX_GROUPS` with most reports where devices name more."""
-    groups: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    groups: dict[str, list[Report]] = {}
     for report in reports:
         if report.device_group:
-            held = groups.setdefault(report.device_group, [])
-            held.append((report.example_count, report.metrics))
+            groups.setdefault(report.device_group, []).append(_report(report))
     largest = sorted(groups, key=lambda group: (-len(groups[group]), group))[:MAX_GROUPS]
-    return {group: weighted_means(groups[group], wanted) for group in sorted(largest)}
+    return {group: robust_means(policy, groups[group], wanted=wanted) for group in sorted(largest)}
 
 
-def weighted_means(
-    reports: Sequence[tuple[int, Mapping[str, float]]], wanted: Sequence[str] = ()
+def robust_means(
+    policy: training_pb2.EvaluationPolicy,
+    reports: Iterable[Report],
+    quorum: int = 1,
+    wanted: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Return the example-weighted means over the reports that hold a metric.
+    """Return the trimmed, weighted mean of every metric that enough reports hold.
 
     Of the metrics there are as many as a version can state: the wanted ones, accuracy and loss, then those that most
-    reports hold. What is named like a mean of training (`train_`) is not the devices' to say.
+    reports hold.
 
     Args:
-        reports: Example count and metrics of each.
+        policy: How much is left out at either end, and from how many reports on.
+        reports: What devices measured, with the weight of each.
+        quorum: Least number of reports that have to hold a metric.
         wanted: Names that decide about release or early stop.
     """
-    added = Means()
-    for count, metrics in reports:
-        own = {name: value for name, value in metrics.items() if not name.startswith(TRAINING)}
-        added.add(own, count)
-    return added.most_reported(wanted=[*wanted, "accuracy", "loss"])
+    held: dict[str, list[tuple[float, int]]] = {}
+    for weight, metrics in reports:
+        for name, value in metrics.items():
+            held.setdefault(name, []).append((value, weight))
+    first = {*wanted, "accuracy", "loss"}
+    counted = [name for name, values in held.items() if len(values) >= quorum]
+    counted.sort(key=lambda name: (name not in first, -len(held[name]), name))
+    means = {
+        name: _weighted_mean(_trimmed(policy, sorted(held[name])))
+        for name in sorted(counted[:MAX_METRICS])
+    }
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
+
+
+def _trimmed(
+    policy: training_pb2.EvaluationPolicy, ranked: Sequence[tuple[float, int]]
+) -> Sequence[tuple[float, int]]:
+    """Return values, which come in ascending order, without those at the ends."""
+    fraction = policy.trim_fraction if policy.HasField("trim_fraction") else DEFAULT_TRIM_FRACTION
+    if not fraction or len(ranked) < (policy.trim_from_count or DEFAULT_TRIM_FROM_COUNT):
+        return ranked
+    count = max(1, math.floor(fraction * len(ranked)))
+    return ranked[count : len(ranked) - count]
+
+
+def _weighted_mean(values: Sequence[tuple[float, int]]) -> float:
+    """Return a mean, infinite where it is beyond float64."""
+    total = sum(weight for _, weight in values)
+    try:
+        return math.fsum(value * (weight / total) for value, weight in values)
+    except OverflowError:
+        return math.inf

@@ -5,7 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from qflare.evidence.statements import MAX_METRIC_COUNT, MAX_METRIC_NAME_CHARACTERS
+from qflare.evidence.statements import (
+    MAX_METRIC_COUNT,
+    MAX_METRIC_NAME_CHARACTERS,
+    TRAINING_PREFIX,
+)
 from qflare_server.errors import InvalidRequestError
 
 MAX_METRICS: Final = MAX_METRIC_COUNT
@@ -13,7 +17,7 @@ MAX_METRIC_NAME: Final = MAX_METRIC_NAME_CHARACTERS
 MAX_EPOCHS: Final = 2**31 - 1
 MAX_EXAMPLES: Final = 2**40
 
-TRAINING: Final = "train_"
+TRAINING: Final = TRAINING_PREFIX
 """Begins the name of a metric of a version that is the mean of what was measured while training."""
 
 MAX_NAMES: Final = 64 * MAX_METRICS
@@ -108,3 +112,13 @@ def stated(metrics: Mapping[str, float]) -> dict[str, float]:
     fitting = [name for name in metrics if len(name) <= MAX_METRIC_NAME]
     ranked = sorted(fitting, key=lambda name: (not name.startswith(TRAINING), name))
     return {name: metrics[name] for name in ranked[:MAX_METRICS]}
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a metric is one that the coordinator makes from what devices report with their updates."""
+    return name.startswith(TRAINING)
+
+
+def evaluated(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return those metrics of a version that federated evaluation measured: all that a gate may go by."""
+    return {name: value for name, value in metrics.items() if not is_reserved(name)}

@@ -28,7 +28,7 @@ from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import GlobalModel, TrainingSession
 from qflare_server.training.config import download_encoding, stored_config
 from qflare_server.training.premises import PremisesChangedError
-from qflare_server.training.reported_metrics import stated
+from qflare_server.training.reported_metrics import evaluated, stated
 from qflare_server.training.rounds import config_digest
 
 
@@ -281,9 +281,13 @@ def _session_changes(
 
 
 def passes_gate(policy: training_pb2.ReleasePolicy, metrics: Mapping[str, float]) -> bool:
-    """Return whether a version's metrics meet every bound; a missing metric meets none."""
+    """Return whether a version's metrics meet every bound; a missing metric meets none.
+
+    Only what federated evaluation measured counts, not what devices reported with their updates.
+    """
+    measured = evaluated(metrics)
     for bound in policy.bounds:
-        value = metrics.get(bound.metric)
+        value = measured.get(bound.metric)
         if value is None:
             return False
         if bound.HasField("min_value") and value < bound.min_value:

@@ -18,6 +18,7 @@ from qflare_server.use_cases.status import Overview
 from qflare_server.use_cases.training_sessions.administration import Training
 from qflare_server.use_cases.training_sessions.tasks import Tasks
 from qflare_server.use_cases.training_sessions.watching import Watching
+from qflare_server.use_cases.updates.evaluations import Evaluations
 from qflare_server.use_cases.updates.upload import Uploads
 from qflare_server.use_cases.versions.download import Deliveries
 from qflare_server.use_cases.versions.initial_model import InitialModels
@@ -33,6 +34,7 @@ class UseCases:
     login: Login
     tasks: Tasks
     uploads: Uploads
+    evaluations: Evaluations
     deliveries: Deliveries
     devices: Devices
     tokens: Tokens
@@ -65,6 +67,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         login=Login(context, keys),
         tasks=Tasks(context, presence),
         uploads=Uploads(context, executor),
+        evaluations=Evaluations(context),
         deliveries=Deliveries(context, executor),
         devices=Devices(context),
         tokens=Tokens(context),

@@ -1,8 +1,9 @@
 """Verification of a database against what was signed; reads only.
 
-`verify_database` walks the audit log, the devices' keys, the versions, the updates, the rounds and the bytes of all of
-them, and compares each with what was signed; `find` yields the same one by one. `recompute_version` makes a version
-again from its updates. All of them only read, hold a bounded number of rows, and may run beside a coordinator.
+`verify_database` walks the audit log, the devices' keys, the versions, the updates, the rounds, the evaluations and the
+bytes of all of them, and compares each with what was signed; `find` yields the same one by one. `recompute_version`
+makes a version again from its updates. All of them only read, hold a bounded number of rows, and may run beside a
+coordinator.
 
 Trust begins at the pinned ids of the root keys. Who holds the online keys and the database can write a history that
 fits: against that stand the heads that a witness keeps and what devices remember.
@@ -18,6 +19,7 @@ from qflare_server.context import Context
 from qflare_server.verification.audit_log import AuditVerification
 from qflare_server.verification.contents import ContentVerification
 from qflare_server.verification.downloads import DownloadVerification
+from qflare_server.verification.evaluations import EvaluationVerification
 from qflare_server.verification.findings import NO_KEYS, Finding, Tally, read_signer_keys
 from qflare_server.verification.recomputation import Recomputation, recompute_version
 from qflare_server.verification.records import RecordVerification
@@ -104,6 +106,7 @@ def find(
         "audit": AuditVerification(context, keys, tally, witness_file).findings(),
         "record": RecordVerification(context, keys, tally).findings(),
         "round": RoundVerification(context, keys, tally).findings(),
+        "evaluation": EvaluationVerification(context, tally).findings(),
         "payload": ContentVerification(context, tally, read_bytes=read_bytes).findings(),
         "download": DownloadVerification(context, tally, read_bytes=read_bytes).findings(),
     }

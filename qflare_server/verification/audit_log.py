@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from qflare.crypto import merkle
 from qflare.evidence.audit_entries import InvalidEntryError
 from qflare.evidence.statements import StatementError, digest_of, open_tree_head
-from qflare.evidence.verification import UPDATE_ACCEPTED, VERSION_SIGNED
+from qflare.evidence.verification import EVALUATION_REPORTED, UPDATE_ACCEPTED, VERSION_SIGNED
 from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
@@ -167,19 +167,13 @@ class AuditVerification:
 
     def _events(self, rows: Sequence[Any]) -> Iterator[Finding]:
         """Check that what the log says was written is still there."""
-        accepted = {
-            row.subject.removeprefix("update:"): row
-            for row in rows
-            if row.event_type == UPDATE_ACCEPTED
-        }
-        signed = {
-            row.subject.removeprefix("version:"): row
-            for row in rows
-            if row.event_type == VERSION_SIGNED
-        }
+        accepted = _about(rows, UPDATE_ACCEPTED, "update:")
+        signed = _about(rows, VERSION_SIGNED, "version:")
+        reported = _about(rows, EVALUATION_REPORTED, "evaluation:")
         with self._context.database.read() as session:
             updates = evidence.accepted_updates(session, accepted)
             known = evidence.known_digests(session, signed)
+            evaluations = evidence.known_evaluations(session, reported)
         for update_id, row in accepted.items():
             problem = _compare_update(row, updates.get(update_id))
             if problem:
@@ -188,6 +182,9 @@ class AuditVerification:
         for digest in signed.keys() - known:
             problem = f"signed by audit entry {signed[digest].id}, and missing"
             yield Finding("model", f"with digest {digest}", problem)
+        for digest in reported.keys() - evaluations:
+            problem = f"reported by audit entry {reported[digest].id}, and missing"
+            yield Finding("evaluation", f"with digest {digest}", problem)
 
     def _documents(self, rows: Sequence[Any]) -> Iterator[Finding]:
         """Check that published root documents and keysets are still there: without the newest, trust goes back."""
@@ -226,6 +223,15 @@ class AuditVerification:
                 problem = "it has lost its place"
             if problem:
                 yield Finding("audit", f"entry {row.id}", problem)
+
+
+def _about(rows: Sequence[Any], event_type: str, prefix: str) -> dict[str, Any]:
+    """Return the entries of a type by their subject without its prefix; subjects with another are left out."""
+    return {
+        row.subject.removeprefix(prefix): row
+        for row in rows
+        if row.event_type == event_type and row.subject.startswith(prefix)
+    }
 
 
 def _document_digest(data: bytes) -> str | None:

@@ -27,7 +27,8 @@ class Finding:
     """Something in the database that is not what it was when the coordinator wrote it.
 
     Attributes:
-        kind: What it is about: keyset, audit, head, witness, device_key, device, model, update, round or payload.
+        kind: What it is about: keyset, audit, head, witness, device_key, device, model, update, round,
+            evaluation or payload.
         subject: Which one.
         problem: What is wrong with it.
     """

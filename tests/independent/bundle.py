@@ -21,6 +21,7 @@ from tests.independent.verifier import (
     merkle_root,
     open_chain,
     open_envelope,
+    open_evaluation,
     open_keyset,
     open_update,
     require,
@@ -55,6 +56,7 @@ def check_bundle(
     for update in bundle.updates:
         if update.HasField("statement"):
             _check_update(update, chain, keys, entries)
+    _check_evaluations(bundle, chain[-1], keys, entries)
     return chain
 
 
@@ -144,3 +146,26 @@ def _check_update(
     require(statement.base_digest == chain[statement.base_version][1], "update has another base")
     entry = entries.get(("update.accepted", f"update:{statement.update_id}"))
     require(entry and entry.details["statement_digest"] == digest, "update is not in the log")
+
+
+def _check_evaluations(
+    bundle: verification_pb2.VerificationBundle,
+    version: tuple[pb.ModelStatement, str],
+    keys: Mapping[str, tuple[str, pb.PublicKey]],
+    entries: Entries,
+) -> None:
+    made, version_digest = version
+    wanted = (made.realm, made.training_session_id, made.version, version_digest)
+    evaluators = []
+    for envelope in bundle.evaluations:
+        stated = pb.EvaluationStatement.FromString(envelope.payload)
+        owner, key = keys.get(stated.key_id, ("", pb.PublicKey()))
+        require(owner and owner == stated.device_id, "nothing shows whose key signed an evaluation")
+        statement = open_evaluation(envelope, key)
+        place = (statement.realm, statement.training_session_id, statement.version)
+        require((*place, statement.version_digest) == wanted, "evaluation is of another version")
+        evaluators.append(statement.device_id)
+        digest = hashlib.sha256(envelope.payload).hexdigest()
+        entry = entries.get(("evaluation.reported", f"evaluation:{digest}"))
+        require(entry is not None, "evaluation is not in the log")
+    require(len(set(evaluators)) == len(evaluators), "a device evaluated the version twice")

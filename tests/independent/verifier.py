@@ -9,6 +9,7 @@ bytes) is in `tests.independent.exchange`, the bundle of a version in `tests.ind
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -280,6 +281,19 @@ def open_update(envelope: pb.SignedEnvelope, key: pb.PublicKey) -> pb.UpdateStat
     require(statement.key_id == key.key_id, "update names another key")
     plain = statement.wire_digest == statement.payload_digest and not statement.sealed_header_digest
     require(statement.sealed or plain, "update travels as another payload")
+    return statement
+
+
+def open_evaluation(envelope: pb.SignedEnvelope, key: pb.PublicKey) -> pb.EvaluationStatement:
+    """Check signature and form of an evaluation (9)."""
+    payload = open_envelope(envelope, "qflare/v1/evaluation", _by_id([key]))
+    statement = pb.EvaluationStatement.FromString(payload)
+    require(statement.key_id == key.key_id, "evaluation names another key")
+    require(statement.version >= 0 and statement.example_count >= 1, "evaluation is out of range")
+    require(0 < len(statement.metrics) <= 64, "evaluation has no metric, or too many")
+    for name, value in statement.metrics.items():
+        fits = 0 < len(name) <= 100 and not name.startswith("train_") and math.isfinite(value)
+        require(fits, "evaluation has a metric that it may not have")
     return statement
 
 

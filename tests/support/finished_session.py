@@ -50,17 +50,17 @@ class Trained:
 
 
 def _take_part(client: Client, session_id: str, step: float) -> None:
-    """Add a step to the weights in every round."""
-    done = 0
-    while done < ROUND_COUNT:
-        task = client.get_task(session_id)
-        if task.kind is not TaskKind.TRAIN:
+    """Add a step to the weights in every round, and measure every version."""
+    while (task := client.get_task(session_id)).kind is not TaskKind.DONE:
+        if task.kind is TaskKind.WAIT:
             threading.Event().wait(task.poll_delay_s)
             continue
         base = client.download_base(task)
+        if task.kind is TaskKind.EVALUATE:
+            client.report_evaluation(task, 10, {"accuracy": step / 10})
+            continue
         arrays = {name: array + array.dtype.type(step) for name, array in base.arrays.items()}
         client.submit(task, base, arrays, 10, {"loss": 1.0})
-        done += 1
 
 
 def train(deployment: Deployment, **enrollment: Any) -> Trained:
@@ -72,6 +72,7 @@ def train(deployment: Deployment, **enrollment: Any) -> Trained:
         total_rounds=ROUND_COUNT,
         rounds={"quorum": 2, "target": 2},
         transfer={"payload_retention": "PAYLOAD_RETENTION_ALL"},
+        evaluation={"every_rounds": 1},
     )
     with ThreadPoolExecutor(2) as executor:
         work = [
@@ -80,8 +81,6 @@ def train(deployment: Deployment, **enrollment: Any) -> Trained:
         ]
     for part in work:
         part.result()
-    while devices[0].get_task(session_id).kind is not TaskKind.DONE:
-        threading.Event().wait(0.05)
     return Trained(deployment, session_id, devices)
 
 

@@ -31,6 +31,7 @@ def _task_response(task: NextTask) -> pb.GetTaskResponse:
             base_version=task.measurement.version,
             base_digest=task.measurement.digest,
             transfer=task.measurement.transfer,
+            evaluation_nonce=task.measurement.nonce,
         )
     if task.round is None or task.config is None:
         kind = pb.TASK_KIND_DONE if task.done else pb.TASK_KIND_WAIT
@@ -114,15 +115,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
         self, request: pb.ReportEvaluationRequest, context: ServicerContext
     ) -> pb.ReportEvaluationResponse:
         """Report an evaluation."""
-        call = current_call()
-        self._use_cases.tasks.report_evaluation(
-            call.caller,
-            call.device_id,
-            request.training_session_id,
-            request.version,
-            request.example_count,
-            dict(request.metrics),
-        )
+        self._use_cases.evaluations.report(current_call().caller, _contributor(), request.statement)
         return pb.ReportEvaluationResponse()
 
     def Heartbeat(

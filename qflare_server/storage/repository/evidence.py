@@ -10,6 +10,7 @@ from qflare_server.storage.tables import (
     AuditLog,
     Device,
     DeviceKey,
+    Evaluation,
     GlobalModel,
     ModelUpdate,
     Payload,
@@ -22,6 +23,7 @@ AUDIT = AuditLog.__table__
 DOCUMENTS = TrustDocument.__table__
 DEVICES = Device.__table__
 KEYS = DeviceKey.__table__
+EVALUATIONS = Evaluation.__table__
 MODELS = GlobalModel.__table__
 PAYLOADS = Payload.__table__
 ROUNDS = Round.__table__
@@ -175,3 +177,25 @@ def rounds_after(
         .limit(limit)
     )
     return session.scalars(query).all()
+
+
+def evaluations_after(
+    session: Session, after: tuple[str, int, str], limit: int
+) -> Sequence[Evaluation]:
+    """Return evaluations of all training sessions, from after one.
+
+    Args:
+        session: Where to read.
+        after: Training session, version and device.
+        limit: Most that are returned.
+    """
+    columns = (EVALUATIONS.c.training_session_id, EVALUATIONS.c.version, EVALUATIONS.c.device_id)
+    query = select(Evaluation).where(tuple_(*columns) > after).order_by(*columns).limit(limit)
+    return session.scalars(query).all()
+
+
+def known_evaluations(session: Session, digests: Collection[str]) -> set[str]:
+    """Return which statement digests are those of an evaluation."""
+    query = select(EVALUATIONS.c.statement_digest)
+    found = session.scalars(query.where(EVALUATIONS.c.statement_digest.in_(sorted(digests))))
+    return {digest for digest in found if digest is not None}

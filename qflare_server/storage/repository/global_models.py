@@ -3,16 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Select, and_, bindparam, func, insert, select, update
+from sqlalchemy import Select, and_, bindparam, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
 from qflare_server.storage.paging import Page, PageRequest, page_token
 from qflare_server.storage.prepared import PreparedInsert
-from qflare_server.storage.tables import Evaluation, GlobalModel, Payload, TrainingSession
+from qflare_server.storage.tables import GlobalModel, Payload, TrainingSession
 
 MODELS = GlobalModel.__table__
-EVALUATIONS = Evaluation.__table__
 SESSIONS = TrainingSession.__table__
 PAYLOADS = Payload.__table__
 
@@ -155,55 +154,3 @@ def statements(
         .limit(limit)
     )
     return [(row[0], row[1]) for row in session.execute(query)]
-
-
-def upsert_evaluation(session: Session, values: Mapping[str, Any]) -> None:
-    """Insert what a device measured, or replace what it said before."""
-    key = (values["training_session_id"], values["version"], values["device_id"])
-    existing = session.get(Evaluation, key)
-    if existing is None:
-        session.execute(insert(EVALUATIONS).values(**values))
-        return
-    session.execute(
-        update(EVALUATIONS)
-        .where(
-            EVALUATIONS.c.training_session_id == key[0],
-            EVALUATIONS.c.version == key[1],
-            EVALUATIONS.c.device_id == key[2],
-        )
-        .values(**values)
-    )
-
-
-def has_evaluated(session: Session, training_session_id: str, version: int, device_id: str) -> bool:
-    """Return whether a device has reported on a version."""
-    query = select(EVALUATIONS.c.device_id).where(
-        EVALUATIONS.c.training_session_id == training_session_id,
-        EVALUATIONS.c.version == version,
-        EVALUATIONS.c.device_id == device_id,
-    )
-    return session.execute(query).first() is not None
-
-
-def count_evaluations(session: Session, training_session_id: str, version: int) -> int:
-    """Return how many devices have reported on a version."""
-    query = select(func.count()).where(
-        EVALUATIONS.c.training_session_id == training_session_id,
-        EVALUATIONS.c.version == version,
-    )
-    return int(session.execute(query).scalar_one())
-
-
-def list_evaluations(
-    session: Session, training_session_id: str, version: int
-) -> Sequence[Evaluation]:
-    """Return every evaluation of a version, by device."""
-    query = (
-        select(Evaluation)
-        .where(
-            EVALUATIONS.c.training_session_id == training_session_id,
-            EVALUATIONS.c.version == version,
-        )
-        .order_by(EVALUATIONS.c.device_id)
-    )
-    return session.scalars(query).all()

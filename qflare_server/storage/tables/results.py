@@ -147,7 +147,11 @@ class GlobalModel(Base):
 
 
 class Evaluation(Base):
-    """What one device measured of one version on data that it holds back."""
+    """What one device measured of one version on data that it holds back.
+
+    `statement` and `signature` are the exact bytes that the device signed and its signature, `weight` the examples that
+    the report counts as. All are null in rows from before evaluations were signed: those count for nothing.
+    """
 
     __tablename__ = "evaluations"
 
@@ -158,6 +162,11 @@ class Evaluation(Base):
     metrics: Mapped[dict[str, Any]]
     device_group: Mapped[str] = mapped_column(String(100), default="")
     reported_at: Mapped[datetime]
+    statement: Mapped[bytes | None]
+    statement_digest: Mapped[str | None] = mapped_column(String(64))
+    signature: Mapped[bytes | None]
+    key_id: Mapped[str | None] = mapped_column(String(64))
+    weight: Mapped[int | None] = mapped_column(BigInteger)
 
     __table_args__ = (
         ForeignKeyConstraint(
@@ -165,4 +174,5 @@ class Evaluation(Base):
             ["global_models.training_session_id", "global_models.version"],
         ),
         CheckConstraint("example_count > 0", name="example_count"),
+        UniqueConstraint("statement_digest"),
     )

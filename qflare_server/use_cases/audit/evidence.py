@@ -14,11 +14,17 @@ from sqlalchemy.orm import Session
 from qflare.crypto import merkle
 from qflare.crypto.signing import PublicKey, algorithm_of
 from qflare.evidence.audit_entries import Entry
-from qflare.evidence.verification import UPDATE_ACCEPTED, VERSION_SIGNED
+from qflare.evidence.verification import EVALUATION_REPORTED, UPDATE_ACCEPTED, VERSION_SIGNED
 from qflare.v1 import security_pb2, verification_pb2
 from qflare_server.context import Context
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
-from qflare_server.storage.repository import audit_tree, evidence, global_models, training_sessions
+from qflare_server.storage.repository import (
+    audit_tree,
+    evaluations,
+    evidence,
+    global_models,
+    training_sessions,
+)
 from qflare_server.storage.tables import DeviceKey, GlobalModel
 from qflare_server.use_cases.audit.log import EntryProof
 from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of
@@ -49,7 +55,9 @@ class Evidence:
         head = self._sequencer.head(fresh=True)
         yield self._first(model, head)
         yield from self._lineage(model)
-        yield from self._updates(model, head)
+        shown: set[str] = set()
+        yield from self._updates(model, head, shown)
+        yield from self._evaluations(model, head, shown)
 
     def _model(self, training_session_id: str, version: int | None) -> GlobalModel:
         with self._context.database.read() as session:
@@ -92,9 +100,9 @@ class Evidence:
                 )
             yield Bundle(statements=[_stored(payload, signed) for payload, signed in rows])
 
-    def _updates(self, model: GlobalModel, head: SignedHead) -> Iterator[Bundle]:
+    def _updates(self, model: GlobalModel, head: SignedHead, shown: set[str]) -> Iterator[Bundle]:
+        """Yield the updates of a version; devices whose keys come along are added to those that were shown."""
         after = 0
-        shown: set[str] = set()
         while True:
             with self._context.database.read() as session:
                 rows = evidence.update_rows(
@@ -113,6 +121,30 @@ class Evidence:
             yield part
             shown |= devices
             after = rows[-1].acceptance_sequence
+
+    def _evaluations(
+        self, model: GlobalModel, head: SignedHead, shown: set[str]
+    ) -> Iterator[Bundle]:
+        after = ""
+        while True:
+            with self._context.database.read() as session:
+                rows = evaluations.signed_rows(
+                    session, model.training_session_id, model.version, after, PART
+                )
+                if not rows:
+                    return
+                devices = {row.device_id for row in rows} - shown
+                keys = evidence.keys_of(session, devices)
+                part = Bundle(
+                    evaluations=[_signed(row) for row in rows],
+                    device_keys=[_key(key) for key in keys],
+                )
+                for row in rows:
+                    subject = f"evaluation:{row.statement_digest}"
+                    part.entries.extend(_entry(session, head, EVALUATION_REPORTED, subject))
+            yield part
+            shown |= devices
+            after = rows[-1].device_id
 
 
 def audit_evidence(proof: EntryProof) -> verification_pb2.AuditEvidence:
@@ -162,9 +194,14 @@ def _update(row: Row[Any]) -> verification_pb2.UpdateEvidence:
         statement_digest=row.statement_digest, pruned=row.location == "none"
     )
     if row.statement is not None and row.signature is not None:
-        message.statement.payload = row.statement
-        message.statement.signatures.append(security_pb2.Signature.FromString(row.signature))
+        message.statement.CopyFrom(_signed(row))
     return message
+
+
+def _signed(row: Row[Any]) -> security_pb2.SignedEnvelope:
+    """Return a statement with its one signature, as they are stored side by side."""
+    signature = security_pb2.Signature.FromString(row.signature)
+    return security_pb2.SignedEnvelope(payload=row.statement, signatures=[signature])
 
 
 def _key(row: DeviceKey) -> verification_pb2.DeviceKeyEvidence:

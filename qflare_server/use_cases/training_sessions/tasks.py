@@ -1,4 +1,4 @@
-"""What a device is asked to do next, and what it reports of an evaluation."""
+"""What a device is asked to do next."""
 
 from dataclasses import dataclass
 
@@ -6,25 +6,17 @@ from sqlalchemy.orm import Session
 
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
-from qflare_server.errors import (
-    GlobalModelNotFoundError,
-    NotSelectedError,
-    TrainingSessionNotFoundError,
-)
+from qflare_server.errors import TrainingSessionNotFoundError
 from qflare_server.storage.epochs import Epochs
-from qflare_server.storage.repository import audit, devices, global_models, training_sessions
-from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.repository import global_models, training_sessions
 from qflare_server.storage.repository.training_sessions import OpenRound
-from qflare_server.storage.tables import Device, DeviceState, TrainingSession, TrainingSessionState
+from qflare_server.storage.tables import TrainingSessionState
 from qflare_server.training.config import stored_config
 from qflare_server.training.evaluation import (
     Measurement,
     find_last_measurement,
     find_measurement,
-    is_worth_summarising,
-    summarise,
 )
-from qflare_server.training.reported_metrics import check_example_count, check_metrics
 from qflare_server.use_cases.access.presence import Presence
 
 OVER = frozenset(
@@ -36,7 +28,6 @@ OVER = frozenset(
 )
 MAX_REMEMBERED = 200_000
 MAX_REMEMBERED_VERSIONS = 1000
-MAX_GROUP = 100
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,9 @@ class Tasks:
                 training_sessions.get_session(session, training_session_id) if done else None
             )
             if training_session is not None and not trains_only:
-                last = find_last_measurement(session, training_session, device_id, at)
+                last = find_last_measurement(
+                    self._context, session, training_session, device_id, at
+                )
                 if last is not None:
                     return NextTask(delay, measurement=last)
         if len(self._idle) >= MAX_REMEMBERED:
@@ -112,65 +105,12 @@ class Tasks:
         if evaluator and config.evaluation.every_rounds:
             training_session = training_sessions.get_session(session, found.training_session_id)
             assert training_session is not None
-            first = find_measurement(session, training_session, found.base_version, evaluator)
+            first = find_measurement(
+                self._context, session, training_session, found.base_version, evaluator
+            )
             if first is not None:
                 return NextTask(delay, measurement=first)
         return NextTask(delay, found, digest, config)
-
-    def report_evaluation(
-        self,
-        caller: Caller,
-        device_id: str,
-        training_session_id: str,
-        version: int,
-        example_count: int,
-        metrics: dict[str, float],
-    ) -> None:
-        """Record what a device measured, and the example-weighted means on the version.
-
-        Raises:
-            InvalidRequestError: The example count or a metric is out of range.
-            GlobalModelNotFoundError: There is no such version.
-            NotSelectedError: The device is quarantined.
-        """
-        check_metrics(metrics)
-        check_example_count(example_count)
-
-        def work(session: Session) -> None:
-            at = self._context.clock()
-            training_session = training_sessions.lock_session(session, training_session_id)
-            if (
-                training_session is None
-                or global_models.get_model(session, training_session_id, version) is None
-            ):
-                raise GlobalModelNotFoundError(f"no version {version}")
-            device = devices.get_device(session, device_id)
-            if device is None or device.state != DeviceState.ACTIVE.value:
-                raise NotSelectedError("only active devices measure versions")
-            global_models.upsert_evaluation(
-                session,
-                {
-                    "training_session_id": training_session_id,
-                    "version": version,
-                    "device_id": device_id,
-                    "example_count": example_count,
-                    "metrics": metrics,
-                    "device_group": _group(training_session, device),
-                    "reported_at": at,
-                },
-            )
-            if is_worth_summarising(
-                global_models.count_evaluations(session, training_session.id, version)
-            ):
-                summarise(session, training_session, version, at)
-            event = Event(
-                "evaluation.reported",
-                f"training_session:{training_session_id}",
-                details={"version": version, "example_count": example_count},
-            )
-            audit.record(session, caller, event, at)
-
-        self._context.database.write(work)
 
 
 def _read_facts(
@@ -182,17 +122,6 @@ def _read_facts(
     assert base is not None
     assert training_session is not None
     return base.digest, stored_config(training_session.id, training_session.config)
-
-
-def _group(training_session: TrainingSession, device: Device) -> str:
-    """Return the group that a device's results count in, empty without groups."""
-    attribute = stored_config(training_session.id, training_session.config).evaluation.group_by
-    if not attribute:
-        return ""
-    if attribute == "device_type":
-        return device.device_type
-    value = device.capabilities.get(attribute, device.hardware_info.get(attribute, ""))
-    return str(value)[:MAX_GROUP]
 
 
 def _is_over(session: Session, training_session_id: str) -> bool:

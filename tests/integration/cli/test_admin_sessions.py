@@ -193,9 +193,16 @@ def test_training_ends_early_when_the_target_is_reached(deploy: Deploy) -> None:
         rounds=ONE_DEVICE,
         total_rounds=50,
         early_stop=training_pb2.EarlyStopPolicy(metric="accuracy", target=0.5),
+        evaluation=training_pb2.EvaluationPolicy(every_rounds=1),
     )
-    summary = run(deployment.device("a"), add_one, training_session_id=session_id)
-    assert summary.update_count == 1
+    client = deployment.device("a")
+    summary = run(
+        client,
+        add_one,
+        evaluate=lambda *_: (10, {"accuracy": 0.5}),
+        training_session_id=session_id,
+    )
+    assert summary.update_count == 2  # the version of the first round is measured in the second
     owner = call(deployment, "GetTrainingSession", training_session_id=session_id).training_session
     assert owner.state == training_pb2.TRAINING_SESSION_STATE_COMPLETED
     assert "target" in owner.state_reason
@@ -267,10 +274,18 @@ def wait_for_round(client: Client, session_id: str, number: int) -> Task:
 
 def test_a_quarantined_device_measures_nothing(deploy: Deploy) -> None:
     deployment = deploy()
-    session_id = deployment.session(rounds=ONE_DEVICE)
+    session_id = deployment.session(
+        rounds=ONE_DEVICE,
+        total_rounds=2,
+        evaluation=training_pb2.EvaluationPolicy(every_rounds=1),
+    )
     client = deployment.device("a")
+    submit(client, session_id, 1, 1.0)
+    while (task := client.get_task(session_id)).kind is not TaskKind.EVALUATE:
+        pass
     deployment.coordinator.use_cases.devices._move(
         Caller(), client.device_id, DeviceState.QUARANTINED, "test"
     )
     with pytest.raises(NotSelectedError):
-        client.report_evaluation(session_id, 0, 10, {"accuracy": 1.0})
+        client.report_evaluation(task, 10, {"accuracy": 1.0})
+    assert client.get_task(session_id).kind is TaskKind.WAIT

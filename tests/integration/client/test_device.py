@@ -283,27 +283,23 @@ def test_local_privacy_clips_what_leaves_the_device(deploy: Deploy) -> None:
     np.testing.assert_allclose(client.download(session_id).arrays["w"], np.full(4, 0.25), rtol=1e-6)
 
 
-def test_evaluations_are_reported(deploy: Deploy) -> None:
+def test_an_evaluation_that_cannot_be_sent_is_told(deploy: Deploy) -> None:
     deployment = deploy()
     client = deployment.device("a")
-    session_id = deployment.session()
-
-    client.report_evaluation(session_id, 0, 20, {"accuracy": 0.75})
-
-    listed = deployment.admin.ListGlobalModels(
-        admin_pb2.ListGlobalModelsRequest(training_session_id=session_id),
-        metadata=deployment.metadata,
-    )
-    assert listed.global_models[0].metrics["accuracy"] == 0.75
-
-
-def test_an_evaluation_counts_no_more_examples_than_an_update_may(deploy: Deploy) -> None:
-    deployment = deploy()
-    client = deployment.device("a")
-    session_id = deployment.session()
+    session_id = evaluated(deployment)
+    take_part(client, session_id)
+    while (task := client.get_task(session_id)).kind is not TaskKind.EVALUATE:
+        threading.Event().wait(task.poll_delay_s)
 
     with pytest.raises(InvalidRequestError, match="example_count"):
-        client.report_evaluation(session_id, 0, 2**40 + 1, {"accuracy": 0.75})
+        client.report_evaluation(task, 2**40 + 1, {"accuracy": 0.75})
+    with pytest.raises(TrainingFunctionError, match="reserved"):
+        client.report_evaluation(task, 20, {"train_loss": 0.75})
+    with pytest.raises(TrainingFunctionError, match="no metric"):
+        client.report_evaluation(task, 20, {})
+    client.report_evaluation(task, 20, {"accuracy": 0.75})
+    with pytest.raises(DuplicateUpdateError):
+        client.report_evaluation(task, 20, {"accuracy": 0.5})
 
 
 def test_a_heartbeat_says_how_the_device_stands(deploy: Deploy) -> None:

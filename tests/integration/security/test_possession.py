@@ -1,5 +1,6 @@
 """A coordinator behind a proxy that ends TLS: every call of a device proves that it holds its session's key."""
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,20 @@ def refused(call: Callable[[], Any]) -> bool:
 
 
 def test_a_device_that_proves_takes_part(deployment: Any, client: Client) -> None:
-    session_id = deployment.session(rounds=ONE_DEVICE, total_rounds=1)
+    session_id = deployment.session(
+        rounds=ONE_DEVICE,
+        total_rounds=1,
+        evaluation=training_pb2.EvaluationPolicy(every_rounds=1),
+    )
     task = client.get_task(session_id)
     assert task.kind is TaskKind.TRAIN
     base = client.download_base(task)
     trained = {name: array + np.float32(1) for name, array in base.arrays.items()}
     receipt = client.submit(task, base, trained, 10, {"loss": 1.0, "accuracy": 0.5})
     assert receipt.round_number == 1
-    client.report_evaluation(session_id, 0, 20, {"accuracy": 0.75, "loss": 0.5})
+    while (task := client.get_task(session_id)).kind is not TaskKind.EVALUATE:
+        threading.Event().wait(task.poll_delay_s)
+    client.report_evaluation(task, 20, {"accuracy": 0.75, "loss": 0.5})
     assert client.rotate_keys() == 1
 
 

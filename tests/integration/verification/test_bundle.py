@@ -25,6 +25,8 @@ from qflare_server.keys.rotation import rotate_online, rotate_root
 from qflare_server.keys.secret_files import Cost
 from qflare_server.storage.tables import AuditLog
 from qflare_server.verification import verify_database
+from tests.independent.bundle import check_bundle
+from tests.independent.verifier import RefusedError
 from tests.integration.conftest import Deployment
 from tests.support.finished_session import ROUND_COUNT, Bundle, Trained, finished, train
 from tests.support.postgresql import fresh_database
@@ -65,6 +67,7 @@ def test_a_version_is_shown_with_nothing_but_the_root_key_ids(
     assert (report.version, report.lineage_length) == (ROUND_COUNT, ROUND_COUNT + 1)
     assert (report.contributor_count, report.signed_count, report.device_count) == (2, 2, 2)
     assert report.missing == ()
+    assert report.evaluation_count == 2
     assert report.log_size > 2 * ROUND_COUNT
 
 
@@ -184,11 +187,36 @@ def swap_statements(bundle: Bundle) -> None:
 
 
 def drop_acceptance(bundle: Bundle) -> None:
-    del bundle.entries[-1]
+    drop_entry(bundle, "update.accepted")
+
+
+def drop_entry(bundle: Bundle, event_type: str) -> None:
+    types = [entry.event_type for entry in bundle.entries]
+    del bundle.entries[types.index(event_type)]
 
 
 def drop_key(bundle: Bundle) -> None:
     del bundle.device_keys[-1]
+
+
+def forge_evaluation(bundle: Bundle) -> None:
+    signature = bundle.evaluations[0].signatures[0]
+    signature.signature = flip(signature.signature)
+
+
+def change_evaluation(bundle: Bundle) -> None:
+    envelope = bundle.evaluations[0]
+    statement = security_pb2.EvaluationStatement.FromString(envelope.payload)
+    statement.metrics["accuracy"] = 1.0
+    envelope.payload = statement.SerializeToString(deterministic=True)
+
+
+def repeat_evaluation(bundle: Bundle) -> None:
+    bundle.evaluations.append(bundle.evaluations[0])
+
+
+def drop_report(bundle: Bundle) -> None:
+    drop_entry(bundle, "evaluation.reported")
 
 
 def drop_receipts(bundle: Bundle) -> None:
@@ -233,6 +261,7 @@ EDITS: dict[str, list[Callable[[Bundle], None]]] = {
     "device": [drop_receipts, forge_receipt, forge_rotation, other_device],
     "contributors": [drop_update, repeat_update],
     "update": [forge_update, change_update, swap_statements, drop_acceptance, drop_key],
+    "evaluation": [forge_evaluation, change_evaluation, repeat_evaluation, drop_report],
 }
 
 
@@ -249,6 +278,17 @@ def test_a_changed_bundle_is_refused_at_the_step_that_it_breaks(
         trained.verify(bundle)
 
     assert caught.value.step == step
+    with pytest.raises((RefusedError, ValueError)):
+        check_bundle(bundle, trained.pins, len(trained.pins), datetime.now(UTC))
+
+
+def test_an_evaluation_of_another_version_is_refused(trained: Trained, bundle: Bundle) -> None:
+    other = trained.bundle(1)
+    del bundle.evaluations[:]
+    bundle.evaluations.extend(other.evaluations)
+
+    with pytest.raises(VerificationError, match=r"^evaluation: version"):
+        trained.verify(bundle)
 
 
 def test_other_root_keys_are_not_trusted(bundle: Bundle) -> None:

@@ -21,6 +21,7 @@ from qflare_server.storage.tables import (
     AuditNode,
     Device,
     DeviceKey,
+    Evaluation,
     GlobalModel,
     ModelUpdate,
     Payload,
@@ -43,6 +44,7 @@ NODES = AuditNode.__table__
 HEADS = AuditHead.__table__
 DEVICES = Device.__table__
 KEYS = DeviceKey.__table__
+EVALUATIONS = Evaluation.__table__
 MODELS = GlobalModel.__table__
 UPDATES = ModelUpdate.__table__
 PAYLOADS = Payload.__table__
@@ -103,6 +105,18 @@ def deleted(context: Context, table: Table, where: Any) -> Iterator[Any]:
         yield row
     finally:
         _write(context, insert(table).values(**row))
+
+
+@contextmanager
+def without_evaluations(context: Context) -> Iterator[None]:
+    """Delete the evaluations, which refer to versions, and put them back."""
+    with context.database.engine.connect() as connection:
+        rows = [dict(row) for row in connection.execute(select(EVALUATIONS)).mappings()]
+    _write(context, delete(EVALUATIONS))
+    try:
+        yield
+    finally:
+        _write(context, insert(EVALUATIONS).values(rows))
 
 
 @contextmanager
@@ -327,13 +341,16 @@ MODEL_EDITS: dict[str, Any] = {
 @pytest.mark.parametrize("column", MODEL_EDITS)
 def test_an_edited_version_is_found(trained: Trained, context: Context, column: str) -> None:
     values = {column: MODEL_EDITS[column]}
-    with edited(context, MODELS, MODELS.c.version == ROUND_COUNT, values):
+    with (
+        without_evaluations(context),
+        edited(context, MODELS, MODELS.c.version == ROUND_COUNT, values),
+    ):
         assert "model" in kinds(verify(trained, context))
 
 
 @pytest.mark.parametrize("version", [0, 1, ROUND_COUNT])
 def test_a_deleted_version_is_found(trained: Trained, context: Context, version: int) -> None:
-    with deleted(context, MODELS, MODELS.c.version == version):
+    with without_evaluations(context), deleted(context, MODELS, MODELS.c.version == version):
         assert "model" in kinds(verify(trained, context))
 
 
@@ -452,6 +469,43 @@ def test_a_row_that_cannot_be_read_is_found(trained: Trained, context: Context) 
         _write(
             context, update(UPDATES).where(UPDATES.c.id == row["id"]).values(metrics=row["metrics"])
         )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"metrics": {"accuracy": 1.0}},
+        {"example_count": 2**40},
+        {"weight": 2**40},
+        {"weight": None},
+        {"key_id": "ab" * 32},
+        {"signature": b""},
+        {"statement": b""},
+        {"statement_digest": "ab" * 32},
+        {"version": 0},
+    ],
+    ids=str,
+)
+def test_an_edited_evaluation_is_found(
+    trained: Trained, context: Context, values: dict[str, Any]
+) -> None:
+    with edited(context, EVALUATIONS, EVALUATIONS.c.version == 1, values):
+        assert kinds(verify(trained, context)) == {"evaluation"}
+
+
+def test_a_deleted_evaluation_is_found(trained: Trained, context: Context) -> None:
+    with deleted(context, EVALUATIONS, EVALUATIONS.c.version == 1):
+        assert kinds(verify(trained, context)) == {"evaluation"}
+
+
+def test_an_unsigned_evaluation_is_told_from_those_that_count(
+    trained: Trained, context: Context
+) -> None:
+    names = ("statement", "statement_digest", "signature", "key_id", "weight")
+    with edited(context, EVALUATIONS, EVALUATIONS.c.version == 1, dict.fromkeys(names)):
+        report = verify(trained, context)
+    assert kinds(report) == {"evaluation"}  # the log says that it was signed
+    assert report.unchecked["evaluations from before they were signed"] == 1
 
 
 @pytest.mark.parametrize("column", ["public_key", "algorithm", "kem_public_key", "statement"])

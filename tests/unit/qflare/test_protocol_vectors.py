@@ -17,6 +17,7 @@ from qflare.crypto.signing import InvalidSignatureError, PublicKey, SigningConte
 from qflare.evidence.checkpoints import checkpoint_line, parse_checkpoint_line
 from qflare.evidence.statements import (
     check_growth,
+    open_evaluation,
     open_rotation,
     open_task,
     open_tree_head,
@@ -361,6 +362,14 @@ def test_statements_of_a_round() -> None:
     assert update == verifier.open_update(envelope, device_key)
     assert json_format.MessageToDict(update) == STATEMENTS["update_statement"]
     assert (update.task_nonce, update.base_digest) == (task.task_nonce, task.base_digest)
+
+
+def test_evaluation() -> None:
+    device_key = pb.PublicKey.FromString(data(STATEMENTS, "device_key"))
+    envelope = pb.SignedEnvelope.FromString(data(STATEMENTS, "evaluation"))
+    evaluation = open_evaluation(envelope, PublicKey.from_proto(device_key))
+    assert evaluation == verifier.open_evaluation(envelope, device_key)
+    assert json_format.MessageToDict(evaluation) == STATEMENTS["evaluation_statement"]
 
 
 def test_rotation() -> None:

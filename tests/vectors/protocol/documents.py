@@ -12,7 +12,13 @@ from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.signing import Algorithm, SigningContext, SigningKey
 from qflare.evidence.checkpoints import checkpoint_line
 from qflare.evidence.lineage import contribution_proof, contributors_digest, sign_model
-from qflare.evidence.statements import digest_of, sign_rotation, sign_task, sign_update
+from qflare.evidence.statements import (
+    digest_of,
+    sign_evaluation,
+    sign_rotation,
+    sign_task,
+    sign_update,
+)
 from qflare.v1 import security_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client.trust.evidence import Evidence, UpdateEvidence
@@ -191,7 +197,7 @@ def evidence() -> dict[str, Any]:
 
 
 def statements() -> dict[str, Any]:
-    """Sections 6, 7 and 9: a task, an update for it, and a rotation of keys."""
+    """Sections 6, 7 and 9: a task, an update for it, an evaluation, and a rotation of keys."""
     base_digest = seed("base").hex()
     task = pb.TaskStatement(
         realm=REALM,
@@ -214,7 +220,20 @@ def statements() -> dict[str, Any]:
         create_time=moment(60),
     )
     update = sign_update(device_key(1), update_statement(1, 1, base_digest))
+    evaluation = pb.EvaluationStatement(
+        realm=REALM,
+        training_session_id=SESSION_ID,
+        version=1,
+        version_digest=seed("version").hex(),
+        evaluation_nonce=seed("evaluation nonce").hex(),
+        device_id=device_id(1),
+        key_id=device_key(1).public.key_id,
+        example_count=50,
+        metrics={"accuracy": 0.625, "loss": 0.75},
+        create_time=moment(120),
+    )
     signed = {
+        "evaluation": sign_evaluation(device_key(1), evaluation),
         "task": sign_task(signing_key("task"), task),
         "update": update,
         "rotation": sign_rotation(device_key(1), following, rotation),
@@ -228,6 +247,7 @@ def statements() -> dict[str, Any]:
             pb.UpdateStatement.FromString(update.payload)
         ),
         "update_digest": digest_of(update.payload),
+        "evaluation_statement": json_format.MessageToDict(evaluation),
     }
 
 

@@ -35,13 +35,10 @@ def test_patience_ends_training(values: tuple[float, ...], stops: bool) -> None:
     assert bool(stop_reason(policy, history("accuracy", *values))) is stops
 
 
-def test_training_metrics_stand_in_where_nothing_was_evaluated() -> None:
-    policy = training_pb2.EarlyStopPolicy(metric="accuracy", target=0.5)
-    assert stop_reason(policy, history("train_accuracy", 0.6))
-
-
-def test_an_evaluated_metric_outweighs_that_of_training() -> None:
-    policy = training_pb2.EarlyStopPolicy(metric="accuracy", target=0.5)
+@pytest.mark.parametrize("metric", ["accuracy", "train_accuracy"])
+def test_what_devices_report_with_their_updates_ends_nothing(metric: str) -> None:
+    policy = training_pb2.EarlyStopPolicy(metric=metric, target=0.5, patience_rounds=1)
+    assert not stop_reason(policy, history("train_accuracy", 0.6, 0.6, 0.6))
     assert not stop_reason(policy, [{"accuracy": 0.4, "train_accuracy": 0.6}])
 
 

@@ -1,0 +1,101 @@
+"""Statements on evaluations. Only signed ones count: rows without a statement are from before they were signed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import delete, func, insert, select
+from sqlalchemy.orm import Session
+
+from qflare_server.storage.tables import Evaluation, ModelUpdate, UpdateState
+
+EVALUATIONS = Evaluation.__table__
+UPDATES = ModelUpdate.__table__
+_IS_SIGNED = EVALUATIONS.c.statement.is_not(None)
+
+
+def insert_evaluation(session: Session, values: Mapping[str, Any]) -> None:
+    """Insert what a device measured of a version, in the place of an unsigned report of it; once."""
+    session.execute(
+        delete(EVALUATIONS).where(
+            EVALUATIONS.c.training_session_id == values["training_session_id"],
+            EVALUATIONS.c.version == values["version"],
+            EVALUATIONS.c.device_id == values["device_id"],
+            ~_IS_SIGNED,
+        )
+    )
+    session.execute(insert(EVALUATIONS).values(**values))
+
+
+def find_digest(
+    session: Session, training_session_id: str, version: int, device_id: str
+) -> str | None:
+    """Return the statement digest of a device's report on a version, None if it has not reported."""
+    query = select(EVALUATIONS.c.statement_digest).where(
+        EVALUATIONS.c.training_session_id == training_session_id,
+        EVALUATIONS.c.version == version,
+        EVALUATIONS.c.device_id == device_id,
+        _IS_SIGNED,
+    )
+    return session.execute(query).scalar_one_or_none()
+
+
+def count(session: Session, training_session_id: str, version: int) -> int:
+    """Return how many devices have reported on a version."""
+    query = select(func.count()).where(
+        EVALUATIONS.c.training_session_id == training_session_id,
+        EVALUATIONS.c.version == version,
+        _IS_SIGNED,
+    )
+    return int(session.execute(query).scalar_one())
+
+
+def list_of_version(
+    session: Session, training_session_id: str, version: int
+) -> Sequence[Evaluation]:
+    """Return every report on a version, by device."""
+    query = (
+        select(Evaluation)
+        .where(
+            EVALUATIONS.c.training_session_id == training_session_id,
+            EVALUATIONS.c.version == version,
+            _IS_SIGNED,
+        )
+        .order_by(EVALUATIONS.c.device_id)
+    )
+    return session.scalars(query).all()
+
+
+def signed_rows(
+    session: Session, training_session_id: str, version: int, after: str, limit: int
+) -> Sequence[Any]:
+    """Return device, statement, signature and digest of the reports on a version, by device, from after one."""
+    query = (
+        select(
+            EVALUATIONS.c.device_id,
+            EVALUATIONS.c.statement,
+            EVALUATIONS.c.signature,
+            EVALUATIONS.c.statement_digest,
+        )
+        .where(
+            EVALUATIONS.c.training_session_id == training_session_id,
+            EVALUATIONS.c.version == version,
+            EVALUATIONS.c.device_id > after,
+            _IS_SIGNED,
+        )
+        .order_by(EVALUATIONS.c.device_id)
+        .limit(limit)
+    )
+    return session.execute(query).all()
+
+
+def largest_example_count(session: Session, training_session_id: str, device_id: str) -> int | None:
+    """Return the most examples that an update of a device to a training session states, None without one.
+
+    Rejected updates do not count.
+    """
+    query = select(func.max(UPDATES.c.example_count)).where(
+        UPDATES.c.training_session_id == training_session_id,
+        UPDATES.c.device_id == device_id,
+        UPDATES.c.state != UpdateState.REJECTED.value,
+    )
+    return session.execute(query).scalar_one_or_none()

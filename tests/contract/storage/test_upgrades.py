@@ -1,0 +1,239 @@
+"""A database that an earlier version of the program has filled keeps everything when it is upgraded."""
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import pytest
+from sqlalchemy import Engine, MetaData, insert, select
+
+from qflare_server.config import ServerConfig
+from qflare_server.storage import schema
+from qflare_server.storage.engine import make_engine
+
+FIRST: Final = "0001"
+AT: Final = datetime(2029, 5, 1, 12, 30, tzinfo=UTC)
+DIGEST: Final = "ab" * 32
+SESSION: Final = "00000000-0000-4000-8000-000000000001"
+Rows = Mapping[str, list[dict[str, Any]]]
+
+DEVICE: Final = {
+    "state": "active",
+    "state_reason": "",
+    "device_type": "phone",
+    "hardware_info": {"soc": "a"},
+    "network_info": {},
+    "capabilities": {"ram_mib": 2048.0},
+    "local_epochs": 1,
+    "batch_size": 32,
+    "learning_rate": 0.01,
+    "key_rotation_count": 0,
+    "registered_at": AT,
+}
+MODEL: Final = {
+    "digest": DIGEST,
+    "parent_digest": "",
+    "payload_id": "1" * 32,
+    "payload_digest": DIGEST,
+    "size_bytes": 3,
+    "manifest": b"",
+    "layout_digest": DIGEST,
+    "statement": b"statement",
+    "signature": b"signature",
+    "model_type": "mlp",
+    "architecture": {},
+    "base_version": -1,
+    "round_number": 0,
+    "participant_count": 0,
+    "example_count": 0,
+    "aggregation_method": "initial",
+    "aggregation_parameters": {},
+    "strategy_state": {},
+    "contributors_digest": "",
+    "metrics": {"accuracy": 0.5},
+    "group_metrics": {},
+    "released": False,
+    "publish_duration_s": 0.0,
+    "created_at": AT,
+}
+UPDATE: Final = {
+    "round_number": 1,
+    "base_version": 0,
+    "payload_id": "1" * 32,
+    "payload_digest": DIGEST,
+    "size_bytes": 3,
+    "statement_digest": DIGEST,
+    "example_count": 10,
+    "metrics": {},
+    "state": "pending",
+    "state_reason": "",
+    "acceptance_sequence": 1,
+    "accepted_at": AT,
+}
+OLD: Final[Rows] = {
+    "devices": [
+        {"id": "enrolled", "signature_key_id": "11" * 32, **DEVICE},
+        {"id": "program", "signature_key_id": "22" * 32, **DEVICE},
+    ],
+    "device_keys": [
+        {
+            "key_id": key_id,
+            "device_id": device_id,
+            "sequence": 1,
+            "algorithm": 2,
+            "public_key": b"key",
+            "statement": statement,
+            "created_at": AT,
+            "retired_reason": "",
+        }
+        for key_id, device_id, statement in (
+            ("11" * 32, "enrolled", b"receipt"),
+            ("22" * 32, "program", None),
+        )
+    ],
+    "user_tokens": [
+        {
+            "id": "3" * 32,
+            "token_hash": DIGEST,
+            "kind": "enrollment",
+            "subject": "ward",
+            "roles": [],
+            "created_at": AT,
+            "revoked_reason": "",
+        }
+    ],
+    "payloads": [
+        {
+            "id": "1" * 32,
+            "size_bytes": 3,
+            "digest": DIGEST,
+            "chunk_digests": b"",
+            "location": "row",
+            "data": b"abc",
+            "created_at": AT,
+        }
+    ],
+    "training_sessions": [
+        {
+            "id": session_id,
+            "name": "digits",
+            "model_type": "mlp",
+            "architecture": {},
+            "state": "running",
+            "state_reason": "",
+            "config": {"total_rounds": 3},
+            "current_round": 1,
+            "current_version": 0,
+            "created_at": AT,
+        }
+        for session_id in (SESSION, "in-process-1")
+    ],
+    "global_models": [
+        {"training_session_id": SESSION, "version": 0, **MODEL},
+        {"training_session_id": "in-process-1", "version": 0, **MODEL, "digest": "cd" * 32},
+    ],
+    "rounds": [
+        {
+            "training_session_id": session_id,
+            "number": 1,
+            "state": "open",
+            "state_reason": "",
+            "base_version": 0,
+            "quorum": 1,
+            "target": 1,
+            "selected_count": 1,
+            "accepted_count": 1,
+            "rejected_count": 0,
+            "example_count": 10,
+            "nonce": DIGEST,
+            "opened_at": AT,
+            "deadline_at": AT,
+        }
+        for session_id in (SESSION, "in-process-1")
+    ],
+    "round_devices": [{"training_session_id": SESSION, "round_number": 1, "device_id": "enrolled"}],
+    "model_updates": [
+        {
+            "id": "update-1",
+            "training_session_id": SESSION,
+            "device_id": "enrolled",
+            "statement": b"signed",
+            "signature": b"signature",
+            "key_id": "11" * 32,
+            **UPDATE,
+        },
+        {
+            "id": "update-2",
+            "training_session_id": "in-process-1",
+            "device_id": "program",
+            **UPDATE,
+        },
+    ],
+    "evaluations": [
+        {
+            "training_session_id": SESSION,
+            "version": 0,
+            "device_id": "enrolled",
+            "example_count": 2**40,
+            "metrics": {"accuracy": 1.0},
+            "device_group": "",
+            "reported_at": AT,
+        }
+    ],
+}
+"""A training session with devices, updates and evaluations, and one of a program, as revision 0001 held them."""
+
+
+@pytest.fixture
+def engine(empty_database_url: str) -> Iterator[Engine]:
+    """Yield a database that the first version of the program has filled."""
+    engine = make_engine(ServerConfig(database_url=empty_database_url))
+    schema.upgrade(engine, FIRST)
+    tables = reflected(engine)
+    with engine.begin() as connection:
+        for name, rows in OLD.items():
+            for row in rows:
+                connection.execute(insert(tables[name]).values(**row))
+    yield engine
+    engine.dispose()
+
+
+def reflected(engine: Engine) -> Any:
+    metadata = MetaData()
+    metadata.reflect(engine)
+    return metadata.tables
+
+
+def rows_of(engine: Engine, name: str) -> list[dict[str, Any]]:
+    table = reflected(engine)[name]
+    with engine.connect() as connection:
+        found = connection.execute(select(table).order_by(*table.primary_key)).mappings()
+        return [dict(row) for row in found]
+
+
+def test_nothing_that_was_there_is_lost(engine: Engine) -> None:
+    before = {name: rows_of(engine, name) for name in OLD}
+
+    schema.upgrade(engine)
+
+    for name, rows in before.items():
+        kept = [{key: row[key] for key in rows[0]} for row in rows_of(engine, name)]
+        assert kept == rows, name
+
+
+def test_an_upgraded_database_goes_back(engine: Engine) -> None:
+    before = {name: rows_of(engine, name) for name in OLD}
+
+    schema.upgrade(engine)
+    schema.downgrade(engine, FIRST)
+
+    assert {name: rows_of(engine, name) for name in OLD} == before
+
+
+def test_evaluations_from_before_are_unsigned(engine: Engine) -> None:
+    schema.upgrade(engine)
+
+    (row,) = rows_of(engine, "evaluations")
+
+    names = ("statement", "statement_digest", "signature", "key_id", "weight")
+    assert {name: row[name] for name in names} == dict.fromkeys(names)
