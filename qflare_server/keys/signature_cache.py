@@ -13,8 +13,8 @@ from typing import Final
 
 from qflare.crypto.signing import PublicKey, SigningContext, tagged_hash
 
-REMEMBERED: Final = 50_000
-"""Signatures that are remembered at least, if as many were verified; twice as many at most, 100 bytes each."""
+REMEMBERED: Final = 4_096
+"""Signatures that are remembered at least; twice as many at most, 100 bytes each. The worker follows within a batch."""
 
 
 class SignatureCache:

@@ -27,7 +27,7 @@ OVER = frozenset(
     }
 )
 MAX_REMEMBERED = 200_000
-MAX_REMEMBERED_VERSIONS = 1000
+MAX_REMEMBERED_VERSIONS = 64
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final
 
 from sqlalchemy.orm import Session
 
@@ -65,8 +66,14 @@ class ContributionProof:
     siblings: Sequence[bytes]
 
 
+MAX_CACHED_BATCHES: Final = 64
+
+
 class _ChunkCache:
-    """The batches of chunks that were read last, within a bound of bytes; safe to share between threads."""
+    """The batches of chunks that were read last, within bounds of bytes and number; safe to share between threads.
+
+    Versions of small models would otherwise be kept by the thousand: each costs more than its bytes.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -87,7 +94,9 @@ class _ChunkCache:
                 return
             self._batches[key] = batch
             self._bytes += sum(map(len, batch))
-            while self._bytes > self._limit_bytes and self._batches:
+            while self._batches and (
+                self._bytes > self._limit_bytes or len(self._batches) > MAX_CACHED_BATCHES
+            ):
                 _, dropped = self._batches.popitem(last=False)
                 self._bytes -= sum(map(len, dropped))
 
