@@ -174,6 +174,7 @@ class RoundFold:
             thread_count=self._thread_count,
             recorded=self._recorded,
             excluded=excluded,
+            revision=self.revision,
         )
 
     def _model_reader(self, stored: StoredPayload, manifest: Manifest | None = None) -> Reader:
@@ -255,6 +256,7 @@ class RoundFold:
             read=read,
             staleness=staleness,
             full_weights=full,
+            digest=update.statement_digest,
         )
 
     def _source(self, update: AcceptedUpdate) -> PayloadBytes:
@@ -408,14 +410,18 @@ class RoundFold:
         )
 
     def _integers(self) -> Callable[[TensorSpec], Iterator[bytes]]:
-        """Return where integer tensors' bytes come from: the contributor with the largest example count."""
-        offsets = {
-            spec.name: offset for spec, offset in integer_ranges(self.plan.manifest, self._wire)
-        }
-        largest = self.totals().largest
+        """Return where integer tensors' bytes come from: the contributor with the largest example count.
+
+        With differential privacy the base version: no noise could cover a copy of one device's integers.
+        """
+        plan, largest = self.plan, self.totals().largest
         if largest is None:
             raise NotEnoughUpdatesError("needs 1 accepted update, got 0")
-        source = self._source(largest)
+        if plan.config.privacy.noise_multiplier and self.revision > 1:
+            source, wire = PayloadBytes(self._context, plan.base, None, FOLD_AHEAD), plan.manifest
+        else:
+            source, wire = self._source(largest), self._wire
+        offsets = {spec.name: offset for spec, offset in integer_ranges(plan.manifest, wire)}
 
         def read(spec: TensorSpec) -> Iterator[bytes]:
             for start in range(0, spec.size_bytes, CHUNK_BYTES):

@@ -123,6 +123,7 @@ class Publication:
             "state": RoundState.PUBLISHED.value,
             "version": draft.version,
             "rejected_count": len(rejected) + len(left_out),
+            "example_count": draft.example_count,
             "published_at": now,
         }
         training_sessions.update_round(session, training_session.id, current.number, values)

@@ -19,6 +19,7 @@ from qflare_server.strategies.finalization import Release
 from qflare_server.strategies.interfaces import FoldRule
 from qflare_server.strategies.strategy import Strategy
 from qflare_server.strategies.types import (
+    REVISION,
     Contribution,
     Outcome,
     Prior,
@@ -87,6 +88,7 @@ class Accumulator:
         thread_count: int = 1,
         recorded: Mapping[str, UpdateAssessment] | None = None,
         excluded: Mapping[str, str] | None = None,
+        revision: int = REVISION,
     ) -> None:
         """Start with no update.
 
@@ -100,6 +102,7 @@ class Accumulator:
                 threads at once; with one, by the caller's only.
             recorded: Judgements of an earlier run, to recompute it from.
             excluded: Reasons by update id of updates that are refused without being measured.
+            revision: Number of the rules to aggregate by.
 
         Raises:
             TypeError: The rule does not fold.
@@ -108,12 +111,13 @@ class Accumulator:
             raise TypeError(f"{strategy.name} needs all updates at once and cannot fold")
         self._rule = strategy.rule
         self._assessor = Assessor(
-            strategy, element_count, base, prior or Prior(), recorded, excluded or {}
+            strategy, element_count, base, prior or Prior(), recorded, excluded or {}, revision
         )
         self._noise_seed = noise_seed
         self._total = np.zeros(element_count)
         self._thread_count = thread_count
         self._judgements: dict[str, UpdateAssessment] = {}
+        self._digests: dict[str, str] = {}
         self._base_factor = 0.0
 
     def add(self, contribution: Contribution) -> None:
@@ -139,6 +143,8 @@ class Accumulator:
                 raise ValueError(f"update {contribution.update_id} was taken in before")
             judgement = self._judge(contribution)
             self._judgements[contribution.update_id] = judgement
+            if self._noise_seed is not None:
+                self._digests[contribution.update_id] = contribution.digest
             factor = judgement.factor * judgement.coefficient
             if factor == 0.0:
                 continue
@@ -176,7 +182,8 @@ class Accumulator:
     @property
     def release(self) -> Release:
         """What makes the version of the updates taken in so far."""
-        return Release(self._assessor, tuple(self._judgements.values()), self._noise_seed)
+        judgements = tuple(self._judgements.values())
+        return Release(self._assessor, judgements, self._noise_seed, self._digests)
 
     def judgement_of(self, update_id: str) -> UpdateAssessment:
         """What became of an update that was taken in."""

@@ -9,6 +9,7 @@ import numpy as np
 from qflare_server.strategies.blocks import LARGEST_NORM, cosine_of, norm_of
 from qflare_server.strategies.strategy import DIRECTION, Strategy
 from qflare_server.strategies.types import (
+    REVISION,
     Contribution,
     Facts,
     Prior,
@@ -29,6 +30,7 @@ class Assessor:
         prior: What the base version left behind.
         recorded: Judgements of an earlier run by update id; with them nothing is judged again.
         excluded: Reasons by update id of updates that are refused without being measured.
+        revision: Number of the rules to aggregate by (`types.REVISION`).
     """
 
     strategy: Strategy
@@ -37,6 +39,7 @@ class Assessor:
     prior: Prior
     recorded: Mapping[str, UpdateAssessment] | None = None
     excluded: Mapping[str, str] = field(default_factory=dict)
+    revision: int = REVISION
 
     @property
     def scalars(self) -> Mapping[str, float]:
@@ -61,6 +64,8 @@ class Assessor:
         )
         reason = excluded if norm is None else excess_of(norm)
         factor, rejection = (0.0, reason) if reason else self._screen(facts)
+        if reason and self.strategy.privacy and self.revision > 1:
+            rejection = ""  # clipped to nothing: a refusal would tell of this device
         judgement = UpdateAssessment(
             update_id=facts.update_id,
             factor=factor,

@@ -31,7 +31,7 @@ from qflare_server.strategies.server_optimizers import (
     YogiStep,
 )
 from qflare_server.strategies.strategy import Strategy
-from qflare_server.strategies.types import Prior, Reader, UpdateAssessment
+from qflare_server.strategies.types import REVISION, Prior, Reader, UpdateAssessment
 from qflare_server.strategies.validation import check_combination, check_ranges
 
 
@@ -227,6 +227,7 @@ def begin(
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
     recorded: Mapping[str, UpdateAssessment] | None = None,
     excluded: Mapping[str, str] | None = None,
+    revision: int = REVISION,
 ) -> Accumulator | CohortAggregation:
     """Begin an aggregation: an accumulator when the strategy folds, else one over the whole cohort.
 
@@ -244,6 +245,7 @@ def begin(
         recorded: Judgements of an earlier run by update id (`by_update`), to recompute that version:
             nothing is judged or planned again.
         excluded: Reasons by update id of updates that are refused without being measured.
+        revision: Number of the rules to aggregate by; to recompute a version, those that it was made by.
     """
     if strategy.folds:
         return Accumulator(
@@ -255,6 +257,7 @@ def begin(
             thread_count=thread_count,
             recorded=recorded,
             excluded=excluded,
+            revision=revision,
         )
     return CohortAggregation(
         strategy,
@@ -266,4 +269,5 @@ def begin(
         budget_bytes=budget_bytes,
         recorded=recorded,
         excluded=excluded,
+        revision=revision,
     )

@@ -20,6 +20,7 @@ from qflare_server.strategies.finalization import Release
 from qflare_server.strategies.interfaces import Cohort, CohortRule, SliceRule
 from qflare_server.strategies.strategy import Strategy
 from qflare_server.strategies.types import (
+    REVISION,
     Contribution,
     Facts,
     Outcome,
@@ -76,6 +77,7 @@ class CohortAggregation:
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
         recorded: Mapping[str, UpdateAssessment] | None = None,
         excluded: Mapping[str, str] | None = None,
+        revision: int = REVISION,
     ) -> None:
         """Start with no update.
 
@@ -90,6 +92,7 @@ class CohortAggregation:
             budget_bytes: Memory for slices.
             recorded: Judgements of an earlier run, to recompute it from.
             excluded: Reasons by update id of updates that are refused without being measured.
+            revision: Number of the rules to aggregate by.
 
         Raises:
             TypeError: The rule folds.
@@ -98,7 +101,7 @@ class CohortAggregation:
             raise TypeError(f"{strategy.name} folds; use an Accumulator")
         self._rule = strategy.rule
         self._assessor = Assessor(
-            strategy, element_count, base, prior or Prior(), recorded, excluded or {}
+            strategy, element_count, base, prior or Prior(), recorded, excluded or {}, revision
         )
         self._noise_seed = noise_seed
         self._thread_count = thread_count
@@ -186,7 +189,8 @@ class CohortAggregation:
     @property
     def release(self) -> Release:
         """What makes the version of the updates taken in so far."""
-        return Release(self._assessor, self._judgements(), self._noise_seed)
+        digests = {entry.update_id: entry.digest for entry in self._contributions.values()}
+        return Release(self._assessor, self._judgements(), self._noise_seed, digests)
 
     @property
     def outcome(self) -> Outcome:

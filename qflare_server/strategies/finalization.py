@@ -1,18 +1,19 @@
 """The last part of every aggregation: noise, server step, and what the next version starts from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from qflare_server.strategies.assessment import Assessor
 from qflare_server.strategies.errors import NotEnoughUpdatesError
-from qflare_server.strategies.noise import gaussian_slice, noise_key
+from qflare_server.strategies.noise import BoundNoise, Noise, VersionNoise
 from qflare_server.strategies.strategy import DIRECTION
 from qflare_server.strategies.types import Outcome, UpdateAssessment, Vector, VersionSlice
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Release:
     """Makes slices of the version out of slices of the aggregate.
 
@@ -20,11 +21,13 @@ class Release:
         assessor: Strategy, base version and prior of this aggregation.
         judgements: What became of every update, in acceptance order.
         noise_seed: The training session's secret; None without privacy.
+        digests: Of the updates, by update id; where one is missing, the id stands for it.
     """
 
     assessor: Assessor
     judgements: tuple[UpdateAssessment, ...]
     noise_seed: bytes | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def require_enough(self) -> None:
         """Refuse a version from too few updates, or from weights that add up to zero.
@@ -55,10 +58,20 @@ class Release:
         privacy = self.assessor.strategy.privacy
         return privacy.noise_stddev(self.assessor.scalars) if privacy else 0.0
 
-    def _key(self, purpose: str) -> bytes:
+    @cached_property
+    def _noise(self) -> Noise:
+        """The noise of this version, bound to the updates that are aggregated in it."""
         if self.noise_seed is None:
             raise ValueError("a strategy with privacy needs a noise seed")
-        return noise_key(self.noise_seed, self.assessor.prior.version, purpose)
+        version = self.assessor.prior.version
+        if self.assessor.revision == 1:
+            return VersionNoise(self.noise_seed, version)
+        aggregated = [
+            self.digests.get(entry.update_id) or entry.update_id
+            for entry in self.judgements
+            if entry.contributes
+        ]
+        return BoundNoise(self.noise_seed, version, aggregated)
 
     @property
     def outcome(self) -> Outcome:
@@ -79,8 +92,9 @@ class Release:
         advanced = strategy.optimizer.advance(scalars)
         if strategy.privacy is None or strategy.privacy.adaptive is None:
             return dict(advanced)
-        key = self._key("clip count")
-        return dict(strategy.privacy.next_scalars(advanced, self.judgements, key))
+        stddev = strategy.privacy.adaptive.count_stddev
+        noise = float(self._noise.gaussian("clip count", 0, 1, stddev)[0])
+        return dict(strategy.privacy.next_scalars(advanced, self.judgements, noise))
 
     def version_slice(self, start: int, stop: int, aggregate: Vector) -> VersionSlice:
         """Add the noise and take the server step.
@@ -91,8 +105,8 @@ class Release:
             aggregate: The rule's aggregate, shape (stop - start,).
         """
         if self.assessor.strategy.privacy is not None:
-            key = self._key("aggregate")
-            aggregate = aggregate + gaussian_slice(key, start, stop, self.noise_stddev)
+            sampled = self._noise.gaussian("aggregate", start, stop, self.noise_stddev)
+            aggregate = self._noise.rounded(aggregate + sampled)
         return self.step(start, stop, aggregate)
 
     def step(self, start: int, stop: int, aggregate: Vector) -> VersionSlice:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 
-from qflare_server.strategies.noise import gaussian_slice
 from qflare_server.strategies.screening import CLIP_BOUND, AdaptiveClip, NormClip
 from qflare_server.strategies.types import UpdateAssessment
 
@@ -85,7 +84,7 @@ class CentralPrivacy:
         return self.sum_noise_multiplier * self.bound(scalars) / self.expected_update_count
 
     def next_scalars(
-        self, scalars: Mapping[str, float], judgements: Sequence[UpdateAssessment], key: bytes
+        self, scalars: Mapping[str, float], judgements: Sequence[UpdateAssessment], noise: float
     ) -> Mapping[str, float]:
         """Move the clipping bound by the noisy share of norms within it.
 
@@ -94,14 +93,13 @@ class CentralPrivacy:
         Args:
             scalars: The numbers in force while this version was made.
             judgements: One for each update.
-            key: Addresses the noise of the count.
+            noise: A sample of the noise of the count.
         """
         if self.adaptive is None:
             return scalars
         bound = self.bound(scalars)
         signs = [(0.5 if entry.norm <= bound else -0.5) for entry in judgements if entry.accepted]
-        noisy = sum(signs) + float(gaussian_slice(key, 0, 1, self.adaptive.count_stddev)[0])
-        fraction = noisy / self.expected_update_count + 0.5
+        fraction = (sum(signs) + noise) / self.expected_update_count + 0.5
         return {**scalars, CLIP_BOUND: self.adaptive.next_bound(bound, fraction)}
 
 

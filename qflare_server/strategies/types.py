@@ -25,7 +25,8 @@ that it can be recomputed where later ones differ:
 
 1. (versions without a number) Updates that were refused or left out counted in example counts and metrics, could give
    the integers, and were among the contributors where it was the rule that left them out.
-2. Only updates with a share in the aggregate count.
+2. Only updates with a share in the aggregate count; a private version keeps the integers of its base, and its noise is
+   bound to the updates in it (`noise.BoundNoise`).
 """
 
 Vector: TypeAlias = NDArray[np.float64]
@@ -53,6 +54,7 @@ class Contribution:
         staleness: Versions published between the update's base version and the current one, zero or more.
         norm: L2 norm of the delta, when it is known from receiving; computed by one more pass if needed.
             Hand in a figure computed by `blocks.norm_of`, or the bytes depend on who computed it.
+        digest: Names everything that its device signed; what the noise of a private version is bound to.
         full_weights: Whether `read` gives weights trained from the *current* base version, not a delta. An
             update against an older version must be handed in as a delta.
     """
@@ -63,6 +65,7 @@ class Contribution:
     staleness: int = 0
     norm: float | None = None
     full_weights: bool = False
+    digest: str = ""
 
     def __post_init__(self) -> None:
         """Refuse facts that no update can have."""

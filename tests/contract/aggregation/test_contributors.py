@@ -14,6 +14,7 @@ from qflare_server.errors import UpdateNotFoundError
 from qflare_server.storage.repository import devices, updates
 from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.tables import LEFT_OUT_REASON, DeviceState, GlobalModel
+from qflare_server.training.privacy import noise_seed
 from qflare_server.verification import recompute_version
 from tests.support.use_cases import CoordinatorHarness
 
@@ -48,6 +49,13 @@ def statement_of(model: GlobalModel) -> security_pb2.ModelStatement:
 
 SAFEGUARD: dict[str, Any] = {"safeguards": training_pb2.SafeguardPolicy(max_norm=10.0)}
 
+PRIVATE: dict[str, Any] = {
+    "privacy": training_pb2.PrivacyPolicy(
+        noise_multiplier=1.0, clip_norm=1.0, delta=1e-5, epsilon_budget=100.0, target_quantile=0.5
+    ),
+    "rounds": training_pb2.RoundPolicy(quorum=3, target=30),
+}
+
 
 def test_an_update_that_is_refused_counts_for_nothing(core: CoordinatorHarness) -> None:
     identity = start(core, **SAFEGUARD)
@@ -60,6 +68,7 @@ def test_an_update_that_is_refused_counts_for_nothing(core: CoordinatorHarness) 
     assert dict(statement.metrics) == {"train_accuracy": pytest.approx((2.5 + 2.0) / 14)}
     assert np.frombuffer(core.weights(identity, 1)[:8], "<i8").tolist() == [2]
     assert core.training.get(identity).best_accuracy == pytest.approx(4.5 / 14)
+    assert core.round(identity, 1).example_count == 14
 
 
 def test_an_update_that_is_refused_ends_no_training(core: CoordinatorHarness) -> None:
@@ -107,12 +116,15 @@ def test_the_preference_of_a_rule_is_not_held_against_devices(core: CoordinatorH
     assert states == {DeviceState.ACTIVE.value}
 
 
-@pytest.mark.parametrize("config", [SAFEGUARD, {"name": "krum"}, {"name": "median"}], ids=str)
+@pytest.mark.parametrize(
+    "config", [SAFEGUARD, {"name": "krum"}, {"name": "median"}, PRIVATE], ids=str
+)
 def test_a_version_is_made_again_by_the_same_rules(
     core: CoordinatorHarness, config: dict[str, Any]
 ) -> None:
     identity = start(core, **config)
     submit_round(core, identity)
+    core.clock.advance(10_000.0)
     core.settle()
 
     again = recompute_version(core.context, identity, 1)
@@ -120,7 +132,7 @@ def test_a_version_is_made_again_by_the_same_rules(
     assert (again.recomputed, again.differences, again.by_record) == (True, (), False)
 
 
-@pytest.mark.parametrize("config", [SAFEGUARD, {"name": "krum"}], ids=str)
+@pytest.mark.parametrize("config", [SAFEGUARD, {"name": "krum"}, PRIVATE], ids=str)
 def test_versions_of_earlier_releases_are_made_again_by_theirs(
     core: CoordinatorHarness, config: dict[str, Any]
 ) -> None:
@@ -138,11 +150,13 @@ def test_versions_of_earlier_releases_are_made_again_by_theirs(
 def publish_as_before(core: CoordinatorHarness, identity: str) -> None:
     """Close round 1 and publish its version by the rules of versions that keep no number of them."""
     core.aggregator = NoAggregator(core.context, core.executor, "one")
+    core.clock.advance(10_000.0)
     core.settle()
     with core.database.read() as session:
         plan = read_plan(session, identity, 1, 0)
         accepted = updates.accepted_after(session, identity, 1, 0, 10)
-    fold = RoundFold(core.context, plan, revision=1)
+    seed = noise_seed(core.context, plan.config, identity, plan.privacy_state)
+    fold = RoundFold(core.context, plan, noise_seed=seed, revision=1)
     fold.take(accepted)
     closed_at = core.round(identity, 1).closed_at
     assert closed_at is not None

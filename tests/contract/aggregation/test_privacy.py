@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import delete
+from sqlalchemy.orm import Session
 
 from qflare.crypto.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2, training_pb2
@@ -16,7 +18,7 @@ from qflare_server.errors import StrategyRefusedError
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository import audit, training_sessions, updates
 from qflare_server.storage.repository.audit import AuditFilter
-from qflare_server.storage.tables import GlobalModel, TrainingSession
+from qflare_server.storage.tables import GlobalModel, ModelUpdate, TrainingSession
 from qflare_server.strategies.accounting import PrivacyLedger, spent
 from qflare_server.training import config as training_config
 from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed, open_seed
@@ -243,6 +245,55 @@ def test_training_goes_on_after_the_state_key_was_replaced(make_core: MakeCore) 
     with core.database.read() as session:
         drawn = audit.list_entries(session, PageRequest(10), AuditFilter(event_type=REPLACED))
         assert len(drawn.rows) == 1
+
+
+def prepare_with(core: CoordinatorHarness, identity: str, value: float) -> np.ndarray[Any, Any]:
+    """Submit two updates, of which the second is of this value, and return what version 1 would be."""
+    core.submit("device-0", identity, vector(0.0, 300))
+    core.submit("device-1", identity, vector(value, 300))
+    fold = fold_round(core, identity)
+    written = fold.write(core.executor, core.clock()).payload
+    assert written.data is not None
+    return np.frombuffer(written.data, "<f4")
+
+
+def test_a_version_made_again_of_other_updates_has_other_noise(make_core: MakeCore) -> None:
+    """After a restored backup: with the same noise, the difference of both versions would be one device's change."""
+    core = make_core()
+    core.add_devices(2)
+    identity = start(core)
+    first = prepare_with(core, identity, 1.0)
+    forget_updates(core, identity)
+
+    again = prepare_with(core, identity, -1.0)
+
+    difference = first - again
+    assert difference.std() == pytest.approx(2.0 * np.sqrt(2.0), rel=0.25)  # two independent noises
+    assert abs(np.corrcoef(first, again)[0, 1]) < 0.25
+
+
+def forget_updates(core: CoordinatorHarness, identity: str) -> None:
+    """Take round 1 back to before any update, as a backup does."""
+
+    def work(session: Session) -> None:
+        session.execute(delete(ModelUpdate).where(ModelUpdate.training_session_id == identity))
+        values = {"accepted_count": 0, "example_count": 0, "state": "open", "closed_at": None}
+        training_sessions.update_round(session, identity, 1, values)
+
+    core.database.write(work)
+
+
+def test_integers_of_a_private_session_are_those_of_its_base(core: CoordinatorHarness) -> None:
+    quorum = training_pb2.RoundPolicy(quorum=2)
+    base = {"steps": np.array([5, 6], np.int64), **vector(0.0, 4)}
+    identity = core.start(base, privacy=policy(), rounds=quorum)
+    for device in ("device-0", "device-1"):
+        core.submit(device, identity, {"steps": np.array([7, 8], np.int64), **vector(1.0, 4)})
+    core.settle()
+
+    version = core.weights(identity, 1)
+
+    assert np.frombuffer(version[:16], "<i8").tolist() == [5, 6]
 
 
 @pytest.mark.parametrize(

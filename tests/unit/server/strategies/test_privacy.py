@@ -1,4 +1,6 @@
+import hashlib
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -6,59 +8,135 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qflare_server.strategies import Contribution, StrategyConfig, begin, build
-from qflare_server.strategies.noise import NOISE_BLOCK, gaussian_slice, noise_key
+from qflare_server.strategies.noise import (
+    NOISE_BLOCK,
+    BoundNoise,
+    Noise,
+    VersionNoise,
+    _normal,
+    noise_key,
+)
 from qflare_server.strategies.privacy import (
     AdaptiveBound,
     CentralPrivacy,
     heuristic_count_stddev,
 )
 from qflare_server.strategies.testkit import Running, make_version, reader_of, sample
+from tests.unit.server.strategies.updates import Array, contributions
 
-KEY = noise_key(b"sixteen bytes or more", 3, "test")
+SEED = b"sixteen bytes or more"
+UPDATES = ("ab" * 32, "cd" * 32)
+BOUND = BoundNoise(SEED, 3, UPDATES)
+BEFORE = VersionNoise(SEED, 3)
+"""Noise of versions that were made by revision 1."""
+
+EITHER = pytest.mark.parametrize("noise", [BOUND, BEFORE], ids=["bound", "revision 1"])
+TOTAL = 4 * NOISE_BLOCK + 10
 
 
+@pytest.fixture(scope="module")
+def whole() -> dict[Noise, Array]:
+    return {noise: noise.gaussian("test", 0, TOTAL, 2.0) for noise in (BOUND, BEFORE)}
+
+
+@EITHER
 @given(start=st.integers(0, 3 * NOISE_BLOCK), length=st.integers(0, NOISE_BLOCK + 5))
-def test_a_slice_is_a_part_of_the_whole(start: int, length: int) -> None:
-    whole = gaussian_slice(KEY, 0, 4 * NOISE_BLOCK + 10, 2.0)
+def test_a_slice_is_a_part_of_the_whole(
+    whole: dict[Noise, Array], noise: Noise, start: int, length: int
+) -> None:
+    part = noise.gaussian("test", start, start + length, 2.0)
 
-    part = gaussian_slice(KEY, start, start + length, 2.0)
-
-    assert part.tobytes() == whole[start : start + length].tobytes()
+    assert part.tobytes() == whole[noise][start : start + length].tobytes()
 
 
-def test_noise_is_normal() -> None:
-    samples = gaussian_slice(KEY, 0, 400_000, 3.0)
+@EITHER
+def test_noise_is_normal(noise: Noise) -> None:
+    samples = noise.gaussian("test", 0, 400_000, 3.0)
 
     assert abs(samples.mean()) < 0.03
     assert samples.std() == pytest.approx(3.0, rel=0.01)
-    assert np.mean(np.abs(samples) > 1.959964 * 3.0) == pytest.approx(0.05, abs=0.002)
+    for bound, share in ((1.959964, 0.05), (2.575829, 0.01), (3.290527, 0.001)):
+        assert np.mean(np.abs(samples) > bound * 3.0) == pytest.approx(share, rel=0.15)
 
 
-def test_blocks_are_independent() -> None:
-    samples = gaussian_slice(KEY, 0, 2 * NOISE_BLOCK, 1.0)
+@EITHER
+def test_neighbours_are_independent(noise: Noise) -> None:
+    samples = noise.gaussian("test", 0, 2 * NOISE_BLOCK, 1.0)
 
-    correlation = np.corrcoef(samples[:NOISE_BLOCK], samples[NOISE_BLOCK:])[0, 1]
-
-    assert abs(correlation) < 0.02
+    for distance in (1, 2, 3, NOISE_BLOCK):
+        assert abs(np.corrcoef(samples[:-distance], samples[distance:])[0, 1]) < 0.02
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("noise", "purpose"),
     [
-        noise_key(b"sixteen bytes or more", 4, "test"),
-        noise_key(b"sixteen bytes or more", 3, "another"),
-        noise_key(b"another seed altogether", 3, "test"),
+        (BoundNoise(SEED, 4, UPDATES), "test"),
+        (BoundNoise(b"another seed altogether", 3, UPDATES), "test"),
+        (BoundNoise(SEED, 3, UPDATES[:1]), "test"),
+        (BoundNoise(SEED, 3, UPDATES[::-1]), "test"),
+        (BoundNoise(SEED, 3, ["".join(UPDATES)]), "test"),
+        (BOUND, "another"),
+        (BEFORE, "test"),
     ],
 )
-def test_seed_version_and_purpose_each_change_the_noise(other: bytes) -> None:
-    assert not np.intersect1d(
-        gaussian_slice(KEY, 0, 1000, 1.0), gaussian_slice(other, 0, 1000, 1.0)
-    ).size
+def test_seed_version_purpose_and_updates_each_change_the_noise(noise: Noise, purpose: str) -> None:
+    one, other = BOUND.gaussian("test", 0, 4000, 1.0), noise.gaussian(purpose, 0, 4000, 1.0)
+
+    assert not np.intersect1d(one, other).size
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
 
 
-def test_a_short_seed_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [
+        (BOUND, "e89ef7a449818f5e400b15740c48c549f9b08f80dec44e181b94869960404b9e"),
+        (BEFORE, "8cfc756188162109846793d41d206e46d6e003b3b6ae1c5d7cb1206b1bcdb171"),
+    ],
+)
+def test_noise_of_published_versions_never_changes(noise: Noise, expected: str) -> None:
+    samples = noise.gaussian("aggregate", 70_001, 70_100, 0.25).astype(np.float32)
+
+    assert hashlib.sha256(samples.tobytes()).hexdigest() == expected
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: BoundNoise(b"x" * 15, 1, ()), lambda: noise_key(b"x" * 15, 1, "")]
+)
+def test_a_short_seed_is_refused(make: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match="15 bytes is shorter than 16"):
-        noise_key(b"x" * 15, 1, "test")
+        make()
+
+
+def test_samples_in_the_tails_keep_their_resolution() -> None:
+    """One float32 in the tail stands for many samples, so none of them is a mark."""
+    words = np.arange(2**24, dtype=np.uint64) * np.uint64(2)
+
+    tail = _normal(words)
+
+    assert tail.min() < -9.0
+    assert np.isfinite(tail).all()
+
+
+def test_low_bits_tell_nothing_of_who_changed_what() -> None:
+    """Released numbers are floats of 32 bits, whether anything was added to the noise or not."""
+    deltas = np.zeros((8, 1_000))
+    deltas[:, ::2] = 1e-3 / 3
+
+    made = make_version(build(private()), np.zeros(1_000), contributions(deltas)).weights
+
+    assert np.array_equal(made, made.astype(np.float32))
+
+
+def test_an_update_that_cannot_be_measured_is_clipped_to_nothing() -> None:
+    """To refuse it would change the number of contributors by what is in it."""
+    deltas = np.zeros((8, 10))
+    deltas[3] = 1e306
+
+    outcome = make_version(build(private()), np.zeros(10), contributions(deltas)).outcome
+
+    assert not outcome.rejected
+    assert outcome.judgements[3].factor == 0.0
+    assert outcome.judgements[3].contributes
 
 
 def private(**settings: object) -> StrategyConfig:
@@ -88,8 +166,15 @@ def test_one_update_moves_the_sum_by_no_more_than_the_bound() -> None:
     data = sample(update_count=8, element_count=1_000)
     strategy = build(private())
 
-    with_all = make_version(strategy, np.zeros(1_000), data.contributions()).weights
-    without = make_version(strategy, np.zeros(1_000), data.contributions()[1:]).weights
+    def with_the_same_noise(updates: list[Contribution]) -> Array:
+        aggregation = begin(
+            strategy, 1_000, reader_of(np.zeros(1_000)), noise_seed=SEED, revision=1
+        )
+        aggregation.extend(updates)
+        return np.concatenate([piece.weights for piece in aggregation.finish()])
+
+    with_all = with_the_same_noise(data.contributions())
+    without = with_the_same_noise(data.contributions()[1:])
 
     assert np.linalg.norm(with_all - without) <= 1.0 / 8 * (1 + 1e-9)
 
