@@ -867,7 +867,9 @@ class EvaluationPolicy(_message.Message):
     every_rounds: _builtins.int
     """A version is evaluated every so many rounds. 0 means never."""
     group_by: _builtins.str
-    """Device attribute by which results are grouped as well, such as device_type. Empty means none."""
+    """Device attribute by which results are grouped as well: device_type, or the name of a capability or of an entry of
+    hardware_info. Empty means none. The 100 groups with most results are kept.
+    """
     quorum: _builtins.int
     """Least number of devices that have to report a metric of a version before it counts. 0 means the rounds' quorum."""
     max_example_count: _builtins.int
@@ -1009,6 +1011,7 @@ class TrainingSession(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Id, a UUID."""
     name: _builtins.str
@@ -1047,6 +1050,10 @@ class TrainingSession(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """When it ended. Absent before."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What in its configuration is allowed and has no effect, such as a rule that is a plain mean at its quorum."""
+
     def __init__(
         self,
         *,
@@ -1065,10 +1072,11 @@ class TrainingSession(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_accuracy", b"_best_accuracy", "_best_version", b"_best_version", "_epsilon_spent", b"_epsilon_spent", "_released_version", b"_released_version", "best_accuracy", b"best_accuracy", "best_version", b"best_version", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "epsilon_spent", b"epsilon_spent", "released_version", b"released_version", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_accuracy", b"_best_accuracy", "_best_version", b"_best_version", "_epsilon_spent", b"_epsilon_spent", "_released_version", b"_released_version", "best_accuracy", b"best_accuracy", "best_version", b"best_version", "config", b"config", "create_time", b"create_time", "current_round", b"current_round", "current_version", b"current_version", "end_time", b"end_time", "epsilon_spent", b"epsilon_spent", "model_type", b"model_type", "name", b"name", "released_version", b"released_version", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_accuracy", b"_best_accuracy", "_best_version", b"_best_version", "_epsilon_spent", b"_epsilon_spent", "_released_version", b"_released_version", "best_accuracy", b"best_accuracy", "best_version", b"best_version", "config", b"config", "create_time", b"create_time", "current_round", b"current_round", "current_version", b"current_version", "end_time", b"end_time", "epsilon_spent", b"epsilon_spent", "model_type", b"model_type", "name", b"name", "released_version", b"released_version", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_accuracy: _TypeAlias = _typing.Literal["best_accuracy"]  # noqa: Y015
     _WhichOneofArgType__best_accuracy: _TypeAlias = _typing.Literal["_best_accuracy", b"_best_accuracy"]  # noqa: Y015
@@ -1129,7 +1137,7 @@ class Round(_message.Message):
     rejected_count: _builtins.int
     """Updates rejected."""
     example_count: _builtins.int
-    """Sum of the example counts of the accepted updates."""
+    """Sum of the example counts: of the accepted updates, and once its version is published, of those in it."""
     @_builtins.property
     def open_time(self) -> _timestamp_pb2.Timestamp:
         """When it opened."""

@@ -44,6 +44,7 @@ SESSION_FACTS: list[Column] = [
     ("epsilon spent", lambda row: optional(row, "epsilon_spent")),
     ("started", lambda row: moment(row, "start_time")),
     ("ended", lambda row: moment(row, "end_time")),
+    ("warnings", lambda row: "; ".join(row.warnings)),
 ]
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from sqlalchemy.orm import Session
 
 from qflare.evidence.statements import StatementError
-from qflare.tensors import InvalidPayloadError
+from qflare.tensors import InvalidManifestError, InvalidPayloadError
 from qflare_server.aggregation.fold import BATCH, RoundFold
 from qflare_server.aggregation.plan import RoundPlan, read_plan
 from qflare_server.aggregation.publication import Publication, prepare_publication
@@ -143,6 +143,12 @@ class Aggregator:
         except (StoreUnavailableError, StorageFullError):
             self._folds.pop(key, None)
             raise
+        except InvalidManifestError as error:
+            self._folds.pop(key, None)
+            problem = f"the model cannot be trained under its configuration: {error}"
+            return self._context.database.write(
+                lambda session: self._end_untrainable(session, item, problem)
+            )
         except Exception:
             self._folds.pop(key, None)
             self._resting[key] = self._context.clock() + timedelta(seconds=REST_S)
@@ -326,6 +332,17 @@ class Aggregator:
         fail_round(session, training_session, current, reason, now)
         if training_session.state != TrainingSessionState.CANCELLED.value:
             end_session(session, training_session, TrainingSessionState.COMPLETED, reason, now)
+        return True
+
+    def _end_untrainable(self, session: Session, item: RoundInProgress, reason: str) -> bool:
+        """End a training session that an earlier release created and that no update can serve."""
+        training_session = training_sessions.lock_session(session, item.training_session_id)
+        current = training_sessions.lock_round(session, item.training_session_id, item.number)
+        if training_session is None or current is None:
+            return False
+        now = self._context.clock()
+        fail_round(session, training_session, current, reason, now)
+        end_session(session, training_session, TrainingSessionState.FAILED, reason, now)
         return True
 
     def _retry(

@@ -72,7 +72,7 @@ from qflare_server.strategies import (
 )
 from qflare_server.training.config import download_encoding
 from qflare_server.training.reported_metrics import TRAINING, Means
-from qflare_server.training.strategy import build_strategy, is_asynchronous
+from qflare_server.training.strategy import is_asynchronous, stored_strategy
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class RoundFold:
         self._recorded = recorded
         self._sent: dict[int, Reader] = {}
         self._download = download_encoding(plan.config)
-        self._strategy = build_strategy(plan.config)
+        self._strategy = stored_strategy(plan.config)
         self._ahead = FOLD_AHEAD if self._strategy.folds else COHORT_AHEAD
         self._encoding = Encoding.from_number(plan.config.transfer.update_encoding)
         self._wire = wire_manifest(

@@ -4,7 +4,8 @@
 created with a contradiction would only show it rounds later.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from typing import Final
 
 from qflare_server.strategies.accumulator import Accumulator
@@ -32,7 +33,12 @@ from qflare_server.strategies.server_optimizers import (
 )
 from qflare_server.strategies.strategy import Strategy
 from qflare_server.strategies.types import REVISION, Prior, Reader, UpdateAssessment
-from qflare_server.strategies.validation import check_combination, check_ranges
+from qflare_server.strategies.validation import (
+    check_bounds,
+    check_combination,
+    check_new,
+    check_ranges,
+)
 
 
 def _mean(config: StrategyConfig) -> Rule:
@@ -89,24 +95,17 @@ _NAMED_OPTIMIZERS: Final = {
 }
 
 
-def _optimizer(config: StrategyConfig) -> ServerOptimizer:
-    """Choose the server optimiser: the one in the name, or the one asked for."""
+def _optimizer_name(config: StrategyConfig) -> str:
+    """Choose the server optimizer: the one in the name, or the one asked for."""
     named = _NAMED_OPTIMIZERS.get(config.name, "")
     if named and config.optimizer and config.optimizer != named:
         raise StrategyConfigError(
             f"{config.name} steps by {named}; it contradicts optimizer {config.optimizer!r}"
         )
     chosen = named or config.optimizer or "plain"
-    makers = {
-        "plain": _plain,
-        "momentum": _momentum,
-        "adam": _adam,
-        "yogi": _yogi,
-        "adagrad": _adagrad,
-    }
-    if chosen not in makers:
-        raise StrategyConfigError(f"unknown optimizer {chosen!r}; known: {', '.join(makers)}")
-    return makers[chosen](config)
+    if chosen not in _OPTIMIZERS:
+        raise StrategyConfigError(f"unknown optimizer {chosen!r}; known: {', '.join(_OPTIMIZERS)}")
+    return chosen
 
 
 def _plain(config: StrategyConfig) -> ServerOptimizer:
@@ -152,6 +151,15 @@ def _adagrad(config: StrategyConfig) -> ServerOptimizer:
     )
 
 
+_OPTIMIZERS: Final[Mapping[str, Callable[[StrategyConfig], ServerOptimizer]]] = {
+    "plain": _plain,
+    "momentum": _momentum,
+    "adam": _adam,
+    "yogi": _yogi,
+    "adagrad": _adagrad,
+}
+
+
 def _screens(config: StrategyConfig) -> tuple[Screen, ...]:
     """Refusals first, clipping last, so that a bound sees the delta as it came."""
     screens: list[Screen] = []
@@ -195,8 +203,27 @@ def _rule(config: StrategyConfig) -> Rule:
     return load_rule(config)
 
 
-def build(config: StrategyConfig) -> Strategy:
-    """Put a strategy together.
+def build(config: StrategyConfig, given: Collection[str] | None = None) -> Strategy:
+    """Put the strategy of a new training session together.
+
+    Args:
+        config: What the training session chooses.
+        given: Names of the settings that it chooses itself; by default those that differ from their defaults.
+
+    Raises:
+        StrategyConfigError: Something is unknown, out of range, contradictory or without effect; the message is the
+            reason.
+    """
+    check_ranges(config)
+    check_bounds(config)
+    strategy = rebuild(config)
+    chosen = _changed(config) if given is None else given
+    check_new(config, _optimizer_name(config), chosen, is_built_in=config.name in RULES)
+    return strategy
+
+
+def rebuild(config: StrategyConfig) -> Strategy:
+    """Put the strategy of a stored training session together, which an earlier release may have created.
 
     Raises:
         StrategyConfigError: Something is unknown, out of range or contradictory; the message is the reason.
@@ -210,10 +237,19 @@ def build(config: StrategyConfig) -> Strategy:
         name=config.name,
         rule=rule,
         screens=(*screens, privacy.screen) if privacy else screens,
-        optimizer=_optimizer(config),
+        optimizer=_OPTIMIZERS[_optimizer_name(config)](config),
         privacy=privacy,
         device_settings={"proximal_mu": config.proximal_mu} if config.proximal_mu else {},
     )
+
+
+def _changed(config: StrategyConfig) -> list[str]:
+    usual = StrategyConfig()
+    return [
+        item.name
+        for item in fields(StrategyConfig)
+        if getattr(config, item.name) != getattr(usual, item.name)
+    ]
 
 
 def begin(

@@ -1,7 +1,7 @@
 """What a configuration may not say: ranges, and settings that contradict each other."""
 
-from collections.abc import Callable
-from math import isfinite
+from collections.abc import Callable, Collection, Mapping
+from math import ceil, isfinite
 from typing import Final
 
 from qflare_server.strategies.accounting import ACCOUNTANTS, require_library
@@ -65,6 +65,17 @@ _PRIVACY_RANGES: Final[dict[str, tuple[_Test, str]]] = {
 }
 
 
+_NEW_BOUNDS: Final[dict[str, tuple[float, float]]] = {
+    "server_learning_rate": (0, 1e6),
+    "tau": (1e-30, 1e30),
+    "initial_second_moment": (-1e60, 1e60),
+    "proximal_mu": (0, 1e6),
+    "smoothing": (1e-60, 1e60),
+    "max_iterations": (1, 1e6),
+}
+"""Beyond these no version would come out, or only after days."""
+
+
 def check_ranges(config: StrategyConfig) -> None:
     """Refuse the first number that is out of its range.
 
@@ -99,6 +110,102 @@ def check_combination(config: StrategyConfig, rule: FoldRule | CohortRule) -> No
         _check_hidden(config, rule)
     if config.privacy is not None:
         _check_privacy(config, config.privacy, rule)
+
+
+_SECOND_MOMENT: Final = frozenset({"beta1", "tau", "initial_second_moment"})
+_OPTIMIZER_SETTINGS: Final[Mapping[str, frozenset[str]]] = {
+    "plain": frozenset(),
+    "momentum": frozenset({"momentum"}),
+    "adam": _SECOND_MOMENT | {"beta2", "bias_correction"},
+    "yogi": _SECOND_MOMENT | {"beta2"},
+    "adagrad": _SECOND_MOMENT,
+}
+_RULE_SETTINGS: Final[Mapping[str, frozenset[str]]] = {
+    "fedbuff": frozenset({"max_staleness"}),
+    "trimmed_mean": frozenset({"trimmed_fraction"}),
+    "geometric_median": frozenset({"smoothing", "max_iterations"}),
+    "krum": frozenset({"byzantine_count"}),
+    "multi_krum": frozenset({"byzantine_count", "selected_count"}),
+    "bulyan": frozenset({"byzantine_count"}),
+}
+_SETTINGS: Final = frozenset().union(*_RULE_SETTINGS.values(), *_OPTIMIZER_SETTINGS.values())
+"""What only some rules or optimizers read."""
+
+
+def check_bounds(config: StrategyConfig) -> None:
+    """Refuse numbers in range with which no version would come out; for new training sessions only.
+
+    Raises:
+        StrategyConfigError: The message gives the setting, its bounds and the value.
+    """
+    for name, (least, most) in _NEW_BOUNDS.items():
+        if not least <= getattr(config, name) <= most:
+            raise StrategyConfigError(
+                f"{name} must be within [{least:g}, {most:g}], got {getattr(config, name):g}"
+            )
+
+
+def check_new(
+    config: StrategyConfig, optimizer: str, given: Collection[str], *, is_built_in: bool
+) -> None:
+    """Refuse what earlier releases let pass, so that their training sessions go on but no further ones begin.
+
+    Args:
+        config: That passed the other checks.
+        optimizer: Name of the server optimizer.
+        given: Settings that were chosen.
+        is_built_in: Whether the rule is one of QFLARE's, whose settings are known.
+
+    Raises:
+        StrategyConfigError: A setting has no effect, or would tell of single devices in spite of the privacy.
+    """
+    used = _RULE_SETTINGS.get(config.name, frozenset()) | _OPTIMIZER_SETTINGS[optimizer]
+    unused = sorted(_SETTINGS.intersection(given) - used)
+    if unused and is_built_in:
+        raise StrategyConfigError(
+            f"{config.name} with optimizer {optimizer} does not use {', '.join(unused)}"
+        )
+    if config.privacy is None:
+        return
+    for name, idle in (("max_norm", 0.0), ("min_cosine", -1.0)):
+        if getattr(config, name) != idle:
+            raise StrategyConfigError(
+                f"{name} refuses single updates, and the number of contributors, which is published, tells which: "
+                "no noise covers it; privacy clips instead"
+            )
+
+
+def ineffective(config: StrategyConfig) -> str:
+    """Say why a rule does nothing beyond a plain mean at the quorum of its training session.
+
+    Args:
+        config: That passed the checks.
+
+    Returns:
+        The reason and what to do about it; empty where the rule has an effect.
+    """
+    quorum, name = config.quorum, config.name
+    closing = f"rounds close from {quorum} updates on"
+    if name == "trimmed_mean" and int(config.trimmed_fraction * quorum) == 0:
+        if not config.trimmed_fraction:
+            return "trimmed_mean with trimmed_fraction 0 trims nothing: raise trimmed_fraction"
+        return (
+            f"trimmed_mean with trimmed_fraction {config.trimmed_fraction:g} trims nothing of fewer than "
+            f"{ceil(1 / config.trimmed_fraction)} updates, and {closing}: raise either"
+        )
+    if name in {"median", "geometric_median"} and quorum <= _PAIR:
+        return f"{name} of one or two updates is their mean, and {closing}: raise rounds.quorum"
+    if name == "bulyan" and config.byzantine_count == 0:
+        return "bulyan with byzantine_count 0 averages every update: raise byzantine_count"
+    if name == "multi_krum" and config.selected_count >= quorum:
+        return (
+            f"multi_krum with selected_count {config.selected_count} selects all of so many updates, "
+            f"and {closing}: lower selected_count"
+        )
+    return ""
+
+
+_PAIR: Final = 2
 
 
 def _check_cohort(config: StrategyConfig, rule: CohortRule) -> None:

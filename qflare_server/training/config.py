@@ -4,7 +4,9 @@
 reads a stored configuration has to ask again what an unset field means.
 """
 
+import math
 import secrets
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final
@@ -12,11 +14,13 @@ from typing import Any, Final
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 
+from qflare.tensors import DType, Manifest
+from qflare.tensors import InvalidManifestError as BadManifestError
 from qflare.tensors.download_encodings import DOWNLOAD_ENCODINGS
-from qflare.tensors.encodings import Encoding
+from qflare.tensors.encodings import Encoding, wire_manifest
 from qflare.v1 import training_pb2
-from qflare_server.errors import InvalidRequestError
-from qflare_server.training.reported_metrics import MAX_EXAMPLES, is_reserved
+from qflare_server.errors import InvalidManifestError, InvalidRequestError
+from qflare_server.training.reported_metrics import MAX_EXAMPLES, MAX_METRIC_NAME, is_reserved
 
 DEFAULT_ROUNDS: Final = 10
 DEFAULT_DEADLINE_S: Final = 600
@@ -29,6 +33,9 @@ MAX_TRIM_FRACTION: Final = 0.49
 DEFAULT_TRIM_FROM_COUNT: Final = 5
 LEAST_TRIM_FROM_COUNT: Final = 3
 MAX_SEED: Final = 2**53  # seeds stay readable in JSON
+MAX_ATTRIBUTE: Final = 100
+_CONTROL: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Unicode categories of control characters, surrogates and separators of lines and paragraphs."""
 MAX_SETTINGS_BYTES: Final = (
     16_384  # of parameters and of labels: a signed task holds both in 65,536 bytes
 )
@@ -51,10 +58,14 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     _check_device_training(done.device_training)
     _complete_evaluation(done.evaluation, done.rounds.quorum)
     _within("early_stop.patience_rounds", done.early_stop.patience_rounds, 0, 1_000_000)
+    _check_grouping(done.evaluation)
     _check_early_stop(done.early_stop, done.evaluation)
     for number, bound in enumerate(done.release.bounds):
         _check_bound(f"release.bounds[{number}]", bound)
     done.strategy.name = done.strategy.name or "fedavg"
+    for name, value in done.strategy.parameters.items():
+        _within(f"strategy.parameters[{name[:100]}]", value, -LARGEST, LARGEST)
+    _check_reach(done)
     return done
 
 
@@ -92,6 +103,43 @@ def _complete_selection(policy: training_pb2.SelectionPolicy) -> None:
                 "selection.capabilities: a condition names no capability",
                 field="config.selection.capabilities",
             )
+        _within(
+            f"selection.capabilities[{condition.capability[:100]}].value",
+            condition.value,
+            -LARGEST,
+            LARGEST,
+        )
+
+
+def _check_reach(config: training_pb2.TrainingConfig) -> None:
+    """Refuse a selection of fewer devices than a round needs."""
+    policy = config.selection
+    if not policy.device_count:
+        return
+    most = math.ceil(policy.device_count * (1 + policy.over_selection))
+    if most < config.rounds.quorum:
+        raise InvalidRequestError(
+            f"selection.device_count: got {policy.device_count}, which with over_selection selects {most} devices; "
+            f"want at least the quorum {config.rounds.quorum}",
+            field="config.selection.device_count",
+        )
+
+
+def _check_grouping(policy: training_pb2.EvaluationPolicy) -> None:
+    if not policy.group_by:
+        return
+    if not is_one_line(policy.group_by) or len(policy.group_by) > MAX_ATTRIBUTE:
+        raise InvalidRequestError(
+            f"evaluation.group_by: got {policy.group_by[:MAX_ATTRIBUTE]!r}, want the name of a device attribute, at "
+            f"most {MAX_ATTRIBUTE} characters without control characters",
+            field="config.evaluation.group_by",
+        )
+    if not policy.every_rounds:
+        raise InvalidRequestError(
+            "evaluation.group_by: groups the results of evaluations, of which there are none: set "
+            "evaluation.every_rounds",
+            field="config.evaluation.group_by",
+        )
 
 
 def _complete_transfer(policy: training_pb2.TransferPolicy) -> None:
@@ -178,7 +226,9 @@ def _check_early_stop(
 ) -> None:
     if policy.HasField("target"):
         _within("early_stop.target", policy.target, -LARGEST, LARGEST)
-    if not policy.metric and (policy.HasField("target") or policy.patience_rounds):
+    if policy.metric:
+        _check_metric("early_stop.metric", policy.metric)
+    elif policy.HasField("target") or policy.patience_rounds:
         raise InvalidRequestError("early_stop.metric: empty", field="config.early_stop.metric")
     _require_evaluated("early_stop.metric", policy.metric)
     if policy.metric and not evaluation.every_rounds:
@@ -188,15 +238,69 @@ def _check_early_stop(
         )
 
 
+def _check_metric(name: str, metric: str) -> None:
+    """Refuse the name of a metric that no version can have."""
+    if not 1 <= len(metric) <= MAX_METRIC_NAME or not metric.isprintable():
+        raise InvalidRequestError(
+            f"{name}: got {metric[:MAX_METRIC_NAME]!r}, want 1 to {MAX_METRIC_NAME} printable characters",
+            field=f"config.{name}",
+        )
+
+
 def _check_bound(name: str, bound: training_pb2.MetricBound) -> None:
-    if not bound.metric:
-        raise InvalidRequestError(f"{name}.metric: empty", field=f"config.{name}.metric")
+    _check_metric(f"{name}.metric", bound.metric)
     _require_evaluated(f"{name}.metric", bound.metric)
     for side in ("min_value", "max_value"):
         if bound.HasField(side):
             _within(f"{name}.{side}", getattr(bound, side), -LARGEST, LARGEST)
     if not (bound.HasField("min_value") or bound.HasField("max_value")):
         raise InvalidRequestError(f"{name}: no bound", field=f"config.{name}")
+    both = bound.HasField("min_value") and bound.HasField("max_value")
+    if both and bound.min_value > bound.max_value:
+        raise InvalidRequestError(
+            f"{name}: got min_value {bound.min_value:g} above max_value {bound.max_value:g}, which no metric meets",
+            field=f"config.{name}",
+        )
+
+
+def is_one_line(text: str) -> bool:
+    """Return whether a text has no control characters, line breaks included: whether it fits a line of a table."""
+    return not any(unicodedata.category(character) in _CONTROL for character in text)
+
+
+def require_trainable(
+    config: training_pb2.TrainingConfig, manifest: Manifest, max_payload_bytes: int
+) -> None:
+    """Refuse a model that devices cannot train under a configuration.
+
+    Args:
+        config: Of the training session.
+        manifest: The model's layout.
+        max_payload_bytes: Longest payload that this coordinator takes.
+
+    Raises:
+        InvalidManifestError: Its updates cannot be encoded or are too long, or privacy cannot cover its types.
+    """
+    policy = config.transfer
+    encoding = Encoding.from_number(policy.update_encoding)
+    try:
+        wire = wire_manifest(manifest, encoding, policy.top_k_fraction or 1.0)
+    except BadManifestError as error:
+        raise _unusable(f"updates as {encoding.name.lower()}: {error}") from error
+    if wire.size_bytes > max_payload_bytes:
+        raise _unusable(
+            f"updates as {encoding.name.lower()}: got {wire.size_bytes} bytes, want at most {max_payload_bytes}"
+        )
+    wide = next((spec.name for spec in manifest.tensors if spec.dtype is DType.FLOAT64), None)
+    if config.privacy.noise_multiplier and wide is not None:
+        raise _unusable(
+            f"tensor {wide!r} is float64: the low bits of noise in it would tell what it was added to; a private "
+            "training session takes float32 and shorter"
+        )
+
+
+def _unusable(reason: str) -> InvalidManifestError:
+    return InvalidManifestError(f"manifest: {reason}", field="header.manifest")
 
 
 def _require_evaluated(name: str, metric: str) -> None:

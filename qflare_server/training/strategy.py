@@ -13,7 +13,8 @@ from qflare_server.strategies import (
     StrategyConfigError,
     build,
 )
-from qflare_server.strategies.catalogue import RULES
+from qflare_server.strategies.catalogue import RULES, rebuild
+from qflare_server.strategies.validation import ineffective
 
 _DERIVED: Final = frozenset(
     {
@@ -33,19 +34,58 @@ _PARAMETERS: Final = {
 ASYNCHRONOUS: Final = frozenset({"fedbuff"})
 
 
+_PLACES: Final = {
+    "clip_norm": "safeguards.clip_norm",
+    "max_norm": "safeguards.max_norm",
+    "min_cosine": "safeguards.min_cosine_similarity",
+    "max_staleness": "rounds.max_staleness",
+}
+"""Settings that have a field of their own."""
+
+
 def build_strategy(config: training_pb2.TrainingConfig) -> Strategy:
-    """Put the strategy of a training session together.
+    """Put the strategy of a new training session together.
+
+    Raises:
+        StrategyRefusedError: Something is unknown, out of range, contradictory or without effect; the message is the
+            reason.
+    """
+    try:
+        _check_places(config.strategy.parameters)
+        return build(_strategy_config(config), [*config.strategy.parameters])
+    except StrategyConfigError as error:
+        raise StrategyRefusedError(str(error), field="config.strategy") from error
+
+
+def _check_places(parameters: Mapping[str, float]) -> None:
+    for name, place in _PLACES.items():
+        if name in parameters:
+            raise StrategyConfigError(f"{name}: set {place}, not a parameter of the strategy")
+
+
+def stored_strategy(config: training_pb2.TrainingConfig) -> Strategy:
+    """Put the strategy of a stored training session together; what earlier releases have let pass passes.
 
     Raises:
         StrategyRefusedError: Something is unknown, out of range or contradictory; the message is the reason.
     """
     try:
-        return build(_strategy_config(config))
+        return rebuild(_strategy_config(config))
     except StrategyConfigError as error:
         raise StrategyRefusedError(str(error), field="config.strategy") from error
 
 
+def warnings_of(config: training_pb2.TrainingConfig) -> list[str]:
+    """Return what an administrator should know of a configuration that is allowed; one sentence each."""
+    try:
+        reason = ineffective(_strategy_config(config))
+    except StrategyConfigError:
+        return []
+    return [reason] if reason else []
+
+
 def _strategy_config(config: training_pb2.TrainingConfig) -> StrategyConfig:
+    """Return what a training session chooses; parameters win over fields, as they did in earlier releases."""
     chosen = config.strategy
     safeguards = config.safeguards
     known, options = _split(chosen.parameters)

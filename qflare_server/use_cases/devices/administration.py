@@ -20,6 +20,7 @@ from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.storage.tables import Device, DeviceState, RiskLevel
+from qflare_server.training.config import is_one_line
 
 MAX_PROFILE_ENTRIES = 64
 MAX_PROFILE_TEXT = 256
@@ -47,9 +48,10 @@ class Profile:
         Raises:
             InvalidRequestError: Something is too long, too many or out of range.
         """
-        if len(self.device_type) > MAX_DEVICE_TYPE or "\0" in self.device_type:
+        if len(self.device_type) > MAX_DEVICE_TYPE or not is_one_line(self.device_type):
             raise InvalidRequestError(
-                "device_type: longer than 100 characters, or holds NUL", field="device_type"
+                "device_type: longer than 100 characters, or holds a control character",
+                field="device_type",
             )
         for name in ("hardware_info", "network_info", "capabilities"):
             _check_entries(name, getattr(self, name))

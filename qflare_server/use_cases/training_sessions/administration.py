@@ -28,7 +28,7 @@ from qflare_server.storage.tables import (
     TrainingSession,
     TrainingSessionState,
 )
-from qflare_server.training.config import complete, deadline_s, stored_config, to_json
+from qflare_server.training.config import complete, deadline_s, is_one_line, stored_config, to_json
 from qflare_server.training.premises import repeat
 from qflare_server.training.privacy import require_affordable
 from qflare_server.training.retention import prune_payloads
@@ -273,7 +273,7 @@ class Training:
         Raises:
             WrongStateError: It has ended already.
         """
-        _text("reason", reason, 0, 500)
+        _text("reason", reason, 0, 500, is_name=False)
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
@@ -440,10 +440,11 @@ def _detached(session: Session, training_session: TrainingSession) -> TrainingSe
     return training_session
 
 
-def _text(name: str, value: str, least: int, most: int) -> None:
+def _text(name: str, value: str, least: int, most: int, *, is_name: bool = True) -> None:
+    """Refuse a text that is too short or too long, a name that does not fit a line."""
     if not least <= len(value) <= most:
         raise InvalidRequestError(
             f"{name}: got {len(value)} characters, want {least} to {most}", field=name
         )
-    if "\0" in value:
-        raise InvalidRequestError(f"{name}: holds NUL", field=name)
+    if "\0" in value or (is_name and not is_one_line(value)):
+        raise InvalidRequestError(f"{name}: holds a control character or a line break", field=name)

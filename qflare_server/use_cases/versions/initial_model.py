@@ -16,7 +16,7 @@ from qflare_server.payloads.writer import VersionWriter, received_chunks
 from qflare_server.storage.repository import payloads
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.tables import GlobalModel
-from qflare_server.training.config import download_encoding, stored_config
+from qflare_server.training.config import download_encoding, require_trainable, stored_config
 from qflare_server.use_cases.training_sessions.administration import Training
 
 
@@ -27,6 +27,11 @@ class InitialModels:
         self._context = context
         self._executor = executor
         self._training = training
+        config, devices_take = context.config, ManifestLimits()
+        self._limits = ManifestLimits(
+            min(config.max_tensors, devices_take.max_tensors),
+            min(config.max_payload_bytes, devices_take.max_payload_bytes),
+        )
 
     def upload(
         self,
@@ -38,7 +43,7 @@ class InitialModels:
 
         Raises:
             InvalidManifestError: The manifest is no layout, has no floating tensor, or none that the training
-                session's download encoding makes smaller.
+                session's download encoding makes smaller, or devices could not train it under its configuration.
             InvalidUpdateError: The bytes are not what the manifest says, or hold NaN or infinity, or a number
                 beyond the range of the download encoding.
             DigestMismatchError: The bytes are not those of the digest.
@@ -49,6 +54,7 @@ class InitialModels:
         manifest = self.parse(header.manifest)
         encoding = download_encoding(config)
         _require_smaller(manifest, encoding)
+        require_trainable(config, manifest, self._context.config.max_payload_bytes)
         expected = ExpectedPayload(manifest, header.payload_digest)
         expected.check(self._context.config.max_payload_bytes)
         belongs_to = seal_context(self._context, config, training_session.id, 0)
@@ -82,10 +88,8 @@ class InitialModels:
         Raises:
             InvalidManifestError: It is none, or has nothing to train.
         """
-        config = self._context.config
-        limits = ManifestLimits(config.max_tensors, config.max_payload_bytes)
         try:
-            manifest = Manifest.from_proto(message, limits)
+            manifest = Manifest.from_proto(message, self._limits)
         except BadManifestError as error:
             raise InvalidManifestError(str(error), field="header.manifest") from error
         if not any(spec.dtype.is_float and spec.element_count for spec in manifest.tensors):

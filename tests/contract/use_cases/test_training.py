@@ -71,7 +71,9 @@ def test_request_ids_of_two_callers_are_apart(core: CoordinatorHarness) -> None:
     assert second != first
 
 
-@pytest.mark.parametrize("name", ["", "x" * 201, "nul\0"])
+@pytest.mark.parametrize(
+    "name", ["", "x" * 201, "nul\0", "two\nlines", "two\u2028lines", "\x1b[2J", "\r"]
+)
 def test_create_refuses_a_name_that_cannot_be_stored(core: CoordinatorHarness, name: str) -> None:
     with pytest.raises(InvalidRequestError, match="name"):
         create(core, name=name)

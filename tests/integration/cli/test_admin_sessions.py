@@ -289,3 +289,21 @@ def test_a_quarantined_device_measures_nothing(deploy: Deploy) -> None:
     with pytest.raises(NotSelectedError):
         client.report_evaluation(task, 10, {"accuracy": 1.0})
     assert client.get_task(session_id).kind is TaskKind.WAIT
+
+
+def test_a_rule_that_has_no_effect_warns_where_the_session_is_created_and_shown(
+    deploy: Deploy,
+) -> None:
+    deployment = deploy()
+    wanted = training_pb2.TrainingConfig(
+        strategy=training_pb2.StrategyConfig(name="trimmed_mean"),
+        rounds=training_pb2.RoundPolicy(quorum=3),
+    )
+
+    request = pb.CreateTrainingSessionRequest(name="trimmed", config=wanted)
+    created = deployment.admin.CreateTrainingSession(request, metadata=deployment.metadata)
+    session_id = created.training_session.training_session_id
+    shown = call(deployment, "GetTrainingSession", training_session_id=session_id)
+
+    assert list(created.training_session.warnings) == list(shown.training_session.warnings)
+    assert "trims nothing of fewer than 10 updates" in created.training_session.warnings[0]

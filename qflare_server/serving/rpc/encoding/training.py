@@ -8,11 +8,13 @@ from qflare_server.serving.rpc.encoding import values, versions
 from qflare_server.serving.rpc.encoding.values import duration, timestamp
 from qflare_server.storage.tables import Round, TrainingSession
 from qflare_server.training.config import stored_config
+from qflare_server.training.strategy import warnings_of
 from qflare_server.use_cases.training_sessions.watching import SessionEvent
 
 
 def training_session(row: TrainingSession) -> training_pb2.TrainingSession:
     """Encode a training session."""
+    config = stored_config(row.id, row.config)
     return training_pb2.TrainingSession(
         training_session_id=row.id,
         name=row.name,
@@ -21,7 +23,7 @@ def training_session(row: TrainingSession) -> training_pb2.TrainingSession:
             f"TRAINING_SESSION_STATE_{row.state.upper()}"
         ),
         state_reason=row.state_reason,
-        config=stored_config(row.id, row.config),
+        config=config,
         current_round=row.current_round,
         current_version=row.current_version,
         best_accuracy=row.best_accuracy,
@@ -31,6 +33,7 @@ def training_session(row: TrainingSession) -> training_pb2.TrainingSession:
         create_time=timestamp(row.created_at),
         start_time=timestamp(row.started_at),
         end_time=timestamp(row.ended_at),
+        warnings=warnings_of(config),
     )
 
 

@@ -220,3 +220,37 @@ def test_parsed_configuration_is_kept_by_session() -> None:
 
     assert stored_config("unit-a", first) is stored_config("unit-a", first)
     assert stored_config("unit-b", second).total_rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"release": {"bounds": [{"metric": "loss", "min_value": 2.0, "max_value": 1.0}]}},
+            r"release.bounds\[0\]: got min_value 2 above max_value 1",
+        ),
+        ({"release": {"bounds": [{"metric": "a\nb", "min_value": 0.0}]}}, "printable"),
+        ({"release": {"bounds": [{"metric": "x" * 101, "min_value": 0.0}]}}, "want 1 to 100"),
+        ({"early_stop": {"metric": "a\x1b[2J", "patience_rounds": 3}}, "printable"),
+        ({"evaluation": {"every_rounds": 1, "group_by": "a\nb"}}, "name of a device attribute"),
+        ({"evaluation": {"every_rounds": 1, "group_by": "x" * 101}}, "at most 100"),
+        ({"evaluation": {"group_by": "device_type"}}, "of which there are none"),
+        ({"selection": {"device_count": 3}, "rounds": {"quorum": 4}}, "want at least the quorum 4"),
+        (
+            {"selection": {"capabilities": [{"capability": "ram", "value": float("nan")}]}},
+            r"capabilities\[ram\]",
+        ),
+        ({"strategy": {"parameters": {"tau": float("inf")}}}, r"strategy.parameters\[tau\]"),
+    ],
+)
+def test_contradictions_and_nonsense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        complete(training_pb2.TrainingConfig(**changes))
+
+
+def test_over_selection_counts_toward_the_quorum() -> None:
+    selection = training_pb2.SelectionPolicy(device_count=3, over_selection=0.3)
+
+    complete(
+        training_pb2.TrainingConfig(selection=selection, rounds=training_pb2.RoundPolicy(quorum=4))
+    )

@@ -6,7 +6,13 @@ from qflare.v1 import training_pb2
 from qflare_server.errors import StrategyRefusedError
 from qflare_server.strategies.server_optimizers import MomentumStep
 from qflare_server.training.config import complete
-from qflare_server.training.strategy import add_device_settings, build_strategy, privacy_config
+from qflare_server.training.strategy import (
+    add_device_settings,
+    build_strategy,
+    privacy_config,
+    stored_strategy,
+    warnings_of,
+)
 
 
 def config(name: str, **parameters: float) -> training_pb2.TrainingConfig:
@@ -86,3 +92,98 @@ def test_unknown_optimizers_are_refused() -> None:
 
     with pytest.raises(StrategyRefusedError, match="unknown optimizer 'newton'"):
         build_strategy(chosen)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "parameters"),
+    [
+        ("fedavg", "", {"byzantine_count": 2}),
+        ("fedavg", "", {"byzantine_count": 0}),
+        ("fedavg", "", {"momentum": 0.9}),
+        ("fedavg", "momentum", {"beta1": 0.9}),
+        ("fedadam", "", {"trimmed_fraction": 0.2}),
+        ("fedadagrad", "", {"beta2": 0.9}),
+        ("fedyogi", "", {"bias_correction": 1}),
+        ("median", "", {"trimmed_fraction": 0.2}),
+        ("krum", "", {"selected_count": 1}),
+        ("trimmed_mean", "", {"max_iterations": 3}),
+    ],
+)
+def test_parameters_without_effect_are_refused(
+    name: str, optimizer: str, parameters: dict[str, float]
+) -> None:
+    chosen = config(name, **parameters)
+    chosen.strategy.optimizer = optimizer
+    chosen.rounds.quorum = chosen.rounds.target = 20
+
+    with pytest.raises(
+        StrategyRefusedError, match=f"{name} with .* does not use {next(iter(parameters))}"
+    ):
+        build_strategy(chosen)
+    assert stored_strategy(chosen).name == name  # one that an earlier release has created goes on
+
+
+@pytest.mark.parametrize(
+    ("parameter", "place"),
+    [
+        ("clip_norm", "safeguards.clip_norm"),
+        ("max_norm", "safeguards.max_norm"),
+        ("min_cosine", "safeguards.min_cosine_similarity"),
+    ],
+)
+def test_a_setting_has_one_place(parameter: str, place: str) -> None:
+    chosen = config("fedavg", **{parameter: 0.5})
+    chosen.safeguards.clip_norm = 1.0
+
+    with pytest.raises(StrategyRefusedError, match=f"{parameter}: set {place}"):
+        build_strategy(chosen)
+
+
+def test_staleness_has_one_place() -> None:
+    with pytest.raises(StrategyRefusedError, match=r"max_staleness: set rounds\.max_staleness"):
+        build_strategy(config("fedbuff", max_staleness=3))
+
+
+@pytest.mark.parametrize(
+    ("safeguards", "name"),
+    [({"max_norm": 3.0}, "max_norm"), ({"min_cosine_similarity": 0.0}, "min_cosine")],
+)
+def test_privacy_refuses_what_refuses_single_updates(
+    safeguards: dict[str, float], name: str
+) -> None:
+    chosen = private(0)
+    chosen.safeguards.MergeFrom(training_pb2.SafeguardPolicy(**safeguards))  # type: ignore[arg-type]
+
+    with pytest.raises(StrategyRefusedError, match=f"{name} refuses single updates"):
+        build_strategy(chosen)
+    assert stored_strategy(chosen).privacy is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "quorum", "warning"),
+    [
+        ("trimmed_mean", {}, 9, "trims nothing of fewer than 10 updates, and rounds close from 9"),
+        ("trimmed_mean", {}, 10, ""),
+        ("trimmed_mean", {"trimmed_fraction": 0.0}, 50, "trims nothing: raise trimmed_fraction"),
+        ("trimmed_mean", {"trimmed_fraction": 0.25}, 4, ""),
+        ("median", {}, 2, "of one or two updates is their mean"),
+        ("median", {}, 3, ""),
+        ("geometric_median", {}, 2, "of one or two updates is their mean"),
+        ("bulyan", {}, 5, "averages every update"),
+        ("bulyan", {"byzantine_count": 1}, 7, ""),
+        ("multi_krum", {"selected_count": 5}, 5, "selects all"),
+        ("multi_krum", {}, 5, ""),
+        ("fedavg", {}, 1, ""),
+    ],
+)
+def test_a_rule_without_effect_at_the_quorum_warns(
+    name: str, parameters: dict[str, float], quorum: int, warning: str
+) -> None:
+    chosen = config(name, **parameters)
+    chosen.rounds.quorum = chosen.rounds.target = quorum
+    build_strategy(chosen)
+
+    found = warnings_of(chosen)
+
+    assert len(found) == bool(warning)
+    assert warning in "".join(found)
