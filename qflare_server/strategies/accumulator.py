@@ -7,7 +7,7 @@ grouping into calls changes a bit. After a crash the same updates are folded aga
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -55,23 +55,59 @@ def add_scaled(total: Vector, values: NDArray[np.floating], factor: float, scrat
         np.add(total, spare, out=total)
 
 
+def add_scaled_delta(
+    total: Vector, values: NDArray[np.floating], base: Vector, factor: float, scratch: Vector
+) -> None:
+    """Add `factor * (values - base)` to `total`, in float64; infinite or NaN where that is exceeded.
+
+    Args:
+        total: Float64, shape (m,); changed in place.
+        values: Float32 or float64, shape (m,).
+        base: Float64, shape (m,).
+        factor: Finite.
+        scratch: Float64, shape (m,) or more; overwritten.
+    """
+    spare = scratch[: total.size]
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.subtract(values, base, out=spare)
+        if factor != 1.0:
+            np.multiply(spare, factor, out=spare)
+        np.add(total, spare, out=total)
+
+
+@dataclass(frozen=True, slots=True)
+class Addend:
+    """One update on its way into the total: its reader, its factor, and whether the base version is subtracted."""
+
+    read: Reader
+    factor: float
+    subtracts_base: bool = False
+
+
 def fold_pieces(
-    total: Vector, readers: Sequence[Reader], factors: Sequence[float], first: int, stride: int
+    total: Vector, addends: Sequence[Addend], base: Reader, first: int, stride: int
 ) -> None:
     """Fold every update into every `stride`-th piece of the total, beginning with piece `first`.
 
     Args:
         total: Float64, shape (n,); changed in place.
-        readers: One for each update, in order of acceptance.
-        factors: One for each update.
+        addends: In order of acceptance.
+        base: The base version.
         first: Number of the first piece.
         stride: Pieces to step on; other threads take those between.
     """
     scratch = np.empty(min(PIECE, total.size))
+    needs_base = any(addend.subtracts_base for addend in addends)
     for begin in range(first * PIECE, total.size, stride * PIECE):
         end = min(begin + PIECE, total.size)
-        for read, factor in zip(readers, factors, strict=True):
-            add_scaled(total[begin:end], read(begin, end), factor, scratch)
+        piece = total[begin:end]
+        origin = base(begin, end).astype(np.float64, copy=False) if needs_base else scratch
+        for addend in addends:
+            values = addend.read(begin, end)
+            if addend.subtracts_base:
+                add_scaled_delta(piece, values, origin, addend.factor, scratch)
+            else:
+                add_scaled(piece, values, addend.factor, scratch)
 
 
 class Accumulator:
@@ -136,8 +172,7 @@ class Accumulator:
             self._take(contributions[start : start + BATCH])
 
     def _take(self, batch: Sequence[Contribution]) -> None:
-        readers: list[Reader] = []
-        factors: list[float] = []
+        addends: list[Addend] = []
         for contribution in batch:
             if contribution.update_id in self._judgements:
                 raise ValueError(f"update {contribution.update_id} was taken in before")
@@ -148,12 +183,12 @@ class Accumulator:
             factor = judgement.factor * judgement.coefficient
             if factor == 0.0:
                 continue
-            readers.append(contribution.read)
-            factors.append(factor)
-            if contribution.full_weights:
+            exact = contribution.full_weights and self._assessor.revision > 1
+            addends.append(Addend(contribution.read, factor, exact))
+            if contribution.full_weights and not exact:
                 self._base_factor += factor
-        if readers:
-            self._sweep(readers, factors)
+        if addends:
+            self._sweep(addends)
 
     def _judge(self, contribution: Contribution) -> UpdateAssessment:
         recalled = self._assessor.recall(contribution)
@@ -165,15 +200,15 @@ class Accumulator:
         coefficient, weight = self._rule.share(facts)
         return replace(judgement, coefficient=coefficient, weight=weight)
 
-    def _sweep(self, readers: Sequence[Reader], factors: Sequence[float]) -> None:
+    def _sweep(self, addends: Sequence[Addend]) -> None:
         """Fold one batch; with several threads each takes every so many pieces."""
-        count = self._thread_count
+        count, base = self._thread_count, self._assessor.base
         if count == 1:
-            fold_pieces(self._total, readers, factors, 0, 1)
+            fold_pieces(self._total, addends, base, 0, 1)
             return
         with ThreadPoolExecutor(count) as pool:
             jobs = [
-                pool.submit(fold_pieces, self._total, readers, factors, number, count)
+                pool.submit(fold_pieces, self._total, addends, base, number, count)
                 for number in range(count)
             ]
             for job in jobs:

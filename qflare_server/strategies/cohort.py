@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qflare_server.strategies.accumulator import add_scaled
+from qflare_server.strategies.accumulator import add_scaled, add_scaled_delta
 from qflare_server.strategies.assessment import Assessor, excess_of
 from qflare_server.strategies.blocks import blocks, gram_matrix, in_order
 from qflare_server.strategies.finalization import Release
@@ -221,7 +221,13 @@ class CohortAggregation:
     def _aggregate(self, rows: tuple[Row, ...], start: int, stop: int) -> Vector:
         slices = [row.contribution.read(start, stop) for row in rows]
         with np.errstate(over="ignore", invalid="ignore"):
-            return combine(self._rule, rows, slices, self._assessor.wide_base(start, stop))
+            return combine(
+                self._rule,
+                rows,
+                slices,
+                self._assessor.wide_base(start, stop),
+                self._assessor.revision,
+            )
 
 
 def combine(
@@ -229,6 +235,7 @@ def combine(
     rows: Sequence[Row],
     slices: Sequence[NDArray[np.floating]],
     base: Vector,
+    revision: int = REVISION,
 ) -> Vector:
     """Turn one slice of every update into a slice of the aggregate.
 
@@ -237,23 +244,31 @@ def combine(
         rows: The updates that take part, `s` of them.
         slices: Their elements as read, each of shape (m,).
         base: The base version's elements, shape (m,).
+        revision: Number of the rules to aggregate by.
 
     Returns:
         Float64, shape (m,).
     """
     if not isinstance(rule, SliceRule):
-        return _linear(rows, slices, base)
+        return _linear(rows, slices, base, revision)
     whole = all(row.contribution.full_weights and row.factor == 1.0 for row in rows)
-    if whole and rule.translation_equivariant:
+    # A mean of equal float32 is exact in float64; one of equal float64 is not, so those become deltas first.
+    exact = revision == 1 or all(part.dtype == np.float32 for part in slices)
+    if whole and exact and rule.translation_equivariant:
         return rule.combine(_matrix(rows, slices, None)) - base
     return rule.combine(_matrix(rows, slices, base))
 
 
-def _linear(rows: Sequence[Row], slices: Sequence[NDArray[np.floating]], base: Vector) -> Vector:
+def _linear(
+    rows: Sequence[Row], slices: Sequence[NDArray[np.floating]], base: Vector, revision: int
+) -> Vector:
     """Add `coefficient * factor * delta` up in order."""
     total, scratch, shared = np.zeros(base.size), np.empty(base.size), 0.0
     for row, values in zip(rows, slices, strict=True):
         factor = row.factor * row.coefficient
+        if row.contribution.full_weights and revision > 1:
+            add_scaled_delta(total, values, base, factor, scratch)
+            continue
         add_scaled(total, values, factor, scratch)
         shared += factor if row.contribution.full_weights else 0.0
     if shared:

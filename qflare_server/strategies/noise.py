@@ -70,7 +70,7 @@ class BoundNoise:
     Args:
         seed: The training session's secret, at least `MINIMUM_SEED_BYTES` random bytes.
         version: The version being made.
-        updates: Digests of the updates that are aggregated, in the order of acceptance.
+        updates: Digests of the updates that are aggregated, in any order.
 
     Raises:
         ValueError: The seed is too short.
@@ -79,7 +79,7 @@ class BoundNoise:
     def __init__(self, seed: bytes, version: int, updates: Sequence[str]) -> None:
         _check_seed(seed)
         self._seed = seed
-        fields = (str(version).encode(), *(digest.encode() for digest in updates))
+        fields = (str(version).encode(), *(digest.encode() for digest in sorted(updates)))
         self._occasion = sha256(_framed(fields)).digest()
 
     def gaussian(self, purpose: str, start: int, stop: int, stddev: float) -> Vector:

@@ -26,7 +26,8 @@ that it can be recomputed where later ones differ:
 1. (versions without a number) Updates that were refused or left out counted in example counts and metrics, could give
    the integers, and were among the contributors where it was the rule that left them out.
 2. Only updates with a share in the aggregate count; a private version keeps the integers of its base, and its noise is
-   bound to the updates in it (`noise.BoundNoise`).
+   bound to the updates in it (`noise.BoundNoise`). Full weights become deltas before they are scaled and added up, so
+   that what nobody changed stays the same to the last bit.
 """
 
 Vector: TypeAlias = NDArray[np.float64]

@@ -71,16 +71,6 @@ def test_an_update_that_is_refused_counts_for_nothing(core: CoordinatorHarness) 
     assert core.round(identity, 1).example_count == 14
 
 
-def test_an_update_that_is_refused_ends_no_training(core: CoordinatorHarness) -> None:
-    early = training_pb2.EarlyStopPolicy(metric="accuracy", target=0.9)
-    identity = start(core, early_stop=early, **SAFEGUARD)
-
-    submit_round(core, identity)
-    core.settle()
-
-    assert core.training.get(identity).state == "running"
-
-
 def test_updates_that_the_rule_leaves_out_count_for_nothing(core: CoordinatorHarness) -> None:
     """Krum takes one of the two that are alike; which one is a matter of their ids."""
     identity = start(core, "krum")

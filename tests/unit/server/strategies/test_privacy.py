@@ -49,6 +49,13 @@ def test_a_slice_is_a_part_of_the_whole(
     assert part.tobytes() == whole[noise][start : start + length].tobytes()
 
 
+def test_the_order_of_updates_does_not_change_the_noise() -> None:
+    """The sum of the same updates in another order is the same but for rounding."""
+    other = BoundNoise(SEED, 3, UPDATES[::-1])
+
+    assert other.gaussian("test", 0, 9, 1.0).tolist() == BOUND.gaussian("test", 0, 9, 1.0).tolist()
+
+
 @EITHER
 def test_noise_is_normal(noise: Noise) -> None:
     samples = noise.gaussian("test", 0, 400_000, 3.0)
@@ -73,7 +80,6 @@ def test_neighbours_are_independent(noise: Noise) -> None:
         (BoundNoise(SEED, 4, UPDATES), "test"),
         (BoundNoise(b"another seed altogether", 3, UPDATES), "test"),
         (BoundNoise(SEED, 3, UPDATES[:1]), "test"),
-        (BoundNoise(SEED, 3, UPDATES[::-1]), "test"),
         (BoundNoise(SEED, 3, ["".join(UPDATES)]), "test"),
         (BOUND, "another"),
         (BEFORE, "test"),

@@ -55,7 +55,8 @@ def test_other_data_is_refused(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["fedavg", "bulyan", "geometric_median"])
 def test_a_version_is_recomputed_without_judging_again(name: str) -> None:
     data = sample(update_count=7, element_count=300)
-    strategy = build(Config(name=name, quorum=7, byzantine_count=1, clip_norm=0.9))
+    hostile = 1 if name == "bulyan" else 0
+    strategy = build(Config(name=name, quorum=7, clip_norm=0.9, byzantine_count=hostile))
     made = make_version(strategy, data.base, data.contributions())
 
     again = make_version(
