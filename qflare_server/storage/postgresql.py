@@ -23,7 +23,8 @@ from qflare_server.config import ServerConfig
 SLACK_S: Final = 1.0
 """What the server gets on top of the timeout to end a statement by itself, which keeps the connection."""
 RETRY_CONNECT_S: Final = 1.0
-"""Rest after a failed attempt to connect: meanwhile calls fail at once instead of each waiting its turn."""
+"""Rest after an attempt to connect that failed slowly: calls fail at once instead of each waiting as long."""
+SLOW_CONNECT_S: Final = 0.5
 
 T = TypeVar("T")
 
@@ -160,10 +161,12 @@ def bound_waits(engine: Engine, config: ServerConfig) -> None:
     def _connect(dialect: Any, _record: Any, arguments: Any, parameters: Any) -> Any:
         if time.monotonic() - failed_at[0] < RETRY_CONNECT_S:
             raise psycopg2.OperationalError("the database could not be reached a moment ago")
+        started = time.monotonic()
         try:
             connection = dialect.connect(*arguments, **parameters)
         except psycopg2.OperationalError:
-            failed_at[0] = time.monotonic()
+            if time.monotonic() - started > SLOW_CONNECT_S:
+                failed_at[0] = time.monotonic()
             raise
         connection.watchdog = watchdog
         return connection

@@ -28,7 +28,7 @@ START_TIMEOUT_S: Final = 60
 SUPERVISOR: Final = """
 folder=$1; shift
 "$@" & server=$!
-if read -r _; then kill -INT $server; wait $server
+if read -r how; then kill -"$how" $server; wait $server
 else kill -INT $server; wait $server; rm -rf "$folder"; fi
 """
 SETTINGS: Final = {
@@ -114,12 +114,17 @@ class PostgresServer:
             )
         self._await_start(log_path)
 
-    def stop(self) -> None:
-        """Stop the server at once, breaking its connections; the data stays for `start`."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Stop the server, breaking its connections; the data stays for `start`.
+
+        Args:
+            at_once: Without a checkpoint, as a crash: it recovers when it starts again.
+        """
         if self._process is None:
             return
         with contextlib.suppress(BrokenPipeError):
-            self._process.communicate(b"stop\n", timeout=START_TIMEOUT_S)
+            how = b"QUIT\n" if at_once else b"INT\n"
+            self._process.communicate(how, timeout=START_TIMEOUT_S)
         self._process.wait(START_TIMEOUT_S)
         self._process = None
 
@@ -149,6 +154,10 @@ class PostgresServer:
         )
         if done.returncode != 0:
             raise RuntimeError(f"{program.name} failed:\n{done.stderr.decode(errors='replace')}")
+
+    def await_answer(self) -> None:
+        """Return once the server answers, as after it has recovered from a crash."""
+        self._await_start(self._folder / "log")
 
     def _await_start(self, log_path: Path) -> None:
         assert self._process is not None
