@@ -92,6 +92,12 @@ class PostgresServer:
         """SQLAlchemy URL of the database for administration."""
         return f"postgresql://postgres@/postgres?host={self._folder}"
 
+    @property
+    def pid(self) -> int:
+        """Id of the process that holds the server's."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Start the server and return once it answers."""
         options = [f"-c{name}={value}" for name, value in self._settings.items()]
