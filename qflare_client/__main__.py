@@ -12,12 +12,14 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import qflare
+from qflare.command_line import INTERRUPTED, ArgumentParser, protect_process, seconds, whole
 from qflare.crypto.signing import (
     ONLINE_ALGORITHMS,
     Algorithm,
@@ -27,7 +29,7 @@ from qflare.crypto.signing import (
 )
 from qflare_client.access.enrollment import enroll, read_bundle
 from qflare_client.client import Client
-from qflare_client.errors import QflareClientError
+from qflare_client.failures import report
 from qflare_client.keystore.identity import read_facts
 from qflare_client.loop import RunSummary, run
 from qflare_client.project import create_project
@@ -35,6 +37,7 @@ from qflare_client.rpc.transport import Tls
 from qflare_client.terminal import ProgressBar
 from qflare_client.trust.verification import verify_file
 
+_PROGRAM = "qflare-client"
 _HOME_VARIABLE = "QFLARE_HOME"
 _PASSPHRASE_FILE_VARIABLE = "QFLARE_PASSPHRASE_FILE"  # noqa: S105  # a name
 
@@ -58,29 +61,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     Args:
-        arguments: Words after the program's name; None means those of the process.
+        arguments: Words after the program's name; None means those of the process, which is then protected.
     """
-    options = _parser().parse_args(arguments)
+    if arguments is None:
+        protect_process()
+    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING)
     try:
         options.command(options)
-    except (QflareClientError, OSError) as error:
-        sys.stderr.write(f"qflare-client: {error}\n")
-        return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:  # noqa: BLE001 - the one place where a command's failure is reported
+        report(_PROGRAM, error)
+        return 1
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qflare-client",
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    root = ArgumentParser(
+        prog=_PROGRAM,
         description="A QFLARE device: enrol it, let it take part, see how it stands.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=qflare.__version__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    root.add_argument("--version", action="version", version=qflare.__version__)
+    commands = root.add_subparsers(metavar="COMMAND", required=True)
     _add_init(commands)
     _add_enroll(commands)
     _add_rotate(commands)
@@ -88,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_evidence(commands)
     _add_verify(commands)
-    return parser
+    return root
 
 
 def _add_init(commands: Any) -> None:
@@ -185,7 +193,7 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("--evaluate", type=_function, metavar="MODULE:FUNCTION", help="measures")
     parser.add_argument("--training-session", metavar="ID", help="training session; else any")
     parser.add_argument(
-        "--patience", type=float, default=900.0, metavar="SECONDS", help="longest outage"
+        "--patience", type=seconds(0), default=900.0, metavar="SECONDS", help="longest outage"
     )
     _add_connection(parser)
 
@@ -228,7 +236,9 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument(
         "--root-key-id", action="append", default=[], metavar="HEX", help="may be repeated"
     )
-    parser.add_argument("--threshold", type=int, default=1, help="root keys that have to sign")
+    parser.add_argument(
+        "--threshold", type=whole(1, 8), default=1, help="root keys that have to sign"
+    )
     parser.add_argument("--model", type=Path, help=".safetensors file said to be the last version")
     parser.add_argument(
         "--at",
@@ -380,9 +390,22 @@ def _function(text: str) -> Callable[..., Any]:
         sys.path.insert(0, "")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    except Exception as error:  # the module is the user's: anything may happen
+        raise argparse.ArgumentTypeError(f"{text}: {_where(error)}") from error
+    if not callable(function):
+        raise argparse.ArgumentTypeError(f"{text} is no function")
     return function
+
+
+def _where(error: Exception) -> str:
+    """Return an error of an imported module in one line, with its place."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = (
+        ""
+        if isinstance(error, ImportError | AttributeError | ValueError)
+        else f" in {frame.filename}, line {frame.lineno}"
+    )
+    return f"{type(error).__name__}: {error}{place}"
 
 
 if __name__ == "__main__":

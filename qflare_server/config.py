@@ -36,7 +36,16 @@ FALSE: Final = frozenset({"0", "false", "no", "off"})
 
 
 class ConfigError(Exception):
-    """The configuration is at fault; the message lists every problem. Never crosses the wire."""
+    """The configuration is at fault. Never crosses the wire.
+
+    Args:
+        message: Every problem, one a line.
+        remedy: What to do about it, where more can be said than for every such error.
+    """
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy or "docs/operations.md, which lists every setting and its range"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import qflare
+from qflare.command_line import INTERRUPTED, WRONG_USAGE, ArgumentParser, protect_process, seconds
 from qflare_client.admin import (
     audit,
     devices,
@@ -29,15 +30,14 @@ from qflare_client.admin.profile import ProfileError, load
 from qflare_client.errors import (
     AuthenticationError,
     PermissionDeniedError,
-    QflareClientError,
     UnavailableError,
 )
+from qflare_client.failures import report
 
+PROGRAM: Final = "qflare-admin"
 REFUSED: Final = 1
-WRONG_USAGE: Final = 2
 UNREACHABLE: Final = 3
 NOT_ALLOWED: Final = 4
-INTERRUPTED: Final = 130
 
 OVERRIDES: Final = (
     "address",
@@ -65,8 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     Args:
-        arguments: Words after the program's name; None means those of the process.
+        arguments: Words after the program's name; None means those of the process, which is then protected.
     """
+    if arguments is None:
+        protect_process()
     options = parser().parse_args(arguments)
     try:
         _run(options)
@@ -75,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (QflareClientError, ProfileError, MissingExtraError, OSError) as error:
-        sys.stderr.write(f"qflare-admin: {error}\n")
+    except Exception as error:  # noqa: BLE001 - the one place where a command's failure is reported
+        report(PROGRAM, error)
         return exit_code(error)
     return 0
 
@@ -87,7 +89,8 @@ def exit_code(error: Exception) -> int:
         return NOT_ALLOWED
     if isinstance(error, UnavailableError):
         return UNREACHABLE
-    return REFUSED if isinstance(error, QflareClientError) else WRONG_USAGE
+    usable = isinstance(error, ProfileError | MissingExtraError | OSError | ValueError)
+    return WRONG_USAGE if usable else REFUSED
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -101,8 +104,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    root = argparse.ArgumentParser(
-        prog="qflare-admin",
+    root = ArgumentParser(
+        prog=PROGRAM,
         description="Administer a QFLARE coordinator.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -114,7 +117,9 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--key", dest="key_file", help="PEM key of that certificate")
     root.add_argument("--token-file", help="file that holds the token")
     root.add_argument("--insecure", action="store_true", help="speak without TLS to any address")
-    root.add_argument("--timeout-s", type=float, default=30.0, help="seconds for one call (30)")
+    root.add_argument(
+        "--timeout-s", type=seconds(0.001), default=30.0, help="seconds for one call (30)"
+    )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for topic in (sessions, live, models, measurements, devices, tokens, audit, overview):
         topic.add(commands)

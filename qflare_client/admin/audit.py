@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from qflare.command_line import whole
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.arguments import add_command, add_limit, add_topic, choice, show, show_list
 from qflare_client.admin.connection import Admin
@@ -54,14 +55,14 @@ def add(commands: Any) -> None:
     )
     _add_filters(export)
     export.add_argument(
-        "--after", type=int, default=0, help="number of the last entry that is known"
+        "--after", type=whole(0, 2**62), default=0, help="number of the last entry that is known"
     )
     export.add_argument("--output", type=Path, help="write to this new 0600 file")
     proof = add_command(
         actions, "proof", run_proof, "get the proof that an entry is in the log", "audit proof 17"
     )
-    proof.add_argument("entry", type=int, help="number of the entry")
-    proof.add_argument("--tree-size", type=int, help="size of the log to prove it in")
+    proof.add_argument("entry", type=whole(1, 2**62), help="number of the entry")
+    proof.add_argument("--tree-size", type=whole(1, 2**62), help="size of the log to prove it in")
 
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:

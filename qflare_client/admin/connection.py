@@ -28,7 +28,10 @@ class Admin:
 
     def __init__(self, profile: Profile, *, timeout_s: float = 30.0) -> None:
         if not profile.address:
-            raise ProfileError("no address: run qflare-admin profile set, or give --address")
+            raise ProfileError(
+                "no address: run qflare-admin profile set, or give --address",
+                remedy="qflare-admin --address HOST:PORT, or qflare-admin profile set --address HOST:PORT",
+            )
         self._metadata = (("authorization", f"Bearer {profile.secret()}"),)
         self._transport = Transport(
             profile.address, tls=_tls(profile), insecure=profile.insecure, timeout_s=timeout_s
@@ -105,4 +108,6 @@ def _tls(profile: Profile) -> Tls | None:
     try:
         return Tls.from_files(ca, chain, key, profile.server_name)
     except OSError as error:
-        raise ProfileError(f"{error.filename}: {error.strerror}") from error
+        raise ProfileError(
+            f"{error.filename}: {error.strerror}", remedy="check the path of the TLS file"
+        ) from error

@@ -5,7 +5,16 @@ from typing import Any
 
 
 class MissingExtraError(Exception):
-    """A command needs a library that is not installed; the message says how to get it."""
+    """A command needs a library that is not installed.
+
+    Args:
+        module: The library.
+        extra: The extra of the distribution that brings it.
+    """
+
+    def __init__(self, module: str, extra: str) -> None:
+        self.remedy = f"pip install 'qflare[{extra}]'"
+        super().__init__(f"needs {module}: {self.remedy}")
 
 
 def require(module: str, extra: str) -> Any:
@@ -17,6 +26,4 @@ def require(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(
-            f"needs {error.name or module}: pip install 'qflare[{extra}]'"
-        ) from error
+        raise MissingExtraError(error.name or module, extra) from error

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Final, TextIO
 
+from qflare.command_line import seconds as bounded_seconds
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client.admin.arguments import add_command
@@ -37,7 +38,7 @@ def add(commands: Any) -> None:
         commands, "watch", run_watch, "follow a training session until it ends", "watch ID"
     )
     watch.add_argument("session", metavar="ID")
-    watch.add_argument("--for-s", type=float, help="seconds to watch at most")
+    watch.add_argument("--for-s", type=bounded_seconds(0), help="seconds to watch at most")
 
 
 def run_watch(admin: Admin, options: argparse.Namespace) -> None:

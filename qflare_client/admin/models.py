@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qflare.command_line import whole
 from qflare.crypto import merkle
 from qflare.tensors import InvalidPayloadError, Manifest
 from qflare.tensors.manifest import InvalidManifestError
@@ -65,13 +66,13 @@ def add(commands: Any) -> None:
     )
     download.add_argument("session", metavar="ID")
     download.add_argument("file", type=Path)
-    download.add_argument("--version", type=int, help="default: the latest")
+    download.add_argument("--version", type=whole(0), help="default: the latest")
     listing = add_command(actions, "list", run_list, "list versions", "model list ID")
     listing.add_argument("session", metavar="ID")
     add_limit(listing)
     shown = add_command(actions, "show", run_show, "show a version", "model show ID --version 3")
     shown.add_argument("session", metavar="ID")
-    shown.add_argument("--version", type=int, help="default: the latest")
+    shown.add_argument("--version", type=whole(0), help="default: the latest")
     _add_changes(actions)
     _add_evidence(actions)
 
@@ -86,7 +87,7 @@ def _add_evidence(actions: Any) -> None:
     )
     evidence.add_argument("session", metavar="ID")
     evidence.add_argument("file", type=Path, help="new file")
-    evidence.add_argument("--version", type=int, help="default: the latest")
+    evidence.add_argument("--version", type=whole(0), help="default: the latest")
 
 
 def _add_changes(actions: Any) -> None:
@@ -96,7 +97,7 @@ def _add_changes(actions: Any) -> None:
     ):
         change = add_command(actions, name, run, text, f"model {name} ID 3 --reason 'drift'")
         change.add_argument("session", metavar="ID")
-        change.add_argument("version", type=int)
+        change.add_argument("version", type=whole(0))
         change.add_argument("--reason", default="", help="for the audit log")
 
 

@@ -20,7 +20,16 @@ OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
 class ProfileError(Exception):
-    """The profile is missing, malformed, or open to others; the message says what to do."""
+    """The profile is missing, malformed, or open to others.
+
+    Args:
+        message: What is wrong.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, message: str, *, remedy: str = "qflare-admin profile set") -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
@@ -72,9 +81,11 @@ def read_private(path: Path) -> str:
         mode = path.stat().st_mode
         text = path.read_text()
     except OSError as error:
-        raise ProfileError(f"{path}: {error.strerror}") from error
+        raise ProfileError(f"{path}: {error.strerror}", remedy="check the path") from error
     if mode & OTHERS:
-        raise ProfileError(f"{path} is open to others: run chmod 600 {path}")
+        raise ProfileError(
+            f"{path} is open to others: run chmod 600 {path}", remedy=f"chmod 600 {path}"
+        )
     return text
 
 
@@ -92,10 +103,10 @@ def read_profile(path: Path) -> Profile:
         values = dict(parser[SECTION]) if parser.has_section(SECTION) else {}
         insecure = parser.getboolean(SECTION, "insecure", fallback=False)
     except (configparser.Error, ValueError) as error:
-        raise ProfileError(f"{path}: {error}") from error
+        raise ProfileError(f"{path}: {error}", remedy=f"mend or delete {path}") from error
     unknown = set(values) - {item.name for item in fields(Profile)}
     if unknown:
-        raise ProfileError(f"{path}: unknown name {min(unknown)}")
+        raise ProfileError(f"{path}: unknown name {min(unknown)}", remedy=f"mend or delete {path}")
     values.pop("insecure", None)
     return Profile(**values, insecure=insecure)
 

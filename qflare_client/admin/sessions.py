@@ -7,6 +7,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
+from qflare.command_line import seconds, whole
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client.admin.arguments import (
@@ -114,7 +115,7 @@ def add(commands: Any) -> None:
         actions, "updates", run_updates, "list the updates of a round", "session updates ID 3"
     )
     updates.add_argument("session", metavar="ID")
-    updates.add_argument("round", type=int)
+    updates.add_argument("round", type=whole(1))
     add_limit(updates)
     aggregation = add_command(
         actions, "aggregation", run_aggregation, "show how far a round is", "session aggregation ID"
@@ -132,9 +133,11 @@ def _add_create(actions: Any) -> None:
     )
     create.add_argument("--name", required=True)
     create.add_argument("--model-type", default="", help="kind of model, free text")
-    create.add_argument("--rounds", type=int, help="rounds to run")
-    create.add_argument("--quorum", type=int, help="updates that make a version")
-    create.add_argument("--deadline-s", type=float, help="seconds that a round is open at most")
+    create.add_argument("--rounds", type=whole(0), help="rounds to run")
+    create.add_argument("--quorum", type=whole(0), help="updates that make a version")
+    create.add_argument(
+        "--deadline-s", type=seconds(0.001), help="seconds that a round is open at most"
+    )
     create.add_argument("--strategy", help="fedavg unless said otherwise")
     create.add_argument(
         "--sealed", action="store_true", help="seal updates and models end to end and at rest"

@@ -10,6 +10,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
+from qflare.command_line import seconds, whole
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.access.enrollment import read_bundle
 from qflare_client.admin.arguments import (
@@ -49,9 +50,9 @@ def add(commands: Any) -> None:
         "issue enrollment tokens",
         "token issue --count 10 --label ward-3 --bundle bundle.json --bundles bundles",
     )
-    issue.add_argument("--count", type=int, default=1, help="how many, 1 to 1000")
+    issue.add_argument("--count", type=whole(1, 1000), default=1, help="how many, 1 to 1000")
     issue.add_argument("--label", default="", help="what they are for")
-    issue.add_argument("--lifetime-s", type=float, help="seconds that they live (a day)")
+    issue.add_argument("--lifetime-s", type=seconds(1), help="seconds that they live (a day)")
     add_hand_over(issue)
     administrator = add_command(
         actions,
@@ -62,7 +63,9 @@ def add(commands: Any) -> None:
     )
     administrator.add_argument("--name", required=True, help="who it is for")
     administrator.add_argument("--role", action="append", choices=ROLES, required=True)
-    administrator.add_argument("--lifetime-s", type=float, help="seconds that it lives (for ever)")
+    administrator.add_argument(
+        "--lifetime-s", type=seconds(1), help="seconds that it lives (for ever)"
+    )
     add_hand_over(administrator, enrolling=False)
     listing = add_command(actions, "list", run_list, "list tokens", "token list --kind admin")
     listing.add_argument("--kind", choices=sorted(KINDS), help="only those of this kind")

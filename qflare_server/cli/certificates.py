@@ -11,6 +11,7 @@ be revoked; take the certificates of a deployment from an authority that can.
 import argparse
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -28,7 +29,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from qflare_server.config import ServerConfig
+from qflare.command_line import whole
+from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.context import utc_now
 from qflare_server.keys.secret_files import read_secret, write_secret
 
@@ -128,7 +130,7 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="also make NAME.pem and NAME.key for mutual TLS; may be repeated",
     )
-    make.add_argument("--days", type=int, default=365, help="validity, 1 to 825")
+    make.add_argument("--days", type=whole(1, 825), default=365, help="validity, 1 to 825")
     make.set_defaults(run=run_make)
 
 
@@ -137,6 +139,7 @@ def run_make(_config: ServerConfig, arguments: argparse.Namespace) -> int:
     folder: Path = arguments.output
     lifetime = _lifetime(arguments.days)
     _check_names(arguments.client)
+    _check_hosts(arguments.host or ())
     at = utc_now()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     authority = Authority.ensure(folder, at)
@@ -169,22 +172,37 @@ def issue(
     _write(folder, name, [certificate, authority.certificate], key)
 
 
-def server_name(pem: bytes) -> str:
-    """Return a name that a server certificate stands for, its first DNS name or else an IP address; empty for none.
+def read_authorities(path: Path | None) -> str:
+    """Return the PEM certificates of a file, empty text without a file.
 
     Raises:
-        ValueError: It is no certificate.
+        ConfigError: It holds none.
+        OSError: It cannot be read.
     """
-    certificate = x509.load_pem_x509_certificate(pem)
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
+    if path is None:
         return ""
-    found = [
-        *names.get_values_for_type(x509.DNSName),
-        *map(str, names.get_values_for_type(x509.IPAddress)),
-    ]
-    return found[0].replace("*", "any", 1) if found else ""
+    pem = path.read_bytes()
+    try:
+        x509.load_pem_x509_certificates(pem)
+        return pem.decode()
+    except ValueError as error:
+        remedy = "the PEM file of the authority that signed the coordinator's certificate"
+        raise ConfigError(f"{path} holds no certificate in PEM form", remedy=remedy) from error
+
+
+def _check_hosts(names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            labels = name.removeprefix("*.").split(".")
+            if not all(
+                re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?", label)
+                for label in labels
+            ):
+                raise ValueError(
+                    f"--host: got {name!r}, want a DNS name or an IP address"
+                ) from None
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from qflare.command_line import whole
 from qflare.crypto.signing import algorithm_named
 from qflare_server.cli import offline_root
+from qflare_server.cli.certificates import read_authorities
 from qflare_server.config import ONLINE_ALGORITHMS, ROOT_ALGORITHMS, ServerConfig
 from qflare_server.context import utc_now
 from qflare_server.errors import AlreadyExistsError
@@ -65,9 +67,12 @@ def _add_init(commands: Any) -> None:
         choices=ROOT_ALGORITHMS,
         help="of root keys (default: QFLARE_ROOT_ALGORITHM, else ml-dsa-87)",
     )
-    init.add_argument("--root-count", type=int, help="root keys, each in a file of its own")
+    init.add_argument("--root-count", type=whole(1, 8), help="root keys, each in a file of its own")
     init.add_argument(
-        "--root-threshold", type=int, default=1, help="root keys that have to sign (default: 1)"
+        "--root-threshold",
+        type=whole(1, 8),
+        default=1,
+        help="root keys that have to sign (default: 1)",
     )
     init.add_argument(
         "--root-dir",
@@ -113,9 +118,13 @@ def _add_keys(commands: Any) -> None:
         choices=ROOT_ALGORITHMS,
         help="of the next root keys (default: QFLARE_ROOT_ALGORITHM, else that of the present ones)",
     )
-    root.add_argument("--root-count", type=int, help="root keys (default: as many as before)")
     root.add_argument(
-        "--root-threshold", type=int, help="root keys that have to sign (default: as before)"
+        "--root-count", type=whole(1, 8), help="root keys (default: as many as before)"
+    )
+    root.add_argument(
+        "--root-threshold",
+        type=whole(1, 8),
+        help="root keys that have to sign (default: as before)",
     )
     root.set_defaults(run=run_rotate_root)
     offline_root.add(actions)
@@ -243,7 +252,7 @@ def run_rotate_root(config: ServerConfig, arguments: argparse.Namespace) -> int:
 def run_bundle(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Write a bootstrap bundle without a token."""
     with open_application(config) as parts:
-        certificates = arguments.ca.read_text() if arguments.ca else ""
+        certificates = read_authorities(arguments.ca)
         bundle = bootstrap_bundle(
             parts.keys.trust, arguments.address, certificate_authorities=certificates
         )

@@ -1,39 +1,60 @@
-"""The `qflare-server` command: parser, logging and exit codes."""
+"""The `qflare-server` command: parser, logging and exit codes.
+
+Exit codes: 0 done, 1 not done (the message says why and what to do), 2 wrong usage, 130 interrupted. Only the module of
+the command that was asked for is imported, so that `health`, which probes call often, starts quickly.
+"""
 
 import argparse
+import importlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Final
 
 import qflare
-from qflare_server.cli import (
-    certificates,
-    keys,
-    models,
-    registry,
-    serve,
-    status,
-    tokens,
-    training_sessions,
-    verify,
+from qflare.command_line import INTERRUPTED, ArgumentParser, failure_text, protect_process
+from qflare_server.cli.failures import explain
+from qflare_server.config import ServerConfig
+
+logger = logging.getLogger(__name__)
+
+PROGRAM: Final = "qflare-server"
+COMMANDS: Final = {
+    "serve": "serve",
+    "migrate": "migrate",
+    "health": "health",
+    "init": "keys",
+    "keys": "keys",
+    "bundle": "keys",
+    "certificates": "certificates",
+    "token": "tokens",
+    "session": "training_sessions",
+    "model": "models",
+    "status": "status",
+    "registry": "registry",
+    "audit": "verify",
+}
+"""Module of each command, in the order of the help text."""
+FLAGS: Final = (
+    "data_dir",
+    "database_url",
+    "log_level",
+    "listen",
+    "workers",
+    "online_algorithm",
+    "root_algorithm",
+    "dashboard",
 )
-from qflare_server.config import ConfigError, ServerConfig
-from qflare_server.errors import QflareError
-from qflare_server.keys.secret_files import KeyStoreError
-from qflare_server.storage.schema import SchemaError
-
-TOPICS = (serve, keys, certificates, tokens, training_sessions, models, status, registry, verify)
-DESCRIPTION = "The QFLARE coordinator: a quantum-resistant federated-learning server."
-
-
-EPILOG = """\
+"""Settings that flags override."""
+DESCRIPTION: Final = "The QFLARE coordinator: a quantum-resistant federated-learning server."
+EPILOG: Final = """\
 Settings come from QFLARE_* variables; flags override them. First steps:
 
   qflare-server serve                        run on SQLite in ./qflare-data
-  qflare-server token issue --count 3        rights to enrol three devices
+  qflare-server token issue --count 3        rights to enroll three devices
   qflare-server session create --name demo --model initial.safetensors --quorum 3 --start
 """
 
@@ -65,45 +86,77 @@ def configure_logging(config: ServerConfig) -> None:
     logging.getLogger("alembic").setLevel("WARNING")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of all subcommands."""
-    root = argparse.ArgumentParser(
-        prog="qflare-server",
+def parser(modules: Iterable[str] | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the commands of some modules, of all by default."""
+    root = ArgumentParser(
+        prog=PROGRAM,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     root.add_argument("--version", action="version", version=qflare.__version__)
+    _add_settings(root)
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+    for name in dict.fromkeys(COMMANDS.values() if modules is None else modules):
+        importlib.import_module(f"qflare_server.cli.{name}").add(commands)
+    return root
+
+
+def _add_settings(root: argparse.ArgumentParser) -> None:
     root.add_argument("--data-dir", type=Path, help="folder of database and keys")
     root.add_argument(
         "--database-url", help="sqlite:///FILE or postgresql://...; better in a variable"
     )
     root.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
-    commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for topic in TOPICS:
-        topic.add(commands)
-    return root
+
+
+def _modules(argv: Sequence[str]) -> list[str] | None:
+    """Return the module of the command that these words name, None where they name none."""
+    words = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    _add_settings(words)
+    words.add_argument("command", nargs="?", default="")
+    try:
+        found, _ = words.parse_known_args(argv)
+    except argparse.ArgumentError:
+        return None
+    if not found.command and "--version" in argv:
+        return []
+    return [COMMANDS[found.command]] if found.command in COMMANDS else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; return 0 if it did what it was asked, 1 if not, 2 on wrong usage."""
-    arguments = parser().parse_args(argv)
-    flags = (
-        "data_dir",
-        "database_url",
-        "log_level",
-        "listen",
-        "workers",
-        "online_algorithm",
-        "root_algorithm",
-        "dashboard",
-    )
+    """Run one subcommand and return its exit code.
+
+    Args:
+        argv: Words after the program's name; None means those of the process, which is then protected.
+    """
+    if argv is None:
+        protect_process()
+        argv = sys.argv[1:]
     try:
-        config = ServerConfig.from_env(
-            os.environ, **{name: getattr(arguments, name, None) for name in flags}
-        )
+        arguments = parser(_modules(argv)).parse_args(argv)
+        flags = {name: getattr(arguments, name, None) for name in FLAGS}
+        config = ServerConfig.from_env(os.environ, **flags)
         configure_logging(config)
         return int(arguments.run(config, arguments))
-    except (ConfigError, SchemaError, KeyStoreError, QflareError, OSError, ValueError) as error:
-        print(f"qflare-server: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the one place where a command's failure is reported
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Write cause and remedy of a failure to standard error; return the exit code."""
+    failure = explain(error)
+    if failure is None:
+        logger.error("the command failed", exc_info=error)
+        cause = f"internal error: {type(error).__name__}: {error}"
+        remedy = "report this as a fault, with the lines above"
+        sys.stderr.write(failure_text(PROGRAM, cause, remedy))
         return 1
+    logger.debug("the command failed", exc_info=error)
+    sys.stderr.write(failure_text(PROGRAM, failure.cause, failure.remedy))
+    return 1

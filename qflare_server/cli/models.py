@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qflare.command_line import whole
 from qflare.tensors.safetensors_files import export_safetensors, import_safetensors
 from qflare.v1 import admin_service_pb2
 from qflare_server.cli import verify
@@ -34,7 +35,7 @@ def add(commands: Any) -> None:
     )
     exporting.add_argument("session", help="id")
     exporting.add_argument("file", type=Path)
-    exporting.add_argument("--version", type=int, help="default: the latest")
+    exporting.add_argument("--version", type=whole(0), help="default: the latest")
     exporting.set_defaults(run=run_export)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
+from qflare.command_line import whole
 from qflare.crypto.signing import PublicKey, algorithm_named, algorithm_names
 from qflare.v1 import security_pb2
 from qflare_server.config import ROOT_ALGORITHMS, ServerConfig
@@ -61,7 +62,9 @@ def _add_keyset(actions: Any) -> None:
     prepare.set_defaults(run=run_prepare)
     draft = actions.add_parser("draft", help="offline root, step 2: write the keyset to be signed")
     draft.add_argument("--output", type=Path, required=True, help="new file for the keyset")
-    draft.add_argument("--days", type=int, default=KEYSET_LIFETIME.days, help="life of the keyset")
+    draft.add_argument(
+        "--days", type=whole(1, 3650), default=KEYSET_LIFETIME.days, help="life of the keyset"
+    )
     draft.add_argument(
         "--without", action="append", default=[], metavar="KEY_ID", help="accept this key no more"
     )
@@ -115,10 +118,17 @@ def _add_root(actions: Any) -> None:
         required=True,
         help="public half of a next root key, repeatable",
     )
-    draft.add_argument("--root-threshold", type=int, default=1, help="keys that have to sign")
-    draft.add_argument("--days", type=int, default=KEYSET_LIFETIME.days, help="life of the keyset")
     draft.add_argument(
-        "--root-days", type=int, default=ROOT_LIFETIME.days, help="life of the root document"
+        "--root-threshold", type=whole(1, 8), default=1, help="keys that have to sign"
+    )
+    draft.add_argument(
+        "--days", type=whole(1, 3650), default=KEYSET_LIFETIME.days, help="life of the keyset"
+    )
+    draft.add_argument(
+        "--root-days",
+        type=whole(1, 36500),
+        default=ROOT_LIFETIME.days,
+        help="life of the root document",
     )
     draft.add_argument("--output", type=Path, required=True, help="new file for the root document")
     draft.add_argument("--keyset-output", type=Path, required=True, help="new file for the keyset")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qflare.command_line import seconds, whole
+from qflare_server.cli.certificates import read_authorities
 from qflare_server.cli.terminal import caller
 from qflare_server.config import ServerConfig
 from qflare_server.keys.setup import bootstrap_bundle, write_bootstrap
@@ -23,9 +25,9 @@ def add(commands: Any) -> None:
         help="issue enrollment tokens",
         epilog="example: qflare-server token issue --count 10 --label ward-3 --output tokens.txt",
     )
-    issue.add_argument("--count", type=int, default=1, help="how many (1 to 1000)")
+    issue.add_argument("--count", type=whole(1, 1000), default=1, help="how many (1 to 1000)")
     issue.add_argument("--label", default="", help="what they are for")
-    issue.add_argument("--lifetime-s", type=float, help="seconds that they live")
+    issue.add_argument("--lifetime-s", type=seconds(1), help="seconds that they live")
     issue.add_argument("--device", default="", help="device that lost its keys")
     issue.add_argument(
         "--bundles", type=Path, help="write a bootstrap bundle for each into this folder"
@@ -44,7 +46,7 @@ def add(commands: Any) -> None:
     admin.add_argument("--name", required=True, help="who it is for")
     roles = sorted({Role.VIEWER, Role.OPERATOR, Role.ADMIN, Role.AUDITOR})
     admin.add_argument("--role", action="append", choices=roles, required=True, help="repeatable")
-    admin.add_argument("--lifetime-s", type=float, help="seconds that it lives")
+    admin.add_argument("--lifetime-s", type=seconds(1), help="seconds that it lives")
     admin.add_argument(
         "--output", type=Path, help="write to this new 0600 file instead of printing"
     )
@@ -72,7 +74,7 @@ def _write_bundles(
     parts: Application, issued: Sequence[IssuedToken], arguments: argparse.Namespace
 ) -> None:
     """Write what each device needs, its token included, to a 0600 file of its own."""
-    certificates = arguments.ca.read_text() if arguments.ca else ""
+    certificates = read_authorities(arguments.ca)
     address = arguments.address or parts.config.listen
     arguments.bundles.mkdir(mode=0o700, parents=True, exist_ok=True)
     for item in issued:

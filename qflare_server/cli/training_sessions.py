@@ -7,10 +7,11 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 
+from qflare.command_line import seconds, whole
 from qflare.v1 import training_pb2
 from qflare_server.cli.models import upload_initial_model
 from qflare_server.cli.terminal import caller
-from qflare_server.config import ServerConfig
+from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.serving.application import open_application
 
 
@@ -26,9 +27,11 @@ def add(commands: Any) -> None:
     )
     create.add_argument("--name", required=True)
     create.add_argument("--model-type", default="")
-    create.add_argument("--rounds", type=int, default=0, help="rounds to run")
-    create.add_argument("--quorum", type=int, default=0, help="updates that make a version")
-    create.add_argument("--deadline-s", type=float, help="seconds that a round is open at most")
+    create.add_argument("--rounds", type=whole(0), default=0, help="rounds to run")
+    create.add_argument("--quorum", type=whole(0), default=0, help="updates that make a version")
+    create.add_argument(
+        "--deadline-s", type=seconds(0.001), help="seconds that a round is open at most"
+    )
     create.add_argument("--strategy", default="", help="fedavg unless said otherwise")
     create.add_argument(
         "--sealed", action="store_true", help="seal updates and models end to end and at rest"
@@ -66,7 +69,13 @@ def run_create(config: ServerConfig, arguments: argparse.Namespace) -> int:
 def _training_config(arguments: argparse.Namespace) -> training_pb2.TrainingConfig:
     wanted = training_pb2.TrainingConfig()
     if arguments.config is not None:
-        json_format.Parse(arguments.config.read_text(), wanted)
+        try:
+            json_format.Parse(arguments.config.read_text(), wanted)
+        except json_format.ParseError as error:
+            raise ConfigError(
+                f"{arguments.config}: {error}",
+                remedy="the fields of qflare.v1.TrainingConfig; protos/qflare/v1/training.proto describes them",
+            ) from error
     wanted.total_rounds = arguments.rounds or wanted.total_rounds
     wanted.rounds.quorum = arguments.quorum or wanted.rounds.quorum
     wanted.strategy.name = arguments.strategy or wanted.strategy.name

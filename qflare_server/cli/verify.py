@@ -1,9 +1,12 @@
 """`audit verify`, `audit witness`, `model verify`: proof that nothing was changed by another hand."""
 
 import argparse
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
+from qflare.command_line import failure_text, whole
 from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
@@ -23,6 +26,7 @@ def add(commands: Any) -> None:
     check.add_argument(
         "--root-key-id",
         action="append",
+        type=_key_id,
         help="pinned id of a root key, from a bundle you trust; default: the ids in this data folder",
     )
     check.add_argument("--no-bytes", action="store_true", help="do not hash models and updates")
@@ -37,6 +41,12 @@ def add(commands: Any) -> None:
     witness.set_defaults(run=run_witness)
 
 
+def _key_id(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want 64 hex digits")
+    return text
+
+
 def add_model_verify(actions: Any) -> None:
     """Add `model verify`."""
     check = actions.add_parser(
@@ -45,7 +55,7 @@ def add_model_verify(actions: Any) -> None:
         epilog="example: qflare-server model verify SESSION --version 20",
     )
     check.add_argument("session", help="id")
-    check.add_argument("--version", type=int, help="default: the latest")
+    check.add_argument("--version", type=whole(0), help="default: the latest")
     check.set_defaults(run=run_recompute)
 
 
@@ -65,6 +75,10 @@ def run_verify(config: ServerConfig, arguments: argparse.Namespace) -> int:
     if report.unchecked:
         print("not checked:", _counts(report.unchecked))
     print("verified" if not report.findings else f"{len(report.findings)} findings")
+    if report.findings:
+        cause = f"{len(report.findings)} findings: the database is not what was signed"
+        remedy = "docs/security.md, section 12, says what to do"
+        sys.stderr.write(failure_text("qflare-server audit verify", cause, remedy))
     return 1 if report.findings else 0
 
 
@@ -88,7 +102,13 @@ def run_recompute(config: ServerConfig, arguments: argparse.Namespace) -> int:
     with open_application(config) as parts:
         result = recompute_version(parts.context, arguments.session, arguments.version)
     print(_verdict(result))
-    return 0 if result.recomputed and not result.differences else 1
+    if result.recomputed and not result.differences:
+        return 0
+    remedy = (
+        "docs/security.md, section 12" if result.differences else "a version whose updates are kept"
+    )
+    sys.stderr.write(failure_text("qflare-server model verify", _verdict(result), remedy))
+    return 1
 
 
 def _verdict(result: Recomputation) -> str:

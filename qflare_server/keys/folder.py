@@ -125,7 +125,10 @@ class KeyFolder:
             KeyStoreError: They are not there, not readable, open to others or changed.
         """
         if self.is_empty():
-            raise KeyStoreError(f"no keys in {self.directory}: run qflare-server init")
+            raise KeyStoreError(
+                f"no keys in {self.directory}: run qflare-server init",
+                remedy="qflare-server init, or QFLARE_KEY_DIR or --data-dir if the keys are elsewhere",
+            )
         return _read(self.online_file, self._online_passphrase())
 
     def root_places(self, count: int) -> list[RootFile]:

@@ -318,7 +318,10 @@ def _import_pkcs11() -> ModuleType:
     try:
         import pkcs11  # noqa: PLC0415 - an optional extra
     except ImportError as error:
-        raise KeyStoreError("python-pkcs11 is missing: pip install 'qflare[server,hsm]'") from error
+        raise KeyStoreError(
+            "python-pkcs11 is missing: pip install 'qflare[server,hsm]'",
+            remedy="pip install 'qflare[server,hsm]'",
+        ) from error
     return pkcs11
 
 

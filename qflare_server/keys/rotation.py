@@ -264,6 +264,12 @@ def follow_keyset(
     accepted = list(reversed(trust.keyset.keys))
     known = {key_id_of(key) for key in accepted}
     added = [key for key in provider.public() if key_id_of(key) not in known]
+    absent = set(without) - known - {key_id_of(key) for key in added}
+    if absent:
+        raise KeyStoreError(
+            f"the keyset has no key {min(absent)}",
+            remedy=f"one of {', '.join(sorted(known))}",
+        )
     keys: Sequence[security_pb2.RoleKey] = [
         key for key in accepted + added if key_id_of(key) not in without
     ]

@@ -36,7 +36,18 @@ _ROOT_USER: Final = 0
 
 
 class KeyStoreError(Exception):
-    """The coordinator's keys cannot be read, written or trusted. Never crosses the wire."""
+    """The coordinator's keys cannot be read, written or trusted. Never crosses the wire.
+
+    Args:
+        message: What is wrong.
+        remedy: What to do about it, where more can be said than for every such error.
+    """
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = (
+            remedy or "docs/deploy/keys.md, which says where keys are and who may read them"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,10 @@ def decrypt_secret(data: bytes, passphrase: bytes) -> bytes:
     try:
         return decrypt(key, rest, header)
     except UnsealError as error:
-        raise KeyStoreError("key file: wrong passphrase, or it was changed") from error
+        raise KeyStoreError(
+            "key file: wrong passphrase, or it was changed",
+            remedy="the passphrase that belongs to this file, or the file from a backup",
+        ) from error
 
 
 def read_secret(path: Path) -> bytes:

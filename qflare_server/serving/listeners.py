@@ -34,10 +34,17 @@ def bind(
         else:
             port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise ConfigError(f"{setting}: cannot bind {address}: {_reason(address)}") from error
+        raise _cannot_bind(setting, address, _reason(address)) from error
     if not port:
-        raise ConfigError(f"{setting}: cannot bind {address}: {_reason(address)}")
+        raise _cannot_bind(setting, address, _reason(address))
     return int(port)
+
+
+def _cannot_bind(setting: str, address: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{setting}: cannot bind {address}: {reason}",
+        remedy="stop what listens there, or choose another address of this machine",
+    )
 
 
 def _reason(address: str) -> str:

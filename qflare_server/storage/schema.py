@@ -15,11 +15,22 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect
 
 MIGRATE_COMMAND: Final = "qflare-server migrate"
+INSTALL_COMMAND: Final = "pip install --force-reinstall 'qflare[server]'"
 _ALEMBIC_LOCK: Final = threading.Lock()  # Alembic's context is one per process
 
 
 class SchemaError(Exception):
-    """The schema is not the one that this program works on; the message says what to do. Never crosses the wire."""
+    """The schema is not the one that this program works on. Never crosses the wire.
+
+    Args:
+        cause: What is wrong.
+        remedy: The command to run.
+        action: What that command does.
+    """
+
+    def __init__(self, cause: str, remedy: str, action: str = "run") -> None:
+        super().__init__(f"{cause}; {action}: {remedy}")
+        self.cause, self.remedy = cause, remedy
 
 
 def _config() -> Config:
@@ -38,7 +49,7 @@ def head_revision() -> str:
     """Return the revision that this program works on."""
     head = _script().get_current_head()
     if head is None:
-        raise SchemaError("this installation holds no migrations; install it again")
+        raise SchemaError("this installation holds no migrations", INSTALL_COMMAND)
     return head
 
 
@@ -100,9 +111,9 @@ def require_current(engine: Engine) -> None:
         return
     _refuse_unknown(current)
     if current is None:
-        raise SchemaError(f"the database has no schema; run: {MIGRATE_COMMAND}")
+        raise SchemaError("the database has no schema", MIGRATE_COMMAND)
     raise SchemaError(
-        f"the database has schema {current}, this program needs {head}; run: {MIGRATE_COMMAND}"
+        f"the database has schema {current}, this program needs {head}", MIGRATE_COMMAND
     )
 
 
@@ -110,6 +121,7 @@ def _refuse_unknown(current: str | None) -> None:
     known = {script.revision for script in _script().walk_revisions()}
     if current is not None and current not in known:
         raise SchemaError(
-            f"the database has schema {current}, which is newer than this program;"
-            " upgrade the program: pip install --upgrade 'qflare[server]'"
+            f"the database has schema {current}, which is newer than this program",
+            "pip install --upgrade 'qflare[server]'",
+            "upgrade the program",
         )

@@ -19,7 +19,7 @@ from tests.bench import (
 from tests.bench.coordinator import Laboratory
 from tests.bench.figures import Figure
 from tests.bench.machine import describe
-from tests.bench.report import facts, render, replace_section
+from tests.bench.report import facts, problem_of, render, replace_section
 
 Measurement = Callable[[Laboratory], Iterator[Figure]]
 MEASUREMENTS: dict[str, Measurement] = {
@@ -50,6 +50,9 @@ MEASUREMENTS: dict[str, Measurement] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; 1 if a measurement failed, 0 whatever the figures are."""
     options = _parser().parse_args(arguments)
+    if options.markdown and (problem := problem_of(options.markdown, "bench")):
+        sys.stderr.write(f"{problem}\n")
+        return 2
     names = options.only or list(MEASUREMENTS)
     machine = describe()
     say(facts(machine))

@@ -33,14 +33,29 @@ def facts(machine: Mapping[str, str]) -> str:
 
 
 def replace_section(path: Path, name: str, text: str) -> None:
-    """Replace what stands between the marks of a section, and nothing else.
+    """Replace what stands between the marks of a section, and nothing else; a file that does not exist is made.
 
     Raises:
         ValueError: The file has no such marks.
     """
     begin, end = BEGIN.format(name), END.format(name)
-    before, found, rest = path.read_text().partition(begin)
+    written = path.read_text() if path.exists() else f"{begin}{end}\n"
+    before, found, rest = written.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"{path} has no section {name}")
     path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def problem_of(path: Path, name: str) -> str:
+    """Return why a section cannot be written to a file, empty text if it can: told before an hour of measuring."""
+    try:
+        if path.exists():
+            text = path.read_text()
+            marks = BEGIN.format(name) in text and END.format(name) in text
+            return "" if marks else f"{path} has no section {name}; name that page or a new file"
+        path.touch()
+        path.unlink()
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{path}: {error}"
+    return ""

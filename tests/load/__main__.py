@@ -11,7 +11,7 @@ from tests.bench.coordinator import Backend, Coordinator, Laboratory
 from tests.bench.figures import per_second, percent, table
 from tests.bench.machine import describe
 from tests.bench.process import ServerProcess
-from tests.bench.report import facts, replace_section
+from tests.bench.report import facts, problem_of, replace_section
 from tests.load import data, runner
 
 HEADS = (
@@ -76,6 +76,9 @@ SCENARIOS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the scenarios; 1 if a call failed or ghz is missing, 0 whatever the figures are."""
     options = _parser().parse_args(arguments)
+    if options.markdown and (problem := problem_of(options.markdown, "load")):
+        sys.stderr.write(f"{problem}\n")
+        return 2
     try:
         runner.find()
     except runner.GhzMissingError as error:

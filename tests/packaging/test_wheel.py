@@ -234,6 +234,28 @@ def test_the_installed_wheels_run_a_job(server: Path, device: Path, tmp_path: Pa
     assert "TRAINING_SESSION_STATE_COMPLETED" in listed
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["serve"], ["health"], ["session", "create", "--name", "x"], ["fly"]]
+)
+def test_on_a_device_the_coordinator_s_command_says_what_to_install(
+    device: Path, words: list[str]
+) -> None:
+    done = subprocess.run(
+        [str(device / "qflare-server"), *words],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+    *_, cause, remedy = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert cause.startswith("qflare-server: ")
+    assert cause.endswith(" is not installed")
+    assert remedy == "try: pip install 'qflare[server]'"
+
+
 def test_without_its_extra_the_dashboard_is_a_refusal_with_the_command(
     server: Path, tmp_path: Path
 ) -> None:

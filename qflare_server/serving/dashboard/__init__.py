@@ -31,5 +31,8 @@ def open_dashboard(
         from qflare_server.serving.dashboard.app import Site  # noqa: PLC0415  # an extra
         from qflare_server.serving.dashboard.http_server import DashboardServer  # noqa: PLC0415
     except ImportError as error:
-        raise ConfigError("QFLARE_DASHBOARD: pip install 'qflare[dashboard]'") from error
+        raise ConfigError(
+            "QFLARE_DASHBOARD: pip install 'qflare[dashboard]'",
+            remedy="pip install 'qflare[dashboard]'",
+        ) from error
     return DashboardServer(config, Site(config, use_cases, draining))

@@ -105,7 +105,10 @@ def _bind(config: ServerConfig) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ConfigError(f"QFLARE_DASHBOARD: cannot bind {config.dashboard}: {error}") from error
+        raise ConfigError(
+            f"QFLARE_DASHBOARD: cannot bind {config.dashboard}: {error.strerror or error}",
+            remedy="stop what listens there, or choose another address of this machine",
+        ) from error
 
 
 def _tls(config: ServerConfig) -> ssl.SSLContext:

@@ -56,7 +56,10 @@ class Observability:
             self._metrics.serve(host.strip("[]"), number, context)
         except OSError as error:
             listen = self._config.metrics_listen
-            raise ConfigError(f"QFLARE_METRICS_LISTEN: cannot bind {listen}: {error}") from error
+            raise ConfigError(
+                f"QFLARE_METRICS_LISTEN: cannot bind {listen}: {error.strerror or error}",
+                remedy="stop what listens there, or choose another address of this machine",
+            ) from error
 
     def close(self) -> None:
         """End the metrics server and send the spans that are left."""
@@ -70,7 +73,10 @@ def _metrics() -> "Metrics":
     try:
         from qflare_server.serving.observability.metrics import Metrics  # noqa: PLC0415  # an extra
     except ImportError as error:
-        raise ConfigError("QFLARE_METRICS_LISTEN: pip install 'qflare[metrics]'") from error
+        raise ConfigError(
+            "QFLARE_METRICS_LISTEN: pip install 'qflare[metrics]'",
+            remedy="pip install 'qflare[metrics]'",
+        ) from error
     return Metrics()
 
 
@@ -80,7 +86,10 @@ def _tracing(endpoint: str) -> "Tracing":
 
         return Tracing(otlp_exporter(endpoint))
     except ImportError as error:
-        raise ConfigError("QFLARE_TRACES_ENDPOINT: pip install 'qflare[otel]'") from error
+        raise ConfigError(
+            "QFLARE_TRACES_ENDPOINT: pip install 'qflare[otel]'",
+            remedy="pip install 'qflare[otel]'",
+        ) from error
 
 
 class CompositeTelemetry(Telemetry):

@@ -1,0 +1,78 @@
+"""What the command-line programs share: failures in two lines, and protection of the process.
+
+A command that fails writes its cause after the program's name, and on a line of its own after `try:` what to do about
+it, to standard error. Wrong usage is reported in the same way and exits with code 2.
+"""
+
+import argparse
+import ctypes
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+WRONG_USAGE: Final = 2
+INTERRUPTED: Final = 130
+_PR_SET_DUMPABLE: Final = 4  # sys/prctl.h of Linux
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that reports wrong usage as a cause and a remedy."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage, report what is wrong and exit with code 2."""
+        self.print_usage(sys.stderr)
+        self.exit(WRONG_USAGE, failure_text(self.prog, message, f"{self.prog} --help"))
+
+
+def failure_text(program: str, cause: str, remedy: str) -> str:
+    """Return the lines that report a failure: one for each line of the cause, one for the remedy."""
+    causes = [line.strip() for line in cause.splitlines() if line.strip()] or ["failed"]
+    lines = [f"{program}: {line}\n" for line in causes]
+    return "".join([*lines, f"try: {' '.join(remedy.split())}\n"])
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return what converts an argument to a whole number within bounds, both included."""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,18}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, want a whole number from {least} to {most}"
+            )
+        return int(text)
+
+    return convert
+
+
+def seconds(least: float, most: float = 315_360_000.0) -> Callable[[str], float]:
+    """Return what converts an argument to a number of seconds within bounds, both included; ten years at most."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, want seconds from {least:g} to {most:.0f}"
+            )
+        return value
+
+    return convert
+
+
+def protect_process() -> None:
+    """Keep secrets of this process off the disk: files are its user's alone, and it dumps no core.
+
+    Core dumps are prevented by the limit, and on Linux also by the process flag, which handlers named in `core_pattern`
+    respect too. That flag keeps debuggers of the same user away as well.
+    """
+    import resource  # noqa: PLC0415  # POSIX only
+
+    os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -1,0 +1,88 @@
+"""What `qflare-client` and `qflare-admin` say when a command failed: the cause, and what to do about it."""
+
+import errno
+import logging
+import sys
+from typing import Final
+
+from qflare.command_line import failure_text
+from qflare_client import errors
+
+logger = logging.getLogger(__name__)
+
+_HELP: Final = "the same command with --help"
+_TELL: Final = "tell the administrator, and do not use what was received"
+_REMEDIES: Final[dict[type[Exception], str]] = {
+    errors.BusyError: "the same command later",
+    errors.CoordinatorFaultError: "tell the administrator the request id; its log has the reason",
+    errors.UnavailableError: "check address, port and TLS files, and that the coordinator runs",
+    errors.InvalidEnrollmentTokenError: "ask the administrator for a new bundle",
+    errors.AuthenticationError: "a valid token (qflare-admin), or enroll again with a new bundle (qflare-client)",
+    errors.DeviceSuspendedError: "ask the administrator to reactivate this device",
+    errors.DeviceRevokedError: "ask the administrator for a bundle, and enroll again in a new folder",
+    errors.PermissionDeniedError: "a token whose roles allow this; qflare-admin token list shows them",
+    errors.NotFoundError: "check the id; the list commands show what there is",
+    errors.AlgorithmNotAcceptedError: "one of the accepted algorithms",
+    errors.InvalidRequestError: _HELP,
+    errors.DuplicateUpdateError: "another name or id, or leave what exists as it is",
+    errors.FailedPreconditionError: "look at its state with the show command, then repeat",
+    errors.RejectedError: _HELP,
+    errors.VerificationError: _TELL,
+    errors.NotEnrolledError: "qflare-client enroll BUNDLE --home FOLDER, or the right --home",
+    errors.KeyStoreLockedError: "end the other process, or use another --home",
+    errors.WrongPassphraseError: "the right --passphrase-file",
+    errors.KeyStoreError: "check owner and mode of the folder in --home (0700) and of its files (0600)",
+    errors.UnsupportedTaskError: "upgrade the SDK on this device",
+    errors.TrainingFunctionError: "mend the function; it returns arrays by name, a count and metrics",
+    errors.QflareClientError: _HELP,
+    FileNotFoundError: "check the path",
+    FileExistsError: "a path that does not exist yet",
+    IsADirectoryError: "the path of a file",
+    NotADirectoryError: "the path of a folder",
+    PermissionError: "check owner and mode of the file and its folder",
+    OSError: "check the path",
+    UnicodeDecodeError: "a text file in UTF-8",
+    ValueError: _HELP,
+}
+"""By class, looked up along its bases."""
+
+_BY_NUMBER: Final = {
+    errno.ENOSPC: "free space on the disk",
+    errno.EROFS: "a folder that can be written",
+    errno.ENAMETOOLONG: "a shorter path",
+}
+
+
+def report(program: str, error: Exception) -> None:
+    """Write cause and remedy of a failure to standard error; a fault of the program with its traceback."""
+    explained = explain(error)
+    if explained is None:
+        logger.error("the command failed", exc_info=error)
+        cause = f"{type(error).__name__}: {error}"
+        explained = (
+            cause,
+            "mend what the last line of the traceback names, or report it as a fault of QFLARE",
+        )
+    else:
+        logger.debug("the command failed", exc_info=error)
+    sys.stderr.write(failure_text(program, *explained))
+
+
+def explain(error: Exception) -> tuple[str, str] | None:
+    """Return cause and remedy of an error; None if it is a fault of the program."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed", f"pip install {error.name}"
+    own = getattr(error, "remedy", "")
+    if own:
+        return str(error), own
+    for kind in type(error).__mro__:
+        if kind in _REMEDIES:
+            number = error.errno if isinstance(error, OSError) else None
+            return _cause(error), _BY_NUMBER.get(number or 0, _REMEDIES[kind])
+    return None
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
