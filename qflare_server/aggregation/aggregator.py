@@ -34,6 +34,12 @@ from qflare_server.storage.tables import RoundState, TrainingSessionState
 from qflare_server.strategies import NotEnoughUpdatesError, PrivacyBudgetExceededError
 from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed
 from qflare_server.training.quarantine import quarantine_repeaters
+from qflare_server.training.release_journal import (
+    FILE,
+    ReleaseJournal,
+    reconcile,
+    record_release,
+)
 from qflare_server.training.retention import prune_payloads
 from qflare_server.training.rounds import (
     RoundTask,
@@ -70,6 +76,8 @@ class Aggregator:
         self._folds: dict[Key, RoundFold] = {}
         self._leases: dict[str, datetime] = {}
         self._resting: dict[Key, datetime] = {}
+        self._journal = ReleaseJournal(context.config.data_dir / FILE)
+        self._reconciled: set[str] = set()
 
     def run_once(self) -> bool:
         """Do what there is to do; return whether there may be more at once."""
@@ -273,6 +281,9 @@ class Aggregator:
                 fold.last_sequence,
             )
             self._tell(item, publication)
+            if publication.allowance is not None:
+                digest, number = publication.version.digest, item.base_version + 1
+                record_release(self._journal, item.training_session_id, digest, number)
         return self._ended(item, published)
 
     def _give_up(self, item: RoundInProgress, fold: RoundFold, problem: str) -> bool:
@@ -303,6 +314,9 @@ class Aggregator:
     def _allowance(self, plan: RoundPlan) -> PrivacyCharge | None:
         if not plan.config.privacy.noise_multiplier:
             return None
+        if plan.training_session_id not in self._reconciled:
+            reconcile(self._context, self._journal, plan.config, plan.training_session_id)
+            self._reconciled.add(plan.training_session_id)
         with self._context.database.read() as session:
             training_session = training_sessions.get_session(session, plan.training_session_id)
             state = None if training_session is None else training_session.privacy_state

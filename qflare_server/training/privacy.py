@@ -12,7 +12,7 @@ federated evaluation are as exact as without privacy.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -33,6 +33,7 @@ from qflare_server.training.strategy import privacy_config
 
 SEED: Final = "noise_seed"
 LEDGER: Final = "ledger"
+LOST: Final = "lost"
 _KEY_INFO: Final = b"qflare/v1/noise seed"
 _ASSOCIATED: Final = b"qflare/v1/noise seed of "
 
@@ -102,6 +103,30 @@ def ledger_rows(state: Mapping[str, Any] | None) -> list[list[float]]:
 def with_ledger(state: Mapping[str, Any] | None, spent: PrivacySpent) -> dict[str, Any]:
     """Return a `privacy_state` with the ledger after a version."""
     return {**(state or {}), LEDGER: spent.ledger.as_rows()}
+
+
+def lost_versions(state: Mapping[str, Any] | None) -> set[str]:
+    """Return the digests of released versions that the database has lost and that its ledger counts."""
+    return set((state or {}).get(LOST, []))
+
+
+def account_for_lost(
+    config: training_pb2.TrainingConfig, state: Mapping[str, Any] | None, digests: Sequence[str]
+) -> dict[str, Any]:
+    """Return a `privacy_state` whose ledger counts further versions that were released and lost.
+
+    Args:
+        config: Of the training session; it has privacy.
+        state: Its `privacy_state`.
+        digests: Of the versions, none of them counted before.
+    """
+    privacy = privacy_config(config)
+    assert privacy is not None
+    ledger = PrivacyLedger.from_rows(ledger_rows(state))
+    for _ in digests:
+        ledger = ledger.with_release(privacy.noise_multiplier, privacy.sampling_probability)
+    lost = sorted(lost_versions(state).union(digests))
+    return {**(state or {}), LEDGER: ledger.as_rows(), LOST: lost}
 
 
 def noise_seed(

@@ -95,6 +95,16 @@ def update_model(
     )
 
 
+def private_versions(session: Session, training_session_id: str) -> dict[str, int]:
+    """Return the numbers of the versions that rounds made under privacy, by digest."""
+    query = select(MODELS.c.digest, MODELS.c.version).where(
+        MODELS.c.training_session_id == training_session_id,
+        MODELS.c.epsilon.is_not(None),
+        MODELS.c.round_number > 0,
+    )
+    return {row[0]: row[1] for row in session.execute(query)}
+
+
 def find_rollback(
     session: Session, training_session_id: str, after_version: int, last_version: int
 ) -> int | None:

@@ -22,6 +22,7 @@ from qflare_server.storage.tables import GlobalModel, ModelUpdate, TrainingSessi
 from qflare_server.strategies.accounting import PrivacyLedger, spent
 from qflare_server.training import config as training_config
 from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed, open_seed
+from qflare_server.training.release_journal import FILE, ReleaseJournal
 from tests.contract.conftest import MakeCore
 from tests.support.use_cases import CoordinatorHarness, floats, vector
 
@@ -319,3 +320,89 @@ def test_contradictions_are_refused_when_the_session_is_created(
 ) -> None:
     with pytest.raises(StrategyRefusedError, match=message):
         start(core, **config)
+
+
+def restart(core: CoordinatorHarness) -> None:
+    """Give the coordinator a new aggregator, as a restart does."""
+    core.aggregator.close()
+    core.aggregator = Aggregator(core.context, core.executor, "one")
+
+
+def journal_of(core: CoordinatorHarness) -> ReleaseJournal:
+    return ReleaseJournal(core.config.data_dir / FILE)
+
+
+def restored(core: CoordinatorHarness) -> int:
+    with core.database.read() as session:
+        events = AuditFilter(event_type="privacy.restore_detected")
+        return len(audit.list_entries(session, PageRequest(10), events).rows)
+
+
+def test_released_versions_are_journaled_outside_of_the_database(core: CoordinatorHarness) -> None:
+    identity = start(core)
+    run_round(core, identity)
+
+    version = core.versions(identity)[1]
+
+    assert journal_of(core).read(identity) == {version.digest: 1}
+    assert journal_of(core).read("another") == {}
+
+
+def test_a_damaged_line_hides_no_other(core: CoordinatorHarness) -> None:
+    journal_of(core).append("session", {"ab" * 32: 1})
+    with (core.config.data_dir / FILE).open("a") as file:
+        file.write('{"training_session_id": "sess')
+
+    journal_of(core).append("session", {"cd" * 32: 2})
+
+    assert journal_of(core).read("session") == {"ab" * 32: 1, "cd" * 32: 2}
+
+
+def test_what_a_restored_database_has_lost_stays_in_the_account(core: CoordinatorHarness) -> None:
+    """The journal knows of a version 1 that was released before the database went back."""
+    identity = start(core)
+    journal_of(core).append(identity, {"ab" * 32: 1})
+
+    run_round(core, identity)
+
+    owner = owner_of(core, identity)
+    assert restored(core) == 1
+    assert owner.epsilon_spent == pytest.approx(epsilon_of(2))
+    assert (owner.state, owner.current_version) == ("completed", 1)  # the budget lasts for two
+
+
+def test_a_loss_is_counted_once(core: CoordinatorHarness) -> None:
+    wide = policy(epsilon_budget=epsilon_of(9))
+    identity = start(core, privacy=wide)
+    journal_of(core).append(identity, {"ab" * 32: 1})
+    run_round(core, identity)
+    restart(core)
+
+    run_round(core, identity)
+
+    assert restored(core) == 1
+    assert owner_of(core, identity).epsilon_spent == pytest.approx(epsilon_of(3))
+
+
+def test_a_restart_without_a_restore_finds_nothing(core: CoordinatorHarness) -> None:
+    identity = start(core, privacy=policy(epsilon_budget=epsilon_of(9)))
+    run_round(core, identity)
+    (core.config.data_dir / FILE).unlink()  # a crash before the journal was written
+    restart(core)
+
+    run_round(core, identity)
+
+    assert restored(core) == 0
+    assert len(journal_of(core).read(identity)) == 2
+    assert owner_of(core, identity).epsilon_spent == pytest.approx(epsilon_of(2))
+
+
+def test_a_journal_that_cannot_be_read_or_written_stops_no_training(
+    core: CoordinatorHarness,
+) -> None:
+    identity = start(core)
+    (core.config.data_dir / FILE).mkdir()
+
+    run_round(core, identity)
+
+    assert owner_of(core, identity).current_version == 1
