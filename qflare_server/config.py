@@ -23,7 +23,7 @@ LIFELINE_VARIABLE: Final = "QFLARE_LIFELINE"
 """Set by the supervisor: the descriptor that reads as ended once it is gone."""
 NOT_SETTINGS: Final = frozenset({"QFLARE_REQUIRE_ALL", WORKER_VARIABLE, LIFELINE_VARIABLE})
 """What tests and worker processes are told in the same way."""
-LOOPBACK: Final = ("127.", "localhost:", "[::1]:", "unix:")
+UNIX_SOCKETS: Final = ("unix:", "unix-abstract:")
 ONLINE_ALGORITHMS: Final = ("ml-dsa-44", "ml-dsa-65", "ml-dsa-87", "ml-dsa-65-ed25519")
 ROOT_ALGORITHMS: Final = (*ONLINE_ALGORITHMS, "slh-dsa-sha2-128s")
 SERVICE_LINK: Final = re.compile(
@@ -268,7 +268,9 @@ class ServerConfig:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the listening address."""
-        return self.listen.startswith(LOOPBACK)
+        if self.listen.startswith(UNIX_SOCKETS):
+            return True
+        return _is_loopback_host(_host_of(self.listen))
 
 
 def _read_environment(
@@ -416,7 +418,7 @@ def _contradictions_of_dashboard(config: ServerConfig) -> list[str]:
         host, _ = config.dashboard_address
     except ValueError as error:
         return [f"QFLARE_DASHBOARD: {error}"]
-    if config.dashboard_behind_proxy or _is_this_machine(host):
+    if config.dashboard_behind_proxy or _is_loopback_host(host):
         return []
     if config.tls_certificate_file is None:
         problem = (
@@ -433,7 +435,16 @@ def _contradictions_of_dashboard(config: ServerConfig) -> list[str]:
     return []
 
 
-def _is_this_machine(host: str) -> bool:
+def _host_of(address: str) -> str:
+    """Return the host of host:port; an IPv6 address has its port after brackets only."""
+    bracketed = re.fullmatch(r"\[([^]]*)\](?::\d+)?", address)
+    if bracketed is not None:
+        return bracketed[1]
+    return address.partition(":")[0] if address.count(":") == 1 else address
+
+
+def _is_loopback_host(host: str) -> bool:
+    """Return whether a host is this machine: a loopback address or localhost; no other name is resolved or trusted."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -375,10 +375,16 @@ def is_loopback(address: str) -> bool:
         return True
     if address.startswith(("ipv4:", "ipv6:")):
         return all(is_loopback(one) for one in address[5:].split(","))
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
+    host = _host_of(address)
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _host_of(address: str) -> str:
+    """Return the host of host:port; an IPv6 address has its port after brackets only."""
+    bracketed = re.fullmatch(r"\[([^]]*)\](?::\d+)?", address)
+    if bracketed is not None:
+        return bracketed[1]
+    return address.partition(":")[0] if address.count(":") == 1 else address

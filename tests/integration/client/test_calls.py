@@ -241,6 +241,10 @@ def test_a_method_is_named_by_its_request() -> None:
         ("example.org:443", False),
         ("localhost.example.org:443", False),
         ("dns:///localhost:1", False),
+        ("127.example.test:1", False),
+        ("ipv4:127.example.test:1", False),
+        ("::1:5005", False),
+        ("[::1].example.org:443", False),
     ],
 )
 def test_plaintext_stays_on_this_machine(address: str, wanted: bool) -> None:

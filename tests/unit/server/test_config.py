@@ -115,7 +115,20 @@ def test_all_contradictions_are_reported_together() -> None:
     assert len(str(caught.value).splitlines()) >= 4
 
 
-@pytest.mark.parametrize("listen", ["0.0.0.0:50051", "[::]:50051", "qflare.example:443"])
+@pytest.mark.parametrize(
+    "listen",
+    [
+        "0.0.0.0:50051",
+        "[::]:50051",
+        "qflare.example:443",
+        "127.example.test:50051",
+        "127.0.0.1.example.test:50051",
+        "localhost.example.test:50051",
+        "[::1].example.test:50051",
+        "::1:5005",
+        "127.:1",
+    ],
+)
 def test_open_address_needs_a_certificate(listen: str) -> None:
     with pytest.raises(ConfigError, match="QFLARE_LISTEN"):
         read(LISTEN=listen)
@@ -124,7 +137,9 @@ def test_open_address_needs_a_certificate(listen: str) -> None:
     assert read(LISTEN=listen, TLS_CERTIFICATE_FILE="/c", TLS_KEY_FILE="/k").listen == listen
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:1", "localhost:1", "[::1]:1", "unix:/run/q"])
+@pytest.mark.parametrize(
+    "listen", ["127.0.0.1:1", "localhost:1", "127.8.0.1:1", "[::1]:1", "unix:/run/q"]
+)
 def test_loopback_needs_none(listen: str) -> None:
     assert read(LISTEN=listen).is_loopback
 
