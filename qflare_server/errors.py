@@ -23,13 +23,34 @@ class QflareError(Exception):
 
 
 class InvalidRequestError(QflareError):
-    """A field is missing, malformed or out of range."""
+    """A field is missing, malformed or out of range.
+
+    Attributes:
+        field: Path of the first such field, empty for the request as a whole.
+        violations: Path and description of every such field; sent as `google.rpc.BadRequest`.
+    """
 
     reason = "INVALID_REQUEST"
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message, {"field": field} if field else None)
         self.field = field
+        self.violations: Sequence[tuple[str, str]] = [(field, message)]
+
+    @classmethod
+    def raise_for(cls, violations: Sequence[tuple[str, str]]) -> None:
+        """Raise the error of a request in which fields are wrong; do nothing if there is none.
+
+        Args:
+            violations: Path and description of every such field.
+        """
+        if not violations:
+            return
+        field, description = violations[0]
+        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        error = cls(f"{field}: {description}{more}", field=field)
+        error.violations = violations
+        raise error
 
 
 class InvalidManifestError(InvalidRequestError):

@@ -12,7 +12,6 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from qflare.v1 import device_pb2 as _device_pb2
 from qflare.v1 import security_pb2 as _security_pb2
-from qflare.v1 import tensor_pb2 as _tensor_pb2
 from qflare.v1 import training_pb2 as _training_pb2
 import builtins as _builtins
 import sys
@@ -658,7 +657,6 @@ class UpdateHeader(_message.Message):
 
     STATEMENT_FIELD_NUMBER: _builtins.int
     CHUNK_DIGESTS_FIELD_NUMBER: _builtins.int
-    MANIFEST_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
     chunk_digests: _builtins.bytes
     """SHA-256 of 0x00 and the chunk as it travels, for every chunk, 32 bytes each, one after the other: a Merkle tree
@@ -667,12 +665,6 @@ class UpdateHeader(_message.Message):
     @_builtins.property
     def statement(self) -> _security_pb2.SignedEnvelope:
         """An UpdateStatement, signed by the device."""
-
-    @_builtins.property
-    def manifest(self) -> _tensor_pb2.Manifest:
-        """Layout of the payload. Absent means the base version's, in the encoding of the training session; the statement's
-        layout digest holds in any case.
-        """
 
     @_builtins.property
     def sealed(self) -> _security_pb2.SealedPayloadHeader:
@@ -685,12 +677,11 @@ class UpdateHeader(_message.Message):
         *,
         statement: _security_pb2.SignedEnvelope | None = ...,
         chunk_digests: _builtins.bytes = ...,
-        manifest: _tensor_pb2.Manifest | None = ...,
         sealed: _security_pb2.SealedPayloadHeader | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "sealed", b"sealed", "statement", b"statement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sealed", b"sealed", "statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_digests", b"chunk_digests", "manifest", b"manifest", "sealed", b"sealed", "statement", b"statement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_digests", b"chunk_digests", "sealed", b"sealed", "statement", b"statement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

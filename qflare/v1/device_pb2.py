@@ -23,37 +23,49 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from qflare.v1 import constraints_pb2 as qflare_dot_v1_dot_constraints__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16qflare/v1/device.proto\x12\tqflare.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc6\x03\n\rDeviceProfile\x12\x13\n\x0b\x64\x65vice_type\x18\x01 \x01(\t\x12\x41\n\rhardware_info\x18\x02 \x03(\x0b\x32*.qflare.v1.DeviceProfile.HardwareInfoEntry\x12?\n\x0cnetwork_info\x18\x03 \x03(\x0b\x32).qflare.v1.DeviceProfile.NetworkInfoEntry\x12@\n\x0c\x63\x61pabilities\x18\x04 \x03(\x0b\x32*.qflare.v1.DeviceProfile.CapabilitiesEntry\x12<\n\x11training_defaults\x18\x05 \x01(\x0b\x32!.qflare.v1.DeviceTrainingDefaults\x1a\x33\n\x11HardwareInfoEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10NetworkInfoEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x33\n\x11\x43\x61pabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"Y\n\x16\x44\x65viceTrainingDefaults\x12\x14\n\x0clocal_epochs\x18\x01 \x01(\x05\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\"\x96\x04\n\x06\x44\x65vice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.qflare.v1.DeviceState\x12\x14\n\x0cstate_reason\x18\x03 \x01(\t\x12)\n\x07profile\x18\x04 \x01(\x0b\x32\x18.qflare.v1.DeviceProfile\x12\x18\n\x10signature_key_id\x18\x05 \x01(\t\x12\x12\n\nkem_key_id\x18\x06 \x01(\t\x12\x1a\n\x12key_rotation_count\x18\x07 \x01(\x05\x12\x31\n\rregister_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_seen_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06groups\x18\n \x03(\t\x12\x15\n\rreported_type\x18\x0b \x01(\t\x12J\n\x15reported_capabilities\x18\x0c \x03(\x0b\x32+.qflare.v1.Device.ReportedCapabilitiesEntry\x12\x30\n\x0c\x63onfirm_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a;\n\x19ReportedCapabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*\xb3\x01\n\x0b\x44\x65viceState\x12\x1c\n\x18\x44\x45VICE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x45VICE_STATE_ACTIVE\x10\x01\x12\x1a\n\x16\x44\x45VICE_STATE_SUSPENDED\x10\x02\x12\x18\n\x14\x44\x45VICE_STATE_REVOKED\x10\x03\x12\x1c\n\x18\x44\x45VICE_STATE_QUARANTINED\x10\x04\x12\x19\n\x15\x44\x45VICE_STATE_INACTIVE\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16qflare/v1/device.proto\x12\tqflare.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bqflare/v1/constraints.proto\"\xf3\x03\n\rDeviceProfile\x12\x1b\n\x0b\x64\x65vice_type\x18\x01 \x01(\tB\x06\xba\xb4#\x02\x18\x64\x12O\n\rhardware_info\x18\x02 \x03(\x0b\x32*.qflare.v1.DeviceProfile.HardwareInfoEntryB\x0c\xba\xb4#\x08\x10\x01\x18\x80\x02(\x80\x02\x12M\n\x0cnetwork_info\x18\x03 \x03(\x0b\x32).qflare.v1.DeviceProfile.NetworkInfoEntryB\x0c\xba\xb4#\x08\x10\x01\x18\x80\x02(\x80\x02\x12I\n\x0c\x63\x61pabilities\x18\x04 \x03(\x0b\x32*.qflare.v1.DeviceProfile.CapabilitiesEntryB\x07\xba\xb4#\x03(\x80\x02\x12<\n\x11training_defaults\x18\x05 \x01(\x0b\x32!.qflare.v1.DeviceTrainingDefaults\x1a\x33\n\x11HardwareInfoEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10NetworkInfoEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x33\n\x11\x43\x61pabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"q\n\x16\x44\x65viceTrainingDefaults\x12\x14\n\x0clocal_epochs\x18\x01 \x01(\x05\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12-\n\rlearning_rate\x18\x03 \x01(\x01\x42\x16\xba\xb4#\x12\x39\x00\x00\x00\x00\x80\x84.AA\x00\x00\x00\x00\x00\x00\x00\x00\"\x96\x04\n\x06\x44\x65vice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.qflare.v1.DeviceState\x12\x14\n\x0cstate_reason\x18\x03 \x01(\t\x12)\n\x07profile\x18\x04 \x01(\x0b\x32\x18.qflare.v1.DeviceProfile\x12\x18\n\x10signature_key_id\x18\x05 \x01(\t\x12\x12\n\nkem_key_id\x18\x06 \x01(\t\x12\x1a\n\x12key_rotation_count\x18\x07 \x01(\x05\x12\x31\n\rregister_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_seen_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06groups\x18\n \x03(\t\x12\x15\n\rreported_type\x18\x0b \x01(\t\x12J\n\x15reported_capabilities\x18\x0c \x03(\x0b\x32+.qflare.v1.Device.ReportedCapabilitiesEntry\x12\x30\n\x0c\x63onfirm_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a;\n\x19ReportedCapabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*\xb3\x01\n\x0b\x44\x65viceState\x12\x1c\n\x18\x44\x45VICE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x45VICE_STATE_ACTIVE\x10\x01\x12\x1a\n\x16\x44\x45VICE_STATE_SUSPENDED\x10\x02\x12\x18\n\x14\x44\x45VICE_STATE_REVOKED\x10\x03\x12\x1c\n\x18\x44\x45VICE_STATE_QUARANTINED\x10\x04\x12\x19\n\x15\x44\x45VICE_STATE_INACTIVE\x10\x05\x42Y\n\tqflare.v1B\x0b\x44\x65viceProtoP\x01Z\x12qflare/v1;qflarev1\xa2\x02\x03QFL\xaa\x02\tQflare.V1\xca\x02\tQflare\\V1\xea\x02\nQflare::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'qflare.v1.device_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\tqflare.v1B\013DeviceProtoP\001Z\022qflare/v1;qflarev1\242\002\003QFL\252\002\tQflare.V1\312\002\tQflare\\V1\352\002\nQflare::V1'
   _globals['_DEVICEPROFILE_HARDWAREINFOENTRY']._loaded_options = None
   _globals['_DEVICEPROFILE_HARDWAREINFOENTRY']._serialized_options = b'8\001'
   _globals['_DEVICEPROFILE_NETWORKINFOENTRY']._loaded_options = None
   _globals['_DEVICEPROFILE_NETWORKINFOENTRY']._serialized_options = b'8\001'
   _globals['_DEVICEPROFILE_CAPABILITIESENTRY']._loaded_options = None
   _globals['_DEVICEPROFILE_CAPABILITIESENTRY']._serialized_options = b'8\001'
+  _globals['_DEVICEPROFILE'].fields_by_name['device_type']._loaded_options = None
+  _globals['_DEVICEPROFILE'].fields_by_name['device_type']._serialized_options = b'\272\264#\002\030d'
+  _globals['_DEVICEPROFILE'].fields_by_name['hardware_info']._loaded_options = None
+  _globals['_DEVICEPROFILE'].fields_by_name['hardware_info']._serialized_options = b'\272\264#\010\020\001\030\200\002(\200\002'
+  _globals['_DEVICEPROFILE'].fields_by_name['network_info']._loaded_options = None
+  _globals['_DEVICEPROFILE'].fields_by_name['network_info']._serialized_options = b'\272\264#\010\020\001\030\200\002(\200\002'
+  _globals['_DEVICEPROFILE'].fields_by_name['capabilities']._loaded_options = None
+  _globals['_DEVICEPROFILE'].fields_by_name['capabilities']._serialized_options = b'\272\264#\003(\200\002'
+  _globals['_DEVICETRAININGDEFAULTS'].fields_by_name['learning_rate']._loaded_options = None
+  _globals['_DEVICETRAININGDEFAULTS'].fields_by_name['learning_rate']._serialized_options = b'\272\264#\0229\000\000\000\000\200\204.AA\000\000\000\000\000\000\000\000'
   _globals['_DEVICE_REPORTEDCAPABILITIESENTRY']._loaded_options = None
   _globals['_DEVICE_REPORTEDCAPABILITIESENTRY']._serialized_options = b'8\001'
-  _globals['_DEVICESTATE']._serialized_start=1156
-  _globals['_DEVICESTATE']._serialized_end=1335
-  _globals['_DEVICEPROFILE']._serialized_start=71
-  _globals['_DEVICEPROFILE']._serialized_end=525
-  _globals['_DEVICEPROFILE_HARDWAREINFOENTRY']._serialized_start=369
-  _globals['_DEVICEPROFILE_HARDWAREINFOENTRY']._serialized_end=420
-  _globals['_DEVICEPROFILE_NETWORKINFOENTRY']._serialized_start=422
-  _globals['_DEVICEPROFILE_NETWORKINFOENTRY']._serialized_end=472
-  _globals['_DEVICEPROFILE_CAPABILITIESENTRY']._serialized_start=474
-  _globals['_DEVICEPROFILE_CAPABILITIESENTRY']._serialized_end=525
-  _globals['_DEVICETRAININGDEFAULTS']._serialized_start=527
-  _globals['_DEVICETRAININGDEFAULTS']._serialized_end=616
-  _globals['_DEVICE']._serialized_start=619
-  _globals['_DEVICE']._serialized_end=1153
-  _globals['_DEVICE_REPORTEDCAPABILITIESENTRY']._serialized_start=1094
-  _globals['_DEVICE_REPORTEDCAPABILITIESENTRY']._serialized_end=1153
+  _globals['_DEVICESTATE']._serialized_start=1254
+  _globals['_DEVICESTATE']._serialized_end=1433
+  _globals['_DEVICEPROFILE']._serialized_start=100
+  _globals['_DEVICEPROFILE']._serialized_end=599
+  _globals['_DEVICEPROFILE_HARDWAREINFOENTRY']._serialized_start=443
+  _globals['_DEVICEPROFILE_HARDWAREINFOENTRY']._serialized_end=494
+  _globals['_DEVICEPROFILE_NETWORKINFOENTRY']._serialized_start=496
+  _globals['_DEVICEPROFILE_NETWORKINFOENTRY']._serialized_end=546
+  _globals['_DEVICEPROFILE_CAPABILITIESENTRY']._serialized_start=548
+  _globals['_DEVICEPROFILE_CAPABILITIESENTRY']._serialized_end=599
+  _globals['_DEVICETRAININGDEFAULTS']._serialized_start=601
+  _globals['_DEVICETRAININGDEFAULTS']._serialized_end=714
+  _globals['_DEVICE']._serialized_start=717
+  _globals['_DEVICE']._serialized_end=1251
+  _globals['_DEVICE_REPORTEDCAPABILITIESENTRY']._serialized_start=1192
+  _globals['_DEVICE_REPORTEDCAPABILITIESENTRY']._serialized_end=1251
 # @@protoc_insertion_point(module_scope)

@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16qflare/v1/tensor.proto\x12\tqflare.v1\"^\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.qflare.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"]\n\x08Manifest\x12&\n\x07tensors\x18\x01 \x03(\x0b\x32\x15.qflare.v1.TensorSpec\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x15\n\rlayout_digest\x18\x03 \x01(\t*\x85\x02\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x12\x0e\n\nDTYPE_INT8\x10\x05\x12\x0f\n\x0b\x44TYPE_INT16\x10\x06\x12\x0f\n\x0b\x44TYPE_INT32\x10\x07\x12\x0f\n\x0b\x44TYPE_INT64\x10\x08\x12\x0f\n\x0b\x44TYPE_UINT8\x10\t\x12\x10\n\x0c\x44TYPE_UINT16\x10\n\x12\x10\n\x0c\x44TYPE_UINT32\x10\x0b\x12\x10\n\x0c\x44TYPE_UINT64\x10\x0c\x12\x0e\n\nDTYPE_BOOL\x10\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16qflare/v1/tensor.proto\x12\tqflare.v1\"^\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.qflare.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"]\n\x08Manifest\x12&\n\x07tensors\x18\x01 \x03(\x0b\x32\x15.qflare.v1.TensorSpec\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x15\n\rlayout_digest\x18\x03 \x01(\t*\x85\x02\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT64\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x12\x0e\n\nDTYPE_INT8\x10\x05\x12\x0f\n\x0b\x44TYPE_INT16\x10\x06\x12\x0f\n\x0b\x44TYPE_INT32\x10\x07\x12\x0f\n\x0b\x44TYPE_INT64\x10\x08\x12\x0f\n\x0b\x44TYPE_UINT8\x10\t\x12\x10\n\x0c\x44TYPE_UINT16\x10\n\x12\x10\n\x0c\x44TYPE_UINT32\x10\x0b\x12\x10\n\x0c\x44TYPE_UINT64\x10\x0c\x12\x0e\n\nDTYPE_BOOL\x10\rBY\n\tqflare.v1B\x0bTensorProtoP\x01Z\x12qflare/v1;qflarev1\xa2\x02\x03QFL\xaa\x02\tQflare.V1\xca\x02\tQflare\\V1\xea\x02\nQflare::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'qflare.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\tqflare.v1B\013TensorProtoP\001Z\022qflare/v1;qflarev1\242\002\003QFL\252\002\tQflare.V1\312\002\tQflare\\V1\352\002\nQflare::V1'
   _globals['_DTYPE']._serialized_start=229
   _globals['_DTYPE']._serialized_end=490
   _globals['_TENSORSPEC']._serialized_start=37

@@ -166,7 +166,6 @@ class Upload:
         statement: The signed statement.
         payload: What it is about.
         progress: Told the bytes that have been handed to the network.
-        with_manifest: Send the payload's layout too, where it is not the base version's.
         resumes: An earlier upload of the update, of this process or another, may have got somewhere.
     """
 
@@ -178,7 +177,6 @@ class Upload:
         payload: Outgoing,
         *,
         progress: ProgressHook,
-        with_manifest: bool = False,
         resumes: bool = False,
     ) -> None:
         self._calls = calls
@@ -191,7 +189,6 @@ class Upload:
         self._header = messages.UpdateHeader(
             statement=statement,
             chunk_digests=payload.chunk_digests,
-            manifest=payload.manifest.to_proto() if with_manifest else None,
             sealed=payload.sealed,
         )
 

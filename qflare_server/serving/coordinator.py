@@ -32,6 +32,7 @@ from qflare_server.serving.rpc.dispatcher import Dispatcher
 from qflare_server.serving.rpc.interceptor import CallInterceptor
 from qflare_server.serving.rpc.limits import StreamLimits, Watchdog, channel_options
 from qflare_server.serving.rpc.possession import PossessionInterceptor
+from qflare_server.serving.rpc.validation import RequestValidation
 from qflare_server.serving.tls import tls_credentials
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
 
@@ -101,6 +102,7 @@ class Coordinator:
         interceptors: list[grpc.ServerInterceptor] = [self._boundary]
         if self.config.require_pop:
             interceptors.append(PossessionInterceptor(self.use_cases.login))
+        interceptors.append(RequestValidation())
         server = grpc.server(
             self._dispatcher,  # type: ignore[arg-type]  # gRPC calls its `submit`, no more
             interceptors=interceptors,

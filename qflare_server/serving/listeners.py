@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.serving.rpc.dispatcher import Dispatcher
 from qflare_server.serving.rpc.limits import channel_options
+from qflare_server.serving.rpc.validation import RequestValidation
 
 _MAX_REQUEST_BYTES: Final = 4096
 
@@ -88,7 +89,7 @@ class HealthListener:
         options = {**channel_options(config), "grpc.max_receive_message_length": _MAX_REQUEST_BYTES}
         self._server = grpc.server(
             dispatcher,  # type: ignore[arg-type]  # gRPC calls its `submit`, no more
-            interceptors=[boundary],
+            interceptors=[boundary, RequestValidation()],
             options=list(options.items()),
         )
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)

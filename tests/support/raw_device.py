@@ -3,9 +3,10 @@
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from qflare.crypto import merkle
@@ -15,6 +16,8 @@ from qflare.tensors import CHUNK_BYTES, Manifest, chunks, payload_digest
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2
 from qflare_client import Client
+
+MessageT = TypeVar("MessageT", bound=Message)
 
 
 @dataclass
@@ -103,8 +106,17 @@ def reason_of(error: Any) -> str:
 
 def info_of(error: Any) -> error_details_pb2.ErrorInfo:
     """Return the ErrorInfo of a refused call."""
+    (info,) = details_of(error, error_details_pb2.ErrorInfo)
+    return info
+
+
+def details_of(error: Any, kind: type[MessageT]) -> list[MessageT]:
+    """Return the details of a refused call that are of one kind."""
     found: Any = dict(error.trailing_metadata())["grpc-status-details-bin"]
     status = status_pb2.Status.FromString(found)
-    info = error_details_pb2.ErrorInfo()
-    assert any(detail.Unpack(info) for detail in status.details)
-    return info
+    details = [kind() for _ in status.details]
+    return [
+        detail
+        for detail, packed in zip(details, status.details, strict=True)
+        if packed.Unpack(detail)
+    ]

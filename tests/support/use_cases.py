@@ -13,6 +13,7 @@ import numpy as np
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from qflare.crypto import merkle
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.sealed_payloads import PayloadSealer, SealContext
 from qflare.crypto.sealing import KemKey, KemPublicKey
@@ -161,11 +162,17 @@ class Draft:
             statement=envelope, chunk_digests=self.chunk_digests, sealed=self.sealed
         )
 
+    def state_digests(self) -> None:
+        """State the digests of the chunks where there are several; those of one chunk may be left out."""
+        if len(self.chunks) > 1:
+            self.chunk_digests = b"".join(merkle.leaf_hash(data) for _, data in self.chunks)
+
     def seal(self, recipient: KemPublicKey) -> None:
         """Seal the update, as a device does for a training session that asks for it."""
         sealer = PayloadSealer(SealContext.of_update(self.statement), self.statement.size_bytes)
         segments = list(sealer.seal(piece for _, piece in self.chunks))
         self.chunks = list(enumerate(segments))
+        self.state_digests()
         self.statement.sealed = True
         self.statement.wire_digest = payload_digest(segments)
         self.statement.sealed_header_digest = hashlib.sha256(sealer.key.header).hexdigest()
@@ -281,6 +288,7 @@ class CoordinatorHarness:
             metrics=metrics,
         )
         draft = Draft(Contributor(device_id, None), statement, list(enumerate(pieces)))
+        draft.state_digests()
         if task.config is not None and task.config.transfer.sealed:
             draft.seal(KEM_KEY.public)
         return draft

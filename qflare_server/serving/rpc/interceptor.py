@@ -21,13 +21,16 @@ from qflare_server import errors
 from qflare_server.config import ServerConfig
 from qflare_server.context import Telemetry
 from qflare_server.serving.rpc.call import Call, RunningCalls, answering
+from qflare_server.serving.rpc.dispatcher import host_of
 from qflare_server.serving.rpc.half_open import HalfOpenCalls
 from qflare_server.serving.rpc.incoming import DETAILS_KEY, IncomingCall
 from qflare_server.serving.rpc.limits import StreamLimits, Watchdog
+from qflare_server.serving.rpc.log_sampling import LogSampler
 from qflare_server.serving.rpc.route import Route, audience_of
 from qflare_server.serving.rpc.status import Code, describe, status_of
 from qflare_server.storage.ids import unique_name
-from qflare_server.use_cases.access.authentication import Authentication, KnownCaller
+from qflare_server.use_cases.access.authentication import Authentication, KnownCaller, sole_value
+from qflare_server.use_cases.access.login import AUTHORIZATION, BEARER
 from qflare_server.use_cases.access.rate_limits import RateLimiter
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self.telemetry = telemetry
         self.running = RunningCalls()
         self._health_watches = HalfOpenCalls(MAX_HEALTH_WATCHES)
+        self._log_lines = LogSampler(time.monotonic)
         self._rates = RateLimiter(config.max_calls_per_second, time.monotonic)
         self._wrapped: dict[str, tuple[Any, grpc.RpcMethodHandler[Any, Any]]] = {}
 
@@ -101,7 +105,10 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     def recognize(self, metadata: Any) -> KnownCaller | None:
         """Return whom the token of a call was last seen to belong to, from memory."""
-        return self._authentication.recognize(_bearer(metadata))
+        try:
+            return self._authentication.recognize(_bearer(metadata))
+        except errors.UnauthenticatedError:
+            return None
 
     def introduce(self, metadata: Any) -> KnownCaller | None:
         """Look up the token of a call; None where it is not good, or cannot be looked up."""
@@ -233,7 +240,7 @@ class CallInterceptor(grpc.ServerInterceptor):
             find_peer=context.peer,
             tls_group=_tls_group(context) if self._config.tls_certificate_file else "",
             kind=route.kind,
-            traceparent=_value(metadata, "traceparent"),
+            traceparent=_traceparent(metadata),
         )
         return _CallScope(self, call, route, metadata, context)
 
@@ -249,6 +256,10 @@ class CallInterceptor(grpc.ServerInterceptor):
         if call.principal.device_id is not None:
             self._rates.take(call.principal.name)
 
+    def sample(self, line: str, call: Call, *facts: str) -> int | None:
+        """Return how many similar lines were left out before this one, None if this one is to be left out too."""
+        return self._log_lines.take((line, call.method, host_of(call.find_peer()), *facts))
+
     def report(self, call: Call, code: grpc.StatusCode, seconds: float, reason: str = "") -> None:
         """Log the one line of a call; what devices do all the time only for who looks for it."""
         routine = code is Code.OK and (
@@ -256,15 +267,18 @@ class CallInterceptor(grpc.ServerInterceptor):
         )
         level = logging.DEBUG if routine else logging.INFO
         if logger.isEnabledFor(level):
-            logger.log(
-                level,
-                "answered: method=%s caller=%s code=%s ms=%.1f request_id=%s",
-                call.method,
-                call.principal.name,
-                code.name,
-                seconds * 1000,
-                call.request_id,
-            )
+            left_out = 0 if code is Code.OK else self.sample("answered", call, code.name, reason)
+            if left_out is not None:
+                logger.log(
+                    level,
+                    "answered: method=%s caller=%s code=%s ms=%.1f request_id=%s%s",
+                    call.method,
+                    call.principal.name,
+                    code.name,
+                    seconds * 1000,
+                    call.request_id,
+                    f" similar_lines_left_out={left_out}" if left_out else "",
+                )
         self.telemetry.call_handled(call.method, call.kind, code.name, seconds, reason)
 
 
@@ -322,12 +336,15 @@ class _CallScope:
         if isinstance(error, grpc.RpcError):
             error = errors.DisconnectedError()
         if status_of(error) is Code.INTERNAL:
-            logger.error(
-                "call failed: method=%s request_id=%s",
-                self.call.method,
-                self.call.request_id,
-                exc_info=error,
-            )
+            left_out = self._boundary.sample("failed", self.call, type(error).__name__)
+            if left_out is not None:
+                logger.error(
+                    "call failed: method=%s request_id=%s similar_lines_left_out=%d",
+                    self.call.method,
+                    self.call.request_id,
+                    left_out,
+                    exc_info=error,
+                )
         status = describe(error, self.call.request_id)
         code = _CODES[status.code]
         reason = error.reason if isinstance(error, errors.QflareError) else "INTERNAL"
@@ -340,17 +357,17 @@ class _CallScope:
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def _value(metadata: Any, wanted: str) -> str:
-    """Return the text of a metadata key, empty without it."""
-    for key, value in metadata or ():
-        if key == wanted and isinstance(value, str):
-            return value
-    return ""
+def _traceparent(metadata: Any) -> str:
+    """Return the trace context of the caller; empty without one, or with several (W3C Trace Context, 3.2)."""
+    values = [value for key, value in metadata or () if key == "traceparent"]
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else ""
 
 
 def _bearer(metadata: Any) -> str | None:
-    value = _value(metadata, "authorization")
-    return value.removeprefix("Bearer ") if value.startswith("Bearer ") else None
+    value = sole_value(metadata, AUTHORIZATION)
+    if not isinstance(value, str) or not value.startswith(BEARER):
+        return None
+    return value.removeprefix(BEARER)
 
 
 def _tls_group(context: grpc.ServicerContext) -> str:

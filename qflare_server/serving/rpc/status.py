@@ -1,4 +1,9 @@
-"""The one table from domain errors to gRPC statuses, and the rich status of an error."""
+"""The one table from domain errors to gRPC statuses, and the rich status of an error.
+
+A status travels in the trailers of a call: the text as `grpc-message`, percent-encoded, the rich status in base64.
+Peers take 8 KiB of trailers by default and report RESOURCE_EXHAUSTED in place of anything longer, so every text is
+bounded.
+"""
 
 from typing import Any, Final
 
@@ -10,10 +15,13 @@ from google.rpc import error_details_pb2, status_pb2
 from qflare_server import errors
 
 DOMAIN: Final = "qflare"
-
-
 Code = grpc.StatusCode
-
+MAX_TEXT_BYTES: Final = 512
+"""Longest text of an error, in UTF-8."""
+MAX_VALUE_BYTES: Final = 256
+"""Longest value in the metadata of an error, and longest path or description of a field."""
+MAX_VIOLATIONS_BYTES: Final = 2300
+"""All paths and descriptions of fields together."""
 
 STATUS: Final[dict[type[BaseException], grpc.StatusCode]] = {
     errors.InvalidRequestError: Code.INVALID_ARGUMENT,
@@ -47,32 +55,52 @@ def describe(error: BaseException, request_id: str) -> status_pb2.Status:
     if not isinstance(error, errors.QflareError):
         error = errors.QflareError("internal error")
         code = Code.INTERNAL.value[0]
+    text = shortened(str(error), MAX_TEXT_BYTES)
+    metadata = {key: shortened(value, MAX_VALUE_BYTES) for key, value in error.metadata.items()}
     details: list[Any] = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata),
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata),
         error_details_pb2.RequestInfo(request_id=request_id),
     ]
     if isinstance(error, errors.InvalidRequestError):
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=str(error)
-        )
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        details.append(_bad_request(error))
     if isinstance(error, errors.FailedPreconditionError):
-        unmet = error_details_pb2.PreconditionFailure.Violation(
-            type=error.reason, description=str(error)
-        )
+        unmet = error_details_pb2.PreconditionFailure.Violation(type=error.reason, description=text)
         details.append(error_details_pb2.PreconditionFailure(violations=[unmet]))
     if isinstance(error, errors.TooManyRequestsError):
-        details.extend(_quota_details(error))
-    return status_pb2.Status(
-        code=code, message=str(error), details=[_packed(item) for item in details]
-    )
+        details.extend(_quota_details(error, text))
+    return status_pb2.Status(code=code, message=text, details=[_packed(item) for item in details])
 
 
-def _quota_details(error: errors.TooManyRequestsError) -> list[Any]:
+def shortened(text: str, most_bytes: int) -> str:
+    """Return a text that has at most so many bytes in UTF-8, with an ellipsis where something is left out."""
+    data = text.encode(errors="backslashreplace")
+    if len(data) <= most_bytes:
+        return data.decode()
+    return data[: most_bytes - 3].decode(errors="ignore") + "..."
+
+
+def _bad_request(error: errors.InvalidRequestError) -> error_details_pb2.BadRequest:
+    """Return the fields that are wrong, as many as there is room for."""
+    message = error_details_pb2.BadRequest()
+    room = MAX_VIOLATIONS_BYTES
+    for number, (field, description) in enumerate(error.violations):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=shortened(field, MAX_VALUE_BYTES),
+            description=shortened(description, MAX_VALUE_BYTES),
+        )
+        room -= violation.ByteSize()
+        if room < 0:
+            message.field_violations.add(description=f"and {len(error.violations) - number} more")
+            break
+        message.field_violations.append(violation)
+    return message
+
+
+def _quota_details(error: errors.TooManyRequestsError, text: str) -> list[Any]:
     delay = Duration()
     delay.FromMilliseconds(int(error.retry_after_s * 1000))
     violation = error_details_pb2.QuotaFailure.Violation(
-        subject=error.subject or DOMAIN, description=str(error)
+        subject=shortened(error.subject or DOMAIN, MAX_VALUE_BYTES), description=text
     )
     return [
         error_details_pb2.RetryInfo(retry_delay=delay),

@@ -6,6 +6,7 @@ costs one small read, and a revocation by any replica is noticed by the next cal
 
 import hashlib
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qflare_server.context import Context
@@ -74,6 +75,19 @@ def mint_secret(prefix: str) -> tuple[str, str, str]:
 def hash_secret(secret: str) -> str:
     """Return the SHA-256 of a secret: 32 random bytes need no slow hash."""
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def sole_value(metadata: Iterable[tuple[str, str | bytes]] | None, key: str) -> str | bytes | None:
+    """Return the value of a metadata key, None without it.
+
+    Raises:
+        UnauthenticatedError: The key comes more than once. Two readers of the call could take one value each, so that
+            the credential that is admitted is not the one that is proven.
+    """
+    values = [value for name, value in metadata or () if name == key]
+    if len(values) > 1:
+        raise UnauthenticatedError(f"the call carries {key} more than once")
+    return values[0] if values else None
 
 
 class Authentication:

@@ -47,6 +47,7 @@ from qflare_server.use_cases.access.authentication import (
     Principal,
     hash_secret,
     mint_secret,
+    sole_value,
 )
 from qflare_server.use_cases.access.failed_attempts import FailedAttempts
 
@@ -355,8 +356,7 @@ def _public_key(device: LoginKey | None) -> PublicKey:
 
 def _credentials(metadata: Iterable[tuple[str, str | bytes]] | None) -> tuple[str, bytes]:
     """Return access token and proof of a call."""
-    found = dict(metadata or ())
-    bearer, proof = found.get(AUTHORIZATION), found.get(METADATA_KEY)
+    bearer, proof = (sole_value(metadata, key) for key in (AUTHORIZATION, METADATA_KEY))
     if not isinstance(bearer, str) or not isinstance(proof, bytes):
         raise HandshakeError("the call carries no proof of possession")
     return bearer.removeprefix(BEARER), proof

@@ -19,6 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
 from qflare.protocol import enrollment as protocol
+from qflare.protocol.constraints import find_violations
 from qflare.protocol.handshake import HandshakeError
 from qflare.v1 import device_pb2, security_pb2
 from qflare_server.context import Context
@@ -294,6 +295,7 @@ def _profile_columns(data: bytes) -> dict[str, Any]:
         message = device_pb2.DeviceProfile.FromString(data)
     except DecodeError as error:
         raise InvalidRequestError("device_profile: malformed", field="device_profile") from error
+    InvalidRequestError.raise_for(find_violations(message, "device_profile."))
     return profile_of(message).columns()
 
 

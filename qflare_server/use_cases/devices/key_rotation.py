@@ -17,6 +17,7 @@ from qflare.crypto import signing
 from qflare.crypto.envelope import open_envelope
 from qflare.crypto.sealing import KemPublicKey
 from qflare.crypto.signing import InvalidKeyError, PublicKey, SigningContext, algorithm_of
+from qflare.protocol.constraints import find_violations
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -145,6 +146,7 @@ class KeyRotations:
 def _read(envelope: security_pb2.SignedEnvelope) -> tuple[security_pb2.KeyRotation, _Keys]:
     try:
         rotation = security_pb2.KeyRotation.FromString(envelope.payload)
+        InvalidRequestError.raise_for(find_violations(rotation, "rotation.payload."))
         keys = _Keys(
             PublicKey.from_proto(rotation.signature_key), KemPublicKey.from_proto(rotation.kem_key)
         )

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from qflare.crypto.signing import InvalidKeyError, PublicKey, algorithm_of
 from qflare.evidence.statements import StatementError, digest_of, open_evaluation
 from qflare.evidence.verification import EVALUATION_REPORTED
+from qflare.protocol.constraints import find_violations
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -134,9 +135,11 @@ def _parse(payload: bytes) -> security_pb2.EvaluationStatement:
             f"statement: got {len(payload)} bytes, want 1 to {MAX_STATEMENT_BYTES}", field=FIELD
         )
     try:
-        return security_pb2.EvaluationStatement.FromString(payload)
+        statement = security_pb2.EvaluationStatement.FromString(payload)
     except DecodeError as error:
         raise InvalidRequestError("statement: not an EvaluationStatement", field=FIELD) from error
+    InvalidRequestError.raise_for(find_violations(statement, f"{FIELD}.payload."))
+    return statement
 
 
 def _key(contributor: Contributor) -> PublicKey:

@@ -5,7 +5,6 @@ What a round expects never changes once it is open, and is read once.
 
 import hashlib
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,13 +15,14 @@ from qflare.crypto.sealed_payloads import WRAPPED_KEY_BYTES, SealContext, check_
 from qflare.crypto.sealing import UnsealError
 from qflare.crypto.signing import InvalidSignatureError as BadSignatureError
 from qflare.crypto.signing import PublicKey, algorithm_of
-from qflare.tensors import InvalidManifestError as BadManifestError
-from qflare.tensors import Manifest, ManifestLimits
+from qflare.protocol.constraints import find_violations
+from qflare.tensors import Manifest
 from qflare.tensors.elements import ElementRule
 from qflare.tensors.encodings import Encoding, encoding_rules, wire_manifest
 from qflare.v1 import coordinator_service_pb2, security_pb2, tensor_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
+    DigestMismatchError,
     GlobalModelNotFoundError,
     InvalidManifestError,
     InvalidRequestError,
@@ -36,11 +36,12 @@ from qflare_server.errors import (
 from qflare_server.payloads.expected import ExpectedPayload, SealedArrival
 from qflare_server.storage.repository import global_models, training_sessions
 from qflare_server.training.config import stored_config
-from qflare_server.training.reported_metrics import check_example_count, check_metrics
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
 
 MAX_STATEMENT_BYTES = 65_536
 DIGEST = re.compile(r"[0-9a-f]{64}")
+STATEMENT = "header.statement.payload."
+"""Path of the fields of an update statement in a request."""
 REMEMBERED_ROUNDS = 64
 REMEMBERED_KEYS = 4096
 
@@ -91,10 +92,6 @@ class SubmissionValidator:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._algorithms = AcceptedAlgorithms(context.config)
-        self._limits = ManifestLimits(
-            max_tensors=context.config.max_tensors,
-            max_payload_bytes=context.config.max_payload_bytes,
-        )
         self._facts = lru_cache(maxsize=REMEMBERED_ROUNDS)(self._read_facts)
 
     def check(
@@ -113,16 +110,17 @@ class SubmissionValidator:
         facts = self._facts(statement.training_session_id, statement.round_number)
         _check_against_round(statement, facts)
         _check_sealing(header, statement, facts)
-        manifest = self._manifest(header, statement, facts)
+        _check_layout(statement, facts)
         signature = self._check_signature(device, statement, header.statement)
         expected = ExpectedPayload(
-            manifest,
+            facts.manifest,
             statement.payload_digest,
             header.chunk_digests,
             facts.rules,
             _sealed_arrival(header, statement) if statement.sealed else None,
         )
         expected.check(self._context.config.max_payload_bytes)
+        _require_chunk_digests(expected)
         return Submission(
             statement,
             payload,
@@ -132,31 +130,6 @@ class SubmissionValidator:
             facts,
             expected,
         )
-
-    def _manifest(
-        self,
-        header: coordinator_service_pb2.UpdateHeader,
-        statement: security_pb2.UpdateStatement,
-        facts: RoundFacts,
-    ) -> Manifest:
-        """Return the layout of the payload: the one the round expects, whatever the header says."""
-        if header.HasField("manifest"):
-            try:
-                Manifest.from_proto(header.manifest, self._limits)
-            except BadManifestError as error:
-                raise InvalidManifestError(str(error), field="header.manifest") from error
-        wanted = facts.manifest
-        if statement.layout_digest != wanted.layout_digest:
-            raise InvalidManifestError(
-                f"layout digest: got {statement.layout_digest[:64]}, want {wanted.layout_digest}",
-                field="header.statement",
-            )
-        if statement.size_bytes != wanted.size_bytes:
-            raise InvalidManifestError(
-                f"size_bytes: got {statement.size_bytes}, want {wanted.size_bytes}",
-                field="header.statement",
-            )
-        return wanted
 
     def _check_signature(
         self,
@@ -222,14 +195,16 @@ def _parse(payload: bytes) -> security_pb2.UpdateStatement:
     if not 0 < len(payload) <= MAX_STATEMENT_BYTES:
         raise InvalidRequestError(
             f"statement: got {len(payload)} bytes, want 1 to {MAX_STATEMENT_BYTES}",
-            field="header.statement",
+            field="header.statement.payload",
         )
     try:
-        return security_pb2.UpdateStatement.FromString(payload)
+        statement = security_pb2.UpdateStatement.FromString(payload)
     except DecodeError as error:
         raise InvalidRequestError(
-            "statement: not an UpdateStatement", field="header.statement"
+            "statement: not an UpdateStatement", field="header.statement.payload"
         ) from error
+    InvalidRequestError.raise_for(find_violations(statement, STATEMENT))
+    return statement
 
 
 def _check_statement(
@@ -238,34 +213,30 @@ def _check_statement(
     """Check what can be checked without looking anything up."""
     if statement.realm != realm:
         raise InvalidRequestError(
-            f"realm: got {statement.realm[:64]!r}, want {realm!r}", field="realm"
+            f"realm: got {statement.realm[:64]!r}, want {realm!r}", field=f"{STATEMENT}realm"
         )
     if statement.device_id != device.device_id:
-        raise InvalidRequestError("device_id: it is not the calling device", field="device_id")
-    try:
-        canonical = str(uuid.UUID(statement.update_id))
-    except ValueError:
-        canonical = ""
-    if statement.update_id != canonical or not canonical:
-        raise InvalidRequestError("update_id: not a UUID in lower-case hex", field="update_id")
-    check_example_count(statement.example_count)
-    if statement.base_version < 0 or statement.round_number < 1:
         raise InvalidRequestError(
-            "base_version or round_number: out of range", field="round_number"
+            "device_id: it is not the calling device", field=f"{STATEMENT}device_id"
         )
-    check_metrics(dict(statement.metrics))
 
 
 def _check_binding(statement: security_pb2.UpdateStatement) -> None:
     """Check that the signature will vouch for the bytes as they travel: no verifier takes another update later."""
     if not DIGEST.fullmatch(statement.payload_digest):
-        raise InvalidRequestError("payload_digest: want 64 hex digits", field="payload_digest")
+        raise InvalidRequestError(
+            "payload_digest: want 64 hex digits", field=f"{STATEMENT}payload_digest"
+        )
     if statement.sealed:
         return
     if statement.sealed_header_digest:
-        raise InvalidRequestError("sealed_header_digest: not sealed", field="sealed_header_digest")
+        raise InvalidRequestError(
+            "sealed_header_digest: not sealed", field=f"{STATEMENT}sealed_header_digest"
+        )
     if statement.wire_digest != statement.payload_digest:
-        raise InvalidRequestError("wire_digest: not the payload digest", field="wire_digest")
+        raise InvalidRequestError(
+            "wire_digest: not the payload digest", field=f"{STATEMENT}wire_digest"
+        )
 
 
 def _check_sealing(
@@ -284,13 +255,37 @@ def _check_sealing(
         )
 
 
+def _check_layout(statement: security_pb2.UpdateStatement, facts: RoundFacts) -> None:
+    """Check that the payload has the layout that the round expects."""
+    wanted = facts.manifest
+    if statement.layout_digest != wanted.layout_digest:
+        raise InvalidManifestError(
+            f"layout digest: got {statement.layout_digest}, want {wanted.layout_digest}",
+            field=f"{STATEMENT}layout_digest",
+        )
+    if statement.size_bytes != wanted.size_bytes:
+        raise InvalidManifestError(
+            f"size_bytes: got {statement.size_bytes}, want {wanted.size_bytes}",
+            field=f"{STATEMENT}size_bytes",
+        )
+
+
+def _require_chunk_digests(expected: ExpectedPayload) -> None:
+    """Refuse a payload of several chunks that can only be checked once all of it has come."""
+    count = expected.wire_chunk_count
+    if count > 1 and not expected.chunk_digests:
+        raise DigestMismatchError(
+            f"chunk_digests: got none, want {count}", field="header.chunk_digests"
+        )
+
+
 def _sealed_arrival(
     header: coordinator_service_pb2.UpdateHeader, statement: security_pb2.UpdateStatement
 ) -> SealedArrival:
     """Check the form and the context of a sealed payload's header; its key is not opened."""
     for name in ("payload_digest", "wire_digest", "sealed_header_digest"):
         if not DIGEST.fullmatch(getattr(statement, name)):
-            raise InvalidRequestError(f"{name}: want 64 hex digits", field=name)
+            raise InvalidRequestError(f"{name}: want 64 hex digits", field=STATEMENT + name)
     sealed = header.sealed
     sizes = [len(wrapped.sealed_key) for wrapped in sealed.wrapped_keys]
     if sizes != [WRAPPED_KEY_BYTES]:
@@ -313,18 +308,18 @@ def _check_against_round(statement: security_pb2.UpdateStatement, facts: RoundFa
         raise StaleBaseVersionError(statement.base_version, facts.base_version)
     if statement.base_digest != facts.base_digest:
         raise InvalidRequestError(
-            "base_digest: not the digest of the base version", field="base_digest"
+            "base_digest: not the digest of the base version", field=f"{STATEMENT}base_digest"
         )
     if statement.task_nonce != facts.nonce:
         raise InvalidRequestError(
-            "task_nonce: not the nonce of the round's task", field="task_nonce"
+            "task_nonce: not the nonce of the round's task", field=f"{STATEMENT}task_nonce"
         )
     transfer = facts.config.transfer
     kind = statement.kind or training_pb2.UPDATE_KIND_WEIGHTS
     encoding = statement.encoding or training_pb2.ENCODING_NONE
     if (kind, encoding) != (transfer.update_kind, transfer.update_encoding):
         raise InvalidRequestError(
-            "kind or encoding: not those of the training session", field="encoding"
+            "kind or encoding: not those of the training session", field=f"{STATEMENT}encoding"
         )
     base_encoding = statement.base_encoding or training_pb2.ENCODING_NONE
     wanted = transfer.download_encoding or training_pb2.ENCODING_NONE
@@ -332,5 +327,5 @@ def _check_against_round(statement: security_pb2.UpdateStatement, facts: RoundFa
         got, want = (training_pb2.Encoding.Name(number) for number in (base_encoding, wanted))
         raise InvalidRequestError(
             f"base_encoding: got {got}, want {want}: train from the version as it is downloaded",
-            field="base_encoding",
+            field=f"{STATEMENT}base_encoding",
         )

@@ -8,6 +8,7 @@ The steps, and which of them hold a transaction open (`docs/protocol.md` describ
    update acknowledged.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,14 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
-from qflare.v1 import coordinator_service_pb2
+from qflare.v1 import coordinator_service_pb2, security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
+    AlgorithmNotAcceptedError,
     AlreadyExistsError,
     FailedPreconditionError,
     InvalidRequestError,
+    InvalidSignatureError,
     InvalidUpdateError,
     NotFoundError,
     PermissionDeniedError,
@@ -93,7 +96,13 @@ class Uploads:
             StaleBaseVersionError: The base version is not the round's.
             DuplicateUpdateError: The device sent a different update for this round.
         """
-        submission = self._headers.check(device, header)
+        try:
+            submission = self._headers.check(device, header)
+        except (InvalidSignatureError, AlgorithmNotAcceptedError):
+            known = self._accepted_before(device, header)
+            if known is None:
+                raise
+            return known
         telemetry, update_id = self._context.telemetry, submission.statement.update_id
         with telemetry.span("qflare.update", update_id=update_id, device_id=device.device_id):
             with telemetry.span("qflare.update.receive"):
@@ -120,6 +129,19 @@ class Uploads:
             if received.data is None:
                 discard_uploads(self._context, [received.payload_id])
             raise
+
+    def _accepted_before(
+        self, device: Contributor, header: coordinator_service_pb2.UpdateHeader
+    ) -> UpdateReceipt | None:
+        """Return the receipt of a statement that was accepted under a key or algorithm that no longer counts."""
+        payload = header.statement.payload
+        update_id = security_pb2.UpdateStatement.FromString(payload).update_id
+        with self._context.database.read() as session:
+            known = updates.find_accepted(session, update_id)
+        mine = (device.device_id, hashlib.sha256(payload).hexdigest())
+        if known is None or (known.device_id, known.statement_digest) != mine:
+            return None
+        return known
 
     def find(self, device: Contributor, update_id: str) -> tuple[int, UpdateReceipt | None]:
         """Return the first chunk that is not stored, and the receipt if the update is accepted."""

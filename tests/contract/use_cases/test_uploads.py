@@ -12,7 +12,6 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from qflare.crypto import merkle
 from qflare.crypto.signing import PublicKey, SigningKey
 from qflare.tensors import Array, Manifest, chunks, payload_digest
 from qflare.v1 import training_pb2
@@ -414,14 +413,6 @@ def test_bytes_that_are_no_statement_are_refused(
         core.uploads.submit(SYSTEM, draft.device, header, iter(draft.chunks))
 
 
-def test_manifest_that_is_none_is_refused(core: CoordinatorHarness, draft: Draft) -> None:
-    header = draft.header()
-    header.manifest.tensors.add(name="w", shape=[-1])
-
-    with pytest.raises(InvalidManifestError):
-        core.uploads.submit(SYSTEM, draft.device, header, iter(draft.chunks))
-
-
 def test_layout_of_another_model_is_refused(core: CoordinatorHarness, identity: str) -> None:
     draft = core.draft("device-0", identity, {"v": np.zeros(3, np.float32)})
 
@@ -512,11 +503,18 @@ def test_chunk_digests_of_a_wrong_length_are_refused(
     refuse(core, draft, DigestMismatchError)
 
 
+def test_several_chunks_without_digests_are_refused_before_the_first(
+    large: CoordinatorHarness, big: Draft
+) -> None:
+    big.chunk_digests = b""
+
+    with pytest.raises(DigestMismatchError, match="want 3"):
+        large.send(big, iter(()))
+
+
 def test_wrong_chunk_is_refused_at_once_where_digests_are_stated(
     large: CoordinatorHarness, big: Draft
 ) -> None:
-    big.chunk_digests = b"".join(merkle.leaf_hash(data) for _, data in big.chunks)
-
     def pieces() -> Iterator[tuple[int, bytes]]:
         yield 0, bytes(len(big.chunks[0][1]))
         raise AssertionError("read on after a wrong chunk")

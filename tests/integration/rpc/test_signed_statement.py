@@ -13,6 +13,7 @@ from qflare_server.storage.tables import ModelUpdate
 from tests.integration.conftest import Deployment
 from tests.support.raw_device import Draft, RawDevice, info_of
 
+STATEMENT = "header.statement.payload."
 WEIGHTS = {"w": np.ones(4, np.float32)}
 
 
@@ -41,11 +42,11 @@ def draft(deployment: Deployment, device: RawDevice) -> Draft:
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("payload_digest", "", "payload_digest"),
-        ("payload_digest", "A" * 64, "payload_digest"),
-        ("wire_digest", "0" * 64, "wire_digest"),
+        ("payload_digest", "", f"{STATEMENT}payload_digest"),
+        ("payload_digest", "A" * 64, f"{STATEMENT}payload_digest"),
+        ("wire_digest", "0" * 64, f"{STATEMENT}wire_digest"),
         ("sealed", True, "sealed"),
-        ("sealed_header_digest", "0" * 64, "sealed_header_digest"),
+        ("sealed_header_digest", "0" * 64, f"{STATEMENT}sealed_header_digest"),
     ],
 )
 def test_a_signature_that_does_not_vouch_for_the_bytes_is_refused(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qflare.tensors import Manifest
+from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_server.storage.repository.audit import SYSTEM
@@ -220,15 +221,6 @@ def test_refuses_a_spoiled_signature(
     refused(deployment, lambda: device.submit(draft), Code.INVALID_ARGUMENT, "INVALID_SIGNATURE")
 
 
-def _manifest(spec: tensor_pb2.TensorSpec) -> Callable[[pb.UpdateHeader], None]:
-    def spoil(header: pb.UpdateHeader) -> None:
-        manifest = Manifest.from_arrays(WEIGHTS).to_proto()
-        manifest.tensors[0].CopyFrom(spec)
-        header.manifest.CopyFrom(manifest)
-
-    return spoil
-
-
 @pytest.mark.parametrize(
     "spec",
     [
@@ -242,11 +234,26 @@ def _manifest(spec: tensor_pb2.TensorSpec) -> Callable[[pb.UpdateHeader], None]:
     ],
 )
 def test_refuses_a_manifest_that_is_none(
-    deployment: Deployment, device: RawDevice, draft: Draft, spec: tensor_pb2.TensorSpec
+    deployment: Deployment, spec: tensor_pb2.TensorSpec
 ) -> None:
-    draft.spoil_header = _manifest(spec)
+    created = deployment.admin.CreateTrainingSession(
+        admin_pb2.CreateTrainingSessionRequest(name="test"), metadata=deployment.metadata
+    )
+    manifest = Manifest.from_arrays(WEIGHTS).to_proto()
+    manifest.tensors[0].CopyFrom(spec)
+    header = admin_pb2.InitialModelHeader(
+        training_session_id=created.training_session.training_session_id, manifest=manifest
+    )
 
-    refused(deployment, lambda: device.submit(draft), Code.INVALID_ARGUMENT, "INVALID_MANIFEST")
+    refused(
+        deployment,
+        lambda: deployment.admin.UploadInitialModel(
+            iter([admin_pb2.UploadInitialModelRequest(header=header)]),
+            metadata=deployment.metadata,
+        ),
+        Code.INVALID_ARGUMENT,
+        "INVALID_MANIFEST",
+    )
 
 
 def test_refuses_a_stream_without_a_header(deployment: Deployment, device: RawDevice) -> None:

@@ -95,3 +95,35 @@ def test_a_wrong_state_is_a_precondition() -> None:
     assert isinstance(info, error_details_pb2.ErrorInfo)
     assert [item.type for item in unmet.violations] == ["STALE_BASE_VERSION"]
     assert dict(info.metadata) == {"current_version": "7"}
+
+
+def test_a_status_fits_into_trailers_whatever_the_caller_sent() -> None:
+    violations = [("\N{SNOWMAN}" * 20_000, "\N{SNOWMAN}" * 20_000) for _ in range(100)]
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        errors.InvalidRequestError.raise_for(violations)
+
+    status = describe(caught.value, "r" * 36)
+
+    percent_encoded = 3 * len(status.message.encode())
+    base64_encoded = 4 * len(status.SerializeToString()) / 3
+    assert percent_encoded + base64_encoded < 7500
+    (bad,) = details(status, error_details_pb2.BadRequest)
+    assert isinstance(bad, error_details_pb2.BadRequest)
+    named = bad.field_violations[:-1]
+    assert all(item.field.endswith("...") for item in named)
+    assert bad.field_violations[-1].description == f"and {100 - len(named)} more"
+
+
+def test_every_wrong_field_of_a_request_is_named() -> None:
+    violations = [(f"config.field_{number}", "required") for number in range(30)]
+    with pytest.raises(errors.InvalidRequestError, match="and 29 more") as caught:
+        errors.InvalidRequestError.raise_for(violations)
+
+    (bad,) = details(describe(caught.value, "r"), error_details_pb2.BadRequest)
+
+    assert isinstance(bad, error_details_pb2.BadRequest)
+    assert [(item.field, item.description) for item in bad.field_violations] == violations
+
+
+def test_no_violation_is_no_error() -> None:
+    errors.InvalidRequestError.raise_for([])
