@@ -5,7 +5,7 @@ QflareClientError
   + UnavailableError           could not be reached or has no room; safe to try later  .reason
     - DeadlineExceededError    the time for one call passed
     - TlsError                 the TLS handshake fails, and would fail again: certificates or names are wrong
-    - BusyError                a bound is reached, or another call was faster  .retry_after_s
+    - BusyError                a limit is reached, or a concurrent call conflicted  .retry_after_s
     - CoordinatorFaultError    it failed inside; .reason and the message name the request
   + RejectedError              the coordinator said no; .reason is the machine word, .metadata its details
     - AuthenticationError      no valid credential
@@ -77,7 +77,7 @@ class TlsError(UnavailableError):
 
 
 class BusyError(UnavailableError):
-    """The coordinator has reached a bound, or another call was faster."""
+    """The coordinator has reached a limit, or a concurrent call conflicted with this one."""
 
 
 class CoordinatorFaultError(UnavailableError):

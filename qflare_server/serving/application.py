@@ -13,7 +13,7 @@ from qflare_server.context import Clock, Context, Telemetry
 from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
-from qflare_server.storage.engine import make_engine, normalise_url
+from qflare_server.storage.engine import make_engine, normalize_url
 from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
 from qflare_server.storage.schema import is_empty, require_current, upgrade
 from qflare_server.use_cases import UseCases, build_use_cases
@@ -27,7 +27,7 @@ def open_database(config: ServerConfig) -> Database:
     Raises:
         SchemaError: Its schema is older or newer than this program, with the command to run.
     """
-    is_sqlite = normalise_url(config.database_url).drivername == "sqlite"
+    is_sqlite = normalize_url(config.database_url).drivername == "sqlite"
     engine = make_engine(config)
     if config.auto_migrate or (is_sqlite and is_empty(engine)):
         upgrade(engine)
@@ -39,7 +39,7 @@ def open_store(config: ServerConfig, database: Database) -> PayloadStore:
     """Open the payload store that belongs to a database."""
     if not database.is_sqlite:
         return PayloadTable(database.engine)
-    path = Path(normalise_url(config.database_url).database or "").with_suffix(".payloads")
+    path = Path(normalize_url(config.database_url).database or "").with_suffix(".payloads")
     return PayloadFile(path, timeout_s=config.database_timeout_s)
 
 

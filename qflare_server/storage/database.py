@@ -1,12 +1,12 @@
-"""Engine, dialect settings and the only two ways to a transaction.
+"""Transactions: `Database.read` and `Database.write`, the only two ways to open one.
 
-`Database.read()` is a block of consistent reads. `Database.write(work)` runs `work(session)` in a transaction;
-`work` holds everything that must be true together, keeps no state outside, and may be run again. An error that
-leaves `work` undoes all that it wrote, and nothing else.
+`Database.read()` is a block of consistent reads. `Database.write(work)` runs `work(session)` in a transaction. `work`
+makes all changes that belong together, keeps no state outside, and may run more than once. An exception raised by
+`work` undoes everything that it wrote, and nothing else.
 
-On SQLite one thread owns the writing connection and commits many works together, each in a savepoint: requests
-never fight for the file lock, and one fsync serves them all. On PostgreSQL the calling thread runs its own
-transaction and repeats it after a serialization failure or a deadlock.
+On SQLite one thread owns the writing connection and commits many units of work together, each in a savepoint: calls do
+not compete for the file lock, and one fsync serves them all. On PostgreSQL the calling thread runs its own transaction
+and repeats it after a serialization failure or a deadlock.
 """
 
 import logging
@@ -36,7 +36,7 @@ class Database:
 
     Args:
         engine: From `make_engine`.
-        timeout_s: Seconds that a write waits for its commit before StoreUnavailableError.
+        timeout_s: Longest wait of a write for its commit, in seconds; then StoreUnavailableError is raised.
     """
 
     def __init__(self, engine: Engine, *, timeout_s: float = 30.0) -> None:
@@ -49,7 +49,7 @@ class Database:
         self._server_time: tuple[datetime, float] | None = None
 
     def epochs(self) -> Epochs:
-        """Return the counts of changes that every call must notice at once.
+        """Return the counters of changes that invalidate caches.
 
         Raises:
             StoreUnavailableError: The database cannot be reached.
@@ -58,7 +58,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """Open a block of consistent reads; nothing written in it stays.
+        """Open a block of consistent reads; anything written in it is rolled back.
 
         Raises:
             StoreUnavailableError: The database cannot be reached.
@@ -67,10 +67,10 @@ class Database:
             yield session
 
     def write(self, work: Callable[[Session], T]) -> T:
-        """Run `work` in a transaction and return its result once that is durable.
+        """Run `work` in a transaction and return its result once the transaction is durable.
 
         Raises:
-            ConflictError: A unique key or a lock was taken by somebody else: repeat the whole call.
+            ConflictError: A unique key exists already, or a lock was not granted: retry the whole call.
             StorageFullError: The disk is full.
             StoreUnavailableError: The database cannot be reached.
         """
@@ -97,11 +97,11 @@ class Database:
         raise AssertionError("unreachable")
 
     def check(self) -> None:
-        """Check that the database can be read and written: asked once a second, for the health service.
+        """Check that the database can be read and written. Called once a second for the health service.
 
         Raises:
-            StorageDamagedError: A page could not be read since the start.
-            StoreUnavailableError: The database does not answer, has become read-only, or its file is gone.
+            StorageDamagedError: A page has been unreadable since the process started.
+            StoreUnavailableError: The database does not answer or is read-only, or its file is gone.
         """
         if self._damage is not None:
             raise self._damage
@@ -117,16 +117,16 @@ class Database:
         asked = time.monotonic()
         is_read_only, at = session.execute(_SERVER_STATE).one()
         if is_read_only:
-            self.engine.dispose()  # pooled connections lead to what is a standby by now
+            self.engine.dispose()  # pooled connections lead to a server that is a standby now
             raise StoreUnavailableError("the database is read-only")
         self._server_time = at, (asked + time.monotonic()) / 2
 
     def clock(self) -> datetime:
-        """Return the time in UTC by the database's clock, which all coordinators on it share.
+        """Return the time in UTC by the clock of the database server, which all coordinators on it share.
 
-        Deadlines and leases written by one coordinator are compared by others, whose own clocks may be minutes apart.
-        The server is asked once a second by `check`; between two answers the process's monotonic clock goes on. SQLite
-        has no clock but the machine's.
+        Deadlines and leases written by one coordinator are read by others, whose own clocks may differ by minutes.
+        `check` queries the server once a second; in between, the monotonic clock of the process extrapolates. On SQLite
+        this is the clock of the machine.
         """
         if self.is_sqlite:
             return datetime.now(UTC)
@@ -138,7 +138,7 @@ class Database:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Translate errors, and remember damage: nothing that is read from here on can be relied on."""
+        """Translate errors, and record damage, after which no read can be trusted."""
         try:
             with domain_errors():
                 yield
@@ -147,7 +147,7 @@ class Database:
             raise
 
     def close(self) -> None:
-        """Finish queued writes and close every connection."""
+        """Finish queued writes and close all connections."""
         if self._writer is not None:
             self._writer.stop()
         self._epochs.close()

@@ -1,4 +1,4 @@
-"""SQLAlchemy engines: URLs, pools, and how a connection of each database is set up."""
+"""SQLAlchemy engines: URLs, pools, and the settings of each connection."""
 
 import select
 import sqlite3
@@ -15,16 +15,14 @@ from qflare_server.storage.postgresql import bound_waits, connect_arguments
 from qflare_server.storage.prepared import sqlalchemy_error
 
 IDLE_SINCE: Final = "qflare_idle_since"
-
-
 PING_AFTER_S: Final = 30.0
 
 
-def normalise_url(text: str) -> URL:
-    """Return the URL with its driver: SQLAlchemy 2.1 takes a bare postgresql:// for psycopg 3.
+def normalize_url(text: str) -> URL:
+    """Return the URL with its driver spelled out: SQLAlchemy 2.1 reads a bare postgresql:// as psycopg 3.
 
     Raises:
-        ValueError: It is neither an SQLite nor a PostgreSQL URL.
+        ValueError: The URL is neither an SQLite nor a PostgreSQL URL.
     """
     try:
         url = make_url(text)
@@ -40,8 +38,8 @@ def normalise_url(text: str) -> URL:
 
 
 def make_engine(config: ServerConfig) -> Engine:
-    """Build an engine with QFLARE's settings for the dialect; make an SQLite file's folder, connect to nothing."""
-    url = normalise_url(config.database_url)
+    """Build an engine with the settings of its dialect. Does not connect; creates the folder of an SQLite file."""
+    url = normalize_url(config.database_url)
     if url.drivername == "sqlite":
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -75,9 +73,10 @@ def _note_idle(_connection: Any, entry: ConnectionPoolEntry) -> None:
 
 
 def _require_alive(connection: Any, entry: ConnectionPoolEntry, _proxy: Any) -> None:
-    """Have the pool replace a connection that is dead, without a round trip for one that was in use just now.
+    """Raise DisconnectionError for a dead connection, so that the pool replaces it.
 
-    A server that ends a connection says so or closes it: where nothing was asked there is nothing to read otherwise.
+    A connection that was used recently is not pinged: a server that ends a connection sends a message or closes the
+    socket, so the socket of a dead idle connection is readable, and that of a live one is not.
     """
     idle_s = time.monotonic() - entry.info.get(IDLE_SINCE, 0.0)
     if idle_s < PING_AFTER_S and not _has_input(connection):
@@ -97,7 +96,7 @@ def _has_input(connection: Any) -> bool:
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
-    """Take transactions into our own hands and set what must hold on every connection."""
+    """Turn off the driver's implicit transactions and set the pragmas of a connection."""
     connection.isolation_level = None
     for pragma in (
         "page_size=8192",
@@ -111,7 +110,7 @@ def _configure_sqlite(connection: sqlite3.Connection, _entry: ConnectionPoolEntr
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Begin as a writer or a reader; a reader that turned writer would lose its snapshot."""
+    """Begin a write or a read transaction. A read transaction that starts to write could fail with a stale snapshot."""
     writing = connection.get_execution_options().get("qflare_write", False)
     statement = "BEGIN IMMEDIATE" if writing else "BEGIN"
     raw = cast("sqlite3.Connection", connection.connection.dbapi_connection)

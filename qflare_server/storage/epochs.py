@@ -1,9 +1,9 @@
-"""The counts of changes that every call must notice at once, and the cheap way to read them.
+"""Epochs: counters of changes that invalidate what coordinators cache, and a cheap way to read them.
 
-Reading stands on the path of every call, so it goes past the session: one prepared statement on a connection of its
-own, outside any transaction, a few microseconds on SQLite and one round trip on PostgreSQL; calls that come at the same
-time share it. To look at SQLite's shared memory instead would be cheaper still, but a process that closes any
-descriptor of that file loses all its locks on it (sqlite.org/howtocorrupt.html, section 2.2).
+Every call reads them, so the read bypasses the session: one statement on a dedicated connection, outside any
+transaction. It takes a few microseconds on SQLite and one round trip on PostgreSQL; concurrent calls share one read.
+Reading SQLite's shared memory directly would be cheaper still, but a process that closes any descriptor of that file
+drops all its locks on it (sqlite.org/howtocorrupt.html, section 2.2).
 """
 
 import threading
@@ -22,19 +22,24 @@ _READ: Final = "SELECT security, rounds FROM epochs WHERE id = 1"
 
 
 class Epochs(NamedTuple):
-    """How often who may call, and what there is to do, have changed."""
+    """Values of the counters.
+
+    Attributes:
+        security: Changes of credentials: devices, their states and keys, revoked tokens.
+        rounds: Changes that may give devices a task: rounds opened or resumed.
+    """
 
     security: int
     rounds: int
 
 
 def bump_security(session: Session) -> None:
-    """Count a change of who may call: devices, their states and keys, tokens revoked."""
+    """Count a change of credentials: a device, its state or keys, a revoked token."""
     _bump(session, "security")
 
 
 def bump_rounds(session: Session) -> None:
-    """Count a change that may give a device something to do: a round opened or resumed."""
+    """Count a change that may give devices a task: a round opened or resumed."""
     _bump(session, "rounds")
 
 
@@ -42,12 +47,12 @@ def _bump(session: Session, column: str) -> None:
     changed = session.execute(
         update(EPOCHS).where(EPOCHS.c.id == ROW).values({column: EPOCHS.c[column] + 1})
     )
-    if changed.rowcount == 0:  # type: ignore[attr-defined]  # a DML result has it
+    if changed.rowcount == 0:  # type: ignore[attr-defined]  # a CursorResult has it
         session.execute(insert(EPOCHS).values({"id": ROW, "security": 0, "rounds": 0, column: 1}))
 
 
 class EpochReader:
-    """Reads the counts as they are committed; safe to share between threads."""
+    """Reads the committed counters; safe to share between threads."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -55,17 +60,17 @@ class EpochReader:
         self._connection: Any = None
         self._known = Epochs(0, 0)
         self._begun_count = 0
-        self._read_number = 0  # of the read that gave what is known
+        self._read_number = 0  # number of the read that returned `_known`
 
     def read(self) -> Epochs:
-        """Return the counts of this moment; zeros before the first change.
+        """Return the current counters; zeros before the first change.
 
         Raises:
             StoreUnavailableError: The database cannot be reached; the next call connects again.
         """
         begun_count = self._begun_count
         with self._lock:
-            if self._read_number > begun_count:  # begun after this call came
+            if self._read_number > begun_count:  # that read began after this call
                 return self._known
             self._begun_count += 1
             self._known = self._read_again()
@@ -75,7 +80,7 @@ class EpochReader:
     def _read_again(self) -> Epochs:
         try:
             return self._read()
-        except Exception:  # noqa: BLE001 - a connection that broke while idle heals by itself
+        except Exception:  # noqa: BLE001 - the connection broke while idle: connect again
             self._drop()
         try:
             return self._read()
@@ -95,7 +100,7 @@ class EpochReader:
         return Epochs(0, 0) if row is None else Epochs(row[0], row[1])
 
     def _connect(self) -> Any:
-        """Take a connection out of the pool for good, set to see every commit at once."""
+        """Take a connection out of the pool for good, outside any transaction, so that it sees every commit."""
         pooled = self._engine.raw_connection()
         connection: Any = pooled.dbapi_connection
         pooled.detach()
@@ -116,6 +121,6 @@ class EpochReader:
 
 
 def current(session: Session) -> Epochs:
-    """Return the counts as a transaction sees them."""
+    """Return the counters as seen by a transaction."""
     row = session.execute(select(EPOCHS.c.security, EPOCHS.c.rounds)).one_or_none()
     return Epochs(0, 0) if row is None else Epochs(row[0], row[1])

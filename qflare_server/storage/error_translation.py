@@ -18,25 +18,19 @@ from qflare_server.errors import (
 logger = logging.getLogger(__name__)
 
 
-SQLITE_ERROR: Final = 1  # primary result codes, sqlite.org/rescode.html: a faulty statement
-
-
+SQLITE_ERROR: Final = 1  # primary result codes (sqlite.org/rescode.html): an invalid statement
 SQLITE_FULL: Final = 13
 SQLITE_DAMAGED: Final = frozenset({11, 26})  # CORRUPT, NOTADB
 POSTGRES_DAMAGED: Final = frozenset({"XX001", "XX002"})  # data_corrupted, index_corrupted
-POSTGRES_READ_ONLY: Final = "25006"  # read_only_sql_transaction: a primary that is one no longer
-
-
+POSTGRES_READ_ONLY: Final = "25006"  # read_only_sql_transaction: a former primary
 POSTGRES_RETRY: Final = frozenset({"40001", "40P01"})  # serialization_failure, deadlock_detected
-
-
 POSTGRES_FULL: Final = frozenset({"53100"})  # disk_full
 
 
 def translate(error: exc.SQLAlchemyError) -> QflareError | None:
-    """Return the domain error that a database error stands for, None if it is a fault of ours."""
+    """Return the domain error for a database error; None if it is a bug in this program."""
     if isinstance(error, exc.IntegrityError):
-        return ConflictError("another call was faster; repeat the call")
+        return ConflictError("conflicting concurrent call; retry")
     if isinstance(error, exc.TimeoutError):
         return StoreUnavailableError("no database connection became free in time")
     return _translate_driver_error(error) if isinstance(error, exc.DBAPIError) else None
@@ -47,7 +41,7 @@ def _translate_driver_error(error: exc.DBAPIError) -> QflareError | None:
     if sqlite_code == SQLITE_FULL or code in POSTGRES_FULL:
         return StorageFullError()
     if code in POSTGRES_RETRY:
-        return ConflictError("another call was faster; repeat the call")
+        return ConflictError("conflicting concurrent call; retry")
     if sqlite_code in SQLITE_DAMAGED or code in POSTGRES_DAMAGED:
         return StorageDamagedError("the database is damaged: restore a backup")
     if code == POSTGRES_READ_ONLY:
@@ -64,18 +58,18 @@ def _is_broken(error: exc.DBAPIError) -> bool:
 
 
 def _has_no_code(error: exc.DBAPIError) -> bool:
-    """Return whether PostgreSQL's driver gave a bare error without a code, as for a backend that dies in a COPY."""
+    """Return whether psycopg2 raised a bare error without a code, as for a backend that dies during a COPY."""
     original = error.orig
     return type(original).__name__ == "DatabaseError" and getattr(original, "pgcode", "") is None
 
 
 @contextmanager
 def domain_errors() -> Iterator[None]:
-    """Turn a database's errors into the domain's, logged; what is a fault of ours goes through.
+    """Translate database errors of the block into domain errors and log them; bugs in this program pass unchanged.
 
     Raises:
-        ConflictError: A unique key or a lock was taken by somebody else.
-        StorageDamagedError: The database holds pages that cannot be read.
+        ConflictError: A unique key exists already, or a lock was not granted.
+        StorageDamagedError: The database has pages that cannot be read.
         StorageFullError: The disk is full.
         StoreUnavailableError: The database cannot be reached.
     """
@@ -90,13 +84,13 @@ def domain_errors() -> Iterator[None]:
 
 
 def _sqlite_code(original: BaseException | None) -> int | None:
-    """Return the primary result code of an SQLite error; extended ones keep it in their low byte."""
+    """Return the primary result code of an SQLite error, the low byte of an extended one."""
     code = getattr(original, "sqlite_errorcode", None)
     return None if code is None else int(code) & 0xFF
 
 
 def _log(translated: QflareError, error: exc.SQLAlchemyError) -> None:
-    """Log what an operator may want to see: not that two calls met, and no statement with its values."""
+    """Log an error for operators. Conflicts are routine and not logged; statements and their values never are."""
     if not isinstance(translated, ConflictError):
         cause = getattr(error, "orig", None) or error
-        logger.warning("database failed: %s: %s", type(cause).__name__, str(cause).strip()[:200])
+        logger.warning("database error: %s: %s", type(cause).__name__, str(cause).strip()[:200])

@@ -1,7 +1,7 @@
-"""Notices that a database file was deleted or replaced while it is open.
+"""Detects that a database file was deleted or replaced while it is open.
 
-SQLite goes on with the file that it has open, whatever its name stands for by now: what it commits is on disk, and
-lost with the process. So nothing may be acknowledged once the name no longer leads to the file.
+SQLite keeps writing to the file that it has open, whatever its path refers to by now; commits to a deleted file are
+lost when the process ends. So nothing may be acknowledged once the path no longer refers to the open file.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from qflare_server.errors import StoreUnavailableError
 
 
 class FileIdentity:
-    """The file that a path led to when this was made.
+    """Identity of the file that a path referred to when this object was created.
 
     Args:
         path: An existing file.
@@ -28,7 +28,7 @@ class FileIdentity:
         return found.st_dev, found.st_ino
 
     def require(self) -> None:
-        """Check that the path still leads to the file.
+        """Check that the path still refers to the same file.
 
         Raises:
             StoreUnavailableError: The file was deleted or replaced.

@@ -1,4 +1,4 @@
-"""Group commit: the thread that writes to SQLite, many units of work in one transaction."""
+"""Group commit: one thread writes to SQLite and commits many units of work in one transaction."""
 
 import queue
 import sqlite3
@@ -15,20 +15,15 @@ from sqlalchemy.orm import Session
 from qflare_server.errors import StorageFullError, StoreUnavailableError
 from qflare_server.storage.file_identity import FileIdentity
 
-GROUP_LIMIT: Final = 128  # works in one commit; past a few dozen the fsync is no longer what costs
-
-
+GROUP_LIMIT: Final = 128  # units of work per commit; past a few dozen the fsync no longer dominates
 WRITE_ATTEMPTS: Final = 8
 
-
 T = TypeVar("T")
-
-
 Work = Callable[[Session], Any]
 
 
 class GroupWriter:
-    """The thread that owns the writing connection of an SQLite database."""
+    """Owns the writing connection of an SQLite database, in a thread of its own."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine.execution_options(qflare_write=True)
@@ -40,7 +35,7 @@ class GroupWriter:
         self._thread.start()
 
     def submit(self, work: Work) -> Future[Any]:
-        """Queue a work; the future is done once its group is durable."""
+        """Queue a unit of work; its future is done once the group is durable."""
         if self._stopped:
             raise StoreUnavailableError("the database is closed")
         future: Future[Any] = Future()
@@ -48,7 +43,7 @@ class GroupWriter:
         return future
 
     def stop(self) -> None:
-        """Finish what is queued and end the thread."""
+        """Finish queued work and end the thread."""
         self._stopped = True
         self._queue.put(None)
         self._thread.join()
@@ -59,16 +54,16 @@ class GroupWriter:
         self._disconnect()
 
     def _connected(self) -> Connection:
-        """Return the writing connection, which is not the pool's: one that has failed is replaced."""
+        """Return the writing connection, detached from the pool; opened again after a failure."""
         if self._connection is None:
             self._connection = self._engine.connect()
             self._connection.detach()
-            if self._file is None:  # the one that this process began with, for good
+            if self._file is None:  # set once: the file that this process opened first
                 self._file = FileIdentity(Path(self._engine.url.database or ""))
         return self._connection
 
     def require_file(self) -> None:
-        """Check that the database file is the one that this process began with.
+        """Check that the database file is the one that this process opened first.
 
         Raises:
             StoreUnavailableError: It was deleted or replaced.
@@ -96,12 +91,12 @@ class GroupWriter:
         return group
 
     def _commit(self, group: list[tuple[Work, Future[Any]]]) -> None:
-        """Run a group in one transaction; answer nobody before it is durable."""
+        """Run a group in one transaction; no future is done before the transaction is durable."""
         outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
         try:
             connection = self._connected()
             with connection.begin(), Session(connection, autoflush=False) as session:
-                if len(group) == 1:  # its failure may undo the whole transaction
+                if len(group) == 1:  # no savepoint: its failure rolls back the transaction
                     outcomes.append((group[0][1], group[0][0](session), None))
                     session.flush()
                 else:
@@ -109,7 +104,7 @@ class GroupWriter:
                         outcomes.append((future, *_in_savepoint(session, connection, work)))
                 _require_transaction(connection)
             self.require_file()
-        except Exception as error:  # noqa: BLE001 - whatever it is, every waiting caller must hear of it
+        except Exception as error:  # noqa: BLE001 - passed on to every waiting caller
             self._disconnect()
             for _work, future in group:
                 future.set_exception(error)
@@ -122,7 +117,7 @@ class GroupWriter:
 
 
 def _require_transaction(connection: Connection) -> None:
-    """Refuse to commit where SQLite has rolled the whole transaction back by itself, as on a full disk."""
+    """Raise StorageFullError if SQLite has rolled the whole transaction back by itself, as on a full disk."""
     raw = cast("sqlite3.Connection", connection.connection.dbapi_connection)
     if not raw.in_transaction:
         raise StorageFullError
@@ -131,12 +126,12 @@ def _require_transaction(connection: Connection) -> None:
 def _in_savepoint(
     session: Session, connection: Connection, work: Work
 ) -> tuple[Any, BaseException | None]:
-    """Run one work of a group; its failure undoes its own writes only."""
+    """Run one unit of work of a group; its failure undoes its own writes only."""
     connection.exec_driver_sql("SAVEPOINT work")
     try:
         result = work(session)
         session.flush()
-    except Exception as error:  # noqa: BLE001 - handed to the caller that waits for this work
+    except Exception as error:  # noqa: BLE001 - passed on to the caller that waits for this work
         _require_transaction(connection)
         session.expunge_all()
         connection.exec_driver_sql("ROLLBACK TO work")

@@ -1,7 +1,7 @@
-"""Key-set pagination: a page costs the same however deep it lies.
+"""Keyset pagination: every page costs the same, however deep.
 
-A page token is opaque to callers: it holds the sort key of the last row and a digest over it and the filters, so
-that a token of one query is refused by another, and a changed one by all.
+A page token is opaque to callers. It holds the sort key of the last row and a digest of that key and the filters, so
+that a token is refused by any other query, and a modified one by all.
 """
 
 import base64
@@ -23,11 +23,11 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class PageRequest:
-    """How many rows, and after which key.
+    """Size and position of a page.
 
     Args:
         size: 1 to 1,000; 0 means 50.
-        token: From the page before; empty means the first page.
+        token: `next_token` of the previous page; empty means the first page.
     """
 
     size: int = 0
@@ -47,10 +47,10 @@ class PageRequest:
         return self.size or DEFAULT_PAGE_SIZE
 
     def after(self, *filters: object) -> list[Any] | None:
-        """Return the sort key that the page comes after, None for the first page.
+        """Return the sort key after which the page begins; None for the first page.
 
         Raises:
-            InvalidRequestError: The token is not one of this query.
+            InvalidRequestError: The token belongs to another query, or was modified.
         """
         if not self.token:
             return None
@@ -65,7 +65,7 @@ class PageRequest:
 
 @dataclass(frozen=True)
 class Page(Generic[Row]):
-    """Rows of one page, and the token of the next, empty on the last."""
+    """Rows of one page, and the token of the next page; empty on the last page."""
 
     rows: Sequence[Row]
     next_token: str
@@ -80,9 +80,9 @@ def page_token(key: Sequence[str | int], *filters: object) -> str:
 def earlier(
     at: ColumnElement[Any], number: ColumnElement[Any], key: Sequence[Any]
 ) -> ColumnElement[bool]:
-    """Return the condition of rows after a key in the order of falling times and, at the same time, falling ids.
+    """Return the condition for rows after a key, in descending order of time and then id.
 
-    The first half alone bounds what an index has to be read from; a plain OR would be read from the newest row on.
+    The first half bounds the index range: with the OR alone, the index is read from the newest row on.
     """
     moment = datetime.fromisoformat(key[0])
     return and_(at <= moment, or_(at < moment, number < key[1]))

@@ -1,4 +1,4 @@
-"""Value objects that mirror rows of payloads, and the statements that write and read them."""
+"""Payload records: values that mirror rows of payloads, and the functions that write and read them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +19,12 @@ from qflare_server.storage.tables import Payload
 
 @dataclass(frozen=True)
 class Seal:
-    """How a stored payload is sealed.
+    """Seal of a stored payload.
 
     Attributes:
-        header: What stands before its segments, 74 bytes.
-        stored_key: Its key at rest; empty if it is gone.
-        content_digests: Leaf hashes of the chunks of what is in it, 32 bytes each; empty where nobody asks for them.
+        header: Header of the segments, 74 bytes.
+        stored_key: Content key, encrypted for storage; empty after it was deleted.
+        content_digests: Leaf hashes of the plaintext chunks, 32 bytes each; empty where the caller does not need them.
     """
 
     header: bytes
@@ -34,9 +34,9 @@ class Seal:
 
 @dataclass(frozen=True)
 class ReceivedPayload:
-    """A whole payload, checked; `data` is None if its chunks are in the store.
+    """A complete, verified payload; `data` is None if its chunks are in the payload store.
 
-    Size and digests are those of the bytes that are kept: of the segments where it is sealed.
+    Size and digests are those of the stored bytes: of the segments if the payload is sealed.
     """
 
     payload_id: str
@@ -48,26 +48,26 @@ class ReceivedPayload:
 
     @property
     def content_size_bytes(self) -> int:
-        """Bytes of what is in it."""
+        """Size of the plaintext in bytes."""
         return self.size_bytes if self.seal is None else opened_size_bytes(self.size_bytes)
 
     @property
     def content_digest(self) -> str:
-        """Root over the chunks of what is in it, 64 hex digits."""
+        """Merkle root over the plaintext chunks, 64 hex digits."""
         if self.seal is None:
             return self.digest
         return merkle.root(split_digests(self.seal.content_digests)).hex()
 
     def insert(self, session: Session, at: datetime) -> None:
-        """Insert the payload's row; from then on its chunks are no longer those of an upload."""
+        """Insert the payload's row, and delete that of its upload."""
         insert_received(session, [self], at)
 
 
 def insert_received(session: Session, payloads: Sequence[ReceivedPayload], at: datetime) -> None:
-    """Insert the rows of payloads; from then on their chunks are no longer those of uploads.
+    """Insert the rows of payloads, and delete those of their uploads.
 
     Raises:
-        ConflictError: An upload was given up meanwhile, or chunks are missing: the payload has to be sent again.
+        ConflictError: An upload was abandoned meanwhile, or chunks are missing: the payload must be sent again.
     """
     values = [
         {
@@ -88,12 +88,12 @@ def insert_received(session: Session, payloads: Sequence[ReceivedPayload], at: d
 
 
 def _finish_upload(session: Session, payload: ReceivedPayload) -> None:
-    """Forget an upload whose chunks are all there, in the transaction that names them."""
+    """Delete the row of an upload whose chunks are complete, in the transaction that refers to them."""
     chunk_count = len(payload.chunk_digests) // HASH_BYTES
     if not rows.has_every_chunk(session, payload.payload_id, chunk_count):
-        raise ConflictError("chunks of the upload are missing; send them again")
+        raise ConflictError("chunks of the upload are missing; send it again")
     if not rows.finish_upload(session, payload.payload_id):
-        raise ConflictError("the upload was given up; send it again")
+        raise ConflictError("the upload was abandoned; send it again")
 
 
 _NOT_SEALED: Final = dict.fromkeys(("sealed_header", "sealed_key", "content_digests"))
@@ -111,7 +111,7 @@ def _seal_columns(seal: Seal | None) -> Mapping[str, bytes | None]:
 
 @dataclass(frozen=True)
 class StoredPayload:
-    """A payload that can be read outside a transaction."""
+    """What is needed to read a payload outside a transaction."""
 
     payload_id: str
     size_bytes: int
@@ -122,15 +122,15 @@ class StoredPayload:
 
     @property
     def chunk_count(self) -> int:
-        """Number of chunks that are kept."""
+        """Number of stored chunks."""
         return -(-self.size_bytes // CHUNK_BYTES)
 
 
 def describe(payload: Payload | None) -> StoredPayload:
-    """Return what is needed to read a payload.
+    """Return what is needed to read a payload, from its row.
 
     Raises:
-        PayloadPrunedError: Its bytes are no longer kept.
+        PayloadPrunedError: Its bytes were pruned.
     """
     if payload is None or payload.location == "none":
         raise PayloadPrunedError
@@ -145,26 +145,26 @@ def describe(payload: Payload | None) -> StoredPayload:
 
 
 def content_digest_of(payload: Payload) -> str:
-    """Return the root over the chunks of what is in a payload, from its row; 64 hex digits."""
+    """Return the Merkle root over a payload's plaintext chunks, from its row; 64 hex digits."""
     if payload.content_digests is None:
         return payload.digest
     return merkle.root(split_digests(payload.content_digests)).hex()
 
 
 def seal_of(header: bytes | None, key: bytes | None, content_digests: bytes | None) -> Seal | None:
-    """Return how a payload is sealed, from its columns; None if it is not."""
+    """Return the seal of a payload from its columns; None if it is not sealed."""
     return None if header is None else Seal(header, key or b"", content_digests or b"")
 
 
 @dataclass(frozen=True)
 class Download:
-    """The form in which devices get a version, where that is not its payload."""
+    """The payload that devices download instead of a version's own, in a smaller encoding."""
 
     encoding: Encoding
     payload: ReceivedPayload
 
     def statement(self) -> training_pb2.EncodedPayload:
-        """Return what the version's statement says of it."""
+        """Return its entry in the version's statement."""
         return training_pb2.EncodedPayload(
             encoding=training_pb2.Encoding.ValueType(self.encoding),
             size_bytes=self.payload.size_bytes,
@@ -176,5 +176,5 @@ HASH_BYTES: Final = 32
 
 
 def split_digests(digests: bytes) -> list[bytes]:
-    """Cut concatenated leaf hashes apart."""
+    """Split concatenated leaf hashes."""
     return [digests[start : start + HASH_BYTES] for start in range(0, len(digests), HASH_BYTES)]

@@ -1,8 +1,8 @@
-"""Where the chunks of large payloads are, apart from the rows that name them.
+"""Payload store: the chunks of large payloads, apart from the rows that refer to them.
 
-A payload store writes batches of chunks, durable once the payload's row is, and reads ranges of them. On
-PostgreSQL both go by binary COPY, on SQLite into a database file of their own with large pages, so that a large
-upload neither doubles in the write-ahead log nor holds up the small commits.
+A payload store writes batches of chunks and reads ranges of them. On PostgreSQL both use binary COPY. On SQLite the
+chunks are in a database file of their own with large pages, so that a large upload is not written twice, through a
+write-ahead log, and does not delay small commits.
 """
 
 import struct
@@ -37,10 +37,11 @@ from qflare_server.storage.prepared import sqlalchemy_error
 from qflare_server.storage.tables import PayloadChunk
 
 CHUNKS = PayloadChunk.__table__
-READ_CHUNKS: Final = 8  # chunks of one read, so that no read holds a lock or memory for long
+READ_CHUNKS: Final = 8
+"""Most chunks of one read; bounds its memory and the time that it holds the lock."""
 COPY_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
 COPY_TRAILER: Final = struct.pack(">h", -1)
-_RANGE: Final = (  # made once: a cohort of a hundred updates is read in thousands of ranges
+_RANGE: Final = (  # built once: a cohort of a hundred updates is read in thousands of ranges
     select(type_coerce(CHUNKS.c.data, LargeBinary))
     .where(
         CHUNKS.c.payload_id == bindparam("payload"),
@@ -52,29 +53,29 @@ _RANGE: Final = (  # made once: a cohort of a hundred updates is read in thousan
 
 
 class PayloadStore(Protocol):
-    """Where the chunks of large payloads are.
+    """Storage of the chunks of large payloads.
 
-    All methods raise StoreUnavailableError while the store's database cannot be reached, and StorageFullError where
+    All methods raise StoreUnavailableError while the store's database cannot be reached, and StorageFullError when
     the disk is full.
     """
 
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
-        """Write consecutive chunks; they are durable when this returns. Chunks that are there are replaced."""
+        """Write consecutive chunks; they are durable when this returns. Existing chunks are replaced."""
 
     def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
-        """Return up to `count` chunks in order, fewer where the payload ends."""
+        """Return up to `count` chunks in order, fewer at the end of the payload."""
 
     def stored_count(self, payload_id: str) -> int:
-        """Return how many chunks are there without a gap from the first."""
+        """Return the number of consecutive chunks from the first."""
 
     def delete(self, payload_ids: Sequence[str]) -> None:
-        """Delete all chunks of payloads; unknown ids do nothing."""
+        """Delete all chunks of payloads; unknown ids are ignored."""
 
     def size_bytes(self) -> int:
         """Return the bytes that the store takes up on disk."""
 
     def check(self) -> None:
-        """Check that the store can be relied on; cheap, asked once a second."""
+        """Check that the store is intact; cheap, called once a second."""
 
     def close(self) -> None:
         """Close the store's connections."""
@@ -84,7 +85,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _noticing_damage(method: Method) -> Method:
-    """Translate a method's errors; remember that the file is damaged, so that `check` says so from then on."""
+    """Translate a method's errors; record damage of the file, which `check` reports from then on."""
 
     @wraps(method)
     def guarded(self: "PayloadFile", *arguments: Any) -> Any:
@@ -99,11 +100,11 @@ def _noticing_damage(method: Method) -> Method:
 
 
 class PayloadFile:
-    """Payloads in an SQLite file of their own; safe to share between threads.
+    """Payload store in an SQLite file of its own; safe to share between threads.
 
-    One connection, one lock: reads and writes are batches of milliseconds, and a queue for a lock is fairer
-    than SQLite's sleeping retries. The rollback journal writes a page once, where a write-ahead log would
-    write it twice.
+    It has one connection and one lock: reads and writes are batches of a few milliseconds, and waiting for a lock is
+    fairer than SQLite's sleeping retries. The rollback journal writes a new page once; a write-ahead log would write it
+    twice.
     """
 
     def __init__(self, path: Path, *, timeout_s: float) -> None:
@@ -140,13 +141,13 @@ class PayloadFile:
 
     @_noticing_damage
     def stored_count(self, payload_id: str) -> int:
-        """Return how many chunks are there without a gap."""
+        """Return the number of consecutive chunks from the first."""
         with self._lock, self._engine.connect() as connection:
             return _stored_count(connection, payload_id)
 
     @_noticing_damage
     def delete(self, payload_ids: Sequence[str]) -> None:
-        """Delete all chunks of payloads, one payload a transaction."""
+        """Delete all chunks of payloads, one payload per transaction."""
         for payload_id in payload_ids:
             with self._lock, self._engine.begin() as connection:
                 connection.execute(delete(CHUNKS).where(CHUNKS.c.payload_id == payload_id))
@@ -159,10 +160,10 @@ class PayloadFile:
             return int(pages * connection.exec_driver_sql("PRAGMA page_size").scalar_one())
 
     def check(self) -> None:
-        """Check that the file is still there and that no damaged page was met.
+        """Check that the file still exists and that no damaged page was read.
 
         Raises:
-            StorageDamagedError: A page could not be read since the start.
+            StorageDamagedError: A page has been unreadable since the process started.
             StoreUnavailableError: The file was deleted or replaced.
         """
         if self.damage is not None:
@@ -177,7 +178,7 @@ class PayloadFile:
 def _configure_payload_file(connection: Any, _entry: object) -> None:
     connection.isolation_level = None
     for pragma in (
-        "page_size=65536",  # must stand before the first table
+        "page_size=65536",  # must be set before the first table is created
         "journal_mode=TRUNCATE",
         "synchronous=FULL",
         "cache_size=-8192",
@@ -186,7 +187,7 @@ def _configure_payload_file(connection: Any, _entry: object) -> None:
 
 
 class PayloadTable:
-    """Payloads in `payload_chunks` of a PostgreSQL database, in and out by binary COPY."""
+    """Payload store in the table `payload_chunks` of a PostgreSQL database, written and read by binary COPY."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -195,12 +196,12 @@ class PayloadTable:
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
         """Write consecutive chunks durably in one transaction.
 
-        The commit waits for the disk (`storage.postgresql`): a server that crashes after it has
-        answered, while this process lives, would otherwise lose chunks that a receipt later relies on.
+        The commit waits for the disk (`storage.postgresql`). Otherwise a crash of the server could lose chunks that an
+        update's receipt, given later, vouches for.
         """
         try:
             self._copy(payload_id, first_index, chunks)
-        except exc.IntegrityError:  # some are there already
+        except exc.IntegrityError:  # some exist already
             self._copy(payload_id, first_index, chunks, replacing=True)
 
     def _copy(
@@ -243,29 +244,29 @@ class PayloadTable:
 
     @domain_errors()
     def stored_count(self, payload_id: str) -> int:
-        """Return how many chunks are there without a gap."""
+        """Return the number of consecutive chunks from the first."""
         with self._engine.connect() as connection:
             return _stored_count(connection, payload_id)
 
     @domain_errors()
     def delete(self, payload_ids: Sequence[str]) -> None:
-        """Delete all chunks of payloads, one payload a transaction."""
+        """Delete all chunks of payloads, one payload per transaction."""
         for payload_id in payload_ids:
             with self._engine.begin() as connection:
                 connection.execute(delete(CHUNKS).where(CHUNKS.c.payload_id == payload_id))
 
     @domain_errors()
     def size_bytes(self) -> int:
-        """Return the size of the table with what it keeps out of line."""
+        """Return the size of the table with its indexes and TOAST data."""
         with self._engine.connect() as connection:
             size = func.pg_total_relation_size(CHUNKS.name)
             return int(connection.execute(select(size)).scalar_one())
 
     def check(self) -> None:
-        """Do nothing: the database is checked by itself."""
+        """Do nothing: `Database.check` checks the database."""
 
     def close(self) -> None:
-        """Do nothing: the engine belongs to the database."""
+        """Do nothing: the engine belongs to `Database`."""
 
 
 def _run_copy(cursor: Any, query: Any, file: Any, dialect: Dialect) -> None:
@@ -280,7 +281,7 @@ def _cursor(connection: Connection) -> Any:
 
 
 def _stored_count(connection: Connection, payload_id: str) -> int:
-    """Return the index of the first chunk that is missing."""
+    """Return the index of the first missing chunk."""
     mine = CHUNKS.c.payload_id == payload_id
     count, last = connection.execute(
         select(func.count(), func.max(CHUNKS.c.chunk_index)).where(mine)
@@ -295,7 +296,7 @@ def _stored_count(connection: Connection, payload_id: str) -> int:
 
 
 class _CopySource:
-    """File-like view of chunk rows in PostgreSQL's binary COPY format (documentation of COPY, Binary Format)."""
+    """File-like source of chunk rows in PostgreSQL's binary COPY format (documentation of COPY, Binary Format)."""
 
     def __init__(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
         self._parts = self._iterate(payload_id.encode(), first_index, chunks)
@@ -314,7 +315,7 @@ class _CopySource:
         yield COPY_TRAILER
 
     def read(self, size: int) -> bytes:
-        """Return up to `size` bytes, none at the end."""
+        """Return up to `size` bytes; empty at the end."""
         if not self._rest:
             self._rest = memoryview(next(self._parts, b""))
         piece = self._rest[:size]
@@ -323,7 +324,7 @@ class _CopySource:
 
 
 def _parse_copy(buffer: memoryview) -> list[bytes]:
-    """Return the single bytea column of a binary COPY."""
+    """Return the values of the only column, bytea, of a binary COPY."""
     position = len(COPY_HEADER)
     values = []
     while struct.unpack_from(">h", buffer, position)[0] == 1:

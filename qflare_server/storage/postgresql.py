@@ -1,8 +1,8 @@
-"""PostgreSQL connections: connection arguments, and a bound on every wait for the server.
+"""PostgreSQL connections: their arguments, and a bound on every wait for the server.
 
-A line that dies without a reset, a server process that is stopped and a statement that never ends all look the same
-to a blocking driver: no answer. TCP ends what it can see (`tcp_user_timeout`, keepalives), the server ends its own
-statements (`statement_timeout`), and `WaitWatchdog` shuts the socket of whatever is left, so that a call is answered
+To a blocking driver a network path that fails without a reset, a stopped server process and a statement that never
+ends look the same: no answer. TCP detects the first (`tcp_user_timeout`, keepalives), the server ends long statements
+(`statement_timeout`), and `WaitWatchdog` shuts down the socket in all remaining cases, so that a call is answered
 within `QFLARE_DATABASE_TIMEOUT_S`.
 """
 
@@ -21,16 +21,16 @@ from sqlalchemy import URL, Engine, event
 from qflare_server.config import ServerConfig
 
 SLACK_S: Final = 1.0
-"""What the server gets on top of the timeout to end a statement by itself, which keeps the connection."""
+"""Added to the timeout, so that the server ends a statement first, which keeps the connection usable."""
 RETRY_CONNECT_S: Final = 1.0
-"""Rest after an attempt to connect that failed slowly: calls fail at once instead of each waiting as long."""
+"""Pause after an attempt to connect that failed slowly: calls fail at once instead of each waiting as long."""
 SLOW_CONNECT_S: Final = 0.5
 
 T = TypeVar("T")
 
 
 class WaitWatchdog:
-    """Shuts the sockets of connections whose server has not answered in time; safe to share between threads.
+    """Shuts down the sockets of connections whose server has not answered in time; safe to share between threads.
 
     Args:
         limit_s: Longest wait for one answer, in seconds.
@@ -44,7 +44,7 @@ class WaitWatchdog:
         self._thread: threading.Thread | None = None
 
     def wait(self, connection: "BoundedConnection", call: Callable[[], T]) -> T:
-        """Run a blocking call of the driver; if it takes too long, it fails as on a connection that was reset."""
+        """Run a blocking call of the driver; past the limit it fails like a call on a reset connection."""
         if self._thread is None:
             self._start()
         key = id(connection)
@@ -75,7 +75,7 @@ class WaitWatchdog:
 
 
 def _shut(connection: "BoundedConnection") -> None:
-    """Shut a connection's socket, which wakes the thread that waits for it; that thread closes the connection."""
+    """Shut down a connection's socket: the thread that waits on it wakes up and closes the connection."""
     with (
         suppress(psycopg2.Error, OSError),
         socket.socket(fileno=os.dup(connection.fileno())) as line,
@@ -84,7 +84,7 @@ def _shut(connection: "BoundedConnection") -> None:
 
 
 class BoundedConnection(psycopg2.extensions.connection):
-    """A connection whose every wait is watched; `watchdog` None leaves it unbounded, for migrations."""
+    """A connection whose waits the watchdog bounds; unbounded where `watchdog` is None, as during migrations."""
 
     watchdog: WaitWatchdog | None = None
 
@@ -109,7 +109,7 @@ class BoundedCursor(psycopg2.extensions.cursor):
         _connection_of(self).bounded(lambda: super(BoundedCursor, self).execute(query, vars))
 
     def fetchmany(self, size: int | None = None) -> list[tuple[Any, ...]]:
-        """Return the next rows; a cursor with a name asks the server for them."""
+        """Return the next rows; a named cursor fetches them from the server."""
         wanted = self.arraysize if size is None else size
         if self.name is None:
             return super().fetchmany(wanted)
@@ -129,7 +129,7 @@ def _connection_of(cursor: BoundedCursor) -> BoundedConnection:
 
 
 def connect_arguments(config: ServerConfig, url: URL) -> dict[str, Any]:
-    """Return the arguments of a connection; what the URL says of them holds."""
+    """Return the arguments of a connection; arguments in the URL take precedence."""
     timeout_ms = int(config.database_timeout_s * 1000)
     ours = {
         "application_name": "qflare",
@@ -153,14 +153,14 @@ def connect_arguments(config: ServerConfig, url: URL) -> dict[str, Any]:
 
 
 def bound_waits(engine: Engine, config: ServerConfig) -> None:
-    """Have an engine's connections watched, made durable, and not retried by every caller while none can be made."""
+    """Bound the waits of an engine's connections, require synchronous commits, and pause after a failed connect."""
     watchdog = WaitWatchdog(config.database_timeout_s + SLACK_S)
     failed_at = [float("-inf")]
 
     @event.listens_for(engine, "do_connect")
     def _connect(dialect: Any, _record: Any, arguments: Any, parameters: Any) -> Any:
         if time.monotonic() - failed_at[0] < RETRY_CONNECT_S:
-            raise psycopg2.OperationalError("the database could not be reached a moment ago")
+            raise psycopg2.OperationalError("the last attempt to connect failed a moment ago")
         started = time.monotonic()
         try:
             connection = dialect.connect(*arguments, **parameters)
@@ -175,7 +175,7 @@ def bound_waits(engine: Engine, config: ServerConfig) -> None:
 
 
 def _require_synchronous_commit(connection: Any, _entry: object) -> None:
-    """Make commits wait for the disk where the server's settings would not: receipts rely on it."""
+    """Turn synchronous commits on where the server has them off: receipts promise durability."""
     with connection.cursor() as cursor:
         cursor.execute("SHOW synchronous_commit")
         if cursor.fetchone() == ("off",):
@@ -184,7 +184,7 @@ def _require_synchronous_commit(connection: Any, _entry: object) -> None:
 
 
 def lift_bounds(connection: Any) -> None:
-    """Let a connection take as long as it needs: a migration rewrites whole tables."""
+    """Remove the bounds of a connection: a migration may rewrite whole tables."""
     connection.watchdog = None
     with connection.cursor() as cursor:
         cursor.execute("SET statement_timeout TO 0")

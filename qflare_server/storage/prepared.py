@@ -1,9 +1,8 @@
-"""Statements on the path of every update, compiled once and run on the driver's cursor.
+"""Prepared statements: compiled once and run directly on the driver's cursor, for the path of every update.
 
-SQLAlchemy's way to a cursor takes forty microseconds and more each time, and lets other threads in between; where a
-batch of updates needs seven statements that is most of what it costs. Statements are written and typed as everywhere
-else: only the way to the cursor is short. Errors come as SQLAlchemy's, and whoever listens to the engine's cursor
-events hears of these too.
+SQLAlchemy's own execution takes forty microseconds or more per statement, and lets other threads in between; for a
+batch of updates, which needs seven statements, that would dominate. Statements are written and typed as everywhere
+else, errors are SQLAlchemy's, and listeners to the engine's cursor events see these statements too.
 """
 
 import json
@@ -25,7 +24,7 @@ Row = tuple[Any, ...]
 Processor = Callable[[Any], Any]
 TOGETHER: Final = "qflare_together"
 MAX_ROWS: Final = 64
-"""Rows of one INSERT; fewer go in powers of two, so that a connection meets few different statements."""
+"""Most rows of one INSERT. Fewer rows go in powers of two, so that there are few different statements."""
 
 
 class _Texts(TypeDecorator[list[str]]):
@@ -39,10 +38,10 @@ class _Texts(TypeDecorator[list[str]]):
 
 
 class OneOf(ColumnElement[bool]):
-    """Whether a column is one of a list of texts, which is a single parameter however long it is.
+    """Membership of a column in a list of texts that is one parameter, whatever its length.
 
     Args:
-        column: Of texts.
+        column: A column of texts.
         name: Name of the parameter.
     """
 
@@ -69,7 +68,7 @@ class PreparedStatement:
     """A SELECT or UPDATE with named parameters.
 
     Args:
-        statement: All its values are parameters or constants.
+        statement: The statement; all its values are parameters or constants.
     """
 
     def __init__(self, statement: Select[Any] | Update) -> None:
@@ -77,10 +76,10 @@ class PreparedStatement:
         self._compiled = lru_cache(maxsize=2)(self._compile)
 
     def rows(self, session: Session, parameters: Mapping[str, Any]) -> list[Row]:
-        """Run it and return its rows, values typed as by SQLAlchemy.
+        """Run the statement and return its rows, with the Python types of the columns.
 
         Raises:
-            DBAPIError: As any statement may.
+            DBAPIError: The statement failed.
         """
         connection = session.connection()
         sql, bind, results = self._compiled(connection.dialect)
@@ -96,10 +95,10 @@ class PreparedStatement:
         ]
 
     def run(self, session: Session, parameters: Mapping[str, Any]) -> None:
-        """Run it for its effect.
+        """Run the statement and return nothing.
 
         Raises:
-            DBAPIError: As any statement may.
+            DBAPIError: The statement failed.
         """
         connection = session.connection()
         sql, bind, _ = self._compiled(connection.dialect)
@@ -129,8 +128,8 @@ class PreparedInsert:
     """An INSERT of many rows into a table.
 
     Args:
-        table: Where to.
-        names: Columns that rows may give, NULL where they do not; others get their default.
+        table: The table.
+        names: Columns that rows may set, NULL where a row does not; all other columns get their default.
     """
 
     def __init__(self, table: Table, names: Sequence[str]) -> None:
@@ -148,7 +147,7 @@ class PreparedInsert:
         """Insert rows.
 
         Raises:
-            DBAPIError: As any statement may; IntegrityError if a row is there already.
+            DBAPIError: The statement failed; IntegrityError if a row exists already.
             KeyError: A row has a column that is not among the names.
         """
         for row in rows:
@@ -198,9 +197,10 @@ def _result(kind: TypeEngine[Any], dialect: Dialect) -> Processor | None:
 
 @contextmanager
 def together(session: Session) -> Iterator[None]:
-    """Send the writes of a block in one round trip where there is a server, at the end of the block.
+    """Send the writes of a block to PostgreSQL in one round trip, at the end of the block.
 
-    Only `PreparedStatement` and `PreparedInsert`; others go at once. The block raises what one of them raises.
+    Applies to `PreparedStatement.run` and `PreparedInsert.run`; other statements run at once. Errors of the writes are
+    raised at the end of the block.
     """
     connection = session.connection()
     if connection.dialect.name == "sqlite":
@@ -238,14 +238,14 @@ def _run(connection: Connection, sql: str | bytes, values: Any, *, fetch: bool) 
             events.after_cursor_execute(connection, cursor, sql, values, context, False)
         return list(cursor.fetchall()) if fetch else []
     except Exception as error:
-        text = sql if isinstance(sql, str) else "writes of one block"
+        text = sql if isinstance(sql, str) else "batched writes"
         raise sqlalchemy_error(connection.dialect, text, error) from error
     finally:
         cursor.close()
 
 
 def sqlalchemy_error(dialect: Dialect, sql: str, error: Exception) -> BaseException:
-    """Return a driver's error as SQLAlchemy would raise it, without its values."""
+    """Return the SQLAlchemy exception for an exception of the driver, without parameter values."""
     base = dialect.loaded_dbapi.Error
     if not isinstance(error, base):
         return error

@@ -1,7 +1,7 @@
-"""The revision of the schema that a database has, and the way to the one that this program needs.
+"""Schema revisions of a database: check, upgrade, downgrade.
 
-A coordinator serves on exactly one revision, the head of `qflare_server.migrations`. It never changes a schema
-that holds data unless it is told to.
+A coordinator serves on exactly one revision, the head of `qflare_server.migrations`. It changes the schema of a
+database that holds data only on command.
 """
 
 import threading
@@ -20,7 +20,7 @@ _ALEMBIC_LOCK: Final = threading.Lock()  # Alembic's context is one per process
 
 
 class SchemaError(Exception):
-    """The schema is not the one that this program works on. Never crosses the wire.
+    """The database's schema is not the one that this program needs. Never sent to a client.
 
     Args:
         cause: What is wrong.
@@ -46,35 +46,35 @@ def _script() -> ScriptDirectory:
 
 
 def head_revision() -> str:
-    """Return the revision that this program works on."""
+    """Return the revision that this program needs."""
     head = _script().get_current_head()
     if head is None:
-        raise SchemaError("this installation holds no migrations", INSTALL_COMMAND)
+        raise SchemaError("this installation has no migrations", INSTALL_COMMAND)
     return head
 
 
 def current_revision(engine: Engine) -> str | None:
-    """Return the revision of a database, None if no migration ever ran on it."""
+    """Return the revision of a database; None if no migration has run on it."""
     with engine.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
 
 def is_empty(engine: Engine) -> bool:
-    """Return whether a database holds no table at all."""
+    """Return whether a database has no tables."""
     return not inspect(engine).get_table_names()
 
 
 def upgrade(engine: Engine, revision: str = "head") -> None:
-    """Bring a database to a revision; does nothing where it is there already.
+    """Upgrade a database to a revision; does nothing if it has that revision already.
 
-    Safe to call from several processes at once: one migrates, the others wait and find nothing to do.
+    Safe to call from several processes at once: one migrates, the others wait and then find nothing to do.
 
     Args:
         engine: From `qflare_server.storage.engine.make_engine`.
-        revision: Where to; the head unless a test or an operator says otherwise.
+        revision: Target revision; the head by default.
 
     Raises:
-        SchemaError: The database has a revision that this program does not know.
+        SchemaError: The database has a revision unknown to this program.
     """
     _refuse_unknown(current_revision(engine))
     config = _config()
@@ -84,14 +84,14 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
 
 
 def downgrade(engine: Engine, revision: str) -> None:
-    """Take a database back to an earlier revision, `base` for none; what only the later one holds is lost.
+    """Downgrade a database to an earlier revision; data that only the later revisions hold is lost.
 
     Args:
         engine: From `qflare_server.storage.engine.make_engine`.
-        revision: Where to.
+        revision: Target revision; `base` removes the whole schema.
 
     Raises:
-        SchemaError: The database has a revision that this program does not know.
+        SchemaError: The database has a revision unknown to this program.
     """
     _refuse_unknown(current_revision(engine))
     config = _config()
@@ -101,10 +101,10 @@ def downgrade(engine: Engine, revision: str) -> None:
 
 
 def require_current(engine: Engine) -> None:
-    """Refuse a database that is not at the head revision.
+    """Raise SchemaError unless a database is at the head revision.
 
     Raises:
-        SchemaError: The schema is missing, older or newer; the message holds the command to run.
+        SchemaError: The schema is missing, older or newer; the message names the command to run.
     """
     current, head = current_revision(engine), head_revision()
     if current == head:

@@ -1,5 +1,5 @@
 """Every SQL statement of the coordinator, one module per aggregate, as functions of a session.
 
-Functions never open, commit or roll back a transaction. Those on the path of an update speak to the tables
-directly; none returns a mapped object that is meant to be changed.
+Functions never open, commit or roll back a transaction. Those on the path of an update use the tables directly, without
+mapped objects. Mapped objects that functions return are read-only.
 """

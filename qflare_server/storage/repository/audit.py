@@ -19,7 +19,7 @@ AUDIT = AuditLog.__table__
 
 @dataclass(frozen=True)
 class Caller:
-    """Who makes a call: what an audit entry says of the actor.
+    """Actor of an audit entry.
 
     `name` is `device:ID`, `admin:NAME`, `system` or `anonymous`.
     """
@@ -34,7 +34,7 @@ SYSTEM = Caller()
 
 @dataclass(frozen=True)
 class AuditFilter:
-    """Which entries a list shows; empty fields do not filter."""
+    """Filter of a list of audit entries; empty fields do not filter."""
 
     start: datetime | None = None
     end: datetime | None = None
@@ -46,7 +46,7 @@ class AuditFilter:
 
 @dataclass(frozen=True)
 class Event:
-    """Something to record; details hold digests and numbers, never secrets or personal data."""
+    """An event to record; details hold digests and numbers, never secrets or personal data."""
 
     event_type: str
     subject: str
@@ -71,12 +71,12 @@ _INSERT = PreparedInsert(
 
 
 def record(session: Session, caller: Caller, event: Event, at: datetime) -> None:
-    """Write an entry in the transaction of what it records."""
+    """Write an entry, in the transaction of the change that it records."""
     record_all(session, [(caller, event)], at)
 
 
 def record_all(session: Session, events: Sequence[tuple[Caller, Event]], at: datetime) -> None:
-    """Write entries in the transaction of what they record, in their order."""
+    """Write entries in order, in the transaction of the changes that they record."""
     salts = os.urandom(SALT_BYTES * len(events))
     rows = [
         {
@@ -96,9 +96,9 @@ def record_all(session: Session, events: Sequence[tuple[Caller, Event]], at: dat
 
 
 def count_by_risk(session: Session, since: datetime) -> dict[str, int]:
-    """Return how many entries of each risk level there are since a time.
+    """Return the number of entries of each risk level since a time.
 
-    Ids follow time closely: each level is counted in the index of level and id, from the first entry since then.
+    Ids follow time closely, so each level is counted in the index on level and id, from the first entry since then.
     """
     earliest = (
         select(AUDIT.c.id)
@@ -119,8 +119,8 @@ def count_by_risk(session: Session, since: datetime) -> dict[str, int]:
 def list_entries(session: Session, request: PageRequest, wanted: AuditFilter) -> Page[AuditLog]:
     """Return entries, newest first, as rows with the columns of an entry.
 
-    They are in the order of their times, which any filter can be combined with at the cost of a page: each index
-    begins with a filter's column and goes on with time and number.
+    Each index begins with a filter's column and continues with time and id, so that a page costs the same under any
+    filter.
     """
     query = select(AUDIT).order_by(AUDIT.c.created_at.desc(), AUDIT.c.id.desc())
     for column in ("actor", "subject", "event_type", "risk_level"):
@@ -137,7 +137,7 @@ def list_entries(session: Session, request: PageRequest, wanted: AuditFilter) ->
     rows = session.execute(query.limit(request.limit + 1)).all()
     shown = cast(
         "list[AuditLog]", rows[: request.limit]
-    )  # an entry's attributes, not its mapping: half the time
+    )  # rows have an entry's attributes; mapped objects take twice as long
     if len(rows) <= request.limit:
         return Page(shown, "")
     return Page(

@@ -1,7 +1,7 @@
 """Statements on the Merkle tree over the audit log: its entries in order, its nodes, its signed heads.
 
-Nodes are the roots of complete subtrees (`qflare.crypto.merkle`), each written once, so a tree of any size can be
-read back: `complete_subtrees` names those that a size consists of.
+Nodes are the roots of complete subtrees (`qflare.crypto.merkle`). Each is written once, so that the tree of any
+earlier size can be read back: `complete_subtrees` lists the subtrees of a size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -44,9 +44,9 @@ _NODES_POSTGRES: Final = (
 
 
 def lock(session: Session, at: datetime, *, wait: bool) -> bool:
-    """Take the right to grow the tree until the transaction ends; False if another has it and we do not wait.
+    """Lock the tree for appending until the transaction ends; False if it is locked and `wait` is False.
 
-    It is the lock on one row, so a coordinator that dies gives it back at once. SQLite has one writer anyway.
+    The lock is on one row, so it is released at once when a coordinator dies. SQLite has only one writer.
     """
     query = select(LEASES.c.name).where(LEASES.c.name == TREE_LEASE)
     locking = query.with_for_update(skip_locked=not wait)
@@ -59,30 +59,30 @@ def lock(session: Session, at: datetime, *, wait: bool) -> bool:
 
 
 def pending(session: Session, limit: int) -> Sequence[Row[Any]]:
-    """Return entries without a place, by id."""
+    """Return entries without a leaf index, by id."""
     return session.connection().execute(_PENDING, {"limit": limit}).all()
 
 
 def still_pending(session: Session, ids: Sequence[int]) -> set[int]:
-    """Return which of some entries have no place yet."""
+    """Return which of some entries have no leaf index yet."""
     query = select(AUDIT.c.id).where(AUDIT.c.id.in_(ids), AUDIT.c.leaf_index.is_(None))
     return set(session.scalars(query))
 
 
 def place(session: Session, placed: Sequence[tuple[int, int, bytes]]) -> None:
-    """Write the places of entries: leaf index, id and leaf hash; the unique key refuses a place twice."""
+    """Write leaf index, id and leaf hash of entries; the unique key rejects a leaf index that is taken."""
     _write_many(session, _PLACE_SQLITE, _PLACE_POSTGRES, placed)
 
 
 def insert_nodes(session: Session, nodes: Sequence[Node]) -> None:
-    """Write complete subtrees; the primary key refuses one twice."""
+    """Write complete subtrees; the primary key rejects one that exists."""
     _write_many(session, _NODES_SQLITE, _NODES_POSTGRES, nodes)
 
 
 def _write_many(
     session: Session, sqlite: str, postgres: str, rows: Sequence[tuple[int, int, bytes]]
 ) -> None:
-    """Run one statement for many rows; SQLAlchemy takes five times as long to look at each of them."""
+    """Run one statement for many rows, bypassing SQLAlchemy's handling of each row, which takes five times as long."""
     connection = session.connection()
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql(sqlite, [tuple(row) for row in rows])
@@ -99,7 +99,7 @@ def size(session: Session) -> int:
 
 
 def complete_subtrees(leaf_count: int) -> list[Place]:
-    """Return the places of the complete subtrees that a tree consists of, largest first."""
+    """Return level and index of the complete subtrees that a tree consists of, largest first."""
     places = []
     start = 0
     for level in reversed(range(leaf_count.bit_length())):
@@ -110,7 +110,7 @@ def complete_subtrees(leaf_count: int) -> list[Place]:
 
 
 def compact_tree(session: Session, leaf_count: int) -> CompactTree:
-    """Return the tree of the first leaves, ready to grow.
+    """Return the tree of the first leaves, ready for appending.
 
     Raises:
         LookupError: Nodes are missing.
@@ -122,8 +122,8 @@ def compact_tree(session: Session, leaf_count: int) -> CompactTree:
 
 @lru_cache(maxsize=128)
 def _query_nodes(count: int) -> Select[Any]:
-    """Build the query of some nodes once: building it anew costs ten times what it takes to run."""
-    # A row value IN (...) would be shorter, but SQLite reads the whole table for it.
+    """Build the query for a number of nodes; cached, because building it takes ten times as long as running it."""
+    # A row value IN (...) would be shorter, but SQLite scans the whole table for it.
     wanted = or_(
         *(
             and_(
@@ -162,8 +162,8 @@ def prove(
     """Build a proof from stored nodes with a single query.
 
     Args:
-        session: Where to read.
-        build: Makes the proof from a getter of nodes; called twice, first to learn which nodes it asks for.
+        session: Open session.
+        build: Builds the proof from a function that returns nodes; called twice, first to collect the nodes needed.
 
     Raises:
         LookupError: A node is missing.
@@ -182,7 +182,7 @@ def prove(
 def find_entry(
     session: Session, *, audit_id: int | None = None, leaf_index: int | None = None
 ) -> Row[Any] | None:
-    """Return an entry by its number or by its place."""
+    """Return an entry by its id or by its leaf index."""
     query, number = (_BY_ID, audit_id) if leaf_index is None else (_BY_PLACE, leaf_index)
     return session.connection().execute(query, {"number": number}).one_or_none()
 
@@ -193,12 +193,12 @@ def latest_head(session: Session) -> AuditHead | None:
 
 
 def get_head(session: Session, leaf_count: int) -> AuditHead | None:
-    """Return the signed head of a size, None if there is none or it is no longer kept."""
+    """Return the signed head of a tree size; None if there is none, or it was deleted."""
     return session.get(AuditHead, leaf_count)
 
 
 def insert_head(session: Session, values: dict[str, Any]) -> None:
-    """Insert a signed head; the primary key refuses a second one of a size."""
+    """Insert a signed head; the primary key rejects a second one of a size."""
     session.execute(insert(HEADS).values(**values))
 
 
@@ -208,13 +208,13 @@ def drop_heads(session: Session, since: datetime, leaf_count: int) -> None:
 
 
 def heads_after(session: Session, leaf_count: int, limit: int) -> Sequence[AuditHead]:
-    """Return signed heads by size, from above a size."""
+    """Return signed heads of trees larger than a size, by size."""
     query = select(AuditHead).where(HEADS.c.size > leaf_count).order_by(HEADS.c.size).limit(limit)
     return session.scalars(query).all()
 
 
 def entries_after(session: Session, leaf_index: int, limit: int) -> Sequence[Row[Any]]:
-    """Return placed entries by their place, from after one."""
+    """Return entries that have a leaf index, in its order, after one."""
     query = select(AUDIT).where(AUDIT.c.leaf_index > leaf_index).order_by(AUDIT.c.leaf_index)
     return session.execute(query.limit(limit)).all()
 
@@ -222,7 +222,7 @@ def entries_after(session: Session, leaf_index: int, limit: int) -> Sequence[Row
 def nodes_in(
     session: Session, ranges: Sequence[tuple[int, int, int]], limit: int | None = None
 ) -> dict[Place, bytes]:
-    """Return the nodes of ranges, each a level, a first index and the index it ends before."""
+    """Return the nodes of ranges; a range is a level, its first index, and the index after its last."""
     if not ranges:
         return {}
     wanted = or_(

@@ -23,13 +23,13 @@ _COMPARE = {"at_least": operator.ge, "at_most": operator.le, "equal": operator.e
 
 @dataclass(frozen=True)
 class DeviceFilter:
-    """Which devices a list shows; empty fields do not filter."""
+    """Filter of a list of devices; empty fields do not filter."""
 
     state: str = ""
     device_type: str = ""
     seen_after: datetime | None = None
     capabilities: tuple[tuple[str, str, float], ...] = ()
-    """Name, comparison (at_least, at_most or equal) and value; all have to hold."""
+    """Name, comparison (at_least, at_most or equal) and value; all must hold."""
 
 
 def insert_device(session: Session, values: Mapping[str, Any]) -> None:
@@ -49,7 +49,7 @@ def lock_device(session: Session, device_id: str) -> Device | None:
 
 
 def update_device(session: Session, device_id: str, values: Mapping[str, Any]) -> None:
-    """Change columns of a device; a changed state or key is noticed by the next call everywhere."""
+    """Update columns of a device; a changed state or key takes effect on the next call to any coordinator."""
     if not values.keys().isdisjoint(("state", "signature_key_id")):
         bump_security(session)
         bump_rounds(session)
@@ -70,7 +70,7 @@ def get_key(session: Session, key_id: str) -> DeviceKey | None:
 
 
 class KnownKey(NamedTuple):
-    """A signature key of a device, as its history has it."""
+    """A signature key from the history of a device."""
 
     key_id: str
     device_id: str
@@ -85,7 +85,7 @@ _KNOWN_KEYS = select(
 
 
 def get_keys(session: Session, key_ids: Collection[str]) -> dict[str, KnownKey]:
-    """Return keys of any devices by id, current or retired; unknown ids are left out."""
+    """Return keys by id, current and retired; unknown ids are left out."""
     if not key_ids:
         return {}
     rows = session.connection().execute(_KNOWN_KEYS, {"key_ids": sorted(key_ids)})
@@ -100,13 +100,13 @@ def retire_key(session: Session, key_id: str, reason: str, at: datetime) -> None
 
 
 def last_sequence(session: Session, device_id: str) -> int:
-    """Return the number of the device's newest key, 0 if it has none."""
+    """Return the sequence number of a device's newest key, 0 if it has none."""
     query = select(func.max(KEYS.c.sequence)).where(KEYS.c.device_id == device_id)
     return session.execute(query).scalar_one() or 0
 
 
 def record_seen(session: Session, seen: Mapping[str, datetime]) -> None:
-    """Write when devices last called, many at once."""
+    """Write the last-seen times of devices."""
     if seen:
         session.connection().execute(
             update(DEVICES)
@@ -117,13 +117,13 @@ def record_seen(session: Session, seen: Mapping[str, datetime]) -> None:
 
 
 def count_by_state(session: Session) -> dict[str, int]:
-    """Return how many devices are in each state."""
+    """Return the number of devices in each state."""
     rows = session.execute(select(DEVICES.c.state, func.count()).group_by(DEVICES.c.state))
     return {row[0]: row[1] for row in rows}
 
 
 def count_by_type(session: Session) -> dict[str, int]:
-    """Return how many devices there are of each type."""
+    """Return the number of devices of each type."""
     rows = session.execute(
         select(DEVICES.c.device_type, func.count()).group_by(DEVICES.c.device_type)
     )
@@ -131,18 +131,18 @@ def count_by_type(session: Session) -> dict[str, int]:
 
 
 def list_active(session: Session) -> Sequence[Device]:
-    """Return every active device by id."""
+    """Return all active devices, by id."""
     query = select(Device).where(DEVICES.c.state == DeviceState.ACTIVE.value).order_by(DEVICES.c.id)
     return session.scalars(query).all()
 
 
 def existing_ids(session: Session, device_ids: Sequence[str]) -> set[str]:
-    """Return which of some ids are those of devices."""
+    """Return which ids are ids of devices."""
     return set(session.scalars(select(DEVICES.c.id).where(DEVICES.c.id.in_(device_ids))))
 
 
 def count_active_since(session: Session, since: datetime) -> int:
-    """Return how many active devices have called since a time."""
+    """Return the number of active devices seen since a time."""
     query = select(func.count()).where(
         DEVICES.c.state == DeviceState.ACTIVE.value, DEVICES.c.last_seen_at >= since
     )
@@ -152,7 +152,7 @@ def count_active_since(session: Session, since: datetime) -> int:
 def eligible_devices(
     session: Session, device_types: Sequence[str]
 ) -> Sequence[tuple[str, dict[str, Any]]]:
-    """Return ids and capabilities of active devices, by id; empty types mean any."""
+    """Return ids and capabilities of active devices of some types, or of all if empty; by id."""
     query = select(DEVICES.c.id, DEVICES.c.capabilities).where(
         DEVICES.c.state == DeviceState.ACTIVE.value
     )
@@ -162,7 +162,7 @@ def eligible_devices(
 
 
 def mark_inactive(session: Session, before: datetime) -> int:
-    """Mark active devices that have not called since a time; return how many."""
+    """Mark active devices not seen since a time as inactive; return their number."""
     result = session.execute(
         update(DEVICES)
         .where(
@@ -171,14 +171,14 @@ def mark_inactive(session: Session, before: datetime) -> int:
         )
         .values(state=DeviceState.INACTIVE.value, state_reason="not seen")
     )
-    count = int(result.rowcount)  # type: ignore[attr-defined]  # a DML result has it
+    count = int(result.rowcount)  # type: ignore[attr-defined]  # a CursorResult has it
     if count:
         bump_security(session)
     return count
 
 
 def list_devices(session: Session, request: PageRequest, wanted: DeviceFilter) -> Page[Device]:
-    """Return devices by id, as rows with the columns of a device."""
+    """Return devices, by id, as rows with the columns of a device."""
     query = select(DEVICES).order_by(DEVICES.c.id)
     if wanted.state:
         query = query.where(DEVICES.c.state == wanted.state)
@@ -194,13 +194,13 @@ def list_devices(session: Session, request: PageRequest, wanted: DeviceFilter) -
     rows = session.execute(query.limit(request.limit + 1)).all()
     shown = cast(
         "list[Device]", rows[: request.limit]
-    )  # a device's attributes, not its mapping: half the time
+    )  # rows have a device's attributes; mapped objects take twice as long
     more = len(rows) > request.limit
     return Page(shown, page_token([shown[-1].id], "devices", wanted) if more else "")
 
 
 def _capability(session: Session, name: str) -> ColumnElement[float]:
-    """Return a capability as a number, null where it is none: a cast of text would fail the whole query."""
+    """Return a capability as a number, null if it is not a number: casting text would fail the whole query."""
     value = DEVICES.c.capabilities[name]
     if session.get_bind().dialect.name == "postgresql":
         is_number = func.json_typeof(value) == "number"
@@ -210,7 +210,7 @@ def _capability(session: Session, name: str) -> ColumnElement[float]:
 
 
 def reactivate(session: Session, device_id: str) -> None:
-    """Make an inactive device active; does nothing to one in another state."""
+    """Make an inactive device active; does nothing in any other state."""
     bump_security(session)
     session.execute(
         update(DEVICES)
@@ -221,7 +221,7 @@ def reactivate(session: Session, device_id: str) -> None:
 
 @dataclass(frozen=True)
 class LoginKey:
-    """What a login needs to know of a device."""
+    """State and signature key of a device, as a login needs them."""
 
     device_id: str
     state: str
@@ -240,7 +240,7 @@ _LOGIN_KEY = select(
 
 
 def find_login_key(session: Session, device_id: str) -> LoginKey | None:
-    """Return state and signature key of a device, in one cheap statement."""
+    """Return state and signature key of a device."""
     row = session.connection().execute(_LOGIN_KEY, {"device_id": device_id}).one_or_none()
     return None if row is None else LoginKey(*row)
 

@@ -1,4 +1,4 @@
-"""Statements on evaluations. Only signed ones count: rows without a statement are from before they were signed."""
+"""Statements on evaluations. Rows without a statement are from before evaluations were signed, and are ignored."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ _IS_SIGNED = EVALUATIONS.c.statement.is_not(None)
 
 
 def insert_evaluation(session: Session, values: Mapping[str, Any]) -> None:
-    """Insert what a device measured of a version, in the place of an unsigned report of it; once."""
+    """Insert a signed report on a version in place of an unsigned one; the primary key rejects a second signed one."""
     session.execute(
         delete(EVALUATIONS).where(
             EVALUATIONS.c.training_session_id == values["training_session_id"],
@@ -29,7 +29,7 @@ def insert_evaluation(session: Session, values: Mapping[str, Any]) -> None:
 def find_digest(
     session: Session, training_session_id: str, version: int, device_id: str
 ) -> str | None:
-    """Return the statement digest of a device's report on a version, None if it has not reported."""
+    """Return the statement digest of a device's report on a version; None without a report."""
     query = select(EVALUATIONS.c.statement_digest).where(
         EVALUATIONS.c.training_session_id == training_session_id,
         EVALUATIONS.c.version == version,
@@ -68,7 +68,7 @@ def list_of_version(
 def signed_rows(
     session: Session, training_session_id: str, version: int, after: str, limit: int
 ) -> Sequence[Any]:
-    """Return device, statement, signature and digest of the reports on a version, by device, from after one."""
+    """Return device, statement, signature and digest of the reports on a version after a device id, by device."""
     query = (
         select(
             EVALUATIONS.c.device_id,
@@ -89,9 +89,9 @@ def signed_rows(
 
 
 def largest_example_count(session: Session, training_session_id: str, device_id: str) -> int | None:
-    """Return the most examples that an update of a device to a training session states, None without one.
+    """Return the largest example count of a device's updates to a training session; None without one.
 
-    Rejected updates do not count.
+    Rejected updates are ignored.
     """
     query = select(func.max(UPDATES.c.example_count)).where(
         UPDATES.c.training_session_id == training_session_id,

@@ -1,4 +1,4 @@
-"""Statements that gather what shows where a version came from; all of them read, some rows at a time."""
+"""Queries for evidence of where versions come from; they only read, in batches."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, Final
@@ -39,7 +39,7 @@ _ENTRY: Final = (
 
 
 def trust_documents(session: Session, kind: str) -> Sequence[bytes]:
-    """Return every signed document of a kind, `root` or `keyset`, by rising version."""
+    """Return every signed document of a kind, `root` or `keyset`, by ascending version."""
     query = select(DOCUMENTS.c.envelope).where(DOCUMENTS.c.kind == kind)
     return session.scalars(query.order_by(DOCUMENTS.c.version)).all()
 
@@ -47,9 +47,9 @@ def trust_documents(session: Session, kind: str) -> Sequence[bytes]:
 def update_rows(
     session: Session, training_session_id: str, version: int, after: int, limit: int
 ) -> Sequence[Any]:
-    """Return the updates in a version, in the order of their acceptance, from after a sequence number.
+    """Return the updates in a version after a sequence number, in order of acceptance.
 
-    Each row has the columns that are selected below.
+    Rows have the columns of the SELECT below.
     """
     query = (
         select(
@@ -74,7 +74,7 @@ def update_rows(
 
 
 def keys_of(session: Session, device_ids: Collection[str]) -> Sequence[DeviceKey]:
-    """Return every key that devices have had, by device and then in order."""
+    """Return all keys of devices, current and retired, by device and sequence."""
     query = select(DeviceKey).where(KEYS.c.device_id.in_(sorted(device_ids)))
     return session.scalars(query.order_by(KEYS.c.device_id, KEYS.c.sequence)).all()
 
@@ -87,7 +87,7 @@ def find_event(session: Session, event_type: str, subject: str) -> Row[Any] | No
 
 
 def session_ids(session: Session, after: str, limit: int) -> Sequence[str]:
-    """Return ids of training sessions, in their order, from after one."""
+    """Return ids of training sessions after an id, in order."""
     query = select(SESSIONS.c.id).where(SESSIONS.c.id > after).order_by(SESSIONS.c.id).limit(limit)
     return session.scalars(query).all()
 
@@ -95,7 +95,7 @@ def session_ids(session: Session, after: str, limit: int) -> Sequence[str]:
 def models_after(
     session: Session, training_session_id: str, version: int, limit: int
 ) -> Sequence[GlobalModel]:
-    """Return versions of a training session, in their order, from after one."""
+    """Return versions of a training session after a version, in order."""
     query = (
         select(GlobalModel)
         .where(MODELS.c.training_session_id == training_session_id, MODELS.c.version > version)
@@ -106,12 +106,12 @@ def models_after(
 
 
 def downloads_after(session: Session, after: tuple[str, int], limit: int) -> Sequence[GlobalModel]:
-    """Return versions that devices get in a smaller form, of all training sessions, in order, from after one.
+    """Return versions, of all training sessions, that devices download in a smaller encoding; after one, in order.
 
     Args:
-        session: Where to read.
-        after: Training session and version.
-        limit: Most that are returned.
+        session: Open session.
+        after: Training session and version of the last version read before.
+        limit: Most versions to return.
     """
     key = tuple_(MODELS.c.training_session_id, MODELS.c.version)
     query = (
@@ -124,25 +124,25 @@ def downloads_after(session: Session, after: tuple[str, int], limit: int) -> Seq
 
 
 def updates_after(session: Session, after: str, limit: int) -> Sequence[ModelUpdate]:
-    """Return updates of all training sessions by id, from after one."""
+    """Return updates of all training sessions after an id, by id."""
     query = select(ModelUpdate).where(UPDATES.c.id > after).order_by(UPDATES.c.id).limit(limit)
     return session.scalars(query).all()
 
 
 def keys_after(session: Session, after: str, limit: int) -> Sequence[DeviceKey]:
-    """Return device keys by their id, from after one."""
+    """Return device keys after an id, by id."""
     query = select(DeviceKey).where(KEYS.c.key_id > after).order_by(KEYS.c.key_id).limit(limit)
     return session.scalars(query).all()
 
 
 def payloads_after(session: Session, after: str, limit: int) -> Sequence[Payload]:
-    """Return payload rows by id, without their bytes, from after one."""
+    """Return payload rows after an id, by id, without their bytes."""
     query = select(Payload).where(PAYLOADS.c.id > after).order_by(PAYLOADS.c.id).limit(limit)
     return session.scalars(query).all()
 
 
 def accepted_updates(session: Session, update_ids: Collection[str]) -> dict[str, Any]:
-    """Return what the log says of updates, as the updates' rows have it, by id; unknown ids are left out."""
+    """Return, by id, the columns of updates that the audit log records too; unknown ids are left out."""
     query = select(
         UPDATES.c.id,
         UPDATES.c.training_session_id,
@@ -155,13 +155,13 @@ def accepted_updates(session: Session, update_ids: Collection[str]) -> dict[str,
 
 
 def known_digests(session: Session, digests: Collection[str]) -> set[str]:
-    """Return which digests are those of a version."""
+    """Return which digests are digests of versions."""
     query = select(MODELS.c.digest).where(MODELS.c.digest.in_(sorted(digests)))
     return set(session.scalars(query))
 
 
 def devices_after(session: Session, after: str, limit: int) -> Sequence[Device]:
-    """Return devices by id, from after one."""
+    """Return devices after an id, by id."""
     query = select(Device).where(DEVICES.c.id > after).order_by(DEVICES.c.id).limit(limit)
     return session.scalars(query).all()
 
@@ -169,7 +169,7 @@ def devices_after(session: Session, after: str, limit: int) -> Sequence[Device]:
 def rounds_after(
     session: Session, training_session_id: str, number: int, limit: int
 ) -> Sequence[Round]:
-    """Return rounds of a training session, in their order, from after one."""
+    """Return rounds of a training session after a number, in order."""
     query = (
         select(Round)
         .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number > number)
@@ -182,12 +182,12 @@ def rounds_after(
 def evaluations_after(
     session: Session, after: tuple[str, int, str], limit: int
 ) -> Sequence[Evaluation]:
-    """Return evaluations of all training sessions, from after one.
+    """Return evaluations of all training sessions after one, in order.
 
     Args:
-        session: Where to read.
-        after: Training session, version and device.
-        limit: Most that are returned.
+        session: Open session.
+        after: Training session, version and device of the last evaluation read before.
+        limit: Most evaluations to return.
     """
     columns = (EVALUATIONS.c.training_session_id, EVALUATIONS.c.version, EVALUATIONS.c.device_id)
     query = select(Evaluation).where(tuple_(*columns) > after).order_by(*columns).limit(limit)
@@ -195,7 +195,7 @@ def evaluations_after(
 
 
 def known_evaluations(session: Session, digests: Collection[str]) -> set[str]:
-    """Return which statement digests are those of an evaluation."""
+    """Return which digests are statement digests of evaluations."""
     query = select(EVALUATIONS.c.statement_digest)
     found = session.scalars(query.where(EVALUATIONS.c.statement_digest.in_(sorted(digests))))
     return {digest for digest in found if digest is not None}

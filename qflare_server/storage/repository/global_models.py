@@ -20,7 +20,7 @@ _INSERT_MODEL = PreparedInsert(MODELS, MODELS.c.keys())
 
 
 def insert_model(session: Session, values: Mapping[str, Any]) -> None:
-    """Insert a version; the primary key refuses a second one of the same number."""
+    """Insert a version; the primary key rejects a second one of the same number."""
     _INSERT_MODEL.run(session, [values])
 
 
@@ -64,17 +64,16 @@ def find_served(
     released: bool = False,
     encoded: bool = False,
 ) -> tuple[int | None, GlobalModel | None, Payload | None] | None:
-    """Return in one query the number of a version, the version and its payload, as far as there are any.
+    """Return the number of a version, the version and its payload, in one query; None without the training session.
 
-    The latest version, or the latest released one, where no number is given; None where there is no such training
-    session.
+    Each of the three is None where it does not exist.
 
     Args:
-        session: Of the database.
+        session: Open session.
         training_session_id: Training session.
         version: Version; None means the latest.
-        released: Without a version: the latest released one.
-        encoded: Its payload in the form in which devices get it, where that is another.
+        released: With `version` None: the latest released version instead.
+        encoded: Return the payload that devices download, if it differs from the version's own.
     """
     kind = "given" if version is not None else "released" if released else "current"
     wanted: dict[str, Any] = {"session": training_session_id}
@@ -87,7 +86,7 @@ def find_served(
 def update_model(
     session: Session, training_session_id: str, version: int, values: Mapping[str, Any]
 ) -> None:
-    """Add what evaluation or release say of a version; what it was made of never changes."""
+    """Update the columns of a version that evaluation and release change; all others are immutable."""
     session.execute(
         update(MODELS)
         .where(MODELS.c.training_session_id == training_session_id, MODELS.c.version == version)
@@ -108,7 +107,7 @@ def private_versions(session: Session, training_session_id: str) -> dict[str, in
 def find_rollback(
     session: Session, training_session_id: str, after_version: int, last_version: int
 ) -> int | None:
-    """Return a rollback among the versions after one up to another; None if there is none."""
+    """Return a version made by a rollback, above `after_version` up to `last_version`; None without one."""
     query = select(MODELS.c.version).where(
         MODELS.c.training_session_id == training_session_id,
         MODELS.c.version > after_version,
@@ -119,7 +118,7 @@ def find_rollback(
 
 
 def release(session: Session, training_session: TrainingSession, version: int) -> None:
-    """Mark a version released; the training session's released version never goes back."""
+    """Mark a version as released; the training session's released version never decreases."""
     update_model(session, training_session.id, version, {"released": True})
     if training_session.released_version is None or version > training_session.released_version:
         session.execute(

@@ -13,16 +13,16 @@ REPLICAS = Replica.__table__
 
 
 def acquire(session: Session, name: str, holder: str, now: datetime, until: datetime) -> bool:
-    """Take or renew a lease; False while somebody else holds it.
+    """Take or renew a lease; False while another coordinator holds it.
 
-    A lease only saves work done twice: whatever is done under it must be safe without.
+    A lease only saves duplicate work; correctness must not depend on it.
     """
     taken = session.execute(
         update(LEASES)
         .where(LEASES.c.name == name, or_(LEASES.c.holder == holder, LEASES.c.expires_at <= now))
         .values(holder=holder, expires_at=until)
     )
-    if taken.rowcount:  # type: ignore[attr-defined]  # a DML result has it
+    if taken.rowcount:  # type: ignore[attr-defined]  # a CursorResult has it
         return True
     if session.get(Lease, name) is not None:
         return False
@@ -31,14 +31,14 @@ def acquire(session: Session, name: str, holder: str, now: datetime, until: date
 
 
 def release(session: Session, holder: str) -> None:
-    """Give every lease of a holder back."""
+    """Release every lease of a holder."""
     session.execute(delete(LEASES).where(LEASES.c.holder == holder))
 
 
 def announce(
     session: Session, replica_id: str, address: str, version: str, started: datetime, now: datetime
 ) -> None:
-    """Write down that a replica serves."""
+    """Record that a replica is serving."""
     values = {"address": address, "version": version, "started_at": started, "seen_at": now}
     if session.get(Replica, replica_id) is None:
         session.execute(insert(REPLICAS).values(id=replica_id, **values))
@@ -47,11 +47,11 @@ def announce(
 
 
 def retire(session: Session, replica_id: str) -> None:
-    """Write down that a replica serves no more."""
+    """Delete the record of a replica that has stopped."""
     session.execute(delete(REPLICAS).where(REPLICAS.c.id == replica_id))
 
 
 def list_replicas(session: Session, seen_since: datetime) -> Sequence[Replica]:
-    """Return the replicas that have been seen since a time."""
+    """Return the replicas seen since a time."""
     query = select(Replica).where(REPLICAS.c.seen_at >= seen_since).order_by(REPLICAS.c.id)
     return session.scalars(query).all()

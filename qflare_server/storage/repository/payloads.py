@@ -1,4 +1,4 @@
-"""The rows of payloads and of unfinished uploads.
+"""Statements on payloads and unfinished uploads.
 
 A small payload is stored in its row, in the transaction of the row that refers to it; the chunks of a large one are
 written to the payload store (`storage.payload_store`) beforehand. A chunk that no payload row refers to is invisible;
@@ -20,7 +20,7 @@ PAYLOADS = Payload.__table__
 UPLOADS = Upload.__table__
 CHUNKS = PayloadChunk.__table__
 LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
-"""When an upload that was given up was last touched."""
+"""`touched_at` of an abandoned upload."""
 
 _INSERT_PAYLOAD = PreparedInsert(
     PAYLOADS,
@@ -40,7 +40,7 @@ _INSERT_PAYLOAD = PreparedInsert(
 
 
 def insert_payloads(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert payloads' rows; one without `data` has its chunks in the store."""
+    """Insert rows of payloads; a payload without `data` has its chunks in the payload store."""
     _INSERT_PAYLOAD.run(
         session,
         [{**row, "location": "store" if row["data"] is None else "row"} for row in rows],
@@ -48,7 +48,7 @@ def insert_payloads(session: Session, rows: Sequence[Mapping[str, Any]]) -> None
 
 
 def read_data(session: Session, payload_id: str) -> bytes | None:
-    """Return the bytes of a payload that lie in its row."""
+    """Return the bytes of a payload that are in its row."""
     return session.execute(
         select(PAYLOADS.c.data).where(PAYLOADS.c.id == payload_id)
     ).scalar_one_or_none()
@@ -69,7 +69,7 @@ def begin_upload(
     statement_digest: str = "",
     sealed_key: bytes | None = None,
 ) -> None:
-    """Remember chunks that are about to be written, so that they can be found again or swept."""
+    """Record an upload before its chunks are written, so that it can be resumed or swept."""
     session.execute(
         insert(UPLOADS).values(
             payload_id=payload_id,
@@ -85,7 +85,7 @@ def begin_upload(
 
 @dataclass(frozen=True)
 class UnfinishedUpload:
-    """An upload that broke off, and whose it is."""
+    """An unfinished upload."""
 
     payload_id: str
     device_id: str | None
@@ -94,7 +94,7 @@ class UnfinishedUpload:
 
 
 def find_upload(session: Session, update_id: str) -> UnfinishedUpload | None:
-    """Return the unfinished upload of an update, None if there is none."""
+    """Return the unfinished upload of an update; None without one."""
     row = session.execute(
         select(
             UPLOADS.c.payload_id,
@@ -107,7 +107,7 @@ def find_upload(session: Session, update_id: str) -> UnfinishedUpload | None:
 
 
 def uploads_of(session: Session, device_id: str) -> list[str]:
-    """Return the payload ids of a device's unfinished uploads, the one that was touched longest ago first."""
+    """Return the payload ids of a device's unfinished uploads, the least recently touched first."""
     query = (
         select(UPLOADS.c.payload_id)
         .where(UPLOADS.c.device_id == device_id)
@@ -117,7 +117,7 @@ def uploads_of(session: Session, device_id: str) -> list[str]:
 
 
 def touch_upload(session: Session, payload_id: str, at: datetime) -> None:
-    """Keep an unfinished upload from expiring; one that is given up stays so."""
+    """Keep an unfinished upload from expiring; does nothing to an abandoned one."""
     session.execute(
         update(UPLOADS)
         .where(UPLOADS.c.payload_id == payload_id, UPLOADS.c.touched_at > LONG_AGO)
@@ -126,7 +126,7 @@ def touch_upload(session: Session, payload_id: str, at: datetime) -> None:
 
 
 def give_up_uploads(session: Session, payload_ids: Sequence[str]) -> None:
-    """Make uploads impossible to continue or finish; their chunks are swept."""
+    """Abandon uploads: they cannot be resumed or finished, and their chunks are swept."""
     session.execute(
         update(UPLOADS)
         .where(UPLOADS.c.payload_id.in_(payload_ids))
@@ -135,17 +135,17 @@ def give_up_uploads(session: Session, payload_ids: Sequence[str]) -> None:
 
 
 def finish_upload(session: Session, payload_id: str) -> bool:
-    """Forget an upload whose payload has a row; False if it was given up, and its chunks may be gone."""
+    """Delete the record of an upload whose payload has a row; False if it was abandoned, and chunks may be gone."""
     result = session.execute(
         delete(UPLOADS).where(UPLOADS.c.payload_id == payload_id, UPLOADS.c.touched_at > LONG_AGO)
     )
-    return bool(result.rowcount)  # type: ignore[attr-defined]  # a DML result has it
+    return bool(result.rowcount)  # type: ignore[attr-defined]  # a CursorResult has it
 
 
 def has_every_chunk(session: Session, payload_id: str, chunk_count: int) -> bool:
-    """Return whether all chunks of an upload are in this database; true where chunks lie in a store of their own.
+    """Return whether all chunks of an upload are in the database; True on SQLite, whose chunks are in a separate file.
 
-    PostgreSQL shows a chunk to others only after its commit is on disk, so a chunk that is seen here is durable.
+    PostgreSQL makes a chunk visible only after its commit is on disk, so a visible chunk is durable.
     """
     if session.get_bind().dialect.name != "postgresql":
         return True
@@ -154,20 +154,20 @@ def has_every_chunk(session: Session, payload_id: str, chunk_count: int) -> bool
 
 
 def end_upload(session: Session, payload_id: str) -> None:
-    """Forget an upload whose chunks are deleted."""
+    """Delete the record of an upload whose chunks are deleted."""
     session.execute(delete(UPLOADS).where(UPLOADS.c.payload_id == payload_id))
 
 
 def expired_uploads(session: Session, before: datetime, limit: int) -> list[str]:
-    """Return payload ids of uploads that nobody has touched since `before`, those given up among them."""
+    """Return payload ids of uploads last touched before a time, abandoned ones included."""
     query = select(UPLOADS.c.payload_id).where(UPLOADS.c.touched_at < before).limit(limit)
     return list(session.scalars(query))
 
 
 def mark_pruned(session: Session, payload_ids: Sequence[str], at: datetime) -> None:
-    """Say that payloads are gone: before their chunks are deleted, so that no reader meets half a payload.
+    """Mark payloads as pruned, before their chunks are deleted, so that no reader finds half a payload.
 
-    The keys of sealed ones go at once, so that nothing opens chunks that are still there.
+    The keys of sealed payloads are deleted at once, so that chunks that still exist cannot be opened.
     """
     session.execute(
         update(PAYLOADS)
@@ -179,7 +179,7 @@ def mark_pruned(session: Session, payload_ids: Sequence[str], at: datetime) -> N
 def keys_under_others(
     session: Session, storage_key_name: bytes, limit: int
 ) -> Sequence[tuple[str, bytes, bytes]]:
-    """Return ids, headers and stored keys of sealed payloads whose key is under another storage key than this."""
+    """Return ids, headers and stored keys of sealed payloads whose key is encrypted under another storage key."""
     query = (
         select(PAYLOADS.c.id, PAYLOADS.c.sealed_header, PAYLOADS.c.sealed_key)
         .where(
@@ -193,7 +193,7 @@ def keys_under_others(
 
 
 def replace_key(session: Session, payload_id: str, stored_key: bytes) -> None:
-    """Replace the stored key of a sealed payload that is still kept."""
+    """Replace the stored key of a sealed payload, unless it was pruned."""
     session.execute(
         update(PAYLOADS)
         .where(PAYLOADS.c.id == payload_id, PAYLOADS.c.sealed_key.is_not(None))

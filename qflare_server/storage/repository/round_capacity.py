@@ -1,4 +1,4 @@
-"""The places of a round: how many updates it has, how many it takes, and the lock under which one is taken."""
+"""Capacity of a round: its accepted and target counts, and the lock under which updates are accepted."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +16,7 @@ ROUNDS = Round.__table__
 
 @dataclass(frozen=True)
 class RoundCapacity:
-    """A locked round, as far as taking updates goes."""
+    """The columns of a round and its training session on which the acceptance of updates depends."""
 
     training_session_id: str
     session_state: str
@@ -56,7 +56,7 @@ _LOCKED_PLACES_OF_CURRENT = PreparedStatement(_OF_CURRENT.with_for_update(of=ROU
 def lock_capacity(
     session: Session, training_session_id: str, round_number: int | None
 ) -> RoundCapacity | None:
-    """Return a round with its row locked, the current one without a number; None if there is none."""
+    """Return a round with its row locked, the current round if no number is given; None if it does not exist."""
     current = round_number is None
     query = _LOCKED_PLACES_OF_CURRENT if current else _LOCKED_PLACES_OF_ROUND
     return _places(session, query, training_session_id, round_number)
@@ -65,7 +65,7 @@ def lock_capacity(
 def read_capacity(
     session: Session, training_session_id: str, round_number: int | None
 ) -> RoundCapacity | None:
-    """Return a round as it is now, the current one without a number; None if there is none."""
+    """Return a round without a lock, the current round if no number is given; None if it does not exist."""
     query = _PLACES_OF_CURRENT if round_number is None else _PLACES_OF_ROUND
     return _places(session, query, training_session_id, round_number)
 
@@ -98,7 +98,7 @@ _FILL = PreparedStatement(
 def record_accepted(
     session: Session, places: RoundCapacity, accepted_count: int, example_count: int, at: datetime
 ) -> bool:
-    """Write how many updates a locked round has; the last place closes it. Return whether it did."""
+    """Write the accepted count of a locked round, and close the round at its target; return whether it closed."""
     if accepted_count == places.accepted_count:
         return False
     closed = accepted_count >= places.target

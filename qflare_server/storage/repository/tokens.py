@@ -1,4 +1,4 @@
-"""Statements on tokens. Secrets are never stored; rows are found by the SHA-256 of the secret."""
+"""Statements on tokens and nonces. Token secrets are not stored; rows are found by the SHA-256 of the secret."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ DEVICES = Device.__table__
 
 @dataclass(frozen=True)
 class Credential:
-    """A token and the device behind it, as one call needs them; device fields are None for administrators."""
+    """A token with the state and key of its device, read for each call; device fields are None for administrators."""
 
     token_id: str
     kind: str
@@ -59,7 +59,7 @@ _CREDENTIAL = PreparedStatement(
 
 
 def find_credential(session: Session, token_hash: str) -> Credential | None:
-    """Return the token with this hash, with the state of its device, in one statement."""
+    """Return the token with this hash and the state of its device; one statement."""
     rows = _CREDENTIAL.rows(session, {"hash": token_hash})
     return Credential(*rows[0]) if rows else None
 
@@ -104,7 +104,7 @@ _BY_HASH = select(UserToken).where(TOKENS.c.token_hash == bindparam("hash"))
 
 
 def has_kind(session: Session, kind: str) -> bool:
-    """Return whether any token of a kind is in the database, in whatever state."""
+    """Return whether the database has a token of a kind, in any state."""
     return session.execute(select(exists().where(TOKENS.c.kind == kind))).scalar_one()
 
 
@@ -126,9 +126,9 @@ _CONSUME = (
 
 
 def consume(session: Session, token_id: str, at: datetime) -> bool:
-    """Mark a one-time token used; False if it was used or revoked already, or has expired.
+    """Mark a one-time token as used; False if it was used or revoked before, or has expired.
 
-    The condition stands in the UPDATE itself: of two calls at the same moment one gets True.
+    The condition is part of the UPDATE: of two concurrent calls, one gets True.
     """
     values = {"token_id": token_id, "at": at}
     return _rowcount(session.connection().execute(_CONSUME, values)) == 1
@@ -140,17 +140,17 @@ def touch(session: Session, token_id: str, at: datetime) -> None:
 
 
 def revoke(session: Session, token_id: str, reason: str, at: datetime) -> bool:
-    """Revoke a token; False if it was revoked already."""
+    """Revoke a token; False if it was revoked before."""
     return _revoke(session, TOKENS.c.id == token_id, reason, at) == 1
 
 
 def revoke_family(session: Session, family_id: str, reason: str, at: datetime) -> int:
-    """Revoke every token of a login, after a refresh token was used twice."""
+    """Revoke all tokens of a login, because a refresh token was used twice."""
     return _revoke(session, TOKENS.c.family_id == family_id, reason, at)
 
 
 def revoke_device_tokens(session: Session, device_id: str, reason: str, at: datetime) -> int:
-    """Revoke every token of a device."""
+    """Revoke all tokens of a device."""
     return _revoke(session, TOKENS.c.device_id == device_id, reason, at)
 
 
@@ -165,7 +165,7 @@ def _revoke(session: Session, condition: Any, reason: str, at: datetime) -> int:
 
 
 def delete_expired(session: Session, before: datetime, limit: int) -> int:
-    """Delete access and refresh tokens that ended before a time; enrollment and admin tokens stay as record."""
+    """Delete access and refresh tokens that expired before a time; enrollment and admin tokens are kept as a record."""
     ids = session.scalars(
         select(TOKENS.c.id)
         .where(
@@ -180,7 +180,7 @@ def delete_expired(session: Session, before: datetime, limit: int) -> int:
 
 
 def list_tokens(session: Session, request: PageRequest, kind: str) -> Page[UserToken]:
-    """Return tokens, newest first, of one kind or of any."""
+    """Return tokens of one kind, or of all kinds if `kind` is empty; newest first."""
     query = select(UserToken).order_by(TOKENS.c.created_at.desc(), TOKENS.c.id.desc())
     if kind:
         query = query.where(TOKENS.c.kind == kind)
@@ -195,19 +195,19 @@ def list_tokens(session: Session, request: PageRequest, kind: str) -> Page[UserT
 
 
 def find_nonce(session: Session, nonce: str) -> bool:
-    """Return whether a value that may be used once has been used."""
+    """Return whether a nonce was used."""
     return (
         session.execute(select(NONCES.c.nonce).where(NONCES.c.nonce == nonce)).first() is not None
     )
 
 
 def insert_nonce(session: Session, nonce: str, expires_at: datetime) -> None:
-    """Use a value that may be used once; its primary key refuses a second use."""
+    """Record the use of a nonce; the primary key rejects a second use."""
     session.execute(insert(NONCES).values(nonce=nonce, expires_at=expires_at))
 
 
 def delete_expired_nonces(session: Session, before: datetime) -> None:
-    """Forget values that could no longer be used anyway."""
+    """Delete nonces that expired before a time."""
     session.execute(delete(NONCES).where(NONCES.c.expires_at < before))
 
 
@@ -218,7 +218,7 @@ def _rowcount(result: Any) -> int:
 def revoke_sessions(
     session: Session, device_id: str, reason: str, at: datetime, *, except_family: str | None = None
 ) -> int:
-    """Revoke the access and refresh tokens of a device, but those of one login."""
+    """Revoke the access and refresh tokens of a device, except those of one login."""
     kinds = [TokenKind.ACCESS.value, TokenKind.REFRESH.value]
     condition = and_(TOKENS.c.device_id == device_id, TOKENS.c.kind.in_(kinds))
     if except_family is not None:
@@ -234,7 +234,7 @@ _BIND = (
 
 
 def bind_to_device(session: Session, token_id: str, device_id: str) -> None:
-    """Record which device an enrollment token made."""
+    """Record which device was enrolled with an enrollment token."""
     session.connection().execute(_BIND, {"token_id": token_id, "bound_to": device_id})
 
 
@@ -257,11 +257,11 @@ def insert_session(
 
     Args:
         session: Open transaction.
-        issued: Kind, id, hash and expiry of each.
-        device_id: Whose they are.
-        family_id: Login that they belong to.
-        binding_key: Its binding key, sealed.
-        at: When they are issued.
+        issued: Kind, id, hash and expiry of each token.
+        device_id: Device of the tokens.
+        family_id: Login of the tokens.
+        binding_key: Binding key of the login, sealed.
+        at: Time of issue.
     """
     rows: list[dict[str, Any]] = [
         {
@@ -283,6 +283,6 @@ def insert_session(
 
 
 def use_nonce(session: Session, nonce: str, expires_at: datetime) -> bool:
-    """Use a value that may be used once; False if it has been used, also at this very moment."""
+    """Record the use of a nonce; False if it was used before, also by a concurrent call."""
     values = {"nonce": nonce, "expires_at": expires_at}
     return _rowcount(session.connection().execute(_USE_NONCE, values)) == 1

@@ -1,4 +1,4 @@
-"""Statements on training sessions, their rounds and who was selected."""
+"""Statements on training sessions, their rounds, and the devices selected."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,19 +54,19 @@ _STATE = PreparedStatement(select(SESSIONS.c.state).where(SESSIONS.c.id == bindp
 
 
 def state_of(session: Session, training_session_id: str) -> str | None:
-    """Return the state of a training session, None if there is none."""
+    """Return the state of a training session; None if it does not exist."""
     rows = _STATE.rows(session, {"session": training_session_id})
     return rows[0][0] if rows else None
 
 
 def lock_session(session: Session, training_session_id: str) -> TrainingSession | None:
-    """Return a training session with its row locked: whoever makes its next version or round holds this."""
+    """Return a training session with its row locked, as required to make its next version or round."""
     query = select(TrainingSession).where(SESSIONS.c.id == training_session_id).with_for_update()
     return session.scalars(query.execution_options(populate_existing=True)).one_or_none()
 
 
 def last_published_rounds(session: Session, training_session_id: str, count: int) -> list[int]:
-    """Return the numbers of the last rounds that made a version."""
+    """Return the numbers of the last rounds that published a version, newest first."""
     query = (
         select(ROUNDS.c.number)
         .where(
@@ -80,19 +80,19 @@ def last_published_rounds(session: Session, training_session_id: str, count: int
 
 
 def ended_since(session: Session, since: datetime) -> list[str]:
-    """Return the ids of training sessions that have ended since a time."""
+    """Return the ids of training sessions that ended since a time."""
     return list(session.scalars(select(SESSIONS.c.id).where(SESSIONS.c.ended_at >= since)))
 
 
 def update_session(session: Session, training_session_id: str, values: Mapping[str, Any]) -> None:
-    """Change columns of a training session; a changed state is noticed by devices at their next poll."""
+    """Update columns of a training session; devices notice a changed state at their next poll."""
     if "state" in values:
         bump_rounds(session)
     session.execute(update(SESSIONS).where(SESSIONS.c.id == training_session_id).values(**values))
 
 
 def list_sessions(session: Session, request: PageRequest, state: str) -> Page[TrainingSession]:
-    """Return training sessions, newest first, in one state or in any."""
+    """Return training sessions in one state, or in all states if `state` is empty; newest first."""
     query = select(TrainingSession).order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.id.desc())
     if state:
         query = query.where(SESSIONS.c.state == state)
@@ -126,7 +126,7 @@ _INSERT_ROUND = PreparedInsert(
 
 
 def insert_round(session: Session, values: Mapping[str, Any]) -> None:
-    """Insert a round; its number is the session's next. Devices that wait notice it at their next poll."""
+    """Insert the next round of a training session; waiting devices notice it at their next poll."""
     bump_rounds(session)
     _INSERT_ROUND.run(session, [values])
 
@@ -134,7 +134,7 @@ def insert_round(session: Session, values: Mapping[str, Any]) -> None:
 def insert_selection(
     session: Session, training_session_id: str, round_number: int, device_ids: Sequence[str]
 ) -> None:
-    """Record which devices were selected for a round."""
+    """Record the devices selected for a round."""
     if device_ids:
         session.execute(
             insert(SELECTED),
@@ -150,7 +150,7 @@ def insert_selection(
 
 
 def selection(session: Session, training_session_id: str, round_number: int) -> set[str]:
-    """Return the devices that were selected for a round."""
+    """Return the devices selected for a round."""
     query = select(SELECTED.c.device_id).where(
         SELECTED.c.training_session_id == training_session_id,
         SELECTED.c.round_number == round_number,
@@ -164,7 +164,7 @@ def get_round(session: Session, training_session_id: str, number: int) -> Round 
 
 
 def lock_round(session: Session, training_session_id: str, number: int) -> Round | None:
-    """Return a round with its row locked: no update is accepted meanwhile."""
+    """Return a round with its row locked: no update is accepted until the transaction ends."""
     query = (
         select(Round)
         .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number == number)
@@ -176,7 +176,7 @@ def lock_round(session: Session, training_session_id: str, number: int) -> Round
 def update_round(
     session: Session, training_session_id: str, number: int, values: Mapping[str, Any]
 ) -> None:
-    """Change columns of a round; a later deadline is noticed by devices at their next poll."""
+    """Update columns of a round; devices notice a changed deadline at their next poll."""
     if "deadline_at" in values:
         bump_rounds(session)
     session.execute(
@@ -257,9 +257,10 @@ _OPEN_ROUND_OF_SESSION = PreparedStatement(_OPEN_ROUND.where(SESSIONS.c.id == bi
 def find_open_round(
     session: Session, device_id: str, training_session_id: str, at: datetime
 ) -> OpenRound | None:
-    """Return the round that the device should contribute to: the one least far, of one training session or of all.
+    """Return the open round that a device should contribute to, of one training session, or of all if empty.
 
-    One statement, nothing written: this is the idle poll.
+    Of several, the round with the smallest share of its target is returned. One read-only statement: idle devices poll
+    with it.
     """
     query = _OPEN_ROUND_OF_SESSION if training_session_id else _ANY_OPEN_ROUND
     parameters: dict[str, Any] = {"device": device_id, "at": at}
@@ -288,7 +289,7 @@ def selected_among(
 
 @dataclass(frozen=True)
 class RoundInProgress:
-    """A round that the worker has to look at."""
+    """A round that is open, or closed and not published."""
 
     training_session_id: str
     number: int
@@ -326,11 +327,11 @@ _IN_PROGRESS = PreparedStatement(
 
 
 def rounds_in_progress(session: Session) -> list[RoundInProgress]:
-    """Return the rounds that are open or closed, of running training sessions; paused ones only when closed."""
+    """Return the open rounds of running training sessions, and all closed rounds, by time of opening."""
     return [RoundInProgress(*row) for row in _IN_PROGRESS.rows(session, {})]
 
 
 def count_sessions(session: Session) -> dict[str, int]:
-    """Return how many training sessions are in each state."""
+    """Return the number of training sessions in each state."""
     rows = session.execute(select(SESSIONS.c.state, func.count()).group_by(SESSIONS.c.state))
     return {row[0]: row[1] for row in rows}

@@ -1,4 +1,4 @@
-"""Statements on trust documents: signed roots and keysets, public all of them."""
+"""Statements on trust documents: signed root documents and keysets, all public."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,14 +16,14 @@ KEYSET: Final = "keyset"
 
 @dataclass(frozen=True)
 class StoredTrust:
-    """Serialised envelopes: all roots by rising version, and the newest keyset."""
+    """Serialized envelopes: all root documents by ascending version, and the newest keyset."""
 
     roots: tuple[bytes, ...]
     keyset: bytes | None
 
 
 def load(session: Session) -> StoredTrust:
-    """Return the documents in force."""
+    """Return all root documents and the newest keyset."""
     query = select(DOCUMENTS.c.envelope).where(DOCUMENTS.c.kind == ROOT)
     roots = session.execute(query.order_by(DOCUMENTS.c.version)).scalars().all()
     newest = (
@@ -57,7 +57,7 @@ def find(session: Session, kind: str, version: int) -> bytes | None:
 def insert_document(
     session: Session, kind: str, version: int, envelope: bytes, at: datetime
 ) -> None:
-    """Insert a document; its primary key refuses a second one of that version."""
+    """Insert a document; the primary key rejects a second one of that version."""
     session.execute(
         insert(DOCUMENTS).values(kind=kind, version=version, envelope=envelope, created_at=at)
     )

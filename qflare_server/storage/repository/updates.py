@@ -16,12 +16,12 @@ from qflare_server.storage.tables import ModelUpdate, Payload, UpdateState
 UPDATES = ModelUpdate.__table__
 PAYLOADS = Payload.__table__
 MAX_REASON: Final = 500
-"""Characters of the reason why an update was left out."""
+"""Most characters of the reason why an update was rejected."""
 
 
 @dataclass(frozen=True)
 class UpdateReceipt:
-    """What a receipt needs of an accepted update."""
+    """Receipt of an accepted update."""
 
     update_id: str
     statement_digest: str
@@ -35,7 +35,7 @@ class UpdateReceipt:
 
 @dataclass(frozen=True)
 class AcceptedUpdate:
-    """What the worker needs of an accepted update, its bytes included where they are small."""
+    """An accepted update as the aggregator reads it; includes the payload's bytes if they are in its row."""
 
     update_id: str
     device_id: str
@@ -116,7 +116,7 @@ def find_accepted(session: Session, update_id: str) -> UpdateReceipt | None:
 def find_contribution(
     session: Session, training_session_id: str, round_number: int, device_id: str, base_version: int
 ) -> UpdateReceipt | None:
-    """Return what a device has contributed to a round from a base version."""
+    """Return the receipt of a device's update to a round from a base version; None without one."""
     row = session.execute(
         _ACCEPTED.where(
             UPDATES.c.training_session_id == training_session_id,
@@ -135,7 +135,7 @@ def find_known(
     device_ids: Sequence[str],
     first_round: int,
 ) -> list[UpdateReceipt]:
-    """Return accepted updates with one of these ids, and what these devices have contributed from a round on."""
+    """Return accepted updates with one of these ids, and those of these devices since round `first_round`."""
     parameters = {
         "updates": list(update_ids),
         "session": places.training_session_id,
@@ -147,7 +147,7 @@ def find_known(
 
 
 def insert_updates(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert accepted updates; their sequence numbers come from the round that is locked in this transaction."""
+    """Insert accepted updates; their sequence numbers come from the round locked in this transaction."""
     _INSERT.run(session, rows)
 
 
@@ -186,7 +186,7 @@ _FOLDABLE = PreparedStatement(
 def accepted_after(
     session: Session, training_session_id: str, round_number: int, sequence: int, limit: int
 ) -> list[AcceptedUpdate]:
-    """Return updates of a round in the order of their acceptance, from after a sequence number."""
+    """Return updates of a round after a sequence number, in order of acceptance."""
     wanted = {
         "session": training_session_id,
         "round": round_number,
@@ -218,7 +218,7 @@ def mark_aggregated(
 
 
 def mark_rejected(session: Session, rejected: Mapping[str, str], at: datetime) -> None:
-    """Mark updates, by id, as left out, each with its reason, cut to `MAX_REASON` characters."""
+    """Mark updates, by id, as rejected, each with its reason, cut to `MAX_REASON` characters."""
     if rejected:
         session.connection().execute(
             update(UPDATES)
@@ -260,7 +260,7 @@ def reject_round(
 
 
 def count_pending(session: Session, training_session_id: str) -> int:
-    """Return how many accepted updates of a training session are not yet part of a version."""
+    """Return the number of accepted updates of a training session that are in no version yet."""
     query = select(func.count()).where(
         UPDATES.c.training_session_id == training_session_id,
         UPDATES.c.aggregated_version.is_(None),
@@ -275,7 +275,7 @@ def get_update(session: Session, update_id: str) -> ModelUpdate | None:
 
 
 def contributors(session: Session, training_session_id: str, version: int) -> Sequence[str]:
-    """Return the statement digests of the updates in a version, in the order of their acceptance."""
+    """Return the statement digests of the updates in a version, in order of acceptance."""
     query = (
         select(UPDATES.c.statement_digest)
         .where(
@@ -290,7 +290,7 @@ def contributors(session: Session, training_session_id: str, version: int) -> Se
 def list_updates(
     session: Session, training_session_id: str, round_number: int, request: PageRequest
 ) -> Page[ModelUpdate]:
-    """Return the updates of a round in the order of their acceptance."""
+    """Return the updates of a round, in order of acceptance."""
     query = (
         select(ModelUpdate)
         .where(
@@ -326,7 +326,7 @@ def list_of_device(
 def settled_payloads(
     session: Session, training_session_id: str, kept_rounds: Sequence[int], limit: int
 ) -> list[tuple[str, bool]]:
-    """Return payload ids, and whether they lie in the store, of settled updates of all rounds but some."""
+    """Return payload ids, and whether each is in the store, of non-pending updates outside of some rounds."""
     query = (
         select(PAYLOADS.c.id, PAYLOADS.c.location == "store")
         .join(UPDATES, UPDATES.c.payload_id == PAYLOADS.c.id)

@@ -1,4 +1,4 @@
-"""Statements that show how things stand: for watchers, histories and the coordinator's own state."""
+"""Queries for overviews: watches of training sessions, metrics, the audit log, the backlog, storage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -35,7 +35,7 @@ AUDIT = AuditLog.__table__
 
 @dataclass(frozen=True)
 class VersionFacts:
-    """What evaluation and release may change of a version, and which round made it."""
+    """The columns of a version that evaluation and release change, and the round that made it."""
 
     round_number: int
     released: bool
@@ -45,7 +45,7 @@ class VersionFacts:
 def versions_from(
     session: Session, training_session_id: str, first: int
 ) -> dict[int, VersionFacts]:
-    """Return the changing facts of the versions from one on."""
+    """Return the changeable columns of the versions from `first` on."""
     query = select(
         MODELS.c.version, MODELS.c.round_number, MODELS.c.released, MODELS.c.metrics
     ).where(MODELS.c.training_session_id == training_session_id, MODELS.c.version >= first)
@@ -55,7 +55,7 @@ def versions_from(
 def rounds_from(
     session: Session, training_session_id: str, first: int, limit: int
 ) -> Sequence[Round]:
-    """Return rounds from a number on, in ascending order."""
+    """Return rounds from number `first` on, in ascending order."""
     query = (
         select(Round)
         .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number >= first)
@@ -67,7 +67,7 @@ def rounds_from(
 
 @dataclass(frozen=True)
 class VersionMetrics:
-    """What is known of how good a version is."""
+    """Metrics of a version, and the facts shown beside them."""
 
     version: int
     round_number: int
@@ -118,7 +118,7 @@ def recent_metrics(
 def latest_metrics(
     session: Session, training_session_id: str, limit: int
 ) -> list[Mapping[str, float]]:
-    """Return the metrics of the latest versions that rounds made, oldest first."""
+    """Return the metrics of the latest versions made by rounds, oldest first."""
     query = (
         select(MODELS.c.metrics)
         .where(MODELS.c.training_session_id == training_session_id, MODELS.c.round_number > 0)
@@ -131,10 +131,10 @@ def latest_metrics(
 def audit_after(
     session: Session, after_id: int, wanted: AuditFilter, limit: int
 ) -> Sequence[AuditLog]:
-    """Return audit entries after one, by their numbers.
+    """Return audit entries after an id, by id.
 
-    Every batch reads on where the one before has ended, whatever is filtered: the filters are written so that SQLite
-    does not take an index for them, and sort what it finds anew for each batch.
+    Each batch continues where the previous one ended, whatever the filters: `concat("")` keeps SQLite from using an
+    index on the filtered column, which would sort all matches again for each batch.
     """
     query = select(AuditLog).where(AUDIT.c.id > after_id).order_by(AUDIT.c.id).limit(limit)
     for column in ("actor", "subject", "event_type", "risk_level"):
@@ -150,7 +150,7 @@ def audit_after(
 
 @dataclass(frozen=True)
 class Backlog:
-    """How much waits to be done."""
+    """Amount of work that waits."""
 
     open_round_count: int
     closed_round_count: int
@@ -161,7 +161,7 @@ class Backlog:
 
 
 def queues(session: Session) -> Backlog:
-    """Return how much waits; costs what waits, not what is stored."""
+    """Return the backlog; the cost depends on the backlog, not on what is stored."""
     states = session.execute(
         select(
             ROUNDS.c.state,
@@ -188,7 +188,7 @@ def queues(session: Session) -> Backlog:
 
 @dataclass(frozen=True)
 class StorageUsage:
-    """What is stored."""
+    """Storage in use."""
 
     database_bytes: int
     payload_bytes: int
@@ -197,7 +197,7 @@ class StorageUsage:
 
 
 def stored(session: Session) -> StorageUsage:
-    """Return how much is stored; costs a pass over the rows of payloads."""
+    """Return the storage in use; scans the rows of payloads."""
     rows = session.execute(
         select(
             PAYLOADS.c.location == "none",
@@ -216,7 +216,7 @@ def stored(session: Session) -> StorageUsage:
 
 
 def database_bytes(session: Session) -> int:
-    """Return the size of the database."""
+    """Return the size of the database in bytes."""
     if session.get_bind().dialect.name == "sqlite":
         pages = session.execute(text("PRAGMA page_count")).scalar_one()
         return int(pages * session.execute(text("PRAGMA page_size")).scalar_one())
@@ -226,10 +226,10 @@ def database_bytes(session: Session) -> int:
 def count_rejections(
     session: Session, training_session_id: str, device_id: str, since: datetime
 ) -> int:
-    """Return how many updates of a device were judged and rejected in a training session since a time.
+    """Return the number of a device's updates to a training session that screens rejected since a time.
 
-    What does not count against the device: that a round failed or was cancelled as a whole, that the rule preferred
-    other updates, and that rows were changed after it had sent them.
+    Not counted: updates of rounds that failed or were cancelled as a whole, updates that the strategy gave no weight,
+    and updates whose rows were modified after they were sent.
     """
     query = (
         select(func.count())
@@ -260,7 +260,7 @@ def count_rejections(
 
 
 def last_event_at(session: Session, subject: str, event_type: str) -> datetime | None:
-    """Return when an event last happened to a subject, None if it never did."""
+    """Return the time of the last event of a type about a subject; None if there is none."""
     query = (
         select(AUDIT.c.created_at)
         .where(AUDIT.c.subject == subject, AUDIT.c.event_type == event_type)
@@ -271,7 +271,7 @@ def last_event_at(session: Session, subject: str, event_type: str) -> datetime |
 
 
 def devices_of(session: Session, update_ids: Sequence[str]) -> list[str]:
-    """Return the devices of updates, each once, by id."""
+    """Return the distinct devices of updates, by id."""
     query = select(UPDATES.c.device_id).where(UPDATES.c.id.in_(update_ids)).distinct()
     return sorted(session.scalars(query))
 
@@ -279,7 +279,7 @@ def devices_of(session: Session, update_ids: Sequence[str]) -> list[str]:
 def list_absent(
     session: Session, training_session_id: str, round_number: int, limit: int
 ) -> Sequence[str]:
-    """Return the devices that were selected for a round and sent it no update, by id."""
+    """Return the devices that were selected for a round and sent no update, by id."""
     sent = select(UPDATES.c.device_id).where(
         UPDATES.c.training_session_id == training_session_id,
         UPDATES.c.round_number == round_number,

@@ -1,8 +1,7 @@
 """Mapped classes of the database tables.
 
-Every constraint and index is named, states have CHECK constraints, times are UTC. Rows of `GlobalModel`,
-`Payload` and `AuditLog` are never changed once written, but for what evaluation and release add to a version.
-No query lives here; `repository/` holds every statement.
+Every constraint and index is named, states have CHECK constraints, times are UTC. Rows of `GlobalModel`, `Payload` and
+`AuditLog` are immutable, except for evaluation results, release and pruning. Queries are in `storage.repository`.
 """
 
 from qflare_server.storage.tables.audit import AuditHead, AuditLog, AuditNode, TrustDocument

@@ -1,4 +1,4 @@
-"""The audit log, its Merkle tree, and signed documents of trust."""
+"""Tables of the audit log, its Merkle tree, and signed trust documents."""
 
 from datetime import datetime
 from typing import Any
@@ -11,10 +11,10 @@ from qflare_server.storage.tables.types import BIG_ID, Base, one_of
 
 
 class AuditLog(Base):
-    """One security-relevant event, written in the transaction of what it records.
+    """One security-relevant event, written in the same transaction as the change that it records.
 
-    The sequencer gives each committed row its `leaf_index` in the Merkle tree afterwards, in batches; until then
-    it is null. `salt` blinds what the tree commits to (`qflare.evidence.audit_entries`).
+    `leaf_index` is the entry's index in the Merkle tree, null until the sequencer assigns it, in batches, after the
+    commit. `salt` blinds the commitment of the tree (`qflare.evidence.audit_entries`).
     """
 
     __tablename__ = "audit_log"
@@ -50,7 +50,7 @@ class AuditLog(Base):
 
 
 class AuditNode(Base):
-    """Root of one complete subtree of the audit tree; level 0 are the leaves."""
+    """Root of one complete subtree of the audit tree; level 0 holds the leaves."""
 
     __tablename__ = "audit_nodes"
 

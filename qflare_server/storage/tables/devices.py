@@ -1,4 +1,4 @@
-"""Devices, their keys, and the credentials of devices and administrators."""
+"""Tables of devices, their keys, and the credentials of devices and administrators."""
 
 from datetime import datetime
 from typing import Any
@@ -11,9 +11,9 @@ from qflare_server.storage.tables.types import Base, one_of
 
 
 class Device(Base):
-    """One enrolled participant.
+    """One enrolled device.
 
-    The public keys are null for devices that an embedding program registered in-process without keys.
+    The public keys are null for devices that an embedding program registered without keys.
     """
 
     __tablename__ = "devices"
@@ -50,9 +50,9 @@ class Device(Base):
 
 
 class DeviceKey(Base):
-    """Every signature key that a device has ever had: old signatures stay evidence.
+    """A signature key of a device; retired keys are kept, because old signatures remain evidence.
 
-    `statement` is the signed enrolment or rotation that brought the key in; null for keys set in-process.
+    `statement` is the signed enrollment or rotation that introduced the key; null for keys set by an embedding program.
     """
 
     __tablename__ = "device_keys"
@@ -74,8 +74,8 @@ class DeviceKey(Base):
 class UserToken(Base):
     """A credential, stored as the SHA-256 of its secret.
 
-    `subject` is a device id, or the name of an administrator, or a label of an enrollment token. `family_id`
-    joins the refresh tokens that follow each other. `binding_key` proves possession on a call or a refresh.
+    `subject` is a device id, the name of an administrator, or the label of an enrollment token. `family_id` links
+    refresh tokens that replace each other. `binding_key` verifies proofs of possession on calls and refreshes.
     """
 
     __tablename__ = "user_tokens"

@@ -1,4 +1,4 @@
-"""Bytes of models and updates, and uploads under way."""
+"""Tables of payloads, their chunks, and unfinished uploads."""
 
 from datetime import datetime
 
@@ -9,14 +9,15 @@ from qflare_server.storage.tables.types import Base
 
 
 class Payload(Base):
-    """Bytes of a model, an update or an optimiser's state.
+    """Bytes of a model, an update or an optimizer's state.
 
-    `location` says where they are: `row` for a small payload in `data`, `store` for chunks in the payload store,
-    `none` once pruned. `digest` is the Merkle root over `chunk_digests`, the leaf hashes of 32 bytes each.
+    `location` is `row` for a small payload in `data`, `store` for chunks in the payload store, `none` after pruning.
+    `digest` is the Merkle root over `chunk_digests`, leaf hashes of 32 bytes each.
 
-    A sealed payload is kept as its segments: size and digests above are theirs, `content_digests` are the leaf hashes
-    of what is in them, `sealed_header` stands before them, and `sealed_key` is their key, encrypted under a key that
-    is not in the database (`payloads.keys`); it goes with the bytes. All three are null otherwise.
+    A sealed payload is stored as its segments: size and digests above are those of the segments. `content_digests` are
+    the leaf hashes of the plaintext chunks, `sealed_header` is the header of the segments, and `sealed_key` their
+    content key, encrypted under a key that is not in the database (`payloads.keys`) and deleted when the payload is
+    pruned. All three are null for a payload that is not sealed.
     """
 
     __tablename__ = "payloads"
@@ -39,7 +40,7 @@ class Payload(Base):
 class PayloadChunk(Base):
     """One chunk of a large payload, written before the payload's row.
 
-    Beside an SQLite database these rows are in a file of their own, and this table stays empty.
+    With an SQLite database chunks are in a separate file, and this table of the database stays empty.
     """
 
     __tablename__ = "payload_chunks"
@@ -50,11 +51,11 @@ class PayloadChunk(Base):
 
 
 class Upload(Base):
-    """A large payload whose chunks are being written; deleted when its own row is written or it is given up.
+    """An unfinished upload of a large payload; deleted when the payload's row is written or the upload is abandoned.
 
-    `update_id` and `device_id` are null for payloads that the coordinator itself writes. A device that comes
-    back with the same update goes on where its chunks end. `sealed_key` is the key of a sealed one, as `Payload` has
-    it, so that it can go on after the coordinator's keys have changed.
+    `update_id` and `device_id` are null for payloads that the coordinator writes itself. A device that sends the same
+    update again resumes after the last stored chunk. `sealed_key` is the content key as in `Payload`, so that a sealed
+    upload can be resumed after the coordinator's keys have changed.
     """
 
     __tablename__ = "uploads"

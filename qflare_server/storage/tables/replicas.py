@@ -1,4 +1,4 @@
-"""What coordinators on one database tell each other."""
+"""Tables that coordinate several coordinators on one database: leases, replicas, epochs, idempotency, nonces."""
 
 from datetime import datetime
 
@@ -9,7 +9,7 @@ from qflare_server.storage.tables.types import Base
 
 
 class Lease(Base):
-    """Who does a piece of work until when, so that several coordinators do not do it twice in vain."""
+    """A lease: the right of one coordinator to do a piece of work until a time. It saves duplicate work."""
 
     __tablename__ = "leases"
 
@@ -19,7 +19,7 @@ class Lease(Base):
 
 
 class Replica(Base):
-    """A coordinator process that serves on this database."""
+    """A running coordinator process on this database."""
 
     __tablename__ = "replicas"
 
@@ -31,10 +31,9 @@ class Replica(Base):
 
 
 class Epoch(Base):
-    """One row that counts changes which every call must notice at once.
+    """Counters of changes that invalidate what coordinators cache; a table of one row.
 
-    `security` counts changes of who may call, `rounds` changes that may give a device something to do: what a
-    coordinator remembers of either is good for as long as the count stands.
+    `security` counts changes of credentials, `rounds` changes that may give devices a task.
     """
 
     __tablename__ = "epochs"
@@ -45,7 +44,7 @@ class Epoch(Base):
 
 
 class IdempotentCall(Base):
-    """The answer to a call that carried a request id, given again to the same call."""
+    """The response to a call with a request id, returned again when the call is repeated."""
 
     __tablename__ = "idempotent_calls"
 
@@ -59,7 +58,7 @@ class IdempotentCall(Base):
 
 
 class UsedNonce(Base):
-    """A value that may be used once, such as a finished handshake; deleted after it has expired."""
+    """A value that may be used once, such as the nonce of a completed handshake; deleted after it has expired."""
 
     __tablename__ = "used_nonces"
 

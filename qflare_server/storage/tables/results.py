@@ -1,4 +1,4 @@
-"""What comes of rounds: updates, versions, and what devices measured of them."""
+"""Tables of the results of rounds: updates, versions, evaluations."""
 
 from datetime import datetime
 from typing import Any, Final
@@ -18,17 +18,17 @@ from qflare_server.storage.tables.states import UpdateState
 from qflare_server.storage.tables.types import Base, one_of
 
 EVIDENCE_REASON: Final = "evidence: "
-"""Begins the reason of an update that was left out because its rows are not what its device signed."""
+"""Prefix of `state_reason` of an update whose rows differ from what its device signed."""
 
 LEFT_OUT_REASON: Final = "left out: "
-"""Begins the reason of an update that no safeguard refused and that its rule gave no share in the version."""
+"""Prefix of `state_reason` of an update that passed all screens but to which the strategy gave no weight."""
 
 
 class ModelUpdate(Base):
     """One device's contribution to one round.
 
-    `statement` and `signature` are the exact bytes that the device signed and its signature; null for updates of
-    embedding programs. `acceptance_sequence` counts from 1 within the round and is the order of folding.
+    `statement` is the exact bytes that the device signed, `signature` its signature; null for updates of embedding
+    programs. `acceptance_sequence` counts from 1 within the round; updates are folded in this order.
     """
 
     __tablename__ = "model_updates"
@@ -93,9 +93,9 @@ class ModelUpdate(Base):
 class GlobalModel(Base):
     """One immutable version of a training session's model.
 
-    `digest` names the version: the SHA-256 of `statement`, which the coordinator has signed in `signature`.
-    `strategy_state` maps the names of the optimiser's vectors to payload ids. The columns `download_` tell of the
-    payload that devices get, null where they get the version as it is.
+    `digest` identifies the version: the SHA-256 of `statement`, which `signature` signs. `strategy_state` maps the
+    names of the optimizer's vectors to payload ids. The columns `download_` describe the payload that devices download,
+    null where they download the version's own.
     """
 
     __tablename__ = "global_models"
@@ -147,10 +147,10 @@ class GlobalModel(Base):
 
 
 class Evaluation(Base):
-    """What one device measured of one version on data that it holds back.
+    """Metrics of one version, measured by one device on its held-out data.
 
-    `statement` and `signature` are the exact bytes that the device signed and its signature, `weight` the examples that
-    the report counts as. All are null in rows from before evaluations were signed: those count for nothing.
+    `statement` is the exact bytes that the device signed, `signature` its signature, `weight` the number of examples
+    that the report counts as. All are null in rows from before evaluations were signed; such rows are ignored.
     """
 
     __tablename__ = "evaluations"

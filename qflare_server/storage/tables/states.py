@@ -1,4 +1,4 @@
-"""The words that columns hold: life cycles, kinds of tokens, levels of risk."""
+"""Enumerations stored in columns: life cycles, kinds of tokens, levels of risk."""
 
 from enum import StrEnum
 
@@ -43,7 +43,7 @@ class UpdateState(StrEnum):
 
 
 class TokenKind(StrEnum):
-    """What a token gives a right to."""
+    """Kind of a token."""
 
     ENROLLMENT = "enrollment"
     ACCESS = "access"
@@ -52,7 +52,7 @@ class TokenKind(StrEnum):
 
 
 class RiskLevel(StrEnum):
-    """How much an audit entry matters."""
+    """Severity of an audit entry."""
 
     LOW = "low"
     MEDIUM = "medium"

@@ -1,4 +1,4 @@
-"""Training sessions, their rounds, and who was selected."""
+"""Tables of training sessions, their rounds, and the devices selected for each round."""
 
 from datetime import datetime
 from typing import Any
@@ -11,10 +11,10 @@ from qflare_server.storage.tables.types import Base, one_of
 
 
 class TrainingSession(Base):
-    """One model being trained over many rounds.
+    """A model trained over many rounds.
 
-    `current_version` is -1 before an initial model, `current_round` 0 before the start. `privacy_state` is the
-    accountant's; null without differential privacy.
+    `current_version` is -1 before the initial model is uploaded, `current_round` 0 before the start. `privacy_state` is
+    the state of the privacy accountant; null without differential privacy.
     """
 
     __tablename__ = "training_sessions"
@@ -48,9 +48,9 @@ class TrainingSession(Base):
 class Round(Base):
     """One collection of updates against one base version.
 
-    `task` is the signed task that selected devices get, null for the in-process session. The row is what an
-    accepted update locks: `accepted_count` is also the last acceptance sequence number. `selected_count` is 0 where
-    every active device may take part, -1 where the selection found nobody.
+    `task` is the signed task for the selected devices; null for the training session of an embedding program. Accepting
+    an update locks the round's row; `accepted_count` is also the last acceptance sequence number. `selected_count` is 0
+    if every active device may take part, and -1 if no device was eligible.
     """
 
     __tablename__ = "rounds"

@@ -1,4 +1,4 @@
-"""How columns are declared: constraint names, times in UTC, the base of all mapped classes."""
+"""Column types, constraint names, and the base of all mapped classes."""
 
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -18,7 +18,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase
 
-BIG_ID = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts only INTEGER keys up
+BIG_ID = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER keys
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -29,38 +29,38 @@ NAMING = {
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A point in time in UTC; SQLite, which knows no time zones, holds it naive.
+    """A time in UTC. SQLite has no time zones and stores it without one.
 
-    Naive values are refused with ValueError.
+    Raises ValueError for values without a time zone.
     """
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Convert to UTC; drop the zone where the database has none."""
+        """Convert to UTC; drop the time zone on SQLite."""
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError(f"time without a zone: {value}")
+            raise ValueError(f"time without a time zone: {value}")
         value = value.astimezone(UTC)
         return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Give every value the UTC zone."""
+        """Return the value in UTC."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if dialect.name == "sqlite" else value.astimezone(UTC)
 
 
 def one_of(column: str, states: type[StrEnum]) -> CheckConstraint:
-    """Return a CHECK constraint that holds a column to the values of an enum."""
+    """Return a CHECK constraint that restricts a column to the values of an enum."""
     values = ", ".join(f"'{state.value}'" for state in states)
     return CheckConstraint(f"{column} IN ({values})", name=column)
 
 
 class Base(DeclarativeBase):
-    """Common metadata and column types of all tables."""
+    """Base of all mapped classes: metadata and column types."""
 
     __table__: ClassVar[Table]
     metadata = MetaData(naming_convention=NAMING)

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from qflare_server.config import ServerConfig
 from qflare_server.errors import ConflictError, StorageFullError, StoreUnavailableError
 from qflare_server.storage.database import Database
-from qflare_server.storage.engine import make_engine, normalise_url
+from qflare_server.storage.engine import make_engine, normalize_url
 from qflare_server.storage.repository import training_sessions
 from qflare_server.storage.tables import Lease, TrainingSessionState
 from tests.conftest import START
@@ -141,7 +141,7 @@ def test_time_without_a_zone_is_refused(database: Database) -> None:
     def work(session: Session) -> None:
         session.execute(insert(Lease).values(name="a", holder="me", expires_at=naive))
 
-    with pytest.raises(exc.StatementError, match="time without a zone"):
+    with pytest.raises(exc.StatementError, match="time without a time zone"):
         database.write(work)
 
 
@@ -336,7 +336,7 @@ def test_connection_lost_while_idle_is_replaced(
 
 def terminate(server_url: str, pid: int) -> None:
     """End one connection of a PostgreSQL, and wait until it is gone."""
-    engine = create_engine(normalise_url(server_url), isolation_level="AUTOCOMMIT")
+    engine = create_engine(normalize_url(server_url), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         gone = connection.execute(
             text("SELECT pg_terminate_backend(:pid, :wait_ms)"),
@@ -429,10 +429,10 @@ def test_pool_that_is_exhausted_is_unavailable(database_url: str) -> None:
     ],
 )
 def test_url_gets_its_driver(given: str, driver: str) -> None:
-    assert normalise_url(given).drivername == driver
+    assert normalize_url(given).drivername == driver
 
 
 @pytest.mark.parametrize("given", ["mysql://host/db", "sqlite://", "no url", ""])
 def test_url_of_no_use_is_refused(given: str) -> None:
     with pytest.raises(ValueError, match="database URL"):
-        normalise_url(given)
+        normalize_url(given)

@@ -20,7 +20,7 @@ from qflare_server.errors import (
     StoreUnavailableError,
 )
 from qflare_server.payloads.reader import read_chunks
-from qflare_server.storage.engine import normalise_url
+from qflare_server.storage.engine import normalize_url
 from qflare_server.storage.payload_records import describe
 from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
 from qflare_server.storage.repository import payloads
@@ -83,7 +83,7 @@ def test_store_that_cannot_be_reached_is_unavailable() -> None:
 
 
 def test_broken_copy_is_an_error_of_the_database(postgres_url: str) -> None:
-    engine = create_engine(normalise_url(postgres_url))
+    engine = create_engine(normalize_url(postgres_url))
     with engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE payload_chunks RENAME TO elsewhere")
 
