@@ -31,6 +31,7 @@ FOREIGN: Final = frozenset(
         "CKM_ML_DSA",
         "CK_SIGN_ADDITIONAL_CONTEXT",
         "HASHLIB_GIL_MINSIZE",  # CPython
+        "core_pattern",  # Linux, /proc/sys/kernel
         "commit_delay",  # PostgreSQL
         "commit_siblings",
         "cryptography.exceptions.InvalidSignature",
