@@ -15,7 +15,7 @@ from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine, normalize_url
 from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
-from qflare_server.storage.schema import is_empty, require_current, upgrade
+from qflare_server.storage.schema import is_empty, require_current, require_unicode, upgrade
 from qflare_server.use_cases import UseCases, build_use_cases
 
 WRITER_THREADS: Final = 8
@@ -29,6 +29,7 @@ def open_database(config: ServerConfig) -> Database:
     """
     is_sqlite = normalize_url(config.database_url).drivername == "sqlite"
     engine = make_engine(config)
+    require_unicode(engine)
     if config.auto_migrate or (is_sqlite and is_empty(engine)):
         upgrade(engine)
     require_current(engine)

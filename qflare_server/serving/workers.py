@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qflare_server.config import LIFELINE_VARIABLE, WORKER_VARIABLE, ServerConfig
+from qflare_server.config import LIFELINE_VARIABLE, WORKER_VARIABLE, ConfigError, ServerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +60,33 @@ def _shared_port(listen: str) -> Iterator[str]:
     The socket holds the port until the workers have it; connections go to sockets that listen, which it does not.
     """
     host, _, port = listen.rpartition(":")
-    if port != "0":
-        yield listen
-        return
     address = host.strip("[]") or "127.0.0.1"
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    if port != "0":
+        if port.isdecimal():
+            _require_free(family, address, int(port))
+        yield listen
+        return
     with socket.socket(family) as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind((address, 0))
         yield f"{host}:{held.getsockname()[1]}"
+
+
+def _require_free(family: socket.AddressFamily, address: str, port: int) -> None:
+    """Refuse a port that another program listens at: with SO_REUSEPORT it would get a share of the calls in silence.
+
+    Raises:
+        ConfigError: The address is in use, or cannot be bound.
+    """
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise ConfigError(
+                f"QFLARE_LISTEN: cannot bind {address}:{port}: {error.strerror}"
+            ) from error
 
 
 @contextmanager

@@ -59,6 +59,22 @@ def current_revision(engine: Engine) -> str | None:
         return MigrationContext.configure(connection).get_current_revision()
 
 
+def require_unicode(engine: Engine) -> None:
+    """Refuse a PostgreSQL database whose encoding cannot hold all text: names of devices and sessions are Unicode.
+
+    Raises:
+        SchemaError: Its encoding is not UTF8.
+    """
+    if engine.dialect.name != "postgresql":
+        return
+    with engine.connect() as connection:
+        encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+    if encoding != "UTF8":
+        raise SchemaError(
+            f"the database has the encoding {encoding}, want UTF8: create it with ENCODING 'UTF8'"
+        )
+
+
 def is_empty(engine: Engine) -> bool:
     """Return whether a database has no tables."""
     return not inspect(engine).get_table_names()

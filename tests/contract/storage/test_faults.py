@@ -14,12 +14,15 @@ from sqlalchemy import delete, make_url, text
 from qflare.v1 import training_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.errors import ConflictError, StorageDamagedError, StoreUnavailableError
+from qflare_server.serving.application import open_database
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from qflare_server.storage.payload_store import PayloadFile, PayloadTable
 from qflare_server.storage.repository import leases
+from qflare_server.storage.schema import SchemaError
 from qflare_server.storage.tables import ModelUpdate, PayloadChunk
 from tests.contract.conftest import MakeCore
+from tests.support.postgresql import execute, with_database
 from tests.support.use_cases import CoordinatorHarness, vector
 
 BIG = 700_000  # elements: three chunks of float32
@@ -139,6 +142,24 @@ def test_the_clock_of_coordinators_on_one_server_is_the_server_s(impatient: Data
 
     assert abs(ours - theirs) < timedelta(seconds=1)
     assert impatient.clock() > ours
+
+
+def test_a_database_that_cannot_hold_all_text_is_refused(
+    postgres_server_url: str, tmp_path: Path
+) -> None:
+    name = "qflare_test_latin1"
+    execute(postgres_server_url, f"DROP DATABASE IF EXISTS {name}")
+    execute(
+        postgres_server_url,
+        f"CREATE DATABASE {name} ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0",
+    )
+    url = with_database(postgres_server_url, name)
+    config = ServerConfig(data_dir=tmp_path, database_url=url, auto_migrate=True)
+    try:
+        with pytest.raises(SchemaError, match="LATIN1"):
+            open_database(config)
+    finally:
+        execute(postgres_server_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -129,3 +131,21 @@ def test_sigterm_drains_every_worker(
         coordinator.send(signal.SIGTERM)
         assert upload.finish().acceptance_sequence == 1
         assert coordinator.wait() == 0
+
+
+def test_a_second_coordinator_does_not_share_the_port_in_silence(
+    replicas: Replicas, tmp_path: Path, database_url: str
+) -> None:
+    coordinator = replicas.start(worker_count=WORKERS)
+    command = [sys.executable, "-m", "qflare_server", "--data-dir", str(tmp_path / "other")]
+    done = subprocess.run(
+        [*command, "serve", "--listen", coordinator.address, "--workers", str(WORKERS)],
+        env={**os.environ, "QFLARE_DATABASE_URL": database_url},
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+
+    assert done.returncode != 0
+    assert "in use" in done.stderr
