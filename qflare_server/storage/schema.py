@@ -71,7 +71,8 @@ def require_unicode(engine: Engine) -> None:
         encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
     if encoding != "UTF8":
         raise SchemaError(
-            f"the database has the encoding {encoding}, want UTF8: create it with ENCODING 'UTF8'"
+            f"the database has the encoding {encoding}, want UTF8",
+            "create it again with ENCODING 'UTF8'",
         )
 
 
