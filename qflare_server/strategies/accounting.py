@@ -1,7 +1,7 @@
-"""What the versions of a training session cost in privacy, and the refusal to spend past the budget.
+"""Privacy accounting: the epsilon of all released versions, and the check against the budget.
 
-The arithmetic is the `dp-accounting` library's, an optional dependency of the coordinator. What is kept is the ledger:
-how many versions were released with which noise and sampling. Epsilon is computed from the whole ledger each
+The `dp-accounting` library, an optional dependency of the coordinator, computes epsilon. The ledger records how many
+versions were released with which noise and sampling. Epsilon is computed from the whole ledger each
 time, so a restart, another replica or an auditor gets the same figure.
 
 The relation is add-or-remove of one device with all its updates of a version. Sampling amplifies only when it is

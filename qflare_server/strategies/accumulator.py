@@ -1,4 +1,4 @@
-"""Folding: every update is added to one float64 vector as it comes, and can be forgotten.
+"""Streaming aggregation: each update is added to one float64 vector on arrival and is not kept.
 
 Memory is eight bytes for each element of the model, whatever the number of updates. The bytes depend on the order of
 acceptance only: each element is added up on its own, in that order, so neither block size nor threads nor the
@@ -132,7 +132,7 @@ class Accumulator:
             strategy: One whose rule folds.
             element_count: `n`.
             base: The base version.
-            prior: What the base version left behind; by default that of version 0.
+            prior: State persisted with the base version; by default that of version 0.
             noise_seed: The training session's secret, needed when the strategy has privacy.
             thread_count: Threads that share the work. With more than one, readers are called from several
                 threads at once; with one, by the caller's only.
@@ -221,7 +221,7 @@ class Accumulator:
         return Release(self._assessor, judgements, self._noise_seed, self._digests)
 
     def judgement_of(self, update_id: str) -> UpdateAssessment:
-        """What became of an update that was taken in."""
+        """Return the assessment of an update that was taken in."""
         return self._judgements[update_id]
 
     @property

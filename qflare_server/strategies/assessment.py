@@ -1,4 +1,4 @@
-"""From a contribution to the facts a strategy may judge it by, and the verdict of its screens."""
+"""Assessment of single updates: norm and cosine as far as the strategy needs them, then its screens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,13 +21,13 @@ from qflare_server.strategies.types import (
 
 @dataclass(frozen=True, slots=True)
 class Assessor:
-    """Gathers facts with as few passes over an update as the strategy needs: none, or one.
+    """Measures updates in at most one pass each, and applies the screens.
 
     Attributes:
         strategy: Decides which facts are needed.
         element_count: `n`.
         base: The base version.
-        prior: What the base version left behind.
+        prior: State persisted with the base version.
         recorded: Judgements of an earlier run by update id; with them nothing is judged again.
         excluded: Reasons by update id of updates that are refused without being measured.
         revision: Number of the rules to aggregate by (`types.REVISION`).
@@ -43,7 +43,7 @@ class Assessor:
 
     @property
     def scalars(self) -> Mapping[str, float]:
-        """The numbers in force: those of the base version, or the first ones."""
+        """Scalars in effect: those of the base version, or the initial ones."""
         first = self.strategy.initial_scalars
         return {name: self.prior.scalars.get(name, value) for name, value in first.items()}
 
@@ -52,7 +52,7 @@ class Assessor:
         return self.base(start, stop).astype(np.float64, copy=False)
 
     def assess(self, contribution: Contribution) -> tuple[Facts, UpdateAssessment]:
-        """Gather the facts of one update and ask the screens; the rule's part of the judgement is zero."""
+        """Measure one update and apply the screens; coefficient and weight stay zero for the rule to set."""
         excluded = self.excluded.get(contribution.update_id, "")
         norm, cosine = (None, None) if excluded else self._measure(contribution)
         facts = Facts(
@@ -101,7 +101,7 @@ class Assessor:
         return norm_of(contribution, self.base, self.element_count), None
 
     def _screen(self, facts: Facts) -> tuple[float, str]:
-        """Ask every screen in order: the product of the factors, or the first refusal."""
+        """Apply the screens in order: the product of their factors, or the first refusal."""
         scalars = self.scalars
         product = 1.0
         for screen in self.strategy.screens:

@@ -1,4 +1,4 @@
-"""Fixed blocks, and sums over them whose bytes do not depend on how the caller slices.
+"""Norms, dot products and Gram matrices, summed over fixed blocks so that results are reproducible bit for bit.
 
 Statistics of a whole vector are taken over blocks that start at multiples of their length (`BLOCK` elements for a
 norm or a dot product, `GRAM_BLOCK` for a Gram matrix), and the blocks' figures are added in order. Every figure comes

@@ -1,7 +1,7 @@
-"""From a configuration to a strategy: the names there are, and what contradicts what.
+"""Strategy factory: built-in rules and optimizers by name, and the start of an aggregation.
 
-`build` is the only way in. It refuses rather than repairs, and says why, because a training session that was
-created with a contradiction would only show it rounds later.
+`build` rejects contradictory settings instead of repairing them, because a training session created with one would fail
+only rounds later. `rebuild` does the same for stored sessions, with the checks of the release that created them.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -273,7 +273,7 @@ def begin(
         strategy: From `build`.
         element_count: `n`, the floating elements of the model.
         base: The base version.
-        prior: What the base version left behind; by default that of version 0.
+        prior: State persisted with the base version; by default that of version 0.
         noise_seed: The training session's secret, needed when the strategy has privacy.
         thread_count: Threads that share the work. With more than one, readers are called from several threads
             at once; with one, by the caller's only.

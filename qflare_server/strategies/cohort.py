@@ -1,6 +1,6 @@
-"""Cohort rules, slice by slice: memory is bounded by a budget, never by the model or the number of updates.
+"""Aggregation by cohort rules, slice by slice: memory is bounded by a budget, whatever the model and the cohort.
 
-Updates are only noted while they come in; their readers are used at the end. A pass for statistics runs over fixed
+Updates are only noted on arrival; their readers are used at the end. A pass for statistics runs over fixed
 blocks (see `blocks`); the pass that combines runs over slices as long as the budget allows. A rule gives each element
 from its own column, so the slice length never changes a bit.
 """
@@ -85,7 +85,7 @@ class CohortAggregation:
             strategy: One whose rule needs all updates.
             element_count: `n`.
             base: The base version.
-            prior: What the base version left behind; by default that of version 0.
+            prior: State persisted with the base version; by default that of version 0.
             noise_seed: The training session's secret, needed when the strategy has privacy.
             thread_count: Threads that share the work. With more than one, readers are called from several
                 threads at once; with one, by the caller's only.

@@ -1,6 +1,6 @@
-"""What a training session chooses: one frozen configuration, as it is stored and recorded in lineage.
+"""Strategy configuration: one frozen value per training session, stored and recorded in lineage.
 
-A configuration is plain data. Whether it makes sense is decided by `build`, which gives a reason when not.
+A configuration is plain data; `build` validates it and states the reason when it is invalid.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class PrivacyConfig:
 
 @dataclass(frozen=True, slots=True)
 class StrategyConfig:
-    """How a training session turns updates into versions.
+    """Strategy of a training session.
 
     Attributes:
         name: `fedavg`, `fedprox`, `fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`, `fedbuff`, `median`,
@@ -53,9 +53,9 @@ class StrategyConfig:
         weighting: `examples` or `uniform`; empty stands for the rule's usual one (`examples`, and `uniform`
             for `fedbuff`, the robust rules and under privacy).
         optimizer: `plain`, `momentum`, `adam`, `yogi`, `adagrad`; empty stands for the one in the name.
-        server_learning_rate: Above zero; 0 stands for the optimiser's usual one (1, or 0.1 for adaptive ones).
+        server_learning_rate: Above zero; 0 stands for the optimizer's usual one (1, or 0.1 for adaptive ones).
         momentum: Of `momentum`, within [0, 1).
-        beta1: Of the adaptive optimisers, within [0, 1).
+        beta1: Of the adaptive optimizers, within [0, 1).
         beta2: Of `adam` and `yogi`, within [0, 1).
         tau: Degree of adaptivity, above zero.
         initial_second_moment: Where `v` starts, zero or above; negative stands for `tau ** 2`.

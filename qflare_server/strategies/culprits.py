@@ -1,8 +1,8 @@
-"""Updates of which no version could be made: what to refuse when an aggregate leaves the range of the model.
+"""Attribution of overflow: finds the updates that take a version out of the range of its element types.
 
-A rule that means is linear, so a version made of updates each of which would fit alone fits too. Where a version does
-not fit, the updates that would not fit alone are the ones to refuse; without them the round has a version. Where none
-of them is to blame, the model itself has diverged.
+Means are linear: if each update alone gives a version in range, so does their mean. When a version is out of range, the
+updates that are out of range alone are rejected, and the round is aggregated without them. When no single update is
+responsible, the model itself has diverged.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,11 @@
-"""What the strategies raise.
+"""Exceptions of the strategies.
 
-These classes know nothing of gRPC or of the database; whoever drives a strategy translates them.
+They are independent of gRPC and of the database; the caller translates them.
 """
 
 
 class StrategyError(Exception):
-    """A strategy could not do its work; the message says what was got and what was wanted."""
+    """Base class; the message states what was got and what was wanted."""
 
 
 class StrategyConfigError(StrategyError, ValueError):
@@ -21,4 +21,4 @@ class PrivacyBudgetExceededError(StrategyError):
 
 
 class StrategyContractError(StrategyError, AssertionError):
-    """A strategy broke a promise of its contract; raised by the test kit only."""
+    """A strategy violates its contract; raised by the test kit only."""

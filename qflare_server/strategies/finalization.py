@@ -1,4 +1,4 @@
-"""The last part of every aggregation: noise, server step, and what the next version starts from."""
+"""Finalization: noise, server optimizer step, and the state that the next version starts from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from qflare_server.strategies.types import Outcome, UpdateAssessment, Vector, Ve
 
 @dataclass(frozen=True)
 class Release:
-    """Makes slices of the version out of slices of the aggregate.
+    """Turns slices of the aggregate into slices of the version.
 
     Attributes:
         assessor: Strategy, base version and prior of this aggregation.
-        judgements: What became of every update, in acceptance order.
+        judgements: One assessment per update, in acceptance order.
         noise_seed: The training session's secret; None without privacy.
         digests: Of the updates, by update id; where one is missing, the id stands for it.
     """
@@ -60,7 +60,7 @@ class Release:
 
     @cached_property
     def _noise(self) -> Noise:
-        """The noise of this version, bound to the updates that are aggregated in it."""
+        """Noise of this version, bound to the updates in it."""
         if self.noise_seed is None:
             raise ValueError("a strategy with privacy needs a noise seed")
         version = self.assessor.prior.version
@@ -131,7 +131,7 @@ class Release:
         return VersionSlice(start=start, stop=stop, weights=weights, vectors=vectors)
 
     def _vectors(self, start: int, stop: int) -> dict[str, Vector]:
-        """Read the optimiser's state vectors, or make their first values."""
+        """Read the optimizer's state vectors, or make their first values."""
         vectors = {}
         for name, value in self.assessor.strategy.optimizer.initial_vectors.items():
             reader = self.assessor.prior.vectors.get(name)

@@ -1,7 +1,7 @@
-"""The geometric median of the updates, found among their combinations.
+"""Geometric median (RFA), computed on coefficients.
 
-Weiszfeld's iterates are weighted means of the updates, so they are kept as coefficients: distances to an iterate follow
-from the Gram matrix, and only the final coefficients touch the elements again.
+Weiszfeld's iterates are weighted means of the updates, so only their coefficients are stored: distances follow from the
+Gram matrix, and the elements are read again only for the final coefficients.
 """
 
 from dataclasses import dataclass

@@ -1,16 +1,16 @@
-"""The parts a strategy is put together from, and the contract of each.
+"""Base classes of screens, rules and server optimizers, with the contract of each.
 
-    updates -> screens -> rule -> aggregate (+ noise) -> server optimiser -> version
+    updates -> screens -> rule -> aggregate (+ noise) -> server optimizer -> version
 
 * A **screen** refuses an update or scales it down, from the facts of that update alone.
 * A **rule** turns the updates into one aggregate delta. A *fold rule* is a weighted mean whose coefficients depend
   on each update's own facts, so the coordinator folds updates in as they arrive and forgets them. A *cohort rule*
   needs all updates at once and works slice by slice.
-* A **server optimiser** makes the version from the base version and the aggregate, element by element, and
+* A **server optimizer** makes the version from the base version and the aggregate, element by element, and
   keeps named state vectors from version to version.
 
-Every part is a frozen value without clock, file or random source: the same inputs give the same bytes. Whoever
-writes a part of his own derives from one of the classes here; `testkit` checks the promises.
+Every part is a frozen value without clock, file or random source: the same inputs give the same bytes. Derive your own
+parts from these classes; `testkit` checks the contract.
 """
 
 from abc import ABC, abstractmethod
@@ -45,7 +45,7 @@ class Screen(ABC):
 
         Args:
             facts: The update's facts.
-            scalars: The numbers the base version left behind.
+            scalars: Scalars persisted with the base version.
         """
 
 

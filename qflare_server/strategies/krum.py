@@ -1,4 +1,4 @@
-"""Rules that choose among updates by their distances: Krum, Multi-Krum, Bulyan.
+"""Distance-based rules: Krum, Multi-Krum, Bulyan.
 
 All distances come from the Gram matrix, `|a - b|^2 = <a, a> + <b, b> - 2 <a, b>`, which one pass over the updates
 gives; nothing here reads the elements again to choose. Relative to the longer of two deltas a distance is exact to

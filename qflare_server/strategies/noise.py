@@ -1,4 +1,4 @@
-"""Gaussian noise that any slice can be asked for, and that a restart repeats.
+"""Gaussian noise with random access, reproducible after a restart.
 
 Element i of a version always gets the same noise, whatever is asked for around it, so that a crash between computing
 and publishing releases the same noise a second time instead of a second sample. `BoundNoise` makes it:

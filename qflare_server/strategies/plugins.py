@@ -1,4 +1,4 @@
-"""Rules that other distributions bring, found by entry point.
+"""Plug-in rules from other distributions, found by entry point.
 
 A distribution declares, in group `qflare.strategies`, a name and a callable that takes the `StrategyConfig` and gives a
 `FoldRule` or a `CohortRule`; numbers of its own come in `config.options`. The names of QFLARE's own rules cannot be

@@ -1,4 +1,4 @@
-"""Central differential privacy: what is clipped, how much noise is added, how the clipping bound moves.
+"""Central differential privacy: clipping, size of the noise, and the adaptive clipping bound.
 
 The guarantee is per device and per version: a released aggregate is the sum of clipped deltas plus Gaussian noise,
 over a *fixed* denominator (the expected number of updates, not the number that came), so adding or removing one

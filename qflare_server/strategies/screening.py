@@ -1,4 +1,4 @@
-"""Safeguards that judge one update at a time: clipping, norm bound, direction."""
+"""Screens on single updates: clipping, norm bound, cosine bound."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""An outcome as JSON-ready data, for the lineage of a version, and back.
+"""JSON form of an outcome, stored with the version.
 
-With the judgements at hand a version is recomputed without judging again: no norms, no Gram matrix, and so also on a
-machine whose BLAS rounds differently.
+Recomputation from the recorded assessments needs no norms and no Gram matrix, so it works on machines whose BLAS rounds
+differently.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Server optimisers: the step from the aggregate delta to the version.
+"""Server optimizers: the step from the aggregate delta to the version.
 
 The adaptive three follow Reddi et al. 2021 (arXiv:2003.00295), Algorithm 2, in which the aggregate delta plays the
 part of a negative gradient:

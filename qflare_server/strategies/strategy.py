@@ -1,4 +1,4 @@
-"""A strategy: one rule with its safeguards, its server optimiser and its privacy."""
+"""A strategy: one rule with its safeguards, its server optimizer and its privacy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The words in which an aggregation is described: updates in, a version out.
+"""Data types of an aggregation: contributions in, version slices and an outcome out.
 
 A model is seen here as one vector: the elements of its floating tensors in manifest order, `n` elements, worked
 on in float64. Integer tensors never reach a strategy.
@@ -102,7 +102,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class UpdateAssessment:
-    """What became of one update.
+    """Assessment of one update: accepted or not, and its share.
 
     Attributes:
         update_id: As in the contribution.
@@ -181,7 +181,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """What the base version left behind for the next aggregation.
+    """State persisted with the base version, from which the next aggregation starts.
 
     Attributes:
         scalars: `Outcome.scalars` of the base version; empty for version 0.

@@ -1,4 +1,4 @@
-"""What a configuration may not say: ranges, and settings that contradict each other."""
+"""Validation of strategy configurations: ranges, contradictions, settings without effect."""
 
 from collections.abc import Callable, Collection, Mapping
 from math import ceil, isfinite
@@ -148,7 +148,7 @@ def check_bounds(config: StrategyConfig) -> None:
 def check_new(
     config: StrategyConfig, optimizer: str, given: Collection[str], *, is_built_in: bool
 ) -> None:
-    """Refuse what earlier releases let pass, so that their training sessions go on but no further ones begin.
+    """Reject what earlier releases accepted: existing training sessions continue, new ones cannot be created.
 
     Args:
         config: That passed the other checks.
