@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import qflare
-from qflare.command_line import INTERRUPTED, ArgumentParser, protect_process, seconds, whole
+from qflare.command_line import (
+    INTERRUPTED,
+    ArgumentParser,
+    protect_process,
+    seconds,
+    whole,
+)
 from qflare.crypto.signing import (
     ONLINE_ALGORITHMS,
     Algorithm,
@@ -27,6 +33,7 @@ from qflare.crypto.signing import (
     algorithm_named,
     algorithm_names,
 )
+from qflare.files import private_opener
 from qflare_client.access.enrollment import enroll, read_bundle
 from qflare_client.client import Client
 from qflare_client.failures import report
@@ -315,7 +322,8 @@ def _status(options: argparse.Namespace) -> None:
 def _evidence(options: argparse.Namespace) -> None:
     with _client(options) as client:
         evidence = client.evidence(options.training_session)
-    options.output.write_text(evidence.to_json())
+    with open(options.output, "w", opener=private_opener) as file:  # Path.open has no opener
+        file.write(evidence.to_json())
     sys.stdout.write(f"{options.output}: {len(evidence.statements)} versions\n")
 
 

@@ -9,8 +9,8 @@ HMAC-SHA256 with the binding key:
 * call: metadata ``qf-pop-bin`` = sequence number (8 bytes big-endian) || MAC over
   H("qflare/v1/pop", method, sequence number, SHA-256(access token), SHA-256(first message)).
 
-Sequence numbers of one access token never repeat; `ReplayWindow` remembers which have come. It lives
-in one process: replicas each have their own, so a call might be repeated once at every other one.
+Sequence numbers of one access token never repeat. The coordinator uses each up in its database, so that a call passes
+once, whichever replica it reaches.
 """
 
 import hashlib
@@ -23,14 +23,13 @@ from typing import Final
 
 from qflare.crypto.signing import tagged_hash
 from qflare.crypto.symmetric import SECRET_BYTES, check_mac, hkdf_expand, mac
-from qflare.protocol.handshake import NONCE_BYTES, HandshakeError, refusing, require
+from qflare.protocol.handshake import NONCE_BYTES, refusing, require
 from qflare.protocol.login import open_grant, seal_grant
 from qflare.v1 import security_pb2
 
 METADATA_KEY: Final = "qf-pop-bin"
 """Metadata of a call that carries its proof."""
 
-WINDOW_SIZE: Final = 1024
 """How far a sequence number may lie behind the highest that has come."""
 
 _SEQUENCE: Final = struct.Struct(">Q")
@@ -117,7 +116,7 @@ def check_call(
     """Check the proof of a call.
 
     Returns:
-        Its sequence number, to be given to the token's `ReplayWindow`.
+        Its sequence number, which must not have come before.
 
     Raises:
         HandshakeError: It is malformed or of another key, token, method or message.
@@ -128,38 +127,6 @@ def check_call(
     with refusing("proof of possession"):
         check_mac(binding_key, digest, proof[_SEQUENCE.size :])
     return int(sequence)
-
-
-class ReplayWindow:
-    """Sequence numbers of one access token that have come; for many threads.
-
-    Numbers may come out of order by up to `WINDOW_SIZE`; memory is constant (RFC 4303 section 3.4.3).
-    """
-
-    def __init__(self) -> None:
-        self._highest = -1
-        self._seen = 0  # bit n: highest - n has come
-        self._lock = threading.Lock()
-
-    def accept(self, sequence: int) -> None:
-        """Record a checked sequence number.
-
-        Raises:
-            HandshakeError: It has come before, or is too far behind to tell.
-        """
-        with self._lock:
-            ahead = sequence - self._highest
-            if ahead > 0:
-                self._seen = (self._seen << min(ahead, WINDOW_SIZE) | 1) & _WINDOW_MASK
-                self._highest = sequence
-                return
-            bit = 1 << -ahead
-            if bit > _WINDOW_MASK or self._seen & bit:
-                raise HandshakeError("call is a replay")
-            self._seen |= bit
-
-
-_WINDOW_MASK: Final = (1 << WINDOW_SIZE) - 1
 
 
 def _refresh_digest(request: security_pb2.SessionRefresh) -> bytes:

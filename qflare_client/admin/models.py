@@ -9,6 +9,7 @@ from typing import Any
 
 from qflare.command_line import whole
 from qflare.crypto import merkle
+from qflare.files import private_opener
 from qflare.tensors import InvalidPayloadError, Manifest
 from qflare.tensors.manifest import InvalidManifestError
 from qflare.tensors.safetensors_files import export_safetensors, import_safetensors
@@ -190,9 +191,8 @@ def run_evidence(admin: Admin, options: argparse.Namespace) -> None:
         request.version = options.version
     parts = admin.receive("ExportVerificationBundle", request)
     first = next(parts)  # a refusal comes before there is a file
-    with options.file.open("xb") as file:
-        for part in itertools.chain([first], parts):
-            file.write(part.bundle.SerializeToString())
+    with open(options.file, "xb", opener=private_opener) as file:  # Path.open has no opener
+        file.writelines(part.bundle.SerializeToString() for part in itertools.chain([first], parts))
     note(f"wrote {options.file}")
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
+from qflare.files import make_private_folder
+
 SECTION: Final = "coordinator"
 PROFILE_VARIABLE: Final = "QFLARE_PROFILE"
 TOKEN_VARIABLE: Final = "QFLARE_TOKEN"  # noqa: S105  # a name
@@ -123,7 +125,7 @@ def write_profile(path: Path, profile: Profile) -> None:
         for item in fields(profile)
         if (value := getattr(profile, item.name))
     }
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private_folder(path.parent)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w") as file:

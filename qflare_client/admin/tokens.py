@@ -11,6 +11,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from qflare.command_line import seconds, whole
+from qflare.files import make_private_folder
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.access.enrollment import read_bundle
 from qflare_client.admin.arguments import (
@@ -121,7 +122,7 @@ def check_bundle(options: argparse.Namespace) -> None:
 def _write_bundles(options: argparse.Namespace, issued: Sequence[pb.IssuedToken]) -> None:
     """Write what each device needs, its token included, to a 0600 file of its own."""
     bundle = read_bundle(options.bundle)
-    options.bundles.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private_folder(options.bundles)
     for item in issued:
         bundle.enrollment_token = item.secret
         text = json_format.MessageToJson(bundle)

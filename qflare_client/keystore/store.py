@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
+from qflare.files import make_private_folder
 from qflare_client.errors import ForkedError, KeyStoreError, KeyStoreLockedError
 
 _LOCK = "lock"
@@ -65,7 +66,7 @@ class KeyStore:
         self.home = home
         self._coding = coding
         try:
-            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(home)
             _check_mode(home, _OTHERS_WRITE)
             self._lock = os.open(home / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:

@@ -6,12 +6,13 @@ that program and model fit each other.
 
 import os
 import runpy
-import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Final
 
 from safetensors.numpy import save_file
+
+from qflare.files import make_private_folder, private_opener
 
 PROGRAM: Final = "device.py"
 MODEL: Final = "initial.safetensors"
@@ -30,12 +31,15 @@ def create_project(folder: Path) -> list[Path]:
         FileExistsError: The folder holds files already.
         OSError: It cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; name a new folder")
     with as_file(files(__name__) / "template") as template:
         for source, target in _NAMES.items():
-            shutil.copyfile(template / source, folder / target)
+            with open(
+                folder / target, "xb", opener=private_opener
+            ) as file:  # Path.open has no opener
+                file.write((template / source).read_bytes())
     program = runpy.run_path(os.fspath(folder / PROGRAM))
     save_file(program["first_model"](), folder / MODEL)
     return sorted(folder.iterdir())

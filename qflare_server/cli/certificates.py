@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from qflare.command_line import whole
+from qflare.files import make_private_folder
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.context import utc_now
 from qflare_server.keys.secret_files import read_secret, write_secret
@@ -141,7 +142,7 @@ def run_make(_config: ServerConfig, arguments: argparse.Namespace) -> int:
     _check_names(arguments.client)
     _check_hosts(arguments.host or ())
     at = utc_now()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private_folder(folder)
     authority = Authority.ensure(folder, at)
     hosts = arguments.host or DEFAULT_HOSTS
     issue(authority, folder, SERVER, hosts, ExtendedKeyUsageOID.SERVER_AUTH, at, lifetime)

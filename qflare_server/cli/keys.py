@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from qflare.command_line import whole
 from qflare.crypto.signing import algorithm_named
+from qflare.files import make_private_folder
 from qflare_server.cli import offline_root
 from qflare_server.cli.certificates import read_authorities
 from qflare_server.config import ONLINE_ALGORITHMS, ROOT_ALGORITHMS, ServerConfig
@@ -178,7 +179,7 @@ def issue_first_admin(parts: Application, path: Path) -> None:
     roles: Sequence[Role] = [Role.ADMIN, Role.AUDITOR]
 
     def hand_over(secret: str) -> None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(path.parent)
         write_secret(path, secret.encode() + b"\n", replace=True)
 
     with suppress(AlreadyExistsError):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qflare.command_line import seconds, whole
+from qflare.files import make_private_folder
 from qflare_server.cli.certificates import read_authorities
 from qflare_server.cli.terminal import caller
 from qflare_server.config import ServerConfig
@@ -76,7 +77,7 @@ def _write_bundles(
     """Write what each device needs, its token included, to a 0600 file of its own."""
     certificates = read_authorities(arguments.ca)
     address = arguments.address or parts.config.listen
-    arguments.bundles.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private_folder(arguments.bundles)
     for item in issued:
         bundle = bootstrap_bundle(
             parts.keys.trust,

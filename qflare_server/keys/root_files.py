@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from qflare.files import make_private_folder
 from qflare_server.keys.ring import KeyRing, key_ids
 from qflare_server.keys.secret_files import (
     DEFAULT_COST,
@@ -119,5 +120,5 @@ def write_each(
     if len(files) != len(ring.keys):
         raise KeyStoreError(f"got {len(files)} places for root keys, want {len(ring.keys)}")
     for file, entry in zip(files, ring.keys, strict=True):
-        file.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(file.path.parent)
         file.write(KeyRing(ring.realm, (entry,), b""), cost, replace=replace)

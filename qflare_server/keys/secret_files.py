@@ -5,8 +5,8 @@ A file is ``magic (5) || iterations (4) || memory in KiB (4) || lanes (4) || sal
 with the header as associated data.
 
 Invariants: a secret is written to a temporary file that only its owner can read, synchronised, and put in place in
-one step, so that after a crash the file is the earlier or the later one, whole. A secret that everybody may read,
-that others may write, or that belongs to another user is refused.
+one step, so that after a crash the file is the earlier or the later one, whole. A secret that a group or others may
+read or write, or that belongs to another user, is refused; a secret that root owns may be readable by the group.
 
 What it does not do: know what the secrets mean, or wipe anything from memory (Python cannot).
 
@@ -31,7 +31,6 @@ _COST: Final = struct.Struct(">III")
 _SALT_BYTES: Final = 16
 _HEADER_BYTES: Final = len(_MAGIC) + _COST.size + _SALT_BYTES
 _MAX_FILE_BYTES: Final = 2**20
-_FORBIDDEN: Final = stat.S_IRWXO | stat.S_IWGRP | stat.S_IXGRP
 _ROOT_USER: Final = 0
 
 
@@ -203,8 +202,21 @@ def _write_beside(path: Path, data: bytes) -> Path:
 
 
 def _check_owner(path: Path, found: os.stat_result) -> None:
-    mode = stat.S_IMODE(found.st_mode)
-    if mode & _FORBIDDEN:
-        raise KeyStoreError(f"{path} has mode {mode:04o} and is open to others; want 0600")
-    if found.st_uid not in {os.geteuid(), _ROOT_USER}:
-        raise KeyStoreError(f"{path} belongs to another user")
+    mode, user = stat.S_IMODE(found.st_mode), os.geteuid()
+    if mode & forbidden_bits(found.st_uid, user):
+        raise KeyStoreError(
+            f"{path} has mode {mode:04o} and is open to others; want 0600",
+            remedy=f"chmod 600 {path}",
+        )
+    if found.st_uid not in {user, _ROOT_USER}:
+        raise KeyStoreError(f"{path} belongs to another user", remedy=f"chown it: {path}")
+
+
+def forbidden_bits(owner: int, user: int) -> int:
+    """Return the permissions that a secret of an owner must not give, when a user reads it.
+
+    Orchestrators mount secrets as files of root that the group of an unprivileged process may read; nothing else may
+    be open to a group.
+    """
+    mounted = owner == _ROOT_USER and user != _ROOT_USER
+    return stat.S_IRWXO | stat.S_IRWXG & ~(stat.S_IRGRP if mounted else 0)

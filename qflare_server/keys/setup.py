@@ -19,6 +19,7 @@ from google.protobuf import json_format
 
 from qflare.crypto.envelope import MAX_SIGNATURE_COUNT
 from qflare.crypto.signing import ONLINE_ALGORITHMS, Algorithm, algorithm_named
+from qflare.files import make_private_folder
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.keys.folder import KeyFolder
@@ -116,7 +117,7 @@ def initialise(
     trust = _first_trust(root, folder.provider(online).public(), at, chosen)
     data = trust.bundle().SerializeToString(deterministic=True)
     try:
-        folder.directory.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder.directory.parent)
         name = tempfile.mkdtemp(prefix=f".{folder.directory.name}.", dir=folder.directory.parent)
     except OSError as error:
         raise KeyStoreError(f"cannot write {folder.directory}: {error.strerror}") from error

@@ -1,8 +1,10 @@
 """SQLAlchemy engines: URLs, pools, and the settings of each connection."""
 
+import os
 import select
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -10,6 +12,7 @@ import psycopg2
 from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, make_url
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from qflare.files import make_private_folder
 from qflare_server.config import ServerConfig
 from qflare_server.storage.postgresql import bound_waits, connect_arguments
 from qflare_server.storage.prepared import sqlalchemy_error
@@ -41,8 +44,8 @@ def make_engine(config: ServerConfig) -> Engine:
     """Build an engine with the settings of its dialect. Does not connect; creates the folder of an SQLite file."""
     url = normalize_url(config.database_url)
     if url.drivername == "sqlite":
-        if url.database:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
+            make_private_file(Path(url.database))
         engine = create_engine(
             url,
             pool_size=config.database_pool_size,
@@ -66,6 +69,16 @@ def make_engine(config: ServerConfig) -> Engine:
     event.listen(engine, "checkin", _note_idle)
     event.listen(engine, "checkout", _require_alive)
     return engine
+
+
+def make_private_file(path: Path) -> None:
+    """Make an empty database file and its folder for their owner only, where they are missing.
+
+    SQLite gives the files that it puts beside it, with the write-ahead log, the same permissions.
+    """
+    make_private_folder(path.parent)
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
 
 
 def _note_idle(_connection: Any, entry: ConnectionPoolEntry) -> None:

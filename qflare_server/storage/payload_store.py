@@ -31,6 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.pool import StaticPool
 
 from qflare_server.errors import StorageDamagedError
+from qflare_server.storage.engine import make_private_file
 from qflare_server.storage.error_translation import domain_errors
 from qflare_server.storage.file_identity import FileIdentity
 from qflare_server.storage.prepared import sqlalchemy_error
@@ -110,6 +111,7 @@ class PayloadFile:
     def __init__(self, path: Path, *, timeout_s: float) -> None:
         self._lock = threading.Lock()
         self.damage: StorageDamagedError | None = None
+        make_private_file(path)
         self._engine = create_engine(
             f"sqlite:///{path}",
             poolclass=StaticPool,

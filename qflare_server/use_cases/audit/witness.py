@@ -19,7 +19,7 @@ def append(path: Path, envelope: security_pb2.SignedEnvelope) -> None:
         OSError: It cannot be written.
     """
     line = checkpoint_line(envelope).encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         if os.write(descriptor, line) != len(line):
             raise OSError(f"{path}: line written in part")

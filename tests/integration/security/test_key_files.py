@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from qflare_server.config import ServerConfig
 from qflare_server.keys import KeyFolder, ensure_initialised
 from qflare_server.keys.secret_files import (
     KeyStoreError,
+    forbidden_bits,
     read_passphrase,
     read_secret,
     write_secret,
@@ -66,7 +69,9 @@ class TestWriting:
 
 
 class TestReading:
-    @pytest.mark.parametrize("mode", [0o604, 0o602, 0o601, 0o644, 0o666, 0o620, 0o777])
+    @pytest.mark.parametrize(
+        "mode", [0o604, 0o602, 0o601, 0o640, 0o440, 0o644, 0o660, 0o666, 0o620, 0o777]
+    )
     def test_a_file_that_is_open_to_others_is_refused(self, tmp_path: Path, mode: int) -> None:
         path = tmp_path / "secret"
         write_secret(path, b"x")
@@ -78,7 +83,24 @@ class TestReading:
         path = tmp_path / "secret"
         write_secret(path, b"x")
         path.chmod(0o440)
-        assert read_secret(path) == b"x"
+        code = f"from pathlib import Path; print(secret_files.read_secret(Path({str(path)!r})))"
+        if os.geteuid() != 0:
+            pytest.skip("only root can own a file that another user reads")
+        for parent in path.parents[:4]:
+            parent.chmod(parent.stat().st_mode | 0o011)
+        os.chown(path, 0, 12345)
+        loaded = (
+            "import os; from qflare_server.keys import secret_files; os.setgid(12345); os.setuid(12345); "
+            + code
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", loaded], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.stdout == "b'x'\n", done.stderr
+
+    def test_only_what_root_owns_may_be_readable_by_a_group(self) -> None:
+        assert forbidden_bits(0, 10001) == 0o037
+        assert forbidden_bits(10001, 10001) == forbidden_bits(0, 0) == 0o077
 
     def test_a_file_of_another_user_is_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qflare.protocol.handshake import HandshakeError
-from qflare.protocol.possession import WINDOW_SIZE, CallProver, Refresh, ReplayWindow, check_call
+from qflare.protocol.possession import CallProver, Refresh, check_call
 from qflare.v1 import security_pb2
 
 KEY = bytes(range(32))
@@ -104,28 +104,11 @@ def test_an_invented_proof_is_refused(proof: bytes) -> None:
         check_call(KEY, "token", METHOD, b"message", proof)
 
 
-@given(st.lists(st.integers(0, 3 * WINDOW_SIZE)))
-def test_the_window_accepts_each_number_once_and_none_too_far_behind(numbers: list[int]) -> None:
-    window, seen = ReplayWindow(), set[int]()
-    for number in numbers:
-        fresh = number not in seen and number > max(seen, default=number) - WINDOW_SIZE
-        if fresh:
-            window.accept(number)
-            seen.add(number)
-        else:
-            with pytest.raises(HandshakeError):
-                window.accept(number)
-
-
 def test_many_threads_use_each_number_once() -> None:
-    prover, window = CallProver(KEY, "token"), ReplayWindow()
+    prover = CallProver(KEY, "token")
 
     with ThreadPoolExecutor(4) as pool:
         proofs = list(pool.map(lambda _: prover.prove(METHOD, b""), range(400)))
         numbers = [check_call(KEY, "token", METHOD, b"", proof) for proof in proofs]
-        list(pool.map(window.accept, numbers))
 
     assert sorted(numbers) == list(range(400))
-    for number in numbers:
-        with pytest.raises(HandshakeError):
-            window.accept(number)
