@@ -1,4 +1,4 @@
-"""What a payload has to be, known before its first byte: from the statement about it and what its sender adds."""
+"""Expected payloads: layout, size and digests, known from the statement and the header before the first byte."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from qflare_server.storage.payload_records import HASH_BYTES, split_digests
 
 @dataclass(frozen=True)
 class SealedArrival:
-    """How a payload arrives that a device has sealed.
+    """Sealing of an incoming payload.
 
     Attributes:
-        message: Header, and key wrapped for the coordinator; their form is checked.
-        belongs_to: What the payload has to belong to.
-        wire_digest: Root over the segments, 64 hex digits.
+        message: Header, and content key wrapped for the coordinator; well-formed.
+        belongs_to: Context that the seal must be bound to.
+        wire_digest: Merkle root over the segments, 64 hex digits.
     """
 
     message: security_pb2.SealedPayloadHeader
@@ -29,10 +29,10 @@ class SealedArrival:
 
 @dataclass(frozen=True)
 class ExpectedPayload:
-    """What a payload has to be, known before its first byte.
+    """Layout, size and digests that an incoming payload must have.
 
-    `digest` and `chunk_digests` may be empty where the sender did not state them; the latter are those of the chunks
-    as they travel. `rules` are those that its encoding adds for single tensors. `sealed` is set where it is sealed.
+    `digest` and `chunk_digests` are empty if the sender did not state them; the latter are leaf hashes of the chunks on
+    the wire. `rules` are checks of single tensors that the encoding adds. `sealed` is set if the payload is sealed.
     """
 
     manifest: Manifest
@@ -43,26 +43,26 @@ class ExpectedPayload:
 
     @property
     def wire_size_bytes(self) -> int:
-        """Bytes that travel."""
+        """Size on the wire in bytes."""
         size = self.manifest.size_bytes
         return size if self.sealed is None else sealed_size_bytes(size)
 
     @property
     def wire_chunk_count(self) -> int:
-        """Chunks that travel."""
+        """Number of chunks on the wire."""
         return -(-self.wire_size_bytes // CHUNK_BYTES)
 
     @property
     def wire_digest(self) -> str:
-        """Root over the chunks as they travel; empty where the sender did not state it."""
+        """Merkle root over the chunks on the wire; empty if the sender did not state it."""
         return self.digest if self.sealed is None else self.sealed.wire_digest
 
     def check(self, max_payload_bytes: int) -> None:
-        """Refuse before the first byte what can never become right.
+        """Check size and chunk digests, before the first byte arrives.
 
         Raises:
-            UpdateTooLargeError: The payload is over the bound.
-            DigestMismatchError: The chunk digests do not belong to the digest.
+            UpdateTooLargeError: The payload is larger than the limit.
+            DigestMismatchError: The chunk digests do not match the payload digest.
         """
         size = self.manifest.size_bytes
         if size > max_payload_bytes:
@@ -77,4 +77,6 @@ class ExpectedPayload:
                 f"chunk_digests: got {len(self.chunk_digests)} bytes, want {count * HASH_BYTES}"
             )
         if merkle.root(split_digests(self.chunk_digests)).hex() != self.wire_digest:
-            raise DigestMismatchError("chunk_digests: their Merkle root is not the payload digest")
+            raise DigestMismatchError(
+                "chunk_digests: Merkle root does not match the payload digest"
+            )

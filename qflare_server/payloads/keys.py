@@ -1,9 +1,9 @@
-"""Keys of sealed payloads: taken over from a device, kept at rest, wrapped for a device.
+"""Content keys of sealed payloads: unwrapped from a device's header, encrypted for storage, wrapped for a device.
 
-At rest a payload's key is encrypted under a storage key, which is derived from the state key that replicas share and no
-database holds. So what is stored stays readable when a session KEM key is retired, and neither a copy of the database
-nor the key file alone opens it. A stored key begins with the name of its storage key; after a theft has replaced the
-state key, keys under the earlier ones still open, and `rewrap` moves them to the current one.
+A stored content key is encrypted under a storage key, which is derived from the state key that replicas share and that
+no database holds. Payloads therefore stay readable when a session KEM key is retired, and neither a copy of the
+database nor the key file alone opens them. A stored content key begins with the name of its storage key; after the
+state key was replaced, keys under earlier state keys still open, and `rewrap` re-encrypts them under the current one.
 """
 
 from functools import partial
@@ -36,11 +36,11 @@ _ASSOCIATED: Final = b"qflare/v1/key of payload "
 def take_key(
     context: Context, message: security_pb2.SealedPayloadHeader, belongs_to: SealContext
 ) -> PayloadKey:
-    """Recover the key of a payload that a device has sealed to the coordinator.
+    """Unwrap the content key of a payload that a device sealed to the coordinator.
 
     Raises:
-        InvalidSealError: Header or key are of something else, or were changed.
-        SealKeyNotAcceptedError: It is sealed to a key that is not held or no longer accepted.
+        InvalidSealError: Header or wrapped key belong to another context, or were modified.
+        SealKeyNotAcceptedError: The payload is sealed to a key that is unknown or no longer accepted.
     """
     if context.decapsulate is None:
         raise SealKeyNotAcceptedError
@@ -50,7 +50,7 @@ def take_key(
         return PayloadKey.unwrap(message.header, wrapped, belongs_to, decapsulate)
     except UnknownKeyError as error:
         raise SealKeyNotAcceptedError(
-            f"sealed: key {wrapped.recipient_key_id[:64]} is not one of the keyset"
+            f"sealed: key {wrapped.recipient_key_id[:64]} is not in the keyset"
         ) from error
     except UnsealError as error:
         raise InvalidSealError(f"sealed: {error}", field="header.sealed") from error
@@ -59,11 +59,11 @@ def take_key(
 def wrap_key(
     context: Context, payload_id: str, seal: Seal, kem_public_key: bytes | None
 ) -> security_pb2.SealedPayloadHeader:
-    """Return what a device needs to open a stored payload.
+    """Return header and wrapped content key with which a device opens a stored payload.
 
     Raises:
         NoKemKeyError: The device has no KEM key.
-        SealedPayloadLostError: The payload's key does not open.
+        SealedPayloadLostError: The stored content key cannot be decrypted.
     """
     if kem_public_key is None:
         raise NoKemKeyError
@@ -76,15 +76,15 @@ def wrap_key(
 
 
 def store_key(context: Context, payload_id: str, key: PayloadKey) -> bytes:
-    """Return a payload's key as it is kept beside the payload."""
+    """Return a content key encrypted for storage."""
     return _store(_current(context), payload_id, key)
 
 
 def restore_key(context: Context, payload_id: str, seal: Seal) -> PayloadKey:
-    """Recover the key of a stored payload.
+    """Decrypt the content key of a stored payload.
 
     Raises:
-        SealedPayloadLostError: It does not open under the state keys that are held.
+        SealedPayloadLostError: No known state key decrypts it.
     """
     name, stored = seal.stored_key[:NAME_BYTES], seal.stored_key[NAME_BYTES:]
     for state_key in (_current(context), *context.earlier_state_keys):
@@ -96,14 +96,16 @@ def restore_key(context: Context, payload_id: str, seal: Seal) -> PayloadKey:
             )
         except UnsealError as error:
             raise SealedPayloadLostError(f"payload {payload_id}: {error}") from error
-    raise SealedPayloadLostError(f"payload {payload_id}: its key is under an unknown state key")
+    raise SealedPayloadLostError(
+        f"payload {payload_id}: its key is encrypted under an unknown state key"
+    )
 
 
 def rewrap(context: Context) -> int:
-    """Move stored keys that are under an earlier state key to the current one, some at a time.
+    """Re-encrypt stored content keys that are under an earlier state key, in batches.
 
     Returns:
-        How many were moved; those that do not open are left as they are.
+        Number of re-encrypted keys; keys that cannot be decrypted are left unchanged.
     """
     if not context.earlier_state_keys:
         return 0
@@ -131,7 +133,7 @@ def rewrap(context: Context) -> int:
 
 def _current(context: Context) -> bytes:
     if not context.state_key:
-        raise SealedPayloadLostError("there is no state key")
+        raise SealedPayloadLostError("the coordinator has no state key")
     return context.state_key
 
 

@@ -1,4 +1,4 @@
-"""Random access to what is in a stored payload, a few chunks in memory at a time."""
+"""Random access to stored payloads, sealed or not, in bounded memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from qflare_server.storage.repository import payloads as rows
 
 @dataclass(frozen=True)
 class _Range:
-    """Consecutive pieces of a payload, all but its last one of `piece_bytes`; `start` is the offset of the first."""
+    """Consecutive pieces of a payload, each but the last of `piece_bytes`; the first begins at offset `start`."""
 
     start: int
     pieces: Sequence[bytes]
@@ -32,7 +32,7 @@ class _Range:
         return self.start + (len(self.pieces) - 1) * self.piece_bytes + len(self.pieces[-1])
 
     def view(self, offset: int, length: int) -> memoryview:
-        """Return bytes of the payload; copied only where they are in more than one piece."""
+        """Return bytes of the payload; copies only if they span several pieces."""
         number, within = divmod(offset - self.start, self.piece_bytes)
         first = memoryview(self.pieces[number])[within : within + length]
         if len(first) == length:
@@ -46,9 +46,9 @@ class _Range:
 
 
 class PayloadBytes:
-    """Random access to what is in a payload; keeps the ranges that were read last. Used by one thread.
+    """Random access to the plaintext of a payload; caches the last two ranges. Used by one thread.
 
-    Two ranges: a top-k update is read in its indices and in its values in turn.
+    Two ranges, because a top-k update is read alternately in its indices and in its values.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class PayloadBytes:
 
 
 def read_range(context: Context, stored: StoredPayload, first: int, count: int) -> list[bytes]:
-    """Return up to `count` consecutive chunks as they are kept.
+    """Return up to `count` consecutive chunks as stored.
 
     Raises:
-        PayloadPrunedError: They were deleted meanwhile.
+        PayloadPrunedError: They were pruned meanwhile.
     """
     wanted = max(0, min(count, stored.chunk_count - first))
     if stored.in_row:
@@ -99,18 +99,18 @@ def read_range(context: Context, stored: StoredPayload, first: int, count: int) 
 
 
 def read_chunks(context: Context, stored: StoredPayload, first: int = 0) -> Iterator[bytes]:
-    """Yield a payload's chunks as they are kept, from the `first` on; a few are in memory at a time."""
+    """Yield a payload's chunks as stored, from `first` on, in bounded memory."""
     for start in range(first, stored.chunk_count, READ_CHUNKS):
         yield from read_range(context, stored, start, READ_CHUNKS)
 
 
 class Contents:
-    """What is in a stored payload, in pieces; used by one thread.
+    """The plaintext of a stored payload, in pieces; used by one thread.
 
     Attributes:
-        size_bytes: Bytes of all pieces.
-        piece_bytes: Bytes of every piece but the last: `CHUNK_BYTES`, less where the payload is sealed.
-        piece_count: Number of pieces: that of the chunks that are kept.
+        size_bytes: Size of the plaintext in bytes.
+        piece_bytes: Size of each piece but the last: `CHUNK_BYTES`, less if the payload is sealed.
+        piece_count: Number of pieces, equal to the number of stored chunks.
 
     Args:
         context: The coordinator's parts.
@@ -130,17 +130,17 @@ class Contents:
         """Return up to `count` consecutive pieces.
 
         Raises:
-            PayloadPrunedError: They were deleted meanwhile.
-            SealedPayloadLostError: They do not open.
+            PayloadPrunedError: They were pruned meanwhile.
+            SealedPayloadLostError: They cannot be opened.
         """
         kept = read_range(self._context, self._stored, first, count)
         return kept if self._stored.seal is None else list(self.open(kept, first))
 
     def open(self, kept: Iterable[bytes], first: int = 0) -> Iterator[bytes]:
-        """Yield what is in consecutive chunks that are kept, the first of them with this number.
+        """Yield the plaintext of consecutive stored chunks, which begin with chunk `first`.
 
         Raises:
-            SealedPayloadLostError: They do not open.
+            SealedPayloadLostError: They cannot be opened.
         """
         if self._stored.seal is None:
             yield from kept
@@ -162,7 +162,7 @@ class Contents:
 
 
 def rechunk_after(pieces: Iterator[bytes], skipped_bytes: int) -> Iterator[bytes]:
-    """Yield chunks of `CHUNK_BYTES` from pieces of any size, without the first bytes."""
+    """Yield chunks of `CHUNK_BYTES` from pieces of any size, skipping the first `skipped_bytes`."""
 
     def rest() -> Iterator[memoryview]:
         left = skipped_bytes

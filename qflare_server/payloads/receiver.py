@@ -1,8 +1,8 @@
 """Receives the chunks of one payload in bounded memory.
 
-A `Receiver` takes the chunks of one payload as they come, checks each, and keeps at most two batches in memory:
-small payloads wait there for the transaction of their row, large ones are written to the payload store by a
-background thread while the next batch arrives. `payloads.reader` reads them back, a few at a time.
+A `Receiver` verifies each chunk of one payload as it arrives and holds at most two batches in memory. A small payload
+waits in memory for the transaction that writes its row; a large one is written to the payload store by a background
+thread while the next batch arrives. `payloads.reader` reads payloads back.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,18 +22,18 @@ from qflare_server.storage.payload_records import ReceivedPayload, Seal, split_d
 from qflare_server.storage.payload_store import READ_CHUNKS
 from qflare_server.storage.repository import payloads as rows
 
-TOUCH_SHARE: Final = 0.25  # of the time after which an upload expires
+TOUCH_SHARE: Final = 0.25  # share of the expiry time after which an upload is touched again
 
 
 class Receiver:
-    """Takes the chunks of one payload in order; used by one thread.
+    """Receives the chunks of one payload in order; used by one thread.
 
     Args:
         context: The coordinator's parts.
         executor: Runs the writes of large payloads.
-        expected: What the payload has to be; already checked.
-        payload_id: Of an upload that is continued; empty starts a new one.
-        first_chunk: Number of chunks that the store already has.
+        expected: Layout, size and digests of the payload; already checked.
+        payload_id: Id of an upload to resume; empty starts a new one.
+        first_chunk: Number of chunks already in the payload store.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class Receiver:
 
     @property
     def next_index(self) -> int:
-        """Number of the chunk that comes next."""
+        """Index of the next chunk."""
         return len(self._leaves)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every chunk has come."""
+        """Whether all chunks have arrived."""
         return self.next_index == self._chunk_count
 
     def _replay(self, count: int) -> None:
-        """Take in the chunks that an interrupted upload left in the store, without writing them again."""
+        """Verify the chunks that an interrupted upload left in the store, without writing them again."""
         for first in range(0, count, READ_CHUNKS):
             stored = self._context.store.read(
                 self.payload_id, first, min(READ_CHUNKS, count - first)
@@ -85,11 +85,11 @@ class Receiver:
         self._stored = self.next_index
 
     def add(self, index: int, chunk: bytes) -> None:
-        """Check a chunk and keep it; one that an interrupted upload has left in the store is passed over.
+        """Verify a chunk and add it to the batch; ignores a chunk that an interrupted upload stored already.
 
         Raises:
-            InvalidUpdateError: It is out of order, of a wrong size, or holds NaN or infinity.
-            DigestMismatchError: It is not the chunk that was stated.
+            InvalidUpdateError: The chunk is out of order, has the wrong size, or holds NaN or infinity.
+            DigestMismatchError: The chunk's digest does not match the stated one.
         """
         if index < self._resumed_at:
             return
@@ -97,7 +97,7 @@ class Receiver:
         self._keep(chunk)
 
     def _keep(self, chunk: bytes) -> None:
-        """Put a chunk to those that are to be written."""
+        """Add a chunk to the batch, and write the batch if it is full."""
         self._batch.append(chunk)
         self._batch_bytes += len(chunk)
         full = self._batch_bytes >= self._context.config.upload_batch_bytes
@@ -118,12 +118,12 @@ class Receiver:
             raise InvalidUpdateError(f"chunk {number}: got {len(chunk)} bytes, want {wanted}")
         leaf = merkle.leaf_hash(chunk)
         if self._wanted and leaf != self._wanted[number]:
-            raise DigestMismatchError(f"chunk {number}: its digest is not the one stated")
+            raise DigestMismatchError(f"chunk {number}: digest does not match the stated one")
         self._take_content(chunk)
         self._leaves.append(leaf)
 
     def _take_content(self, chunk: bytes) -> None:
-        """Look at what is in the chunk that comes next."""
+        """Check the content of the next chunk."""
         self._check_elements(chunk)
 
     def _check_elements(self, data: bytes) -> None:
@@ -133,7 +133,7 @@ class Receiver:
             raise InvalidUpdateError(str(error)) from error
 
     def _flush(self) -> None:
-        """Hand the batch to the background; wait for the one before, so that at most two are in memory."""
+        """Write the batch in the background, once the previous one is written: at most two are in memory."""
         self._wait()
         self._touch()
         batch, first = self._batch, self._stored
@@ -143,7 +143,7 @@ class Receiver:
         self._pending = self._executor.submit(append, self.payload_id, first, batch)
 
     def _touch(self) -> None:
-        """Keep an upload that takes long from expiring."""
+        """Keep a slow upload from expiring."""
         at = self._context.clock()
         expiry_s = self._context.config.upload_expiry_s
         if (at - self._touched_at).total_seconds() > expiry_s * TOUCH_SHARE:
@@ -176,39 +176,39 @@ class Receiver:
         )
 
     def _whole_digest(self) -> str:
-        """Return the root over the chunks, if all of them have come and it is the one that was stated."""
+        """Return the Merkle root over the chunks, after checking that all have arrived and that it was stated."""
         if not self.is_complete:
             raise InvalidUpdateError(f"chunks: got {self.next_index}, want {self._chunk_count}")
         digest = merkle.root(self._leaves).hex()
         if self._expected.wire_digest and digest != self._expected.wire_digest:
-            raise DigestMismatchError("payload: its digest is not the one stated")
+            raise DigestMismatchError("payload: digest does not match the stated one")
         return digest
 
     def _seal(self) -> Seal | None:
-        """Return how the payload is sealed, None if it is not."""
+        """Return the seal of the payload; None if it is not sealed."""
         return None
 
     def _last_batch(self) -> bytes | None:
         """Return the bytes of a small payload; write the rest of a large one and return None.
 
         Raises:
-            ConflictError: The store has lost chunks meanwhile; what it still has can be continued.
+            ConflictError: The store has lost chunks meanwhile; the upload can be resumed.
         """
         if not self.is_large:
             return b"".join(self._batch)
         self.keep()
         if self._context.store.stored_count(self.payload_id) != self._chunk_count:
-            raise ConflictError("chunks of the upload are missing; send them again")
+            raise ConflictError("chunks of the upload are missing; send it again")
         return None
 
     def keep(self) -> None:
-        """Make what has come so far durable, so that a broken upload can go on there."""
+        """Make the chunks received so far durable, so that an interrupted upload can be resumed."""
         if self.is_large and self._batch:
             self._flush()
         self._wait()
 
     def abandon(self) -> None:
-        """Let go of memory and wait for the write in progress; its outcome no longer matters."""
+        """Free the batch, and wait for the write in progress, ignoring its result."""
         self._batch = []
         if self._pending is not None:
             self._pending.exception()

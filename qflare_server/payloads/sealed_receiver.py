@@ -1,8 +1,8 @@
-"""Sealed payloads on their way in and out of the store: what is kept are segments, never what is in them.
+"""Receivers of sealed payloads: only segments are stored, never their plaintext.
 
-`OpeningReceiver` takes what a device has sealed: each segment is hashed as it travels, opened, and looked at; the
-segment is kept. `SealingReceiver` takes what the coordinator makes or an administrator uploads, and seals it before it
-is kept. `Contents` reads what is in a payload, sealed or not, range by range.
+`OpeningReceiver` receives a payload that a device sealed: each segment is hashed, opened and its plaintext verified;
+the segment is stored. `SealingReceiver` receives plaintext that the coordinator makes or an administrator uploads, and
+seals it before it is stored. `payloads.reader` reads both.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,20 +29,20 @@ from qflare_server.storage.payload_records import ReceivedPayload, Seal
 
 
 class OpeningReceiver(Receiver):
-    """Takes the segments of one payload that a device has sealed.
+    """Receives the segments of one payload that a device sealed.
 
     Args:
         context: The coordinator's parts.
         executor: Runs the writes of large payloads.
-        expected: What the payload has to be, `sealed` set; already checked.
-        payload_id: Of an upload that is continued; empty starts a new one.
-        first_chunk: Number of chunks that the store already has.
-        stored_key: The payload's key at rest, of an upload that is continued; empty takes it from the device's
-            header, which needs the coordinator's KEM key.
+        expected: Layout, size and digests of the payload, with `sealed` set; already checked.
+        payload_id: Id of an upload to resume; empty starts a new one.
+        first_chunk: Number of chunks already in the payload store.
+        stored_key: Stored content key of an upload to resume; empty unwraps the key in the device's header, which
+            needs the coordinator's KEM key.
 
     Raises:
-        InvalidSealError: The header or its key is not what it has to be, or a stored segment does not open.
-        SealKeyNotAcceptedError: It is sealed to a key that is no longer accepted.
+        InvalidSealError: The header or its wrapped key is invalid, or a stored segment cannot be opened.
+        SealKeyNotAcceptedError: The payload is sealed to a key that is no longer accepted.
     """
 
     def __init__(
@@ -77,9 +77,7 @@ class OpeningReceiver(Receiver):
         except UnsealError as error:
             raise InvalidSealError(f"chunk {self.next_index}: {error}") from error
         self._wait_for_hash()
-        if (
-            self.is_large
-        ):  # beside the work on this chunk and the next: hashing leaves the interpreter lock
+        if self.is_large:  # in parallel: hashing releases the interpreter lock
             self._hashing = self._executor.submit(self._content.feed, content)
         else:
             self._content.feed(content)
@@ -94,18 +92,18 @@ class OpeningReceiver(Receiver):
         self._wait_for_hash()
         leaves = self._content.finish()
         if merkle.root(leaves).hex() != self._expected.digest:
-            raise DigestMismatchError("payload: what is sealed has not the digest that was stated")
+            raise DigestMismatchError("payload: plaintext digest does not match the statement")
         return Seal(self._header, self.stored_key, b"".join(leaves))
 
 
 class SealingReceiver(Receiver):
-    """Takes a payload as it is, and keeps it sealed.
+    """Receives plaintext, seals it, and stores the segments.
 
     Args:
         context: The coordinator's parts.
         executor: Runs the writes of large payloads.
-        expected: What the payload has to be before it is sealed; already checked.
-        belongs_to: What it belongs to.
+        expected: Layout, size and digests of the plaintext; already checked.
+        belongs_to: Context that the seal is bound to.
     """
 
     def __init__(
@@ -123,15 +121,15 @@ class SealingReceiver(Receiver):
         self._rest = bytearray()
 
     def add(self, index: int, chunk: bytes) -> None:
-        """Check a chunk, and keep what it completes.
+        """Verify a chunk, and seal the segments that it completes.
 
         Raises:
-            InvalidUpdateError: It is out of order, of a wrong size, or holds NaN or infinity.
-            DigestMismatchError: It is not the chunk that was stated.
+            InvalidUpdateError: The chunk is out of order, has the wrong size, or holds NaN or infinity.
+            DigestMismatchError: The chunk's digest does not match the stated one.
         """
         self._check(index, chunk)
         self._rest += chunk
-        while len(self._rest) > PLAINTEXT_BYTES:  # the last segment is known by being the rest
+        while len(self._rest) > PLAINTEXT_BYTES:  # the remainder becomes the last segment
             with memoryview(self._rest) as view, view[:PLAINTEXT_BYTES] as content:
                 self._keep_segment(content)
             del self._rest[:PLAINTEXT_BYTES]
@@ -142,11 +140,11 @@ class SealingReceiver(Receiver):
         self._keep(segment)
 
     def finish(self) -> ReceivedPayload:
-        """Return the whole payload, sealed, and durable if it is large.
+        """Return the sealed payload; a large one is durable.
 
         Raises:
             InvalidUpdateError: Chunks are missing.
-            DigestMismatchError: The payload is not the one that was stated.
+            DigestMismatchError: The payload's digest does not match the stated one.
         """
         self._whole_digest()
         self._keep_segment(self._rest)
@@ -169,14 +167,14 @@ def seal_context(
     version: int,
     state_name: str = "",
 ) -> SealContext | None:
-    """Return what a payload belongs to that the coordinator makes; None where nothing is sealed.
+    """Return the context that a payload made by the coordinator is sealed for; None if the session seals nothing.
 
     Args:
         context: The coordinator's parts.
-        config: Of the training session.
+        config: Configuration of the training session.
         training_session_id: Training session.
-        version: The version that it is, or is kept of.
-        state_name: Name of what is kept of the version beside its weights; empty for the weights.
+        version: Version of the payload.
+        state_name: Name of strategy state stored with the version; empty for the weights.
     """
     if not config.transfer.sealed:
         return None
@@ -192,7 +190,7 @@ def receiver_of(
     expected: ExpectedPayload,
     belongs_to: SealContext | None,
 ) -> Receiver:
-    """Return what takes in a payload that does not come sealed, and keeps it sealed if it belongs to something."""
+    """Return a receiver of plaintext, which seals it if a context is given."""
     if belongs_to is None:
         return Receiver(context, executor, expected)
     return SealingReceiver(context, executor, expected, belongs_to)

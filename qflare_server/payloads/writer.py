@@ -1,4 +1,4 @@
-"""Writing payloads of the coordinator's own: a version, a vector of its strategy, the form in which devices get it."""
+"""Writers of the coordinator's own payloads: versions, vectors of strategies, downloads in a smaller encoding."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from qflare_server.storage.repository import payloads
 
 
 class PayloadWriter:
-    """Writes a payload of the coordinator's own, from bytes of any cut; sealed, if it belongs to something."""
+    """Writes a payload from pieces of any size; seals it if a context is given."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class PayloadWriter:
             )
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes.
+        """Add the next bytes.
 
         Raises:
             InvalidUpdateError: An element is NaN or infinite, or there are too many bytes.
@@ -51,7 +51,7 @@ class PayloadWriter:
             del self._rest[:CHUNK_BYTES]
 
     def finish(self) -> ReceivedPayload:
-        """Return the whole payload, durable if it is large."""
+        """Return the payload; a large one is durable."""
         if self._rest:
             self._receiver.add(self._receiver.next_index, bytes(self._rest))
             self._rest.clear()
@@ -59,15 +59,15 @@ class PayloadWriter:
 
 
 class VersionWriter:
-    """Writes the payload of a version and, chunk by chunk beside it, the form in which devices get it.
+    """Writes the payload of a version and, in the same pass, the one that devices download.
 
     Args:
         context: The coordinator's parts.
         executor: Runs the writes of large payloads.
-        manifest: Of the model.
-        encoding: How devices get it; FULL_PRECISION writes nothing beside the payload.
-        at: The time.
-        belongs_to: What the payload is sealed for; None where it is not sealed.
+        manifest: Layout of the model.
+        encoding: Encoding of the download; with FULL_PRECISION devices download the payload itself.
+        at: Time of creation.
+        belongs_to: Context that the payload is sealed for; None if it is not sealed.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class VersionWriter:
         self._belongs_to = belongs_to
 
     def write(self, chunks: Iterable[bytes]) -> tuple[ReceivedPayload, Download | None]:
-        """Write both.
+        """Write both payloads.
 
         Raises:
-            InvalidUpdateError: An element is NaN or infinite, or so in the form in which devices get it.
-            InvalidPayloadError: What `chunks` raises.
+            InvalidUpdateError: An element is NaN or infinite, or becomes so in the encoding of the download.
+            InvalidPayloadError: Raised by `chunks`.
         """
         writer = PayloadWriter(
             self._context, self._executor, self._manifest, self._at, self._belongs_to
@@ -106,10 +106,10 @@ class VersionWriter:
         return writer.finish(), download
 
     def write_download(self, chunks: Iterable[bytes]) -> Download | None:
-        """Write the form in which devices get a version whose payload's chunks are given; exhausts them.
+        """Write the payload that devices download, from the chunks of a version's payload; consumes them.
 
         Raises:
-            InvalidUpdateError: An element is beyond the range of the encoding.
+            InvalidUpdateError: An element is out of the encoding's range.
         """
         if self._encoding is Encoding.FULL_PRECISION:
             for _ in chunks:
@@ -132,7 +132,7 @@ class VersionWriter:
 
 
 def received_chunks(context: Context, received: ReceivedPayload) -> Iterator[bytes]:
-    """Yield the chunks of a payload whose row is not written yet."""
+    """Yield the chunks of a payload that has no row yet."""
     if received.data is not None:
         yield received.data
         return
