@@ -1,12 +1,11 @@
 """Verification of a database against what was signed; reads only.
 
-`verify_database` walks the audit log, the devices' keys, the versions, the updates, the rounds, the evaluations and the
-bytes of all of them, and compares each with what was signed; `find` yields the same one by one. `recompute_version`
-makes a version again from its updates. All of them only read, hold a bounded number of rows, and may run beside a
-coordinator.
+`verify_database` compares the audit log, device keys, versions, updates, rounds, evaluations and all payloads with what
+was signed; `find` yields the findings one by one. `recompute_version` recomputes a version from its updates. All three
+read in bounded memory and may run beside a coordinator.
 
-Trust begins at the pinned ids of the root keys. Who holds the online keys and the database can write a history that
-fits: against that stand the heads that a witness keeps and what devices remember.
+Trust is rooted in the pinned ids of the root keys. Whoever holds both the online keys and the database can write a
+consistent false history; only the tree heads that a witness keeps and the state that devices remember reveal it.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -36,17 +35,17 @@ __all__ = [
 ]
 
 MAX_FINDINGS: Final = 1000
-"""Findings of one report."""
+"""Most findings of one report."""
 
 
 @dataclass(frozen=True)
 class DatabaseReport:
-    """What a verification of a database has shown.
+    """Result of the verification of a database.
 
     Attributes:
-        findings: What is wrong, at most `MAX_FINDINGS`.
-        checked: Number of things that were looked at, by kind.
-        unchecked: Number of things that could not be checked, by reason.
+        findings: Discrepancies, at most `MAX_FINDINGS`.
+        checked: Number of records checked, by kind.
+        unchecked: Number of records that could not be checked, by reason.
     """
 
     findings: tuple[Finding, ...]
@@ -62,14 +61,14 @@ def verify_database(
     read_bytes: bool = True,
     witness_file: Path | None = None,
 ) -> DatabaseReport:
-    """Check a whole database.
+    """Verify a whole database.
 
     Args:
-        context: The coordinator's parts; of the configuration, the realm.
+        context: The coordinator's dependencies.
         root_key_ids: Pinned ids of the keys of root document 1, 64 hex digits each.
-        root_threshold: How many of them have to have signed; None means all.
-        read_bytes: Hash the bytes of models and updates, which reads all of them.
-        witness_file: Heads that were kept elsewhere; None for none.
+        root_threshold: Number of them that must have signed; None means all.
+        read_bytes: Also hash the bytes of all models and updates.
+        witness_file: Tree heads kept by a witness; None without one.
 
     Raises:
         StoreUnavailableError: The database cannot be reached.
@@ -96,7 +95,7 @@ def find(
     witness_file: Path | None = None,
     tally: Tally,
 ) -> Iterator[Finding]:
-    """Yield what is wrong with a database, and count into `tally`; the arguments are those of `verify_database`."""
+    """Yield discrepancies, and count into `tally`; other arguments as for `verify_database`."""
     keys = NO_KEYS
     try:
         keys = read_signer_keys(context, root_key_ids, root_threshold)
@@ -115,7 +114,7 @@ def find(
 
 
 def _readable(kind: str, found: Iterator[Finding]) -> Iterator[Finding]:
-    """Yield findings; a row that cannot even be read, such as one whose JSON is none, is one and ends the pass."""
+    """Yield findings; a row that cannot be read, such as one with invalid JSON, is a finding that ends the pass."""
     try:
         yield from found
     except (ValueError, TypeError, AttributeError, LookupError) as error:

@@ -1,10 +1,10 @@
-"""The audit log against its tree: every entry, every node, every signed head, and what a witness has kept.
+"""Verification of the audit log: every entry, node and signed head of its tree, and the heads kept by a witness.
 
-One pass over the entries in their order builds the tree anew. An entry that was changed is told from its stored leaf,
-and the stored leaf is what the pass goes on with, so one changed row is one finding, not one for all that follow. If
-leaves and nodes were changed to fit, the heads no longer do.
+One pass over the entries in order rebuilds the tree. A modified entry differs from its stored leaf; the pass continues
+with the stored leaf, so that one modified row is one finding and not one for each row after it. If leaves and nodes
+were modified consistently, the signed heads no longer match.
 
-The log may grow meanwhile: what is there when the pass begins is what it checks.
+The log may grow meanwhile: the pass checks what exists when it begins.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,19 +29,19 @@ from qflare_server.verification.findings import BATCH, Finding, SignerKeys, Tall
 
 DOCUMENT_PUBLISHED: Final = frozenset({"root.published", "keyset.published"})
 IN_PROCESS: Final = (
-    "in-process"  # how embedding programs prove themselves: their updates carry no statement
+    "in-process"  # authentication method of embedding programs, whose updates carry no statement
 )
-MAX_GAP: Final = 10_000  # missing places in a row after which the pass gives up
+MAX_GAP: Final = 10_000  # consecutive missing entries after which the pass ends
 
 
 class AuditVerification:
     """One pass over the audit log.
 
     Args:
-        context: The coordinator's parts.
-        keys: Whose signatures count.
-        tally: What was looked at.
-        witness_file: Heads that were kept elsewhere; None for none.
+        context: The coordinator's dependencies.
+        keys: Keys of valid signers.
+        tally: Counts of what was checked.
+        witness_file: Tree heads kept by a witness; None without one.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class AuditVerification:
         self._intact: list[Any] = []
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what is wrong."""
+        """Yield discrepancies."""
         with self._context.database.read() as session:
             latest = audit_tree.latest_head(session)
             last_head = -1 if latest is None else latest.size
@@ -69,7 +69,7 @@ class AuditVerification:
         yield from self._waiting()
 
     def _heads(self, last: int, leaf_count: int) -> Iterator[Finding]:
-        """Check each signed head and remember its root for when the tree has grown so far."""
+        """Check each signed head, and keep its root until the rebuilt tree reaches its size."""
         size = -1
         while size < last:
             with self._context.database.read() as session:
@@ -117,7 +117,7 @@ class AuditVerification:
             yield Finding("witness", str(self._witness_file), str(error))
 
     def _entries(self, leaf_count: int) -> Iterator[Finding]:
-        """Walk the entries and the nodes that they complete."""
+        """Check the entries and the nodes that they complete."""
         while self._tree.size < leaf_count:
             first = self._tree.size
             end = min(first + BATCH, leaf_count)
@@ -166,7 +166,7 @@ class AuditVerification:
                 yield Finding("head", f"of size {size}", problem)
 
     def _events(self, rows: Sequence[Any]) -> Iterator[Finding]:
-        """Check that what the log says was written is still there."""
+        """Check that the records named by log entries still exist."""
         accepted = _about(rows, UPDATE_ACCEPTED, "update:")
         signed = _about(rows, VERSION_SIGNED, "version:")
         reported = _about(rows, EVALUATION_REPORTED, "evaluation:")
@@ -187,7 +187,7 @@ class AuditVerification:
             yield Finding("evaluation", f"with digest {digest}", problem)
 
     def _documents(self, rows: Sequence[Any]) -> Iterator[Finding]:
-        """Check that published root documents and keysets are still there: without the newest, trust goes back."""
+        """Check that published root documents and keysets exist: without the newest, trust would be rolled back."""
         for row in rows:
             if row.event_type not in DOCUMENT_PUBLISHED:
                 continue
@@ -201,7 +201,7 @@ class AuditVerification:
                 yield Finding("keyset", row.subject, problem)
 
     def _unknown_nodes(self, leaf_count: int) -> Iterator[Finding]:
-        """Find nodes of a larger tree than there is; the log may have grown since the pass began."""
+        """Find nodes beyond the end of the log, which may have grown since the pass began."""
         levels = range(64)
         with self._context.database.read() as session:
             ranges = [(level, leaf_count >> level, 2**62) for level in levels]
@@ -213,7 +213,7 @@ class AuditVerification:
                 yield Finding("audit", f"node {place} of level {level}", "it is beyond the log")
 
     def _waiting(self) -> Iterator[Finding]:
-        """Look at entries that have no place yet."""
+        """Check entries that have no leaf index yet."""
         with self._context.database.read() as session:
             rows = audit_tree.pending(session, BATCH)
         for row in rows:
@@ -226,7 +226,7 @@ class AuditVerification:
 
 
 def _about(rows: Sequence[Any], event_type: str, prefix: str) -> dict[str, Any]:
-    """Return the entries of a type by their subject without its prefix; subjects with another are left out."""
+    """Return the entries of a type by subject without its prefix; other subjects are left out."""
     return {
         row.subject.removeprefix(prefix): row
         for row in rows
@@ -242,7 +242,7 @@ def _document_digest(data: bytes) -> str | None:
 
 
 def _compare_update(entry: Any, row: Any) -> str:
-    """Return what is wrong with an update that the log says was accepted; empty if nothing is."""
+    """Return what is wrong with the row of an accepted update; empty if nothing."""
     if row is None:
         return "it was accepted, and is missing"
     columns = {
@@ -260,7 +260,7 @@ def _compare_update(entry: Any, row: Any) -> str:
 
 
 def _leaf(row: Any, stored: bytes | None) -> tuple[bytes | None, str]:
-    """Return a row's leaf hash, and what is wrong with the row."""
+    """Return the leaf hash of a row, and what is wrong with the row."""
     try:
         leaf = entry_of(row).leaf_hash()
     except (InvalidEntryError, AttributeError, TypeError) as error:
@@ -273,7 +273,7 @@ def _leaf(row: Any, stored: bytes | None) -> tuple[bytes | None, str]:
 
 
 def _ranges(first: int, end: int) -> list[tuple[int, int, int]]:
-    """Return the nodes that the leaves [first, end) complete, as ranges of each level."""
+    """Return the nodes completed by the leaves [first, end), as ranges of each level."""
     levels = range(end.bit_length())
     return [
         (level, first >> level, end >> level) for level in levels if first >> level < end >> level

@@ -1,4 +1,4 @@
-"""Bytes of models and updates against their digests, a few chunks in memory at a time."""
+"""Verification of the bytes of models and updates against their digests, in bounded memory."""
 
 from collections.abc import Iterator
 
@@ -17,9 +17,9 @@ class ContentVerification:
     """One pass over all payloads.
 
     Args:
-        context: The coordinator's parts.
-        tally: What was looked at.
-        read_bytes: Hash the bytes too; else only what is said of them.
+        context: The coordinator's dependencies.
+        tally: Counts of what was checked.
+        read_bytes: Also hash the bytes; otherwise only the digests are checked.
     """
 
     def __init__(self, context: Context, tally: Tally, *, read_bytes: bool) -> None:
@@ -28,7 +28,7 @@ class ContentVerification:
         self._read_bytes = read_bytes
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what is wrong."""
+        """Yield discrepancies."""
         rows = walk(self._context.database, evidence.payloads_after, "", _payload_id)
         yield from faults("payload", rows, self._check, _payload_id, self._tally)
 
@@ -59,7 +59,7 @@ class ContentVerification:
             self._check_sealed(row)
 
     def _check_sealed(self, row: Payload) -> None:
-        """Open a sealed payload and compare what is in it with its digests."""
+        """Open a sealed payload and compare its plaintext with its digests."""
         contents, content = Contents(self._context, describe(row)), PieceHasher()
         try:
             for place in range(contents.piece_count):

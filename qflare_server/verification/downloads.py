@@ -1,4 +1,4 @@
-"""The form in which devices get versions, made again from the versions themselves, a few chunks at a time."""
+"""Verification of downloads: the payload in a smaller encoding is recomputed from the version, in bounded memory."""
 
 from collections.abc import Iterator
 
@@ -16,12 +16,12 @@ from qflare_server.verification.findings import Finding, Tally, problem_of, walk
 
 
 class DownloadVerification:
-    """One pass over the versions that devices get in a smaller form.
+    """One pass over the versions that devices download in a smaller encoding.
 
     Args:
-        context: The coordinator's parts.
-        tally: What was looked at.
-        read_bytes: Round the versions again; else nothing is looked at here.
+        context: The coordinator's dependencies.
+        tally: Counts of what was checked.
+        read_bytes: Recompute the downloads; otherwise nothing is checked here.
     """
 
     def __init__(self, context: Context, tally: Tally, *, read_bytes: bool) -> None:
@@ -30,7 +30,7 @@ class DownloadVerification:
         self._read_bytes = read_bytes
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what is wrong."""
+        """Yield discrepancies."""
         for row in walk(
             self._context.database,
             evidence.downloads_after,
@@ -55,14 +55,14 @@ class DownloadVerification:
 
 
 def download_problem(context: Context, model: GlobalModel) -> str:
-    """Round a version again; return what is wrong with the form in which devices get it, empty if nothing is.
+    """Recompute the download of a version; return what is wrong with it, empty if nothing.
 
     Args:
-        context: The coordinator's parts.
-        model: A version whose statement names such a form.
+        context: The coordinator's dependencies.
+        model: A version whose statement names a download.
 
     Raises:
-        PayloadPrunedError: The bytes of the version are no longer kept.
+        PayloadPrunedError: The bytes of the version were pruned.
     """
     stated = security_pb2.ModelStatement.FromString(model.statement).download
     with context.database.read() as session:

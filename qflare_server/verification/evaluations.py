@@ -1,6 +1,6 @@
-"""Evaluations against what devices signed: every column that a statement vouches for.
+"""Verification of evaluations: every column that a signed statement covers.
 
-Rows without a statement are from before evaluations were signed. Nothing goes by them; they are counted, no more.
+Rows without a statement are from before evaluations were signed; they have no effect and are only counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ class EvaluationVerification:
     """One pass over the evaluations.
 
     Args:
-        context: The coordinator's parts.
-        tally: What was looked at.
+        context: The coordinator's dependencies.
+        tally: Counts of what was checked.
     """
 
     def __init__(self, context: Context, tally: Tally) -> None:
@@ -29,7 +29,7 @@ class EvaluationVerification:
         self._tally = tally
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what is wrong."""
+        """Yield discrepancies."""
         rows = walk(self._context.database, _read, ("", -1, ""), _key_of)
         yield from faults("evaluation", rows, self._check, _name_of, self._tally)
 

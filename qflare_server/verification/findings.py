@@ -1,4 +1,4 @@
-"""What a verification of a database finds, and whose signatures it counts."""
+"""Findings of a verification, the keys of valid signers, and walks over tables in batches."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -17,19 +17,19 @@ from qflare_server.storage.database import Database
 from qflare_server.storage.repository import evidence
 
 BATCH: Final = 500
-"""Rows of one read: what is in memory at a time."""
+"""Rows in memory at a time."""
 Key = TypeVar("Key")
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something in the database that is not what it was when the coordinator wrote it.
+    """A discrepancy: a record that the coordinator did not write in this form.
 
     Attributes:
-        kind: What it is about: keyset, audit, head, witness, device_key, device, model, update, round,
+        kind: Kind of the record: keyset, audit, head, witness, device_key, device, model, update, round,
             evaluation or payload.
-        subject: Which one.
+        subject: The record.
         problem: What is wrong with it.
     """
 
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass
 class Tally:
-    """What was looked at, by kind, and what could not be checked, by reason."""
+    """Counts of records that were checked, by kind, and of those that could not be, by reason."""
 
     checked: Counter[str] = field(default_factory=Counter)
     unchecked: Counter[str] = field(default_factory=Counter)
@@ -58,7 +58,7 @@ def read_signer_keys(
     """Return every key that has ever signed for the coordinator, by role.
 
     Args:
-        context: The coordinator's parts.
+        context: The coordinator's dependencies.
         root_key_ids: Pinned ids of the keys of root document 1.
         root_threshold: How many of them have to have signed; None means all.
 
@@ -115,7 +115,7 @@ def faults(
     subject_of: Callable[[Row], str],
     tally: Tally,
 ) -> Iterator[Finding]:
-    """Check rows one by one, count them, and yield what is wrong.
+    """Check rows one by one, count them, and yield findings.
 
     Args:
         kind: Of row, as a finding names it.
@@ -132,7 +132,7 @@ def faults(
 
 
 def problem_of(check: Callable[..., Any], *arguments: object) -> str | None:
-    """Run a check and return what is wrong, None if nothing is."""
+    """Run a check and return what is wrong; None if nothing."""
     try:
         check(*arguments)
     except (ValueError, DecodeError) as error:
@@ -141,7 +141,7 @@ def problem_of(check: Callable[..., Any], *arguments: object) -> str | None:
 
 
 def differences(pairs: dict[str, tuple[object, object]]) -> list[str]:
-    """Return the names of columns whose value is not what was signed."""
+    """Return the names of columns whose value differs from what was signed."""
     return [name for name, (got, want) in pairs.items() if got != want]
 
 

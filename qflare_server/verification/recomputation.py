@@ -1,8 +1,8 @@
-"""Making a version again from the updates that are kept, and comparing it with what was published.
+"""Recomputation of a version from its stored updates, and comparison with the published version.
 
-The updates of the version's round are folded in the order of their acceptance, as the aggregator did it; nothing is
-written. On the same machine and libraries the bytes are the same; strategies that judge updates by their norms may
-round differently on another.
+The updates of the version's round are folded in order of acceptance, as the aggregator did; nothing is written. On the
+same machine and libraries the bytes are the same; strategies that screen updates by their norms may round differently
+on another.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Recomputation:
-    """What making a version again has shown.
+    """Result of the recomputation of a version.
 
     Attributes:
         version: The version.
@@ -67,10 +67,10 @@ def recompute_version(
     noise_seed: bytes | None = None,
     thread_count: int = 1,
 ) -> Recomputation:
-    """Make a version again and compare.
+    """Recompute a version and compare it with the published one.
 
     Args:
-        context: The coordinator's parts.
+        context: The coordinator's dependencies.
         training_session_id: Training session.
         version: None means the latest.
         noise_seed: The training session's secret, needed with differential privacy; None opens the one that is kept.
@@ -126,7 +126,7 @@ def _repeat(
     fold: RoundFold,
     folded: Sequence[AcceptedUpdate],
 ) -> tuple[str, ...]:
-    """Fold the updates again and return what comes out other than it was published."""
+    """Fold the updates again and return the differences from the published version."""
     fold.take(folded)
     try:
         with ThreadPoolExecutor(2) as executor:
@@ -160,7 +160,7 @@ def _compare_copy(
     statement: security_pb2.ModelStatement,
     result: Recomputation,
 ) -> Recomputation:
-    """Compare a rollback with what it restores; an initial model is not made from anything but its own bytes."""
+    """Compare a rollback with the version that it restores; an initial model is not computed from anything."""
     if not statement.HasField("rollback_version"):
         if not statement.HasField("download"):
             return result
@@ -179,7 +179,7 @@ def _compare_copy(
 
 
 def _updates_of(context: Context, model: GlobalModel) -> list[AcceptedUpdate]:
-    """Return the updates of a version's round, without the bytes that lie in rows."""
+    """Return the updates of a version's round, without payload bytes stored in rows."""
     found: list[AcceptedUpdate] = []
     while True:
         after = found[-1].acceptance_sequence if found else 0
@@ -218,7 +218,7 @@ def _compare(
 def _compare_vectors(
     context: Context, model: GlobalModel, vectors: Mapping[str, ReceivedPayload]
 ) -> list[str]:
-    """Compare the optimiser's vectors: no statement vouches for them, and the next version needs them."""
+    """Compare the optimizer's vectors: no statement covers them, and the next version depends on them."""
     problems = []
     for name, payload_id in model.strategy_state.get("vectors", {}).items():
         with context.database.read() as session:
@@ -230,31 +230,31 @@ def _compare_vectors(
 
 
 class _ReadingDatabase(Database):
-    """A database of which nothing is changed."""
+    """A database that is read only."""
 
     def __init__(self, database: Database) -> None:
         self.engine = database.engine
         self.is_sqlite = database.is_sqlite
 
     def write(self, work: Callable[[Session], T]) -> T:
-        """Do nothing: what a computation remembers of its uploads concerns nobody."""
+        """Do nothing: a recomputation records no uploads."""
         del work
         return cast("T", None)
 
 
 class _ReadingStore:
-    """A payload store that reads, and only counts what is written."""
+    """A payload store that reads, and counts chunks instead of writing them."""
 
     def __init__(self, store: PayloadStore) -> None:
         self._store = store
         self._counts: dict[str, int] = {}
 
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
-        """Count chunks; their digests are all that is wanted."""
+        """Count chunks; only their digests are needed."""
         self._counts[payload_id] = first_index + len(chunks)
 
     def stored_count(self, payload_id: str) -> int:
-        """Return how many chunks were written, or are stored."""
+        """Return the number of chunks counted, or of those stored."""
         written = self._counts.get(payload_id)
         return self._store.stored_count(payload_id) if written is None else written
 

@@ -1,6 +1,6 @@
-"""Devices, versions and updates against what was signed: every column that a statement vouches for.
+"""Verification of devices, versions and updates: every column that a signed statement covers.
 
-Columns that nobody signs (states, names, what evaluation adds) are not evidence and not looked at.
+Columns that are not signed (states, names, results of evaluation) are not evidence and are not checked.
 """
 
 import hashlib
@@ -50,9 +50,9 @@ class RecordVerification:
     """One pass over the tables of devices, versions and updates.
 
     Args:
-        context: The coordinator's parts.
-        keys: Whose signatures count.
-        tally: What was looked at.
+        context: The coordinator's dependencies.
+        keys: Keys of valid signers.
+        tally: Counts of what was checked.
     """
 
     def __init__(self, context: Context, keys: SignerKeys, tally: Tally) -> None:
@@ -62,7 +62,7 @@ class RecordVerification:
         self._realm = context.config.realm
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what is wrong."""
+        """Yield discrepancies."""
         yield from self._device_keys()
         yield from self._devices()
         yield from self._models()
@@ -137,7 +137,7 @@ class RecordVerification:
             yield from self._lineage(training_session_id)
 
     def _lineage(self, training_session_id: str) -> Iterator[Finding]:
-        """Walk the versions of a training session up to the one that it says is its latest."""
+        """Check the versions of a training session up to its current version."""
         with self._context.database.read() as session:
             training_session = training_sessions.get_session(session, training_session_id)
             latest = -1 if training_session is None else training_session.current_version
@@ -185,7 +185,7 @@ class RecordVerification:
         require_equal("payload", stored, _stated(version.statement))
 
     def _download(self, session: Session, row: GlobalModel) -> tuple[str | None, int | None]:
-        """Return digest and size of the payload in which devices get a version, None where there is none."""
+        """Return digest and size of the payload that devices download instead of a version's own; None without one."""
         if row.download_payload_id is None:
             return None, None
         payload = payloads.get_payload(session, row.download_payload_id)
@@ -314,7 +314,7 @@ def _update_columns(
 
 
 def _kept(payload: Payload) -> tuple[object, ...]:
-    """Return what a statement says of a payload, as its row has it."""
+    """Return the columns of a payload's row that statements cover."""
     if payload.sealed_header is None:
         return (payload.digest, payload.size_bytes, payload.digest, "")
     header_digest = hashlib.sha256(payload.sealed_header).hexdigest()
@@ -325,7 +325,7 @@ def _kept(payload: Payload) -> tuple[object, ...]:
 def _stated(
     statement: security_pb2.UpdateStatement | security_pb2.ModelStatement,
 ) -> tuple[object, ...]:
-    """Return what a statement says of its payload: digest, size, digest as it travels, digest of its header."""
+    """Return what a statement covers of its payload: digest, size, wire digest, digest of the seal's header."""
     wire_digest = statement.wire_digest or statement.payload_digest
     return (
         statement.payload_digest,

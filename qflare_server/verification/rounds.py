@@ -1,6 +1,6 @@
-"""Rounds against the tasks that devices got: signed, for this round, with this configuration.
+"""Verification of rounds against their signed tasks.
 
-Deadlines may be moved by whoever may pause a training session, and states are nobody's word: neither is looked at.
+Deadlines and states are not checked: pausing a training session moves deadlines, and states are not signed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,9 +30,9 @@ class RoundVerification:
     """One pass over the rounds of every training session.
 
     Args:
-        context: The coordinator's parts.
-        keys: Whose signatures count.
-        tally: What was looked at.
+        context: The coordinator's dependencies.
+        keys: Keys of valid signers.
+        tally: Counts of what was checked.
     """
 
     def __init__(self, context: Context, keys: SignerKeys, tally: Tally) -> None:
@@ -41,7 +41,7 @@ class RoundVerification:
         self._tally = tally
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what is wrong."""
+        """Yield discrepancies."""
         for training_session_id in walk(self._context.database, evidence.session_ids, "", str):
             yield from self._rounds(training_session_id)
 
@@ -86,7 +86,7 @@ class RoundVerification:
 
 
 def _configuration(training_session: TrainingSession) -> str:
-    """Return the digest of a configuration as it is stored; empty if it is none any more."""
+    """Return the digest of a stored configuration; empty if it is invalid."""
     try:
         return config_digest(from_json(training_session.config))
     except (json_format.ParseError, TypeError, ValueError):
