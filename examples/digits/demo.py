@@ -1,6 +1,6 @@
 """The demo: ten device processes train one model on real handwritten digits that never leave them.
 
-Starts a coordinator on SQLite in an empty folder, enrols the devices, runs the rounds, compares every version with
+Starts a coordinator on SQLite in an empty folder, enrolls the devices, runs the rounds, compares every version with
 the same model trained on all data in one place, verifies the lineage of the result, and leaves the database, the
 model and a picture behind.
 """

@@ -1,4 +1,4 @@
-"""One device of the demo: a process that enrols, trains on its part of the digits and sends signed updates."""
+"""One device of the demo: a process that enrolls, trains on its part of the digits and sends signed updates."""
 
 import argparse
 import time

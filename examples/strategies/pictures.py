@@ -17,7 +17,7 @@ TITLES = {
     "sign flip": "4 of 20 flip signs",
 }
 ROBUST = ("median", "trimmed_mean", "geometric_median", "krum", "multi_krum", "bulyan")
-COLOURS = plt.get_cmap("tab20").colors  # type: ignore[attr-defined] # made at run time
+COLORS = plt.get_cmap("tab20").colors  # type: ignore[attr-defined] # made at run time
 Curves = Mapping[tuple[str, float, str], Sequence[float]]
 
 
@@ -29,7 +29,7 @@ def draw_rules(curves: Curves, alpha: float, path: Path) -> None:
             accuracies = curves[rule, alpha, attack]
             style = "-" if rule in ROBUST else "--"
             rounds = range(1, len(accuracies) + 1)
-            axis.plot(rounds, accuracies, style, label=rule, color=COLOURS[index], linewidth=1.6)
+            axis.plot(rounds, accuracies, style, label=rule, color=COLORS[index], linewidth=1.6)
         axis.set(title=TITLES[attack], xlabel="round", ylim=(0, 1))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on test examples")

@@ -1,6 +1,6 @@
 """Signed envelopes: the bytes of a message as they were sent, with the signatures over them.
 
-What is verified, stored and hashed is the payload itself; a message is serialised once, by the
+What is verified, stored and hashed is the payload itself; a message is serialized once, by the
 signer. `open_envelope` counts only keys that the caller trusts and refuses an envelope as soon as
 one of their signatures is wrong. It does not look into the payload: that its fields fit the
 occasion is for the caller (`qflare.evidence.statements`) to check.
@@ -28,7 +28,7 @@ MAX_SIGNATURE_COUNT: Final = 16
 def sign_envelope(
     key: Signer, context: SigningContext, message: Message | bytes
 ) -> security_pb2.SignedEnvelope:
-    """Serialise a message (or take a payload as it is) and sign it.
+    """Serialize a message (or take a payload as it is) and sign it.
 
     Raises:
         ValueError: The payload is longer than `MAX_MESSAGE_BYTES`.

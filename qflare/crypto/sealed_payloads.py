@@ -71,7 +71,7 @@ class Direction(StrEnum):
     UPDATE = "update"
     MODEL = "model"
     STATE = "state"
-    """Nowhere: what the coordinator keeps of a version for itself, such as an optimiser's vectors."""
+    """Nowhere: what the coordinator keeps of a version for itself, such as an optimizer's vectors."""
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ class KemKey:
         return _combine(lattice_secret, curve_secret, curve_ct, curve_public)
 
     def to_bytes(self) -> bytes:
-        """Serialise, unencrypted: magic, provider, form, key id, secret."""
+        """Serialize, unencrypted: magic, provider, form, key id, secret."""
         key_id = bytes.fromhex(self.public.key_id)
         return _KEY_MAGIC + _FORMS[self.provider] + key_id + self._secret
 

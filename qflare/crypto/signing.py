@@ -323,7 +323,7 @@ class SigningKey:
             raise SigningError("the provider could not sign") from error
 
     def to_bytes(self) -> bytes:
-        """Serialise, unencrypted: magic, algorithm, provider, form, public key, secret."""
+        """Serialize, unencrypted: magic, algorithm, provider, form, public key, secret."""
         head = _KEY_HEAD.pack(self.public.algorithm, *_PROVIDER_FORMS[self._provider])
         return _KEY_MAGIC + head + self.public.data + self._secret
 

@@ -5,7 +5,7 @@
     line = origin SP size SP root SP time SP envelope LF
 
 Origin is the log's name, size its number of entries in decimal, root the Merkle root and envelope
-the signed ``TreeHead``, serialised, both in base64 (RFC 4648 section 4), time RFC 3339 in UTC. The
+the signed ``TreeHead``, serialized, both in base64 (RFC 4648 section 4), time RFC 3339 in UTC. The
 first three are those of a C2SP tlog-checkpoint; people compare them, programs verify the envelope,
 which is all that counts.
 

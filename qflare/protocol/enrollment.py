@@ -1,4 +1,4 @@
-"""How a device enrols: the messages of both sides, without network, database or clock.
+"""How a device enrolls: the messages of both sides, without network, database or clock.
 
 ::
 
@@ -13,7 +13,7 @@ that it holds it, and sealed to the coordinator's KEM key from the signed keyset
 middle sees the token. The challenge encapsulates a secret to the device's KEM key; the confirmation
 is a MAC under it over the whole exchange, which proves that the device holds that key too.
 
-Retries are the same request again: keys and token are the identity of an enrolment, and the caller
+Retries are the same request again: keys and token are the identity of an enrollment, and the caller
 answers a token that the same keys have used with the receipt it gave before.
 """
 
@@ -56,16 +56,16 @@ _STATE_KIND: Final = "enrollment"
 
 
 class DeviceEnrollment:
-    """The device's side of one enrolment.
+    """The device's side of one enrollment.
 
     Args:
         realm: Name of the deployment, from the bootstrap bundle.
-        enrollment_token: One-time right to enrol.
+        enrollment_token: One-time right to enroll.
         signing_key: The device's signature key.
         kem_key: The device's public KEM key.
         decapsulate: The private half of it.
         server_key: The coordinator's KEM key, from the verified keyset.
-        device_profile: A serialised ``DeviceProfile``; may be empty.
+        device_profile: A serialized ``DeviceProfile``; may be empty.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class EnrollmentApplication:
         enrollment_token: The token, not yet looked up.
         signature_key: Signature key; its possession is proven.
         kem_key: KEM key; its possession is proven once `EnrollmentServer.finish` returned this.
-        device_profile: A serialised ``DeviceProfile``, not yet looked at.
+        device_profile: A serialized ``DeviceProfile``, not yet looked at.
         nonce: The request's nonce, 32 bytes, for the receipt.
         request_digest: SHA-256 of the signed request, 32 bytes.
     """
@@ -172,7 +172,7 @@ class EnrollmentApplication:
 
 
 class EnrollmentServer:
-    """The coordinator's side of enrolments; holds no state between calls.
+    """The coordinator's side of enrollments; holds no state between calls.
 
     Args:
         realm: Name of the deployment.
@@ -204,10 +204,10 @@ class EnrollmentServer:
             HandshakeError: It is not sealed to this coordinator, not signed by the key it brings, or
                 brings a malformed key or one of an algorithm that is not allowed.
         """
-        require(sealed.realm == self._realm, "enrolment is for another realm")
-        require(len(sealed.sealed_request) <= MAX_SEALED_BYTES, "enrolment is too long")
+        require(sealed.realm == self._realm, "enrollment is for another realm")
+        require(len(sealed.sealed_request) <= MAX_SEALED_BYTES, "enrollment is too long")
         key_id = sealed.server_kem_key_id
-        with refusing("enrolment"):
+        with refusing("enrollment"):
             plaintext = open_sealed(
                 lambda encapsulation: self._decapsulate(key_id, encapsulation),
                 sealed.sealed_request,
@@ -217,8 +217,8 @@ class EnrollmentServer:
             request = security_pb2.EnrollmentRequest.FromString(envelope.payload)
             application = _application_of(request, envelope.payload)
             open_envelope(envelope, SigningContext.ENROLLMENT, [application.signature_key])
-        require(request.realm == self._realm, "enrolment is for another realm")
-        require(request.server_kem_key_id == key_id, "enrolment is for another key")
+        require(request.realm == self._realm, "enrollment is for another realm")
+        require(request.server_kem_key_id == key_id, "enrollment is for another key")
         self._check(application)
         return application
 

@@ -1,4 +1,4 @@
-"""What enrolment and login share: one error, and the coordinator's memory between two calls.
+"""What enrollment and login share: one error, and the coordinator's memory between two calls.
 
 Between the two calls of a handshake the coordinator keeps nothing: what it has to remember travels
 sealed through the device (`seal_state`, `open_state`), under a key that only replicas of the same

@@ -108,7 +108,7 @@ class DeviceLogin:
 
     Args:
         realm: Name of the deployment.
-        device_id: Id from the enrolment receipt.
+        device_id: Id from the enrollment receipt.
         signing_key: The device's signature key.
         server_key: The coordinator's KEM key, from the verified keyset.
         required_tls_group: TLS group that the coordinator has to report, such as X25519MLKEM768. None

@@ -22,7 +22,7 @@ A decoded tensor is rounded once more to its element type in the base manifest; 
 Invariants: rounding is to nearest, ties to even; nothing that travels is NaN or infinite; what an
 encoding makes satisfies `encoding_rules`.
 
-Sources: Seide et al. 2014 (quantised gradients); Aji and Heafield 2017, arXiv:1704.05021 (top-k).
+Sources: Seide et al. 2014 (quantized gradients); Aji and Heafield 2017, arXiv:1704.05021 (top-k).
 """
 
 import enum
