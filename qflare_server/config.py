@@ -130,7 +130,7 @@ class ServerConfig:
     """Calls of one caller that wait for a thread: a device, an administrator, an address without a credential."""
     max_connections: int = 10_000
     """Connections at once, 1 to 1000000; fewer where the process may not open as many files."""
-    max_streams_per_connection: int = 128
+    max_streams_per_connection: int = 100
     """Calls at once on one connection, 1 to 10000."""
     idle_connection_s: float = 150.0
     """Seconds without a call after which a connection is ended."""

@@ -34,6 +34,8 @@ from qflare_client.rpc.caller import Attempts, Calls
 from qflare_client.rpc.retry import Patience
 from qflare_client.times import moment
 
+LONGEST_FIRST_CHUNK_BYTES = 64 * 1024
+"""Payloads up to this go with their header: a coordinator waits for a first message some seconds only."""
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -233,13 +235,16 @@ class Upload:
             raise
 
     def _requests(self, first: int, patience: Patience) -> Iterator[messages.SubmitUpdateRequest]:
-        """Yield the header with the first chunk that is to be sent, then the others.
+        """Yield the header, with the first chunk that is to be sent if the payload is small, then the others.
 
         A chunk that goes out for the first time shows that the line moves. What it does not show is that it arrives:
         each counts once, so a proxy that takes chunks and refuses the call is not tried for ever.
         """
         header: messages.UpdateHeader | None = self._header
         total_bytes = self._payload.size_bytes
+        if total_bytes > LONGEST_FIRST_CHUNK_BYTES:
+            yield messages.SubmitUpdateRequest(header=header)
+            header = None
         for index, data in enumerate(self._payload.chunks_from(first), first):
             request = messages.SubmitUpdateRequest(header=header)
             # In place: a chunk message handed to the constructor would be copied, at 0.6 GB/s.

@@ -14,6 +14,7 @@ from qflare.command_line import whole
 from qflare_server.cli.keys import ensure_initialised
 from qflare_server.config import WORKER_VARIABLE, ServerConfig
 from qflare_server.serving.coordinator import Coordinator
+from qflare_server.serving.rpc.limits import raise_file_limit
 from qflare_server.serving.workers import end_with_supervisor, supervise
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def run_serve(config: ServerConfig, _arguments: argparse.Namespace) -> int:
         if config.workers > 1:
             return supervise(config)
     _keep_freed_memory()
+    raise_file_limit()
     coordinator = Coordinator(config)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -25,6 +25,7 @@ from qflare_server.serving.rpc.half_open import HalfOpenCalls
 from qflare_server.serving.rpc.incoming import IncomingCall, Refusal, check_grpcio
 from qflare_server.serving.rpc.limits import StreamLimits
 from qflare_server.serving.rpc.route import Audience
+from qflare_server.serving.rpc.streams import READ_AHEAD
 from qflare_server.serving.rpc.thread_pools import FairPool
 from qflare_server.serving.rpc.transfers import TransferPool
 from qflare_server.use_cases.access.authentication import KnownCaller
@@ -81,6 +82,7 @@ class Dispatcher:
         self._gatekeeper = gatekeeper
         self._limits = limits
         self._telemetry = telemetry
+        self._small_stream_bytes = config.inline_payload_bytes + MAX_STRANGER_BYTES
         self._first_message_s = min(config.first_message_timeout_s, config.stall_timeout_s)
         self._refused: Counter[str] = Counter()
         self._strangers = HalfOpenCalls(config.max_waiting_calls)
@@ -197,7 +199,7 @@ class Dispatcher:
         call: IncomingCall,
     ) -> None:
         """Look at a call after each of its messages, and queue it once a thread can work on it."""
-        if not _is_ready(call):
+        if not self._is_ready(call):
             call.deadline_at = time.monotonic() + self._config.stall_timeout_s
             return
         call.leave()
@@ -207,6 +209,19 @@ class Dispatcher:
             self._refuse(call, TOO_LARGE)
             return
         self._enqueue(pool_of(call), call)
+
+    def _is_ready(self, call: IncomingCall) -> bool:
+        """Return whether there is something to work on: a whole request, or a stream that has begun to move.
+
+        A stream that may be a small update is waited for to its end, so that it takes none of the places of large ones.
+        """
+        messages = call.messages
+        if messages.ending is not None:
+            return True
+        if call.route.kind != "client_stream":
+            return messages.held_count > 0
+        is_large = messages.held_count > 1 and messages.received_bytes > self._small_stream_bytes
+        return is_large or messages.held_count >= READ_AHEAD
 
     def _pool_of_stranger(self, call: IncomingCall) -> Callable[[IncomingCall], FairPool]:
         pools = {Audience.HEALTH: self._health, Audience.REFLECTION: self._reflection}
@@ -264,14 +279,6 @@ class Dispatcher:
             refused, self._refused = self._refused, Counter()
             counts = " ".join(f"{reason}={count}" for reason, count in sorted(refused.items()))
             logger.warning("calls refused while they waited: %s", counts)
-
-
-def _is_ready(call: IncomingCall) -> bool:
-    """Return whether there is something to work on: a whole request, or a stream that has begun to move."""
-    messages = call.messages
-    if messages.ending is not None:
-        return True
-    return messages.held_count >= (2 if call.route.kind == "client_stream" else 1)
 
 
 def host_of(peer_address: str) -> str:

@@ -152,8 +152,11 @@ class IncomingCall:
 
     def answer(self) -> None:
         """Have the call answered in this thread, unless it is over."""
-        if self.is_over:
-            return
+        if not self.is_over:
+            self._answer()
+        self._let_go()
+
+    def _answer(self) -> None:
         self._run(
             self._respond,
             self._event,
@@ -171,6 +174,13 @@ class IncomingCall:
                 self._state.trailing_metadata = refusal.trailing_metadata
                 code = refusal.code.value[0]
                 _server._abort(self._state, self._event.call, code, refusal.text)  # noqa: SLF001
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Break the circles of references, so that the memory of a call is free at once, not at a collection."""
+        self._on_message = _ignore
+        self.task = _nothing
+        self.messages.let_go()
 
     def cancel(self) -> None:
         """End the call whatever its thread is doing; the caller learns no more than that."""
@@ -219,6 +229,10 @@ class IncomingCall:
             self.messages.ended(errors.DisconnectedError() if gone else END)
         self._on_message(self)
         return finished
+
+
+def _nothing() -> None:
+    """Do nothing: the call is over."""
 
 
 def _ignore(_call: IncomingCall) -> None:

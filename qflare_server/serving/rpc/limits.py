@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections import Counter
@@ -14,10 +15,13 @@ import grpc
 from qflare_server import errors
 from qflare_server.config import ServerConfig
 
-MAX_PENDING: Final = 200
-"""Calls of one method that wait inside gRPC until they are handed over; those beyond are refused there."""
+MAX_PENDING: Final = 1000
+"""Calls of one method that wait inside gRPC until they are handed over; it cancels some beyond, all beyond twice it."""
 MAX_PING_STRIKES: Final = 2
 HANDSHAKE_S: Final = 10
+RESERVED_FILES: Final = 256
+"""Files that the process needs beside its connections: databases, pages, logs."""
+LEAST_CONNECTIONS: Final = 64
 MILLISECONDS: Final = 1000
 
 
@@ -31,7 +35,7 @@ def channel_options(config: ServerConfig) -> dict[str, int]:
         "grpc.max_send_message_length": config.max_message_bytes,
         "grpc.so_reuseport": 1 if config.workers > 1 else 0,
         "grpc.max_concurrent_streams": config.max_streams_per_connection,
-        "grpc.max_allowed_incoming_connections": config.max_connections,
+        "grpc.max_allowed_incoming_connections": connection_bound(config),
         "grpc.max_connection_idle_ms": round(config.idle_connection_s * MILLISECONDS),
         "grpc.max_connection_age_ms": round(config.connection_age_s * MILLISECONDS),
         "grpc.server_handshake_timeout_ms": HANDSHAKE_S * MILLISECONDS,
@@ -43,6 +47,21 @@ def channel_options(config: ServerConfig) -> dict[str, int]:
         "grpc.keepalive_timeout_ms": 20_000,
         "grpc.keepalive_permit_without_calls": 1,
     }
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as its hard limit says: shells and service managers start it with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def connection_bound(config: ServerConfig) -> int:
+    """Return how many connections there may be, so that files are left to answer them with."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return config.max_connections
+    return min(config.max_connections, max(LEAST_CONNECTIONS, soft - RESERVED_FILES))
 
 
 class StreamLimits:

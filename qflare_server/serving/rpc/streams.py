@@ -140,6 +140,12 @@ class MessageStream:
             self._ending = self._ending or ending
             self._changed.notify()
 
+    def let_go(self) -> None:
+        """Ask for nothing more: nobody consumes the messages."""
+        with self._changed:
+            self._ending = self._ending or END
+            self._receive = _nothing
+
     def __iter__(self) -> Iterator[bytes]:
         return self
 
@@ -170,3 +176,7 @@ class MessageStream:
             self._changed.wait_for(
                 lambda: self._held or self._ending is not None, self._stall_timeout_s
             )
+
+
+def _nothing() -> None:
+    """Ask nobody."""
