@@ -315,14 +315,17 @@ class RoundFold:
         """
         try:
             return self._write(executor, at)
-        except (NonFiniteError, InvalidUpdateError):
-            culprits = self._culprits()
+        except (NonFiniteError, InvalidUpdateError) as error:
+            culprits, problem = self._culprits(), str(error)
             if not culprits:
                 raise
         self._begin(culprits)
         for batch in self._taken_again():
             self._take(batch)
-        return self._write(executor, at)
+        try:
+            return self._write(executor, at)
+        except NotEnoughUpdatesError as error:
+            raise NotEnoughUpdatesError(f"{problem}; without the culprits {error}") from error
 
     def _culprits(self) -> dict[str, str]:
         """Return the reasons, by id, to refuse the updates of which alone no version could be made.
