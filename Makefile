@@ -26,7 +26,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools protos check-protos format lint lint-deploy type test test-postgres test-all check \
+.PHONY: help install tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all check \
 	audit bench demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
@@ -119,6 +119,9 @@ endef
 protos: $(PROTOC_INSTALLED) ## generate the stubs from protos/qflare/v1/*.proto
 	$(call generate,.)
 
+protos-image: $(INSTALLED) ## accept the protos as they are: later changes are compared with them (see docs/protocol.md)
+	$(BIN)/buf build protos --as-file-descriptor-set --exclude-source-info --output protos/qflare.v1.binpb
+
 check-protos: $(PROTOC_INSTALLED) ## generate the stubs elsewhere and fail on any difference
 	@rm -rf build/protos && mkdir -p build/protos
 	$(call generate,build/protos)
@@ -137,6 +140,7 @@ lint: $(INSTALLED) ## ruff, buf, import-linter, and names that prose states
 	$(BIN)/ruff format --check .
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
+	$(BIN)/buf breaking protos --against protos/qflare.v1.binpb
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.structure.stated_names
 

@@ -31,7 +31,8 @@ class AdminServiceStub(object):
     Made for grpcurl: every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
     (viewer, operator, admin, auditor) decide which methods it may call. Lists are pages: ask again with
     next_page_token until it is empty. Calls that create take a request_id of the caller's choice; the same call with
-    the same id gets the first answer again.
+    the same id gets the first answer again, another call with it is refused. A step of the life cycle that is done already
+    changes nothing when it is repeated.
     """
 
     def __init__(self, channel):
@@ -208,7 +209,8 @@ class AdminServiceServicer(object):
     Made for grpcurl: every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
     (viewer, operator, admin, auditor) decide which methods it may call. Lists are pages: ask again with
     next_page_token until it is empty. Calls that create take a request_id of the caller's choice; the same call with
-    the same id gets the first answer again.
+    the same id gets the first answer again, another call with it is refused. A step of the life cycle that is done already
+    changes nothing when it is repeated.
     """
 
     def CreateTrainingSession(self, request, context):
@@ -306,7 +308,8 @@ class AdminServiceServicer(object):
 
     def RollbackGlobalModel(self, request, context):
         """Make an older version the base of the next round: it becomes a new version with the same content. An open round
-        is cancelled, its updates are rejected, and the next round opens at once.
+        is cancelled, its updates are rejected, and the next round opens at once. Where the latest version restores it
+        already, nothing changes and that version is the answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -618,7 +621,8 @@ class AdminService(object):
     Made for grpcurl: every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
     (viewer, operator, admin, auditor) decide which methods it may call. Lists are pages: ask again with
     next_page_token until it is empty. Calls that create take a request_id of the caller's choice; the same call with
-    the same id gets the first answer again.
+    the same id gets the first answer again, another call with it is refused. A step of the life cycle that is done already
+    changes nothing when it is repeated.
     """
 
     @staticmethod

@@ -18,7 +18,8 @@ class AdminServiceStub:
     Made for grpcurl: every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
     (viewer, operator, admin, auditor) decide which methods it may call. Lists are pages: ask again with
     next_page_token until it is empty. Calls that create take a request_id of the caller's choice; the same call with
-    the same id gets the first answer again.
+    the same id gets the first answer again, another call with it is refused. A step of the life cycle that is done already
+    changes nothing when it is repeated.
     """
 
     def __init__(self, channel: _grpc.Channel) -> None: ...
@@ -53,7 +54,8 @@ class AdminServiceStub:
     """List the metrics of the versions of a training session, oldest first."""
     RollbackGlobalModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RollbackGlobalModelRequest, _admin_service_pb2.RollbackGlobalModelResponse]
     """Make an older version the base of the next round: it becomes a new version with the same content. An open round
-    is cancelled, its updates are rejected, and the next round opens at once.
+    is cancelled, its updates are rejected, and the next round opens at once. Where the latest version restores it
+    already, nothing changes and that version is the answer.
     """
     ReleaseGlobalModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReleaseGlobalModelRequest, _admin_service_pb2.ReleaseGlobalModelResponse]
     """Release a version, whatever the release gate says."""
@@ -103,7 +105,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     Made for grpcurl: every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
     (viewer, operator, admin, auditor) decide which methods it may call. Lists are pages: ask again with
     next_page_token until it is empty. Calls that create take a request_id of the caller's choice; the same call with
-    the same id gets the first answer again.
+    the same id gets the first answer again, another call with it is refused. A step of the life cycle that is done already
+    changes nothing when it is repeated.
     """
 
     @_abc_1.abstractmethod
@@ -220,7 +223,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.RollbackGlobalModelResponse:
         """Make an older version the base of the next round: it becomes a new version with the same content. An open round
-        is cancelled, its updates are rejected, and the next round opens at once.
+        is cancelled, its updates are rejected, and the next round opens at once. Where the latest version restores it
+        already, nothing changes and that version is the answer.
         """
 
     @_abc_1.abstractmethod

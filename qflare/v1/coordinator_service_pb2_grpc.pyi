@@ -21,7 +21,8 @@ class CoordinatorServiceStub:
     task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
     update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
     Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
-    Every call may be repeated: the same call gets the same answer. Repeat only after UNAVAILABLE or ABORTED.
+    Every call but Authenticate and RefreshToken may be repeated: the same call gets the same answer. Repeat after
+    UNAVAILABLE, ABORTED and, once its RetryInfo has passed, RESOURCE_EXHAUSTED.
     Errors carry google.rpc.ErrorInfo with domain `qflare`; the reasons are listed in docs/protocol.md.
     """
 
@@ -68,7 +69,8 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
     update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
     Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
-    Every call may be repeated: the same call gets the same answer. Repeat only after UNAVAILABLE or ABORTED.
+    Every call but Authenticate and RefreshToken may be repeated: the same call gets the same answer. Repeat after
+    UNAVAILABLE, ABORTED and, once its RetryInfo has passed, RESOURCE_EXHAUSTED.
     Errors carry google.rpc.ErrorInfo with domain `qflare`; the reasons are listed in docs/protocol.md.
     """
 

@@ -1313,9 +1313,9 @@ class ModelStatement(_message.Message):
     payload_digest: _builtins.str
     """Merkle root over the 1 MiB chunks of the payload, 64 hex digits."""
     strategy_name: _builtins.str
-    """Name of the strategy. Empty for an initial model or a rollback."""
+    """Name of the strategy; `initial` for an initial model, `rollback` for a rollback."""
     config_digest: _builtins.str
-    """SHA-256 of the training configuration, 64 hex digits. Empty for an initial model."""
+    """SHA-256 of the training configuration, 64 hex digits; docs/protocol.md says of which bytes."""
     code_version: _builtins.str
     """Version of the program that made it."""
     contributor_count: _builtins.int

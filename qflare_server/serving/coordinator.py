@@ -4,9 +4,10 @@ import logging
 import os
 import socket
 import threading
-from typing import Final
+from typing import Any, Final
 
 import grpc
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -23,7 +24,7 @@ from qflare_server.config import WORKER_VARIABLE, ServerConfig
 from qflare_server.context import Clock, Telemetry
 from qflare_server.serving.application import Application
 from qflare_server.serving.dashboard import open_dashboard
-from qflare_server.serving.listeners import HealthListener, bind
+from qflare_server.serving.listeners import HealthListener, HealthService, bind
 from qflare_server.serving.maintenance import Maintenance
 from qflare_server.serving.observability import Observability
 from qflare_server.serving.rpc.admin_service import AdminServicer
@@ -32,6 +33,7 @@ from qflare_server.serving.rpc.dispatcher import Dispatcher
 from qflare_server.serving.rpc.interceptor import CallInterceptor
 from qflare_server.serving.rpc.limits import StreamLimits, Watchdog, channel_options
 from qflare_server.serving.rpc.possession import PossessionInterceptor
+from qflare_server.serving.rpc.reflection import MethodPool
 from qflare_server.serving.rpc.validation import RequestValidation
 from qflare_server.serving.tls import tls_credentials
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
@@ -71,7 +73,7 @@ class Coordinator:
         self.parts = Application.open(config, clock, self.observability.telemetry)
         self.use_cases = self.parts.use_cases
         self._watchdog = Watchdog(config.stall_timeout_s)
-        self._health = health.HealthServicer()
+        self._health = HealthService()
         limits, telemetry = StreamLimits(config), self.parts.context.telemetry
         self._boundary = CallInterceptor(
             config, self.use_cases.authentication, limits, self._watchdog, self.draining, telemetry
@@ -188,8 +190,9 @@ class Coordinator:
 def _add_reflection(server: grpc.Server) -> None:
     """Serve reflection under both of its names: grpcurl asks for v1 first, the library knows v1alpha only."""
     names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    servicer = reflection.ReflectionServicer(names)
+    pool: Any = MethodPool(descriptor_pool.Default())
+    reflection.enable_server_reflection(names, server, pool)
+    servicer = reflection.ReflectionServicer(names, pool)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,

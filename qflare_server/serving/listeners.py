@@ -5,10 +5,10 @@ A port that cannot be bound is a configuration error that names the setting and 
 """
 
 import socket
-from typing import Final
+from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.serving.rpc.dispatcher import Dispatcher
@@ -64,6 +64,32 @@ def _reason(address: str) -> str:
     except (OSError, ValueError, OverflowError) as error:
         return str(getattr(error, "strerror", None) or error)
     return "the address is in use or not of this machine"
+
+
+class HealthService(health.HealthServicer):  # type: ignore[misc]  # the library has no types
+    """The health service with all of its methods; the library leaves `List` out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._states: dict[str, int] = {}
+
+    def set(self, service: str, status: Any) -> None:
+        """Set the state of a service, empty for the coordinator as a whole."""
+        self._states[service] = status
+        super().set(service, status)
+
+    def List(  # noqa: N802 - the contract's name
+        self,
+        request: health_pb2.HealthListRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> health_pb2.HealthListResponse:
+        """Return the state of every service."""
+        states = dict(self._states)
+        return health_pb2.HealthListResponse(
+            statuses={
+                name: health_pb2.HealthCheckResponse(status=state) for name, state in states.items()
+            }
+        )
 
 
 class HealthListener:

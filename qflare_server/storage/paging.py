@@ -18,6 +18,7 @@ from qflare_server.errors import InvalidRequestError
 
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_PAGE_SIZE: Final = 1000
+MAX_INTEGER: Final = 2**63 - 1
 Row = TypeVar("Row")
 
 
@@ -46,8 +47,13 @@ class PageRequest:
             )
         return self.size or DEFAULT_PAGE_SIZE
 
-    def after(self, *filters: object) -> list[Any] | None:
+    def after(self, *filters: object, kinds: Sequence[type] = ()) -> list[Any] | None:
         """Return the sort key after which the page begins; None for the first page.
+
+        Args:
+            filters: Those of the query.
+            kinds: Types of the parts of the key; `datetime` for a time as ISO 8601 text. The digest in a token is no
+                secret, so a caller can make one with whatever it likes in it.
 
         Raises:
             InvalidRequestError: The token belongs to another query, or was modified.
@@ -56,9 +62,11 @@ class PageRequest:
             return None
         try:
             stated, *key = json.loads(base64.urlsafe_b64decode(self.token.encode()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise _bad_token() from error
         if not key or stated != _digest([*filters, key]):
+            raise _bad_token()
+        if kinds and not (len(key) == len(kinds) and all(map(_is_of_kind, key, kinds))):
             raise _bad_token()
         return list(key)
 
@@ -90,6 +98,20 @@ def earlier(
 
 def _digest(filters: Sequence[object]) -> str:
     return hashlib.sha256(repr(filters).encode()).hexdigest()[:16]
+
+
+def _is_of_kind(part: object, kind: type) -> bool:
+    """Return whether a part of a key can be compared with a column of its type."""
+    if kind is int:
+        return type(part) is int and -MAX_INTEGER - 1 <= part <= MAX_INTEGER
+    if not isinstance(part, str) or not part.isprintable():
+        return False
+    if kind is not datetime:
+        return True
+    try:
+        return datetime.fromisoformat(part).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def _bad_token() -> InvalidRequestError:

@@ -131,7 +131,7 @@ def list_entries(session: Session, request: PageRequest, wanted: AuditFilter) ->
         query = query.where(AUDIT.c.created_at >= wanted.start)
     if wanted.end is not None:
         query = query.where(AUDIT.c.created_at < wanted.end)
-    key = request.after("audit", wanted)
+    key = request.after("audit", wanted, kinds=(datetime, int))
     if key is not None:
         query = query.where(earlier(AUDIT.c.created_at, AUDIT.c.id, key))
     rows = session.execute(query.limit(request.limit + 1)).all()

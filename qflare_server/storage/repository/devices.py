@@ -186,7 +186,7 @@ def list_devices(session: Session, request: PageRequest, wanted: DeviceFilter) -
         query = query.where(DEVICES.c.device_type == wanted.device_type)
     if wanted.seen_after is not None:
         query = query.where(DEVICES.c.last_seen_at > wanted.seen_after)
-    key = request.after("devices", wanted)
+    key = request.after("devices", wanted, kinds=(str,))
     if key is not None:
         query = query.where(DEVICES.c.id > key[0])
     for name, comparison, value in wanted.capabilities:

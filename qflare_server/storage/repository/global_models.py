@@ -137,7 +137,7 @@ def list_models(
         .where(MODELS.c.training_session_id == training_session_id)
         .order_by(MODELS.c.version.desc())
     )
-    key = request.after("models", training_session_id)
+    key = request.after("models", training_session_id, kinds=(int,))
     if key is not None:
         query = query.where(MODELS.c.version < key[0])
     rows = session.scalars(query.limit(request.limit + 1)).all()

@@ -184,7 +184,7 @@ def list_tokens(session: Session, request: PageRequest, kind: str) -> Page[UserT
     query = select(UserToken).order_by(TOKENS.c.created_at.desc(), TOKENS.c.id.desc())
     if kind:
         query = query.where(TOKENS.c.kind == kind)
-    key = request.after("tokens", kind)
+    key = request.after("tokens", kind, kinds=(datetime, str))
     if key is not None:
         query = query.where(earlier(TOKENS.c.created_at, TOKENS.c.id, key))
     rows = session.scalars(query.limit(request.limit + 1)).all()

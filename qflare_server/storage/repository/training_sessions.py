@@ -96,7 +96,7 @@ def list_sessions(session: Session, request: PageRequest, state: str) -> Page[Tr
     query = select(TrainingSession).order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.id.desc())
     if state:
         query = query.where(SESSIONS.c.state == state)
-    key = request.after("sessions", state)
+    key = request.after("sessions", state, kinds=(datetime, str))
     if key is not None:
         query = query.where(earlier(SESSIONS.c.created_at, SESSIONS.c.id, key))
     rows = session.scalars(query.limit(request.limit + 1)).all()
@@ -193,7 +193,7 @@ def list_rounds(session: Session, training_session_id: str, request: PageRequest
         .where(ROUNDS.c.training_session_id == training_session_id)
         .order_by(ROUNDS.c.number.desc())
     )
-    key = request.after("rounds", training_session_id)
+    key = request.after("rounds", training_session_id, kinds=(int,))
     if key is not None:
         query = query.where(ROUNDS.c.number < key[0])
     rows = session.scalars(query.limit(request.limit + 1)).all()

@@ -300,7 +300,7 @@ def list_updates(
         .order_by(UPDATES.c.acceptance_sequence)
     )
     scope = ("updates", training_session_id, round_number)
-    key = request.after(*scope)
+    key = request.after(*scope, kinds=(int,))
     if key is not None:
         query = query.where(UPDATES.c.acceptance_sequence > key[0])
     rows = session.scalars(query.limit(request.limit + 1)).all()

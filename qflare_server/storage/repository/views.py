@@ -93,7 +93,7 @@ def list_metrics(
         .order_by(MODELS.c.version)
     )
     scope = ("metrics", training_session_id)
-    key = request.after(*scope)
+    key = request.after(*scope, kinds=(int,))
     if key is not None:
         query = query.where(MODELS.c.version > key[0])
     rows = [VersionMetrics(*row) for row in session.execute(query.limit(request.limit + 1))]

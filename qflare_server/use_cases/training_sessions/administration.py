@@ -10,6 +10,7 @@ from qflare.tensors import Manifest
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
+    AlreadyExistsError,
     InvalidRequestError,
     RoundNotFoundError,
     TrainingSessionNotFoundError,
@@ -75,6 +76,7 @@ class Training:
             request_id: The same id gives the training session that it created before.
 
         Raises:
+            AlreadyExistsError: Another request had this request id.
             InvalidRequestError: A field is out of range.
             StrategyRefusedError: The strategy's settings contradict each other.
         """
@@ -94,7 +96,7 @@ class Training:
                 training_sessions.get_session(session, training_session_id) if request_id else None
             )
             if known is not None:
-                return known
+                return _repeated(known, name, model_type, architecture, config, done)
             training_sessions.insert_session(
                 session,
                 {
@@ -182,10 +184,10 @@ class Training:
         return training_session
 
     def start(self, caller: Caller, training_session_id: str) -> TrainingSession:
-        """Start the first round.
+        """Start the first round; where it is running already, nothing changes.
 
         Raises:
-            WrongStateError: It has been started, or has no initial model.
+            WrongStateError: It is paused or has ended, or has no initial model.
         """
         return repeat(lambda: self._start(caller, training_session_id))
 
@@ -194,6 +196,8 @@ class Training:
             waiting = _found(
                 training_sessions.get_session(session, training_session_id), training_session_id
             )
+            if waiting.state == TrainingSessionState.RUNNING.value:
+                return _detached(session, waiting)
             _require_state(waiting, TrainingSessionState.CREATED)
             base = global_models.get_model(session, waiting.id, waiting.current_version)
             if base is None:
@@ -209,9 +213,10 @@ class Training:
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
-            training_session = self._lock(
-                session, training_session_id, TrainingSessionState.CREATED
-            )
+            training_session = self._lock(session, training_session_id)
+            if training_session.state == TrainingSessionState.RUNNING.value:
+                return self._reload(session, training_session.id)
+            _require_state(training_session, TrainingSessionState.CREATED)
             values = {"state": TrainingSessionState.RUNNING.value, "started_at": at}
             training_sessions.update_session(session, training_session.id, values)
             open_round(session, training_session, task, at)
@@ -223,15 +228,18 @@ class Training:
     def pause(self, caller: Caller, training_session_id: str) -> TrainingSession:
         """Take no updates until it is resumed; a round that has closed is still published.
 
+        Where it is paused already, nothing changes.
+
         Raises:
-            WrongStateError: It is not running.
+            WrongStateError: It has not been started, or has ended.
         """
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
-            training_session = self._lock(
-                session, training_session_id, TrainingSessionState.RUNNING
-            )
+            training_session = self._lock(session, training_session_id)
+            if training_session.state == TrainingSessionState.PAUSED.value:
+                return self._reload(session, training_session.id)
+            _require_state(training_session, TrainingSessionState.RUNNING)
             training_sessions.update_session(
                 session, training_session.id, {"state": TrainingSessionState.PAUSED.value}
             )
@@ -243,13 +251,18 @@ class Training:
     def resume(self, caller: Caller, training_session_id: str) -> TrainingSession:
         """Go on after a pause; the open round gets its full time again.
 
+        Where it is running already, nothing changes.
+
         Raises:
-            WrongStateError: It is not paused.
+            WrongStateError: It has not been started, or has ended.
         """
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
-            training_session = self._lock(session, training_session_id, TrainingSessionState.PAUSED)
+            training_session = self._lock(session, training_session_id)
+            if training_session.state == TrainingSessionState.RUNNING.value:
+                return self._reload(session, training_session.id)
+            _require_state(training_session, TrainingSessionState.PAUSED)
             training_sessions.update_session(
                 session, training_session.id, {"state": TrainingSessionState.RUNNING.value}
             )
@@ -270,14 +283,18 @@ class Training:
     def cancel(self, caller: Caller, training_session_id: str, reason: str) -> TrainingSession:
         """End it; its versions stay, its pending updates are rejected.
 
+        Where it is cancelled already, nothing changes.
+
         Raises:
-            WrongStateError: It has ended already.
+            WrongStateError: It has ended by itself.
         """
         _text("reason", reason, 0, 500, is_name=False)
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
             training_session = self._lock(session, training_session_id)
+            if training_session.state == TrainingSessionState.CANCELLED.value:
+                return self._reload(session, training_session.id)
             if training_session.state in ENDED:
                 raise WrongStateError(f"the training session is {training_session.state}")
             values = {
@@ -426,6 +443,30 @@ def _found(training_session: TrainingSession | None, training_session_id: str) -
     if training_session is None:
         raise TrainingSessionNotFoundError(f"no training session {training_session_id[:64]!r}")
     return training_session
+
+
+def _repeated(
+    known: TrainingSession,
+    name: str,
+    model_type: str,
+    architecture: Mapping[str, str],
+    asked: training_pb2.TrainingConfig,
+    completed: training_pb2.TrainingConfig,
+) -> TrainingSession:
+    """Return what a request id has created, if it was by the same request.
+
+    Raises:
+        AlreadyExistsError: It was by another.
+    """
+    stored = stored_config(known.id, known.config)
+    again = training_pb2.TrainingConfig()
+    again.CopyFrom(completed)
+    if not asked.selection.seed:  # one was drawn
+        again.selection.seed = stored.selection.seed
+    stated = (name, model_type, dict(architecture), again)
+    if stated != (known.name, known.model_type, dict(known.architecture), stored):
+        raise AlreadyExistsError("request_id: another request had it", {"field": "request_id"})
+    return known
 
 
 def _require_state(training_session: TrainingSession, wanted: TrainingSessionState) -> None:

@@ -134,6 +134,8 @@ class Promotion:
     ) -> Rollback:
         """Make an older version the base of the next round.
 
+        Where the latest version is a rollback to it already, that one is the answer and nothing changes.
+
         Raises:
             TrainingSessionNotFoundError: There is no such training session.
             WrongStateError: It has not been started.
@@ -153,6 +155,10 @@ class Promotion:
         at = self._context.clock()
         with self._context.database.read() as session:
             known = _found(training_sessions.get_session(session, training_session_id))
+            done = _rolled_back(session, known, version)
+            if done is not None:
+                session.expunge_all()
+                return done
             draft = _draft(session, known, version, at)
             parent = version_of(_model(session, known.id, known.current_version))
             restored = version_of(_model(session, known.id, version))
@@ -204,6 +210,21 @@ class Promotion:
             base_version=signed.draft.version,
             base_digest=signed.digest,
         )
+
+
+def _rolled_back(
+    session: Session, training_session: TrainingSession, version: int
+) -> Rollback | None:
+    """Return the latest version and its round if that version is a rollback to this one."""
+    latest = global_models.get_model(session, training_session.id, training_session.current_version)
+    if latest is None or latest.rollback_version != version:
+        return None
+    current = None
+    if training_session.state in GOES_ON:
+        current = training_sessions.get_round(
+            session, training_session.id, training_session.current_round
+        )
+    return Rollback(latest, current)
 
 
 def _draft(

@@ -306,15 +306,37 @@ def test_a_rollback_is_prepared_again_where_another_was_faster(
 ) -> None:
     training_session_id = started(core, signer)
     run_round(core, training_session_id)
+    run_round(core, training_session_id)
     promotion = Promotion(core.context)
-    once(signer, lambda: promotion.roll_back(SYSTEM, training_session_id, 0, "faster"))
+    once(signer, lambda: promotion.roll_back(SYSTEM, training_session_id, 1, "faster"))
 
     made = promotion.roll_back(SYSTEM, training_session_id, 0, "")
 
     versions = core.versions(training_session_id)
-    assert [item.rollback_version for item in versions] == [None, None, 0, 0]
+    assert [item.rollback_version for item in versions] == [None, None, None, 1, 0]
     assert made.round is not None
-    assert (made.round.number, made.round.base_version) == (4, 3)
+    assert (made.round.number, made.round.base_version) == (5, 4)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_rollback_that_is_repeated_makes_one_version(
+    core: CoordinatorHarness, signer: SlowSigner, at_once: bool
+) -> None:
+    training_session_id = started(core, signer)
+    run_round(core, training_session_id)
+    promotion = Promotion(core.context)
+    if at_once:
+        once(signer, lambda: promotion.roll_back(SYSTEM, training_session_id, 0, "faster"))
+
+    first = promotion.roll_back(SYSTEM, training_session_id, 0, "")
+    again = promotion.roll_back(SYSTEM, training_session_id, 0, "")
+
+    versions = core.versions(training_session_id)
+    assert [item.rollback_version for item in versions] == [None, None, 0]
+    assert first.model.version == again.model.version == 2
+    assert first.round is not None
+    assert again.round is not None
+    assert first.round.number == again.round.number
 
 
 def test_a_rollback_gives_up_where_the_training_session_never_rests(

@@ -1,12 +1,14 @@
 """Training sessions keep their life cycle, whoever asks for what when."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from qflare.tensors import Manifest, chunks
 from qflare.v1 import admin_service_pb2, training_pb2
 from qflare_server.errors import (
+    AlreadyExistsError,
     InvalidManifestError,
     InvalidRequestError,
     InvalidUpdateError,
@@ -53,6 +55,20 @@ def test_create_with_the_same_request_id_gives_the_same_session(core: Coordinato
     second = create(core, request_id="request-1")
 
     assert second == first
+    assert core.count(TrainingSession) == 1
+
+
+@pytest.mark.parametrize(
+    "other", [{"name": "other"}, {"total_rounds": 7}, {"selection": {"seed": 3}}], ids=str
+)
+def test_a_request_id_of_another_request_is_refused(
+    core: CoordinatorHarness, other: dict[str, Any]
+) -> None:
+    create(core, request_id="request-1")
+
+    with pytest.raises(AlreadyExistsError):
+        create(core, request_id="request-1", **other)
+
     assert core.count(TrainingSession) == 1
 
 
@@ -181,18 +197,40 @@ def test_life_cycle(core: CoordinatorHarness, steps: list[Step], state: str) -> 
 
 
 @pytest.mark.parametrize(
+    "steps",
+    [[start], [start, pause], [start, pause, resume], [cancel]],
+    ids=["start", "pause", "resume", "cancel"],
+)
+def test_a_step_that_is_done_changes_nothing_when_repeated(
+    core: CoordinatorHarness, steps: list[Step]
+) -> None:
+    identity = core.create()
+    for step in steps:
+        step(core, identity)
+    before, entries = core.training.get(identity), core.count(AuditLog)
+
+    steps[-1](core, identity)
+
+    after = core.training.get(identity)
+    assert (after.state, after.current_round, after.started_at, after.ended_at) == (
+        before.state,
+        before.current_round,
+        before.started_at,
+        before.ended_at,
+    )
+    assert core.count(AuditLog) == entries
+    assert core.count(Round) == before.current_round
+
+
+@pytest.mark.parametrize(
     ("before", "step"),
     [
         ([], pause),
         ([], resume),
-        ([start], start),
-        ([start], resume),
-        ([start, pause], pause),
         ([start, pause], start),
         ([cancel], start),
         ([cancel], pause),
         ([cancel], resume),
-        ([cancel], cancel),
     ],
 )
 def test_step_from_a_wrong_state_is_refused_and_changes_nothing(

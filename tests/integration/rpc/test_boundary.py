@@ -74,8 +74,11 @@ def test_a_device_may_not_administer(deployment: Deployment) -> None:
     )
 
 
-def test_a_second_start_is_a_failed_precondition(deployment: Deployment) -> None:
-    session_id = deployment.session(WEIGHTS)
+def test_a_start_without_an_initial_model_is_a_failed_precondition(deployment: Deployment) -> None:
+    created = deployment.admin.CreateTrainingSession(
+        admin_pb2.CreateTrainingSessionRequest(name="test"), metadata=deployment.metadata
+    )
+    session_id = created.training_session.training_session_id
 
     refused(
         lambda: deployment.admin.StartTrainingSession(

@@ -2,6 +2,8 @@
 
 import base64
 import json
+from datetime import datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -73,3 +75,34 @@ def test_size_of_a_page_has_a_default_and_a_bound() -> None:
 def test_size_out_of_range_is_refused(size: int) -> None:
     with pytest.raises(InvalidRequestError, match="page_size"):
         _ = PageRequest(size).limit
+
+
+@pytest.mark.parametrize(
+    ("key", "kinds"),
+    [
+        (["x"], (int,)),
+        ([2**63], (int,)),
+        ([True], (int,)),
+        ([None], (str,)),
+        (["a\0b"], (str,)),
+        ([5, 5], (datetime, int)),
+        (["not a time", 5], (datetime, int)),
+        (["2026-01-01T00:00:00", 5], (datetime, int)),
+        (["2026-01-01T00:00:00+00:00"], (datetime, int)),
+    ],
+    ids=str,
+)
+def test_a_token_that_a_caller_made_has_to_have_a_key_of_the_query(
+    key: list[Any], kinds: tuple[type, ...]
+) -> None:
+    token = page_token(key, "devices")
+
+    with pytest.raises(InvalidRequestError):
+        PageRequest(10, token).after("devices", kinds=kinds)
+
+
+def test_a_token_of_nested_lists_is_none_of_a_query() -> None:
+    token = base64.urlsafe_b64encode(b"[" * 100_000).decode()
+
+    with pytest.raises(InvalidRequestError):
+        PageRequest(10, token).after("devices", kinds=(str,))

@@ -1,0 +1,35 @@
+"""What server reflection resolves."""
+
+from typing import Any
+
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
+
+
+class MethodPool:
+    """A descriptor pool that finds methods by name as well, as clients of reflection ask for them.
+
+    protobuf's pool resolves services, messages and fields only, so `grpcurl describe` of a method and ghz without
+    protos fail on it.
+    """
+
+    def __init__(self, pool: DescriptorPool) -> None:
+        self._pool = pool
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802 - protobuf's name
+        """Return the file that declares a symbol, a method among them.
+
+        Raises:
+            KeyError: There is no such symbol.
+        """
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            service, _, method = symbol.rpartition(".")
+            found = self._pool.FindServiceByName(service)
+            if method not in found.methods_by_name:
+                raise
+            return found.file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)

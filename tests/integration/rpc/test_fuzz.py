@@ -1,0 +1,142 @@
+"""Mutated requests to every method: whatever a caller sends, no call ends in INTERNAL or UNKNOWN."""
+
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+from typing import Any, Final
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.descriptor import MethodDescriptor
+
+from qflare.crypto.envelope import sign_envelope
+from qflare.crypto.signing import SigningContext
+from qflare.v1 import coordinator_service_pb2 as pb
+from qflare_server.use_cases.access.roles import Role
+from tests.integration.conftest import Deployment
+from tests.support.hostile_requests import RequestMaker, methods
+from tests.support.raw_device import RawDevice
+
+Code = grpc.StatusCode
+WEIGHTS: Final = {"w": np.zeros(4, np.float32)}
+FAULTS: Final = frozenset({Code.INTERNAL, Code.UNKNOWN})
+MAX_ANSWERS: Final = 3
+
+
+class Fuzzer:
+    """Sends mutated requests to one coordinator.
+
+    Args:
+        deployment: The coordinator.
+        seed: Decides every message.
+    """
+
+    def __init__(self, deployment: Deployment, seed: int) -> None:
+        self._random = Random(seed)
+        self._deployment = deployment
+        self._device = RawDevice(deployment.device("raw"), deployment.devices_stub)
+        victims = [deployment.device(f"victim-{number}") for number in range(2)]
+        self._session_id = deployment.session(WEIGHTS, rounds={"quorum": 2, "target": 2})
+        sessions = [self._session_id, deployment.session(WEIGHTS, start=False), "unknown"]
+        self._maker = RequestMaker(
+            self._random,
+            {
+                "training_session_id": sessions,
+                "device_id": [client._login.identity.device_id for client in victims],
+                "version": [0, 1],
+                "page_token": ["", "x"],
+            },
+        )
+        self._methods = list(methods())
+        # of its own, since a request may revoke what it finds in a list
+        token = deployment.issue_admin(Role.ADMIN, Role.AUDITOR)
+        self._metadata = {
+            "AdminService": (("authorization", f"Bearer {token}"),),
+            "CoordinatorService": self._device.metadata,
+        }
+        self.codes: Counter[grpc.StatusCode] = Counter()
+
+    def run(self, count: int) -> list[tuple[str, bytes, str]]:
+        """Send messages, each method in turn; return those that ended in a fault of the coordinator."""
+        faults = []
+        for number in range(count):
+            path, method = self._methods[number % len(self._methods)]
+            data = self._request(method)
+            code, text = self._send(path, method, data)
+            self.codes[code] += 1
+            if code in FAULTS:
+                faults.append((path, data, text))
+        return faults
+
+    def _request(self, method: MethodDescriptor) -> bytes:
+        if method.name == "SubmitUpdate" and self._random.random() < 0.7:
+            message: Any = self._update()
+        else:
+            message = self._maker.message(method.input_type)
+        for _ in range(self._random.choice((0, 1, 1, 2))):
+            self._maker.spoil(message)
+        data: bytes = message.SerializeToString()
+        return self._maker.spoil_bytes(data) if self._random.random() < 0.2 else data
+
+    def _update(self) -> pb.SubmitUpdateRequest:
+        """Return an update whose statement is signed, right but for a field."""
+        draft = self._device.draft(self._device.task(self._session_id), WEIGHTS)
+        header = self._device.header(draft)
+        if self._random.random() < 0.8:
+            self._maker.spoil(draft.statement)
+            key = self._device.identity.keys.signing
+            header.statement.CopyFrom(sign_envelope(key, SigningContext.UPDATE, draft.statement))
+        return pb.SubmitUpdateRequest(header=header, chunk=pb.Chunk(data=draft.payload))
+
+    def _send(
+        self, path: str, method: MethodDescriptor, data: bytes
+    ) -> tuple[grpc.StatusCode, str]:
+        channel = self._deployment.channel
+        make: Any = {
+            (False, False): channel.unary_unary,
+            (True, False): channel.stream_unary,
+            (False, True): channel.unary_stream,
+            (True, True): channel.stream_stream,
+        }[method.client_streaming, method.server_streaming]
+        metadata = self._metadata.get(method.containing_service.name, ())
+        request = iter([data]) if method.client_streaming else data
+        try:
+            answer = make(path)(request, metadata=metadata, timeout=30)
+            if method.server_streaming:
+                _take(answer)
+        except grpc.RpcError as error:
+            failed: Any = error
+            return failed.code(), failed.details() or ""
+        return Code.OK, ""
+
+
+def _take(answer: Any) -> None:
+    """Read some answers of a stream, and give up one that goes on."""
+    for number, _ in enumerate(answer, 1):
+        if number >= MAX_ANSWERS:
+            answer.cancel()
+            return
+
+
+@pytest.fixture
+def fuzzer(deploy: Callable[..., Deployment]) -> Callable[[int], Fuzzer]:
+    deployment = deploy(max_calls_per_second=1_000_000)
+    return lambda seed: Fuzzer(deployment, seed)
+
+
+def test_no_mutated_request_is_a_fault_of_the_coordinator(
+    fuzzer: Callable[[int], Fuzzer],
+) -> None:
+    some = fuzzer(1)
+
+    assert some.run(600) == []
+    assert some.codes[Code.INVALID_ARGUMENT] > 100
+    assert some.codes[Code.OK] > 30
+
+
+@pytest.mark.slow
+def test_no_mutated_request_of_many_is_a_fault_of_the_coordinator(
+    fuzzer: Callable[[int], Fuzzer],
+) -> None:
+    assert fuzzer(2).run(50_000) == []
