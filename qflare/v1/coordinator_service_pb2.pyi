@@ -918,7 +918,7 @@ class GetLineageRequest(_message.Message):
     first_version: _builtins.int
     """First version."""
     last_version: _builtins.int
-    """Last version. Absent means the latest. At most 1,000 are sent."""
+    """Last version. Absent means the latest. At most 1,000 are sent, and fewer where they exceed 1 MiB: ask again."""
     def __init__(
         self,
         *,

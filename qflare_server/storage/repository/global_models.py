@@ -1,6 +1,7 @@
 """Statements on versions of global models."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Final
 
 from sqlalchemy import Select, and_, bindparam, select, update
@@ -11,6 +12,8 @@ from qflare_server.storage.paging import Page, PageRequest, page_token
 from qflare_server.storage.prepared import PreparedInsert
 from qflare_server.storage.tables import GlobalModel, Payload, TrainingSession
 
+MAX_STATEMENTS_BYTES: Final = 2**20
+"""Statements of one message; a header has room for its manifest beside them."""
 MODELS = GlobalModel.__table__
 SESSIONS = TrainingSession.__table__
 PAYLOADS = Payload.__table__
@@ -151,7 +154,7 @@ def list_models(
 def statements(
     session: Session, training_session_id: str, first: int, last: int, limit: int
 ) -> Sequence[tuple[bytes, bytes]]:
-    """Return statements and signatures of consecutive versions, in ascending order."""
+    """Return statements and signatures of consecutive versions, in ascending order, as many as a message holds."""
     query = (
         select(MODELS.c.statement, MODELS.c.signature)
         .where(
@@ -162,4 +165,7 @@ def statements(
         .order_by(MODELS.c.version)
         .limit(limit)
     )
-    return [(row[0], row[1]) for row in session.execute(query)]
+    rows = [(row[0], row[1]) for row in session.execute(query)]
+    sizes = accumulate(len(statement) + len(signature) for statement, signature in rows)
+    count = sum(size <= MAX_STATEMENTS_BYTES for size in sizes)
+    return rows[: max(1, count)]

@@ -12,7 +12,7 @@ from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.errors import InvalidManifestError, InvalidRequestError, InvalidUpdateError
 from qflare_server.payloads.writer import VersionWriter
-from qflare_server.storage.repository import views
+from qflare_server.storage.repository import global_models, views
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import GlobalModel, Payload
 from qflare_server.use_cases.versions.promotion import Promotion
@@ -347,3 +347,22 @@ def test_a_download_of_a_session_without_the_setting_is_in_full_precision(
     assert core.deliveries.find(identity).encoding is Encoding.FULL_PRECISION
     with pytest.raises(InvalidRequestError, match="want FULL_PRECISION"):
         core.deliveries.find(identity, encoding=Encoding.FLOAT16)
+
+
+def test_statements_that_no_message_holds_come_in_several_answers(
+    core: CoordinatorHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = core.start()
+    for _ in range(3):
+        core.submit("device-0", identity)
+        core.settle()
+    whole = core.deliveries.lineage(identity, 0, None)
+    size = sum(map(len, whole[0]))
+    monkeypatch.setattr(global_models, "MAX_STATEMENTS_BYTES", 2 * size + size // 2)
+
+    pages = [core.deliveries.lineage(identity, 0, None)]
+    while sum(map(len, pages)) < len(whole):
+        pages.append(core.deliveries.lineage(identity, sum(map(len, pages)), None))
+
+    assert len(pages) > 1
+    assert [pair for page in pages for pair in page] == list(whole)
