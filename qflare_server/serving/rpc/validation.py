@@ -51,7 +51,9 @@ def _validating(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             request = deserialize(data)
         except DecodeError as error:
             raise InvalidRequestError("the request is not a message of this method") from error
-        InvalidRequestError.raise_for(find_violations(request))
+        violations = find_violations(request)
+        if violations:
+            InvalidRequestError.raise_for(violations)
         return request
 
     return parse

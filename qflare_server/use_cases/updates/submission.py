@@ -203,7 +203,9 @@ def _parse(payload: bytes) -> security_pb2.UpdateStatement:
         raise InvalidRequestError(
             "statement: not an UpdateStatement", field="header.statement.payload"
         ) from error
-    InvalidRequestError.raise_for(find_violations(statement, STATEMENT))
+    violations = find_violations(statement, STATEMENT)
+    if violations:
+        InvalidRequestError.raise_for(violations)
     return statement
 
 

@@ -130,9 +130,9 @@ def test_no_mutated_request_is_a_fault_of_the_coordinator(
 ) -> None:
     some = fuzzer(1)
 
-    assert some.run(600) == []
-    assert some.codes[Code.INVALID_ARGUMENT] > 100
-    assert some.codes[Code.OK] > 30
+    assert some.run(300) == []
+    assert some.codes[Code.INVALID_ARGUMENT] > 50
+    assert some.codes[Code.OK] > 15
 
 
 @pytest.mark.slow
