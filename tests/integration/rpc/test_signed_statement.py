@@ -74,3 +74,18 @@ def test_what_is_stored_of_an_accepted_update_verifies(
     envelope.signatures.add().ParseFromString(signature)
     assert open_envelope(envelope, SigningContext.UPDATE, [key]) == payload
     assert open_update(envelope, key).payload_digest == row.payload_digest
+
+
+def test_an_accepted_update_gets_its_receipt_after_the_device_has_changed_its_keys(
+    device: RawDevice, draft: Draft
+) -> None:
+    messages = list(device.messages(draft))
+    first = device.stub.SubmitUpdate(iter(messages), metadata=device.metadata)
+
+    assert device.client.rotate_keys() == 1
+
+    again = device.stub.SubmitUpdate(iter(messages), metadata=device.metadata)
+    assert again == first
+    messages[0].header.statement.payload += b"\x0a\x01x"
+    with pytest.raises(grpc.RpcError):
+        device.stub.SubmitUpdate(iter(messages), metadata=device.metadata)
