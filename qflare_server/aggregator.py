@@ -26,7 +26,8 @@ from qflare_server.serving.embedded import (
     current,
     refused,
 )
-from qflare_server.storage.tables import GlobalModel, ModelUpdate, RoundState
+from qflare_server.storage.records import GlobalModel, ModelUpdate
+from qflare_server.storage.tables import RoundState
 from qflare_server.use_cases.in_process.training import Contribution
 from qflare_server.use_cases.training_sessions.progress import Progress
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from qflare_server.context import Context
 from qflare_server.payloads.reader import Contents
 from qflare_server.storage.payload_records import describe
+from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import payloads
-from qflare_server.storage.tables import GlobalModel
 from qflare_server.strategies import Outcome, UpdateAssessment, outcome_from_data
 
 

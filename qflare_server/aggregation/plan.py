@@ -12,7 +12,6 @@ from qflare.v1 import training_pb2
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
 from qflare_server.storage.payload_records import StoredPayload, describe
 from qflare_server.storage.repository import global_models, payloads, training_sessions
-from qflare_server.training.config import stored_config
 from qflare_server.training.versions import manifest_of, version_of
 
 
@@ -57,7 +56,7 @@ def read_plan(
         base_version,
         version_of(base),
         manifest_of(base),
-        stored_config(training_session.id, training_session.config),
+        training_session.config,
         describe(payloads.get_payload(session, base.payload_id)),
         base.strategy_state,
         vectors,

@@ -18,15 +18,10 @@ from qflare_server.aggregation.plan import RoundPlan
 from qflare_server.aggregation.row_integrity import record_refusals
 from qflare_server.context import Context
 from qflare_server.storage.payload_records import ReceivedPayload
+from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import audit, training_sessions, updates, views
 from qflare_server.storage.repository.audit import SYSTEM, Event
-from qflare_server.storage.tables import (
-    LEFT_OUT_REASON,
-    Round,
-    RoundState,
-    TrainingSession,
-    TrainingSessionState,
-)
+from qflare_server.storage.tables import LEFT_OUT_REASON, RoundState, TrainingSessionState
 from qflare_server.strategies import Outcome
 from qflare_server.training.early_stopping import HISTORY, stop_reason
 from qflare_server.training.evaluation import summarise
@@ -71,7 +66,7 @@ class Publication:
             return False
         for payload in self.payloads:
             payload.insert(session, now)
-        publish(session, training_session, self.version, now)
+        training_session = publish(session, training_session, self.version, now)
         if self.allowance is not None:
             state = with_ledger(training_session.privacy_state, self.allowance.after)
             training_sessions.update_session(session, training_session.id, {"privacy_state": state})

@@ -23,6 +23,7 @@ from qflare_server.errors import StorageDamagedError, StoreUnavailableError
 from qflare_server.storage.epochs import EpochReader, Epochs
 from qflare_server.storage.error_translation import POSTGRES_RETRY, domain_errors
 from qflare_server.storage.group_commit import WRITE_ATTEMPTS, GroupWriter, T
+from qflare_server.storage.training_configs import INFO_KEY, ParsedConfigs
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class Database:
         self.is_sqlite = engine.dialect.name == "sqlite"
         self._timeout_s = timeout_s
         self._epochs = EpochReader(engine)
-        self._writer = GroupWriter(engine) if self.is_sqlite else None
+        self._info = {INFO_KEY: ParsedConfigs()}
+        self._writer = GroupWriter(engine, self._info) if self.is_sqlite else None
         self._damage: StorageDamagedError | None = None
         self._server_time: tuple[datetime, float] | None = None
 
@@ -63,7 +65,7 @@ class Database:
         Raises:
             StoreUnavailableError: The database cannot be reached.
         """
-        with self._errors(), Session(self.engine, autoflush=False) as session:
+        with self._errors(), Session(self.engine, autoflush=False, info=self._info) as session:
             yield session
 
     def write(self, work: Callable[[Session], T]) -> T:
@@ -86,7 +88,7 @@ class Database:
         for attempt in range(1, WRITE_ATTEMPTS + 1):
             try:
                 with (
-                    Session(self.engine, autoflush=False, expire_on_commit=False) as session,
+                    Session(self.engine, autoflush=False, info=self._info) as session,
                     session.begin(),
                 ):
                     return work(session)

@@ -3,7 +3,7 @@
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -23,9 +23,15 @@ Work = Callable[[Session], Any]
 
 
 class GroupWriter:
-    """Owns the writing connection of an SQLite database, in a thread of its own."""
+    """Owns the writing connection of an SQLite database, in a thread of its own.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: Of an SQLite database.
+        info: What every session is told in its `info`.
+    """
+
+    def __init__(self, engine: Engine, info: Mapping[str, Any]) -> None:
+        self._info = dict(info)
         self._engine = engine.execution_options(qflare_write=True)
         self._connection: Connection | None = None
         self._file: FileIdentity | None = None
@@ -95,13 +101,12 @@ class GroupWriter:
         outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
         try:
             connection = self._connected()
-            with connection.begin(), Session(connection, autoflush=False) as session:
-                if len(group) == 1:  # no savepoint: its failure rolls back the transaction
-                    outcomes.append((group[0][1], group[0][0](session), None))
-                    session.flush()
+            with connection.begin():
+                if len(group) == 1:  # its failure may undo the whole transaction
+                    outcomes.append((group[0][1], self._done(connection, group[0][0]), None))
                 else:
                     for work, future in group:
-                        outcomes.append((future, *_in_savepoint(session, connection, work)))
+                        outcomes.append((future, *self._done_in_savepoint(connection, work)))
                 _require_transaction(connection)
             self.require_file()
         except Exception as error:  # noqa: BLE001 - passed on to every waiting caller
@@ -115,28 +120,31 @@ class GroupWriter:
             else:
                 future.set_exception(failure)
 
+    def _done(self, connection: Connection, work: Work) -> Any:
+        """Run one work of a group in a session of its own."""
+        with Session(connection, autoflush=False, info=self._info) as session:
+            result = work(session)
+            session.flush()
+            return result
+
+    def _done_in_savepoint(
+        self, connection: Connection, work: Work
+    ) -> tuple[Any, BaseException | None]:
+        """Run one work of a group; its failure undoes its own writes only."""
+        connection.exec_driver_sql("SAVEPOINT work")
+        try:
+            result = self._done(connection, work)
+        except Exception as error:  # noqa: BLE001 - handed to the caller that waits for this work
+            _require_transaction(connection)
+            connection.exec_driver_sql("ROLLBACK TO work")
+            connection.exec_driver_sql("RELEASE work")
+            return None, error
+        connection.exec_driver_sql("RELEASE work")
+        return result, None
+
 
 def _require_transaction(connection: Connection) -> None:
     """Raise StorageFullError if SQLite has rolled the whole transaction back by itself, as on a full disk."""
     raw = cast("sqlite3.Connection", connection.connection.dbapi_connection)
     if not raw.in_transaction:
         raise StorageFullError
-
-
-def _in_savepoint(
-    session: Session, connection: Connection, work: Work
-) -> tuple[Any, BaseException | None]:
-    """Run one unit of work of a group; its failure undoes its own writes only."""
-    connection.exec_driver_sql("SAVEPOINT work")
-    try:
-        result = work(session)
-        session.flush()
-    except Exception as error:  # noqa: BLE001 - passed on to the caller that waits for this work
-        _require_transaction(connection)
-        session.expunge_all()
-        connection.exec_driver_sql("ROLLBACK TO work")
-        connection.exec_driver_sql("RELEASE work")
-        return None, error
-    session.expunge_all()
-    connection.exec_driver_sql("RELEASE work")
-    return result, None

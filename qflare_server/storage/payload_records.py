@@ -13,8 +13,8 @@ from qflare.tensors import CHUNK_BYTES
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import training_pb2
 from qflare_server.errors import ConflictError, PayloadPrunedError
+from qflare_server.storage.records import Payload
 from qflare_server.storage.repository import payloads as rows
-from qflare_server.storage.tables import Payload
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,8 @@ reads a stored configuration has to ask again what an unset field means.
 import math
 import secrets
 import unicodedata
-from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
-from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 
 from qflare.tensors import DType, Manifest
@@ -317,32 +314,6 @@ def _within(name: str, got: float, least: float, most: float) -> None:
         raise InvalidRequestError(
             f"{name}: got {got:g}, want {least:g} to {most:g}", field=f"config.{name}"
         )
-
-
-def to_json(config: training_pb2.TrainingConfig) -> dict[str, Any]:
-    """Return the form that is stored."""
-    return json_format.MessageToDict(config, preserving_proto_field_name=True)
-
-
-def from_json(stored: Mapping[str, Any]) -> training_pb2.TrainingConfig:
-    """Return a configuration from the form that is stored."""
-    return json_format.ParseDict(dict(stored), training_pb2.TrainingConfig())
-
-
-_PARSED: OrderedDict[str, training_pb2.TrainingConfig] = OrderedDict()
-_PARSED_LIMIT: Final = 256
-
-
-def stored_config(
-    training_session_id: str, stored: Mapping[str, Any]
-) -> training_pb2.TrainingConfig:
-    """Return the configuration of a training session, parsed once: it never changes, nor may the caller change it."""
-    parsed = _PARSED.get(training_session_id)
-    if parsed is None:
-        parsed = _PARSED[training_session_id] = from_json(stored)
-        if len(_PARSED) > _PARSED_LIMIT:
-            _PARSED.popitem(last=False)
-    return parsed
 
 
 def deadline_s(config: training_pb2.TrainingConfig) -> float:

@@ -24,6 +24,7 @@ from qflare.crypto.signing import tagged_hash
 from qflare.crypto.symmetric import hkdf_expand, mac
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
+from qflare_server.storage.records import Evaluation, GlobalModel, TrainingSession
 from qflare_server.storage.repository import (
     audit,
     devices,
@@ -32,18 +33,11 @@ from qflare_server.storage.repository import (
     training_sessions,
 )
 from qflare_server.storage.repository.audit import SYSTEM, Event
-from qflare_server.storage.tables import (
-    DeviceState,
-    Evaluation,
-    GlobalModel,
-    RiskLevel,
-    TrainingSession,
-)
+from qflare_server.storage.tables import DeviceState, RiskLevel
 from qflare_server.training.config import (
     DEFAULT_TRIM_FRACTION,
     DEFAULT_TRIM_FROM_COUNT,
     deadline_s,
-    stored_config,
 )
 from qflare_server.training.reported_metrics import MAX_METRICS
 from qflare_server.training.versions import passes_gate
@@ -98,7 +92,7 @@ def find_measurement(
     device_id: str,
 ) -> Measurement | None:
     """Return what a device has to measure of a version, None if it is not due or has been done."""
-    config = stored_config(training_session.id, training_session.config)
+    config = training_session.config
     policy = config.evaluation
     if not policy.every_rounds:
         return None
@@ -119,7 +113,7 @@ def find_last_measurement(
     at: datetime,
 ) -> Measurement | None:
     """Return what a device has to measure of a training session that has ended, while there is time."""
-    config = stored_config(training_session.id, training_session.config)
+    config = training_session.config
     if training_session.ended_at is None or at > training_session.ended_at + timedelta(
         seconds=deadline_s(config)
     ):
@@ -146,7 +140,7 @@ def summarise(
         return
     model = global_models.get_model(session, training_session.id, version)
     assert model is not None
-    config = stored_config(training_session.id, training_session.config)
+    config = training_session.config
     wanted = [config.early_stop.metric, *(bound.metric for bound in config.release.bounds)]
     quorum = config.evaluation.quorum or config.rounds.quorum
     measured = robust_means(config.evaluation, map(_report, reports), quorum, wanted)

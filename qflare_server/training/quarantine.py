@@ -5,10 +5,10 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.orm import Session
 
+from qflare_server.storage.records import TrainingSession
 from qflare_server.storage.repository import audit, devices, views
 from qflare_server.storage.repository.audit import SYSTEM, Event
-from qflare_server.storage.tables import DeviceState, RiskLevel, TrainingSession
-from qflare_server.training.config import stored_config
+from qflare_server.storage.tables import DeviceState, RiskLevel
 
 
 def quarantine_repeaters(
@@ -19,7 +19,7 @@ def quarantine_repeaters(
     Counted are updates that were judged and rejected in this training session within its window, and since the
     device was last reinstated. The caller has marked the updates and their round.
     """
-    policy = stored_config(training_session.id, training_session.config).safeguards
+    policy = training_session.config.safeguards
     if not policy.quarantine_rejections or not rejected:
         return []
     window = timedelta(seconds=policy.quarantine_window.ToNanoseconds() / 1e9)

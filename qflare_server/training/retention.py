@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.storage.repository import payloads, training_sessions, updates
-from qflare_server.training.config import stored_config
 
 PRUNE_BATCH: Final = 500
 
@@ -32,7 +31,7 @@ def prune_payloads(context: Context, training_session_id: str) -> None:
         training_session = training_sessions.get_session(session, training_session_id)
         if training_session is None:
             return False
-        policy = stored_config(training_session.id, training_session.config).transfer
+        policy = training_session.config.transfer
         if policy.payload_retention == training_pb2.PAYLOAD_RETENTION_ALL:
             return False
         kept: list[int] = []

@@ -16,16 +16,11 @@ from sqlalchemy.orm import Session
 from qflare.crypto import merkle
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
+from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import audit, global_models, training_sessions, updates
 from qflare_server.storage.repository.audit import SYSTEM, Event
-from qflare_server.storage.tables import (
-    RiskLevel,
-    Round,
-    RoundState,
-    TrainingSession,
-    TrainingSessionState,
-)
-from qflare_server.training.config import deadline_s, stored_config
+from qflare_server.storage.tables import RiskLevel, RoundState, TrainingSessionState
+from qflare_server.training.config import deadline_s
 from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.selection import select_devices
 
@@ -99,7 +94,7 @@ def open_round(
     Raises:
         PremisesChangedError: The task is for another round or another base.
     """
-    config = stored_config(training_session.id, training_session.config)
+    config = training_session.config
     number, base_version = task.statement.round_number, task.statement.base_version
     _require_next(session, training_session, task.statement)
     selected = select_devices(session, config.selection, number)
@@ -138,8 +133,8 @@ def _require_next(
     stated = (statement.training_session_id, statement.round_number)
     if stated != (training_session.id, training_session.current_round + 1):
         raise PremisesChangedError("another round was opened meanwhile")
-    base = global_models.get_model(session, training_session.id, statement.base_version)
-    if base is None or base.digest != statement.base_digest:
+    base_digest = global_models.digest_of(session, training_session.id, statement.base_version)
+    if base_digest != statement.base_digest:
         raise PremisesChangedError("the round's base version is another one")
 
 
@@ -219,7 +214,7 @@ def handle_missed_quorum(
             that none does.
         now: The time.
     """
-    config = stored_config(training_session.id, training_session.config)
+    config = training_session.config
     action = config.rounds.missed_quorum_action
     reason = f"missed its quorum: got {current.accepted_count}, want {current.quorum}"
     details = {"round": current.number, "reason": reason}

@@ -23,10 +23,10 @@ from qflare.tensors.encodings import Encoding
 from qflare.v1 import security_pb2, tensor_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.storage.payload_records import Download, ReceivedPayload
+from qflare_server.storage.records import GlobalModel, TrainingSession
 from qflare_server.storage.repository import audit, global_models, training_sessions
 from qflare_server.storage.repository.audit import SYSTEM, Event
-from qflare_server.storage.tables import GlobalModel, TrainingSession
-from qflare_server.training.config import download_encoding, stored_config
+from qflare_server.training.config import download_encoding
 from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.reported_metrics import evaluated, stated
 from qflare_server.training.rounds import config_digest
@@ -168,8 +168,8 @@ def _statement(
 
 def publish(
     session: Session, training_session: TrainingSession, signed: SignedVersion, at: datetime
-) -> None:
-    """Insert a version with its payload and move the training session to it.
+) -> TrainingSession:
+    """Insert a version with its payload, move the training session to it, and return that as it is then.
 
     The caller holds the lock on the training session.
 
@@ -178,7 +178,7 @@ def publish(
     """
     draft, statement = signed.draft, signed.statement
     _require_next(session, training_session, statement)
-    config = stored_config(training_session.id, training_session.config)
+    config = training_session.config
     draft.payload.insert(session, draft.created_at)
     if draft.download is not None:
         draft.download.payload.insert(session, draft.created_at)
@@ -228,6 +228,7 @@ def publish(
     audit.record(session, SYSTEM, event, at)
     changes = _session_changes(training_session, draft, released=released)
     training_sessions.update_session(session, training_session.id, changes)
+    return training_session._replace(**changes)
 
 
 def _require_next(
@@ -237,12 +238,8 @@ def _require_next(
     place = (statement.training_session_id, statement.version)
     if place != (training_session.id, training_session.current_version + 1):
         raise PremisesChangedError("another version was published meanwhile")
-    parent = (
-        global_models.get_model(session, training_session.id, statement.version - 1)
-        if statement.version
-        else None
-    )
-    if statement.parent_digest != ("" if parent is None else parent.digest):
+    parent = global_models.digest_of(session, training_session.id, statement.version - 1)
+    if statement.parent_digest != (parent or ""):
         raise PremisesChangedError("the version's parent is another one")
 
 

@@ -10,9 +10,9 @@ from typing import Final, cast
 from sqlalchemy import QueuePool, text
 
 from qflare_server.context import Context
+from qflare_server.storage.records import Replica
 from qflare_server.storage.repository import devices, leases, training_sessions, views
 from qflare_server.storage.schema import current_revision
-from qflare_server.storage.tables import Replica
 
 REPLICA_MEMORY_S: Final = 60.0
 
@@ -69,7 +69,6 @@ class Overview:
             kept = views.stored(session)
             device_counts = devices.count_by_state(session)
             session_counts = training_sessions.count_sessions(session)
-            session.expunge_all()
         return Report(
             at=now,
             replicas=replicas,

@@ -9,7 +9,7 @@ The log may grow meanwhile: the pass checks what exists when it begins.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -20,9 +20,10 @@ from qflare.evidence.verification import EVALUATION_REPORTED, UPDATE_ACCEPTED, V
 from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
+from qflare_server.storage.records import AuditHead, AuditLog
 from qflare_server.storage.repository import audit_tree, evidence, trust_documents
 from qflare_server.storage.repository.audit_tree import Place
-from qflare_server.storage.tables import AuditHead
+from qflare_server.storage.repository.evidence import LoggedUpdate
 from qflare_server.use_cases.audit import witness
 from qflare_server.use_cases.audit.sequencer import entry_of, head_of, origin_of
 from qflare_server.verification.findings import BATCH, Finding, SignerKeys, Tally
@@ -54,7 +55,7 @@ class AuditVerification:
         self._tree = merkle.CompactTree()
         self._roots: dict[int, set[bytes]] = {}
         self._nodes: dict[Place, bytes] = {}
-        self._intact: list[Any] = []
+        self._intact: list[AuditLog] = []
 
     def findings(self) -> Iterator[Finding]:
         """Yield discrepancies."""
@@ -122,13 +123,13 @@ class AuditVerification:
             first = self._tree.size
             end = min(first + BATCH, leaf_count)
             with self._context.database.read() as session:
-                rows = audit_tree.entries_after(session, first - 1, end - first)
-                rows = [row for row in rows if row.leaf_index < end]
+                found = audit_tree.entries_after(session, first - 1, end - first)
                 self._nodes = audit_tree.nodes_in(session, _ranges(first, end))
-            if not rows and self._next_place(first) - first > MAX_GAP:
+            by_place = {row.leaf_index: row for row in found}
+            missing = by_place.keys().isdisjoint(range(first, end))
+            if missing and self._next_place(first) - first > MAX_GAP:
                 yield Finding("audit", f"places {first} to {leaf_count - 1}", "entries are missing")
                 return
-            by_place = {row.leaf_index: row for row in rows}
             self._intact = []
             for place in range(first, end):
                 yield from self._entry(place, by_place.get(place))
@@ -137,9 +138,9 @@ class AuditVerification:
     def _next_place(self, place: int) -> int:
         with self._context.database.read() as session:
             rows = audit_tree.entries_after(session, place - 1, 1)
-        return int(rows[0].leaf_index) if rows else place
+        return place if not rows or rows[0].leaf_index is None else rows[0].leaf_index
 
-    def _entry(self, place: int, row: Any) -> Iterator[Finding]:
+    def _entry(self, place: int, row: AuditLog | None) -> Iterator[Finding]:
         self._tally.checked["audit"] += 1
         stored = self._nodes.get((0, place))
         leaf = None
@@ -165,7 +166,7 @@ class AuditVerification:
                 problem = "entries up to there are not those that were signed"
                 yield Finding("head", f"of size {size}", problem)
 
-    def _events(self, rows: Sequence[Any]) -> Iterator[Finding]:
+    def _events(self, rows: Sequence[AuditLog]) -> Iterator[Finding]:
         """Check that the records named by log entries still exist."""
         accepted = _about(rows, UPDATE_ACCEPTED, "update:")
         signed = _about(rows, VERSION_SIGNED, "version:")
@@ -186,7 +187,7 @@ class AuditVerification:
             problem = f"reported by audit entry {reported[digest].id}, and missing"
             yield Finding("evaluation", f"with digest {digest}", problem)
 
-    def _documents(self, rows: Sequence[Any]) -> Iterator[Finding]:
+    def _documents(self, rows: Sequence[AuditLog]) -> Iterator[Finding]:
         """Check that published root documents and keysets exist: without the newest, trust would be rolled back."""
         for row in rows:
             if row.event_type not in DOCUMENT_PUBLISHED:
@@ -225,7 +226,7 @@ class AuditVerification:
                 yield Finding("audit", f"entry {row.id}", problem)
 
 
-def _about(rows: Sequence[Any], event_type: str, prefix: str) -> dict[str, Any]:
+def _about(rows: Sequence[AuditLog], event_type: str, prefix: str) -> dict[str, AuditLog]:
     """Return the entries of a type by subject without its prefix; other subjects are left out."""
     return {
         row.subject.removeprefix(prefix): row
@@ -241,7 +242,7 @@ def _document_digest(data: bytes) -> str | None:
         return None
 
 
-def _compare_update(entry: Any, row: Any) -> str:
+def _compare_update(entry: AuditLog, row: LoggedUpdate | None) -> str:
     """Return what is wrong with the row of an accepted update; empty if nothing."""
     if row is None:
         return "it was accepted, and is missing"
@@ -259,7 +260,7 @@ def _compare_update(entry: Any, row: Any) -> str:
     return ""
 
 
-def _leaf(row: Any, stored: bytes | None) -> tuple[bytes | None, str]:
+def _leaf(row: AuditLog, stored: bytes | None) -> tuple[bytes | None, str]:
     """Return the leaf hash of a row, and what is wrong with the row."""
     try:
         leaf = entry_of(row).leaf_hash()

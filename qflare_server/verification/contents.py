@@ -8,8 +8,8 @@ from qflare_server.context import Context
 from qflare_server.errors import PayloadPrunedError, SealedPayloadLostError
 from qflare_server.payloads.reader import Contents, read_chunks
 from qflare_server.storage.payload_records import describe, split_digests
+from qflare_server.storage.records import Payload
 from qflare_server.storage.repository import evidence
-from qflare_server.storage.tables import Payload
 from qflare_server.verification.findings import Finding, Tally, faults, walk
 
 

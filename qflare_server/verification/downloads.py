@@ -9,8 +9,8 @@ from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.payloads.reader import read_chunks
 from qflare_server.storage.payload_records import describe
+from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import evidence, payloads
-from qflare_server.storage.tables import GlobalModel
 from qflare_server.training.versions import manifest_of
 from qflare_server.verification.findings import Finding, Tally, problem_of, walk
 

@@ -11,8 +11,8 @@ from qflare.crypto.signing import PublicKey, algorithm_of
 from qflare.evidence.statements import digest_of, open_evaluation, require_equal
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
+from qflare_server.storage.records import Evaluation
 from qflare_server.storage.repository import devices, evidence, global_models
-from qflare_server.storage.tables import Evaluation
 from qflare_server.verification.findings import Finding, Tally, differences, faults, walk
 
 
@@ -40,7 +40,6 @@ class EvaluationVerification:
         with self._context.database.read() as session:
             key = devices.get_key(session, row.key_id or "")
             model = global_models.get_model(session, row.training_session_id, row.version)
-            session.expunge_all()
         if key is None or key.device_id != row.device_id:
             raise ValueError("the key that signed it is not one of its device")
         envelope = security_pb2.SignedEnvelope(payload=row.statement)

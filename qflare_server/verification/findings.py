@@ -101,7 +101,6 @@ def walk(
     while True:
         with database.read() as session:
             rows = read(session, after, BATCH)
-            session.expunge_all()
         if not rows:
             return
         after = key_of(rows[-1])

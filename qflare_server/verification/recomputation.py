@@ -6,8 +6,9 @@ on another.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from sqlalchemy.orm import Session
@@ -22,11 +23,10 @@ from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFou
 from qflare_server.storage.database import Database
 from qflare_server.storage.payload_records import ReceivedPayload, content_digest_of
 from qflare_server.storage.payload_store import PayloadStore
+from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import global_models, payloads, training_sessions, updates
 from qflare_server.storage.repository.updates import AcceptedUpdate
-from qflare_server.storage.tables import GlobalModel
 from qflare_server.strategies import NotEnoughUpdatesError, UpdateAssessment, by_update
-from qflare_server.training.config import from_json
 from qflare_server.training.privacy import open_seed
 from qflare_server.training.rounds import config_digest
 from qflare_server.verification.downloads import download_problem
@@ -149,8 +149,7 @@ def _find(
     model = global_models.get_model(session, training_session.id, wanted)
     if model is None:
         raise GlobalModelNotFoundError(f"no version {wanted}")
-    current = config_digest(from_json(training_session.config))
-    session.expunge_all()
+    current = config_digest(training_session.config)
     return model, current
 
 
@@ -233,8 +232,15 @@ class _ReadingDatabase(Database):
     """A database that is read only."""
 
     def __init__(self, database: Database) -> None:
+        self._read_only = database
         self.engine = database.engine
         self.is_sqlite = database.is_sqlite
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """Open a block of consistent reads."""
+        with self._read_only.read() as session:
+            yield session
 
     def write(self, work: Callable[[Session], T]) -> T:
         """Do nothing: a recomputation records no uploads."""

@@ -25,15 +25,9 @@ from qflare.tensors.manifest import Manifest
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_server.context import Context
 from qflare_server.storage.payload_records import content_digest_of
-from qflare_server.storage.repository import devices, evidence, payloads, training_sessions, updates
-from qflare_server.storage.tables import (
-    Device,
-    DeviceKey,
-    GlobalModel,
-    ModelUpdate,
-    Payload,
-    UpdateState,
-)
+from qflare_server.storage.records import Device, DeviceKey, GlobalModel, ModelUpdate, Payload
+from qflare_server.storage.repository import devices, evidence, payloads, updates
+from qflare_server.storage.tables import UpdateState
 from qflare_server.verification.findings import (
     BATCH,
     Finding,
@@ -122,7 +116,6 @@ class RecordVerification:
                 current = {
                     row.key_id: row for row in evidence.keys_of(session, [r.id for r in rows])
                 }
-                session.expunge_all()
             if not rows:
                 return
             after = rows[-1].id
@@ -139,13 +132,11 @@ class RecordVerification:
     def _lineage(self, training_session_id: str) -> Iterator[Finding]:
         """Check the versions of a training session up to its current version."""
         with self._context.database.read() as session:
-            training_session = training_sessions.get_session(session, training_session_id)
-            latest = -1 if training_session is None else training_session.current_version
+            latest = evidence.latest_version(session, training_session_id)
         expected, parent = 0, ""
         while expected <= latest:
             with self._context.database.read() as session:
                 rows = evidence.models_after(session, training_session_id, expected - 1, BATCH)
-                session.expunge_all()
             for row in rows:
                 if row.version > expected:
                     missing = f"{expected} to {row.version - 1}"
@@ -211,8 +202,6 @@ class RecordVerification:
             stored = None if payload is None else (payload.digest, payload.size_bytes)
             kept = None if payload is None else _kept(payload)
             key = None if row.key_id is None else devices.get_key(session, row.key_id)
-            if key is not None:
-                session.expunge(key)
         require_equal("payload", stored, (row.payload_digest, row.size_bytes))
         if row.statement is None:
             self._tally.unchecked["updates without a signature"] += 1

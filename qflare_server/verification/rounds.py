@@ -3,7 +3,8 @@
 Deadlines and states are not checked: pausing a training session moves deadlines, and states are not signed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from google.protobuf import json_format
 from sqlalchemy.orm import Session
@@ -12,9 +13,9 @@ from qflare.evidence.statements import open_task
 from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
-from qflare_server.storage.repository import evidence, global_models, training_sessions
-from qflare_server.storage.tables import Round, TrainingSession
-from qflare_server.training.config import from_json
+from qflare_server.storage.records import Round
+from qflare_server.storage.repository import evidence, global_models
+from qflare_server.storage.training_configs import from_json
 from qflare_server.training.rounds import config_digest
 from qflare_server.verification.findings import (
     Finding,
@@ -47,8 +48,8 @@ class RoundVerification:
 
     def _rounds(self, training_session_id: str) -> Iterator[Finding]:
         with self._context.database.read() as session:
-            training_session = training_sessions.get_session(session, training_session_id)
-            digest = "" if training_session is None else _configuration(training_session)
+            stored = evidence.stored_config(session, training_session_id)
+        digest = "" if stored is None else _digest_of(stored)
 
         def read(session: Session, after: int, limit: int) -> Sequence[Round]:
             return evidence.rounds_after(session, training_session_id, after, limit)
@@ -85,9 +86,9 @@ class RoundVerification:
             raise ValueError(f"not what was signed: {', '.join(changed)}")
 
 
-def _configuration(training_session: TrainingSession) -> str:
+def _digest_of(stored: Mapping[str, Any]) -> str:
     """Return the digest of a stored configuration; empty if it is invalid."""
     try:
-        return config_digest(from_json(training_session.config))
+        return config_digest(from_json(stored))
     except (json_format.ParseError, TypeError, ValueError):
         return ""

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from qflare_server.storage.tables import Base
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = ("qflare", "qflare_client", "qflare_server", "migrations", "docs", "examples", "deploy")
 TEXTS = {".py", ".md", ".html", ".sh", ".yaml"}
@@ -41,3 +43,67 @@ def test_nothing_of_the_server_is_for_tests_only() -> None:
     ]
 
     assert dead == []
+
+
+MAPPED = {mapper.class_.__name__ for mapper in Base.registry.mappers}
+LOADS_OBJECTS = {
+    "add",
+    "expire",
+    "expire_all",
+    "expunge",
+    "expunge_all",
+    "get",
+    "merge",
+    "query",
+    "refresh",
+    "scalar",
+}
+
+
+def test_no_statement_loads_a_mapped_object() -> None:
+    """Rows leave their transaction as frozen values: an object of a session would have to be taken out of it."""
+    calls = [
+        f"{path}:{node.lineno}: session.{node.attr}"
+        for path, tree in server_modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "session"
+        and node.attr in LOADS_OBJECTS
+    ]
+
+    assert calls == []
+
+
+def test_mapped_classes_are_named_for_their_tables_only() -> None:
+    faults = []
+    for path, tree in server_modules():
+        if path.parts[:3] == ("qflare_server", "storage", "tables"):
+            continue
+        imported = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and "storage.tables" in (node.module or "")
+            for alias in node.names
+            if alias.name in MAPPED
+        }
+        tables = {
+            id(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and node.attr == "__table__"
+        }
+        faults += [
+            f"{path}:{node.lineno}: {ast.unparse(node)}"
+            for node in ast.walk(tree)
+            if id(node) not in tables
+            and (
+                (isinstance(node, ast.Name) and node.id in imported)
+                or (
+                    isinstance(node, ast.Attribute)
+                    and node.attr in MAPPED
+                    and ast.unparse(node.value) == "tables"
+                )
+            )
+        ]
+
+    assert faults == []

@@ -84,9 +84,7 @@ class Coordinator:
             query = select(AuditLog).order_by(AuditLog.id)
             if event_type:
                 query = query.where(AuditLog.event_type == event_type)
-            rows = list(session.scalars(query))
-            session.expunge_all()
-            return rows
+            return list(session.scalars(query))
 
 
 @dataclass

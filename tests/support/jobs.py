@@ -15,9 +15,14 @@ from qflare_server.keys.setup import bootstrap_bundle
 from qflare_server.payloads.reader import read_chunks
 from qflare_server.serving.application import Application
 from qflare_server.storage.payload_records import describe
-from qflare_server.storage.repository import payloads, updates
+from qflare_server.storage.records import Round
+from qflare_server.storage.repository import (
+    global_models,
+    payloads,
+    training_sessions,
+    updates,
+)
 from qflare_server.storage.repository.audit import SYSTEM
-from qflare_server.storage.tables import GlobalModel, Round
 from qflare_server.training.versions import manifest_of
 from tests.support.processes import DeviceThread
 
@@ -76,11 +81,10 @@ def check_every_version(parts: Application, session_id: str) -> None:
     """Versions are gapless, and each has the bytes of an undisturbed run over the same accepted updates."""
     for version in range(1, ROUNDS + 1):
         with parts.database.read() as session:
-            model = session.get(GlobalModel, (session_id, version))
+            model = global_models.get_model(session, session_id, version)
             assert model is not None
-            round_row = session.get(Round, (session_id, model.round_number))
+            round_row = training_sessions.get_round(session, session_id, model.round_number)
             stored = describe(payloads.get_payload(session, model.payload_id))
-            session.expunge_all()
         assert round_row is not None
         assert (model.base_version, model.participant_count) == (version - 1, DEVICES)
         published = assemble(manifest_of(model), read_chunks(parts.context, stored))

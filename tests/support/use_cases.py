@@ -29,9 +29,10 @@ from qflare_server.storage.database import Database
 from qflare_server.storage.group_commit import Work
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.storage.records import GlobalModel, ModelUpdate, Round
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.repository.updates import UpdateReceipt
-from qflare_server.storage.tables import Base, GlobalModel, ModelUpdate, Round
+from qflare_server.storage.tables import Base
 from qflare_server.use_cases.access.presence import Presence
 from qflare_server.use_cases.devices.administration import Devices, Profile
 from qflare_server.use_cases.training_sessions.administration import Training

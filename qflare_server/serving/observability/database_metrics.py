@@ -4,7 +4,7 @@ A scrape costs a handful of small reads. Where the database does not answer, `qf
 of these metrics is left out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from prometheus_client.core import GaugeMetricFamily
@@ -13,9 +13,9 @@ from prometheus_client.registry import Collector
 from qflare_server.context import Context
 from qflare_server.errors import QflareError
 from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.records import TrainingSession
 from qflare_server.storage.repository import devices, training_sessions, views
-from qflare_server.storage.tables import TrainingSession, TrainingSessionState
-from qflare_server.training.config import stored_config
+from qflare_server.storage.tables import TrainingSessionState
 from qflare_server.use_cases.status import DatabaseHealth, Overview
 
 MAX_SESSIONS: Final = 100
@@ -79,39 +79,37 @@ class DatabaseCollector(Collector):
         with self._context.database.read() as session:
             request = PageRequest(MAX_SESSIONS)
             running = TrainingSessionState.RUNNING.value
-            found = list(training_sessions.list_sessions(session, request, running).rows)
-            session.expunge_all()
+            found = training_sessions.list_sessions(session, request, running).rows
         yield _of_sessions(
             "qflare_training_session_round",
             "Current round",
-            {item: item.current_round for item in found},
+            found,
+            lambda item: item.current_round,
         )
         yield _of_sessions(
             "qflare_training_session_version",
             "Latest version",
-            {item: item.current_version for item in found},
+            found,
+            lambda item: item.current_version,
         )
         yield _of_sessions(
             "qflare_training_session_best_accuracy",
             "Best accuracy of any version",
-            {item: item.best_accuracy for item in found},
+            found,
+            lambda item: item.best_accuracy,
         )
         yield _of_sessions(
             "qflare_privacy_epsilon_spent",
             "Epsilon spent",
-            {item: item.epsilon_spent for item in found},
+            found,
+            lambda item: item.epsilon_spent,
         )
         yield _of_sessions(
             "qflare_privacy_epsilon_budget",
             "Epsilon that may be spent",
-            {item: _budget(item) for item in found},
+            found,
+            lambda item: item.config.privacy.epsilon_budget or None,
         )
-
-
-def _budget(training_session: TrainingSession) -> float | None:
-    return (
-        stored_config(training_session.id, training_session.config).privacy.epsilon_budget or None
-    )
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
@@ -126,10 +124,14 @@ def _by_state(name: str, text: str, counts: Mapping[str, int]) -> GaugeMetricFam
 
 
 def _of_sessions(
-    name: str, text: str, values: Mapping[TrainingSession, float | None]
+    name: str,
+    text: str,
+    found: Sequence[TrainingSession],
+    value_of: Callable[[TrainingSession], float | None],
 ) -> GaugeMetricFamily:
     family = GaugeMetricFamily(name, text, labels=SESSION_LABELS)
-    for training_session, value in values.items():
+    for training_session in found:
+        value = value_of(training_session)
         if value is not None:
             family.add_metric((training_session.id, training_session.name), value)
     return family

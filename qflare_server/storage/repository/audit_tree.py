@@ -9,26 +9,29 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
 
-from sqlalchemy import Row, Select, and_, bindparam, delete, func, insert, or_, select
+from sqlalchemy import Select, and_, bindparam, delete, func, insert, or_, select
 from sqlalchemy.orm import Session
 
 from qflare.crypto.merkle import CompactTree, Node
-from qflare_server.storage.tables import AuditHead, AuditLog, AuditNode, Lease
+from qflare_server.storage import tables
+from qflare_server.storage.records import AuditHead, AuditLog, Rows
 
-AUDIT = AuditLog.__table__
-NODES = AuditNode.__table__
-HEADS = AuditHead.__table__
-LEASES = Lease.__table__
+AUDIT = tables.AuditLog.__table__
+NODES = tables.AuditNode.__table__
+HEADS = tables.AuditHead.__table__
+_HEADS = Rows(AuditHead, HEADS)
+_ENTRIES = Rows(AuditLog, AUDIT)
+LEASES = tables.Lease.__table__
 
 TREE_LEASE: Final = "audit-tree"
 Place = tuple[int, int]
 """Level and index of a node."""
 
 _ZERO: Final = bytes(32)
-_PENDING = select(AUDIT).where(AUDIT.c.leaf_index.is_(None)).order_by(AUDIT.c.id)
+_PENDING = _ENTRIES.select.where(AUDIT.c.leaf_index.is_(None)).order_by(AUDIT.c.id)
 _PENDING = _PENDING.limit(bindparam("limit"))
-_BY_ID = select(AUDIT).where(AUDIT.c.id == bindparam("number"))
-_BY_PLACE = select(AUDIT).where(AUDIT.c.leaf_index == bindparam("number"))
+_BY_ID = _ENTRIES.select.where(AUDIT.c.id == bindparam("number"))
+_BY_PLACE = _ENTRIES.select.where(AUDIT.c.leaf_index == bindparam("number"))
 _SIZE = select(func.max(AUDIT.c.leaf_index))
 _PLACE_SQLITE: Final = "UPDATE audit_log SET leaf_index = ?1, leaf_hash = ?3 WHERE id = ?2"
 _PLACE_POSTGRES: Final = (
@@ -58,9 +61,9 @@ def lock(session: Session, at: datetime, *, wait: bool) -> bool:
     return True
 
 
-def pending(session: Session, limit: int) -> Sequence[Row[Any]]:
+def pending(session: Session, limit: int) -> Sequence[AuditLog]:
     """Return entries without a leaf index, by id."""
-    return session.connection().execute(_PENDING, {"limit": limit}).all()
+    return _ENTRIES.all(session, _PENDING, {"limit": limit})
 
 
 def still_pending(session: Session, ids: Sequence[int]) -> set[int]:
@@ -181,20 +184,20 @@ def prove(
 
 def find_entry(
     session: Session, *, audit_id: int | None = None, leaf_index: int | None = None
-) -> Row[Any] | None:
+) -> AuditLog | None:
     """Return an entry by its id or by its leaf index."""
     query, number = (_BY_ID, audit_id) if leaf_index is None else (_BY_PLACE, leaf_index)
-    return session.connection().execute(query, {"number": number}).one_or_none()
+    return _ENTRIES.one(session, query, {"number": number})
 
 
 def latest_head(session: Session) -> AuditHead | None:
     """Return the signed head of the largest tree."""
-    return session.scalars(select(AuditHead).order_by(HEADS.c.size.desc()).limit(1)).one_or_none()
+    return _HEADS.one(session, _HEADS.select.order_by(HEADS.c.size.desc()).limit(1))
 
 
 def get_head(session: Session, leaf_count: int) -> AuditHead | None:
     """Return the signed head of a tree size; None if there is none, or it was deleted."""
-    return session.get(AuditHead, leaf_count)
+    return _HEADS.one(session, _HEADS.select.where(HEADS.c.size == leaf_count))
 
 
 def insert_head(session: Session, values: dict[str, Any]) -> None:
@@ -209,14 +212,14 @@ def drop_heads(session: Session, since: datetime, leaf_count: int) -> None:
 
 def heads_after(session: Session, leaf_count: int, limit: int) -> Sequence[AuditHead]:
     """Return signed heads of trees larger than a size, by size."""
-    query = select(AuditHead).where(HEADS.c.size > leaf_count).order_by(HEADS.c.size).limit(limit)
-    return session.scalars(query).all()
+    query = _HEADS.select.where(HEADS.c.size > leaf_count).order_by(HEADS.c.size)
+    return _HEADS.all(session, query.limit(limit))
 
 
-def entries_after(session: Session, leaf_index: int, limit: int) -> Sequence[Row[Any]]:
+def entries_after(session: Session, leaf_index: int, limit: int) -> Sequence[AuditLog]:
     """Return entries that have a leaf index, in its order, after one."""
-    query = select(AUDIT).where(AUDIT.c.leaf_index > leaf_index).order_by(AUDIT.c.leaf_index)
-    return session.execute(query.limit(limit)).all()
+    query = _ENTRIES.select.where(AUDIT.c.leaf_index > leaf_index).order_by(AUDIT.c.leaf_index)
+    return _ENTRIES.all(session, query.limit(limit))
 
 
 def nodes_in(

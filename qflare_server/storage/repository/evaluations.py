@@ -6,10 +6,13 @@ from typing import Any
 from sqlalchemy import delete, func, insert, select
 from sqlalchemy.orm import Session
 
-from qflare_server.storage.tables import Evaluation, ModelUpdate, UpdateState
+from qflare_server.storage import tables
+from qflare_server.storage.records import Evaluation, Rows
+from qflare_server.storage.tables import UpdateState
 
-EVALUATIONS = Evaluation.__table__
-UPDATES = ModelUpdate.__table__
+EVALUATIONS = tables.Evaluation.__table__
+UPDATES = tables.ModelUpdate.__table__
+_ROWS = Rows(Evaluation, EVALUATIONS)
 _IS_SIGNED = EVALUATIONS.c.statement.is_not(None)
 
 
@@ -53,30 +56,20 @@ def list_of_version(
     session: Session, training_session_id: str, version: int
 ) -> Sequence[Evaluation]:
     """Return every report on a version, by device."""
-    query = (
-        select(Evaluation)
-        .where(
-            EVALUATIONS.c.training_session_id == training_session_id,
-            EVALUATIONS.c.version == version,
-            _IS_SIGNED,
-        )
-        .order_by(EVALUATIONS.c.device_id)
-    )
-    return session.scalars(query).all()
+    query = _ROWS.select.where(
+        EVALUATIONS.c.training_session_id == training_session_id,
+        EVALUATIONS.c.version == version,
+        _IS_SIGNED,
+    ).order_by(EVALUATIONS.c.device_id)
+    return _ROWS.all(session, query)
 
 
 def signed_rows(
     session: Session, training_session_id: str, version: int, after: str, limit: int
-) -> Sequence[Any]:
+) -> Sequence[Evaluation]:
     """Return device, statement, signature and digest of the reports on a version after a device id, by device."""
     query = (
-        select(
-            EVALUATIONS.c.device_id,
-            EVALUATIONS.c.statement,
-            EVALUATIONS.c.signature,
-            EVALUATIONS.c.statement_digest,
-        )
-        .where(
+        _ROWS.select.where(
             EVALUATIONS.c.training_session_id == training_session_id,
             EVALUATIONS.c.version == version,
             EVALUATIONS.c.device_id > after,
@@ -85,7 +78,7 @@ def signed_rows(
         .order_by(EVALUATIONS.c.device_id)
         .limit(limit)
     )
-    return session.execute(query).all()
+    return _ROWS.all(session, query)
 
 
 def largest_example_count(session: Session, training_session_id: str, device_id: str) -> int | None:

@@ -1,12 +1,13 @@
 """Queries for evidence of where versions come from; they only read, in batches."""
 
-from collections.abc import Collection, Sequence
-from typing import Any, Final
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Row, bindparam, select, tuple_
+from sqlalchemy import bindparam, select, tuple_
 from sqlalchemy.orm import Session
 
-from qflare_server.storage.tables import (
+from qflare_server.storage import tables
+from qflare_server.storage.records import (
     AuditLog,
     Device,
     DeviceKey,
@@ -15,24 +16,32 @@ from qflare_server.storage.tables import (
     ModelUpdate,
     Payload,
     Round,
-    TrainingSession,
-    TrustDocument,
+    Rows,
 )
 
-AUDIT = AuditLog.__table__
-DOCUMENTS = TrustDocument.__table__
-DEVICES = Device.__table__
-KEYS = DeviceKey.__table__
-EVALUATIONS = Evaluation.__table__
-MODELS = GlobalModel.__table__
-PAYLOADS = Payload.__table__
-ROUNDS = Round.__table__
-SESSIONS = TrainingSession.__table__
-UPDATES = ModelUpdate.__table__
+AUDIT = tables.AuditLog.__table__
+DOCUMENTS = tables.TrustDocument.__table__
+DEVICES = tables.Device.__table__
+KEYS = tables.DeviceKey.__table__
+EVALUATIONS = tables.Evaluation.__table__
+MODELS = tables.GlobalModel.__table__
+PAYLOADS = tables.Payload.__table__
+ROUNDS = tables.Round.__table__
+SESSIONS = tables.TrainingSession.__table__
+UPDATES = tables.ModelUpdate.__table__
+_ENTRIES = Rows(AuditLog, AUDIT)
+_DEVICES = Rows(Device, DEVICES)
+_EVALUATIONS = Rows(Evaluation, EVALUATIONS)
+_KEYS = Rows(DeviceKey, KEYS)
+_MODELS = Rows(GlobalModel, MODELS)
+_PAYLOADS = Rows(Payload, PAYLOADS)
+_ROUNDS = Rows(Round, ROUNDS)
+_UPDATES = Rows(ModelUpdate, UPDATES)
 
 _ENTRY: Final = (
-    select(AUDIT)
-    .where(AUDIT.c.subject == bindparam("about"), AUDIT.c.event_type == bindparam("kind"))
+    _ENTRIES.select.where(
+        AUDIT.c.subject == bindparam("about"), AUDIT.c.event_type == bindparam("kind")
+    )
     .order_by(AUDIT.c.id)
     .limit(1)
 )
@@ -44,13 +53,22 @@ def trust_documents(session: Session, kind: str) -> Sequence[bytes]:
     return session.scalars(query.order_by(DOCUMENTS.c.version)).all()
 
 
-def update_rows(
-    session: Session, training_session_id: str, version: int, after: int, limit: int
-) -> Sequence[Any]:
-    """Return the updates in a version after a sequence number, in order of acceptance.
+class UpdateOfVersion(NamedTuple):
+    """What shows that an update is part of a version."""
 
-    Rows have the columns of the SELECT below.
-    """
+    id: str
+    acceptance_sequence: int
+    device_id: str
+    statement: bytes | None
+    signature: bytes | None
+    statement_digest: str
+    location: str
+
+
+def updates_of_version(
+    session: Session, training_session_id: str, version: int, after: int, limit: int
+) -> Sequence[UpdateOfVersion]:
+    """Return the updates in a version, in the order of their acceptance, from after a sequence number."""
     query = (
         select(
             UPDATES.c.id,
@@ -70,20 +88,18 @@ def update_rows(
         .order_by(UPDATES.c.acceptance_sequence)
         .limit(limit)
     )
-    return session.execute(query).all()
+    return [UpdateOfVersion._make(row) for row in session.execute(query)]
 
 
 def keys_of(session: Session, device_ids: Collection[str]) -> Sequence[DeviceKey]:
     """Return all keys of devices, current and retired, by device and sequence."""
-    query = select(DeviceKey).where(KEYS.c.device_id.in_(sorted(device_ids)))
-    return session.scalars(query.order_by(KEYS.c.device_id, KEYS.c.sequence)).all()
+    query = _KEYS.select.where(KEYS.c.device_id.in_(sorted(device_ids)))
+    return _KEYS.all(session, query.order_by(KEYS.c.device_id, KEYS.c.sequence))
 
 
-def find_event(session: Session, event_type: str, subject: str) -> Row[Any] | None:
+def find_event(session: Session, event_type: str, subject: str) -> AuditLog | None:
     """Return the first audit entry of a type about a subject."""
-    return (
-        session.connection().execute(_ENTRY, {"about": subject, "kind": event_type}).one_or_none()
-    )
+    return _ENTRIES.one(session, _ENTRY, {"about": subject, "kind": event_type})
 
 
 def session_ids(session: Session, after: str, limit: int) -> Sequence[str]:
@@ -97,12 +113,13 @@ def models_after(
 ) -> Sequence[GlobalModel]:
     """Return versions of a training session after a version, in order."""
     query = (
-        select(GlobalModel)
-        .where(MODELS.c.training_session_id == training_session_id, MODELS.c.version > version)
+        _MODELS.select.where(
+            MODELS.c.training_session_id == training_session_id, MODELS.c.version > version
+        )
         .order_by(MODELS.c.version)
         .limit(limit)
     )
-    return session.scalars(query).all()
+    return _MODELS.all(session, query)
 
 
 def downloads_after(session: Session, after: tuple[str, int], limit: int) -> Sequence[GlobalModel]:
@@ -115,33 +132,43 @@ def downloads_after(session: Session, after: tuple[str, int], limit: int) -> Seq
     """
     key = tuple_(MODELS.c.training_session_id, MODELS.c.version)
     query = (
-        select(GlobalModel)
-        .where(MODELS.c.download_encoding.is_not(None), key > after)
+        _MODELS.select.where(MODELS.c.download_encoding.is_not(None), key > after)
         .order_by(MODELS.c.training_session_id, MODELS.c.version)
         .limit(limit)
     )
-    return session.scalars(query).all()
+    return _MODELS.all(session, query)
 
 
 def updates_after(session: Session, after: str, limit: int) -> Sequence[ModelUpdate]:
     """Return updates of all training sessions after an id, by id."""
-    query = select(ModelUpdate).where(UPDATES.c.id > after).order_by(UPDATES.c.id).limit(limit)
-    return session.scalars(query).all()
+    query = _UPDATES.select.where(UPDATES.c.id > after).order_by(UPDATES.c.id).limit(limit)
+    return _UPDATES.all(session, query)
 
 
 def keys_after(session: Session, after: str, limit: int) -> Sequence[DeviceKey]:
     """Return device keys after an id, by id."""
-    query = select(DeviceKey).where(KEYS.c.key_id > after).order_by(KEYS.c.key_id).limit(limit)
-    return session.scalars(query).all()
+    query = _KEYS.select.where(KEYS.c.key_id > after).order_by(KEYS.c.key_id).limit(limit)
+    return _KEYS.all(session, query)
 
 
 def payloads_after(session: Session, after: str, limit: int) -> Sequence[Payload]:
     """Return payload rows after an id, by id, without their bytes."""
-    query = select(Payload).where(PAYLOADS.c.id > after).order_by(PAYLOADS.c.id).limit(limit)
-    return session.scalars(query).all()
+    query = _PAYLOADS.select.where(PAYLOADS.c.id > after).order_by(PAYLOADS.c.id).limit(limit)
+    return _PAYLOADS.all(session, query)
 
 
-def accepted_updates(session: Session, update_ids: Collection[str]) -> dict[str, Any]:
+class LoggedUpdate(NamedTuple):
+    """What the audit log says of an update, as the update's row has it."""
+
+    id: str
+    training_session_id: str
+    round_number: int
+    acceptance_sequence: int
+    statement_digest: str
+    has_statement: bool
+
+
+def accepted_updates(session: Session, update_ids: Collection[str]) -> dict[str, LoggedUpdate]:
     """Return, by id, the columns of updates that the audit log records too; unknown ids are left out."""
     query = select(
         UPDATES.c.id,
@@ -149,9 +176,9 @@ def accepted_updates(session: Session, update_ids: Collection[str]) -> dict[str,
         UPDATES.c.round_number,
         UPDATES.c.acceptance_sequence,
         UPDATES.c.statement_digest,
-        UPDATES.c.statement.is_not(None).label("has_statement"),
+        UPDATES.c.statement.is_not(None),
     ).where(UPDATES.c.id.in_(sorted(update_ids)))
-    return {row.id: row for row in session.execute(query)}
+    return {row.id: LoggedUpdate._make(row) for row in session.execute(query)}
 
 
 def known_digests(session: Session, digests: Collection[str]) -> set[str]:
@@ -162,8 +189,8 @@ def known_digests(session: Session, digests: Collection[str]) -> set[str]:
 
 def devices_after(session: Session, after: str, limit: int) -> Sequence[Device]:
     """Return devices after an id, by id."""
-    query = select(Device).where(DEVICES.c.id > after).order_by(DEVICES.c.id).limit(limit)
-    return session.scalars(query).all()
+    query = _DEVICES.select.where(DEVICES.c.id > after).order_by(DEVICES.c.id).limit(limit)
+    return _DEVICES.all(session, query)
 
 
 def rounds_after(
@@ -171,12 +198,26 @@ def rounds_after(
 ) -> Sequence[Round]:
     """Return rounds of a training session after a number, in order."""
     query = (
-        select(Round)
-        .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number > number)
+        _ROUNDS.select.where(
+            ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number > number
+        )
         .order_by(ROUNDS.c.number)
         .limit(limit)
     )
-    return session.scalars(query).all()
+    return _ROUNDS.all(session, query)
+
+
+def stored_config(session: Session, training_session_id: str) -> Mapping[str, Any] | None:
+    """Return the configuration of a training session as it is stored, whatever that is; None without a session."""
+    query = select(SESSIONS.c.config).where(SESSIONS.c.id == training_session_id)
+    return session.execute(query).scalar_one_or_none()
+
+
+def latest_version(session: Session, training_session_id: str) -> int:
+    """Return the version that a training session says is its latest; -1 where there is no such session."""
+    query = select(SESSIONS.c.current_version).where(SESSIONS.c.id == training_session_id)
+    found = session.execute(query).scalar_one_or_none()
+    return -1 if found is None else found
 
 
 def evaluations_after(
@@ -190,8 +231,8 @@ def evaluations_after(
         limit: Most evaluations to return.
     """
     columns = (EVALUATIONS.c.training_session_id, EVALUATIONS.c.version, EVALUATIONS.c.device_id)
-    query = select(Evaluation).where(tuple_(*columns) > after).order_by(*columns).limit(limit)
-    return session.scalars(query).all()
+    query = _EVALUATIONS.select.where(tuple_(*columns) > after).order_by(*columns)
+    return _EVALUATIONS.all(session, query.limit(limit))
 
 
 def known_evaluations(session: Session, digests: Collection[str]) -> set[str]:

@@ -8,16 +8,25 @@ from sqlalchemy import Select, and_, bindparam, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
+from qflare_server.storage import tables
 from qflare_server.storage.paging import Page, PageRequest, page_token
 from qflare_server.storage.prepared import PreparedInsert
-from qflare_server.storage.tables import GlobalModel, Payload, TrainingSession
+from qflare_server.storage.records import GlobalModel, Payload, Rows, TrainingSession
 
 MAX_STATEMENTS_BYTES: Final = 2**20
 """Statements of one message; a header has room for its manifest beside them."""
-MODELS = GlobalModel.__table__
-SESSIONS = TrainingSession.__table__
-PAYLOADS = Payload.__table__
 
+MODELS = tables.GlobalModel.__table__
+SESSIONS = tables.TrainingSession.__table__
+PAYLOADS = tables.Payload.__table__
+_MODELS = Rows(GlobalModel, MODELS)
+_PAYLOADS = Rows(Payload, PAYLOADS)
+_MODEL = _MODELS.select.where(
+    MODELS.c.training_session_id == bindparam("session"), MODELS.c.version == bindparam("number")
+)
+_DIGEST = select(MODELS.c.digest).where(
+    MODELS.c.training_session_id == bindparam("session"), MODELS.c.version == bindparam("number")
+)
 
 _INSERT_MODEL = PreparedInsert(MODELS, MODELS.c.keys())
 
@@ -29,18 +38,22 @@ def insert_model(session: Session, values: Mapping[str, Any]) -> None:
 
 def get_model(session: Session, training_session_id: str, version: int) -> GlobalModel | None:
     """Return a version."""
-    return session.get(GlobalModel, (training_session_id, version))
+    return _MODELS.one(session, _MODEL, {"session": training_session_id, "number": version})
 
 
-def _served(
-    version: ColumnElement[Any], payload_id: ColumnElement[Any]
-) -> Select[Any, GlobalModel | None, Payload | None]:
+def digest_of(session: Session, training_session_id: str, version: int) -> str | None:
+    """Return the digest of a version, None if there is no such version."""
+    wanted = {"session": training_session_id, "number": version}
+    return session.connection().execute(_DIGEST, wanted).scalar_one_or_none()
+
+
+def _served(version: ColumnElement[Any], payload_id: ColumnElement[Any]) -> Select[Any]:
     wanted = and_(MODELS.c.training_session_id == SESSIONS.c.id, MODELS.c.version == version)
     return (
-        select(version.label("wanted"), GlobalModel, Payload)
-        .select_from(SESSIONS)
-        .outerjoin(GlobalModel, wanted)
-        .outerjoin(Payload, PAYLOADS.c.id == payload_id)
+        select(version.label("wanted"), *_MODELS.columns, *_PAYLOADS.columns)
+        .select_from(
+            SESSIONS.outerjoin(MODELS, wanted).outerjoin(PAYLOADS, PAYLOADS.c.id == payload_id)
+        )
         .where(SESSIONS.c.id == bindparam("session"))
     )
 
@@ -82,8 +95,16 @@ def find_served(
     wanted: dict[str, Any] = {"session": training_session_id}
     if version is not None:
         wanted["version"] = version
-    row = session.execute(_SERVED[kind, encoded], wanted).one_or_none()
-    return None if row is None else (row[0], row[1], row[2])
+    row = session.connection().execute(_SERVED[kind, encoded], wanted).one_or_none()
+    if row is None:
+        return None
+    wanted_version, *values = row
+    model, payload = values[: len(_MODELS.columns)], values[len(_MODELS.columns) :]
+    return (
+        wanted_version,
+        None if model[0] is None else _MODELS.of(model),
+        None if payload[0] is None else _PAYLOADS.of(payload),
+    )
 
 
 def update_model(
@@ -135,15 +156,13 @@ def list_models(
     session: Session, training_session_id: str, request: PageRequest
 ) -> Page[GlobalModel]:
     """Return the versions of a training session, newest first."""
-    query = (
-        select(GlobalModel)
-        .where(MODELS.c.training_session_id == training_session_id)
-        .order_by(MODELS.c.version.desc())
+    query = _MODELS.select.where(MODELS.c.training_session_id == training_session_id).order_by(
+        MODELS.c.version.desc()
     )
     key = request.after("models", training_session_id, kinds=(int,))
     if key is not None:
         query = query.where(MODELS.c.version < key[0])
-    rows = session.scalars(query.limit(request.limit + 1)).all()
+    rows = _MODELS.all(session, query.limit(request.limit + 1))
     shown = rows[: request.limit]
     more = len(rows) > request.limit
     return Page(

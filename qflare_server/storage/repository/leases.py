@@ -6,10 +6,12 @@ from datetime import datetime
 from sqlalchemy import delete, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from qflare_server.storage.tables import Lease, Replica
+from qflare_server.storage import tables
+from qflare_server.storage.records import Replica, Rows
 
-LEASES = Lease.__table__
-REPLICAS = Replica.__table__
+LEASES = tables.Lease.__table__
+REPLICAS = tables.Replica.__table__
+_REPLICAS = Rows(Replica, REPLICAS)
 
 
 def acquire(session: Session, name: str, holder: str, now: datetime, until: datetime) -> bool:
@@ -24,7 +26,7 @@ def acquire(session: Session, name: str, holder: str, now: datetime, until: date
     )
     if taken.rowcount:  # type: ignore[attr-defined]  # a CursorResult has it
         return True
-    if session.get(Lease, name) is not None:
+    if session.execute(select(LEASES.c.name).where(LEASES.c.name == name)).first() is not None:
         return False
     session.execute(insert(LEASES).values(name=name, holder=holder, expires_at=until))
     return True
@@ -40,10 +42,9 @@ def announce(
 ) -> None:
     """Record that a replica is serving."""
     values = {"address": address, "version": version, "started_at": started, "seen_at": now}
-    if session.get(Replica, replica_id) is None:
+    changed = session.execute(update(REPLICAS).where(REPLICAS.c.id == replica_id).values(**values))
+    if not changed.rowcount:  # type: ignore[attr-defined]  # a DML result has it
         session.execute(insert(REPLICAS).values(id=replica_id, **values))
-    else:
-        session.execute(update(REPLICAS).where(REPLICAS.c.id == replica_id).values(**values))
 
 
 def retire(session: Session, replica_id: str) -> None:
@@ -53,5 +54,5 @@ def retire(session: Session, replica_id: str) -> None:
 
 def list_replicas(session: Session, seen_since: datetime) -> Sequence[Replica]:
     """Return the replicas seen since a time."""
-    query = select(Replica).where(REPLICAS.c.seen_at >= seen_since).order_by(REPLICAS.c.id)
-    return session.scalars(query).all()
+    query = _REPLICAS.select.where(REPLICAS.c.seen_at >= seen_since)
+    return _REPLICAS.all(session, query.order_by(REPLICAS.c.id))

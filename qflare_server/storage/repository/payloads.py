@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import bindparam, delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
+from qflare_server.storage import tables
 from qflare_server.storage.prepared import PreparedInsert
-from qflare_server.storage.tables import Payload, PayloadChunk, Upload
+from qflare_server.storage.records import Payload, Rows
 
-PAYLOADS = Payload.__table__
-UPLOADS = Upload.__table__
-CHUNKS = PayloadChunk.__table__
+PAYLOADS = tables.Payload.__table__
+UPLOADS = tables.Upload.__table__
+CHUNKS = tables.PayloadChunk.__table__
+_ROWS = Rows(Payload, PAYLOADS)
+_ROW = _ROWS.select.where(PAYLOADS.c.id == bindparam("payload"))
 LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """`touched_at` of an abandoned upload."""
 
@@ -55,8 +58,8 @@ def read_data(session: Session, payload_id: str) -> bytes | None:
 
 
 def get_payload(session: Session, payload_id: str) -> Payload | None:
-    """Return a payload's row."""
-    return session.get(Payload, payload_id)
+    """Return a payload, without the bytes that lie in its row."""
+    return _ROWS.one(session, _ROW, {"payload": payload_id})
 
 
 def begin_upload(

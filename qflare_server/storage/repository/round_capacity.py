@@ -7,11 +7,12 @@ from typing import Any
 from sqlalchemy import bindparam, select, update
 from sqlalchemy.orm import Session
 
+from qflare_server.storage import tables
 from qflare_server.storage.prepared import PreparedStatement
-from qflare_server.storage.tables import Round, RoundState, TrainingSession
+from qflare_server.storage.tables import RoundState
 
-SESSIONS = TrainingSession.__table__
-ROUNDS = Round.__table__
+SESSIONS = tables.TrainingSession.__table__
+ROUNDS = tables.Round.__table__
 
 
 @dataclass(frozen=True)

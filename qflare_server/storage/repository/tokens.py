@@ -8,14 +8,19 @@ from typing import Any
 from sqlalchemy import and_, bindparam, delete, exists, insert, or_, select, text, update
 from sqlalchemy.orm import Session
 
+from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_security
 from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
 from qflare_server.storage.prepared import PreparedStatement
-from qflare_server.storage.tables import Device, TokenKind, UsedNonce, UserToken
+from qflare_server.storage.records import Rows, UserToken
+from qflare_server.storage.tables import TokenKind
 
-TOKENS = UserToken.__table__
-NONCES = UsedNonce.__table__
-DEVICES = Device.__table__
+TOKENS = tables.UserToken.__table__
+_ROWS = Rows(UserToken, TOKENS)
+_BY_ID = _ROWS.select.where(TOKENS.c.id == bindparam("token_id"))
+_BY_HASH = _ROWS.select.where(TOKENS.c.token_hash == bindparam("hash"))
+NONCES = tables.UsedNonce.__table__
+DEVICES = tables.Device.__table__
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,7 @@ def insert_token(
 
 def get_token(session: Session, token_id: str) -> UserToken | None:
     """Return a token by its id."""
-    return session.get(UserToken, token_id)
-
-
-_BY_HASH = select(UserToken).where(TOKENS.c.token_hash == bindparam("hash"))
+    return _ROWS.one(session, _BY_ID, {"token_id": token_id})
 
 
 def has_kind(session: Session, kind: str) -> bool:
@@ -110,7 +112,7 @@ def has_kind(session: Session, kind: str) -> bool:
 
 def find_by_hash(session: Session, token_hash: str) -> UserToken | None:
     """Return a token by the hash of its secret."""
-    return session.scalars(_BY_HASH, {"hash": token_hash}).one_or_none()
+    return _ROWS.one(session, _BY_HASH, {"hash": token_hash})
 
 
 _CONSUME = (
@@ -181,13 +183,13 @@ def delete_expired(session: Session, before: datetime, limit: int) -> int:
 
 def list_tokens(session: Session, request: PageRequest, kind: str) -> Page[UserToken]:
     """Return tokens of one kind, or of all kinds if `kind` is empty; newest first."""
-    query = select(UserToken).order_by(TOKENS.c.created_at.desc(), TOKENS.c.id.desc())
+    query = _ROWS.select.order_by(TOKENS.c.created_at.desc(), TOKENS.c.id.desc())
     if kind:
         query = query.where(TOKENS.c.kind == kind)
     key = request.after("tokens", kind, kinds=(datetime, str))
     if key is not None:
         query = query.where(earlier(TOKENS.c.created_at, TOKENS.c.id, key))
-    rows = session.scalars(query.limit(request.limit + 1)).all()
+    rows = _ROWS.all(session, query.limit(request.limit + 1))
     shown = rows[: request.limit]
     more = len(rows) > request.limit
     last = (shown[-1].created_at.isoformat(), shown[-1].id) if more else None

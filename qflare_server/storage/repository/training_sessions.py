@@ -3,30 +3,31 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Float, and_, bindparam, cast, exists, func, insert, or_, select, update
+from sqlalchemy import Float, Select, and_, bindparam, exists, func, insert, or_, select, update
+from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import Session
 
+from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_rounds
 from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
-from qflare_server.storage.tables import (
-    Device,
-    DeviceState,
-    ModelUpdate,
-    Round,
-    RoundDevice,
-    RoundState,
-    TrainingSession,
-    TrainingSessionState,
-)
+from qflare_server.storage.records import Round, Rows, TrainingSession
+from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState
+from qflare_server.storage.training_configs import parsed_config
 
-SESSIONS = TrainingSession.__table__
-ROUNDS = Round.__table__
-SELECTED = RoundDevice.__table__
-UPDATES = ModelUpdate.__table__
-DEVICES = Device.__table__
+SESSIONS = tables.TrainingSession.__table__
+ROUNDS = tables.Round.__table__
+SELECTED = tables.RoundDevice.__table__
+UPDATES = tables.ModelUpdate.__table__
+DEVICES = tables.Device.__table__
+_SESSIONS = Rows(TrainingSession, SESSIONS)
+_ROUNDS = Rows(Round, ROUNDS)
+_SESSION = _SESSIONS.select.where(SESSIONS.c.id == bindparam("session"))
+_ROUND = _ROUNDS.select.where(
+    ROUNDS.c.training_session_id == bindparam("session"), ROUNDS.c.number == bindparam("round")
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def insert_session(session: Session, values: Mapping[str, Any]) -> None:
 
 def get_session(session: Session, training_session_id: str) -> TrainingSession | None:
     """Return a training session."""
-    return session.get(TrainingSession, training_session_id)
+    return _one(session, _SESSION, training_session_id)
 
 
 _STATE = PreparedStatement(select(SESSIONS.c.state).where(SESSIONS.c.id == bindparam("session")))
@@ -61,8 +62,17 @@ def state_of(session: Session, training_session_id: str) -> str | None:
 
 def lock_session(session: Session, training_session_id: str) -> TrainingSession | None:
     """Return a training session with its row locked, as required to make its next version or round."""
-    query = select(TrainingSession).where(SESSIONS.c.id == training_session_id).with_for_update()
-    return session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+    return _one(session, _SESSION.with_for_update(), training_session_id)
+
+
+def _one(session: Session, query: Select[Any], training_session_id: str) -> TrainingSession | None:
+    found = _SESSIONS.one(session, query, {"session": training_session_id})
+    return None if found is None else _with_config(session, found)
+
+
+def _with_config(session: Session, stored: TrainingSession) -> TrainingSession:
+    """Return a training session with its configuration as a message instead of what the column holds."""
+    return stored._replace(config=parsed_config(session, stored.id, cast("Any", stored.config)))
 
 
 def last_published_rounds(session: Session, training_session_id: str, count: int) -> list[int]:
@@ -93,14 +103,14 @@ def update_session(session: Session, training_session_id: str, values: Mapping[s
 
 def list_sessions(session: Session, request: PageRequest, state: str) -> Page[TrainingSession]:
     """Return training sessions in one state, or in all states if `state` is empty; newest first."""
-    query = select(TrainingSession).order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.id.desc())
+    query = _SESSIONS.select.order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.id.desc())
     if state:
         query = query.where(SESSIONS.c.state == state)
     key = request.after("sessions", state, kinds=(datetime, str))
     if key is not None:
         query = query.where(earlier(SESSIONS.c.created_at, SESSIONS.c.id, key))
-    rows = session.scalars(query.limit(request.limit + 1)).all()
-    shown = rows[: request.limit]
+    rows = _SESSIONS.all(session, query.limit(request.limit + 1))
+    shown = [_with_config(session, row) for row in rows[: request.limit]]
     if len(rows) <= request.limit:
         return Page(shown, "")
     last = shown[-1]
@@ -160,17 +170,13 @@ def selection(session: Session, training_session_id: str, round_number: int) -> 
 
 def get_round(session: Session, training_session_id: str, number: int) -> Round | None:
     """Return a round."""
-    return session.get(Round, (training_session_id, number))
+    return _ROUNDS.one(session, _ROUND, {"session": training_session_id, "round": number})
 
 
 def lock_round(session: Session, training_session_id: str, number: int) -> Round | None:
     """Return a round with its row locked: no update is accepted until the transaction ends."""
-    query = (
-        select(Round)
-        .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number == number)
-        .with_for_update()
-    )
-    return session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+    wanted = {"session": training_session_id, "round": number}
+    return _ROUNDS.one(session, _ROUND.with_for_update(), wanted)
 
 
 def update_round(
@@ -188,15 +194,13 @@ def update_round(
 
 def list_rounds(session: Session, training_session_id: str, request: PageRequest) -> Page[Round]:
     """Return the rounds of a training session, newest first."""
-    query = (
-        select(Round)
-        .where(ROUNDS.c.training_session_id == training_session_id)
-        .order_by(ROUNDS.c.number.desc())
+    query = _ROUNDS.select.where(ROUNDS.c.training_session_id == training_session_id).order_by(
+        ROUNDS.c.number.desc()
     )
     key = request.after("rounds", training_session_id, kinds=(int,))
     if key is not None:
         query = query.where(ROUNDS.c.number < key[0])
-    rows = session.scalars(query.limit(request.limit + 1)).all()
+    rows = _ROUNDS.all(session, query.limit(request.limit + 1))
     shown = rows[: request.limit]
     more = len(rows) > request.limit
     return Page(
@@ -247,7 +251,7 @@ _OPEN_ROUND = (
         _IS_SELECTED,
         ~_HAS_CONTRIBUTED,
     )
-    .order_by(cast(ROUNDS.c.accepted_count, Float) / ROUNDS.c.target, ROUNDS.c.opened_at)
+    .order_by(sql_cast(ROUNDS.c.accepted_count, Float) / ROUNDS.c.target, ROUNDS.c.opened_at)
     .limit(1)
 )
 _ANY_OPEN_ROUND = PreparedStatement(_OPEN_ROUND)

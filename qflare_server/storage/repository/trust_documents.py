@@ -7,9 +7,9 @@ from typing import Final
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from qflare_server.storage.tables import TrustDocument
+from qflare_server.storage import tables
 
-DOCUMENTS = TrustDocument.__table__
+DOCUMENTS = tables.TrustDocument.__table__
 ROOT: Final = "root"
 KEYSET: Final = "keyset"
 

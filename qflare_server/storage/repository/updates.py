@@ -8,13 +8,16 @@ from typing import Any, Final
 from sqlalchemy import Integer, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from qflare_server.storage import tables
 from qflare_server.storage.paging import Page, PageRequest, page_token
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
+from qflare_server.storage.records import ModelUpdate, Rows
 from qflare_server.storage.repository.round_capacity import RoundCapacity
-from qflare_server.storage.tables import ModelUpdate, Payload, UpdateState
+from qflare_server.storage.tables import UpdateState
 
-UPDATES = ModelUpdate.__table__
-PAYLOADS = Payload.__table__
+UPDATES = tables.ModelUpdate.__table__
+_ROWS = Rows(ModelUpdate, UPDATES)
+PAYLOADS = tables.Payload.__table__
 MAX_REASON: Final = 500
 """Most characters of the reason why an update was rejected."""
 
@@ -271,7 +274,7 @@ def count_pending(session: Session, training_session_id: str) -> int:
 
 def get_update(session: Session, update_id: str) -> ModelUpdate | None:
     """Return an update."""
-    return session.get(ModelUpdate, update_id)
+    return _ROWS.one(session, _ROWS.select.where(UPDATES.c.id == update_id))
 
 
 def contributors(session: Session, training_session_id: str, version: int) -> Sequence[str]:
@@ -291,19 +294,15 @@ def list_updates(
     session: Session, training_session_id: str, round_number: int, request: PageRequest
 ) -> Page[ModelUpdate]:
     """Return the updates of a round, in order of acceptance."""
-    query = (
-        select(ModelUpdate)
-        .where(
-            UPDATES.c.training_session_id == training_session_id,
-            UPDATES.c.round_number == round_number,
-        )
-        .order_by(UPDATES.c.acceptance_sequence)
-    )
+    query = _ROWS.select.where(
+        UPDATES.c.training_session_id == training_session_id,
+        UPDATES.c.round_number == round_number,
+    ).order_by(UPDATES.c.acceptance_sequence)
     scope = ("updates", training_session_id, round_number)
     key = request.after(*scope, kinds=(int,))
     if key is not None:
         query = query.where(UPDATES.c.acceptance_sequence > key[0])
-    rows = session.scalars(query.limit(request.limit + 1)).all()
+    rows = _ROWS.all(session, query.limit(request.limit + 1))
     shown = rows[: request.limit]
     more = len(rows) > request.limit
     return Page(shown, page_token([shown[-1].acceptance_sequence], *scope) if more else "")
@@ -313,14 +312,10 @@ def list_of_device(
     session: Session, training_session_id: str, device_id: str, limit: int
 ) -> Sequence[ModelUpdate]:
     """Return the updates of a device to a training session, newest first."""
-    query = (
-        select(ModelUpdate)
-        .where(
-            UPDATES.c.device_id == device_id, UPDATES.c.training_session_id == training_session_id
-        )
-        .order_by(UPDATES.c.accepted_at.desc(), UPDATES.c.id)
-    )
-    return session.scalars(query.limit(limit)).all()
+    query = _ROWS.select.where(
+        UPDATES.c.device_id == device_id, UPDATES.c.training_session_id == training_session_id
+    ).order_by(UPDATES.c.accepted_at.desc(), UPDATES.c.id)
+    return _ROWS.all(session, query.limit(limit))
 
 
 def settled_payloads(

@@ -8,29 +8,21 @@ from typing import Any
 from sqlalchemy import and_, func, or_, select, text
 from sqlalchemy.orm import Session
 
+from qflare_server.storage import tables
 from qflare_server.storage.paging import Page, PageRequest, page_token
+from qflare_server.storage.records import AuditLog, Round, Rows
 from qflare_server.storage.repository.audit import AuditFilter
-from qflare_server.storage.tables import (
-    EVIDENCE_REASON,
-    LEFT_OUT_REASON,
-    AuditLog,
-    GlobalModel,
-    ModelUpdate,
-    Payload,
-    Round,
-    RoundDevice,
-    RoundState,
-    UpdateState,
-    Upload,
-)
+from qflare_server.storage.tables import EVIDENCE_REASON, LEFT_OUT_REASON, RoundState, UpdateState
 
-MODELS = GlobalModel.__table__
-ROUNDS = Round.__table__
-SELECTED = RoundDevice.__table__
-UPDATES = ModelUpdate.__table__
-PAYLOADS = Payload.__table__
-UPLOADS = Upload.__table__
-AUDIT = AuditLog.__table__
+MODELS = tables.GlobalModel.__table__
+ROUNDS = tables.Round.__table__
+SELECTED = tables.RoundDevice.__table__
+UPDATES = tables.ModelUpdate.__table__
+PAYLOADS = tables.Payload.__table__
+UPLOADS = tables.Upload.__table__
+AUDIT = tables.AuditLog.__table__
+_ROUNDS = Rows(Round, ROUNDS)
+_ENTRIES = Rows(AuditLog, AUDIT)
 
 
 @dataclass(frozen=True)
@@ -57,12 +49,13 @@ def rounds_from(
 ) -> Sequence[Round]:
     """Return rounds from number `first` on, in ascending order."""
     query = (
-        select(Round)
-        .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number >= first)
+        _ROUNDS.select.where(
+            ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number >= first
+        )
         .order_by(ROUNDS.c.number)
         .limit(limit)
     )
-    return session.scalars(query).all()
+    return _ROUNDS.all(session, query)
 
 
 @dataclass(frozen=True)
@@ -136,7 +129,7 @@ def audit_after(
     Each batch continues where the previous one ended, whatever the filters: `concat("")` keeps SQLite from using an
     index on the filtered column, which would sort all matches again for each batch.
     """
-    query = select(AuditLog).where(AUDIT.c.id > after_id).order_by(AUDIT.c.id).limit(limit)
+    query = _ENTRIES.select.where(AUDIT.c.id > after_id).order_by(AUDIT.c.id).limit(limit)
     for column in ("actor", "subject", "event_type", "risk_level"):
         value = getattr(wanted, column)
         if value:
@@ -145,7 +138,7 @@ def audit_after(
         query = query.where(AUDIT.c.created_at >= wanted.start)
     if wanted.end is not None:
         query = query.where(AUDIT.c.created_at < wanted.end)
-    return session.scalars(query).all()
+    return _ENTRIES.all(session, query)
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,11 @@ from qflare_server.errors import (
     UnauthenticatedError,
 )
 from qflare_server.keys import ServerKeys
+from qflare_server.storage.records import UserToken
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.devices import LoginKey
-from qflare_server.storage.tables import DeviceState, RiskLevel, TokenKind, UserToken
+from qflare_server.storage.tables import DeviceState, RiskLevel, TokenKind
 from qflare_server.use_cases.access.authentication import (
     MAX_TOKEN_CHARACTERS,
     MAY_CALL,
@@ -222,7 +223,6 @@ class Login:
             token = tokens.find_by_hash(session, hash_secret(request.refresh_token))
             if token is None or token.kind != TokenKind.REFRESH.value:
                 raise _RefusedError("unknown refresh token")
-            session.expunge(token)
         if token.family_id != request.session_id:
             raise _RefusedError("refresh token of another session")
         if token.revoked_at is not None:

@@ -14,9 +14,10 @@ from qflare_server.errors import (
     TokenNotFoundError,
 )
 from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.records import UserToken
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import RiskLevel, TokenKind, UserToken
+from qflare_server.storage.tables import RiskLevel, TokenKind
 from qflare_server.use_cases.access.authentication import hash_secret, mint_secret
 from qflare_server.use_cases.access.roles import ADMINISTRATIVE
 
@@ -172,9 +173,7 @@ class Tokens:
     def list(self, request: PageRequest, kind: str = "") -> Page[UserToken]:
         """Return tokens, newest first."""
         with self._context.database.read() as session:
-            page = tokens.list_tokens(session, request, kind)
-            session.expunge_all()
-            return page
+            return tokens.list_tokens(session, request, kind)
 
     def revoke(self, caller: Caller, token_id: str, reason: str) -> UserToken:
         """Revoke a token; bites on the next call. Revoking it again changes nothing.
@@ -194,7 +193,6 @@ class Tokens:
                     "token.revoked", f"token:{token_id}", RiskLevel.HIGH, {"reason": reason}
                 )
                 audit.record(session, caller, event, at)
-            session.expire_all()
             token = tokens.get_token(session, token_id)
             assert token is not None
             return token

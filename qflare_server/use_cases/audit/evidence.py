@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from qflare.crypto import merkle
@@ -18,6 +17,7 @@ from qflare.evidence.verification import EVALUATION_REPORTED, UPDATE_ACCEPTED, V
 from qflare.v1 import security_pb2, verification_pb2
 from qflare_server.context import Context
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
+from qflare_server.storage.records import DeviceKey, GlobalModel
 from qflare_server.storage.repository import (
     audit_tree,
     evaluations,
@@ -25,7 +25,7 @@ from qflare_server.storage.repository import (
     global_models,
     training_sessions,
 )
-from qflare_server.storage.tables import DeviceKey, GlobalModel
+from qflare_server.storage.repository.evidence import UpdateOfVersion
 from qflare_server.use_cases.audit.log import EntryProof
 from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of
 
@@ -68,7 +68,6 @@ class Evidence:
             model = global_models.get_model(session, training_session.id, wanted)
             if model is None:
                 raise GlobalModelNotFoundError(f"no version {wanted}")
-            session.expunge_all()
             return model
 
     def _first(self, model: GlobalModel, head: SignedHead) -> Bundle:
@@ -105,7 +104,7 @@ class Evidence:
         after = 0
         while True:
             with self._context.database.read() as session:
-                rows = evidence.update_rows(
+                rows = evidence.updates_of_version(
                     session, model.training_session_id, model.version, after, PART
                 )
                 if not rows:
@@ -136,7 +135,7 @@ class Evidence:
                 devices = {row.device_id for row in rows} - shown
                 keys = evidence.keys_of(session, devices)
                 part = Bundle(
-                    evaluations=[_signed(row) for row in rows],
+                    evaluations=[_signed(row.statement, row.signature) for row in rows],
                     device_keys=[_key(key) for key in keys],
                 )
                 for row in rows:
@@ -183,25 +182,28 @@ def _entry(
     row = evidence.find_event(session, event_type, subject)
     if row is None or row.leaf_index is None or row.leaf_index >= head.size:
         return []
+    place = row.leaf_index
     siblings = audit_tree.prove(
-        session, lambda node: merkle.inclusion_proof(node, row.leaf_index, head.size)
+        session, lambda node: merkle.inclusion_proof(node, place, head.size)
     )
-    return [_evidence(entry_of(row), row.leaf_index, head.size, siblings)]
+    return [_evidence(entry_of(row), place, head.size, siblings)]
 
 
-def _update(row: Row[Any]) -> verification_pb2.UpdateEvidence:
+def _update(row: UpdateOfVersion) -> verification_pb2.UpdateEvidence:
     message = verification_pb2.UpdateEvidence(
         statement_digest=row.statement_digest, pruned=row.location == "none"
     )
     if row.statement is not None and row.signature is not None:
-        message.statement.CopyFrom(_signed(row))
+        message.statement.CopyFrom(_signed(row.statement, row.signature))
     return message
 
 
-def _signed(row: Row[Any]) -> security_pb2.SignedEnvelope:
+def _signed(statement: bytes | None, signature: bytes | None) -> security_pb2.SignedEnvelope:
     """Return a statement with its one signature, as they are stored side by side."""
-    signature = security_pb2.Signature.FromString(row.signature)
-    return security_pb2.SignedEnvelope(payload=row.statement, signatures=[signature])
+    assert statement is not None
+    assert signature is not None
+    signatures = [security_pb2.Signature.FromString(signature)]
+    return security_pb2.SignedEnvelope(payload=statement, signatures=signatures)
 
 
 def _key(row: DeviceKey) -> verification_pb2.DeviceKeyEvidence:

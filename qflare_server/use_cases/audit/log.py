@@ -13,9 +13,9 @@ from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import AuditEntryNotFoundError, InvalidRequestError
 from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.records import AuditLog
 from qflare_server.storage.repository import audit, audit_tree, views
 from qflare_server.storage.repository.audit import AuditFilter
-from qflare_server.storage.tables import AuditLog
 from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of, head_of
 
 
@@ -174,7 +174,6 @@ class AuditExport:
         while True:
             with self._context.database.read() as session:
                 batch = views.audit_after(session, after_id, wanted, BATCH)
-                session.expunge_all()
             if batch:
                 yield batch
                 after_id = batch[-1].id

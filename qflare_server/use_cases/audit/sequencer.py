@@ -15,10 +15,9 @@ import logging
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from qflare.crypto.merkle import Node
@@ -26,8 +25,8 @@ from qflare.evidence.audit_entries import Entry, InvalidEntryError, detail_texts
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import ConflictError
+from qflare_server.storage.records import AuditHead, AuditLog
 from qflare_server.storage.repository import audit_tree
-from qflare_server.storage.tables import AuditHead, AuditLog
 from qflare_server.use_cases.audit import witness
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def origin_of(realm: str) -> str:
     return realm + ORIGIN_SUFFIX
 
 
-def entry_of(row: AuditLog | Row[Any]) -> Entry:
+def entry_of(row: AuditLog) -> Entry:
     """Return what a row commits to."""
     return Entry(
         audit_id=row.id,
@@ -83,7 +82,7 @@ def head_of(row: AuditHead) -> SignedHead:
     return SignedHead(row.size, row.root, envelope, row.created_at)
 
 
-def _leaf_of(row: Row[Any]) -> bytes | None:
+def _leaf_of(row: AuditLog) -> bytes | None:
     """Return a row's leaf hash; None, said loudly, for a row that this program cannot have written."""
     try:
         return entry_of(row).leaf_hash()

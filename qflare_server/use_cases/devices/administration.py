@@ -16,10 +16,11 @@ from qflare_server.errors import (
     WrongStateError,
 )
 from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.records import Device
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.devices import DeviceFilter
-from qflare_server.storage.tables import Device, DeviceState, RiskLevel
+from qflare_server.storage.tables import DeviceState, RiskLevel
 from qflare_server.training.config import is_one_line
 
 MAX_PROFILE_ENTRIES = 64
@@ -128,9 +129,7 @@ class Devices:
             DeviceNotFoundError: There is no such device.
         """
         with self._context.database.read() as session:
-            device = _found(devices.get_device(session, device_id))
-            session.expunge(device)
-            return device
+            return _found(devices.get_device(session, device_id))
 
     def list(self, request: PageRequest, wanted: DeviceFilter) -> Page[Device]:
         """Return devices by id."""
@@ -140,9 +139,7 @@ class Devices:
     def list_active(self) -> Sequence[Device]:
         """Return every active device by id."""
         with self._context.database.read() as session:
-            found = devices.list_active(session)
-            session.expunge_all()
-            return found
+            return devices.list_active(session)
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
         """Return how many devices there are by state and by type."""
@@ -189,7 +186,6 @@ class Devices:
             devices.update_device(session, device_id, values)
             event = Event("device.profile_changed", f"device:{device_id}")
             audit.record(session, caller, event, self._context.clock())
-            session.expire_all()
             return _found(devices.get_device(session, device_id))
 
         return self._context.database.write(work)
@@ -240,7 +236,6 @@ class Devices:
                 {"from": before, "reason": reason},
             )
             audit.record(session, caller, event, self._context.clock())
-            session.expire_all()
             return _found(devices.get_device(session, device_id))
 
         return self._context.database.write(work)

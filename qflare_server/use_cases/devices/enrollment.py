@@ -30,9 +30,10 @@ from qflare_server.errors import (
     InvalidRequestError,
 )
 from qflare_server.keys import ServerKeys
+from qflare_server.storage.records import Device, UserToken
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import Device, DeviceState, RiskLevel, TokenKind, UserToken
+from qflare_server.storage.tables import DeviceState, RiskLevel, TokenKind
 from qflare_server.use_cases.access.authentication import Principal, hash_secret
 from qflare_server.use_cases.access.failed_attempts import FailedAttempts
 from qflare_server.use_cases.devices.administration import Profile
@@ -188,7 +189,6 @@ class Enrollment:
             device = devices.get_device(session, token.device_id)
             if device is None or device.state == DeviceState.REVOKED.value:
                 raise _RefusedError("the device is revoked")
-            session.expunge(device)
             return _Plan(token.id, device.id, device)
 
     def _require_algorithm(

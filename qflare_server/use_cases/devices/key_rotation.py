@@ -28,9 +28,10 @@ from qflare_server.errors import (
     WrongStateError,
 )
 from qflare_server.keys import ServerKeys
+from qflare_server.storage.records import Device
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import Device, RiskLevel
+from qflare_server.storage.tables import RiskLevel
 from qflare_server.use_cases.access.authentication import Principal
 from qflare_server.use_cases.access.failed_attempts import FailedAttempts
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns

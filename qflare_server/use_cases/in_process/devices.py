@@ -16,9 +16,10 @@ from qflare_server.errors import (
     DeviceRevokedError,
     InvalidRequestError,
 )
+from qflare_server.storage.records import Device
 from qflare_server.storage.repository import audit, devices
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import Device, DeviceState, RiskLevel
+from qflare_server.storage.tables import DeviceState, RiskLevel
 from qflare_server.use_cases.devices.administration import MAX_DEVICE_ID, Profile
 
 
@@ -132,7 +133,6 @@ class KnownDevices:
                 devices.update_device(session, device_id, changes)
                 event = Event("device.keys_replaced", f"device:{device_id}", RiskLevel.HIGH)
                 audit.record(session, caller, event, at)
-            session.expire_all()
             changed = devices.get_device(session, device_id)
             assert changed is not None
             return changed

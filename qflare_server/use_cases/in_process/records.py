@@ -21,7 +21,8 @@ from typing import Any, Final, TypeVar
 from qflare.crypto.sealing import KemPublicKey
 from qflare.crypto.signing import Algorithm, InvalidKeyError, PublicKey
 from qflare_server.errors import InvalidRequestError
-from qflare_server.storage.tables import Device, DeviceState
+from qflare_server.storage.records import Device
+from qflare_server.storage.tables import DeviceState
 from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.use_cases.in_process.devices import KnownDevice, PublicKeys
 

@@ -20,10 +20,12 @@ from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import ConflictError, InvalidUpdateError
 from qflare_server.payloads.writer import PayloadWriter
+from qflare_server.storage.records import TrainingSession
 from qflare_server.storage.repository import audit, global_models, training_sessions
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import TrainingSession, TrainingSessionState
-from qflare_server.training.config import MAX_DEADLINE_S, complete, to_json
+from qflare_server.storage.tables import TrainingSessionState
+from qflare_server.storage.training_configs import to_json
+from qflare_server.training.config import MAX_DEADLINE_S, complete
 from qflare_server.training.rounds import IN_PROCESS_PREFIX, RoundTask, open_round, sign_task
 from qflare_server.training.versions import SignedVersion, VersionDraft, publish, sign_version
 from qflare_server.use_cases.training_sessions.administration import ENDED

@@ -29,6 +29,7 @@ from qflare_server.errors import (
 from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.receiver import Receiver
 from qflare_server.storage.payload_records import ReceivedPayload
+from qflare_server.storage.records import ModelUpdate, Round, TrainingSession
 from qflare_server.storage.repository import (
     audit,
     devices,
@@ -39,16 +40,7 @@ from qflare_server.storage.repository import (
     updates,
 )
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import (
-    DeviceState,
-    ModelUpdate,
-    Round,
-    RoundState,
-    TrainingSession,
-    TrainingSessionState,
-    UpdateState,
-)
-from qflare_server.training.config import stored_config
+from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState, UpdateState
 from qflare_server.training.premises import repeat
 from qflare_server.training.reported_metrics import MAX_EXAMPLES, check_metrics, whole_epochs
 from qflare_server.training.rounds import open_round, sign_task
@@ -184,9 +176,7 @@ class InProcess:
         """Return a round of the training session in use."""
         with self._context.database.read() as session:
             training_session_id, _ = find_in_use(session)
-            found = training_sessions.get_round(session, training_session_id, number)
-            session.expunge_all()
-            return found
+            return training_sessions.get_round(session, training_session_id, number)
 
     def discard_round(self, caller: Caller) -> int:
         """Reject what the open round has taken and open another; return how many contributions.
@@ -206,7 +196,7 @@ class InProcess:
         task = sign_task(
             self._context,
             training_session_id,
-            stored_config(training_session_id, known.config),
+            known.config,
             number=known.current_round + 1,
             base_version=base.version,
             base_digest=base.digest,
@@ -252,9 +242,7 @@ class InProcess:
         """Return what a device has contributed to the training session in use, newest first."""
         with self._context.database.read() as session:
             training_session_id, _ = find_in_use(session)
-            found = list(updates.list_of_device(session, training_session_id, device_id, limit))
-            session.expunge_all()
-            return found
+            return list(updates.list_of_device(session, training_session_id, device_id, limit))
 
     def _receive(self, contribution: Contribution, manifest: Manifest) -> ReceivedPayload:
         expected = ExpectedPayload(manifest)

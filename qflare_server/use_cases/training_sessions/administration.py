@@ -18,18 +18,12 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.paging import Page, PageRequest
 from qflare_server.storage.payload_records import Download, ReceivedPayload
+from qflare_server.storage.records import GlobalModel, ModelUpdate, Round, TrainingSession
 from qflare_server.storage.repository import audit, global_models, training_sessions, updates, views
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import (
-    GlobalModel,
-    ModelUpdate,
-    RiskLevel,
-    Round,
-    RoundState,
-    TrainingSession,
-    TrainingSessionState,
-)
-from qflare_server.training.config import complete, deadline_s, is_one_line, stored_config, to_json
+from qflare_server.storage.tables import RiskLevel, RoundState, TrainingSessionState
+from qflare_server.storage.training_configs import to_json
+from qflare_server.training.config import complete, deadline_s, is_one_line
 from qflare_server.training.premises import repeat
 from qflare_server.training.privacy import require_affordable
 from qflare_server.training.retention import prune_payloads
@@ -112,9 +106,7 @@ class Training:
             self._record(
                 session, caller, "training_session.created", training_session_id, at, name=name
             )
-            return _found(
-                training_sessions.get_session(session, training_session_id), training_session_id
-            )
+            return _get(session, training_session_id)
 
         return self._context.database.write(work)
 
@@ -149,7 +141,7 @@ class Training:
             download=download,
         )
         waiting = self.get(training_session_id)
-        config = stored_config(waiting.id, waiting.config)
+        config = waiting.config
         signed = sign_version(self._context, waiting.id, config, draft, None)
 
         def work(session: Session) -> GlobalModel:
@@ -193,11 +185,9 @@ class Training:
 
     def _start(self, caller: Caller, training_session_id: str) -> TrainingSession:
         with self._context.database.read() as session:
-            waiting = _found(
-                training_sessions.get_session(session, training_session_id), training_session_id
-            )
+            waiting = _get(session, training_session_id)
             if waiting.state == TrainingSessionState.RUNNING.value:
-                return _detached(session, waiting)
+                return waiting
             _require_state(waiting, TrainingSessionState.CREATED)
             base = global_models.get_model(session, waiting.id, waiting.current_version)
             if base is None:
@@ -205,7 +195,7 @@ class Training:
         task = sign_task(
             self._context,
             waiting.id,
-            stored_config(waiting.id, waiting.config),
+            waiting.config,
             number=waiting.current_round + 1,
             base_version=base.version,
             base_digest=base.digest,
@@ -215,13 +205,13 @@ class Training:
             at = self._context.clock()
             training_session = self._lock(session, training_session_id)
             if training_session.state == TrainingSessionState.RUNNING.value:
-                return self._reload(session, training_session.id)
+                return _get(session, training_session.id)
             _require_state(training_session, TrainingSessionState.CREATED)
             values = {"state": TrainingSessionState.RUNNING.value, "started_at": at}
             training_sessions.update_session(session, training_session.id, values)
             open_round(session, training_session, task, at)
             self._record(session, caller, "training_session.started", training_session.id, at)
-            return self._reload(session, training_session.id)
+            return _get(session, training_session.id)
 
         return self._changed(work)
 
@@ -238,13 +228,13 @@ class Training:
             at = self._context.clock()
             training_session = self._lock(session, training_session_id)
             if training_session.state == TrainingSessionState.PAUSED.value:
-                return self._reload(session, training_session.id)
+                return _get(session, training_session.id)
             _require_state(training_session, TrainingSessionState.RUNNING)
             training_sessions.update_session(
                 session, training_session.id, {"state": TrainingSessionState.PAUSED.value}
             )
             self._record(session, caller, "training_session.paused", training_session.id, at)
-            return self._reload(session, training_session.id)
+            return _get(session, training_session.id)
 
         return self._changed(work)
 
@@ -261,7 +251,7 @@ class Training:
             at = self._context.clock()
             training_session = self._lock(session, training_session_id)
             if training_session.state == TrainingSessionState.RUNNING.value:
-                return self._reload(session, training_session.id)
+                return _get(session, training_session.id)
             _require_state(training_session, TrainingSessionState.PAUSED)
             training_sessions.update_session(
                 session, training_session.id, {"state": TrainingSessionState.RUNNING.value}
@@ -270,13 +260,11 @@ class Training:
                 session, training_session.id, training_session.current_round
             )
             if current is not None and current.state == RoundState.OPEN.value:
-                limit = timedelta(
-                    seconds=deadline_s(stored_config(training_session.id, training_session.config))
-                )
+                limit = timedelta(seconds=deadline_s(training_session.config))
                 values = {"deadline_at": max(current.deadline_at, at + limit)}
                 training_sessions.update_round(session, training_session.id, current.number, values)
             self._record(session, caller, "training_session.resumed", training_session.id, at)
-            return self._reload(session, training_session.id)
+            return _get(session, training_session.id)
 
         return self._changed(work)
 
@@ -294,7 +282,7 @@ class Training:
             at = self._context.clock()
             training_session = self._lock(session, training_session_id)
             if training_session.state == TrainingSessionState.CANCELLED.value:
-                return self._reload(session, training_session.id)
+                return _get(session, training_session.id)
             if training_session.state in ENDED:
                 raise WrongStateError(f"the training session is {training_session.state}")
             values = {
@@ -312,7 +300,7 @@ class Training:
                 at,
                 reason=reason,
             )
-            return self._reload(session, training_session.id)
+            return _get(session, training_session.id)
 
         cancelled = self._changed(work)
         prune_payloads(self._context, training_session_id)
@@ -325,8 +313,7 @@ class Training:
             TrainingSessionNotFoundError: There is no such training session.
         """
         with self._context.database.read() as session:
-            found = training_sessions.get_session(session, training_session_id)
-            return _detached(session, _found(found, training_session_id))
+            return _get(session, training_session_id)
 
     def progress(self, training_session_id: str) -> Progress:
         """Return how far the aggregation of a training session is.
@@ -335,9 +322,7 @@ class Training:
             TrainingSessionNotFoundError: There is no such training session.
         """
         with self._context.database.read() as session:
-            training_session = _found(
-                training_sessions.get_session(session, training_session_id), training_session_id
-            )
+            training_session = _get(session, training_session_id)
             current = training_sessions.get_round(
                 session, training_session.id, training_session.current_round
             )
@@ -345,7 +330,6 @@ class Training:
                 session, training_session.id, training_session.current_version
             )
             pending = updates.count_pending(session, training_session.id)
-            session.expunge_all()
         remaining = None
         if current is not None and current.state == RoundState.OPEN.value:
             remaining = max(0.0, (current.deadline_at - self._context.clock()).total_seconds())
@@ -354,17 +338,13 @@ class Training:
     def list(self, request: PageRequest, state: str = "") -> Page[TrainingSession]:
         """Return training sessions, newest first."""
         with self._context.database.read() as session:
-            page = training_sessions.list_sessions(session, request, state)
-            session.expunge_all()
-            return page
+            return training_sessions.list_sessions(session, request, state)
 
     def list_rounds(self, training_session_id: str, request: PageRequest) -> Page[Round]:
         """Return the rounds of a training session, newest first."""
         with self._context.database.read() as session:
-            _found(training_sessions.get_session(session, training_session_id), training_session_id)
-            page = training_sessions.list_rounds(session, training_session_id, request)
-            session.expunge_all()
-            return page
+            _get(session, training_session_id)
+            return training_sessions.list_rounds(session, training_session_id, request)
 
     def participation(self, training_session_id: str, round_number: int) -> Participation:
         """Return a round, and the selected devices of which it holds no update, by id.
@@ -377,16 +357,13 @@ class Training:
             if found is None:
                 raise RoundNotFoundError(f"no round {round_number}")
             absent = views.list_absent(session, training_session_id, round_number, MAX_ABSENT)
-            session.expunge_all()
         return Participation(found, absent)
 
     def list_models(self, training_session_id: str, request: PageRequest) -> Page[GlobalModel]:
         """Return the versions of a training session, newest first."""
         with self._context.database.read() as session:
-            _found(training_sessions.get_session(session, training_session_id), training_session_id)
-            page = global_models.list_models(session, training_session_id, request)
-            session.expunge_all()
-            return page
+            _get(session, training_session_id)
+            return global_models.list_models(session, training_session_id, request)
 
     def list_updates(
         self, training_session_id: str, round_number: int, request: PageRequest
@@ -399,9 +376,7 @@ class Training:
         with self._context.database.read() as session:
             if training_sessions.get_round(session, training_session_id, round_number) is None:
                 raise RoundNotFoundError(f"no round {round_number}")
-            page = updates.list_updates(session, training_session_id, round_number, request)
-            session.expunge_all()
-            return page
+            return updates.list_updates(session, training_session_id, round_number, request)
 
     def _lock(
         self, session: Session, training_session_id: str, wanted: TrainingSessionState | None = None
@@ -412,12 +387,6 @@ class Training:
         if wanted is not None:
             _require_state(training_session, wanted)
         return training_session
-
-    def _reload(self, session: Session, training_session_id: str) -> TrainingSession:
-        session.expire_all()
-        return _found(
-            training_sessions.get_session(session, training_session_id), training_session_id
-        )
 
     def _changed(self, work: Callable[[Session], TrainingSession]) -> TrainingSession:
         changed = self._context.database.write(work)
@@ -458,7 +427,7 @@ def _repeated(
     Raises:
         AlreadyExistsError: It was by another.
     """
-    stored = stored_config(known.id, known.config)
+    stored = known.config
     again = training_pb2.TrainingConfig()
     again.CopyFrom(completed)
     if not asked.selection.seed:  # one was drawn
@@ -469,16 +438,15 @@ def _repeated(
     return known
 
 
+def _get(session: Session, training_session_id: str) -> TrainingSession:
+    return _found(training_sessions.get_session(session, training_session_id), training_session_id)
+
+
 def _require_state(training_session: TrainingSession, wanted: TrainingSessionState) -> None:
     if training_session.state != wanted.value:
         raise WrongStateError(
             f"the training session is {training_session.state}, want {wanted.value}"
         )
-
-
-def _detached(session: Session, training_session: TrainingSession) -> TrainingSession:
-    session.expunge(training_session)
-    return training_session
 
 
 def _text(name: str, value: str, least: int, most: int, *, is_name: bool = True) -> None:

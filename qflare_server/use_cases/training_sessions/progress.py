@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qflare_server.storage.tables import GlobalModel, Round, RoundState, TrainingSession
+from qflare_server.storage.records import GlobalModel, Round, TrainingSession
+from qflare_server.storage.tables import RoundState
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from qflare_server.storage.epochs import Epochs
 from qflare_server.storage.repository import global_models, training_sessions
 from qflare_server.storage.repository.training_sessions import OpenRound
 from qflare_server.storage.tables import TrainingSessionState
-from qflare_server.training.config import stored_config
 from qflare_server.training.evaluation import (
     Measurement,
     find_last_measurement,
@@ -121,7 +120,7 @@ def _read_facts(
     training_session = training_sessions.get_session(session, training_session_id)
     assert base is not None
     assert training_session is not None
-    return base.digest, stored_config(training_session.id, training_session.config)
+    return base.digest, training_session.config
 
 
 def _is_over(session: Session, training_session_id: str) -> bool:

@@ -20,8 +20,9 @@ from qflare_server.errors import (
     InvalidRequestError,
     TrainingSessionNotFoundError,
 )
+from qflare_server.storage.records import GlobalModel, Round, TrainingSession
 from qflare_server.storage.repository import global_models, training_sessions, views
-from qflare_server.storage.tables import GlobalModel, Round, RoundState, TrainingSession
+from qflare_server.storage.tables import RoundState
 from qflare_server.storage.tables import TrainingSessionState as SessionState
 
 OVER = frozenset(
@@ -209,7 +210,6 @@ class Watching:
             rounds = views.rounds_from(session, training_session.id, first, MAX_ROUNDS)
             oldest = max(0, training_session.current_version - RECENT_VERSIONS + 1)
             versions = views.versions_from(session, training_session.id, oldest)
-            session.expunge_all()
         return View(training_session, {item.number: item for item in rounds}, versions)
 
     def _snapshot(self, view: View) -> SessionEvent:
@@ -228,9 +228,7 @@ class Watching:
 
     def _model(self, training_session_id: str, version: int) -> GlobalModel | None:
         with self._context.database.read() as session:
-            model = global_models.get_model(session, training_session_id, version)
-            session.expunge_all()
-            return model
+            return global_models.get_model(session, training_session_id, version)
 
 
 def _first_round(

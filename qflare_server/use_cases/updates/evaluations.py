@@ -27,6 +27,7 @@ from qflare_server.errors import (
     InvalidSignatureError,
     NotSelectedError,
 )
+from qflare_server.storage.records import Device
 from qflare_server.storage.repository import (
     audit,
     devices,
@@ -35,8 +36,7 @@ from qflare_server.storage.repository import (
     training_sessions,
 )
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import Device, DeviceState
-from qflare_server.training.config import stored_config
+from qflare_server.storage.tables import DeviceState
 from qflare_server.training.evaluation import is_worth_summarising, summarise, was_asked
 from qflare_server.training.reported_metrics import check_example_count, check_metrics
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
@@ -120,7 +120,7 @@ class Evaluations:
         device = devices.get_device(session, statement.device_id)
         if device is None or device.state != DeviceState.ACTIVE.value:
             raise NotSelectedError("only active devices measure versions")
-        config = stored_config(training_session.id, training_session.config)
+        config = training_session.config
         weight = _weight(session, config.evaluation, statement)
         group = _group(config.evaluation, device)
         evaluations.insert_evaluation(session, _row(evaluation, weight, group, at))

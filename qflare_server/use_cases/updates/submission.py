@@ -35,7 +35,6 @@ from qflare_server.errors import (
 )
 from qflare_server.payloads.expected import ExpectedPayload, SealedArrival
 from qflare_server.storage.repository import global_models, training_sessions
-from qflare_server.training.config import stored_config
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
 
 MAX_STATEMENT_BYTES = 65_536
@@ -167,7 +166,7 @@ class SubmissionValidator:
             if base is None:
                 raise GlobalModelNotFoundError
             manifest = Manifest.from_proto(tensor_pb2.Manifest.FromString(base.manifest))
-            config = stored_config(training_session.id, training_session.config)
+            config = training_session.config
             encoding = Encoding.from_number(config.transfer.update_encoding)
             top_k_fraction = config.transfer.top_k_fraction or 1.0
             return RoundFacts(

@@ -30,6 +30,7 @@ from qflare_server.payloads.keys import wrap_key
 from qflare_server.payloads.reader import Contents, read_range, rechunk_after
 from qflare_server.storage.payload_records import StoredPayload, describe
 from qflare_server.storage.payload_store import READ_CHUNKS
+from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import (
     audit,
     devices,
@@ -38,7 +39,7 @@ from qflare_server.storage.repository import (
     updates,
 )
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import GlobalModel, RiskLevel, UpdateState
+from qflare_server.storage.tables import RiskLevel, UpdateState
 
 MAX_LINKS = 1000
 CACHE_BYTES = 96 * 2**20
@@ -165,7 +166,6 @@ class Deliveries:
                     model.version - 1,
                     MAX_LINKS,
                 )
-            session.expunge_all()
             return Delivery(model, describe(payload), Encoding(form), links)
 
     def wrapped_for(
@@ -311,7 +311,6 @@ class Deliveries:
         leaves = [merkle.leaf_hash(bytes.fromhex(text)) for text in digests]
         index = digests.index(digest)
         siblings = merkle.inclusion_proof(merkle.nodes_of(leaves), index, len(leaves))
-        session.expunge_all()
         return ContributionProof(model, index, len(leaves), siblings)
 
 

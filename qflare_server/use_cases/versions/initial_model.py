@@ -13,10 +13,10 @@ from qflare_server.errors import InvalidManifestError
 from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.sealed_receiver import receiver_of, seal_context
 from qflare_server.payloads.writer import VersionWriter, received_chunks
+from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import payloads
 from qflare_server.storage.repository.audit import Caller
-from qflare_server.storage.tables import GlobalModel
-from qflare_server.training.config import download_encoding, require_trainable, stored_config
+from qflare_server.training.config import download_encoding, require_trainable
 from qflare_server.use_cases.training_sessions.administration import Training
 
 
@@ -50,7 +50,7 @@ class InitialModels:
             WrongStateError: The training session has been started, or has an initial model.
         """
         training_session = self._training.require_waiting(header.training_session_id)
-        config = stored_config(training_session.id, training_session.config)
+        config = training_session.config
         manifest = self.parse(header.manifest)
         encoding = download_encoding(config)
         _require_smaller(manifest, encoding)

@@ -22,6 +22,7 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.paging import Page, PageRequest
 from qflare_server.storage.payload_records import Download, ReceivedPayload, describe
+from qflare_server.storage.records import GlobalModel, Round, TrainingSession
 from qflare_server.storage.repository import (
     audit,
     global_models,
@@ -31,9 +32,8 @@ from qflare_server.storage.repository import (
 )
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.views import VersionMetrics
-from qflare_server.storage.tables import GlobalModel, RiskLevel, Round, TrainingSession
+from qflare_server.storage.tables import RiskLevel
 from qflare_server.storage.tables import TrainingSessionState as SessionState
-from qflare_server.training.config import stored_config
 from qflare_server.training.premises import PremisesChangedError, repeat
 from qflare_server.training.rounds import RoundTask, cancel_round, open_round, sign_task
 from qflare_server.training.versions import (
@@ -80,9 +80,7 @@ class Promotion:
         with self._context.database.read() as session:
             training_session = _found(training_sessions.get_session(session, training_session_id))
             wanted = training_session.current_version if version is None else version
-            model = _model(session, training_session.id, wanted)
-            session.expunge_all()
-            return model
+            return _model(session, training_session.id, wanted)
 
     def list_metrics(self, training_session_id: str, request: PageRequest) -> Page[VersionMetrics]:
         """Return the metrics of versions, oldest first.
@@ -124,7 +122,6 @@ class Promotion:
                 subject = f"training_session:{training_session.id}"
                 event = Event("version.released", subject, RiskLevel.MEDIUM, details)
                 audit.record(session, caller, event, self._context.clock())
-            session.expire_all()
             return _model(session, training_session_id, version)
 
         return self._context.database.write(work)
@@ -157,12 +154,11 @@ class Promotion:
             known = _found(training_sessions.get_session(session, training_session_id))
             done = _rolled_back(session, known, version)
             if done is not None:
-                session.expunge_all()
                 return done
             draft = _draft(session, known, version, at)
             parent = version_of(_model(session, known.id, known.current_version))
             restored = version_of(_model(session, known.id, version))
-        config = stored_config(known.id, known.config)
+        config = known.config
         signed = sign_version(self._context, known.id, config, draft, parent, restored)
         task = self._next_task(known, config, signed)
 
@@ -183,7 +179,6 @@ class Promotion:
                 "version.rolled_back", subject, RiskLevel.HIGH, {**details, "reason": reason}
             )
             audit.record(session, caller, event, at)
-            session.expire_all()
             opened = (
                 None
                 if number is None

@@ -16,7 +16,6 @@ from qflare_server.errors import (
     TooManyRequestsError,
 )
 from qflare_server.storage.repository.audit import SYSTEM
-from qflare_server.training import config as training_config
 from qflare_server.use_cases.versions.promotion import Promotion
 from tests.conftest import FakeClock
 from tests.support.use_cases import CoordinatorHarness, Draft, floats, vector
@@ -41,7 +40,7 @@ def run_round(
 def prepare(core: CoordinatorHarness, identity: str, device: str, value: float) -> Draft:
     """Return a device's update, of the kind that its training session asks for."""
     draft = core.draft(device, identity, vector(value))
-    config = training_config.from_json(core.training.get(identity).config)
+    config = core.training.get(identity).config
     draft.statement.kind = config.transfer.update_kind
     return draft
 

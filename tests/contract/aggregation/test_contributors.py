@@ -11,9 +11,10 @@ from qflare_server.aggregation.fold import RoundFold
 from qflare_server.aggregation.plan import read_plan
 from qflare_server.aggregation.publication import prepare_publication
 from qflare_server.errors import UpdateNotFoundError
+from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import devices, updates
 from qflare_server.storage.repository.updates import UpdateReceipt
-from qflare_server.storage.tables import LEFT_OUT_REASON, DeviceState, GlobalModel
+from qflare_server.storage.tables import LEFT_OUT_REASON, DeviceState
 from qflare_server.training.privacy import noise_seed
 from qflare_server.verification import recompute_version
 from tests.support.use_cases import CoordinatorHarness

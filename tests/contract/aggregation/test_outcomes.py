@@ -8,8 +8,8 @@ import pytest
 
 from qflare.v1 import training_pb2
 from qflare_server.aggregation.outcome import read_outcome
+from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import global_models
-from qflare_server.storage.tables import GlobalModel
 from qflare_server.strategies.accounting import PrivacyLedger, spent
 from qflare_server.verification import Recomputation, recompute_version
 from tests.support.use_cases import CoordinatorHarness, vector
@@ -87,6 +87,5 @@ def test_an_initial_model_has_no_record(core: CoordinatorHarness) -> None:
     with core.database.read() as session:
         model = global_models.get_model(session, identity, 0)
         assert model is not None
-        session.expunge_all()
 
     assert read_outcome(core.context, model) is None

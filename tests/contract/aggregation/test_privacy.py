@@ -16,11 +16,11 @@ from qflare_server.aggregation.plan import read_plan
 from qflare_server.aggregation.publication import Publication, prepare_publication
 from qflare_server.errors import StrategyRefusedError
 from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.records import TrainingSession
 from qflare_server.storage.repository import audit, training_sessions, updates
 from qflare_server.storage.repository.audit import AuditFilter
-from qflare_server.storage.tables import GlobalModel, ModelUpdate, TrainingSession
+from qflare_server.storage.tables import GlobalModel, ModelUpdate
 from qflare_server.strategies.accounting import PrivacyLedger, spent
-from qflare_server.training import config as training_config
 from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed, open_seed
 from qflare_server.training.release_journal import FILE, ReleaseJournal
 from tests.contract.conftest import MakeCore
@@ -200,7 +200,7 @@ def test_a_version_is_not_published_on_a_ledger_that_has_moved_on(core: Coordina
     for device in ("device-0", "device-1"):
         core.submit(device, identity, vector(1.0, 300))
     ledger = PrivacyLedger().with_release(NOISE, 1.0)
-    allowed = allowance(training_config.from_json(owner_of(core, identity).config), None)
+    allowed = allowance(owner_of(core, identity).config, None)
     publication = prepare(core, identity, allowed)
     core.database.write(
         lambda session: training_sessions.update_session(

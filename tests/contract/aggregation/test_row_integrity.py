@@ -83,7 +83,6 @@ class Signed:
         with self.core.database.read() as session:
             row = session.get(ModelUpdate, update_id)
             assert row is not None
-            session.expunge(row)
             return row
 
 
@@ -125,9 +124,7 @@ def add_device(core: CoordinatorHarness, name: str, key: SigningKey) -> None:
 
 def events(core: CoordinatorHarness, kind: str) -> list[AuditLog]:
     with core.database.read() as session:
-        rows = session.query(AuditLog).filter_by(event_type=kind).order_by(AuditLog.id).all()
-        session.expunge_all()
-        return rows
+        return session.query(AuditLog).filter_by(event_type=kind).order_by(AuditLog.id).all()
 
 
 def mean(core: CoordinatorHarness, identity: str) -> float:
@@ -224,7 +221,6 @@ def first_row(signed: Signed) -> ModelUpdate:
     with signed.core.database.read() as session:
         row = session.query(ModelUpdate).order_by(ModelUpdate.acceptance_sequence).first()
         assert row is not None
-        session.expunge(row)
         return row
 
 

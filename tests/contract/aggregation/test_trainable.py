@@ -8,7 +8,7 @@ import pytest
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidManifestError
 from qflare_server.storage.repository import training_sessions
-from qflare_server.training import config as training_config
+from qflare_server.storage.training_configs import to_json
 from tests.support.use_cases import CoordinatorHarness
 
 INT8: dict[str, Any] = {"update_encoding": training_pb2.ENCODING_INT8}
@@ -62,11 +62,11 @@ def test_a_session_that_an_earlier_release_has_let_begin_ends_with_the_reason(
     core: CoordinatorHarness,
 ) -> None:
     identity = core.start(arrays("w", "w#scale"))
-    stored = training_config.from_json(core.training.get(identity).config)
+    stored = training_pb2.TrainingConfig()
+    stored.CopyFrom(core.training.get(identity).config)
     stored.transfer.update_encoding = training_pb2.ENCODING_INT8
-    values = {"config": training_config.to_json(stored)}
+    values = {"config": to_json(stored)}
     core.database.write(lambda session: training_sessions.update_session(session, identity, values))
-    training_config._PARSED.clear()
 
     core.settle()
 

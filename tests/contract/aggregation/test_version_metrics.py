@@ -4,9 +4,9 @@ import pytest
 
 from qflare.evidence.lineage import verify_chain
 from qflare.v1 import security_pb2, training_pb2
+from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import global_models
 from qflare_server.storage.repository.audit import SYSTEM
-from qflare_server.storage.tables import GlobalModel
 from qflare_server.use_cases.versions.promotion import Promotion
 from tests.support.use_cases import CoordinatorHarness, vector
 

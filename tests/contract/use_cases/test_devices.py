@@ -23,9 +23,7 @@ ALICE = Caller("admin:alice", "192.0.2.7", "token")
 def entries(core: CoordinatorHarness, event_type: str) -> list[AuditLog]:
     with core.database.read() as session:
         query = select(AuditLog).where(AuditLog.event_type == event_type)
-        found = list(session.scalars(query))
-        session.expunge_all()
-        return found
+        return list(session.scalars(query))
 
 
 def test_added_device_reads_back(core: CoordinatorHarness) -> None:

@@ -39,9 +39,7 @@ def count_devices(coordinator: Coordinator) -> int:
 def keys_of(coordinator: Coordinator, device_id: str) -> list[DeviceKey]:
     with coordinator.context.database.read() as session:
         query = select(DeviceKey).where(DeviceKey.device_id == device_id)
-        rows = list(session.scalars(query.order_by(DeviceKey.sequence)))
-        session.expunge_all()
-        return rows
+        return list(session.scalars(query.order_by(DeviceKey.sequence)))
 
 
 def principal_of(coordinator: Coordinator, access_token: str) -> Principal:

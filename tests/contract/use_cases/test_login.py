@@ -36,9 +36,7 @@ def tokens_of(coordinator: Coordinator, device_id: str, kind: TokenKind) -> list
         query = select(UserToken).where(
             UserToken.device_id == device_id, UserToken.kind == kind.value
         )
-        rows = list(session.scalars(query))
-        session.expunge_all()
-        return rows
+        return list(session.scalars(query))
 
 
 class TestLoggingIn:

@@ -77,9 +77,7 @@ def test_an_algorithm_serves_from_enrolment_to_the_audit(
 
 def refusals(deployment: Deployment, kind: str) -> list[AuditLog]:
     with deployment.coordinator.parts.database.read() as session:
-        rows = session.query(AuditLog).filter_by(event_type=kind).all()
-        session.expunge_all()
-        return rows
+        return session.query(AuditLog).filter_by(event_type=kind).all()
 
 
 def test_a_device_cannot_enrol_with_another_algorithm(deploy: Deploy) -> None:

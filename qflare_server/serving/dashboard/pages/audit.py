@@ -7,8 +7,9 @@ from typing import Any, Final
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages.overview import audit_counts, risk_slices
+from qflare_server.storage.records import AuditLog
 from qflare_server.storage.repository.audit import AuditFilter
-from qflare_server.storage.tables import AuditLog, RiskLevel
+from qflare_server.storage.tables import RiskLevel
 
 ROWS: Final = 25
 LONG: Final = 30

@@ -6,8 +6,9 @@ from typing import Any, Final
 
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext
+from qflare_server.storage.records import Device
 from qflare_server.storage.repository.devices import DeviceFilter
-from qflare_server.storage.tables import Device, DeviceState
+from qflare_server.storage.tables import DeviceState
 
 ROWS: Final = 50
 SHOWN_TYPES: Final = 12

@@ -9,15 +9,9 @@ from qflare_server.serving.dashboard.charts import Chart, Part, Series, bar_char
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext, whole
 from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.records import ModelUpdate, Round, TrainingSession
 from qflare_server.storage.repository.views import VersionMetrics
-from qflare_server.storage.tables import (
-    ModelUpdate,
-    Round,
-    RoundState,
-    TrainingSession,
-    TrainingSessionState,
-)
-from qflare_server.training.config import stored_config
+from qflare_server.storage.tables import RoundState, TrainingSessionState
 from qflare_server.use_cases.training_sessions.progress import Progress
 
 SHOWN_VERSIONS: Final = 300
@@ -99,7 +93,7 @@ class Current:
 
 def session_row(row: TrainingSession, visit: PageContext) -> SessionRow:
     """Return a training session as it is shown."""
-    config = stored_config(row.id, row.config)
+    config = row.config
     end = row.ended_at or visit.at
     return SessionRow(
         session_id=row.id,

@@ -2,7 +2,7 @@
 
 from qflare.v1 import admin_service_pb2
 from qflare_server.serving.rpc.encoding.values import _texts, timestamp
-from qflare_server.storage.tables import AuditLog
+from qflare_server.storage.records import AuditLog
 
 
 def audit_entry(row: AuditLog) -> admin_service_pb2.AuditEntry:

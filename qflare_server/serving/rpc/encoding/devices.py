@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from qflare.v1 import admin_service_pb2, device_pb2, training_pb2
 from qflare_server.serving.rpc.encoding.values import _numbers, _texts, state_name, timestamp
-from qflare_server.storage.tables import Device, UserToken
+from qflare_server.storage.records import Device, UserToken
 from qflare_server.use_cases.access.tokens import IssuedToken
 
 

@@ -4,8 +4,8 @@ from datetime import datetime
 
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_server.serving.rpc.encoding import values
+from qflare_server.storage.records import Replica
 from qflare_server.storage.repository.views import Backlog
-from qflare_server.storage.tables import Replica
 from qflare_server.use_cases.status import DatabaseHealth, Report
 
 

@@ -6,15 +6,14 @@ from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_server.serving.rpc.encoding import values, versions
 from qflare_server.serving.rpc.encoding.values import duration, timestamp
-from qflare_server.storage.tables import Round, TrainingSession
-from qflare_server.training.config import stored_config
+from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.training.strategy import warnings_of
 from qflare_server.use_cases.training_sessions.watching import SessionEvent
 
 
 def training_session(row: TrainingSession) -> training_pb2.TrainingSession:
     """Encode a training session."""
-    config = stored_config(row.id, row.config)
+    config = row.config
     return training_pb2.TrainingSession(
         training_session_id=row.id,
         name=row.name,

@@ -10,9 +10,9 @@ from qflare_server.serving.rpc.encoding.values import (
     envelope,
     timestamp,
 )
+from qflare_server.storage.records import GlobalModel, ModelUpdate
 from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.repository.views import VersionMetrics
-from qflare_server.storage.tables import GlobalModel, ModelUpdate
 from qflare_server.use_cases.versions.download import Delivery
 
 

@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from qflare.crypto.signing import MAX_MESSAGE_BYTES
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.errors import InvalidRequestError
+from qflare_server.storage.training_configs import from_json, to_json
 from qflare_server.training.config import (
     MAX_DEADLINE_S,
     MAX_SEED,
     complete,
     deadline_s,
-    from_json,
-    stored_config,
-    to_json,
 )
 
 Config = training_pb2.TrainingConfig
@@ -213,13 +211,6 @@ def test_completing_twice_changes_nothing() -> None:
     once = complete(Config())
 
     assert complete(once) == once
-
-
-def test_parsed_configuration_is_kept_by_session() -> None:
-    first, second = to_json(complete(Config())), to_json(complete(Config(total_rounds=3)))
-
-    assert stored_config("unit-a", first) is stored_config("unit-a", first)
-    assert stored_config("unit-b", second).total_rounds == 3
 
 
 @pytest.mark.parametrize(

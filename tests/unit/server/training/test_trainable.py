@@ -19,10 +19,11 @@ from qflare.tensors.encodings import (
 from qflare.tensors.vectors import VectorLayout, VectorReader, float_count
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidManifestError, InvalidRequestError, StrategyRefusedError
+from qflare_server.storage.training_configs import from_json, to_json
 from qflare_server.strategies import Contribution, NotEnoughUpdatesError, begin
 from qflare_server.strategies.catalogue import RULES
 from qflare_server.strategies.testkit import reader_of
-from qflare_server.training.config import complete, from_json, require_trainable, to_json
+from qflare_server.training.config import complete, require_trainable
 from qflare_server.training.strategy import build_strategy, stored_strategy, warnings_of
 
 LIMIT = 100_000

@@ -4,8 +4,9 @@ from datetime import UTC, datetime
 
 import pytest
 
+from qflare.v1 import training_pb2
+from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository.views import VersionFacts
-from qflare_server.storage.tables import Round, TrainingSession
 from qflare_server.use_cases.training_sessions.watching import Change, Kind, View, changes
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
@@ -14,14 +15,51 @@ AT = datetime(2030, 1, 1, tzinfo=UTC)
 def view(
     *rounds: Round, state: str = "running", versions: dict[int, VersionFacts] | None = None
 ) -> View:
-    session = TrainingSession(id="s", state=state, current_round=len(rounds), current_version=0)
-    return View(session, {item.number: item for item in rounds}, versions or {})
+    training_session = TrainingSession(
+        id="s",
+        name="",
+        model_type="",
+        architecture={},
+        state=state,
+        state_reason="",
+        config=training_pb2.TrainingConfig(),
+        current_round=len(rounds),
+        current_version=0,
+        best_accuracy=None,
+        best_version=None,
+        released_version=None,
+        epsilon_spent=None,
+        privacy_state=None,
+        created_at=AT,
+        started_at=AT,
+        ended_at=None,
+    )
+    return View(training_session, {item.number: item for item in rounds}, versions or {})
 
 
 def a_round(
     number: int, state: str = "open", accepted: int = 0, version: int | None = None
 ) -> Round:
-    return Round(number=number, state=state, accepted_count=accepted, version=version)
+    return Round(
+        training_session_id="s",
+        number=number,
+        state=state,
+        state_reason="",
+        base_version=0,
+        version=version,
+        quorum=1,
+        target=1,
+        selected_count=0,
+        accepted_count=accepted,
+        rejected_count=0,
+        example_count=0,
+        nonce="",
+        task=None,
+        opened_at=AT,
+        deadline_at=AT,
+        closed_at=None,
+        published_at=None,
+    )
 
 
 def test_nothing_happens_between_equal_looks() -> None:

@@ -1,0 +1,48 @@
+"""Frozen values have the columns of their tables, and hide what is secret."""
+
+from typing import Any
+
+import pytest
+
+from qflare_server.storage import records, tables
+
+SECRET = b"a secret"
+LEFT_OUT = {"Payload": {"data"}}
+RECORDS = [
+    kind
+    for kind in vars(records).values()
+    if isinstance(kind, type) and kind.__module__ == records.__name__ and hasattr(kind, "_fields")
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda kind: kind.__name__)
+def test_fields_are_the_columns_of_the_table(record: Any) -> None:
+    table = getattr(tables, record.__name__).__table__
+    nullable = {column.name for column in table.columns if column.nullable}
+
+    assert {*record._fields} == {*table.columns.keys()} - LEFT_OUT.get(record.__name__, set())
+    for name, kind in record.__annotations__.items():
+        assert ("None" in str(kind)) == (name in nullable), name
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda kind: kind.__name__)
+def test_is_frozen(record: Any) -> None:
+    value = record._make(range(len(record._fields)))
+
+    with pytest.raises(AttributeError):
+        setattr(value, record._fields[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        (records.UserToken, "token_hash"),
+        (records.UserToken, "binding_key"),
+        (records.Payload, "sealed_key"),
+        (records.TrainingSession, "privacy_state"),
+    ],
+)
+def test_secrets_are_not_shown(record: Any, field: str) -> None:
+    value = record._make([None] * len(record._fields))._replace(**{field: SECRET})
+
+    assert "secret" not in repr(value)
