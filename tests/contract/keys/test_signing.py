@@ -15,7 +15,7 @@ from qflare_server import aggregator as embedded_aggregator
 from qflare_server import registry
 from qflare_server.config import ServerConfig
 from qflare_server.context import StatementSigner
-from qflare_server.errors import ConflictError, WrongStateError
+from qflare_server.errors import ConflictError
 from qflare_server.keys import KeyFolder, ServerKeys
 from qflare_server.keys.ring import KeyProvider
 from qflare_server.keys.rotation import rotate_online, rotate_root
@@ -279,15 +279,15 @@ def test_a_signature_in_a_transaction_is_noticed(
     assert violation.startswith("SigningKey.sign on ")
 
 
-def test_of_two_starts_at_the_same_moment_one_wins(
+def test_of_two_starts_at_the_same_moment_one_opens_a_round(
     core: CoordinatorHarness, signer: SlowSigner
 ) -> None:
     training_session_id = core.create()
     once(signer, lambda: core.training.start(SYSTEM, training_session_id))
 
-    with pytest.raises(WrongStateError):
-        core.training.start(SYSTEM, training_session_id)
+    started = core.training.start(SYSTEM, training_session_id)
 
+    assert (started.state, started.current_round) == ("running", 1)
     assert core.round(training_session_id).number == 1
 
 
