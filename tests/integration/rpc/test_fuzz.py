@@ -1,5 +1,6 @@
 """Mutated requests to every method: whatever a caller sends, no call ends in INTERNAL or UNKNOWN."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from random import Random
@@ -22,6 +23,11 @@ Code = grpc.StatusCode
 WEIGHTS: Final = {"w": np.zeros(4, np.float32)}
 FAULTS: Final = frozenset({Code.INTERNAL, Code.UNKNOWN})
 MAX_ANSWERS: Final = 3
+TIMEOUT_S: Final = 30.0
+WATCH_S: Final = 0.2
+"""A watch that is taken answers only when something happens."""
+MANY: Final = int(os.environ.get("QFLARE_TEST_FUZZ_MESSAGES", "50000"))
+"""Messages for each database."""
 
 
 class Fuzzer:
@@ -102,7 +108,8 @@ class Fuzzer:
         metadata = self._metadata.get(method.containing_service.name, ())
         request = iter([data]) if method.client_streaming else data
         try:
-            answer = make(path)(request, metadata=metadata, timeout=30)
+            timeout_s = WATCH_S if method.name.startswith("Watch") else TIMEOUT_S
+            answer = make(path)(request, metadata=metadata, timeout=timeout_s)
             if method.server_streaming:
                 _take(answer)
         except grpc.RpcError as error:
@@ -139,4 +146,4 @@ def test_no_mutated_request_is_a_fault_of_the_coordinator(
 def test_no_mutated_request_of_many_is_a_fault_of_the_coordinator(
     fuzzer: Callable[[int], Fuzzer],
 ) -> None:
-    assert fuzzer(2).run(50_000) == []
+    assert fuzzer(2).run(MANY) == []
