@@ -91,15 +91,15 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
         self, request_iterator: Iterator[pb.SubmitUpdateRequest], context: ServicerContext
     ) -> pb.SubmitUpdateResponse:
         """Upload an update."""
-        with self._use_cases.uploads.announced() as checked:
-            header, first = split_header(request_iterator)
-            rest, is_whole = rest_of(first, request_iterator)
-            if not is_whole:
-                checked()
-            chunks = chunks_of(first, rest)
-            accepted = self._use_cases.uploads.submit(
-                current_call().caller, _contributor(), header, chunks, checked=checked
-            )
+        header, first = split_header(request_iterator)
+        rest, is_whole = rest_of(first, request_iterator)
+        accepted = self._use_cases.uploads.submit(
+            current_call().caller,
+            _contributor(),
+            header,
+            chunks_of(first, rest),
+            has_arrived=is_whole,
+        )
         return versions.receipt(accepted)
 
     def GetUpload(

@@ -48,7 +48,7 @@ from qflare_server.use_cases.updates.batching import BatchWindow
 from qflare_server.use_cases.updates.submission import Submission
 
 BATCH_LIMIT: Final = 128
-GATHER_S: Final = 0.01
+BATCH_WINDOW_S: Final = 0.01
 """Longest wait for updates that are about to come, so that one commit serves them too."""
 BUFFER_RETRY_S: Final = 0.05
 
@@ -76,7 +76,7 @@ class Acceptance:
     """Writes updates in batches; the threads that bring them take turns at it.
 
     Attributes:
-        gathering: Where updates that are about to come announce themselves: a batch waits a moment for them.
+        window: Counts the updates that are about to be ready: a batch waits briefly for them.
     """
 
     def __init__(self, context: Context) -> None:
@@ -84,7 +84,7 @@ class Acceptance:
         self._lock = threading.Lock()
         self._waiting: list[_Entry] = []
         self._led = False
-        self.gathering = BatchWindow(GATHER_S)
+        self.window = BatchWindow(BATCH_WINDOW_S)
 
     def accept(
         self, caller: Caller, submission: Submission, received: ReceivedPayload
@@ -134,7 +134,7 @@ class Acceptance:
 
     def _lead(self) -> None:
         """Write what waits, then hand the lead to whoever has come meanwhile."""
-        self.gathering.wait()
+        self.window.wait()
         with self._lock:
             batch, self._waiting = self._waiting[:BATCH_LIMIT], self._waiting[BATCH_LIMIT:]
         try:

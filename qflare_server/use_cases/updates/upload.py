@@ -10,9 +10,8 @@ The steps, and which of them hold a transaction open (`docs/protocol.md` describ
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Final
 
 from sqlalchemy.orm import Session
@@ -20,11 +19,9 @@ from sqlalchemy.orm import Session
 from qflare.v1 import coordinator_service_pb2, security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
-    AlgorithmNotAcceptedError,
     AlreadyExistsError,
     FailedPreconditionError,
     InvalidRequestError,
-    InvalidSignatureError,
     InvalidUpdateError,
     NotFoundError,
     PermissionDeniedError,
@@ -65,13 +62,6 @@ class Uploads:
         self._acceptance = Acceptance(context)
         self._places = threading.BoundedSemaphore(context.config.max_uploads)
 
-    def announced(self) -> AbstractContextManager[Callable[[], None]]:
-        """Say that an update comes, so that updates that come together are written together.
-
-        Yields what to call once that is no longer so: it is checked, or its device is still sending it.
-        """
-        return self._acceptance.gathering.announced()
-
     def submit(
         self,
         caller: Caller,
@@ -79,43 +69,42 @@ class Uploads:
         header: coordinator_service_pb2.UpdateHeader,
         chunks: Iterator[tuple[int, bytes]],
         *,
-        checked: Callable[[], None] = lambda: None,
+        has_arrived: bool = False,
     ) -> UpdateReceipt:
-        """Take in an update and return its receipt.
+        """Accept an update and return its receipt.
 
         Args:
             caller: For the audit log.
-            device: Who calls.
+            device: The calling device.
             header: As received.
             chunks: Indices and bytes, in order; consumed as they are needed.
-            checked: Called once the payload is here and right; see `announced`.
+            has_arrived: Whether all chunks are at hand. Such an update is accepted within milliseconds, so a batch
+                waits for it.
 
         Raises:
-            InvalidRequestError: Or one of its kind: the header or the payload is not what it has to be.
+            InvalidRequestError: Or a subclass: the header or the payload is invalid.
             RoundNotOpenError: The round takes no update.
             StaleBaseVersionError: The base version is not the round's.
             DuplicateUpdateError: The device sent a different update for this round.
         """
-        try:
+        telemetry = self._context.telemetry
+        with self._acceptance.window.announced() as received_all:
+            if not has_arrived:
+                received_all()
             submission = self._headers.check(device, header)
-        except (InvalidSignatureError, AlgorithmNotAcceptedError):
-            known = self._accepted_before(device, header)
-            if known is None:
-                raise
-            return known
-        telemetry, update_id = self._context.telemetry, submission.statement.update_id
-        with telemetry.span("qflare.update", update_id=update_id, device_id=device.device_id):
-            with telemetry.span("qflare.update.receive"):
-                try:
-                    received, known = self._receive(submission, chunks)
-                except _EndedEarlyError as error:
-                    raise InvalidUpdateError(str(error)) from None
-            checked()
-            if known is not None:
-                return known
-            assert received is not None
-            with telemetry.span("qflare.update.store", size_bytes=received.size_bytes):
-                accepted = self._accept(caller, submission, received)
+            update_id = submission.statement.update_id
+            with telemetry.span("qflare.update", update_id=update_id, device_id=device.device_id):
+                with telemetry.span("qflare.update.receive"):
+                    try:
+                        received, known = self._receive(submission, chunks)
+                    except _EndedEarlyError as error:
+                        raise InvalidUpdateError(str(error)) from None
+                received_all()
+                if known is not None:
+                    return known
+                assert received is not None
+                with telemetry.span("qflare.update.store", size_bytes=received.size_bytes):
+                    accepted = self._accept(caller, submission, received)
         telemetry.bytes_received(received.size_bytes)
         return accepted
 
