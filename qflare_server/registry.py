@@ -116,7 +116,7 @@ def update_device_keys(device_id: str, public_keys: Mapping[str, Any]) -> bool:
 
     def work() -> None:
         keys = read_keys(public_keys)
-        if keys.signature is None and keys.kem is None:
+        if keys.signature_key is None and keys.kem_key is None:
             raise InvalidRequestError("public_keys: names no key", field="public_keys")
         current().known_devices.replace_keys(CALLER, device_id, keys)
 

@@ -67,12 +67,21 @@ class Aggregator:
         context: The coordinator's parts.
         executor: Runs the writes of large payloads.
         holder: Name of this coordinator in leases; the same after a restart.
+        only: The one training session to work on, without a lease, which only saves work done twice; None means all.
     """
 
-    def __init__(self, context: Context, executor: ThreadPoolExecutor, holder: str) -> None:
+    def __init__(
+        self,
+        context: Context,
+        executor: ThreadPoolExecutor,
+        holder: str,
+        *,
+        only: str | None = None,
+    ) -> None:
         self._context = context
         self._executor = executor
         self._holder = holder
+        self._only = only
         self._folds: dict[Key, RoundFold] = {}
         self._leases: dict[str, datetime] = {}
         self._resting: dict[Key, datetime] = {}
@@ -119,6 +128,8 @@ class Aggregator:
 
     def _leads(self, training_session_id: str) -> bool:
         """Return whether this coordinator works on a training session, taking or renewing the lease."""
+        if self._only is not None:
+            return training_session_id == self._only
         now = self._context.clock()
         life = timedelta(seconds=self._context.config.lease_s)
         until = self._leases.get(training_session_id)

@@ -50,19 +50,6 @@ class OpenParts(Protocol):
         """Runs the writes of large payloads."""
 
 
-class RoundPublisher(Aggregator):
-    """An aggregator of one training session, whoever has its lease: that only saves work done twice."""
-
-    def __init__(
-        self, context: Context, executor: ThreadPoolExecutor, training_session_id: str
-    ) -> None:
-        super().__init__(context, executor, "in-process")
-        self._only = training_session_id
-
-    def _leads(self, training_session_id: str) -> bool:
-        return training_session_id == self._only
-
-
 @dataclass(frozen=True)
 class EmbeddedCoordinator:
     """The use cases of an embedding program."""
@@ -89,8 +76,8 @@ class EmbeddedCoordinator:
 
     def publish(self, training_session_id: str) -> None:
         """Run passes over one training session while there is something to do."""
-        publisher = RoundPublisher(self.context, self.executor, training_session_id)
-        while publisher.run_once():
+        aggregator = Aggregator(self.context, self.executor, "in-process", only=training_session_id)
+        while aggregator.run_once():
             pass
 
 

@@ -15,8 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
 import qflare
-from qflare.crypto import merkle
-from qflare.evidence.lineage import ModelVersion, check_step
+from qflare.evidence.lineage import ModelVersion, check_step, contributors_digest
 from qflare.evidence.verification import VERSION_SIGNED
 from qflare.tensors import Manifest
 from qflare.tensors.encodings import Encoding
@@ -56,16 +55,9 @@ class VersionDraft:
     """The form in which devices get it; what the training session asks for, and None where it asks for none."""
     sealed_version: int | None = None
     """Version that the payload of a rollback was sealed for; None for other versions, or where it is not sealed."""
+    shares_payload: bool = False
+    """Whether another version has brought in its payloads, as for a rollback: their rows are there."""
     publish_duration_s: float = 0.0
-
-
-def contributors_digest(statement_digests: tuple[str, ...]) -> str:
-    """Return the Merkle root over the sorted statement digests; empty without contributors."""
-    if not statement_digests:
-        return ""
-    return merkle.root(
-        [merkle.leaf_hash(bytes.fromhex(text)) for text in sorted(statement_digests)]
-    ).hex()
 
 
 @dataclass(frozen=True)
@@ -179,9 +171,10 @@ def publish(
     draft, statement = signed.draft, signed.statement
     _require_next(session, training_session, statement)
     config = training_session.config
-    draft.payload.insert(session, draft.created_at)
-    if draft.download is not None:
-        draft.download.payload.insert(session, draft.created_at)
+    if not draft.shares_payload:
+        draft.payload.insert(session, draft.created_at)
+        if draft.download is not None:
+            draft.download.payload.insert(session, draft.created_at)
     released = passes_gate(config.release, draft.metrics)
     global_models.insert_model(
         session,

@@ -16,6 +16,7 @@ from qflare_server.storage.tables.results import (
     ModelUpdate,
 )
 from qflare_server.storage.tables.states import (
+    ENDED,
     DeviceState,
     RiskLevel,
     RoundState,
@@ -28,6 +29,7 @@ from qflare_server.storage.tables.types import BIG_ID, NAMING, Base, UtcDateTime
 
 __all__ = [
     "BIG_ID",
+    "ENDED",
     "EVIDENCE_REASON",
     "LEFT_OUT_REASON",
     "NAMING",

@@ -1,6 +1,7 @@
 """Enumerations stored in columns: life cycles, kinds of tokens, levels of risk."""
 
 from enum import StrEnum
+from typing import Final
 
 
 class DeviceState(StrEnum):
@@ -22,6 +23,16 @@ class TrainingSessionState(StrEnum):
     COMPLETED = "completed"
     CANCELLED = "cancelled"
     FAILED = "failed"
+
+
+ENDED: Final = frozenset(
+    {
+        TrainingSessionState.COMPLETED.value,
+        TrainingSessionState.CANCELLED.value,
+        TrainingSessionState.FAILED.value,
+    }
+)
+"""States in which a training session has ended."""
 
 
 class RoundState(StrEnum):

@@ -22,6 +22,10 @@ BURST: Final = 20
 INTERVAL_S: Final = 6.0
 
 
+class RefusedError(Exception):
+    """Reason for refusing an enrollment, a login or a refresh: for the audit log, never for the caller."""
+
+
 class FailedAttempts:
     """Records refusals as far as the bound allows; safe to share between threads."""
 

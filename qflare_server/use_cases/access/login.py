@@ -50,7 +50,7 @@ from qflare_server.use_cases.access.authentication import (
     mint_secret,
     sole_value,
 )
-from qflare_server.use_cases.access.failed_attempts import FailedAttempts
+from qflare_server.use_cases.access.failed_attempts import FailedAttempts, RefusedError
 
 ACCESS_PREFIX: Final = "qfx1"
 REFRESH_PREFIX: Final = "qfr1"
@@ -58,10 +58,6 @@ AUTHORIZATION: Final = "authorization"
 BEARER: Final = "Bearer "
 NONCE_MEMORY: Final = timedelta(minutes=5)
 _REUSED: Final = "refresh token used twice"
-
-
-class _RefusedError(Exception):
-    """Why a login or a refresh is refused; for the audit log."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ class Login:
             minted = self._mint(at)
             sealed_key = self._seal_binding(pending.session_id, session_keys.binding_key)
             self._start(caller, pending, minted, sealed_key, at)
-        except (HandshakeError, _RefusedError) as error:
+        except (HandshakeError, RefusedError) as error:
             raise self._refused(caller, device_id, error) from error
         except (DeviceRevokedError, DeviceSuspendedError) as error:
             self._record(caller, device_id, error)
@@ -152,7 +148,7 @@ class Login:
                 return refresh.seal_grant(minted.message)
             self._revoke_reused(caller, token, at)
             raise UnauthenticatedError
-        except (HandshakeError, _RefusedError) as error:
+        except (HandshakeError, RefusedError) as error:
             raise self._refused(caller, device_id, error) from error
         except (DeviceRevokedError, DeviceSuspendedError) as error:
             self._record(caller, device_id, error)
@@ -207,10 +203,10 @@ class Login:
 
         def work(session: Session) -> None:
             if not tokens.use_nonce(session, nonce, at + NONCE_MEMORY):
-                raise _RefusedError("the login has been finished already")
+                raise RefusedError("the login has been finished already")
             device = _require_may_call(devices.find_login_key(session, pending.device_id))
             if device.key_id != pending.signature_key_id:
-                raise _RefusedError("the device has other keys")
+                raise RefusedError("the device has other keys")
             _store(session, device.device_id, pending.session_id, minted, sealed_key, at)
             audit.record(session, caller, event, at)
 
@@ -218,17 +214,17 @@ class Login:
 
     def _refresh_token(self, request: security_pb2.SessionRefresh) -> UserToken:
         if len(request.refresh_token) > MAX_TOKEN_CHARACTERS:
-            raise _RefusedError("unknown refresh token")
+            raise RefusedError("unknown refresh token")
         with self._context.database.read() as session:
             token = tokens.find_by_hash(session, hash_secret(request.refresh_token))
             if token is None or token.kind != TokenKind.REFRESH.value:
-                raise _RefusedError("unknown refresh token")
+                raise RefusedError("unknown refresh token")
         if token.family_id != request.session_id:
-            raise _RefusedError("refresh token of another session")
+            raise RefusedError("refresh token of another session")
         if token.revoked_at is not None:
-            raise _RefusedError(f"refresh token is revoked: {token.revoked_reason}")
+            raise RefusedError(f"refresh token is revoked: {token.revoked_reason}")
         if token.expires_at is None or token.expires_at <= self._context.clock():
-            raise _RefusedError("refresh token has expired")
+            raise RefusedError("refresh token has expired")
         return token
 
     def _continue(self, token: UserToken, minted: _NewTokens, at: datetime) -> bool:
@@ -337,7 +333,7 @@ def _store(
 
 def _require_may_call(device: LoginKey | None) -> LoginKey:
     if device is None:
-        raise _RefusedError("unknown device")
+        raise RefusedError("unknown device")
     if device.state == DeviceState.REVOKED.value:
         raise DeviceRevokedError
     if device.state not in MAY_CALL:
@@ -347,11 +343,11 @@ def _require_may_call(device: LoginKey | None) -> LoginKey:
 
 def _public_key(device: LoginKey | None) -> PublicKey:
     if device is None or device.algorithm is None or device.public_key is None:
-        raise _RefusedError("unknown device, or one without keys")
+        raise RefusedError("unknown device, or one without keys")
     try:
         return PublicKey(algorithm_of(device.algorithm), device.public_key)
     except InvalidKeyError as error:
-        raise _RefusedError("the stored key of the device is not valid") from error
+        raise RefusedError("the stored key of the device is not valid") from error
 
 
 def _credentials(metadata: Iterable[tuple[str, str | bytes]] | None) -> tuple[str, bytes]:

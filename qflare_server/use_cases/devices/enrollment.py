@@ -35,16 +35,12 @@ from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import DeviceState, RiskLevel, TokenKind
 from qflare_server.use_cases.access.authentication import Principal, hash_secret
-from qflare_server.use_cases.access.failed_attempts import FailedAttempts
+from qflare_server.use_cases.access.failed_attempts import FailedAttempts, RefusedError
 from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.use_cases.devices.key_rotation import KeyRotations
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns
 
 LOST_KEYS = "lost"
-
-
-class _RefusedError(Exception):
-    """Why an enrolment is refused; for the audit log."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ class Enrollment:
         try:
             application, challenge = self._protocol.challenge(sealed, self._context.clock())
             self._require_algorithm(caller, application, self._plan(application))
-        except (HandshakeError, _RefusedError) as error:
+        except (HandshakeError, RefusedError) as error:
             raise self._refused(caller, error) from error
         return challenge
 
@@ -130,7 +126,7 @@ class Enrollment:
                 return plan.done
             self._require_algorithm(caller, application, plan)
             return self._admit(caller, application, plan, at)
-        except (HandshakeError, _RefusedError) as error:
+        except (HandshakeError, RefusedError) as error:
             raise self._refused(caller, error) from error
 
     def rotate(
@@ -169,7 +165,7 @@ class Enrollment:
             return enrolled
         faster = self._plan(application).done
         if faster is None:
-            raise _RefusedError("the token was used by another device")
+            raise RefusedError("the token was used by another device")
         return faster
 
     def _plan(self, application: protocol.EnrollmentApplication) -> _Plan:
@@ -178,17 +174,17 @@ class Enrollment:
         with self._context.database.read() as session:
             token = tokens.find_by_hash(session, digest)
             if token is None or token.kind != TokenKind.ENROLLMENT.value:
-                raise _RefusedError("unknown token")
+                raise RefusedError("unknown token")
             if token.used_at is not None:
                 return _repeated(session, token, application)
             self._require_usable(token)
             if devices.get_key(session, application.signature_key.key_id) is not None:
-                raise _RefusedError("the signature key is known already")
+                raise RefusedError("the signature key is known already")
             if token.device_id is None:
                 return _Plan(token.id, str(uuid.uuid4()))
             device = devices.get_device(session, token.device_id)
             if device is None or device.state == DeviceState.REVOKED.value:
-                raise _RefusedError("the device is revoked")
+                raise RefusedError("the device is revoked")
             return _Plan(token.id, device.id, device)
 
     def _require_algorithm(
@@ -205,9 +201,9 @@ class Enrollment:
 
     def _require_usable(self, token: UserToken) -> None:
         if token.revoked_at is not None:
-            raise _RefusedError("the token is revoked")
+            raise RefusedError("the token is revoked")
         if token.expires_at is not None and token.expires_at <= self._context.clock():
-            raise _RefusedError("the token has expired")
+            raise RefusedError("the token has expired")
 
     def _receipt(
         self, application: protocol.EnrollmentApplication, plan: _Plan, at: datetime
@@ -243,7 +239,7 @@ def _repeated(
         and key.retired_at is None
     )
     if not same or key is None or key.statement is None:
-        raise _RefusedError("the token is used")
+        raise RefusedError("the token is used")
     receipt = security_pb2.SignedEnvelope.FromString(key.statement)
     return _Plan(token.id, key.device_id, done=EnrollmentResult(key.device_id, receipt))
 
@@ -263,7 +259,7 @@ def _replace_lost_keys(
 ) -> None:
     device = devices.lock_device(session, known.id)
     if device is None or device.state == DeviceState.REVOKED.value:
-        raise _RefusedError("the device is revoked")
+        raise RefusedError("the device is revoked")
     if device.key_rotation_count != known.key_rotation_count:
         raise ConflictError("the device's keys changed at this moment; repeat the call")
     if device.signature_key_id is not None:

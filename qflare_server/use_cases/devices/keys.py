@@ -13,33 +13,36 @@ from qflare_server.storage.repository import devices
 
 
 class PublicKeys(Protocol):
-    """Whatever brings the two public keys of a device."""
+    """Anything that carries the public keys of a device; an embedding program may give one of them or none."""
 
     @property
-    def signature_key(self) -> PublicKey:
+    def signature_key(self) -> PublicKey | None:
         """Its signature key."""
 
     @property
-    def kem_key(self) -> KemPublicKey:
+    def kem_key(self) -> KemPublicKey | None:
         """Its KEM key."""
 
 
 def key_columns(keys: PublicKeys) -> dict[str, Any]:
-    """Return the columns of a device's row for its keys."""
-    return {
-        "signature_algorithm": int(keys.signature_key.algorithm),
-        "signature_public_key": keys.signature_key.data,
-        "signature_key_id": keys.signature_key.key_id,
-        "kem_public_key": keys.kem_key.data,
-        "kem_key_id": keys.kem_key.key_id,
-    }
+    """Return the columns of a device's row for those keys that there are."""
+    columns: dict[str, Any] = {}
+    if keys.signature_key is not None:
+        columns |= {
+            "signature_algorithm": int(keys.signature_key.algorithm),
+            "signature_public_key": keys.signature_key.data,
+            "signature_key_id": keys.signature_key.key_id,
+        }
+    if keys.kem_key is not None:
+        columns |= {"kem_public_key": keys.kem_key.data, "kem_key_id": keys.kem_key.key_id}
+    return columns
 
 
 def insert_key(
     session: Session,
     device_id: str,
     keys: PublicKeys,
-    statement: bytes,
+    statement: bytes | None,
     at: datetime,
     *,
     first: bool = False,
@@ -49,11 +52,13 @@ def insert_key(
     Args:
         session: Open transaction.
         device_id: Whose they are.
-        keys: The keys.
-        statement: The signed statement that brought them in, kept as evidence.
+        keys: The keys, a signature key among them.
+        statement: The signed statement that brought them in, kept as evidence; None where an embedding program
+            vouches for them.
         at: When.
         first: The device has no history yet, which spares looking.
     """
+    assert keys.signature_key is not None
     sequence = 1 if first else devices.last_sequence(session, device_id) + 1
     devices.insert_key(
         session,
@@ -63,7 +68,7 @@ def insert_key(
             "sequence": sequence,
             "algorithm": int(keys.signature_key.algorithm),
             "public_key": keys.signature_key.data,
-            "kem_public_key": keys.kem_key.data,
+            "kem_public_key": None if keys.kem_key is None else keys.kem_key.data,
             "statement": statement,
             "created_at": at,
         },

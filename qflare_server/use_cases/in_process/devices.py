@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from qflare.crypto.sealing import KemPublicKey
-from qflare.crypto.signing import PublicKey, wire_algorithm
+from qflare.crypto.signing import PublicKey
 from qflare_server.context import Context
 from qflare_server.errors import (
     AlreadyExistsError,
@@ -21,14 +21,15 @@ from qflare_server.storage.repository import audit, devices
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import DeviceState, RiskLevel
 from qflare_server.use_cases.devices.administration import MAX_DEVICE_ID, Profile
+from qflare_server.use_cases.devices.keys import insert_key, key_columns
 
 
 @dataclass(frozen=True)
 class PublicKeys:
     """The public keys of a device, as far as it has any."""
 
-    signature: PublicKey | None = None
-    kem: KemPublicKey | None = None
+    signature_key: PublicKey | None = None
+    kem_key: KemPublicKey | None = None
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,17 @@ class KnownDevices:
         self, session: Session, caller: Caller, known: KnownDevice, columns: dict[str, Any]
     ) -> None:
         at = self._context.clock()
-        if known.keys.signature is not None:
-            _require_unknown(session, known.keys.signature)
+        if known.keys.signature_key is not None:
+            _require_unknown(session, known.keys.signature_key)
         row = {
             "id": known.device_id,
             "state": known.state.value,
             "registered_at": known.registered_at or at,
             "last_seen_at": known.last_seen_at or at,
         }
-        devices.insert_device(session, {**row, **columns, **_key_columns(known.keys)})
-        if known.keys.signature is not None:
-            _insert_key(session, known.device_id, known.keys, at)
+        devices.insert_device(session, {**row, **columns, **key_columns(known.keys)})
+        if known.keys.signature_key is not None:
+            insert_key(session, known.device_id, known.keys, None, at)
         event = Event("device.registered", f"device:{known.device_id}", RiskLevel.MEDIUM)
         audit.record(session, caller, event, at)
 
@@ -121,13 +122,13 @@ class KnownDevices:
                 raise DeviceNotFoundError(f"no device {device_id[:64]!r}")
             if device.state == DeviceState.REVOKED.value:
                 raise DeviceRevokedError
-            changes = _key_columns(keys)
-            fresh = keys.signature
+            changes = key_columns(keys)
+            fresh = keys.signature_key
             if fresh is not None and fresh.key_id != device.signature_key_id:
                 _require_unknown(session, fresh)
                 if device.signature_key_id is not None:
                     devices.retire_key(session, device.signature_key_id, "replaced in-process", at)
-                _insert_key(session, device_id, keys, at)
+                insert_key(session, device_id, keys, None, at)
                 changes["key_rotation_count"] = device.key_rotation_count + 1
             if changes:
                 devices.update_device(session, device_id, changes)
@@ -151,34 +152,6 @@ class KnownDevices:
             return devices.count_active_since(session, since)
 
 
-def _key_columns(keys: PublicKeys) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    if keys.signature is not None:
-        columns["signature_algorithm"] = int(wire_algorithm(keys.signature.algorithm))
-        columns["signature_public_key"] = keys.signature.data
-        columns["signature_key_id"] = keys.signature.key_id
-    if keys.kem is not None:
-        columns["kem_public_key"] = keys.kem.data
-        columns["kem_key_id"] = keys.kem.key_id
-    return columns
-
-
 def _require_unknown(session: Session, key: PublicKey) -> None:
     if devices.get_key(session, key.key_id) is not None:
         raise AlreadyExistsError("the signature key is known already")
-
-
-def _insert_key(session: Session, device_id: str, keys: PublicKeys, at: datetime) -> None:
-    assert keys.signature is not None
-    devices.insert_key(
-        session,
-        {
-            "key_id": keys.signature.key_id,
-            "device_id": device_id,
-            "sequence": devices.last_sequence(session, device_id) + 1,
-            "algorithm": int(wire_algorithm(keys.signature.algorithm)),
-            "public_key": keys.signature.data,
-            "kem_public_key": None if keys.kem is None else keys.kem.data,
-            "created_at": at,
-        },
-    )

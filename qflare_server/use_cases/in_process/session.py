@@ -23,12 +23,11 @@ from qflare_server.payloads.writer import PayloadWriter
 from qflare_server.storage.records import TrainingSession
 from qflare_server.storage.repository import audit, global_models, training_sessions
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import TrainingSessionState
+from qflare_server.storage.tables import ENDED, TrainingSessionState
 from qflare_server.storage.training_configs import to_json
 from qflare_server.training.config import MAX_DEADLINE_S, complete
 from qflare_server.training.rounds import IN_PROCESS_PREFIX, RoundTask, open_round, sign_task
 from qflare_server.training.versions import SignedVersion, VersionDraft, publish, sign_version
-from qflare_server.use_cases.training_sessions.administration import ENDED
 
 NAME: Final = "in-process"
 NEVER: Final = 10_000_000  # a quorum that no round reaches by itself

@@ -21,7 +21,7 @@ from qflare_server.storage.payload_records import Download, ReceivedPayload
 from qflare_server.storage.records import GlobalModel, ModelUpdate, Round, TrainingSession
 from qflare_server.storage.repository import audit, global_models, training_sessions, updates, views
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import RiskLevel, RoundState, TrainingSessionState
+from qflare_server.storage.tables import ENDED, RiskLevel, RoundState, TrainingSessionState
 from qflare_server.storage.training_configs import to_json
 from qflare_server.training.config import complete, deadline_s, is_one_line
 from qflare_server.training.premises import repeat
@@ -34,13 +34,6 @@ from qflare_server.use_cases.training_sessions.progress import Participation, Pr
 
 REQUEST_NAMESPACE = uuid.UUID("5b1c3c0e-6f0e-4b5c-8f0a-9f5d6f6a2b11")
 MAX_ABSENT = 100
-ENDED = frozenset(
-    {
-        TrainingSessionState.COMPLETED.value,
-        TrainingSessionState.CANCELLED.value,
-        TrainingSessionState.FAILED.value,
-    }
-)
 
 
 class Training:
@@ -381,7 +374,7 @@ class Training:
     def _lock(
         self, session: Session, training_session_id: str, wanted: TrainingSessionState | None = None
     ) -> TrainingSession:
-        training_session = _found(
+        training_session = require_found(
             training_sessions.lock_session(session, training_session_id), training_session_id
         )
         if wanted is not None:
@@ -408,7 +401,14 @@ class Training:
         audit.record(session, caller, event, at)
 
 
-def _found(training_session: TrainingSession | None, training_session_id: str) -> TrainingSession:
+def require_found(
+    training_session: TrainingSession | None, training_session_id: str
+) -> TrainingSession:
+    """Return a training session that was looked up.
+
+    Raises:
+        TrainingSessionNotFoundError: There is none of this id.
+    """
     if training_session is None:
         raise TrainingSessionNotFoundError(f"no training session {training_session_id[:64]!r}")
     return training_session
@@ -439,7 +439,9 @@ def _repeated(
 
 
 def _get(session: Session, training_session_id: str) -> TrainingSession:
-    return _found(training_sessions.get_session(session, training_session_id), training_session_id)
+    return require_found(
+        training_sessions.get_session(session, training_session_id), training_session_id
+    )
 
 
 def _require_state(training_session: TrainingSession, wanted: TrainingSessionState) -> None:

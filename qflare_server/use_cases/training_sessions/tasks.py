@@ -10,7 +10,7 @@ from qflare_server.errors import TrainingSessionNotFoundError
 from qflare_server.storage.epochs import Epochs
 from qflare_server.storage.repository import global_models, training_sessions
 from qflare_server.storage.repository.training_sessions import OpenRound
-from qflare_server.storage.tables import TrainingSessionState
+from qflare_server.storage.tables import ENDED
 from qflare_server.training.evaluation import (
     Measurement,
     find_last_measurement,
@@ -18,13 +18,6 @@ from qflare_server.training.evaluation import (
 )
 from qflare_server.use_cases.access.presence import Presence
 
-OVER = frozenset(
-    {
-        TrainingSessionState.COMPLETED.value,
-        TrainingSessionState.CANCELLED.value,
-        TrainingSessionState.FAILED.value,
-    }
-)
 MAX_REMEMBERED = 200_000
 MAX_REMEMBERED_VERSIONS = 64
 
@@ -130,4 +123,4 @@ def _is_over(session: Session, training_session_id: str) -> bool:
     state = training_sessions.state_of(session, training_session_id)
     if state is None:
         raise TrainingSessionNotFoundError
-    return state in OVER
+    return state in ENDED

@@ -22,12 +22,8 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.records import GlobalModel, Round, TrainingSession
 from qflare_server.storage.repository import global_models, training_sessions, views
-from qflare_server.storage.tables import RoundState
-from qflare_server.storage.tables import TrainingSessionState as SessionState
+from qflare_server.storage.tables import ENDED, RoundState
 
-OVER = frozenset(
-    {SessionState.COMPLETED.value, SessionState.CANCELLED.value, SessionState.FAILED.value}
-)
 UNSETTLED = frozenset({RoundState.OPEN.value, RoundState.CLOSED.value})
 GIVEN_UP = frozenset({RoundState.FAILED.value, RoundState.CANCELLED.value})
 RECENT_VERSIONS = 3
@@ -258,4 +254,4 @@ def _as_known(view: View, known_round: int | None) -> View:
 def _is_over(view: View) -> bool:
     """Return whether nothing will happen any more but evaluations."""
     current = view.rounds.get(view.session.current_round)
-    return view.session.state in OVER and (current is None or current.state not in UNSETTLED)
+    return view.session.state in ENDED and (current is None or current.state not in UNSETTLED)

@@ -17,7 +17,6 @@ from qflare_server.context import Context
 from qflare_server.errors import (
     GlobalModelNotFoundError,
     InvalidRequestError,
-    TrainingSessionNotFoundError,
     WrongStateError,
 )
 from qflare_server.storage.paging import Page, PageRequest
@@ -44,16 +43,10 @@ from qflare_server.training.versions import (
     sign_version,
     version_of,
 )
+from qflare_server.use_cases.training_sessions.administration import require_found
 
 MAX_REASON: Final = 500
 GOES_ON: Final = frozenset({SessionState.RUNNING.value, SessionState.PAUSED.value})
-
-
-class SharedPayload(ReceivedPayload):
-    """A payload that another version has brought in: nothing is inserted."""
-
-    def insert(self, session: Session, at: datetime) -> None:
-        """Do nothing: its row is there."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,9 @@ class Promotion:
             GlobalModelNotFoundError: There is no such version.
         """
         with self._context.database.read() as session:
-            training_session = _found(training_sessions.get_session(session, training_session_id))
+            training_session = require_found(
+                training_sessions.get_session(session, training_session_id), training_session_id
+            )
             wanted = training_session.current_version if version is None else version
             return _model(session, training_session.id, wanted)
 
@@ -89,7 +84,9 @@ class Promotion:
             TrainingSessionNotFoundError: There is no such training session.
         """
         with self._context.database.read() as session:
-            _found(training_sessions.get_session(session, training_session_id))
+            require_found(
+                training_sessions.get_session(session, training_session_id), training_session_id
+            )
             return views.list_metrics(session, training_session_id, request)
 
     def recent_metrics(self, training_session_id: str, count: int) -> Sequence[VersionMetrics]:
@@ -99,7 +96,9 @@ class Promotion:
             TrainingSessionNotFoundError: There is no such training session.
         """
         with self._context.database.read() as session:
-            _found(training_sessions.get_session(session, training_session_id))
+            require_found(
+                training_sessions.get_session(session, training_session_id), training_session_id
+            )
             return views.recent_metrics(session, training_session_id, count)
 
     def release(
@@ -114,7 +113,9 @@ class Promotion:
         _check_reason(reason)
 
         def work(session: Session) -> GlobalModel:
-            training_session = _found(training_sessions.lock_session(session, training_session_id))
+            training_session = require_found(
+                training_sessions.lock_session(session, training_session_id), training_session_id
+            )
             model = _model(session, training_session.id, version)
             if not model.released:
                 global_models.release(session, training_session, version)
@@ -151,7 +152,9 @@ class Promotion:
     ) -> Rollback:
         at = self._context.clock()
         with self._context.database.read() as session:
-            known = _found(training_sessions.get_session(session, training_session_id))
+            known = require_found(
+                training_sessions.get_session(session, training_session_id), training_session_id
+            )
             done = _rolled_back(session, known, version)
             if done is not None:
                 return done
@@ -163,7 +166,9 @@ class Promotion:
         task = self._next_task(known, config, signed)
 
         def work(session: Session) -> Rollback:
-            training_session = _found(training_sessions.lock_session(session, training_session_id))
+            training_session = require_found(
+                training_sessions.lock_session(session, training_session_id), training_session_id
+            )
             if _draft(session, training_session, version, at) != draft:
                 raise PremisesChangedError("the training session went on meanwhile")
             cancel_round(session, training_session, f"rolled back to version {version}", at)
@@ -254,12 +259,13 @@ def _draft(
         delta=old.delta,
         rollback_version=old.version,
         sealed_version=statement.sealed_version if statement.sealed else None,
+        shares_payload=True,
     )
 
 
-def _shared(session: Session, payload_id: str) -> SharedPayload:
+def _shared(session: Session, payload_id: str) -> ReceivedPayload:
     stored = describe(payloads.get_payload(session, payload_id))
-    return SharedPayload(
+    return ReceivedPayload(
         stored.payload_id,
         stored.size_bytes,
         stored.digest,
@@ -267,12 +273,6 @@ def _shared(session: Session, payload_id: str) -> SharedPayload:
         None,
         stored.seal,
     )
-
-
-def _found(training_session: TrainingSession | None) -> TrainingSession:
-    if training_session is None:
-        raise TrainingSessionNotFoundError
-    return training_session
 
 
 def _model(session: Session, training_session_id: str, version: int) -> GlobalModel:

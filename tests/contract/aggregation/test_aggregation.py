@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from qflare.evidence.lineage import contributors_digest
 from qflare.v1 import training_pb2
 from qflare_server.aggregation.aggregator import REST_S, Aggregator
 from qflare_server.aggregation.worker import AggregationWorker
@@ -16,7 +17,6 @@ from qflare_server.context import Context
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import GlobalModel
-from qflare_server.training.versions import contributors_digest
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
 from tests.support.use_cases import (

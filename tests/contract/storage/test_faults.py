@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -253,7 +253,8 @@ def drop_chunk(core: CoordinatorHarness, payload_id: str, index: int) -> None:
     chunk = delete(PayloadChunk).where(
         PayloadChunk.payload_id == payload_id, PayloadChunk.chunk_index == index
     )
-    with engine.begin() as connection:
+    lock = getattr(core.store, "_lock", nullcontext())  # a file has one connection for all threads
+    with lock, engine.begin() as connection:
         connection.execute(chunk)
 
 
