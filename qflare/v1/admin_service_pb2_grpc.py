@@ -156,6 +156,16 @@ class AdminServiceStub(object):
                 request_serializer=qflare_dot_v1_dot_admin__service__pb2.RevokeDeviceRequest.SerializeToString,
                 response_deserializer=qflare_dot_v1_dot_admin__service__pb2.RevokeDeviceResponse.FromString,
                 _registered_method=True)
+        self.SetDeviceGroups = channel.unary_unary(
+                '/qflare.v1.AdminService/SetDeviceGroups',
+                request_serializer=qflare_dot_v1_dot_admin__service__pb2.SetDeviceGroupsRequest.SerializeToString,
+                response_deserializer=qflare_dot_v1_dot_admin__service__pb2.SetDeviceGroupsResponse.FromString,
+                _registered_method=True)
+        self.ConfirmDeviceProfile = channel.unary_unary(
+                '/qflare.v1.AdminService/ConfirmDeviceProfile',
+                request_serializer=qflare_dot_v1_dot_admin__service__pb2.ConfirmDeviceProfileRequest.SerializeToString,
+                response_deserializer=qflare_dot_v1_dot_admin__service__pb2.ConfirmDeviceProfileResponse.FromString,
+                _registered_method=True)
         self.IssueEnrollmentTokens = channel.unary_unary(
                 '/qflare.v1.AdminService/IssueEnrollmentTokens',
                 request_serializer=qflare_dot_v1_dot_admin__service__pb2.IssueEnrollmentTokensRequest.SerializeToString,
@@ -379,6 +389,20 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetDeviceGroups(self, request, context):
+        """Put a device into groups, and out of all others; takes effect on its next call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmDeviceProfile(self, request, context):
+        """Confirm the device type and the capabilities of a device: selection goes by these from then on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def IssueEnrollmentTokens(self, request, context):
         """Issue enrollment tokens; the secrets are in this answer and nowhere else. With a device_id the token lets that
         device enrol new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
@@ -561,6 +585,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.RevokeDevice,
                     request_deserializer=qflare_dot_v1_dot_admin__service__pb2.RevokeDeviceRequest.FromString,
                     response_serializer=qflare_dot_v1_dot_admin__service__pb2.RevokeDeviceResponse.SerializeToString,
+            ),
+            'SetDeviceGroups': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetDeviceGroups,
+                    request_deserializer=qflare_dot_v1_dot_admin__service__pb2.SetDeviceGroupsRequest.FromString,
+                    response_serializer=qflare_dot_v1_dot_admin__service__pb2.SetDeviceGroupsResponse.SerializeToString,
+            ),
+            'ConfirmDeviceProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmDeviceProfile,
+                    request_deserializer=qflare_dot_v1_dot_admin__service__pb2.ConfirmDeviceProfileRequest.FromString,
+                    response_serializer=qflare_dot_v1_dot_admin__service__pb2.ConfirmDeviceProfileResponse.SerializeToString,
             ),
             'IssueEnrollmentTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.IssueEnrollmentTokens,
@@ -1236,6 +1270,60 @@ class AdminService(object):
             '/qflare.v1.AdminService/RevokeDevice',
             qflare_dot_v1_dot_admin__service__pb2.RevokeDeviceRequest.SerializeToString,
             qflare_dot_v1_dot_admin__service__pb2.RevokeDeviceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetDeviceGroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qflare.v1.AdminService/SetDeviceGroups',
+            qflare_dot_v1_dot_admin__service__pb2.SetDeviceGroupsRequest.SerializeToString,
+            qflare_dot_v1_dot_admin__service__pb2.SetDeviceGroupsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmDeviceProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qflare.v1.AdminService/ConfirmDeviceProfile',
+            qflare_dot_v1_dot_admin__service__pb2.ConfirmDeviceProfileRequest.SerializeToString,
+            qflare_dot_v1_dot_admin__service__pb2.ConfirmDeviceProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -77,6 +77,10 @@ class AdminServiceStub:
     """Lift a suspension or a quarantine."""
     RevokeDevice: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RevokeDeviceRequest, _admin_service_pb2.RevokeDeviceResponse]
     """Forbid a device to call for ever; takes effect on its next call."""
+    SetDeviceGroups: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SetDeviceGroupsRequest, _admin_service_pb2.SetDeviceGroupsResponse]
+    """Put a device into groups, and out of all others; takes effect on its next call."""
+    ConfirmDeviceProfile: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ConfirmDeviceProfileRequest, _admin_service_pb2.ConfirmDeviceProfileResponse]
+    """Confirm the device type and the capabilities of a device: selection goes by these from then on."""
     IssueEnrollmentTokens: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.IssueEnrollmentTokensRequest, _admin_service_pb2.IssueEnrollmentTokensResponse]
     """Issue enrollment tokens; the secrets are in this answer and nowhere else. With a device_id the token lets that
     device enrol new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
@@ -300,6 +304,22 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.RevokeDeviceResponse:
         """Forbid a device to call for ever; takes effect on its next call."""
+
+    @_abc_1.abstractmethod
+    def SetDeviceGroups(
+        self,
+        request: _admin_service_pb2.SetDeviceGroupsRequest,
+        context: _grpc.ServicerContext,
+    ) -> _admin_service_pb2.SetDeviceGroupsResponse:
+        """Put a device into groups, and out of all others; takes effect on its next call."""
+
+    @_abc_1.abstractmethod
+    def ConfirmDeviceProfile(
+        self,
+        request: _admin_service_pb2.ConfirmDeviceProfileRequest,
+        context: _grpc.ServicerContext,
+    ) -> _admin_service_pb2.ConfirmDeviceProfileResponse:
+        """Confirm the device type and the capabilities of a device: selection goes by these from then on."""
 
     @_abc_1.abstractmethod
     def IssueEnrollmentTokens(

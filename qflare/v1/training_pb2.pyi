@@ -466,6 +466,7 @@ class SelectionPolicy(_message.Message):
     DEVICE_TYPES_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    CONFIRMED_ONLY_FIELD_NUMBER: _builtins.int
     fraction: _builtins.float
     """Share of the eligible devices, above 0 and at most 1. 0 means all."""
     device_count: _builtins.int
@@ -474,9 +475,13 @@ class SelectionPolicy(_message.Message):
     """Share of further devices that are selected to make up for those that drop out, 0 or more."""
     seed: _builtins.int
     """Seed of the selection; 0 means one is drawn and recorded when the training session is created."""
+    confirmed_only: _builtins.bool
+    """Only devices whose type and capabilities an administrator has confirmed are eligible."""
     @_builtins.property
     def device_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Device types that are eligible; empty means all."""
+        """Device types that are eligible; empty means all. Devices count as what they stated when they enrolled, or as an
+        administrator has confirmed, never as what they say in heartbeats; so do capabilities.
+        """
 
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedCompositeFieldContainer[Global___CapabilityFilter]:
@@ -491,10 +496,11 @@ class SelectionPolicy(_message.Message):
         device_types: _abc.Iterable[_builtins.str] | None = ...,
         capabilities: _abc.Iterable[Global___CapabilityFilter] | None = ...,
         seed: _builtins.int = ...,
+        confirmed_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "device_count", b"device_count", "device_types", b"device_types", "fraction", b"fraction", "over_selection", b"over_selection", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "confirmed_only", b"confirmed_only", "device_count", b"device_count", "device_types", b"device_types", "fraction", b"fraction", "over_selection", b"over_selection", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Commands on devices: list, show, suspend, reinstate, revoke, rekey."""
+"""Commands on devices: list, show, suspend, reinstate, revoke, set-groups, confirm, rekey."""
 
 import argparse
 import uuid
@@ -28,6 +28,7 @@ DEVICE: list[Column] = [
     ("id", lambda row: row.device_id),
     ("state", lambda row: word(row, "state")),
     ("type", lambda row: row.profile.device_type),
+    ("groups", lambda row: ",".join(row.groups)),
     ("capabilities", lambda row: metrics(row.profile.capabilities)),
     ("last seen", lambda row: moment(row, "last_seen_time")),
     ("registered", lambda row: moment(row, "register_time")),
@@ -38,6 +39,9 @@ DEVICE_FACTS: list[Column] = [
     ("signature key", lambda row: row.signature_key_id),
     ("kem key", lambda row: row.kem_key_id),
     ("key rotations", lambda row: row.key_rotation_count),
+    ("confirmed", lambda row: moment(row, "confirm_time")),
+    ("reported type", lambda row: row.reported_type),
+    ("reported capabilities", lambda row: metrics(row.reported_capabilities)),
 ]
 CHANGES = {
     "suspend": "forbid a device to call until it is reinstated",
@@ -58,6 +62,7 @@ def add(commands: Any) -> None:
     )
     listing.add_argument("--state", choices=sorted(STATES), help="only those in this state")
     listing.add_argument("--type", default="", help="only those of this type")
+    listing.add_argument("--group", default="", help="only those in this group")
     listing.add_argument(
         "--seen-after", type=parse_moment, help="only those seen since, ISO 8601 time"
     )
@@ -76,6 +81,8 @@ def add(commands: Any) -> None:
         change.add_argument("device", metavar="ID")
         change.add_argument("--reason", default="", help="for the audit log")
         change.set_defaults(change=name)
+    _add_groups(actions)
+    _add_confirm(actions)
     rekey = add_command(
         actions,
         "rekey",
@@ -85,6 +92,56 @@ def add(commands: Any) -> None:
     )
     rekey.add_argument("device", metavar="ID")
     add_hand_over(rekey)
+
+
+def _add_groups(actions: Any) -> None:
+    groups = add_command(
+        actions,
+        "set-groups",
+        run_set_groups,
+        "put a device into groups, and out of all others",
+        "device set-groups ID --group ward-3 --group trial",
+    )
+    groups.add_argument("device", metavar="ID")
+    groups.add_argument(
+        "--group", action="append", default=[], help="repeatable; none takes it out of all groups"
+    )
+    groups.add_argument("--reason", default="", help="for the audit log")
+
+
+def _add_confirm(actions: Any) -> None:
+    confirm = add_command(
+        actions,
+        "confirm",
+        run_confirm,
+        "confirm the type and capabilities of a device, which selection goes by",
+        "device confirm ID --type phone --capability ram_mib=4096",
+    )
+    confirm.add_argument("device", metavar="ID")
+    confirm.add_argument(
+        "--reported", action="store_true", help="start from what the device says in heartbeats"
+    )
+    confirm.add_argument("--type", help="another type than it has now")
+    confirm.add_argument(
+        "--capability",
+        type=parse_number,
+        action="append",
+        default=[],
+        help="NAME=VALUE, another value than it has now; repeatable",
+    )
+    confirm.add_argument("--reason", default="", help="for the audit log")
+
+
+def parse_number(text: str) -> tuple[str, float]:
+    """Return the name and the value of a capability from NAME=VALUE.
+
+    Raises:
+        ValueError: It is none.
+    """
+    name, found, value = text.partition("=")
+    if not found:
+        raise ValueError(text)
+    return name.strip(), float(value)
 
 
 def parse_condition(text: str) -> training_pb2.CapabilityFilter:
@@ -108,6 +165,7 @@ def run_list(admin: Admin, options: argparse.Namespace) -> None:
         device_type=options.type,
         seen_after_time=options.seen_after,
         capabilities=options.capability,
+        group=options.group,
     )
     if options.state:
         request.state = STATES[options.state]  # type: ignore[assignment]
@@ -126,6 +184,31 @@ def run_change(admin: Admin, options: argparse.Namespace) -> None:
     method = f"{options.change.capitalize()}Device"
     request = getattr(pb, f"{method}Request")(device_id=options.device, reason=options.reason)
     answer = admin.call(method, request)
+    show(options, answer, answer.device, DEVICE_FACTS)
+
+
+def run_set_groups(admin: Admin, options: argparse.Namespace) -> None:
+    """Put a device into groups."""
+    request = pb.SetDeviceGroupsRequest(
+        device_id=options.device, groups=options.group, reason=options.reason
+    )
+    answer = admin.call("SetDeviceGroups", request)
+    show(options, answer, answer.device, DEVICE_FACTS)
+
+
+def run_confirm(admin: Admin, options: argparse.Namespace) -> None:
+    """Confirm what a device is."""
+    known = admin.call("GetDevice", pb.GetDeviceRequest(device_id=options.device)).device
+    kind, capabilities = known.profile.device_type, known.profile.capabilities
+    if options.reported:
+        kind, capabilities = known.reported_type, known.reported_capabilities
+    request = pb.ConfirmDeviceProfileRequest(
+        device_id=options.device,
+        device_type=kind if options.type is None else options.type,
+        capabilities={**capabilities, **dict(options.capability)},
+        reason=options.reason,
+    )
+    answer = admin.call("ConfirmDeviceProfile", request)
     show(options, answer, answer.device, DEVICE_FACTS)
 
 

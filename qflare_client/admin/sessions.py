@@ -40,6 +40,7 @@ SESSION_FACTS: list[Column] = [
     ("strategy", lambda row: row.config.strategy.name),
     ("quorum", lambda row: row.config.rounds.quorum),
     ("deadline", lambda row: span(row.config.rounds, "deadline")),
+    ("groups", lambda row: ",".join(row.config.groups)),
     ("sealed", lambda row: row.config.transfer.sealed or None),
     ("best version", lambda row: optional(row, "best_version")),
     ("epsilon spent", lambda row: optional(row, "epsilon_spent")),
@@ -140,6 +141,12 @@ def _add_create(actions: Any) -> None:
     )
     create.add_argument("--strategy", help="fedavg unless said otherwise")
     create.add_argument(
+        "--group",
+        action="append",
+        default=[],
+        help="open to devices of this group alone; repeatable",
+    )
+    create.add_argument(
         "--sealed", action="store_true", help="seal updates and models end to end and at rest"
     )
     create.add_argument("--config", type=Path, help="TrainingConfig as JSON; flags override")
@@ -174,6 +181,8 @@ def _config(options: argparse.Namespace) -> training_pb2.TrainingConfig:
     config.rounds.quorum = options.quorum or config.rounds.quorum
     config.strategy.name = options.strategy or config.strategy.name
     config.transfer.sealed = options.sealed or config.transfer.sealed
+    if options.group:
+        config.groups[:] = options.group
     if options.deadline_s is not None:
         config.rounds.deadline.CopyFrom(parse_seconds(options.deadline_s))
     return config

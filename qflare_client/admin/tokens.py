@@ -33,6 +33,7 @@ TOKEN: list[Column] = [
     ("kind", lambda row: word(row, "kind")),
     ("subject", lambda row: row.subject),
     ("roles", lambda row: ",".join(row.roles)),
+    ("groups", lambda row: ",".join(row.groups)),
     ("created", lambda row: moment(row, "create_time")),
     ("expires", lambda row: moment(row, "expire_time")),
     ("used", lambda row: moment(row, "use_time")),
@@ -53,6 +54,9 @@ def add(commands: Any) -> None:
     )
     issue.add_argument("--count", type=whole(1, 1000), default=1, help="how many, 1 to 1000")
     issue.add_argument("--label", default="", help="what they are for")
+    issue.add_argument(
+        "--group", action="append", default=[], help="group that new devices get; repeatable"
+    )
     issue.add_argument("--lifetime-s", type=seconds(1), help="seconds that they live (a day)")
     add_hand_over(issue)
     administrator = add_command(
@@ -140,7 +144,10 @@ def run_issue(admin: Admin, options: argparse.Namespace) -> None:
     """Issue enrollment tokens."""
     check_bundle(options)
     request = pb.IssueEnrollmentTokensRequest(
-        token_count=options.count, label=options.label, request_id=uuid.uuid4().hex
+        token_count=options.count,
+        label=options.label,
+        request_id=uuid.uuid4().hex,
+        groups=options.group,
     )
     if options.lifetime_s is not None:
         request.lifetime.CopyFrom(parse_seconds(options.lifetime_s))

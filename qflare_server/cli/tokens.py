@@ -28,6 +28,9 @@ def add(commands: Any) -> None:
     )
     issue.add_argument("--count", type=whole(1, 1000), default=1, help="how many (1 to 1000)")
     issue.add_argument("--label", default="", help="what they are for")
+    issue.add_argument(
+        "--group", action="append", default=[], help="group that new devices get; repeatable"
+    )
     issue.add_argument("--lifetime-s", type=seconds(1), help="seconds that they live")
     issue.add_argument("--device", default="", help="device that lost its keys")
     issue.add_argument(
@@ -63,6 +66,7 @@ def run_issue(config: ServerConfig, arguments: argparse.Namespace) -> int:
             label=arguments.label,
             lifetime_s=arguments.lifetime_s,
             device_id=arguments.device,
+            groups=arguments.group,
         )
         if arguments.bundles is not None:
             _write_bundles(parts, issued, arguments)

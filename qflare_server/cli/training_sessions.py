@@ -34,6 +34,12 @@ def add(commands: Any) -> None:
     )
     create.add_argument("--strategy", default="", help="fedavg unless said otherwise")
     create.add_argument(
+        "--group",
+        action="append",
+        default=[],
+        help="open to devices of this group alone; repeatable",
+    )
+    create.add_argument(
         "--sealed", action="store_true", help="seal updates and models end to end and at rest"
     )
     create.add_argument("--config", type=Path, help="TrainingConfig as JSON; flags override")
@@ -80,6 +86,8 @@ def _training_config(arguments: argparse.Namespace) -> training_pb2.TrainingConf
     wanted.rounds.quorum = arguments.quorum or wanted.rounds.quorum
     wanted.strategy.name = arguments.strategy or wanted.strategy.name
     wanted.transfer.sealed = arguments.sealed or wanted.transfer.sealed
+    if arguments.group:
+        wanted.groups[:] = arguments.group
     if arguments.deadline_s is not None:
         deadline = Duration()
         deadline.FromNanoseconds(int(arguments.deadline_s * 1e9))

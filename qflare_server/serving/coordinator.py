@@ -32,6 +32,7 @@ from qflare_server.serving.rpc.coordinator_service import CoordinatorServicer
 from qflare_server.serving.rpc.dispatcher import Dispatcher
 from qflare_server.serving.rpc.interceptor import CallInterceptor
 from qflare_server.serving.rpc.limits import StreamLimits, Watchdog, channel_options
+from qflare_server.serving.rpc.object_access import ObjectAccessInterceptor
 from qflare_server.serving.rpc.possession import PossessionInterceptor
 from qflare_server.serving.rpc.reflection import MethodPool
 from qflare_server.serving.rpc.validation import RequestValidation
@@ -105,6 +106,7 @@ class Coordinator:
         if self.config.require_pop:
             interceptors.append(PossessionInterceptor(self.use_cases.login))
         interceptors.append(RequestValidation())
+        interceptors.append(ObjectAccessInterceptor(self.use_cases.objects))
         server = grpc.server(
             self._dispatcher,  # type: ignore[arg-type]  # gRPC calls its `submit`, no more
             interceptors=interceptors,

@@ -173,6 +173,9 @@ class Device(NamedTuple):
     key_rotation_count: int
     registered_at: datetime
     last_seen_at: datetime | None
+    confirmed_at: datetime | None
+    reported_type: str | None
+    reported_capabilities: Json | None
 
 
 class DeviceKey(NamedTuple):
@@ -198,6 +201,7 @@ class UserToken(NamedTuple):
     kind: str
     subject: str
     device_id: str | None
+    device_groups: Sequence[str] | None
     family_id: str | None
     roles: Sequence[str]
     binding_key: bytes | None

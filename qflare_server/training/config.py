@@ -17,6 +17,7 @@ from qflare.tensors.download_encodings import DOWNLOAD_ENCODINGS
 from qflare.tensors.encodings import Encoding, wire_manifest
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidManifestError, InvalidRequestError
+from qflare_server.training.groups import checked_groups
 from qflare_server.training.reported_metrics import MAX_EXAMPLES, MAX_METRIC_NAME, is_reserved
 
 DEFAULT_ROUNDS: Final = 10
@@ -59,6 +60,9 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     _check_early_stop(done.early_stop, done.evaluation)
     for number, bound in enumerate(done.release.bounds):
         _check_bound(f"release.bounds[{number}]", bound)
+    groups = checked_groups(done.groups, "config.groups")
+    del done.groups[:]
+    done.groups.extend(groups)
     done.strategy.name = done.strategy.name or "fedavg"
     for name, value in done.strategy.parameters.items():
         _within(f"strategy.parameters[{name[:100]}]", value, -LARGEST, LARGEST)

@@ -40,6 +40,7 @@ from qflare_server.training.config import (
     deadline_s,
 )
 from qflare_server.training.reported_metrics import MAX_METRICS
+from qflare_server.training.selection import find_relation
 from qflare_server.training.versions import passes_gate
 
 SUMMARY_BITS: Final = 6
@@ -112,14 +113,18 @@ def find_last_measurement(
     device_id: str,
     at: datetime,
 ) -> Measurement | None:
-    """Return what a device has to measure of a training session that has ended, while there is time."""
+    """Return what a device has to measure of a training session that has ended, while there is time.
+
+    Only devices that its rounds could have selected are asked.
+    """
     config = training_session.config
     if training_session.ended_at is None or at > training_session.ended_at + timedelta(
         seconds=deadline_s(config)
     ):
         return None
     state = devices.states_of(session, [device_id]).get(device_id)
-    if state != DeviceState.ACTIVE.value:
+    relation = find_relation(session, training_session.id, device_id)
+    if state != DeviceState.ACTIVE.value or relation is None or not relation.is_drawn:
         return None
     return find_measurement(
         context, session, training_session, training_session.current_version, device_id

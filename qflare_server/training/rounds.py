@@ -97,7 +97,7 @@ def open_round(
     config = training_session.config
     number, base_version = task.statement.round_number, task.statement.base_version
     _require_next(session, training_session, task.statement)
-    selected = select_devices(session, config.selection, number)
+    selected = select_devices(session, training_session.id, config, number)
     target = (
         config.rounds.target if selected is None else min(config.rounds.target, len(selected) or 1)
     )
@@ -228,7 +228,7 @@ def handle_missed_quorum(
             "state_reason": reason,
         }
         training_sessions.update_round(session, training_session.id, current.number, values)
-        _select_more(session, training_session, current, config.selection)
+        _select_more(session, training_session, current, config)
         return
     fail_round(session, training_session, current, reason, now)
     if action == training_pb2.MISSED_QUORUM_ACTION_FAIL:
@@ -247,11 +247,11 @@ def _select_more(
     session: Session,
     training_session: TrainingSession,
     current: Round,
-    policy: training_pb2.SelectionPolicy,
+    config: training_pb2.TrainingConfig,
 ) -> None:
     """Draw further devices for a round that is extended: those that it has may have gone."""
     before = training_sessions.selection(session, training_session.id, current.number)
-    drawn = select_devices(session, policy, current.number, len(before)) or []
+    drawn = select_devices(session, training_session.id, config, current.number, len(before)) or []
     added = sorted(set(drawn) - before)
     if added:
         training_sessions.insert_selection(session, training_session.id, current.number, added)

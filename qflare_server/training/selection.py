@@ -1,46 +1,118 @@
-"""Selection of the devices of a round."""
+"""Which devices a training session is for, and the draw of those of a round.
+
+A training session is for the active devices of its groups, of its device types and with its capabilities. Device type
+and capabilities are those that the device stated when it enrolled or that an administrator has confirmed, never those
+that it says in a heartbeat.
+"""
 
 import math
 import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from sqlalchemy.orm import Session
 
 from qflare.v1 import training_pb2
-from qflare_server.storage.repository import devices
+from qflare_server.storage.repository import devices, membership
+from qflare_server.storage.training_configs import parsed_config
+
+
+class Profile(Protocol):
+    """What of a device selection goes by."""
+
+    @property
+    def device_type(self) -> str:
+        """Kind of device."""
+
+    @property
+    def capabilities(self) -> Mapping[str, Any]:
+        """Numbers by name."""
+
+    @property
+    def confirmed_at(self) -> Any:
+        """When an administrator confirmed both, None if nobody has."""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How a device stands to a training session that it takes part in.
+
+    Attributes:
+        is_started: The training session has been started.
+        is_drawn: It draws no devices for its rounds, or has drawn this one.
+    """
+
+    is_started: bool
+    is_drawn: bool
+
+
+def find_relation(session: Session, training_session_id: str, device_id: str) -> Relation | None:
+    """Return how a device stands to a training session, None if it takes no part in it or either is not there."""
+    standing = membership.find_standing(session, training_session_id, device_id)
+    if standing is None or not standing.in_groups:
+        return None
+    policy = parsed_config(session, training_session_id, standing.config).selection
+    if not meets(policy, standing):
+        return None
+    return Relation(standing.started_at is not None, standing.was_selected or not draws(policy))
+
+
+def draws(policy: training_pb2.SelectionPolicy) -> bool:
+    """Return whether rounds draw some of the devices that may take part."""
+    return bool(policy.fraction or policy.device_count)
+
+
+def meets(policy: training_pb2.SelectionPolicy, profile: Profile) -> bool:
+    """Return whether a device is of the types and has the capabilities that a training session asks for."""
+    if policy.confirmed_only and profile.confirmed_at is None:
+        return False
+    if policy.device_types and profile.device_type not in policy.device_types:
+        return False
+    return _has_all(profile.capabilities, policy.capabilities)
 
 
 def select_devices(
     session: Session,
-    policy: training_pb2.SelectionPolicy,
+    training_session_id: str,
+    config: training_pb2.TrainingConfig,
     round_number: int,
     selected_count: int = 0,
 ) -> list[str] | None:
-    """Draw the devices of a round; None means that every active device may take part.
+    """Draw the devices of a round; None means that every active device of the training session's groups may take part.
 
     The draw is a function of the seed, the round number, how many were drawn for it before, and the eligible
     devices, so that it can be repeated.
     """
-    bounded = policy.fraction or policy.device_count
-    if not (bounded or policy.device_types or policy.capabilities):
+    policy = config.selection
+    if not (draws(policy) or policy.device_types or policy.capabilities or policy.confirmed_only):
         return None
     eligible = [
-        device_id
-        for device_id, capabilities in devices.eligible_devices(session, list(policy.device_types))
-        if all(_meets(capabilities, condition) for condition in policy.capabilities)
+        profile.device_id
+        for profile in devices.eligible_devices(
+            session, list(policy.device_types), training_session_id if config.groups else None
+        )
+        if meets(policy, profile)
     ]
     count = len(eligible)
     if policy.fraction:
         count = max(1, math.ceil(len(eligible) * policy.fraction))
     if policy.device_count:
         count = min(count, policy.device_count)
-    if bounded:
+    if draws(policy):
         count = min(len(eligible), math.ceil(count * (1 + policy.over_selection)))
     label = f"{policy.seed}:{round_number}" + (f":{selected_count}" if selected_count else "")
     draw = random.Random(label)  # noqa: S311 - repeatable on purpose
     return sorted(draw.sample(eligible, count))
 
 
-def _meets(capabilities: dict[str, object], condition: training_pb2.CapabilityFilter) -> bool:
+def _has_all(
+    capabilities: Mapping[str, object], conditions: Iterable[training_pb2.CapabilityFilter]
+) -> bool:
+    return all(_meets(capabilities, condition) for condition in conditions)
+
+
+def _meets(capabilities: Mapping[str, object], condition: training_pb2.CapabilityFilter) -> bool:
     value = capabilities.get(condition.capability)
     if not isinstance(value, (int, float)):
         return False

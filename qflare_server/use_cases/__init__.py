@@ -8,6 +8,7 @@ from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.use_cases.access.authentication import Authentication
 from qflare_server.use_cases.access.dashboard_login import DashboardLogin
 from qflare_server.use_cases.access.login import Login
+from qflare_server.use_cases.access.objects import ObjectAccess
 from qflare_server.use_cases.access.presence import Presence
 from qflare_server.use_cases.access.tokens import Tokens
 from qflare_server.use_cases.audit.evidence import Evidence
@@ -30,6 +31,7 @@ class UseCases:
     """What callers can ask of a coordinator."""
 
     authentication: Authentication
+    objects: ObjectAccess
     enrollment: Enrollment
     login: Login
     tasks: Tasks
@@ -63,6 +65,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
     authentication = Authentication(context, presence)
     return UseCases(
         authentication=authentication,
+        objects=ObjectAccess(context),
         enrollment=Enrollment(context, keys),
         login=Login(context, keys),
         tasks=Tasks(context, presence),

@@ -17,6 +17,7 @@ from typing import Final
 from qflare_server.context import Context
 from qflare_server.verification.audit_log import AuditVerification
 from qflare_server.verification.contents import ContentVerification
+from qflare_server.verification.devices import DeviceVerification
 from qflare_server.verification.downloads import DownloadVerification
 from qflare_server.verification.evaluations import EvaluationVerification
 from qflare_server.verification.findings import NO_KEYS, Finding, Tally, read_signer_keys
@@ -103,6 +104,7 @@ def find(
         yield Finding("keyset", "in force", str(error))
     passes = {
         "audit": AuditVerification(context, keys, tally, witness_file).findings(),
+        "device": DeviceVerification(context, keys, tally).findings(),
         "record": RecordVerification(context, keys, tally).findings(),
         "round": RoundVerification(context, keys, tally).findings(),
         "evaluation": EvaluationVerification(context, tally).findings(),

@@ -1,22 +1,19 @@
-"""Verification of devices, versions and updates: every column that a signed statement covers.
+"""Verification of versions and updates: every column that a signed statement covers.
 
 Columns that are not signed (states, names, results of evaluation) are not evidence and are not checked.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from qflare.crypto.sealed_payloads import opened_size_bytes
-from qflare.crypto.sealing import KemPublicKey
-from qflare.crypto.signing import PublicKey, SigningContext, algorithm_of
+from qflare.crypto.signing import PublicKey, algorithm_of
 from qflare.evidence.lineage import ModelVersion, contributors_digest, open_model
 from qflare.evidence.statements import (
     digest_of,
-    open_rotation,
-    open_statement,
     open_update,
     require_equal,
 )
@@ -25,7 +22,7 @@ from qflare.tensors.manifest import Manifest
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_server.context import Context
 from qflare_server.storage.payload_records import content_digest_of
-from qflare_server.storage.records import Device, DeviceKey, GlobalModel, ModelUpdate, Payload
+from qflare_server.storage.records import DeviceKey, GlobalModel, ModelUpdate, Payload
 from qflare_server.storage.repository import devices, evidence, payloads, updates
 from qflare_server.storage.tables import UpdateState
 from qflare_server.verification.findings import (
@@ -41,7 +38,7 @@ from qflare_server.verification.findings import (
 
 
 class RecordVerification:
-    """One pass over the tables of devices, versions and updates.
+    """One pass over the tables of versions and updates.
 
     Args:
         context: The coordinator's dependencies.
@@ -57,73 +54,8 @@ class RecordVerification:
 
     def findings(self) -> Iterator[Finding]:
         """Yield discrepancies."""
-        yield from self._device_keys()
-        yield from self._devices()
         yield from self._models()
         yield from self._updates()
-
-    def _device_keys(self) -> Iterator[Finding]:
-        rows = walk(self._context.database, evidence.keys_after, "", _key_id)
-        yield from faults("device_key", rows, self._check_key, _key_id, self._tally)
-
-    def _check_key(self, row: DeviceKey) -> None:
-        key = PublicKey(algorithm_of(row.algorithm), row.public_key)
-        require_equal("key_id", row.key_id, key.key_id)
-        if row.statement is None:
-            self._tally.unchecked["device keys without a statement"] += 1
-            return
-        envelope = security_pb2.SignedEnvelope.FromString(row.statement)
-        if len(envelope.signatures) > 1:
-            self._check_rotation(row, envelope)
-        else:
-            self._check_receipt(row, envelope)
-
-    def _check_receipt(self, row: DeviceKey, envelope: security_pb2.SignedEnvelope) -> None:
-        receipt = open_statement(
-            envelope,
-            SigningContext.RECEIPT,
-            self._keys[KeyRole.REGISTRAR],
-            security_pb2.EnrollmentReceipt,
-        )
-        require_equal("realm", receipt.realm, self._realm)
-        require_equal("device_id", row.device_id, receipt.device_id)
-        require_equal("key_id", row.key_id, receipt.signature_key_id)
-        kem_key = KemPublicKey(row.kem_public_key or b"")
-        require_equal("kem_public_key", kem_key.key_id, receipt.kem_key_id)
-
-    def _check_rotation(self, row: DeviceKey, envelope: security_pb2.SignedEnvelope) -> None:
-        stated = security_pb2.KeyRotation.FromString(envelope.payload)
-        with self._context.database.read() as session:
-            previous = devices.get_key(session, stated.previous_key_id)
-            if previous is None or previous.device_id != row.device_id:
-                raise ValueError("the key before it is missing or of another device")
-            before = PublicKey(algorithm_of(previous.algorithm), previous.public_key)
-        rotation = open_rotation(
-            envelope,
-            before,
-            realm=self._realm,
-            device_id=row.device_id,
-            rotation_count=stated.sequence_number - 1,
-        )
-        require_equal("key_id", row.key_id, rotation.signature_key.key_id)
-        require_equal("kem_public_key", row.kem_public_key, rotation.kem_key.data)
-
-    def _devices(self) -> Iterator[Finding]:
-        after = ""
-        while True:
-            with self._context.database.read() as session:
-                rows = evidence.devices_after(session, after, BATCH)
-                current = {
-                    row.key_id: row for row in evidence.keys_of(session, [r.id for r in rows])
-                }
-            if not rows:
-                return
-            after = rows[-1].id
-            for row in rows:
-                self._tally.checked["device"] += 1
-                changed = _compare_device(row, current)
-                if changed:
-                    yield Finding("device", row.id, f"not its key's: {', '.join(changed)}")
 
     def _models(self) -> Iterator[Finding]:
         for training_session_id in walk(self._context.database, evidence.session_ids, "", str):
@@ -230,22 +162,6 @@ class RecordVerification:
         open_update(envelope, PublicKey(algorithm_of(key.algorithm), key.public_key))
 
 
-def _compare_device(row: Device, keys: Mapping[str, DeviceKey]) -> list[str]:
-    if row.signature_key_id is None:
-        return []
-    key = keys.get(row.signature_key_id)
-    if key is None:
-        return ["signature_key_id"]
-    return differences(
-        {
-            "device_id": (row.id, key.device_id),
-            "signature_algorithm": (row.signature_algorithm, key.algorithm),
-            "signature_public_key": (row.signature_public_key, key.public_key),
-            "kem_public_key": (row.kem_public_key, key.kem_public_key),
-        }
-    )
-
-
 def _model_columns(
     row: GlobalModel, version: ModelVersion, parent: str
 ) -> dict[str, tuple[object, object]]:
@@ -330,10 +246,6 @@ def _optional(message: Any, name: str) -> Any:
 
 def _seconds(statement: security_pb2.ModelStatement) -> float:
     return statement.create_time.ToMicroseconds() / 1e6
-
-
-def _key_id(row: DeviceKey) -> str:
-    return row.key_id
 
 
 def _update_id(row: ModelUpdate) -> str:

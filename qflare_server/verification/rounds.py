@@ -14,7 +14,7 @@ from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.storage.records import Round
-from qflare_server.storage.repository import evidence, global_models
+from qflare_server.storage.repository import evidence, global_models, membership
 from qflare_server.storage.training_configs import from_json
 from qflare_server.training.rounds import config_digest
 from qflare_server.verification.findings import (
@@ -49,7 +49,12 @@ class RoundVerification:
     def _rounds(self, training_session_id: str) -> Iterator[Finding]:
         with self._context.database.read() as session:
             stored = evidence.stored_config(session, training_session_id)
+            open_to = list(membership.session_groups(session, training_session_id))
         digest = "" if stored is None else _digest_of(stored)
+        if stored is not None and open_to != _groups(stored):
+            yield Finding(
+                "round", training_session_id, "its groups are not those of its configuration"
+            )
 
         def read(session: Session, after: int, limit: int) -> Sequence[Round]:
             return evidence.rounds_after(session, training_session_id, after, limit)
@@ -92,3 +97,11 @@ def _digest_of(stored: Mapping[str, Any]) -> str:
         return config_digest(from_json(stored))
     except (json_format.ParseError, TypeError, ValueError):
         return ""
+
+
+def _groups(stored: Mapping[str, Any]) -> list[str]:
+    """Return the groups that a configuration names; none if it is no configuration any more."""
+    try:
+        return list(from_json(stored).groups)
+    except (json_format.ParseError, TypeError, ValueError):
+        return []

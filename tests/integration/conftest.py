@@ -1,7 +1,7 @@
 """A real coordinator on a free port, real enrolled devices, and a raw device that sends whatever it likes."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -61,19 +61,19 @@ class Deployment:
         tokens = self.coordinator.use_cases.tokens
         return tokens.issue_admin(Caller(), "tester", list(roles)).secret
 
-    def bundle(self) -> security_pb2.BootstrapBundle:
-        """Return a bootstrap bundle with a fresh enrollment token."""
-        issued = self.coordinator.use_cases.tokens.issue_enrollment(Caller())[0]
+    def bundle(self, groups: Sequence[str] = ()) -> security_pb2.BootstrapBundle:
+        """Return a bootstrap bundle with a fresh enrollment token, which puts a device into groups."""
+        issued = self.coordinator.use_cases.tokens.issue_enrollment(Caller(), groups=groups)[0]
         return bootstrap_bundle(
             self.coordinator.parts.keys.trust,
             self.coordinator.address,
             enrollment_token=issued.secret,
         )
 
-    def device(self, name: str, **enrollment: Any) -> Client:
+    def device(self, name: str, groups: Sequence[str] = (), **enrollment: Any) -> Client:
         """Enrol a device and return its client."""
         home = self.folder / name
-        enroll(self.bundle(), home=home, **enrollment)
+        enroll(self.bundle(groups), home=home, **enrollment)
         client = Client(home=home)
         self._clients.append(client)
         return client

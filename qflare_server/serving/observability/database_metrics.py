@@ -4,7 +4,7 @@ A scrape costs a handful of small reads. Where the database does not answer, `qf
 of these metrics is left out.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from prometheus_client.core import GaugeMetricFamily
@@ -19,7 +19,8 @@ from qflare_server.storage.tables import TrainingSessionState
 from qflare_server.use_cases.status import DatabaseHealth, Overview
 
 MAX_SESSIONS: Final = 100
-SESSION_LABELS: Final = ("training_session_id", "name")
+SESSION_LABELS: Final = ("name",)
+"""Names alone: whoever reads the metrics needs no credential, and an id is what devices ask for a session by."""
 
 
 class DatabaseCollector(Collector):
@@ -79,7 +80,7 @@ class DatabaseCollector(Collector):
         with self._context.database.read() as session:
             request = PageRequest(MAX_SESSIONS)
             running = TrainingSessionState.RUNNING.value
-            found = training_sessions.list_sessions(session, request, running).rows
+            found = _newest(training_sessions.list_sessions(session, request, running).rows)
         yield _of_sessions(
             "qflare_training_session_round",
             "Current round",
@@ -112,6 +113,14 @@ class DatabaseCollector(Collector):
         )
 
 
+def _newest(rows: Iterable[TrainingSession]) -> list[TrainingSession]:
+    """Return the first of each name: rows are newest first, and a scrape has one value for a name."""
+    by_name: dict[str, TrainingSession] = {}
+    for row in rows:
+        by_name.setdefault(row.name, row)
+    return list(by_name.values())
+
+
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, text, value=value)
 
@@ -133,5 +142,5 @@ def _of_sessions(
     for training_session in found:
         value = value_of(training_session)
         if value is not None:
-            family.add_metric((training_session.id, training_session.name), value)
+            family.add_metric((training_session.name,), value)
     return family

@@ -13,10 +13,12 @@ from qflare_server.serving.rpc.call import current_call
 from qflare_server.serving.rpc.encoding import audit, devices, status, training, values, versions
 from qflare_server.serving.rpc.streams import chunks_of, split_header
 from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.records import Device
 from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.audit.evidence import audit_evidence
+from qflare_server.use_cases.devices.administration import Profile
 
 
 def _page(request: Any) -> PageRequest:
@@ -179,7 +181,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> pb.GetDeviceResponse:
         """Get a device."""
         return pb.GetDeviceResponse(
-            device=devices.device(self._use_cases.devices.get(request.device_id))
+            device=self._device(self._use_cases.devices.get(request.device_id))
         )
 
     def ListDevices(
@@ -191,10 +193,13 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             device_type=request.device_type,
             seen_after=values.moment(request, "seen_after_time"),
             capabilities=devices.conditions(request.capabilities),
+            group=request.group,
         )
         page = self._use_cases.devices.list(_page(request), wanted)
+        groups = self._use_cases.devices.groups_of([row.id for row in page.rows])
         return pb.ListDevicesResponse(
-            devices=[devices.device(row) for row in page.rows], next_page_token=page.next_token
+            devices=[devices.device(row, groups.get(row.id, ())) for row in page.rows],
+            next_page_token=page.next_token,
         )
 
     def SuspendDevice(
@@ -204,7 +209,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         row = self._use_cases.devices.suspend(
             current_call().caller, request.device_id, request.reason
         )
-        return pb.SuspendDeviceResponse(device=devices.device(row))
+        return pb.SuspendDeviceResponse(device=self._device(row))
 
     def ReinstateDevice(
         self, request: pb.ReinstateDeviceRequest, context: ServicerContext
@@ -213,7 +218,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         row = self._use_cases.devices.reinstate(
             current_call().caller, request.device_id, request.reason
         )
-        return pb.ReinstateDeviceResponse(device=devices.device(row))
+        return pb.ReinstateDeviceResponse(device=self._device(row))
 
     def RevokeDevice(
         self, request: pb.RevokeDeviceRequest, context: ServicerContext
@@ -222,7 +227,30 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         row = self._use_cases.devices.revoke(
             current_call().caller, request.device_id, request.reason
         )
-        return pb.RevokeDeviceResponse(device=devices.device(row))
+        return pb.RevokeDeviceResponse(device=self._device(row))
+
+    def SetDeviceGroups(
+        self, request: pb.SetDeviceGroupsRequest, context: ServicerContext
+    ) -> pb.SetDeviceGroupsResponse:
+        """Put a device into groups, and out of all others."""
+        row = self._use_cases.devices.set_groups(
+            current_call().caller, request.device_id, list(request.groups), request.reason
+        )
+        return pb.SetDeviceGroupsResponse(device=self._device(row))
+
+    def ConfirmDeviceProfile(
+        self, request: pb.ConfirmDeviceProfileRequest, context: ServicerContext
+    ) -> pb.ConfirmDeviceProfileResponse:
+        """Confirm the device type and the capabilities of a device."""
+        profile = Profile(request.device_type, capabilities=dict(request.capabilities))
+        row = self._use_cases.devices.confirm_profile(
+            current_call().caller, request.device_id, profile, request.reason
+        )
+        return pb.ConfirmDeviceProfileResponse(device=self._device(row))
+
+    def _device(self, row: Device) -> device_pb2.Device:
+        groups = self._use_cases.devices.groups_of([row.id])
+        return devices.device(row, groups.get(row.id, ()))
 
     def IssueEnrollmentTokens(
         self, request: pb.IssueEnrollmentTokensRequest, context: ServicerContext
@@ -235,6 +263,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             lifetime_s=values.seconds(request, "lifetime"),
             device_id=request.device_id,
             request_id=request.request_id,
+            groups=list(request.groups),
         )
         return pb.IssueEnrollmentTokensResponse(
             tokens=[devices.issued_token(item) for item in issued]

@@ -4,9 +4,9 @@ import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, bindparam, case, func, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, case, exists, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -14,16 +14,20 @@ from qflare_server.storage.epochs import bump_rounds, bump_security
 from qflare_server.storage.paging import Page, PageRequest, page_token
 from qflare_server.storage.prepared import OneOf, PreparedStatement
 from qflare_server.storage.records import Device, DeviceKey, Rows
+from qflare_server.storage.repository.membership import shares_group
 from qflare_server.storage.tables import DeviceState
 
 DEVICES = tables.Device.__table__
 KEYS = tables.DeviceKey.__table__
+DEVICE_GROUPS = tables.DeviceGroup.__table__
 _DEVICES = Rows(Device, DEVICES)
 _KEYS = Rows(DeviceKey, KEYS)
 _DEVICE = _DEVICES.select.where(DEVICES.c.id == bindparam("device"))
 _KEY = _KEYS.select.where(KEYS.c.key_id == bindparam("key"))
 _INSERT_DEVICE = insert(DEVICES)
 _INSERT_KEY = insert(KEYS)
+DECISIVE: Final = ("state", "signature_key_id", "device_type", "capabilities", "confirmed_at")
+"""Columns of a device that decide what its calls may do."""
 _COMPARE = {"at_least": operator.ge, "at_most": operator.le, "equal": operator.eq}
 
 
@@ -36,6 +40,7 @@ class DeviceFilter:
     seen_after: datetime | None = None
     capabilities: tuple[tuple[str, str, float], ...] = ()
     """Name, comparison (at_least, at_most or equal) and value; all must hold."""
+    group: str = ""
 
 
 def insert_device(session: Session, values: Mapping[str, Any]) -> None:
@@ -54,8 +59,8 @@ def lock_device(session: Session, device_id: str) -> Device | None:
 
 
 def update_device(session: Session, device_id: str, values: Mapping[str, Any]) -> None:
-    """Update columns of a device; a changed state or key takes effect on the next call to any coordinator."""
-    if not values.keys().isdisjoint(("state", "signature_key_id")):
+    """Update columns of a device; those that decide about its calls take effect on the next call to any coordinator."""
+    if not values.keys().isdisjoint(DECISIVE):
         bump_security(session)
         bump_rounds(session)
     session.execute(update(DEVICES).where(DEVICES.c.id == device_id).values(**values))
@@ -151,16 +156,33 @@ def count_active_since(session: Session, since: datetime) -> int:
     return session.execute(query).scalar_one()
 
 
+class EligibleDevice(NamedTuple):
+    """What selection goes by."""
+
+    device_id: str
+    device_type: str
+    capabilities: dict[str, Any]
+    confirmed_at: datetime | None
+
+
 def eligible_devices(
-    session: Session, device_types: Sequence[str]
-) -> Sequence[tuple[str, dict[str, Any]]]:
-    """Return ids and capabilities of active devices of some types, or of all if empty; by id."""
-    query = select(DEVICES.c.id, DEVICES.c.capabilities).where(
-        DEVICES.c.state == DeviceState.ACTIVE.value
-    )
+    session: Session, device_types: Sequence[str], training_session_id: str | None = None
+) -> Sequence[EligibleDevice]:
+    """Return active devices by id.
+
+    Args:
+        session: Where to read.
+        device_types: Kinds of devices; empty means any.
+        training_session_id: Only those in a group that this training session is open to; None means any.
+    """
+    query = select(
+        DEVICES.c.id, DEVICES.c.device_type, DEVICES.c.capabilities, DEVICES.c.confirmed_at
+    ).where(DEVICES.c.state == DeviceState.ACTIVE.value)
     if device_types:
         query = query.where(DEVICES.c.device_type.in_(device_types))
-    return [(row[0], row[1]) for row in session.execute(query.order_by(DEVICES.c.id))]
+    if training_session_id is not None:
+        query = query.where(shares_group(training_session_id, DEVICES.c.id))
+    return [EligibleDevice(*row) for row in session.execute(query.order_by(DEVICES.c.id))]
 
 
 def mark_inactive(session: Session, before: datetime) -> int:
@@ -188,6 +210,13 @@ def list_devices(session: Session, request: PageRequest, wanted: DeviceFilter) -
         query = query.where(DEVICES.c.device_type == wanted.device_type)
     if wanted.seen_after is not None:
         query = query.where(DEVICES.c.last_seen_at > wanted.seen_after)
+    if wanted.group:
+        query = query.where(
+            exists().where(
+                DEVICE_GROUPS.c.device_id == DEVICES.c.id,
+                DEVICE_GROUPS.c.group_name == wanted.group,
+            )
+        )
     key = request.after("devices", wanted, kinds=(str,))
     if key is not None:
         query = query.where(DEVICES.c.id > key[0])

@@ -240,3 +240,13 @@ def known_evaluations(session: Session, digests: Collection[str]) -> set[str]:
     query = select(EVALUATIONS.c.statement_digest)
     found = session.scalars(query.where(EVALUATIONS.c.statement_digest.in_(sorted(digests))))
     return {digest for digest in found if digest is not None}
+
+
+def last_events(
+    session: Session, event_types: Collection[str], subjects: Collection[str]
+) -> dict[tuple[str, str], AuditLog]:
+    """Return the last entry of each type about each subject, by type and subject."""
+    query = _ENTRIES.select.where(
+        AUDIT.c.event_type.in_(sorted(event_types)), AUDIT.c.subject.in_(sorted(subjects))
+    ).order_by(AUDIT.c.id)
+    return {(row.event_type, row.subject): row for row in _ENTRIES.all(session, query)}

@@ -82,6 +82,7 @@ def insert_token(
     roles: Sequence[str] = (),
     family_id: str | None = None,
     binding_key: bytes | None = None,
+    device_groups: Sequence[str] = (),
 ) -> None:
     """Insert a token."""
     session.execute(
@@ -94,6 +95,7 @@ def insert_token(
             roles=list(roles),
             family_id=family_id,
             binding_key=binding_key,
+            device_groups=list(device_groups) or None,
             created_at=at,
             expires_at=expires_at,
         )

@@ -14,6 +14,7 @@ from qflare_server.storage.epochs import bump_rounds
 from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
 from qflare_server.storage.records import Round, Rows, TrainingSession
+from qflare_server.storage.repository.membership import is_open_to
 from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState
 from qflare_server.storage.training_configs import parsed_config
 
@@ -248,6 +249,7 @@ _OPEN_ROUND = (
         ROUNDS.c.deadline_at > bindparam("at"),
         ROUNDS.c.task.is_not(None),
         _IS_ACTIVE,
+        is_open_to(SESSIONS.c.id, bindparam("device")),
         _IS_SELECTED,
         ~_HAS_CONTRIBUTED,
     )

@@ -5,7 +5,7 @@ Every constraint and index is named, states have CHECK constraints, times are UT
 """
 
 from qflare_server.storage.tables.audit import AuditHead, AuditLog, AuditNode, TrustDocument
-from qflare_server.storage.tables.devices import Device, DeviceKey, UserToken
+from qflare_server.storage.tables.devices import Device, DeviceGroup, DeviceKey, UserToken
 from qflare_server.storage.tables.payloads import Payload, PayloadChunk, Upload
 from qflare_server.storage.tables.replicas import Epoch, IdempotentCall, Lease, Replica, UsedNonce
 from qflare_server.storage.tables.results import (
@@ -24,7 +24,12 @@ from qflare_server.storage.tables.states import (
     TrainingSessionState,
     UpdateState,
 )
-from qflare_server.storage.tables.training import Round, RoundDevice, TrainingSession
+from qflare_server.storage.tables.training import (
+    Round,
+    RoundDevice,
+    TrainingSession,
+    TrainingSessionGroup,
+)
 from qflare_server.storage.tables.types import BIG_ID, NAMING, Base, UtcDateTime, one_of
 
 __all__ = [
@@ -38,6 +43,7 @@ __all__ = [
     "AuditNode",
     "Base",
     "Device",
+    "DeviceGroup",
     "DeviceKey",
     "DeviceState",
     "Epoch",
@@ -55,6 +61,7 @@ __all__ = [
     "RoundState",
     "TokenKind",
     "TrainingSession",
+    "TrainingSessionGroup",
     "TrainingSessionState",
     "TrustDocument",
     "UpdateState",

@@ -13,7 +13,9 @@ from qflare_server.storage.tables.types import Base, one_of
 class Device(Base):
     """One enrolled device.
 
-    The public keys are null for devices that an embedding program registered without keys.
+    The public keys are null for devices that an embedding program registered without keys. Selection goes by
+    `device_type` and `capabilities`: what the device stated when it enrolled, or what an administrator confirmed at
+    `confirmed_at`. What it says in heartbeats is in `reported_type` and `reported_capabilities`, null until it does.
     """
 
     __tablename__ = "devices"
@@ -25,6 +27,9 @@ class Device(Base):
     hardware_info: Mapped[dict[str, Any]]
     network_info: Mapped[dict[str, Any]]
     capabilities: Mapped[dict[str, Any]]
+    confirmed_at: Mapped[datetime | None]
+    reported_type: Mapped[str | None] = mapped_column(String(100))
+    reported_capabilities: Mapped[dict[str, Any] | None]
     local_epochs: Mapped[int] = mapped_column(default=1)
     batch_size: Mapped[int] = mapped_column(default=32)
     learning_rate: Mapped[float] = mapped_column(default=0.01)
@@ -47,6 +52,17 @@ class Device(Base):
         Index(None, "last_seen_at"),
         Index(None, "registered_at", "id"),
     )
+
+
+class DeviceGroup(Base):
+    """A group that a device is in."""
+
+    __tablename__ = "device_groups"
+
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+    group_name: Mapped[str] = mapped_column(String(63), primary_key=True)
+
+    __table_args__ = (Index(None, "group_name", "device_id"),)
 
 
 class DeviceKey(Base):
@@ -74,8 +90,9 @@ class DeviceKey(Base):
 class UserToken(Base):
     """A credential, stored as the SHA-256 of its secret.
 
-    `subject` is a device id, the name of an administrator, or the label of an enrollment token. `family_id` links
-    refresh tokens that replace each other. `binding_key` verifies proofs of possession on calls and refreshes.
+    `subject` is a device id, the name of an administrator, or the label of an enrollment token, which puts a device
+    into `device_groups` (null for none). `family_id` links refresh tokens that replace each other. `binding_key`
+    verifies proofs of possession on calls and refreshes.
     """
 
     __tablename__ = "user_tokens"
@@ -87,6 +104,7 @@ class UserToken(Base):
     device_id: Mapped[str | None] = mapped_column(ForeignKey("devices.id"))
     family_id: Mapped[str | None] = mapped_column(String(32))
     roles: Mapped[list[str]]
+    device_groups: Mapped[list[str] | None]
     binding_key: Mapped[bytes | None]
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]

@@ -45,6 +45,17 @@ class TrainingSession(Base):
     )
 
 
+class TrainingSessionGroup(Base):
+    """A group that a training session is open to, as its configuration says; one without any is open to all devices."""
+
+    __tablename__ = "training_session_groups"
+
+    training_session_id: Mapped[str] = mapped_column(
+        ForeignKey("training_sessions.id"), primary_key=True
+    )
+    group_name: Mapped[str] = mapped_column(String(63), primary_key=True)
+
+
 class Round(Base):
     """One collection of updates against one base version.
 
@@ -97,4 +108,5 @@ class RoundDevice(Base):
             ["training_session_id", "round_number"],
             ["rounds.training_session_id", "rounds.number"],
         ),
+        Index(None, "device_id", "training_session_id"),
     )

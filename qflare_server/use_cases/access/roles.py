@@ -70,6 +70,8 @@ ACCESS: Final[dict[str, frozenset[Role]]] = {
     _ADMIN + "SuspendDevice": _OPERATE,
     _ADMIN + "ReinstateDevice": _OPERATE,
     _ADMIN + "RevokeDevice": _ADMINISTER,
+    _ADMIN + "SetDeviceGroups": _OPERATE,
+    _ADMIN + "ConfirmDeviceProfile": _OPERATE,
     _ADMIN + "IssueEnrollmentTokens": _OPERATE,
     _ADMIN + "IssueAdminToken": _ADMINISTER,
     _ADMIN + "ListTokens": _ADMINISTER,

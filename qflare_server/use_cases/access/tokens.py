@@ -18,6 +18,7 @@ from qflare_server.storage.records import UserToken
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import RiskLevel, TokenKind
+from qflare_server.training.groups import checked_groups
 from qflare_server.use_cases.access.authentication import hash_secret, mint_secret
 from qflare_server.use_cases.access.roles import ADMINISTRATIVE
 
@@ -55,12 +56,14 @@ class Tokens:
         lifetime_s: float | None = None,
         device_id: str = "",
         request_id: str = "",
+        groups: Sequence[str] = (),
     ) -> Sequence[IssuedToken]:
-        """Issue one-time rights to enrol; with a device id, to give that device new keys.
+        """Issue one-time rights to enrol, into groups; with a device id, to give that device new keys.
 
         Raises:
             AlreadyExistsError: A call with this request id has issued tokens; secrets are not kept.
-            InvalidRequestError: The count, the label or the lifetime is out of range.
+            InvalidRequestError: The count, the label, the lifetime or a group is out of range, or there are groups for
+                a device that is enrolled.
             DeviceNotFoundError: There is no such device.
         """
         if not 1 <= count <= MAX_TOKENS or (device_id and count != 1):
@@ -70,6 +73,9 @@ class Tokens:
             raise InvalidRequestError(f"lifetime: got {life:g} s", field="lifetime")
         if len(label) > MAX_LABEL:
             raise InvalidRequestError("label: longer than 200 characters", field="label")
+        wanted = checked_groups(groups, "groups")
+        if device_id and wanted:
+            raise InvalidRequestError("groups: the device keeps those that it has", field="groups")
 
         def work(session: Session) -> list[IssuedToken]:
             if device_id and devices.get_device(session, device_id) is None:
@@ -77,7 +83,16 @@ class Tokens:
             if request_id:
                 self._once(session, caller, request_id)
             return [
-                self._issue(session, caller, TokenKind.ENROLLMENT, "qfe1", label, life, device_id)
+                self._issue(
+                    session,
+                    caller,
+                    TokenKind.ENROLLMENT,
+                    "qfe1",
+                    label,
+                    life,
+                    device_id,
+                    groups=wanted,
+                )
                 for _ in range(count)
             ]
 
@@ -146,6 +161,7 @@ class Tokens:
         lifetime_s: float | None,
         device_id: str,
         roles: Sequence[str] = (),
+        groups: Sequence[str] = (),
     ) -> IssuedToken:
         at = self._context.clock()
         token_id, secret, digest = mint_secret(prefix)
@@ -162,8 +178,11 @@ class Tokens:
             expires_at=expires,
             device_id=device_id or None,
             roles=roles,
+            device_groups=groups,
         )
         details = {"kind": kind.value, "roles": ",".join(roles)}
+        if groups:
+            details["groups"] = ",".join(groups)
         event = Event("token.issued", f"token:{token_id}", RiskLevel.MEDIUM, details)
         audit.record(session, caller, event, at)
         token = tokens.get_token(session, token_id)

@@ -1,7 +1,7 @@
 """Devices as administrators and embedding programs see them: looked at, suspended, reinstated, revoked."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,11 +17,12 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.paging import Page, PageRequest
 from qflare_server.storage.records import Device
-from qflare_server.storage.repository import audit, devices, tokens
+from qflare_server.storage.repository import audit, devices, membership, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.storage.tables import DeviceState, RiskLevel
 from qflare_server.training.config import is_one_line
+from qflare_server.training.groups import checked_groups
 
 MAX_PROFILE_ENTRIES = 64
 MAX_PROFILE_TEXT = 256
@@ -115,7 +116,12 @@ class Devices:
         def work(session: Session) -> None:
             if devices.get_device(session, device_id) is not None:
                 raise AlreadyExistsError(f"device {device_id!r} exists")
-            row = {"id": device_id, "state": DeviceState.ACTIVE.value, "registered_at": at}
+            row = {
+                "id": device_id,
+                "state": DeviceState.ACTIVE.value,
+                "registered_at": at,
+                "confirmed_at": at,
+            }
             devices.insert_device(session, {**row, "last_seen_at": at, **values})
             event = Event("device.registered", f"device:{device_id}", RiskLevel.MEDIUM)
             audit.record(session, caller, event, at)
@@ -177,9 +183,68 @@ class Devices:
 
         return self._move(caller, device_id, DeviceState.REVOKED, reason, also)
 
-    def update_profile(self, caller: Caller, device_id: str, profile: Profile) -> Device:
-        """Replace what a device says of itself."""
+    def set_groups(
+        self, caller: Caller, device_id: str, groups: Sequence[str], reason: str
+    ) -> Device:
+        """Put a device into groups and out of all others; bites on its next call.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            InvalidRequestError: There are too many groups, or a name is none.
+        """
+        wanted = checked_groups(groups, "groups")
+        _check_reason(reason)
+
+        def work(session: Session) -> Device:
+            device = _found(devices.lock_device(session, device_id))
+            before = membership.groups_of(session, [device_id]).get(device_id, ())
+            membership.set_groups(session, device_id, wanted)
+            details = {"from": ",".join(before), "groups": ",".join(wanted), "reason": reason}
+            event = Event("device.groups_changed", f"device:{device_id}", RiskLevel.MEDIUM, details)
+            audit.record(session, caller, event, self._context.clock())
+            return device
+
+        return self._context.database.write(work)
+
+    def groups_of(self, device_ids: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        """Return the groups of devices; devices without any are left out."""
+        with self._context.database.read() as session:
+            return membership.groups_of(session, device_ids)
+
+    def confirm_profile(
+        self, caller: Caller, device_id: str, profile: Profile, reason: str
+    ) -> Device:
+        """Confirm device type and capabilities of a device: selection goes by these from then on.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            InvalidRequestError: Something is too long, too many or out of range.
+        """
+        columns = profile.columns()
+        _check_reason(reason)
+        at = self._context.clock()
+        values = {name: columns[name] for name in ("device_type", "capabilities")}
+
+        def work(session: Session) -> Device:
+            _found(devices.lock_device(session, device_id))
+            devices.update_device(session, device_id, {**values, "confirmed_at": at})
+            event = Event(
+                "device.profile_confirmed",
+                f"device:{device_id}",
+                RiskLevel.MEDIUM,
+                {**values, "reason": reason},
+            )
+            audit.record(session, caller, event, at)
+            session.expire_all()
+            return _found(devices.get_device(session, device_id))
+
+        return self._context.database.write(work)
+
+    def update_reported(self, caller: Caller, device_id: str, profile: Profile) -> Device:
+        """Replace what a device says of itself; selection does not go by it."""
         values = profile.columns()
+        values["reported_type"] = values.pop("device_type")
+        values["reported_capabilities"] = values.pop("capabilities")
 
         def work(session: Session) -> Device:
             _found(devices.lock_device(session, device_id))
@@ -197,7 +262,7 @@ class Devices:
             DeviceNotFoundError: There is no such device.
         """
         if profile is not None:
-            self.update_profile(caller, device_id, profile)
+            self.update_reported(caller, device_id, profile)
         device = self.get(device_id)
         return Beat(self._context.clock(), device.state)
 
@@ -214,10 +279,7 @@ class Devices:
         reason: str,
         also: Callable[[Session, Device], None] | None = None,
     ) -> Device:
-        if len(reason) > MAX_REASON or "\0" in reason:
-            raise InvalidRequestError(
-                "reason: longer than 500 characters, or holds NUL", field="reason"
-            )
+        _check_reason(reason)
 
         def work(session: Session) -> Device:
             device = _found(devices.lock_device(session, device_id))
@@ -239,6 +301,13 @@ class Devices:
             return _found(devices.get_device(session, device_id))
 
         return self._context.database.write(work)
+
+
+def _check_reason(reason: str) -> None:
+    if len(reason) > MAX_REASON or "\0" in reason:
+        raise InvalidRequestError(
+            "reason: longer than 500 characters, or holds NUL", field="reason"
+        )
 
 
 def _found(device: Device | None) -> Device:

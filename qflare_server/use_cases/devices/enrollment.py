@@ -10,9 +10,10 @@ The cryptography of the messages is in `qflare.protocol.enrollment`.
 """
 
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -31,7 +32,7 @@ from qflare_server.errors import (
 )
 from qflare_server.keys import ServerKeys
 from qflare_server.storage.records import Device, UserToken
-from qflare_server.storage.repository import audit, devices, tokens
+from qflare_server.storage.repository import audit, devices, membership, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import DeviceState, RiskLevel, TokenKind
 from qflare_server.use_cases.access.authentication import Principal, hash_secret
@@ -41,6 +42,8 @@ from qflare_server.use_cases.devices.key_rotation import KeyRotations
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns
 
 LOST_KEYS = "lost"
+TRUSTED: Final = {"device_type": "type", "capabilities": "capabilities"}
+"""Columns of a device that selection goes by, and how the columns of what it reports are called after `reported_`."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,15 @@ class EnrollmentResult:
 class _Plan:
     """What a good application leads to, found out before the transaction that makes it so.
 
-    `device` is the one that lost its keys, None for another one. `done` is set where it has happened already.
+    `device` is the one that lost its keys, None for another one, which gets `groups`. `done` is set where it has
+    happened already.
     """
 
     token_id: str
     device_id: str
     device: Device | None = None
     done: EnrollmentResult | None = None
+    groups: Sequence[str] = ()
 
 
 class Enrollment:
@@ -144,7 +149,10 @@ class Enrollment:
     ) -> EnrollmentResult:
         says_nothing = plan.device is not None and not application.device_profile
         profile = {} if says_nothing else _profile_columns(application.device_profile)
-        enrolled = EnrollmentResult(plan.device_id, self._receipt(application, plan, at))
+        if plan.device is not None:
+            profile = _keep_confirmed(plan.device, profile)
+        receipt = self._receipt(application, plan, profile, at)
+        enrolled = EnrollmentResult(plan.device_id, receipt)
         statement = enrolled.receipt.SerializeToString(deterministic=True)
         event = _event(application, plan)
 
@@ -153,6 +161,8 @@ class Enrollment:
                 return False
             if plan.device is None:
                 _insert_device(session, plan.device_id, key_columns(application) | profile, at)
+                if plan.groups:
+                    membership.set_groups(session, plan.device_id, plan.groups)
             else:
                 _replace_lost_keys(session, plan.device, key_columns(application) | profile, at)
             tokens.bind_to_device(session, plan.token_id, plan.device_id)
@@ -181,7 +191,7 @@ class Enrollment:
             if devices.get_key(session, application.signature_key.key_id) is not None:
                 raise RefusedError("the signature key is known already")
             if token.device_id is None:
-                return _Plan(token.id, str(uuid.uuid4()))
+                return _Plan(token.id, str(uuid.uuid4()), groups=token.device_groups or ())
             device = devices.get_device(session, token.device_id)
             if device is None or device.state == DeviceState.REVOKED.value:
                 raise RefusedError("the device is revoked")
@@ -206,7 +216,11 @@ class Enrollment:
             raise RefusedError("the token has expired")
 
     def _receipt(
-        self, application: protocol.EnrollmentApplication, plan: _Plan, at: datetime
+        self,
+        application: protocol.EnrollmentApplication,
+        plan: _Plan,
+        profile: Mapping[str, Any],
+        at: datetime,
     ) -> security_pb2.SignedEnvelope:
         known = plan.device
         receipt = security_pb2.EnrollmentReceipt(
@@ -218,6 +232,7 @@ class Enrollment:
             register_time=_timestamp(known.registered_at if known else at),
             request_nonce=application.nonce,
             key_rotation_count=known.key_rotation_count + 1 if known else 0,
+            profile=_enrolled_profile(known, profile),
         )
         payload = receipt.SerializeToString(deterministic=True)
         return self._keys.sign(security_pb2.KEY_ROLE_REGISTRAR, payload)
@@ -242,6 +257,30 @@ def _repeated(
         raise RefusedError("the token is used")
     receipt = security_pb2.SignedEnvelope.FromString(key.statement)
     return _Plan(token.id, key.device_id, done=EnrollmentResult(key.device_id, receipt))
+
+
+def _keep_confirmed(device: Device, profile: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a profile with which a device enrols again: what was confirmed stays confirmed."""
+    if device.confirmed_at is None or not profile:
+        return dict(profile)
+    kept = {name: value for name, value in profile.items() if name not in TRUSTED}
+    return kept | {f"reported_{name}": profile[column] for column, name in TRUSTED.items()}
+
+
+def _enrolled_profile(
+    known: Device | None, profile: Mapping[str, Any]
+) -> security_pb2.EnrolledProfile:
+    """Return what selection goes by once a device is enrolled."""
+    named = {
+        column: profile[column] if column in profile or known is None else getattr(known, column)
+        for column in TRUSTED
+    }
+    numbers = {
+        name: float(value)
+        for name, value in named["capabilities"].items()
+        if isinstance(value, (int, float))
+    }
+    return security_pb2.EnrolledProfile(device_type=named["device_type"], capabilities=numbers)
 
 
 def _insert_device(session: Session, device_id: str, columns: dict[str, Any], at: datetime) -> None:
@@ -276,6 +315,8 @@ def _event(application: protocol.EnrollmentApplication, plan: _Plan) -> Event:
         "kem_key_id": application.kem_key.key_id,
     }
     subject = f"device:{plan.device_id}"
+    if plan.groups:
+        details["groups"] = ",".join(plan.groups)
     if plan.device is None:
         return Event("device.registered", subject, RiskLevel.MEDIUM, details)
     return Event("device.keys_replaced", subject, RiskLevel.HIGH, details)

@@ -99,6 +99,7 @@ class KnownDevices:
             "state": known.state.value,
             "registered_at": known.registered_at or at,
             "last_seen_at": known.last_seen_at or at,
+            "confirmed_at": at,  # the program knows what its devices are
         }
         devices.insert_device(session, {**row, **columns, **key_columns(known.keys)})
         if known.keys.signature_key is not None:

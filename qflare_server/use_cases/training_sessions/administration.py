@@ -19,7 +19,14 @@ from qflare_server.errors import (
 from qflare_server.storage.paging import Page, PageRequest
 from qflare_server.storage.payload_records import Download, ReceivedPayload
 from qflare_server.storage.records import GlobalModel, ModelUpdate, Round, TrainingSession
-from qflare_server.storage.repository import audit, global_models, training_sessions, updates, views
+from qflare_server.storage.repository import (
+    audit,
+    global_models,
+    membership,
+    training_sessions,
+    updates,
+    views,
+)
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import ENDED, RiskLevel, RoundState, TrainingSessionState
 from qflare_server.storage.training_configs import to_json
@@ -96,6 +103,7 @@ class Training:
                     "created_at": at,
                 },
             )
+            membership.insert_session_groups(session, training_session_id, done.groups)
             self._record(
                 session, caller, "training_session.created", training_session_id, at, name=name
             )

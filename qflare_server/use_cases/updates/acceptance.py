@@ -34,6 +34,7 @@ from qflare_server.storage.repository import (
     audit,
     devices,
     global_models,
+    membership,
     round_capacity,
     training_sessions,
     updates,
@@ -237,6 +238,11 @@ class _Admission:
             if item.training_session_id == places.training_session_id
             and facts.number <= item.round_number <= places.number
         }
+        self._members = (
+            membership.members_among(session, facts.training_session_id, device_ids)
+            if facts.config.groups
+            else None
+        )
         self._selected = (
             training_sessions.selected_among(
                 session, facts.training_session_id, facts.number, device_ids
@@ -283,6 +289,8 @@ class _Admission:
 
     def _refusal(self, entry: _Entry) -> QflareError | None:
         statement = entry.submission.statement
+        if self._members is not None and statement.device_id not in self._members:
+            return TrainingSessionNotFoundError()
         refusal = refuse_device(self._states.get(statement.device_id))
         refusal = refusal or self._refuse_round(statement.base_version)
         if refusal is not None:

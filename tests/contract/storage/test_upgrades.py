@@ -9,7 +9,9 @@ from sqlalchemy import Engine, MetaData, insert, select
 
 from qflare_server.config import ServerConfig
 from qflare_server.storage import schema
+from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
+from qflare_server.storage.repository import membership
 
 FIRST: Final = "0001"
 AT: Final = datetime(2029, 5, 1, 12, 30, tzinfo=UTC)
@@ -237,3 +239,19 @@ def test_evaluations_from_before_are_unsigned(engine: Engine) -> None:
 
     names = ("statement", "statement_digest", "signature", "key_id", "weight")
     assert {name: row[name] for name in names} == dict.fromkeys(names)
+
+
+def test_sessions_and_devices_from_before_are_in_no_group(engine: Engine) -> None:
+    schema.upgrade(engine)
+    database = Database(engine)
+
+    with database.read() as session:
+        standing = membership.find_standing(session, SESSION, "enrolled")
+        other = membership.find_standing(session, SESSION, "program")
+        groups = membership.groups_of(session, ["enrolled", "program"])
+
+    assert standing is not None
+    assert other is not None
+    assert (standing.in_groups, standing.was_selected, other.was_selected) == (True, True, False)
+    assert (standing.device_type, standing.confirmed_at) == ("phone", None)
+    assert groups == {}

@@ -135,7 +135,8 @@ def test_heartbeat_answers_the_state_and_takes_the_profile(core: CoordinatorHarn
     beat = core.devices.heartbeat(SYSTEM, "device-0", Profile(device_type="phone"))
 
     assert (beat.state, beat.server_time) == ("suspended", START)
-    assert core.devices.get("device-0").device_type == "phone"
+    device = core.devices.get("device-0")
+    assert (device.device_type, device.reported_type) == ("", "phone")
 
 
 def test_heartbeat_without_a_profile_writes_nothing(core: CoordinatorHarness) -> None:

@@ -24,6 +24,7 @@ from qflare_server.errors import (
 from qflare_server.storage.tables import Device, DeviceKey, DeviceState, RiskLevel
 from qflare_server.use_cases.access.authentication import Principal
 from qflare_server.use_cases.access.failed_attempts import BURST, INTERVAL_S
+from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.use_cases.devices.enrollment import EnrollmentResult
 from tests.conftest import FakeClock
 from tests.support.identity import ADMIN, CALLER, Coordinator, SimulatedDevice, everything_stored
@@ -108,6 +109,24 @@ class TestEnrolling:
         device.enroll(coordinator, profile=profile.SerializeToString())
         row = coordinator.devices.get(device.device_id)
         assert (row.device_type, row.capabilities) == ("phone", {"ram_mib": 4096})
+
+    def test_the_receipt_says_what_selection_goes_by(self, coordinator: Coordinator) -> None:
+        profile = device_pb2.DeviceProfile(device_type="phone", capabilities={"ram_mib": 4096})
+        device = SimulatedDevice()
+        receipt = open_receipt(
+            coordinator, device.enroll(coordinator, profile=profile.SerializeToString())
+        )
+        assert receipt.profile.device_type == "phone"
+        assert dict(receipt.profile.capabilities) == {"ram_mib": 4096}
+
+    def test_the_token_puts_the_device_into_groups(self, coordinator: Coordinator) -> None:
+        issued = coordinator.tokens.issue_enrollment(ADMIN, groups=["ward-3", "a", "a"])[0]
+        device = SimulatedDevice()
+        device.enroll(coordinator, issued.secret)
+        groups = coordinator.devices.groups_of([device.device_id])
+        assert groups == {device.device_id: ["a", "ward-3"]}
+        (event,) = coordinator.events("device.registered")
+        assert event.details["groups"] == "a,ward-3"
 
     def test_a_profile_out_of_range_spends_no_token(self, coordinator: Coordinator) -> None:
         token = coordinator.enrollment_token()
@@ -336,6 +355,34 @@ class TestLosingKeys:
         device.enroll(coordinator, profile=profile)
         self.again(coordinator, device)
         assert coordinator.devices.get(device.device_id).device_type == "phone"
+
+    def test_the_receipt_repeats_what_the_device_said_before(
+        self, coordinator: Coordinator
+    ) -> None:
+        device = SimulatedDevice()
+        profile = device_pb2.DeviceProfile(device_type="phone").SerializeToString()
+        device.enroll(coordinator, profile=profile)
+        token = coordinator.enrollment_token(device.device_id)
+        receipt = open_receipt(coordinator, SimulatedDevice().enroll(coordinator, token))
+        assert receipt.profile.device_type == "phone"
+
+    def test_what_was_confirmed_stays(
+        self, coordinator: Coordinator, device: SimulatedDevice
+    ) -> None:
+        confirmed = Profile("phone", capabilities={"ram_mib": 512.0})
+        coordinator.devices.confirm_profile(ADMIN, device.device_id, confirmed, "")
+        boast = device_pb2.DeviceProfile(device_type="server", capabilities={"ram_mib": 1e6})
+        token = coordinator.enrollment_token(device.device_id)
+        enrolled = SimulatedDevice().enroll(coordinator, token, boast.SerializeToString())
+        row = coordinator.devices.get(device.device_id)
+        assert (row.device_type, row.capabilities) == ("phone", {"ram_mib": 512.0})
+        assert (row.reported_type, row.reported_capabilities) == ("server", {"ram_mib": 1e6})
+        assert open_receipt(coordinator, enrolled).profile.device_type == "phone"
+
+    def test_groups_stay(self, coordinator: Coordinator, device: SimulatedDevice) -> None:
+        coordinator.devices.set_groups(ADMIN, device.device_id, ["ward-3"], "")
+        self.again(coordinator, device)
+        assert coordinator.devices.groups_of([device.device_id]) == {device.device_id: ["ward-3"]}
 
 
 class TestRotating:

@@ -4,13 +4,16 @@ from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from sqlalchemy import update
 
 from qflare.v1 import training_pb2
+from qflare_server.errors import TrainingSessionNotFoundError
 from qflare_server.storage.repository import training_sessions
 from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.storage.tables import Device
 from qflare_server.use_cases.devices.administration import Profile
 from tests.conftest import FakeClock
-from tests.support.use_cases import CoordinatorHarness
+from tests.support.use_cases import CoordinatorHarness, vector
 
 ROUNDS = training_pb2.RoundPolicy(quorum=1, target=20, deadline=Duration(seconds=60))
 RAM = training_pb2.CapabilityFilter(capability="ram_mib", value=2048)
@@ -132,3 +135,73 @@ def test_extended_round_draws_further_devices(fleet: CoordinatorHarness, clock: 
 
     assert set(before) < set(after)
     assert fleet.round(identity).selected_count == len(after)
+
+
+def test_a_session_with_groups_asks_their_devices_alone(fleet: CoordinatorHarness) -> None:
+    for name in ("phone-1", "phone-2", "device-0"):
+        fleet.devices.set_groups(SYSTEM, name, ["ward-3"], "")
+    fleet.devices.set_groups(SYSTEM, "phone-3", ["ward-4"], "")
+
+    everybody = fleet.start(rounds=ROUNDS, groups=["ward-3"])
+    phones = fleet.start(
+        rounds=ROUNDS,
+        groups=["ward-3", "ward-4"],
+        selection=training_pb2.SelectionPolicy(device_types=["phone"]),
+    )
+    some = fleet.start(
+        rounds=ROUNDS,
+        groups=["ward-3"],
+        selection=training_pb2.SelectionPolicy(device_count=2, seed=7),
+    )
+
+    assert asked(fleet, everybody) == ["device-0", "phone-1", "phone-2"]
+    assert asked(fleet, phones) == ["phone-1", "phone-2", "phone-3"]
+    assert len(asked(fleet, some)) == 2
+    assert set(asked(fleet, some)) < {"device-0", "phone-1", "phone-2"}
+
+
+def test_who_joins_a_group_is_asked_at_once(fleet: CoordinatorHarness) -> None:
+    identity = fleet.start(rounds=ROUNDS, groups=["ward-3"])
+    assert asked(fleet, identity) == []
+
+    fleet.devices.set_groups(SYSTEM, "phone-1", ["ward-3"], "")
+
+    assert asked(fleet, identity) == ["phone-1"]
+
+
+def test_an_update_of_who_left_the_group_is_refused(fleet: CoordinatorHarness) -> None:
+    fleet.devices.set_groups(SYSTEM, "phone-1", ["ward-3"], "")
+    identity = fleet.start(rounds=ROUNDS, groups=["ward-3"])
+    draft = fleet.draft("phone-1", identity, vector(1.0))
+    fleet.devices.set_groups(SYSTEM, "phone-1", [], "")
+
+    with pytest.raises(TrainingSessionNotFoundError):
+        fleet.send(draft)
+
+
+def test_selection_may_ask_for_confirmed_devices(fleet: CoordinatorHarness) -> None:
+    with fleet.database.engine.begin() as connection:
+        connection.execute(
+            update(Device.__table__).where(Device.id != "phone-4").values(confirmed_at=None)
+        )
+
+    assert asked(fleet, start(fleet, confirmed_only=True)) == ["phone-4"]
+    assert asked(fleet, start(fleet, confirmed_only=True, device_types=["phone"])) == ["phone-4"]
+
+
+def test_who_was_never_drawn_is_not_asked_to_measure(fleet: CoordinatorHarness) -> None:
+    identity = fleet.start(
+        rounds=training_pb2.RoundPolicy(quorum=1),
+        total_rounds=1,
+        selection=training_pb2.SelectionPolicy(device_count=1, seed=7),
+        evaluation=training_pb2.EvaluationPolicy(every_rounds=1),
+    )
+    (drawn,) = asked(fleet, identity)
+    fleet.submit(drawn, identity)
+    fleet.settle()
+
+    names = [device.id for device in fleet.devices.list_active()]
+    measuring = [
+        name for name in names if fleet.tasks.next_task(name, identity).measurement is not None
+    ]
+    assert measuring == [drawn]

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from qflare.tensors import Array
 from qflare.v1 import verification_pb2
+from qflare.v1.device_pb2 import DeviceProfile
 from qflare_client import TrainingTask, run
 from qflare_client.admin.__main__ import main
 from qflare_server.use_cases.access.roles import Role
@@ -172,6 +173,35 @@ def test_devices_are_listed_suspended_and_reinstated(deployment: Any, shell: She
     assert identity in shell("device", "list", "--state", "suspended")
     assert "active" in shell("device", "reinstate", identity)
     assert "revoked" in shell("device", "revoke", identity)
+
+
+def test_devices_are_put_into_groups_and_confirmed(deployment: Any, shell: Shell) -> None:
+    client = deployment.device("a", device_type="phone", capabilities={"ram_mib": 512, "cores": 2})
+    identity = client.device_id
+    client.heartbeat(DeviceProfile(device_type="server", capabilities={"ram_mib": 4096}))
+
+    assert "trial,ward-3" in shell(
+        "device", "set-groups", identity, "--group", "ward-3", "--group", "trial"
+    )
+    assert identity in shell("device", "list", "--group", "trial")
+    shown = json.loads(
+        shell("device", "confirm", identity, "--capability", "ram_mib=1024", "--json")
+    )["device"]
+    assert shown["profile"]["device_type"] == "phone"
+    assert shown["profile"]["capabilities"] == {"ram_mib": 1024, "cores": 2}
+    assert shown["reported_type"] == "server"
+    shown = json.loads(shell("device", "confirm", identity, "--reported", "--json"))["device"]
+    assert shown["profile"]["device_type"] == "server"
+    assert shown["profile"]["capabilities"] == {"ram_mib": 4096}
+    shell("device", "set-groups", identity)
+    assert identity not in shell("device", "list", "--group", "trial")
+
+
+def test_tokens_and_training_sessions_are_for_groups(shell: Shell) -> None:
+    issued = json.loads(shell("token", "issue", "--group", "ward-3", "--json"))
+    assert issued["tokens"][0]["token"]["groups"] == ["ward-3"]
+    session = shell("session", "create", "--name", "x", "--group", "b", "--group", "a").strip()
+    assert "a,b" in shell("session", "show", session)
 
 
 def test_a_long_list_is_put_together_from_pages(deployment: Any, shell: Shell) -> None:

@@ -91,8 +91,16 @@ def test_running_training_sessions_show_their_privacy_budget(deploy: Deploy) -> 
         rounds={"quorum": 1},
         privacy={"noise_multiplier": 1.0, "clip_norm": 1.0, "epsilon_budget": 8.0, "delta": 1e-5},
     )
-    labels = {"training_session_id": session_id, "name": "test"}
-    assert value(scrape(deployment), "qflare_privacy_epsilon_budget", **labels) == 8.0
+    samples = scrape(deployment)
+    assert value(samples, "qflare_privacy_epsilon_budget", name="test") == 8.0
+    assert session_id not in str(samples)  # whoever scrapes needs no credential
+
+
+def test_training_sessions_of_one_name_have_one_sample(deploy: Deploy) -> None:
+    deployment = deploy(metrics_listen="127.0.0.1:0")
+    for _ in range(2):
+        deployment.session(rounds={"quorum": 1})
+    assert value(scrape(deployment), "qflare_training_session_round", name="test") == 1
 
 
 def test_names_that_callers_make_up_make_no_labels(trained: Any) -> None:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from qflare.crypto import merkle
 from qflare.v1 import security_pb2
+from qflare.v1.device_pb2 import DeviceProfile
 from qflare_server.context import Context
 from qflare_server.storage.repository.audit import SYSTEM, Caller, Event, record
 from qflare_server.storage.tables import (
@@ -20,6 +22,7 @@ from qflare_server.storage.tables import (
     AuditLog,
     AuditNode,
     Device,
+    DeviceGroup,
     DeviceKey,
     Evaluation,
     GlobalModel,
@@ -27,9 +30,11 @@ from qflare_server.storage.tables import (
     Payload,
     Round,
     TrainingSession,
+    TrainingSessionGroup,
     TrustDocument,
 )
 from qflare_server.use_cases.audit import witness
+from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.verification import (
     DatabaseReport,
     Finding,
@@ -45,6 +50,8 @@ HEADS = AuditHead.__table__
 DEVICES = Device.__table__
 KEYS = DeviceKey.__table__
 EVALUATIONS = Evaluation.__table__
+DEVICE_GROUPS = DeviceGroup.__table__
+SESSION_GROUPS = TrainingSessionGroup.__table__
 MODELS = GlobalModel.__table__
 UPDATES = ModelUpdate.__table__
 PAYLOADS = Payload.__table__
@@ -528,6 +535,49 @@ def test_a_device_cannot_be_given_a_key_that_it_never_had(
         assert kinds(verify(trained, context)) == {"device"}
     with edited(context, DEVICES, DEVICES.c.id == row["id"], {names[0]: "ab" * 32}):
         assert kinds(verify(trained, context)) == {"device"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"device_type": "server"},
+        {"capabilities": {"ram_mib": 1e6}},
+        {"device_type": "server", "confirmed_at": datetime(2030, 1, 1, tzinfo=UTC)},
+    ],
+    ids=str,
+)
+def test_a_device_that_is_made_another_is_found(
+    trained: Trained, context: Context, values: dict[str, Any]
+) -> None:
+    with edited(context, DEVICES, DEVICES.c.id != "", values):
+        assert kinds(verify(trained, context)) == {"device"}
+
+
+def test_a_group_that_nobody_gave_is_found(trained: Trained, context: Context) -> None:
+    device_id = trained.devices[0].device_id
+    with added(context, DEVICE_GROUPS, {"device_id": device_id, "group_name": "ward-3"}):
+        assert kinds(verify(trained, context)) == {"device"}
+    row = {"training_session_id": trained.session_id, "group_name": "ward-3"}
+    with added(context, SESSION_GROUPS, row):
+        assert kinds(verify(trained, context)) == {"round"}
+
+
+def test_what_an_administrator_changed_is_no_finding(trained: Trained, context: Context) -> None:
+    devices = trained.deployment.coordinator.use_cases.devices
+    device_id = trained.devices[0].device_id
+    profile = Profile("server", capabilities={"ram_mib": 4096.0})
+    devices.set_groups(Caller(), device_id, ["ward-3", "a"], "")
+    devices.confirm_profile(Caller(), device_id, profile, "")
+    trained.devices[0].heartbeat(DeviceProfile(device_type="phone"))
+    try:
+        assert verify(trained, context).findings == ()
+        with deleted(context, DEVICE_GROUPS, DEVICE_GROUPS.c.group_name == "a"):
+            assert kinds(verify(trained, context)) == {"device"}
+        with edited(context, DEVICES, DEVICES.c.id == device_id, {"device_type": "phone"}):
+            assert kinds(verify(trained, context)) == {"device"}
+    finally:
+        devices.set_groups(Caller(), device_id, [], "")
+        devices.confirm_profile(Caller(), device_id, Profile(), "")
 
 
 @pytest.mark.parametrize("column", ["digest", "chunk_digests", "size_bytes"])

@@ -1,6 +1,6 @@
 """Devices and tokens as messages."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from qflare.v1 import admin_service_pb2, device_pb2, training_pb2
 from qflare_server.serving.rpc.encoding.values import _numbers, _texts, state_name, timestamp
@@ -8,8 +8,8 @@ from qflare_server.storage.records import Device, UserToken
 from qflare_server.use_cases.access.tokens import IssuedToken
 
 
-def device(row: Device) -> device_pb2.Device:
-    """Encode a device."""
+def device(row: Device, groups: Sequence[str] = ()) -> device_pb2.Device:
+    """Encode a device that is in groups."""
     message = device_pb2.Device(
         device_id=row.id,
         state=device_state(row.state),
@@ -19,6 +19,13 @@ def device(row: Device) -> device_pb2.Device:
         key_rotation_count=row.key_rotation_count,
         register_time=timestamp(row.registered_at),
         last_seen_time=timestamp(row.last_seen_at),
+        groups=groups,
+        reported_type=row.device_type if row.reported_type is None else row.reported_type,
+        confirm_time=timestamp(row.confirmed_at),
+    )
+    reported = row.reported_capabilities
+    message.reported_capabilities.update(
+        _numbers(row.capabilities if reported is None else reported)
     )
     profile = (
         message.profile
@@ -47,6 +54,7 @@ def token(row: UserToken) -> admin_service_pb2.Token:
         last_use_time=timestamp(row.last_used_at),
         revoke_time=timestamp(row.revoked_at),
         revoke_reason=row.revoked_reason,
+        groups=row.device_groups or (),
     )
 
 

@@ -1,0 +1,81 @@
+"""Object-level authorization at the gRPC boundary: an interceptor around every method of both services.
+
+It stands inside `interceptor.CallInterceptor`, which has admitted the caller by its role, and inside the check of
+proofs of possession. `use_cases.access.objects` decides from the first message of the call what the caller may reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, Final
+
+import grpc
+
+from qflare_server.serving.rpc.call import current_call
+from qflare_server.serving.rpc.route import Audience, audience_of
+from qflare_server.use_cases.access.objects import ObjectAccess
+
+_BEHAVIORS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+_FOREIGN: Final = (Audience.HEALTH, Audience.REFLECTION)
+Check = Callable[[Any], None]
+
+
+class ObjectAccessInterceptor(grpc.ServerInterceptor):
+    """Checks what every call is for.
+
+    Args:
+        objects: Decides.
+    """
+
+    def __init__(self, objects: ObjectAccess) -> None:
+        self._objects = objects
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wrap the handler of one of our methods."""
+        found = continuation(handler_call_details)
+        method = handler_call_details.method
+        if found is None or audience_of(method) in _FOREIGN:
+            return found
+        handler: Any = found  # grpc makes it a named tuple, whatever its stub says
+
+        def check(first_message: Any) -> None:
+            self._objects.check(current_call().principal, method, first_message)
+
+        wrap = _checked_stream if handler.request_streaming else _checked
+        changes = {
+            name: wrap(getattr(handler, name), check)
+            for name in _BEHAVIORS
+            if getattr(handler, name) is not None
+        }
+        wrapped: grpc.RpcMethodHandler[Any, Any] = handler._replace(**changes)
+        return wrapped
+
+
+def _checked(
+    behavior: Callable[..., Any], check: Check
+) -> Callable[[Any, grpc.ServicerContext], Any]:
+    def call(request: Any, context: grpc.ServicerContext) -> Any:
+        check(request)
+        return behavior(request, context)
+
+    return call
+
+
+def _checked_stream(
+    behavior: Callable[..., Any], check: Check
+) -> Callable[[Iterator[Any], grpc.ServicerContext], Any]:
+    """Return a behavior that checks the first message; a stream without one is for the behavior to refuse."""
+
+    def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        first = next(requests, None)
+        if first is None:
+            return behavior(iter(()), context)
+        check(first)
+        return behavior(chain((first,), requests), context)
+
+    return call

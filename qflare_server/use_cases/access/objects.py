@@ -1,0 +1,242 @@
+"""Which training sessions, versions and updates a caller may reach: one rule for each method, checked in one place.
+
+Roles say who may call a method (`access.roles`), this says for what. The boundary checks every call with its first
+message, before the method runs; a method without a rule cannot be called. Administrators reach everything that their
+role lets them call.
+
+A device reaches the training sessions that it takes part in: those that are open to all devices or to one of its
+groups, and that ask for nothing that it is not (`training.selection`). It sees versions from the start on, and those
+that are not released only where the session draws no devices for its rounds, or has drawn this one. Of updates it
+reaches its own. What it may not reach is answered like what does not exist.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from google.protobuf.message import DecodeError
+
+from qflare.crypto.signing import MAX_MESSAGE_BYTES
+from qflare.v1 import security_pb2
+from qflare_server.context import Context
+from qflare_server.errors import (
+    GlobalModelNotFoundError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    TrainingSessionNotFoundError,
+    UpdateNotFoundError,
+)
+from qflare_server.storage.epochs import Epochs
+from qflare_server.storage.repository import global_models, updates
+from qflare_server.training.selection import Relation, find_relation
+from qflare_server.use_cases.access.authentication import Principal
+
+MAX_REMEMBERED: Final = 50_000
+
+
+class ObjectAccess:
+    """Checks calls of devices against the rules; safe to share between threads.
+
+    What was looked up is remembered for as long as nothing about who may call, and about rounds, has changed.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._known: dict[tuple[str, str], tuple[Epochs, Relation | None]] = {}
+
+    def check(self, principal: Principal, method: str, message: Any) -> None:
+        """Refuse a call for something that its caller may not reach.
+
+        Args:
+            principal: Who calls.
+            method: Full name of the method.
+            message: First message of the call.
+
+        Raises:
+            PermissionDeniedError: No rule says what the method is for.
+            NotFoundError: Or one of its kind: the caller may not reach what the message names, or it is not there.
+        """
+        rule = RULES.get(method)
+        if rule is None:
+            raise PermissionDeniedError("no rule says what this method is for")
+        if principal.device_id is not None:
+            rule(self, principal.device_id, message)
+
+    def require_relation(self, device_id: str, training_session_id: str) -> Relation:
+        """Return how a device stands to a training session.
+
+        Raises:
+            TrainingSessionNotFoundError: It takes no part in it, or there is none.
+        """
+        relation = self._relation(device_id, training_session_id)
+        if relation is None:
+            raise TrainingSessionNotFoundError
+        return relation
+
+    def require_own_update(self, device_id: str, update_id: str) -> None:
+        """Check that an accepted update is of a device.
+
+        Raises:
+            UpdateNotFoundError: It is not, or there is none.
+        """
+        with self._context.database.read() as session:
+            known = updates.find_accepted(session, update_id)
+        if known is None or known.device_id != device_id:
+            raise UpdateNotFoundError
+
+    def is_released(self, training_session_id: str, version: int) -> bool:
+        """Return whether a version is released, which it stays."""
+        with self._context.database.read() as session:
+            model = global_models.get_model(session, training_session_id, version)
+            return model is not None and model.released
+
+    def _relation(self, device_id: str, training_session_id: str) -> Relation | None:
+        key = (device_id, training_session_id)
+        epochs = self._context.database.epochs()
+        known = self._known.get(key)
+        if known is not None and known[0] == epochs:
+            return known[1]
+        with self._context.database.read() as session:
+            relation = find_relation(session, training_session_id, device_id)
+        if len(self._known) >= MAX_REMEMBERED:
+            self._known.clear()
+        if relation is not None:  # ids that callers make up are not worth remembering
+            self._known[key] = (epochs, relation)
+        return relation
+
+
+Rule = Callable[[ObjectAccess, str, Any], None]
+"""Refuses a device's call for what its first message names."""
+
+
+def names_nothing(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
+    """Let every device that may call the method: it names no training session, version, update or other device."""
+
+
+def own_only(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
+    """Let every device that may call the method: it reaches the calling device's own keys, profile or uploads alone."""
+
+
+def administrators_only(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
+    """Let no device: administrators reach what their role lets them."""
+    raise PermissionDeniedError("the method is for administrators")
+
+
+def any_or_own_session(access: ObjectAccess, device_id: str, message: Any) -> None:
+    """Let a device that takes part in the training session, if the message names one; the method picks from its own."""
+    if message.training_session_id:
+        access.require_relation(device_id, message.training_session_id)
+
+
+def signed_session(statement: type[Any], payload_of: Callable[[Any], bytes]) -> Rule:
+    """Return the rule that a device takes part in the training session that its signed statement names."""
+
+    def rule(access: ObjectAccess, device_id: str, message: Any) -> None:
+        access.require_relation(device_id, _session_of(statement, payload_of(message)))
+
+    return rule
+
+
+def _session_of(statement: type[Any], payload: bytes) -> str:
+    """Return the training session that a statement names.
+
+    Raises:
+        InvalidRequestError: It cannot be read.
+    """
+    if not 0 < len(payload) <= MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(
+            f"statement: got {len(payload)} bytes, want 1 to {MAX_MESSAGE_BYTES}", field="statement"
+        )
+    try:
+        return str(statement.FromString(payload).training_session_id)
+    except DecodeError as error:
+        raise InvalidRequestError(
+            f"statement: not one of {statement.DESCRIPTOR.name}", field="statement"
+        ) from error
+
+
+def visible_version(access: ObjectAccess, device_id: str, message: Any) -> None:
+    """Let a device that takes part in the training session and may see the version that it asks for."""
+    session_id = message.training_session_id
+    relation = access.require_relation(device_id, session_id)
+    if not relation.is_started:
+        raise GlobalModelNotFoundError("no version is handed out before the start")
+    if relation.is_drawn or (message.released and not message.HasField("version")):
+        return
+    if not (message.HasField("version") and access.is_released(session_id, message.version)):
+        raise GlobalModelNotFoundError("no such version that is released")
+
+
+def started_session(access: ObjectAccess, device_id: str, message: Any) -> None:
+    """Let a device that takes part in the training session, once it has started."""
+    if not access.require_relation(device_id, message.training_session_id).is_started:
+        raise GlobalModelNotFoundError("no version is handed out before the start")
+
+
+def own_update(access: ObjectAccess, device_id: str, message: Any) -> None:
+    """Let the device whose update the message names."""
+    access.require_own_update(device_id, message.update_id)
+
+
+_COORDINATOR: Final = "/qflare.v1.CoordinatorService/"
+_ADMIN: Final = "/qflare.v1.AdminService/"
+_ADMINISTRATIVE: Final = (
+    "CreateTrainingSession",
+    "UploadInitialModel",
+    "StartTrainingSession",
+    "PauseTrainingSession",
+    "ResumeTrainingSession",
+    "CancelTrainingSession",
+    "GetTrainingSession",
+    "ListTrainingSessions",
+    "WatchTrainingSession",
+    "ListRounds",
+    "ListGlobalModels",
+    "DescribeGlobalModel",
+    "ListMetrics",
+    "RollbackGlobalModel",
+    "ReleaseGlobalModel",
+    "DownloadGlobalModel",
+    "ListUpdates",
+    "GetAggregationStatus",
+    "GetDevice",
+    "ListDevices",
+    "SuspendDevice",
+    "ReinstateDevice",
+    "RevokeDevice",
+    "SetDeviceGroups",
+    "ConfirmDeviceProfile",
+    "IssueEnrollmentTokens",
+    "IssueAdminToken",
+    "ListTokens",
+    "RevokeToken",
+    "ListAuditEntries",
+    "ExportAuditEntries",
+    "GetCoordinatorStatus",
+    "GetAuditProof",
+    "ExportVerificationBundle",
+)
+
+RULES: Final[dict[str, Rule]] = {
+    _COORDINATOR + "GetKeyset": names_nothing,
+    _COORDINATOR + "BeginRegistration": names_nothing,
+    _COORDINATOR + "Register": names_nothing,
+    _COORDINATOR + "BeginAuthentication": names_nothing,
+    _COORDINATOR + "Authenticate": names_nothing,
+    _COORDINATOR + "RefreshToken": names_nothing,
+    _COORDINATOR + "RotateKeys": own_only,
+    _COORDINATOR + "GetTask": any_or_own_session,
+    _COORDINATOR + "GetGlobalModel": visible_version,
+    _COORDINATOR + "SubmitUpdate": signed_session(
+        security_pb2.UpdateStatement, lambda message: message.header.statement.payload
+    ),
+    _COORDINATOR + "GetUpload": own_only,
+    _COORDINATOR + "ReportEvaluation": signed_session(
+        security_pb2.EvaluationStatement, lambda message: message.statement.payload
+    ),
+    _COORDINATOR + "Heartbeat": own_only,
+    _COORDINATOR + "GetLineage": started_session,
+    _COORDINATOR + "GetContributionProof": own_update,
+    _COORDINATOR + "GetAuditHead": names_nothing,
+    **{_ADMIN + name: administrators_only for name in _ADMINISTRATIVE},
+}
+"""What each method of both services is for."""
