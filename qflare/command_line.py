@@ -11,7 +11,9 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
+
+from qflare.terminal import complain, printable, printable_lines
 
 WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130
@@ -19,7 +21,10 @@ _PR_SET_DUMPABLE: Final = 4  # sys/prctl.h of Linux
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser that reports wrong usage as a cause and a remedy."""
+    """A parser that reports wrong usage as a cause and a remedy, and prints only printable characters."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable_lines(message), file)
 
     def error(self, message: str) -> NoReturn:
         """Print the usage, report what is wrong and exit with code 2."""
@@ -29,9 +34,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def failure_text(program: str, cause: str, remedy: str) -> str:
     """Return the lines that report a failure: one for each line of the cause, one for the remedy."""
-    causes = [line.strip() for line in cause.splitlines() if line.strip()] or ["failed"]
+    causes = [printable(line.strip()) for line in cause.splitlines() if line.strip()] or ["failed"]
     lines = [f"{program}: {line}\n" for line in causes]
-    return "".join([*lines, f"try: {' '.join(remedy.split())}\n"])
+    return "".join([*lines, f"try: {printable(' '.join(remedy.split()))}\n"])
+
+
+def report_failure(program: str, cause: str, remedy: str) -> None:
+    """Write the lines that report a failure to standard error."""
+    complain(failure_text(program, cause, remedy).removesuffix("\n"))
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:

@@ -34,6 +34,7 @@ from qflare.crypto.signing import (
     algorithm_names,
 )
 from qflare.files import private_opener
+from qflare.terminal import LogFormatter, say, show_uncaught
 from qflare_client.access.enrollment import enroll, read_bundle
 from qflare_client.client import Client
 from qflare_client.failures import report
@@ -72,8 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         protect_process()
+    sys.excepthook = show_uncaught
     options = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(logging.BASIC_FORMAT))
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, handlers=[handler]
+    )
     try:
         options.command(options)
     except KeyboardInterrupt:
@@ -268,14 +274,14 @@ def _enroll(options: argparse.Namespace) -> None:
         algorithm=options.algorithm,
         server_algorithms=options.server_algorithm or ONLINE_ALGORITHMS,
     )
-    sys.stdout.write(f"enrolled as {facts.device_id} in realm {facts.realm}\n")
+    say(f"enrolled as {facts.device_id} in realm {facts.realm}")
 
 
 def _rotate(options: argparse.Namespace) -> None:
     with _client(options) as client:
         count = client.rotate_keys(options.algorithm)
     algorithm = read_facts(options.home)["signature_algorithm"]
-    sys.stdout.write(f"rotated to keys number {count}, {algorithm}\n")
+    say(f"rotated to keys number {count}, {algorithm}")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -295,13 +301,13 @@ def _run(options: argparse.Namespace) -> None:
             stop=stop,
             patience_s=options.patience,
         )
-    sys.stdout.write(_summary(summary))
+    say(_summary(summary))
 
 
 def _summary(summary: RunSummary) -> str:
     return (
         f"{summary.update_count} updates accepted, {summary.late_count} too late, "
-        f"{summary.evaluation_count} evaluations, last version {summary.last_version}\n"
+        f"{summary.evaluation_count} evaluations, last version {summary.last_version}"
     )
 
 
@@ -316,7 +322,7 @@ def _status(options: argparse.Namespace) -> None:
             "device_state": heartbeat.device_state,
             "server_time": heartbeat.server_time.isoformat(),
         }
-    sys.stdout.write(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    say(json.dumps(facts, indent=2, sort_keys=True))
 
 
 def _evidence(options: argparse.Namespace) -> None:
@@ -324,13 +330,13 @@ def _evidence(options: argparse.Namespace) -> None:
         evidence = client.evidence(options.training_session)
     with open(options.output, "w", opener=private_opener) as file:  # Path.open has no opener
         file.write(evidence.to_json())
-    sys.stdout.write(f"{options.output}: {len(evidence.statements)} versions\n")
+    say(f"{options.output}: {len(evidence.statements)} versions")
 
 
 def _init(options: argparse.Namespace) -> None:
     for path in create_project(options.project):
-        sys.stdout.write(f"wrote {path}\n")
-    sys.stdout.write(f"read {options.project / 'README.md'} for the next steps\n")
+        say(f"wrote {path}")
+    say(f"read {options.project / 'README.md'} for the next steps")
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -345,7 +351,8 @@ def _verify(options: argparse.Namespace) -> None:
         reference_time=options.at or datetime.now(UTC),
         model=options.model,
     )
-    sys.stdout.write("".join(f"verified: {sentence}\n" for sentence in shown))
+    for sentence in shown:
+        say(f"verified: {sentence}")
 
 
 def _client(options: argparse.Namespace) -> Client:

@@ -2,10 +2,9 @@
 
 import errno
 import logging
-import sys
 from typing import Final
 
-from qflare.command_line import failure_text
+from qflare.command_line import report_failure
 from qflare_client import errors
 
 logger = logging.getLogger(__name__)
@@ -15,6 +14,7 @@ _TELL: Final = "tell the administrator, and do not use what was received"
 _REMEDIES: Final[dict[type[Exception], str]] = {
     errors.BusyError: "the same command later",
     errors.CoordinatorFaultError: "tell the administrator the request id; its log has the reason",
+    errors.TlsError: "certificates that fit: --ca-file, --certificate-file and --key-file, and the address",
     errors.UnavailableError: "check address, port and TLS files, and that the coordinator runs",
     errors.InvalidEnrollmentTokenError: "ask the administrator for a new bundle",
     errors.AuthenticationError: "a valid token (qflare-admin), or enroll again with a new bundle (qflare-client)",
@@ -26,12 +26,15 @@ _REMEDIES: Final[dict[type[Exception], str]] = {
     errors.InvalidRequestError: _HELP,
     errors.DuplicateUpdateError: "another name or id, or leave what exists as it is",
     errors.FailedPreconditionError: "look at its state with the show command, then repeat",
+    errors.ProxyRefusedError: "a higher limit of the proxy (nginx: client_max_body_size 0)",
     errors.RejectedError: _HELP,
     errors.VerificationError: _TELL,
     errors.NotEnrolledError: "qflare-client enroll BUNDLE --home FOLDER, or the right --home",
     errors.KeyStoreLockedError: "end the other process, or use another --home",
     errors.WrongPassphraseError: "the right --passphrase-file",
     errors.KeyStoreError: "check owner and mode of the folder in --home (0700) and of its files (0600)",
+    errors.ForkedError: "open the client in the process that uses it",
+    errors.PrivacyError: "wait for the next round, or decide on a larger budget",
     errors.UnsupportedTaskError: "upgrade the SDK on this device",
     errors.TrainingFunctionError: "mend the function; it returns arrays by name, a count and metrics",
     errors.QflareClientError: _HELP,
@@ -65,7 +68,7 @@ def report(program: str, error: Exception) -> None:
         )
     else:
         logger.debug("the command failed", exc_info=error)
-    sys.stderr.write(failure_text(program, *explained))
+    report_failure(program, *explained)
 
 
 def explain(error: Exception) -> tuple[str, str] | None:

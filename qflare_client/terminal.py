@@ -5,6 +5,8 @@ import sys
 import time
 from typing import TextIO
 
+from qflare.terminal import printable
+
 _WIDTH = 30
 _REDRAW_S = 0.1
 _MIB = 2**20
@@ -42,4 +44,4 @@ def bar(what: str, done_bytes: int, total_bytes: int) -> str:
     """Return one line that shows how far a transfer is; `total_bytes` is above 0."""
     full = _WIDTH * done_bytes // total_bytes
     head = ("=" * full + ">" * (full < _WIDTH)).ljust(_WIDTH)
-    return f"{what:<9} [{head}] {done_bytes / _MIB:.1f} / {total_bytes / _MIB:.1f} MiB"
+    return f"{printable(what):<9} [{head}] {done_bytes / _MIB:.1f} / {total_bytes / _MIB:.1f} MiB"

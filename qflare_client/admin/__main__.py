@@ -13,6 +13,7 @@ from typing import Final
 
 import qflare
 from qflare.command_line import INTERRUPTED, WRONG_USAGE, ArgumentParser, protect_process, seconds
+from qflare.terminal import show_uncaught
 from qflare_client.admin import (
     audit,
     devices,
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         protect_process()
+    sys.excepthook = show_uncaught
     options = parser().parse_args(arguments)
     try:
         _run(options)

@@ -6,6 +6,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from qflare.terminal import say
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.output import Column, facts, note, print_json, table
 
@@ -58,7 +59,7 @@ def show(
     if options.json:
         print_json(answer)
     else:
-        print(facts(shown, columns))
+        say(facts(shown, columns))
 
 
 def show_list(options: argparse.Namespace, answer: Any, field: str, columns: list[Column]) -> None:
@@ -66,6 +67,6 @@ def show_list(options: argparse.Namespace, answer: Any, field: str, columns: lis
     if options.json:
         print_json(answer)
         return
-    print(table(getattr(answer, field), columns))
+    say(table(getattr(answer, field), columns))
     if answer.next_page_token:
         note("there are more: raise --limit")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qflare.command_line import whole
+from qflare.terminal import say
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.arguments import add_command, add_limit, add_topic, choice, show, show_list
 from qflare_client.admin.connection import Admin
@@ -110,6 +111,6 @@ def run_export(admin: Admin, options: argparse.Namespace) -> None:
             file = stack.enter_context(os.fdopen(os.open(options.output, flags, 0o600), "w"))
         for batch in admin.receive("ExportAuditEntries", request):
             for entry in batch.entries:
-                print(json.dumps(as_json(entry)), file=file)
+                say(json.dumps(as_json(entry)), stream=file)
                 count += 1
     note(f"exported {count} entries")

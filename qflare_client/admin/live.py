@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Final, TextIO
 
 from qflare.command_line import seconds as bounded_seconds
+from qflare.terminal import printable, say
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client.admin.arguments import add_command
@@ -92,10 +93,10 @@ class Screen:
 
     def show(self, event: Any) -> None:
         """Show an event."""
-        line = self._line(event)
+        line = printable(self._line(event))
         if line:
             self._wipe()
-            self._stream.write(f"{line}\n")
+            say(line, stream=self._stream)
         if self._live and event.HasField("round"):
             columns = shutil.get_terminal_size().columns
             self._draw(bar(event.training_session, event.round, columns))
@@ -153,7 +154,7 @@ def bar(session: Any, current: Any, columns: int = 120) -> str:
         after += f"  best accuracy {session.best_accuracy:.4f}"
     width = max(LEAST_BAR_WIDTH, min(BAR_WIDTH, columns - 1 - len(before) - len(after)))
     filled = min(width, width * current.accepted_count // target)
-    line = f"{before}{'#' * filled}{'.' * (width - filled)}{after}"
+    line = printable(f"{before}{'#' * filled}{'.' * (width - filled)}{after}")
     return line[: columns - 1]
 
 

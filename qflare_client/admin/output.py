@@ -1,7 +1,6 @@
 """What a person or a program gets to see of an answer: aligned tables, or proto JSON."""
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias
@@ -10,6 +9,8 @@ from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+
+from qflare.terminal import complain, printable, say
 
 NONE: Final = "-"
 Column: TypeAlias = tuple[str, Callable[[Any], object]]
@@ -28,12 +29,12 @@ def as_json(message: Message) -> dict[str, Any]:
 
 def print_json(message: Message) -> None:
     """Print a message as JSON over several lines."""
-    print(json.dumps(as_json(message), indent=2))
+    say(json.dumps(as_json(message), indent=2))
 
 
 def print_json_line(message: Message) -> None:
     """Print a message as JSON in one line."""
-    print(json.dumps(as_json(message)), flush=True)
+    say(json.dumps(as_json(message)), flush=True)
 
 
 def word(message: Message, field: str) -> str:
@@ -122,12 +123,12 @@ def _cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return " ".join(str(value).split())
+    return printable(" ".join(str(value).split()))
 
 
 def note(text: str) -> None:
     """Tell a person something beside the answer."""
-    sys.stderr.write(f"{text}\n")
+    complain(text)
 
 
 def parse_moment(text: str) -> Timestamp:

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from qflare.terminal import say
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.arguments import add_command
 from qflare_client.admin.connection import Admin
@@ -75,6 +76,6 @@ def run_status(admin: Admin, options: argparse.Namespace) -> None:
     if options.json:
         print_json(answer)
         return
-    print(facts(answer, STATUS))
-    print()
-    print(table(answer.replicas, REPLICA))
+    say(facts(answer, STATUS))
+    say()
+    say(table(answer.replicas, REPLICA))

@@ -8,6 +8,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from qflare.command_line import seconds, whole
+from qflare.terminal import say
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client.admin.arguments import (
@@ -167,7 +168,7 @@ def run_create(admin: Admin, options: argparse.Namespace) -> None:
     if options.json:
         show(options, answer, answer.training_session, SESSION_FACTS)
     else:
-        print(answer.training_session.training_session_id)
+        say(answer.training_session.training_session_id)
 
 
 def _config(options: argparse.Namespace) -> training_pb2.TrainingConfig:

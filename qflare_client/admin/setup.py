@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qflare.terminal import say
 from qflare_client.admin.arguments import add_topic
 from qflare_client.admin.extras import require
 from qflare_client.admin.output import Column, facts, note
@@ -79,9 +80,9 @@ def run_set(options: argparse.Namespace) -> None:
 
 def run_show(_options: argparse.Namespace) -> None:
     """Show the profile."""
-    print(facts(read_profile(profile_path(os.environ)), PROFILE))
+    say(facts(read_profile(profile_path(os.environ)), PROFILE))
 
 
 def run_completion(options: argparse.Namespace, root: argparse.ArgumentParser) -> None:
     """Print a completion script."""
-    print(require("shtab", "admin").complete(root, options.shell))
+    print(require("shtab", "admin").complete(root, options.shell))  # noqa: T201  # a script has tabs

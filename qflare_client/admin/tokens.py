@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from qflare.command_line import seconds, whole
 from qflare.files import make_private_folder
+from qflare.terminal import say
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.access.enrollment import read_bundle
 from qflare_client.admin.arguments import (
@@ -107,7 +108,7 @@ def hand_over(
     elif options.json:
         print_json(answer)
     else:
-        print("\n".join(item.secret for item in issued))
+        say("\n".join(item.secret for item in issued))
 
 
 def check_bundle(options: argparse.Namespace) -> None:

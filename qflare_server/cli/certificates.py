@@ -31,6 +31,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from qflare.command_line import whole
 from qflare.files import make_private_folder
+from qflare.terminal import say
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.context import utc_now
 from qflare_server.keys.secret_files import read_secret, write_secret
@@ -148,10 +149,10 @@ def run_make(_config: ServerConfig, arguments: argparse.Namespace) -> int:
     issue(authority, folder, SERVER, hosts, ExtendedKeyUsageOID.SERVER_AUTH, at, lifetime)
     for name in arguments.client:
         issue(authority, folder, name, (), ExtendedKeyUsageOID.CLIENT_AUTH, at, lifetime)
-    print(f"wrote certificates for {', '.join(hosts)} to {folder}")
-    print(f"  QFLARE_TLS_CERTIFICATE_FILE={folder.absolute() / SERVER}.pem")
-    print(f"  QFLARE_TLS_KEY_FILE={folder.absolute() / SERVER}.key")
-    print(f"  devices trust       {folder.absolute() / AUTHORITY}.pem")
+    say(f"wrote certificates for {', '.join(hosts)} to {folder}")
+    say(f"  QFLARE_TLS_CERTIFICATE_FILE={folder.absolute() / SERVER}.pem")
+    say(f"  QFLARE_TLS_KEY_FILE={folder.absolute() / SERVER}.key")
+    say(f"  devices trust       {folder.absolute() / AUTHORITY}.pem")
     return 0
 
 

@@ -1,7 +1,6 @@
 """`health`: asks a coordinator whether it serves. Imports little, since probes run it every few seconds."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import grpc
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from qflare.command_line import failure_text, seconds
+from qflare.command_line import report_failure, seconds
+from qflare.terminal import say
 from qflare_server.config import ServerConfig
 
 
@@ -45,10 +45,10 @@ def run_health(config: ServerConfig, arguments: argparse.Namespace) -> int:
         except grpc.RpcError as error:
             cause = f"not serving: {error.code().name}"
             remedy = "the address and certificates of the coordinator, and its log"
-            sys.stderr.write(failure_text("qflare-server health", cause, remedy))
+            report_failure("qflare-server health", cause, remedy)
             return 1
     name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    print(name)
+    say(name)
     return 0 if name == "SERVING" else 1
 
 

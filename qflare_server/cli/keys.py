@@ -10,6 +10,7 @@ from typing import Any, Final
 from qflare.command_line import whole
 from qflare.crypto.signing import algorithm_named
 from qflare.files import make_private_folder
+from qflare.terminal import say
 from qflare_server.cli import offline_root
 from qflare_server.cli.certificates import read_authorities
 from qflare_server.config import ONLINE_ALGORITHMS, ROOT_ALGORITHMS, ServerConfig
@@ -204,7 +205,7 @@ def run_init(config: ServerConfig, arguments: argparse.Namespace) -> int:
         place = replace(KeyFolder.from_config(config), root_passphrase_files=tuple(passphrases))
         place.root_places(count)  # refuses passphrases that do not fit before anything is made
     notes = ensure_initialised(config, options, place)
-    print("\n".join(notes) or f"{config.data_dir} is set up already")
+    say("\n".join(notes) or f"{config.data_dir} is set up already")
     return 0
 
 
@@ -222,9 +223,9 @@ def run_rotate(config: ServerConfig, arguments: argparse.Namespace) -> int:
             trust = rotate_online(folder, database, utc_now(), without=without, algorithm=algorithm)
     finally:
         database.close()
-    print(f"keyset version {trust.keyset.version}")
+    say(f"keyset version {trust.keyset.version}")
     if arguments.stolen:
-        print("copy the key file to every replica and start each of them again")
+        say("copy the key file to every replica and start each of them again")
     return 0
 
 
@@ -246,7 +247,7 @@ def run_rotate_root(config: ServerConfig, arguments: argparse.Namespace) -> int:
         trust = rotate_root(folder, database, utc_now(), options)
     finally:
         database.close()
-    print("root key ids:", *trust.root_key_ids())
+    say("root key ids:", *trust.root_key_ids())
     return 0
 
 
@@ -258,5 +259,5 @@ def run_bundle(config: ServerConfig, arguments: argparse.Namespace) -> int:
             parts.keys.trust, arguments.address, certificate_authorities=certificates
         )
         write_bootstrap(arguments.output, bundle)
-    print(f"wrote {arguments.output}")
+    say(f"wrote {arguments.output}")
     return 0

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Final
 
 import qflare
-from qflare.command_line import INTERRUPTED, ArgumentParser, failure_text, protect_process
+from qflare.command_line import (
+    INTERRUPTED,
+    ArgumentParser,
+    protect_process,
+    report_failure,
+)
+from qflare.terminal import LogFormatter, show_uncaught
 from qflare_server.cli.failures import explain
 from qflare_server.config import ServerConfig
 
@@ -81,7 +87,7 @@ def configure_logging(config: ServerConfig) -> None:
     if config.log_format == "json":
         handler.setFormatter(_JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=config.log_level, handlers=[handler])
     logging.getLogger("alembic").setLevel("WARNING")
 
@@ -133,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         protect_process()
         argv = sys.argv[1:]
+    sys.excepthook = show_uncaught
     try:
         arguments = parser(_modules(argv)).parse_args(argv)
         flags = {name: getattr(arguments, name, None) for name in FLAGS}
@@ -155,8 +162,8 @@ def _report(error: Exception) -> int:
         logger.error("the command failed", exc_info=error)
         cause = f"internal error: {type(error).__name__}: {error}"
         remedy = "report this as a fault, with the lines above"
-        sys.stderr.write(failure_text(PROGRAM, cause, remedy))
+        report_failure(PROGRAM, cause, remedy)
         return 1
     logger.debug("the command failed", exc_info=error)
-    sys.stderr.write(failure_text(PROGRAM, failure.cause, failure.remedy))
+    report_failure(PROGRAM, failure.cause, failure.remedy)
     return 1

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from qflare.terminal import say
 from qflare_server.config import ServerConfig
 from qflare_server.storage.engine import make_engine
 from qflare_server.storage.schema import current_revision, upgrade
@@ -23,6 +24,6 @@ def run_migrate(config: ServerConfig, _arguments: argparse.Namespace) -> int:
     engine = make_engine(config)
     before = current_revision(engine)
     upgrade(engine)
-    print(f"schema: {before or 'none'} -> {current_revision(engine)}")
+    say(f"schema: {before or 'none'} -> {current_revision(engine)}")
     engine.dispose()
     return 0

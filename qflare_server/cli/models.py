@@ -7,6 +7,7 @@ from typing import Any
 
 from qflare.command_line import whole
 from qflare.tensors.safetensors_files import export_safetensors, import_safetensors
+from qflare.terminal import say
 from qflare.v1 import admin_service_pb2
 from qflare_server.cli import verify
 from qflare_server.cli.terminal import caller, progress
@@ -45,7 +46,7 @@ def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
         digest = upload_initial_model(
             parts.use_cases.initial_models, arguments.session, arguments.file
         )
-    print(f"version 0 {digest}")
+    say(f"version 0 {digest}")
     return 0
 
 
@@ -76,5 +77,5 @@ def run_export(config: ServerConfig, arguments: argparse.Namespace) -> int:
         }
         shown = progress(chunks, delivery.payload.chunk_count, "exporting")
         export_safetensors(arguments.file, manifest_of(model), shown, metadata)
-    print(f"wrote version {model.version} to {arguments.file}")
+    say(f"wrote version {model.version} to {arguments.file}")
     return 0

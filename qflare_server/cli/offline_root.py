@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 
 from qflare.command_line import whole
 from qflare.crypto.signing import PublicKey, algorithm_named, algorithm_names
+from qflare.terminal import say
 from qflare.v1 import security_pb2
 from qflare_server.config import ROOT_ALGORITHMS, ServerConfig
 from qflare_server.context import utc_now
@@ -166,8 +167,8 @@ def run_prepare(config: ServerConfig, _arguments: argparse.Namespace) -> int:
     folder = KeyFolder.from_config(config)
     named = config.online_algorithm
     for key_id in prepare_online(folder, algorithm=algorithm_named(named) if named else None):
-        print(f"prepared {key_id}")
-    print(f"copy {folder.online_file} to every replica before you publish")
+        say(f"prepared {key_id}")
+    say(f"copy {folder.online_file} to every replica before you publish")
     return 0
 
 
@@ -195,7 +196,7 @@ def run_make_root(config: ServerConfig, arguments: argparse.Namespace) -> int:
     algorithm = algorithm_named(config.root_algorithm or DEFAULT_ROOT)
     public = make_root_key(config.realm, algorithm, file)
     _write(arguments.output, public.to_proto())
-    print(f"made root key {public.key_id} in {arguments.root_key}")
+    say(f"made root key {public.key_id} in {arguments.root_key}")
     return 0
 
 
@@ -234,7 +235,7 @@ def run_sign(config: ServerConfig, arguments: argparse.Namespace) -> int:
     if root.realm != document.realm:
         raise KeyStoreError(f"root keys are of realm {root.realm!r}, not {document.realm[:63]!r}")
     _write(arguments.output, sign_document(document, root.signing_keys()))
-    print(f"wrote {arguments.output}")
+    say(f"wrote {arguments.output}")
     return 0
 
 
@@ -246,12 +247,12 @@ def run_publish(config: ServerConfig, arguments: argparse.Namespace) -> int:
         if arguments.signed_root:
             root = _read_signed(arguments.signed_root)
             trust = publish_exchange(folder, database, root, signed, utc_now())
-            print(f"root document version {trust.root.version} is in force")
+            say(f"root document version {trust.root.version} is in force")
         else:
             trust = publish_keyset(folder, database, signed, utc_now())
     finally:
         database.close()
-    print(f"keyset version {trust.keyset.version} is in force")
+    say(f"keyset version {trust.keyset.version} is in force")
     return 0
 
 
@@ -260,15 +261,15 @@ def _describe(document: security_pb2.RootDocument | security_pb2.Keyset) -> None
     expires = document.expire_time.ToDatetime()
     until = f"version {document.version} of realm {document.realm}, until {expires:%F %T} UTC"
     if isinstance(document, security_pb2.RootDocument):
-        print(f"root document {until}, signed by {document.threshold} of:")
+        say(f"root document {until}, signed by {document.threshold} of:")
         for root in document.keys:
-            print(f"  {_algorithm(root)} {root.key_id}")
+            say(f"  {_algorithm(root)} {root.key_id}")
         return
-    print(f"keyset {until}")
+    say(f"keyset {until}")
     for key in document.keys:
         role = security_pb2.KeyRole.Name(key.role).removeprefix("KEY_ROLE_")
         algorithm = "x-wing" if key.HasField("kem_key") else _algorithm(key.signature_key)
-        print(f"  {role} {algorithm} {key_id_of(key)}")
+        say(f"  {role} {algorithm} {key_id_of(key)}")
 
 
 def _algorithm(key: security_pb2.PublicKey) -> str:

@@ -3,13 +3,13 @@
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qflare.command_line import failure_text
+from qflare.command_line import report_failure
+from qflare.terminal import say
 from qflare_server.cli.terminal import caller
 from qflare_server.config import ServerConfig
 from qflare_server.errors import AlreadyExistsError, ConflictError, QflareError
@@ -55,13 +55,13 @@ def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
     entries = read_dump(json.loads(arguments.file.read_text("utf-8")))
     with open_application(config) as parts:
         done = import_devices(KnownDevices(parts.context), caller(), entries)
-    print(f"imported: {done.imported}  skipped: {done.skipped}  invalid: {done.invalid}")
+    say(f"imported: {done.imported}  skipped: {done.skipped}  invalid: {done.invalid}")
     if done.without_keys:
-        print(f"without keys, which were of no kind used here: {done.without_keys}")
+        say(f"without keys, which were of no kind used here: {done.without_keys}")
     if done.invalid:
         cause = f"{done.invalid} devices were invalid; the log names each"
         remedy = "mend them in the dump and import it again"
-        sys.stderr.write(failure_text("qflare-server registry import", cause, remedy))
+        report_failure("qflare-server registry import", cause, remedy)
     return 1 if done.invalid else 0
 
 

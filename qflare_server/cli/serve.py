@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 from qflare.command_line import whole
+from qflare.terminal import say
 from qflare_server.cli.keys import ensure_initialised
 from qflare_server.config import WORKER_VARIABLE, ServerConfig
 from qflare_server.serving.coordinator import Coordinator
@@ -98,7 +99,7 @@ def _keep_freed_memory() -> None:
 def _announce(coordinator: Coordinator, notes: list[str]) -> None:
     """Say where it serves, and on the first start where its files are; no secret among it."""
     for line in notes:
-        print(line, flush=True)
+        say(line, flush=True)
     if coordinator.dashboard is not None:
-        print(f"dashboard on {coordinator.dashboard.url}", flush=True)
-    print(f"serving on {coordinator.address}", flush=True)
+        say(f"dashboard on {coordinator.dashboard.url}", flush=True)
+    say(f"serving on {coordinator.address}", flush=True)

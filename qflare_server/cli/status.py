@@ -2,9 +2,9 @@
 
 import argparse
 import json
-import sys
 from typing import Any
 
+from qflare.terminal import say
 from qflare_server.cli.terminal import table
 from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
@@ -38,9 +38,8 @@ def run_status(config: ServerConfig, arguments: argparse.Namespace) -> int:
     ]
     if arguments.json:
         facts = {"training_sessions": rows, "devices": {"by_state": by_state, "by_type": by_type}}
-        json.dump(facts, sys.stdout, indent=2)
-        print()
+        say(json.dumps(facts, indent=2))
         return 0
-    print(table(rows))
-    print("devices:", ", ".join(f"{count} {state}" for state, count in by_state.items()) or "none")
+    say(table(rows))
+    say("devices:", ", ".join(f"{count} {state}" for state, count in by_state.items()) or "none")
     return 0

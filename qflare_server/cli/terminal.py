@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
+from qflare.terminal import printable
 from qflare_server.storage.repository.audit import Caller
 
 Item = TypeVar("Item")
@@ -18,8 +19,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         return "none"
     names = list(rows[0])
     cells = [[_cell(row[name]) for name in names] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
-    lines = [names, *cells]
+    heads = [printable(name) for name in names]
+    widths = [max(len(head), *(len(line[i]) for line in cells)) for i, head in enumerate(heads)]
+    lines = [heads, *cells]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
@@ -29,7 +31,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else printable(value)
 
 
 def progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
@@ -40,7 +42,7 @@ def progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
         if shown:
             filled = BAR_WIDTH * done // total
             bar = "#" * filled + "." * (BAR_WIDTH - filled)
-            sys.stderr.write(f"\r{label} [{bar}] {done}/{total} MiB")
+            sys.stderr.write(f"\r{printable(label)} [{bar}] {done}/{total} MiB")
             sys.stderr.flush()
     if shown:
         sys.stderr.write("\n")

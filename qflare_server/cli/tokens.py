@@ -8,6 +8,7 @@ from typing import Any
 
 from qflare.command_line import seconds, whole
 from qflare.files import make_private_folder
+from qflare.terminal import say
 from qflare_server.cli.certificates import read_authorities
 from qflare_server.cli.terminal import caller
 from qflare_server.config import ServerConfig
@@ -90,7 +91,7 @@ def _write_bundles(
             certificate_authorities=certificates,
         )
         write_bootstrap(arguments.bundles / f"{item.token.id}.json", bundle)
-    print(f"wrote {len(issued)} bundles to {arguments.bundles}")
+    say(f"wrote {len(issued)} bundles to {arguments.bundles}")
 
 
 def run_issue_admin(config: ServerConfig, arguments: argparse.Namespace) -> int:
@@ -107,9 +108,9 @@ def run_issue_admin(config: ServerConfig, arguments: argparse.Namespace) -> int:
 def _hand_out(secrets: list[str], output: Path | None) -> None:
     """Print secrets, or write them to a new file that only its owner can read."""
     if output is None:
-        print("\n".join(secrets))
+        say("\n".join(secrets))
         return
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write("\n".join(secrets) + "\n")
-    print(f"wrote {len(secrets)} tokens to {output}")
+    say(f"wrote {len(secrets)} tokens to {output}")

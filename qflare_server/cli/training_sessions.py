@@ -8,6 +8,7 @@ from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 
 from qflare.command_line import seconds, whole
+from qflare.terminal import say
 from qflare.v1 import training_pb2
 from qflare_server.cli.models import upload_initial_model
 from qflare_server.cli.terminal import caller
@@ -68,7 +69,7 @@ def run_create(config: ServerConfig, arguments: argparse.Namespace) -> int:
             upload_initial_model(parts.use_cases.initial_models, created.id, arguments.model)
         if arguments.start:
             training.start(caller(), created.id)
-    print(created.id)
+    say(created.id)
     return 0
 
 
@@ -103,5 +104,5 @@ def run_transition(config: ServerConfig, arguments: argparse.Namespace) -> int:
             row = training.cancel(caller(), arguments.session, "cancelled by command")
         else:
             row = getattr(training, arguments.transition)(caller(), arguments.session)
-    print(f"{row.id} {row.state}")
+    say(f"{row.id} {row.state}")
     return 0

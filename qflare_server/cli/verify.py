@@ -2,11 +2,11 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from qflare.command_line import failure_text, whole
+from qflare.command_line import report_failure, whole
+from qflare.terminal import say
 from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
@@ -70,15 +70,15 @@ def run_verify(config: ServerConfig, arguments: argparse.Namespace) -> int:
             witness_file=arguments.witness,
         )
     for finding in report.findings:
-        print(f"WRONG  {finding.kind} {finding.subject}: {finding.problem}")
-    print("checked:", _counts(report.checked) or "nothing")
+        say(f"WRONG  {finding.kind} {finding.subject}: {finding.problem}")
+    say("checked:", _counts(report.checked) or "nothing")
     if report.unchecked:
-        print("not checked:", _counts(report.unchecked))
-    print("verified" if not report.findings else f"{len(report.findings)} findings")
+        say("not checked:", _counts(report.unchecked))
+    say("verified" if not report.findings else f"{len(report.findings)} findings")
     if report.findings:
         cause = f"{len(report.findings)} findings: the database is not what was signed"
         remedy = "docs/security.md, section 12, says what to do"
-        sys.stderr.write(failure_text("qflare-server audit verify", cause, remedy))
+        report_failure("qflare-server audit verify", cause, remedy)
     return 1 if report.findings else 0
 
 
@@ -93,7 +93,7 @@ def run_witness(config: ServerConfig, arguments: argparse.Namespace) -> int:
         while sequencer.run_once():
             pass
         append(arguments.file, sequencer.head(fresh=True).envelope)
-    print(f"appended the head to {arguments.file}")
+    say(f"appended the head to {arguments.file}")
     return 0
 
 
@@ -101,13 +101,13 @@ def run_recompute(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Recompute a version."""
     with open_application(config) as parts:
         result = recompute_version(parts.context, arguments.session, arguments.version)
-    print(_verdict(result))
+    say(_verdict(result))
     if result.recomputed and not result.differences:
         return 0
     remedy = (
         "docs/security.md, section 12" if result.differences else "a version whose updates are kept"
     )
-    sys.stderr.write(failure_text("qflare-server model verify", _verdict(result), remedy))
+    report_failure("qflare-server model verify", _verdict(result), remedy)
     return 1
 
 

@@ -16,6 +16,7 @@ expired. That costs a commit for each call, and holds across replicas and restar
 The cryptography of the messages is in `qflare.protocol.login` and `qflare.protocol.possession`.
 """
 
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -311,8 +312,16 @@ class Login:
         return UnauthenticatedError()
 
     def _record(self, caller: Caller, device_id: str, error: Exception) -> None:
-        subject = f"device:{device_id}" if device_id else "login"
+        subject = f"device:{device_id}" if _is_device_id(device_id) else "login"
         self._refusals.record(caller, "login.refused", subject, str(error))
+
+
+def _is_device_id(text: str) -> bool:
+    """Return whether a text has the form of a device id; what has not is nobody's name, and not recorded."""
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False
 
 
 def _store(

@@ -15,7 +15,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import ErrorInfo
 
-from qflare.tensors import Array, Manifest
+from qflare.tensors import CHUNK_BYTES, Array, Manifest
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import training_pb2
 from qflare_client import (
@@ -82,8 +82,8 @@ class Tokens:
         self.number += 1
 
 
-def large_model() -> dict[str, Array]:
-    return {"w": np.random.default_rng(1).normal(size=CHUNKS * 2**18).astype(np.float32)}
+def large_model(chunk_count: int = CHUNKS) -> dict[str, Array]:
+    return {"w": np.random.default_rng(1).normal(size=chunk_count * 2**18).astype(np.float32)}
 
 
 def device_on(line: Line, deployment: Any, folder: Path, **settings: Any) -> Client:
@@ -224,21 +224,37 @@ def test_a_proxy_that_takes_chunks_and_refuses_the_call_is_given_up(
         Upload(calls, UPDATE_ID, STATEMENT, payload, progress=lambda *_: None).run()
 
 
-def test_a_slow_upload_outlives_its_patience_and_the_deadlines_of_its_attempts(
+def hushing(train: Trainer, for_s: float, *at_bytes: int) -> Callable[[Line, int], None]:
+    """Return what makes a line fall silent for a while, at each of these places of an upload."""
+    places = sorted(at_bytes, reverse=True)
+
+    def hush(line: Line, carried_bytes: int) -> None:
+        if train.count and places and carried_bytes > places[-1]:
+            places.pop()
+            line.hush()
+            threading.Timer(for_s, line.speak).start()
+
+    return hush
+
+
+SILENCES = (2 * CHUNK_BYTES, 4 * CHUNK_BYTES, 8 * CHUNK_BYTES)
+
+
+def test_an_upload_outlives_its_patience_and_the_deadlines_of_its_attempts(
     deploy: Deploy, tmp_path: Path
 ) -> None:
-    deployment = deploy(upload_batch_bytes=2**20)
-    session_id = deployment.session(large_model(), rounds=ONE_DEVICE, total_rounds=1)
+    deployment = deploy(upload_batch_bytes=CHUNK_BYTES)
+    session_id = deployment.session(large_model(10), rounds=ONE_DEVICE, total_rounds=1)
     train = Trainer()
 
     with (
-        Line(deployment.coordinator.address, bytes_per_s=2 * 2**20) as line,
+        Line(deployment.coordinator.address, when_carried=hushing(train, 1.6, *SILENCES)) as line,
         device_on(
             line,
             deployment,
             tmp_path / "a",
-            retry=RetryPolicy(total_time_s=2.0),
-            transfer_timeout_s=1.0,
+            retry=RetryPolicy(total_time_s=3.5),
+            transfer_timeout_s=1.5,
         ) as client,
     ):
         summary = run(client, train, training_session_id=session_id, patience_s=20)
@@ -247,12 +263,14 @@ def test_a_slow_upload_outlives_its_patience_and_the_deadlines_of_its_attempts(
 
 
 def test_an_upload_outlives_any_number_of_access_tokens(deploy: Deploy, tmp_path: Path) -> None:
-    deployment = deploy(access_token_s=0.6, upload_batch_bytes=2**20)
-    session_id = deployment.session(large_model(), rounds=ONE_DEVICE, total_rounds=1)
+    deployment = deploy(access_token_s=2.5, upload_batch_bytes=CHUNK_BYTES)
+    session_id = deployment.session(large_model(10), rounds=ONE_DEVICE, total_rounds=1)
     train = Trainer()
 
     with (
-        Line(deployment.coordinator.address, bytes_per_s=3 * 2**20) as line,
+        Line(
+            deployment.coordinator.address, when_carried=hushing(train, 2.6, *SILENCES[1:])
+        ) as line,
         device_on(line, deployment, tmp_path / "a") as client,
     ):
         summary = run(client, train, training_session_id=session_id, patience_s=20)
@@ -263,24 +281,16 @@ def test_an_upload_outlives_any_number_of_access_tokens(deploy: Deploy, tmp_path
 def test_a_line_that_is_silent_in_the_middle_of_an_upload_is_resumed(
     deploy: Deploy, tmp_path: Path
 ) -> None:
-    deployment = deploy(stall_timeout_s=0.5, upload_batch_bytes=2**20)
-    session_id = deployment.session(large_model(), rounds=ONE_DEVICE, total_rounds=1)
+    deployment = deploy(stall_timeout_s=0.5, upload_batch_bytes=CHUNK_BYTES)
+    session_id = deployment.session(large_model(10), rounds=ONE_DEVICE, total_rounds=1)
     train = Trainer()
-    silences = [CHUNKS * 2**19, CHUNKS * 2**18]
-
-    def hush(line: Line, carried_bytes: int) -> None:
-        if train.count and silences and carried_bytes > silences[-1]:
-            silences.pop()
-            line.hush()
-            threading.Timer(1.5, line.speak).start()
 
     with (
-        Line(deployment.coordinator.address, when_carried=hush) as line,
+        Line(deployment.coordinator.address, when_carried=hushing(train, 1.5, *SILENCES)) as line,
         device_on(line, deployment, tmp_path / "a") as client,
     ):
         summary = run(client, train, training_session_id=session_id, patience_s=20)
 
-    assert not silences
     assert (summary.update_count, train.count) == (1, 1)
 
 
