@@ -212,7 +212,7 @@ def test_what_a_peer_says_at_its_end_is_not_shown_as_it_is() -> None:
     assert b"\x1b" not in done.stderr
 
 
-def test_a_login_under_a_hostile_name_is_recorded_as_a_login(deploy: Deploy) -> None:
+def test_a_login_under_a_hostile_name_leaves_no_such_name_in_the_log(deploy: Deploy) -> None:
     deployment = deploy()
     hello = security_pb2.SessionHello(device_id=EVIL, realm="qflare", protocol_version=1)
 
@@ -222,10 +222,12 @@ def test_a_login_under_a_hostile_name_is_recorded_as_a_login(deploy: Deploy) -> 
         )
 
     listed = deployment.admin.ListAuditEntries(
-        admin_service_pb2.ListAuditEntriesRequest(event_type="login.refused"),
+        admin_service_pb2.ListAuditEntriesRequest(),
         metadata=deployment.metadata,
     )
-    assert [entry.subject for entry in listed.entries] == ["login"]
+    assert listed.entries
+    assert all(entry.subject.isprintable() for entry in listed.entries)
+    assert not any("verified" in str(entry) for entry in listed.entries)
 
 
 def test_the_coordinators_own_commands_show_nothing_that_a_terminal_obeys(
