@@ -24,7 +24,7 @@ Raises `UnsealError`, `UnknownKeyError` where the key is not held or no longer a
 
 
 class StatementSigner(Protocol):
-    """Signs what the coordinator publishes; the keys stay behind it."""
+    """Signs published statements without exposing the keys."""
 
     def sign(
         self, role: security_pb2.KeyRole.ValueType, payload: bytes
@@ -47,35 +47,35 @@ NOTHING: Final[AbstractContextManager[None]] = nullcontext()
 
 
 class Telemetry:
-    """Hears of what happens and forgets it."""
+    """No-op telemetry sink."""
 
     def call_started(self, method: str, kind: str) -> None:
-        """Hear that a call has come in; `kind` is unary, client_stream, server_stream or bidi_stream."""
+        """Called when a call arrives; `kind` is unary, client_stream, server_stream or bidi_stream."""
 
     def message_received(self, method: str, kind: str) -> None:
-        """Hear that a message of a call has come in."""
+        """Called for each request message."""
 
     def message_sent(self, method: str, kind: str) -> None:
-        """Hear that a message of a call has gone out."""
+        """Called for each response message."""
 
     def call_handled(
         self, method: str, kind: str, code: str, duration_s: float, reason: str
     ) -> None:
-        """Hear that a call is answered; `reason` is the machine word of its error, empty where it is OK."""
+        """Called when a call has been answered; `reason` is the machine word of its error, empty where it is OK."""
 
     def bytes_received(self, count: int) -> None:
-        """Hear of payload bytes of an accepted update."""
+        """Called with the payload size of an accepted update."""
 
     def bytes_sent(self, count: int) -> None:
-        """Hear of payload bytes of a version that were sent."""
+        """Called with the number of payload bytes sent of a version."""
 
     def updates_folded(self, count: int, size_bytes: int, duration_s: float) -> None:
-        """Hear that a batch of updates went into a version under way."""
+        """Called when a batch of updates has been folded."""
 
     def round_published(
         self, aggregated_count: int, rejected_count: int, collected_s: float, published_s: float
     ) -> None:
-        """Hear that a round made a version: how long it took updates, and how long the version took."""
+        """Called when a round is published, with the time of collection and of publication."""
 
     def span(
         self, name: str, *, links: Sequence[str] = (), **attributes: Any
@@ -114,7 +114,7 @@ class Context:
     wake: Callable[[], None]
     """Tells the aggregation worker that there may be something to do; only a hint."""
     telemetry: Telemetry = field(default_factory=Telemetry)
-    """Hears of what happens."""
+    """Receives telemetry events."""
     state_key: bytes = field(default=b"", repr=False)
     """32 random bytes that replicas share and no database holds; keys of stored secrets are derived from it."""
     earlier_state_keys: Sequence[bytes] = field(default=(), repr=False)

@@ -35,7 +35,7 @@ settings.load_profile("qflare")
 
 
 class FakeClock:
-    """A clock that moves when it is told to; safe to share between threads."""
+    """A clock that moves when it is told to; thread-safe."""
 
     def __init__(self, start: datetime = START) -> None:
         self._lock = threading.Lock()

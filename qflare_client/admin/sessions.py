@@ -140,7 +140,7 @@ def _add_create(actions: Any) -> None:
     create.add_argument(
         "--deadline-s", type=seconds(0.001), help="seconds that a round is open at most"
     )
-    create.add_argument("--strategy", help="fedavg unless said otherwise")
+    create.add_argument("--strategy", help="default: fedavg")
     create.add_argument(
         "--group",
         action="append",

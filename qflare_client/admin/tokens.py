@@ -99,7 +99,7 @@ def add_hand_over(parser: argparse.ArgumentParser, *, enrolling: bool = True) ->
 def hand_over(
     options: argparse.Namespace, answer: Message, issued: Sequence[pb.IssuedToken]
 ) -> None:
-    """Print secrets, or write them to a new file that only its owner can read."""
+    """Print secrets, or write them to a new 0600 file."""
     if getattr(options, "bundles", None) is not None:
         _write_bundles(options, issued)
     elif options.output is not None:

@@ -61,7 +61,7 @@ Key = tuple[str, int]
 
 
 class Aggregator:
-    """Folds, closes and publishes; used by one thread.
+    """Folds, closes and publishes rounds; not thread-safe.
 
     Args:
         context: The coordinator's parts.
@@ -89,7 +89,7 @@ class Aggregator:
         self._reconciled: set[str] = set()
 
     def run_once(self) -> bool:
-        """Do what there is to do; return whether there may be more at once."""
+        """Run one pass; return whether another may follow at once."""
         with self._context.database.read() as session:
             rounds = training_sessions.rounds_in_progress(session)
         current = {(item.training_session_id, item.number) for item in rounds}
@@ -334,7 +334,7 @@ class Aggregator:
         return allowance(plan.config, state)
 
     def _tell(self, item: RoundInProgress, publication: Publication) -> None:
-        """Tell the telemetry of a version."""
+        """Report a published version to telemetry."""
         assert item.closed_at is not None
         used = len(publication.version.draft.contributors)
         self._context.telemetry.round_published(

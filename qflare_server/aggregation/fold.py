@@ -1,4 +1,4 @@
-"""One round being aggregated: its accepted updates go in as they come, a version comes out.
+"""The fold of a round: aggregates accepted updates as they arrive and writes the version.
 
 What is kept in memory is the strategy's accumulator and facts of a few bytes for each update; payloads are read in
 ranges. After a crash everything is read and folded again, in the same order, to the same bytes.
@@ -83,7 +83,7 @@ BATCH: Final = 64
 
 @dataclass
 class Totals:
-    """What a version says of its contributors together, added up in acceptance order.
+    """Totals over a version's contributors, added up in acceptance order.
 
     Attributes:
         example_count: Their examples.
@@ -105,7 +105,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class WrittenVersion:
-    """What a finished aggregation has written: the version, what its strategy keeps by name, what devices get."""
+    """Payloads written by a finished aggregation: the version, strategy state by name, the download form."""
 
     payload: ReceivedPayload
     vectors: Mapping[str, ReceivedPayload]
@@ -113,7 +113,7 @@ class WrittenVersion:
 
 
 class RoundFold:
-    """The aggregation of one round under way; used by one thread.
+    """Aggregates one round; not thread-safe.
 
     Args:
         context: The coordinator's parts.

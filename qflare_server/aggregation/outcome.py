@@ -1,4 +1,4 @@
-"""What became of every update of a round: the record that is kept with its version."""
+"""Per-update outcome of a round, stored with the version."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from qflare_server.strategies import Outcome, UpdateAssessment, outcome_from_dat
 
 
 def read_outcome(context: Context, model: GlobalModel) -> Outcome | None:
-    """Return the record of what became of every update of a version's round; None where none was kept.
+    """Return the per-update outcome of a version's round; None where none was kept.
 
     No signature vouches for it: it is worth what the bytes are that come out with it.
 

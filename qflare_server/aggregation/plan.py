@@ -1,4 +1,4 @@
-"""The plan of a round: what its updates are aggregated with."""
+"""The aggregation plan of a round."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from qflare_server.training.versions import manifest_of, version_of
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a round is aggregated with, read once."""
+    """Inputs of a round's aggregation, read once."""
 
     training_session_id: str
     number: int

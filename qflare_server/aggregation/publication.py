@@ -97,7 +97,7 @@ class Publication:
         draft: VersionDraft,
         now: datetime,
     ) -> None:
-        """Say of every update what became of it, and of the round that it is published."""
+        """Record each update's outcome and mark the round as published."""
         fold, outcome = self.fold, self.outcome
         rejected = outcome.rejected
         left_out = dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Updates are checked once more, from their stored rows, before they are folded.
+"""Detects stored updates that the coordinator did not write, before they are folded.
 
 Between acceptance and folding an update is rows in a database. `RowIntegrity` makes sure that they still are what a
 device signed: the signature verifies under a key of the device's history that was in use when the round was opened or

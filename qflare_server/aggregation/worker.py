@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class AggregationWorker:
-    """The thread that repeats passes: when it is woken, when a round is due, and now and then."""
+    """Background thread that runs passes: when woken, when a round is due, and periodically."""
 
     def __init__(self, aggregator: Aggregator, context: Context, wake: threading.Event) -> None:
         self._aggregator = aggregator
@@ -50,7 +50,7 @@ class AggregationWorker:
                 pass
             due = self._aggregator.next_deadline()
         except QflareError as error:
-            logger.warning("aggregation waits: %s", error)
+            logger.warning("aggregation deferred: %s", error)
             return self._longer()
         except Exception:
             logger.exception("aggregation failed; it is tried again")

@@ -109,7 +109,7 @@ def _add_keys(commands: Any) -> None:
         help="of the next signature keys (default: QFLARE_ONLINE_ALGORITHM, else that of the present ones)",
     )
     online.add_argument(
-        "--without", action="append", default=[], metavar="KEY_ID", help="accept this key no more"
+        "--without", action="append", default=[], metavar="KEY_ID", help="stop accepting this key"
     )
     offline_root.add_places(online)
     online.set_defaults(run=run_rotate)

@@ -67,7 +67,7 @@ def _add_keyset(actions: Any) -> None:
         "--days", type=whole(1, 3650), default=KEYSET_LIFETIME.days, help="life of the keyset"
     )
     draft.add_argument(
-        "--without", action="append", default=[], metavar="KEY_ID", help="accept this key no more"
+        "--without", action="append", default=[], metavar="KEY_ID", help="stop accepting this key"
     )
     draft.set_defaults(run=run_draft)
     sign = actions.add_parser(

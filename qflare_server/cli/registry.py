@@ -1,4 +1,4 @@
-"""Commands that bring devices in from elsewhere, also while a coordinator serves."""
+"""`registry import`: import devices from a JSON dump."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ ATTEMPTS: Final = 5
 
 @dataclass
 class ImportCounts:
-    """What became of the devices of a file."""
+    """Counts of an import."""
 
     imported: int = 0
     skipped: int = 0

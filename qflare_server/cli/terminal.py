@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: tables and progress bars."""
+"""Terminal output: tables and progress bars."""
 
 import getpass
 import os

@@ -106,7 +106,7 @@ def run_issue_admin(config: ServerConfig, arguments: argparse.Namespace) -> int:
 
 
 def _hand_out(secrets: list[str], output: Path | None) -> None:
-    """Print secrets, or write them to a new file that only its owner can read."""
+    """Print secrets, or write them to a new 0600 file."""
     if output is None:
         say("\n".join(secrets))
         return

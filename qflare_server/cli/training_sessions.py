@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     create.add_argument(
         "--deadline-s", type=seconds(0.001), help="seconds that a round is open at most"
     )
-    create.add_argument("--strategy", default="", help="fedavg unless said otherwise")
+    create.add_argument("--strategy", default="", help="default: fedavg")
     create.add_argument(
         "--group",
         action="append",

@@ -1,4 +1,4 @@
-"""`audit verify`, `audit witness`, `model verify`: proof that nothing was changed by another hand."""
+"""`audit verify`, `audit witness`, `model verify`: detect changes that the coordinator did not make."""
 
 import argparse
 import re

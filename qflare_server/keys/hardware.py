@@ -5,7 +5,7 @@ What a module keeps for the coordinator:
 * one AES-256 key that never leaves it and encrypts the passphrase of the online key file: a stolen copy of the files
   opens nowhere else. Any module offers that.
 * the signature keys of the roles, where it offers ``CKM_ML_DSA`` (PKCS#11 3.2) and the configuration wants it. They are
-  made in the module, marked sensitive and not extractable, labelled ``qflare/ROLE`` with their key id as ``CKA_ID``.
+  made in the module, marked sensitive and not extractable, labeled ``qflare/ROLE`` with their key id as ``CKA_ID``.
 
 The session KEM key stays in the key file in either case: no module offers X-Wing. Nothing falls back: where signing in
 the module is wanted and it has no ML-DSA, loading fails.

@@ -1,4 +1,4 @@
-"""Private keys of a coordinator together: online keys by role, or the offline root keys.
+"""Key rings: online keys by role, or the offline root keys.
 
 `KeyProvider` is the seam: whoever signs and decapsulates for the coordinator, be it `KeyRing` (keys in memory, from
 an encrypted file) or a module of hardware. A provider holds keys; which of them are in use is said by the signed
@@ -38,7 +38,7 @@ _FORMAT: Final = 1
 
 
 class KeyProvider(Protocol):
-    """Signs and decapsulates with keys that do not leave it; safe to share between threads."""
+    """Signs and decapsulates with keys that do not leave it; thread-safe."""
 
     def public(self) -> Sequence[security_pb2.RoleKey]:
         """Return the public half of every key with its role, oldest first."""

@@ -1,4 +1,4 @@
-"""Exchanging root keys that are kept apart: each holder signs where their key is, nobody needs two.
+"""Root key replacement with keys held apart: each holder signs where their key is.
 
 1. Each next holder makes a key (`make_root_key`) and hands over the public half.
 2. `draft_exchange` says what has to be signed: the next root document, and the keyset under it.

@@ -1,4 +1,4 @@
-"""Exchanging the coordinator's keys.
+"""Key rotation of the coordinator.
 
 Online keys are exchanged in three steps, which `rotate_online` does at once where the root keys are at hand:
 

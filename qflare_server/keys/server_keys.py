@@ -1,4 +1,4 @@
-"""The coordinator's identity while it serves.
+"""The coordinator's keys while it serves: signing, decapsulation, keyset.
 
 `ServerKeys.load(config, database, clock)` reads the key folder that ``qflare-server init`` made, publishes the trust
 documents that came with it and follows those in the database. `ServerKeys` is the `StatementSigner` of
@@ -95,7 +95,7 @@ class _Holding:
 
 
 class ServerKeys:
-    """Signs, decapsulates and says what devices may trust; safe to share between threads.
+    """Signs, decapsulates and says what devices may trust; thread-safe.
 
     Args:
         ring: What the key file held.

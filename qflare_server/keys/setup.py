@@ -1,4 +1,4 @@
-"""Making the coordinator's keys in one step, and what devices are told of them.
+"""First-time setup of keys, and bootstrap bundles for devices.
 
 `initialise` makes root keys, online keys, their passphrases and the first trust documents; `ensure_initialised` does so
 where a configuration has none. How keys are exchanged later is in `qflare_server.keys.rotation`.

@@ -1,4 +1,4 @@
-"""Signatures that this process has verified.
+"""Cache of verified signatures.
 
 Whether a signature is valid depends on three byte strings alone: public key, message, signature. So those that verified
 once need not be verified again: a digest over the three is remembered, and found for exactly these bytes only. An
@@ -18,7 +18,7 @@ REMEMBERED: Final = 4_096
 
 
 class SignatureCache:
-    """Verifies signatures over updates and remembers the valid ones."""
+    """Verifies signatures over updates and caches the valid ones."""
 
     def __init__(self) -> None:
         self._recent: set[bytes] = set()

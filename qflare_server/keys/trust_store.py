@@ -1,4 +1,4 @@
-"""Trust documents between the database, where all replicas find them, and the rules that they have to satisfy."""
+"""Trust documents in the database: read, verified and published."""
 
 from collections.abc import Sequence
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""Everything a coordinator is made of but its network: what `serve` and the local commands share."""
+"""The coordinator's components, without its network listeners."""
 
 import threading
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ class Application:
     def open(
         cls, config: ServerConfig, clock: Clock | None = None, telemetry: Telemetry | None = None
     ) -> "Application":
-        """Open database, payload store and keys, and put the use cases together.
+        """Open database, payload store and keys, and build the use cases.
 
         Args:
             config: The settings.

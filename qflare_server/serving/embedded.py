@@ -1,4 +1,4 @@
-"""The coordinator inside another program: the parts that `registry` and `aggregator` share in this process.
+"""The embedded coordinator: shared by `registry` and `aggregator` in this process.
 
 They are opened on first use from `QFLARE_*` (a database is made if it is an empty SQLite file, keys if there are
 none), or are those of a coordinator that runs in this process and hands them over with `configure`. Nothing is
@@ -82,7 +82,7 @@ class EmbeddedCoordinator:
 
 
 class _Process:
-    """What is open in this process; safe to share between threads."""
+    """What is open in this process; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,6 +1,6 @@
-"""What has to be done now and then: last-seen times, the audit tree, expired tokens and uploads, health.
+"""Periodic maintenance: last-seen times, audit sequencing, expired tokens and uploads, health.
 
-Housekeeping never runs on the path of a call.
+Maintenance never runs on the path of a call.
 """
 
 import logging
@@ -35,7 +35,7 @@ class SetHealthy(Protocol):
 
 
 class Maintenance:
-    """The thread that keeps house.
+    """Background thread that runs maintenance.
 
     Args:
         context: The coordinator's parts.
@@ -84,7 +84,7 @@ class Maintenance:
             self.tick()
 
     def tick(self) -> None:
-        """Do what is due."""
+        """Run the tasks that are due."""
         self._ticks += 1
         healthy = self._attempt(self._check)
         self._set_healthy(healthy=healthy)
@@ -101,14 +101,14 @@ class Maintenance:
                 self._attempt(chore)
 
     def _attempt(self, chore: Callable[[], None]) -> bool:
-        """Do a chore; one that fails is tried again at its next turn."""
+        """Run a task; one that fails is repeated at its next turn."""
         try:
             chore()
         except QflareError as error:
-            logger.warning("chore waits: %s: %s", chore.__name__, error)
+            logger.warning("maintenance task deferred: %s: %s", chore.__name__, error)
             return False
         except Exception:
-            logger.exception("chore failed: %s", chore.__name__)
+            logger.exception("maintenance task failed: %s", chore.__name__)
             return False
         return True
 

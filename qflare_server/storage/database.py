@@ -33,7 +33,7 @@ _SERVER_STATE = text(
 
 
 class Database:
-    """One database and its connections; safe to share between threads.
+    """One database and its connections; thread-safe.
 
     Args:
         engine: From `make_engine`.

@@ -52,7 +52,7 @@ def _bump(session: Session, column: str) -> None:
 
 
 class EpochReader:
-    """Reads the committed counters; safe to share between threads."""
+    """Reads the committed counters; thread-safe."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

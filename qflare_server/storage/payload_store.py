@@ -101,7 +101,7 @@ def _noticing_damage(method: Method) -> Method:
 
 
 class PayloadFile:
-    """Payload store in an SQLite file of its own; safe to share between threads.
+    """Payload store in an SQLite file of its own; thread-safe.
 
     It has one connection and one lock: reads and writes are batches of a few milliseconds, and waiting for a lock is
     fairer than SQLite's sleeping retries. The rollback journal writes a new page once; a write-ahead log would write it

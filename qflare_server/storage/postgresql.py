@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class WaitWatchdog:
-    """Shuts down the sockets of connections whose server has not answered in time; safe to share between threads.
+    """Shuts down the sockets of connections whose server has not answered in time; thread-safe.
 
     Args:
         limit_s: Longest wait for one answer, in seconds.

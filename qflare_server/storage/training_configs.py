@@ -31,7 +31,7 @@ def from_json(stored: Mapping[str, Any]) -> training_pb2.TrainingConfig:
 
 
 class ParsedConfigs:
-    """The configurations of one database that were parsed last; safe to share between threads.
+    """The configurations of one database that were parsed last; thread-safe.
 
     To parse one takes a quarter of a millisecond, and every statement on a training session would.
     """

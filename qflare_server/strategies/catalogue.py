@@ -204,7 +204,7 @@ def _rule(config: StrategyConfig) -> Rule:
 
 
 def build(config: StrategyConfig, given: Collection[str] | None = None) -> Strategy:
-    """Put the strategy of a new training session together.
+    """Build the strategy of a new training session.
 
     Args:
         config: What the training session chooses.

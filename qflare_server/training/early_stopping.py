@@ -1,4 +1,4 @@
-"""When training ends before its last round: the rule, as a function of what versions have measured."""
+"""Early stopping: the rule, as a function of the metrics of versions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final

@@ -1,4 +1,4 @@
-"""Federated evaluation: which device measures which version, and what becomes of the results.
+"""Federated evaluation: assigns versions to devices and aggregates their results.
 
 A version that is due is measured by every device of its round before the device trains from it, so that its metrics
 are there when the next version is made; the last one is measured for as long as a round may take. A task to evaluate

@@ -1,4 +1,4 @@
-"""Transactions that rest on what was read and signed before them.
+"""Optimistic transactions: repeated when what was read and signed before them has changed.
 
 A key in a hardware module takes tens of milliseconds to sign, and a transaction that waits for it keeps everybody
 else waiting. So keys sign beforehand; the transaction checks that what was signed is still what it would write, and is

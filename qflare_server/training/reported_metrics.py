@@ -1,4 +1,4 @@
-"""Metrics, example counts and epochs that devices report: their checks, their means, what of them a version holds."""
+"""Reported metrics, example counts and epochs: validation and means."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -1,6 +1,6 @@
-"""Which update payloads are let go of, and the sweeping of chunks that no payload row names.
+"""Prunes update payloads and sweeps orphaned chunks.
 
-Payloads are let go of in two steps: a transaction marks them pruned and remembers their chunks as an upload that
+Payloads are pruned in two steps: a transaction marks them pruned and remembers their chunks as an upload that
 was given up; sweeping then deletes the chunks, and can be repeated after a crash. An upload that expired is given up
 in a transaction of its own before its chunks are deleted, so that a device that comes back at this very moment either
 finishes before, or is told to begin again.

@@ -1,4 +1,4 @@
-"""The life of a round: how one is opened, and who is selected for it.
+"""The life cycle of a round: opening, closing, missed quorum, cancellation.
 
 Every function but `sign_task` runs in the caller's transaction, which holds the lock on the training session's row.
 `sign_task` runs before that transaction.
@@ -159,7 +159,7 @@ def cancel_round(
 def fail_round(
     session: Session, training_session: TrainingSession, current: Round, reason: str, now: datetime
 ) -> None:
-    """Say that a round makes no version; its updates are rejected."""
+    """Mark a round as failed and reject its updates."""
     values = {
         "state": RoundState.FAILED.value,
         "state_reason": reason[:500],
@@ -177,7 +177,7 @@ def end_session(
     reason: str,
     now: datetime,
 ) -> None:
-    """End a training session by itself."""
+    """End a training session automatically."""
     values = {"state": state.value, "state_reason": reason[:500], "ended_at": now}
     training_sessions.update_session(session, training_session.id, values)
     event = Event(
@@ -204,7 +204,7 @@ def handle_missed_quorum(
     next_task: RoundTask | None,
     now: datetime,
 ) -> None:
-    """Do what the training session says of a round whose deadline passes without a quorum.
+    """Apply the missed-quorum action of a round whose deadline has passed.
 
     Args:
         session: The transaction.

@@ -1,4 +1,4 @@
-"""From the configuration of a training session to its strategy."""
+"""Builds a training session's strategy from its configuration."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -44,7 +44,7 @@ _PLACES: Final = {
 
 
 def build_strategy(config: training_pb2.TrainingConfig) -> Strategy:
-    """Put the strategy of a new training session together.
+    """Build the strategy of a new training session.
 
     Raises:
         StrategyRefusedError: Something is unknown, out of range, contradictory or without effect; the message is the

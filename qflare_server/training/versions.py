@@ -1,4 +1,4 @@
-"""How a version of a global model comes to be: its statement, its signature, its row.
+"""Model versions: statement, signature and publication.
 
 The statement of a version names its parent, its strategy, its contributors and its payload; its SHA-256 is the
 version's digest. It holds no time of computing but the time its round closed, so that a pass repeated after a
@@ -33,7 +33,7 @@ from qflare_server.training.rounds import config_digest
 
 @dataclass(frozen=True)
 class VersionDraft:
-    """Everything a version is made of, before it has a digest."""
+    """The content of a version before its statement is signed."""
 
     version: int
     base_version: int

@@ -1,4 +1,4 @@
-"""How the coordinator itself is: its replicas, its database, what waits and what is stored."""
+"""Coordinator status: replicas, database, backlog and storage."""
 
 import shutil
 import time
@@ -45,7 +45,7 @@ class Report:
 
 
 class Overview:
-    """Use case of an administrator who asks how the coordinator is."""
+    """Reports the coordinator's status."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -55,7 +55,7 @@ class Overview:
         return self._context.clock()
 
     def report(self) -> Report:
-        """Return how the coordinator is.
+        """Return the coordinator's status.
 
         Raises:
             StoreUnavailableError: The database does not answer.

@@ -1,4 +1,4 @@
-"""What needs an administrator's attention: rules over a report, no reading."""
+"""Alerts of the dashboard: rules over a status report."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The web application: which pages there are, who may see them, and how a browser logs in.
+"""The dashboard's ASGI application: routes, authorization and login.
 
 A page is shown to a log-in whose token may call every method that `PAGES` names for it, by the one table of
 `use_cases.access.roles`. The token comes once, in the body of a form; from then on a cookie that no script can read and

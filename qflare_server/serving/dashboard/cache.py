@@ -1,4 +1,4 @@
-"""Counts that cost more than a page: read once for all visitors, and again the later the longer they took."""
+"""Cache of expensive counts, shared by all visitors."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 
 @dataclass
 class CachedValue(Generic[Value]):
-    """A value that is read anew when it is too old; safe to share between threads.
+    """A value that is read anew when it is too old; thread-safe.
 
     Args:
         read: Gives the value.
@@ -58,7 +58,7 @@ class DashboardCache:
         )
 
     def report(self) -> Report:
-        """Return how the coordinator is."""
+        """Return the coordinator's status."""
         return self._report.get()
 
     def device_counts(self) -> tuple[Mapping[str, int], Mapping[str, int]]:

@@ -1,4 +1,4 @@
-"""How numbers and times are written for people: in UTC, with units, short."""
+"""Formatting of numbers, sizes and times."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What goes around every answer of the dashboard: headers that bind the browser, and one line of log."""
+"""Middleware of the dashboard: security headers and the access log."""
 
 import logging
 import time

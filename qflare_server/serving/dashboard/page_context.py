@@ -1,4 +1,4 @@
-"""One look of an administrator at a page: who looks, at what, and through which use cases."""
+"""Page context: visitor, request parameters and use cases."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

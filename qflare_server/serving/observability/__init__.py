@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Observability:
-    """What of one process can be watched from outside.
+    """Metrics and traces of one process.
 
     Args:
         config: `metrics_listen` and `traces_endpoint`.
-        further: Hears of everything as well.
+        further: Receives every event as well.
 
     Raises:
         ConfigError: A setting needs an extra that is not installed.
@@ -93,52 +93,52 @@ def _tracing(endpoint: str) -> "Tracing":
 
 
 class CompositeTelemetry(Telemetry):
-    """Tells each of several."""
+    """Forwards every event to several sinks."""
 
     def __init__(self, hearers: Sequence[Telemetry]) -> None:
         self._hearers = tuple(hearers)
 
     def call_started(self, method: str, kind: str) -> None:
-        """Tell each."""
+        """Forward the event."""
         for hearer in self._hearers:
             hearer.call_started(method, kind)
 
     def message_received(self, method: str, kind: str) -> None:
-        """Tell each."""
+        """Forward the event."""
         for hearer in self._hearers:
             hearer.message_received(method, kind)
 
     def message_sent(self, method: str, kind: str) -> None:
-        """Tell each."""
+        """Forward the event."""
         for hearer in self._hearers:
             hearer.message_sent(method, kind)
 
     def call_handled(
         self, method: str, kind: str, code: str, duration_s: float, reason: str
     ) -> None:
-        """Tell each."""
+        """Forward the event."""
         for hearer in self._hearers:
             hearer.call_handled(method, kind, code, duration_s, reason)
 
     def bytes_received(self, count: int) -> None:
-        """Tell each."""
+        """Forward the event."""
         for hearer in self._hearers:
             hearer.bytes_received(count)
 
     def bytes_sent(self, count: int) -> None:
-        """Tell each."""
+        """Forward the event."""
         for hearer in self._hearers:
             hearer.bytes_sent(count)
 
     def updates_folded(self, count: int, size_bytes: int, duration_s: float) -> None:
-        """Tell each."""
+        """Forward the event."""
         for hearer in self._hearers:
             hearer.updates_folded(count, size_bytes, duration_s)
 
     def round_published(
         self, aggregated_count: int, rejected_count: int, collected_s: float, published_s: float
     ) -> None:
-        """Tell each."""
+        """Forward the event."""
         for hearer in self._hearers:
             hearer.round_published(aggregated_count, rejected_count, collected_s, published_s)
 

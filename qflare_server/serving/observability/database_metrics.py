@@ -1,4 +1,4 @@
-"""What Prometheus learns from the database when it scrapes: sizes of queues, states, budgets, the pool.
+"""Database metrics, collected at every scrape: backlog, states, budgets, connection pool.
 
 A scrape costs a handful of small reads. Where the database does not answer, `qflare_database_up` is 0 and the rest
 of these metrics is left out.

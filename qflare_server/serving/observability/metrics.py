@@ -1,4 +1,4 @@
-"""Prometheus metrics of one process: its calls, its payload bytes, its rounds, its database.
+"""Prometheus metrics of one process.
 
 Calls have the names that gRPC servers are known by (grpc_server_started_total and its kin), so that dashboards made
 for others fit. Labels come from the contract and from this program only, never from a caller. What stands in the
@@ -32,7 +32,7 @@ SUBMIT: Final = "/qflare.v1.CoordinatorService/SubmitUpdate"
 
 
 class Metrics(Telemetry):
-    """Counts what happens, and serves the counts over HTTP."""
+    """Collects metrics and serves them over HTTP."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

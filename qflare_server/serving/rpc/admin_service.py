@@ -163,7 +163,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def GetAggregationStatus(
         self, request: pb.GetAggregationStatusRequest, context: ServicerContext
     ) -> pb.GetAggregationStatusResponse:
-        """Get how far the aggregation is."""
+        """Get the progress of the aggregation."""
         progress = self._use_cases.training.progress(request.training_session_id)
         return pb.GetAggregationStatusResponse(
             round=training.training_round(progress.round),
@@ -205,7 +205,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def SuspendDevice(
         self, request: pb.SuspendDeviceRequest, context: ServicerContext
     ) -> pb.SuspendDeviceResponse:
-        """Forbid a device to call until it is reinstated."""
+        """Suspend a device until it is reinstated."""
         row = self._use_cases.devices.suspend(
             current_call().caller, request.device_id, request.reason
         )
@@ -223,7 +223,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def RevokeDevice(
         self, request: pb.RevokeDeviceRequest, context: ServicerContext
     ) -> pb.RevokeDeviceResponse:
-        """Forbid a device to call for ever."""
+        """Revoke a device permanently, effective on its next call."""
         row = self._use_cases.devices.revoke(
             current_call().caller, request.device_id, request.reason
         )
@@ -328,7 +328,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def WatchTrainingSession(
         self, request: pb.WatchTrainingSessionRequest, context: ServicerContext
     ) -> Iterator[pb.WatchTrainingSessionResponse]:
-        """Follow a training session."""
+        """Stream the events of a training session."""
         gone = threading.Event()
         context.add_callback(gone.set)
         known = request.known_round_number if request.HasField("known_round_number") else None
@@ -416,7 +416,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def GetCoordinatorStatus(
         self, request: pb.GetCoordinatorStatusRequest, context: ServicerContext
     ) -> pb.GetCoordinatorStatusResponse:
-        """Get how the coordinator is."""
+        """Get the coordinator's status."""
         report = self._use_cases.overview.report()
         response = status.coordinator_status(report)
         response.version = qflare.__version__

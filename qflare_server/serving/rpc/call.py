@@ -1,4 +1,4 @@
-"""The call that a thread is answering: who makes it, from where, and how to know it in the log; how many there are."""
+"""Per-call state: caller, peer, request id; and the count of calls in flight."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ def answering(call: Call) -> Iterator[Call]:
 
 
 class RunningCalls:
-    """Counts the calls under way; safe to share between threads."""
+    """Counts the calls under way; thread-safe."""
 
     def __init__(self) -> None:
         self._count = 0

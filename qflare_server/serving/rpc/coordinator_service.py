@@ -121,7 +121,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     def Heartbeat(
         self, request: pb.HeartbeatRequest, context: ServicerContext
     ) -> pb.HeartbeatResponse:
-        """Say that the device is there."""
+        """Report that the device is alive."""
         call = current_call()
         profile = profile_of(request.profile) if request.HasField("profile") else None
         beat = self._use_cases.devices.heartbeat(call.caller, call.device_id, profile)
@@ -184,14 +184,14 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     def BeginRegistration(
         self, request: pb.BeginRegistrationRequest, context: ServicerContext
     ) -> pb.BeginRegistrationResponse:
-        """Answer the first half of enrolment."""
+        """Answer the first half of an enrollment."""
         challenge = self._use_cases.enrollment.begin(current_call().caller, request.enrollment)
         return pb.BeginRegistrationResponse(challenge=challenge)
 
     def Register(
         self, request: pb.RegisterRequest, context: ServicerContext
     ) -> pb.RegisterResponse:
-        """Finish enrolment."""
+        """Finish an enrollment."""
         enrolled = self._use_cases.enrollment.register(current_call().caller, request.confirmation)
         return pb.RegisterResponse(receipt=enrolled.receipt, device_id=enrolled.device_id)
 

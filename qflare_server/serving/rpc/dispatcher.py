@@ -1,4 +1,4 @@
-"""Which calls wait for what: their messages come without a thread, and threads are kept apart by class of caller.
+"""Call dispatch: receives messages without a thread and keeps thread pools apart by class of caller.
 
 gRPC takes the `Dispatcher` for its thread pool. A call that comes in is sorted by its method and by whom its token was
 last seen to belong to. It gets a thread once there is something to do: its message is here, a small update is here as a

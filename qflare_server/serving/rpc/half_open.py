@@ -1,4 +1,4 @@
-"""Calls that have begun and whose messages have not come: bounded in number and time, and no thread waits for them."""
+"""Half-open calls, whose messages have not arrived: bounded in number and time, without a thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qflare_server.serving.rpc.incoming import IncomingCall
 
 
 class HalfOpenCalls:
-    """The half-open calls of one kind of callers; safe to share between threads.
+    """The half-open calls of one kind of callers; thread-safe.
 
     A table that is full makes room as a SYN cache does: the oldest call of whoever has most goes. A caller whose
     message travels with its headers is in the table for less than a millisecond, so it is hardly ever the oldest.

@@ -1,4 +1,4 @@
-"""One call as gRPC hands it over: its messages are received without a thread, and it runs once they are here.
+"""An incoming call: its messages are received without a thread, and it runs once they have arrived.
 
 grpcio's synchronous server gives a call to a thread before its first message has come, and the thread waits for it:
 callers that send nothing hold as many threads as there are. Its asynchronous server has one event loop for the whole

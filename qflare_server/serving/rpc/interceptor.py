@@ -1,4 +1,4 @@
-"""The gRPC boundary: the one table from errors to statuses, the one abort, the server and its limits.
+"""The gRPC boundary: authentication, limits, error mapping and the log line of every call.
 
 `CallInterceptor` admits every call before its first message is looked at, has it answered, and its outcome
 is logged in one line. Errors of the domain become rich statuses; anything else becomes INTERNAL with a fixed text
@@ -261,7 +261,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         return self._log_lines.take((line, call.method, host_of(call.find_peer()), *facts))
 
     def report(self, call: Call, code: grpc.StatusCode, seconds: float, reason: str = "") -> None:
-        """Log the one line of a call; what devices do all the time only for who looks for it."""
+        """Log one line per call; routine device calls at DEBUG."""
         routine = code is Code.OK and (
             call.principal.device_id is not None or not call.method.startswith("/qflare.")
         )

@@ -65,7 +65,7 @@ def connection_bound(config: ServerConfig) -> int:
 
 
 class StreamLimits:
-    """Bounds on streams under way, for each caller and for watchers; safe to share between threads.
+    """Bounds on streams under way, for each caller and for watchers; thread-safe.
 
     How many large payloads move at once is bounded where they move: a small one needs no place.
     """

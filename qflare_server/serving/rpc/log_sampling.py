@@ -24,7 +24,7 @@ class _Window:
 
 
 class LogSampler:
-    """Lets the first lines of each kind through in every period and counts the others; safe to share between threads.
+    """Lets the first lines of each kind through in every period and counts the others; thread-safe.
 
     Args:
         monotonic: Gives the time in seconds.

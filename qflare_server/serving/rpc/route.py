@@ -1,4 +1,4 @@
-"""What is known of a method before anything of the call has been read: who may call it, and how its messages come."""
+"""Routes: audience and shape of every method, known before a call is read."""
 
 from dataclasses import dataclass
 from enum import Enum, auto

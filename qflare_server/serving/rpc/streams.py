@@ -1,4 +1,4 @@
-"""Turning streams of messages into a header and chunks, and back."""
+"""Message streams: split into header and chunks, with bounded waits."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Threads for one class of callers, who take turns: a caller that sends much waits for itself, not others for it."""
+"""Thread pools that serve callers round robin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places for payloads that move: shared fairly, and not kept by callers whose line carries next to nothing.
+"""Transfer slots for large payloads: shared fairly, with a minimum throughput.
 
 A transfer is measured by what it moves in the time that it waits for its caller, so a slow disk on this side is not
 held against it. As long as a place is free a transfer may take as long as it likes. Where others wait, one that is

@@ -1,7 +1,7 @@
-"""Who calls: bearer tokens, looked up on every call so that a revocation takes effect on the next one.
+"""Bearer-token authentication. Tokens are checked on every call, so a revocation takes effect immediately.
 
-What was looked up is remembered, and used again only while the database's count of security changes stands: a call
-costs one small read, and a revocation by any replica is noticed by the next call on every other.
+Lookups are cached, and a cached one is used only while the database's counter of security changes is unchanged: a
+call costs one small read, and every replica notices a revocation by any other on its next call.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ ANONYMOUS = frozenset({Role.ANYONE})
 
 @dataclass(frozen=True)
 class Principal:
-    """Who makes a call.
+    """The authenticated caller of an RPC.
 
     `device_id` is None for administrators and callers without a credential, `binding_key` is what proofs of
     possession are checked against.
@@ -56,7 +56,7 @@ class Principal:
 
 @dataclass(frozen=True)
 class KnownCaller:
-    """Whom a token was last seen to belong to: enough to sort a call, not to admit it."""
+    """The last known owner of a token: enough to classify a call, not to admit it."""
 
     name: str
     is_device: bool
@@ -91,7 +91,7 @@ def sole_value(metadata: Iterable[tuple[str, str | bytes]] | None, key: str) -> 
 
 
 class Authentication:
-    """Turns the credential of a call into a principal, and checks it against the table of methods."""
+    """Resolves the credential of a call to a principal and authorizes the method."""
 
     def __init__(self, context: Context, presence: Presence) -> None:
         self._context = context
@@ -99,7 +99,7 @@ class Authentication:
         self._known: dict[str, tuple[int, Credential]] = {}
 
     def admit(self, method: str, bearer: str | None) -> Principal:
-        """Return who calls, if it may call this method.
+        """Authorize a call and return the principal.
 
         Raises:
             UnauthenticatedError: The credential is missing, unknown, expired or revoked: one text for all.
@@ -114,7 +114,7 @@ class Authentication:
         return self.admit_hash(method, hash_secret(bearer))
 
     def admit_hash(self, method: str, token_hash: str) -> Principal:
-        """Return who calls, if it may call this method; for callers whose token was seen before and is not kept.
+        """Authorize a caller by the hash of a token that was seen before; return the principal.
 
         Args:
             method: Full name of a method of a device or an administrator.
@@ -130,7 +130,7 @@ class Authentication:
         return principal
 
     def recognize(self, bearer: str | None) -> KnownCaller | None:
-        """Return who a token was last seen to belong to, from memory alone; None for one that was not seen or is over.
+        """Return the last known owner of a token from memory; None for an unknown or expired one.
 
         It admits nobody: a token that was revoked since is still recognized, and refused by `admit`.
         """
@@ -150,7 +150,7 @@ class Authentication:
         return KnownCaller(f"device:{found.device_id}", is_device=True)
 
     def introduce(self, bearer: str | None) -> KnownCaller | None:
-        """Look a token up, so that it is recognized from now on; None for one that is not good.
+        """Look up a token, so that `recognize` knows it from now on; None for an invalid one.
 
         Raises:
             StoreUnavailableError: The database does not answer.
@@ -210,7 +210,7 @@ class Authentication:
         )
 
     def _reactivate(self, device_id: str) -> None:
-        """Make a device that was away active again; whoever suspended it meanwhile wins."""
+        """Reactivate an inactive device; a concurrent suspension wins."""
         self._context.database.write(lambda session: devices.reactivate(session, device_id))
 
 

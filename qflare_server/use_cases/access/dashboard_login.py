@@ -1,4 +1,4 @@
-"""Log-ins to the dashboard: an admin token is exchanged for a short-lived secret that a browser keeps in a cookie.
+"""Dashboard sessions: an admin token is exchanged for a short-lived secret in a browser cookie.
 
 Constructor: ``DashboardLogin(context, authentication)``.
 
@@ -46,7 +46,7 @@ class _LoggedIn:
 
 
 class DashboardLogin:
-    """Use cases of a browser that logs in, looks and logs out; safe to share between threads."""
+    """Dashboard login, authorization and logout; thread-safe."""
 
     def __init__(self, context: Context, authentication: Authentication) -> None:
         self._context = context
@@ -57,7 +57,7 @@ class DashboardLogin:
         self._logins: dict[str, _LoggedIn] = {}
 
     def log_in(self, token: str, peer_address: str) -> str:
-        """Return the secret of a log-in, good for `dashboard_login_s`; it is kept as a hash only.
+        """Log in: return a session secret, valid for `dashboard_login_s`; only its hash is kept.
 
         Args:
             token: Of an administrator.
@@ -79,7 +79,7 @@ class DashboardLogin:
         return self._remember(hash_secret(token))
 
     def admit(self, secret: str, method: str) -> Principal:
-        """Return who has logged in, if it may call a method of the administrators' service.
+        """Authorize a session for a method of the administrators' service; return its principal.
 
         Args:
             secret: From `log_in`.
@@ -96,7 +96,7 @@ class DashboardLogin:
         return self._authentication.admit_hash(ADMIN_SERVICE + method, found.token_hash)
 
     def log_out(self, secret: str, peer_address: str) -> None:
-        """End a log-in; one that is over already is no error."""
+        """End a session; ending it twice is no error."""
         try:
             principal = self.admit(secret, "GetCoordinatorStatus")
         except QflareError:

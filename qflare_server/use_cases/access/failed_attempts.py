@@ -1,4 +1,4 @@
-"""Failed attempts to enrol or to log in, in the audit log, without letting who fails fill it.
+"""Rate-limited audit entries for failed enrollment and login attempts.
 
 Constructor: ``FailedAttempts(context)``. Each process records at most `BURST` refusals at once and one more every
 `INTERVAL_S` seconds; the next entry says how many were left out.
@@ -27,7 +27,7 @@ class RefusedError(Exception):
 
 
 class FailedAttempts:
-    """Records refusals as far as the bound allows; safe to share between threads."""
+    """Records refusals within a rate limit; thread-safe."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

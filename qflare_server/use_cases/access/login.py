@@ -1,4 +1,4 @@
-"""How a device gets access tokens: logins, refreshes, and proofs of possession on calls.
+"""Device login: access tokens, refresh tokens, and proofs of possession.
 
 Constructor: ``Login(context, keys)``.
 
@@ -73,7 +73,7 @@ class _NewTokens:
 
 
 class Login:
-    """Use cases of logging in; safe to share between threads."""
+    """Login use cases; thread-safe."""
 
     def __init__(self, context: Context, keys: ServerKeys) -> None:
         self._context = context

@@ -34,7 +34,7 @@ MAX_REMEMBERED: Final = 50_000
 
 
 class ObjectAccess:
-    """Checks calls of devices against the rules; safe to share between threads.
+    """Checks calls of devices against the rules; thread-safe.
 
     What was looked up is remembered for as long as nothing about who may call, and about rounds, has changed.
     """

@@ -1,4 +1,4 @@
-"""Who has called lately: in memory, written to the database now and then, and the pace that follows from it.
+"""Tracks when devices were last seen, flushes it periodically, and derives the poll interval.
 
 An idle poll writes nothing. What a crash loses is a few seconds of last-seen times.
 """
@@ -17,7 +17,7 @@ BATCH = 128  # devices of one transaction, so that no call waits long for the wr
 
 
 class Presence:
-    """Last calls by device id; safe to share between threads."""
+    """Time of the last call by device id; thread-safe."""
 
     def __init__(self, config: ServerConfig, database: Database) -> None:
         self._config = config
@@ -33,12 +33,12 @@ class Presence:
             self._recent[device_id] = at
 
     def poll_delay_s(self) -> float:
-        """Return the delay at which all devices together stay within the polls of a second."""
+        """Return the poll interval that keeps the fleet within its polls per second."""
         delay = len(self._recent) / max(self._config.polls_per_second, 1e-3)
         return min(max(delay, self._config.min_poll_s), self._config.max_poll_s)
 
     def flush(self, now: datetime) -> None:
-        """Write what is not written, and forget who has not called for some polls."""
+        """Write pending last-seen times and drop devices that have stopped polling."""
         horizon = WINDOW_S + 3 * self.poll_delay_s()
         with self._lock:
             unwritten, self._unwritten = self._unwritten, {}

@@ -1,4 +1,4 @@
-"""How often one caller may call: a token bucket for each (Turner 1986), in memory, forgotten once it is full again."""
+"""Per-caller rate limits: in-memory token buckets (Turner 1986), dropped once they are full again."""
 
 import threading
 from collections.abc import Callable
@@ -11,7 +11,7 @@ MAX_CALLERS: Final = 100_000
 
 
 class RateLimiter:
-    """Bounds the calls of each caller; safe to share between threads.
+    """Limits the call rate of each caller; thread-safe.
 
     Args:
         calls_per_second: What a caller may do on average; ten seconds of it at once. 0 means no bound.

@@ -1,4 +1,4 @@
-"""Who may call what: one table that names every method of both services.
+"""Role-based access control: one table that lists every method of both services.
 
 A method without a row cannot be called, and a test fails on it. Roles include nothing but what stands here.
 """

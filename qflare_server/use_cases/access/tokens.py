@@ -1,4 +1,4 @@
-"""Tokens: issued, listed, revoked. A secret is in the answer that issues it and nowhere else."""
+"""Issue, list and revoke tokens. A secret is only ever in the response that issues it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class IssuedToken:
 
 
 class Tokens:
-    """Use cases on tokens."""
+    """Token use cases."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -195,7 +195,7 @@ class Tokens:
             return tokens.list_tokens(session, request, kind)
 
     def revoke(self, caller: Caller, token_id: str, reason: str) -> UserToken:
-        """Revoke a token; bites on the next call. Revoking it again changes nothing.
+        """Revoke a token, effective on its next call. Idempotent.
 
         Raises:
             TokenNotFoundError: There is no such token.

@@ -1,4 +1,4 @@
-"""Everything that shows where a version came from, for a verifier who trusts nobody but the root keys.
+"""Verification bundles: the evidence behind a version, for an offline verifier that trusts only the root keys.
 
 A bundle comes in parts of a bounded size; their serialisations one after another are the bundle. What it shows, and in
 which order it is checked, is said in `qflare.evidence.verification`.
@@ -34,7 +34,7 @@ Bundle = verification_pb2.VerificationBundle
 
 
 class Evidence:
-    """Use case of an auditor who wants to check a version offline."""
+    """Exports verification bundles for auditors."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

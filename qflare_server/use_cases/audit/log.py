@@ -1,4 +1,4 @@
-"""The audit log as administrators and devices see it: entries, signed heads, and proofs about both."""
+"""The audit log: list entries, signed heads, and inclusion and consistency proofs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class EntryProof:
 
 
 class Audit:
-    """Use cases on the audit log."""
+    """Audit-log use cases."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -153,7 +153,7 @@ BATCH: Final = 500
 
 
 class AuditExport:
-    """Use case of an auditor who wants every entry."""
+    """Exports the whole audit log."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

@@ -1,4 +1,4 @@
-"""Growing the Merkle tree over the audit log, and signing its heads.
+"""Audit-log sequencer: appends committed entries to the Merkle tree and signs tree heads.
 
 Calls only insert rows; they never wait for the tree. The sequencer gives committed rows their places afterwards, in
 the order of their ids, some at a time, one transaction for each batch, together with the nodes that the batch
@@ -83,16 +83,16 @@ def head_of(row: AuditHead) -> SignedHead:
 
 
 def _leaf_of(row: AuditLog) -> bytes | None:
-    """Return a row's leaf hash; None, said loudly, for a row that this program cannot have written."""
+    """Return a row's leaf hash. Logs an error and returns None for a row this program cannot have written."""
     try:
         return entry_of(row).leaf_hash()
     except InvalidEntryError as error:
-        logger.error("audit entry gets no place: id=%d: %s", row.id, error)  # noqa: TRY400
+        logger.error("audit entry cannot be sequenced: id=%d: %s", row.id, error)  # noqa: TRY400
         return None
 
 
 class AuditSequencer:
-    """Gives audit entries their places and signs heads; safe to share between threads, and to run many of.
+    """Sequences audit entries and signs tree heads; thread-safe, and several may run at once.
 
     Args:
         context: The coordinator's parts.
@@ -142,7 +142,7 @@ class AuditSequencer:
         return fresh or self._context.clock() - latest.created_at >= HEAD_INTERVAL
 
     def _place_all(self, *, wait: bool) -> int:
-        """Place what is committed at this moment, or leave it to somebody else who is at it and we do not wait.
+        """Sequence what is committed by now, or return if another sequencer is at work.
 
         What comes in meanwhile is left for the next pass: chasing it would make a transaction for every few entries.
         """
@@ -244,7 +244,7 @@ class AuditSequencer:
         return head
 
     def _witness(self, head: SignedHead) -> None:
-        """Write a head where the configuration says; a witness that is away does not stop the log."""
+        """Append a head to the configured witness file; a failing witness does not stop the log."""
         path: Path | None = self._context.config.witness_file
         if path is None:
             return

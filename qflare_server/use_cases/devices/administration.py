@@ -1,4 +1,4 @@
-"""Devices as administrators and embedding programs see them: looked at, suspended, reinstated, revoked."""
+"""Device administration: list, suspend, reinstate and revoke devices."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ MAX_LEARNING_RATE = 1e6
 
 @dataclass(frozen=True)
 class Profile:
-    """What a device says of itself; zeros and empty text mean the defaults."""
+    """A device's self-reported profile; zeros and empty strings mean the defaults."""
 
     device_type: str = ""
     hardware_info: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Beat:
 
 
 class Devices:
-    """Use cases on devices."""
+    """Device administration use cases."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -153,7 +153,7 @@ class Devices:
             return devices.count_by_state(session), devices.count_by_type(session)
 
     def suspend(self, caller: Caller, device_id: str, reason: str) -> Device:
-        """Forbid a device to call until it is reinstated; bites on its next call.
+        """Suspend a device until it is reinstated, effective on its next call.
 
         Raises:
             WrongStateError: It is revoked.
@@ -173,7 +173,7 @@ class Devices:
         return self._move(caller, device_id, DeviceState.INACTIVE, reason)
 
     def revoke(self, caller: Caller, device_id: str, reason: str) -> Device:
-        """Forbid a device to call for ever and revoke its tokens; its evidence stays."""
+        """Revoke a device permanently, with its tokens; its evidence stays."""
 
         def also(session: Session, device: Device) -> None:
             at = self._context.clock()
@@ -256,7 +256,7 @@ class Devices:
         return self._context.database.write(work)
 
     def heartbeat(self, caller: Caller, device_id: str, profile: Profile | None) -> Beat:
-        """Take in what a device says of itself, if it says anything; return its state.
+        """Process a heartbeat: store the profile, if there is one, and return the device's state.
 
         Raises:
             DeviceNotFoundError: There is no such device.

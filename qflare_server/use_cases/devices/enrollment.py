@@ -1,4 +1,4 @@
-"""A device's way in: the keyset, enrolment, and the exchange of its keys.
+"""Device enrollment.
 
 Constructor: ``Enrollment(context, keys)``.
 
@@ -61,7 +61,7 @@ class EnrollmentResult:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a good application leads to, found out before the transaction that makes it so.
+    """The effect of a valid application, computed before the transaction that applies it.
 
     `device` is the one that lost its keys, None for another one, which gets `groups`. `done` is set where it has
     happened already.
@@ -75,7 +75,7 @@ class _Plan:
 
 
 class Enrollment:
-    """Use cases of enrolment; safe to share between threads."""
+    """Enrollment use cases; thread-safe."""
 
     def __init__(self, context: Context, keys: ServerKeys) -> None:
         self._context = context
@@ -179,7 +179,7 @@ class Enrollment:
         return faster
 
     def _plan(self, application: protocol.EnrollmentApplication) -> _Plan:
-        """Look up what an application would lead to."""
+        """Compute the effect of an application."""
         digest = hash_secret(application.enrollment_token)
         with self._context.database.read() as session:
             token = tokens.find_by_hash(session, digest)
@@ -200,7 +200,7 @@ class Enrollment:
     def _require_algorithm(
         self, caller: Caller, application: protocol.EnrollmentApplication, plan: _Plan
     ) -> None:
-        """Refuse a key by its algorithm, openly: whoever has a good token may know what to bring."""
+        """Refuse an unaccepted key algorithm with its reason: a caller with a valid token may know what is accepted."""
         if plan.done is not None:
             return
         try:

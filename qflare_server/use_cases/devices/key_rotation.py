@@ -1,4 +1,4 @@
-"""A device exchanges its keys: signed by the previous and by the next one.
+"""Device key rotation, signed by the previous and the next key.
 
 Constructor: ``KeyRotations(context, keys)``.
 
@@ -48,7 +48,7 @@ class _Keys:
 
 
 class KeyRotations:
-    """The use case of rotating keys; safe to share between threads."""
+    """Key rotation use case; thread-safe."""
 
     def __init__(self, context: Context, keys: ServerKeys) -> None:
         self._context = context

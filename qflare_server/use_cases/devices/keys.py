@@ -1,4 +1,4 @@
-"""A device's keys as its row and its history hold them."""
+"""Device keys in the database: current columns, history, accepted algorithms."""
 
 from datetime import datetime
 from typing import Any, Protocol
@@ -76,7 +76,7 @@ def insert_key(
 
 
 class AcceptedAlgorithms:
-    """The algorithms of a configuration; safe to share between threads."""
+    """The algorithms of a configuration; thread-safe."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._accepted = frozenset(algorithm_named(name) for name in config.accepted_algorithms)

@@ -1,4 +1,4 @@
-"""Devices that an embedding program vouches for: their keys, their last calls, and whole lists of them at once."""
+"""Devices registered by an embedding program, without enrollment."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class KnownDevice:
 
 
 class KnownDevices:
-    """Use cases on devices that need no enrolment, because the program vouches for them."""
+    """Registers devices that the embedding program vouches for, without enrollment."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

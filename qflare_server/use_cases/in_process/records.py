@@ -1,4 +1,4 @@
-"""Devices as plain dictionaries: the shape of the in-memory registry that embedding programs know.
+"""Devices as dictionaries, in the shape of the earlier in-memory registry.
 
     {"device_id": str, "status": str, "registered_at": str, "last_seen": str | None,
      "public_keys": {"kem_public_key": str | None, "sig_public_key": str | None},

@@ -1,4 +1,4 @@
-"""The training session of programs that embed the coordinator: which one is in use, and how it begins.
+"""The training session of embedding programs: lookup and creation.
 
 Its id is `in-process-N`: the first of these that has not ended is the one in use, and the next begins when it is
 reset. It begins with the first contribution, whose length is the length of all, from an initial model of zeros. Its

@@ -1,4 +1,4 @@
-"""What programs that embed the coordinator do with their training session: contribute, close rounds, start over.
+"""Training for embedding programs: contribute, close rounds, reset.
 
 A contribution is one vector of float32, without gRPC and without a signature: the program vouches for its devices.
 `in_process.session` says what the training session is.
@@ -54,7 +54,7 @@ FLOAT_BYTES: Final = 4
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a device of the program brings: its weights and what it says of them."""
+    """A contribution of an in-process device: weights, example count and metrics."""
 
     device_id: str
     data: bytes | bytearray | memoryview

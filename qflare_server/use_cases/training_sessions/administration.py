@@ -1,4 +1,4 @@
-"""Training sessions: created, given an initial model, started, paused, resumed, cancelled, looked at."""
+"""Create, start, pause, resume, cancel and inspect training sessions."""
 
 import uuid
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ MAX_ABSENT = 100
 
 
 class Training:
-    """Use cases on training sessions."""
+    """Training-session administration use cases."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

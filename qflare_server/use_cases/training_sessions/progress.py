@@ -1,4 +1,4 @@
-"""How far training sessions and their rounds are."""
+"""Progress of training sessions and rounds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from qflare_server.storage.tables import RoundState
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the aggregation of a training session is."""
+    """Aggregation progress of a training session."""
 
     session: TrainingSession
     round: Round | None

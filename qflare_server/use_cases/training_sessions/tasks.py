@@ -1,4 +1,4 @@
-"""What a device is asked to do next."""
+"""Task assignment: what a device does next."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ MAX_REMEMBERED_VERSIONS = 64
 
 @dataclass(frozen=True)
 class NextTask:
-    """What a device should do: do a `measurement`, contribute to `round`, wait `poll_delay_s`, or stop when `done`."""
+    """A device's next task: a `measurement`, a `round` to contribute to, a wait of `poll_delay_s`, or `done`."""
 
     poll_delay_s: float
     round: OpenRound | None = None
@@ -35,7 +35,7 @@ class NextTask:
 
 
 class Tasks:
-    """Use cases of a device that asks for work."""
+    """Task assignment use cases."""
 
     def __init__(self, context: Context, presence: Presence) -> None:
         self._context = context

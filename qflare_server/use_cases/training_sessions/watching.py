@@ -1,4 +1,4 @@
-"""Following a training session as it goes.
+"""Watching a training session: a stream of its events.
 
 What happened is found by comparing two looks at the database, so that every replica sees what any other did and no
 writer has to know who watches. A look is two or three reads by primary key. Watching never holds a transaction or a
@@ -31,7 +31,7 @@ MAX_ROUNDS = 1000
 
 
 class Kind(StrEnum):
-    """What has happened."""
+    """Kind of an event."""
 
     SNAPSHOT = "snapshot"
     STATE_CHANGED = "state_changed"
@@ -64,7 +64,7 @@ class Change:
 
 @dataclass(frozen=True)
 class SessionEvent:
-    """What a watcher is told."""
+    """An event of a training session."""
 
     kind: Kind
     session: TrainingSession | None = None
@@ -105,7 +105,7 @@ def _round_changes(before: Round | None, after: Round) -> Iterator[Change]:
 
 
 class Watching:
-    """Use case of an administrator who follows a training session; safe to share between threads."""
+    """Streams the events of a training session; thread-safe."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

@@ -1,4 +1,4 @@
-"""Accepting updates whose payload has come: many at once, each with its own answer.
+"""Update acceptance: admits received updates in batches, one transaction each.
 
 Requests that are ready at the same time are written by one of them in one transaction: the round is locked once, and
 update, payload and audit rows go in together, so that durable updates cost a fraction of a commit each. Whether an
@@ -56,7 +56,7 @@ BUFFER_RETRY_S: Final = 0.05
 
 @dataclass(eq=False)
 class _Entry:
-    """One update that waits to be written, and its answer."""
+    """An update waiting for its batch, and its result."""
 
     caller: Caller
     submission: Submission
@@ -74,7 +74,7 @@ class _Entry:
 
 
 class Acceptance:
-    """Writes updates in batches; the threads that bring them take turns at it.
+    """Writes updates in batches; the calling threads take turns as the batch leader.
 
     Attributes:
         window: Counts the updates that are about to be ready: a batch waits briefly for them.
@@ -109,7 +109,7 @@ class Acceptance:
         return entry.result()
 
     def _give_up(self, entry: _Entry) -> None:
-        """Leave the queue, so that the lead is never handed to a thread that has gone; go on if it just was."""
+        """Leave the queue on a timeout, unless the thread has just become the leader."""
         with self._lock:
             if entry.leads or entry.answered.is_set():
                 return
@@ -134,7 +134,7 @@ class Acceptance:
         return entry.result()
 
     def _lead(self) -> None:
-        """Write what waits, then hand the lead to whoever has come meanwhile."""
+        """Write the waiting batch, then hand leadership to the next waiter."""
         self.window.wait()
         with self._lock:
             batch, self._waiting = self._waiting[:BATCH_LIMIT], self._waiting[BATCH_LIMIT:]
@@ -205,7 +205,7 @@ class Acceptance:
 
 
 class _Admission:
-    """Decides which updates of a batch, all for one task, a locked round takes, in their order."""
+    """Admission control for a batch of updates of one task, under the round's lock."""
 
     def __init__(
         self,
@@ -308,7 +308,7 @@ class _Admission:
 
 
 class _BufferedAdmission(_Admission):
-    """The same where updates of older versions count in the round that is open.
+    """Admission control for asynchronous sessions, where updates of older versions count in the open round.
 
     A device contributes once from a version, to the round of its task or to a later one. While a full buffer
     becomes a version there is no open round for a moment: the device is asked to send again, not to train again.
@@ -323,7 +323,7 @@ class _BufferedAdmission(_Admission):
             return StaleBaseVersionError(base_version, places.base_version)
         if refuse_round(places, base_version, self._at, self.count) is not None:
             return TooManyRequestsError(
-                "the buffer is full and becomes a version", retry_after_s=BUFFER_RETRY_S
+                "the buffer is full and is being aggregated", retry_after_s=BUFFER_RETRY_S
             )
         return None
 

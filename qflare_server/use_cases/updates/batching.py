@@ -1,4 +1,4 @@
-"""Waiting a moment for others that are about to come, so that one commit serves them too."""
+"""Group commit: delay a commit briefly so that concurrent updates share it."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class BatchWindow:
-    """Knows how many are on their way; safe to share between threads.
+    """Counts the updates in flight, to decide whether waiting for them pays; thread-safe.
 
     While one comes at a time nobody waits. The more there are, the more come together, and the less of a commit each
     of them costs (PostgreSQL's ``commit_delay`` with ``commit_siblings`` is the same thought).

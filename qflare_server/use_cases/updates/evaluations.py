@@ -1,4 +1,4 @@
-"""Taking in what devices measured of versions: only what was asked for, signed, and once.
+"""Evaluation reports: accepted only if requested, signed, and once per version.
 
 Constructor: ``Evaluations(context)``.
 
@@ -57,7 +57,7 @@ class _Evaluation:
 
 
 class Evaluations:
-    """Use case of a device that reports an evaluation; safe to share between threads."""
+    """Accepts evaluation reports; thread-safe."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

@@ -1,4 +1,4 @@
-"""The header of an update: checked against its round and its device before a byte of its payload is looked at.
+"""Validation of update headers against round and device, before the payload is read.
 
 What a round expects never changes once it is open, and is read once.
 """
@@ -57,7 +57,7 @@ class Contributor:
 
 @dataclass(frozen=True)
 class RoundFacts:
-    """What a round expects of an update; never changes once the round is open."""
+    """What a round expects of an update; immutable once the round is open."""
 
     training_session_id: str
     number: int
@@ -86,7 +86,7 @@ class Submission:
 
 
 class SubmissionValidator:
-    """Checks headers; safe to share between threads."""
+    """Validates update headers; thread-safe."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

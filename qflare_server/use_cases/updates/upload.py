@@ -53,7 +53,7 @@ FINAL_REFUSALS: Final = (
 
 
 class Uploads:
-    """Use cases of a device that submits an update."""
+    """Update submission use cases."""
 
     def __init__(self, context: Context, executor: ThreadPoolExecutor) -> None:
         self._context = context

@@ -1,4 +1,4 @@
-"""Handing out versions: what a version is, and its chunks, bounded in memory whatever its size.
+"""Model downloads, streamed in bounded memory.
 
 The chunks of versions that many devices ask for at once are kept in a small cache, so that a hundred downloads of
 one version read it once.
@@ -71,7 +71,7 @@ MAX_CACHED_BATCHES: Final = 64
 
 
 class _ChunkCache:
-    """The batches of chunks that were read last, within bounds of bytes and number; safe to share between threads.
+    """The batches of chunks that were read last, within bounds of bytes and number; thread-safe.
 
     Versions of small models would otherwise be kept by the thousand: each costs more than its bytes.
     """
@@ -110,7 +110,7 @@ def _check_first(first_chunk: int, chunk_count: int) -> None:
 
 
 class Deliveries:
-    """Use cases of a caller that wants a version."""
+    """Model download use cases."""
 
     def __init__(self, context: Context, executor: ThreadPoolExecutor) -> None:
         self._context = context

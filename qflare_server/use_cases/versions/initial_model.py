@@ -1,4 +1,4 @@
-"""Taking in the initial model of a training session."""
+"""Upload of a training session's initial model."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from qflare_server.use_cases.training_sessions.administration import Training
 
 
 class InitialModels:
-    """Use case of an administrator who uploads a model."""
+    """Accepts initial models."""
 
     def __init__(self, context: Context, executor: ThreadPoolExecutor, training: Training) -> None:
         self._context = context

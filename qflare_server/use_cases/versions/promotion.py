@@ -1,4 +1,4 @@
-"""Versions in the hands of an administrator: described, released, rolled back to.
+"""Describe, release and roll back model versions.
 
 Versions only rise: a rollback publishes a new one that shares the payload of the older one, so that lineage stays a
 chain and no byte is copied.
@@ -58,7 +58,7 @@ class Rollback:
 
 
 class Promotion:
-    """Use cases on versions."""
+    """Model version use cases."""
 
     def __init__(self, context: Context) -> None:
         self._context = context

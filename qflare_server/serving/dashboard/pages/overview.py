@@ -1,4 +1,4 @@
-"""The first page: is it well, what trains, how far, how good so far, and what needs attention."""
+"""Overview page: health, training sessions under way, alerts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from qflare_server.use_cases.status import DatabaseHealth, Report
 
 
 def coordinator_status(report: Report) -> pb.GetCoordinatorStatusResponse:
-    """Encode how the coordinator is."""
+    """Encode the coordinator's status."""
     return pb.GetCoordinatorStatusResponse(
         server_time=values.timestamp(report.at),
         replicas=[_replica(row) for row in report.replicas],
