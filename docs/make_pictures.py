@@ -19,7 +19,7 @@ from qflare_server.config import ServerConfig
 from qflare_server.context import utc_now
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.secret_files import Cost
-from qflare_server.keys.setup import initialise
+from qflare_server.keys.setup import initialize
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role
 from tests.integration.conftest import Deployment
@@ -39,7 +39,7 @@ def main(folder: Path, target: Path, *, whole: bool) -> None:
     program = find()
     if program is None:
         sys.exit("there is no Chromium: make tools")
-    initialise(
+    initialize(
         KeyFolder(folder / "data" / "keys", cost=Cost(iterations=1, memory_kib=1024, lanes=1)),
         "qflare",
         utc_now(),

@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     root = ArgumentParser(
         prog=_PROGRAM,
-        description="A QFLARE device: enrol it, let it take part, see how it stands.",
+        description="A QFLARE device: enroll it, let it take part, see how it stands.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -156,7 +156,7 @@ def _add_enroll(commands: Any) -> None:
         commands,
         "enroll",
         _enroll,
-        "Enrol this device with the bootstrap bundle of an administrator.",
+        "Enroll this device with the bootstrap bundle of an administrator.",
         "bundle.json --home device1 --capability ram_mib=4096",
     )
     parser.add_argument("bundle", type=Path, help="bootstrap bundle (JSON)")

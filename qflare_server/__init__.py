@@ -1,1 +1,1 @@
-"""The QFLARE coordinator: enrols devices, takes signed updates in, publishes versions of global models."""
+"""The QFLARE coordinator: enrolls devices, takes signed updates in, publishes versions of global models."""

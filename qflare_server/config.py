@@ -113,7 +113,7 @@ class ServerConfig:
     rpc_threads: int = 32
     """Threads that answer calls of devices that are short, 4 to 512."""
     anonymous_threads: int = 8
-    """Threads for callers without a credential, 1 to 128: who enrols, logs in or has a token not seen before."""
+    """Threads for callers without a credential, 1 to 128: who enrolls, logs in or has a token not seen before."""
     admin_threads: int = 8
     """Threads for short calls of administrators, 1 to 128."""
     max_uploads: int = 16

@@ -43,7 +43,7 @@ def draw_rhythm(timelines: Mapping[str, Timeline], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
     for name, timeline in timelines.items():
         axis.plot([at for at, _ in timeline], [accuracy for _, accuracy in timeline], label=name)
-    axis.axhline(TARGET, color="grey", linewidth=0.8, linestyle=":")
+    axis.axhline(TARGET, color="gray", linewidth=0.8, linestyle=":")
     axis.set(
         title="20 devices, every third five times slower",
         xlabel="simulated time (trainings of a fast device)",

@@ -6,7 +6,7 @@ Both directions go piece by piece and hold no more than a piece beside what the 
 
 Invariants: rounding is to nearest, ties to even, and tensors of 16 bits or less stay as they are; the same payload
 gives the same bytes wherever it is cut; `widened` gives the element types of the model, and every value exactly as
-it travelled.
+it traveled.
 
 What it does not do: check elements. A value beyond the range of the smaller type becomes infinite, which
 `FiniteCheck` of the smaller payload finds.

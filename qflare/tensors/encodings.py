@@ -252,11 +252,11 @@ def decode(
     Args:
         arrays: As `wire_manifest` describes them; their elements may come from a stranger.
         base: The manifest of the model.
-        encoding: How floating tensors travelled.
+        encoding: How floating tensors traveled.
         top_k_fraction: As it was for `encode`.
 
     Returns:
-        Arrays as the base manifest describes them, in its order. A tensor that travelled as it is comes
+        Arrays as the base manifest describes them, in its order. A tensor that traveled as it is comes
         back as the same array.
 
     Raises:

@@ -1,6 +1,6 @@
 """The vector of a payload as runs: stretches of elements that are decoded alike.
 
-A run knows where its elements are in a payload and how they travelled. Opening it on a payload gives a function
+A run knows where its elements are in a payload and how they traveled. Opening it on a payload gives a function
 that decodes any stretch of it; what that function keeps between calls makes consecutive stretches cheap.
 
 What it does not do: cross the borders of a run; that is `qflare.tensors.vectors`, which is what others use.

@@ -36,7 +36,7 @@ class _TokenKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenKind.V
     TOKEN_KIND_UNSPECIFIED: _TokenKind.ValueType  # 0
     """Not set; as a filter, any kind."""
     TOKEN_KIND_ENROLLMENT: _TokenKind.ValueType  # 1
-    """To enrol one device."""
+    """To enroll one device."""
     TOKEN_KIND_ACCESS: _TokenKind.ValueType  # 2
     """To call as a device."""
     TOKEN_KIND_REFRESH: _TokenKind.ValueType  # 3
@@ -50,7 +50,7 @@ class TokenKind(_TokenKind, metaclass=_TokenKindEnumTypeWrapper):
 TOKEN_KIND_UNSPECIFIED: TokenKind.ValueType  # 0
 """Not set; as a filter, any kind."""
 TOKEN_KIND_ENROLLMENT: TokenKind.ValueType  # 1
-"""To enrol one device."""
+"""To enroll one device."""
 TOKEN_KIND_ACCESS: TokenKind.ValueType  # 2
 """To call as a device."""
 TOKEN_KIND_REFRESH: TokenKind.ValueType  # 3
@@ -194,7 +194,7 @@ class Token(_message.Message):
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Groups that a device gets which enrols with it."""
+        """Groups that a device gets which enrolls with it."""
 
     def __init__(
         self,

@@ -405,7 +405,7 @@ class AdminServiceServicer(object):
 
     def IssueEnrollmentTokens(self, request, context):
         """Issue enrollment tokens; the secrets are in this answer and nowhere else. With a device_id the token lets that
-        device enrol new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
+        device enroll new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
         still has its keys rotates them by itself (CoordinatorService.RotateKeys).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -462,7 +462,7 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExportVerificationBundle(self, request, context):
-        """Export what an offline verifier needs for a version, in parts whose serialisations follow each other.
+        """Export what an offline verifier needs for a version, in parts whose serializations follow each other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -83,7 +83,7 @@ class AdminServiceStub:
     """Confirm the device type and the capabilities of a device: selection goes by these from then on."""
     IssueEnrollmentTokens: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.IssueEnrollmentTokensRequest, _admin_service_pb2.IssueEnrollmentTokensResponse]
     """Issue enrollment tokens; the secrets are in this answer and nowhere else. With a device_id the token lets that
-    device enrol new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
+    device enroll new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
     still has its keys rotates them by itself (CoordinatorService.RotateKeys).
     """
     IssueAdminToken: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.IssueAdminTokenRequest, _admin_service_pb2.IssueAdminTokenResponse]
@@ -101,7 +101,7 @@ class AdminServiceStub:
     GetAuditProof: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetAuditProofRequest, _admin_service_pb2.GetAuditProofResponse]
     """Get the proof that an audit entry is in the signed log."""
     ExportVerificationBundle: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.ExportVerificationBundleRequest, _admin_service_pb2.ExportVerificationBundleResponse]
-    """Export what an offline verifier needs for a version, in parts whose serialisations follow each other."""
+    """Export what an offline verifier needs for a version, in parts whose serializations follow each other."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """The coordinator as administrators see it.
@@ -328,7 +328,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.IssueEnrollmentTokensResponse:
         """Issue enrollment tokens; the secrets are in this answer and nowhere else. With a device_id the token lets that
-        device enrol new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
+        device enroll new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
         still has its keys rotates them by itself (CoordinatorService.RotateKeys).
         """
 
@@ -394,6 +394,6 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ExportVerificationBundleRequest,
         context: _grpc.ServicerContext,
     ) -> _abc.Iterator[_admin_service_pb2.ExportVerificationBundleResponse]:
-        """Export what an offline verifier needs for a version, in parts whose serialisations follow each other."""
+        """Export what an offline verifier needs for a version, in parts whose serializations follow each other."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _grpc.Server) -> None: ...

@@ -130,7 +130,7 @@ Global___GetKeysetResponse: _TypeAlias = GetKeysetResponse  # noqa: Y015
 
 @_typing.final
 class BeginRegistrationRequest(_message.Message):
-    """First half of enrolment."""
+    """First half of enrollment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -154,7 +154,7 @@ Global___BeginRegistrationRequest: _TypeAlias = BeginRegistrationRequest  # noqa
 
 @_typing.final
 class BeginRegistrationResponse(_message.Message):
-    """Answer to the first half of enrolment."""
+    """Answer to the first half of enrollment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -178,7 +178,7 @@ Global___BeginRegistrationResponse: _TypeAlias = BeginRegistrationResponse  # no
 
 @_typing.final
 class RegisterRequest(_message.Message):
-    """Second half of enrolment."""
+    """Second half of enrollment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -202,7 +202,7 @@ Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
 
 @_typing.final
 class RegisterResponse(_message.Message):
-    """Answer to an enrolment."""
+    """Answer to an enrollment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -29,7 +29,7 @@ class CoordinatorServiceStub(object):
     """The coordinator as devices see it.
 
     The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
-    (GetKeyset), enrols once with an enrollment token (BeginRegistration, Register), logs in with its key
+    (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
     (BeginAuthentication, Authenticate) and keeps its access token fresh (RefreshToken). Then it repeats: ask for a
     task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
     update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
@@ -131,7 +131,7 @@ class CoordinatorServiceServicer(object):
     """The coordinator as devices see it.
 
     The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
-    (GetKeyset), enrols once with an enrollment token (BeginRegistration, Register), logs in with its key
+    (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
     (BeginAuthentication, Authenticate) and keeps its access token fresh (RefreshToken). Then it repeats: ask for a
     task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
     update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
@@ -149,14 +149,14 @@ class CoordinatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BeginRegistration(self, request, context):
-        """First half of enrolment: hand in the sealed request. Needs no credential but the token inside.
+        """First half of enrollment: hand in the sealed request. Needs no credential but the token inside.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Register(self, request, context):
-        """Second half of enrolment: prove the KEM key, consume the token, get the receipt.
+        """Second half of enrollment: prove the KEM key, consume the token, get the receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -348,7 +348,7 @@ class CoordinatorService(object):
     """The coordinator as devices see it.
 
     The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
-    (GetKeyset), enrols once with an enrollment token (BeginRegistration, Register), logs in with its key
+    (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
     (BeginAuthentication, Authenticate) and keeps its access token fresh (RefreshToken). Then it repeats: ask for a
     task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
     update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.

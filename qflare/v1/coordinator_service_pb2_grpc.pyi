@@ -16,7 +16,7 @@ class CoordinatorServiceStub:
     """The coordinator as devices see it.
 
     The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
-    (GetKeyset), enrols once with an enrollment token (BeginRegistration, Register), logs in with its key
+    (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
     (BeginAuthentication, Authenticate) and keeps its access token fresh (RefreshToken). Then it repeats: ask for a
     task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
     update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
@@ -30,9 +30,9 @@ class CoordinatorServiceStub:
     GetKeyset: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetKeysetRequest, _coordinator_service_pb2.GetKeysetResponse]
     """Get the root documents and the current keyset. Needs no credential."""
     BeginRegistration: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.BeginRegistrationRequest, _coordinator_service_pb2.BeginRegistrationResponse]
-    """First half of enrolment: hand in the sealed request. Needs no credential but the token inside."""
+    """First half of enrollment: hand in the sealed request. Needs no credential but the token inside."""
     Register: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.RegisterRequest, _coordinator_service_pb2.RegisterResponse]
-    """Second half of enrolment: prove the KEM key, consume the token, get the receipt."""
+    """Second half of enrollment: prove the KEM key, consume the token, get the receipt."""
     BeginAuthentication: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.BeginAuthenticationRequest, _coordinator_service_pb2.BeginAuthenticationResponse]
     """First half of a login: agree on secrets that only the coordinator and the device know."""
     Authenticate: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.AuthenticateRequest, _coordinator_service_pb2.AuthenticateResponse]
@@ -64,7 +64,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """The coordinator as devices see it.
 
     The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
-    (GetKeyset), enrols once with an enrollment token (BeginRegistration, Register), logs in with its key
+    (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
     (BeginAuthentication, Authenticate) and keeps its access token fresh (RefreshToken). Then it repeats: ask for a
     task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
     update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
@@ -88,7 +88,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.BeginRegistrationRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.BeginRegistrationResponse:
-        """First half of enrolment: hand in the sealed request. Needs no credential but the token inside."""
+        """First half of enrollment: hand in the sealed request. Needs no credential but the token inside."""
 
     @_abc_1.abstractmethod
     def Register(
@@ -96,7 +96,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.RegisterRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.RegisterResponse:
-        """Second half of enrolment: prove the KEM key, consume the token, get the receipt."""
+        """Second half of enrollment: prove the KEM key, consume the token, get the receipt."""
 
     @_abc_1.abstractmethod
     def BeginAuthentication(

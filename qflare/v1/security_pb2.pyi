@@ -86,11 +86,11 @@ class _KeyRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyRole.Value
     KEY_ROLE_UNSPECIFIED: _KeyRole.ValueType  # 0
     """Not set; never valid."""
     KEY_ROLE_SESSION_KEM: _KeyRole.ValueType  # 1
-    """KEM key to which devices encapsulate at enrolment and login, and seal updates."""
+    """KEM key to which devices encapsulate at enrollment and login, and seal updates."""
     KEY_ROLE_MODEL: _KeyRole.ValueType  # 2
     """Signs model statements."""
     KEY_ROLE_REGISTRAR: _KeyRole.ValueType  # 3
-    """Signs enrolment receipts."""
+    """Signs enrollment receipts."""
     KEY_ROLE_LOG: _KeyRole.ValueType  # 4
     """Signs heads of the audit log."""
     KEY_ROLE_TASK: _KeyRole.ValueType  # 5
@@ -102,11 +102,11 @@ class KeyRole(_KeyRole, metaclass=_KeyRoleEnumTypeWrapper):
 KEY_ROLE_UNSPECIFIED: KeyRole.ValueType  # 0
 """Not set; never valid."""
 KEY_ROLE_SESSION_KEM: KeyRole.ValueType  # 1
-"""KEM key to which devices encapsulate at enrolment and login, and seal updates."""
+"""KEM key to which devices encapsulate at enrollment and login, and seal updates."""
 KEY_ROLE_MODEL: KeyRole.ValueType  # 2
 """Signs model statements."""
 KEY_ROLE_REGISTRAR: KeyRole.ValueType  # 3
-"""Signs enrolment receipts."""
+"""Signs enrollment receipts."""
 KEY_ROLE_LOG: KeyRole.ValueType  # 4
 """Signs heads of the audit log."""
 KEY_ROLE_TASK: KeyRole.ValueType  # 5
@@ -146,7 +146,7 @@ Global___Signature: _TypeAlias = Signature  # noqa: Y015
 @_typing.final
 class SignedEnvelope(_message.Message):
     """Bytes with the signatures over them. What is verified and stored is the payload as it was sent; nobody
-    serialises it again.
+    serializes it again.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -154,7 +154,7 @@ class SignedEnvelope(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     SIGNATURES_FIELD_NUMBER: _builtins.int
     payload: _builtins.bytes
-    """A serialised message of the type that the signing context names; at most 65,536 bytes."""
+    """A serialized message of the type that the signing context names; at most 65,536 bytes."""
     @_builtins.property
     def signatures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signature]:
         """Signatures over the payload, each by another key; 1 to 16."""
@@ -397,7 +397,7 @@ Global___KeysetBundle: _TypeAlias = KeysetBundle  # noqa: Y015
 
 @_typing.final
 class BootstrapBundle(_message.Message):
-    """What an administrator hands to a device out of band before it enrols."""
+    """What an administrator hands to a device out of band before it enrolls."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -414,7 +414,7 @@ class BootstrapBundle(_message.Message):
     threshold: _builtins.int
     """How many of them have to sign."""
     enrollment_token: _builtins.str
-    """One-time right to enrol. Empty where the bundle serves to verify only."""
+    """One-time right to enroll. Empty where the bundle serves to verify only."""
     certificate_authorities: _builtins.str
     """PEM certificates that vouch for the coordinator's TLS certificate. Empty means those of the system."""
     @_builtins.property
@@ -441,7 +441,7 @@ Global___BootstrapBundle: _TypeAlias = BootstrapBundle  # noqa: Y015
 
 @_typing.final
 class EnrollmentRequest(_message.Message):
-    """What a device says when it enrols. Travels in a signed envelope (its own key, which proves possession)
+    """What a device says when it enrolls. Travels in a signed envelope (its own key, which proves possession)
     inside a SealedEnrollment.
     """
 
@@ -457,9 +457,9 @@ class EnrollmentRequest(_message.Message):
     realm: _builtins.str
     """Name of the deployment."""
     enrollment_token: _builtins.str
-    """One-time right to enrol."""
+    """One-time right to enroll."""
     device_profile: _builtins.bytes
-    """A serialised DeviceProfile; may be empty."""
+    """A serialized DeviceProfile; may be empty."""
     nonce: _builtins.bytes
     """32 random bytes; the same on a retry."""
     server_kem_key_id: _builtins.str
@@ -493,7 +493,7 @@ Global___EnrollmentRequest: _TypeAlias = EnrollmentRequest  # noqa: Y015
 
 @_typing.final
 class SealedEnrollment(_message.Message):
-    """An enrolment request that only the coordinator can read."""
+    """An enrollment request that only the coordinator can read."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -579,7 +579,7 @@ Global___EnrollmentConfirmation: _TypeAlias = EnrollmentConfirmation  # noqa: Y0
 
 @_typing.final
 class EnrollmentReceipt(_message.Message):
-    """Proof of a finished enrolment. Travels in an envelope signed by a registrar key."""
+    """Proof of a finished enrollment. Travels in an envelope signed by a registrar key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -1426,9 +1426,9 @@ class ModelUpdate(_message.Message):
     base_version: _builtins.int
     """Version it was trained from."""
     payload_digest: _builtins.str
-    """Digest of the payload as it travelled: of its segments, if it is sealed."""
+    """Digest of the payload as it traveled: of its segments, if it is sealed."""
     size_bytes: _builtins.int
-    """Bytes of the payload as it travelled."""
+    """Bytes of the payload as it traveled."""
     example_count: _builtins.int
     """Number of local examples."""
     state: Global___UpdateState.ValueType

@@ -187,7 +187,7 @@ Global___UpdateEvidence: _TypeAlias = UpdateEvidence  # noqa: Y015
 @_typing.final
 class VerificationBundle(_message.Message):
     """Everything that shows where one version of a model came from, to be checked offline with nothing but the ids of
-    the root keys. Protobuf merges the parts of a bundle: the serialised parts one after another are the bundle.
+    the root keys. Protobuf merges the parts of a bundle: the serialized parts one after another are the bundle.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -1,6 +1,6 @@
 """Enrolling a device: from a bootstrap bundle to a key store with an identity.
 
-The keys are stored before the first call, so that an enrolment which broke off, at any point, is
+The keys are stored before the first call, so that an enrollment which broke off, at any point, is
 finished by enrolling again: the same token with the same keys gets the same device.
 
 What it does not do: know the messages' cryptography (see `qflare.protocol.enrollment`).
@@ -58,7 +58,7 @@ def enroll(
     algorithm: Algorithm | None = None,
     server_algorithms: Collection[Algorithm] = ONLINE_ALGORITHMS,
 ) -> Identity:
-    """Enrol this device and store its identity; a device that is enrolled already is left as it is.
+    """Enroll this device and store its identity; a device that is enrolled already is left as it is.
 
     Args:
         bundle: What the administrator handed over, or its file.
@@ -74,7 +74,7 @@ def enroll(
             those of the system.
         insecure: Speak plaintext to any address.
         retry: How patient calls are.
-        algorithm: Of the device's signature key; None means ML-DSA-65, or that of an enrolment that broke off.
+        algorithm: Of the device's signature key; None means ML-DSA-65, or that of an enrollment that broke off.
         server_algorithms: What the coordinator's online signature keys may be, one or more, from here on: a keyset
             with a key of another algorithm is refused.
 
@@ -107,7 +107,7 @@ def enroll(
 
 
 def _keys(store: KeyStore, algorithm: Algorithm | None) -> DeviceKeys:
-    """Return the keys of an enrolment that broke off, or fresh ones where there are none of the algorithm."""
+    """Return the keys of an enrollment that broke off, or fresh ones where there are none of the algorithm."""
     keys = load_keys(store)
     if keys is None or algorithm not in {None, keys.algorithm}:
         keys = DeviceKeys.generate(algorithm or Algorithm.ML_DSA_65)
@@ -163,4 +163,4 @@ def _exchange(
             answer.receipt, trust.signature_keys(KeyRole.REGISTRAR)
         )
     except HandshakeError as error:
-        raise VerificationError(f"enrolment: {error}") from error
+        raise VerificationError(f"enrollment: {error}") from error

@@ -185,7 +185,7 @@ def run_show(admin: Admin, options: argparse.Namespace) -> None:
 
 
 def run_evidence(admin: Admin, options: argparse.Namespace) -> None:
-    """Write a verification bundle: serialised parts, one after another."""
+    """Write a verification bundle: serialized parts, one after another."""
     request = pb.ExportVerificationBundleRequest(training_session_id=options.session)
     if options.version is not None:
         request.version = options.version

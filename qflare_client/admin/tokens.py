@@ -82,7 +82,7 @@ def add(commands: Any) -> None:
 
 
 def add_hand_over(parser: argparse.ArgumentParser, *, enrolling: bool = True) -> None:
-    """Add where secrets go; those that enrol may go into bundles."""
+    """Add where secrets go; those that enroll may go into bundles."""
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--output", type=Path, help="write secrets to this new 0600 file")
     if enrolling:

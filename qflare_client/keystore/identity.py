@@ -4,7 +4,7 @@ Invariants: keys are stored before they are sent anywhere, so that a crash never
 with keys that the device has lost; the public facts (`device.json`) are written after the keys that they
 name.
 
-What it does not do: enrol or log in.
+What it does not do: enroll or log in.
 """
 
 import struct
@@ -43,7 +43,7 @@ class DeviceKeys:
         return self.signing.public.algorithm
 
     def to_bytes(self) -> bytes:
-        """Serialise, unencrypted."""
+        """Serialize, unencrypted."""
         signing = self.signing.to_bytes()
         return _LENGTH.pack(len(signing)) + signing + self.kem.to_bytes()
 
@@ -84,7 +84,7 @@ class Identity:
     """PEM certificates that vouch for the coordinator; empty means those of the system."""
 
     receipt: str
-    """The coordinator's signed receipt of the enrolment, a serialised envelope in hex."""
+    """The coordinator's signed receipt of the enrollment, a serialized envelope in hex."""
 
     keys: DeviceKeys = field(repr=False)
     """Its private keys."""

@@ -115,7 +115,7 @@ def read_contribution(
 
 
 def _receipt_for_current_key(identity: Identity) -> security_pb2.SignedEnvelope | None:
-    """Return the receipt of the enrolment, unless the device has changed its keys since."""
+    """Return the receipt of the enrollment, unless the device has changed its keys since."""
     envelope = security_pb2.SignedEnvelope.FromString(bytes.fromhex(identity.receipt))
     receipt = security_pb2.EnrollmentReceipt.FromString(envelope.payload)
     current = receipt.signature_key_id == identity.keys.signing.public.key_id

@@ -175,7 +175,7 @@ class Trust:
             self.refresh()
 
     def session_key(self) -> KemPublicKey:
-        """Return the coordinator's KEM key for enrolment and login.
+        """Return the coordinator's KEM key for enrollment and login.
 
         Raises:
             UntrustedKeysetError: The keyset has expired and there is no later one.

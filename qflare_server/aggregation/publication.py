@@ -24,7 +24,7 @@ from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import LEFT_OUT_REASON, RoundState, TrainingSessionState
 from qflare_server.strategies import Outcome
 from qflare_server.training.early_stopping import HISTORY, stop_reason
-from qflare_server.training.evaluation import summarise
+from qflare_server.training.evaluation import summarize
 from qflare_server.training.privacy import PrivacyCharge, ledger_rows, with_ledger
 from qflare_server.training.quarantine import quarantine_repeaters
 from qflare_server.training.rounds import RoundTask, end_session, open_round, sign_task
@@ -155,7 +155,7 @@ class Publication:
             return
         config = self.fold.plan.config
         if config.evaluation.every_rounds:
-            summarise(session, training_session, current.base_version, now)
+            summarize(session, training_session, current.base_version, now)
         reason = _last_reason(self.fold.plan, self.allowance)
         if not reason and config.early_stop.metric:
             history = views.latest_metrics(session, training_session.id, HISTORY)

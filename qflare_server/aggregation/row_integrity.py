@@ -167,7 +167,7 @@ class RowIntegrity:
 
 
 def _check_payload(update: AcceptedUpdate, statement: Statement) -> None:
-    """Check that the payload is the one that was signed as it travelled, as far as it is at hand."""
+    """Check that the payload is the one that was signed as it traveled, as far as it is at hand."""
     wanted = statement.wire_digest or statement.payload_digest
     require_equal("payload digest", update.payload_digest, wanted)
     if not statement.sealed:

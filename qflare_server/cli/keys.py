@@ -21,7 +21,7 @@ from qflare_server.keys.root_files import given
 from qflare_server.keys.rotation import as_before, replace_stolen, rotate_online, rotate_root
 from qflare_server.keys.secret_files import KeyStoreError, write_secret
 from qflare_server.keys.setup import SetupOptions, bootstrap_bundle, write_bootstrap
-from qflare_server.keys.setup import ensure_initialised as ensure_keys
+from qflare_server.keys.setup import ensure_initialized as ensure_keys
 from qflare_server.keys.trust_store import read_published, trust_from_bundle
 from qflare_server.serving.application import Application, open_application, open_database
 from qflare_server.storage.repository import tokens
@@ -132,7 +132,7 @@ def _add_keys(commands: Any) -> None:
     offline_root.add(actions)
 
 
-def ensure_initialised(
+def ensure_initialized(
     config: ServerConfig,
     options: SetupOptions | None = None,
     folder: KeyFolder | None = None,
@@ -204,7 +204,7 @@ def run_init(config: ServerConfig, arguments: argparse.Namespace) -> int:
     else:
         place = replace(KeyFolder.from_config(config), root_passphrase_files=tuple(passphrases))
         place.root_places(count)  # refuses passphrases that do not fit before anything is made
-    notes = ensure_initialised(config, options, place)
+    notes = ensure_initialized(config, options, place)
     say("\n".join(notes) or f"{config.data_dir} is set up already")
     return 0
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qflare.command_line import whole
 from qflare.terminal import say
-from qflare_server.cli.keys import ensure_initialised
+from qflare_server.cli.keys import ensure_initialized
 from qflare_server.config import WORKER_VARIABLE, ServerConfig
 from qflare_server.serving.coordinator import Coordinator
 from qflare_server.serving.rpc.limits import raise_file_limit
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
 
 def run_serve(config: ServerConfig, _arguments: argparse.Namespace) -> int:
     """Serve until a signal; with several workers, start them and wait for them."""
-    notes = ensure_initialised(config)
+    notes = ensure_initialized(config)
     if WORKER_VARIABLE not in os.environ:
         logger.info("settings: %s", config.as_log())
         if config.workers > 1:

@@ -1,18 +1,18 @@
 """The coordinator's own keys and trust documents.
 
-`ensure_initialised` (or `setup.initialise`) makes a key folder, `ServerKeys.load` serves with it, the functions of
+`ensure_initialized` (or `setup.initialize`) makes a key folder, `ServerKeys.load` serves with it, the functions of
 `rotation` exchange keys.
 """
 
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.secret_files import KeyStoreError
 from qflare_server.keys.server_keys import ServerKeys
-from qflare_server.keys.setup import SetupOptions, ensure_initialised
+from qflare_server.keys.setup import SetupOptions, ensure_initialized
 
 __all__ = [
     "KeyFolder",
     "KeyStoreError",
     "ServerKeys",
     "SetupOptions",
-    "ensure_initialised",
+    "ensure_initialized",
 ]

@@ -77,7 +77,7 @@ class KeyRing:
         realm: Deployment that they belong to.
         keys: The keys, oldest first; role 0 is the offline root.
         state_key: 32 random bytes that replicas share; empty for root keys.
-        bundle: A serialised ``KeysetBundle``: what the keys were trusted by when the ring was written.
+        bundle: A serialized ``KeysetBundle``: what the keys were trusted by when the ring was written.
         earlier_state_keys: State keys before it, the latest first: they only open what was stored under them.
     """
 
@@ -139,7 +139,7 @@ class KeyRing:
         return [entry.key for entry in self.keys if isinstance(entry.key, SigningKey)]
 
     def to_bytes(self) -> bytes:
-        """Serialise, unencrypted."""
+        """Serialize, unencrypted."""
         keys = [
             {"role": int(entry.role), "key": _text(entry.key.to_bytes())} for entry in self.keys
         ]

@@ -4,7 +4,7 @@ A file is ``magic (5) || iterations (4) || memory in KiB (4) || lanes (4) || sal
 ``nonce (12) || ciphertext || tag (16)`` of AES-256-GCM under the key that Argon2id makes of passphrase and header,
 with the header as associated data.
 
-Invariants: a secret is written to a temporary file that only its owner can read, synchronised, and put in place in
+Invariants: a secret is written to a temporary file that only its owner can read, synchronized, and put in place in
 one step, so that after a crash the file is the earlier or the later one, whole. A secret that a group or others may
 read or write, or that belongs to another user, is refused; a secret that root owns may be readable by the group.
 
@@ -177,12 +177,12 @@ def write_secret(path: Path, data: bytes, *, replace: bool = False) -> None:
                 path.hardlink_to(temporary)
         finally:
             temporary.unlink(missing_ok=True)
-        synchronise_folder(path.parent)
+        synchronize_folder(path.parent)
     except OSError as error:
         raise KeyStoreError(f"cannot write {path}: {error.strerror}") from error
 
 
-def synchronise_folder(folder: Path) -> None:
+def synchronize_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -192,7 +192,7 @@ def synchronise_folder(folder: Path) -> None:
 
 
 def _write_beside(path: Path, data: bytes) -> Path:
-    """Write a synchronised temporary file; `mkstemp` opens it with O_EXCL and mode 0600."""
+    """Write a synchronized temporary file; `mkstemp` opens it with O_EXCL and mode 0600."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)

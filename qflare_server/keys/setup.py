@@ -1,6 +1,6 @@
 """First-time setup of keys, and bootstrap bundles for devices.
 
-`initialise` makes root keys, online keys, their passphrases and the first trust documents; `ensure_initialised` does so
+`initialize` makes root keys, online keys, their passphrases and the first trust documents; `ensure_initialized` does so
 where a configuration has none. How keys are exchanged later is in `qflare_server.keys.rotation`.
 """
 
@@ -24,7 +24,7 @@ from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.ring import ROLES, SIGNING_ROLES, KeyRing
-from qflare_server.keys.secret_files import KeyStoreError, synchronise_folder, write_secret
+from qflare_server.keys.secret_files import KeyStoreError, synchronize_folder, write_secret
 from qflare_server.keys.trust_documents import (
     KEYSET_LIFETIME,
     ROOT_LIFETIME,
@@ -84,7 +84,7 @@ class SetupOptions:
         )
 
 
-def initialise(
+def initialize(
     folder: KeyFolder, realm: str, at: datetime, options: SetupOptions | None = None
 ) -> Trust:
     """Make root keys, online keys, passphrases that are not there, and the documents that join them.
@@ -152,7 +152,7 @@ def remove_abandoned(directory: Path) -> None:
             shutil.rmtree(left)
 
 
-def ensure_initialised(
+def ensure_initialized(
     config: ServerConfig,
     *,
     options: SetupOptions | None = None,
@@ -176,7 +176,7 @@ def ensure_initialised(
     if not folder.is_empty():
         return False
     try:
-        initialise(
+        initialize(
             folder, config.realm, datetime.now(UTC), options or SetupOptions.from_config(config)
         )
     except KeyStoreError:
@@ -189,7 +189,7 @@ def ensure_initialised(
 def bootstrap_bundle(
     trust: Trust, address: str, *, enrollment_token: str = "", certificate_authorities: str = ""
 ) -> security_pb2.BootstrapBundle:
-    """Return what a device needs before it enrols; with a token it is a secret."""
+    """Return what a device needs before it enrolls; with a token it is a secret."""
     return security_pb2.BootstrapBundle(
         realm=trust.keyset.realm,
         address=address,
@@ -238,4 +238,4 @@ def _put_in_place(made: Path, directory: Path) -> None:
         made.rename(directory)
     except OSError as error:
         raise KeyStoreError(f"{directory} holds keys already, or other files") from error
-    synchronise_folder(directory.parent)
+    synchronize_folder(directory.parent)

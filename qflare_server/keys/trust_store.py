@@ -17,7 +17,7 @@ from qflare_server.storage.tables import RiskLevel
 
 
 def trust_from_bundle(realm: str, data: bytes) -> Trust:
-    """Follow a serialised bundle that begins with version 1 of the root.
+    """Follow a serialized bundle that begins with version 1 of the root.
 
     Raises:
         UntrustedDocumentError: It does not satisfy the rules.

@@ -25,7 +25,7 @@ from qflare_server.errors import (
     PermissionDeniedError,
     QflareError,
 )
-from qflare_server.keys import ensure_initialised
+from qflare_server.keys import ensure_initialized
 from qflare_server.serving.application import Application
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.devices.administration import Devices
@@ -93,7 +93,7 @@ class _Process:
         with self._lock:
             if self._embedded is None:
                 config = ServerConfig.from_env(os.environ)
-                ensure_initialised(config)
+                ensure_initialized(config)
                 self._own = Application.open(config)
                 self._embedded = EmbeddedCoordinator.over(self._own)
             return self._embedded

@@ -30,7 +30,7 @@ def krum_scores(distances: NDArray[np.float64], byzantine_count: int) -> NDArray
 
     Args:
         distances: Squared, shape (k, k), k of at least two.
-        byzantine_count: The paper's f. Where `k - f - 2` falls below one, one neighbour counts.
+        byzantine_count: The paper's f. Where `k - f - 2` falls below one, one neighbor counts.
 
     Returns:
         Shape (k,); small is central.
@@ -62,7 +62,7 @@ def _distances(cohort: Cohort) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class Krum(CohortRule):
-    """The update that is closest to its neighbours, or the mean of several such.
+    """The update that is closest to its neighbors, or the mean of several such.
 
     Attributes:
         byzantine_count: Hostile updates withstood, the paper's f; needs 2f + 3 updates.
@@ -149,7 +149,7 @@ class Bulyan(SliceRule):
 def mean_around_middle(ordered: NDArray[np.floating], kept: int) -> Vector:
     """Average the `kept` values of each ordered column that lie nearest its median.
 
-    In an ordered column they are neighbours, the run of that length whose farther end is nearest the median;
+    In an ordered column they are neighbors, the run of that length whose farther end is nearest the median;
     of two equally far runs the lower is taken.
     """
     middles = middle(ordered)

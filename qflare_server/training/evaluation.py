@@ -131,12 +131,12 @@ def find_last_measurement(
     )
 
 
-def is_worth_summarising(report_count: int) -> bool:
+def is_worth_summarizing(report_count: int) -> bool:
     """Return whether the means are written after this report: always up to 63, then ever more rarely."""
     return report_count % (1 << max(0, report_count.bit_length() - SUMMARY_BITS)) == 0
 
 
-def summarise(
+def summarize(
     session: Session, training_session: TrainingSession, version: int, at: datetime
 ) -> None:
     """Write the means of the reports on a version, overall and by group, and act on them."""

@@ -260,5 +260,5 @@ def _select_more(
 
 
 def config_digest(config: training_pb2.TrainingConfig) -> str:
-    """Return the hex digest of a configuration: the leaf hash of its deterministic serialisation."""
+    """Return the hex digest of a configuration: the leaf hash of its deterministic serialization."""
     return merkle.leaf_hash(config.SerializeToString(deterministic=True)).hex()

@@ -56,7 +56,7 @@ class Model:
 
     @cached_property
     def chunk_messages(self) -> Sequence[bytes]:
-        """Its chunks as serialised messages of an upload."""
+        """Its chunks as serialized messages of an upload."""
         return [
             pb.SubmitUpdateRequest(chunk=pb.Chunk(index=index, data=chunk)).SerializeToString()
             for index, chunk in enumerate(self.chunks)

@@ -1,4 +1,4 @@
-"""Enrolments and logins, with the device's part of the cryptography done before or beside the clock."""
+"""Enrollments and logins, with the device's part of the cryptography done before or beside the clock."""
 
 import time
 from collections.abc import Sequence
@@ -38,15 +38,15 @@ def session_key(coordinator: Coordinator, stub: CoordinatorServiceStub) -> KemPu
 
 
 def registrations(coordinator: Coordinator, count: int) -> Latencies:
-    """Enrol devices one after the other; their keys are made before."""
+    """Enroll devices one after the other; their keys are made before."""
     tokens = coordinator.population.enrollment_tokens(count)
     with grpc.insecure_channel(coordinator.address) as channel:
         stub = CoordinatorServiceStub(channel)
         server_key = session_key(coordinator, stub)
-        enrolments = [enrolment(coordinator.config.realm, token, server_key) for token in tokens]
+        enrollments = [enrollment(coordinator.config.realm, token, server_key) for token in tokens]
         seconds = []
         begun = time.perf_counter()
-        for one in enrolments:
+        for one in enrollments:
             started = time.perf_counter()
             request = pb.BeginRegistrationRequest(enrollment=one.request())
             challenge = stub.BeginRegistration(request).challenge
@@ -55,8 +55,8 @@ def registrations(coordinator: Coordinator, count: int) -> Latencies:
         return Latencies(seconds, time.perf_counter() - begun)
 
 
-def enrolment(realm: str, token: str, server_key: KemPublicKey) -> DeviceEnrollment:
-    """Return an enrolment that is ready to begin, with fresh keys."""
+def enrollment(realm: str, token: str, server_key: KemPublicKey) -> DeviceEnrollment:
+    """Return an enrollment that is ready to begin, with fresh keys."""
     kem_key = KemKey.generate()
     return DeviceEnrollment(
         realm=realm,

@@ -31,7 +31,7 @@ DETAILS_KEY = "grpc-status-details-bin"
 
 @dataclass(frozen=True)
 class Call:
-    """One call, ready to be sent: a full method name, its serialised messages and the caller's token."""
+    """One call, ready to be sent: a full method name, its serialized messages and the caller's token."""
 
     method: str
     messages: Sequence[bytes]

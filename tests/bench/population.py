@@ -72,7 +72,7 @@ class Population:
         return secret
 
     def enrollment_tokens(self, count: int) -> list[str]:
-        """Return so many one-time rights to enrol."""
+        """Return so many one-time rights to enroll."""
         issued = [
             _token(TokenKind.ENROLLMENT, "bench", datetime.now(UTC), "qfe1") for _ in range(count)
         ]

@@ -202,7 +202,7 @@ def with_sdk(lab: Laboratory) -> Iterator[Figure]:
 
 
 def sdk_devices(coordinator: Coordinator, folder: Path, count: int) -> list[Client]:
-    """Enrol devices over the network and return their clients."""
+    """Enroll devices over the network and return their clients."""
     tokens = coordinator.population.enrollment_tokens(count)
     clients = []
     for number, token in enumerate(tokens):

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from qflare.crypto.signing import Algorithm, Provider, PublicKey, SigningKey
 from qflare_server.config import ServerConfig
 from qflare_server.keys import KeyFolder
-from qflare_server.keys.setup import initialise
+from qflare_server.keys.setup import initialize
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from tests.conftest import START, FakeClock
@@ -27,7 +27,7 @@ MakeCore = Callable[..., CoordinatorHarness]
 def first_key_folder(tmp_path_factory: pytest.TempPathFactory) -> KeyFolder:
     """Return keys that tests copy."""
     folder = KeyFolder(tmp_path_factory.mktemp("keys") / "keys", cost=CHEAP)
-    initialise(folder, "qflare", START)
+    initialize(folder, "qflare", START)
     return folder
 
 

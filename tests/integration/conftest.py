@@ -23,10 +23,10 @@ from qflare.v1 import (
 from qflare_client import Client, enroll
 from qflare_server.config import ServerConfig
 from qflare_server.context import Telemetry, utc_now
-from qflare_server.keys import ensure_initialised
+from qflare_server.keys import ensure_initialized
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.secret_files import Cost
-from qflare_server.keys.setup import bootstrap_bundle, initialise
+from qflare_server.keys.setup import bootstrap_bundle, initialize
 from qflare_server.serving.application import Application
 from qflare_server.serving.coordinator import Coordinator
 from qflare_server.storage.repository.audit import Caller
@@ -40,7 +40,7 @@ class Deployment:
     def __init__(
         self, config: ServerConfig, folder: Path, telemetry: Telemetry | None = None
     ) -> None:
-        ensure_initialised(config)
+        ensure_initialized(config)
         self.folder = folder
         self.config = config
         self.coordinator = Coordinator(config, telemetry=telemetry)
@@ -71,7 +71,7 @@ class Deployment:
         )
 
     def device(self, name: str, groups: Sequence[str] = (), **enrollment: Any) -> Client:
-        """Enrol a device and return its client."""
+        """Enroll a device and return its client."""
         home = self.folder / name
         enroll(self.bundle(groups), home=home, **enrollment)
         client = Client(home=home)
@@ -131,7 +131,7 @@ def key_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keys that every coordinator of this run starts from: making them is slow on purpose."""
     directory = tmp_path_factory.mktemp("keys") / "keys"
     cheap = Cost(iterations=1, memory_kib=1024, lanes=1)
-    initialise(KeyFolder(directory, cost=cheap), "qflare", utc_now())
+    initialize(KeyFolder(directory, cost=cheap), "qflare", utc_now())
     return directory
 
 

@@ -19,7 +19,7 @@ from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1.coordinator_service_pb2_grpc import CoordinatorServiceStub
 from tests.bench.coordinator import Coordinator
 from tests.bench.devices import Model, ask_task, signed, statement_of
-from tests.bench.handshakes import Logins, enrolment, session_key
+from tests.bench.handshakes import Logins, enrollment, session_key
 from tests.bench.population import BenchDevice
 from tests.bench.small_operations import start_unbounded
 
@@ -44,13 +44,13 @@ def _json(message: Message) -> Any:
 
 
 def register(coordinator: Coordinator, folder: Path, total: int) -> Prepared:
-    """Begin enrolments; the calls end them."""
+    """Begin enrollments; the calls end them."""
     requests = []
     with grpc.insecure_channel(coordinator.address) as channel:
         stub = CoordinatorServiceStub(channel)
         server_key = session_key(coordinator, stub)
         for token in coordinator.population.enrollment_tokens(total):
-            one = enrolment(coordinator.config.realm, token, server_key)
+            one = enrollment(coordinator.config.realm, token, server_key)
             begin = pb.BeginRegistrationRequest(enrollment=one.request())
             challenge = stub.BeginRegistration(begin).challenge
             requests.append(_json(pb.RegisterRequest(confirmation=one.confirm(challenge))))

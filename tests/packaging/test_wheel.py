@@ -94,7 +94,7 @@ def test_the_wheel_holds_every_tracked_file_of_the_packages_and_no_other(wheel: 
     assert found == wanted
 
 
-def test_the_wheel_carries_its_licence(wheel: Path) -> None:
+def test_the_wheel_carries_its_license(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]

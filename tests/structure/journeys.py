@@ -20,7 +20,7 @@ from qflare_server.config import ServerConfig
 from qflare_server.context import Telemetry, utc_now
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.secret_files import Cost
-from qflare_server.keys.setup import initialise
+from qflare_server.keys.setup import initialize
 from tests.integration.conftest import Deployment
 from tests.structure.rooms import PACKAGES, ROOT
 
@@ -151,7 +151,7 @@ def travel(folder: Path) -> Journeys:
     """
     config = ServerConfig(data_dir=folder / "coordinator", listen="127.0.0.1:0").checked()
     cheap = Cost(iterations=1, memory_kib=1024, lanes=1)
-    initialise(KeyFolder(folder / "coordinator" / "keys", cost=cheap), "qflare", utc_now())
+    initialize(KeyFolder(folder / "coordinator" / "keys", cost=cheap), "qflare", utc_now())
     with CallRecorder() as recorder:
         publications = _Publications(recorder)
         deployment = Deployment(config, folder, telemetry=publications)

@@ -28,7 +28,7 @@ class Fleet:
     """Devices with a part of the digits each.
 
     Args:
-        deployment: Where they enrol.
+        deployment: Where they enroll.
         types: One for each device.
     """
 

@@ -1,4 +1,4 @@
-"""A coordinator's identity and devices that enrol and log in, without a network: real keys, real use cases."""
+"""A coordinator's identity and devices that enroll and log in, without a network: real keys, real use cases."""
 
 import shutil
 from dataclasses import dataclass, field, replace

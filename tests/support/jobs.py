@@ -56,7 +56,7 @@ def prepare(
 def enroll_devices(
     parts: Application, tmp_path: Path, address: str, tls: Tls | None = None
 ) -> list[Path]:
-    """Enrol the devices at a coordinator; return their homes."""
+    """Enroll the devices at a coordinator; return their homes."""
     homes = [tmp_path / f"device-{index}" for index in range(DEVICES)]
     for home in homes:
         secret = parts.use_cases.tokens.issue_enrollment(SYSTEM)[0].secret

@@ -1,6 +1,6 @@
 """Charts as geometry: what a template draws as SVG, at two widths, with words and a table for who does not see it.
 
-Positions are in the units of the drawing's view box and rounded, so that the page stays small. Colours are classes.
+Positions are in the units of the drawing's view box and rounded, so that the page stays small. Colors are classes.
 """
 
 import math
@@ -24,7 +24,7 @@ LEFT, RIGHT, TOP, BOTTOM = 56.0, 14.0, 12.0, 44.0
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name for the legend, the class of its colour, and its points by x."""
+    """One line: its name for the legend, the class of its color, and its points by x."""
 
     name: str
     css: str

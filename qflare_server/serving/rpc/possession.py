@@ -72,22 +72,22 @@ def _reader(parse: Callable[[bytes], Any]) -> Callable[[bytes], _Received]:
 
 
 def _checked(
-    behaviour: Callable[..., Any], check: Callable[[bytes], None]
+    behavior: Callable[..., Any], check: Callable[[bytes], None]
 ) -> Callable[[_Received, grpc.ServicerContext], Any]:
     def call(request: _Received, context: grpc.ServicerContext) -> Any:
         check(request.data)
-        return behaviour(request.message, context)
+        return behavior(request.message, context)
 
     return call
 
 
 def _checked_stream(
-    behaviour: Callable[..., Any], check: Callable[[bytes], None]
+    behavior: Callable[..., Any], check: Callable[[bytes], None]
 ) -> Callable[[Iterator[_Received], grpc.ServicerContext], Any]:
     def call(requests: Iterator[_Received], context: grpc.ServicerContext) -> Any:
         first = next(requests, None)
         check(b"" if first is None else first.data)
         received = requests if first is None else chain((first,), requests)
-        return behaviour((item.message for item in received), context)
+        return behavior((item.message for item in received), context)
 
     return call

@@ -20,7 +20,7 @@ class Audience(Enum):
     REFLECTION = auto()
     """Anybody: tools that ask which methods there are."""
     ANYONE = auto()
-    """Anybody: a device that enrols or logs in."""
+    """Anybody: a device that enrolls or logs in."""
     CREDENTIAL = auto()
     """Callers with a token."""
 

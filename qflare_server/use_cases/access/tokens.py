@@ -58,7 +58,7 @@ class Tokens:
         request_id: str = "",
         groups: Sequence[str] = (),
     ) -> Sequence[IssuedToken]:
-        """Issue one-time rights to enrol, into groups; with a device id, to give that device new keys.
+        """Issue one-time rights to enroll, into groups; with a device id, to give that device new keys.
 
         Raises:
             AlreadyExistsError: A call with this request id has issued tokens; secrets are not kept.

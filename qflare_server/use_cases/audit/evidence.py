@@ -1,6 +1,6 @@
 """Verification bundles: the evidence behind a version, for an offline verifier that trusts only the root keys.
 
-A bundle comes in parts of a bounded size; their serialisations one after another are the bundle. What it shows, and in
+A bundle comes in parts of a bounded size; their serializations one after another are the bundle. What it shows, and in
 which order it is checked, is said in `qflare.evidence.verification`.
 """
 

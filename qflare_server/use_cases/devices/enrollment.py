@@ -48,7 +48,7 @@ TRUSTED: Final = {"device_type": "type", "capabilities": "capabilities"}
 
 @dataclass(frozen=True)
 class EnrollmentResult:
-    """A finished enrolment.
+    """A finished enrollment.
 
     Attributes:
         device_id: The device.
@@ -99,7 +99,7 @@ class Enrollment:
     def begin(
         self, caller: Caller, sealed: security_pb2.SealedEnrollment
     ) -> security_pb2.EnrollmentChallenge:
-        """Answer the first half of an enrolment; changes nothing.
+        """Answer the first half of an enrollment; changes nothing.
 
         Raises:
             InvalidEnrollmentTokenError: The token is not good, or anything else about the request.
@@ -115,7 +115,7 @@ class Enrollment:
     def register(
         self, caller: Caller, confirmation: security_pb2.EnrollmentConfirmation
     ) -> EnrollmentResult:
-        """Finish an enrolment: consume the token and store the device.
+        """Finish an enrollment: consume the token and store the device.
 
         Raises:
             InvalidEnrollmentTokenError: The token is not good, another device was faster, or the confirmation is wrong.
@@ -260,7 +260,7 @@ def _repeated(
 
 
 def _keep_confirmed(device: Device, profile: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of a profile with which a device enrols again: what was confirmed stays confirmed."""
+    """Return the columns of a profile with which a device enrolls again: what was confirmed stays confirmed."""
     if device.confirmed_at is None or not profile:
         return dict(profile)
     kept = {name: value for name, value in profile.items() if name not in TRUSTED}

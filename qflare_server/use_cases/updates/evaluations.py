@@ -37,7 +37,7 @@ from qflare_server.storage.repository import (
 )
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import DeviceState
-from qflare_server.training.evaluation import is_worth_summarising, summarise, was_asked
+from qflare_server.training.evaluation import is_worth_summarizing, summarize, was_asked
 from qflare_server.training.reported_metrics import check_example_count, check_metrics
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
 from qflare_server.use_cases.updates.submission import Contributor
@@ -124,8 +124,8 @@ class Evaluations:
         weight = _weight(session, config.evaluation, statement)
         group = _group(config.evaluation, device)
         evaluations.insert_evaluation(session, _row(evaluation, weight, group, at))
-        if is_worth_summarising(evaluations.count(session, *named)):
-            summarise(session, training_session, statement.version, at)
+        if is_worth_summarizing(evaluations.count(session, *named)):
+            summarize(session, training_session, statement.version, at)
         audit.record(session, caller, _event(evaluation, weight), at)
 
 

@@ -168,17 +168,17 @@ class RoundMachine(RuleBasedStateMachine):
 
     def refusal(self, draft: Draft) -> type[QflareError] | None:
         number = draft.statement.round_number
-        modelled = self.rounds[number - 1]
-        if any(known.device == draft.device for known in modelled.accepted):
+        modeled = self.rounds[number - 1]
+        if any(known.device == draft.device for known in modeled.accepted):
             return DuplicateUpdateError
         if draft.device.device_id in self.revoked:
             return DeviceRevokedError
         if self.paused:
             return RoundNotOpenError
-        if modelled.state != "open":
+        if modeled.state != "open":
             stale = len(self.versions) > draft.statement.base_version
             return StaleBaseVersionError if stale else RoundNotOpenError
-        return RoundNotOpenError if self.at_s >= modelled.deadline_s else None
+        return RoundNotOpenError if self.at_s >= modeled.deadline_s else None
 
     # Administrators
 
@@ -272,16 +272,16 @@ class RoundMachine(RuleBasedStateMachine):
     def every_acknowledged_update_is_where_it_belongs(self) -> None:
         rows = self.core.training.list_rounds(self.identity, PageRequest(1000)).rows[::-1]
 
-        assert [row.state for row in rows] == [modelled.state for modelled in self.rounds]
-        for row, modelled in zip(rows, self.rounds, strict=True):
+        assert [row.state for row in rows] == [modeled.state for modeled in self.rounds]
+        for row, modeled in zip(rows, self.rounds, strict=True):
             updates = self.core.updates(self.identity, row.number)
             assert [update.id for update in updates] == [
-                draft.statement.update_id for draft in modelled.accepted
+                draft.statement.update_id for draft in modeled.accepted
             ]
             assert [update.acceptance_sequence for update in updates] == list(
                 range(1, len(updates) + 1)
             )
-            assert {update.state for update in updates} <= {STATES[modelled.state]}
+            assert {update.state for update in updates} <= {STATES[modeled.state]}
             assert {update.aggregated_version for update in updates} <= {row.version}
 
     @invariant()

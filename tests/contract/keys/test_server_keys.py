@@ -26,7 +26,7 @@ from qflare_server.keys.rotation import (
     sign_keyset,
 )
 from qflare_server.keys.server_keys import CONTEXTS, LOOK_INTERVAL
-from qflare_server.keys.setup import initialise
+from qflare_server.keys.setup import initialize
 from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError
 from qflare_server.storage.database import Database
 from qflare_server.storage.tables import TrustDocument
@@ -156,7 +156,7 @@ class TestServing:
         self, server_config: ServerConfig, database: Database, clock: FakeClock
     ) -> None:
         other = KeyFolder(server_config.data_dir / "other", cost=CHEAP)
-        initialise(other, "qflare", START)
+        initialize(other, "qflare", START)
         with pytest.raises(UntrustedDocumentError):
             ServerKeys.load(replace(server_config, key_dir=other.directory), database, clock)
 
@@ -203,7 +203,7 @@ class TestEditedDatabase:
         self, keys: ServerKeys, server_config: ServerConfig, database: Database, clock: FakeClock
     ) -> None:
         other = KeyFolder(server_config.data_dir / "other", cost=CHEAP)
-        forged = initialise(other, "qflare", START).keyset_envelope
+        forged = initialize(other, "qflare", START).keyset_envelope
 
         def work(session: Session) -> None:
             row = {"kind": "keyset", "version": 2, "created_at": clock()}

@@ -142,7 +142,7 @@ def test_what_devices_changed_is_added_to_the_version_in_full_precision(
 
 
 def test_changes_too_small_for_the_smaller_form_add_up(core: CoordinatorHarness) -> None:
-    """A step of 2^-11 is lost next to 1.0 in bfloat16, whose neighbours are 2^-7 apart, but not for ever."""
+    """A step of 2^-11 is lost next to 1.0 in bfloat16, whose neighbors are 2^-7 apart, but not for ever."""
     identity = start(core, {"w": np.ones(4, np.float32)}, kind=training_pb2.UPDATE_KIND_DELTA)
     before = downloaded(core, identity)
 

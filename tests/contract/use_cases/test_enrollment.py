@@ -1,4 +1,4 @@
-"""Enrolment and rotation against the real use cases, on both databases."""
+"""Enrollment and rotation against the real use cases, on both databases."""
 
 import threading
 from collections.abc import Callable
@@ -142,7 +142,7 @@ class TestEnrolling:
             coordinator.context.database
         )
 
-    def test_two_replicas_share_an_enrolment(self, coordinator: Coordinator) -> None:
+    def test_two_replicas_share_an_enrollment(self, coordinator: Coordinator) -> None:
         device, other = SimulatedDevice(), coordinator.replica()
         exchange = device.enrollment(coordinator, coordinator.enrollment_token())
         challenge = coordinator.enrollment.begin(CALLER, exchange.request())

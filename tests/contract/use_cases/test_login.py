@@ -173,7 +173,7 @@ class TestRefusingLogins:
         proof.sealed_state = proof.sealed_state[:-1] + bytes([proof.sealed_state[-1] ^ 1])
         self.refuse(coordinator, lambda: coordinator.login.authenticate(CALLER, proof))
 
-    def test_an_enrolments_state(self, coordinator: Coordinator, device: SimulatedDevice) -> None:
+    def test_an_enrollments_state(self, coordinator: Coordinator, device: SimulatedDevice) -> None:
         token = coordinator.enrollment_token()
         _, proof = device.proof(coordinator)
         proof.sealed_state = SimulatedDevice().confirmation(coordinator, token).sealed_state

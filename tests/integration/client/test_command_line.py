@@ -41,7 +41,7 @@ def session(deployment: Any) -> str:
     return str(deployment.session(rounds=rounds, total_rounds=2))
 
 
-def test_from_enrolment_to_evidence(deployment: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_enrollment_to_evidence(deployment: Any, capsys: pytest.CaptureFixture[str]) -> None:
     session_id = session(deployment)
 
     assert main(["enroll", "bundle.json", "--home", "a", "--capability", "ram_mib=512"]) == 0

@@ -352,7 +352,7 @@ def test_evidence_convinces_an_auditor(deploy: Deploy, tmp_path: Path) -> None:
 
 
 def device_with_audit_log(deploy: Deploy) -> Client:
-    """A device of a coordinator that has a head over the device's enrolment."""
+    """A device of a coordinator that has a head over the device's enrollment."""
     deployment = deploy()
     client: Client = deployment.device("a")
     deployment.coordinator.use_cases.audit.head(fresh=True)
@@ -465,7 +465,7 @@ def test_a_token_enrols_one_device(deploy: Deploy, tmp_path: Path) -> None:
         enroll(bundle, home=tmp_path / "b")
 
 
-def test_a_broken_off_enrolment_is_finished_by_enrolling_again(
+def test_a_broken_off_enrollment_is_finished_by_enrolling_again(
     deploy: Deploy, tmp_path: Path
 ) -> None:
     bundle = deploy().bundle()

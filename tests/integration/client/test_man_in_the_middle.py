@@ -91,7 +91,7 @@ def flip(data: bytes, place: int = -1) -> bytes:
     return bytes(flipped)
 
 
-# Enrolment.
+# Enrollment.
 
 
 def test_the_token_is_not_seen(wire: Wire) -> None:
@@ -123,7 +123,7 @@ def test_a_keyset_of_his_own_is_not_trusted(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("method", ["GetKeyset", "BeginRegistration", "Register"])
-def test_an_enrolment_survives_a_lost_answer(wire: Wire, method: str) -> None:
+def test_an_enrollment_survives_a_lost_answer(wire: Wire, method: str) -> None:
     wire.relay.on_answer[method] = lose_first()
 
     wire.enroll()

@@ -134,12 +134,12 @@ def test_every_name_on_the_page_is_in_its_file() -> None:
 
 @pytest.mark.parametrize("journey", JOURNEYS)
 def test_the_steps_are_on_the_way(journey: str, journeys: Journeys) -> None:
-    travelled: Journey = getattr(journeys, journey)
+    traveled: Journey = getattr(journeys, journey)
 
     missing = [
-        (step, travelled.ran(step.path, step.function))
+        (step, traveled.ran(step.path, step.function))
         for step in steps(journey)
-        if step.thread not in travelled.ran(step.path, step.function)
+        if step.thread not in traveled.ran(step.path, step.function)
     ]
 
     assert len(steps(journey)) >= LEAST_STEPS

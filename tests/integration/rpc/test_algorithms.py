@@ -1,4 +1,4 @@
-"""Signature algorithms: chosen on either side, the same from enrolment to the audit, refused where not accepted."""
+"""Signature algorithms: chosen on either side, the same from enrollment to the audit, refused where not accepted."""
 
 import shutil
 import threading
@@ -53,7 +53,7 @@ def fresh(deploy: Deploy, tmp_path: Path) -> Deploy:
 
 
 @every_algorithm
-def test_an_algorithm_serves_from_enrolment_to_the_audit(
+def test_an_algorithm_serves_from_enrollment_to_the_audit(
     fresh: Deploy, algorithm: Algorithm
 ) -> None:
     deployment = fresh(
@@ -104,7 +104,7 @@ def test_a_device_that_was_refused_enrols_with_an_accepted_one_and_the_same_toke
     assert read_facts(tmp_path / "a")["signature_algorithm"] == "ml-dsa-65-ed25519"
 
 
-def test_an_enrolment_that_broke_off_goes_on_with_its_keys(deploy: Deploy, tmp_path: Path) -> None:
+def test_an_enrollment_that_broke_off_goes_on_with_its_keys(deploy: Deploy, tmp_path: Path) -> None:
     bundle = deploy().bundle()
     keys = DeviceKeys.generate(HYBRID)
     with KeyStore(tmp_path / "a") as store:

@@ -91,7 +91,7 @@ class Target:
         self._device = self.device("honest")
 
     def device(self, name: str) -> Client:
-        """Enrol a device and log it in."""
+        """Enroll a device and log it in."""
         secret = self._parts.use_cases.tokens.issue_enrollment(Caller())[0].secret
         bundle = bootstrap_bundle(self._parts.keys.trust, self.address, enrollment_token=secret)
         enroll(bundle, home=self._folder / name)

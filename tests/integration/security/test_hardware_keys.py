@@ -21,13 +21,13 @@ from qflare.crypto.signing import Algorithm, SigningContext
 from qflare.v1 import security_pb2
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.context import UnknownKeyError
-from qflare_server.keys import KeyFolder, KeyStoreError, ServerKeys, ensure_initialised
+from qflare_server.keys import KeyFolder, KeyStoreError, ServerKeys, ensure_initialized
 from qflare_server.keys.hardware import Pkcs11Module
 from qflare_server.keys.ring import SIGNING_ROLES
 from qflare_server.keys.rotation import replace_stolen, rotate_online
 from qflare_server.keys.secret_files import write_secret
 from qflare_server.keys.server_keys import CONTEXTS, LOOK_INTERVAL
-from qflare_server.keys.setup import initialise
+from qflare_server.keys.setup import initialize
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
 from tests.conftest import ROOT, START, FakeClock
@@ -48,7 +48,7 @@ LABELS: Final = ("guard", "other", "sign", "sign-too")
 
 @dataclass(frozen=True)
 class SoftHsm:
-    """A module with initialised tokens."""
+    """A module with initialized tokens."""
 
     library: Path
     pin_file: Path
@@ -97,7 +97,7 @@ class TestGuarding:
     @pytest.fixture
     def folder(self, tmp_path: Path, guard: Pkcs11Module) -> KeyFolder:
         folder = KeyFolder(tmp_path / "keys", cost=CHEAP, hardware=guard)
-        initialise(folder, "qflare", START)
+        initialize(folder, "qflare", START)
         return folder
 
     def test_what_was_wrapped_comes_back(self, guard: Pkcs11Module) -> None:
@@ -182,7 +182,7 @@ class TestOpening:
             pkcs11_pin_file=softhsm.pin_file,
             pkcs11_signing=False,
         ).checked()
-        assert ensure_initialised(config)
+        assert ensure_initialized(config)
         assert KeyFolder.from_config(config).read_online().realm == "qflare"
 
 
@@ -206,7 +206,7 @@ class TestSigning:
             return
         clock = FakeClock()
         folder = KeyFolder(tmp_path / "keys", cost=CHEAP, hardware=signing)
-        initialise(folder, "qflare", START)
+        initialize(folder, "qflare", START)
         ring = folder.read_online()
         assert [entry.role for entry in ring.keys] == [security_pb2.KEY_ROLE_SESSION_KEM]
         keys = ServerKeys(ring, database, clock, provide=folder.provider, reread=folder.read_online)

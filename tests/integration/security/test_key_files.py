@@ -15,7 +15,7 @@ from google.protobuf import json_format
 
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
-from qflare_server.keys import KeyFolder, ensure_initialised
+from qflare_server.keys import KeyFolder, ensure_initialized
 from qflare_server.keys.secret_files import (
     KeyStoreError,
     forbidden_bits,
@@ -26,7 +26,7 @@ from qflare_server.keys.secret_files import (
 from qflare_server.keys.setup import (
     SetupOptions,
     bootstrap_bundle,
-    initialise,
+    initialize,
     write_bootstrap,
 )
 from tests.conftest import START
@@ -134,30 +134,30 @@ class TestReading:
             read_passphrase(tmp_path / "passphrase")
 
 
-class TestInitialising:
+class TestInitializing:
     def test_everything_is_there_for_its_owner_only(self, folder: KeyFolder) -> None:
-        initialise(folder, REALM, START)
+        initialize(folder, REALM, START)
         files = list(folder.directory.iterdir())
         assert {path.name for path in files} == NAMES
         assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
         assert stat.S_IMODE(folder.directory.stat().st_mode) == 0o700
 
     def test_nothing_else_is_left(self, folder: KeyFolder) -> None:
-        initialise(folder, REALM, START)
+        initialize(folder, REALM, START)
         assert list(folder.directory.parent.iterdir()) == [folder.directory]
 
     def test_keys_are_not_made_twice(self, folder: KeyFolder) -> None:
-        initialise(folder, REALM, START)
+        initialize(folder, REALM, START)
         before = folder.online_file.read_bytes()
         with pytest.raises(KeyStoreError):
-            initialise(folder, REALM, START)
+            initialize(folder, REALM, START)
         assert folder.online_file.read_bytes() == before
         assert list(folder.directory.parent.iterdir()) == [folder.directory]
 
     def test_of_many_at_the_same_moment_one_makes_them(self, folder: KeyFolder) -> None:
         def attempt(_: int) -> bool:
             try:
-                initialise(folder, REALM, START)
+                initialize(folder, REALM, START)
             except KeyStoreError:
                 return False
             return True
@@ -167,18 +167,18 @@ class TestInitialising:
         assert folder.read_online().realm == REALM
 
     def test_serving_needs_no_root_key(self, folder: KeyFolder) -> None:
-        initialise(folder, REALM, START)
+        initialize(folder, REALM, START)
         folder.root_file.unlink()
         folder.root_file.with_suffix(".passphrase").unlink()
         assert folder.read_online().realm == REALM
 
     def test_the_online_keys_hold_no_root_key(self, folder: KeyFolder) -> None:
-        trust = initialise(folder, REALM, START)
+        trust = initialize(folder, REALM, START)
         held = {entry.key_id for entry in folder.read_online().keys}
         assert not held & set(trust.root_key_ids())
 
     def test_no_key_is_in_the_clear(self, folder: KeyFolder) -> None:
-        initialise(folder, REALM, START)
+        initialize(folder, REALM, START)
         ring = folder.read_online()
         stored = folder.online_file.read_bytes()
         assert ring.state_key not in stored
@@ -187,13 +187,13 @@ class TestInitialising:
     def test_a_given_passphrase_is_used(self, folder: KeyFolder, tmp_path: Path) -> None:
         write_secret(tmp_path / "passphrase", b"correct horse\n")
         given = replace(folder, passphrase_file=tmp_path / "passphrase")
-        initialise(given, REALM, START)
+        initialize(given, REALM, START)
         assert not (folder.directory / "online.passphrase").exists()
         assert given.read_online().realm == REALM
 
     def test_the_root_keys_can_be_elsewhere(self, folder: KeyFolder, tmp_path: Path) -> None:
         apart = replace(folder, root_directory=tmp_path / "stick")
-        initialise(apart, REALM, START)
+        initialize(apart, REALM, START)
         assert {path.name for path in folder.directory.iterdir()} == {
             "online.key",
             "online.passphrase",
@@ -202,19 +202,19 @@ class TestInitialising:
 
     def test_a_setup_that_fails_leaves_nothing(self, folder: KeyFolder, tmp_path: Path) -> None:
         apart = replace(folder, root_directory=tmp_path / "stick")
-        initialise(apart, REALM, START)
+        initialize(apart, REALM, START)
         shutil.rmtree(folder.directory)
         with pytest.raises(KeyStoreError):
-            initialise(apart, REALM, START)
+            initialize(apart, REALM, START)
         assert {path.name for path in tmp_path.iterdir()} == {"stick"}
 
     def test_several_root_keys_share_the_signing(self, folder: KeyFolder) -> None:
-        trust = initialise(folder, REALM, START, SetupOptions(root_count=3, threshold=2))
+        trust = initialize(folder, REALM, START, SetupOptions(root_count=3, threshold=2))
         assert len(trust.root_key_ids()) == 3
         assert trust.first_threshold() == 2
 
     def test_a_changed_key_file_is_refused(self, folder: KeyFolder) -> None:
-        initialise(folder, REALM, START)
+        initialize(folder, REALM, START)
         data = bytearray(folder.online_file.read_bytes())
         data[-1] ^= 1
         write_secret(folder.online_file, bytes(data), replace=True)
@@ -227,14 +227,14 @@ class TestInitialising:
 
     def test_it_is_done_where_a_configuration_has_no_keys(self, tmp_path: Path) -> None:
         config = ServerConfig(data_dir=tmp_path / "data").checked()
-        assert ensure_initialised(config)
-        assert not ensure_initialised(config)
+        assert ensure_initialized(config)
+        assert not ensure_initialized(config)
         assert {path.name for path in (tmp_path / "data" / "keys").iterdir()} == NAMES
 
 
 class TestBootstrapBundle:
     def test_it_is_written_for_its_owner_only(self, folder: KeyFolder, tmp_path: Path) -> None:
-        trust = initialise(folder, REALM, START)
+        trust = initialize(folder, REALM, START)
         bundle = bootstrap_bundle(trust, "localhost:50051", enrollment_token="qfe1.a.b")
         write_bootstrap(tmp_path / "bundle.json", bundle)
         path = tmp_path / "bundle.json"

@@ -251,7 +251,7 @@ def _reason(details: str) -> str:
 def enrolled(
     deployment: Deployment, folder: Path, tls: Tls, address: str, **settings: Any
 ) -> Client:
-    """Enrol a device over TLS and return its client."""
+    """Enroll a device over TLS and return its client."""
     bundle = deployment.bundle()
     enroll(bundle, home=folder / "device", address=address, tls=tls, retry=ONE_ATTEMPT)
     return Client(home=folder / "device", tls=tls, retry=ONE_ATTEMPT, **settings)
@@ -277,7 +277,7 @@ def test_a_device_negotiates_x25519mlkem768(
         assert server_share(bytes(relay.to_client)) == (X25519MLKEM768, 1088 + 32)
 
 
-def test_no_secret_of_the_enrolment_passes_in_the_open(
+def test_no_secret_of_the_enrollment_passes_in_the_open(
     serve_tls: Deploy, certificates: Path, tmp_path: Path
 ) -> None:
     deployment = serve_tls()

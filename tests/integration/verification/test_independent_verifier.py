@@ -105,8 +105,8 @@ def _bundle(
         training_session_id=session_id, version=version
     )
     parts = deployment.admin.ExportVerificationBundle(request, metadata=deployment.metadata)
-    serialised = b"".join(part.bundle.SerializeToString() for part in parts)
-    return verification_pb2.VerificationBundle.FromString(serialised)
+    serialized = b"".join(part.bundle.SerializeToString() for part in parts)
+    return verification_pb2.VerificationBundle.FromString(serialized)
 
 
 def _payloads(document: dict[str, Any], version: int) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Enrolment: both sides agree, and every message that was tampered with is refused."""
+"""Enrollment: both sides agree, and every message that was tampered with is refused."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -86,7 +86,7 @@ def confirmed(
     return coordinator, enrolling.confirm(challenge)
 
 
-def test_an_enrolment_proves_both_keys() -> None:
+def test_an_enrollment_proves_both_keys() -> None:
     coordinator, enrolling = server(), device()
 
     applied, challenge = coordinator.challenge(enrolling.request(), NOW)
@@ -295,7 +295,7 @@ def test_a_state_of_another_coordinator_is_refused() -> None:
         server(state_key=bytes(32)).finish(confirmation, NOW)
 
 
-def test_another_replica_finishes_an_enrolment() -> None:
+def test_another_replica_finishes_an_enrollment() -> None:
     _coordinator, confirmation = confirmed()
 
     assert server().finish(confirmation, NOW).enrollment_token == TOKEN

@@ -1,4 +1,4 @@
-"""The recorded vectors of enrolment, login, tokens and sealing: by the product, and by the page alone."""
+"""The recorded vectors of enrollment, login, tokens and sealing: by the product, and by the page alone."""
 
 import json
 from datetime import datetime, timedelta
@@ -37,7 +37,7 @@ def data(vector: dict[str, Any], name: str) -> bytes:
     return bytes.fromhex(vector[name])
 
 
-def test_the_coordinator_takes_the_enrolment() -> None:
+def test_the_coordinator_takes_the_enrollment() -> None:
     server = exchanges.enrollment_server()
     sealed = pb.SealedEnrollment.FromString(data(ENROLLMENT, "sealed_enrollment"))
     application = server.open_request(sealed)
@@ -62,7 +62,7 @@ def test_the_device_takes_the_receipt() -> None:
     assert receipt.device_id == documents.device_id(1)
 
 
-def test_the_enrolment_by_the_page() -> None:
+def test_the_enrollment_by_the_page() -> None:
     server = exchange.KemKey(data(ENROLLMENT, "server_kem_seed"))
     sealed = pb.SealedEnrollment.FromString(data(ENROLLMENT, "sealed_enrollment"))
     assert sealed.server_kem_key_id == verifier.key_id(25_722, server.public)

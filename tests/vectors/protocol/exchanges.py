@@ -1,4 +1,4 @@
-"""Vectors of exchanges: enrolment, login, refresh, proof of possession, sealed payloads."""
+"""Vectors of exchanges: enrollment, login, refresh, proof of possession, sealed payloads."""
 
 from datetime import timedelta
 from typing import Any, Final
@@ -34,7 +34,7 @@ def decapsulate(key_id: str, encapsulation: bytes) -> bytes:
 
 
 def enrollment_server() -> EnrollmentServer:
-    """The coordinator's side of an enrolment."""
+    """The coordinator's side of an enrollment."""
     return EnrollmentServer(realm=REALM, state_key=STATE_KEY, decapsulate=decapsulate)
 
 

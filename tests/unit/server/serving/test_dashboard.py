@@ -252,10 +252,10 @@ MARKS = [(mark, "surface") for mark in ("one", "two", "good", "warn", "bad", "ca
 
 
 def contrast(one: str, other: str) -> float:
-    """Return the contrast of two colours as WCAG 2.2 defines it, 1 to 21."""
+    """Return the contrast of two colors as WCAG 2.2 defines it, 1 to 21."""
 
-    def luminance(colour: str) -> float:
-        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    def luminance(color: str) -> float:
+        parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
         red, green, blue = (
             part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
         )
@@ -265,13 +265,13 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("colors", [LIGHT, DARK], ids=["light", "dark"])
 @pytest.mark.parametrize(("over", "under"), TEXTS)
-def test_text_can_be_read_on_its_ground(colours: dict[str, str], over: str, under: str) -> None:
-    assert contrast(colours[over], colours[under]) >= 4.5
+def test_text_can_be_read_on_its_ground(colors: dict[str, str], over: str, under: str) -> None:
+    assert contrast(colors[over], colors[under]) >= 4.5
 
 
-@pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("colors", [LIGHT, DARK], ids=["light", "dark"])
 @pytest.mark.parametrize(("over", "under"), MARKS)
-def test_marks_and_lines_can_be_seen(colours: dict[str, str], over: str, under: str) -> None:
-    assert contrast(colours[over], colours[under]) >= 3
+def test_marks_and_lines_can_be_seen(colors: dict[str, str], over: str, under: str) -> None:
+    assert contrast(colors[over], colors[under]) >= 3

@@ -3,7 +3,7 @@
     python flower_reference.py updates.npz results.npz
 
 `updates.npz` holds `base` (n,), `weights` (k, n) and `counts` (k,); the results hold one array per rule, and for
-the server optimisers one row per version, made from the same deltas again and again. Not a test module, and
+the server optimizers one row per version, made from the same deltas again and again. Not a test module, and
 not imported by one: Flower needs another protobuf than QFLARE.
 """
 
@@ -78,8 +78,8 @@ def robust(weights: Array, ones: NDArray[np.int64]) -> dict[str, Array]:
     }
 
 
-def optimised(base: Array, deltas: Array, counts: NDArray[np.int64]) -> dict[str, Array]:
-    """Aggregate by the server optimisers. FedAdam's bias correction is one round ahead of the paper's."""
+def optimized(base: Array, deltas: Array, counts: NDArray[np.int64]) -> dict[str, Array]:
+    """Aggregate by the server optimizers. FedAdam's bias correction is one round ahead of the paper's."""
     shared = {"eta": 0.1, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3}
     makers: dict[str, tuple[Callable[[Any], Any], int]] = {
         "fedavgm": (
@@ -107,7 +107,7 @@ def main(source: str, target: str) -> None:
     results = {
         "fedavg": once(rules.FedAvg(inplace=False), weights, counts),
         **robust(weights, np.ones_like(counts)),
-        **optimised(base, weights - base, counts),
+        **optimized(base, weights - base, counts),
     }
     np.savez(target, **results)  # type: ignore[arg-type] # arrays by name
 

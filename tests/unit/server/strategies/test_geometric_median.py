@@ -37,7 +37,7 @@ def test_weighs_by_examples_when_asked(aggregate: Aggregate) -> None:
     assert np.linalg.norm(result - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
-def test_minimises_the_sum_of_distances(aggregate: Aggregate) -> None:
+def test_minimizes_the_sum_of_distances(aggregate: Aggregate) -> None:
     vectors = np.random.default_rng(1).standard_normal((7, 5))
 
     result = aggregate(vectors, name="geometric_median")

@@ -67,7 +67,7 @@ def test_noise_is_normal(noise: Noise) -> None:
 
 
 @EITHER
-def test_neighbours_are_independent(noise: Noise) -> None:
+def test_neighbors_are_independent(noise: Noise) -> None:
     samples = noise.gaussian("test", 0, 2 * NOISE_BLOCK, 1.0)
 
     for distance in (1, 2, 3, NOISE_BLOCK):

@@ -59,7 +59,7 @@ def test_privacy_keeps_them_too(quantile: float) -> None:
 
 
 class LooksAround(SliceRule):
-    """Breaks slicing: an element depends on its neighbours in the slice."""
+    """Breaks slicing: an element depends on its neighbors in the slice."""
 
     @property
     def minimum_count(self) -> int:

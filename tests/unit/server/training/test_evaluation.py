@@ -11,7 +11,7 @@ from qflare.v1 import training_pb2
 from qflare_server.training.evaluation import (
     evaluation_nonce,
     is_due,
-    is_worth_summarising,
+    is_worth_summarizing,
     robust_means,
 )
 
@@ -109,7 +109,7 @@ def test_a_nonce_is_that_of_one_device_and_version(
     assert nonce not in others
 
 
-def test_few_reports_are_all_summarised_and_many_in_proportion() -> None:
-    assert all(is_worth_summarising(count) for count in range(1, 64))
-    total = sum(count for count in range(1, 10_001) if is_worth_summarising(count))
+def test_few_reports_are_all_summarized_and_many_in_proportion() -> None:
+    assert all(is_worth_summarizing(count) for count in range(1, 64))
+    total = sum(count for count in range(1, 10_001) if is_worth_summarizing(count))
     assert total < 64 * 10_000
