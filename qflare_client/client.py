@@ -24,8 +24,8 @@ from qflare_client.access.login import Login
 from qflare_client.access.rotation import pending_identity, rotate, settle
 from qflare_client.errors import RejectedError
 from qflare_client.keystore.identity import Identity
-from qflare_client.keystore.passphrase import passphrase_coding
-from qflare_client.keystore.store import PLAIN, KeyStore
+from qflare_client.keystore.passphrase import secret_coding
+from qflare_client.keystore.store import KeyStore
 from qflare_client.models.accepted_versions import AcceptedVersions
 from qflare_client.models.download import GlobalModel, ProgressHook, silent
 from qflare_client.models.lineage import (
@@ -104,7 +104,7 @@ class Client:
     ) -> None:
         self._progress = progress or silent
         self._defaults = defaults or TrainingDefaults()
-        self._store = KeyStore(home, passphrase_coding(passphrase) if passphrase else PLAIN)
+        self._store = KeyStore(home, secret_coding(passphrase))
         transport: Transport | None = None
         try:
             identity = Identity.load(self._store)
@@ -371,13 +371,36 @@ class Client:
         self._calls.unary(self._stub.ReportEvaluation, request, timeout_s=timeout_s)
 
     def heartbeat(
-        self, profile: device_pb2.DeviceProfile | None = None, *, timeout_s: float | None = None
+        self,
+        profile: device_pb2.DeviceProfile | None = None,
+        *,
+        device_type: str | None = None,
+        capabilities: Mapping[str, float] | None = None,
+        hardware_info: Mapping[str, str] | None = None,
+        network_info: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
     ) -> Heartbeat:
-        """Say that the device is there, and what it can do if that has changed.
+        """Report that the device is alive, and its profile if that has changed.
+
+        Args:
+            profile: The whole profile as a message; or its parts:
+            device_type: Kind of device, such as phone; at most 100 characters.
+            capabilities: Numbers by which devices are selected, such as ram_mib.
+            hardware_info: Hardware, such as gpu, as text.
+            network_info: Network, such as link, as text.
+            timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
         Raises:
             QflareClientError: The call failed.
         """
+        parts = (device_type, capabilities, hardware_info, network_info)
+        if profile is None and any(part is not None for part in parts):
+            profile = device_pb2.DeviceProfile(
+                device_type=device_type or "",
+                capabilities=capabilities,
+                hardware_info=hardware_info,
+                network_info=network_info,
+            )
         request = messages.HeartbeatRequest(profile=profile)
         answer = self._calls.unary(self._stub.Heartbeat, request, timeout_s=timeout_s)
         self._trust.at_least(answer.keyset_version)

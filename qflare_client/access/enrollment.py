@@ -20,8 +20,8 @@ from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import device_pb2, security_pb2
 from qflare_client.errors import KeyStoreError, VerificationError
 from qflare_client.keystore.identity import DeviceKeys, Identity, load_keys, read_facts, save_keys
-from qflare_client.keystore.passphrase import passphrase_coding
-from qflare_client.keystore.store import PLAIN, KeyStore
+from qflare_client.keystore.passphrase import secret_coding
+from qflare_client.keystore.store import KeyStore
 from qflare_client.rpc.caller import Calls
 from qflare_client.rpc.retry import RetryPolicy
 from qflare_client.rpc.transport import Tls, Transport, trusting
@@ -97,7 +97,7 @@ def enroll(
     )
     tls = trusting(tls, bundle.certificate_authorities)
     transport = Transport(address or bundle.address, tls=tls, insecure=insecure)
-    coding = passphrase_coding(passphrase) if passphrase else PLAIN
+    coding = secret_coding(passphrase)
     calls = Calls(transport, retry or RetryPolicy())
     with closing(calls), KeyStore(home, coding) as store:
         if read_facts(home):

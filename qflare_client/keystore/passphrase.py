@@ -15,15 +15,36 @@ from typing import Final
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from qflare.crypto.symmetric import SECRET_BYTES, UnsealError, decrypt, encrypt
-from qflare_client.errors import WrongPassphraseError
+from qflare_client.errors import KeyStoreError, WrongPassphraseError
 from qflare_client.keystore.store import SecretCoding
 
 _MAGIC: Final = b"QFDK\x01"
 _SALT_BYTES: Final = 16
 
 
+def secret_coding(passphrase: str | None) -> SecretCoding:
+    """Return the coding of secrets under a passphrase; None leaves them to the permissions of their files.
+
+    Raises:
+        KeyStoreError: The passphrase is empty: an empty file or variable must not leave the keys unencrypted.
+    """
+    if passphrase is None:
+        return SecretCoding(bytes, _decode_plain)
+    if not passphrase:
+        raise KeyStoreError(
+            "the passphrase is empty: give one, or leave it out for keys without one"
+        )
+    return passphrase_coding(passphrase)
+
+
+def _decode_plain(data: bytes) -> bytes:
+    if data.startswith(_MAGIC):
+        raise WrongPassphraseError("the keys are under a passphrase: give it")
+    return data
+
+
 def passphrase_coding(passphrase: str) -> SecretCoding:
-    """Return the coding of secrets under a passphrase.
+    """Return the coding of secrets under a passphrase that is not empty.
 
     The first use takes about a tenth of a second; later ones with the same salt take none. Files that one
     coding writes share a salt.

@@ -1,6 +1,9 @@
 """The device SDK against a real coordinator."""
 
 import shutil
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+import qflare_client
 from qflare.evidence.lineage import ModelVersion
 from qflare.tensors import Array
 from qflare.v1 import admin_service_pb2 as admin_pb2
@@ -24,6 +28,7 @@ from qflare_client import (
     Evidence,
     InvalidEnrollmentTokenError,
     InvalidRequestError,
+    KeyStoreError,
     KeyStoreLockedError,
     LocalPrivacy,
     NotEnrolledError,
@@ -47,6 +52,7 @@ from qflare_client.rpc.retry import RetryPolicy
 from qflare_client.trust.evidence import verify
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import rotate_online
+from qflare_server.keys.setup import write_bootstrap
 
 Deploy = Callable[..., Any]
 run = partial(run_forever, patience_s=20.0)
@@ -524,6 +530,57 @@ def test_two_clients_do_not_share_a_key_store(deploy: Deploy, tmp_path: Path) ->
 
     with Client(home=tmp_path / "a"), pytest.raises(KeyStoreLockedError):
         Client(home=tmp_path / "a")
+
+
+def test_keys_under_a_passphrase_that_is_not_given_are_said_to_be_so(
+    deploy: Deploy, tmp_path: Path
+) -> None:
+    enroll(deploy().bundle(), home=tmp_path / "a", passphrase="open sesame")
+
+    with pytest.raises(WrongPassphraseError, match="under a passphrase"):
+        Client(home=tmp_path / "a")
+
+
+def test_an_empty_passphrase_is_refused(deploy: Deploy, tmp_path: Path) -> None:
+    bundle = deploy().bundle()
+
+    with pytest.raises(KeyStoreError, match="empty"):
+        enroll(bundle, home=tmp_path / "a", passphrase="")
+    enroll(bundle, home=tmp_path / "a")
+    with pytest.raises(KeyStoreError, match="empty"):
+        Client(home=tmp_path / "a", passphrase="")
+
+
+def test_a_heartbeat_takes_plain_values(deploy: Deploy) -> None:
+    deployment = deploy()
+    device = deployment.device("a", device_type="phone")
+
+    device.heartbeat(device_type="tablet", capabilities={"ram_mib": 4096.0})
+
+    request = admin_pb2.GetDeviceRequest(device_id=device.device_id)
+    answer = deployment.admin.GetDevice(request, metadata=deployment.metadata)
+    assert answer.device.reported_type == "tablet"
+    assert dict(answer.device.reported_capabilities) == {"ram_mib": 4096.0}
+
+
+def test_the_example_of_the_package_runs(deploy: Deploy, tmp_path: Path) -> None:
+    deployment = deploy()
+    session_id = deployment.session({"w": np.zeros(3, np.float32)}, total_rounds=1)
+    write_bootstrap(tmp_path / "bundle.json", deployment.bundle())
+    example = qflare_client.__doc__ or ""
+    start, end = example.index("    from pathlib"), example.index("Everything public")
+    (tmp_path / "example.py").write_text(textwrap.dedent(example[start:end]))
+
+    with subprocess.Popen([sys.executable, "example.py"], cwd=tmp_path) as process:
+        request = admin_pb2.GetTrainingSessionRequest(training_session_id=session_id)
+        for _ in range(600):
+            answer = deployment.admin.GetTrainingSession(request, metadata=deployment.metadata)
+            if answer.training_session.current_version == 1 or process.poll() is not None:
+                break
+            threading.Event().wait(0.1)
+        process.terminate()
+
+    assert answer.training_session.current_version == 1
 
 
 def test_a_passphrase_protects_the_keys(deploy: Deploy, tmp_path: Path) -> None:
