@@ -1,7 +1,11 @@
-"""Files and folders that are their user's alone, whatever the umask."""
+"""Files and folders that are their user's alone, and durable files that appear whole or not at all."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, cast
 
 
 def make_private_folder(folder: Path) -> None:
@@ -22,3 +26,47 @@ def make_private_folder(folder: Path) -> None:
 def private_opener(path: str, flags: int) -> int:
     """Open a file for `open(..., opener=private_opener)`: one that is made has mode 0600."""
     return os.open(path, flags, 0o600)
+
+
+@contextmanager
+def new_file(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
+    """Yield a file of mode 0600 that gets the name `path`, durably, at the end of the block; an error leaves no file.
+
+    It is written beside its name, synchronized, and put in place in one step: after a crash a file is the earlier or
+    the later one, whole.
+
+    Args:
+        path: Name; its folder exists.
+        replace: Take the place of a file that is there; otherwise that is an error.
+
+    Raises:
+        FileExistsError: There is a file of this name, and it is not to be replaced.
+        OSError: The file cannot be written.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield cast("BinaryIO", file)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            temporary.replace(path)
+        else:
+            path.hardlink_to(temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
+    synchronize_folder(path.parent)
+
+
+def synchronize_folder(folder: Path) -> None:
+    """Make the names in a folder durable.
+
+    Raises:
+        OSError: The folder cannot be opened or synchronized.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -13,12 +13,12 @@ Source: https://github.com/huggingface/safetensors, README "Format" and safetens
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qflare.files import new_file
 from qflare.tensors.elements import BytesLike, PayloadSizeError
 from qflare.tensors.manifest import (
     CHUNK_BYTES,
@@ -97,22 +97,13 @@ def export_safetensors(
     """
     offsets = _aligned_offsets(manifest)
     header = _encode_header(manifest, offsets, metadata or {})
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(len(header).to_bytes(_LENGTH_BYTES, "little") + header)
-            start = file.tell()
-            for spec, offset, piece in split(manifest, chunks):
-                if offset == 0:
-                    file.seek(start + offsets[spec.name])
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
+    with new_file(path) as file:
+        file.write(len(header).to_bytes(_LENGTH_BYTES, "little") + header)
+        start = file.tell()
+        for spec, offset, piece in split(manifest, chunks):
+            if offset == 0:
+                file.seek(start + offsets[spec.name])
+            file.write(piece)
 
 
 def import_safetensors(path: Path, limits: ManifestLimits | None = None) -> SafetensorsFile:
@@ -250,12 +241,3 @@ def _read_exactly(file: BinaryIO, size_bytes: int) -> Iterator[bytes]:
             raise PayloadSizeError(f"file: ended {missing_bytes} bytes early")
         missing_bytes -= len(piece)
         yield piece
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,15 +5,14 @@ in ~/.config/qflare/profile; a token in QFLARE_TOKEN outweighs both. Files that 
 """
 
 import configparser
-import os
 import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from io import StringIO
 from pathlib import Path
 from typing import Final
 
-from qflare.files import make_private_folder
+from qflare.files import make_private_folder, new_file
 
 SECTION: Final = "coordinator"
 PROFILE_VARIABLE: Final = "QFLARE_PROFILE"
@@ -126,16 +125,10 @@ def write_profile(path: Path, profile: Profile) -> None:
         if (value := getattr(profile, item.name))
     }
     make_private_folder(path.parent)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            parser.write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    text = StringIO()
+    parser.write(text)
+    with new_file(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def load(environ: Mapping[str, str], overrides: Mapping[str, object]) -> Profile:

@@ -16,7 +16,6 @@ import json
 import os
 import stat
 import struct
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -26,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
-from qflare.files import make_private_folder
+from qflare.files import make_private_folder, new_file, synchronize_folder
 from qflare_client.errors import ForkedError, KeyStoreError, KeyStoreLockedError
 
 _LOCK = "lock"
@@ -210,7 +209,7 @@ class KeyStore:
         self._require_open()
         try:
             (self.home / name).replace(self.home / following)
-            _synchronize_folder(self.home)
+            synchronize_folder(self.home)
         except OSError as error:
             raise KeyStoreError(f"key store {self.home}: {error}") from error
 
@@ -281,28 +280,11 @@ def _read_head(path: Path, file: BinaryIO) -> bytes:
 
 def _write(path: Path, pieces: Iterable[bytes]) -> None:
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:  # mkstemp makes it 0600
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        _synchronize_folder(path.parent)
+        with new_file(path) as file:
+            for piece in pieces:
+                file.write(piece)
     except OSError as error:
         raise KeyStoreError(f"cannot write {path}: {error}") from error
-
-
-def _synchronize_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_mode(path: Path, forbidden: int) -> None:

@@ -17,7 +17,6 @@ import os
 import secrets
 import stat
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,6 +24,7 @@ from typing import Final
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from qflare.crypto.symmetric import SECRET_BYTES, UnsealError, decrypt, encrypt
+from qflare.files import new_file
 
 _MAGIC: Final = b"QFSF\x01"
 _COST: Final = struct.Struct(">III")
@@ -169,36 +169,10 @@ def write_secret(path: Path, data: bytes, *, replace: bool = False) -> None:
         KeyStoreError: It cannot be written, or is there already.
     """
     try:
-        temporary = _write_beside(path, data)
-        try:
-            if replace:
-                temporary.replace(path)
-            else:
-                path.hardlink_to(temporary)
-        finally:
-            temporary.unlink(missing_ok=True)
-        synchronize_folder(path.parent)
+        with new_file(path, replace=replace) as file:
+            file.write(data)
     except OSError as error:
         raise KeyStoreError(f"cannot write {path}: {error.strerror}") from error
-
-
-def synchronize_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_beside(path: Path, data: bytes) -> Path:
-    """Write a synchronized temporary file; `mkstemp` opens it with O_EXCL and mode 0600."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return Path(name)
 
 
 def _check_owner(path: Path, found: os.stat_result) -> None:

@@ -19,12 +19,12 @@ from google.protobuf import json_format
 
 from qflare.crypto.envelope import MAX_SIGNATURE_COUNT
 from qflare.crypto.signing import ONLINE_ALGORITHMS, Algorithm, algorithm_named
-from qflare.files import make_private_folder
+from qflare.files import make_private_folder, synchronize_folder
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.ring import ROLES, SIGNING_ROLES, KeyRing
-from qflare_server.keys.secret_files import KeyStoreError, synchronize_folder, write_secret
+from qflare_server.keys.secret_files import KeyStoreError, write_secret
 from qflare_server.keys.trust_documents import (
     KEYSET_LIFETIME,
     ROOT_LIFETIME,
