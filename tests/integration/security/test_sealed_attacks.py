@@ -346,7 +346,9 @@ def test_a_header_is_refused_that_a_device_has_signed_wrong(
     spoil(message)
     name_header(draft, message)
 
-    refused(deployment, device, draft, "INVALID_SEAL")
+    # what is beyond any header's bounds is refused by the constraints of the protos, before it is looked into
+    beyond = spoil in {_many_keys, _long_header}
+    refused(deployment, device, draft, "INVALID_REQUEST" if beyond else "INVALID_SEAL")
 
 
 def test_a_header_is_refused_that_was_exchanged_on_the_way(
