@@ -592,7 +592,6 @@ class EnrollmentReceipt(_message.Message):
     REQUEST_NONCE_FIELD_NUMBER: _builtins.int
     KEY_ROTATION_COUNT_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
-    IN_PROCESS_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     device_id: _builtins.str
@@ -607,8 +606,6 @@ class EnrollmentReceipt(_message.Message):
     """Nonce of the request that it answers, 32 bytes."""
     key_rotation_count: _builtins.int
     """How often the device has changed its keys; above 0 where it enrolled again after losing them."""
-    in_process: _builtins.bool
-    """A program that embeds the coordinator vouches for the keys; nobody has proven to hold them."""
     @_builtins.property
     def register_time(self) -> _timestamp_pb2.Timestamp:
         """When the device was enrolled."""
@@ -631,11 +628,10 @@ class EnrollmentReceipt(_message.Message):
         request_nonce: _builtins.bytes = ...,
         key_rotation_count: _builtins.int = ...,
         profile: Global___EnrolledProfile | None = ...,
-        in_process: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "register_time", b"register_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "in_process", b"in_process", "kem_key_id", b"kem_key_id", "key_rotation_count", b"key_rotation_count", "keyset_version", b"keyset_version", "profile", b"profile", "realm", b"realm", "register_time", b"register_time", "request_nonce", b"request_nonce", "signature_key_id", b"signature_key_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "kem_key_id", b"kem_key_id", "key_rotation_count", b"key_rotation_count", "keyset_version", b"keyset_version", "profile", b"profile", "realm", b"realm", "register_time", b"register_time", "request_nonce", b"request_nonce", "signature_key_id", b"signature_key_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1293,7 +1289,6 @@ class ModelStatement(_message.Message):
     WIRE_DIGEST_FIELD_NUMBER: _builtins.int
     SEALED_HEADER_DIGEST_FIELD_NUMBER: _builtins.int
     SEALED_VERSION_FIELD_NUMBER: _builtins.int
-    IN_PROCESS_COUNT_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -1342,10 +1337,6 @@ class ModelStatement(_message.Message):
     """Version that the payload was sealed for: its own, or the one that first had the payload that a rollback restores.
     Absent unless it is sealed.
     """
-    in_process_count: _builtins.int
-    """Number of updates in it that a program which embeds the coordinator vouches for: no device signed them. Absent in
-    versions made before there was this field.
-    """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics by name, finite numbers."""
@@ -1387,18 +1378,15 @@ class ModelStatement(_message.Message):
         wire_digest: _builtins.str = ...,
         sealed_header_digest: _builtins.str = ...,
         sealed_version: _builtins.int | None = ...,
-        in_process_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_in_process_count", b"_in_process_count", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "in_process_count", b"in_process_count", "rollback_version", b"rollback_version", "sealed_version", b"sealed_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "rollback_version", b"rollback_version", "sealed_version", b"sealed_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_in_process_count", b"_in_process_count", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "base_version", b"base_version", "code_version", b"code_version", "config_digest", b"config_digest", "contributor_count", b"contributor_count", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "in_process_count", b"in_process_count", "layout_digest", b"layout_digest", "metrics", b"metrics", "parent_digest", b"parent_digest", "payload_digest", b"payload_digest", "realm", b"realm", "rollback_version", b"rollback_version", "round_number", b"round_number", "sealed", b"sealed", "sealed_header_digest", b"sealed_header_digest", "sealed_version", b"sealed_version", "size_bytes", b"size_bytes", "strategy_name", b"strategy_name", "training_session_id", b"training_session_id", "version", b"version", "weight_sum", b"weight_sum", "wire_digest", b"wire_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "base_version", b"base_version", "code_version", b"code_version", "config_digest", b"config_digest", "contributor_count", b"contributor_count", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "layout_digest", b"layout_digest", "metrics", b"metrics", "parent_digest", b"parent_digest", "payload_digest", b"payload_digest", "realm", b"realm", "rollback_version", b"rollback_version", "round_number", b"round_number", "sealed", b"sealed", "sealed_header_digest", b"sealed_header_digest", "sealed_version", b"sealed_version", "size_bytes", b"size_bytes", "strategy_name", b"strategy_name", "training_session_id", b"training_session_id", "version", b"version", "weight_sum", b"weight_sum", "wire_digest", b"wire_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
     _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
     _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
     _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
-    _WhichOneofReturnType__in_process_count: _TypeAlias = _typing.Literal["in_process_count"]  # noqa: Y015
-    _WhichOneofArgType__in_process_count: _TypeAlias = _typing.Literal["_in_process_count", b"_in_process_count"]  # noqa: Y015
     _WhichOneofReturnType__rollback_version: _TypeAlias = _typing.Literal["rollback_version"]  # noqa: Y015
     _WhichOneofArgType__rollback_version: _TypeAlias = _typing.Literal["_rollback_version", b"_rollback_version"]  # noqa: Y015
     _WhichOneofReturnType__sealed_version: _TypeAlias = _typing.Literal["sealed_version"]  # noqa: Y015
@@ -1407,8 +1395,6 @@ class ModelStatement(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__delta) -> _WhichOneofReturnType__delta | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__in_process_count) -> _WhichOneofReturnType__in_process_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_version) -> _WhichOneofReturnType__rollback_version | None: ...
     @_typing.overload

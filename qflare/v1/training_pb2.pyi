@@ -1262,7 +1262,6 @@ class GlobalModel(_message.Message):
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     DOWNLOAD_FIELD_NUMBER: _builtins.int
-    IN_PROCESS_COUNT_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     version: _builtins.int
@@ -1295,8 +1294,6 @@ class GlobalModel(_message.Message):
     """Epsilon spent up to it. Absent without differential privacy."""
     delta: _builtins.float
     """Delta of the guarantee. Absent without differential privacy."""
-    in_process_count: _builtins.int
-    """Updates in it that a program which embeds the coordinator vouches for: no device signed them."""
     @_builtins.property
     def strategy(self) -> Global___StrategyConfig:
         """Strategy that made it."""
@@ -1353,11 +1350,10 @@ class GlobalModel(_message.Message):
         architecture: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         manifest: _tensor_pb2.Manifest | None = ...,
         download: Global___EncodedPayload | None = ...,
-        in_process_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "manifest", b"manifest", "publish_duration", b"publish_duration", "rollback_version", b"rollback_version", "strategy", b"strategy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "architecture", b"architecture", "base_version", b"base_version", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "digest", b"digest", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "in_process_count", b"in_process_count", "layout_digest", b"layout_digest", "manifest", b"manifest", "metrics", b"metrics", "model_type", b"model_type", "participant_count", b"participant_count", "payload_digest", b"payload_digest", "publish_duration", b"publish_duration", "released", b"released", "rollback_version", b"rollback_version", "round_number", b"round_number", "size_bytes", b"size_bytes", "strategy", b"strategy", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "architecture", b"architecture", "base_version", b"base_version", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "digest", b"digest", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "layout_digest", b"layout_digest", "manifest", b"manifest", "metrics", b"metrics", "model_type", b"model_type", "participant_count", b"participant_count", "payload_digest", b"payload_digest", "publish_duration", b"publish_duration", "released", b"released", "rollback_version", b"rollback_version", "round_number", b"round_number", "size_bytes", b"size_bytes", "strategy", b"strategy", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
     _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
@@ -1414,7 +1410,6 @@ class ModelUpdate(_message.Message):
     ACCEPTANCE_SEQUENCE_FIELD_NUMBER: _builtins.int
     VALIDATION_SCORE_FIELD_NUMBER: _builtins.int
     ACCEPT_TIME_FIELD_NUMBER: _builtins.int
-    IN_PROCESS_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Id, a UUID that the device minted."""
     training_session_id: _builtins.str
@@ -1439,8 +1434,6 @@ class ModelUpdate(_message.Message):
     """Place in the order of acceptance within its round, from 1."""
     validation_score: _builtins.float
     """Score of the validation, such as the cosine similarity to the previous change. Absent if none was made."""
-    in_process: _builtins.bool
-    """A program that embeds the coordinator handed it in and vouches for it: no device signed it."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics that the device reported."""
@@ -1466,11 +1459,10 @@ class ModelUpdate(_message.Message):
         acceptance_sequence: _builtins.int = ...,
         validation_score: _builtins.float | None = ...,
         accept_time: _timestamp_pb2.Timestamp | None = ...,
-        in_process: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score", "accept_time", b"accept_time", "validation_score", b"validation_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score", "accept_time", b"accept_time", "acceptance_sequence", b"acceptance_sequence", "base_version", b"base_version", "device_id", b"device_id", "example_count", b"example_count", "in_process", b"in_process", "metrics", b"metrics", "payload_digest", b"payload_digest", "round_number", b"round_number", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "update_id", b"update_id", "validation_score", b"validation_score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score", "accept_time", b"accept_time", "acceptance_sequence", b"acceptance_sequence", "base_version", b"base_version", "device_id", b"device_id", "example_count", b"example_count", "metrics", b"metrics", "payload_digest", b"payload_digest", "round_number", b"round_number", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "update_id", b"update_id", "validation_score", b"validation_score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__validation_score: _TypeAlias = _typing.Literal["validation_score"]  # noqa: Y015
     _WhichOneofArgType__validation_score: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score"]  # noqa: Y015
