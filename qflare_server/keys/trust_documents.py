@@ -140,8 +140,8 @@ def draft_root(
     return security_pb2.RootDocument(
         realm=realm,
         version=version,
-        issue_time=_timestamp(at),
-        expire_time=_timestamp(at + lifetime),
+        issue_time=timestamp_of(at),
+        expire_time=timestamp_of(at + lifetime),
         keys=[key.to_proto() for key in keys],
         threshold=threshold,
     )
@@ -174,8 +174,8 @@ def draft_keyset(
         realm=realm,
         version=version,
         root_version=root_version,
-        issue_time=_timestamp(at),
-        expire_time=_timestamp(at + lifetime),
+        issue_time=timestamp_of(at),
+        expire_time=timestamp_of(at + lifetime),
         keys=chosen,
     )
 
@@ -239,7 +239,8 @@ def _read(parse: Callable[[bytes], T], payload: bytes) -> T:
         raise UntrustedDocumentError("document is malformed") from error
 
 
-def _timestamp(at: datetime) -> Timestamp:
+def timestamp_of(at: datetime) -> Timestamp:
+    """Return a time as a protobuf timestamp."""
     message = Timestamp()
     message.FromDatetime(at)
     return message

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
 from qflare.crypto.signing import InvalidKeyError, PublicKey, algorithm_of
@@ -38,6 +37,7 @@ from qflare_server.errors import (
     UnauthenticatedError,
 )
 from qflare_server.keys import ServerKeys
+from qflare_server.keys.trust_documents import timestamp_of
 from qflare_server.storage.records import UserToken
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
@@ -265,8 +265,8 @@ class Login:
         message = security_pb2.TokenGrant(
             access_token=access,
             refresh_token=refresh,
-            access_expire_time=_timestamp(access_expires),
-            refresh_expire_time=_timestamp(refresh_expires),
+            access_expire_time=timestamp_of(access_expires),
+            refresh_expire_time=timestamp_of(refresh_expires),
             keyset_version=self._keys.keyset_version,
         )
         return _NewTokens(
@@ -365,9 +365,3 @@ def _credentials(metadata: Iterable[tuple[str, str | bytes]] | None) -> tuple[st
     if not isinstance(bearer, str) or not isinstance(proof, bytes):
         raise HandshakeError("the call carries no proof of possession")
     return bearer.removeprefix(BEARER), proof
-
-
-def _timestamp(at: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(at)
-    return message

@@ -16,7 +16,6 @@ from datetime import datetime
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
-from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
 from qflare.protocol import enrollment as protocol
@@ -31,6 +30,7 @@ from qflare_server.errors import (
     InvalidRequestError,
 )
 from qflare_server.keys import ServerKeys
+from qflare_server.keys.trust_documents import timestamp_of
 from qflare_server.storage.records import Device, UserToken
 from qflare_server.storage.repository import audit, devices, membership, tokens
 from qflare_server.storage.repository.audit import Caller, Event
@@ -229,7 +229,7 @@ class Enrollment:
             signature_key_id=application.signature_key.key_id,
             kem_key_id=application.kem_key.key_id,
             keyset_version=self._keys.keyset_version,
-            register_time=_timestamp(known.registered_at if known else at),
+            register_time=timestamp_of(known.registered_at if known else at),
             request_nonce=application.nonce,
             key_rotation_count=known.key_rotation_count + 1 if known else 0,
             profile=_enrolled_profile(known, profile),
@@ -348,9 +348,3 @@ def profile_of(message: device_pb2.DeviceProfile) -> Profile:
         batch_size=defaults.batch_size,
         learning_rate=defaults.learning_rate,
     )
-
-
-def _timestamp(at: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(at)
-    return message
