@@ -1,8 +1,8 @@
-"""Writes the table of settings into `operations.md`, from the fields of `ServerConfig` and the texts below them.
+"""Generates the settings table of `operations.md` from the fields of `ServerConfig` and their docstrings.
 
     python docs/make_settings.py
 
-A test fails where the page is not what this makes.
+A test fails if the table is out of date.
 """
 
 import ast
@@ -20,7 +20,7 @@ END: Final = "<!-- end: settings -->\n"
 
 
 def table() -> str:
-    """Return the settings as a Markdown table, in the order of the fields."""
+    """Return the settings as a Markdown table, in field order."""
     texts = _texts()
     lines = ["| variable | default | means |", "|---|---|---|"]
     for item in fields(ServerConfig):
@@ -30,14 +30,14 @@ def table() -> str:
 
 
 def page(text: str) -> str:
-    """Return the text of the page with the table as it should be."""
+    """Return the text of the page with the table regenerated."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 def _texts() -> dict[str, str]:
-    """Return the string that stands below each field, on one line."""
+    """Return the docstring of each field, joined into one line."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(ServerConfig))).body[0]
     assert isinstance(tree, ast.ClassDef)
     texts = {}
