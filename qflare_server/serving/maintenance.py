@@ -139,12 +139,16 @@ class Maintenance:
         self._context.database.write(lambda session: leases.retire(session, self._replica_id))
 
     def _expire(self) -> None:
-        def work(session: Session) -> None:
-            now = self._context.clock()
-            tokens.delete_expired(session, now - timedelta(days=1), TOKEN_BATCH)
-            tokens.delete_expired_nonces(session, now)
+        """Delete what has expired, in short transactions, until nothing is left of it."""
+        now = self._context.clock()
 
-        self._context.database.write(work)
+        def delete_tokens(session: Session) -> int:
+            return tokens.delete_expired(session, now - timedelta(days=1), TOKEN_BATCH)
+
+        self._context.database.write(lambda session: tokens.delete_expired_nonces(session, now))
+        while not self._stop.is_set():
+            if self._context.database.write(delete_tokens) < TOKEN_BATCH:
+                return
 
     def _prune(self) -> None:
         prune_ended(self._context)

@@ -280,14 +280,18 @@ async def _token(request: Request) -> str:
     """Return the token of a form, empty without one.
 
     Raises:
-        HTTPException: The form is too large.
+        HTTPException: The form is too large, or has more fields than any form of the dashboard.
     """
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > MAX_FORM_BYTES:
             raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-    values = parse_qs(body.decode("ascii", "replace"), max_num_fields=4).get("token", [""])
+    try:
+        fields = parse_qs(body.decode("ascii", "replace"), max_num_fields=4)
+    except ValueError as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST) from error
+    values = fields.get("token", [""])
     return values[0].strip()[: MAX_TOKEN_CHARACTERS + 1]
 
 

@@ -20,7 +20,6 @@ from qflare_server.context import Context
 from qflare_server.errors import (
     PermissionDeniedError,
     QflareError,
-    TooManyRequestsError,
     UnauthenticatedError,
 )
 from qflare_server.storage.repository import audit
@@ -64,16 +63,17 @@ class DashboardLogin:
             peer_address: Of the browser, without its port: what attempts are counted by.
 
         Raises:
-            TooManyRequestsError: Too many attempts of this address; not looked at.
+            TooManyRequestsError: Too many failed attempts of this address; a good token of another visitor there is
+                admitted all the same.
             UnauthenticatedError: The token is unknown, expired or revoked.
             PermissionDeniedError: It is not an administrator's.
         """
         caller = Caller("anonymous", peer_address, "token")
         try:
-            self._attempts.take(peer_address)
             principal = self._authentication.admit(LOGIN_METHOD, token)
-        except (TooManyRequestsError, UnauthenticatedError, PermissionDeniedError) as error:
+        except (UnauthenticatedError, PermissionDeniedError) as error:
             self._refusals.record(caller, "dashboard.login_refused", SUBJECT, str(error))
+            self._attempts.take(peer_address)
             raise
         self._record(principal, peer_address, "dashboard.logged_in")
         return self._remember(hash_secret(token))

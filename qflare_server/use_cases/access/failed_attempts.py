@@ -1,18 +1,20 @@
 """Rate-limited audit entries for failed enrollment and login attempts.
 
-Constructor: ``FailedAttempts(context)``. Each process records at most `BURST` refusals at once and one more every
-`INTERVAL_S` seconds; the next entry says how many were left out.
+Constructor: ``FailedAttempts(context)``. Refusals about an enrolled device are bounded for each address and device, so
+that nothing made up hides them; all others share one bound. The next entry of a bound says how many were left out.
 """
 
 import logging
 import threading
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from sqlalchemy.orm import Session
 
 from qflare_server.context import Context
 from qflare_server.errors import QflareError
-from qflare_server.storage.repository import audit
+from qflare_server.storage.repository import audit, devices
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import RiskLevel
 
@@ -20,6 +22,35 @@ logger = logging.getLogger(__name__)
 
 BURST: Final = 20
 INTERVAL_S: Final = 6.0
+"""Refusals about anything made up: so many at once, and one more in so many seconds."""
+DEVICE_BURST: Final = 3
+DEVICE_INTERVAL_S: Final = 60.0
+"""Refusals about one enrolled device from one address."""
+MAX_BOUNDS: Final = 10_000
+DEVICE_PREFIX: Final = "device:"
+
+
+@dataclass
+class _Bound:
+    """A token bucket, and how many refusals it has left out since the last entry."""
+
+    burst: float
+    interval_s: float
+    filled_at: datetime
+    allowance: float
+    left_out: int = 0
+
+    def take(self, now: datetime) -> int | None:
+        """Return how many were left out since the last entry; None if this one is left out too."""
+        earned = (now - self.filled_at).total_seconds() / self.interval_s
+        self.allowance = min(self.burst, self.allowance + earned)
+        self.filled_at = now
+        if self.allowance < 1:
+            self.left_out += 1
+            return None
+        self.allowance -= 1
+        left_out, self.left_out = self.left_out, 0
+        return left_out
 
 
 class RefusedError(Exception):
@@ -32,9 +63,8 @@ class FailedAttempts:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._lock = threading.Lock()
-        self._allowance = float(BURST)
-        self._filled_at = context.clock()
-        self._left_out = 0
+        self._shared = _Bound(BURST, INTERVAL_S, context.clock(), BURST)
+        self._of_devices: dict[tuple[str, str], _Bound] = {}
 
     def record(
         self,
@@ -53,11 +83,14 @@ class FailedAttempts:
             problem: Why, for administrators; the caller is not told.
             risk_level: How much it matters.
         """
-        left_out = self._take()
+        subject, problem = _printable(subject)[:255], _printable(problem)
+        bound = self._bound_of(caller, subject)
+        with self._lock:
+            left_out = bound.take(self._context.clock())
         if left_out is None:
             return
         details = {"problem": problem, "left_out_count": left_out}
-        event = Event(event_type, subject[:255], risk_level, details)
+        event = Event(event_type, subject, risk_level, details)
         at = self._context.clock()
 
         def work(session: Session) -> None:
@@ -66,18 +99,32 @@ class FailedAttempts:
         try:
             self._context.database.write(work)
         except QflareError as error:
+            with self._lock:
+                bound.left_out += left_out + 1
             logger.warning("refusal not recorded: %s", error)
 
-    def _take(self) -> int | None:
-        """Return how many were left out since the last entry; None if this one is left out too."""
+    def _bound_of(self, caller: Caller, subject: str) -> _Bound:
+        """Return what bounds a refusal: a bound of its own if it is about a device that there is."""
+        if not self._is_enrolled(subject):
+            return self._shared
+        key, now = (caller.peer_address.rpartition(":")[0], subject), self._context.clock()
         with self._lock:
-            now = self._context.clock()
-            earned = (now - self._filled_at).total_seconds() / INTERVAL_S
-            self._allowance = min(float(BURST), self._allowance + earned)
-            self._filled_at = now
-            if self._allowance < 1:
-                self._left_out += 1
-                return None
-            self._allowance -= 1
-            left_out, self._left_out = self._left_out, 0
-            return left_out
+            if key not in self._of_devices and len(self._of_devices) >= MAX_BOUNDS:
+                self._of_devices.pop(next(iter(self._of_devices)))
+            return self._of_devices.setdefault(
+                key, _Bound(DEVICE_BURST, DEVICE_INTERVAL_S, now, DEVICE_BURST)
+            )
+
+    def _is_enrolled(self, subject: str) -> bool:
+        if not subject.startswith(DEVICE_PREFIX):
+            return False
+        try:
+            with self._context.database.read() as session:
+                return devices.get_device(session, subject.removeprefix(DEVICE_PREFIX)) is not None
+        except QflareError:
+            return False
+
+
+def _printable(text: str) -> str:
+    """Return a text without characters that a database or a terminal does not take."""
+    return "".join(character if character.isprintable() else "?" for character in text)

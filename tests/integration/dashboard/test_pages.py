@@ -225,6 +225,12 @@ def test_a_large_form_is_refused(deployment: Deployment) -> None:
     assert answer.code == 413
 
 
+def test_a_form_with_more_fields_than_any_is_refused(deployment: Deployment) -> None:
+    answer = visitor(deployment).ask("POST", "/login", b"token=x&" + b"a=b&" * 9)
+
+    assert answer.code == 400
+
+
 @pytest.mark.parametrize("path", ["/login", "/", "/static/dashboard.css", "/none", "/audit"])
 def test_every_answer_binds_the_browser(deployment: Deployment, path: str) -> None:
     answer = visitor(deployment, Role.VIEWER).get(path)
