@@ -198,6 +198,9 @@ class ServerConfig:
     dashboard_behind_proxy: bool = False
     """A proxy ends TLS in front of the dashboard: serve it without TLS on any address, and take the browser's address
     from the last entry of X-Forwarded-For."""
+    dashboard_hosts: str = ""
+    """Names, separated by commas, by which browsers may ask for the dashboard where it serves no TLS itself, beside IP
+    addresses and localhost: behind a proxy, the name that its visitors use."""
     dashboard_login_s: float = 28_800.0
     """Life of a log-in to the dashboard."""
     traces_endpoint: str = ""

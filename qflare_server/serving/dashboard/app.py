@@ -27,7 +27,7 @@ from qflare_server import errors
 from qflare_server.config import ServerConfig
 from qflare_server.serving.dashboard import formatting
 from qflare_server.serving.dashboard.cache import DashboardCache
-from qflare_server.serving.dashboard.middleware import SecurityHeaders
+from qflare_server.serving.dashboard.middleware import KnownHosts, SecurityHeaders
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages import audit, devices, overview, system, training
 from qflare_server.use_cases import UseCases
@@ -118,7 +118,11 @@ class Site:
         self._limiter = CapacityLimiter(READERS)
         self._recent = DashboardCache(use_cases)
         self._templates = _templates()
-        self._app = SecurityHeaders(self._build(), secure=self._secure)
+        app = self._build()
+        if not config.dashboard_has_tls:
+            names = [name.strip() for name in config.dashboard_hosts.split(",") if name.strip()]
+            app = KnownHosts(app, names)
+        self._app = SecurityHeaders(app, secure=self._secure)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""

@@ -1,10 +1,14 @@
 """Middleware of the dashboard: security headers and the access log."""
 
+import ipaddress
 import logging
 import time
+from collections.abc import Collection
+from http import HTTPStatus
 from typing import Final
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
@@ -57,3 +61,37 @@ class SecurityHeaders:
             await send(message)
 
         await self._app(scope, receive, guarded)
+
+
+class KnownHosts:
+    """Wraps an application so that it is reached by its own names only.
+
+    A site whose name is made to point at this address would otherwise read the pages as its own (DNS rebinding). It
+    cannot do so by an IP address, nor over TLS, where the certificate does not have its name.
+
+    Args:
+        app: What answers.
+        names: Names beside IP addresses and localhost.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self._app = app
+        self._names = {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or refuse it."""
+        if self._is_known(Headers(scope=scope).get("host", "")):
+            await self._app(scope, receive, send)
+            return
+        text = "The dashboard is not known by this name: see QFLARE_DASHBOARD_HOSTS.\n"
+        await PlainTextResponse(text, HTTPStatus.MISDIRECTED_REQUEST)(scope, receive, send)
+
+    def _is_known(self, host: str) -> bool:
+        name, _, port = host.rpartition(":")
+        if not port.isdigit():
+            name = host
+        try:
+            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            return name.lower() in self._names
+        return True

@@ -1,5 +1,6 @@
 """The dashboard over HTTP: who gets in, what the pages say, what goes around every answer."""
 
+import http.client
 import logging
 import socket
 import sys
@@ -138,11 +139,12 @@ def test_attempts_are_bounded(deployment: Deployment) -> None:
     stranger, good = visitor(deployment), deployment.issue_admin(Role.VIEWER)
 
     codes = [stranger.log_in(f"wrong {number}").code for number in range(6)]
-    answer = stranger.log_in(good)
+    answer = stranger.log_in("wrong again")
 
     assert codes == [401] * 5 + [429]
     assert answer.code == 429
     assert int(answer.headers["retry-after"]) >= 1
+    assert stranger.log_in(good).code == 303
 
 
 def test_the_cookie_is_for_the_server_alone_and_bounded(deployment: Deployment) -> None:
@@ -223,6 +225,16 @@ def test_a_large_form_is_refused(deployment: Deployment) -> None:
     answer = visitor(deployment).ask("POST", "/login", b"token=" + b"x" * 5000)
 
     assert answer.code == 413
+
+
+def test_a_host_that_is_not_known_is_refused(deployment: Deployment) -> None:
+    """A page of another site whose name was made to point here must not read the dashboard (DNS rebinding)."""
+    host, _, port = url(deployment).removeprefix("http://").rstrip("/").rpartition(":")
+    for name, code in (("rebound.example.test", 421), ("localhost", 200), (host, 200)):
+        connection = http.client.HTTPConnection(host, int(port), timeout=10)
+        connection.request("GET", "/login", headers={"Host": f"{name}:{port}"})
+        assert connection.getresponse().status == code
+        connection.close()
 
 
 def test_a_form_with_more_fields_than_any_is_refused(deployment: Deployment) -> None:
