@@ -1,7 +1,7 @@
-"""What the command-line programs share: failures in two lines, and protection of the process.
+"""Helpers shared by the command-line programs: error reports, argument types, and process hardening.
 
-A command that fails writes its cause after the program's name, and on a line of its own after `try:` what to do about
-it, to standard error. Wrong usage is reported in the same way and exits with code 2.
+A failing command writes the cause after the program's name to standard error, and the remedy on its own line after
+`try:`. Usage errors are reported in the same way and exit with code 2.
 """
 
 import argparse
@@ -21,13 +21,13 @@ _PR_SET_DUMPABLE: Final = 4  # sys/prctl.h of Linux
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser that reports wrong usage as a cause and a remedy, and prints only printable characters."""
+    """Argument parser that reports usage errors as a cause and a remedy, in printable characters only."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(printable_lines(message), file)
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage, report what is wrong and exit with code 2."""
+        """Print the usage, report the error and exit with code 2."""
         self.print_usage(sys.stderr)
         self.exit(WRONG_USAGE, failure_text(self.prog, message, f"{self.prog} --help"))
 
@@ -45,7 +45,7 @@ def report_failure(program: str, cause: str, remedy: str) -> None:
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """Return what converts an argument to a whole number within bounds, both included."""
+    """Return an argument type for integers within inclusive bounds."""
 
     def convert(text: str) -> int:
         if not re.fullmatch(r"-?[0-9]{1,18}", text) or not least <= int(text) <= most:
@@ -58,7 +58,7 @@ def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def seconds(least: float, most: float = 315_360_000.0) -> Callable[[str], float]:
-    """Return what converts an argument to a number of seconds within bounds, both included; ten years at most."""
+    """Return an argument type for seconds within inclusive bounds; ten years at most."""
 
     def convert(text: str) -> float:
         try:
@@ -75,10 +75,10 @@ def seconds(least: float, most: float = 315_360_000.0) -> Callable[[str], float]
 
 
 def protect_process() -> None:
-    """Keep secrets of this process off the disk: files are its user's alone, and it dumps no core.
+    """Restrict new files to the user and disable core dumps, so that secrets do not leak to disk.
 
     Core dumps are prevented by the limit, and on Linux also by the process flag, which handlers named in `core_pattern`
-    respect too. That flag keeps debuggers of the same user away as well.
+    respect too. That flag also prevents debuggers of the same user from attaching.
     """
     import resource  # noqa: PLC0415  # POSIX only
 

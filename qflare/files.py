@@ -1,4 +1,4 @@
-"""Files and folders that are their user's alone, and durable files that appear whole or not at all."""
+"""Private files and folders, and atomic, durable file writes."""
 
 import os
 import tempfile
@@ -9,38 +9,38 @@ from typing import BinaryIO, cast
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, with mode 0700; leave one that is there as it is.
+    """Create a folder and its missing parents with mode 0700; leave existing folders unchanged.
 
-    `Path.mkdir(parents=True)` gives its mode to the last folder only.
+    `Path.mkdir(parents=True)` applies its mode to the last folder only.
 
     Raises:
-        OSError: It cannot be made, or is a file.
+        OSError: The folder cannot be created, or the path is a file.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(mode=0o700, exist_ok=True)
     if not folder.is_dir():
-        folder.mkdir()  # raises what it is instead
+        folder.mkdir()  # raises the appropriate error
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file for `open(..., opener=private_opener)`: one that is made has mode 0600."""
+    """Open a file for `open(..., opener=private_opener)`; new files get mode 0600."""
     return os.open(path, flags, 0o600)
 
 
 @contextmanager
 def new_file(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
-    """Yield a file of mode 0600 that gets the name `path`, durably, at the end of the block; an error leaves no file.
+    """Yield a file of mode 0600 that is durably moved to `path` at the end of the block, or removed on an error.
 
-    It is written beside its name, synchronized, and put in place in one step: after a crash a file is the earlier or
-    the later one, whole.
+    The file is written to a temporary name in the same folder, synchronized and moved into place atomically. After a
+    crash, `path` holds either the old or the new content in full.
 
     Args:
-        path: Name; its folder exists.
-        replace: Take the place of a file that is there; otherwise that is an error.
+        path: Final path; its folder must exist.
+        replace: Replace an existing file; otherwise an existing file is an error.
 
     Raises:
-        FileExistsError: There is a file of this name, and it is not to be replaced.
+        FileExistsError: The file exists and `replace` is false.
         OSError: The file cannot be written.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -60,7 +60,7 @@ def new_file(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
 
 
 def synchronize_folder(folder: Path) -> None:
-    """Make the names in a folder durable.
+    """Synchronize a folder, so that new and renamed entries are durable.
 
     Raises:
         OSError: The folder cannot be opened or synchronized.

@@ -1,7 +1,7 @@
 """Time-ordered ids: UUIDs of version 7 (RFC 9562, section 5.7).
 
-Databases keep them in indexes. Random ids put every new row on another page, which is then written as a whole; ids
-in the order of time go to the end.
+Random ids scatter new rows over the pages of a database index, and each touched page is written as a whole.
+Time-ordered ids append to the end of the index.
 """
 
 import secrets
@@ -15,10 +15,10 @@ _VARIANT: Final = 0b10 << 62
 
 
 def time_ordered(random_bits: int) -> uuid.UUID:
-    """Return an id made now.
+    """Return a new id for the current time.
 
     Args:
-        random_bits: What makes it unique within its millisecond, from 0 to below 2**RANDOM_BITS.
+        random_bits: Distinguishes ids of the same millisecond; within [0, 2**RANDOM_BITS).
     """
     high, low = divmod(random_bits, 1 << 62)
     milliseconds = time.time_ns() // 1_000_000
@@ -26,5 +26,5 @@ def time_ordered(random_bits: int) -> uuid.UUID:
 
 
 def new_update_id() -> str:
-    """Return an id for an update. Nobody can guess it, so nobody can take it before its device does."""
+    """Return an unguessable id for an update, so that no other device can claim it first."""
     return str(time_ordered(secrets.randbits(RANDOM_BITS)))

@@ -1,14 +1,14 @@
-r"""Text in a terminal: only what is printable is printed, whoever the text comes from.
+r"""Terminal output with control characters escaped, so that untrusted text cannot manipulate the terminal.
 
-Names, reasons and errors come from devices, administrators and coordinators that may be hostile. A terminal obeys what
-it is sent: escape sequences (ESC, and C1 controls such as U+009B) move the cursor, rewrite lines that were printed and
+Names, reasons and errors come from devices, administrators and coordinators that may be hostile. A terminal obeys
+its input: escape sequences (ESC, and C1 controls such as U+009B) move the cursor, rewrite lines that were printed and
 set titles or clipboards; line breaks forge lines; bidirectional controls and invisible characters make one text look
-like another. So everything that the programs print goes through this module: by `say` and `complain`, by
+like another. All output of the programs therefore passes through this module: by `say` and `complain`, by
 `LogFormatter`, or piece by piece by `printable` where a program draws. Characters that Unicode does not call printable
 (`str.isprintable`: the categories Cc, Cf, Cs, Co, Cn, Zl, Zp, and Zs but for the space) are shown as Python writes
 them: ``\x1b``, ``\u202e``.
 
-What it does not do: lay out tables, or make JSON, whose own escapes leave only ASCII.
+This module does not lay out tables or produce JSON, whose own escapes leave only ASCII.
 """
 
 import logging
@@ -35,9 +35,9 @@ def say(*parts: object, stream: TextIO | None = None, flush: bool = False) -> No
     """Print objects as lines of printable characters, with spaces between them.
 
     Args:
-        parts: What to print.
-        stream: Where to; None means standard output.
-        flush: Send it on at once.
+        parts: Objects to print.
+        stream: Output stream; None means standard output.
+        flush: Flush the stream.
     """
     out = sys.stdout if stream is None else stream
     out.write(_encodable(printable_lines(" ".join(map(str, parts))), out) + "\n")
@@ -53,12 +53,12 @@ def complain(text: object) -> None:
 def show_uncaught(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Print an error that nobody caught, with its traceback: a `sys.excepthook`."""
+    """Print an uncaught exception with its traceback; install as `sys.excepthook`."""
     complain("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 class LogFormatter(logging.Formatter):
-    """A formatter whose records are lines of printable characters: one for a message, more for a traceback."""
+    """Log formatter that prints printable characters only: one line for a message, more for a traceback."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # its base names it
         """Return the line of a record."""
@@ -74,6 +74,6 @@ def _escaped(char: str) -> str:
 
 
 def _encodable(text: str, stream: TextIO) -> str:
-    """Return text whose characters a stream can write, whatever the locale of the user is."""
+    """Return text with the characters that the stream's encoding cannot represent escaped."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

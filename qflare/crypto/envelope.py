@@ -1,9 +1,9 @@
-"""Signed envelopes: the bytes of a message as they were sent, with the signatures over them.
+"""Signed envelopes: a serialized message and the signatures over its exact bytes.
 
-What is verified, stored and hashed is the payload itself; a message is serialized once, by the
-signer. `open_envelope` counts only keys that the caller trusts and refuses an envelope as soon as
-one of their signatures is wrong. It does not look into the payload: that its fields fit the
-occasion is for the caller (`qflare.evidence.statements`) to check.
+The signer serializes the message once; those bytes are verified, stored and hashed.
+`open_envelope` counts only keys that the caller trusts, and rejects an envelope if any of their
+signatures is invalid. It does not interpret the payload: the caller (`qflare.evidence.statements`)
+checks that its fields match the context.
 """
 
 from collections.abc import Iterable
@@ -71,9 +71,9 @@ def open_envelope(
 
     Args:
         envelope: As received.
-        context: What it has to be.
-        keys: Keys that are trusted for it. Signatures of others do not count and are not checked.
-        threshold: How many of the keys have to have signed, >= 1.
+        context: Expected signing context.
+        keys: Trusted keys. Signatures by other keys are ignored.
+        threshold: Minimum number of trusted keys that must have signed, >= 1.
 
     Raises:
         InvalidSignatureError: Too few of the keys have signed, a signature of one of them is wrong

@@ -1,8 +1,7 @@
-"""Feeding hashes so that many threads that hash a few kilobytes each do not get in each other's way.
+"""Hash updates that avoid contention for the interpreter lock between many threads.
 
-hashlib lets go of the interpreter lock for 2,048 bytes and more. For megabytes that is what lets cores work side by
-side; for a few kilobytes, hashed in microseconds, taking the lock back in a busy server costs a turn of the scheduler
-and more than the hash itself.
+hashlib releases the interpreter lock for inputs of 2,048 bytes and more. For megabytes this allows cores to hash in
+parallel. For a few kilobytes, hashed in microseconds, reacquiring the lock in a busy server costs more than the hash.
 """
 
 import hashlib
@@ -19,8 +18,8 @@ def feed(digest: "hashlib._Hash", data: bytes | memoryview) -> None:
     """Add data to a hash.
 
     Args:
-        digest: Takes it.
-        data: Contiguous, of single bytes.
+        digest: Hash object to update.
+        data: Contiguous buffer of bytes.
     """
     if not LOCKED_BYTES < len(data) <= SHORT_BYTES:
         digest.update(data)

@@ -1,8 +1,8 @@
 """Merkle trees over SHA-256 as in RFC 9162 section 2.1 (the trees of RFC 6962).
 
 One tree definition serves chunk digests, contributor roots and the audit log: `root` and
-`CompactTree` build it, `inclusion_proof` and `consistency_proof` argue about it, the
-`verify_` functions check an argument and raise `ProofError`.
+`CompactTree` compute roots, `inclusion_proof` and `consistency_proof` generate proofs, and the
+`verify_` functions check proofs and raise `ProofError`.
 
 Proofs read complete subtrees through a `NodeGetter`: ``node(level, index)`` is the hash of the
 leaves ``[index << level, (index + 1) << level)``. Such a subtree never changes once its leaves
@@ -10,7 +10,7 @@ exist, so a log can store each node once (`CompactTree.append` returns the nodes
 and answer a proof with O(log size) reads. `nodes_of` makes a getter from leaf hashes in memory.
 
 Every hash here is 32 bytes. Leaves and inner nodes are hashed under different prefixes, so neither
-can stand for the other. This module stores nothing and signs nothing.
+can be mistaken for the other. This module stores nothing and signs nothing.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ _NODE_PREFIX = b"\x01"
 
 
 class ProofError(ValueError):
-    """A proof, or the tree it speaks about, is not what it claims to be."""
+    """A proof or a tree is malformed, or a proof does not verify."""
 
 
 class Node(NamedTuple):
-    """A complete subtree and its place.
+    """A complete subtree and its position.
 
     Attributes:
         level: Height of the subtree; it covers ``2**level`` leaves.
@@ -59,7 +59,7 @@ def leaf_hash(data: bytes | memoryview) -> bytes:
 
 
 def begin_leaf() -> "hashlib._Hash":
-    """Return a hash to be fed with the content of one leaf; its digest is that of `leaf_hash`."""
+    """Return an incremental hash for the content of one leaf; its digest equals `leaf_hash`."""
     return hashlib.sha256(_LEAF_PREFIX)
 
 
@@ -69,7 +69,7 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 
 class CompactTree:
-    """A growing tree that remembers one hash per set bit of its size.
+    """Append-only tree that stores one hash per set bit of its size.
 
     Args:
         size: Number of leaves already appended, >= 0.
@@ -96,7 +96,7 @@ class CompactTree:
 
     @property
     def hashes(self) -> tuple[bytes, ...]:
-        """Roots of the complete subtrees, largest first: with `size`, all there is to persist."""
+        """Roots of the complete subtrees, largest first. Together with `size`, this is the complete state."""
         return tuple(self._hashes)
 
     def append(self, leaf: bytes) -> list[Node]:
@@ -196,7 +196,7 @@ def verify_inclusion(
     """Check that `leaf` is leaf `index` of the tree of `size` leaves with `expected_root`.
 
     Raises:
-        ProofError: It is not shown to be: wrong length, place, hash or root.
+        ProofError: The proof does not verify: wrong length, index, hash or root.
 
     Source: RFC 9162 section 2.1.3.2.
     """
@@ -258,7 +258,7 @@ def verify_consistency(
     The empty tree is a prefix of every tree; its root must be `EMPTY_ROOT`.
 
     Raises:
-        ProofError: It is not shown to be.
+        ProofError: The proof does not verify.
 
     Source: RFC 9162 section 2.1.4.2.
     """

@@ -1,21 +1,21 @@
-"""X-Wing keys and sealing to them: the one door to the KEM libraries.
+"""X-Wing keys and HPKE sealing; the only module that calls the KEM libraries.
 
-X-Wing (draft-connolly-cfrg-xwing-kem) joins ML-KEM-768 and X25519: a secret is safe while either
-holds. `KemPublicKey.encapsulate` and `KemKey.decapsulate` agree on 32 bytes, which the protocol
+X-Wing (draft-connolly-cfrg-xwing-kem) combines ML-KEM-768 and X25519: a secret is safe while either
+is secure. `KemPublicKey.encapsulate` and `KemKey.decapsulate` agree on 32 bytes, which the protocol
 feeds into `qflare.crypto.symmetric`. `seal` and `open_sealed` are HPKE base mode (RFC 9180,
 draft-ietf-hpke-pq): KEM 0x647A, HKDF-SHA256, AES-256-GCM, single shot, empty AAD. Opening takes a
 `Decapsulate` function, so the private key may live in another process or in hardware.
 
 Providers
     Microseconds on one EPYC core, ``pqcrypto`` 1.0 / ``cryptography`` 50, ML-KEM-768 alone: generate
-    63 / 142, encapsulate 74 / 28, decapsulate 93 / 31. So encapsulation and keys that are kept use
+    63 / 142, encapsulate 74 / 28, decapsulate 93 / 31. So encapsulation and stored keys use
     ``cryptography``; a key that decapsulates once (a login's ephemeral key) is cheaper with
-    ``pqcrypto``. Kept keys are seeds (32 bytes) of ``cryptography`` or expanded keys of ``pqcrypto``.
+    ``pqcrypto``. Stored keys are seeds (32 bytes) of ``cryptography`` or expanded keys of ``pqcrypto``.
 
 Invariants
-    Whatever is wrong with a ciphertext, key, tag or length ends in `UnsealError`, without saying
-    which. A KEM key encapsulates to itself before it is handed out. Nothing is negotiated and nothing
-    falls back to either half of X-Wing. Secrets have no repr.
+    An invalid ciphertext, key, tag or length raises `UnsealError`, which does not say which one it
+    was. A KEM key is tested by an encapsulation before it is returned. There is no negotiation, and no
+    fallback to either half of X-Wing. Secrets have no repr.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ except UnsupportedAlgorithm as unsupported:
 
 
 class Encapsulation(NamedTuple):
-    """What an encapsulation gives.
+    """Result of an encapsulation.
 
     Attributes:
         secret: 32 bytes that the owner of the key recovers.
@@ -125,7 +125,7 @@ class KemPublicKey:
         return key_id_of(_KEM_ID, self.data)
 
     def encapsulate(self, *, provider: Provider = Provider.CRYPTOGRAPHY) -> Encapsulation:
-        """Make a secret that only the owner of the key recovers.
+        """Generate a secret that only the owner of the key can recover.
 
         Raises:
             UnsealError: The key leads to no secret (an X25519 point of small order).
@@ -187,7 +187,7 @@ class KemKey:
 
     Raises:
         InvalidKeyError: The secret is malformed.
-        CryptoUnavailableError: The provider is not there.
+        CryptoUnavailableError: The provider is not available.
     """
 
     __slots__ = ("_curve", "_decapsulate", "_secret", "provider", "public")
@@ -205,10 +205,10 @@ class KemKey:
 
     @classmethod
     def generate(cls, *, provider: Provider = Provider.CRYPTOGRAPHY) -> Self:
-        """Make a key pair that is kept, from the system's randomness.
+        """Generate a long-lived key pair from system randomness.
 
         Raises:
-            CryptoUnavailableError: The provider is not there, or its key fails the self-test.
+            CryptoUnavailableError: The provider is not available, or its key fails the self-test.
         """
         key = cls(provider, _fresh_secret(provider))
         try:
@@ -219,7 +219,7 @@ class KemKey:
 
     @classmethod
     def ephemeral(cls) -> Self:
-        """Make a key pair for one decapsulation, with the provider that is cheapest for it."""
+        """Generate a key pair for one decapsulation, with the fastest provider."""
         provider = Provider.CRYPTOGRAPHY if _PQCRYPTO is None else Provider.PQCRYPTO
         return cls(provider, _fresh_secret(provider))
 
@@ -318,7 +318,7 @@ def seal(key: KemPublicKey, plaintext: bytes, info: bytes) -> bytes:
     Args:
         key: Recipient.
         plaintext: Any length that fits in memory.
-        info: Public context that both sides know.
+        info: Public context known to both sides.
 
     Raises:
         UnsealError: The key leads to no secret.
@@ -367,7 +367,7 @@ def _labeled_expand(secret: bytes, label: bytes, info: bytes, length_bytes: int)
 def self_test() -> None:
     """Seal with HPKE of ``cryptography`` and open with a fresh key of each provider.
 
-    For the start of a program; takes a few milliseconds.
+    Call at program start; takes a few milliseconds.
 
     Raises:
         CryptoUnavailableError: A provider fails.

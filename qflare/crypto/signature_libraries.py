@@ -1,12 +1,12 @@
-"""ML-DSA and SLH-DSA as their libraries offer them, for `crypto.signing` to choose from.
+"""Adapters for the ML-DSA and SLH-DSA libraries, used by `crypto.signing`.
 
-Each library takes and gives plain bytes: a secret in the library's own form, a message with its
+Each adapter takes and returns plain bytes: a secret in the library's own form, a message with its
 FIPS 204 context. A key or signature that it does not accept raises `ValueError` or
 `cryptography.exceptions.InvalidSignature`; lengths are checked by the caller.
 
-Left alone on purpose, since pqcrypto 1.0 gives them another meaning than FIPS 204: its
+Deliberately unused, because pqcrypto 1.0 deviates from FIPS 204: its
 ``hash_algorithm`` (it does not hash), contexts above 253 bytes (refused) and messages above 1 MiB
-(a valid signature is called invalid).
+(a valid signature is rejected).
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from qflare.v1 import security_pb2
 
 
 class CryptoUnavailableError(RuntimeError):
-    """No provider of the needed cryptography, or one that fails its self-test."""
+    """No provider of the required cryptography is available, or it fails its self-test."""
 
 
 class Algorithm(IntEnum):
@@ -47,7 +47,7 @@ class Provider(StrEnum):
 
 
 class Sizes(NamedTuple):
-    """Lengths of an algorithm's keys and signatures; a seed is the form of cryptography, 0 where it has none."""
+    """Lengths of an algorithm's keys and signatures; ``cryptography`` stores seeds, 0 where it has none."""
 
     public_bytes: int
     seed_bytes: int
@@ -83,7 +83,7 @@ class Library(Protocol):
     """Signatures of one provider."""
 
     def generate(self, algorithm: Algorithm) -> KeyPair:
-        """Make a key pair from the system's randomness."""
+        """Generate a key pair from system randomness."""
 
     def signer(self, algorithm: Algorithm, secret: bytes) -> SignFunction:
         """Load a secret."""
@@ -218,7 +218,7 @@ LIBRARIES: Final = _load_libraries()
 
 
 def providers_of(algorithm: Algorithm) -> tuple[Provider, ...]:
-    """Return the providers that offer an algorithm here, the preferred first; there may be none."""
+    """Return the available providers of an algorithm, the preferred first; may be empty."""
     if algorithm is Algorithm.SLH_DSA_SHA2_128S:
         return tuple(provider for provider in LIBRARIES if provider is Provider.PQCRYPTO)
     return tuple(LIBRARIES)
@@ -228,7 +228,7 @@ def library_for(provider: Provider, algorithm: Algorithm) -> Library:
     """The library of a provider, paired with Ed25519 for the hybrid algorithm.
 
     Raises:
-        CryptoUnavailableError: The provider is not there, or does not offer the algorithm.
+        CryptoUnavailableError: The provider is not available, or does not support the algorithm.
     """
     library = LIBRARIES.get(provider)
     if library is None or provider not in providers_of(algorithm):

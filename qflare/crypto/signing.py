@@ -1,7 +1,7 @@
-"""Post-quantum signatures: the one door to their libraries (which `qflare.crypto.signature_libraries` adapts).
+"""Post-quantum signatures, over the libraries that `qflare.crypto.signature_libraries` adapts.
 
 A signature is made under a `SigningContext`, the FIPS 204 context string of one message type, so a
-signature of one type never passes for another. Public keys are named by a hash over algorithm and
+signature of one type is never valid for another. Public keys are named by a hash over algorithm and
 bytes (`PublicKey.key_id`). `qflare.crypto.envelope` carries signed messages.
 
 Providers
@@ -19,11 +19,11 @@ Providers
     Hence every operation prefers ``cryptography``, on the coordinator because other threads would
     wake 8 ms late, on a device because it is nine times faster; ``pqcrypto`` serves where the
     build of ``cryptography`` has no ML-DSA, or where a caller asks for it. SLH-DSA-SHA2-128s is
-    ``pqcrypto``'s alone (sign 260 ms, verify 0.3 ms): for root keys, which sign a few times a year.
+    provided by ``pqcrypto`` only (sign 260 ms, verify 0.3 ms): for root keys, which sign a few times a year.
 
 Invariants
-    Without any provider the import fails. A key signs and verifies a message before it is handed
-    out. Nothing here falls back to another algorithm. Secrets have no repr and compare by identity;
+    Without any provider the import fails. A key signs and verifies a message before it is
+    returned. There is no fallback to another algorithm. Secrets have no repr and compare by identity;
     Python cannot wipe them from memory.
 """
 
@@ -90,7 +90,7 @@ class SigningError(RuntimeError):
 
 
 class SigningContext(StrEnum):
-    """What is signed; the FIPS 204 context string."""
+    """Type of the signed message; the FIPS 204 context string."""
 
     ROOT = "qflare/v1/root"
     KEYSET = "qflare/v1/keyset"
@@ -107,7 +107,7 @@ class SigningContext(StrEnum):
 
 
 def tagged_hash(tag: str, *parts: bytes) -> bytes:
-    """SHA-256 over a tag and length-prefixed parts, so that no two inputs run together.
+    """SHA-256 over a tag and length-prefixed parts, so that distinct inputs never collide by concatenation.
 
     ``SHA-256(tag || for each part: length as 8 bytes big-endian || part)``. Tags hold no NUL byte.
     """
@@ -135,8 +135,8 @@ class PublicKey:
     """A public key that verifies signatures.
 
     Attributes:
-        algorithm: Its algorithm.
-        data: Its bytes, of the length that the algorithm gives.
+        algorithm: Signature algorithm.
+        data: Key bytes, of the length that the algorithm defines.
 
     Raises:
         InvalidKeyError: The algorithm is unknown or the length is wrong.
@@ -205,10 +205,10 @@ class PublicKey:
 
 
 def preferred_provider(algorithm: Algorithm) -> Provider:
-    """Return the provider of an algorithm's operations unless the caller or the key says otherwise.
+    """Return the default provider of an algorithm.
 
     Raises:
-        CryptoUnavailableError: No provider here offers it.
+        CryptoUnavailableError: No provider supports the algorithm.
     """
     for provider in providers_of(algorithm):
         return provider
@@ -216,15 +216,15 @@ def preferred_provider(algorithm: Algorithm) -> Provider:
 
 
 def algorithm_names(algorithms: Iterable[Algorithm]) -> list[str]:
-    """Return the names by which people choose algorithms, such as ml-dsa-65-ed25519, in the order of their numbers."""
+    """Return the user-facing algorithm names, such as ml-dsa-65-ed25519, in the order of their numbers."""
     return [algorithm.name.lower().replace("_", "-") for algorithm in sorted(algorithms)]
 
 
 def algorithm_named(name: str) -> Algorithm:
-    """Return the algorithm of a name that `algorithm_names` gives.
+    """Return the algorithm with a name from `algorithm_names`.
 
     Raises:
-        InvalidKeyError: There is none; the message lists those that there are.
+        InvalidKeyError: The name is unknown; the message lists the known names.
     """
     names = dict(zip(algorithm_names(Algorithm), sorted(Algorithm), strict=True))
     if name not in names:
@@ -235,10 +235,10 @@ def algorithm_named(name: str) -> Algorithm:
 
 
 def algorithm_of(number: int) -> Algorithm:
-    """The algorithm of a number on the wire.
+    """Return the algorithm with a wire number.
 
     Raises:
-        InvalidKeyError: There is none.
+        InvalidKeyError: The number is unknown.
     """
     try:
         return Algorithm(number)
@@ -247,12 +247,12 @@ def algorithm_of(number: int) -> Algorithm:
 
 
 def wire_algorithm(algorithm: Algorithm) -> security_pb2.SignatureAlgorithm.ValueType:
-    """The number of an algorithm on the wire."""
+    """Return the wire number of an algorithm."""
     return security_pb2.SignatureAlgorithm.ValueType(int(algorithm))
 
 
 class Signer(Protocol):
-    """Whatever holds a private key: a `SigningKey`, or a key that stays in a module of hardware."""
+    """Holder of a private key: a `SigningKey`, or a key in a hardware security module."""
 
     @property
     def public(self) -> PublicKey:
@@ -294,10 +294,10 @@ class SigningKey:
         *,
         provider: Provider | None = None,
     ) -> Self:
-        """Make a key pair from the system's randomness, of the preferred provider unless one is named.
+        """Generate a key pair from system randomness, with the preferred provider unless one is named.
 
         Raises:
-            CryptoUnavailableError: The provider is not there.
+            CryptoUnavailableError: The provider is not available.
         """
         provider = provider or preferred_provider(algorithm)
         pair = library_for(provider, algorithm).generate(algorithm)
@@ -333,7 +333,7 @@ class SigningKey:
 
         Raises:
             InvalidKeyError: It is malformed, or the halves do not belong together.
-            CryptoUnavailableError: Its provider is not there.
+            CryptoUnavailableError: Its provider is not available.
         """
         start = len(_KEY_MAGIC) + _KEY_HEAD.size
         if len(data) < start or not data.startswith(_KEY_MAGIC):
@@ -356,7 +356,7 @@ class SigningKey:
 def self_test() -> None:
     """Sign and verify with every provider and online algorithm, each provider checking the others.
 
-    For the start of a program; takes about 40 ms.
+    Call at program start; takes about 40 ms.
 
     Raises:
         CryptoUnavailableError: A provider fails.

@@ -1,7 +1,7 @@
-"""What is done with a secret that both sides hold: derive keys, authenticate, encrypt.
+"""Symmetric cryptography: key derivation, message authentication and encryption.
 
-HKDF and HMAC with SHA-256, AES-256-GCM. Nothing here depends on an assumption that a quantum
-computer breaks. A failure to check or to decrypt is an `UnsealError` that does not say which.
+HKDF and HMAC with SHA-256, AES-256-GCM. None of these is broken by known quantum
+attacks. A failed check or decryption raises an `UnsealError` that does not state the cause.
 """
 
 import hmac
@@ -18,7 +18,7 @@ SECRET_BYTES: Final = 32
 
 
 class UnsealError(ValueError):
-    """Sealed bytes, an encapsulation or a MAC is not what it has to be."""
+    """Sealed bytes, an encapsulation or a MAC is invalid."""
 
 
 def hkdf_expand(key: bytes, info: bytes, length_bytes: int = SECRET_BYTES) -> bytes:
@@ -32,7 +32,7 @@ def mac(key: bytes, message: bytes) -> bytes:
 
 
 def check_mac(key: bytes, message: bytes, tag: bytes) -> None:
-    """Check what `mac` made.
+    """Verify a MAC made by `mac`.
 
     Raises:
         UnsealError: It is not the MAC of the message.

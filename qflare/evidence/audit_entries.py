@@ -1,4 +1,4 @@
-"""What an entry of the audit log is in its Merkle tree: the exact bytes of a leaf.
+"""Leaf encoding of audit log entries: the exact bytes hashed into the Merkle tree.
 
 ::
 
@@ -12,12 +12,12 @@
 Numbers are big-endian and unsigned unless said otherwise; risk is 1 low, 2 medium, 3 high, 4 critical;
 details come in the order of their names' UTF-8 bytes; `tagged_hash` is that of `qflare.crypto.signing`.
 
-Who did what to whom, and from where, is in the commitment only: a leaf and the proofs around it tell
-nobody a person's name or address, and the salt of 16 random bytes keeps the commitment from being
-guessed. Whoever shall be convinced of an entry gets it in the open, with its salt. An entry whose
-salt is erased stays in the tree, and nobody can say any more what it said.
+Actor, subject, peer address and details are covered by the commitment only, so a leaf and its proofs
+disclose no names or addresses. The salt of 16 random bytes prevents guessing attacks on the commitment.
+To prove an entry to someone, disclose it with its salt. Once the salt is erased, the entry stays in the
+tree but its content can no longer be recovered or proven.
 
-This module stores nothing and proves nothing; proofs are for `qflare.crypto.merkle`.
+This module does not store entries or make proofs; `qflare.crypto.merkle` makes the proofs.
 """
 
 import json
@@ -42,23 +42,23 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class InvalidEntryError(ValueError):
-    """An entry has no place in the log: a field is out of range."""
+    """An entry cannot be logged: a field is out of range."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One event in the open.
+    """One audit event in plaintext.
 
     Attributes:
         audit_id: Number of the entry, >= 0.
         event_type: Kind of event.
-        actor: Who did it.
-        subject: What it was done to.
+        actor: Identity that performed the action.
+        subject: Object of the action.
         peer_address: Address of the caller.
-        authentication_method: How the caller proved itself.
+        authentication_method: How the caller authenticated.
         risk_level: One of `RISKS`.
         details: Texts by name, see `detail_texts`.
-        created_at: When it happened, aware; microseconds count, what is finer does not.
+        created_at: Time of the event, timezone-aware, with microsecond precision.
         salt: `SALT_BYTES` random bytes.
     """
 

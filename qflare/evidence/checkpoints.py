@@ -1,4 +1,4 @@
-"""Heads of the audit log as lines of text, for witnesses: one line a head, append-only.
+"""Audit log checkpoints for witnesses: tree heads as lines of an append-only text file.
 
 ::
 
@@ -6,11 +6,11 @@
 
 Origin is the log's name, size its number of entries in decimal, root the Merkle root and envelope
 the signed ``TreeHead``, serialized, both in base64 (RFC 4648 section 4), time RFC 3339 in UTC. The
-first three are those of a C2SP tlog-checkpoint; people compare them, programs verify the envelope,
-which is all that counts.
+first three are those of a C2SP tlog-checkpoint; people compare them. Programs verify the envelope,
+which alone is authoritative.
 
-A file of such lines, kept where the operator of the log cannot rewrite it, is what shows a log that
-was replaced as a whole: every later head has to be consistent with every line.
+A file of such lines, kept where the operator of the log cannot rewrite it, detects replacement of the
+whole log: every later head must be consistent with every line.
 """
 
 import base64
@@ -27,7 +27,7 @@ def checkpoint_line(envelope: security_pb2.SignedEnvelope) -> str:
     """Write a signed head as a line, its line feed included.
 
     Raises:
-        StatementError: The payload is no head.
+        StatementError: The payload is not a tree head.
     """
     return " ".join([*_facts(envelope), _text(envelope.SerializeToString())]) + "\n"
 
@@ -36,7 +36,7 @@ def parse_checkpoint_line(line: str) -> security_pb2.SignedEnvelope:
     """Read a line; its signature is not checked here (`qflare.evidence.statements.open_tree_head`).
 
     Raises:
-        StatementError: It is no such line, or its text is not what its envelope says.
+        StatementError: The line is malformed, or its text contradicts its envelope.
     """
     *facts, encoded = line.rstrip("\n").split(" ")
     try:

@@ -1,7 +1,7 @@
-"""Whose key is this: signature keys of devices, each with the signed evidence that brought it in.
+"""Device signature keys, each established by signed evidence.
 
-A device has a key either because a registrar signed a receipt that names both, or because it rotated to it: a
-rotation is signed by the key before it and by the key itself. Nothing else counts.
+A key belongs to a device if a registrar signed a receipt that names both, or if the device rotated to the key. A
+rotation is signed by the previous key and by the new key. No other evidence is accepted.
 """
 
 from collections.abc import Collection
@@ -12,11 +12,11 @@ from qflare.v1 import security_pb2, verification_pb2
 
 
 class ProvenKeys:
-    """Keys of devices, each taken in on the evidence that brought it.
+    """Device keys that have been proven by receipts and rotations.
 
     Args:
         realm: Name of the deployment.
-        registrar_keys: Keys whose receipts count.
+        registrar_keys: Keys trusted to sign receipts.
     """
 
     def __init__(self, realm: str, registrar_keys: Collection[PublicKey]) -> None:
@@ -25,10 +25,10 @@ class ProvenKeys:
         self._known: dict[str, tuple[str, PublicKey]] = {}
 
     def add(self, evidence: verification_pb2.DeviceKeyEvidence) -> None:
-        """Take a key in; a rotation comes after the key that it replaces.
+        """Add a key; add a rotation after the key that it replaces.
 
         Raises:
-            ValueError: The evidence does not show that the key is the device's.
+            ValueError: The evidence does not prove that the key belongs to the device.
         """
         key = PublicKey.from_proto(evidence.key)
         if evidence.WhichOneof("origin") == "receipt":

@@ -1,9 +1,10 @@
-"""The form of everything that is signed and published, for its signers: the checks that its verifiers make.
+"""Well-formedness checks for signed statements, the same that verifiers apply.
 
-Each context has one check, which the verifier's `open_` function makes as well. Whoever signs for the coordinator calls
-`check_form` on the very bytes before they are signed, so that nothing is published that every verifier refuses.
+Each signing context has one check, which the verifier's `open_` function applies as well. Code that signs for the
+coordinator calls `check_form` on the exact bytes before signing, so that no statement is published that verifiers
+reject.
 
-What it does not do: know the occasion, such as keys, clock or what was published before (`lineage.check_step`).
+The checks do not cover context such as keys, time or earlier statements (see `lineage.check_step`).
 """
 
 from collections.abc import Callable, Mapping
@@ -31,11 +32,11 @@ def check_form(context: SigningContext, payload: bytes) -> None:
     """Check the bytes of a statement that is about to be signed.
 
     Args:
-        context: What the statement is.
-        payload: Its bytes, exactly as they are signed.
+        context: Signing context of the statement.
+        payload: The exact bytes to be signed.
 
     Raises:
-        StatementError: No verifier would take it, or nothing of this context is published.
+        StatementError: The statement is malformed, or its context is never published.
     """
     check = FORMS.get(context)
     if check is None:

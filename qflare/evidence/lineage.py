@@ -1,9 +1,9 @@
-"""Models as the coordinator vouches for them: statements, the chain they form, and who is in them.
+"""Signed model statements: their lineage and their contributors.
 
 A version is named by the digest of its signed statement, and each statement names the digest of the
-one before, so whoever accepted a version can follow to any later one (`verify_chain`) and nobody
-can replace what lies between. Versions only rise; a rollback is a new version that names the old one
-and has its content.
+one before, so a verifier that accepted a version can verify any later one (`verify_chain`), and no
+version in between can be replaced. Version numbers only increase; a rollback is a new version that
+names the old one and has its content.
 
 Contributors are a Merkle tree: leaf i is the leaf hash of the SHA-256 of a signed update payload, the
 SHA-256 values sorted. A device shows with `contribution_proof` and checks with
@@ -75,7 +75,7 @@ def open_model(
         training_session_id: Training session.
 
     Raises:
-        StatementMismatchError: It is of another realm or training session.
+        StatementMismatchError: The statement is for another realm or training session.
         StatementError: It is malformed, or not signed by a model key.
     """
     statement = open_statement(envelope, SigningContext.MODEL, keys, security_pb2.ModelStatement)
@@ -93,7 +93,7 @@ def verify_chain(
     training_session_id: str,
     known: ModelVersion | None = None,
 ) -> list[ModelVersion]:
-    """Follow the chain of versions.
+    """Verify a chain of versions.
 
     Args:
         envelopes: Signed statements by rising version, without gaps, from the version after `known`
@@ -102,7 +102,7 @@ def verify_chain(
         keys: Model keys of the trusted keyset.
         realm: Name of the deployment.
         training_session_id: Training session.
-        known: Version that was accepted last.
+        known: Last accepted version.
 
     Returns:
         The versions that were given, in order.
@@ -141,7 +141,7 @@ def contributors_digest(update_digests: Iterable[str]) -> str:
 def contribution_proof(
     update_digests: Iterable[str], update_digest: str
 ) -> security_pb2.InclusionProof:
-    """Show that one update is among the contributors.
+    """Prove that an update is among the contributors.
 
     Raises:
         StatementError: It is not, or a digest comes twice.
@@ -180,7 +180,7 @@ def check_step(
     parent: ModelVersion | None,
     restored: security_pb2.ModelStatement | None = None,
 ) -> None:
-    """Check that a version continues a chain as `verify_chain` will have it.
+    """Check that a version continues a chain by the rules of `verify_chain`.
 
     Args:
         statement: Of the version.
@@ -209,7 +209,7 @@ def _check_follows(version: ModelVersion, previous: ModelVersion, *, repeated: b
 def _check_rollback(
     statement: security_pb2.ModelStatement, seen: dict[int, security_pb2.ModelStatement]
 ) -> None:
-    """Check that a rollback restores what it names, where that version is at hand."""
+    """Check that a rollback restores the named version, if that version is available."""
     if not statement.HasField("rollback_version"):
         return
     restored = seen.get(statement.rollback_version)
@@ -219,7 +219,7 @@ def _check_rollback(
 
 
 def check_model_form(statement: security_pb2.ModelStatement) -> None:
-    """Check what can be checked of a version's statement without others.
+    """Check a version's statement on its own.
 
     Raises:
         StatementError: It is malformed.
@@ -265,7 +265,7 @@ def _check_contributors(statement: security_pb2.ModelStatement) -> None:
 
 
 def _check_sealing(statement: security_pb2.ModelStatement) -> None:
-    """Check that a statement says how its payload is sealed, or nothing of it where it is not."""
+    """Check that the sealing fields are set exactly when the payload is sealed."""
     if not statement.sealed:
         named = statement.wire_digest or statement.sealed_header_digest
         has_version = statement.HasField("sealed_version")

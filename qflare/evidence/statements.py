@@ -1,13 +1,12 @@
-"""What devices and the coordinator vouch for: updates, evaluations, tasks, key rotations, heads of the log.
+"""Signed statements: updates, evaluations, tasks, key rotations and audit log tree heads.
 
-Each statement is signed as the bytes that are sent, under a context of its own, and names realm,
-training session and whatever else it could be replayed into. `sign_` functions check a statement
-before they sign it; `open_` functions check signature and form and return the message; `check_`
-functions compare it with what the occasion asks for. Models have a module of their own,
-`qflare.evidence.lineage`.
+Each statement is signed as the exact bytes sent, under its own signing context. It names realm,
+training session and every other value needed to prevent replay. `sign_` functions check a statement
+before signing; `open_` functions check signature and form and return the message; `check_`
+functions compare it with the expected values. Model statements are in `qflare.evidence.lineage`.
 
-Everything that is wrong is a `StatementError`, a field that does not fit the occasion a
-`StatementMismatchError` that names it. Nothing here knows the time: deadlines are for the caller.
+Every failure is a `StatementError`. A field that does not have the expected value is a
+`StatementMismatchError` that names it. This module does not use the time: the caller enforces deadlines.
 """
 
 import hashlib
@@ -39,14 +38,14 @@ _MessageT = TypeVar("_MessageT", bound=Message)
 
 
 class StatementError(ValueError):
-    """A statement is malformed, or not signed by the key it has to be signed by."""
+    """A statement is malformed, or not signed by the required key."""
 
 
 class StatementMismatchError(StatementError):
-    """A well-signed statement is for another occasion.
+    """A validly signed statement has a field other than expected.
 
     Attributes:
-        field: Name of the field that does not fit.
+        field: Name of the mismatched field.
     """
 
     def __init__(self, field: str, message: str = "") -> None:
@@ -55,7 +54,7 @@ class StatementMismatchError(StatementError):
 
 
 def digest_of(payload: bytes) -> str:
-    """Digest of a signed payload, 64 hex digits: what a statement is named by."""
+    """Digest of a signed payload, 64 hex digits; identifies the statement."""
     return hashlib.sha256(payload).hexdigest()
 
 
@@ -79,7 +78,7 @@ def open_statement(
 def sign_update(
     key: Signer, statement: security_pb2.UpdateStatement
 ) -> security_pb2.SignedEnvelope:
-    """Sign an update; the statement has to name the key.
+    """Sign an update; the statement must name the key.
 
     Raises:
         StatementError: The statement is malformed.
@@ -105,7 +104,7 @@ def open_update(
 
 @dataclass(frozen=True)
 class UpdateOccasion:
-    """What an update has to be for; every field is compared with the statement's.
+    """Expected values of an update statement, compared field by field.
 
     Attributes:
         realm: Name of the deployment.
@@ -127,7 +126,7 @@ class UpdateOccasion:
 
 
 def check_update(statement: security_pb2.UpdateStatement, occasion: UpdateOccasion) -> None:
-    """Compare an update with what it has to be for.
+    """Compare an update with the expected values.
 
     Raises:
         StatementMismatchError: It is for another realm, session, round, task, device or base.
@@ -139,7 +138,7 @@ def check_update(statement: security_pb2.UpdateStatement, occasion: UpdateOccasi
 def sign_evaluation(
     key: Signer, statement: security_pb2.EvaluationStatement
 ) -> security_pb2.SignedEnvelope:
-    """Sign an evaluation; the statement has to name the key.
+    """Sign an evaluation; the statement must name the key.
 
     Raises:
         StatementError: The statement is malformed.
@@ -166,7 +165,7 @@ def open_evaluation(
 
 
 def sign_task(key: Signer, statement: security_pb2.TaskStatement) -> security_pb2.SignedEnvelope:
-    """Sign what a round asks for.
+    """Sign the task of a round.
 
     Raises:
         StatementError: The statement is malformed.
@@ -197,14 +196,14 @@ def open_task(
 def sign_rotation(
     previous: Signer, following: Signer, rotation: security_pb2.KeyRotation
 ) -> security_pb2.SignedEnvelope:
-    """Sign an exchange of keys with the previous and the next signature key."""
+    """Sign a key rotation with the previous and the next signature key."""
     envelope = sign_envelope(previous, SigningContext.ROTATION, rotation)
     return add_signature(envelope, following, SigningContext.ROTATION)
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """A checked exchange of keys.
+    """A verified key rotation.
 
     Attributes:
         sequence_number: Its number, one more than the previous.
@@ -225,14 +224,14 @@ def open_rotation(
     device_id: str,
     rotation_count: int,
 ) -> Rotation:
-    """Check an exchange of keys.
+    """Verify a key rotation.
 
     Args:
         envelope: As received.
         current: The device's signature key.
         realm: Name of the deployment.
         device_id: Device that calls.
-        rotation_count: Number of exchanges so far.
+        rotation_count: Number of rotations so far.
 
     Raises:
         StatementMismatchError: It is for another realm, device or key, or is not the next one.
@@ -255,7 +254,7 @@ def open_rotation(
 def open_tree_head(
     envelope: security_pb2.SignedEnvelope, keys: Iterable[PublicKey], origin: str
 ) -> security_pb2.TreeHead:
-    """Check signature, form and origin of a head of the log.
+    """Check signature, form and origin of a tree head.
 
     Raises:
         StatementError: It is malformed, of another log, or not signed by a log key.
@@ -271,10 +270,10 @@ def check_growth(
     head: security_pb2.TreeHead,
     proof: security_pb2.ConsistencyProof,
 ) -> None:
-    """Check that a log has only grown since a head that was kept.
+    """Check that a log is append-only since a stored tree head.
 
     Raises:
-        StatementError: The known entries are not the beginning of the log any more.
+        StatementError: The known entries are no longer a prefix of the log.
     """
     require_equal("origin", head.origin, known.origin)
     require_equal("first_size", proof.first_size, known.size)
@@ -294,10 +293,10 @@ def check_growth(
 def check_entry(
     head: security_pb2.TreeHead, leaf: bytes, proof: security_pb2.InclusionProof
 ) -> None:
-    """Check that an entry, given as its leaf hash, is in the log of a head.
+    """Check that an entry, given as its leaf hash, is in the log of a tree head.
 
     Raises:
-        StatementError: It is not shown to be.
+        StatementError: The proof does not verify.
     """
     require_equal("tree_size", proof.tree_size, head.size)
     check_inclusion(leaf, proof, head.root_digest)
@@ -307,7 +306,7 @@ def check_inclusion(leaf: bytes, proof: security_pb2.InclusionProof, root_digest
     """Check that a leaf hash is in the tree of a root.
 
     Raises:
-        StatementError: It is not shown to be.
+        StatementError: The proof does not verify.
     """
     try:
         siblings = [bytes.fromhex(digest) for digest in proof.sibling_digests]

@@ -1,7 +1,7 @@
-"""Offline verification of a version: from the pinned root keys to the updates that are in it.
+"""Offline verification of a model version, from the pinned root keys to its updates.
 
-`verify_bundle` checks a `VerificationBundle` in this order and raises at the first thing that is
-wrong; `VerificationError.step` names it:
+`verify_bundle` checks a `VerificationBundle` in this order and raises at the first failed check;
+`VerificationError.step` names it:
 
 ``keyset``
     Root documents follow from the pinned keys, the keyset from the root, and neither is out of date.
@@ -21,12 +21,12 @@ wrong; `VerificationError.step` names it:
     Every evaluation is by a key of its device, of which there is one, and of this version; the log
     says that it was reported.
 
-What cannot be checked because it is not there (updates of embedding programs have no signature,
-bytes are pruned) is no error: the report says it.
+Missing evidence (updates of embedding programs have no signature, pruned bytes) is not an error; the
+report lists it.
 
-What is not shown: that the aggregation was computed right (recompute the version where the updates
-are kept), that the log shows everybody the same (compare heads with a witness), what devices
-trained on.
+Not verified: that the aggregation was computed correctly (recompute the version where the updates
+are kept), that the log is the same for all readers (compare heads with a witness), and the training
+data of devices.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -72,10 +72,10 @@ _T = TypeVar("_T")
 
 
 class VerificationError(ValueError):
-    """A bundle does not show what it should.
+    """Verification of a bundle failed.
 
     Attributes:
-        step: What was being checked, one of the words of this module's list.
+        step: The failed check, one of the steps listed in the module docstring.
     """
 
     def __init__(self, step: str, message: str) -> None:
@@ -85,7 +85,7 @@ class VerificationError(ValueError):
 
 @dataclass(frozen=True)
 class Report:
-    """What a bundle has shown, and what it could not.
+    """Result of verifying a bundle, including what could not be checked.
 
     Attributes:
         realm: Name of the deployment.
@@ -137,10 +137,10 @@ def verify_bundle(
         bundle: All of its parts, merged.
         root_key_ids: Pinned ids of the keys of root document 1, 64 hex digits each.
         reference_time: The time, aware; keyset and root must not have expired by then.
-        root_threshold: How many of the pinned keys have to have signed, as in the bootstrap bundle; None means all.
+        root_threshold: Minimum number of pinned keys that must have signed, as in the bootstrap bundle; None means all.
 
     Raises:
-        VerificationError: Something is wrong.
+        VerificationError: A check failed.
     """
     return _Verification(bundle, root_key_ids, reference_time, root_threshold).run()
 
@@ -190,10 +190,10 @@ def follow_keysets(
     bundle: security_pb2.KeysetBundle,
     reference_time: datetime,
 ) -> tuple[TrustedKeyset, dict[KeyRole, tuple[PublicKey, ...]]]:
-    """Follow keysets from the first that is given to the one in force.
+    """Verify the keysets from the first given to the one in force.
 
     Args:
-        trusted: Where to start; pinned roots.
+        trusted: Starting point, with pinned roots.
         earlier: Keysets by rising version, each counted as of the time it was issued.
         bundle: All root documents, and the keyset in force.
         reference_time: The time; the keyset in force must not have expired.
@@ -391,7 +391,7 @@ def _check_signed(made: ModelVersion, entries: Mapping[tuple[str, str], Entry]) 
 
 
 def _step(name: str, check: Callable[[], _T]) -> _T:
-    """Run a check; whatever is wrong with the bundle becomes the one error of this module."""
+    """Run a check; convert any failure to a `VerificationError`."""
     try:
         return check()
     except (ValueError, DecodeError) as error:

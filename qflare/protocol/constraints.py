@@ -82,11 +82,11 @@ class Violation(NamedTuple):
 
 
 class _FullError(Exception):
-    """`MAX_VIOLATIONS` are found."""
+    """`MAX_VIOLATIONS` violations have been found."""
 
 
 class _Found(list[Violation]):
-    """The violations of a message, up to the most that are reported."""
+    """Violations of a message, up to `MAX_VIOLATIONS`."""
 
     def add(self, field: str, description: str) -> None:
         self.append(Violation(field, description))
@@ -115,7 +115,7 @@ def find_violations(message: Message, prefix: str = "") -> list[Violation]:
 
 
 class _MessageChecks:
-    """The checks of one message type; built at the first use, since types may hold themselves."""
+    """The checks of one message type; built on first use, because types may be recursive."""
 
     def __init__(self, descriptor: Descriptor) -> None:
         self._descriptor = descriptor
@@ -234,7 +234,7 @@ def _map_check(field: FieldDescriptor, constraint: constraints_pb2.Constraint) -
 def _value_check(
     field: FieldDescriptor, constraint: constraints_pb2.Constraint
 ) -> Callable[[Any, str, _Found], None]:
-    """Return the check of a value that is there, given its own path."""
+    """Return the check of a present value, called with its path."""
     kind = field.message_type
     if kind is None:
         return _explained(_scalar_rule(field, constraint))
@@ -357,5 +357,5 @@ def _explain_timestamp(timestamp: Any) -> str | None:
 
 
 def _shown(value: object) -> str:
-    """Return a value as it may stand in a path or a message: short and in printable ASCII."""
+    """Return a value in short, printable ASCII for a path or a message."""
     return ascii(value[:_MAX_SHOWN]) if isinstance(value, str) else str(value)

@@ -1,4 +1,4 @@
-"""How a device enrolls: the messages of both sides, without network, database or clock.
+"""Enrollment handshake: the messages of both sides, without network, database or clock.
 
 ::
 
@@ -9,12 +9,12 @@
                        <-------------------  EnrollmentReceipt, signed by a registrar key
 
 The request (token, both public keys, profile) is signed by the device's signature key, which proves
-that it holds it, and sealed to the coordinator's KEM key from the signed keyset, so nobody in the
-middle sees the token. The challenge encapsulates a secret to the device's KEM key; the confirmation
-is a MAC under it over the whole exchange, which proves that the device holds that key too.
+possession, and sealed to the coordinator's KEM key from the signed keyset, so no intermediary
+sees the token. The challenge encapsulates a secret to the device's KEM key; the confirmation
+is a MAC under it over the whole exchange, which proves possession of that key too.
 
-Retries are the same request again: keys and token are the identity of an enrollment, and the caller
-answers a token that the same keys have used with the receipt it gave before.
+A retry repeats the same request. Keys and token identify an enrollment: if the same keys have already
+used a token, the caller answers with the earlier receipt.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class DeviceEnrollment:
 
     Args:
         realm: Name of the deployment, from the bootstrap bundle.
-        enrollment_token: One-time right to enroll.
+        enrollment_token: One-time enrollment token.
         signing_key: The device's signature key.
         kem_key: The device's public KEM key.
         decapsulate: The private half of it.
@@ -96,7 +96,7 @@ class DeviceEnrollment:
         self._envelope = sign_envelope(signing_key, SigningContext.ENROLLMENT, request)
 
     def request(self) -> security_pb2.SealedEnrollment:
-        """First message; may be asked for again to repeat it."""
+        """Return the first message; may be called again to retry."""
         info = _seal_info(self._realm, self._server_key.key_id)
         plaintext = self._envelope.SerializeToString()
         return security_pb2.SealedEnrollment(
@@ -108,7 +108,7 @@ class DeviceEnrollment:
     def confirm(
         self, challenge: security_pb2.EnrollmentChallenge
     ) -> security_pb2.EnrollmentConfirmation:
-        """Second message: prove the KEM key.
+        """Return the second message, which proves possession of the KEM key.
 
         Raises:
             HandshakeError: The challenge is malformed.
@@ -140,7 +140,7 @@ class DeviceEnrollment:
 
 
 def check_receipt_form(receipt: security_pb2.EnrollmentReceipt) -> None:
-    """Check what can be checked of a receipt without knowing whose it is.
+    """Check the form of a receipt, independent of its device.
 
     Raises:
         HandshakeError: It is malformed.
@@ -152,13 +152,13 @@ def check_receipt_form(receipt: security_pb2.EnrollmentReceipt) -> None:
 
 @dataclass(frozen=True)
 class EnrollmentApplication:
-    """What a device applies with, its keys proven as far as the exchange has gone.
+    """Enrollment request of a device, with the key possession proven so far.
 
     Attributes:
         enrollment_token: The token, not yet looked up.
         signature_key: Signature key; its possession is proven.
         kem_key: KEM key; its possession is proven once `EnrollmentServer.finish` returned this.
-        device_profile: A serialized ``DeviceProfile``, not yet looked at.
+        device_profile: A serialized ``DeviceProfile``, not yet validated.
         nonce: The request's nonce, 32 bytes, for the receipt.
         request_digest: SHA-256 of the signed request, 32 bytes.
     """
@@ -172,14 +172,14 @@ class EnrollmentApplication:
 
 
 class EnrollmentServer:
-    """The coordinator's side of enrollments; holds no state between calls.
+    """Coordinator side of enrollment; stateless between calls.
 
     Args:
         realm: Name of the deployment.
         state_key: 32 random bytes, the same for all replicas.
         decapsulate: Decapsulation by the coordinator's session KEM keys.
         algorithms: Algorithms that a device's signature key may have.
-        lifetime: Time a device has between its two calls.
+        lifetime: Maximum time between the two calls of a device.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class EnrollmentServer:
     def challenge(
         self, sealed: security_pb2.SealedEnrollment, now: datetime
     ) -> tuple[EnrollmentApplication, security_pb2.EnrollmentChallenge]:
-        """Answer the first message; the caller refuses it if the token is not good.
+        """Answer the first message; the caller rejects it if the token is invalid.
 
         Raises:
             HandshakeError: As `open_request`.

@@ -1,12 +1,12 @@
-"""What enrollment and login share: one error, and the coordinator's memory between two calls.
+"""Shared parts of the enrollment and login handshakes: the error type and the sealed handshake state.
 
-Between the two calls of a handshake the coordinator keeps nothing: what it has to remember travels
-sealed through the device (`seal_state`, `open_state`), under a key that only replicas of the same
-coordinator hold. A state opens for the kind of handshake it was made in and until it expires. That
-a handshake ends only once is for the caller to hold, in the transaction that records its end.
+The coordinator is stateless between the two calls of a handshake: its state is sealed and passed
+through the device (`seal_state`, `open_state`), under a key shared only by replicas of the same
+coordinator. A state is valid only for its kind of handshake and until it expires. The caller ensures
+that a handshake completes only once, in the transaction that records its completion.
 
-Everything that is wrong with a message of a handshake is a `HandshakeError`, which is to be
-answered with one text: who tries keys or tokens learns nothing from it.
+Every invalid handshake message raises `HandshakeError`. Answer all of them with the same text, so that
+an attacker who probes keys or tokens learns nothing.
 """
 
 import contextlib
@@ -35,10 +35,10 @@ class HandshakeError(ValueError):
 
 @contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turn whatever bad input raises into a `HandshakeError`.
+    """Convert the exceptions that invalid input raises to `HandshakeError`.
 
     Args:
-        what: What was read, for the message of the error.
+        what: Name of the input, for the error message.
     """
     try:
         yield
@@ -55,20 +55,20 @@ def require(condition: object, problem: str) -> None:
 
 
 def seal_state(key: bytes, kind: str, payload: bytes, expires_at: datetime) -> bytes:
-    """Seal what the coordinator has to remember until the next call.
+    """Seal the coordinator's state until the next call.
 
     Args:
         key: 32 random bytes, the same for all replicas.
-        kind: The handshake; the state opens for no other.
-        payload: What to remember.
-        expires_at: Until when, exclusive; aware.
+        kind: Kind of handshake; the state is valid for no other.
+        payload: State to seal.
+        expires_at: Expiry time, exclusive, timezone-aware.
     """
     expiry = _EXPIRY.pack(_microseconds(expires_at))
     return encrypt(_kind_key(key, kind), expiry + payload, kind.encode())
 
 
 def open_state(key: bytes, kind: str, sealed: bytes, now: datetime) -> bytes:
-    """Open what `seal_state` sealed.
+    """Open a state sealed by `seal_state`.
 
     Raises:
         HandshakeError: Another key or kind, changed, or expired.

@@ -1,18 +1,18 @@
-"""Whose keys a device trusts: the offline root, and the online keys that it vouches for.
+"""Trusted keys of a device: the offline root, and the online keys that it signs.
 
-`TrustedKeyset` is the whole of a device's trust, as a value: `TrustedKeyset.bootstrap` makes one from
-the ids in a bootstrap bundle, `updated` gives the next one or raises and changes nothing. There are
-no files, no network and no clock but `reference_time` here.
+`TrustedKeyset` holds a device's complete trust state as an immutable value: `TrustedKeyset.bootstrap` makes one from
+the ids in a bootstrap bundle, `updated` gives the next one or raises and changes nothing. It uses
+no files and no network, and takes the time only from `reference_time`.
 
 Rules, after The Update Framework 1.0 (section 5.3):
 
 1. Root document 1 is signed by the pinned threshold of the pinned keys, and by its own threshold.
 2. Root document n + 1 is signed by the threshold of document n and by its own.
 3. A keyset is signed by the threshold of the latest root document, and names it.
-4. A version once seen never changes and never goes down.
-5. The latest root document and the keyset are not expired; expired earlier roots still lead on.
+4. A version never decreases, and the document of a version never changes.
+5. The latest root document and the keyset are not expired; expired earlier roots still verify later ones.
 6. Every key has one role, every role has a key of the right sort.
-7. Online signature keys have an algorithm that the device accepts; one that has not, and the keyset is refused.
+7. Every online signature key has an algorithm that the device accepts; otherwise the keyset is rejected.
 
 Usage::
 
@@ -20,7 +20,7 @@ Usage::
     trusted = trusted.updated(keyset_bundle, reference_time)
     model_keys = trusted.signature_keys(KeyRole.MODEL, reference_time)
 
-`TrustedKeyset.bundle` is what to store; read back through `updated`, it is checked again.
+Store `TrustedKeyset.bundle`; loading it through `updated` checks it again.
 """
 
 from collections.abc import Iterable, Sequence
@@ -67,7 +67,7 @@ class RefusedAlgorithmError(KeysetError):
 
 
 class KeyRole(IntEnum):
-    """What a key is for, numbered as in ``qflare.v1.KeyRole``."""
+    """Role of a key, numbered as in ``qflare.v1.KeyRole``."""
 
     SESSION_KEM = security_pb2.KEY_ROLE_SESSION_KEM
     MODEL = security_pb2.KEY_ROLE_MODEL
@@ -93,13 +93,13 @@ class _Online:
 
 @dataclass(frozen=True)
 class TrustedKeyset:
-    """What is trusted so far.
+    """Trust state of a device.
 
     Attributes:
         realm: Name of the deployment.
         root_key_ids: Pinned ids of the keys of root document 1.
-        root_threshold: How many of them have to sign it.
-        algorithms: What online signature keys may be; root keys are accepted by their ids alone.
+        root_threshold: Minimum number of these keys that must sign it.
+        algorithms: Accepted algorithms of online signature keys; root keys are accepted by their ids alone.
     """
 
     realm: str
@@ -115,11 +115,11 @@ class TrustedKeyset:
         bundle: security_pb2.BootstrapBundle,
         algorithms: frozenset[Algorithm] = ONLINE_ALGORITHMS,
     ) -> Self:
-        """Start from what an administrator handed over.
+        """Create the initial trust state from a bootstrap bundle.
 
         Args:
-            bundle: It.
-            algorithms: What online signature keys may be, one or more.
+            bundle: Bootstrap bundle from an administrator.
+            algorithms: Accepted algorithms of online signature keys, one or more.
 
         Raises:
             KeysetError: It pins no keys, or a threshold that they cannot reach.
@@ -148,7 +148,7 @@ class TrustedKeyset:
         return 0 if self._online is None else self._online.document.version
 
     def updated(self, bundle: security_pb2.KeysetBundle, reference_time: datetime) -> Self:
-        """Check a bundle and return the trust that follows from it.
+        """Verify a bundle and return the updated trust state.
 
         Args:
             bundle: Root documents by rising version, of which known ones may be left out, and a
@@ -247,7 +247,7 @@ class TrustedKeyset:
 
 
 def check_document_form(envelope: security_pb2.SignedEnvelope, context: SigningContext) -> None:
-    """Check what can be checked of a root document or a keyset without knowing who may sign it.
+    """Check the form of a root document or a keyset, independent of its signers.
 
     Args:
         envelope: The document; its signatures are not looked at.

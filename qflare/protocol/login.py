@@ -1,4 +1,4 @@
-"""How a device logs in: KEM-authenticated coordinator, signing device, forward secrecy.
+"""Login handshake: the coordinator authenticates by KEM, the device by signature, with forward secrecy.
 
 ::
 
@@ -8,9 +8,11 @@
     SessionProof       ---------------->  open_proof, then PendingLogin.verify with the device's key
                        <----------------  SealedTokenGrant
 
-The device encapsulates to the coordinator's KEM key (only its owner can go on) and sends a one-time
-KEM key, to which the coordinator encapsulates in turn (what is recorded today opens to nobody once
-that key is gone). With H from `qflare.crypto.signing.tagged_hash` over every field of both messages:
+The device encapsulates to the coordinator's KEM key, so only the owner of that key can continue. It
+also sends a one-time KEM key, to which the coordinator encapsulates. Once the one-time key is deleted,
+recorded traffic can no longer be decrypted.
+
+With H from `qflare.crypto.signing.tagged_hash` over every field of both messages:
 
     th  = H("qflare/v1/session transcript", version, realm, device id, signature key id,
             coordinator key id, nonce, one-time key, encapsulation,
@@ -21,7 +23,7 @@ HKDF-Expand of prk gives the keys of both confirmations, of the token grant and 
 (`SessionKeys.binding_key`). The coordinator confirms before the device signs; the device signs th and
 confirms th with its signature. No signature of the coordinator is needed.
 
-The caller holds that a session id is granted tokens once, and that the device may log in.
+The caller ensures that tokens are granted once per session id, and that the device may log in.
 """
 
 import hashlib
@@ -57,7 +59,7 @@ _STATE: Final = struct.Struct(">16s32s32s")
 
 @dataclass(frozen=True)
 class SessionKeys:
-    """What both sides share after a login.
+    """Shared session keys after a login.
 
     Attributes:
         session_id: Id of the session, 32 hex digits.
@@ -70,7 +72,7 @@ class SessionKeys:
     binding_key: bytes = field(repr=False)
 
     def seal_grant(self, grant: security_pb2.TokenGrant) -> security_pb2.SealedTokenGrant:
-        """Last message of a login, for the device alone."""
+        """Return the last message of a login, readable by the device only."""
         return seal_grant(self.grant_key, self.session_id, grant)
 
     def open_grant(self, sealed: security_pb2.SealedTokenGrant) -> security_pb2.TokenGrant:
@@ -93,7 +95,7 @@ def seal_grant(
 def open_grant(
     key: bytes, session_id: str, sealed: security_pb2.SealedTokenGrant
 ) -> security_pb2.TokenGrant:
-    """Open what `seal_grant` sealed.
+    """Open a grant sealed by `seal_grant`.
 
     Raises:
         HandshakeError: Another key or session, or it was changed.
@@ -185,12 +187,12 @@ class DeviceLogin:
 
 @dataclass(frozen=True)
 class PendingLogin:
-    """A login whose device has shown the session's secret, but whose signature is not yet checked.
+    """A login whose device has proven the session secret, but whose signature is not yet verified.
 
     Attributes:
         session_id: Id of the session, 32 hex digits.
-        device_id: Device that it claims to be.
-        signature_key_id: Key that has to have signed.
+        device_id: Claimed device id.
+        signature_key_id: Id of the key that must have signed.
     """
 
     session_id: str
@@ -215,13 +217,13 @@ class PendingLogin:
 
 
 class LoginServer:
-    """The coordinator's side of logins; holds no state between calls.
+    """Coordinator side of login; stateless between calls.
 
     Args:
         realm: Name of the deployment.
         state_key: 32 random bytes, the same for all replicas.
         decapsulate: Decapsulation by the coordinator's session KEM keys.
-        lifetime: Time a device has between its two calls.
+        lifetime: Maximum time between the two calls of a device.
     """
 
     def __init__(
@@ -270,7 +272,7 @@ class LoginServer:
         return challenge
 
     def open_proof(self, proof: security_pb2.SessionProof, now: datetime) -> PendingLogin:
-        """Check the third message but for its signature, whose key the caller then looks up.
+        """Check the third message except its signature, whose key the caller looks up.
 
         Raises:
             HandshakeError: The device does not share the secret, or the state is expired, not ours, or
@@ -329,7 +331,7 @@ class _Secrets:
 def _pack_state(
     session_id: str, transcript: bytes, secrets: _Secrets, hello: security_pb2.SessionHello
 ) -> bytes:
-    """What the coordinator remembers of a login: ids, transcript and the key behind all keys."""
+    """Serialize the login state: ids, transcript, and the key from which all others derive."""
     names = security_pb2.SessionHello(
         device_id=hello.device_id, signature_key_id=hello.signature_key_id
     )

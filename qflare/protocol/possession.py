@@ -1,7 +1,7 @@
-"""Proofs that the caller holds the key of its session: for refreshes, and for every call if asked.
+"""Proof of possession of the session key: for token refreshes and, if required, for every call.
 
-A bearer token is worth stealing; these proofs make it useless without the session's binding key,
-which never travels (`qflare.protocol.login`). With H from `qflare.crypto.signing.tagged_hash` and all of it under
+With these proofs a stolen bearer token is useless without the session's binding key, which is
+never transmitted (`qflare.protocol.login`). With H from `qflare.crypto.signing.tagged_hash` and all of it under
 HMAC-SHA256 with the binding key:
 
 * refresh: H("qflare/v1/refresh", session id, SHA-256(refresh token), nonce); the grant that answers
@@ -9,8 +9,8 @@ HMAC-SHA256 with the binding key:
 * call: metadata ``qf-pop-bin`` = sequence number (8 bytes big-endian) || MAC over
   H("qflare/v1/pop", method, sequence number, SHA-256(access token), SHA-256(first message)).
 
-Sequence numbers of one access token never repeat. The coordinator uses each up in its database, so that a call passes
-once, whichever replica it reaches.
+Sequence numbers of one access token never repeat. The coordinator records each in its database, so that a call is
+accepted only once across all replicas.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Refresh:
 
     @classmethod
     def start(cls, binding_key: bytes, session_id: str, refresh_token: str) -> "Refresh":
-        """Ask for the next tokens, on the device."""
+        """Request the next tokens (device side)."""
         request = security_pb2.SessionRefresh(
             session_id=session_id, refresh_token=refresh_token, nonce=os.urandom(NONCE_BYTES)
         )
@@ -58,7 +58,7 @@ class Refresh:
 
     @classmethod
     def check(cls, binding_key: bytes, request: security_pb2.SessionRefresh) -> "Refresh":
-        """Check a request, on the coordinator; the token itself is for the caller to look up.
+        """Check a request (coordinator side); the caller looks up the token itself.
 
         Raises:
             HandshakeError: The proof is not of this session's key over this request.
@@ -70,11 +70,11 @@ class Refresh:
         return cls(request, _grant_key(binding_key, digest))
 
     def seal_grant(self, grant: security_pb2.TokenGrant) -> security_pb2.SealedTokenGrant:
-        """Answer the refresh, on the coordinator."""
+        """Answer the refresh (coordinator side)."""
         return seal_grant(self._grant_key, self.request.session_id, grant)
 
     def open_grant(self, sealed: security_pb2.SealedTokenGrant) -> security_pb2.TokenGrant:
-        """Open the answer, on the device.
+        """Open the answer (device side).
 
         Raises:
             HandshakeError: It is not the answer to this refresh.
@@ -83,7 +83,7 @@ class Refresh:
 
 
 class CallProver:
-    """Proves possession on each call of one access token; for many threads.
+    """Proves possession on each call of one access token; thread-safe.
 
     Args:
         binding_key: Key of the session.
@@ -116,7 +116,7 @@ def check_call(
     """Check the proof of a call.
 
     Returns:
-        Its sequence number, which must not have come before.
+        Its sequence number, which must not have been used before.
 
     Raises:
         HandshakeError: It is malformed or of another key, token, method or message.

@@ -1,14 +1,14 @@
-"""Versions in a smaller form: how a model's floating tensors are rounded for a download, and read back.
+"""Reduced-precision model downloads: floating tensors are rounded for the download and widened by the device.
 
 Devices may get a version with its floating tensors as float16 or bfloat16. The smaller payload is made once, when
 the version is published; its layout is `wire_manifest` of the model's, its digest is in the version's statement.
-Both directions go piece by piece and hold no more than a piece beside what the caller gives.
+Both directions stream and hold at most one piece beyond the caller's data.
 
 Invariants: rounding is to nearest, ties to even, and tensors of 16 bits or less stay as they are; the same payload
 gives the same bytes wherever it is cut; `widened` gives the element types of the model, and every value exactly as
 it traveled.
 
-What it does not do: check elements. A value beyond the range of the smaller type becomes infinite, which
+This module does not check elements. A value beyond the range of the smaller type becomes infinite, which
 `FiniteCheck` of the smaller payload finds.
 """
 
@@ -27,14 +27,14 @@ DOWNLOAD_ENCODINGS: Final[frozenset[int]] = frozenset({Encoding.FLOAT16, Encodin
 
 
 def download_manifest(base: Manifest, encoding: Encoding) -> Manifest:
-    """Return the layout in which a version is downloaded.
+    """Return the manifest of a download payload.
 
     Args:
         base: The manifest of the model.
         encoding: FULL_PRECISION, FLOAT16 or BFLOAT16.
 
     Raises:
-        InvalidManifestError: The encoding is none for downloads.
+        InvalidManifestError: The encoding is not a download encoding.
     """
     if encoding is not Encoding.FULL_PRECISION and encoding not in DOWNLOAD_ENCODINGS:
         raise InvalidManifestError(
@@ -55,7 +55,7 @@ def narrowed(base: Manifest, encoding: Encoding, pieces: Iterable[BytesLike]) ->
         The chunks of the smaller payload.
 
     Raises:
-        InvalidManifestError: At once: the encoding is none for downloads.
+        InvalidManifestError: On the call itself: the encoding is not a download encoding.
         PayloadSizeError: Too few or too many bytes.
     """
     return rechunk(_converted(base, download_manifest(base, encoding), pieces))
@@ -73,7 +73,7 @@ def widened(base: Manifest, encoding: Encoding, pieces: Iterable[BytesLike]) -> 
         Bytes of a payload of the base manifest, in pieces of any size.
 
     Raises:
-        InvalidManifestError: At once: the encoding is none for downloads.
+        InvalidManifestError: On the call itself: the encoding is not a download encoding.
         PayloadSizeError: Too few or too many bytes.
     """
     return _converted(download_manifest(base, encoding), base, pieces)

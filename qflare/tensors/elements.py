@@ -1,9 +1,9 @@
-"""Rules that the elements of a payload keep, checked while the payload arrives.
+"""Element rules of payloads, checked while the payload arrives.
 
 Floating-point elements are finite, booleans are 0 or 1, integers are free; a caller may add stricter
-rules for single tensors. Elements are judged where they lie, without copies, at the speed of memory.
+rules for single tensors. Elements are checked in place, without copies, at memory speed.
 
-What it does not do: hash, assemble, or know why a tensor has its own rule. Import these names from
+This module does not hash or assemble payloads. Import these names from
 `qflare.tensors`.
 """
 
@@ -24,7 +24,7 @@ SINGLE_BYTES: Final = 4  # narrower elements overflow in sums of ordinary number
 
 
 class InvalidPayloadError(ValueError):
-    """Payload bytes do not mean what their manifest says."""
+    """Payload bytes violate the rules of their manifest."""
 
 
 class PayloadSizeError(InvalidPayloadError):
@@ -36,14 +36,14 @@ class NonFiniteError(InvalidPayloadError):
 
 
 class ElementRule(Protocol):
-    """What every element of a tensor must be.
+    """Condition on every element of a tensor.
 
     A rule keeps no state: one serves any number of payloads at once.
     """
 
     @property
     def error(self) -> type[InvalidPayloadError]:
-        """What is raised when an element breaks the rule."""
+        """Exception type raised when an element breaks the rule."""
 
     @property
     def wanted(self) -> str:
@@ -92,7 +92,7 @@ class ZeroOrOne:
     wanted = "0 or 1"
 
     def first_bad(self, elements: Array, previous: Array | None = None) -> int | None:  # noqa: ARG002
-        """See `ElementRule`; elements of type bool are judged by their bytes."""
+        """See `ElementRule`; elements of type bool are checked as bytes."""
         raw = elements.view(np.uint8)
         return int(np.argmax(raw > 1)) if raw.max() > 1 else None
 

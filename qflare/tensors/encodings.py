@@ -1,10 +1,10 @@
-"""Encodings: smaller forms in which the floating tensors of a payload may travel.
+"""Payload encodings: compressed forms of floating tensors for transfer.
 
-What travels is again a manifest and a payload (the *wire* manifest and its arrays), so that digests,
-signatures, limits and element checks are those of any payload. Encodings change floating tensors only;
-integers and booleans travel as they are.
+The encoded form is again a manifest and a payload (the *wire* manifest and its arrays), so digests,
+signatures, limits and element checks apply as to any payload. Encodings change floating tensors only;
+integers and booleans are transferred unchanged.
 
-How a floating tensor `w` of n elements travels, and the error of an element x:
+Wire form of a floating tensor `w` of n elements, and the error of an element x:
 
 * FULL_PRECISION: `w` as it is. No error.
 * FLOAT16: `w`, float16. At most 2^-11 |x|, or 2^-25 where |x| < 2^-14; |x| must be below 65,520.
@@ -45,7 +45,7 @@ _MAX_SCALE = np.finfo(np.float32).max / 128  # -128 is in the wire's int8 too
 
 
 class Encoding(enum.IntEnum):
-    """How floating tensors travel; the value is the number of the proto enum `qflare.v1.Encoding`."""
+    """Encoding of floating tensors; the value is the number of the proto enum `qflare.v1.Encoding`."""
 
     FULL_PRECISION = 1
     FLOAT16 = 2
@@ -55,7 +55,7 @@ class Encoding(enum.IntEnum):
 
     @staticmethod
     def from_number(number: int) -> "Encoding":
-        """Return the encoding with a number of the proto enum, in which 0, not set, is full precision.
+        """Return the encoding with a number of the proto enum, where 0 (unset) means full precision.
 
         Raises:
             InvalidManifestError: The number is unknown.
@@ -67,7 +67,7 @@ class Encoding(enum.IntEnum):
 
 
 def top_k_count(fraction: float, element_count: int) -> int:
-    """Return how many elements of a tensor travel: ceil(fraction * n) in IEEE 754 double precision.
+    """Return how many elements of a tensor are transferred: ceil(fraction * n) in IEEE 754 double precision.
 
     Args:
         fraction: Within (0, 1].
@@ -82,7 +82,7 @@ def top_k_count(fraction: float, element_count: int) -> int:
 
 
 def wire_manifest(base: Manifest, encoding: Encoding, top_k_fraction: float = 1.0) -> Manifest:
-    """Return the manifest of what travels, for a payload of a base manifest.
+    """Return the wire manifest of a base manifest under an encoding.
 
     Args:
         base: The manifest of the model.
@@ -116,7 +116,7 @@ def _wire_specs(spec: TensorSpec, encoding: Encoding, top_k_fraction: float) -> 
 
 
 def narrow_dtype(dtype: DType, encoding: Encoding) -> DType:
-    """Return the element type in which floats travel under the encodings that only round them."""
+    """Return the wire element type under the encodings that only round."""
     if dtype.itemsize > DType.FLOAT16.itemsize:
         if encoding is Encoding.FLOAT16:
             return DType.FLOAT16
@@ -247,10 +247,10 @@ def _select(spec: TensorSpec, array: Array, count: int) -> dict[str, Array]:
 def decode(
     arrays: Mapping[str, Array], base: Manifest, encoding: Encoding, top_k_fraction: float = 1.0
 ) -> dict[str, Array]:
-    """Decode what `encode` made.
+    """Decode the output of `encode`.
 
     Args:
-        arrays: As `wire_manifest` describes them; their elements may come from a stranger.
+        arrays: As `wire_manifest` describes them; their elements need not be trusted.
         base: The manifest of the model.
         encoding: How floating tensors traveled.
         top_k_fraction: As it was for `encode`.

@@ -3,11 +3,11 @@
 A *manifest* names the tensors of a model or an update. Its *payload* is the tensors' bytes one
 after the other, each in C order, little-endian, without padding.
 
-Invariants: a `TensorSpec` or `Manifest` that exists is valid, the constructors refuse everything
-else; equal layouts have equal layout digests.
+Invariants: a `TensorSpec` or `Manifest` is always valid, because the constructors reject
+invalid values; equal layouts have equal layout digests.
 
-What it does not do: touch payload bytes (see `qflare.tensors.payload`). Hosts are little-endian, or do not
-use bfloat16 (a limit of `ml_dtypes`). Import these names from `qflare.tensors`.
+This module does not touch payload bytes (see `qflare.tensors.payload`). Big-endian hosts cannot use
+bfloat16 (a limit of `ml_dtypes`). Import these names from `qflare.tensors`.
 """
 
 import enum
@@ -116,7 +116,7 @@ class DType(enum.IntEnum):
         """Return the element type that a safetensors header calls `name`.
 
         Raises:
-            InvalidManifestError: None; safetensors has more than a manifest can hold (`F8_E4M3`).
+            InvalidManifestError: No element type corresponds, for example for `F8_E4M3`.
         """
         for member in DType:
             if member.safetensors_name == name:
@@ -270,14 +270,14 @@ class Manifest:
 
     @classmethod
     def from_proto(cls, message: tensor_pb2.Manifest, limits: ManifestLimits | None = None) -> Self:
-        """Parse the wire form, trusting nothing in it.
+        """Parse and validate the wire form.
 
         Args:
-            message: What arrived. Every stated size and the layout digest must be right.
+            message: The received message. Every stated size and the layout digest must be right.
             limits: Bounds; the defaults of `ManifestLimits` when not given.
 
         Raises:
-            InvalidManifestError: Anything is out of bounds or contradicts itself.
+            InvalidManifestError: A value is out of bounds or inconsistent.
         """
         limits = limits or ManifestLimits()
         _at_most("tensors", len(message.tensors), limits.max_tensors)

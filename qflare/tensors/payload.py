@@ -1,14 +1,14 @@
-"""Payload bytes: made from arrays, turned back into arrays, and hashed, chunk by chunk.
+"""Payload bytes: serialization, deserialization and hashing of arrays in chunks.
 
 Payloads travel and are hashed in chunks of exactly `CHUNK_BYTES`, the last one shorter. The payload
 digest is the root of the RFC 6962 Merkle tree over the chunks, so that a single chunk can be
 proved.
 
 Invariants: the same arrays give the same bytes on every machine, whatever their strides or byte
-order; nothing here holds more than one tensor and one chunk beside what the caller gave or is
-given.
+order; memory use is at most one tensor and one chunk beyond the caller's inputs and the
+outputs.
 
-What it does not do: check elements (see `elements`), sign, seal, encode or read files. Import these names from
+This module does not check elements (see `elements`), sign, seal, encode or read files. Import these names from
 `qflare.tensors`.
 """
 
@@ -49,7 +49,7 @@ def check_arrays(arrays: Mapping[str, Array], manifest: Manifest) -> None:
     """Check that arrays have the names, dtypes and shapes of a manifest, in any order.
 
     Raises:
-        InvalidManifestError: They have not.
+        InvalidManifestError: A name, dtype or shape differs.
     """
     wanted = {spec.name for spec in manifest.tensors}
     if arrays.keys() != wanted:
@@ -127,10 +127,10 @@ def assemble(manifest: Manifest, chunks: Iterable[BytesLike]) -> dict[str, Array
 def split(
     manifest: Manifest, chunks: Iterable[BytesLike]
 ) -> Iterator[tuple[TensorSpec, int, memoryview]]:
-    """Split the bytes of a payload where its tensors begin.
+    """Split the bytes of a payload at tensor boundaries.
 
     Args:
-        manifest: Says where that is.
+        manifest: Describes the payload.
         chunks: The payload in pieces of any size.
 
     Yields:

@@ -1,12 +1,12 @@
-"""safetensors files: a global model as a file that other programs read, and the way back.
+"""Export of models to safetensors files, and import from them.
 
 Files are written and read as streams; memory does not depend on their size. A manifest may order
 its tensors in any way; the data of a file is ordered by descending element size, as other programs
 expect it, so that every tensor is aligned. The manifest's order is the order of the header's
 entries, which is how a file that is exported and imported again keeps its layout digest.
 
-Nothing in a file is trusted: the header is bounded, of one exact form, and must cover the file's
-data without hole or overlap.
+Files are untrusted: the header is bounded, has one exact form, and must cover the file's data without
+gaps or overlaps.
 
 Source: https://github.com/huggingface/safetensors, README "Format" and safetensors/src/tensor.rs.
 """
@@ -44,7 +44,7 @@ class SafetensorsFile:
     Attributes:
         path: Where the file is.
         manifest: Its tensors, in the order of the header's entries.
-        metadata: What its writer added.
+        metadata: Metadata from the header.
     """
 
     path: Path
@@ -92,7 +92,7 @@ def export_safetensors(
 
     Raises:
         InvalidManifestError: A tensor is called `__metadata__`, or the header would be too long.
-        PayloadSizeError: The payload has not the size of the manifest.
+        PayloadSizeError: The payload size does not match the manifest.
         OSError: The file cannot be written.
     """
     offsets = _aligned_offsets(manifest)

@@ -1,9 +1,9 @@
-"""The vector of a payload as runs: stretches of elements that are decoded alike.
+"""Runs of a payload vector: ranges of elements that are decoded alike.
 
-A run knows where its elements are in a payload and how they traveled. Opening it on a payload gives a function
-that decodes any stretch of it; what that function keeps between calls makes consecutive stretches cheap.
+A run stores the location and encoding of its elements in a payload. Opening it on a payload returns a function that
+decodes any range of it. The function keeps state between calls, which makes consecutive ranges cheap.
 
-What it does not do: cross the borders of a run; that is `qflare.tensors.vectors`, which is what others use.
+Reads across runs are in `qflare.tensors.vectors`, which other modules use.
 """
 
 from abc import ABC, abstractmethod
@@ -112,10 +112,10 @@ class SparseRun(Run):
 
 
 class _SparseCursor:
-    """A place in the entries of a TOP_K tensor, and the block of entries that begins there.
+    """Position in the entries of a TOP_K tensor, and the block of entries that begins there.
 
     Invariant: every entry before the block has an index below `_floor`. After `decode(start, stop, out)` the block
-    holds the first entry at or after `stop`, if there is one, so that the next stretch needs no search.
+    holds the first entry at or after `stop`, if there is one, so that the next range needs no search.
     """
 
     def __init__(self, run: SparseRun, read_bytes: ReadBytes) -> None:

@@ -1,4 +1,4 @@
-"""Payloads as vectors: the floating elements of a model as one row of numbers, read and written in slices.
+"""Payloads as vectors: the floating elements of a model as one flat array, read and written in slices.
 
 The *vector* of a manifest holds the elements of its floating tensors in manifest order; integers and
 booleans are not in it. A `VectorReader` gives any slice of it from an encoded payload without expanding
@@ -8,8 +8,7 @@ Invariants: a slice has the same values whatever slices were read before; readin
 touches every byte once, in ascending order in each tensor. Payloads are trusted to keep the element rules
 (`FiniteCheck` with `encoding_rules`): these are checked when a payload arrives, not on each reading.
 
-What it does not do: know where bytes are stored, or what the numbers mean. Not safe for use by two threads
-at once.
+This module is independent of where bytes are stored and what the numbers mean. It is not thread-safe.
 """
 
 from bisect import bisect_right
@@ -153,7 +152,7 @@ class VectorReader:
 
 
 class VectorRange:
-    """Which numbers a vector's tensors can hold, as a model is stored and as it is downloaded.
+    """Range of values that a vector's tensors can hold, both as stored and as downloaded.
 
     Args:
         base: The manifest of the model.
@@ -205,7 +204,7 @@ def write_payload(
 ) -> Iterator[bytes]:
     """Make the payload of a base manifest, chunk by chunk.
 
-    Memory beyond the caller's is a few chunks and the slice in hand.
+    Memory beyond the caller's is a few chunks and the current slice.
 
     Args:
         base: Describes the payload.
