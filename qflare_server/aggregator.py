@@ -6,7 +6,7 @@ weighted by `metadata["samples_count"]`. Underneath is a training session `in-pr
 audited, its versions signed, visible over gRPC; but it is no device's task, and closes a round when
 `aggregate_models` says so.
 
-A refusal is False or None and is logged as a WARNING with its reason; what is no refusal raises.
+A refusal returns False or None and logs its reason as a WARNING; every other failure raises.
 
     store_model_update("ward-3", weights.astype("<f4").tobytes(), {"samples_count": 120})
     average = aggregate_models(min_updates=2)
@@ -59,7 +59,7 @@ METRICS: Final = {
     "training_time": "training_time_s",
     "training_time_s": "training_time_s",
 }
-"""Entries of the metadata that are metrics, and what they are called here."""
+"""Metadata entries that are metrics, with their names in the coordinator."""
 
 Weights = bytes | bytearray | memoryview
 
@@ -84,7 +84,7 @@ def store_model_update(
         try:
             embedded.in_process.contribute(CALLER, contribution)
         except RoundNotOpenError:
-            # A round that was closed before a crash is published now; one past its deadline is extended.
+            # Publish a round closed before a crash; extend one past its deadline.
             _bring_forward(embedded)
             embedded.in_process.contribute(CALLER, contribution)
     return not refusal
@@ -139,7 +139,7 @@ def get_global_model() -> bytes | None:
 
 
 def get_aggregation_metrics() -> dict[str, Any]:
-    """Return facts of the aggregations so far; those of the latest are None before the first.
+    """Return aggregation statistics; those of the latest aggregation are None before the first.
 
     `total_rounds`, `pending_updates`, `last_aggregation_time` (ISO 8601), `model_accuracy` and `model_loss` (means
     weighted by samples), `participants_last_round`.
@@ -157,7 +157,7 @@ def get_aggregation_metrics() -> dict[str, Any]:
 
 
 def get_model_updates_for_device(device_id: str, limit: int = 100) -> list[dict[str, Any]]:
-    """Return what a device has contributed, newest first, without the weights.
+    """Return a device's contributions, newest first, without the weights.
 
     Args:
         device_id: Of any device.
@@ -188,7 +188,7 @@ def clear_pending_updates() -> bool:
 
 
 def reset_aggregation_state() -> bool:
-    """Start over: no pending update, no global model, any length. What was before stays in the database."""
+    """Reset: no pending updates, no global model, any length. Earlier data stays in the database."""
     with refused(logger, "reset_aggregation_state") as refusal:
         current().in_process.end(CALLER)
     return not refusal

@@ -1,8 +1,8 @@
 """Configuration of one coordinator process, read once from `QFLARE_*`.
 
 Every limit is a field with its unit in its name and a safe default. Secrets come as file paths or inside the
-database URL, which has no repr. An unknown `QFLARE_*` name is a fault: a typing error must not silently leave a
-limit at its default.
+database URL, which has no repr. An unknown `QFLARE_*` name is an error: a typo must not silently leave a limit at
+its default.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ CLIENT_NAMES: Final = frozenset(
 WORKER_VARIABLE: Final = "QFLARE_WORKER"
 """Set by the supervisor of several workers: the index of this one."""
 LIFELINE_VARIABLE: Final = "QFLARE_LIFELINE"
-"""Set by the supervisor: the descriptor that reads as ended once it is gone."""
+"""Set by the supervisor: a file descriptor that reaches end-of-file when the supervisor exits."""
 NOT_SETTINGS: Final = frozenset({"QFLARE_REQUIRE_ALL", WORKER_VARIABLE, LIFELINE_VARIABLE})
 """What tests and worker processes are told in the same way."""
 UNIX_SOCKETS: Final = ("unix:", "unix-abstract:")
@@ -36,11 +36,11 @@ FALSE: Final = frozenset({"0", "false", "no", "off"})
 
 
 class ConfigError(Exception):
-    """The configuration is at fault. Never crosses the wire.
+    """Invalid configuration. Never sent over the wire.
 
     Args:
         message: Every problem, one a line.
-        remedy: What to do about it, where more can be said than for every such error.
+        remedy: Specific advice, if any beyond that of the error class.
     """
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
@@ -447,7 +447,7 @@ def _host_of(address: str) -> str:
 
 
 def _is_loopback_host(host: str) -> bool:
-    """Return whether a host is this machine: a loopback address or localhost; no other name is resolved or trusted."""
+    """Return whether a host is loopback: a loopback address or localhost; other names are not resolved."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,7 +1,8 @@
 """Domain errors: the only exceptions that reach a caller of the coordinator.
 
 Each class has a `reason`, the machine word that travels as `google.rpc.ErrorInfo.reason` in domain `qflare`;
-its status code is in the one table of `serving.rpc.status`. Messages give got and wanted and never hold a secret.
+its status code is in the one table of `serving.rpc.status`. Messages state actual and expected values and never
+contain a secret.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ class QflareError(Exception):
     """Root of the domain errors.
 
     Args:
-        message: What was got and what was wanted; sent to the caller.
+        message: Actual and expected values; sent to the caller.
         metadata: Dynamic parts of the message for programs, sent in `ErrorInfo.metadata`.
     """
 

@@ -4,8 +4,8 @@ Functions of the process, on the database of the coordinator (`qflare_server.ser
 opened): a device that is registered here may be listed, suspended or revoked by an administrator over gRPC, and the
 other way round.
 
-A refusal is False or None, as it was with the in-memory registry that these functions replace, and is logged as a
-WARNING with its reason. What is no refusal (the database is gone, the disk is full) raises. The dictionaries are
+A refusal is False or None, as in the in-memory registry that these functions replace, and is logged as a
+WARNING with its reason. Every other failure (database unreachable, disk full) raises. The dictionaries are
 documented in `use_cases.in_process.records`. Call `close` at the end of the program.
 
     register_device("ward-3", {"metadata": {"device_type": "workstation"}})
@@ -80,7 +80,7 @@ def get_device_info(device_id: str) -> dict[str, Any] | None:
 
 
 def update_device_status(device_id: str, status: str) -> bool:
-    """Move a device to another state, and note that it was heard of; False if that may not be.
+    """Change a device's status and record it as seen; False if the transition is not allowed.
 
     Args:
         device_id: Of a registered device.
@@ -106,7 +106,7 @@ def update_device_status(device_id: str, status: str) -> bool:
 
 
 def update_device_keys(device_id: str, public_keys: Mapping[str, Any]) -> bool:
-    """Give a device other public keys; False if there is no such device or a key is not valid.
+    """Replace a device's public keys; False if there is no such device or a key is not valid.
 
     Args:
         device_id: Of a registered device that is not revoked.
@@ -131,7 +131,7 @@ def remove_device(device_id: str) -> bool:
 
 
 def cleanup_inactive_devices(hours_threshold: float = 24) -> dict[str, int]:
-    """Make active devices inactive that were not heard of for some hours; return `cleaned` and `total`.
+    """Deactivate devices not seen for a number of hours; return `cleaned` and `total`.
 
     Raises:
         ValueError: The threshold is negative.

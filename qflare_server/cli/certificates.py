@@ -4,8 +4,8 @@ One certificate authority of the folder's own signs a server certificate and, if
 them are ECDSA P-256, which every TLS library verifies. Made again in the same folder, the authority stays and the
 certificates are renewed, so a running coordinator takes the next one over.
 
-What it does not do: serve a deployment. The authority's key lies unencrypted beside what it signs, and nothing can
-be revoked; take the certificates of a deployment from an authority that can.
+Not for production: the authority's key is stored unencrypted beside the certificates it signs, and nothing can be
+revoked. Production certificates come from an authority that supports revocation.
 """
 
 import argparse
@@ -58,10 +58,10 @@ class Authority:
 
     @classmethod
     def ensure(cls, folder: Path, at: datetime) -> "Authority":
-        """Read the authority of a folder; make it where there is none.
+        """Read a folder's authority; create it if absent.
 
         Raises:
-            KeyStoreError: Its key cannot be read or written, or is open to others.
+            KeyStoreError: Its key cannot be read or written, or other users can access it.
             ValueError: Its files are not those of an authority.
         """
         certificate_file, key_file = _files(folder, AUTHORITY)
@@ -86,8 +86,8 @@ class Authority:
 
         Args:
             name: Common name.
-            hosts: DNS names and IP addresses that it stands for; may be empty.
-            usage: What it proves: the name of a server or of a client.
+            hosts: Subject alternative names: DNS names and IP addresses; may be empty.
+            usage: Extended key usage: server or client authentication.
             at: The time.
             lifetime: How long it is valid.
         """
@@ -109,7 +109,7 @@ class Authority:
 
 
 def add(commands: Any) -> None:
-    """Add the parsers of this topic."""
+    """Add this module's parsers."""
     certificates = commands.add_parser("certificates", help="TLS certificates for development")
     actions = certificates.add_subparsers(required=True, metavar="ACTION")
     make = actions.add_parser(
@@ -286,7 +286,7 @@ def _write(
     chain: Sequence[x509.Certificate],
     key: ec.EllipticCurvePrivateKey,
 ) -> None:
-    """Write a key for its owner only, then the chain: who sees the next chain finds the next key."""
+    """Write the owner-only key before the chain, so a reader of the new chain finds the new key."""
     certificate_file, key_file = _files(folder, name)
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     write_secret(key_file, pem, replace=True)

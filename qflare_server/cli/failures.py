@@ -1,7 +1,7 @@
 """What a command that failed says: the cause, and what to do about it.
 
-Errors that carry a `remedy` of their own are reported with it; the rest by class. An error that is not listed is a
-fault of the program: its traceback is logged.
+Errors that carry a `remedy` of their own are reported with it; the rest by class. An unlisted error is a bug: its
+traceback is logged.
 """
 
 import errno
@@ -63,7 +63,7 @@ BY_NUMBER: dict[int, str] = {
 
 
 def explain(error: Exception) -> Failure | None:
-    """Return how to report an error; None if it is a fault of the program."""
+    """Return how to report an error; None for a bug in the program."""
     if isinstance(error, ModuleNotFoundError):
         return Failure(f"{error.name} is not installed", INSTALL)
     database = sys.modules.get("sqlalchemy.exc")

@@ -1,4 +1,4 @@
-"""`health`: asks a coordinator whether it serves. Imports little, since probes run it every few seconds."""
+"""`health`: checks that a coordinator is serving. Imports little, since probes run it every few seconds."""
 
 import argparse
 from pathlib import Path
@@ -14,10 +14,10 @@ from qflare_server.config import ServerConfig
 
 
 def add(commands: Any) -> None:
-    """Add the parsers of this topic."""
+    """Add this module's parsers."""
     health = commands.add_parser(
         "health",
-        help="ask a coordinator whether it serves; exit code 0 if so",
+        help="check that a coordinator is serving; exit code 0 if so",
         epilog="example: qflare-server health --address 127.0.0.1:50051",
     )
     health.add_argument("--address", help="default: the listening address")
@@ -57,7 +57,7 @@ def _health_channel(config: ServerConfig, arguments: argparse.Namespace) -> grpc
     address = arguments.address or config.listen
     authorities, options = arguments.ca and arguments.ca.read_bytes(), []
     if authorities is None and not arguments.address and config.tls_certificate_file is not None:
-        # Its own certificate is all that it may show: whoever holds the port must have the key to that.
+        # Trust only its own certificate: the process on the port must hold the matching key.
         authorities = config.tls_certificate_file.read_bytes()
         options = [("grpc.ssl_target_name_override", server_name(authorities))]
     if authorities is None:

@@ -34,12 +34,12 @@ FIRST_ADMIN: Final = "first"
 
 
 def add(commands: Any) -> None:
-    """Add the parsers of this topic."""
+    """Add this module's parsers."""
     _add_init(commands)
     _add_keys(commands)
     bundle = commands.add_parser(
         "bundle",
-        help="write what a device needs to trust this coordinator",
+        help="write a bootstrap bundle for devices",
         epilog="example: qflare-server bundle --address fl.example.org:443 --output bundle.json",
     )
     bundle.add_argument("--address", required=True, help="where devices reach the coordinator")
@@ -137,11 +137,11 @@ def ensure_initialized(
     options: SetupOptions | None = None,
     folder: KeyFolder | None = None,
 ) -> list[str]:
-    """Make what is missing in the data folder; return what to tell a person, nothing if all was there.
+    """Create missing files in the data folder; return messages to print, empty if nothing was missing.
 
     Args:
         config: The configuration.
-        options: How keys are made; None means as the configuration says.
+        options: Key generation options; None means the configuration's.
         folder: Where the keys go; None means the configuration's folder.
     """
     folder = folder or KeyFolder.from_config(config)
@@ -162,7 +162,7 @@ def ensure_initialized(
 
 
 def _has_admin(config: ServerConfig) -> bool:
-    """Return whether the database knows an admin token: a first start that was broken off may not have come so far."""
+    """Return whether the database has an admin token: an interrupted first start may not have issued one."""
     database = open_database(config)
     try:
         with database.read() as session:
@@ -174,8 +174,8 @@ def _has_admin(config: ServerConfig) -> bool:
 def issue_first_admin(parts: Application, path: Path) -> None:
     """Write an admin token with every right to a file that only its owner can read.
 
-    The file is durable before the token's row is: a start that is killed in between leaves a token that opens nothing,
-    and the next start writes another one. Of several coordinators that start at once, one issues it.
+    The file is durable before the token's row is: a start killed in between leaves an unusable token, and the next
+    start writes another. If several coordinators start at once, one issues the token.
     """
     roles: Sequence[Role] = [Role.ADMIN, Role.AUDITOR]
 
@@ -190,7 +190,7 @@ def issue_first_admin(parts: Application, path: Path) -> None:
 
 
 def run_init(config: ServerConfig, arguments: argparse.Namespace) -> int:
-    """Make everything that a coordinator needs."""
+    """Create keys, database and the first admin token."""
     folders, passphrases = arguments.root_dir, arguments.root_passphrase_file
     count = arguments.root_count or len(folders) or 1
     options = SetupOptions.from_config(config, count, arguments.root_threshold)

@@ -1,4 +1,4 @@
-"""`migrate`: brings the database to the schema of this program."""
+"""`migrate`: migrates the database to the schema of this program."""
 
 import argparse
 from typing import Any
@@ -10,10 +10,10 @@ from qflare_server.storage.schema import current_revision, upgrade
 
 
 def add(commands: Any) -> None:
-    """Add the parsers of this topic."""
+    """Add this module's parsers."""
     migrate = commands.add_parser(
         "migrate",
-        help="bring the database to this program's schema",
+        help="migrate the database to this program's schema",
         epilog="example: QFLARE_DATABASE_URL=postgresql://... qflare-server migrate",
     )
     migrate.set_defaults(run=run_migrate)

@@ -17,7 +17,7 @@ from qflare_server.training.versions import manifest_of
 
 
 def add(commands: Any) -> None:
-    """Add the parsers of this topic."""
+    """Add this module's parsers."""
     model = commands.add_parser("model", help="import and export models")
     actions = model.add_subparsers(required=True, metavar="ACTION")
     verify.add_model_verify(actions)

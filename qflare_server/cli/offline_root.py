@@ -46,7 +46,7 @@ _DOCUMENT = "a keyset, or a root document"
 
 
 def add(actions: Any) -> None:
-    """Add the parsers of this topic to those of `keys`."""
+    """Add this module's parsers to those of `keys`."""
     _add_keyset(actions)
     _add_root(actions)
 
@@ -257,7 +257,7 @@ def run_publish(config: ServerConfig, arguments: argparse.Namespace) -> int:
 
 
 def _describe(document: security_pb2.RootDocument | security_pb2.Keyset) -> None:
-    """Say what a document holds, for whoever is to sign it."""
+    """Describe a document for its signers."""
     expires = document.expire_time.ToDatetime()
     until = f"version {document.version} of realm {document.realm}, until {expires:%F %T} UTC"
     if isinstance(document, security_pb2.RootDocument):

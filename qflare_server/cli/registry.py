@@ -35,7 +35,7 @@ class ImportCounts:
 
 
 def add(commands: Any) -> None:
-    """Add the parsers of this topic."""
+    """Add this module's parsers."""
     registry = commands.add_parser("registry", help="bring devices in from an in-memory registry")
     actions = registry.add_subparsers(required=True, metavar="ACTION")
     importing = actions.add_parser(
@@ -116,7 +116,7 @@ def _batches(known: Iterator[KnownDevice]) -> Iterator[list[KnownDevice]]:
 
 
 def _add(use_case: KnownDevices, who: Caller, batch: list[KnownDevice], done: ImportCounts) -> int:
-    """Insert a batch; repeated when a device registers at the same moment, one by one if a key is taken."""
+    """Insert a batch; retry after a concurrent registration, one by one if a key is taken."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return use_case.add_many(who, batch)

@@ -25,7 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h of glib
 
 
 def add(commands: Any) -> None:
-    """Add the parsers of this topic."""
+    """Add this module's parsers."""
     serve = commands.add_parser(
         "serve",
         help="run a coordinator",
@@ -56,7 +56,7 @@ def run_serve(config: ServerConfig, _arguments: argparse.Namespace) -> int:
     end_with_supervisor(stopped)
     coordinator.start()
     gc.collect()
-    gc.freeze()  # what is there by now stays: a collection need not go through it while calls wait
+    gc.freeze()  # exclude startup objects from garbage collection, which would delay calls
     _announce(coordinator, notes)
     stopped.wait()
     _bound_stop(config)
@@ -65,13 +65,13 @@ def run_serve(config: ServerConfig, _arguments: argparse.Namespace) -> int:
 
 
 def _end_at_once() -> None:
-    """End on a second signal, whatever is under way: what was acknowledged is durable."""
+    """Exit on a second signal without waiting: acknowledged updates are durable."""
     os.write(sys.stderr.fileno(), b"qflare-server: ended at once by a second signal\n")
     os._exit(1)
 
 
 def _bound_stop(config: ServerConfig) -> None:
-    """End the process if stopping takes longer than it can when every wait is bounded."""
+    """End the process if shutdown exceeds the sum of its bounded waits."""
     limit_s = config.drain_s + 3 * config.database_timeout_s + STOP_SLACK_S
 
     def end() -> None:
@@ -84,10 +84,10 @@ def _bound_stop(config: ServerConfig) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have the allocator keep chunks that are freed for the next ones, where it is glibc's.
+    """Tune glibc's allocator to reuse freed chunks.
 
-    It would give every message of 1 MiB back to the system, and fetch and clear it anew for the next. With an arena
-    for every few threads, as is its habit, what one has freed would not serve another: a sixth more memory.
+    By default it returns every 1 MiB message to the system and maps and clears memory for the next. Its per-thread
+    arenas do not share freed memory, which costs a sixth more.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -97,7 +97,7 @@ def _keep_freed_memory() -> None:
 
 
 def _announce(coordinator: Coordinator, notes: list[str]) -> None:
-    """Say where it serves, and on the first start where its files are; no secret among it."""
+    """Print the listening addresses and, on first start, the file locations; never a secret."""
     for line in notes:
         say(line, flush=True)
     if coordinator.dashboard is not None:

@@ -12,7 +12,7 @@ from qflare_server.storage.paging import PageRequest
 
 
 def add(commands: Any) -> None:
-    """Add the parser of this topic."""
+    """Add this module's parser."""
     status = commands.add_parser(
         "status", help="show training sessions and devices", epilog="example: qflare-server status"
     )

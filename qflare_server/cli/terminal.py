@@ -35,7 +35,7 @@ def _cell(value: Any) -> str:
 
 
 def progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
-    """Yield items; show a bar on standard error while a person watches."""
+    """Yield items; show a progress bar if standard error is a terminal."""
     shown = sys.stderr.isatty() and total > 1
     for done, item in enumerate(items, 1):
         yield item

@@ -19,7 +19,7 @@ from qflare_server.use_cases.access.tokens import IssuedToken
 
 
 def add(commands: Any) -> None:
-    """Add the parsers of this topic."""
+    """Add this module's parsers."""
     token = commands.add_parser("token", help="issue enrollment and admin tokens")
     actions = token.add_subparsers(required=True, metavar="ACTION")
     issue = actions.add_parser(
@@ -79,7 +79,7 @@ def run_issue(config: ServerConfig, arguments: argparse.Namespace) -> int:
 def _write_bundles(
     parts: Application, issued: Sequence[IssuedToken], arguments: argparse.Namespace
 ) -> None:
-    """Write what each device needs, its token included, to a 0600 file of its own."""
+    """Write a bootstrap bundle with a token for each device, each to its own 0600 file."""
     certificates = read_authorities(arguments.ca)
     address = arguments.address or parts.config.listen
     make_private_folder(arguments.bundles)

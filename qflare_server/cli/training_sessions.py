@@ -17,7 +17,7 @@ from qflare_server.serving.application import open_application
 
 
 def add(commands: Any) -> None:
-    """Add the parsers of this topic."""
+    """Add this module's parsers."""
     session = commands.add_parser("session", help="create and start training sessions")
     actions = session.add_subparsers(required=True, metavar="ACTION")
     create = actions.add_parser(

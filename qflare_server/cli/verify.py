@@ -15,7 +15,7 @@ from qflare_server.verification import Recomputation, recompute_version, verify_
 
 
 def add(commands: Any) -> None:
-    """Add the parsers of this topic; `model verify` joins the other commands on models."""
+    """Add this module's parsers; `model verify` joins the other commands on models."""
     audit = commands.add_parser("audit", help="verify the database, hand heads to a witness")
     actions = audit.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser(

@@ -11,7 +11,7 @@
 With a hardware module (`qflare_server.keys.hardware`) the passphrase of the online keys is encrypted by it, and
 signature keys may live in it.
 
-What it does not do: decide which keys there are (`qflare_server.keys.setup`).
+Key selection is in `qflare_server.keys.setup`.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ class KeyFolder:
         return self.hardware if self.hardware is not None and self.hardware.signs else None
 
     def provider(self, ring: KeyRing) -> KeyProvider:
-        """Return who signs and decapsulates: the online keys of the file, with the module's."""
+        """Return the provider that signs and decapsulates: the file's online keys and the module's."""
         return provider_of(ring, self.signing_hardware)
 
     @property
@@ -122,7 +122,7 @@ class KeyFolder:
         """Read and test the online keys.
 
         Raises:
-            KeyStoreError: They are not there, not readable, open to others or changed.
+            KeyStoreError: They are missing, unreadable, accessible to other users, or altered.
         """
         if self.is_empty():
             raise KeyStoreError(
@@ -132,7 +132,7 @@ class KeyFolder:
         return _read(self.online_file, self._online_passphrase())
 
     def root_places(self, count: int) -> list[RootFile]:
-        """Return where so many root keys are written, one to a file."""
+        """Return the paths for a number of root keys, one per file."""
         return list(self.root_files) or self._with_passphrases(numbered(self._root_folder, count))
 
     def held_root_files(self) -> list[RootFile]:

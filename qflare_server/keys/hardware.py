@@ -1,9 +1,9 @@
 """Keys in a hardware security module, spoken to by PKCS#11 (optional extra ``hsm``: python-pkcs11).
 
-What a module keeps for the coordinator:
+A module stores for the coordinator:
 
-* one AES-256 key that never leaves it and encrypts the passphrase of the online key file: a stolen copy of the files
-  opens nowhere else. Any module offers that.
+* one AES-256 key that never leaves it and encrypts the passphrase of the online key file: a stolen copy of the
+files cannot be decrypted without the module. Every module supports this.
 * the signature keys of the roles, where it offers ``CKM_ML_DSA`` (PKCS#11 3.2) and the configuration wants it. They are
   made in the module, marked sensitive and not extractable, labeled ``qflare/ROLE`` with their key id as ``CKA_ID``.
 
@@ -125,7 +125,7 @@ class JoinedProvider:
 
 
 def provider_of(ring: KeyRing, hardware: Hardware | None) -> KeyProvider:
-    """Return who signs and decapsulates: the ring alone, or a module for it."""
+    """Return the provider that signs and decapsulates: the ring, or the ring with a module."""
     return ring if hardware is None else JoinedProvider(ring, hardware)
 
 
@@ -163,7 +163,7 @@ class Pkcs11Module:
         """Encrypt a short secret with the token's AES key, which is made when there is none.
 
         Raises:
-            KeyStoreError: The token does not do it.
+            KeyStoreError: The token refuses or fails.
         """
         nonce = os.urandom(_NONCE_BYTES)
         with self._translated("encrypt"):
@@ -183,7 +183,7 @@ class Pkcs11Module:
         """Make a signature key for a role in the token.
 
         Raises:
-            KeyStoreError: The algorithm is not one of PKCS#11, or the token does not do it.
+            KeyStoreError: The algorithm is not one of PKCS#11, or the token refuses or fails.
         """
         if algorithm not in _ALGORITHMS:
             raise KeyStoreError(f"PKCS#11 has no {algorithm.name}")
@@ -206,10 +206,10 @@ class Pkcs11Module:
         return key
 
     def public(self) -> Sequence[security_pb2.RoleKey]:
-        """Return the signature keys in the token with their roles, also those that others have made meanwhile.
+        """Return the signature keys in the token with their roles, including other processes'.
 
         Raises:
-            KeyStoreError: The token does not do it, or a key fails its self-test.
+            KeyStoreError: The token refuses or fails, or a key fails its self-test.
         """
         self._load()
         return [
@@ -222,7 +222,7 @@ class Pkcs11Module:
 
         Raises:
             UnknownKeyError: It has no such key.
-            KeyStoreError: It does not do it.
+            KeyStoreError: The token refuses or fails.
         """
         held = self._keys.get(key_id)
         if held is None:
@@ -237,7 +237,7 @@ class Pkcs11Module:
         """Destroy every other signature key of the coordinator.
 
         Raises:
-            KeyStoreError: The token does not do it.
+            KeyStoreError: The token refuses or fails.
         """
         attribute = self._api.Attribute
         for key_id in self._keys.keys() - set(key_ids):
@@ -297,7 +297,7 @@ class Pkcs11Module:
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
         try:
-            with self._lock:  # a session of PKCS#11 does one thing at a time
+            with self._lock:  # a PKCS#11 session runs one operation at a time
                 yield
         except (self._api.PKCS11Error, RuntimeError) as error:
             problem = str(error) or type(error).__name__

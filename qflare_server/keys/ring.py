@@ -1,8 +1,8 @@
 """Key rings: online keys by role, or the offline root keys.
 
-`KeyProvider` is the seam: whoever signs and decapsulates for the coordinator, be it `KeyRing` (keys in memory, from
-an encrypted file) or a module of hardware. A provider holds keys; which of them are in use is said by the signed
-keyset alone (`qflare_server.keys.server_keys`), so keys may lie in a ring before and after they are in use.
+`KeyProvider` is the interface for signing and decapsulation. `KeyRing` (keys in memory, from an encrypted file) and
+a hardware module implement it. A provider holds keys; the signed keyset alone (`qflare_server.keys.server_keys`)
+says which are in use, so a ring may hold keys before and after their use.
 
 Every key signs, or encapsulates to itself, when a ring is read.
 """
@@ -52,7 +52,7 @@ class KeyProvider(Protocol):
 
 @dataclass(frozen=True)
 class RingKey:
-    """One private key and what it is for."""
+    """A private key and its role."""
 
     role: Role
     key: SigningKey | KemKey
@@ -77,7 +77,7 @@ class KeyRing:
         realm: Deployment that they belong to.
         keys: The keys, oldest first; role 0 is the offline root.
         state_key: 32 random bytes that replicas share; empty for root keys.
-        bundle: A serialized ``KeysetBundle``: what the keys were trusted by when the ring was written.
+        bundle: A serialized ``KeysetBundle``: the trust documents in force when the ring was written.
         earlier_state_keys: State keys before it, the latest first: they only open what was stored under them.
     """
 

@@ -28,7 +28,7 @@ ROOT: Final = "root"
 
 @dataclass(frozen=True)
 class RootFile:
-    """Where a root key is.
+    """Location of a root key.
 
     Attributes:
         path: Its file.
@@ -47,7 +47,7 @@ class RootFile:
         """Read and test what is in it.
 
         Raises:
-            KeyStoreError: It is not there, not readable, open to others or changed.
+            KeyStoreError: It is missing, unreadable, accessible to other users, or altered.
         """
         secret = decrypt_secret(read_secret(self.path), read_passphrase(self.passphrase))
         return KeyRing.from_bytes(secret)
@@ -78,7 +78,7 @@ def found_in(directory: Path) -> list[RootFile]:
 
 
 def given(paths: Sequence[Path], passphrase_files: Sequence[Path] = ()) -> tuple[RootFile, ...]:
-    """Return files that somebody names, each with its passphrase's if those are named too.
+    """Return the named root key files, each with its passphrase file if given.
 
     Raises:
         KeyStoreError: There are more or fewer passphrases than files, or two files share one.

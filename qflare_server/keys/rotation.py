@@ -6,7 +6,7 @@ Online keys are exchanged in three steps, which `rotate_online` does at once whe
 2. `draft_keyset` says what the root has to sign, `sign_keyset` signs it (on the machine that has the root keys),
 3. `publish_keyset` puts it into the database; replicas take it over within seconds.
 
-`replace_stolen` exchanges them so that nothing in a stolen key file counts any more.
+`replace_stolen` exchanges them so that no key in a stolen key file stays valid.
 
 `rotate_root` exchanges the root keys: the next document, signed by both, and the keyset are published together. Devices
 keep pinning the keys of the first document, and follow.
@@ -166,12 +166,12 @@ def rotate_online(
 def replace_stolen(
     folder: KeyFolder, database: Database, at: datetime, *, algorithm: Algorithm | None = None
 ) -> Trust:
-    """Exchange everything in the online key file: of what it held, nothing is accepted any more.
+    """Replace every key in the online key file; none of the previous keys stays accepted.
 
-    Coordinators take the keys over within seconds, and the state key when they are started again; until then, a
-    thief can finish handshakes of others with it. Every device has to log in again. Versions and tasks that the
-    stolen keys signed no longer verify under the next keyset. The earlier state key stays in the file for the stored
-    keys of sealed payloads, which coordinators wrap anew once they are started again.
+    Coordinators take the keys over within seconds, and the state key when they are started again; until then, the
+    holder of a stolen state key can complete other devices' handshakes. Every device has to log in again. Versions
+    and tasks that the stolen keys signed no longer verify under the next keyset. The earlier state key stays in
+    the file for the stored keys of sealed payloads, which coordinators rewrap after their restart.
 
     Raises:
         KeyStoreError: The keys cannot be read or written.
@@ -189,7 +189,7 @@ def replace_stolen(
 
 
 def _require_threshold(root: KeyRing, trust: Trust) -> None:
-    """Refuse to begin what the root keys at hand cannot finish."""
+    """Refuse a rotation that the available root keys cannot complete."""
     if len(root.keys) < trust.root.threshold:
         raise KeyStoreError(
             f"got {len(root.keys)} root keys, want {trust.root.threshold}: bring them together, or let each"
@@ -308,7 +308,7 @@ def _keep_previous(folder: KeyFolder) -> None:
 
 
 def _remove_others(folder: KeyFolder, count: int) -> None:
-    """Remove files of previous root keys that no next key has taken the place of."""
+    """Remove files of previous root keys that no new key replaced."""
     written = {file.path for file in folder.root_places(count)}
     for file in folder.held_root_files():
         if file.path not in written:

@@ -8,7 +8,7 @@ Invariants: a secret is written to a temporary file that only its owner can read
 one step, so that after a crash the file is the earlier or the later one, whole. A secret that a group or others may
 read or write, or that belongs to another user, is refused; a secret that root owns may be readable by the group.
 
-What it does not do: know what the secrets mean, or wipe anything from memory (Python cannot).
+Secrets are not wiped from memory (Python cannot).
 
 Source: RFC 9106 section 4, second recommended option, for the cost.
 """
@@ -35,11 +35,11 @@ _ROOT_USER: Final = 0
 
 
 class KeyStoreError(Exception):
-    """The coordinator's keys cannot be read, written or trusted. Never crosses the wire.
+    """The coordinator's keys cannot be read, written or trusted. Never sent over the wire.
 
     Args:
         message: What is wrong.
-        remedy: What to do about it, where more can be said than for every such error.
+        remedy: Specific advice, if any beyond that of the error class.
     """
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
@@ -51,7 +51,7 @@ class KeyStoreError(Exception):
 
 @dataclass(frozen=True)
 class Cost:
-    """What one guess at a passphrase costs.
+    """Argon2id cost parameters.
 
     Attributes:
         iterations: Passes over the memory, 1 to 64.
@@ -124,10 +124,10 @@ def decrypt_secret(data: bytes, passphrase: bytes) -> bytes:
 
 
 def read_secret(path: Path) -> bytes:
-    """Read a file that only we may read.
+    """Read an owner-only file.
 
     Raises:
-        KeyStoreError: It cannot be read, is too long, or is open to others.
+        KeyStoreError: It cannot be read, is too long, or is accessible to other users.
     """
     try:
         with path.open("rb") as file:
@@ -153,12 +153,12 @@ def read_passphrase(path: Path) -> bytes:
 
 
 def random_passphrase() -> bytes:
-    """Return a passphrase that nobody guesses, 43 characters."""
+    """Return a random passphrase, 43 characters."""
     return secrets.token_urlsafe(SECRET_BYTES).encode()
 
 
 def write_secret(path: Path, data: bytes, *, replace: bool = False) -> None:
-    """Write a file that only we may read, whole or not at all.
+    """Write an owner-only file atomically.
 
     Args:
         path: Where; its folder exists.
@@ -187,7 +187,7 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
 
 
 def forbidden_bits(owner: int, user: int) -> int:
-    """Return the permissions that a secret of an owner must not give, when a user reads it.
+    """Return the permission bits that a secret file must not have, given its owner and the reading user.
 
     Orchestrators mount secrets as files of root that the group of an unprivileged process may read; nothing else may
     be open to a group.

@@ -4,11 +4,11 @@
 documents that came with it and follows those in the database. `ServerKeys` is the `StatementSigner` of
 `qflare_server.context`: the signed keyset says which key signs in a role, the key file only holds the keys.
 
-A keyset that somebody publishes is noticed within `LOOK_INTERVAL`; where it names a key that is not held, the key
+A newly published keyset is noticed within `LOOK_INTERVAL`; where it names a key that is not held, the key
 file is read again. So keys rotate without a restart: copy the file with the next keys to every replica, then publish.
 
-Invariants: private keys are never in the database; documents in the database count only as far as they follow from
-the root in the key file; versions never go back.
+Invariants: private keys are never in the database; documents in the database are valid only if they chain to the
+root in the key file; versions never go back.
 """
 
 import logging
@@ -41,13 +41,13 @@ from qflare_server.storage.database import Database
 logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL: Final = timedelta(seconds=5)
-"""How long a keyset that another process published may go unnoticed."""
+"""Maximum delay before a keyset published by another process is noticed."""
 
 EXPIRY_WARNING: Final = timedelta(days=30)
-"""How long before the end of a keyset the log begins to say so."""
+"""How long before a keyset expires the warnings begin."""
 
 WARNING_INTERVAL: Final = timedelta(days=1)
-"""How often it says so."""
+"""Interval between expiry warnings."""
 
 CONTEXTS: Final[dict[Role, SigningContext]] = {
     security_pb2.KEY_ROLE_MODEL: SigningContext.MODEL,
@@ -55,7 +55,7 @@ CONTEXTS: Final[dict[Role, SigningContext]] = {
     security_pb2.KEY_ROLE_LOG: SigningContext.TREE_HEAD,
     security_pb2.KEY_ROLE_TASK: SigningContext.TASK,
 }
-"""What the key of a role signs: one FIPS 204 context for each."""
+"""FIPS 204 signing context of each role."""
 
 
 class _HeldKey:
@@ -95,7 +95,7 @@ class _Holding:
 
 
 class ServerKeys:
-    """Signs, decapsulates and says what devices may trust; thread-safe.
+    """Signs, decapsulates and provides the keyset in force; thread-safe.
 
     Args:
         ring: What the key file held.
@@ -202,7 +202,7 @@ class ServerKeys:
             return self._trust
 
     def _look(self) -> None:
-        """Take over a keyset that was published meanwhile; keep the known one where that fails."""
+        """Adopt a newly published keyset; keep the known one if that fails."""
         try:
             known = (self._trust.root.version, self._trust.keyset.version)
             if newest_versions(self._database) == known:
@@ -227,7 +227,7 @@ class ServerKeys:
             logger.error("keyset %d names keys that are not held here", trust.keyset.version)
 
     def _warn(self) -> None:
-        """Say once a day that the keys are about to expire."""
+        """Log once a day that the keys are about to expire."""
         now = self._clock()
         expires = self._trust.expires_at()
         if expires - now >= EXPIRY_WARNING or now - self._warned_at < WARNING_INTERVAL:

@@ -146,7 +146,7 @@ def _held(folder: Path, *, waiting: bool = True) -> Iterator[None]:
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Delete what starts that were killed have left beside a key folder; one under way holds a lock on its own."""
+    """Delete temporary folders of killed starts beside a key folder; a running start locks its own."""
     for left in directory.parent.glob(f".{directory.name}.*"):
         with suppress(OSError), _held(left, waiting=False):
             shutil.rmtree(left)
@@ -233,7 +233,7 @@ def _fill(folder: KeyFolder, root: KeyRing, online: KeyRing) -> None:
 
 
 def _put_in_place(made: Path, directory: Path) -> None:
-    """Give a filled folder its name; the system refuses that where another is not empty."""
+    """Rename a filled folder into place; the system refuses if the target is not empty."""
     try:
         made.rename(directory)
     except OSError as error:

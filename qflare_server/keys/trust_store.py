@@ -31,10 +31,10 @@ def read_published(database: Database, pinned: Trust) -> Trust:
 
     Args:
         database: Where they are.
-        pinned: What they have to begin with, and may not go back behind.
+        pinned: Documents they must start with, and whose versions they must not precede.
 
     Raises:
-        UntrustedDocumentError: They do not satisfy the rules: somebody has edited the database.
+        UntrustedDocumentError: They do not satisfy the rules: the database was edited.
     """
     with database.read() as session:
         stored = documents.load(session)

@@ -28,7 +28,7 @@ from qflare_server.use_cases.versions.promotion import Promotion
 
 @dataclass(frozen=True)
 class UseCases:
-    """What callers can ask of a coordinator."""
+    """The coordinator's use cases."""
 
     authentication: Authentication
     objects: ObjectAccess

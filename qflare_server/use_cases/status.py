@@ -30,7 +30,7 @@ class DatabaseHealth:
 
 @dataclass(frozen=True)
 class Report:
-    """How the coordinator is."""
+    """Coordinator status."""
 
     at: datetime
     replicas: Sequence[Replica]

@@ -56,7 +56,7 @@ class Principal:
 
 @dataclass(frozen=True)
 class KnownCaller:
-    """The last known owner of a token: enough to classify a call, not to admit it."""
+    """The last known owner of a token; used to classify a call, not to admit it."""
 
     name: str
     is_device: bool
@@ -81,8 +81,8 @@ def sole_value(metadata: Iterable[tuple[str, str | bytes]] | None, key: str) -> 
     """Return the value of a metadata key, None without it.
 
     Raises:
-        UnauthenticatedError: The key comes more than once. Two readers of the call could take one value each, so that
-            the credential that is admitted is not the one that is proven.
+        UnauthenticatedError: The key comes more than once. Two readers could each use a different value, so the
+            admitted credential would not be the proven one.
     """
     values = [value for name, value in metadata or () if name == key]
     if len(values) > 1:
@@ -132,7 +132,7 @@ class Authentication:
     def recognize(self, bearer: str | None) -> KnownCaller | None:
         """Return the last known owner of a token from memory; None for an unknown or expired one.
 
-        It admits nobody: a token that was revoked since is still recognized, and refused by `admit`.
+        This does not admit the call: a token revoked since is still recognized, and `admit` refuses it.
         """
         if not bearer or len(bearer) > MAX_TOKEN_CHARACTERS:
             return None
@@ -176,7 +176,7 @@ class Authentication:
         return self._device(found)
 
     def _find(self, token_hash: str) -> Credential | None:
-        """Return a credential; a remembered one is good for as long as nothing about who may call has changed."""
+        """Return a credential; a cached one is valid until the counter of security changes moves."""
         epoch = self._context.database.epochs().security
         known = self._known.get(token_hash)
         if known is not None and known[0] == epoch:

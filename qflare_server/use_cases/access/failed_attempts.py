@@ -79,9 +79,9 @@ class FailedAttempts:
         Args:
             caller: Who was refused.
             event_type: Such as ``enrollment.refused``.
-            subject: Whom or what it was about.
+            subject: Subject of the audit entry.
             problem: Why, for administrators; the caller is not told.
-            risk_level: How much it matters.
+            risk_level: Risk level of the entry.
         """
         subject, problem = _printable(subject)[:255], _printable(problem)
         bound = self._bound_of(caller, subject)

@@ -5,9 +5,9 @@ Constructor: ``Login(context, keys)``.
 Invariants: a handshake is granted tokens once (its session id is a nonce that is used up in the transaction that
 stores them); a refresh token is used once, and a second use revokes every token of its login (RFC 9700 section
 4.14.2); the state of the device is read in the transaction that grants, so a suspension wins. Tokens are stored as
-hashes, the session's binding key under a key that only replicas hold: a copy of the database lets nobody in.
+hashes, the session's binding key under a key that only replicas hold: a copy of the database grants no access.
 
-A login that broke off after its last message is begun anew; the answer is not kept. The life of a token: issued, used
+A login interrupted after its last message starts over; the answer is not stored. The life of a token: issued, used
 (a refresh token by its refresh), expired, or revoked with a reason (reuse, keys rotated, device revoked).
 
 Proofs of possession: their sequence numbers are used up in the database, one row for each call until its token has
@@ -242,7 +242,7 @@ class Login:
         return self._context.database.write(work)
 
     def _revoke_reused(self, caller: Caller, token: UserToken, at: datetime) -> None:
-        """Answer the second use of a refresh token: one of the two users has stolen it."""
+        """Handle reuse of a refresh token, which means that it was stolen."""
         event = Event(
             "token.reused",
             f"device:{token.device_id}",
@@ -317,7 +317,7 @@ class Login:
 
 
 def _is_device_id(text: str) -> bool:
-    """Return whether a text has the form of a device id; what has not is nobody's name, and not recorded."""
+    """Return whether a text is a well-formed device id; malformed ids are not recorded."""
     try:
         return str(uuid.UUID(text)) == text
     except ValueError:

@@ -7,7 +7,7 @@ role lets them call.
 A device reaches the training sessions that it takes part in: those that are open to all devices or to one of its
 groups, and that ask for nothing that it is not (`training.selection`). It sees versions from the start on, and those
 that are not released only where the session draws no devices for its rounds, or has drawn this one. Of updates it
-reaches its own. What it may not reach is answered like what does not exist.
+reaches its own. An object it may not reach is reported as not found.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ MAX_REMEMBERED: Final = 50_000
 class ObjectAccess:
     """Checks calls of devices against the rules; thread-safe.
 
-    What was looked up is remembered for as long as nothing about who may call, and about rounds, has changed.
+    Lookups are cached until permissions or rounds change.
     """
 
     def __init__(self, context: Context) -> None:
@@ -99,7 +99,7 @@ class ObjectAccess:
             relation = find_relation(session, training_session_id, device_id)
         if len(self._known) >= MAX_REMEMBERED:
             self._known.clear()
-        if relation is not None:  # ids that callers make up are not worth remembering
+        if relation is not None:  # do not cache unknown ids
             self._known[key] = (epochs, relation)
         return relation
 
@@ -109,20 +109,20 @@ Rule = Callable[[ObjectAccess, str, Any], None]
 
 
 def names_nothing(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
-    """Let every device that may call the method: it names no training session, version, update or other device."""
+    """Allow every device that may call the method: it names no training session, version, update or other device."""
 
 
 def own_only(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
-    """Let every device that may call the method: it reaches the calling device's own keys, profile or uploads alone."""
+    """Allow every device that may call the method: it reaches only the device's own keys, profile or uploads."""
 
 
 def administrators_only(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
-    """Let no device: administrators reach what their role lets them."""
+    """Deny devices: administrators reach what their role allows."""
     raise PermissionDeniedError("the method is for administrators")
 
 
 def any_or_own_session(access: ObjectAccess, device_id: str, message: Any) -> None:
-    """Let a device that takes part in the training session, if the message names one; the method picks from its own."""
+    """Allow a participating device, if the message names a training session; else the method selects one of its own."""
     if message.training_session_id:
         access.require_relation(device_id, message.training_session_id)
 
@@ -155,7 +155,7 @@ def _session_of(statement: type[Any], payload: bytes) -> str:
 
 
 def visible_version(access: ObjectAccess, device_id: str, message: Any) -> None:
-    """Let a device that takes part in the training session and may see the version that it asks for."""
+    """Allow a device that takes part in the training session and may see the requested version."""
     session_id = message.training_session_id
     relation = access.require_relation(device_id, session_id)
     if not relation.is_started:
@@ -167,13 +167,13 @@ def visible_version(access: ObjectAccess, device_id: str, message: Any) -> None:
 
 
 def started_session(access: ObjectAccess, device_id: str, message: Any) -> None:
-    """Let a device that takes part in the training session, once it has started."""
+    """Allow a device that takes part in the training session, once started."""
     if not access.require_relation(device_id, message.training_session_id).is_started:
         raise GlobalModelNotFoundError("no version is handed out before the start")
 
 
 def own_update(access: ObjectAccess, device_id: str, message: Any) -> None:
-    """Let the device whose update the message names."""
+    """Allow the device whose update the message names."""
     access.require_own_update(device_id, message.update_id)
 
 

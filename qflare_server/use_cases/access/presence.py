@@ -1,6 +1,6 @@
 """Tracks when devices were last seen, flushes it periodically, and derives the poll interval.
 
-An idle poll writes nothing. What a crash loses is a few seconds of last-seen times.
+An idle poll writes nothing. A crash loses a few seconds of last-seen times.
 """
 
 import threading
@@ -13,7 +13,7 @@ from qflare_server.storage.database import Database
 from qflare_server.storage.repository import devices
 
 WINDOW_S = 30.0
-BATCH = 128  # devices of one transaction, so that no call waits long for the writer
+BATCH = 128  # devices per transaction; bounds how long calls wait for the writer
 
 
 class Presence:

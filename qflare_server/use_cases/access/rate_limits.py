@@ -15,7 +15,7 @@ class RateLimiter:
 
     Args:
         calls_per_second: What a caller may do on average; ten seconds of it at once. 0 means no bound.
-        monotonic: Gives seconds that never go back.
+        monotonic: Monotonic clock, in seconds.
     """
 
     def __init__(self, calls_per_second: float, monotonic: Callable[[], float]) -> None:

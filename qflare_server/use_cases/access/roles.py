@@ -1,6 +1,6 @@
 """Role-based access control: one table that lists every method of both services.
 
-A method without a row cannot be called, and a test fails on it. Roles include nothing but what stands here.
+A method without a row cannot be called, and a test fails on it. Roles have no permissions beyond this table.
 """
 
 from enum import StrEnum

@@ -31,7 +31,7 @@ REQUEST_MEMORY_S = 86_400
 
 @dataclass(frozen=True)
 class IssuedToken:
-    """A new token; the only place its secret ever stands."""
+    """A newly issued token; the only object that contains its secret."""
 
     token: UserToken
     secret: str
@@ -123,7 +123,7 @@ class Tokens:
             caller: For the audit log.
             name: Whom it is for, 1 to 200 printable characters.
             roles: What it may do.
-            lifetime_s: Seconds that it lives; None means for ever.
+            lifetime_s: Lifetime in seconds; None means no expiry.
             request_id: A second call with the same one issues nothing.
             hand_over: Given the secret before the token is committed; may be called again for another secret.
 

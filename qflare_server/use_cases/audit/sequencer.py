@@ -3,7 +3,7 @@
 Calls only insert rows; they never wait for the tree. The sequencer gives committed rows their places afterwards, in
 the order of their ids, some at a time, one transaction for each batch, together with the nodes that the batch
 completes. On PostgreSQL ids become visible out of order: a row whose transaction commits later than that of a higher
-id gets a later place, so places say the order of becoming known, ids that of beginning; no row is lost.
+id gets a later place, so places follow visibility, ids follow insertion; no row is lost.
 
 Several coordinators may run sequencers: a locked row lets one work at a time, and the unique keys of places and
 nodes refuse whatever slips past it. A crash loses a batch as a whole, and the next pass does it again.
@@ -32,7 +32,7 @@ from qflare_server.use_cases.audit import witness
 logger = logging.getLogger(__name__)
 
 BATCH: Final = 256  # entries of one transaction, which on SQLite holds the one writer for 5 ms
-MAX_IDLE: Final = 8  # passes in a row that place nothing, before whoever waits gives up
+MAX_IDLE: Final = 8  # consecutive empty passes before a waiting caller gives up
 HEAD_INTERVAL: Final = timedelta(seconds=10)
 ORIGIN_SUFFIX: Final = "/audit"
 
@@ -144,7 +144,8 @@ class AuditSequencer:
     def _place_all(self, *, wait: bool) -> int:
         """Sequence what is committed by now, or return if another sequencer is at work.
 
-        What comes in meanwhile is left for the next pass: chasing it would make a transaction for every few entries.
+        Entries committed meanwhile wait for the next pass: including them would cost a transaction for every few
+        entries.
         """
         total = idle = 0
         while idle < (MAX_IDLE if wait else 1):

@@ -1,7 +1,7 @@
 """The witness file: every signed head of the audit log, one line each (`qflare.evidence.checkpoints`), append-only.
 
-It is worth as much as it is out of reach of whoever can write to the database: a file on another machine, or one
-that another account reads and keeps.
+Keep it where an attacker with write access to the database cannot reach it: on another machine, or copied by
+another account.
 """
 
 import os

@@ -169,7 +169,7 @@ class Devices:
         return self._move(caller, device_id, DeviceState.ACTIVE, reason)
 
     def deactivate(self, caller: Caller, device_id: str, reason: str) -> Device:
-        """Take a device out of service until it calls again."""
+        """Mark a device inactive until its next call."""
         return self._move(caller, device_id, DeviceState.INACTIVE, reason)
 
     def revoke(self, caller: Caller, device_id: str, reason: str) -> Device:
@@ -214,7 +214,7 @@ class Devices:
     def confirm_profile(
         self, caller: Caller, device_id: str, profile: Profile, reason: str
     ) -> Device:
-        """Confirm device type and capabilities of a device: selection goes by these from then on.
+        """Confirm device type and capabilities of a device: selection uses these values.
 
         Raises:
             DeviceNotFoundError: There is no such device.
@@ -241,7 +241,7 @@ class Devices:
         return self._context.database.write(work)
 
     def update_reported(self, caller: Caller, device_id: str, profile: Profile) -> Device:
-        """Replace what a device says of itself; selection does not go by it."""
+        """Replace a device's self-reported profile; selection does not use it."""
         values = profile.columns()
         values["reported_type"] = values.pop("device_type")
         values["reported_capabilities"] = values.pop("capabilities")

@@ -2,9 +2,9 @@
 
 Constructor: ``Enrollment(context, keys)``.
 
-Invariants: an enrollment token makes one device (or gives one device other keys), whatever comes at the same moment:
-the UPDATE that consumes it decides, in the transaction that stores the device. The same token with the same keys gets
-the receipt again. Whoever is refused learns one text; the audit log holds the reason.
+Invariants: an enrollment token makes one device (or gives one device other keys), even under concurrent calls: the
+UPDATE that consumes it decides, in the transaction that stores the device. The same token with the same keys gets
+the receipt again. Every refusal sends the same text; the audit log has the reason.
 
 The cryptography of the messages is in `qflare.protocol.enrollment`.
 """
@@ -270,7 +270,7 @@ def _keep_confirmed(device: Device, profile: Mapping[str, Any]) -> dict[str, Any
 def _enrolled_profile(
     known: Device | None, profile: Mapping[str, Any]
 ) -> security_pb2.EnrolledProfile:
-    """Return what selection goes by once a device is enrolled."""
+    """Return the values that selection uses after enrollment."""
     named = {
         column: profile[column] if column in profile or known is None else getattr(known, column)
         for column in TRUSTED
@@ -323,7 +323,7 @@ def _event(application: protocol.EnrollmentApplication, plan: _Plan) -> Event:
 
 
 def _profile_columns(data: bytes) -> dict[str, Any]:
-    """Decode what a device says of itself; nothing for a device that says nothing.
+    """Decode a device's self-reported profile; empty if absent.
 
     Raises:
         InvalidRequestError: It is malformed or out of range.

@@ -34,7 +34,7 @@ class PublicKeys:
 
 @dataclass(frozen=True)
 class KnownDevice:
-    """A device as another registry knows it.
+    """A device record imported from another registry.
 
     Raises:
         InvalidRequestError: The id is empty, too long or not printable.
@@ -99,7 +99,7 @@ class KnownDevices:
             "state": known.state.value,
             "registered_at": known.registered_at or at,
             "last_seen_at": known.last_seen_at or at,
-            "confirmed_at": at,  # the program knows what its devices are
+            "confirmed_at": at,  # the embedding program's profile counts as confirmed
         }
         devices.insert_device(session, {**row, **columns, **key_columns(known.keys)})
         if known.keys.signature_key is not None:
@@ -142,7 +142,7 @@ class KnownDevices:
         return self._context.database.write(work)
 
     def note_seen(self, device_id: str) -> None:
-        """Write down that a device has called just now."""
+        """Record a device as seen now."""
         at = self._context.clock()
         self._context.database.write(lambda session: devices.record_seen(session, {device_id: at}))
 

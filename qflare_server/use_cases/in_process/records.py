@@ -73,7 +73,7 @@ def write_record(device: Device) -> dict[str, Any]:
 
 
 def write_summary(device: Device) -> dict[str, Any]:
-    """Return what a list of devices says of each."""
+    """Return the summary of each device for a list."""
     return {
         "device_id": device.id,
         "last_seen": _iso(device.last_seen_at),

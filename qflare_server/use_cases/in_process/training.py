@@ -90,13 +90,13 @@ class InProcess:
         self._training = use_case
 
     def progress(self) -> Progress | None:
-        """Return how far the training session in use is, None before the first contribution."""
+        """Return the progress of the training session in use, None before the first contribution."""
         with self._context.database.read() as session:
             training_session_id, training_session = find_in_use(session)
         return None if training_session is None else self._training.progress(training_session_id)
 
     def check(self, contribution: Contribution) -> None:
-        """Refuse what `contribute` would refuse, without writing anything.
+        """Check whether `contribute` would accept; writes nothing.
 
         Raises:
             QflareError: As `contribute`.

@@ -240,7 +240,7 @@ class Training:
         return self._changed(work)
 
     def resume(self, caller: Caller, training_session_id: str) -> TrainingSession:
-        """Go on after a pause; the open round gets its full time again.
+        """Resume after a pause; the open round's deadline restarts.
 
         Where it is running already, nothing changes.
 
@@ -317,7 +317,7 @@ class Training:
             return _get(session, training_session_id)
 
     def progress(self, training_session_id: str) -> Progress:
-        """Return how far the aggregation of a training session is.
+        """Return a training session's aggregation progress.
 
         Raises:
             TrainingSessionNotFoundError: There is no such training session.

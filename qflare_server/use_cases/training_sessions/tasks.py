@@ -48,7 +48,7 @@ class Tasks:
     ) -> NextTask:
         """Return the device's next task, in one read.
 
-        That there is nothing to do is remembered until something is: an idle poll costs one small read.
+        The absence of work is cached until work appears: an idle poll costs one small read.
 
         Args:
             device_id: Who asks.

@@ -1,9 +1,9 @@
 """Watching a training session: a stream of its events.
 
-What happened is found by comparing two looks at the database, so that every replica sees what any other did and no
-writer has to know who watches. A look is two or three reads by primary key. Watching never holds a transaction or a
-connection between two looks, is bounded in time, and ends at once when the coordinator drains. How many watch at once
-is bounded by `serving.rpc.limits.StreamLimits`.
+Events are derived by comparing two snapshots of the database, so every replica sees the changes of all others and
+writers need no knowledge of watchers. A snapshot takes two or three reads by primary key. A watch holds no
+transaction or connection between two snapshots, is bounded in time, and ends at once when the coordinator drains.
+`serving.rpc.limits.StreamLimits` bounds the number of watches.
 """
 
 import threading
@@ -46,7 +46,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class View:
-    """A training session as one look saw it: its unsettled rounds and its latest versions."""
+    """Snapshot of a training session: its unsettled rounds and its latest versions."""
 
     session: TrainingSession
     rounds: Mapping[int, Round]
@@ -55,7 +55,7 @@ class View:
 
 @dataclass(frozen=True)
 class Change:
-    """One difference between two looks."""
+    """A difference between two snapshots."""
 
     kind: Kind
     round_number: int | None = None
@@ -73,7 +73,7 @@ class SessionEvent:
 
 
 def changes(before: View, after: View) -> Iterator[Change]:
-    """Yield what has happened between two looks, in the order in which it must have happened."""
+    """Yield the events between two snapshots, in causal order."""
     for number in sorted(after.rounds):
         yield from _round_changes(before.rounds.get(number), after.rounds[number])
     for version, facts in sorted(after.versions.items()):
@@ -115,11 +115,11 @@ class Watching:
 
     @property
     def watcher_count(self) -> int:
-        """Watchers that are served."""
+        """Number of active watchers."""
         return len(self._watchers)
 
     def close(self) -> None:
-        """End every watch and take no other."""
+        """End every watch and refuse new ones."""
         with self._lock:
             self._closed = True
             for gone in self._watchers:
@@ -230,7 +230,7 @@ class Watching:
 def _first_round(
     training_session: TrainingSession, before: View | None, known_round: int | None
 ) -> int:
-    """Return the first round that can still tell anything new."""
+    """Return the first round that can still produce events."""
     if before is None:
         return (
             training_session.current_round
@@ -242,7 +242,7 @@ def _first_round(
 
 
 def _as_known(view: View, known_round: int | None) -> View:
-    """Return a look as the caller knows it, so that the first comparison tells the rest."""
+    """Return the snapshot known to the caller; the first comparison yields the missed events."""
     if known_round is None:
         return view
     rounds: dict[int, Any] = {
@@ -252,6 +252,6 @@ def _as_known(view: View, known_round: int | None) -> View:
 
 
 def _is_over(view: View) -> bool:
-    """Return whether nothing will happen any more but evaluations."""
+    """Return whether only evaluation events can still occur."""
     current = view.rounds.get(view.session.current_round)
     return view.session.state in ENDED and (current is None or current.state not in UNSETTLED)

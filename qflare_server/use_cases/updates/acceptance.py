@@ -3,7 +3,7 @@
 Requests that are ready at the same time are written by one of them in one transaction: the round is locked once, and
 update, payload and audit rows go in together, so that durable updates cost a fraction of a commit each. Whether an
 update is accepted is decided under the round's lock; an update that was accepted before gets its first receipt again,
-whatever has become of its round.
+whatever the state of its round.
 """
 
 import threading
@@ -50,7 +50,7 @@ from qflare_server.use_cases.updates.submission import Submission
 
 BATCH_LIMIT: Final = 128
 BATCH_WINDOW_S: Final = 0.01
-"""Longest wait for updates that are about to come, so that one commit serves them too."""
+"""Longest group-commit delay."""
 BUFFER_RETRY_S: Final = 0.05
 
 
@@ -120,7 +120,7 @@ class Acceptance:
     def preview(self, session: Session, submission: Submission) -> UpdateReceipt | None:
         """Return the receipt of an update that is accepted already; refuse one that would not be accepted.
 
-        Spares a device the upload of a large payload in vain; the decision falls when the payload has come.
+        Spares a device the upload of a large payload in vain; the final decision is made after the upload.
         """
         statement, facts = submission.statement, submission.facts
         number = None if is_asynchronous(facts.config) else statement.round_number
@@ -140,7 +140,7 @@ class Acceptance:
             batch, self._waiting = self._waiting[:BATCH_LIMIT], self._waiting[BATCH_LIMIT:]
         try:
             self._write(batch)
-        except BaseException as error:  # noqa: BLE001 - every waiting caller must hear of it
+        except BaseException as error:  # noqa: BLE001 - every waiting caller must get the error
             for entry in batch:
                 entry.accepted, entry.error = None, error
         with self._lock:
@@ -310,9 +310,9 @@ class _Admission:
 class _BufferedAdmission(_Admission):
     """Admission control for asynchronous sessions, where updates of older versions count in the open round.
 
-    A device contributes once from a version, to the round of its task or to a later one. While a full buffer
-    becomes a version there is no open round for a moment: the device is asked to send again, not to train again.
-    What was trained from a version that a rollback has undone meanwhile is not taken.
+    A device contributes once from a version, to the round of its task or to a later one. While a full buffer is
+    being aggregated no round is open: the device is asked to resend, not to retrain.
+    An update trained from a rolled-back version is refused.
     """
 
     def _refuse_round(self, base_version: int) -> QflareError | None:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 class BatchWindow:
     """Counts the updates in flight, to decide whether waiting for them pays; thread-safe.
 
-    While one comes at a time nobody waits. The more there are, the more come together, and the less of a commit each
-    of them costs (PostgreSQL's ``commit_delay`` with ``commit_siblings`` is the same thought).
+    A single update does not wait. The more updates are in flight, the more share a commit (like PostgreSQL's
+    ``commit_delay`` with ``commit_siblings``).
 
     Args:
         longest_s: Seconds that `wait` lasts at most.
@@ -24,7 +24,7 @@ class BatchWindow:
 
     @contextmanager
     def announced(self) -> Iterator[Callable[[], None]]:
-        """Be on the way for as long as the block lasts, or until what it yields is called."""
+        """Count as in flight until the block ends or the yielded function is called."""
         coming = [1]
 
         def over() -> None:
@@ -43,5 +43,5 @@ class BatchWindow:
                 over()
 
     def wait(self) -> None:
-        """Wait until nobody is on the way any more, but not for long."""
+        """Wait until no update is in flight, at most `longest_s`."""
         self._none_coming.wait(self._longest_s)

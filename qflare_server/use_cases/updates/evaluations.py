@@ -3,7 +3,7 @@
 Constructor: ``Evaluations(context)``.
 
 A report counts as many examples as the training session allows: as `evaluation.max_example_count` says, otherwise as
-many as the device's own updates stated, so that nobody weighs more by evaluating than by training. The signed
+many as the device's own updates stated, so no device weighs more in evaluation than in training. The signed
 statement is kept as evidence.
 """
 

@@ -49,7 +49,7 @@ FINAL_REFUSALS: Final = (
     NotFoundError,
     PermissionDeniedError,
 )
-"""Refusals that sending the same update again does not change."""
+"""Permanent refusals: resending the same update cannot succeed."""
 
 
 class Uploads:
@@ -111,7 +111,7 @@ class Uploads:
     def _accept(
         self, caller: Caller, submission: Submission, received: ReceivedPayload
     ) -> UpdateReceipt:
-        """Write an update; give up the upload of one that is refused for good."""
+        """Write an update; abandon the upload if it is refused permanently."""
         try:
             return self._acceptance.accept(caller, submission, received)
         except FINAL_REFUSALS:
@@ -146,7 +146,7 @@ class Uploads:
     def _receive(
         self, submission: Submission, chunks: Iterator[tuple[int, bytes]]
     ) -> tuple[ReceivedPayload | None, UpdateReceipt | None]:
-        """Take the payload in: a small one as it is, a large one on one of the places that there are."""
+        """Receive the payload: a small one directly, a large one in an upload slot."""
         if submission.expected.wire_size_bytes <= self._context.config.inline_payload_bytes:
             receiver_or_known = self._open_small(submission)
             if isinstance(receiver_or_known, UpdateReceipt):
@@ -176,7 +176,7 @@ class Uploads:
     def _fill_large(
         self, receiver: Receiver, chunks: Iterator[tuple[int, bytes]]
     ) -> ReceivedPayload:
-        """Receive the chunks; an upload that turned out wrong is given up, so that a right one may follow."""
+        """Receive the chunks; an invalid upload is abandoned, so that a valid one may follow."""
         try:
             return _fill(receiver, chunks)
         except InvalidRequestError:
@@ -203,7 +203,7 @@ class Uploads:
         return self._receiver(submission, found)
 
     def _unfinished(self, submission: Submission) -> payloads.UnfinishedUpload | None:
-        """Return the upload of this very update that broke off, None without one."""
+        """Return the interrupted upload of this update, None without one."""
         with self._context.database.read() as session:
             found = payloads.find_upload(session, submission.statement.update_id)
         mine = (submission.device.device_id, submission.statement_digest)
@@ -230,9 +230,9 @@ class Uploads:
         )
 
     def _remember(self, submission: Submission, receiver: Receiver) -> None:
-        """Write down that an upload has begun, so that it can be continued or swept.
+        """Record the start of an upload, so that it can be resumed or swept.
 
-        A device that has as many unfinished uploads as it may abandons the one that it has left alone longest.
+        At the limit of unfinished uploads, the device's least recently active one is abandoned.
         """
         sealed_key = receiver.stored_key if isinstance(receiver, OpeningReceiver) else None
         device_id = submission.device.device_id
@@ -267,14 +267,14 @@ def _require_complete(receiver: Receiver) -> None:
 def _fill(receiver: Receiver, chunks: Iterator[tuple[int, bytes]]) -> ReceivedPayload:
     """Receive the chunks up to the end of the stream, where it is known that no more come than belong to the payload.
 
-    What came of a broken upload is kept, what came of a wrong one is not.
+    Chunks of an interrupted upload are kept, those of an invalid one are not.
     """
     try:
         for index, chunk in chunks:
             receiver.add(index, chunk)
         _require_complete(receiver)
         return receiver.finish()
-    except (StalledError, UnauthenticatedError):  # the line or the token failed, not the update
+    except (StalledError, UnauthenticatedError):  # connection or token failed, not the update
         receiver.keep()
         raise
     except QflareError:

@@ -47,7 +47,7 @@ CACHE_BYTES = 96 * 2**20
 
 @dataclass(frozen=True)
 class Delivery:
-    """A version that is about to be sent."""
+    """A version prepared for download."""
 
     model: GlobalModel
     payload: StoredPayload
@@ -194,7 +194,7 @@ class Deliveries:
     def opened(
         self, caller: Caller, delivery: Delivery, first_chunk: int
     ) -> Iterator[tuple[int, bytes]]:
-        """Yield the chunks of what is in a version, for an administrator; opening a sealed one is put on record.
+        """Yield the chunks of what is in a version, for an administrator; opening a sealed one is audited.
 
         Raises:
             TooManyRequestsError: Too many large downloads are under way.

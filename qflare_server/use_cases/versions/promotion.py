@@ -51,7 +51,7 @@ GOES_ON: Final = frozenset({SessionState.RUNNING.value, SessionState.PAUSED.valu
 
 @dataclass(frozen=True)
 class Rollback:
-    """What a rollback made: a version, and the round that trains from it where training goes on."""
+    """Result of a rollback: a version, and the round that trains from it if training continues."""
 
     model: GlobalModel
     round: Round | None
@@ -199,7 +199,7 @@ class Promotion:
         config: training_pb2.TrainingConfig,
         signed: SignedVersion,
     ) -> RoundTask | None:
-        """Return the task of the round that trains from a rollback; None where training does not go on."""
+        """Return the task of the round that trains from a rollback; None if training does not continue."""
         if training_session.state not in GOES_ON:
             return None
         return sign_task(
@@ -230,7 +230,7 @@ def _rolled_back(
 def _draft(
     session: Session, training_session: TrainingSession, version: int, at: datetime
 ) -> VersionDraft:
-    """Return a version with the content of an older one; what privacy has cost stays spent.
+    """Return a version with the content of an older one; its privacy budget stays spent.
 
     Raises:
         QflareError: As `Promotion.roll_back`.
