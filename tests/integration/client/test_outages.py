@@ -123,11 +123,15 @@ def breaking(
     """Return a SubmitUpdate that ends with an error after every so many chunks."""
 
     def submit(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        for number, request in enumerate(requests):
-            if number == 0:
+        received = 0
+        for request in requests:
+            if request.HasField("header"):  # of a large payload it comes by itself
                 uploads.headers.append(request.header)
+            if not request.HasField("chunk"):
+                continue
             uploads.stored.append(request.chunk.data)
-            if number + 1 == every and len(uploads.stored) < CHUNKS:
+            received += 1
+            if received == every and len(uploads.stored) < CHUNKS:
                 fail(context, code, ErrorInfo(reason=reason))
         uploads.accepted = True
         return messages.SubmitUpdateResponse(update_id=UPDATE_ID)
