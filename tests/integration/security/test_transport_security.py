@@ -460,11 +460,15 @@ def test_private_keys_are_readable_by_their_owner_only(certificates: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--client", "../x"], ["--client", "ca"], ["--client", "server"], ["--days", "0"]],
+    "arguments", [["--client", "../x"], ["--client", "ca"], ["--client", "server"]]
 )
 def test_senseless_arguments_are_refused(tmp_path: Path, arguments: list[str]) -> None:
     assert main(["certificates", "make", "--output", str(tmp_path / "c"), *arguments]) == 1
+
+
+def test_a_lifetime_of_no_days_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["certificates", "make", "--output", str(tmp_path / "c"), "--days", "0"])
 
 
 @pytest.mark.parametrize("hosts", [("localhost",), ("*.example.org",), ("192.0.2.7",)])
