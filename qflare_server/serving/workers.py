@@ -36,8 +36,9 @@ def supervise(config: ServerConfig) -> int:
         if not told.is_set():
             # Not os.wait(), which would take the exit code away from the worker that it belongs to.
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
-        for worker in workers:
-            worker.send_signal(signal.SIGTERM)
+        if not told.is_set():  # a second signal would end those that drain at once
+            for worker in workers:
+                worker.send_signal(signal.SIGTERM)
         codes = [worker.wait() for worker in workers]
     as_told = told.is_set() and all(code in {0, -signal.SIGTERM} for code in codes)
     if not as_told:

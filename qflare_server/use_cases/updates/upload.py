@@ -19,9 +19,11 @@ from sqlalchemy.orm import Session
 from qflare.v1 import coordinator_service_pb2, security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
+    AlgorithmNotAcceptedError,
     AlreadyExistsError,
     FailedPreconditionError,
     InvalidRequestError,
+    InvalidSignatureError,
     InvalidUpdateError,
     NotFoundError,
     PermissionDeniedError,
@@ -91,7 +93,13 @@ class Uploads:
         with self._acceptance.window.announced() as received_all:
             if not has_arrived:
                 received_all()
-            submission = self._headers.check(device, header)
+            try:
+                submission = self._headers.check(device, header)
+            except (InvalidSignatureError, AlgorithmNotAcceptedError):
+                known = self._accepted_before(device, header)
+                if known is None:
+                    raise
+                return known
             update_id = submission.statement.update_id
             with telemetry.span("qflare.update", update_id=update_id, device_id=device.device_id):
                 with telemetry.span("qflare.update.receive"):
