@@ -235,7 +235,6 @@ class Devices:
                 {**values, "reason": reason},
             )
             audit.record(session, caller, event, at)
-            session.expire_all()
             return _found(devices.get_device(session, device_id))
 
         return self._context.database.write(work)
