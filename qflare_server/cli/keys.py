@@ -181,6 +181,10 @@ def issue_first_admin(parts: Application, path: Path) -> None:
 
     def hand_over(secret: str) -> None:
         make_private_folder(path.parent)
+        for left in path.parent.glob(
+            f".{path.name}.*"
+        ):  # of a start that was killed while it wrote
+            left.unlink(missing_ok=True)
         write_secret(path, secret.encode() + b"\n", replace=True)
 
     with suppress(AlreadyExistsError):
