@@ -176,7 +176,8 @@ test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) ## the tests on PostgreSQL, whic
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) -k postgresql $(PYTEST_ARGS)
 
 test-all: $(INSTALLED) $(FLOWER_INSTALLED) tools ## all tests, with everything that they need: a skip is a failure
-	QFLARE_REQUIRE_ALL=1 $(PYTEST) $(PYTEST_ARGS)
+	QFLARE_REQUIRE_ALL=1 $(BIN)/python -m pytest -m alone $(PYTEST_ARGS)
+	QFLARE_REQUIRE_ALL=1 $(PYTEST) -m 'not alone' $(PYTEST_ARGS)
 
 check: check-protos lint lint-deploy type test-all ## everything that CI runs
 

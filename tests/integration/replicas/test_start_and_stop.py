@@ -21,7 +21,7 @@ from tests.conftest import migrate
 from tests.support.postgresql import PostgresServer, installed_prefix
 from tests.support.processes import CoordinatorProcess
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 KILLS = 8
 

@@ -31,6 +31,8 @@ from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role
 from tests.support.processes import CoordinatorProcess
 
+pytestmark = pytest.mark.alone
+
 HEALTH_MS: Final = 100.0
 CALL_MS: Final = 500.0
 SHARE: Final = 0.9
