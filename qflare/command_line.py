@@ -9,14 +9,18 @@ import ctypes
 import math
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NoReturn
 
 from qflare.terminal import complain, printable, printable_lines
 
 WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130
+ENDED_AT_ONCE: Final = 1
+"""Exit code after a second signal."""
 _PR_SET_DUMPABLE: Final = 4  # sys/prctl.h of Linux
 
 
@@ -30,6 +34,37 @@ class ArgumentParser(argparse.ArgumentParser):
         """Print the usage, report the error and exit with code 2."""
         self.print_usage(sys.stderr)
         self.exit(WRONG_USAGE, failure_text(self.prog, message, f"{self.prog} --help"))
+
+
+def on_signals(numbers: Iterable[signal.Signals], first: Callable[[], None]) -> None:
+    """Run `first` in a thread on the first of some signals; a second one ends the process at once.
+
+    A handler runs in the main thread between any two instructions, also while that thread holds the lock of an `Event`
+    in its `wait`: `Event.set` in the handler would then wait for that lock for ever. So the handler takes no lock. In
+    a forked child the signals have their default effect.
+    """
+    reading, writing = os.pipe()
+    owner = os.getpid()
+    arrived = False
+
+    def handle(number: int, _frame: object) -> None:
+        nonlocal arrived
+        if os.getpid() != owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if arrived:
+            os._exit(ENDED_AT_ONCE)
+        arrived = True
+        os.write(writing, b"\0")
+
+    def await_signal() -> None:
+        os.read(reading, 1)
+        first()
+
+    threading.Thread(target=await_signal, name="signals", daemon=True).start()
+    for number in numbers:
+        signal.signal(number, handle)
 
 
 def failure_text(program: str, cause: str, remedy: str) -> str:

@@ -22,6 +22,7 @@ import qflare
 from qflare.command_line import (
     INTERRUPTED,
     ArgumentParser,
+    on_signals,
     protect_process,
     seconds,
     whole,
@@ -286,12 +287,7 @@ def _rotate(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     stop = threading.Event()
-
-    def end(*_: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
-
-    signal.signal(signal.SIGTERM, end)
+    on_signals((signal.SIGTERM,), stop.set)
     with _client(options) as client:
         summary = run(
             client,

@@ -6,11 +6,10 @@ import gc
 import logging
 import os
 import signal
-import sys
 import threading
 from typing import Any
 
-from qflare.command_line import whole
+from qflare.command_line import on_signals, whole
 from qflare.terminal import say
 from qflare_server.cli.keys import ensure_initialized
 from qflare_server.config import WORKER_VARIABLE, ServerConfig
@@ -51,8 +50,7 @@ def run_serve(config: ServerConfig, _arguments: argparse.Namespace) -> int:
     raise_file_limit()
     coordinator = Coordinator(config)
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: _end_at_once() if stopped.is_set() else stopped.set())
+    on_signals((signal.SIGTERM, signal.SIGINT), stopped.set)
     end_with_supervisor(stopped)
     coordinator.start()
     gc.collect()
@@ -62,12 +60,6 @@ def run_serve(config: ServerConfig, _arguments: argparse.Namespace) -> int:
     _bound_stop(config)
     coordinator.stop()
     return 0
-
-
-def _end_at_once() -> None:
-    """Exit on a second signal without waiting: acknowledged updates are durable."""
-    os.write(sys.stderr.fileno(), b"qflare-server: ended at once by a second signal\n")
-    os._exit(1)
 
 
 def _bound_stop(config: ServerConfig) -> None:

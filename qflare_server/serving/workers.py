@@ -22,25 +22,28 @@ def supervise(config: ServerConfig) -> int:
         0 if all ended as they were told to, else 1.
     """
     workers: list[subprocess.Popen[bytes]] = []
-    told = threading.Event()
+    told: set[int] = set()  # plain, since a handler must take no lock
+    is_told = False
 
     def forward(number: int, _frame: object) -> None:
-        told.set()
+        nonlocal is_told
+        is_told = True
         for worker in workers:
+            told.add(worker.pid)
             worker.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     with _shared_port(config.listen) as listen, _lifeline() as line:
         workers.extend(_start_worker(index, listen, line) for index in range(config.workers))
-        if not told.is_set():
+        if not is_told:
             # Not os.wait(), which would take the exit code away from the worker that it belongs to.
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
-        if not told.is_set():  # a second signal would end those that drain at once
-            for worker in workers:
+        for worker in workers:
+            if worker.pid not in told:  # a second signal would end one that drains at once
                 worker.send_signal(signal.SIGTERM)
         codes = [worker.wait() for worker in workers]
-    as_told = told.is_set() and all(code in {0, -signal.SIGTERM} for code in codes)
+    as_told = is_told and all(code in {0, -signal.SIGTERM} for code in codes)
     if not as_told:
         logger.error("a worker ended: exit codes %s", " ".join(map(str, codes)))
     return 0 if as_told else 1

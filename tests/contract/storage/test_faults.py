@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,7 @@ from tests.support.use_cases import CoordinatorHarness, vector
 
 BIG = 700_000  # elements: three chunks of float32
 TIMEOUT_S = 0.5
+PAUSE = threading.Event()
 
 
 @pytest.fixture
@@ -269,7 +271,7 @@ def test_an_update_whose_chunk_was_lost_on_the_way_is_not_acknowledged_and_goes_
         with large.database.read() as session:
             (payload_id,) = session.scalars(text("SELECT payload_id FROM uploads"))
         while large.store.stored_count(payload_id) < 2:
-            time.sleep(0.01)
+            PAUSE.wait(0.01)
         drop_chunk(large, payload_id, 1)
 
     with pytest.raises(ConflictError):

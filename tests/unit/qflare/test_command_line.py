@@ -1,0 +1,67 @@
+"""Signals of the command-line programs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+ANYWHERE = """
+import os, signal, sys, threading
+from qflare.command_line import on_signals
+
+stopped = threading.Event()
+on_signals((signal.SIGTERM,), stopped.set)
+{body}
+"""
+LOCK_IS_HELD = """
+wait = threading.Condition.wait
+
+def interrupted(self, timeout=None):  # `Event.wait` holds the lock here that `Event.set` needs
+    if threading.current_thread() is threading.main_thread():
+        os.kill(os.getpid(), signal.SIGTERM)
+    return wait(self, timeout)
+
+threading.Condition.wait = interrupted
+stopped.wait()
+sys.exit(0 if stopped.is_set() else 3)
+"""
+SECOND = """
+os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(3)
+"""
+CHILD = """
+reading, writing = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(writing, b"x")  # Python drops signals that come while it forks
+    threading.Event().wait()
+os.read(reading, 1)
+os.kill(child, signal.SIGTERM)
+ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+sys.exit(0 if ended == -signal.SIGTERM and not stopped.wait(0.2) else 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [(LOCK_IS_HELD, 0), (SECOND, 1), (CHILD, 0)], ids=["lock", "second", "child"]
+)
+def test_a_signal_stops_a_program_whatever_it_interrupts(body: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ANYWHERE.format(body=body)], cwd=ROOT, timeout=30, check=False
+    )
+
+    assert done.returncode == code
+
+
+def test_handlers_stand_where_they_are_known_to_take_no_lock() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("qflare", "qflare_client", "qflare_server")
+        for path in (ROOT / package).rglob("*.py")
+        if "signal.signal(" in path.read_text()
+    }
+
+    assert found == {"qflare/command_line.py", "qflare_server/serving/workers.py"}
