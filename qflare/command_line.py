@@ -40,8 +40,8 @@ def on_signals(numbers: Iterable[signal.Signals], first: Callable[[], None]) -> 
     """Run `first` in a thread on the first of some signals; a second one ends the process at once.
 
     A handler runs in the main thread between any two instructions, also while that thread holds the lock of an event
-    in its wait: setting the event in the handler would then wait for that lock for ever. So the handler takes no lock. In
-    a forked child the signals have their default effect.
+    that it waits for: setting the event in the handler would wait for that lock for ever. So the handler takes no lock.
+    In a forked child the signals have their default effect.
     """
     reading, writing = os.pipe()
     owner = os.getpid()
