@@ -36,27 +36,27 @@ class _TokenKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenKind.V
     TOKEN_KIND_UNSPECIFIED: _TokenKind.ValueType  # 0
     """Not set; as a filter, any kind."""
     TOKEN_KIND_ENROLLMENT: _TokenKind.ValueType  # 1
-    """To enroll one device."""
+    """Enroll one device."""
     TOKEN_KIND_ACCESS: _TokenKind.ValueType  # 2
-    """To call as a device."""
+    """Make calls as a device."""
     TOKEN_KIND_REFRESH: _TokenKind.ValueType  # 3
-    """To get new tokens."""
+    """Obtain new tokens."""
     TOKEN_KIND_ADMIN: _TokenKind.ValueType  # 4
-    """To call as an administrator."""
+    """Make calls as an administrator."""
 
 class TokenKind(_TokenKind, metaclass=_TokenKindEnumTypeWrapper):
-    """What a token gives a right to."""
+    """Kind of token: the right that it grants."""
 
 TOKEN_KIND_UNSPECIFIED: TokenKind.ValueType  # 0
 """Not set; as a filter, any kind."""
 TOKEN_KIND_ENROLLMENT: TokenKind.ValueType  # 1
-"""To enroll one device."""
+"""Enroll one device."""
 TOKEN_KIND_ACCESS: TokenKind.ValueType  # 2
-"""To call as a device."""
+"""Make calls as a device."""
 TOKEN_KIND_REFRESH: TokenKind.ValueType  # 3
-"""To get new tokens."""
+"""Obtain new tokens."""
 TOKEN_KIND_ADMIN: TokenKind.ValueType  # 4
-"""To call as an administrator."""
+"""Make calls as an administrator."""
 Global___TokenKind: _TypeAlias = TokenKind  # noqa: Y015
 
 class _RiskLevel:
@@ -77,7 +77,7 @@ class _RiskLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RiskLevel.V
     """Events that an operator must look at."""
 
 class RiskLevel(_RiskLevel, metaclass=_RiskLevelEnumTypeWrapper):
-    """How much an audit entry matters."""
+    """Risk level of an audit entry."""
 
 RISK_LEVEL_UNSPECIFIED: RiskLevel.ValueType  # 0
 """Not set; as a filter, any level."""
@@ -100,7 +100,7 @@ class _TrainingSessionEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapp
     TRAINING_SESSION_EVENT_KIND_UNSPECIFIED: _TrainingSessionEventKind.ValueType  # 0
     """Not set."""
     TRAINING_SESSION_EVENT_KIND_SNAPSHOT: _TrainingSessionEventKind.ValueType  # 1
-    """How things stand; always the first event."""
+    """Current state of the training session; always the first event."""
     TRAINING_SESSION_EVENT_KIND_STATE_CHANGED: _TrainingSessionEventKind.ValueType  # 2
     """The training session has changed its state."""
     TRAINING_SESSION_EVENT_KIND_ROUND_OPENED: _TrainingSessionEventKind.ValueType  # 3
@@ -108,23 +108,23 @@ class _TrainingSessionEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapp
     TRAINING_SESSION_EVENT_KIND_ROUND_PROGRESSED: _TrainingSessionEventKind.ValueType  # 4
     """The round has accepted further updates."""
     TRAINING_SESSION_EVENT_KIND_ROUND_CLOSED: _TrainingSessionEventKind.ValueType  # 5
-    """The round takes no more updates."""
+    """The round accepts no more updates."""
     TRAINING_SESSION_EVENT_KIND_ROUND_FAILED: _TrainingSessionEventKind.ValueType  # 6
     """The round has failed or was cancelled."""
     TRAINING_SESSION_EVENT_KIND_VERSION_PUBLISHED: _TrainingSessionEventKind.ValueType  # 7
-    """A version is published."""
+    """A version was published."""
     TRAINING_SESSION_EVENT_KIND_VERSION_CHANGED: _TrainingSessionEventKind.ValueType  # 8
-    """A version has further metrics or was released."""
+    """A version received metrics or was released."""
     TRAINING_SESSION_EVENT_KIND_KEEPALIVE: _TrainingSessionEventKind.ValueType  # 9
-    """Nothing has happened for a while."""
+    """Keepalive, sent when no event has occurred for a while."""
 
 class TrainingSessionEventKind(_TrainingSessionEventKind, metaclass=_TrainingSessionEventKindEnumTypeWrapper):
-    """What has happened to a training session that is watched."""
+    """Kind of event in the stream of a watched training session."""
 
 TRAINING_SESSION_EVENT_KIND_UNSPECIFIED: TrainingSessionEventKind.ValueType  # 0
 """Not set."""
 TRAINING_SESSION_EVENT_KIND_SNAPSHOT: TrainingSessionEventKind.ValueType  # 1
-"""How things stand; always the first event."""
+"""Current state of the training session; always the first event."""
 TRAINING_SESSION_EVENT_KIND_STATE_CHANGED: TrainingSessionEventKind.ValueType  # 2
 """The training session has changed its state."""
 TRAINING_SESSION_EVENT_KIND_ROUND_OPENED: TrainingSessionEventKind.ValueType  # 3
@@ -132,15 +132,15 @@ TRAINING_SESSION_EVENT_KIND_ROUND_OPENED: TrainingSessionEventKind.ValueType  # 
 TRAINING_SESSION_EVENT_KIND_ROUND_PROGRESSED: TrainingSessionEventKind.ValueType  # 4
 """The round has accepted further updates."""
 TRAINING_SESSION_EVENT_KIND_ROUND_CLOSED: TrainingSessionEventKind.ValueType  # 5
-"""The round takes no more updates."""
+"""The round accepts no more updates."""
 TRAINING_SESSION_EVENT_KIND_ROUND_FAILED: TrainingSessionEventKind.ValueType  # 6
 """The round has failed or was cancelled."""
 TRAINING_SESSION_EVENT_KIND_VERSION_PUBLISHED: TrainingSessionEventKind.ValueType  # 7
-"""A version is published."""
+"""A version was published."""
 TRAINING_SESSION_EVENT_KIND_VERSION_CHANGED: TrainingSessionEventKind.ValueType  # 8
-"""A version has further metrics or was released."""
+"""A version received metrics or was released."""
 TRAINING_SESSION_EVENT_KIND_KEEPALIVE: TrainingSessionEventKind.ValueType  # 9
-"""Nothing has happened for a while."""
+"""Keepalive, sent when no event has occurred for a while."""
 Global___TrainingSessionEventKind: _TypeAlias = TrainingSessionEventKind  # noqa: Y015
 
 @_typing.final
@@ -163,9 +163,9 @@ class Token(_message.Message):
     token_id: _builtins.str
     """Id, 32 hex digits."""
     kind: Global___TokenKind.ValueType
-    """What it gives a right to."""
+    """Right that the token grants."""
     subject: _builtins.str
-    """Device, administrator or label that it is for."""
+    """Device, administrator or label that it was issued for."""
     revoke_reason: _builtins.str
     """Why it was revoked."""
     @_builtins.property
@@ -178,23 +178,23 @@ class Token(_message.Message):
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it ends. Absent means never."""
+        """Expiry time. Absent means never."""
 
     @_builtins.property
     def use_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was consumed (enrollment, refresh). Absent if it was not."""
+        """When it was consumed (enrollment, refresh). Absent if unused."""
 
     @_builtins.property
     def last_use_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was last used. Absent if it was not."""
+        """When it was last used. Absent if never."""
 
     @_builtins.property
     def revoke_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was revoked. Absent if it was not."""
+        """When it was revoked. Absent if not revoked."""
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Groups that a device gets which enrolls with it."""
+        """Groups assigned to a device that enrolls with it."""
 
     def __init__(
         self,
@@ -258,19 +258,19 @@ class AuditEntry(_message.Message):
     audit_id: _builtins.int
     """Number of the entry."""
     leaf_index: _builtins.int
-    """Place in the Merkle tree. Absent until it has one, within seconds."""
+    """Leaf index in the Merkle tree. Absent until the entry is sequenced, within seconds."""
     event_type: _builtins.str
     """Kind of event, such as device.registered."""
     actor: _builtins.str
-    """Who did it: device:ID, admin:NAME or system."""
+    """Actor: device:ID, admin:NAME or system."""
     subject: _builtins.str
-    """What it was done to, such as device:ID or training_session:ID."""
+    """Subject of the event, such as device:ID or training_session:ID."""
     peer_address: _builtins.str
     """Address of the caller."""
     authentication_method: _builtins.str
-    """How the caller proved itself: token, signature, none."""
+    """Authentication method of the caller: token, signature, none."""
     risk_level: Global___RiskLevel.ValueType
-    """How much it matters."""
+    """Risk level."""
     @_builtins.property
     def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Details by name."""
@@ -335,18 +335,18 @@ class CreateTrainingSessionRequest(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name for people, 1 to 200 characters."""
+    """Display name, 1 to 200 characters."""
     model_type: _builtins.str
     """Kind of model; free text, at most 100 characters."""
     request_id: _builtins.str
-    """Id of this call, at most 100 characters. Empty means that a repeated call creates another."""
+    """Idempotency key, at most 100 characters. Empty means that a repeated call creates another training session."""
     @_builtins.property
     def architecture(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Description of the architecture; free key-value text."""
 
     @_builtins.property
     def config(self) -> _training_pb2.TrainingConfig:
-        """Configuration; what is left out takes its default."""
+        """Configuration. Omitted fields take their defaults."""
 
     def __init__(
         self,
@@ -374,7 +374,7 @@ class CreateTrainingSessionResponse(_message.Message):
     TRAINING_SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def training_session(self) -> _training_pb2.TrainingSession:
-        """As it was created, every default filled in."""
+        """The training session as created, with all defaults filled in."""
 
     def __init__(
         self,
@@ -391,7 +391,7 @@ Global___CreateTrainingSessionResponse: _TypeAlias = CreateTrainingSessionRespon
 
 @_typing.final
 class InitialModelHeader(_message.Message):
-    """What comes before the bytes of an initial model."""
+    """Header of an initial model upload."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -401,7 +401,7 @@ class InitialModelHeader(_message.Message):
     training_session_id: _builtins.str
     """Training session."""
     payload_digest: _builtins.str
-    """Digest of the payload. Empty means that the bytes are taken as they come."""
+    """Digest of the payload. Empty means that the payload is not checked against a digest."""
     @_builtins.property
     def manifest(self) -> _tensor_pb2.Manifest:
         """Layout of the payload."""
@@ -423,7 +423,7 @@ Global___InitialModelHeader: _TypeAlias = InitialModelHeader  # noqa: Y015
 
 @_typing.final
 class UploadInitialModelRequest(_message.Message):
-    """A piece of an initial model."""
+    """One message of an initial model upload."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -506,7 +506,7 @@ class StartTrainingSessionResponse(_message.Message):
     TRAINING_SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def training_session(self) -> _training_pb2.TrainingSession:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -552,7 +552,7 @@ class PauseTrainingSessionResponse(_message.Message):
     TRAINING_SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def training_session(self) -> _training_pb2.TrainingSession:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -598,7 +598,7 @@ class ResumeTrainingSessionResponse(_message.Message):
     TRAINING_SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def training_session(self) -> _training_pb2.TrainingSession:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -624,7 +624,7 @@ class CancelTrainingSessionRequest(_message.Message):
     training_session_id: _builtins.str
     """Training session."""
     reason: _builtins.str
-    """Why, for the audit log; at most 500 characters."""
+    """Reason, recorded in the audit log; at most 500 characters."""
     def __init__(
         self,
         *,
@@ -648,7 +648,7 @@ class CancelTrainingSessionResponse(_message.Message):
     TRAINING_SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def training_session(self) -> _training_pb2.TrainingSession:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -665,7 +665,7 @@ Global___CancelTrainingSessionResponse: _TypeAlias = CancelTrainingSessionRespon
 
 @_typing.final
 class GetTrainingSessionRequest(_message.Message):
-    """Asks for a training session."""
+    """Gets a training session."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -717,7 +717,7 @@ Global___GetTrainingSessionResponse: _TypeAlias = GetTrainingSessionResponse  # 
 
 @_typing.final
 class ListTrainingSessionsRequest(_message.Message):
-    """Asks for training sessions."""
+    """Lists training sessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -725,9 +725,9 @@ class ListTrainingSessionsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most entries of a page, 1 to 1,000. 0 means 50."""
+    """Maximum number of entries per page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
-    """Where to go on, from the page before. Empty means the first page."""
+    """Page token from the previous response. Empty means the first page."""
     state: _training_pb2.TrainingSessionState.ValueType
     """Only those in this state."""
     def __init__(
@@ -754,7 +754,7 @@ class ListTrainingSessionsResponse(_message.Message):
     TRAINING_SESSIONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Where to go on. Empty on the last page."""
+    """Token of the next page. Empty on the last page."""
     @_builtins.property
     def training_sessions(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.TrainingSession]:
         """Training sessions, newest first."""
@@ -775,7 +775,7 @@ Global___ListTrainingSessionsResponse: _TypeAlias = ListTrainingSessionsResponse
 
 @_typing.final
 class ListRoundsRequest(_message.Message):
-    """Asks for rounds."""
+    """Lists rounds."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -785,9 +785,9 @@ class ListRoundsRequest(_message.Message):
     training_session_id: _builtins.str
     """Training session."""
     page_size: _builtins.int
-    """Most entries of a page, 1 to 1,000. 0 means 50."""
+    """Maximum number of entries per page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
-    """Where to go on, from the page before. Empty means the first page."""
+    """Page token from the previous response. Empty means the first page."""
     def __init__(
         self,
         *,
@@ -812,7 +812,7 @@ class ListRoundsResponse(_message.Message):
     ROUNDS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Where to go on. Empty on the last page."""
+    """Token of the next page. Empty on the last page."""
     @_builtins.property
     def rounds(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.Round]:
         """Rounds, newest first."""
@@ -833,7 +833,7 @@ Global___ListRoundsResponse: _TypeAlias = ListRoundsResponse  # noqa: Y015
 
 @_typing.final
 class ListGlobalModelsRequest(_message.Message):
-    """Asks for versions."""
+    """Lists versions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -843,9 +843,9 @@ class ListGlobalModelsRequest(_message.Message):
     training_session_id: _builtins.str
     """Training session."""
     page_size: _builtins.int
-    """Most entries of a page, 1 to 1,000. 0 means 50."""
+    """Maximum number of entries per page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
-    """Where to go on, from the page before. Empty means the first page."""
+    """Page token from the previous response. Empty means the first page."""
     def __init__(
         self,
         *,
@@ -870,7 +870,7 @@ class ListGlobalModelsResponse(_message.Message):
     GLOBAL_MODELS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Where to go on. Empty on the last page."""
+    """Token of the next page. Empty on the last page."""
     @_builtins.property
     def global_models(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.GlobalModel]:
         """Versions, newest first, without manifests."""
@@ -891,7 +891,7 @@ Global___ListGlobalModelsResponse: _TypeAlias = ListGlobalModelsResponse  # noqa
 
 @_typing.final
 class DownloadGlobalModelRequest(_message.Message):
-    """Asks for a version with its bytes."""
+    """Downloads a version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -903,7 +903,7 @@ class DownloadGlobalModelRequest(_message.Message):
     version: _builtins.int
     """Version. Absent means the latest."""
     first_chunk: _builtins.int
-    """First chunk to send, to go on with a download that broke off. 0 means all."""
+    """First chunk to send, to resume an interrupted download. 0 means all."""
     def __init__(
         self,
         *,
@@ -923,7 +923,7 @@ Global___DownloadGlobalModelRequest: _TypeAlias = DownloadGlobalModelRequest  # 
 
 @_typing.final
 class DownloadGlobalModelResponse(_message.Message):
-    """A piece of a version."""
+    """One message of a version download."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -953,7 +953,7 @@ Global___DownloadGlobalModelResponse: _TypeAlias = DownloadGlobalModelResponse  
 
 @_typing.final
 class ListUpdatesRequest(_message.Message):
-    """Asks for updates."""
+    """Lists updates."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -966,9 +966,9 @@ class ListUpdatesRequest(_message.Message):
     round_number: _builtins.int
     """Round."""
     page_size: _builtins.int
-    """Most entries of a page, 1 to 1,000. 0 means 50."""
+    """Maximum number of entries per page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
-    """Where to go on, from the page before. Empty means the first page."""
+    """Page token from the previous response. Empty means the first page."""
     def __init__(
         self,
         *,
@@ -994,10 +994,10 @@ class ListUpdatesResponse(_message.Message):
     UPDATES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Where to go on. Empty on the last page."""
+    """Token of the next page. Empty on the last page."""
     @_builtins.property
     def updates(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.ModelUpdate]:
-        """Updates in the order of their acceptance."""
+        """Updates in order of acceptance."""
 
     def __init__(
         self,
@@ -1015,7 +1015,7 @@ Global___ListUpdatesResponse: _TypeAlias = ListUpdatesResponse  # noqa: Y015
 
 @_typing.final
 class GetAggregationStatusRequest(_message.Message):
-    """Asks how far the aggregation is."""
+    """Gets the aggregation status."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1037,7 +1037,7 @@ Global___GetAggregationStatusRequest: _TypeAlias = GetAggregationStatusRequest  
 
 @_typing.final
 class GetAggregationStatusResponse(_message.Message):
-    """How far the aggregation is."""
+    """Aggregation status."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1085,7 +1085,7 @@ Global___GetAggregationStatusResponse: _TypeAlias = GetAggregationStatusResponse
 
 @_typing.final
 class GetDeviceRequest(_message.Message):
-    """Asks for a device."""
+    """Gets a device."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1131,7 +1131,7 @@ Global___GetDeviceResponse: _TypeAlias = GetDeviceResponse  # noqa: Y015
 
 @_typing.final
 class ListDevicesRequest(_message.Message):
-    """Asks for devices."""
+    """Lists devices."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1143,9 +1143,9 @@ class ListDevicesRequest(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most entries of a page, 1 to 1,000. 0 means 50."""
+    """Maximum number of entries per page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
-    """Where to go on, from the page before. Empty means the first page."""
+    """Page token from the previous response. Empty means the first page."""
     state: _device_pb2.DeviceState.ValueType
     """Only those in this state."""
     device_type: _builtins.str
@@ -1154,11 +1154,11 @@ class ListDevicesRequest(_message.Message):
     """Only those in this group. Empty means any."""
     @_builtins.property
     def seen_after_time(self) -> _timestamp_pb2.Timestamp:
-        """Only those that were seen since. Absent means any."""
+        """Only those last seen at or after this time. Absent means any."""
 
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.CapabilityFilter]:
-        """Only those whose capabilities meet all of these."""
+        """Only those whose capabilities match all of these filters."""
 
     def __init__(
         self,
@@ -1188,7 +1188,7 @@ class ListDevicesResponse(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Where to go on. Empty on the last page."""
+    """Token of the next page. Empty on the last page."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[_device_pb2.Device]:
         """Devices by id."""
@@ -1218,7 +1218,7 @@ class SuspendDeviceRequest(_message.Message):
     device_id: _builtins.str
     """Device."""
     reason: _builtins.str
-    """Why, for the audit log; at most 500 characters."""
+    """Reason, recorded in the audit log; at most 500 characters."""
     def __init__(
         self,
         *,
@@ -1242,7 +1242,7 @@ class SuspendDeviceResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def device(self) -> _device_pb2.Device:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -1268,7 +1268,7 @@ class ReinstateDeviceRequest(_message.Message):
     device_id: _builtins.str
     """Device."""
     reason: _builtins.str
-    """Why, for the audit log; at most 500 characters."""
+    """Reason, recorded in the audit log; at most 500 characters."""
     def __init__(
         self,
         *,
@@ -1292,7 +1292,7 @@ class ReinstateDeviceResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def device(self) -> _device_pb2.Device:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -1318,7 +1318,7 @@ class RevokeDeviceRequest(_message.Message):
     device_id: _builtins.str
     """Device."""
     reason: _builtins.str
-    """Why, for the audit log; at most 500 characters."""
+    """Reason, recorded in the audit log; at most 500 characters."""
     def __init__(
         self,
         *,
@@ -1342,7 +1342,7 @@ class RevokeDeviceResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def device(self) -> _device_pb2.Device:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -1359,7 +1359,7 @@ Global___RevokeDeviceResponse: _TypeAlias = RevokeDeviceResponse  # noqa: Y015
 
 @_typing.final
 class SetDeviceGroupsRequest(_message.Message):
-    """Puts a device into groups."""
+    """Sets the groups of a device."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1369,10 +1369,10 @@ class SetDeviceGroupsRequest(_message.Message):
     device_id: _builtins.str
     """Device."""
     reason: _builtins.str
-    """Why, for the audit log; at most 500 characters."""
+    """Reason, recorded in the audit log; at most 500 characters."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """All groups that it is in after the call: at most 32 names of 1 to 63 characters of a-z 0-9 . _ -, the first one a
+        """Complete list of groups after the call: at most 32 names of 1 to 63 characters of a-z 0-9 . _ -, the first one a
         letter or digit.
         """
 
@@ -1400,7 +1400,7 @@ class SetDeviceGroupsResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def device(self) -> _device_pb2.Device:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -1417,7 +1417,7 @@ Global___SetDeviceGroupsResponse: _TypeAlias = SetDeviceGroupsResponse  # noqa: 
 
 @_typing.final
 class ConfirmDeviceProfileRequest(_message.Message):
-    """Confirms what a device is."""
+    """Confirms the device type and capabilities of a device."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1450,10 +1450,10 @@ class ConfirmDeviceProfileRequest(_message.Message):
     device_type: _builtins.str
     """Kind of device, at most 100 characters."""
     reason: _builtins.str
-    """Why, for the audit log; at most 500 characters."""
+    """Reason, recorded in the audit log; at most 500 characters."""
     @_builtins.property
     def capabilities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """All capabilities that it has after the call, finite numbers."""
+        """Complete set of capabilities after the call; finite numbers."""
 
     def __init__(
         self,
@@ -1480,7 +1480,7 @@ class ConfirmDeviceProfileResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def device(self) -> _device_pb2.Device:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -1508,20 +1508,20 @@ class IssueEnrollmentTokensRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     token_count: _builtins.int
-    """How many, 1 to 1,000. 0 means 1."""
+    """Number of tokens, 1 to 1,000. 0 means 1."""
     label: _builtins.str
-    """What they are for, shown in lists; at most 200 characters."""
+    """Label, shown in lists; at most 200 characters."""
     device_id: _builtins.str
-    """Device that the token gives new keys to, after it lost its own. Empty means a new device."""
+    """Existing device that enrolls new keys with the token. Empty means a new device."""
     request_id: _builtins.str
-    """Id of this call, at most 100 characters; a repeated call with it is refused, since secrets are not kept."""
+    """Idempotency key, at most 100 characters. A repeated call is refused, because secrets are not stored."""
     @_builtins.property
     def lifetime(self) -> _duration_pb2.Duration:
-        """How long they live. Absent means 24 hours."""
+        """Lifetime. Absent means 24 hours."""
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Groups that the new devices get: at most 32 names of 1 to 63 characters of a-z 0-9 . _ -. Empty with device_id."""
+        """Groups assigned to the new devices: at most 32 names of 1 to 63 characters of a-z 0-9 . _ -. Empty with device_id."""
 
     def __init__(
         self,
@@ -1550,7 +1550,7 @@ class IssuedToken(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """The secret; shown this once."""
+    """The secret, returned only once."""
     @_builtins.property
     def token(self) -> Global___Token:
         """The token without its secret."""
@@ -1595,7 +1595,7 @@ Global___IssueEnrollmentTokensResponse: _TypeAlias = IssueEnrollmentTokensRespon
 
 @_typing.final
 class ListTokensRequest(_message.Message):
-    """Asks for tokens."""
+    """Lists tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1603,9 +1603,9 @@ class ListTokensRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most entries of a page, 1 to 1,000. 0 means 50."""
+    """Maximum number of entries per page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
-    """Where to go on, from the page before. Empty means the first page."""
+    """Page token from the previous response. Empty means the first page."""
     kind: Global___TokenKind.ValueType
     """Only those of this kind."""
     def __init__(
@@ -1632,7 +1632,7 @@ class ListTokensResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Where to go on. Empty on the last page."""
+    """Token of the next page. Empty on the last page."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
         """Tokens, newest first."""
@@ -1662,7 +1662,7 @@ class RevokeTokenRequest(_message.Message):
     token_id: _builtins.str
     """Token."""
     reason: _builtins.str
-    """Why, for the audit log; at most 200 characters."""
+    """Reason, recorded in the audit log; at most 200 characters."""
     def __init__(
         self,
         *,
@@ -1686,7 +1686,7 @@ class RevokeTokenResponse(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token(self) -> Global___Token:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -1703,7 +1703,7 @@ Global___RevokeTokenResponse: _TypeAlias = RevokeTokenResponse  # noqa: Y015
 
 @_typing.final
 class ListAuditEntriesRequest(_message.Message):
-    """Asks for audit entries."""
+    """Lists audit entries."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1716,9 +1716,9 @@ class ListAuditEntriesRequest(_message.Message):
     EVENT_TYPE_FIELD_NUMBER: _builtins.int
     RISK_LEVEL_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most entries of a page, 1 to 1,000. 0 means 50."""
+    """Maximum number of entries per page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
-    """Where to go on, from the page before. Empty means the first page."""
+    """Page token from the previous response. Empty means the first page."""
     actor: _builtins.str
     """Only those of this actor."""
     subject: _builtins.str
@@ -1764,7 +1764,7 @@ class ListAuditEntriesResponse(_message.Message):
     ENTRIES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Where to go on. Empty on the last page."""
+    """Token of the next page. Empty on the last page."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEntry]:
         """Entries, newest first."""
@@ -1795,14 +1795,12 @@ class WatchTrainingSessionRequest(_message.Message):
     training_session_id: _builtins.str
     """Training session."""
     known_round_number: _builtins.int
-    """Round up to which the caller knows what happened; what became of later rounds since is sent after the snapshot.
-    Absent means from the current round on.
+    """Last round whose events the caller has received. Outcomes of later rounds are sent after the snapshot. Absent means
+    to start at the current round.
     """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
-        """How long to watch at most. Absent means as long as the coordinator allows, 10 minutes unless it is configured
-        otherwise.
-        """
+        """Maximum duration of the stream. Absent means the coordinator's limit, 10 minutes by default."""
 
     def __init__(
         self,
@@ -1823,7 +1821,7 @@ Global___WatchTrainingSessionRequest: _TypeAlias = WatchTrainingSessionRequest  
 
 @_typing.final
 class WatchTrainingSessionResponse(_message.Message):
-    """Something that has happened to a training session."""
+    """An event of a training session."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1833,10 +1831,10 @@ class WatchTrainingSessionResponse(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     GLOBAL_MODEL_FIELD_NUMBER: _builtins.int
     kind: Global___TrainingSessionEventKind.ValueType
-    """What has happened."""
+    """Kind of event."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
-        """When the coordinator saw it."""
+        """When the coordinator observed it."""
 
     @_builtins.property
     def training_session(self) -> _training_pb2.TrainingSession:
@@ -1869,7 +1867,7 @@ Global___WatchTrainingSessionResponse: _TypeAlias = WatchTrainingSessionResponse
 
 @_typing.final
 class DescribeGlobalModelRequest(_message.Message):
-    """Asks for a version without its bytes."""
+    """Describes a version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1927,7 +1925,7 @@ Global___DescribeGlobalModelResponse: _TypeAlias = DescribeGlobalModelResponse  
 
 @_typing.final
 class ListMetricsRequest(_message.Message):
-    """Asks for metrics."""
+    """Lists metrics."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1937,9 +1935,9 @@ class ListMetricsRequest(_message.Message):
     training_session_id: _builtins.str
     """Training session."""
     page_size: _builtins.int
-    """Most entries of a page, 1 to 1,000. 0 means 50."""
+    """Maximum number of entries per page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
-    """Where to go on, from the page before. Empty means the first page."""
+    """Page token from the previous response. Empty means the first page."""
     def __init__(
         self,
         *,
@@ -2001,7 +1999,7 @@ Global___MetricValues: _TypeAlias = MetricValues  # noqa: Y015
 
 @_typing.final
 class VersionMetrics(_message.Message):
-    """What is known of how good a version is."""
+    """Metrics of a version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2066,14 +2064,16 @@ class VersionMetrics(_message.Message):
     epsilon: _builtins.float
     """Epsilon spent up to it. Absent without differential privacy."""
     released: _builtins.bool
-    """It is released."""
+    """Whether it is released."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was published."""
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Metrics by name: what devices reported with their updates, prefixed train_, and federated evaluation."""
+        """Metrics by name: those that devices reported with their updates, prefixed train_, and those of federated
+        evaluation.
+        """
 
     @_builtins.property
     def group_metrics(self) -> _containers.MessageMap[_builtins.str, Global___MetricValues]:
@@ -2111,7 +2111,7 @@ class ListMetricsResponse(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Where to go on. Empty on the last page."""
+    """Token of the next page. Empty on the last page."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionMetrics]:
         """Metrics of versions, oldest first."""
@@ -2144,7 +2144,7 @@ class RollbackGlobalModelRequest(_message.Message):
     version: _builtins.int
     """Version to restore; below the latest."""
     reason: _builtins.str
-    """Why, for the audit log; at most 500 characters."""
+    """Reason, recorded in the audit log; at most 500 characters."""
     def __init__(
         self,
         *,
@@ -2162,7 +2162,7 @@ Global___RollbackGlobalModelRequest: _TypeAlias = RollbackGlobalModelRequest  # 
 
 @_typing.final
 class RollbackGlobalModelResponse(_message.Message):
-    """What the rollback made."""
+    """Result of the rollback."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2174,7 +2174,7 @@ class RollbackGlobalModelResponse(_message.Message):
 
     @_builtins.property
     def round(self) -> _training_pb2.Round:
-        """The round that trains from it. Absent where the training session has ended."""
+        """The round that trains from it. Absent if the training session has ended."""
 
     def __init__(
         self,
@@ -2204,7 +2204,7 @@ class ReleaseGlobalModelRequest(_message.Message):
     version: _builtins.int
     """Version."""
     reason: _builtins.str
-    """Why, for the audit log; at most 500 characters."""
+    """Reason, recorded in the audit log; at most 500 characters."""
     def __init__(
         self,
         *,
@@ -2229,7 +2229,7 @@ class ReleaseGlobalModelResponse(_message.Message):
     GLOBAL_MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def global_model(self) -> _training_pb2.GlobalModel:
-        """As it is now."""
+        """State after the call."""
 
     def __init__(
         self,
@@ -2255,16 +2255,16 @@ class IssueAdminTokenRequest(_message.Message):
     LIFETIME_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Who it is for, 1 to 200 printable characters."""
+    """Administrator that it is issued to, 1 to 200 printable characters."""
     request_id: _builtins.str
-    """Id of this call, at most 100 characters; a repeated call with it is refused, since secrets are not kept."""
+    """Idempotency key, at most 100 characters. A repeated call is refused, because secrets are not stored."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Roles, one or more: viewer, operator, admin, auditor."""
 
     @_builtins.property
     def lifetime(self) -> _duration_pb2.Duration:
-        """How long it lives. Absent means until it is revoked."""
+        """Lifetime. Absent means until revoked."""
 
     def __init__(
         self,
@@ -2308,7 +2308,7 @@ Global___IssueAdminTokenResponse: _TypeAlias = IssueAdminTokenResponse  # noqa: 
 
 @_typing.final
 class ExportAuditEntriesRequest(_message.Message):
-    """Asks for all audit entries that meet the filters."""
+    """Exports all audit entries that match the filters."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2328,7 +2328,7 @@ class ExportAuditEntriesRequest(_message.Message):
     risk_level: Global___RiskLevel.ValueType
     """Only those of this risk level."""
     after_audit_id: _builtins.int
-    """Only those after this entry, to go on with an export that broke off."""
+    """Only those after this entry, to resume an interrupted export."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """Only those since. Absent means any."""
@@ -2382,7 +2382,7 @@ Global___ExportAuditEntriesResponse: _TypeAlias = ExportAuditEntriesResponse  # 
 
 @_typing.final
 class ReplicaStatus(_message.Message):
-    """A coordinator process that serves on the same database."""
+    """A coordinator process that shares the database."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2403,7 +2403,7 @@ class ReplicaStatus(_message.Message):
 
     @_builtins.property
     def last_seen_time(self) -> _timestamp_pb2.Timestamp:
-        """When it last said that it is there."""
+        """When it last sent a heartbeat."""
 
     def __init__(
         self,
@@ -2424,7 +2424,7 @@ Global___ReplicaStatus: _TypeAlias = ReplicaStatus  # noqa: Y015
 
 @_typing.final
 class DatabaseStatus(_message.Message):
-    """How the database is, seen from the answering process."""
+    """Status of the database, as seen by the answering process."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2464,7 +2464,7 @@ Global___DatabaseStatus: _TypeAlias = DatabaseStatus  # noqa: Y015
 
 @_typing.final
 class QueueStatus(_message.Message):
-    """How much waits to be done."""
+    """Sizes of the coordinator's queues."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2475,15 +2475,15 @@ class QueueStatus(_message.Message):
     UNSEQUENCED_AUDIT_COUNT_FIELD_NUMBER: _builtins.int
     OLDEST_CLOSED_ROUND_AGE_FIELD_NUMBER: _builtins.int
     open_round_count: _builtins.int
-    """Rounds that take updates."""
+    """Rounds that accept updates."""
     closed_round_count: _builtins.int
-    """Rounds that wait for their version."""
+    """Closed rounds whose version is pending."""
     pending_update_count: _builtins.int
     """Updates accepted and not yet part of a version."""
     unfinished_upload_count: _builtins.int
     """Uploads of large payloads that are not complete."""
     unsequenced_audit_count: _builtins.int
-    """Audit entries that have no place in the Merkle tree yet."""
+    """Audit entries not yet sequenced in the Merkle tree."""
     @_builtins.property
     def oldest_closed_round_age(self) -> _duration_pb2.Duration:
         """Longest time that a closed round has waited for its version. Absent without one."""
@@ -2508,7 +2508,7 @@ Global___QueueStatus: _TypeAlias = QueueStatus  # noqa: Y015
 
 @_typing.final
 class StorageStatus(_message.Message):
-    """What is stored."""
+    """Storage usage."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2529,7 +2529,7 @@ class StorageStatus(_message.Message):
     pruned_payload_count: _builtins.int
     """Payloads that were deleted under the retention of their training sessions."""
     free_bytes: _builtins.int
-    """Bytes free where the data is. Absent where the answering process does not know."""
+    """Free bytes on the volume that holds the data. Absent if unknown to the answering process."""
     def __init__(
         self,
         *,
@@ -2552,7 +2552,7 @@ Global___StorageStatus: _TypeAlias = StorageStatus  # noqa: Y015
 
 @_typing.final
 class GetCoordinatorStatusRequest(_message.Message):
-    """Asks how the coordinator is."""
+    """Gets the status of the coordinator."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2569,7 +2569,7 @@ Global___GetCoordinatorStatusRequest: _TypeAlias = GetCoordinatorStatusRequest  
 
 @_typing.final
 class GetCoordinatorStatusResponse(_message.Message):
-    """How the coordinator is."""
+    """Status of the coordinator."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2626,14 +2626,14 @@ class GetCoordinatorStatusResponse(_message.Message):
     version: _builtins.str
     """Version of the answering program."""
     watcher_count: _builtins.int
-    """Watchers that the answering process serves."""
+    """Number of watchers connected to the answering process."""
     @_builtins.property
     def server_time(self) -> _timestamp_pb2.Timestamp:
         """Time of the answer."""
 
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]:
-        """The processes that serve on this database."""
+        """The processes that share this database."""
 
     @_builtins.property
     def database(self) -> Global___DatabaseStatus:
@@ -2641,11 +2641,11 @@ class GetCoordinatorStatusResponse(_message.Message):
 
     @_builtins.property
     def queues(self) -> Global___QueueStatus:
-        """What waits."""
+        """Queue sizes."""
 
     @_builtins.property
     def storage(self) -> Global___StorageStatus:
-        """What is stored."""
+        """Storage usage."""
 
     @_builtins.property
     def device_counts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
@@ -2657,7 +2657,7 @@ class GetCoordinatorStatusResponse(_message.Message):
 
     @_builtins.property
     def upload_retention(self) -> _duration_pb2.Duration:
-        """Longest time that an unfinished upload is kept."""
+        """Retention time of an unfinished upload."""
 
     def __init__(
         self,
@@ -2683,7 +2683,7 @@ Global___GetCoordinatorStatusResponse: _TypeAlias = GetCoordinatorStatusResponse
 
 @_typing.final
 class GetAuditProofRequest(_message.Message):
-    """Asks for the proof that an audit entry is in the log."""
+    """Gets the inclusion proof of an audit entry."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2693,7 +2693,7 @@ class GetAuditProofRequest(_message.Message):
     audit_id: _builtins.int
     """Number of the entry."""
     leaf_index: _builtins.int
-    """Place of the entry in the log, from 0."""
+    """Leaf index of the entry in the log, from 0."""
     tree_size: _builtins.int
     """Size of the log to prove it in. Absent takes the latest signed head, or a fresh one if that is too small."""
     def __init__(
@@ -2728,7 +2728,7 @@ class GetAuditProofResponse(_message.Message):
     HEAD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def entry(self) -> _verification_pb2.AuditEvidence:
-        """The entry and its proof."""
+        """The entry and its inclusion proof."""
 
     @_builtins.property
     def head(self) -> _security_pb2.SignedEnvelope:
@@ -2750,7 +2750,7 @@ Global___GetAuditProofResponse: _TypeAlias = GetAuditProofResponse  # noqa: Y015
 
 @_typing.final
 class ExportVerificationBundleRequest(_message.Message):
-    """Asks for what an offline verifier needs."""
+    """Exports a verification bundle."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2778,7 +2778,7 @@ Global___ExportVerificationBundleRequest: _TypeAlias = ExportVerificationBundleR
 
 @_typing.final
 class ExportVerificationBundleResponse(_message.Message):
-    """A part of a bundle; merge them in their order."""
+    """A part of a bundle. Merge the parts in order."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -26,13 +26,13 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """The coordinator as administrators see it.
+    """Administrator API of the coordinator.
 
-    Made for grpcurl: every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
-    (viewer, operator, admin, auditor) decide which methods it may call. Lists are pages: ask again with
-    next_page_token until it is empty. Calls that create take a request_id of the caller's choice; the same call with
-    the same id gets the first answer again, another call with it is refused. A step of the life cycle that is done already
-    changes nothing when it is repeated.
+    Usable with grpcurl. Every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
+    (viewer, operator, admin, auditor) determine which methods it may call. Lists are paginated: call again with
+    next_page_token until it is empty. Calls that create something take a request_id chosen by the caller. The same call
+    with the same id returns the first response again; a different call with it is refused. Repeating a life-cycle step
+    that is already done has no effect.
     """
 
     def __init__(self, channel):
@@ -214,24 +214,24 @@ class AdminServiceStub(object):
 
 
 class AdminServiceServicer(object):
-    """The coordinator as administrators see it.
+    """Administrator API of the coordinator.
 
-    Made for grpcurl: every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
-    (viewer, operator, admin, auditor) decide which methods it may call. Lists are pages: ask again with
-    next_page_token until it is empty. Calls that create take a request_id of the caller's choice; the same call with
-    the same id gets the first answer again, another call with it is refused. A step of the life cycle that is done already
-    changes nothing when it is repeated.
+    Usable with grpcurl. Every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
+    (viewer, operator, admin, auditor) determine which methods it may call. Lists are paginated: call again with
+    next_page_token until it is empty. Calls that create something take a request_id chosen by the caller. The same call
+    with the same id returns the first response again; a different call with it is refused. Repeating a life-cycle step
+    that is already done has no effect.
     """
 
     def CreateTrainingSession(self, request, context):
-        """Create a training session. It waits for an initial model and for its start.
+        """Create a training session. It needs an initial model before it can start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadInitialModel(self, request_iterator, context):
-        """Upload the initial model: a header, then the chunks. Only before the start.
+        """Upload the initial model: a header, then the chunks. Allowed only before the session starts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -245,21 +245,21 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PauseTrainingSession(self, request, context):
-        """Take no updates until it is resumed; the round keeps what it has.
+        """Pause a training session. No updates are accepted until it resumes; the open round keeps its updates.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeTrainingSession(self, request, context):
-        """Go on after a pause; the open round gets a new deadline.
+        """Resume a paused training session. The open round gets a new deadline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelTrainingSession(self, request, context):
-        """End it; its versions stay.
+        """Cancel a training session. Its versions are kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -280,9 +280,9 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchTrainingSession(self, request, context):
-        """Follow a training session as it goes: a snapshot, then an event for everything that happens to its rounds and
-        versions. Ends by itself when the training session has ended or after a while; then ask again with
-        known_round_number. Few watchers are served at once.
+        """Stream the events of a training session: a snapshot, then one event per change to the session, its rounds and its
+        versions. The stream ends when the training session ends or when the time limit passes; call again with
+        known_round_number to continue. The number of concurrent watchers is limited.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -317,16 +317,16 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RollbackGlobalModel(self, request, context):
-        """Make an older version the base of the next round: it becomes a new version with the same content. An open round
-        is cancelled, its updates are rejected, and the next round opens at once. Where the latest version restores it
-        already, nothing changes and that version is the answer.
+        """Roll back to an older version. A new version with the same content becomes the base of the next round. An open
+        round is cancelled, its updates are rejected, and the next round opens at once. If the latest version already
+        restores the older one, nothing changes and the latest version is returned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseGlobalModel(self, request, context):
-        """Release a version, whatever the release gate says.
+        """Release a version, overriding the release gate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -341,14 +341,14 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListUpdates(self, request, context):
-        """List the updates of a round in the order of their acceptance.
+        """List the updates of a round in order of acceptance.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAggregationStatus(self, request, context):
-        """Get how far the aggregation of a training session is.
+        """Get the aggregation status of a training session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -369,7 +369,7 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SuspendDevice(self, request, context):
-        """Forbid a device to call until it is reinstated; takes effect on its next call.
+        """Suspend a device until it is reinstated, effective on its next call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -383,37 +383,37 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RevokeDevice(self, request, context):
-        """Forbid a device to call for ever; takes effect on its next call.
+        """Revoke a device permanently, effective on its next call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetDeviceGroups(self, request, context):
-        """Put a device into groups, and out of all others; takes effect on its next call.
+        """Set the groups of a device, replacing its current groups. Effective on its next call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ConfirmDeviceProfile(self, request, context):
-        """Confirm the device type and the capabilities of a device: selection goes by these from then on.
+        """Confirm the device type and capabilities of a device. Selection uses the confirmed values from then on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def IssueEnrollmentTokens(self, request, context):
-        """Issue enrollment tokens; the secrets are in this answer and nowhere else. With a device_id the token lets that
-        device enroll new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
-        still has its keys rotates them by itself (CoordinatorService.RotateKeys).
+        """Issue enrollment tokens. The secrets are returned only once, in this response. With a device_id, the token lets an
+        existing device that lost its keys enroll new ones. A device that still has its keys rotates them with
+        CoordinatorService.RotateKeys.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def IssueAdminToken(self, request, context):
-        """Issue an admin token; the secret is in this answer and nowhere else.
+        """Issue an admin token. The secret is returned only once, in this response.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -427,7 +427,7 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RevokeToken(self, request, context):
-        """Revoke a token; takes effect on the next call.
+        """Revoke a token, effective on the next call that uses it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -448,21 +448,22 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetCoordinatorStatus(self, request, context):
-        """Get how the coordinator itself is.
+        """Get the status of the coordinator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAuditProof(self, request, context):
-        """Get the proof that an audit entry is in the signed log.
+        """Get the inclusion proof of an audit entry in the signed log.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportVerificationBundle(self, request, context):
-        """Export what an offline verifier needs for a version, in parts whose serializations follow each other.
+        """Export the verification bundle of a version for offline verification. The bundle is the concatenation of the
+        serialized parts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -650,13 +651,13 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """The coordinator as administrators see it.
+    """Administrator API of the coordinator.
 
-    Made for grpcurl: every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
-    (viewer, operator, admin, auditor) decide which methods it may call. Lists are pages: ask again with
-    next_page_token until it is empty. Calls that create take a request_id of the caller's choice; the same call with
-    the same id gets the first answer again, another call with it is refused. A step of the life cycle that is done already
-    changes nothing when it is repeated.
+    Usable with grpcurl. Every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
+    (viewer, operator, admin, auditor) determine which methods it may call. Lists are paginated: call again with
+    next_page_token until it is empty. Calls that create something take a request_id chosen by the caller. The same call
+    with the same id returns the first response again; a different call with it is refused. Repeating a life-cycle step
+    that is already done has no effect.
     """
 
     @staticmethod

@@ -13,36 +13,36 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """The coordinator as administrators see it.
+    """Administrator API of the coordinator.
 
-    Made for grpcurl: every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
-    (viewer, operator, admin, auditor) decide which methods it may call. Lists are pages: ask again with
-    next_page_token until it is empty. Calls that create take a request_id of the caller's choice; the same call with
-    the same id gets the first answer again, another call with it is refused. A step of the life cycle that is done already
-    changes nothing when it is repeated.
+    Usable with grpcurl. Every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
+    (viewer, operator, admin, auditor) determine which methods it may call. Lists are paginated: call again with
+    next_page_token until it is empty. Calls that create something take a request_id chosen by the caller. The same call
+    with the same id returns the first response again; a different call with it is refused. Repeating a life-cycle step
+    that is already done has no effect.
     """
 
     def __init__(self, channel: _grpc.Channel) -> None: ...
     CreateTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CreateTrainingSessionRequest, _admin_service_pb2.CreateTrainingSessionResponse]
-    """Create a training session. It waits for an initial model and for its start."""
+    """Create a training session. It needs an initial model before it can start."""
     UploadInitialModel: _grpc.StreamUnaryMultiCallable[_admin_service_pb2.UploadInitialModelRequest, _admin_service_pb2.UploadInitialModelResponse]
-    """Upload the initial model: a header, then the chunks. Only before the start."""
+    """Upload the initial model: a header, then the chunks. Allowed only before the session starts."""
     StartTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.StartTrainingSessionRequest, _admin_service_pb2.StartTrainingSessionResponse]
     """Start the first round."""
     PauseTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PauseTrainingSessionRequest, _admin_service_pb2.PauseTrainingSessionResponse]
-    """Take no updates until it is resumed; the round keeps what it has."""
+    """Pause a training session. No updates are accepted until it resumes; the open round keeps its updates."""
     ResumeTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ResumeTrainingSessionRequest, _admin_service_pb2.ResumeTrainingSessionResponse]
-    """Go on after a pause; the open round gets a new deadline."""
+    """Resume a paused training session. The open round gets a new deadline."""
     CancelTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CancelTrainingSessionRequest, _admin_service_pb2.CancelTrainingSessionResponse]
-    """End it; its versions stay."""
+    """Cancel a training session. Its versions are kept."""
     GetTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetTrainingSessionRequest, _admin_service_pb2.GetTrainingSessionResponse]
     """Get a training session with its current round."""
     ListTrainingSessions: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListTrainingSessionsRequest, _admin_service_pb2.ListTrainingSessionsResponse]
     """List training sessions, newest first."""
     WatchTrainingSession: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.WatchTrainingSessionRequest, _admin_service_pb2.WatchTrainingSessionResponse]
-    """Follow a training session as it goes: a snapshot, then an event for everything that happens to its rounds and
-    versions. Ends by itself when the training session has ended or after a while; then ask again with
-    known_round_number. Few watchers are served at once.
+    """Stream the events of a training session: a snapshot, then one event per change to the session, its rounds and its
+    versions. The stream ends when the training session ends or when the time limit passes; call again with
+    known_round_number to continue. The number of concurrent watchers is limited.
     """
     ListRounds: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListRoundsRequest, _admin_service_pb2.ListRoundsResponse]
     """List the rounds of a training session, newest first."""
@@ -53,64 +53,66 @@ class AdminServiceStub:
     ListMetrics: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListMetricsRequest, _admin_service_pb2.ListMetricsResponse]
     """List the metrics of the versions of a training session, oldest first."""
     RollbackGlobalModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RollbackGlobalModelRequest, _admin_service_pb2.RollbackGlobalModelResponse]
-    """Make an older version the base of the next round: it becomes a new version with the same content. An open round
-    is cancelled, its updates are rejected, and the next round opens at once. Where the latest version restores it
-    already, nothing changes and that version is the answer.
+    """Roll back to an older version. A new version with the same content becomes the base of the next round. An open
+    round is cancelled, its updates are rejected, and the next round opens at once. If the latest version already
+    restores the older one, nothing changes and the latest version is returned.
     """
     ReleaseGlobalModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReleaseGlobalModelRequest, _admin_service_pb2.ReleaseGlobalModelResponse]
-    """Release a version, whatever the release gate says."""
+    """Release a version, overriding the release gate."""
     DownloadGlobalModel: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.DownloadGlobalModelRequest, _admin_service_pb2.DownloadGlobalModelResponse]
     """Download a version: a header, then the chunks. The coordinator opens a sealed version for the administrator and
     records it as `model.opened`: its header has no `sealed`, its chunk digests are those of the opened payload.
     """
     ListUpdates: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListUpdatesRequest, _admin_service_pb2.ListUpdatesResponse]
-    """List the updates of a round in the order of their acceptance."""
+    """List the updates of a round in order of acceptance."""
     GetAggregationStatus: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetAggregationStatusRequest, _admin_service_pb2.GetAggregationStatusResponse]
-    """Get how far the aggregation of a training session is."""
+    """Get the aggregation status of a training session."""
     GetDevice: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetDeviceRequest, _admin_service_pb2.GetDeviceResponse]
     """Get a device."""
     ListDevices: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListDevicesRequest, _admin_service_pb2.ListDevicesResponse]
     """List devices by id."""
     SuspendDevice: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SuspendDeviceRequest, _admin_service_pb2.SuspendDeviceResponse]
-    """Forbid a device to call until it is reinstated; takes effect on its next call."""
+    """Suspend a device until it is reinstated, effective on its next call."""
     ReinstateDevice: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReinstateDeviceRequest, _admin_service_pb2.ReinstateDeviceResponse]
     """Lift a suspension or a quarantine."""
     RevokeDevice: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RevokeDeviceRequest, _admin_service_pb2.RevokeDeviceResponse]
-    """Forbid a device to call for ever; takes effect on its next call."""
+    """Revoke a device permanently, effective on its next call."""
     SetDeviceGroups: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SetDeviceGroupsRequest, _admin_service_pb2.SetDeviceGroupsResponse]
-    """Put a device into groups, and out of all others; takes effect on its next call."""
+    """Set the groups of a device, replacing its current groups. Effective on its next call."""
     ConfirmDeviceProfile: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ConfirmDeviceProfileRequest, _admin_service_pb2.ConfirmDeviceProfileResponse]
-    """Confirm the device type and the capabilities of a device: selection goes by these from then on."""
+    """Confirm the device type and capabilities of a device. Selection uses the confirmed values from then on."""
     IssueEnrollmentTokens: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.IssueEnrollmentTokensRequest, _admin_service_pb2.IssueEnrollmentTokensResponse]
-    """Issue enrollment tokens; the secrets are in this answer and nowhere else. With a device_id the token lets that
-    device enroll new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
-    still has its keys rotates them by itself (CoordinatorService.RotateKeys).
+    """Issue enrollment tokens. The secrets are returned only once, in this response. With a device_id, the token lets an
+    existing device that lost its keys enroll new ones. A device that still has its keys rotates them with
+    CoordinatorService.RotateKeys.
     """
     IssueAdminToken: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.IssueAdminTokenRequest, _admin_service_pb2.IssueAdminTokenResponse]
-    """Issue an admin token; the secret is in this answer and nowhere else."""
+    """Issue an admin token. The secret is returned only once, in this response."""
     ListTokens: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListTokensRequest, _admin_service_pb2.ListTokensResponse]
     """List tokens without their secrets, newest first."""
     RevokeToken: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RevokeTokenRequest, _admin_service_pb2.RevokeTokenResponse]
-    """Revoke a token; takes effect on the next call."""
+    """Revoke a token, effective on the next call that uses it."""
     ListAuditEntries: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEntriesRequest, _admin_service_pb2.ListAuditEntriesResponse]
     """List audit entries, newest first."""
     ExportAuditEntries: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.ExportAuditEntriesRequest, _admin_service_pb2.ExportAuditEntriesResponse]
     """Export audit entries in batches, oldest first."""
     GetCoordinatorStatus: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetCoordinatorStatusRequest, _admin_service_pb2.GetCoordinatorStatusResponse]
-    """Get how the coordinator itself is."""
+    """Get the status of the coordinator."""
     GetAuditProof: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetAuditProofRequest, _admin_service_pb2.GetAuditProofResponse]
-    """Get the proof that an audit entry is in the signed log."""
+    """Get the inclusion proof of an audit entry in the signed log."""
     ExportVerificationBundle: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.ExportVerificationBundleRequest, _admin_service_pb2.ExportVerificationBundleResponse]
-    """Export what an offline verifier needs for a version, in parts whose serializations follow each other."""
+    """Export the verification bundle of a version for offline verification. The bundle is the concatenation of the
+    serialized parts.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The coordinator as administrators see it.
+    """Administrator API of the coordinator.
 
-    Made for grpcurl: every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
-    (viewer, operator, admin, auditor) decide which methods it may call. Lists are pages: ask again with
-    next_page_token until it is empty. Calls that create take a request_id of the caller's choice; the same call with
-    the same id gets the first answer again, another call with it is refused. A step of the life cycle that is done already
-    changes nothing when it is repeated.
+    Usable with grpcurl. Every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
+    (viewer, operator, admin, auditor) determine which methods it may call. Lists are paginated: call again with
+    next_page_token until it is empty. Calls that create something take a request_id chosen by the caller. The same call
+    with the same id returns the first response again; a different call with it is refused. Repeating a life-cycle step
+    that is already done has no effect.
     """
 
     @_abc_1.abstractmethod
@@ -119,7 +121,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.CreateTrainingSessionRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.CreateTrainingSessionResponse:
-        """Create a training session. It waits for an initial model and for its start."""
+        """Create a training session. It needs an initial model before it can start."""
 
     @_abc_1.abstractmethod
     def UploadInitialModel(
@@ -127,7 +129,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _abc.Iterator[_admin_service_pb2.UploadInitialModelRequest],
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.UploadInitialModelResponse:
-        """Upload the initial model: a header, then the chunks. Only before the start."""
+        """Upload the initial model: a header, then the chunks. Allowed only before the session starts."""
 
     @_abc_1.abstractmethod
     def StartTrainingSession(
@@ -143,7 +145,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.PauseTrainingSessionRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.PauseTrainingSessionResponse:
-        """Take no updates until it is resumed; the round keeps what it has."""
+        """Pause a training session. No updates are accepted until it resumes; the open round keeps its updates."""
 
     @_abc_1.abstractmethod
     def ResumeTrainingSession(
@@ -151,7 +153,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ResumeTrainingSessionRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.ResumeTrainingSessionResponse:
-        """Go on after a pause; the open round gets a new deadline."""
+        """Resume a paused training session. The open round gets a new deadline."""
 
     @_abc_1.abstractmethod
     def CancelTrainingSession(
@@ -159,7 +161,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.CancelTrainingSessionRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.CancelTrainingSessionResponse:
-        """End it; its versions stay."""
+        """Cancel a training session. Its versions are kept."""
 
     @_abc_1.abstractmethod
     def GetTrainingSession(
@@ -183,9 +185,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.WatchTrainingSessionRequest,
         context: _grpc.ServicerContext,
     ) -> _abc.Iterator[_admin_service_pb2.WatchTrainingSessionResponse]:
-        """Follow a training session as it goes: a snapshot, then an event for everything that happens to its rounds and
-        versions. Ends by itself when the training session has ended or after a while; then ask again with
-        known_round_number. Few watchers are served at once.
+        """Stream the events of a training session: a snapshot, then one event per change to the session, its rounds and its
+        versions. The stream ends when the training session ends or when the time limit passes; call again with
+        known_round_number to continue. The number of concurrent watchers is limited.
         """
 
     @_abc_1.abstractmethod
@@ -226,9 +228,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.RollbackGlobalModelRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.RollbackGlobalModelResponse:
-        """Make an older version the base of the next round: it becomes a new version with the same content. An open round
-        is cancelled, its updates are rejected, and the next round opens at once. Where the latest version restores it
-        already, nothing changes and that version is the answer.
+        """Roll back to an older version. A new version with the same content becomes the base of the next round. An open
+        round is cancelled, its updates are rejected, and the next round opens at once. If the latest version already
+        restores the older one, nothing changes and the latest version is returned.
         """
 
     @_abc_1.abstractmethod
@@ -237,7 +239,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ReleaseGlobalModelRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.ReleaseGlobalModelResponse:
-        """Release a version, whatever the release gate says."""
+        """Release a version, overriding the release gate."""
 
     @_abc_1.abstractmethod
     def DownloadGlobalModel(
@@ -255,7 +257,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ListUpdatesRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.ListUpdatesResponse:
-        """List the updates of a round in the order of their acceptance."""
+        """List the updates of a round in order of acceptance."""
 
     @_abc_1.abstractmethod
     def GetAggregationStatus(
@@ -263,7 +265,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.GetAggregationStatusRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.GetAggregationStatusResponse:
-        """Get how far the aggregation of a training session is."""
+        """Get the aggregation status of a training session."""
 
     @_abc_1.abstractmethod
     def GetDevice(
@@ -287,7 +289,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.SuspendDeviceRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.SuspendDeviceResponse:
-        """Forbid a device to call until it is reinstated; takes effect on its next call."""
+        """Suspend a device until it is reinstated, effective on its next call."""
 
     @_abc_1.abstractmethod
     def ReinstateDevice(
@@ -303,7 +305,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.RevokeDeviceRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.RevokeDeviceResponse:
-        """Forbid a device to call for ever; takes effect on its next call."""
+        """Revoke a device permanently, effective on its next call."""
 
     @_abc_1.abstractmethod
     def SetDeviceGroups(
@@ -311,7 +313,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.SetDeviceGroupsRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.SetDeviceGroupsResponse:
-        """Put a device into groups, and out of all others; takes effect on its next call."""
+        """Set the groups of a device, replacing its current groups. Effective on its next call."""
 
     @_abc_1.abstractmethod
     def ConfirmDeviceProfile(
@@ -319,7 +321,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ConfirmDeviceProfileRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.ConfirmDeviceProfileResponse:
-        """Confirm the device type and the capabilities of a device: selection goes by these from then on."""
+        """Confirm the device type and capabilities of a device. Selection uses the confirmed values from then on."""
 
     @_abc_1.abstractmethod
     def IssueEnrollmentTokens(
@@ -327,9 +329,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.IssueEnrollmentTokensRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.IssueEnrollmentTokensResponse:
-        """Issue enrollment tokens; the secrets are in this answer and nowhere else. With a device_id the token lets that
-        device enroll new keys after it lost its own: that is how an administrator rotates a device's keys. A device that
-        still has its keys rotates them by itself (CoordinatorService.RotateKeys).
+        """Issue enrollment tokens. The secrets are returned only once, in this response. With a device_id, the token lets an
+        existing device that lost its keys enroll new ones. A device that still has its keys rotates them with
+        CoordinatorService.RotateKeys.
         """
 
     @_abc_1.abstractmethod
@@ -338,7 +340,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.IssueAdminTokenRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.IssueAdminTokenResponse:
-        """Issue an admin token; the secret is in this answer and nowhere else."""
+        """Issue an admin token. The secret is returned only once, in this response."""
 
     @_abc_1.abstractmethod
     def ListTokens(
@@ -354,7 +356,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.RevokeTokenRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.RevokeTokenResponse:
-        """Revoke a token; takes effect on the next call."""
+        """Revoke a token, effective on the next call that uses it."""
 
     @_abc_1.abstractmethod
     def ListAuditEntries(
@@ -378,7 +380,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.GetCoordinatorStatusRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.GetCoordinatorStatusResponse:
-        """Get how the coordinator itself is."""
+        """Get the status of the coordinator."""
 
     @_abc_1.abstractmethod
     def GetAuditProof(
@@ -386,7 +388,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.GetAuditProofRequest,
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.GetAuditProofResponse:
-        """Get the proof that an audit entry is in the signed log."""
+        """Get the inclusion proof of an audit entry in the signed log."""
 
     @_abc_1.abstractmethod
     def ExportVerificationBundle(
@@ -394,6 +396,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ExportVerificationBundleRequest,
         context: _grpc.ServicerContext,
     ) -> _abc.Iterator[_admin_service_pb2.ExportVerificationBundleResponse]:
-        """Export what an offline verifier needs for a version, in parts whose serializations follow each other."""
+        """Export the verification bundle of a version for offline verification. The bundle is the concatenation of the
+        serialized parts.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _grpc.Server) -> None: ...

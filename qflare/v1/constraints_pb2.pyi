@@ -37,7 +37,7 @@ class _TextFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TextForm.Val
     """A UUID in lower case with hyphens."""
 
 class TextForm(_TextForm, metaclass=_TextFormEnumTypeWrapper):
-    """What text consists of."""
+    """Allowed form of text."""
 
 TEXT_FORM_UNSPECIFIED: TextForm.ValueType  # 0
 """Not set: printable characters, which leaves out control and format characters and every separator but U+0020."""
@@ -70,7 +70,7 @@ class Constraint(_message.Message):
     required: _builtins.bool
     """It has to be set: not zero, not empty; a message or a field with presence has to be there."""
     form: Global___TextForm.ValueType
-    """What text consists of."""
+    """Allowed form of text."""
     max_length: _builtins.int
     """Largest length: of text in characters (Unicode code points), of bytes in bytes."""
     max_items: _builtins.int

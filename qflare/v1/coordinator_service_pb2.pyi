@@ -33,27 +33,27 @@ class _TaskKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskKind.Val
     TASK_KIND_UNSPECIFIED: _TaskKind.ValueType  # 0
     """Not set."""
     TASK_KIND_WAIT: _TaskKind.ValueType  # 1
-    """Nothing; ask again after poll_delay."""
+    """No task; poll again after poll_delay."""
     TASK_KIND_TRAIN: _TaskKind.ValueType  # 2
     """Train from base_version and submit an update."""
     TASK_KIND_EVALUATE: _TaskKind.ValueType  # 3
-    """Measure base_version on data that is held back and report it."""
+    """Evaluate base_version on held-out data and report the metrics."""
     TASK_KIND_DONE: _TaskKind.ValueType  # 4
-    """The training session that was asked for has ended."""
+    """The requested training session has ended."""
 
 class TaskKind(_TaskKind, metaclass=_TaskKindEnumTypeWrapper):
-    """What a device is asked to do."""
+    """Kind of task assigned to a device."""
 
 TASK_KIND_UNSPECIFIED: TaskKind.ValueType  # 0
 """Not set."""
 TASK_KIND_WAIT: TaskKind.ValueType  # 1
-"""Nothing; ask again after poll_delay."""
+"""No task; poll again after poll_delay."""
 TASK_KIND_TRAIN: TaskKind.ValueType  # 2
 """Train from base_version and submit an update."""
 TASK_KIND_EVALUATE: TaskKind.ValueType  # 3
-"""Measure base_version on data that is held back and report it."""
+"""Evaluate base_version on held-out data and report the metrics."""
 TASK_KIND_DONE: TaskKind.ValueType  # 4
-"""The training session that was asked for has ended."""
+"""The requested training session has ended."""
 Global___TaskKind: _TypeAlias = TaskKind  # noqa: Y015
 
 @_typing.final
@@ -65,9 +65,9 @@ class Chunk(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """Number of the chunk, from 0. Chunks come in order."""
+    """Index of the chunk, from 0. Chunks are sent in order."""
     data: _builtins.bytes
-    """Bytes; exactly 1,048,576 but for the last chunk."""
+    """Content; exactly 1,048,576 bytes except in the last chunk."""
     def __init__(
         self,
         *,
@@ -84,7 +84,7 @@ Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 
 @_typing.final
 class GetKeysetRequest(_message.Message):
-    """Asks for the trust documents."""
+    """Gets the trust documents."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -130,7 +130,7 @@ Global___GetKeysetResponse: _TypeAlias = GetKeysetResponse  # noqa: Y015
 
 @_typing.final
 class BeginRegistrationRequest(_message.Message):
-    """First half of enrollment."""
+    """Enrollment, step 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -154,14 +154,14 @@ Global___BeginRegistrationRequest: _TypeAlias = BeginRegistrationRequest  # noqa
 
 @_typing.final
 class BeginRegistrationResponse(_message.Message):
-    """Answer to the first half of enrollment."""
+    """Response to enrollment, step 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CHALLENGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def challenge(self) -> _security_pb2.EnrollmentChallenge:
-        """What the device has to decapsulate to prove its KEM key."""
+        """Challenge that the device decapsulates to prove possession of its KEM key."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ Global___BeginRegistrationResponse: _TypeAlias = BeginRegistrationResponse  # no
 
 @_typing.final
 class RegisterRequest(_message.Message):
-    """Second half of enrollment."""
+    """Enrollment, step 2."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -230,14 +230,14 @@ Global___RegisterResponse: _TypeAlias = RegisterResponse  # noqa: Y015
 
 @_typing.final
 class BeginAuthenticationRequest(_message.Message):
-    """First half of a login."""
+    """Login, step 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> _security_pb2.SessionHello:
-        """Who wants to log in, and its half of the key agreement."""
+        """Identity of the device, and its share of the key agreement."""
 
     def __init__(
         self,
@@ -254,14 +254,14 @@ Global___BeginAuthenticationRequest: _TypeAlias = BeginAuthenticationRequest  # 
 
 @_typing.final
 class BeginAuthenticationResponse(_message.Message):
-    """Answer to the first half of a login."""
+    """Response to login, step 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CHALLENGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def challenge(self) -> _security_pb2.SessionChallenge:
-        """The coordinator's half, with its proof."""
+        """The coordinator's share of the key agreement, with its proof."""
 
     def __init__(
         self,
@@ -278,7 +278,7 @@ Global___BeginAuthenticationResponse: _TypeAlias = BeginAuthenticationResponse  
 
 @_typing.final
 class AuthenticateRequest(_message.Message):
-    """Second half of a login."""
+    """Login, step 2."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -326,7 +326,7 @@ Global___AuthenticateResponse: _TypeAlias = AuthenticateResponse  # noqa: Y015
 
 @_typing.final
 class RefreshTokenRequest(_message.Message):
-    """Asks for new tokens."""
+    """Requests new tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -404,7 +404,7 @@ class RotateKeysResponse(_message.Message):
 
     KEY_ROTATION_COUNT_FIELD_NUMBER: _builtins.int
     key_rotation_count: _builtins.int
-    """How often the device has changed its keys."""
+    """Number of key rotations of the device."""
     def __init__(
         self,
         *,
@@ -420,16 +420,16 @@ Global___RotateKeysResponse: _TypeAlias = RotateKeysResponse  # noqa: Y015
 
 @_typing.final
 class GetTaskRequest(_message.Message):
-    """Asks what to do."""
+    """Requests a task."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
     TRAINS_ONLY_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
-    """Training session to work for. Empty means any that the device may take part in."""
+    """Training session to poll. Empty means any that the device may take part in."""
     trains_only: _builtins.bool
-    """The device does not evaluate: EVALUATE is never the answer."""
+    """The device does not evaluate; EVALUATE is never returned."""
     def __init__(
         self,
         *,
@@ -446,7 +446,7 @@ Global___GetTaskRequest: _TypeAlias = GetTaskRequest  # noqa: Y015
 
 @_typing.final
 class GetTaskResponse(_message.Message):
-    """What to do."""
+    """The task."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -462,7 +462,7 @@ class GetTaskResponse(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     EVALUATION_NONCE_FIELD_NUMBER: _builtins.int
     kind: Global___TaskKind.ValueType
-    """What to do."""
+    """The task."""
     training_session_id: _builtins.str
     """Training session. Set for TRAIN, EVALUATE and DONE."""
     round_number: _builtins.int
@@ -479,11 +479,11 @@ class GetTaskResponse(_message.Message):
 
     @_builtins.property
     def deadline_time(self) -> _timestamp_pb2.Timestamp:
-        """When the round closes at the latest. Set for TRAIN."""
+        """Deadline of the round. Set for TRAIN."""
 
     @_builtins.property
     def device_training(self) -> _training_pb2.DeviceTraining:
-        """What the device's training function is told. Set for TRAIN."""
+        """Settings for the device's training function. Set for TRAIN."""
 
     @_builtins.property
     def transfer(self) -> _training_pb2.TransferPolicy:
@@ -518,7 +518,7 @@ Global___GetTaskResponse: _TypeAlias = GetTaskResponse  # noqa: Y015
 
 @_typing.final
 class GetGlobalModelRequest(_message.Message):
-    """Asks for a version."""
+    """Requests a version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -535,7 +535,7 @@ class GetGlobalModelRequest(_message.Message):
     released: _builtins.bool
     """Without a version: the latest released one."""
     first_chunk: _builtins.int
-    """First chunk to send, to go on with a download that broke off. 0 means all."""
+    """First chunk to send, to resume an interrupted download. 0 means all."""
     known_version: _builtins.int
     """Statements of the versions after this one up to the wanted one are sent, so that the device can follow the
     chain from the last version that it has accepted. Absent means none.
@@ -571,7 +571,7 @@ Global___GetGlobalModelRequest: _TypeAlias = GetGlobalModelRequest  # noqa: Y015
 
 @_typing.final
 class GlobalModelHeader(_message.Message):
-    """What comes before the bytes of a version."""
+    """Header of a version download."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -621,7 +621,7 @@ Global___GlobalModelHeader: _TypeAlias = GlobalModelHeader  # noqa: Y015
 
 @_typing.final
 class GetGlobalModelResponse(_message.Message):
-    """A piece of a version."""
+    """One message of a version download."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -651,7 +651,7 @@ Global___GetGlobalModelResponse: _TypeAlias = GetGlobalModelResponse  # noqa: Y0
 
 @_typing.final
 class UpdateHeader(_message.Message):
-    """What comes before the bytes of an update."""
+    """Header of an update upload."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -689,7 +689,7 @@ Global___UpdateHeader: _TypeAlias = UpdateHeader  # noqa: Y015
 
 @_typing.final
 class SubmitUpdateRequest(_message.Message):
-    """A piece of an update."""
+    """One message of an update upload."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -719,7 +719,7 @@ Global___SubmitUpdateRequest: _TypeAlias = SubmitUpdateRequest  # noqa: Y015
 
 @_typing.final
 class SubmitUpdateResponse(_message.Message):
-    """What a device gets for an update: the same again when it is repeated."""
+    """Receipt of an update. A repeated upload gets the same receipt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -735,7 +735,7 @@ class SubmitUpdateResponse(_message.Message):
     round_number: _builtins.int
     """Round that it counts in."""
     acceptance_sequence: _builtins.int
-    """Place in the order of acceptance within the round, from 1."""
+    """Position in the order of acceptance within the round, from 1."""
     @_builtins.property
     def accept_time(self) -> _timestamp_pb2.Timestamp:
         """When it was accepted."""
@@ -759,7 +759,7 @@ Global___SubmitUpdateResponse: _TypeAlias = SubmitUpdateResponse  # noqa: Y015
 
 @_typing.final
 class GetUploadRequest(_message.Message):
-    """Asks for the state of an upload."""
+    """Gets the state of an upload."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -809,7 +809,7 @@ Global___GetUploadResponse: _TypeAlias = GetUploadResponse  # noqa: Y015
 
 @_typing.final
 class ReportEvaluationRequest(_message.Message):
-    """What a device measured."""
+    """Reports an evaluation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -850,14 +850,14 @@ Global___ReportEvaluationResponse: _TypeAlias = ReportEvaluationResponse  # noqa
 
 @_typing.final
 class HeartbeatRequest(_message.Message):
-    """Says that the device is there."""
+    """Reports that the device is online."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROFILE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def profile(self) -> _device_pb2.DeviceProfile:
-        """What the device can do, if that has changed. Absent means unchanged."""
+        """Profile of the device, if it has changed. Absent means unchanged."""
 
     def __init__(
         self,
@@ -906,7 +906,7 @@ Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
 
 @_typing.final
 class GetLineageRequest(_message.Message):
-    """Asks for the statements of versions."""
+    """Gets the statements of versions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -918,7 +918,9 @@ class GetLineageRequest(_message.Message):
     first_version: _builtins.int
     """First version."""
     last_version: _builtins.int
-    """Last version. Absent means the latest. At most 1,000 are sent, and fewer where they exceed 1 MiB: ask again."""
+    """Last version. Absent means the latest. At most 1,000 statements are sent, or fewer if they exceed 1 MiB; call again
+    for the rest.
+    """
     def __init__(
         self,
         *,
@@ -962,7 +964,7 @@ Global___GetLineageResponse: _TypeAlias = GetLineageResponse  # noqa: Y015
 
 @_typing.final
 class GetContributionProofRequest(_message.Message):
-    """Asks for the proof that an update is in a version."""
+    """Gets the inclusion proof of an update in a version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -984,7 +986,7 @@ Global___GetContributionProofRequest: _TypeAlias = GetContributionProofRequest  
 
 @_typing.final
 class GetContributionProofResponse(_message.Message):
-    """Proof that an update is in a version."""
+    """Inclusion proof of an update in a version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1018,7 +1020,7 @@ Global___GetContributionProofResponse: _TypeAlias = GetContributionProofResponse
 
 @_typing.final
 class GetAuditHeadRequest(_message.Message):
-    """Asks for the head of the audit log."""
+    """Gets the head of the audit log."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

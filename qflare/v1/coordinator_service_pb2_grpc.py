@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CoordinatorServiceStub(object):
-    """The coordinator as devices see it.
+    """Device API of the coordinator.
 
     The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
     (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
@@ -128,7 +128,7 @@ class CoordinatorServiceStub(object):
 
 
 class CoordinatorServiceServicer(object):
-    """The coordinator as devices see it.
+    """Device API of the coordinator.
 
     The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
     (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
@@ -149,49 +149,49 @@ class CoordinatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BeginRegistration(self, request, context):
-        """First half of enrollment: hand in the sealed request. Needs no credential but the token inside.
+        """Enrollment, step 1: send the sealed request. The only credential is the enrollment token inside it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Register(self, request, context):
-        """Second half of enrollment: prove the KEM key, consume the token, get the receipt.
+        """Enrollment, step 2: prove possession of the KEM key, consume the token and return the receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BeginAuthentication(self, request, context):
-        """First half of a login: agree on secrets that only the coordinator and the device know.
+        """Login, step 1: establish secrets shared by the coordinator and the device.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Authenticate(self, request, context):
-        """Second half of a login: prove the device's key, get tokens.
+        """Login, step 2: prove possession of the device's key and return tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RefreshToken(self, request, context):
-        """Get new tokens for a refresh token, which is spent by it.
+        """Exchange a refresh token for new tokens. The refresh token is consumed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RotateKeys(self, request, context):
-        """Replace the device's keys; signed by the old and the new one.
+        """Replace the device's keys. The request is signed by the old and the new signature key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTask(self, request, context):
-        """Ask what to do. Cheap when there is nothing to do.
+        """Poll for a task. Cheap when there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,21 +212,21 @@ class CoordinatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetUpload(self, request, context):
-        """Ask where to go on with an upload that broke off.
+        """Get the position from which to resume an interrupted upload.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportEvaluation(self, request, context):
-        """Report what the device was asked to measure of a version, on data that it holds back; once.
+        """Report an evaluation of a version on held-out data. Each evaluation task is reported once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Heartbeat(self, request, context):
-        """Say that the device is there, and what it can do. Selection does not go by what is said here.
+        """Report that the device is online, with its profile. Selection ignores the profile reported here.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -240,14 +240,14 @@ class CoordinatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetContributionProof(self, request, context):
-        """Get the proof that an update is in a version.
+        """Get the inclusion proof of an update in a version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAuditHead(self, request, context):
-        """Get the latest signed head of the audit log, and the proof that it extends an earlier one.
+        """Get the latest signed head of the audit log, with a consistency proof from an earlier head.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -345,7 +345,7 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CoordinatorService(object):
-    """The coordinator as devices see it.
+    """Device API of the coordinator.
 
     The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
     (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key

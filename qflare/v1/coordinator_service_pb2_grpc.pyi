@@ -13,7 +13,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CoordinatorServiceStub:
-    """The coordinator as devices see it.
+    """Device API of the coordinator.
 
     The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
     (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
@@ -30,38 +30,38 @@ class CoordinatorServiceStub:
     GetKeyset: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetKeysetRequest, _coordinator_service_pb2.GetKeysetResponse]
     """Get the root documents and the current keyset. Needs no credential."""
     BeginRegistration: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.BeginRegistrationRequest, _coordinator_service_pb2.BeginRegistrationResponse]
-    """First half of enrollment: hand in the sealed request. Needs no credential but the token inside."""
+    """Enrollment, step 1: send the sealed request. The only credential is the enrollment token inside it."""
     Register: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.RegisterRequest, _coordinator_service_pb2.RegisterResponse]
-    """Second half of enrollment: prove the KEM key, consume the token, get the receipt."""
+    """Enrollment, step 2: prove possession of the KEM key, consume the token and return the receipt."""
     BeginAuthentication: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.BeginAuthenticationRequest, _coordinator_service_pb2.BeginAuthenticationResponse]
-    """First half of a login: agree on secrets that only the coordinator and the device know."""
+    """Login, step 1: establish secrets shared by the coordinator and the device."""
     Authenticate: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.AuthenticateRequest, _coordinator_service_pb2.AuthenticateResponse]
-    """Second half of a login: prove the device's key, get tokens."""
+    """Login, step 2: prove possession of the device's key and return tokens."""
     RefreshToken: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.RefreshTokenRequest, _coordinator_service_pb2.RefreshTokenResponse]
-    """Get new tokens for a refresh token, which is spent by it."""
+    """Exchange a refresh token for new tokens. The refresh token is consumed."""
     RotateKeys: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.RotateKeysRequest, _coordinator_service_pb2.RotateKeysResponse]
-    """Replace the device's keys; signed by the old and the new one."""
+    """Replace the device's keys. The request is signed by the old and the new signature key."""
     GetTask: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetTaskRequest, _coordinator_service_pb2.GetTaskResponse]
-    """Ask what to do. Cheap when there is nothing to do."""
+    """Poll for a task. Cheap when there is none."""
     GetGlobalModel: _grpc.UnaryStreamMultiCallable[_coordinator_service_pb2.GetGlobalModelRequest, _coordinator_service_pb2.GetGlobalModelResponse]
     """Download a version: a header, then the chunks. The first message may hold the first chunk as well."""
     SubmitUpdate: _grpc.StreamUnaryMultiCallable[_coordinator_service_pb2.SubmitUpdateRequest, _coordinator_service_pb2.SubmitUpdateResponse]
     """Upload an update: a header, then the chunks. The first message may hold the first chunk as well."""
     GetUpload: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetUploadRequest, _coordinator_service_pb2.GetUploadResponse]
-    """Ask where to go on with an upload that broke off."""
+    """Get the position from which to resume an interrupted upload."""
     ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ReportEvaluationRequest, _coordinator_service_pb2.ReportEvaluationResponse]
-    """Report what the device was asked to measure of a version, on data that it holds back; once."""
+    """Report an evaluation of a version on held-out data. Each evaluation task is reported once."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.HeartbeatRequest, _coordinator_service_pb2.HeartbeatResponse]
-    """Say that the device is there, and what it can do. Selection does not go by what is said here."""
+    """Report that the device is online, with its profile. Selection ignores the profile reported here."""
     GetLineage: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetLineageRequest, _coordinator_service_pb2.GetLineageResponse]
     """Get the signed statements of consecutive versions."""
     GetContributionProof: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetContributionProofRequest, _coordinator_service_pb2.GetContributionProofResponse]
-    """Get the proof that an update is in a version."""
+    """Get the inclusion proof of an update in a version."""
     GetAuditHead: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetAuditHeadRequest, _coordinator_service_pb2.GetAuditHeadResponse]
-    """Get the latest signed head of the audit log, and the proof that it extends an earlier one."""
+    """Get the latest signed head of the audit log, with a consistency proof from an earlier head."""
 
 class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The coordinator as devices see it.
+    """Device API of the coordinator.
 
     The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
     (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
@@ -88,7 +88,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.BeginRegistrationRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.BeginRegistrationResponse:
-        """First half of enrollment: hand in the sealed request. Needs no credential but the token inside."""
+        """Enrollment, step 1: send the sealed request. The only credential is the enrollment token inside it."""
 
     @_abc_1.abstractmethod
     def Register(
@@ -96,7 +96,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.RegisterRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.RegisterResponse:
-        """Second half of enrollment: prove the KEM key, consume the token, get the receipt."""
+        """Enrollment, step 2: prove possession of the KEM key, consume the token and return the receipt."""
 
     @_abc_1.abstractmethod
     def BeginAuthentication(
@@ -104,7 +104,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.BeginAuthenticationRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.BeginAuthenticationResponse:
-        """First half of a login: agree on secrets that only the coordinator and the device know."""
+        """Login, step 1: establish secrets shared by the coordinator and the device."""
 
     @_abc_1.abstractmethod
     def Authenticate(
@@ -112,7 +112,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.AuthenticateRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.AuthenticateResponse:
-        """Second half of a login: prove the device's key, get tokens."""
+        """Login, step 2: prove possession of the device's key and return tokens."""
 
     @_abc_1.abstractmethod
     def RefreshToken(
@@ -120,7 +120,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.RefreshTokenRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.RefreshTokenResponse:
-        """Get new tokens for a refresh token, which is spent by it."""
+        """Exchange a refresh token for new tokens. The refresh token is consumed."""
 
     @_abc_1.abstractmethod
     def RotateKeys(
@@ -128,7 +128,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.RotateKeysRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.RotateKeysResponse:
-        """Replace the device's keys; signed by the old and the new one."""
+        """Replace the device's keys. The request is signed by the old and the new signature key."""
 
     @_abc_1.abstractmethod
     def GetTask(
@@ -136,7 +136,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.GetTaskRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.GetTaskResponse:
-        """Ask what to do. Cheap when there is nothing to do."""
+        """Poll for a task. Cheap when there is none."""
 
     @_abc_1.abstractmethod
     def GetGlobalModel(
@@ -160,7 +160,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.GetUploadRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.GetUploadResponse:
-        """Ask where to go on with an upload that broke off."""
+        """Get the position from which to resume an interrupted upload."""
 
     @_abc_1.abstractmethod
     def ReportEvaluation(
@@ -168,7 +168,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.ReportEvaluationRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.ReportEvaluationResponse:
-        """Report what the device was asked to measure of a version, on data that it holds back; once."""
+        """Report an evaluation of a version on held-out data. Each evaluation task is reported once."""
 
     @_abc_1.abstractmethod
     def Heartbeat(
@@ -176,7 +176,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.HeartbeatRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.HeartbeatResponse:
-        """Say that the device is there, and what it can do. Selection does not go by what is said here."""
+        """Report that the device is online, with its profile. Selection ignores the profile reported here."""
 
     @_abc_1.abstractmethod
     def GetLineage(
@@ -192,7 +192,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.GetContributionProofRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.GetContributionProofResponse:
-        """Get the proof that an update is in a version."""
+        """Get the inclusion proof of an update in a version."""
 
     @_abc_1.abstractmethod
     def GetAuditHead(
@@ -200,6 +200,6 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.GetAuditHeadRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.GetAuditHeadResponse:
-        """Get the latest signed head of the audit log, and the proof that it extends an earlier one."""
+        """Get the latest signed head of the audit log, with a consistency proof from an earlier head."""
 
 def add_CoordinatorServiceServicer_to_server(servicer: CoordinatorServiceServicer, server: _grpc.Server) -> None: ...

@@ -29,36 +29,36 @@ class _DeviceStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceSta
     DEVICE_STATE_UNSPECIFIED: _DeviceState.ValueType  # 0
     """Not set; as a filter, any state."""
     DEVICE_STATE_ACTIVE: _DeviceState.ValueType  # 1
-    """Takes part."""
+    """Active: takes part in training."""
     DEVICE_STATE_SUSPENDED: _DeviceState.ValueType  # 2
-    """May not call until it is reinstated."""
+    """Suspended: calls are refused until it is reinstated."""
     DEVICE_STATE_REVOKED: _DeviceState.ValueType  # 3
-    """May never call again; its evidence stays."""
+    """Revoked permanently: all calls are refused. Its evidence is kept."""
     DEVICE_STATE_QUARANTINED: _DeviceState.ValueType  # 4
-    """May call, but is not selected because of rejected updates, until it is reinstated."""
+    """Quarantined because of rejected updates: it may call, but is not selected until it is reinstated."""
     DEVICE_STATE_INACTIVE: _DeviceState.ValueType  # 5
-    """Has not been seen for a long time, or was removed by its own program; its next call makes it active."""
+    """Inactive: not seen for a long time, or removed by its own program. Its next call makes it active."""
 
 class DeviceState(_DeviceState, metaclass=_DeviceStateEnumTypeWrapper):
-    """Where a device is in its life."""
+    """State of a device."""
 
 DEVICE_STATE_UNSPECIFIED: DeviceState.ValueType  # 0
 """Not set; as a filter, any state."""
 DEVICE_STATE_ACTIVE: DeviceState.ValueType  # 1
-"""Takes part."""
+"""Active: takes part in training."""
 DEVICE_STATE_SUSPENDED: DeviceState.ValueType  # 2
-"""May not call until it is reinstated."""
+"""Suspended: calls are refused until it is reinstated."""
 DEVICE_STATE_REVOKED: DeviceState.ValueType  # 3
-"""May never call again; its evidence stays."""
+"""Revoked permanently: all calls are refused. Its evidence is kept."""
 DEVICE_STATE_QUARANTINED: DeviceState.ValueType  # 4
-"""May call, but is not selected because of rejected updates, until it is reinstated."""
+"""Quarantined because of rejected updates: it may call, but is not selected until it is reinstated."""
 DEVICE_STATE_INACTIVE: DeviceState.ValueType  # 5
-"""Has not been seen for a long time, or was removed by its own program; its next call makes it active."""
+"""Inactive: not seen for a long time, or removed by its own program. Its next call makes it active."""
 Global___DeviceState: _TypeAlias = DeviceState  # noqa: Y015
 
 @_typing.final
 class DeviceProfile(_message.Message):
-    """What a device says of itself."""
+    """Self-reported profile of a device."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -236,15 +236,15 @@ class Device(_message.Message):
     state: Global___DeviceState.ValueType
     """State."""
     state_reason: _builtins.str
-    """Why it is in this state, where that is not plain."""
+    """Reason for the state, where it is not obvious."""
     signature_key_id: _builtins.str
     """Digest of its signature key, 64 hex digits. Empty if it has none."""
     kem_key_id: _builtins.str
     """Digest of its KEM key, 64 hex digits. Empty if it has none."""
     key_rotation_count: _builtins.int
-    """How often it has changed its keys."""
+    """Number of key rotations."""
     reported_type: _builtins.str
-    """Kind of device that it last said to be; nothing goes by it."""
+    """Device type that it last reported; informational only."""
     @_builtins.property
     def profile(self) -> Global___DeviceProfile:
         """Its profile. Device type and capabilities are those that selection goes by: as the signed enrollment states them,
@@ -257,7 +257,7 @@ class Device(_message.Message):
 
     @_builtins.property
     def last_seen_time(self) -> _timestamp_pb2.Timestamp:
-        """When it last called; written at most every few seconds. Absent if it has not."""
+        """When it last called; updated at most every few seconds. Absent if never."""
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -265,11 +265,11 @@ class Device(_message.Message):
 
     @_builtins.property
     def reported_capabilities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Capabilities that it last said to have; nothing goes by them."""
+        """Capabilities that it last reported; informational only."""
 
     @_builtins.property
     def confirm_time(self) -> _timestamp_pb2.Timestamp:
-        """When an administrator confirmed device type and capabilities. Absent if nobody has."""
+        """When an administrator confirmed the device type and capabilities. Absent if unconfirmed."""
 
     def __init__(
         self,

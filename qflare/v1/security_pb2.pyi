@@ -41,7 +41,7 @@ class _SignatureAlgorithmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Si
     """SLH-DSA-SHA2-128s (FIPS 205), pure, hedged. For root keys only: a signature takes a quarter of a second."""
 
 class SignatureAlgorithm(_SignatureAlgorithm, metaclass=_SignatureAlgorithmEnumTypeWrapper):
-    """How something is signed. The number is part of a key id."""
+    """Signature algorithm. The number is part of a key id."""
 
 SIGNATURE_ALGORITHM_UNSPECIFIED: SignatureAlgorithm.ValueType  # 0
 """Not set; never valid."""
@@ -69,7 +69,7 @@ class _KemAlgorithmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KemAlgor
     """X-Wing: ML-KEM-768 and X25519 (draft-connolly-cfrg-xwing-kem), HPKE KEM 0x647A."""
 
 class KemAlgorithm(_KemAlgorithm, metaclass=_KemAlgorithmEnumTypeWrapper):
-    """How a secret is encapsulated. The number is the HPKE KEM identifier and part of a key id."""
+    """Key encapsulation algorithm. The number is the HPKE KEM identifier and part of a key id."""
 
 KEM_ALGORITHM_UNSPECIFIED: KemAlgorithm.ValueType  # 0
 """Not set; never valid."""
@@ -97,7 +97,7 @@ class _KeyRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyRole.Value
     """Signs task statements."""
 
 class KeyRole(_KeyRole, metaclass=_KeyRoleEnumTypeWrapper):
-    """What a key of the coordinator is for. A key has exactly one role."""
+    """Role of a coordinator key. A key has exactly one role."""
 
 KEY_ROLE_UNSPECIFIED: KeyRole.ValueType  # 0
 """Not set; never valid."""
@@ -145,8 +145,8 @@ Global___Signature: _TypeAlias = Signature  # noqa: Y015
 
 @_typing.final
 class SignedEnvelope(_message.Message):
-    """Bytes with the signatures over them. What is verified and stored is the payload as it was sent; nobody
-    serializes it again.
+    """A payload with the signatures over it. The payload is verified and stored exactly as sent; it is never serialized
+    again.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -291,7 +291,7 @@ class RoleKey(_message.Message):
     SIGNATURE_KEY_FIELD_NUMBER: _builtins.int
     KEM_KEY_FIELD_NUMBER: _builtins.int
     role: Global___KeyRole.ValueType
-    """What it is for."""
+    """Role of the key."""
     @_builtins.property
     def signature_key(self) -> Global___PublicKey:
         """For every role but KEY_ROLE_SESSION_KEM."""
@@ -367,7 +367,7 @@ Global___Keyset: _TypeAlias = Keyset  # noqa: Y015
 
 @_typing.final
 class KeysetBundle(_message.Message):
-    """What a device needs to trust the online keys, from the root documents it may not know yet."""
+    """Root documents and keyset from which a device establishes trust in the online keys."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -397,7 +397,7 @@ Global___KeysetBundle: _TypeAlias = KeysetBundle  # noqa: Y015
 
 @_typing.final
 class BootstrapBundle(_message.Message):
-    """What an administrator hands to a device out of band before it enrolls."""
+    """Bootstrap data that an administrator gives to a device out of band before it enrolls."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -441,8 +441,8 @@ Global___BootstrapBundle: _TypeAlias = BootstrapBundle  # noqa: Y015
 
 @_typing.final
 class EnrollmentRequest(_message.Message):
-    """What a device says when it enrolls. Travels in a signed envelope (its own key, which proves possession)
-    inside a SealedEnrollment.
+    """Enrollment request of a device. Sent inside a SealedEnrollment, in an envelope signed by the device's own key to
+    prove possession.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -523,7 +523,7 @@ Global___SealedEnrollment: _TypeAlias = SealedEnrollment  # noqa: Y015
 
 @_typing.final
 class EnrollmentChallenge(_message.Message):
-    """What the device has to answer to show that it holds its KEM key."""
+    """Challenge with which the device proves possession of its KEM key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -535,7 +535,7 @@ class EnrollmentChallenge(_message.Message):
     encapsulation: _builtins.bytes
     """Secret encapsulated to the device's KEM key, 1120 bytes."""
     sealed_state: _builtins.bytes
-    """The coordinator's memory of the request, sealed by it; sent back as it is."""
+    """Request state, sealed by the coordinator; the device returns it unchanged."""
     def __init__(
         self,
         *,
@@ -553,14 +553,14 @@ Global___EnrollmentChallenge: _TypeAlias = EnrollmentChallenge  # noqa: Y015
 
 @_typing.final
 class EnrollmentConfirmation(_message.Message):
-    """The answer."""
+    """Response to the enrollment challenge."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEALED_STATE_FIELD_NUMBER: _builtins.int
     CONFIRMATION_FIELD_NUMBER: _builtins.int
     sealed_state: _builtins.bytes
-    """The coordinator's memory, as received."""
+    """Sealed request state, as received."""
     confirmation: _builtins.bytes
     """HMAC-SHA256 over the transcript under a key from the encapsulated secret, 32 bytes."""
     def __init__(
@@ -579,7 +579,7 @@ Global___EnrollmentConfirmation: _TypeAlias = EnrollmentConfirmation  # noqa: Y0
 
 @_typing.final
 class EnrollmentReceipt(_message.Message):
-    """Proof of a finished enrollment. Travels in an envelope signed by a registrar key."""
+    """Proof of a completed enrollment. Sent in an envelope signed by a registrar key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -605,7 +605,7 @@ class EnrollmentReceipt(_message.Message):
     request_nonce: _builtins.bytes
     """Nonce of the request that it answers, 32 bytes."""
     key_rotation_count: _builtins.int
-    """How often the device has changed its keys; above 0 where it enrolled again after losing them."""
+    """Number of key rotations of the device; above 0 if it enrolled again after losing its keys."""
     @_builtins.property
     def register_time(self) -> _timestamp_pb2.Timestamp:
         """When the device was enrolled."""
@@ -639,7 +639,7 @@ Global___EnrollmentReceipt: _TypeAlias = EnrollmentReceipt  # noqa: Y015
 
 @_typing.final
 class EnrolledProfile(_message.Message):
-    """What a device stated of itself when it enrolled, as far as selection goes by it."""
+    """Device type and capabilities stated at enrollment and used for selection."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -758,7 +758,7 @@ class SessionChallenge(_message.Message):
     confirmation: _builtins.bytes
     """HMAC-SHA256 that authenticates the coordinator, 32 bytes."""
     sealed_state: _builtins.bytes
-    """The coordinator's memory of the login, sealed by it; sent back as it is."""
+    """Login state, sealed by the coordinator; the device returns it unchanged."""
     def __init__(
         self,
         *,
@@ -790,7 +790,7 @@ class SessionProof(_message.Message):
     session_id: _builtins.str
     """Id of the session."""
     sealed_state: _builtins.bytes
-    """The coordinator's memory, as received."""
+    """Sealed request state, as received."""
     confirmation: _builtins.bytes
     """HMAC-SHA256 over the transcript hash and the signature, 32 bytes."""
     @_builtins.property
@@ -815,7 +815,7 @@ Global___SessionProof: _TypeAlias = SessionProof  # noqa: Y015
 
 @_typing.final
 class TokenGrant(_message.Message):
-    """Tokens of a session. Travels in a SealedTokenGrant."""
+    """Tokens of a session. Sent in a SealedTokenGrant."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -879,7 +879,7 @@ Global___SealedTokenGrant: _TypeAlias = SealedTokenGrant  # noqa: Y015
 
 @_typing.final
 class SessionRefresh(_message.Message):
-    """Asks for the next tokens of a session."""
+    """Requests the next tokens of a session."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -913,7 +913,7 @@ Global___SessionRefresh: _TypeAlias = SessionRefresh  # noqa: Y015
 
 @_typing.final
 class KeyRotation(_message.Message):
-    """Exchanges a device's keys. Travels in an envelope signed by the previous and by the next signature key."""
+    """Rotates a device's keys. Sent in an envelope signed by the previous and the next signature key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -965,7 +965,7 @@ Global___KeyRotation: _TypeAlias = KeyRotation  # noqa: Y015
 
 @_typing.final
 class TaskStatement(_message.Message):
-    """What a round asks for. Travels in an envelope signed by a task key."""
+    """Training task of a round. Sent in an envelope signed by a task key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -995,7 +995,7 @@ class TaskStatement(_message.Message):
     """SHA-256 of the training configuration as it is sent, 64 hex digits."""
     @_builtins.property
     def deadline_time(self) -> _timestamp_pb2.Timestamp:
-        """When the round closes at the latest."""
+        """Deadline of the round."""
 
     @_builtins.property
     def device_training(self) -> _training_pb2.DeviceTraining:
@@ -1029,7 +1029,7 @@ Global___TaskStatement: _TypeAlias = TaskStatement  # noqa: Y015
 
 @_typing.final
 class UpdateStatement(_message.Message):
-    """What a device vouches for with an update. Travels in an envelope signed by its key."""
+    """Statement of a device about an update. Sent in an envelope signed by the device's key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1083,7 +1083,7 @@ class UpdateStatement(_message.Message):
     task_nonce: _builtins.str
     """Random value of the round's task statement, 64 hex digits."""
     update_id: _builtins.str
-    """Id of the update, a UUID that the device minted."""
+    """Id of the update, a UUID generated by the device."""
     device_id: _builtins.str
     """Device."""
     key_id: _builtins.str
@@ -1155,7 +1155,7 @@ Global___UpdateStatement: _TypeAlias = UpdateStatement  # noqa: Y015
 
 @_typing.final
 class EvaluationStatement(_message.Message):
-    """What a device vouches for with an evaluation. Travels in an envelope signed by its key."""
+    """Statement of a device about an evaluation. Sent in an envelope signed by the device's key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1237,8 +1237,8 @@ Global___EvaluationStatement: _TypeAlias = EvaluationStatement  # noqa: Y015
 
 @_typing.final
 class ModelStatement(_message.Message):
-    """What the coordinator vouches for with a version: what it is, what it follows and what it was made from.
-    Travels in an envelope signed by a model key; SHA-256 of the payload is the digest of the version.
+    """Statement of the coordinator about a version: its content, its predecessor and the updates in it. Sent in an envelope
+    signed by a model key; SHA-256 of the envelope's payload is the digest of the version.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1347,7 +1347,7 @@ class ModelStatement(_message.Message):
 
     @_builtins.property
     def download(self) -> _training_pb2.EncodedPayload:
-        """The form in which devices get the payload. Absent where that is the payload itself."""
+        """Form in which devices download the payload. Absent if that is the payload itself."""
 
     def __init__(
         self,
@@ -1404,7 +1404,7 @@ Global___ModelStatement: _TypeAlias = ModelStatement  # noqa: Y015
 
 @_typing.final
 class TreeHead(_message.Message):
-    """Head of the audit log. Travels in an envelope signed by a log key."""
+    """Head of the audit log. Sent in an envelope signed by a log key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1440,7 +1440,7 @@ Global___TreeHead: _TypeAlias = TreeHead  # noqa: Y015
 
 @_typing.final
 class InclusionProof(_message.Message):
-    """Shows that a leaf is in a tree."""
+    """Merkle inclusion proof: a leaf is in a tree."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1448,7 +1448,7 @@ class InclusionProof(_message.Message):
     TREE_SIZE_FIELD_NUMBER: _builtins.int
     SIBLING_DIGESTS_FIELD_NUMBER: _builtins.int
     leaf_index: _builtins.int
-    """Place of the leaf, from 0."""
+    """Index of the leaf, from 0."""
     tree_size: _builtins.int
     """Leaves of the tree."""
     @_builtins.property
@@ -1472,7 +1472,7 @@ Global___InclusionProof: _TypeAlias = InclusionProof  # noqa: Y015
 
 @_typing.final
 class ConsistencyProof(_message.Message):
-    """Shows that a tree is the beginning of another."""
+    """Merkle consistency proof: a tree is a prefix of another."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1530,7 +1530,7 @@ Global___WrappedKey: _TypeAlias = WrappedKey  # noqa: Y015
 
 @_typing.final
 class SealedPayloadHeader(_message.Message):
-    """What stands before the segments of a sealed payload."""
+    """Header of a sealed payload, sent before its segments."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

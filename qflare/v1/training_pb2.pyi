@@ -31,35 +31,35 @@ class _TrainingSessionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_
     TRAINING_SESSION_STATE_UNSPECIFIED: _TrainingSessionState.ValueType  # 0
     """Not set; as a filter, any state."""
     TRAINING_SESSION_STATE_CREATED: _TrainingSessionState.ValueType  # 1
-    """Created; waits for an initial model or for its start."""
+    """Created; waiting for an initial model or to be started."""
     TRAINING_SESSION_STATE_RUNNING: _TrainingSessionState.ValueType  # 2
-    """Rounds are opened and updates are taken."""
+    """Running: rounds open and updates are accepted."""
     TRAINING_SESSION_STATE_PAUSED: _TrainingSessionState.ValueType  # 3
-    """No update is taken until it is resumed; the round keeps what it has."""
+    """Paused: no updates are accepted until it resumes; the open round keeps its updates."""
     TRAINING_SESSION_STATE_COMPLETED: _TrainingSessionState.ValueType  # 4
     """All rounds are done, or an early stop was reached."""
     TRAINING_SESSION_STATE_CANCELLED: _TrainingSessionState.ValueType  # 5
-    """An administrator ended it; its versions stay."""
+    """Cancelled by an administrator; its versions are kept."""
     TRAINING_SESSION_STATE_FAILED: _TrainingSessionState.ValueType  # 6
-    """It cannot go on; state_reason says why."""
+    """Failed; state_reason gives the reason."""
 
 class TrainingSessionState(_TrainingSessionState, metaclass=_TrainingSessionStateEnumTypeWrapper):
-    """Where a training session is in its life."""
+    """State of a training session."""
 
 TRAINING_SESSION_STATE_UNSPECIFIED: TrainingSessionState.ValueType  # 0
 """Not set; as a filter, any state."""
 TRAINING_SESSION_STATE_CREATED: TrainingSessionState.ValueType  # 1
-"""Created; waits for an initial model or for its start."""
+"""Created; waiting for an initial model or to be started."""
 TRAINING_SESSION_STATE_RUNNING: TrainingSessionState.ValueType  # 2
-"""Rounds are opened and updates are taken."""
+"""Running: rounds open and updates are accepted."""
 TRAINING_SESSION_STATE_PAUSED: TrainingSessionState.ValueType  # 3
-"""No update is taken until it is resumed; the round keeps what it has."""
+"""Paused: no updates are accepted until it resumes; the open round keeps its updates."""
 TRAINING_SESSION_STATE_COMPLETED: TrainingSessionState.ValueType  # 4
 """All rounds are done, or an early stop was reached."""
 TRAINING_SESSION_STATE_CANCELLED: TrainingSessionState.ValueType  # 5
-"""An administrator ended it; its versions stay."""
+"""Cancelled by an administrator; its versions are kept."""
 TRAINING_SESSION_STATE_FAILED: TrainingSessionState.ValueType  # 6
-"""It cannot go on; state_reason says why."""
+"""Failed; state_reason gives the reason."""
 Global___TrainingSessionState: _TypeAlias = TrainingSessionState  # noqa: Y015
 
 class _RoundState:
@@ -71,29 +71,29 @@ class _RoundStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundState
     ROUND_STATE_UNSPECIFIED: _RoundState.ValueType  # 0
     """Not set; as a filter, any state."""
     ROUND_STATE_OPEN: _RoundState.ValueType  # 1
-    """Updates are taken."""
+    """Updates are accepted."""
     ROUND_STATE_CLOSED: _RoundState.ValueType  # 2
-    """No update is taken any more; the next version is being made."""
+    """Closed to updates; the next version is being aggregated."""
     ROUND_STATE_PUBLISHED: _RoundState.ValueType  # 3
     """Its version is published."""
     ROUND_STATE_FAILED: _RoundState.ValueType  # 4
-    """It missed its quorum, or its version could not be made; state_reason says why."""
+    """Failed: it missed its quorum or its aggregation failed; state_reason gives the reason."""
     ROUND_STATE_CANCELLED: _RoundState.ValueType  # 5
     """Its training session was cancelled."""
 
 class RoundState(_RoundState, metaclass=_RoundStateEnumTypeWrapper):
-    """Where a round is in its life."""
+    """State of a round."""
 
 ROUND_STATE_UNSPECIFIED: RoundState.ValueType  # 0
 """Not set; as a filter, any state."""
 ROUND_STATE_OPEN: RoundState.ValueType  # 1
-"""Updates are taken."""
+"""Updates are accepted."""
 ROUND_STATE_CLOSED: RoundState.ValueType  # 2
-"""No update is taken any more; the next version is being made."""
+"""Closed to updates; the next version is being aggregated."""
 ROUND_STATE_PUBLISHED: RoundState.ValueType  # 3
 """Its version is published."""
 ROUND_STATE_FAILED: RoundState.ValueType  # 4
-"""It missed its quorum, or its version could not be made; state_reason says why."""
+"""Failed: it missed its quorum or its aggregation failed; state_reason gives the reason."""
 ROUND_STATE_CANCELLED: RoundState.ValueType  # 5
 """Its training session was cancelled."""
 Global___RoundState: _TypeAlias = RoundState  # noqa: Y015
@@ -111,10 +111,10 @@ class _UpdateStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UpdateSta
     UPDATE_STATE_AGGREGATED: _UpdateState.ValueType  # 2
     """Part of a version."""
     UPDATE_STATE_REJECTED: _UpdateState.ValueType  # 3
-    """Left out; state_reason says why."""
+    """Rejected; state_reason gives the reason."""
 
 class UpdateState(_UpdateState, metaclass=_UpdateStateEnumTypeWrapper):
-    """Where an update is in its life."""
+    """State of an update."""
 
 UPDATE_STATE_UNSPECIFIED: UpdateState.ValueType  # 0
 """Not set; as a filter, any state."""
@@ -123,7 +123,7 @@ UPDATE_STATE_PENDING: UpdateState.ValueType  # 1
 UPDATE_STATE_AGGREGATED: UpdateState.ValueType  # 2
 """Part of a version."""
 UPDATE_STATE_REJECTED: UpdateState.ValueType  # 3
-"""Left out; state_reason says why."""
+"""Rejected; state_reason gives the reason."""
 Global___UpdateState: _TypeAlias = UpdateState  # noqa: Y015
 
 class _UpdateKind:
@@ -140,7 +140,7 @@ class _UpdateKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UpdateKind
     """The trained weights minus the weights of the base version."""
 
 class UpdateKind(_UpdateKind, metaclass=_UpdateKindEnumTypeWrapper):
-    """What the tensors of an update are."""
+    """Kind of tensors in an update."""
 
 UPDATE_KIND_UNSPECIFIED: UpdateKind.ValueType  # 0
 """Not set; the same as UPDATE_KIND_WEIGHTS."""
@@ -170,7 +170,7 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """The largest elements of each tensor, with their indices; only for deltas."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
-    """How the floating tensors of a payload travel; integer tensors always travel as they are."""
+    """Encoding of the floating-point tensors of a payload. Integer tensors are always sent unchanged."""
 
 ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
 """Not set; the same as ENCODING_NONE."""
@@ -202,7 +202,7 @@ class _MissedQuorumActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mi
     """The training session fails."""
 
 class MissedQuorumAction(_MissedQuorumAction, metaclass=_MissedQuorumActionEnumTypeWrapper):
-    """What happens to a round that has fewer updates than its quorum when its deadline passes."""
+    """Action when the deadline of a round passes without a quorum."""
 
 MISSED_QUORUM_ACTION_UNSPECIFIED: MissedQuorumAction.ValueType  # 0
 """Not set; the same as MISSED_QUORUM_ACTION_EXTEND."""
@@ -230,7 +230,7 @@ class _ComparisonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Comparison
     """The capability is a number and equal to the value."""
 
 class Comparison(_Comparison, metaclass=_ComparisonEnumTypeWrapper):
-    """How a capability is compared."""
+    """Comparison operator for a capability."""
 
 COMPARISON_UNSPECIFIED: Comparison.ValueType  # 0
 """Not set; the same as COMPARISON_AT_LEAST."""
@@ -251,19 +251,19 @@ class _PayloadRetentionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Payl
     PAYLOAD_RETENTION_UNSPECIFIED: _PayloadRetention.ValueType  # 0
     """Not set; the same as PAYLOAD_RETENTION_LAST_ROUNDS with retained_rounds 1."""
     PAYLOAD_RETENTION_ALL: _PayloadRetention.ValueType  # 1
-    """For ever: every version can be recomputed."""
+    """Kept forever; every version can be recomputed."""
     PAYLOAD_RETENTION_LAST_ROUNDS: _PayloadRetention.ValueType  # 2
     """For the last retained_rounds rounds."""
     PAYLOAD_RETENTION_NONE: _PayloadRetention.ValueType  # 3
     """Deleted once the version is published."""
 
 class PayloadRetention(_PayloadRetention, metaclass=_PayloadRetentionEnumTypeWrapper):
-    """How long the payloads of updates are kept after their version is published."""
+    """Retention of update payloads after their version is published."""
 
 PAYLOAD_RETENTION_UNSPECIFIED: PayloadRetention.ValueType  # 0
 """Not set; the same as PAYLOAD_RETENTION_LAST_ROUNDS with retained_rounds 1."""
 PAYLOAD_RETENTION_ALL: PayloadRetention.ValueType  # 1
-"""For ever: every version can be recomputed."""
+"""Kept forever; every version can be recomputed."""
 PAYLOAD_RETENTION_LAST_ROUNDS: PayloadRetention.ValueType  # 2
 """For the last retained_rounds rounds."""
 PAYLOAD_RETENTION_NONE: PayloadRetention.ValueType  # 3
@@ -284,7 +284,7 @@ class _LateUpdateActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Late
     """It counts in the open round with a staleness weight (asynchronous strategies)."""
 
 class LateUpdateAction(_LateUpdateAction, metaclass=_LateUpdateActionEnumTypeWrapper):
-    """What happens to an update that arrives after its round has closed."""
+    """Action for an update that arrives after its round has closed."""
 
 LATE_UPDATE_ACTION_UNSPECIFIED: LateUpdateAction.ValueType  # 0
 """Not set; the same as LATE_UPDATE_ACTION_REJECT."""
@@ -320,7 +320,7 @@ Global___PrivacyAccountant: _TypeAlias = PrivacyAccountant  # noqa: Y015
 
 @_typing.final
 class StrategyConfig(_message.Message):
-    """How updates become the next version."""
+    """Aggregation strategy."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -380,7 +380,7 @@ Global___StrategyConfig: _TypeAlias = StrategyConfig  # noqa: Y015
 
 @_typing.final
 class RoundPolicy(_message.Message):
-    """When a round closes."""
+    """Closing conditions of a round."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -395,9 +395,9 @@ class RoundPolicy(_message.Message):
     target: _builtins.int
     """Number of updates at which the round closes at once. 0 means the quorum."""
     missed_quorum_action: Global___MissedQuorumAction.ValueType
-    """What happens when the deadline passes without a quorum."""
+    """Action when the deadline passes without a quorum."""
     late_update_action: Global___LateUpdateAction.ValueType
-    """What happens to an update for a round that has closed."""
+    """Action for an update whose round has closed."""
     max_staleness: _builtins.int
     """Largest number of versions that an update's base version may lie behind; asynchronous strategies only."""
     @_builtins.property
@@ -456,7 +456,7 @@ Global___CapabilityFilter: _TypeAlias = CapabilityFilter  # noqa: Y015
 
 @_typing.final
 class SelectionPolicy(_message.Message):
-    """Which devices take part in a round."""
+    """Selection of the devices that take part in a round."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -508,7 +508,7 @@ Global___SelectionPolicy: _TypeAlias = SelectionPolicy  # noqa: Y015
 
 @_typing.final
 class DeviceTraining(_message.Message):
-    """What a device is told about its local training."""
+    """Local training settings sent to devices."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -590,7 +590,7 @@ Global___DeviceTraining: _TypeAlias = DeviceTraining  # noqa: Y015
 
 @_typing.final
 class TransferPolicy(_message.Message):
-    """How payloads travel."""
+    """Encoding, sealing and retention of payloads."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -843,7 +843,7 @@ class ReleasePolicy(_message.Message):
     BOUNDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def bounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricBound]:
-        """All must hold; empty means that every version is released."""
+        """All bounds must hold. Empty means that every version is released."""
 
     def __init__(
         self,
@@ -860,7 +860,7 @@ Global___ReleasePolicy: _TypeAlias = ReleasePolicy  # noqa: Y015
 
 @_typing.final
 class EvaluationPolicy(_message.Message):
-    """Federated evaluation: devices measure a version on data that they hold back."""
+    """Federated evaluation: devices measure a version on held-out data."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -910,7 +910,7 @@ Global___EvaluationPolicy: _TypeAlias = EvaluationPolicy  # noqa: Y015
 
 @_typing.final
 class TrainingConfig(_message.Message):
-    """Everything that a training session is created with."""
+    """Configuration of a training session."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -930,23 +930,23 @@ class TrainingConfig(_message.Message):
     """Rounds to run; 1 or more. 0 means 10."""
     @_builtins.property
     def strategy(self) -> Global___StrategyConfig:
-        """Strategy of aggregation."""
+        """Aggregation strategy."""
 
     @_builtins.property
     def rounds(self) -> Global___RoundPolicy:
-        """Rhythm of the rounds."""
+        """Closing conditions of the rounds."""
 
     @_builtins.property
     def selection(self) -> Global___SelectionPolicy:
-        """Which devices take part."""
+        """Device selection."""
 
     @_builtins.property
     def device_training(self) -> Global___DeviceTraining:
-        """What devices are told."""
+        """Local training settings sent to devices."""
 
     @_builtins.property
     def transfer(self) -> Global___TransferPolicy:
-        """How payloads travel."""
+        """Encoding, sealing and retention of payloads."""
 
     @_builtins.property
     def safeguards(self) -> Global___SafeguardPolicy:
@@ -970,7 +970,7 @@ class TrainingConfig(_message.Message):
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Groups of devices that it is open to: to the devices of any of them. Empty means open to every device."""
+        """Device groups that may take part; membership in any one of them suffices. Empty means every device."""
 
     def __init__(
         self,
@@ -1021,13 +1021,13 @@ class TrainingSession(_message.Message):
     training_session_id: _builtins.str
     """Id, a UUID."""
     name: _builtins.str
-    """Name for people, 1 to 200 characters."""
+    """Display name, 1 to 200 characters."""
     model_type: _builtins.str
     """Kind of model, such as mlp; free text."""
     state: Global___TrainingSessionState.ValueType
     """State."""
     state_reason: _builtins.str
-    """Why it is in this state, where that is not plain."""
+    """Reason for the state, where it is not obvious."""
     current_round: _builtins.int
     """Number of the current or last round, 1 or more; 0 before the start."""
     current_version: _builtins.int
@@ -1050,15 +1050,15 @@ class TrainingSession(_message.Message):
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was started. Absent before."""
+        """When it was started. Absent until then."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """When it ended. Absent before."""
+        """When it ended. Absent until then."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What in its configuration is allowed and has no effect, such as a rule that is a plain mean at its quorum."""
+        """Warnings about settings that are allowed but have no effect, such as a rule that is a plain mean at its quorum."""
 
     def __init__(
         self,
@@ -1131,11 +1131,11 @@ class Round(_message.Message):
     state: Global___RoundState.ValueType
     """State."""
     state_reason: _builtins.str
-    """Why it is in this state, where that is not plain."""
+    """Reason for the state, where it is not obvious."""
     base_version: _builtins.int
     """Version the devices train from."""
     version: _builtins.int
-    """Version it made. Absent until it is published."""
+    """Version that the round produced. Absent until published."""
     selected_count: _builtins.int
     """Devices selected; 0 means every eligible device."""
     accepted_count: _builtins.int
@@ -1150,19 +1150,19 @@ class Round(_message.Message):
 
     @_builtins.property
     def deadline_time(self) -> _timestamp_pb2.Timestamp:
-        """When it closes at the latest."""
+        """Deadline."""
 
     @_builtins.property
     def close_time(self) -> _timestamp_pb2.Timestamp:
-        """When it took no more updates. Absent before."""
+        """When it closed to updates. Absent until then."""
 
     @_builtins.property
     def publish_time(self) -> _timestamp_pb2.Timestamp:
-        """When its version was published. Absent before."""
+        """When its version was published. Absent until then."""
 
     @_builtins.property
     def publish_duration(self) -> _duration_pb2.Duration:
-        """Time from its closing to its version. Absent before."""
+        """Time from closing to publication of its version. Absent until then."""
 
     def __init__(
         self,
@@ -1287,7 +1287,7 @@ class GlobalModel(_message.Message):
     contributors_digest: _builtins.str
     """Merkle root over the contributions, 64 hex digits; empty for an initial model."""
     released: _builtins.bool
-    """It passed the release gate or was released by an administrator."""
+    """Whether it passed the release gate or was released by an administrator."""
     rollback_version: _builtins.int
     """Version whose content it restores. Absent unless it is a rollback."""
     epsilon: _builtins.float
@@ -1322,7 +1322,7 @@ class GlobalModel(_message.Message):
 
     @_builtins.property
     def download(self) -> Global___EncodedPayload:
-        """The form in which devices get it. Absent where that is the payload itself."""
+        """Form in which devices download it. Absent if that is the payload itself."""
 
     def __init__(
         self,
@@ -1372,7 +1372,7 @@ Global___GlobalModel: _TypeAlias = GlobalModel  # noqa: Y015
 
 @_typing.final
 class ModelUpdate(_message.Message):
-    """One update as administrators and auditors see it."""
+    """An update, as shown to administrators and auditors."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1411,7 +1411,7 @@ class ModelUpdate(_message.Message):
     VALIDATION_SCORE_FIELD_NUMBER: _builtins.int
     ACCEPT_TIME_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
-    """Id, a UUID that the device minted."""
+    """Id, a UUID generated by the device."""
     training_session_id: _builtins.str
     """Training session."""
     round_number: _builtins.int
@@ -1421,9 +1421,9 @@ class ModelUpdate(_message.Message):
     base_version: _builtins.int
     """Version it was trained from."""
     payload_digest: _builtins.str
-    """Digest of the payload as it traveled: of its segments, if it is sealed."""
+    """Digest of the payload as sent: of its segments, if it is sealed."""
     size_bytes: _builtins.int
-    """Bytes of the payload as it traveled."""
+    """Size of the payload as sent, in bytes."""
     example_count: _builtins.int
     """Number of local examples."""
     state: Global___UpdateState.ValueType
@@ -1431,9 +1431,9 @@ class ModelUpdate(_message.Message):
     state_reason: _builtins.str
     """Why it was rejected."""
     acceptance_sequence: _builtins.int
-    """Place in the order of acceptance within its round, from 1."""
+    """Position in the order of acceptance within its round, from 1."""
     validation_score: _builtins.float
-    """Score of the validation, such as the cosine similarity to the previous change. Absent if none was made."""
+    """Validation score, such as the cosine similarity to the previous change. Absent if not computed."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics that the device reported."""

@@ -64,15 +64,15 @@ class AuditEvidence(_message.Message):
     event_type: _builtins.str
     """Kind of event, such as version.signed."""
     actor: _builtins.str
-    """Who did it: device:ID, admin:NAME or system."""
+    """Actor: device:ID, admin:NAME or system."""
     subject: _builtins.str
-    """What it was done to, such as update:ID or version:DIGEST."""
+    """Subject of the event, such as update:ID or version:DIGEST."""
     peer_address: _builtins.str
     """Address of the caller."""
     authentication_method: _builtins.str
-    """How the caller proved itself: token, signature, none."""
+    """Authentication method of the caller: token, signature, none."""
     risk_level: _builtins.str
-    """How much it matters: low, medium, high or critical."""
+    """Risk level: low, medium, high or critical."""
     salt: _builtins.str
     """Random value that blinds the entry in the log, 32 hex digits."""
     @_builtins.property
@@ -112,7 +112,7 @@ Global___AuditEvidence: _TypeAlias = AuditEvidence  # noqa: Y015
 
 @_typing.final
 class DeviceKeyEvidence(_message.Message):
-    """A signature key that a device has had, and what says so."""
+    """A signature key of a device, current or past, with its evidence."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -232,7 +232,7 @@ class VerificationBundle(_message.Message):
 
     @_builtins.property
     def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___UpdateEvidence]:
-        """Every update in the version, in the order of its acceptance."""
+        """Every update in the version, in order of acceptance."""
 
     @_builtins.property
     def device_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceKeyEvidence]:
@@ -240,13 +240,13 @@ class VerificationBundle(_message.Message):
 
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEvidence]:
-        """Entries of the audit log: that this version was signed, that its updates were accepted, and that evaluations of it
-        were reported.
+        """Audit entries that record the signing of this version, the acceptance of its updates and the reporting of its
+        evaluations.
         """
 
     @_builtins.property
     def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
-        """Signed EvaluationStatements of this version, one of a device."""
+        """Signed EvaluationStatements of this version, one per device."""
 
     def __init__(
         self,
