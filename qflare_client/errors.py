@@ -286,6 +286,8 @@ _BY_CODE: Mapping[str, type[RejectedError]] = {
     "UNAUTHENTICATED": AuthenticationError,
 }
 
+CANCELLED_HERE = "Locally cancelled by application!"
+"""gRPC's text for a call that its own caller has cancelled."""
 _FAULT_CODES = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
 
 
@@ -325,7 +327,9 @@ def error_from_answer(
                 text, reason=reason, retry_after_s=(retry_after_s or 0.0) if again else None
             )
         case "CANCELLED":
-            return UnavailableError(text, reason=reason)
+            # gRPC sends calls away, with this code and without a reason, where more wait than its server holds.
+            is_shed = reason == code and message != CANCELLED_HERE
+            return UnavailableError(text, reason=reason, retry_after_s=0.0 if is_shed else None)
     if code in _FAULT_CODES:
         return CoordinatorFaultError(f"{text} request {request_id or 'unknown'}", reason=reason)
     kind_of_no = _BY_REASON.get(reason) or _BY_CODE.get(code, RejectedError)

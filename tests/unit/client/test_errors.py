@@ -72,9 +72,24 @@ def test_a_full_coordinator_may_be_asked_again_only_when_it_says_when() -> None:
     assert (silent.retry_after_s, spoken.retry_after_s) == (None, 3.0)
 
 
-@pytest.mark.parametrize("code", ["INTERNAL", "DEADLINE_EXCEEDED", "CANCELLED"])
-def test_other_errors_are_not_repeated(code: str) -> None:
-    error = error_from_answer(code=code, message="no")
+def test_a_call_that_grpc_has_sent_away_unseen_is_repeated() -> None:
+    error = error_from_answer(code="CANCELLED", message="CANCELLED")
+
+    assert isinstance(error, errors.UnavailableError)
+    assert error.retry_after_s == 0.0
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "reason"),
+    [
+        ("INTERNAL", "no", ""),
+        ("DEADLINE_EXCEEDED", "no", ""),
+        ("CANCELLED", "the caller went away", "DISCONNECTED"),
+        ("CANCELLED", errors.CANCELLED_HERE, ""),
+    ],
+)
+def test_other_errors_are_not_repeated(code: str, message: str, reason: str) -> None:
+    error = error_from_answer(code=code, message=message, reason=reason)
 
     assert isinstance(error, errors.UnavailableError)
     assert error.retry_after_s is None
