@@ -1,6 +1,7 @@
 """Mutated requests to every method: whatever a caller sends, no call ends in INTERNAL or UNKNOWN."""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from random import Random
@@ -87,13 +88,29 @@ class Fuzzer:
 
     def _update(self) -> pb.SubmitUpdateRequest:
         """Return an update whose statement is signed, right but for a field."""
-        draft = self._device.draft(self._device.task(self._session_id), WEIGHTS)
+        draft = self._device.draft(self._task(), WEIGHTS)
         header = self._device.header(draft)
         if self._random.random() < 0.8:
             self._maker.spoil(draft.statement)
             key = self._device.identity.keys.signing
             header.statement.CopyFrom(sign_envelope(key, SigningContext.UPDATE, draft.statement))
         return pb.SubmitUpdateRequest(header=header, chunk=pb.Chunk(data=draft.payload))
+
+    def _task(self) -> pb.GetTaskResponse:
+        """Ask for a task, again while gRPC refuses the stream.
+
+        Calls that the fuzz gives up reset their streams, and gRPC's server refuses new streams
+        of a connection that reset many (REFUSED_STREAM of RFC 9113, section 8.7: not processed,
+        may be repeated).
+        """
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                return self._device.task(self._session_id)
+            except grpc.RpcError as error:
+                refused: Any = error
+                if refused.code() is not Code.UNAVAILABLE or time.monotonic() > deadline:
+                    raise
 
     def _send(
         self, path: str, method: MethodDescriptor, data: bytes
