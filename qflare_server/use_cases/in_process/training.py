@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy.orm import Session
 
@@ -25,6 +25,7 @@ from qflare_server.errors import (
     InvalidRequestError,
     InvalidUpdateError,
     RoundNotOpenError,
+    StaleBaseVersionError,
 )
 from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.receiver import Receiver
@@ -35,18 +36,24 @@ from qflare_server.storage.repository import (
     devices,
     global_models,
     payloads,
-    round_capacity,
     training_sessions,
     updates,
 )
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState, UpdateState
-from qflare_server.training.premises import repeat
-from qflare_server.training.reported_metrics import MAX_EXAMPLES, check_metrics, whole_epochs
+from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState
+from qflare_server.training.premises import PremisesChangedError, repeat
+from qflare_server.training.reported_metrics import MAX_EXAMPLES, check_metrics
 from qflare_server.training.rounds import open_round, sign_task
 from qflare_server.use_cases.in_process.session import ensure_begun, find_in_use, require_layout
 from qflare_server.use_cases.training_sessions.administration import Training
 from qflare_server.use_cases.training_sessions.progress import Progress
+from qflare_server.use_cases.updates.acceptance import Acceptance
+from qflare_server.use_cases.updates.submission import (
+    Contributor,
+    RoundFacts,
+    Submission,
+    read_facts,
+)
 
 TENSOR: Final = "weights"
 FLOAT_BYTES: Final = 4
@@ -88,6 +95,7 @@ class InProcess:
         self._context = context
         self._executor = executor
         self._training = use_case
+        self._acceptance = Acceptance(context)
 
     def progress(self) -> Progress | None:
         """Return the progress of the training session in use, None before the first contribution."""
@@ -107,12 +115,7 @@ class InProcess:
             training_session_id, training_session = find_in_use(session)
             if training_session is not None:
                 require_layout(session, training_session_id, manifest)
-                current = training_sessions.get_round(
-                    session, training_session_id, training_session.current_round
-                )
-                _require_open(training_session, current, self._context.clock())
-                assert current is not None
-                _require_first(session, current, contribution.device_id)
+                _find_open(session, training_session_id, contribution, self._context.clock())
         finite = FiniteCheck(manifest)
         try:
             for chunk in rechunk([contribution.data]):
@@ -136,12 +139,7 @@ class InProcess:
             _require_active(session, contribution.device_id)
         training_session_id = ensure_begun(self._context, self._executor, caller, manifest)
         received = self._receive(contribution, manifest)
-        at = self._context.clock()
-        sequence = self._context.database.write(
-            lambda session: self._accept(
-                session, caller, training_session_id, contribution, received, at
-            )
-        )
+        sequence = repeat(lambda: self._accept(caller, training_session_id, contribution, received))
         self._context.wake()
         return sequence
 
@@ -263,89 +261,71 @@ class InProcess:
 
     def _accept(
         self,
-        session: Session,
         caller: Caller,
         training_session_id: str,
         contribution: Contribution,
         received: ReceivedPayload,
-        at: datetime,
     ) -> int:
-        """Take a place in the open round and write everything, in the caller's transaction."""
-        training_session = training_sessions.get_session(session, training_session_id)
-        assert training_session is not None
-        current = training_sessions.lock_round(
-            session, training_session_id, training_session.current_round
-        )
-        _require_open(training_session, current, at)
-        assert current is not None
-        _require_first(session, current, contribution.device_id)
-        places = round_capacity.lock_capacity(session, training_session_id, current.number)
-        state = devices.states_of(session, [contribution.device_id]).get(contribution.device_id)
-        if places is None or state != DeviceState.ACTIVE.value:
-            raise RoundNotOpenError("the round or the device changed meanwhile")
-        sequence = places.accepted_count + 1
-        round_capacity.record_accepted(session, places, sequence, contribution.example_count, at)
-        row = self._row(session, current, contribution, received, at)
-        received.insert(session, at)
-        updates.insert_updates(session, [{**row, "acceptance_sequence": sequence}])
-        devices.record_seen(session, {contribution.device_id: at})
-        details = {
-            "training_session_id": training_session_id,
-            "round": current.number,
-            "sequence": sequence,
-            "statement_digest": row["statement_digest"],
-        }
-        audit.record(
-            session, caller, Event("update.accepted", f"update:{row['id']}", details=details), at
-        )
-        return sequence
+        """Accept a contribution into the open round and return its acceptance sequence number."""
+        with self._context.database.read() as session:
+            current = _find_open(session, training_session_id, contribution, self._context.clock())
+            facts = read_facts(session, training_session_id, current.number)
+        submission = self._submission(contribution, facts, received)
+        try:
+            receipt = self._acceptance.accept(caller, submission, received)
+        except StaleBaseVersionError as error:
+            raise PremisesChangedError("the round was published meanwhile") from error
+        return receipt.acceptance_sequence
 
-    def _row(
-        self,
-        session: Session,
-        current: Round,
-        contribution: Contribution,
-        received: ReceivedPayload,
-        at: datetime,
-    ) -> dict[str, Any]:
-        base = global_models.get_model(session, current.training_session_id, current.base_version)
-        assert base is not None
-        metrics = dict(contribution.metrics)
+    def _submission(
+        self, contribution: Contribution, facts: RoundFacts, received: ReceivedPayload
+    ) -> Submission:
+        """Return a contribution as an unsigned submission: the coordinator writes its statement."""
         statement = security_pb2.UpdateStatement(
             realm=self._context.config.realm,
-            training_session_id=current.training_session_id,
-            round_number=current.number,
-            task_nonce=current.nonce,
+            training_session_id=facts.training_session_id,
+            round_number=facts.number,
+            task_nonce=facts.nonce,
             update_id=new_update_id(),
             device_id=contribution.device_id,
-            base_version=current.base_version,
-            base_digest=base.digest,
-            layout_digest=base.layout_digest,
+            base_version=facts.base_version,
+            base_digest=facts.base_digest,
+            layout_digest=facts.manifest.layout_digest,
             size_bytes=received.size_bytes,
             payload_digest=received.digest,
             example_count=contribution.example_count,
-            metrics=metrics,
+            metrics=dict(contribution.metrics),
         )
         digest = hashlib.sha256(statement.SerializeToString(deterministic=True)).hexdigest()
-        return {
-            "id": statement.update_id,
-            "training_session_id": current.training_session_id,
-            "round_number": current.number,
-            "device_id": contribution.device_id,
-            "base_version": current.base_version,
-            "payload_id": received.payload_id,
-            "payload_digest": received.digest,
-            "size_bytes": received.size_bytes,
-            "statement_digest": digest,
-            "example_count": contribution.example_count,
-            "loss": metrics.get("loss"),
-            "accuracy": metrics.get("accuracy"),
-            "local_epochs": whole_epochs(metrics),
-            "training_time_s": metrics.get("training_time_s"),
-            "metrics": metrics,
-            "state": UpdateState.PENDING.value,
-            "accepted_at": at,
-        }
+        return Submission(
+            statement,
+            statement_bytes=None,
+            statement_digest=digest,
+            signature=None,
+            device=Contributor(contribution.device_id, key_id=None),
+            facts=facts,
+            expected=ExpectedPayload(facts.manifest),
+        )
+
+
+def _find_open(
+    session: Session, training_session_id: str, contribution: Contribution, at: datetime
+) -> Round:
+    """Return the open round, if the device has not contributed to it.
+
+    Raises:
+        RoundNotOpenError: No round is open.
+        DuplicateUpdateError: The device has contributed already.
+    """
+    training_session = training_sessions.get_session(session, training_session_id)
+    assert training_session is not None
+    current = training_sessions.get_round(
+        session, training_session_id, training_session.current_round
+    )
+    _require_open(training_session, current, at)
+    assert current is not None
+    _require_first(session, current, contribution.device_id)
+    return current
 
 
 def _require_active(session: Session, device_id: str) -> None:

@@ -365,10 +365,17 @@ def refuse_round(
 
 
 def _insert(session: Session, places: RoundCapacity, taken: Sequence[_Entry], at: datetime) -> None:
-    """Write accepted updates with their payloads and audit entries."""
+    """Write accepted updates with their payloads and audit entries.
+
+    Devices of embedding programs make no call that would show their presence: it is recorded here.
+    """
     insert_received(session, [entry.received for entry in taken if entry.received is not None], at)
     updates.insert_updates(session, [_row(entry, at) for entry in taken])
     audit.record_all(session, _events(places, taken), at)
+    submissions = [entry.submission for entry in taken]
+    in_process = {item.device.device_id: at for item in submissions if item.is_in_process}
+    if in_process:
+        devices.record_seen(session, in_process)
 
 
 def _events(places: RoundCapacity, taken: Iterable[_Entry]) -> list[tuple[Caller, Event]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from google.protobuf.message import DecodeError
+from sqlalchemy.orm import Session
 
 from qflare.crypto.sealed_payloads import WRAPPED_KEY_BYTES, SealContext, check_header
 from qflare.crypto.sealing import UnsealError
@@ -74,15 +75,24 @@ class RoundFacts:
 
 @dataclass(frozen=True)
 class Submission:
-    """A checked header: an update that only lacks its payload."""
+    """A checked header: an update that only lacks its payload.
+
+    `statement_bytes` are the statement as the device sent it; None for a contribution of an embedding program, whose
+    statement the coordinator has written itself.
+    """
 
     statement: security_pb2.UpdateStatement
-    statement_bytes: bytes
+    statement_bytes: bytes | None
     statement_digest: str
     signature: bytes | None
     device: Contributor
     facts: RoundFacts
     expected: ExpectedPayload
+
+    @property
+    def is_in_process(self) -> bool:
+        """Whether an embedding program vouches for the update."""
+        return self.statement_bytes is None
 
 
 class SubmissionValidator:
@@ -156,30 +166,41 @@ class SubmissionValidator:
 
     def _read_facts(self, training_session_id: str, number: int) -> RoundFacts:
         with self._context.database.read() as session:
-            training_session = training_sessions.get_session(session, training_session_id)
-            if training_session is None:
-                raise TrainingSessionNotFoundError
-            current = training_sessions.get_round(session, training_session_id, number)
-            if current is None:
-                raise RoundNotOpenError(f"round {number} has not been opened")
-            base = global_models.get_model(session, training_session_id, current.base_version)
-            if base is None:
-                raise GlobalModelNotFoundError
-            manifest = Manifest.from_proto(tensor_pb2.Manifest.FromString(base.manifest))
-            config = training_session.config
-            encoding = Encoding.from_number(config.transfer.update_encoding)
-            top_k_fraction = config.transfer.top_k_fraction or 1.0
-            return RoundFacts(
-                training_session.id,
-                number,
-                current.base_version,
-                base.digest,
-                current.nonce,
-                wire_manifest(manifest, encoding, top_k_fraction),
-                encoding_rules(manifest, encoding),
-                config,
-                current.selected_count,
-            )
+            return read_facts(session, training_session_id, number)
+
+
+def read_facts(session: Session, training_session_id: str, number: int) -> RoundFacts:
+    """Return what a round expects of an update.
+
+    Raises:
+        TrainingSessionNotFoundError: There is no such training session.
+        RoundNotOpenError: The round has not been opened.
+        GlobalModelNotFoundError: Its base version is missing.
+    """
+    training_session = training_sessions.get_session(session, training_session_id)
+    if training_session is None:
+        raise TrainingSessionNotFoundError
+    current = training_sessions.get_round(session, training_session_id, number)
+    if current is None:
+        raise RoundNotOpenError(f"round {number} has not been opened")
+    base = global_models.get_model(session, training_session_id, current.base_version)
+    if base is None:
+        raise GlobalModelNotFoundError
+    manifest = Manifest.from_proto(tensor_pb2.Manifest.FromString(base.manifest))
+    config = training_session.config
+    encoding = Encoding.from_number(config.transfer.update_encoding)
+    top_k_fraction = config.transfer.top_k_fraction or 1.0
+    return RoundFacts(
+        training_session.id,
+        number,
+        current.base_version,
+        base.digest,
+        current.nonce,
+        wire_manifest(manifest, encoding, top_k_fraction),
+        encoding_rules(manifest, encoding),
+        config,
+        current.selected_count,
+    )
 
 
 @lru_cache(maxsize=REMEMBERED_KEYS)

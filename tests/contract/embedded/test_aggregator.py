@@ -1,7 +1,7 @@
 """The in-process aggregator: averages of raw float32, durable, audited, and beside a coordinator that serves."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -428,6 +428,47 @@ def test_two_programs_share_one_session(program: CoordinatorHarness, make_core: 
 
     assert program.count(TrainingSession) == 1
     assert aggregator.get_aggregation_status()["pending_updates"] == 2
+
+
+class _Interruption(Fuse):
+    """Lets another program publish the round at one step of this one."""
+
+    def __init__(self, at: int, publish: Callable[[], object]) -> None:
+        super().__init__(at)
+        self._publish = publish
+        self.count = 0
+
+    def step(self) -> None:
+        self.count += 1
+        if self.count == self._at:
+            self._publish()
+
+
+def test_contribution_counts_wherever_another_program_publishes_the_round(
+    program: CoordinatorHarness,
+) -> None:
+    """It is accepted into the round that is open when it is written: nothing is lost, nothing counts twice."""
+    aggregator.store_model_update("a", weights(1.0))
+
+    def publish() -> None:
+        number = InProcess(program.context, program.executor, program.training).close_round(1)
+        assert number is not None
+        program.settle()
+
+    for step in range(1, 30):
+        interruption = _Interruption(step, publish)
+        database = CrashingDatabase(program.database, interruption)
+        context = replace(program.context, database=database)
+        contributor = InProcess(context, program.executor, program.training)
+        before = program.count(ModelUpdate)
+        contributor.contribute(CALLER, Contribution("b", weights(2.0)))
+        assert program.count(ModelUpdate) == before + 1
+        if interruption.count < step:
+            break
+        if aggregator.get_aggregation_status()["pending_updates"]:
+            publish()
+        aggregator.store_model_update("a", weights(1.0))
+    assert step > 3  # the round was published at every step of a contribution
 
 
 def test_round_closed_before_a_crash_is_published_by_the_next_call(
