@@ -22,7 +22,7 @@ END: Final = "<!-- end: settings -->\n"
 def table() -> str:
     """Return the settings as a Markdown table, in field order."""
     texts = _texts()
-    lines = ["| variable | default | means |", "|---|---|---|"]
+    lines = ["| variable | default | meaning |", "|---|---|---|"]
     for item in fields(ServerConfig):
         variable = f"{ENVIRONMENT_PREFIX}{item.name.upper()}"
         lines.append(f"| `{variable}` | {_default(item)} | {texts[item.name]} |")

@@ -1,8 +1,8 @@
 """Configuration of one coordinator process, read once from `QFLARE_*`.
 
-Every limit is a field with its unit in its name and a safe default. Secrets come as file paths or inside the
-database URL, which has no repr. An unknown `QFLARE_*` name is an error: a typo must not silently leave a limit at
-its default.
+Every limit is a field with its unit in its name and a safe default. Secrets are passed as file paths or inside the
+database URL, which is excluded from the repr. An unknown `QFLARE_*` name is an error, because a typo would silently
+leave a limit at its default.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ CLIENT_NAMES: Final = frozenset(
     {"QFLARE_HOME", "QFLARE_TOKEN", "QFLARE_PROFILE", "QFLARE_PASSPHRASE_FILE"}
 )
 WORKER_VARIABLE: Final = "QFLARE_WORKER"
-"""Set by the supervisor of several workers: the index of this one."""
+"""Set by the supervisor: the index of this worker process."""
 LIFELINE_VARIABLE: Final = "QFLARE_LIFELINE"
 """Set by the supervisor: a file descriptor that reaches end-of-file when the supervisor exits."""
 NOT_SETTINGS: Final = frozenset({"QFLARE_REQUIRE_ALL", WORKER_VARIABLE, LIFELINE_VARIABLE})
-"""What tests and worker processes are told in the same way."""
+"""Variables with the same prefix that tests and worker processes use."""
 UNIX_SOCKETS: Final = ("unix:", "unix-abstract:")
 ONLINE_ALGORITHMS: Final = ("ml-dsa-44", "ml-dsa-65", "ml-dsa-87", "ml-dsa-65-ed25519")
 ROOT_ALGORITHMS: Final = (*ONLINE_ALGORITHMS, "slh-dsa-sha2-128s")
@@ -39,8 +39,8 @@ class ConfigError(Exception):
     """Invalid configuration. Never sent over the wire.
 
     Args:
-        message: Every problem, one a line.
-        remedy: Specific advice, if any beyond that of the error class.
+        message: All problems, one per line.
+        remedy: Advice for this error; empty means a pointer to the manual.
     """
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
@@ -50,7 +50,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Settings of a coordinator; `from_env` reads them, flags override."""
+    """Settings of a coordinator. `from_env` reads them from the environment; command-line flags override them."""
 
     data_dir: Path = Path("qflare-data")
     """Folder of the SQLite database, the payload file and the key store."""
@@ -61,150 +61,165 @@ class ServerConfig:
     database_timeout_s: float = 10.0
     """Seconds to wait for a connection, a lock or a commit."""
     auto_migrate: bool = False
-    """Migrate at start; always so for an SQLite file that is still empty."""
+    """Migrate the database schema at startup; an empty SQLite file is always migrated."""
 
     listen: str = "127.0.0.1:50051"
-    """Address of the gRPC server; port 0 takes a free one."""
+    """Address of the gRPC server; port 0 selects a free port."""
     health_listen: str = ""
-    """Address on which the gRPC health service alone is served without TLS, such as 0.0.0.0:50052, for probes of
-    Kubernetes and load balancers; empty means none."""
+    """Address of a separate plaintext listener for the gRPC health service, such as 0.0.0.0:50052, for Kubernetes
+    probes and load balancers; empty means none.
+    """
     realm: str = "qflare"
-    """Name of this deployment, part of everything that is signed."""
+    """Name of this deployment, included in every signed statement."""
     root_algorithm: str = ""
-    """Algorithm of root keys that are made: ml-dsa-44, ml-dsa-65, ml-dsa-87, ml-dsa-65-ed25519 or slh-dsa-sha2-128s;
-    empty means ml-dsa-87 at first, and that of the present keys when they are rotated."""
+    """Algorithm of new root keys: ml-dsa-44, ml-dsa-65, ml-dsa-87, ml-dsa-65-ed25519 or slh-dsa-sha2-128s; empty means
+    ml-dsa-87 for the first keys and the current algorithm for rotations.
+    """
     online_algorithm: str = ""
-    """Algorithm of online signature keys that are made, one of those above but the last; empty means ml-dsa-65 at
-    first, and that of the present keys when they are rotated."""
+    """Algorithm of new online signature keys: ml-dsa-44, ml-dsa-65, ml-dsa-87 or ml-dsa-65-ed25519; empty means
+    ml-dsa-65 for the first keys and the current algorithm for rotations.
+    """
     device_algorithms: str = "ml-dsa-44,ml-dsa-65,ml-dsa-87,ml-dsa-65-ed25519"
-    """Algorithms that devices' signature keys may have, separated by commas. A device with another one can log in and
-    rotate its keys, no more."""
+    """Accepted signature algorithms of devices, comma-separated. A device with another algorithm can only log in and
+    rotate its keys.
+    """
     key_dir: Path | None = None
-    """Folder of the coordinator's keys; without it, keys in data_dir."""
+    """Folder of the coordinator's keys; default: the folder keys in data_dir."""
     key_passphrase_file: Path | None = None
-    """File with the passphrase of the online keys; without it, online.passphrase beside them."""
+    """File with the passphrase of the online keys; default: online.passphrase in the key folder."""
     pkcs11_module: Path | None = None
-    """Shared library of a PKCS#11 module that guards the online keys; without it, a passphrase alone does."""
+    """Shared library of the PKCS#11 module that protects the online keys; without it, only a passphrase protects them.
+    """
     pkcs11_token: str = "qflare"  # noqa: S105 - a label, no secret
-    """Label of its token."""
+    """Label of the PKCS#11 token."""
     pkcs11_pin_file: Path | None = None
-    """File with the user PIN of the token."""
+    """File with the user PIN of the PKCS#11 token."""
     pkcs11_signing: bool = True
-    """Keep signature keys in the token, which needs ML-DSA; otherwise it encrypts the key file's passphrase only."""
+    """Keep signature keys in the token, which has to support ML-DSA; if off, the token only encrypts the key file's
+    passphrase.
+    """
     tls_certificate_file: Path | None = None
-    """PEM chain of the server; without it only loopback addresses are served."""
+    """PEM certificate chain of the server; without it, the server listens on loopback addresses only."""
     tls_key_file: Path | None = None
     """PEM private key of the server."""
     tls_client_ca_file: Path | None = None
-    """PEM certificates that client certificates must come from; set, it makes TLS mutual."""
+    """PEM certificates of the authorities that issue client certificates; setting it enables mutual TLS."""
     allow_insecure: bool = False
-    """Serve without TLS on any address: only behind a proxy that ends TLS."""
+    """Serve without TLS on any address; use it only behind a proxy that terminates TLS."""
     require_pq_tls: bool = False
     """Refuse connections that did not negotiate X25519MLKEM768."""
     require_pop: bool = False
-    """Refuse calls of devices that carry no proof of possession (for proxies that end TLS)."""
+    """Refuse device calls without a proof of possession; use it behind a proxy that terminates TLS."""
     require_signatures: bool = True
-    """Refuse updates without a device signature; off only to measure what signatures cost."""
+    """Refuse updates without a device signature; disable it only to measure the cost of signatures."""
     reflection: bool = True
-    """Answer gRPC server reflection."""
+    """Serve gRPC server reflection."""
     workers: int = 1
-    """Processes that serve on one port, 1 to 64."""
+    """Worker processes that share the port, 1 to 64."""
 
     rpc_threads: int = 32
-    """Threads that answer calls of devices that are short, 4 to 512."""
+    """Threads for short device calls, 4 to 512."""
     anonymous_threads: int = 8
-    """Threads for callers without a credential, 1 to 128: who enrolls, logs in or has a token not seen before."""
+    """Threads for unauthenticated callers, 1 to 128: enrollment, login, and tokens not seen before."""
     admin_threads: int = 8
-    """Threads for short calls of administrators, 1 to 128."""
+    """Threads for short administrator calls, 1 to 128."""
     max_uploads: int = 16
-    """Uploads of more than one message in progress at once, 1 to 512; each has a thread."""
+    """Concurrent uploads of more than one message, 1 to 512; each uses a thread."""
     max_downloads: int = 16
-    """Downloads in progress at once, 1 to 512; each has a thread."""
+    """Concurrent downloads, 1 to 512; each uses a thread."""
     min_transfer_bytes_per_s: float = 131_072.0
-    """What an upload or a download has to move each second while others wait for its place."""
+    """Minimum rate of an upload or a download while others wait for its slot."""
     first_message_timeout_s: float = 3.0
-    """Seconds in which the first message of a call has to come as a whole."""
+    """Seconds within which the complete first message of a call has to arrive."""
     max_waiting_calls: int = 1000
-    """Calls of one class of callers that wait for their message, and as many that wait for a thread."""
+    """Calls per class of callers that may wait for their first message; the same number may wait for a thread."""
     max_waiting_calls_per_caller: int = 256
-    """Calls of one caller that wait for a thread: a device, an administrator, an address without a credential."""
+    """Calls per caller that may wait for a thread; a caller is a device, an administrator, or an address without a
+    credential.
+    """
     max_connections: int = 10_000
-    """Connections at once, 1 to 1000000; fewer where the process may not open as many files."""
+    """Concurrent connections, 1 to 1000000; lowered to the process's limit of open files."""
     max_streams_per_connection: int = 100
-    """Calls at once on one connection, 1 to 10000."""
+    """Concurrent calls per connection, 1 to 10000."""
     idle_connection_s: float = 150.0
-    """Seconds without a call after which a connection is ended."""
+    """Seconds without a call after which a connection is closed."""
     connection_age_s: float = 3600.0
-    """Seconds after which a connection takes no new call and ends with its last one."""
+    """Maximum age of a connection in seconds; it then accepts no new calls and closes after the last one."""
     max_streams_per_device: int = 4
-    """Streams of one device at once."""
+    """Concurrent streams per device."""
     max_watchers: int = 4
-    """Administrators that watch a training session at once, 1 to 64; each has a thread."""
+    """Concurrent watches of training sessions by administrators, 1 to 64; each uses a thread."""
     watch_s: float = 600.0
-    """Longest watch of one call; the caller then asks again."""
+    """Maximum duration of one watch call; the caller then calls again."""
     watch_poll_s: float = 0.25
-    """Seconds between two looks of a watch."""
+    """Seconds between database queries of a watch."""
     max_calls_per_second: float = 200.0
-    """Calls of one device each second, averaged over ten seconds; 0 means no bound."""
+    """Calls per second and device, averaged over ten seconds; 0 means no limit."""
     max_message_bytes: int = 4 * 2**20
-    """Largest gRPC message that is received; chunks are 1 MiB."""
+    """Largest accepted gRPC message; chunks are 1 MiB."""
     max_payload_bytes: int = 8 * 2**30
     """Largest model or update."""
     max_tensors: int = 10_000
-    """Most tensors of one model."""
+    """Maximum number of tensors per model."""
     inline_payload_bytes: int = 2**18
-    """Payloads up to this are committed with their row, larger ones chunk by chunk before it."""
+    """Payloads up to this size are committed together with their row; larger ones are committed chunk by chunk before
+    it.
+    """
     upload_batch_bytes: int = 4 * 2**20
-    """Bytes of an upload that are written in one transaction."""
+    """Bytes of an upload per database transaction."""
     stall_timeout_s: float = 30.0
-    """Seconds without progress after which a stream is ended."""
+    """Seconds without progress after which a stream is canceled."""
     upload_expiry_s: float = 3600.0
-    """Seconds after which an unfinished upload is given up."""
+    """Seconds after which an unfinished upload is discarded."""
 
     access_token_s: float = 900.0
-    """Life of an access token."""
+    """Lifetime of an access token."""
     refresh_token_s: float = 604_800.0
-    """Life of a refresh token."""
+    """Lifetime of a refresh token."""
     enrollment_token_s: float = 86_400.0
-    """Life of an enrollment token unless its issuer says otherwise."""
+    """Default lifetime of an enrollment token."""
     last_seen_interval_s: float = 10.0
     """Seconds between writes of the devices' last-seen times."""
 
     polls_per_second: float = 500.0
-    """Polls that all devices together may make each second; spreads them by the delay of GetTask."""
+    """Target rate of polls from all devices together; the coordinator sets the poll delay in GetTask accordingly."""
     min_poll_s: float = 0.02
-    """Shortest delay between two polls of a device."""
+    """Minimum poll delay of a device."""
     max_poll_s: float = 300.0
-    """Longest delay between two polls of a device."""
+    """Maximum poll delay of a device."""
 
     worker_poll_s: float = 0.25
-    """Seconds between looks of the aggregation worker that nothing woke."""
+    """Seconds between database polls of an idle aggregation worker."""
     lease_s: float = 15.0
-    """Seconds after which another coordinator takes over the work of one that died."""
+    """Seconds after which another coordinator takes over the work of a crashed one."""
     drain_s: float = 20.0
-    """Seconds that running calls get after a SIGTERM."""
+    """Grace period for running calls after SIGTERM, in seconds."""
     inactive_after_s: float = 2_592_000.0
     """Seconds without a call after which a device counts as inactive; 0 means never."""
 
     witness_file: Path | None = None
-    """File, best on another machine, to which every signed head of the audit log is appended."""
+    """File, preferably on another machine, to which every signed audit-log head is appended."""
 
     metrics_listen: str = ""
-    """Address of the HTTP server with Prometheus metrics, such as 127.0.0.1:9464; empty means none. Worker i of several
-    takes the port plus i."""
+    """Address of the HTTP server for Prometheus metrics, such as 127.0.0.1:9464; empty means none. Worker i uses the
+    port plus i.
+    """
     dashboard: str = ""
-    """Address of the read-only web pages, such as 127.0.0.1:8080; empty means none. Of several workers the first serves
-    them."""
+    """Address of the read-only web dashboard, such as 127.0.0.1:8080; empty means none. With several workers, the first
+    serves it.
+    """
     dashboard_behind_proxy: bool = False
-    """A proxy ends TLS in front of the dashboard: serve it without TLS on any address, and take the browser's address
-    from the last entry of X-Forwarded-For."""
+    """Serve the dashboard without TLS on any address, behind a proxy that terminates TLS, and read the browser's
+    address from the last entry of X-Forwarded-For.
+    """
     dashboard_hosts: str = ""
-    """Names, separated by commas, by which browsers may ask for the dashboard where it serves no TLS itself, beside IP
-    addresses and localhost: behind a proxy, the name that its visitors use."""
+    """Accepted host names of a dashboard without its own TLS, comma-separated, in addition to IP addresses and
+    localhost: behind a proxy, the proxy's public name.
+    """
     dashboard_login_s: float = 28_800.0
-    """Life of a log-in to the dashboard."""
+    """Lifetime of a dashboard login."""
     traces_endpoint: str = ""
-    """OTLP over HTTP endpoint that spans are sent to, such as http://localhost:4318/v1/traces; empty means none."""
+    """OTLP/HTTP endpoint for trace spans, such as http://localhost:4318/v1/traces; empty means none."""
 
     log_level: str = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""
@@ -213,10 +228,10 @@ class ServerConfig:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], **flags: Any) -> "ServerConfig":
-        """Read `QFLARE_*`; a flag that is not None overrides.
+        """Read the `QFLARE_*` variables; a flag that is not None overrides its variable.
 
         Raises:
-            ConfigError: Lists every unknown name and every value that does not fit.
+            ConfigError: Lists every unknown name and every invalid value.
         """
         problems: list[str] = []
         values = _read_environment(cls, environ, problems)
@@ -242,13 +257,13 @@ class ServerConfig:
         return config
 
     def as_log(self) -> str:
-        """Return all settings but secrets as one line."""
+        """Return all settings except secrets as one log line."""
         shown = [item for item in fields(self) if item.repr]
         return " ".join(f"{item.name}={getattr(self, item.name)}" for item in shown)
 
     @property
     def accepted_algorithms(self) -> tuple[str, ...]:
-        """Names of the algorithms that devices' signature keys may have."""
+        """Accepted signature algorithms of devices."""
         return tuple(name.strip() for name in self.device_algorithms.split(",") if name.strip())
 
     @property
@@ -256,7 +271,7 @@ class ServerConfig:
         """Host and port of the dashboard.
 
         Raises:
-            ValueError: `dashboard` is no host:port.
+            ValueError: `dashboard` is not host:port.
         """
         host, _, port = self.dashboard.rpartition(":")
         if not host or not re.fullmatch(r"\d{1,5}", port) or int(port) > MAX_PORT:
@@ -299,7 +314,7 @@ def _read_environment(
 
 
 def _is_service_link(name: str, text: str) -> bool:
-    """Return whether Kubernetes or Docker set a variable for a service whose name begins with `qflare`."""
+    """Return whether a variable is a Kubernetes or Docker service link to a service whose name begins with `qflare`."""
     if SERVICE_LINK.fullmatch(name):
         return True
     return name.endswith("_PORT") and SERVICE_URL.fullmatch(text) is not None
@@ -439,7 +454,7 @@ def _contradictions_of_dashboard(config: ServerConfig) -> list[str]:
 
 
 def _host_of(address: str) -> str:
-    """Return the host of host:port; an IPv6 address has its port after brackets only."""
+    """Return the host of host:port; an IPv6 address with a port is in brackets."""
     bracketed = re.fullmatch(r"\[([^]]*)\](?::\d+)?", address)
     if bracketed is not None:
         return bracketed[1]
@@ -447,7 +462,7 @@ def _host_of(address: str) -> str:
 
 
 def _is_loopback_host(host: str) -> bool:
-    """Return whether a host is loopback: a loopback address or localhost; other names are not resolved."""
+    """Return whether a host is localhost or a loopback address; other names are not resolved."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
