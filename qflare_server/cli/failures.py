@@ -33,7 +33,7 @@ class Failure:
 
 REMEDIES: dict[type[Exception], str] = {
     errors.StoreUnavailableError: DATABASE,
-    errors.StorageDamagedError: "restore a backup, as docs/operations.md says",
+    errors.StorageDamagedError: "qflare-server restore, into another folder, of the latest backup",
     errors.StorageFullError: "free space on the disk of the database",
     errors.ConflictError: "the same command again",
     errors.NotFoundError: "qflare-server status, which lists training sessions and devices with their ids",

@@ -31,6 +31,8 @@ PROGRAM: Final = "qflare-server"
 COMMANDS: Final = {
     "serve": "serve",
     "migrate": "migrate",
+    "backup": "backups",
+    "restore": "backups",
     "health": "health",
     "init": "keys",
     "keys": "keys",

@@ -23,7 +23,7 @@ from qflare.terminal import say
 from qflare.v1 import security_pb2
 from qflare_server.config import ROOT_ALGORITHMS, ServerConfig
 from qflare_server.context import utc_now
-from qflare_server.keys.folder import KeyFolder
+from qflare_server.keys.folder import KeyFolder, key_directory
 from qflare_server.keys.root_files import RootFile, given
 from qflare_server.keys.root_replacement import (
     draft_exchange,
@@ -230,7 +230,7 @@ def run_sign(config: ServerConfig, arguments: argparse.Namespace) -> int:
     )
     _read(arguments.root_document or arguments.keyset, document)
     _describe(document)
-    directory = arguments.root_dir or config.key_dir or config.data_dir / "keys"
+    directory = arguments.root_dir or key_directory(config)
     root = with_places(KeyFolder(directory), arguments).read_root()
     if root.realm != document.realm:
         raise KeyStoreError(f"root keys are of realm {root.realm!r}, not {document.realm[:63]!r}")

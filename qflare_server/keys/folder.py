@@ -46,6 +46,11 @@ from qflare_server.keys.secret_files import (
 ONLINE: Final = "online"
 
 
+def key_directory(config: ServerConfig) -> Path:
+    """Return the folder of the keys that a configuration names."""
+    return config.key_dir or config.data_dir / "keys"
+
+
 @dataclass(frozen=True)
 class KeyFolder:
     """Where keys and passphrases are.
@@ -83,8 +88,7 @@ class KeyFolder:
                 config.pkcs11_pin_file,
                 signs=config.pkcs11_signing,
             )
-        directory = config.key_dir or config.data_dir / "keys"
-        return cls(directory, config.key_passphrase_file, hardware=hardware)
+        return cls(key_directory(config), config.key_passphrase_file, hardware=hardware)
 
     @property
     def signing_hardware(self) -> Hardware | None:

@@ -148,6 +148,12 @@ class PayloadFile:
             return _stored_count(connection, payload_id)
 
     @_noticing_damage
+    def payload_ids(self) -> list[str]:
+        """Return the ids of all payloads that have chunks."""
+        with self._lock, self._engine.connect() as connection:
+            return list(connection.scalars(select(CHUNKS.c.payload_id).distinct()))
+
+    @_noticing_damage
     def delete(self, payload_ids: Sequence[str]) -> None:
         """Delete all chunks of payloads, one payload per transaction."""
         for payload_id in payload_ids:

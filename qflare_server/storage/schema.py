@@ -93,7 +93,7 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
     Raises:
         SchemaError: The database has a revision unknown to this program.
     """
-    _refuse_unknown(current_revision(engine))
+    require_known(current_revision(engine))
     config = _config()
     config.attributes["engine"] = engine
     with _ALEMBIC_LOCK:
@@ -110,7 +110,7 @@ def downgrade(engine: Engine, revision: str) -> None:
     Raises:
         SchemaError: The database has a revision unknown to this program.
     """
-    _refuse_unknown(current_revision(engine))
+    require_known(current_revision(engine))
     config = _config()
     config.attributes["engine"] = engine
     with _ALEMBIC_LOCK:
@@ -126,7 +126,7 @@ def require_current(engine: Engine) -> None:
     current, head = current_revision(engine), head_revision()
     if current == head:
         return
-    _refuse_unknown(current)
+    require_known(current)
     if current is None:
         raise SchemaError("the database has no schema", MIGRATE_COMMAND)
     raise SchemaError(
@@ -134,7 +134,12 @@ def require_current(engine: Engine) -> None:
     )
 
 
-def _refuse_unknown(current: str | None) -> None:
+def require_known(current: str | None) -> None:
+    """Refuse a revision that this program does not have.
+
+    Raises:
+        SchemaError: The revision is that of a later program.
+    """
     known = {script.revision for script in _script().walk_revisions()}
     if current is not None and current not in known:
         raise SchemaError(

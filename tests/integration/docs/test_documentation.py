@@ -23,7 +23,6 @@ NOT_RUN: Final = {
     ("README.md", "python3 -m venv .venv"): "tests/packaging/test_readme.py types the whole page",
     ("docs/getting-started.md", "python3 -m venv .venv"): "tests/packaging/test_wheel.py installs",
     ("docs/devices.md", "# torch_device.py"): "PyTorch is no part of the development install",
-    ("docs/operations.md", "pg_dump"): "needs a PostgreSQL and its client programs",
     ("docs/operations.md", "createuser"): "needs a PostgreSQL and its client programs",
     ("docs/benchmarks.md", "make bench"): "takes an hour",
     (
