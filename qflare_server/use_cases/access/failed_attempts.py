@@ -6,7 +6,6 @@ that nothing made up hides them; all others share one bound. The next entry of a
 
 import logging
 import threading
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
@@ -17,6 +16,7 @@ from qflare_server.errors import QflareError
 from qflare_server.storage.repository import audit, devices
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import RiskLevel
+from qflare_server.use_cases.access.rate_limits import TokenBucket
 
 logger = logging.getLogger(__name__)
 
@@ -30,25 +30,18 @@ MAX_BOUNDS: Final = 10_000
 DEVICE_PREFIX: Final = "device:"
 
 
-@dataclass
 class _Bound:
     """A token bucket, and how many refusals it has left out since the last entry."""
 
-    burst: float
-    interval_s: float
-    filled_at: datetime
-    allowance: float
-    left_out: int = 0
+    def __init__(self, burst: int, interval_s: float, now: datetime) -> None:
+        self._bucket = TokenBucket(1 / interval_s, burst, now.timestamp())
+        self.left_out = 0
 
     def take(self, now: datetime) -> int | None:
         """Return how many were left out since the last entry; None if this one is left out too."""
-        earned = (now - self.filled_at).total_seconds() / self.interval_s
-        self.allowance = min(self.burst, self.allowance + earned)
-        self.filled_at = now
-        if self.allowance < 1:
+        if self._bucket.take(now.timestamp()):
             self.left_out += 1
             return None
-        self.allowance -= 1
         left_out, self.left_out = self.left_out, 0
         return left_out
 
@@ -63,8 +56,8 @@ class FailedAttempts:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._lock = threading.Lock()
-        self._shared = _Bound(BURST, INTERVAL_S, context.clock(), BURST)
-        self._of_devices: dict[tuple[str, str], _Bound] = {}
+        self._shared = _Bound(BURST, INTERVAL_S, context.clock())
+        self._device_bounds: dict[tuple[str, str], _Bound] = {}
 
     def record(
         self,
@@ -109,11 +102,9 @@ class FailedAttempts:
             return self._shared
         key, now = (caller.peer_address.rpartition(":")[0], subject), self._context.clock()
         with self._lock:
-            if key not in self._of_devices and len(self._of_devices) >= MAX_BOUNDS:
-                self._of_devices.pop(next(iter(self._of_devices)))
-            return self._of_devices.setdefault(
-                key, _Bound(DEVICE_BURST, DEVICE_INTERVAL_S, now, DEVICE_BURST)
-            )
+            if key not in self._device_bounds and len(self._device_bounds) >= MAX_BOUNDS:
+                self._device_bounds.pop(next(iter(self._device_bounds)))
+            return self._device_bounds.setdefault(key, _Bound(DEVICE_BURST, DEVICE_INTERVAL_S, now))
 
     def _is_enrolled(self, subject: str) -> bool:
         if not subject.startswith(DEVICE_PREFIX):

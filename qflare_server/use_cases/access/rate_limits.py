@@ -2,12 +2,47 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 from qflare_server.errors import TooManyRequestsError
 
 BURST_S: Final = 10.0
 MAX_CALLERS: Final = 100_000
+
+
+@dataclass(slots=True)
+class TokenBucket:
+    """Permits events at a rate, up to a burst at once; full at first. Not thread-safe.
+
+    Attributes:
+        per_second: Tokens earned a second, above 0.
+        burst: Tokens that the bucket holds at most.
+        filled_at: Time of the last event, in seconds of any clock.
+    """
+
+    per_second: float
+    burst: float
+    filled_at: float
+    _tokens: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tokens = self.burst
+
+    def take(self, now: float) -> float:
+        """Take a token; return 0, or where none is left the seconds until there is one."""
+        self._tokens, self.filled_at = self._earned(now), now
+        if self._tokens < 1:
+            return (1 - self._tokens) / self.per_second
+        self._tokens -= 1
+        return 0.0
+
+    def is_full(self, now: float) -> bool:
+        """Return whether the bucket is as good as new."""
+        return self._earned(now) >= self.burst
+
+    def _earned(self, now: float) -> float:
+        return min(self.burst, self._tokens + (now - self.filled_at) * self.per_second)
 
 
 class RateLimiter:
@@ -22,7 +57,7 @@ class RateLimiter:
         self._rate = calls_per_second
         self._monotonic = monotonic
         self._lock = threading.Lock()
-        self._buckets: dict[str, tuple[float, float]] = {}
+        self._buckets: dict[str, TokenBucket] = {}
 
     def take(self, caller: str) -> None:
         """Count a call.
@@ -32,23 +67,20 @@ class RateLimiter:
         """
         if not self._rate:
             return
-        now, size = self._monotonic(), self._rate * BURST_S
+        now = self._monotonic()
         with self._lock:
-            left, since = self._buckets.get(caller, (size, now))
-            left = min(size, left + (now - since) * self._rate)
-            if left < 1:
-                self._buckets[caller] = (left, now)
-                wait_s = (1 - left) / self._rate
-                raise TooManyRequestsError("too many calls", retry_after_s=wait_s, subject=caller)
-            if caller not in self._buckets and len(self._buckets) >= MAX_CALLERS:
-                self._forget(now, size)
-            self._buckets[caller] = (left - 1, now)
+            wait_s = self._bucket(caller, now).take(now)
+        if wait_s:
+            raise TooManyRequestsError("too many calls", retry_after_s=wait_s, subject=caller)
 
-    def _forget(self, now: float, size: float) -> None:
+    def _bucket(self, caller: str, now: float) -> TokenBucket:
+        if caller not in self._buckets:
+            if len(self._buckets) >= MAX_CALLERS:
+                self._forget(now)
+            self._buckets[caller] = TokenBucket(self._rate, self._rate * BURST_S, now)
+        return self._buckets[caller]
+
+    def _forget(self, now: float) -> None:
         """Drop the buckets that are full again; all of them if that is not enough."""
-        kept = {
-            caller: (left, since)
-            for caller, (left, since) in self._buckets.items()
-            if left + (now - since) * self._rate < size
-        }
+        kept = {name: bucket for name, bucket in self._buckets.items() if not bucket.is_full(now)}
         self._buckets = kept if len(kept) < MAX_CALLERS else {}
