@@ -49,9 +49,9 @@ def to_mlflow(uri: str, experiment: str, session: Any, rows: Sequence[Any]) -> s
     mlflow = require("mlflow", "mlflow")
     client = mlflow.MlflowClient(tracking_uri=uri)
     known = client.get_experiment_by_name(experiment)
-    identity = known.experiment_id if known else client.create_experiment(experiment)
+    experiment_id = known.experiment_id if known else client.create_experiment(experiment)
     tags = {"qflare.training_session_id": session.training_session_id}
-    run_id = str(client.create_run(identity, run_name=session.name, tags=tags).info.run_id)
+    run_id = str(client.create_run(experiment_id, run_name=session.name, tags=tags).info.run_id)
     entities = mlflow.entities
     config = json_format.MessageToDict(session.config)
     parameters = [entities.Param(name, str(value)[:6000]) for name, value in _flat("", config)]

@@ -257,15 +257,21 @@ class CoordinatorHarness:
 
     def start(self, arrays: Arrays | None = None, **config: Any) -> str:
         """Create a training session and start it; return its id."""
-        identity = self.create(arrays, **config)
-        self.training.start(SYSTEM, identity)
-        return identity
+        training_session_id = self.create(arrays, **config)
+        self.training.start(SYSTEM, training_session_id)
+        return training_session_id
 
     def draft(
-        self, device_id: str, identity: str, arrays: Arrays, *, examples: int = 10, **metrics: float
+        self,
+        device_id: str,
+        training_session_id: str,
+        arrays: Arrays,
+        *,
+        examples: int = 10,
+        **metrics: float,
     ) -> Draft:
         """Return the update that a well-behaved device would send for its task."""
-        task = self.tasks.next_task(device_id, identity)
+        task = self.tasks.next_task(device_id, training_session_id)
         assert task.round is not None
         assert task.round.task is not None
         envelope = security_pb2.SignedEnvelope.FromString(task.round.task)
@@ -274,7 +280,7 @@ class CoordinatorHarness:
         pieces = list(chunks(arrays, manifest))
         statement = security_pb2.UpdateStatement(
             realm=self.config.realm,
-            training_session_id=identity,
+            training_session_id=training_session_id,
             round_number=task.round.number,
             task_nonce=nonce,
             update_id=str(uuid.uuid4()),
@@ -300,35 +306,35 @@ class CoordinatorHarness:
         return self.uploads.submit(SYSTEM, draft.device, draft.header(), iter(pieces))
 
     def submit(
-        self, device_id: str, identity: str, arrays: Arrays | None = None, **facts: Any
+        self, device_id: str, training_session_id: str, arrays: Arrays | None = None, **facts: Any
     ) -> UpdateReceipt:
         """Do a device's task."""
         weights = vector(1.0) if arrays is None else arrays
-        return self.send(self.draft(device_id, identity, weights, **facts))
+        return self.send(self.draft(device_id, training_session_id, weights, **facts))
 
     def settle(self) -> None:
         """Run passes until there is nothing to do."""
         while self.aggregator.run_once():
             pass
 
-    def weights(self, identity: str, version: int | None = None) -> bytes:
+    def weights(self, training_session_id: str, version: int | None = None) -> bytes:
         """Return the bytes of a version."""
-        delivery = self.deliveries.find(identity, version)
+        delivery = self.deliveries.find(training_session_id, version)
         return b"".join(data for _, data in self.deliveries.chunks(delivery, 0))
 
-    def versions(self, identity: str) -> list[GlobalModel]:
+    def versions(self, training_session_id: str) -> list[GlobalModel]:
         """Return every version, from 0 on."""
-        return list(self.training.list_models(identity, PageRequest(1000)).rows)[::-1]
+        return list(self.training.list_models(training_session_id, PageRequest(1000)).rows)[::-1]
 
-    def round(self, identity: str, number: int | None = None) -> Round:
+    def round(self, training_session_id: str, number: int | None = None) -> Round:
         """Return a round, by default the current one."""
-        rows = self.training.list_rounds(identity, PageRequest(1000)).rows
+        rows = self.training.list_rounds(training_session_id, PageRequest(1000)).rows
         wanted = rows[0].number if number is None else number
         return next(row for row in rows if row.number == wanted)
 
-    def updates(self, identity: str, number: int) -> list[ModelUpdate]:
+    def updates(self, training_session_id: str, number: int) -> list[ModelUpdate]:
         """Return the updates of a round in the order of their acceptance."""
-        return list(self.training.list_updates(identity, number, PageRequest(1000)).rows)
+        return list(self.training.list_updates(training_session_id, number, PageRequest(1000)).rows)
 
     def count(self, model: type[Base]) -> int:
         """Return the number of rows of a table."""

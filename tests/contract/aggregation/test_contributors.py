@@ -35,12 +35,12 @@ def start(core: CoordinatorHarness, name: str = "fedavg", **config: Any) -> str:
     )
 
 
-def submit_round(core: CoordinatorHarness, identity: str) -> list[UpdateReceipt]:
+def submit_round(core: CoordinatorHarness, training_session_id: str) -> list[UpdateReceipt]:
     """Two alike updates, and one far off that claims most examples, the best accuracy and other integers."""
     return [
-        core.submit("device-0", identity, arrays(1.0, 2), examples=10, accuracy=0.25),
-        core.submit("device-1", identity, arrays(50.0, 9), examples=MANY, accuracy=1.0),
-        core.submit("device-2", identity, arrays(1.5, 3), examples=4, accuracy=0.5),
+        core.submit("device-0", training_session_id, arrays(1.0, 2), examples=10, accuracy=0.25),
+        core.submit("device-1", training_session_id, arrays(50.0, 9), examples=MANY, accuracy=1.0),
+        core.submit("device-2", training_session_id, arrays(1.5, 3), examples=4, accuracy=0.5),
     ]
 
 
@@ -59,29 +59,29 @@ PRIVATE: dict[str, Any] = {
 
 
 def test_an_update_that_is_refused_counts_for_nothing(core: CoordinatorHarness) -> None:
-    identity = start(core, **SAFEGUARD)
-    submit_round(core, identity)
+    training_session_id = start(core, **SAFEGUARD)
+    submit_round(core, training_session_id)
     core.settle()
 
-    statement = statement_of(core.versions(identity)[1])
+    statement = statement_of(core.versions(training_session_id)[1])
 
     assert (statement.contributor_count, statement.example_count) == (2, 14)
     assert dict(statement.metrics) == {"train_accuracy": pytest.approx((2.5 + 2.0) / 14)}
-    assert np.frombuffer(core.weights(identity, 1)[:8], "<i8").tolist() == [2]
-    assert core.training.get(identity).best_accuracy == pytest.approx(4.5 / 14)
-    assert core.round(identity, 1).example_count == 14
+    assert np.frombuffer(core.weights(training_session_id, 1)[:8], "<i8").tolist() == [2]
+    assert core.training.get(training_session_id).best_accuracy == pytest.approx(4.5 / 14)
+    assert core.round(training_session_id, 1).example_count == 14
 
 
 def test_updates_that_the_rule_leaves_out_count_for_nothing(core: CoordinatorHarness) -> None:
     """Krum takes one of the two that are alike; which one is a matter of their ids."""
-    identity = start(core, "krum")
-    submit_round(core, identity)
+    training_session_id = start(core, "krum")
+    submit_round(core, training_session_id)
     core.settle()
 
-    version = core.versions(identity)[1]
+    version = core.versions(training_session_id)[1]
     statement = statement_of(version)
 
-    rows = core.updates(identity, 1)
+    rows = core.updates(training_session_id, 1)
     (taken,) = (row for row in rows if row.state == "aggregated")
     others = [row for row in rows if row is not taken]
     assert all(row.state == "rejected" for row in others)
@@ -89,7 +89,7 @@ def test_updates_that_the_rule_leaves_out_count_for_nothing(core: CoordinatorHar
     assert (version.participant_count, statement.contributor_count) == (1, 1)
     assert statement.example_count == taken.example_count
     assert dict(statement.metrics) == {"train_accuracy": taken.accuracy}
-    assert core.round(identity, 1).rejected_count == 2
+    assert core.round(training_session_id, 1).rejected_count == 2
     assert core.deliveries.contribution_proof(taken.id).tree_size == 1
     with pytest.raises(UpdateNotFoundError):
         core.deliveries.contribution_proof(others[0].id)
@@ -97,9 +97,9 @@ def test_updates_that_the_rule_leaves_out_count_for_nothing(core: CoordinatorHar
 
 def test_the_preference_of_a_rule_is_not_held_against_devices(core: CoordinatorHarness) -> None:
     safeguards = training_pb2.SafeguardPolicy(quarantine_rejections=1)
-    identity = start(core, "krum", safeguards=safeguards)
+    training_session_id = start(core, "krum", safeguards=safeguards)
 
-    submit_round(core, identity)
+    submit_round(core, training_session_id)
     core.settle()
 
     with core.database.read() as session:
@@ -113,12 +113,12 @@ def test_the_preference_of_a_rule_is_not_held_against_devices(core: CoordinatorH
 def test_a_version_is_made_again_by_the_same_rules(
     core: CoordinatorHarness, config: dict[str, Any]
 ) -> None:
-    identity = start(core, **config)
-    submit_round(core, identity)
+    training_session_id = start(core, **config)
+    submit_round(core, training_session_id)
     core.clock.advance(10_000.0)
     core.settle()
 
-    again = recompute_version(core.context, identity, 1)
+    again = recompute_version(core.context, training_session_id, 1)
 
     assert (again.recomputed, again.differences, again.by_record) == (True, (), False)
 
@@ -127,29 +127,29 @@ def test_a_version_is_made_again_by_the_same_rules(
 def test_versions_of_earlier_releases_are_made_again_by_theirs(
     core: CoordinatorHarness, config: dict[str, Any]
 ) -> None:
-    identity = start(core, **config)
-    submit_round(core, identity)
-    publish_as_before(core, identity)
+    training_session_id = start(core, **config)
+    submit_round(core, training_session_id)
+    publish_as_before(core, training_session_id)
 
-    statement = statement_of(core.versions(identity)[1])
-    again = recompute_version(core.context, identity, 1)
+    statement = statement_of(core.versions(training_session_id)[1])
+    again = recompute_version(core.context, training_session_id, 1)
 
     assert statement.example_count == MANY + 14
     assert (again.recomputed, again.differences, again.by_record) == (True, (), False)
 
 
-def publish_as_before(core: CoordinatorHarness, identity: str) -> None:
+def publish_as_before(core: CoordinatorHarness, training_session_id: str) -> None:
     """Close round 1 and publish its version by the rules of versions that keep no number of them."""
     core.aggregator = NoAggregator(core.context, core.executor, "one")
     core.clock.advance(10_000.0)
     core.settle()
     with core.database.read() as session:
-        plan = read_plan(session, identity, 1, 0)
-        accepted = updates.accepted_after(session, identity, 1, 0, 10)
-    seed = noise_seed(core.context, plan.config, identity, plan.privacy_state)
+        plan = read_plan(session, training_session_id, 1, 0)
+        accepted = updates.accepted_after(session, training_session_id, 1, 0, 10)
+    seed = noise_seed(core.context, plan.config, training_session_id, plan.privacy_state)
     fold = RoundFold(core.context, plan, noise_seed=seed, revision=1)
     fold.take(accepted)
-    closed_at = core.round(identity, 1).closed_at
+    closed_at = core.round(training_session_id, 1).closed_at
     assert closed_at is not None
     publication = prepare_publication(core.context, core.executor, fold, closed_at)
     assert core.database.write(publication.run)

@@ -39,11 +39,15 @@ def start(
 
 
 def submit(
-    core: CoordinatorHarness, device: str, identity: str, weights: Arrays, examples: int = 10
+    core: CoordinatorHarness,
+    device: str,
+    training_session_id: str,
+    weights: Arrays,
+    examples: int = 10,
 ) -> None:
     """Submit an update of the kind that the training session wants."""
-    task = core.tasks.next_task(device, identity)
-    draft = core.draft(device, identity, weights, examples=examples)
+    task = core.tasks.next_task(device, training_session_id)
+    draft = core.draft(device, training_session_id, weights, examples=examples)
     assert task.config is not None
     draft.statement.kind = task.config.transfer.update_kind
     draft.statement.base_encoding = task.config.transfer.download_encoding
@@ -52,14 +56,14 @@ def submit(
 
 def run_round(
     core: CoordinatorHarness,
-    identity: str,
+    training_session_id: str,
     dtype: str,
     hostile: float,
     hostile_examples: int = 2**40,
 ) -> None:
-    submit(core, "device-0", identity, arrays(0.25, dtype, 2))
-    submit(core, "device-1", identity, arrays(hostile, dtype, 9), hostile_examples)
-    submit(core, "device-2", identity, arrays(0.75, dtype, 3))
+    submit(core, "device-0", training_session_id, arrays(0.25, dtype, 2))
+    submit(core, "device-1", training_session_id, arrays(hostile, dtype, 9), hostile_examples)
+    submit(core, "device-2", training_session_id, arrays(0.75, dtype, 3))
     core.settle()
 
 
@@ -89,53 +93,55 @@ def test_the_round_goes_on_without_the_culprit(core: CoordinatorHarness, case: s
     if "strategy" in config:
         name, parameters = config["strategy"]
         config["strategy"] = training_pb2.StrategyConfig(name=name, parameters=parameters)
-    identity = start(core, dtype, **config)
-    run_round(core, identity, dtype, hostile)
+    training_session_id = start(core, dtype, **config)
+    run_round(core, training_session_id, dtype, hostile)
 
-    rows = core.updates(identity, 1)
+    rows = core.updates(training_session_id, 1)
 
-    assert core.round(identity, 1).state == "published"
+    assert core.round(training_session_id, 1).state == "published"
     assert [row.state for row in rows] == ["aggregated", "rejected", "aggregated"]
-    assert core.versions(identity)[1].example_count == 20
-    version = core.weights(identity, 1)
+    assert core.versions(training_session_id)[1].example_count == 20
+    version = core.weights(training_session_id, 1)
     assert np.isfinite(np.frombuffer(version[4:], np.dtype(dtype))).all()
-    again = recompute_version(core.context, identity, 1)
+    again = recompute_version(core.context, training_session_id, 1)
     assert (again.recomputed, again.differences, again.by_record) == (True, (), False)
 
 
 def test_the_reason_names_the_tensor(core: CoordinatorHarness) -> None:
-    identity = start(core, "float16", base=100.0)
+    training_session_id = start(core, "float16", base=100.0)
 
-    run_round(core, identity, "float16", 65504.0)
+    run_round(core, training_session_id, "float16", 65504.0)
 
-    reason = core.updates(identity, 1)[1].state_reason
+    reason = core.updates(training_session_id, 1)[1].state_reason
     assert reason == "alone it would take tensor 'w' out of its range"
 
 
 def test_full_weights_beyond_the_range_of_downloads_are_found_too(core: CoordinatorHarness) -> None:
-    identity = start(core, "float32", transfer={"update_kind": WEIGHTS, **HALF})
+    training_session_id = start(core, "float32", transfer={"update_kind": WEIGHTS, **HALF})
 
-    run_round(core, identity, "float32", 1e6)
+    run_round(core, training_session_id, "float32", 1e6)
 
-    assert [row.state for row in core.updates(identity, 1)][1] == "rejected"
-    assert core.round(identity, 1).state == "published"
+    assert [row.state for row in core.updates(training_session_id, 1)][1] == "rejected"
+    assert core.round(training_session_id, 1).state == "published"
 
 
 def test_too_few_are_left_and_only_the_culprit_is_to_blame(core: CoordinatorHarness) -> None:
     """Three updates are the fewest of Krum: the round fails, the device is quarantined, the next one goes on."""
     safeguards = training_pb2.SafeguardPolicy(quarantine_rejections=1)
     krum = training_pb2.StrategyConfig(name="krum")
-    identity = start(core, "float64", strategy=krum, safeguards=safeguards)
+    training_session_id = start(core, "float64", strategy=krum, safeguards=safeguards)
 
-    run_round(core, identity, "float64", 1e306)
+    run_round(core, training_session_id, "float64", 1e306)
 
-    rows = core.updates(identity, 1)
-    assert core.round(identity, 1).state == "failed"
+    rows = core.updates(training_session_id, 1)
+    assert core.round(training_session_id, 1).state == "failed"
     assert "exceeds 1e+150" in rows[1].state_reason
-    assert {rows[0].state_reason, rows[2].state_reason} == {core.round(identity, 1).state_reason}
+    assert {rows[0].state_reason, rows[2].state_reason} == {
+        core.round(training_session_id, 1).state_reason
+    }
     assert state_of(core, "device-0") == DeviceState.ACTIVE.value
     assert state_of(core, "device-1") == DeviceState.QUARANTINED.value
-    assert core.round(identity).number == 2
+    assert core.round(training_session_id).number == 2
 
 
 def state_of(core: CoordinatorHarness, device_id: str) -> str:
@@ -151,12 +157,15 @@ def test_a_model_that_diverges_by_everyone_s_hand_fails_its_rounds(
     """Each step alone stays in range; the momentum of both leaves it, and no update is refused for that."""
     fedavgm = training_pb2.StrategyConfig(name="fedavgm")
     one = training_pb2.RoundPolicy(quorum=1)
-    identity = start(core, "float16", base=0.0, strategy=fedavgm, rounds=one)
-    submit(core, "device-0", identity, arrays(50000.0, "float16"))
+    training_session_id = start(core, "float16", base=0.0, strategy=fedavgm, rounds=one)
+    submit(core, "device-0", training_session_id, arrays(50000.0, "float16"))
     core.settle()
 
-    submit(core, "device-1", identity, arrays(0.25, "float16"))
+    submit(core, "device-1", training_session_id, arrays(0.25, "float16"))
     core.settle()
 
-    assert core.round(identity, 2).state == "failed"
-    assert core.updates(identity, 2)[0].state_reason == core.round(identity, 2).state_reason
+    assert core.round(training_session_id, 2).state == "failed"
+    assert (
+        core.updates(training_session_id, 2)[0].state_reason
+        == core.round(training_session_id, 2).state_reason
+    )

@@ -56,26 +56,26 @@ def start(core: CoordinatorHarness, **config: Any) -> str:
     return core.start(vector(0.0, 300), **wanted)
 
 
-def run_round(core: CoordinatorHarness, identity: str) -> None:
+def run_round(core: CoordinatorHarness, training_session_id: str) -> None:
     for device in ("device-0", "device-1"):
-        core.submit(device, identity, vector(1.0, 300), loss=0.5)
+        core.submit(device, training_session_id, vector(1.0, 300), loss=0.5)
     core.settle()
 
 
-def owner_of(core: CoordinatorHarness, identity: str) -> TrainingSession:
-    return core.training.get(identity)
+def owner_of(core: CoordinatorHarness, training_session_id: str) -> TrainingSession:
+    return core.training.get(training_session_id)
 
 
 def test_a_version_states_its_guarantee(core: CoordinatorHarness) -> None:
-    identity = start(core)
-    run_round(core, identity)
+    training_session_id = start(core)
+    run_round(core, training_session_id)
 
-    version = core.versions(identity)[1]
+    version = core.versions(training_session_id)[1]
 
     statement = security_pb2.ModelStatement.FromString(version.statement)
     assert version.epsilon == statement.epsilon == pytest.approx(epsilon_of(1))
     assert version.delta == statement.delta == DELTA
-    assert owner_of(core, identity).epsilon_spent == version.epsilon
+    assert owner_of(core, training_session_id).epsilon_spent == version.epsilon
 
 
 def test_loss_distributions_are_an_option_that_lasts_longer(core: CoordinatorHarness) -> None:
@@ -83,39 +83,39 @@ def test_loss_distributions_are_an_option_that_lasts_longer(core: CoordinatorHar
     ledger = PrivacyLedger().with_release(NOISE, 1.0)
     tight = spent(ledger.with_release(NOISE, 1.0), DELTA, "pld").epsilon
     assert tight < epsilon_of(2)
-    identity = start(
+    training_session_id = start(
         core,
         privacy=policy(
             accountant=training_pb2.PRIVACY_ACCOUNTANT_PLD, epsilon_budget=tight * 1.0001
         ),
     )
 
-    run_round(core, identity)
-    run_round(core, identity)
+    run_round(core, training_session_id)
+    run_round(core, training_session_id)
 
-    versions = core.versions(identity)
+    versions = core.versions(training_session_id)
     assert [row.epsilon for row in versions[1:]] == [
         pytest.approx(spent(ledger, DELTA, "pld").epsilon),
         pytest.approx(tight),
     ]
-    assert owner_of(core, identity).state == "completed"
+    assert owner_of(core, training_session_id).state == "completed"
 
 
 def test_the_guarantee_composes_over_versions(core: CoordinatorHarness) -> None:
-    identity = start(core)
-    run_round(core, identity)
-    run_round(core, identity)
+    training_session_id = start(core)
+    run_round(core, training_session_id)
+    run_round(core, training_session_id)
 
-    assert owner_of(core, identity).epsilon_spent == pytest.approx(epsilon_of(2))
+    assert owner_of(core, training_session_id).epsilon_spent == pytest.approx(epsilon_of(2))
 
 
 def test_updates_are_clipped_and_noise_of_the_stated_size_is_added(
     core: CoordinatorHarness,
 ) -> None:
-    identity = start(core)
-    run_round(core, identity)
+    training_session_id = start(core)
+    run_round(core, training_session_id)
 
-    noisy = np.array(floats(core.weights(identity, 1)))
+    noisy = np.array(floats(core.weights(training_session_id, 1)))
 
     # The clipped mean has elements of 1 / sqrt(300); the noise has a deviation of 4 * 1 / 2.
     assert noisy.std() == pytest.approx(2.0, rel=0.2)
@@ -124,59 +124,59 @@ def test_updates_are_clipped_and_noise_of_the_stated_size_is_added(
 def test_the_denominator_is_the_number_of_updates_at_which_a_round_closes(
     core: CoordinatorHarness,
 ) -> None:
-    identity = start(core, rounds=training_pb2.RoundPolicy(quorum=1, target=4))
+    training_session_id = start(core, rounds=training_pb2.RoundPolicy(quorum=1, target=4))
     for device in ("device-0", "device-1", "device-2", "device-3"):
-        core.submit(device, identity, vector(1.0, 300))
+        core.submit(device, training_session_id, vector(1.0, 300))
     core.settle()
 
-    noisy = np.array(floats(core.weights(identity, 1)))
+    noisy = np.array(floats(core.weights(training_session_id, 1)))
 
     assert noisy.std() == pytest.approx(1.0, rel=0.2)  # 4 * 1 / 4
 
 
 def test_metrics_that_no_noise_covers_are_left_out(core: CoordinatorHarness) -> None:
-    identity = start(core)
-    run_round(core, identity)
+    training_session_id = start(core)
+    run_round(core, training_session_id)
 
-    assert core.versions(identity)[1].metrics == {}
+    assert core.versions(training_session_id)[1].metrics == {}
 
 
 def test_training_ends_when_no_further_version_can_be_afforded(core: CoordinatorHarness) -> None:
-    identity = start(core)
-    run_round(core, identity)
-    run_round(core, identity)
+    training_session_id = start(core)
+    run_round(core, training_session_id)
+    run_round(core, training_session_id)
 
-    owner = owner_of(core, identity)
+    owner = owner_of(core, training_session_id)
 
     assert (owner.state, owner.current_version) == ("completed", 2)
     assert owner.state_reason.startswith("privacy budget spent")
 
 
 def test_a_version_past_the_budget_is_not_released(core: CoordinatorHarness) -> None:
-    identity = start(core)
+    training_session_id = start(core)
     for device in ("device-0", "device-1"):
-        core.submit(device, identity, vector(1.0, 300))
+        core.submit(device, training_session_id, vector(1.0, 300))
     core.database.write(
         lambda session: training_sessions.update_session(
-            session, identity, {"privacy_state": {"ledger": [[NOISE, 1.0, 2]]}}
+            session, training_session_id, {"privacy_state": {"ledger": [[NOISE, 1.0, 2]]}}
         )
     )
     core.settle()
 
-    owner = owner_of(core, identity)
+    owner = owner_of(core, training_session_id)
 
     assert (owner.state, owner.current_version) == ("completed", 0)
     assert owner.state_reason.startswith("privacy budget exceeded")
-    assert [item.state for item in core.updates(identity, 1)] == ["rejected", "rejected"]
+    assert [item.state for item in core.updates(training_session_id, 1)] == ["rejected", "rejected"]
     assert core.count(GlobalModel) == 1
 
 
-def fold_round(core: CoordinatorHarness, identity: str) -> RoundFold:
+def fold_round(core: CoordinatorHarness, training_session_id: str) -> RoundFold:
     """Fold round 1."""
     with core.database.read() as session:
-        plan = read_plan(session, identity, 1, 0)
-        accepted = updates.accepted_after(session, identity, 1, 0, 10)
-    seed = noise_seed(core.context, plan.config, identity, plan.privacy_state)
+        plan = read_plan(session, training_session_id, 1, 0)
+        accepted = updates.accepted_after(session, training_session_id, 1, 0, 10)
+    seed = noise_seed(core.context, plan.config, training_session_id, plan.privacy_state)
     fold = RoundFold(core.context, plan, noise_seed=seed)
     fold.take(accepted)
     return fold
@@ -185,26 +185,26 @@ def fold_round(core: CoordinatorHarness, identity: str) -> RoundFold:
 def test_a_process_that_takes_over_releases_the_same_noise(make_core: MakeCore) -> None:
     first, second = make_core(), make_core()
     first.add_devices(2)
-    identity = start(first)
+    training_session_id = start(first)
     for device in ("device-0", "device-1"):
-        first.submit(device, identity, vector(1.0, 300))
-    lost = fold_round(first, identity).write(first.executor, first.clock()).payload
+        first.submit(device, training_session_id, vector(1.0, 300))
+    lost = fold_round(first, training_session_id).write(first.executor, first.clock()).payload
 
     second.settle()
 
-    assert second.versions(identity)[1].payload_digest == lost.digest
+    assert second.versions(training_session_id)[1].payload_digest == lost.digest
 
 
 def test_a_version_is_not_published_on_a_ledger_that_has_moved_on(core: CoordinatorHarness) -> None:
-    identity = start(core)
+    training_session_id = start(core)
     for device in ("device-0", "device-1"):
-        core.submit(device, identity, vector(1.0, 300))
+        core.submit(device, training_session_id, vector(1.0, 300))
     ledger = PrivacyLedger().with_release(NOISE, 1.0)
-    allowed = allowance(owner_of(core, identity).config, None)
-    publication = prepare(core, identity, allowed)
+    allowed = allowance(owner_of(core, training_session_id).config, None)
+    publication = prepare(core, training_session_id, allowed)
     core.database.write(
         lambda session: training_sessions.update_session(
-            session, identity, {"privacy_state": {"ledger": ledger.as_rows()}}
+            session, training_session_id, {"privacy_state": {"ledger": ledger.as_rows()}}
         )
     )
 
@@ -212,47 +212,51 @@ def test_a_version_is_not_published_on_a_ledger_that_has_moved_on(core: Coordina
     assert core.count(GlobalModel) == 1
 
 
-def prepare(core: CoordinatorHarness, identity: str, allowed: PrivacyCharge) -> Publication:
+def prepare(
+    core: CoordinatorHarness, training_session_id: str, allowed: PrivacyCharge
+) -> Publication:
     """Write the bytes of the version of round 1, up to its publication."""
-    fold = fold_round(core, identity)
-    closed_at = core.round(identity, 1).closed_at
+    fold = fold_round(core, training_session_id)
+    closed_at = core.round(training_session_id, 1).closed_at
     assert closed_at is not None
     return prepare_publication(core.context, core.executor, fold, closed_at, allowed)
 
 
 def test_the_seed_does_not_open_under_another_state_key(core: CoordinatorHarness) -> None:
-    identity = start(core)
-    run_round(core, identity)
-    state = owner_of(core, identity).privacy_state
+    training_session_id = start(core)
+    run_round(core, training_session_id)
+    state = owner_of(core, training_session_id).privacy_state
     thief = replace(core.context, state_key=bytes(32))
 
-    assert len(open_seed(core.context, identity, state) or b"") == SECRET_BYTES
-    assert open_seed(thief, identity, state) is None
+    assert len(open_seed(core.context, training_session_id, state) or b"") == SECRET_BYTES
+    assert open_seed(thief, training_session_id, state) is None
 
 
 def test_training_goes_on_after_the_state_key_was_replaced(make_core: MakeCore) -> None:
     core, restarted = make_core(), make_core()
     core.add_devices(2)
-    identity = start(core)
-    run_round(core, identity)
+    training_session_id = start(core)
+    run_round(core, training_session_id)
     restarted.aggregator = Aggregator(
         replace(restarted.context, state_key=bytes(32)), restarted.executor, "restarted"
     )
 
     core.aggregator.close()
-    run_round(restarted, identity)
+    run_round(restarted, training_session_id)
 
-    assert owner_of(core, identity).current_version == 2
+    assert owner_of(core, training_session_id).current_version == 2
     with core.database.read() as session:
         drawn = audit.list_entries(session, PageRequest(10), AuditFilter(event_type=REPLACED))
         assert len(drawn.rows) == 1
 
 
-def prepare_with(core: CoordinatorHarness, identity: str, value: float) -> np.ndarray[Any, Any]:
+def prepare_with(
+    core: CoordinatorHarness, training_session_id: str, value: float
+) -> np.ndarray[Any, Any]:
     """Submit two updates, of which the second is of this value, and return what version 1 would be."""
-    core.submit("device-0", identity, vector(0.0, 300))
-    core.submit("device-1", identity, vector(value, 300))
-    fold = fold_round(core, identity)
+    core.submit("device-0", training_session_id, vector(0.0, 300))
+    core.submit("device-1", training_session_id, vector(value, 300))
+    fold = fold_round(core, training_session_id)
     written = fold.write(core.executor, core.clock()).payload
     assert written.data is not None
     return np.frombuffer(written.data, "<f4")
@@ -262,24 +266,26 @@ def test_a_version_made_again_of_other_updates_has_other_noise(make_core: MakeCo
     """After a restored backup: with the same noise, the difference of both versions would be one device's change."""
     core = make_core()
     core.add_devices(2)
-    identity = start(core)
-    first = prepare_with(core, identity, 1.0)
-    forget_updates(core, identity)
+    training_session_id = start(core)
+    first = prepare_with(core, training_session_id, 1.0)
+    forget_updates(core, training_session_id)
 
-    again = prepare_with(core, identity, -1.0)
+    again = prepare_with(core, training_session_id, -1.0)
 
     difference = first - again
     assert difference.std() == pytest.approx(2.0 * np.sqrt(2.0), rel=0.25)  # two independent noises
     assert abs(np.corrcoef(first, again)[0, 1]) < 0.25
 
 
-def forget_updates(core: CoordinatorHarness, identity: str) -> None:
+def forget_updates(core: CoordinatorHarness, training_session_id: str) -> None:
     """Take round 1 back to before any update, as a backup does."""
 
     def work(session: Session) -> None:
-        session.execute(delete(ModelUpdate).where(ModelUpdate.training_session_id == identity))
+        session.execute(
+            delete(ModelUpdate).where(ModelUpdate.training_session_id == training_session_id)
+        )
         values = {"accepted_count": 0, "example_count": 0, "state": "open", "closed_at": None}
-        training_sessions.update_round(session, identity, 1, values)
+        training_sessions.update_round(session, training_session_id, 1, values)
 
     core.database.write(work)
 
@@ -287,12 +293,14 @@ def forget_updates(core: CoordinatorHarness, identity: str) -> None:
 def test_integers_of_a_private_session_are_those_of_its_base(core: CoordinatorHarness) -> None:
     quorum = training_pb2.RoundPolicy(quorum=2)
     base = {"steps": np.array([5, 6], np.int64), **vector(0.0, 4)}
-    identity = core.start(base, privacy=policy(), rounds=quorum)
+    training_session_id = core.start(base, privacy=policy(), rounds=quorum)
     for device in ("device-0", "device-1"):
-        core.submit(device, identity, {"steps": np.array([7, 8], np.int64), **vector(1.0, 4)})
+        core.submit(
+            device, training_session_id, {"steps": np.array([7, 8], np.int64), **vector(1.0, 4)}
+        )
     core.settle()
 
-    version = core.weights(identity, 1)
+    version = core.weights(training_session_id, 1)
 
     assert np.frombuffer(version[:16], "<i8").tolist() == [5, 6]
 
@@ -339,12 +347,12 @@ def restored(core: CoordinatorHarness) -> int:
 
 
 def test_released_versions_are_journaled_outside_of_the_database(core: CoordinatorHarness) -> None:
-    identity = start(core)
-    run_round(core, identity)
+    training_session_id = start(core)
+    run_round(core, training_session_id)
 
-    version = core.versions(identity)[1]
+    version = core.versions(training_session_id)[1]
 
-    assert journal_of(core).read(identity) == {version.digest: 1}
+    assert journal_of(core).read(training_session_id) == {version.digest: 1}
     assert journal_of(core).read("another") == {}
 
 
@@ -360,12 +368,12 @@ def test_a_damaged_line_hides_no_other(core: CoordinatorHarness) -> None:
 
 def test_what_a_restored_database_has_lost_stays_in_the_account(core: CoordinatorHarness) -> None:
     """The journal knows of a version 1 that was released before the database went back."""
-    identity = start(core)
-    journal_of(core).append(identity, {"ab" * 32: 1})
+    training_session_id = start(core)
+    journal_of(core).append(training_session_id, {"ab" * 32: 1})
 
-    run_round(core, identity)
+    run_round(core, training_session_id)
 
-    owner = owner_of(core, identity)
+    owner = owner_of(core, training_session_id)
     assert restored(core) == 1
     assert owner.epsilon_spent == pytest.approx(epsilon_of(2))
     assert (owner.state, owner.current_version) == ("completed", 1)  # the budget lasts for two
@@ -373,36 +381,36 @@ def test_what_a_restored_database_has_lost_stays_in_the_account(core: Coordinato
 
 def test_a_loss_is_counted_once(core: CoordinatorHarness) -> None:
     wide = policy(epsilon_budget=epsilon_of(9))
-    identity = start(core, privacy=wide)
-    journal_of(core).append(identity, {"ab" * 32: 1})
-    run_round(core, identity)
+    training_session_id = start(core, privacy=wide)
+    journal_of(core).append(training_session_id, {"ab" * 32: 1})
+    run_round(core, training_session_id)
     restart(core)
 
-    run_round(core, identity)
+    run_round(core, training_session_id)
 
     assert restored(core) == 1
-    assert owner_of(core, identity).epsilon_spent == pytest.approx(epsilon_of(3))
+    assert owner_of(core, training_session_id).epsilon_spent == pytest.approx(epsilon_of(3))
 
 
 def test_a_restart_without_a_restore_finds_nothing(core: CoordinatorHarness) -> None:
-    identity = start(core, privacy=policy(epsilon_budget=epsilon_of(9)))
-    run_round(core, identity)
+    training_session_id = start(core, privacy=policy(epsilon_budget=epsilon_of(9)))
+    run_round(core, training_session_id)
     (core.config.data_dir / FILE).unlink()  # a crash before the journal was written
     restart(core)
 
-    run_round(core, identity)
+    run_round(core, training_session_id)
 
     assert restored(core) == 0
-    assert len(journal_of(core).read(identity)) == 2
-    assert owner_of(core, identity).epsilon_spent == pytest.approx(epsilon_of(2))
+    assert len(journal_of(core).read(training_session_id)) == 2
+    assert owner_of(core, training_session_id).epsilon_spent == pytest.approx(epsilon_of(2))
 
 
 def test_a_journal_that_cannot_be_read_or_written_stops_no_training(
     core: CoordinatorHarness,
 ) -> None:
-    identity = start(core)
+    training_session_id = start(core)
     (core.config.data_dir / FILE).mkdir()
 
-    run_round(core, identity)
+    run_round(core, training_session_id)
 
-    assert owner_of(core, identity).current_version == 1
+    assert owner_of(core, training_session_id).current_version == 1

@@ -92,7 +92,7 @@ class RoundMachine(RuleBasedStateMachine):
             deadline=Duration(seconds=DEADLINE_S),
             missed_quorum_action=action,
         )
-        self.identity = self.core.start(total_rounds=10_000, rounds=rounds)
+        self.training_session_id = self.core.start(total_rounds=10_000, rounds=rounds)
         self.at_s = 0.0
         self.paused = False
         self.revoked: set[str] = set()
@@ -108,10 +108,12 @@ class RoundMachine(RuleBasedStateMachine):
     # Devices
 
     def task_of(self, device: str) -> Draft | None:
-        if self.core.tasks.next_task(device, self.identity).round is None:
+        if self.core.tasks.next_task(device, self.training_session_id).round is None:
             return None
         value = float(len(self.sent) + len(self.held))
-        return self.core.draft(device, self.identity, vector(value), examples=1 + len(self.held))
+        return self.core.draft(
+            device, self.training_session_id, vector(value), examples=1 + len(self.held)
+        )
 
     @rule(number=st.integers(0, DEVICES - 1))
     def take_task(self, number: int) -> None:
@@ -191,13 +193,13 @@ class RoundMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.paused)
     @rule()
     def pause(self) -> None:
-        self.core.training.pause(SYSTEM, self.identity)
+        self.core.training.pause(SYSTEM, self.training_session_id)
         self.paused = True
 
     @precondition(lambda self: self.paused)
     @rule()
     def resume(self) -> None:
-        self.core.training.resume(SYSTEM, self.identity)
+        self.core.training.resume(SYSTEM, self.training_session_id)
         self.paused = False
         if self.current.state == "open":
             self.current.deadline_s = max(self.current.deadline_s, self.at_s + DEADLINE_S)
@@ -263,18 +265,20 @@ class RoundMachine(RuleBasedStateMachine):
 
     @invariant()
     def versions_have_no_gap(self) -> None:
-        rows = self.core.versions(self.identity)
+        rows = self.core.versions(self.training_session_id)
 
         assert [row.version for row in rows] == list(range(len(self.versions) + 1))
         assert [row.participant_count for row in rows[1:]] == [len(v) for v in self.versions]
 
     @invariant()
     def every_acknowledged_update_is_where_it_belongs(self) -> None:
-        rows = self.core.training.list_rounds(self.identity, PageRequest(1000)).rows[::-1]
+        rows = self.core.training.list_rounds(self.training_session_id, PageRequest(1000)).rows[
+            ::-1
+        ]
 
         assert [row.state for row in rows] == [modeled.state for modeled in self.rounds]
         for row, modeled in zip(rows, self.rounds, strict=True):
-            updates = self.core.updates(self.identity, row.number)
+            updates = self.core.updates(self.training_session_id, row.number)
             assert [update.id for update in updates] == [
                 draft.statement.update_id for draft in modeled.accepted
             ]
@@ -295,7 +299,9 @@ class RoundMachine(RuleBasedStateMachine):
             / total
         )
 
-        assert floats(self.core.weights(self.identity)) == pytest.approx([mean] * 3, rel=1e-6)
+        assert floats(self.core.weights(self.training_session_id)) == pytest.approx(
+            [mean] * 3, rel=1e-6
+        )
 
     def teardown(self) -> None:
         if hasattr(self, "core"):

@@ -50,9 +50,9 @@ class Signed:
     core: CoordinatorHarness
     keys: dict[str, SigningKey]
 
-    def draft(self, name: str, identity: str, value: float, **facts: Any) -> Draft:
+    def draft(self, name: str, training_session_id: str, value: float, **facts: Any) -> Draft:
         key = self.keys[name]
-        draft = self.core.draft(name, identity, vector(value), **facts)
+        draft = self.core.draft(name, training_session_id, vector(value), **facts)
         draft.device = replace(
             draft.device,
             key_id=key.public.key_id,
@@ -63,10 +63,10 @@ class Signed:
         draft.signing_key = key
         return draft
 
-    def submit_all(self, identity: str) -> list[str]:
+    def submit_all(self, training_session_id: str) -> list[str]:
         """Send one update of every device, of values 1, 2 and 3; return their ids."""
         return [
-            self.core.send(self.draft(name, identity, number, loss=0.5)).update_id
+            self.core.send(self.draft(name, training_session_id, number, loss=0.5)).update_id
             for number, name in enumerate(self.keys, 1)
         ]
 
@@ -127,17 +127,17 @@ def events(core: CoordinatorHarness, kind: str) -> list[AuditLog]:
         return session.query(AuditLog).filter_by(event_type=kind).order_by(AuditLog.id).all()
 
 
-def mean(core: CoordinatorHarness, identity: str) -> float:
-    return floats(core.weights(identity))[0]
+def mean(core: CoordinatorHarness, training_session_id: str) -> float:
+    return floats(core.weights(training_session_id))[0]
 
 
 def test_rows_that_are_what_was_signed_are_folded(signed: Signed) -> None:
-    identity = signed.core.start(rounds=QUORUM_3, total_rounds=1)
-    signed.submit_all(identity)
+    training_session_id = signed.core.start(rounds=QUORUM_3, total_rounds=1)
+    signed.submit_all(training_session_id)
 
     signed.core.settle()
 
-    assert mean(signed.core, identity) == 2.0
+    assert mean(signed.core, training_session_id) == 2.0
     assert not events(signed.core, "update.evidence_refused")
 
 
@@ -227,8 +227,8 @@ def first_row(signed: Signed) -> ModelUpdate:
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_row_that_was_edited_is_never_folded(signed: Signed, edit: str) -> None:
     core = signed.core
-    identity = core.start(rounds=QUORUM_3, total_rounds=1, transfer=KEEP)
-    ids = signed.submit_all(identity)
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1, transfer=KEEP)
+    ids = signed.submit_all(training_session_id)
     EDITS[edit](signed, ids[1])
 
     core.settle()
@@ -236,19 +236,21 @@ def test_a_row_that_was_edited_is_never_folded(signed: Signed, edit: str) -> Non
     row = signed.row(ids[1])
     assert (row.state, row.aggregated_version) == (UpdateState.REJECTED.value, None)
     assert row.state_reason.startswith(EVIDENCE_REASON)
-    assert mean(core, identity) == 2.0  # of 1 and 3: what was edited to anything else is not in it
+    assert (
+        mean(core, training_session_id) == 2.0
+    )  # of 1 and 3: what was edited to anything else is not in it
     (event,) = events(core, "update.evidence_refused")
     assert (event.subject, event.details["reason"]) == (f"update:{ids[1]}", row.state_reason)
-    assert core.versions(identity)[1].participant_count == 2
+    assert core.versions(training_session_id)[1].participant_count == 2
 
 
 def test_an_edited_update_for_another_round_is_not_folded_there(signed: Signed) -> None:
     core = signed.core
-    identity = core.start(rounds=QUORUM_3, total_rounds=2)
-    signed.submit_all(identity)
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=2)
+    signed.submit_all(training_session_id)
     core.settle()
-    ids = signed.submit_all(identity)
-    earlier = core.updates(identity, 1)[0]
+    ids = signed.submit_all(training_session_id)
+    earlier = core.updates(training_session_id, 1)[0]
     assert earlier.statement is not None
     columns = ("statement", "signature", "statement_digest", "payload_id", "payload_digest")
     values = {name: getattr(earlier, name) for name in columns}
@@ -264,8 +266,8 @@ def test_a_key_that_was_retired_while_the_round_was_open_still_counts(
     signed: Signed, clock: FakeClock
 ) -> None:
     core = signed.core
-    identity = core.start(rounds=QUORUM_3, total_rounds=1)
-    ids = signed.submit_all(identity)
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1)
+    ids = signed.submit_all(training_session_id)
     key_id = signed.row(ids[0]).key_id
     signed.edit(DeviceKey, DeviceKey.key_id == key_id, retired_at=clock())
 
@@ -278,18 +280,20 @@ def test_a_round_in_which_nothing_is_left_fails_with_a_reason_and_another_opens(
     signed: Signed,
 ) -> None:
     core = signed.core
-    identity = core.start(rounds=QUORUM_3, total_rounds=1)
-    ids = signed.submit_all(identity)
-    signed.edit(ModelUpdate, ModelUpdate.training_session_id == identity, example_count=7)
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1)
+    ids = signed.submit_all(training_session_id)
+    signed.edit(
+        ModelUpdate, ModelUpdate.training_session_id == training_session_id, example_count=7
+    )
 
     core.settle()
 
-    failed = core.round(identity, 1)
+    failed = core.round(training_session_id, 1)
     assert failed.state == RoundState.FAILED.value
     assert "got 0" in failed.state_reason
     assert all(signed.row(name).state_reason.startswith(EVIDENCE_REASON) for name in ids)
     assert len(events(core, "update.evidence_refused")) == 3
-    assert core.round(identity, 2).state == RoundState.OPEN.value
+    assert core.round(training_session_id, 2).state == RoundState.OPEN.value
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "median", "krum", "geometric_median"])
@@ -302,20 +306,20 @@ def test_a_version_without_an_edited_update_is_made_again(
         key = SigningKey.generate()
         signed.keys[f"device-{number}"] = key
         add_device(core, f"device-{number}", key)
-    identity = core.start(
+    training_session_id = core.start(
         rounds=training_pb2.RoundPolicy(quorum=5),
         total_rounds=1,
         transfer=KEEP,
         strategy=training_pb2.StrategyConfig(name=strategy),
     )
-    ids = signed.submit_all(identity)
+    ids = signed.submit_all(training_session_id)
     signed.round_of(ids[1], example_count=10**6)
     core.settle()
 
-    again = recompute_version(core.context, identity, 1)
+    again = recompute_version(core.context, training_session_id, 1)
 
     assert (again.recomputed, again.differences, again.by_record) == (True, (), False)
-    outcome = read_outcome(core.context, core.versions(identity)[1])
+    outcome = read_outcome(core.context, core.versions(training_session_id)[1])
     assert outcome is not None
     assert [entry.update_id for entry in outcome.judgements] == ids
     assert list(outcome.rejected) == [ids[1]]
@@ -323,13 +327,13 @@ def test_a_version_without_an_edited_update_is_made_again(
 
 def test_a_version_is_made_again_by_its_record_where_the_row_was_put_back(signed: Signed) -> None:
     core = signed.core
-    identity = core.start(rounds=QUORUM_3, total_rounds=1, transfer=KEEP)
-    ids = signed.submit_all(identity)
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1, transfer=KEEP)
+    ids = signed.submit_all(training_session_id)
     signed.round_of(ids[2], example_count=10**6)
     core.settle()
     signed.round_of(ids[2], example_count=10)
 
-    again = recompute_version(core.context, identity, 1)
+    again = recompute_version(core.context, training_session_id, 1)
 
     assert (again.differences, again.by_record) == ((), True)
 
@@ -338,12 +342,12 @@ def test_a_row_that_is_edited_after_its_version_shows_when_it_is_made_again(
     signed: Signed,
 ) -> None:
     core = signed.core
-    identity = core.start(rounds=QUORUM_3, total_rounds=1, transfer=KEEP)
-    ids = signed.submit_all(identity)
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1, transfer=KEEP)
+    ids = signed.submit_all(training_session_id)
     core.settle()
     signed.round_of(ids[2], signature=flipped(signed.row(ids[2]).signature))
 
-    assert recompute_version(core.context, identity, 1).differences
+    assert recompute_version(core.context, training_session_id, 1).differences
 
 
 def test_a_version_of_updates_that_nobody_had_to_sign_is_made_again_by_its_record(
@@ -351,13 +355,13 @@ def test_a_version_of_updates_that_nobody_had_to_sign_is_made_again_by_its_recor
 ) -> None:
     core = make_core()
     core.add_devices(3)
-    identity = core.start(rounds=QUORUM_3, total_rounds=1, transfer=KEEP)
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1, transfer=KEEP)
     for number in range(3):
-        core.submit(f"device-{number}", identity, vector(float(number)))
+        core.submit(f"device-{number}", training_session_id, vector(float(number)))
     core.settle()
     strict = make_core(require_signatures=True)
 
-    again = recompute_version(strict.context, identity, 1)
+    again = recompute_version(strict.context, training_session_id, 1)
 
     assert (again.differences, again.by_record) == ((), True)
 
@@ -365,20 +369,20 @@ def test_a_version_of_updates_that_nobody_had_to_sign_is_made_again_by_its_recor
 def test_where_signatures_are_off_nothing_is_checked(make_core: MakeCore) -> None:
     core = make_core()
     core.add_devices(3)
-    identity = core.start(rounds=QUORUM_3, total_rounds=1)
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1)
     for number in range(3):
-        core.submit(f"device-{number}", identity, vector(1.0))
+        core.submit(f"device-{number}", training_session_id, vector(1.0))
 
     core.settle()
 
-    assert core.versions(identity)[1].participant_count == 3
+    assert core.versions(training_session_id)[1].participant_count == 3
 
 
 def test_an_edited_update_is_not_held_against_its_device(signed: Signed) -> None:
     core = signed.core
     safeguards = training_pb2.SafeguardPolicy(quarantine_rejections=1)
-    identity = core.start(rounds=QUORUM_3, total_rounds=1, safeguards=safeguards)
-    ids = signed.submit_all(identity)
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1, safeguards=safeguards)
+    ids = signed.submit_all(training_session_id)
     signed.round_of(ids[0], example_count=10**6)
 
     core.settle()
@@ -389,28 +393,28 @@ def test_an_edited_update_is_not_held_against_its_device(signed: Signed) -> None
 
 
 def test_another_process_verifies_for_itself(signed: Signed, make_core: MakeCore) -> None:
-    identity = signed.core.start(rounds=QUORUM_3, total_rounds=1)
-    ids = signed.submit_all(identity)
+    training_session_id = signed.core.start(rounds=QUORUM_3, total_rounds=1)
+    ids = signed.submit_all(training_session_id)
     signed.round_of(ids[0], signature=resigned(signed, ids[0]))
     other = make_core(require_signatures=True)
 
     other.settle()
 
     assert signed.row(ids[0]).state == UpdateState.REJECTED.value
-    assert mean(other, identity) == 2.5
+    assert mean(other, training_session_id) == 2.5
 
 
 def test_an_update_of_an_earlier_round_s_task_counts_in_a_buffer(signed: Signed) -> None:
     core = signed.core
-    identity = core.start(
+    training_session_id = core.start(
         strategy=training_pb2.StrategyConfig(name="fedbuff"),
         rounds=training_pb2.RoundPolicy(quorum=1, max_staleness=5),
         transfer=training_pb2.TransferPolicy(update_kind=training_pb2.UPDATE_KIND_DELTA),
         total_rounds=2,
     )
-    late = signed.draft("device-1", identity, 1.0)
+    late = signed.draft("device-1", training_session_id, 1.0)
     late.statement.kind = training_pb2.UPDATE_KIND_DELTA
-    early = signed.draft("device-0", identity, 1.0)
+    early = signed.draft("device-0", training_session_id, 1.0)
     early.statement.kind = training_pb2.UPDATE_KIND_DELTA
     core.send(early)
     core.settle()
@@ -426,8 +430,8 @@ def test_crash_between_any_two_steps_leaves_out_the_same_update(make_core: MakeC
     signed = enrolled(make_core(require_signatures=True))
     wanted = None
     for step in range(1, 60):
-        identity = signed.core.start(rounds=QUORUM_3, total_rounds=1)
-        ids = signed.submit_all(identity)
+        training_session_id = signed.core.start(rounds=QUORUM_3, total_rounds=1)
+        ids = signed.submit_all(training_session_id)
         signed.round_of(ids[0], example_count=10**6)
         fuse = Fuse(step)
         context = replace(
@@ -443,7 +447,10 @@ def test_crash_between_any_two_steps_leaves_out_the_same_update(make_core: MakeC
         survivor = Aggregator(signed.core.context, signed.core.executor, signed.core.config.realm)
         while survivor.run_once():
             pass
-        found = (signed.core.weights(identity, 1), [signed.row(name).state for name in ids])
+        found = (
+            signed.core.weights(training_session_id, 1),
+            [signed.row(name).state for name in ids],
+        )
         wanted = wanted or found
         assert found == wanted
         assert len(events(signed.core, "update.evidence_refused")) == step

@@ -61,16 +61,18 @@ def test_more_tensors_than_devices_take_are_refused(core: CoordinatorHarness) ->
 def test_a_session_that_an_earlier_release_has_let_begin_ends_with_the_reason(
     core: CoordinatorHarness,
 ) -> None:
-    identity = core.start(arrays("w", "w#scale"))
+    training_session_id = core.start(arrays("w", "w#scale"))
     stored = training_pb2.TrainingConfig()
-    stored.CopyFrom(core.training.get(identity).config)
+    stored.CopyFrom(core.training.get(training_session_id).config)
     stored.transfer.update_encoding = training_pb2.ENCODING_INT8
     values = {"config": to_json(stored)}
-    core.database.write(lambda session: training_sessions.update_session(session, identity, values))
+    core.database.write(
+        lambda session: training_sessions.update_session(session, training_session_id, values)
+    )
 
     core.settle()
 
-    ended = core.training.get(identity)
+    ended = core.training.get(training_session_id)
     assert ended.state == "failed"
     assert "cannot be trained under its configuration: tensor name" in ended.state_reason
-    assert core.round(identity).state == "failed"
+    assert core.round(training_session_id).state == "failed"

@@ -76,9 +76,9 @@ def test_registered_device_reads_back(program: CoordinatorHarness) -> None:
 
 def test_registered_device_may_contribute_over_the_network(program: CoordinatorHarness) -> None:
     registry.register_device("ward-3")
-    identity = program.start()
+    training_session_id = program.start()
 
-    assert program.submit("ward-3", identity).acceptance_sequence == 1
+    assert program.submit("ward-3", training_session_id).acceptance_sequence == 1
 
 
 def test_device_that_an_administrator_added_is_there(program: CoordinatorHarness) -> None:

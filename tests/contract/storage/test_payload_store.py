@@ -182,18 +182,18 @@ def test_threads_write_payloads_side_by_side(store: PayloadStore) -> None:
 
 
 def test_small_payload_lies_in_its_row(core: CoordinatorHarness) -> None:
-    identity = core.start()
+    training_session_id = core.start()
 
-    payload = payload_of(core, identity, 0)
+    payload = payload_of(core, training_session_id, 0)
 
     assert payload.location == "row"
     assert chunk_count(core) == 0
 
 
 def test_large_payload_lies_in_the_store(large: CoordinatorHarness) -> None:
-    identity = large.start(vector(0.5, BIG))
+    training_session_id = large.start(vector(0.5, BIG))
 
-    payload = payload_of(large, identity, 0)
+    payload = payload_of(large, training_session_id, 0)
 
     assert payload.location == "store"
     with large.database.read() as session:
@@ -202,8 +202,8 @@ def test_large_payload_lies_in_the_store(large: CoordinatorHarness) -> None:
     assert large.count(Upload) == 0
 
 
-def payload_of(core: CoordinatorHarness, identity: str, version: int) -> records.Payload:
-    payload_id = core.versions(identity)[version].payload_id
+def payload_of(core: CoordinatorHarness, training_session_id: str, version: int) -> records.Payload:
+    payload_id = core.versions(training_session_id)[version].payload_id
     with core.database.read() as session:
         payload = payloads.get_payload(session, payload_id)
         assert payload is not None
@@ -211,8 +211,8 @@ def payload_of(core: CoordinatorHarness, identity: str, version: int) -> records
 
 
 def test_payload_reads_from_any_chunk(large: CoordinatorHarness) -> None:
-    identity = large.start(vector(0.5, BIG))
-    stored = describe(payload_of(large, identity, 0))
+    training_session_id = large.start(vector(0.5, BIG))
+    stored = describe(payload_of(large, training_session_id, 0))
 
     whole = list(read_chunks(large.context, stored))
 
@@ -221,8 +221,8 @@ def test_payload_reads_from_any_chunk(large: CoordinatorHarness) -> None:
 
 
 def test_payload_whose_chunks_were_deleted_is_pruned(large: CoordinatorHarness) -> None:
-    identity = large.start(vector(0.5, BIG))
-    stored = describe(payload_of(large, identity, 0))
+    training_session_id = large.start(vector(0.5, BIG))
+    stored = describe(payload_of(large, training_session_id, 0))
     large.store.delete([stored.payload_id])
 
     with pytest.raises(PayloadPrunedError):
@@ -236,9 +236,11 @@ class BrokenError(Exception):
     """The stream ends in the middle."""
 
 
-def break_off(core: CoordinatorHarness, identity: str, device_id: str = "device-0") -> Any:
+def break_off(
+    core: CoordinatorHarness, training_session_id: str, device_id: str = "device-0"
+) -> Any:
     """Send two of three chunks of an update; return the update."""
-    draft = core.draft(device_id, identity, vector(1.0, BIG))
+    draft = core.draft(device_id, training_session_id, vector(1.0, BIG))
 
     def pieces() -> Iterator[tuple[int, bytes]]:
         yield from draft.chunks[:2]
@@ -250,14 +252,14 @@ def break_off(core: CoordinatorHarness, identity: str, device_id: str = "device-
 
 
 @pytest.fixture
-def identity(large: CoordinatorHarness) -> str:
+def training_session_id(large: CoordinatorHarness) -> str:
     return large.start(vector(0.0, BIG), rounds=training_pb2.RoundPolicy(quorum=3))
 
 
 def test_upload_that_nobody_continues_is_swept(
-    large: CoordinatorHarness, identity: str, clock: FakeClock
+    large: CoordinatorHarness, training_session_id: str, clock: FakeClock
 ) -> None:
-    break_off(large, identity)
+    break_off(large, training_session_id)
     clock.advance(large.config.upload_expiry_s + 1)
 
     swept = sweep(large.context)
@@ -267,34 +269,34 @@ def test_upload_that_nobody_continues_is_swept(
 
 
 def test_upload_that_may_be_continued_is_not_swept(
-    large: CoordinatorHarness, identity: str
+    large: CoordinatorHarness, training_session_id: str
 ) -> None:
-    break_off(large, identity)
+    break_off(large, training_session_id)
 
     assert sweep(large.context) == 0
     assert chunk_count(large) == 5
 
 
 def test_swept_upload_begins_again(
-    large: CoordinatorHarness, identity: str, clock: FakeClock
+    large: CoordinatorHarness, training_session_id: str, clock: FakeClock
 ) -> None:
-    draft = break_off(large, identity)
+    draft = break_off(large, training_session_id)
     clock.advance(large.config.upload_expiry_s + 1)
-    large.training.pause(SYSTEM, identity)
-    large.training.resume(SYSTEM, identity)
+    large.training.pause(SYSTEM, training_session_id)
+    large.training.resume(SYSTEM, training_session_id)
     sweep(large.context)
 
     following, _ = large.uploads.find(draft.device, draft.statement.update_id)
     large.send(draft)
 
     assert following == 0
-    assert large.round(identity).accepted_count == 1
+    assert large.round(training_session_id).accepted_count == 1
 
 
 def test_upload_that_is_swept_under_way_is_not_accepted(
-    large: CoordinatorHarness, identity: str
+    large: CoordinatorHarness, training_session_id: str
 ) -> None:
-    draft = large.draft("device-0", identity, vector(1.0, BIG))
+    draft = large.draft("device-0", training_session_id, vector(1.0, BIG))
 
     def stalling() -> Iterator[tuple[int, bytes]]:
         yield from draft.chunks[:2]
@@ -352,19 +354,21 @@ def test_chunks_of_a_crash_before_the_row_are_swept(
 
 def run_rounds(core: CoordinatorHarness, count: int, kept: Any, **transfer: Any) -> str:
     policy = training_pb2.TransferPolicy(payload_retention=kept, **transfer)
-    identity = core.start(vector(0.0, BIG), total_rounds=count + 1, rounds=ONE, transfer=policy)
+    training_session_id = core.start(
+        vector(0.0, BIG), total_rounds=count + 1, rounds=ONE, transfer=policy
+    )
     for number in range(count):
-        core.submit("device-0", identity, vector(float(number), BIG))
+        core.submit("device-0", training_session_id, vector(float(number), BIG))
         core.settle()
-    return identity
+    return training_session_id
 
 
-def locations(core: CoordinatorHarness, identity: str, count: int) -> list[str]:
+def locations(core: CoordinatorHarness, training_session_id: str, count: int) -> list[str]:
     """Return where the payload of each round's update is."""
     found = []
     with core.database.read() as session:
         for number in range(1, count + 1):
-            (update,) = core.updates(identity, number)
+            (update,) = core.updates(training_session_id, number)
             payload = payloads.get_payload(session, update.payload_id)
             assert payload is not None
             found.append(payload.location)
@@ -386,9 +390,9 @@ def locations(core: CoordinatorHarness, identity: str, count: int) -> list[str]:
 def test_payloads_are_kept_as_the_session_says(
     large: CoordinatorHarness, setting: Any, transfer: dict[str, int], kept: list[str]
 ) -> None:
-    identity = run_rounds(large, 4, setting, **transfer)
+    training_session_id = run_rounds(large, 4, setting, **transfer)
 
-    assert locations(large, identity, 4) == kept
+    assert locations(large, training_session_id, 4) == kept
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -406,12 +410,14 @@ def test_the_end_of_a_session_keeps_what_the_session_says(
 ) -> None:
     policy = training_pb2.TransferPolicy(payload_retention=setting, retained_rounds=count)
     rounds = training_pb2.RoundPolicy(quorum=1 if end == "completed" else 2)
-    identity = large.start(vector(0.0, BIG), total_rounds=4, rounds=rounds, transfer=policy)
-    while large.training.get(identity).state == "running":
+    training_session_id = large.start(
+        vector(0.0, BIG), total_rounds=4, rounds=rounds, transfer=policy
+    )
+    while large.training.get(training_session_id).state == "running":
         for device in range(rounds.quorum):
-            large.submit(f"device-{device}", identity, vector(1.0, BIG))
-            if end == "cancelled" and large.training.get(identity).current_round == 3:
-                large.training.cancel(SYSTEM, identity, "enough")
+            large.submit(f"device-{device}", training_session_id, vector(1.0, BIG))
+            if end == "cancelled" and large.training.get(training_session_id).current_round == 3:
+                large.training.cancel(SYSTEM, training_session_id, "enough")
                 break
         large.settle()
 
@@ -425,21 +431,21 @@ def test_the_end_of_a_session_keeps_what_the_session_says(
 
 
 def test_pruned_payloads_are_swept_and_versions_stay(large: CoordinatorHarness) -> None:
-    identity = run_rounds(large, 3, training_pb2.PAYLOAD_RETENTION_NONE)
+    training_session_id = run_rounds(large, 3, training_pb2.PAYLOAD_RETENTION_NONE)
 
     sweep(large.context)
 
     for number in range(1, 4):
-        (update,) = large.updates(identity, number)
+        (update,) = large.updates(training_session_id, number)
         assert large.store.read(update.payload_id, 0, 1) == []
     for version in range(1, 4):
         wanted = vector(float(version - 1), BIG)["w"].tobytes()
-        assert large.weights(identity, version) == wanted
+        assert large.weights(training_session_id, version) == wanted
 
 
 def test_pruned_payload_says_so(large: CoordinatorHarness) -> None:
-    identity = run_rounds(large, 1, training_pb2.PAYLOAD_RETENTION_NONE)
-    (update,) = large.updates(identity, 1)
+    training_session_id = run_rounds(large, 1, training_pb2.PAYLOAD_RETENTION_NONE)
+    (update,) = large.updates(training_session_id, 1)
 
     with large.database.read() as session:
         payload = payloads.get_payload(session, update.payload_id)
@@ -454,9 +460,9 @@ def test_pruning_keeps_up_with_rounds_of_many_updates(
 ) -> None:
     monkeypatch.setattr(retention, "PRUNE_BATCH", 1)
     policy = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_NONE)
-    identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3), transfer=policy)
+    training_session_id = core.start(rounds=training_pb2.RoundPolicy(quorum=3), transfer=policy)
     for number in range(3):
-        core.submit(f"device-{number}", identity)
+        core.submit(f"device-{number}", training_session_id)
 
     core.settle()
 

@@ -49,29 +49,37 @@ def start(
     return core.start(weights, transfer=transfer(encoding, update_kind=kind), **config)
 
 
-def downloaded(core: CoordinatorHarness, identity: str, version: int | None = None) -> Array:
+def downloaded(
+    core: CoordinatorHarness, training_session_id: str, version: int | None = None
+) -> Array:
     """Return what a device has after its download, widened to float32."""
-    model = core.versions(identity)[-1 if version is None else version]
+    model = core.versions(training_session_id)[-1 if version is None else version]
     assert model.download_encoding is not None
-    delivery = core.deliveries.find(identity, model.version, encoding=model.download_encoding)
+    delivery = core.deliveries.find(
+        training_session_id, model.version, encoding=model.download_encoding
+    )
     data = b"".join(data for _, data in core.deliveries.chunks(delivery, 0))
     number = training_pb2.Encoding.ValueType(model.download_encoding)
     return np.frombuffer(data, NUMBERS[number]).astype(np.float32)
 
 
-def full(core: CoordinatorHarness, identity: str, version: int | None = None) -> Array:
-    return np.frombuffer(core.weights(identity, version), np.float32)
+def full(core: CoordinatorHarness, training_session_id: str, version: int | None = None) -> Array:
+    return np.frombuffer(core.weights(training_session_id, version), np.float32)
 
 
 def contribute(
-    core: CoordinatorHarness, identity: str, step: Any, device: str = "device-0", examples: int = 10
+    core: CoordinatorHarness,
+    training_session_id: str,
+    step: Any,
+    device: str = "device-0",
+    examples: int = 10,
 ) -> None:
     """Train from the version as it is downloaded: add a step, and send what the session asks for."""
     config = training_pb2.TrainingConfig()
-    config.CopyFrom(core.tasks.next_task(device, identity).config or config)
+    config.CopyFrom(core.tasks.next_task(device, training_session_id).config or config)
     delta = config.transfer.update_kind == training_pb2.UPDATE_KIND_DELTA
-    base = downloaded(core, identity) * np.float32(0 if delta else 1)
-    draft = core.draft(device, identity, {"w": base + step}, examples=examples)
+    base = downloaded(core, training_session_id) * np.float32(0 if delta else 1)
+    draft = core.draft(device, training_session_id, {"w": base + step}, examples=examples)
     draft.statement.kind = config.transfer.update_kind
     draft.statement.base_encoding = config.transfer.download_encoding
     core.send(draft)
@@ -85,22 +93,22 @@ def test_an_initial_model_is_rounded_and_its_statement_says_so(
     core = make_core(inline_payload_bytes=2**18, upload_batch_bytes=2**20)
     weights = values(size)
 
-    identity = start(core, weights, encoding)
+    training_session_id = start(core, weights, encoding)
 
-    model = core.versions(identity)[0]
+    model = core.versions(training_session_id)[0]
     stated = security_pb2.ModelStatement.FromString(model.statement).download
     row = (model.download_encoding, model.download_size_bytes, model.download_payload_digest)
     assert row == (stated.encoding, stated.size_bytes, stated.payload_digest)
     assert (stated.encoding, stated.size_bytes) == (encoding, size * 2)
     wanted = weights["w"].astype(NUMBERS[encoding]).astype(np.float32)
-    np.testing.assert_array_equal(downloaded(core, identity), wanted)
-    np.testing.assert_array_equal(full(core, identity), weights["w"])
+    np.testing.assert_array_equal(downloaded(core, training_session_id), wanted)
+    np.testing.assert_array_equal(full(core, training_session_id), weights["w"])
 
 
 def test_a_session_without_the_setting_writes_one_payload(core: CoordinatorHarness) -> None:
-    identity = core.start(values())
+    training_session_id = core.start(values())
 
-    model = core.versions(identity)[0]
+    model = core.versions(training_session_id)[0]
 
     assert model.download_payload_id is None
     assert not security_pb2.ModelStatement.FromString(model.statement).HasField("download")
@@ -121,56 +129,60 @@ def test_what_devices_changed_is_added_to_the_version_in_full_precision(
     core = make_core(inline_payload_bytes=0 if large_payloads else 2**18)
     core.add_devices(2)
     weights = values(LARGE if large_payloads else 50)
-    identity = start(core, weights, kind=kind, rounds=training_pb2.RoundPolicy(quorum=2))
+    training_session_id = start(core, weights, kind=kind, rounds=training_pb2.RoundPolicy(quorum=2))
     steps = [np.float32(0.25), np.float32(1.0)]
 
-    contribute(core, identity, steps[0], "device-0", 30)
-    contribute(core, identity, steps[1], "device-1", 10)
+    contribute(core, training_session_id, steps[0], "device-0", 30)
+    contribute(core, training_session_id, steps[1], "device-1", 10)
     core.settle()
 
     base = weights["w"].astype(np.float64)
-    sent = downloaded(core, identity, 0)
+    sent = downloaded(core, training_session_id, 0)
     changes = [(sent + step).astype(np.float64) - sent for step in steps]
     if kind == training_pb2.UPDATE_KIND_DELTA:
         changes = [np.full(len(base), step) for step in steps]
     wanted = (base + (30 * changes[0] + 10 * changes[1]) / 40).astype(np.float32)
-    np.testing.assert_allclose(full(core, identity, 1), wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(full(core, training_session_id, 1), wanted, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(
-        downloaded(core, identity, 1),
-        full(core, identity, 1).astype(ml_dtypes.bfloat16).astype(np.float32),
+        downloaded(core, training_session_id, 1),
+        full(core, training_session_id, 1).astype(ml_dtypes.bfloat16).astype(np.float32),
     )
 
 
 def test_changes_too_small_for_the_smaller_form_add_up(core: CoordinatorHarness) -> None:
     """A step of 2^-11 is lost next to 1.0 in bfloat16, whose neighbors are 2^-7 apart, but not for ever."""
-    identity = start(core, {"w": np.ones(4, np.float32)}, kind=training_pb2.UPDATE_KIND_DELTA)
-    before = downloaded(core, identity)
+    training_session_id = start(
+        core, {"w": np.ones(4, np.float32)}, kind=training_pb2.UPDATE_KIND_DELTA
+    )
+    before = downloaded(core, training_session_id)
 
     for _ in range(16):
-        contribute(core, identity, np.full(4, 2.0**-11, np.float32))
+        contribute(core, training_session_id, np.full(4, 2.0**-11, np.float32))
         core.settle()
 
-    assert (downloaded(core, identity, 1) == before).all()
-    assert (downloaded(core, identity) == 1 + 2.0**-7).all()
+    assert (downloaded(core, training_session_id, 1) == before).all()
+    assert (downloaded(core, training_session_id) == 1 + 2.0**-7).all()
 
 
 def test_a_late_update_is_folded_against_what_its_device_had(core: CoordinatorHarness) -> None:
     rounds = training_pb2.RoundPolicy(quorum=1, max_staleness=2)
     strategy = training_pb2.StrategyConfig(name="fedbuff")
-    identity = start(core, values(), rounds=rounds, strategy=strategy)
+    training_session_id = start(core, values(), rounds=rounds, strategy=strategy)
     step = np.float32(0.5)
-    had = downloaded(core, identity, 0)
-    draft = core.draft("device-3", identity, {"w": had + step})
+    had = downloaded(core, training_session_id, 0)
+    draft = core.draft("device-3", training_session_id, {"w": had + step})
     draft.statement.base_encoding = BFLOAT16
-    contribute(core, identity, np.float32(1.0))
+    contribute(core, training_session_id, np.float32(1.0))
     core.settle()
-    before = full(core, identity).astype(np.float64)
+    before = full(core, training_session_id).astype(np.float64)
 
     core.send(draft)
     core.settle()
 
     change = ((had + step).astype(np.float64) - had) / np.sqrt(2.0)
-    np.testing.assert_allclose(full(core, identity), before + change, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        full(core, training_session_id), before + change, rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("name", ["median", "krum", "fedadam"])
@@ -179,61 +191,63 @@ def test_other_strategies_see_what_devices_changed(core: CoordinatorHarness, nam
     chosen = training_pb2.StrategyConfig(name=name)
     sessions = [start(core, values(), kind=kind, rounds=rounds, strategy=chosen) for kind in KINDS]
     # Steps that are exact next to any of the values, so that both forms say the same.
-    for identity in sessions:
+    for training_session_id in sessions:
         for number, step in enumerate((0, 1, 3, 9)):
-            sent = downloaded(core, identity)
+            sent = downloaded(core, training_session_id)
             exact = (sent + np.float32(step)) - sent
-            contribute(core, identity, exact, f"device-{number}")
+            contribute(core, training_session_id, exact, f"device-{number}")
     core.settle()
 
-    weights, deltas = (full(core, identity) for identity in sessions)
+    weights, deltas = (full(core, training_session_id) for training_session_id in sessions)
     np.testing.assert_allclose(weights, deltas, rtol=1e-5, atol=1e-6)
 
 
 def test_the_smaller_form_is_the_same_bytes_after_any_crash(core: CoordinatorHarness) -> None:
     def prepare() -> str:
-        identity = start(core, values(), total_rounds=2)
-        contribute(core, identity, np.float32(0.5))
-        return identity
+        training_session_id = start(core, values(), total_rounds=2)
+        contribute(core, training_session_id, np.float32(0.5))
+        return training_session_id
 
     undisturbed = prepare()
     fuse = Fuse()
     run_out(crashing(core, fuse))
     wanted = core.versions(undisturbed)[1].download_payload_digest
     for step in range(1, fuse.count + 1):
-        identity = prepare()
+        training_session_id = prepare()
         with pytest.raises(CrashError):
             run_out(crashing(core, Fuse(step)))
         run_out(Aggregator(core.context, core.executor, "one"))
-        assert core.versions(identity)[1].download_payload_digest == wanted, f"step {step}"
-        core.training.cancel(SYSTEM, identity, "")
+        assert core.versions(training_session_id)[1].download_payload_digest == wanted, (
+            f"step {step}"
+        )
+        core.training.cancel(SYSTEM, training_session_id, "")
 
 
 @pytest.mark.parametrize("size", [50, LARGE])
 def test_a_version_and_its_smaller_form_are_recomputed(make_core: MakeCore, size: int) -> None:
     core = make_core(inline_payload_bytes=2**18)
     core.add_devices(1)
-    identity = start(core, values(size))
-    contribute(core, identity, np.float32(0.5))
+    training_session_id = start(core, values(size))
+    contribute(core, training_session_id, np.float32(0.5))
     core.settle()
 
     for version, recomputed in ((0, False), (1, True)):
-        result = recompute_version(core.context, identity, version)
+        result = recompute_version(core.context, training_session_id, version)
         assert (result.recomputed, result.differences) == (recomputed, ())
 
 
 def test_a_rollback_restores_both_payloads(core: CoordinatorHarness) -> None:
-    identity = start(core, values())
-    contribute(core, identity, np.float32(0.5))
+    training_session_id = start(core, values())
+    contribute(core, training_session_id, np.float32(0.5))
     core.settle()
     payload_count = core.count(Payload)
 
-    Promotion(core.context).roll_back(SYSTEM, identity, 0, "")
+    Promotion(core.context).roll_back(SYSTEM, training_session_id, 0, "")
 
-    first, last = core.versions(identity)[0], core.versions(identity)[-1]
+    first, last = core.versions(training_session_id)[0], core.versions(training_session_id)[-1]
     assert last.download_payload_id == first.download_payload_id
     assert core.count(Payload) == payload_count
-    assert recompute_version(core.context, identity).differences == ()
+    assert recompute_version(core.context, training_session_id).differences == ()
 
 
 def publish_wrongly(core: CoordinatorHarness) -> str:
@@ -255,13 +269,13 @@ def publish_wrongly(core: CoordinatorHarness) -> str:
 
 
 def test_a_smaller_form_of_something_else_is_found(core: CoordinatorHarness) -> None:
-    identity = publish_wrongly(core)
+    training_session_id = publish_wrongly(core)
     tally = Tally()
 
     found = list(DownloadVerification(core.context, tally, read_bytes=True).findings())
-    result = recompute_version(core.context, identity, 0)
+    result = recompute_version(core.context, training_session_id, 0)
 
-    assert [finding.subject for finding in found] == [f"{identity} version 0"]
+    assert [finding.subject for finding in found] == [f"{training_session_id} version 0"]
     assert found[0].problem.startswith("download: got")
     assert result.differences[0].startswith("download: got")
     assert tally.checked["download"] == 1
@@ -307,62 +321,62 @@ def test_a_model_that_would_not_get_smaller_is_refused(core: CoordinatorHarness)
 
 
 def test_a_round_that_leaves_the_range_makes_no_version(core: CoordinatorHarness) -> None:
-    identity = start(core, {"w": np.full(3, 6e4, np.float32)}, FLOAT16)
+    training_session_id = start(core, {"w": np.full(3, 6e4, np.float32)}, FLOAT16)
 
-    contribute(core, identity, np.float32(1e4))
+    contribute(core, training_session_id, np.float32(1e4))
     core.settle()
 
-    assert [row.version for row in core.versions(identity)] == [0]
-    failed = core.round(identity, 1)
+    assert [row.version for row in core.versions(training_session_id)] == [0]
+    failed = core.round(training_session_id, 1)
     assert failed.state == "failed"
     assert "download as float16: tensor 'w', element 0" in failed.state_reason
-    assert core.round(identity).base_version == 0
+    assert core.round(training_session_id).base_version == 0
 
 
 @pytest.mark.parametrize("got", [0, training_pb2.ENCODING_NONE, FLOAT16])
 def test_an_update_trained_from_another_form_is_refused(core: CoordinatorHarness, got: Any) -> None:
-    identity = start(core, values())
-    draft = core.draft("device-0", identity, values())
+    training_session_id = start(core, values())
+    draft = core.draft("device-0", training_session_id, values())
     draft.statement.base_encoding = got
 
     with pytest.raises(InvalidRequestError, match=r"base_encoding: got \w+, want ENCODING_BF"):
         core.send(draft)
-    assert core.round(identity).accepted_count == 0
+    assert core.round(training_session_id).accepted_count == 0
 
 
 @pytest.mark.parametrize("encoding", [FLOAT16, training_pb2.ENCODING_INT8, 99])
 def test_a_download_in_another_encoding_is_refused(core: CoordinatorHarness, encoding: int) -> None:
-    identity = start(core, values())
+    training_session_id = start(core, values())
 
     with pytest.raises(InvalidRequestError, match="want BFLOAT16 or FULL_PRECISION") as caught:
-        core.deliveries.find(identity, encoding=encoding)
+        core.deliveries.find(training_session_id, encoding=encoding)
     assert caught.value.metadata == {"field": "encoding"}
 
 
 def test_a_download_of_a_session_without_the_setting_is_in_full_precision(
     core: CoordinatorHarness,
 ) -> None:
-    identity = core.start(values())
+    training_session_id = core.start(values())
 
-    assert core.deliveries.find(identity).encoding is Encoding.FULL_PRECISION
+    assert core.deliveries.find(training_session_id).encoding is Encoding.FULL_PRECISION
     with pytest.raises(InvalidRequestError, match="want FULL_PRECISION"):
-        core.deliveries.find(identity, encoding=Encoding.FLOAT16)
+        core.deliveries.find(training_session_id, encoding=Encoding.FLOAT16)
 
 
 def test_statements_that_no_message_holds_come_in_several_answers(
     core: CoordinatorHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    identity = core.start()
+    training_session_id = core.start()
     for _ in range(3):
-        core.submit("device-0", identity)
+        core.submit("device-0", training_session_id)
         core.settle()
-    whole = core.deliveries.lineage(identity, 0, None)
+    whole = core.deliveries.lineage(training_session_id, 0, None)
     size = sum(map(len, whole[0]))
     monkeypatch.setattr(global_models, "MAX_STATEMENTS_BYTES", 2 * size + size // 2)
 
-    pages = [core.deliveries.lineage(identity, 0, None)]
+    pages = [core.deliveries.lineage(training_session_id, 0, None)]
     while sum(map(len, pages)) < len(whole):
-        pages.append(core.deliveries.lineage(identity, sum(map(len, pages)), None))
+        pages.append(core.deliveries.lineage(training_session_id, sum(map(len, pages)), None))
 
     assert len(pages) > 1
     assert [pair for page in pages for pair in page] == list(whole)

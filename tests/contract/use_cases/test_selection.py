@@ -32,22 +32,24 @@ def start(core: CoordinatorHarness, **policy: Any) -> str:
     return core.start(rounds=ROUNDS, selection=training_pb2.SelectionPolicy(seed=7, **policy))
 
 
-def selected(core: CoordinatorHarness, identity: str, number: int = 1) -> list[str]:
+def selected(core: CoordinatorHarness, training_session_id: str, number: int = 1) -> list[str]:
     with core.database.read() as session:
-        return sorted(training_sessions.selection(session, identity, number))
+        return sorted(training_sessions.selection(session, training_session_id, number))
 
 
-def asked(core: CoordinatorHarness, identity: str) -> list[str]:
+def asked(core: CoordinatorHarness, training_session_id: str) -> list[str]:
     """Return the devices that get a task."""
     names = [device.id for device in core.devices.list_active()]
-    return [name for name in names if core.tasks.next_task(name, identity).round is not None]
+    return [
+        name for name in names if core.tasks.next_task(name, training_session_id).round is not None
+    ]
 
 
 def test_every_active_device_is_asked_without_a_selection(fleet: CoordinatorHarness) -> None:
-    identity = start(fleet)
+    training_session_id = start(fleet)
 
-    assert len(asked(fleet, identity)) == 10
-    assert fleet.round(identity).selected_count == 0
+    assert len(asked(fleet, training_session_id)) == 10
+    assert fleet.round(training_session_id).selected_count == 0
 
 
 @pytest.mark.parametrize(
@@ -66,17 +68,17 @@ def test_every_active_device_is_asked_without_a_selection(fleet: CoordinatorHarn
 def test_as_many_are_asked_as_the_session_says(
     fleet: CoordinatorHarness, policy: dict[str, Any], count: int
 ) -> None:
-    identity = start(fleet, **policy)
+    training_session_id = start(fleet, **policy)
 
-    assert len(asked(fleet, identity)) == count
-    assert asked(fleet, identity) == selected(fleet, identity)
-    assert fleet.round(identity).selected_count == count
+    assert len(asked(fleet, training_session_id)) == count
+    assert asked(fleet, training_session_id) == selected(fleet, training_session_id)
+    assert fleet.round(training_session_id).selected_count == count
 
 
 def test_capabilities_filter(fleet: CoordinatorHarness) -> None:
-    identity = start(fleet, capabilities=[RAM])
+    training_session_id = start(fleet, capabilities=[RAM])
 
-    assert asked(fleet, identity) == [f"phone-{number}" for number in range(2, 6)]
+    assert asked(fleet, training_session_id) == [f"phone-{number}" for number in range(2, 6)]
 
 
 def test_devices_that_are_not_active_are_not_selected(fleet: CoordinatorHarness) -> None:
@@ -94,47 +96,47 @@ def test_draw_is_repeated_by_the_same_seed(fleet: CoordinatorHarness) -> None:
 def test_rounds_draw_apart(fleet: CoordinatorHarness) -> None:
     rounds = training_pb2.RoundPolicy(quorum=1)
     policy = training_pb2.SelectionPolicy(seed=7, device_count=3)
-    identity = fleet.start(rounds=rounds, selection=policy)
+    training_session_id = fleet.start(rounds=rounds, selection=policy)
     for _ in range(3):
-        fleet.submit(asked(fleet, identity)[0], identity)
+        fleet.submit(asked(fleet, training_session_id)[0], training_session_id)
         fleet.settle()
 
-    draws = {tuple(selected(fleet, identity, number)) for number in range(1, 5)}
+    draws = {tuple(selected(fleet, training_session_id, number)) for number in range(1, 5)}
 
     assert len(draws) > 1
 
 
 def test_selection_that_finds_nobody_asks_nobody(core: CoordinatorHarness) -> None:
-    identity = start(core, device_types=["phone"])
+    training_session_id = start(core, device_types=["phone"])
 
-    assert asked(core, identity) == []
-    assert core.round(identity).selected_count == -1
+    assert asked(core, training_session_id) == []
+    assert core.round(training_session_id).selected_count == -1
 
 
 def test_extended_round_asks_devices_that_came_since(
     core: CoordinatorHarness, clock: FakeClock
 ) -> None:
-    identity = start(core, device_types=["phone"])
+    training_session_id = start(core, device_types=["phone"])
     core.devices.add(SYSTEM, "phone-1", Profile("phone"))
     clock.advance(60)
 
     core.settle()
 
-    assert asked(core, identity) == ["phone-1"]
-    assert core.round(identity).selected_count == 1
+    assert asked(core, training_session_id) == ["phone-1"]
+    assert core.round(training_session_id).selected_count == 1
 
 
 def test_extended_round_draws_further_devices(fleet: CoordinatorHarness, clock: FakeClock) -> None:
-    identity = start(fleet, device_count=2)
-    before = selected(fleet, identity)
+    training_session_id = start(fleet, device_count=2)
+    before = selected(fleet, training_session_id)
     for _ in range(6):
         clock.advance(60)
         fleet.settle()
 
-    after = selected(fleet, identity)
+    after = selected(fleet, training_session_id)
 
     assert set(before) < set(after)
-    assert fleet.round(identity).selected_count == len(after)
+    assert fleet.round(training_session_id).selected_count == len(after)
 
 
 def test_a_session_with_groups_asks_their_devices_alone(fleet: CoordinatorHarness) -> None:
@@ -161,18 +163,18 @@ def test_a_session_with_groups_asks_their_devices_alone(fleet: CoordinatorHarnes
 
 
 def test_who_joins_a_group_is_asked_at_once(fleet: CoordinatorHarness) -> None:
-    identity = fleet.start(rounds=ROUNDS, groups=["ward-3"])
-    assert asked(fleet, identity) == []
+    training_session_id = fleet.start(rounds=ROUNDS, groups=["ward-3"])
+    assert asked(fleet, training_session_id) == []
 
     fleet.devices.set_groups(SYSTEM, "phone-1", ["ward-3"], "")
 
-    assert asked(fleet, identity) == ["phone-1"]
+    assert asked(fleet, training_session_id) == ["phone-1"]
 
 
 def test_an_update_of_who_left_the_group_is_refused(fleet: CoordinatorHarness) -> None:
     fleet.devices.set_groups(SYSTEM, "phone-1", ["ward-3"], "")
-    identity = fleet.start(rounds=ROUNDS, groups=["ward-3"])
-    draft = fleet.draft("phone-1", identity, vector(1.0))
+    training_session_id = fleet.start(rounds=ROUNDS, groups=["ward-3"])
+    draft = fleet.draft("phone-1", training_session_id, vector(1.0))
     fleet.devices.set_groups(SYSTEM, "phone-1", [], "")
 
     with pytest.raises(TrainingSessionNotFoundError):
@@ -190,18 +192,20 @@ def test_selection_may_ask_for_confirmed_devices(fleet: CoordinatorHarness) -> N
 
 
 def test_who_was_never_drawn_is_not_asked_to_measure(fleet: CoordinatorHarness) -> None:
-    identity = fleet.start(
+    training_session_id = fleet.start(
         rounds=training_pb2.RoundPolicy(quorum=1),
         total_rounds=1,
         selection=training_pb2.SelectionPolicy(device_count=1, seed=7),
         evaluation=training_pb2.EvaluationPolicy(every_rounds=1),
     )
-    (drawn,) = asked(fleet, identity)
-    fleet.submit(drawn, identity)
+    (drawn,) = asked(fleet, training_session_id)
+    fleet.submit(drawn, training_session_id)
     fleet.settle()
 
     names = [device.id for device in fleet.devices.list_active()]
     measuring = [
-        name for name in names if fleet.tasks.next_task(name, identity).measurement is not None
+        name
+        for name in names
+        if fleet.tasks.next_task(name, training_session_id).measurement is not None
     ]
     assert measuring == [drawn]

@@ -40,9 +40,9 @@ def create(
 
 
 def test_created_session_waits_for_its_model(core: CoordinatorHarness) -> None:
-    identity = create(core)
+    training_session_id = create(core)
 
-    created = core.training.get(identity)
+    created = core.training.get(training_session_id)
 
     assert (created.state, created.current_version, created.current_round) == ("created", -1, 0)
     assert created.created_at == START
@@ -109,34 +109,34 @@ def test_create_refuses_contradictory_settings_with_a_reason(core: CoordinatorHa
 
 
 def test_start_opens_the_first_round_on_the_initial_model(core: CoordinatorHarness) -> None:
-    identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3, target=4))
+    training_session_id = core.start(rounds=training_pb2.RoundPolicy(quorum=3, target=4))
 
-    opened = core.round(identity)
+    opened = core.round(training_session_id)
 
     assert (opened.number, opened.state, opened.base_version) == (1, "open", 0)
     assert (opened.quorum, opened.target) == (3, 4)
     assert (opened.deadline_at - opened.opened_at).total_seconds() == 600
-    assert core.training.get(identity).state == "running"
+    assert core.training.get(training_session_id).state == "running"
 
 
 def test_initial_model_reads_back(core: CoordinatorHarness) -> None:
-    identity = core.create(vector(2.5))
+    training_session_id = core.create(vector(2.5))
 
-    assert floats(core.weights(identity)) == [2.5, 2.5, 2.5]
+    assert floats(core.weights(training_session_id)) == [2.5, 2.5, 2.5]
 
 
 def test_large_initial_model_reads_back(large: CoordinatorHarness) -> None:
-    identity = large.create(vector(0.5, 700_000))
+    training_session_id = large.create(vector(0.5, 700_000))
 
-    assert floats(large.weights(identity)) == [0.5] * 700_000
+    assert floats(large.weights(training_session_id)) == [0.5] * 700_000
 
 
 @pytest.mark.parametrize("state", ["started", "has a model"])
 def test_second_initial_model_is_refused(core: CoordinatorHarness, state: str) -> None:
-    identity = core.start() if state == "started" else core.create()
+    training_session_id = core.start() if state == "started" else core.create()
     manifest = Manifest.from_arrays(vector(0))
     header = admin_service_pb2.InitialModelHeader(
-        training_session_id=identity, manifest=manifest.to_proto()
+        training_session_id=training_session_id, manifest=manifest.to_proto()
     )
 
     with pytest.raises(WrongStateError):
@@ -157,20 +157,20 @@ def test_initial_model_without_a_floating_tensor_is_refused(core: CoordinatorHar
         core.create({"n": vector(0)["w"].astype("<i8")})
 
 
-def pause(core: CoordinatorHarness, identity: str) -> object:
-    return core.training.pause(SYSTEM, identity)
+def pause(core: CoordinatorHarness, training_session_id: str) -> object:
+    return core.training.pause(SYSTEM, training_session_id)
 
 
-def resume(core: CoordinatorHarness, identity: str) -> object:
-    return core.training.resume(SYSTEM, identity)
+def resume(core: CoordinatorHarness, training_session_id: str) -> object:
+    return core.training.resume(SYSTEM, training_session_id)
 
 
-def start(core: CoordinatorHarness, identity: str) -> object:
-    return core.training.start(SYSTEM, identity)
+def start(core: CoordinatorHarness, training_session_id: str) -> object:
+    return core.training.start(SYSTEM, training_session_id)
 
 
-def cancel(core: CoordinatorHarness, identity: str) -> object:
-    return core.training.cancel(SYSTEM, identity, "no longer wanted")
+def cancel(core: CoordinatorHarness, training_session_id: str) -> object:
+    return core.training.cancel(SYSTEM, training_session_id, "no longer wanted")
 
 
 Step = Callable[[CoordinatorHarness, str], object]
@@ -188,12 +188,12 @@ Step = Callable[[CoordinatorHarness, str], object]
     ],
 )
 def test_life_cycle(core: CoordinatorHarness, steps: list[Step], state: str) -> None:
-    identity = core.create()
+    training_session_id = core.create()
 
     for step in steps:
-        step(core, identity)
+        step(core, training_session_id)
 
-    assert core.training.get(identity).state == state
+    assert core.training.get(training_session_id).state == state
 
 
 @pytest.mark.parametrize(
@@ -204,14 +204,14 @@ def test_life_cycle(core: CoordinatorHarness, steps: list[Step], state: str) -> 
 def test_a_step_that_is_done_changes_nothing_when_repeated(
     core: CoordinatorHarness, steps: list[Step]
 ) -> None:
-    identity = core.create()
+    training_session_id = core.create()
     for step in steps:
-        step(core, identity)
-    before, entries = core.training.get(identity), core.count(AuditLog)
+        step(core, training_session_id)
+    before, entries = core.training.get(training_session_id), core.count(AuditLog)
 
-    steps[-1](core, identity)
+    steps[-1](core, training_session_id)
 
-    after = core.training.get(identity)
+    after = core.training.get(training_session_id)
     assert (after.state, after.current_round, after.started_at, after.ended_at) == (
         before.state,
         before.current_round,
@@ -236,15 +236,15 @@ def test_a_step_that_is_done_changes_nothing_when_repeated(
 def test_step_from_a_wrong_state_is_refused_and_changes_nothing(
     core: CoordinatorHarness, before: list[Step], step: Step
 ) -> None:
-    identity = core.create()
+    training_session_id = core.create()
     for earlier in before:
-        earlier(core, identity)
-    state, entries = core.training.get(identity).state, core.count(AuditLog)
+        earlier(core, training_session_id)
+    state, entries = core.training.get(training_session_id).state, core.count(AuditLog)
 
     with pytest.raises(WrongStateError):
-        step(core, identity)
+        step(core, training_session_id)
 
-    assert core.training.get(identity).state == state
+    assert core.training.get(training_session_id).state == state
     assert core.count(AuditLog) == entries
 
 
@@ -264,41 +264,41 @@ def test_step_of_an_unknown_session_is_refused(core: CoordinatorHarness, step: S
 def test_resume_gives_the_open_round_its_full_time_again(
     core: CoordinatorHarness, clock: FakeClock
 ) -> None:
-    identity = core.start()
-    pause(core, identity)
+    training_session_id = core.start()
+    pause(core, training_session_id)
     clock.advance(10_000)
 
-    resume(core, identity)
+    resume(core, training_session_id)
 
-    remaining = core.round(identity).deadline_at - clock()
+    remaining = core.round(training_session_id).deadline_at - clock()
     assert remaining.total_seconds() == 600
 
 
 def test_cancel_rejects_what_the_open_round_has_taken(core: CoordinatorHarness) -> None:
-    identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3))
-    core.submit("device-0", identity)
+    training_session_id = core.start(rounds=training_pb2.RoundPolicy(quorum=3))
+    core.submit("device-0", training_session_id)
 
-    cancel(core, identity)
+    cancel(core, training_session_id)
 
-    assert core.round(identity).state == "cancelled"
-    assert [row.state for row in core.updates(identity, 1)] == ["rejected"]
+    assert core.round(training_session_id).state == "cancelled"
+    assert [row.state for row in core.updates(training_session_id, 1)] == ["rejected"]
 
 
 def test_every_step_wakes_the_worker(core: CoordinatorHarness) -> None:
-    identity = core.create()
+    training_session_id = core.create()
     core.woken.clear()
 
-    start(core, identity)
+    start(core, training_session_id)
 
     assert core.woken.is_set()
 
 
 def test_progress_counts_what_is_missing(core: CoordinatorHarness, clock: FakeClock) -> None:
-    identity = core.start(rounds=training_pb2.RoundPolicy(quorum=3))
-    core.submit("device-0", identity)
+    training_session_id = core.start(rounds=training_pb2.RoundPolicy(quorum=3))
+    core.submit("device-0", training_session_id)
     clock.advance(100)
 
-    progress = core.training.progress(identity)
+    progress = core.training.progress(training_session_id)
 
     assert (progress.pending_count, progress.missing_count) == (1, 2)
     assert progress.remaining_s == 500
@@ -331,7 +331,7 @@ def test_pages_hold_every_session_once_newest_first(
         if not token:
             break
 
-    assert {identity for _, identity in seen} == set(made)
+    assert {training_session_id for _, training_session_id in seen} == set(made)
     assert seen == sorted(seen, reverse=True)
 
 
@@ -368,12 +368,12 @@ def test_page_token_of_another_query_is_refused(core: CoordinatorHarness) -> Non
 
 
 def test_pages_of_updates_come_in_the_order_of_acceptance(core: CoordinatorHarness) -> None:
-    identity = core.start(rounds=training_pb2.RoundPolicy(quorum=4))
+    training_session_id = core.start(rounds=training_pb2.RoundPolicy(quorum=4))
     for number in (2, 0, 3):
-        core.submit(f"device-{number}", identity)
+        core.submit(f"device-{number}", training_session_id)
 
-    first = core.training.list_updates(identity, 1, PageRequest(2))
-    second = core.training.list_updates(identity, 1, PageRequest(2, first.next_token))
+    first = core.training.list_updates(training_session_id, 1, PageRequest(2))
+    second = core.training.list_updates(training_session_id, 1, PageRequest(2, first.next_token))
 
     assert [row.device_id for row in (*first.rows, *second.rows)] == [
         "device-2",
@@ -384,14 +384,14 @@ def test_pages_of_updates_come_in_the_order_of_acceptance(core: CoordinatorHarne
 
 
 def test_pages_of_rounds_and_versions_come_newest_first(core: CoordinatorHarness) -> None:
-    identity = core.start(total_rounds=3, rounds=training_pb2.RoundPolicy(quorum=1))
+    training_session_id = core.start(total_rounds=3, rounds=training_pb2.RoundPolicy(quorum=1))
     for _ in range(3):
-        core.submit("device-0", identity)
+        core.submit("device-0", training_session_id)
         core.settle()
 
-    rounds = core.training.list_rounds(identity, PageRequest(2))
-    versions = core.training.list_models(identity, PageRequest(3))
-    rest = core.training.list_models(identity, PageRequest(3, versions.next_token))
+    rounds = core.training.list_rounds(training_session_id, PageRequest(2))
+    versions = core.training.list_models(training_session_id, PageRequest(3))
+    rest = core.training.list_models(training_session_id, PageRequest(3, versions.next_token))
 
     assert [row.number for row in rounds.rows] == [3, 2]
     assert [row.version for row in (*versions.rows, *rest.rows)] == [3, 2, 1, 0]
@@ -402,8 +402,8 @@ def test_sessions_do_not_share_configurations(core: CoordinatorHarness) -> None:
     first = core.start(total_rounds=2)
     second = core.start(total_rounds=1)
 
-    for identity in (first, second):
-        core.submit("device-0", identity)
+    for training_session_id in (first, second):
+        core.submit("device-0", training_session_id)
         core.settle()
 
     assert core.training.get(first).state == "running"

@@ -168,33 +168,33 @@ def test_devices_are_listed_suspended_and_reinstated(deployment: Any, shell: She
     listed = json.loads(shell("device", "list", "--capability", "ram_mib>=2048", "--json"))
     (device,) = listed["devices"]
     assert device["profile"]["device_type"] == "phone"
-    identity = device["device_id"]
-    assert "suspended" in shell("device", "suspend", identity, "--reason", "lost")
-    assert identity in shell("device", "list", "--state", "suspended")
-    assert "active" in shell("device", "reinstate", identity)
-    assert "revoked" in shell("device", "revoke", identity)
+    device_id = device["device_id"]
+    assert "suspended" in shell("device", "suspend", device_id, "--reason", "lost")
+    assert device_id in shell("device", "list", "--state", "suspended")
+    assert "active" in shell("device", "reinstate", device_id)
+    assert "revoked" in shell("device", "revoke", device_id)
 
 
 def test_devices_are_put_into_groups_and_confirmed(deployment: Any, shell: Shell) -> None:
     client = deployment.device("a", device_type="phone", capabilities={"ram_mib": 512, "cores": 2})
-    identity = client.device_id
+    device_id = client.device_id
     client.heartbeat(DeviceProfile(device_type="server", capabilities={"ram_mib": 4096}))
 
     assert "trial,ward-3" in shell(
-        "device", "set-groups", identity, "--group", "ward-3", "--group", "trial"
+        "device", "set-groups", device_id, "--group", "ward-3", "--group", "trial"
     )
-    assert identity in shell("device", "list", "--group", "trial")
+    assert device_id in shell("device", "list", "--group", "trial")
     shown = json.loads(
-        shell("device", "confirm", identity, "--capability", "ram_mib=1024", "--json")
+        shell("device", "confirm", device_id, "--capability", "ram_mib=1024", "--json")
     )["device"]
     assert shown["profile"]["device_type"] == "phone"
     assert shown["profile"]["capabilities"] == {"ram_mib": 1024, "cores": 2}
     assert shown["reported_type"] == "server"
-    shown = json.loads(shell("device", "confirm", identity, "--reported", "--json"))["device"]
+    shown = json.loads(shell("device", "confirm", device_id, "--reported", "--json"))["device"]
     assert shown["profile"]["device_type"] == "server"
     assert shown["profile"]["capabilities"] == {"ram_mib": 4096}
-    shell("device", "set-groups", identity)
-    assert identity not in shell("device", "list", "--group", "trial")
+    shell("device", "set-groups", device_id)
+    assert device_id not in shell("device", "list", "--group", "trial")
 
 
 def test_tokens_and_training_sessions_are_for_groups(shell: Shell) -> None:
@@ -235,8 +235,8 @@ def test_an_issued_admin_token_works_and_is_revoked(
 
 def test_a_device_that_lost_its_keys_gets_a_token(deployment: Any, shell: Shell) -> None:
     deployment.device("a")
-    identity = json.loads(shell("device", "list", "--json"))["devices"][0]["device_id"]
-    assert shell("device", "rekey", identity).startswith("qfe1.")
+    device_id = json.loads(shell("device", "list", "--json"))["devices"][0]["device_id"]
+    assert shell("device", "rekey", device_id).startswith("qfe1.")
 
 
 def test_the_audit_log_is_exported_as_json_lines(shell: Shell, tmp_path: Path) -> None:

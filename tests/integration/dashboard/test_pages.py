@@ -58,15 +58,15 @@ def events(deployment: Deployment, event_type: str) -> list[Any]:
 def session_id(deployment: Deployment) -> str:
     """Return a training session whose only round one device has taken part in."""
     client = deployment.device("one", device_type="phone")
-    identity = deployment.session(total_rounds=2, rounds={"quorum": 1, "target": 1})
-    task = client.get_task(identity)
+    training_session_id = deployment.session(total_rounds=2, rounds={"quorum": 1, "target": 1})
+    task = client.get_task(training_session_id)
     assert task.kind is TaskKind.TRAIN
     base = client.download_base(task)
     metrics = {"loss": 0.25, "accuracy": 0.5}
     client.submit(task, base, {"w": np.ones(4, np.float32)}, 10, metrics)
-    while client.get_task(identity).base_version < 1:
+    while client.get_task(training_session_id).base_version < 1:
         pass
-    return identity
+    return training_session_id
 
 
 def paths(deployment: Deployment, session_id: str) -> list[str]:

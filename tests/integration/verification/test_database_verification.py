@@ -431,13 +431,13 @@ def test_an_update_cannot_change_its_place(
 def test_an_edited_round_is_found(
     trained: Trained, context: Context, values: dict[str, Any]
 ) -> None:
-    identity = trained.deployment.session(start=True)
+    training_session_id = trained.deployment.session(start=True)
     try:
-        with edited(context, ROUNDS, ROUNDS.c.training_session_id == identity, values):
+        with edited(context, ROUNDS, ROUNDS.c.training_session_id == training_session_id, values):
             assert kinds(verify(trained, context)) == {"round"}
     finally:
         parts = trained.deployment.coordinator.parts
-        parts.use_cases.training.cancel(Caller(), identity, "tested")
+        parts.use_cases.training.cancel(Caller(), training_session_id, "tested")
 
 
 def test_an_edited_configuration_is_found(trained: Trained, context: Context) -> None:
