@@ -1,8 +1,8 @@
-"""Draws the pictures of `architecture.md` and writes its tables of rooms, from the code and its import contracts.
+"""Generates the pictures and component tables of `architecture.md` from the code and its import contracts.
 
     python -m docs.make_architecture
 
-A test fails where a picture or a table is not what this makes.
+A test fails if a picture or a table is out of date. The code calls a component of a package a room.
 """
 
 import random
@@ -32,7 +32,7 @@ IMAGES: Final = DOCS / "images"
 
 WIDTH: Final = 1000.0
 MAX_BOX_WIDTH: Final = 280.0
-LANE_WIDTH: Final = 14.0  # of an arrow that passes a layer
+LANE_WIDTH: Final = 14.0  # space for an arrow that crosses a layer
 MARGIN: Final = 24.0
 COLUMN_GAP: Final = 22.0
 LANE_GAP: Final = 12.0
@@ -58,10 +58,10 @@ HEAD: Final = (
 
 @dataclass(eq=False)
 class Place:
-    """A place on a layer: a room's box, or the lane of an arrow that passes the layer.
+    """A position on a layer: the box of a room, or the lane of an arrow that crosses the layer.
 
     Attributes:
-        layer: Number of the layer, 0 at the top.
+        layer: Index of the layer, 0 at the top.
         room: Name of the room; empty for a lane.
         width: Width in pixels.
         x: Center in pixels.
@@ -74,11 +74,11 @@ class Place:
 
 
 class Layout:
-    """Places of rooms and arrows, layer by layer (Sugiyama, Tagawa and Toda, 1981).
+    """Layered layout of rooms and arrows (Sugiyama, Tagawa and Toda, 1981).
 
     Args:
-        structure: The rooms.
-        seed: Of the order to begin with.
+        structure: Rooms and imports of the package.
+        seed: Seed of the initial order.
     """
 
     def __init__(self, structure: Structure, seed: int) -> None:
@@ -104,7 +104,7 @@ class Layout:
 
     @property
     def cost(self) -> tuple[int, float]:
-        """Crossings of arrows, then their way to the side in pixels."""
+        """Number of arrow crossings, then the total horizontal length of the arrows in pixels."""
         crossings = sum(
             (a.x - c.x) * (b.x - d.x) < 0
             for (a, b), (c, d) in combinations(self._links, 2)
@@ -121,7 +121,7 @@ class Layout:
                 place.x += (WIDTH - left - right) / 2
 
     def _way(self, boxes: dict[str, Place], arrow: Arrow) -> list[Place]:
-        """Return the places that an arrow leads through, with a lane on every layer that it passes."""
+        """Return the places along an arrow, with a lane on every layer that it crosses."""
         start, end = boxes[arrow[0]], boxes[arrow[1]]
         lanes = [Place(number, "") for number in range(start.layer + 1, end.layer)]
         for lane in lanes:
@@ -129,7 +129,7 @@ class Layout:
         return [start, *lanes, end]
 
     def _wanted(self, place: Place) -> float:
-        """Return the mean of what a place is connected with; lanes count more, so that arrows are straight."""
+        """Return the weighted mean x of a place's neighbors; lanes weigh more, to keep arrows straight."""
         others = [a if b is place else b for a, b in self._links if place in (a, b)]
         weights = [LANE_WEIGHT if not place.room and not other.room else 1 for other in others]
         if not others:
@@ -139,25 +139,25 @@ class Layout:
 
 
 def gap(left: Place, right: Place) -> float:
-    """Return the least distance between two places."""
+    """Return the minimum distance between two places."""
     return COLUMN_GAP if left.room and right.room else LANE_GAP
 
 
 def widest_box(row: Sequence[Place]) -> float:
-    """Return how wide the boxes of a layer may be so that it fits on the page."""
+    """Return the maximum box width with which a layer fits on the page."""
     count = sum(bool(place.room) for place in row)
     taken = 2 * MARGIN + (len(row) - count) * (LANE_WIDTH + 2 * LANE_GAP) + (count - 1) * COLUMN_GAP
     return (WIDTH - taken) // count
 
 
 def spread(row: Sequence[Place], wanted: Sequence[float]) -> None:
-    """Move the places of a layer as near as possible to where they are wanted, without overlap, in their order."""
+    """Move the places of a layer as close as possible to their wanted positions, without overlap or reordering."""
     offsets = [0.0]
     for left, right in pairwise(row):
         offsets.append(offsets[-1] + (left.width + right.width) / 2 + gap(left, right))
     least = MARGIN + row[0].width / 2
     most = WIDTH - MARGIN - row[-1].width / 2 - offsets[-1]
-    blocks: list[list[float]] = []  # sum and count of what is pushed together
+    blocks: list[list[float]] = []  # sum and count of adjacent places that touch
     for target, offset in zip(wanted, offsets, strict=True):
         blocks.append([target - offset, 1.0])
         while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
@@ -170,12 +170,12 @@ def spread(row: Sequence[Place], wanted: Sequence[float]) -> None:
 
 
 def best_layout(structure: Structure) -> Layout:
-    """Return the layout with the fewest crossings, of many."""
+    """Return the layout with the lowest cost over all seeds."""
     return min((Layout(structure, seed) for seed in range(SEEDS)), key=lambda made: made.cost)
 
 
 def picture(structure: Structure) -> str:
-    """Return an SVG of a package: its rooms as boxes, layer by layer, and their direct imports as arrows."""
+    """Return an SVG of a package: its rooms as boxes in layers, their direct imports as arrows."""
     layout = best_layout(structure)
     characters = int((layout.box_width - 2 * PADDING) / CHARACTER_WIDTH)
     texts = {
@@ -192,7 +192,7 @@ def picture(structure: Structure) -> str:
     size = f'width="{WIDTH:.0f}" height="{height:.0f}"'
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:.0f} {height:.0f}" {size} role="img">',
-        f"<title>Rooms of {structure.package} and their imports</title>",
+        f"<title>Components of {structure.package} and their imports</title>",
         f"<style>\n{STYLE}</style>",
         HEAD,
         f'<rect {size} fill="#ffffff"/>',
@@ -218,7 +218,7 @@ def _box(place: Place, top: float, height: float, text: Sequence[str]) -> Iterat
 
 
 def _arrows(layout: Layout, tops: Sequence[float], heights: Sequence[float]) -> Iterator[str]:
-    """Yield the arrows: from the lower edge of the importer, down through their lanes, to the upper edge below."""
+    """Yield the arrows, from the lower edge of the importer through the lanes to the upper edge of the imported."""
     for way in layout.ways:
         start = _port(way[0], [other[1] for other in layout.ways if other[0] is way[0]], way[1])
         end = _port(way[-1], [other[-2] for other in layout.ways if other[-1] is way[-1]], way[-2])
@@ -237,7 +237,7 @@ def _arrows(layout: Layout, tops: Sequence[float], heights: Sequence[float]) -> 
 
 
 def _port(box: Place, neighbors: Sequence[Place], neighbor: Place) -> float:
-    """Return where on the edge of a box the arrow to a neighbor is fastened: side by side, in their order."""
+    """Return the x at which the arrow to a neighbor meets the edge of a box; arrows keep the neighbors' order."""
     order = sorted(neighbors, key=lambda place: place.x)
     number = next(index for index, place in enumerate(order) if place is neighbor)
     step = min(36.0, box.width / (len(order) + 1))
@@ -245,8 +245,8 @@ def _port(box: Place, neighbors: Sequence[Place], neighbor: Place) -> float:
 
 
 def room_table(structure: Structure) -> str:
-    """Return the rooms of a package as a Markdown table: what is in each, and which others it imports."""
-    lines = ["| room | what is in it | imports |", "|---|---|---|"]
+    """Return the rooms of a package as a Markdown table with their purposes and imports."""
+    lines = ["| component | purpose | imports |", "|---|---|---|"]
     for room in structure.rooms:
         imports = ", ".join(f"`{other}`" for other in structure.imports_of(room)) or "none"
         lines.append(_row(structure.package, room, imports))
@@ -264,7 +264,7 @@ def _row(package: str, room: str, imports: str) -> str:
 
 
 def page(text: str) -> str:
-    """Return the text of the page with its tables as they should be."""
+    """Return the text of the page with the tables regenerated."""
     for package in PACKAGES:
         begin, end = (f"<!-- {word}: rooms of {package} -->\n" for word in ("begin", "end"))
         before, _, rest = text.partition(begin)
@@ -274,7 +274,7 @@ def page(text: str) -> str:
 
 
 def pictures() -> dict[Path, str]:
-    """Return the pictures by the path that each belongs to."""
+    """Return the pictures by file path."""
     return {
         IMAGES / f"architecture-{package.replace('_', '-')}.svg": picture(read_structure(package))
         for package in PACKAGES

@@ -1,9 +1,9 @@
-"""Makes the pictures of the dashboard in `docs/images` from a training session that really runs.
+"""Takes the dashboard screenshots in `docs/images` from a real training session.
 
     python -m docs.make_pictures
-    python -m docs.make_pictures --all FOLDER    # every page at its whole length, to look at
+    python -m docs.make_pictures --all FOLDER    # full-length screenshots of every page
 
-Eight devices train on handwritten digits; the pictures are taken in the fifteenth of twenty-four rounds.
+Eight devices train on handwritten digits. The screenshots are taken in round 15 of 24.
 """
 
 import argparse
@@ -35,10 +35,10 @@ PHONE: Final = (360, 760)
 
 
 def main(folder: Path, target: Path, *, whole: bool) -> None:
-    """Run the training session and take the pictures into a folder."""
+    """Run the training session and write the screenshots into a folder."""
     program = find()
     if program is None:
-        sys.exit("there is no Chromium: make tools")
+        sys.exit("Chromium not found; run make tools")
     initialize(
         KeyFolder(folder / "data" / "keys", cost=Cost(iterations=1, memory_kib=1024, lanes=1)),
         "qflare",
@@ -57,7 +57,7 @@ def main(folder: Path, target: Path, *, whole: bool) -> None:
 
 
 def trained(deployment: Deployment) -> str:
-    """Let the devices finish a small training session and be in the middle of a larger one; return its id."""
+    """Complete a small training session and half of a larger one; return the id of the larger one."""
     fleet = Fleet(deployment, TYPES)
     fleet.train(fleet.create("digits, pilot", 6), [6] * len(TYPES))
     session_id = fleet.create("digits, all sites", ROUNDS)
@@ -72,7 +72,7 @@ def trained(deployment: Deployment) -> str:
 def take(
     browser: Browser, deployment: Deployment, session_id: str, target: Path, *, whole: bool
 ) -> None:
-    """Take all pictures."""
+    """Take all screenshots."""
     assert deployment.coordinator.dashboard is not None
     url = deployment.coordinator.dashboard.url
     token = deployment.coordinator.use_cases.tokens.issue_admin(
@@ -106,7 +106,7 @@ def take(
 
 
 def shoot(page: Page, path: Path, *, whole: bool) -> None:
-    """Take one picture, of the visible part or of the whole page."""
+    """Take one screenshot, of the viewport or of the whole page."""
     page.wait_for_load_state("networkidle")
     page.screenshot(path=path, full_page=whole)
 

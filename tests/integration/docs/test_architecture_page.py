@@ -17,9 +17,9 @@ from tests.structure.stated_names import class_members, defined
 TEXT = PAGE.read_text()
 LINK = re.compile(r"\[`([^`]+)`\]\(\.\./([^)]+)\)")
 JOURNEYS = {
-    "update": "The way of one small update",
-    "download": "The way of one download",
-    "enrollment": "The way of one enrollment",
+    "update": "The path of one small update",
+    "download": "The path of one download",
+    "enrollment": "The path of one enrollment",
 }
 MOST_ROOMS = 12
 LEAST_STEPS = 5
