@@ -1,4 +1,4 @@
-"""QFLARE's device SDK: enroll a device, train on data that never leaves it, send signed updates.
+"""QFLARE device SDK: enroll a device, train on local data, and send signed updates.
 
     from pathlib import Path
 
@@ -14,8 +14,7 @@
         with Client(home=Path("device")) as client:
             run(client, train)
 
-Everything public is a name of this package; its modules are private. Errors are drawn as a tree in
-`qflare_client.errors`.
+Everything public is a name of this package; its modules are private. The error hierarchy is in `qflare_client.errors`.
 """
 
 from qflare.crypto.signing import Algorithm

@@ -1,7 +1,6 @@
 """The `qflare-client` command: init, enroll, rotate, run, status, evidence, verify.
 
-Exit codes: 0 done, 1 the coordinator or the key store said no (the message says why), 2 wrong usage,
-130 interrupted.
+Exit codes: 0 success, 1 the command failed (the message states the reason), 2 wrong usage, 130 interrupted.
 """
 
 import argparse
@@ -70,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     Args:
-        arguments: Words after the program's name; None means those of the process, which is then protected.
+        arguments: Command-line arguments without the program name; None means those of the process, which is then
+            protected.
     """
     if arguments is None:
         protect_process()
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     root = ArgumentParser(
         prog=_PROGRAM,
-        description="A QFLARE device: enroll it, let it take part, see how it stands.",
+        description="Enroll and run a QFLARE device.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -117,7 +117,7 @@ def _add_init(commands: Any) -> None:
     text = "Write a device program, a session configuration and a first model into a new folder."
     parser = commands.add_parser(
         "init",
-        help="make a project to start from",
+        help="create a new project",
         description=text,
         epilog="example:\n  qflare-client init first-project",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -139,16 +139,18 @@ def _add_command(
     parser.set_defaults(command=command)
     home = Path(os.environ.get(_HOME_VARIABLE, "qflare-device"))
     parser.add_argument("--home", type=Path, default=home, help="key store (%(default)s)")
-    parser.add_argument("--verbose", action="store_true", help="log what happens")
+    parser.add_argument("--verbose", action="store_true", help="log progress")
     return parser
 
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", help="coordinator, host:port, if not the bundle's")
-    parser.add_argument("--ca-file", type=Path, help="PEM authorities of the coordinator")
+    parser.add_argument("--address", help="coordinator, host:port; default: that of the bundle")
+    parser.add_argument(
+        "--ca-file", type=Path, help="PEM certificate authorities of the coordinator"
+    )
     parser.add_argument("--certificate-file", type=Path, help="PEM certificate of this device")
-    parser.add_argument("--key-file", type=Path, help="PEM key of that certificate")
-    parser.add_argument("--insecure", action="store_true", help="speak plaintext to any address")
+    parser.add_argument("--key-file", type=Path, help="PEM key of the certificate")
+    parser.add_argument("--insecure", action="store_true", help="use plaintext with any address")
     parser.add_argument("--passphrase-file", type=Path, help="file with the key store's passphrase")
 
 
@@ -168,15 +170,15 @@ def _add_enroll(commands: Any) -> None:
         default=[],
         metavar="NAME=NUMBER",
         type=_capability,
-        help="number by which devices are selected; may be repeated",
+        help="number used for device selection; repeatable",
     )
-    parser.add_argument("--algorithm", type=_algorithm, metavar=_NAMES, help="of the device's key")
+    parser.add_argument("--algorithm", type=_algorithm, metavar=_NAMES, help="of the signature key")
     parser.add_argument(
         "--server-algorithm",
         action="append",
         type=_algorithm,
         metavar="NAME",
-        help="accept only this algorithm of the coordinator's keys; may be repeated",
+        help="accept only this algorithm of the coordinator's keys; repeatable",
     )
     _add_connection(parser)
 
@@ -186,11 +188,14 @@ def _add_rotate(commands: Any) -> None:
         commands,
         "rotate",
         _rotate,
-        "Replace this device's keys, of another algorithm if wanted.",
+        "Replace this device's keys, optionally with another algorithm.",
         "--home device1 --algorithm ml-dsa-65-ed25519",
     )
     parser.add_argument(
-        "--algorithm", type=_algorithm, metavar=_NAMES, help="of the next key; else the same"
+        "--algorithm",
+        type=_algorithm,
+        metavar=_NAMES,
+        help="of the new key; default: the current one",
     )
     _add_connection(parser)
 
@@ -205,9 +210,13 @@ def _add_run(commands: Any) -> None:
     )
     parser.add_argument("train", type=_function, metavar="MODULE:FUNCTION", help="trains")
     parser.add_argument("--evaluate", type=_function, metavar="MODULE:FUNCTION", help="measures")
-    parser.add_argument("--training-session", metavar="ID", help="training session; else any")
+    parser.add_argument("--training-session", metavar="ID", help="training session; default: any")
     parser.add_argument(
-        "--patience", type=seconds(0), default=900.0, metavar="SECONDS", help="longest outage"
+        "--patience",
+        type=seconds(0),
+        default=900.0,
+        metavar="SECONDS",
+        help="longest tolerated outage",
     )
     _add_connection(parser)
 
@@ -217,10 +226,10 @@ def _add_status(commands: Any) -> None:
         commands,
         "status",
         _status,
-        "Show the device, and ask the coordinator for its state unless --offline.",
+        "Show the device and its state at the coordinator.",
         "--home device1",
     )
-    parser.add_argument("--offline", action="store_true", help="do not call the coordinator")
+    parser.add_argument("--offline", action="store_true", help="show local facts only")
     _add_connection(parser)
 
 
@@ -229,11 +238,11 @@ def _add_evidence(commands: Any) -> None:
         commands,
         "evidence",
         _evidence,
-        "Write what an auditor needs to check the versions of a training session offline.",
+        "Export evidence with which an auditor can verify a training session's versions offline.",
         "ID --home device1 --output evidence.json",
     )
     parser.add_argument("training_session", metavar="ID", help="training session")
-    parser.add_argument("--output", type=Path, default=Path("evidence.json"), help="file to write")
+    parser.add_argument("--output", type=Path, default=Path("evidence.json"), help="output file")
     _add_connection(parser)
 
 
@@ -242,23 +251,25 @@ def _add_verify(commands: Any) -> None:
         commands,
         "verify",
         _verify,
-        "Check a bundle or a file of evidence offline, believing nothing but the root key ids.",
+        "Verify a bundle or an evidence file offline, trusting only the root key ids.",
         "evidence.json --bundle bundle.json --model final.safetensors",
     )
-    parser.add_argument("evidence", type=Path, help="bundle of an auditor or evidence of a device")
+    parser.add_argument("evidence", type=Path, help="verification bundle or evidence file")
     parser.add_argument("--bundle", type=Path, help="bootstrap bundle that names the root keys")
     parser.add_argument(
-        "--root-key-id", action="append", default=[], metavar="HEX", help="may be repeated"
+        "--root-key-id", action="append", default=[], metavar="HEX", help="repeatable"
     )
     parser.add_argument(
-        "--threshold", type=whole(1, 8), default=1, help="root keys that have to sign"
+        "--threshold", type=whole(1, 8), default=1, help="required number of root signatures"
     )
-    parser.add_argument("--model", type=Path, help=".safetensors file said to be the last version")
+    parser.add_argument(
+        "--model", type=Path, help=".safetensors file to compare with the last version"
+    )
     parser.add_argument(
         "--at",
         type=_moment,
         metavar="TIME",
-        help="time at which the keys must be in force, ISO 8601 with zone; else the present",
+        help="time at which the keys must be valid, ISO 8601 with time zone; default: now",
     )
 
 
@@ -383,7 +394,9 @@ def _algorithm(text: str) -> Algorithm:
     except InvalidKeyError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if algorithm not in ONLINE_ALGORITHMS:
-        raise argparse.ArgumentTypeError(f"{text}: signs too slowly, want {_NAMES}")
+        raise argparse.ArgumentTypeError(
+            f"{text}: not for device keys: signing is too slow; want {_NAMES}"
+        )
     return algorithm
 
 
@@ -395,21 +408,21 @@ def _moment(text: str) -> datetime:
 
 
 def _function(text: str) -> Callable[..., Any]:
-    """Import a function named module:function; modules of the working directory are found."""
+    """Import a function given as module:function; the working directory is on the module path."""
     module_name, _, function_name = text.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # the module is the user's: anything may happen
+    except Exception as error:  # user code may raise anything
         raise argparse.ArgumentTypeError(f"{text}: {_where(error)}") from error
     if not callable(function):
-        raise argparse.ArgumentTypeError(f"{text} is no function")
+        raise argparse.ArgumentTypeError(f"{text} is not a function")
     return function
 
 
 def _where(error: Exception) -> str:
-    """Return an error of an imported module in one line, with its place."""
+    """Return an import error in one line, with file and line number."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = (
         ""

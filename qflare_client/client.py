@@ -5,8 +5,8 @@
         base = client.download_base(task)
         receipt = client.submit(task, base, trained_arrays, example_count=100, metrics={"loss": 0.3})
 
-Login, token refresh, retries, resumption and verification happen inside; construction never fails on the network.
-`qflare_client.run` repeats the three lines for as long as there is work; `qflare_client.enroll` makes the key store.
+The client handles login, token refresh, retries, resumption and verification; the constructor makes no network calls.
+`qflare_client.run` repeats these three calls while there is work; `qflare_client.enroll` creates the key store.
 """
 
 import threading
@@ -61,22 +61,22 @@ class Client:
 
     Args:
         home: The device's key store.
-        address: Coordinator, host:port; None means the one at which the device enrolled.
-        passphrase: Of the key store; None when it has none.
-        tls: How to speak TLS. Authorities that it leaves out are those of the bootstrap bundle; where that has
-            none either, those of the system.
-        insecure: Speak plaintext to any address: for a network that protects the connection itself.
+        address: Coordinator, host:port; None means the one with which the device enrolled.
+        passphrase: Passphrase of the key store; None if it has none.
+        tls: TLS settings. Certificate authorities default to those of the bootstrap bundle; if it has none either,
+            those of the system.
+        insecure: Use plaintext with any address, on a network that protects the connection itself.
         timeout_s: Deadline of one attempt of a call, in seconds, above 0.
         transfer_timeout_s: Deadline of one attempt of an upload or download, in seconds, above 0.
-        retry: How patient calls are.
-        progress: Told the bytes of uploads and downloads.
+        retry: Retry policy of calls.
+        progress: Called with the progress of uploads and downloads.
         defaults: The device's own training settings.
-        proof_of_possession: Prove with every call that the caller holds the secret of its login: for
-            coordinators behind a proxy that ends TLS.
+        proof_of_possession: Attach a proof of possession to every call; for coordinators behind a proxy that terminates
+            TLS.
         require_pq_tls: Refuse a coordinator that does not report a post-quantum key exchange for its TLS
             connection, inside the authenticated login.
-        error_feedback: Keep what top-k updates leave out, and add it to the next one.
-        keep_updates: Keep finished updates in the key store, as large as they are, until they are settled.
+        error_feedback: Accumulate the elements that top-k updates omit, and add them to the next update.
+        keep_updates: Keep finished updates in the key store, at full size, until they are accepted or refused.
 
     Raises:
         NotEnrolledError: The key store holds no device.
@@ -160,13 +160,13 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End all calls and give the key store back. May be called more than once."""
+        """Cancel all calls and release the key store. Idempotent."""
         self._open_calls.close()
         self._store.close()
 
     @property
     def lifetime(self) -> Lifetime:
-        """Until when the calls of this client go on; `qflare_client.run` ends its calls by it."""
+        """Deadline and cancellation of this client's calls; `qflare_client.run` cancels its calls through it."""
         return self._calls.lifetime
 
     @property
@@ -186,16 +186,15 @@ class Client:
         trains_only: bool = False,
         timeout_s: float | None = None,
     ) -> Task:
-        """Ask what to do.
+        """Fetch the next task.
 
         Args:
             training_session_id: Training session to work for; None means any.
-            trains_only: This device does not evaluate: no such task is given.
+            trains_only: Request no evaluation tasks.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
         Raises:
-            VerificationError: The task is not signed by the coordinator, or says something else than
-                the answer around it.
+            VerificationError: The task is not signed by the coordinator, or contradicts the response that contains it.
             QflareClientError: The call failed.
         """
         request = messages.GetTaskRequest(
@@ -224,13 +223,14 @@ class Client:
             training_session_id: Training session.
             version: Version; None means the latest.
             released: Without a version: the latest released one.
-            encoding: How floating tensors come: in full precision, or as the training session's devices get them.
+            encoding: Encoding of the floating-point tensors: full precision, or the training session's download
+                encoding.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
         Raises:
-            RolledBackModelError: It is older than the last accepted one though it was not asked for by
-                its number, or has another history.
-            CorruptModelError: Its bytes are not those of its statement.
+            RolledBackModelError: It is older than the last accepted one and was not requested by number, or has another
+                history.
+            CorruptModelError: Its bytes do not match its statement.
             UntrustedKeysetError: Its signer is not trusted.
             QflareClientError: The call failed.
         """
@@ -251,11 +251,11 @@ class Client:
         )
 
     def download_base(self, task: Task, *, timeout_s: float | None = None) -> GlobalModel:
-        """Download the version that a task names, in the encoding that it names.
+        """Download the version that a task names, in the task's encoding.
 
         Raises:
-            RolledBackModelError: It is not the version that the signed task names, or a task to train
-                names one older than the last accepted.
+            RolledBackModelError: It is not the version that the signed task names, or a training task names one older
+                than the last accepted.
             QflareClientError: As `download`.
         """
         if task.kind is TaskKind.TRAIN:
@@ -281,27 +281,27 @@ class Client:
         privacy: LocalPrivacy | None = None,
         timeout_s: float | None = None,
     ) -> Receipt:
-        """Sign and upload what training made of a version; durable when it returns.
+        """Sign and upload an update; it is stored durably when the call returns.
 
-        The update is kept on the device until the coordinator accepts it or refuses it for good. Where an earlier call
-        has left an update for the same task unsent, that one is sent, whatever is given here.
+        The update is kept on the device until the coordinator accepts it or refuses it permanently. If an earlier call
+        left an unsent update for the same task, that update is sent and the arguments are ignored.
 
         Args:
             task: The task, of kind TRAIN.
             base: The version that the task names.
             arrays: The trained tensors: names and shapes of the base version's. Floating types are cast
-                to the base version's; they must not change before the call returns.
+                to the base version's; do not modify them before the call returns.
             example_count: Number of local examples, 1 or more.
             metrics: Metrics by name, finite.
-            privacy: Clips what training changed and adds noise, before it leaves the device; None sends it as it is.
+            privacy: Clips the delta and adds noise before it leaves the device; None sends it unchanged.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
         Raises:
             TrainingFunctionError: Arrays, example count or metrics cannot be sent.
             PrivacyError: Local privacy does not allow an update for this task.
-            RoundNotOpenError: The round takes no update any more.
-            StaleBaseVersionError: The round trains from another version.
-            DuplicateUpdateError: A different update of this device is in the round.
+            RoundNotOpenError: The round no longer accepts updates.
+            StaleBaseVersionError: The round has another base version.
+            DuplicateUpdateError: The round already has a different update of this device.
             QflareClientError: The call failed.
         """
         contribution = Contribution(base, arrays, example_count, metrics or {})
@@ -310,38 +310,38 @@ class Client:
     def send_kept(
         self, task: Task | None = None, *, timeout_s: float | None = None
     ) -> list[Receipt | RejectedError]:
-        """Send finished updates that an outage, or the end of an earlier process, has left unsent.
+        """Send finished updates that are still unsent after an outage or a restart.
 
         Args:
-            task: Only the update that is kept for this task; None means all that are kept.
+            task: Send only the update that is kept for this task; None means all kept updates.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
         Returns:
-            For each its receipt, or why the coordinator refused it: its round has closed, for instance. Either way it
-            is kept no more.
+            For each update its receipt, or the reason for its refusal, such as a closed round. It is no longer kept in
+            either case.
 
         Raises:
-            QflareClientError: A call failed; what is not settled is kept on.
+            QflareClientError: A call failed; unsettled updates are still kept.
         """
         return self._sender.send_kept(task, timeout_s)
 
     def require_release(self, task: Task, privacy: LocalPrivacy) -> None:
-        """Check, before a training, that local privacy allows an update for a task.
+        """Check, before training, that local privacy allows an update for a task.
 
         Raises:
-            RepeatedTaskError: One was released for its round already, or for a later one.
-            PrivacyBudgetExceededError: It would cost more than `privacy.max_epsilon`.
+            RepeatedTaskError: An update was already released for its round or for a later one.
+            PrivacyBudgetExceededError: The update would exceed `privacy.max_epsilon`.
         """
         self._ledger.require(task, privacy)
 
     def privacy_epsilon(self, delta: float = 1e-5) -> float:
-        """Return the epsilon that the private updates of this device have cost so far, over all training sessions.
+        """Return the epsilon spent by the private updates of this device so far, over all training sessions.
 
         Args:
-            delta: At which epsilon is counted, within (0, 1).
+            delta: The delta for which epsilon is computed, within (0, 1).
 
         Returns:
-            Epsilon; infinite if one of them was without noise.
+            Epsilon; infinite if one of the updates had no noise.
         """
         return self._ledger.epsilon(delta)
 
@@ -353,18 +353,18 @@ class Client:
         *,
         timeout_s: float | None = None,
     ) -> None:
-        """Sign and report what was measured of a version on data that is held back; once for each version.
+        """Sign and report the evaluation of a version on held-out data; once per version.
 
         Args:
             task: The task, of kind EVALUATE.
-            example_count: Number of examples that were measured, 1 or more.
+            example_count: Number of evaluated examples, 1 or more.
             metrics: Metrics by name, such as accuracy and loss; finite. Names that begin with `train_` are reserved.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
         Raises:
             TrainingFunctionError: Example count or metrics cannot be sent.
-            NotSelectedError: This device was not asked to measure the version.
-            DuplicateUpdateError: It has reported something else of the version before.
+            NotSelectedError: This device was not selected to evaluate the version.
+            DuplicateUpdateError: It has already reported a different evaluation of the version.
             QflareClientError: The call failed.
         """
         request = make_evaluation(self._login.identity, task, example_count, metrics)
@@ -380,12 +380,12 @@ class Client:
         network_info: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Heartbeat:
-        """Report that the device is alive, and its profile if that has changed.
+        """Send a heartbeat, with the device's profile if it has changed.
 
         Args:
             profile: The whole profile as a message; or its parts:
             device_type: Kind of device, such as phone; at most 100 characters.
-            capabilities: Numbers by which devices are selected, such as ram_mib.
+            capabilities: Numbers used for device selection, such as ram_mib.
             hardware_info: Hardware, such as gpu, as text.
             network_info: Network, such as link, as text.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
@@ -447,11 +447,11 @@ class Client:
         return read_contribution(self._calls, self._trust, self._login.identity, receipt, timeout_s)
 
     def evidence(self, training_session_id: str, receipts: Sequence[Receipt] = ()) -> Evidence:
-        """Collect what an auditor needs to check the versions of a training session offline.
+        """Collect evidence with which an auditor can verify a training session's versions offline.
 
         Args:
             training_session_id: Training session; all its versions are covered.
-            receipts: Updates of this device to prove as well.
+            receipts: Receipts of this device's updates to include with proofs.
 
         Raises:
             QflareClientError: A call failed, or its answer does not verify.
@@ -461,7 +461,7 @@ class Client:
         return Evidence(self.realm, training_session_id, self._trust.bundle, statements, updates)
 
     def audit_head(self, *, timeout_s: float | None = None) -> AuditHead:
-        """Fetch the head of the coordinator's audit log, and check that the log has only grown.
+        """Fetch the head of the coordinator's audit log, and check that the log is append-only.
 
         Raises:
             RewrittenLogError: It does not extend the log that this device has seen before.
@@ -470,16 +470,16 @@ class Client:
         return read_head(self._calls, self._trust, self._store, timeout_s)
 
     def rotate_keys(self, algorithm: Algorithm | None = None) -> int:
-        """Replace the device's keys by fresh ones; return how often it has changed them.
+        """Replace the device's keys with new ones; return the number of rotations so far.
 
         Args:
-            algorithm: Of the next signature key; None means that of the current one.
+            algorithm: Algorithm of the new signature key; None means the current one.
 
-        A crash at any point leaves a key store that works: the next login finds out which keys count.
+        A crash at any point leaves a usable key store: the next login determines which keys are in force.
 
         Raises:
             AlgorithmNotAcceptedError: The coordinator does not accept the algorithm of devices.
-            QflareClientError: The call failed; the earlier keys stay in use.
+            QflareClientError: The call failed; the current keys stay in use.
         """
         with self._rotation_lock:
             return rotate(self._calls, self._store, self._login, algorithm).key_rotation_count

@@ -1,33 +1,33 @@
-"""Errors of the SDK, and the table from the coordinator's error reasons to them.
+"""Errors of the SDK, and the mapping from the coordinator's error reasons to them.
 
 ```
 QflareClientError
-  + UnavailableError           could not be reached or has no room; safe to try later  .reason
-    - DeadlineExceededError    the time for one call passed
-    - TlsError                 the TLS handshake fails, and would fail again: certificates or names are wrong
+  + UnavailableError           unreachable or overloaded; safe to retry later  .reason
+    - DeadlineExceededError    a call timed out
+    - TlsError                 the TLS handshake fails permanently: certificates or names are wrong
     - BusyError                a limit is reached, or a concurrent call conflicted  .retry_after_s
-    - CoordinatorFaultError    it failed inside; .reason and the message name the request
-  + RejectedError              the coordinator said no; .reason is the machine word, .metadata its details
+    - CoordinatorFaultError    internal error; .reason and the message name the request
+  + RejectedError              the coordinator refused; .reason is the machine-readable reason, .metadata its details
     - AuthenticationError      no valid credential
       - InvalidEnrollmentTokenError
-    - PermissionDeniedError    this device may not call
+    - PermissionDeniedError    this device may not make the call
       - DeviceSuspendedError
       - DeviceRevokedError
     - NotFoundError            no such training session, version, update
     - InvalidRequestError      malformed, wrong shapes, NaN, digest, signature, too large
-    - DuplicateUpdateError     a different update of this device is in the round
+    - DuplicateUpdateError     the round already has a different update of this device
     - FailedPreconditionError  not in this state
       - RoundNotOpenError
       - NotSelectedError
       - StaleBaseVersionError  .current_version
-    - ProxyRefusedError        a proxy before the coordinator said no, such as to the size
-  + VerificationError          what the coordinator sent does not prove what it claims
+    - ProxyRefusedError        a proxy in front of the coordinator refused, for example because of the size
+  + VerificationError          data from the coordinator does not verify
     - UntrustedKeysetError     root documents or keyset: wrong signer, expired, rolled back
     - InvalidStatementError    a statement is not signed by the coordinator, or about something else
     - CorruptModelError        downloaded bytes do not match their statement
-    - RolledBackModelError     a version below the last accepted one, or another history
-    - RewrittenLogError        the audit log does not extend the one that this device knows
-    - InvalidEvidenceError     a file of evidence is not what it claims to be
+    - RolledBackModelError     a version older than the last accepted one, or with another history
+    - RewrittenLogError        the audit log does not extend the last head that this device verified
+    - InvalidEvidenceError     an evidence file does not verify
   + KeyStoreError              the key store cannot be used
     - NotEnrolledError         it holds no device
     - KeyStoreLockedError      another process uses it
@@ -35,29 +35,29 @@ QflareClientError
   + ForkedError                the client was opened before this process was forked
   + PrivacyError               local privacy does not allow this update
     - RepeatedTaskError        an update was released for this round or a later one
-    - PrivacyBudgetExceededError  it would cost more than the budget of epsilon
-  + UnsupportedTaskError       the training session asks for what this SDK cannot do
+    - PrivacyBudgetExceededError  the update would exceed the epsilon budget
+  + UnsupportedTaskError       the training session needs a feature that this SDK lacks
   + TrainingFunctionError      the training function returned something unusable
 ```
 
-No type of gRPC, protobuf or a cryptographic library is raised from a public call.
+Public calls raise no exception types of gRPC, protobuf or cryptographic libraries.
 """
 
 from collections.abc import Mapping
 
 
 class QflareClientError(Exception):
-    """Root of the errors of the device SDK."""
+    """Base class of the device SDK's errors."""
 
 
 class UnavailableError(QflareClientError):
-    """The coordinator could not be reached, or cannot serve at the moment; safe to try later.
+    """The coordinator is unreachable or overloaded; safe to retry later.
 
     Args:
         message: What happened.
-        reason: The coordinator's machine word; empty when it gave none.
-        retry_after_s: Seconds after which the same call may be repeated at the earliest; None means
-            that repeating it soon is no use.
+        reason: The coordinator's machine-readable reason; empty if it gave none.
+        retry_after_s: Minimum delay in seconds before the call may be repeated; None means that an early retry is
+            useless.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class UnavailableError(QflareClientError):
 
 
 class DeadlineExceededError(UnavailableError):
-    """The time for one call passed; whether it had an effect is not known."""
+    """A call timed out; it may or may not have had an effect."""
 
 
 class TlsError(UnavailableError):
-    """The TLS handshake fails and would fail again: untrusted authority, other name, unusable certificate or key."""
+    """The TLS handshake fails permanently: untrusted authority, wrong name, unusable certificate or key."""
 
 
 class BusyError(UnavailableError):
@@ -81,16 +81,16 @@ class BusyError(UnavailableError):
 
 
 class CoordinatorFaultError(UnavailableError):
-    """The coordinator failed inside; the message names the request in its log."""
+    """Internal error of the coordinator; the message names the request in its log."""
 
 
 class RejectedError(QflareClientError):
-    """The coordinator said no; the same call would get the same answer.
+    """The coordinator refused the call; repeating it yields the same result.
 
     Args:
         message: The coordinator's text.
-        reason: Its machine word, such as ROUND_NOT_OPEN.
-        metadata: Dynamic parts of the message.
+        reason: Its machine-readable reason, such as ROUND_NOT_OPEN.
+        metadata: Variable parts of the message.
     """
 
     def __init__(
@@ -118,11 +118,11 @@ class DeviceSuspendedError(PermissionDeniedError):
 
 
 class DeviceRevokedError(PermissionDeniedError):
-    """The device is revoked for good."""
+    """The device is revoked permanently."""
 
 
 class NotFoundError(RejectedError):
-    """No such training session, version, update or device, or none that this device may see."""
+    """No such training session, version, update or device, or none that this device can access."""
 
 
 class InvalidRequestError(RejectedError):
@@ -143,11 +143,11 @@ class AlgorithmNotAcceptedError(InvalidRequestError):
 
 
 class SealingMismatchError(InvalidRequestError):
-    """The update is sealed and the training session takes none that are, or the other way round."""
+    """The update is sealed but the training session does not seal payloads, or vice versa."""
 
 
 class DuplicateUpdateError(RejectedError):
-    """A different update of this device is in the round already, or a different evaluation of the version."""
+    """The round already has a different update of this device, or the version a different evaluation."""
 
 
 class FailedPreconditionError(RejectedError):
@@ -155,44 +155,44 @@ class FailedPreconditionError(RejectedError):
 
 
 class RoundNotOpenError(FailedPreconditionError):
-    """The round takes no update any more."""
+    """The round no longer accepts updates."""
 
 
 class SealKeyNotAcceptedError(FailedPreconditionError):
-    """The update is sealed to a key of the coordinator that is no longer accepted."""
+    """The update is sealed to a key that the coordinator no longer accepts."""
 
 
 class NotSelectedError(FailedPreconditionError):
-    """The device was not selected for the round, or not asked to measure the version."""
+    """The device was not selected for the round, or not selected to evaluate the version."""
 
 
 class StaleBaseVersionError(FailedPreconditionError):
-    """The update was trained from a version that the round does not train from.
+    """The update was trained from a version that is not the round's base version.
 
     Attributes:
-        current_version: The version to train from; -1 when the coordinator did not say.
+        current_version: The round's base version; -1 if the coordinator did not state it.
     """
 
     @property
     def current_version(self) -> int:
-        """Version that the round trains from, or -1."""
+        """Base version of the round, or -1."""
         text = self.metadata.get("current_version", "")
         return int(text) if text.isdecimal() else -1
 
 
 class ProxyRefusedError(RejectedError):
-    """A proxy before the coordinator refused the call, with an HTTP status of 400 to 499.
+    """A proxy in front of the coordinator refused the call, with an HTTP status of 400 to 499.
 
-    HTTP 413 means that the proxy takes no request body of this size; nginx takes 1 MiB unless it is told otherwise.
+    HTTP 413 means that the proxy does not accept a request body of this size; the default limit of nginx is 1 MiB.
     """
 
 
 class VerificationError(QflareClientError):
-    """What the coordinator sent does not prove what it claims; nothing of it was used."""
+    """Data from the coordinator does not verify; none of it was used."""
 
 
 class UntrustedKeysetError(VerificationError):
-    """Root documents or keyset have the wrong signers, have expired, or are older than known ones."""
+    """Root documents or keyset have the wrong signers, have expired, or are older than the known ones."""
 
 
 class InvalidStatementError(VerificationError):
@@ -200,19 +200,19 @@ class InvalidStatementError(VerificationError):
 
 
 class CorruptModelError(VerificationError):
-    """The bytes of a downloaded version are not those of its statement."""
+    """The bytes of a downloaded version do not match its statement."""
 
 
 class RolledBackModelError(VerificationError):
-    """A version below the last accepted one was offered, or one with another history."""
+    """A version is older than the last accepted one, or has another history."""
 
 
 class RewrittenLogError(VerificationError):
-    """The coordinator's audit log does not extend the one that this device knows."""
+    """The coordinator's audit log does not extend the last head that this device verified."""
 
 
 class InvalidEvidenceError(VerificationError):
-    """A file of evidence, or something in it, is not what it claims to be."""
+    """An evidence file, or a part of it, does not verify."""
 
 
 class KeyStoreError(QflareClientError):
@@ -228,7 +228,7 @@ class KeyStoreLockedError(KeyStoreError):
 
 
 class WrongPassphraseError(KeyStoreError):
-    """The keys cannot be opened with this passphrase, or their file was altered."""
+    """The keys cannot be decrypted with this passphrase, or their file was altered."""
 
 
 class ForkedError(QflareClientError):
@@ -245,15 +245,15 @@ class PrivacyError(QflareClientError):
 
 
 class RepeatedTaskError(PrivacyError):
-    """The device has released an update for this round of the training session, or for a later one."""
+    """The device has already released an update for this round of the training session, or for a later one."""
 
 
 class PrivacyBudgetExceededError(PrivacyError):
-    """The update would bring all releases of the device above the budget of epsilon."""
+    """The update would bring the device's releases above the epsilon budget."""
 
 
 class UnsupportedTaskError(QflareClientError):
-    """The training session asks for something that this version of the SDK cannot do."""
+    """The training session needs a feature that this version of the SDK lacks."""
 
 
 class TrainingFunctionError(QflareClientError):
@@ -287,7 +287,7 @@ _BY_CODE: Mapping[str, type[RejectedError]] = {
 }
 
 CANCELLED_HERE = "Locally cancelled by application!"
-"""gRPC's text for a call that its own caller has cancelled."""
+"""gRPC's error text for a call canceled by its own caller."""
 _FAULT_CODES = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
 
 
@@ -301,16 +301,16 @@ def error_from_answer(
     request_id: str = "",
     resumable: bool = False,
 ) -> QflareClientError:
-    """Turn the coordinator's answer to a failed call into the error that a developer sees.
+    """Convert the coordinator's error status into an error of the SDK.
 
     Args:
         code: Name of the canonical status code, such as NOT_FOUND.
         message: The coordinator's text.
-        reason: `google.rpc.ErrorInfo.reason`; the code stands in where there is none.
+        reason: `google.rpc.ErrorInfo.reason`; the code is used if there is none.
         metadata: `google.rpc.ErrorInfo.metadata`.
         retry_after_s: `google.rpc.RetryInfo.retry_delay` in seconds.
-        request_id: `google.rpc.RequestInfo.request_id`, by which its log knows the call.
-        resumable: The call goes on where it was when it is made again: worth it even if its time has passed.
+        request_id: `google.rpc.RequestInfo.request_id`, the id of the call in the coordinator's log.
+        resumable: A retry of the call resumes where it stopped, so it is worth retrying even after a timeout.
     """
     reason = reason or code
     text = f"{message} [{reason}]"
@@ -321,13 +321,13 @@ def error_from_answer(
         case "RESOURCE_EXHAUSTED":
             return BusyError(text, reason=reason, retry_after_s=retry_after_s)
         case "DEADLINE_EXCEEDED":
-            # A stream that stalled was ended by the coordinator, which kept what had come.
+            # The coordinator ended a stalled stream and kept the received data.
             again = resumable or reason == "STALLED"
             return DeadlineExceededError(
                 text, reason=reason, retry_after_s=(retry_after_s or 0.0) if again else None
             )
         case "CANCELLED":
-            # gRPC sends calls away, with this code and without a reason, where more wait than its server holds.
+            # gRPC rejects calls with this code and without a reason when its server's queue is full.
             is_shed = reason == code and message != CANCELLED_HERE
             return UnavailableError(text, reason=reason, retry_after_s=0.0 if is_shed else None)
     if code in _FAULT_CODES:

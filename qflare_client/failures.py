@@ -1,4 +1,4 @@
-"""What `qflare-client` and `qflare-admin` say when a command failed: the cause, and what to do about it."""
+"""Error messages of `qflare-client` and `qflare-admin`: the cause of a failure and its remedy."""
 
 import errno
 import logging
@@ -10,22 +10,22 @@ from qflare_client import errors
 logger = logging.getLogger(__name__)
 
 _HELP: Final = "the same command with --help"
-_TELL: Final = "tell the administrator, and do not use what was received"
+_TELL: Final = "tell the administrator, and do not use the received data"
 _REMEDIES: Final[dict[type[Exception], str]] = {
-    errors.BusyError: "the same command later",
+    errors.BusyError: "repeat the command later",
     errors.CoordinatorFaultError: "tell the administrator the request id; its log has the reason",
-    errors.TlsError: "certificates that fit: --ca-file, --certificate-file and --key-file, and the address",
+    errors.TlsError: "check --ca-file, --certificate-file, --key-file and the address",
     errors.UnavailableError: "check address, port and TLS files, and that the coordinator runs",
     errors.InvalidEnrollmentTokenError: "ask the administrator for a new bundle",
     errors.AuthenticationError: "a valid token (qflare-admin), or enroll again with a new bundle (qflare-client)",
     errors.DeviceSuspendedError: "ask the administrator to reactivate this device",
     errors.DeviceRevokedError: "ask the administrator for a bundle, and enroll again in a new folder",
     errors.PermissionDeniedError: "a token whose roles allow this; qflare-admin token list shows them",
-    errors.NotFoundError: "check the id; the list commands show what there is",
+    errors.NotFoundError: "check the id; the list commands show the existing ones",
     errors.AlgorithmNotAcceptedError: "one of the accepted algorithms",
     errors.InvalidRequestError: _HELP,
     errors.DuplicateUpdateError: "another name or id, or leave what exists as it is",
-    errors.FailedPreconditionError: "look at its state with the show command, then repeat",
+    errors.FailedPreconditionError: "check its state with the show command, then repeat",
     errors.ProxyRefusedError: "a higher limit of the proxy (nginx: client_max_body_size 0)",
     errors.RejectedError: _HELP,
     errors.VerificationError: _TELL,
@@ -34,9 +34,9 @@ _REMEDIES: Final[dict[type[Exception], str]] = {
     errors.WrongPassphraseError: "the right --passphrase-file",
     errors.KeyStoreError: "check owner and mode of the folder in --home (0700) and of its files (0600)",
     errors.ForkedError: "open the client in the process that uses it",
-    errors.PrivacyError: "wait for the next round, or decide on a larger budget",
+    errors.PrivacyError: "wait for the next round, or set a larger budget",
     errors.UnsupportedTaskError: "upgrade the SDK on this device",
-    errors.TrainingFunctionError: "mend the function; it returns arrays by name, a count and metrics",
+    errors.TrainingFunctionError: "correct the function; it returns arrays by name, a count and metrics",
     errors.QflareClientError: _HELP,
     FileNotFoundError: "check the path",
     FileExistsError: "a path that does not exist yet",
@@ -47,7 +47,7 @@ _REMEDIES: Final[dict[type[Exception], str]] = {
     UnicodeDecodeError: "a text file in UTF-8",
     ValueError: _HELP,
 }
-"""By class, looked up along its bases."""
+"""Remedies by exception class, looked up along the bases."""
 
 _BY_NUMBER: Final = {
     errno.ENOSPC: "free space on the disk",
@@ -57,14 +57,14 @@ _BY_NUMBER: Final = {
 
 
 def report(program: str, error: Exception) -> None:
-    """Write cause and remedy of a failure to standard error; a fault of the program with its traceback."""
+    """Print cause and remedy of a failure to standard error, with a traceback for a bug of the program."""
     explained = explain(error)
     if explained is None:
         logger.error("the command failed", exc_info=error)
         cause = f"{type(error).__name__}: {error}"
         explained = (
             cause,
-            "mend what the last line of the traceback names, or report it as a fault of QFLARE",
+            "correct the cause named in the traceback's last line, or report a bug of QFLARE",
         )
     else:
         logger.debug("the command failed", exc_info=error)
@@ -72,7 +72,7 @@ def report(program: str, error: Exception) -> None:
 
 
 def explain(error: Exception) -> tuple[str, str] | None:
-    """Return cause and remedy of an error; None if it is a fault of the program."""
+    """Return cause and remedy of an error; None for a bug of the program."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed", f"pip install {error.name}"
     own = getattr(error, "remedy", "")

@@ -6,13 +6,13 @@
 
     run(client, train)
 
-Invariants: the pause between polls is the one that the coordinator asks for, at most an hour, spread by a random
-quarter so that devices do not call in step; a version that is already held is not downloaded again; an outage of the
-coordinator ends the loop after `patience_s`, counted once for the loop and its calls; a finished update outlives an
-outage and the process, and is sent before any other work; a round that closed while the device was training costs that
-round's work and nothing else.
+Invariants: the pause between polls is the one that the coordinator asks for, at most an hour, randomized by a quarter
+so that devices do not poll in lockstep; a version that the device already holds is not downloaded again; an outage of
+the coordinator ends the loop after `patience_s`, counted once for the loop and its calls; a finished update survives an
+outage and a restart, and is sent before any other work; if a round closes while the device is training, only that
+round's work is lost.
 
-What it does not do: catch what the training function raises.
+It does not catch what the training function raises.
 """
 
 import logging
@@ -45,12 +45,12 @@ from qflare_client.tasks import Task, TaskKind, TrainingTask
 TrainFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask], tuple[Mapping[str, Array], int, Mapping[str, float]]
 ]
-"""From the global model's arrays (a copy) and the settings to (trained arrays, example count, metrics)."""
+"""Maps a copy of the global model's arrays and the settings to (trained arrays, example count, metrics)."""
 
 EvaluateFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask], tuple[int, Mapping[str, float]]
 ]
-"""From a version's arrays (a copy) and the settings to (example count, metrics)."""
+"""Maps a copy of a version's arrays and the settings to (example count, metrics)."""
 
 _log = logging.getLogger(__name__)
 
@@ -62,19 +62,19 @@ _MOST_LATE_DELAY_S = 5.0
 
 @dataclass
 class RunSummary:
-    """What a device did in one run of the loop."""
+    """Summary of one run of the loop."""
 
     update_count: int = 0
-    """Updates that were accepted."""
+    """Number of accepted updates."""
 
     late_count: int = 0
-    """Trainings whose round took no update any more when they were done."""
+    """Number of trainings that finished after their round had closed."""
 
     evaluation_count: int = 0
-    """Evaluations that were reported."""
+    """Number of reported evaluations."""
 
     last_version: int = -1
-    """Highest version that was downloaded; -1 for none."""
+    """Highest downloaded version; -1 for none."""
 
 
 def run(
@@ -88,23 +88,24 @@ def run(
     privacy: LocalPrivacy | None = None,
     on_receipt: Callable[[Receipt], None] | None = None,
 ) -> RunSummary:
-    """Take part until the training session ends or `stop` is set.
+    """Participate until the training session ends or `stop` is set.
 
     Args:
         client: An open client of an enrolled device.
         train: Trains on the local data.
-        evaluate: Measures on data held back; None leaves evaluations to other devices.
+        evaluate: Evaluates on held-out data; None requests no evaluation tasks.
         training_session_id: Training session; None means any, and then only `stop` ends the loop.
-        stop: Ends the loop: pauses and retries at once, calls in flight after 5 s; never in the middle of a training.
+        stop: Ends the loop: pauses and retries immediately, calls in flight after 5 s; a running training is finished
+            first.
         patience_s: How long the coordinator may be unreachable before its error is raised, in seconds.
-        privacy: Clips what training changed and adds noise, before it leaves the device; None sends it as it is.
-        on_receipt: Told every accepted update.
+        privacy: Clips the delta and adds noise before it leaves the device; None sends it unchanged.
+        on_receipt: Called with the receipt of each accepted update.
 
     Closing the client, from any thread, ends the loop as well.
 
     Raises:
         TrainingFunctionError: A function returned something that cannot be sent.
-        TlsError: The first connection fails for good, over its certificates.
+        TlsError: The first connection fails permanently because of its certificates.
         QflareClientError: The coordinator refused this device, could not be reached for `patience_s`, or
             sent something that does not verify.
     """
@@ -121,7 +122,7 @@ def run(
                 pause_s = _outage_pause_s(bounds, error)
             except QflareClientError:
                 if lifetime.is_closed:
-                    break  # what is half closed may fail in any way
+                    break  # a client that is being closed may fail in any way
                 raise
             if pause_s > 0:
                 lifetime.wait(pause_s * random.uniform(0.75, 1.25))  # noqa: S311  # no secret
@@ -129,19 +130,19 @@ def run(
 
 
 def _outage_pause_s(bounds: Bounds, error: UnavailableError) -> float:
-    """Return how long to pause, in seconds; raise the error when patience has ended.
+    """Return the pause in seconds; raise the error when the patience is exhausted.
 
-    Certificates that are wrong at the first connection are a mistake of configuration; those that expire later are
-    an outage, until somebody renews them.
+    Wrong certificates at the first connection are a configuration error; certificates that expire later are an outage
+    until they are renewed.
     """
     if bounds.left_s <= 0 or (isinstance(error, TlsError) and not bounds.was_seen):
         raise error
-    _log.warning("the coordinator is not available, trying again: %s", error)
+    _log.warning("the coordinator is unavailable, retrying: %s", error)
     return min(max(_OUTAGE_DELAY_S, error.retry_after_s or 0.0), bounds.left_s)
 
 
 class _Loop:
-    """The device between two polls: what it holds, and what it does with a task."""
+    """State of the loop between polls, and the execution of tasks."""
 
     def __init__(
         self,
@@ -166,14 +167,14 @@ class _Loop:
         self._late_in_a_row = 0
 
     def step(self) -> float:
-        """Send what is kept, ask for a task, do it, and return the seconds to pause before the next poll."""
+        """Send kept updates, fetch a task, execute it, and return the pause before the next poll in seconds."""
         self._settle(self._client.send_kept())
         task = self._client.get_task(self._training_session_id, trains_only=self._evaluate is None)
         self.is_done = task.kind is TaskKind.DONE
         return 0.0 if self.is_done else self._do(task)
 
     def _settle(self, outcomes: Iterable[Receipt | RejectedError]) -> None:
-        """Count what became of updates that an outage or an earlier process had left unsent."""
+        """Send updates that an outage or an earlier process left unsent, and count the results."""
         for outcome in outcomes:
             if isinstance(outcome, Receipt):
                 self._accepted(outcome)
@@ -186,7 +187,7 @@ class _Loop:
         self._on_receipt(receipt)
 
     def _do(self, task: Task) -> float:
-        """Do a task and return the seconds to pause before the next poll."""
+        """Execute a task and return the pause before the next poll in seconds."""
         try:
             if task.kind is TaskKind.TRAIN:
                 self._take_part(task)
@@ -200,9 +201,9 @@ class _Loop:
             NotFoundError,
             RepeatedTaskError,
         ) as error:
-            # The round or the version went by while this device was busy, or it has already sent its update, in
-            # an earlier process or before its coordinator lost it: there will be another round.
-            _log.info("task left: %s", error)
+            # The round or the version closed while this device was busy, or the device already sent its update, in # an
+            # earlier process or before the coordinator was restored. It continues with the next round.
+            _log.info("task abandoned: %s", error)
             self.summary.late_count += 1
             self._late_in_a_row += 1
             backoff_s = _LEAST_LATE_DELAY_S * 2.0 ** min(self._late_in_a_row, 10)
@@ -259,7 +260,7 @@ class _Loop:
 
 
 def _copy(model: GlobalModel) -> dict[str, Array]:
-    """Copy, because training functions change arrays in place and the next round may need these."""
+    """Copy the arrays, because training functions modify them in place and the next round may need the originals."""
     return {name: array.copy() for name, array in model.arrays.items()}
 
 

@@ -1,12 +1,12 @@
 """Local differential privacy for devices: clipping and Gaussian noise before an update leaves the device.
 
-Numpy only, no I/O. A device that uses this needs to trust no one: the coordinator sees noisy updates. Noise of this
-size hurts accuracy far more than noise added once to the mean, so choose it when the coordinator is not
-trusted, and central privacy otherwise.
+Numpy only, no I/O. The coordinator sees only noisy updates, so the device does not have to trust it. Noise of this size
+hurts accuracy far more than noise added once to the mean: use local privacy when the coordinator is not trusted, and
+central privacy otherwise.
 
-The noise of a device comes from the operating system's entropy and is never repeated: a retry sends the update that was
-made first, and does not make another one. `Client.submit` and `run` see to that, and to the budget
-(`qflare_client.models.privacy_ledger`); `protect` alone has no memory.
+The noise of a device comes from the operating system's entropy and is never repeated: a retry resends the first update
+instead of drawing new noise. `Client.submit` and `run` ensure this and enforce the budget
+(`qflare_client.models.privacy_ledger`); `protect` alone is stateless.
 """
 
 from collections.abc import Mapping
@@ -18,23 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_EPSILON: Final = 700.0
-"""Largest epsilon that is told from infinity: its exponential is near the end of float64."""
+"""Largest finite epsilon: its exponential is near the maximum of float64."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalPrivacy:
-    """How a device protects its updates.
+    """Local differential privacy of a device's updates.
 
     Attributes:
-        clip_norm: Largest L2 norm of the delta over all floating tensors. Above zero.
-        noise_multiplier: Standard deviation of the noise in each element, over `clip_norm`. Zero or more;
-            zero only clips.
-        max_epsilon: Most epsilon that all releases of the device together may cost, above 0; None sets no bound.
-        delta: At which epsilon is counted, within (0, 1).
+        clip_norm: Largest L2 norm of the delta over all floating-point tensors, above zero.
+        noise_multiplier: Standard deviation of the noise in each element, divided by `clip_norm`. Zero or more; zero
+            only clips.
+        max_epsilon: Epsilon budget of all releases of the device together, above 0; None sets no limit.
+        delta: The delta for which epsilon is computed, within (0, 1).
 
-    A release is a Gaussian mechanism of sensitivity `2 * clip_norm`: any update may stand for any other. Any number of
-    them compose to one whose cost, in units of (sensitivity / standard deviation) squared, is the sum of theirs (Dong,
-    Roth, Su 2022, arXiv:1905.02383, corollary 3.3).
+    A release is a Gaussian mechanism of sensitivity `2 * clip_norm`: any update may replace any other. Releases compose
+    to one whose cost, in units of (sensitivity / standard deviation) squared, is the sum of their costs (Dong, Roth, Su
+    2022, arXiv:1905.02383, corollary 3.3).
     """
 
     clip_norm: float
@@ -43,7 +43,7 @@ class LocalPrivacy:
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
-        """Refuse what protects nothing."""
+        """Check the ranges of all fields."""
         if not (isfinite(self.clip_norm) and self.clip_norm > 0.0):
             raise ValueError(f"clip_norm must be above 0, got {self.clip_norm}")
         if not (isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
@@ -61,12 +61,12 @@ class LocalPrivacy:
 
     @property
     def is_without_noise(self) -> bool:
-        """Whether updates are only clipped."""
+        """Whether updates are clipped without noise."""
         return self.noise_multiplier == 0.0
 
     @property
     def cost(self) -> float:
-        """(sensitivity / standard deviation) squared of one release; 0 where there is no noise to count with."""
+        """(sensitivity / standard deviation) squared of one release; 0 if there is no noise."""
         return 0.0 if self.is_without_noise else (2.0 / self.noise_multiplier) ** 2
 
     def protect(
@@ -75,7 +75,7 @@ class LocalPrivacy:
         base: Mapping[str, NDArray[np.generic]],
         generator: np.random.Generator | None = None,
     ) -> dict[str, NDArray[np.generic]]:
-        """Clip the delta of trained weights, add noise, and give weights again.
+        """Clip the delta of trained weights, add noise, and return weights.
 
         Args:
             weights: Trained tensors by name.
@@ -83,8 +83,8 @@ class LocalPrivacy:
             generator: Source of the noise; by default a fresh one from the system's entropy. Only tests pass one.
 
         Returns:
-            Tensors of the same names, shapes and dtypes. Tensors that are not floating pass unchanged and
-            unprotected: keep what is private out of them.
+            Tensors of the same names, shapes and dtypes. Tensors of other than floating-point types are unchanged and
+            unprotected: they must not contain private data.
 
         Raises:
             ValueError: Names or shapes differ, or a delta is not finite.
@@ -104,7 +104,7 @@ class LocalPrivacy:
 def floating_deltas(
     weights: Mapping[str, NDArray[np.generic]], base: Mapping[str, NDArray[np.generic]]
 ) -> dict[str, NDArray[np.float64]]:
-    """Subtract the base version from the floating tensors, in float64.
+    """Subtract the base version from the floating-point tensors, in float64.
 
     Raises:
         ValueError: Names or shapes differ.
@@ -125,12 +125,12 @@ def floating_deltas(
 
 
 def _floating(tensor: NDArray[np.generic]) -> bool:
-    """Tell floating tensors; ml_dtypes' bfloat16 is of kind V and casts to float64 safely."""
+    """Return whether a tensor is floating-point; ml_dtypes' bfloat16 has kind V and casts to float64 safely."""
     return tensor.dtype.kind == "f" or tensor.dtype.name == "bfloat16"
 
 
 def global_norm(deltas: Mapping[str, NDArray[np.float64]]) -> float:
-    """Give the L2 norm of all tensors taken as one vector."""
+    """Return the L2 norm of all tensors as one vector."""
     return sqrt(sum(float(np.add.reduce(np.square(delta), axis=None)) for delta in deltas.values()))
 
 
@@ -173,7 +173,7 @@ def _normal_cdf(value: float) -> float:
 
 
 def gaussian_delta(epsilon: float, sensitivity: float, stddev: float) -> float:
-    """Give the exact delta of the Gaussian mechanism at an epsilon.
+    """Return the exact delta of the Gaussian mechanism at an epsilon.
 
     Source: Balle and Wang 2018, arXiv:1805.06530, theorem 8.
     """
@@ -182,10 +182,10 @@ def gaussian_delta(epsilon: float, sensitivity: float, stddev: float) -> float:
 
 
 def gaussian_epsilon(ratio: float, delta: float) -> float:
-    """Give the smallest epsilon at which a Gaussian mechanism is (epsilon, delta)-private.
+    """Return the smallest epsilon at which a Gaussian mechanism is (epsilon, delta)-private.
 
     Args:
-        ratio: Sensitivity over standard deviation, zero or more.
+        ratio: Sensitivity divided by standard deviation, zero or more.
         delta: Within (0, 1).
 
     Returns:
@@ -210,13 +210,13 @@ def gaussian_epsilon(ratio: float, delta: float) -> float:
 
 
 def gaussian_stddev(epsilon: float, delta: float, sensitivity: float) -> float:
-    """Give the smallest standard deviation with which one release is (epsilon, delta)-private.
+    """Return the smallest standard deviation with which one release is (epsilon, delta)-private.
 
     Args:
         epsilon: Above zero, at most `MAX_EPSILON`.
         delta: Within (0, 1).
-        sensitivity: Largest L2 distance between two possible releases. For a clipped update under local
-            privacy that is `2 * clip_norm`: any update may stand for any other.
+        sensitivity: Largest L2 distance between two possible releases. For a clipped update under local privacy this is
+            `2 * clip_norm`: any update may replace any other.
 
     Raises:
         ValueError: A number is out of its range.

@@ -1,7 +1,7 @@
-"""Tasks of a device: `Task`, and `TrainingTask`, the part that training code sees.
+"""Tasks of a device: `Task`, and `TrainingTask`, which is passed to training code.
 
-All are plain values without network or protobuf in them. Settings that the training session leaves open
-are filled from the device's own `TrainingDefaults`.
+All are plain values, independent of the network and protobuf. Settings that the training session leaves open default to
+the device's own `TrainingDefaults`.
 """
 
 import enum
@@ -21,7 +21,7 @@ from qflare_client.times import delay_s, moment
 
 
 class TaskKind(enum.Enum):
-    """What to do."""
+    """Kind of a task."""
 
     WAIT = "wait"
     TRAIN = "train"
@@ -31,7 +31,7 @@ class TaskKind(enum.Enum):
 
 @dataclass(frozen=True)
 class TrainingDefaults:
-    """The device's own training settings, used where a training session leaves them open."""
+    """The device's own training settings, used as defaults of a training session."""
 
     local_epochs: int = 1
     """Passes over the local data, 1 or more."""
@@ -53,17 +53,17 @@ class TrainingDefaults:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What the coordinator answers to a heartbeat."""
+    """Response to a heartbeat."""
 
     server_time: datetime
     """The coordinator's time, UTC."""
 
     device_state: str
-    """State of the device, such as active or quarantined; unknown for one that this SDK does not know."""
+    """State of the device, such as active or quarantined; `unknown` for a state that this SDK does not know."""
 
     @classmethod
     def from_proto(cls, answer: messages.HeartbeatResponse) -> Self:
-        """Return what an answer says."""
+        """Convert a response."""
         known = device_pb2.DeviceState.values()
         name = device_pb2.DeviceState.Name(answer.state) if answer.state in known else "unknown"
         return cls(moment(answer.server_time), name.removeprefix("DEVICE_STATE_").lower())
@@ -71,7 +71,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What a training function is told beside the arrays."""
+    """Settings that are passed to a training function with the arrays."""
 
     training_session_id: str
     """Training session, a UUID."""
@@ -80,7 +80,7 @@ class TrainingTask:
     """Round, from 1; 0 for an evaluation."""
 
     base_version: int
-    """Version that the arrays are."""
+    """Version of the arrays."""
 
     local_epochs: int
     """Passes over the local data, 1 or more."""
@@ -111,7 +111,7 @@ class Task:
     """What to do."""
 
     poll_delay_s: float
-    """Seconds to wait before asking again when there is nothing to do, at most 3600."""
+    """Seconds to wait before the next poll if there is nothing to do, at most 3600."""
 
     training_session_id: str
     """Training session; empty for WAIT."""
@@ -120,29 +120,29 @@ class Task:
     """Round; 0 unless TRAIN."""
 
     base_version: int
-    """Version to train from or to measure."""
+    """Version to train from or to evaluate."""
 
     base_digest: str
     """Digest of that version's statement, 64 hex digits; empty for WAIT and DONE."""
 
     deadline: datetime | None
-    """When the round closes at the latest, UTC; None unless TRAIN."""
+    """Deadline of the round, UTC; None unless TRAIN."""
 
     config: TrainingTask
-    """What the training function is told."""
+    """Settings for the training function."""
 
     transfer: training_pb2.TransferPolicy
-    """How the version and the update travel."""
+    """Transfer settings of the version and the update."""
 
     nonce: str
-    """Value that the update or the evaluation repeats; empty unless TRAIN or EVALUATE."""
+    """Value that the update or the evaluation has to repeat; empty unless TRAIN or EVALUATE."""
 
     @property
     def download_encoding(self) -> Encoding:
-        """How the version has to be downloaded.
+        """Encoding in which to download the version.
 
         Raises:
-            UnsupportedTaskError: In a form that this SDK does not know.
+            UnsupportedTaskError: This SDK does not support it.
         """
         try:
             return Encoding.from_number(self.transfer.download_encoding)
@@ -156,11 +156,11 @@ class Task:
         statement: security_pb2.TaskStatement,
         defaults: TrainingDefaults,
     ) -> "Task":
-        """Read an answer to GetTask.
+        """Convert a response to GetTask.
 
         Args:
-            message: The answer.
-            statement: Its verified task statement; empty where the answer has none.
+            message: The response.
+            statement: Its verified task statement; empty if the response has none.
             defaults: The device's own settings.
         """
         deadline = message.deadline_time
@@ -203,15 +203,15 @@ def _training_task(message: messages.GetTaskResponse, defaults: TrainingDefaults
 def proximal_gradient(
     weights: Mapping[str, Array], base: Mapping[str, Array], mu: float
 ) -> dict[str, Array]:
-    """Return what FedProx adds to the gradient of the local loss: ``mu * (weights - base)``.
+    """Return the FedProx term of the local gradient: ``mu * (weights - base)``.
 
     Args:
         weights: The weights at this step.
-        base: The global model that training started from; same names and shapes.
+        base: The global model from which training started; same names and shapes.
         mu: Weight of the proximal term, >= 0: `TrainingTask.proximal_mu`.
 
     Returns:
-        One array for each tensor of a floating type, of its shape and dtype; none for the others.
+        One array for each floating-point tensor, with its shape and dtype; none for the others.
 
     Source: Li et al. 2020, "Federated Optimization in Heterogeneous Networks", arXiv:1812.06127,
         equation 2.

@@ -1,4 +1,4 @@
-"""Progress bar on stderr; silent where stderr is no terminal."""
+"""Progress bar on stderr; silent if stderr is not a terminal."""
 
 import shutil
 import sys
@@ -24,7 +24,7 @@ class ProgressBar:
         self._drawn_at = 0.0
 
     def __call__(self, what: str, done_bytes: int, total_bytes: int) -> None:
-        """Draw how far a transfer is, at most ten times a second; the end wipes the line."""
+        """Draw the progress of a transfer, at most ten times a second; the line is erased at the end."""
         if not self._stream.isatty() or total_bytes < _MIB:
             return
         if done_bytes >= total_bytes:
@@ -41,7 +41,7 @@ class ProgressBar:
 
 
 def bar(what: str, done_bytes: int, total_bytes: int) -> str:
-    """Return one line that shows how far a transfer is; `total_bytes` is above 0."""
+    """Return the progress line of a transfer; `total_bytes` is above 0."""
     full = _WIDTH * done_bytes // total_bytes
     head = ("=" * full + ">" * (full < _WIDTH)).ljust(_WIDTH)
     return f"{printable(what):<9} [{head}] {done_bytes / _MIB:.1f} / {total_bytes / _MIB:.1f} MiB"

@@ -1,7 +1,7 @@
-"""Times and durations in what the coordinator answers, read within bounds.
+"""Bounds checks for times and durations in the coordinator's responses.
 
-Answers around a signed statement are not signed. A duration of ten years or a timestamp outside of the calendar is
-therefore clamped or refused here, where it is read.
+Responses are unsigned, except for the signed statements in them. A duration of ten years or a timestamp outside of the
+calendar is therefore clamped or refused here.
 """
 
 from datetime import UTC, datetime
@@ -13,13 +13,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from qflare_client.errors import InvalidStatementError
 
 MAX_DELAY_S: Final = 3600.0
-"""Longest delay that a coordinator can ask of a device, in seconds: more is clamped to it."""
+"""Longest delay that a coordinator can request, in seconds; longer ones are clamped."""
 
 _NANOS: Final = 1e-9
 
 
 def delay_s(duration: Duration) -> float:
-    """Return a delay that the coordinator asks for, in seconds, clamped to 0 to `MAX_DELAY_S`."""
+    """Return a delay in seconds, clamped to 0 to `MAX_DELAY_S`."""
     return min(max(duration.seconds + duration.nanos * _NANOS, 0.0), MAX_DELAY_S)
 
 

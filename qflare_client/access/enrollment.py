@@ -1,9 +1,9 @@
-"""Enrolling a device: from a bootstrap bundle to a key store with an identity.
+"""Device enrollment: from a bootstrap bundle to a key store with an identity.
 
-The keys are stored before the first call, so that an enrollment which broke off, at any point, is
-finished by enrolling again: the same token with the same keys gets the same device.
+The keys are stored before the first call, so an interrupted enrollment is finished by enrolling again: the same token
+with the same keys yields the same device.
 
-What it does not do: know the messages' cryptography (see `qflare.protocol.enrollment`).
+The cryptography of the messages is elsewhere (see `qflare.protocol.enrollment`).
 """
 
 from collections.abc import Collection, Mapping
@@ -33,7 +33,7 @@ def read_bundle(path: Path) -> security_pb2.BootstrapBundle:
     """Read a bootstrap bundle: the JSON form of ``qflare.v1.BootstrapBundle``.
 
     Raises:
-        KeyStoreError: It cannot be read or is no bundle.
+        KeyStoreError: The file cannot be read or is not a bundle.
     """
     try:
         return json_format.Parse(path.read_text(), security_pb2.BootstrapBundle())
@@ -58,31 +58,30 @@ def enroll(
     algorithm: Algorithm | None = None,
     server_algorithms: Collection[Algorithm] = ONLINE_ALGORITHMS,
 ) -> Identity:
-    """Enroll this device and store its identity; a device that is enrolled already is left as it is.
+    """Enroll this device and store its identity. An enrolled device is not changed.
 
     Args:
-        bundle: What the administrator handed over, or its file.
-        home: The device's key store; made when it does not exist.
+        bundle: Bootstrap bundle from the administrator, or its file.
+        home: Folder of the key store; created if it does not exist.
         address: Coordinator, host:port; None means the bundle's.
         device_type: Kind of device, such as phone; at most 100 characters.
-        capabilities: Numbers by which devices are selected, such as ram_mib.
+        capabilities: Numbers used for device selection, such as ram_mib.
         hardware_info: Hardware, such as gpu, as text.
         network_info: Network, such as link, as text.
         defaults: The device's own training settings.
-        passphrase: Encrypts the keys; None leaves them to the permissions of their file.
-        tls: How to speak TLS. Authorities that it leaves out are those of the bundle; where that has none either,
-            those of the system.
-        insecure: Speak plaintext to any address.
-        retry: How patient calls are.
-        algorithm: Of the device's signature key; None means ML-DSA-65, or that of an enrollment that broke off.
-        server_algorithms: What the coordinator's online signature keys may be, one or more, from here on: a keyset
-            with a key of another algorithm is refused.
+        passphrase: Encrypts the keys; None means that only file permissions protect them.
+        tls: TLS settings. Certificate authorities default to those of the bundle, then to those of the system.
+        insecure: Use plaintext with any address.
+        retry: Retry policy of calls.
+        algorithm: Algorithm of the device's signature key; None means that of an interrupted enrollment, or ML-DSA-65.
+        server_algorithms: Accepted algorithms of the coordinator's online signature keys, one or more, from now on: a
+            keyset with a key of another algorithm is refused.
 
     Raises:
         AlgorithmNotAcceptedError: The coordinator does not accept the algorithm of devices.
         InvalidEnrollmentTokenError: The token is unknown, used, expired or revoked.
         UntrustedKeysetError: The coordinator's keyset does not lead to the bundle's root keys.
-        VerificationError: The coordinator's receipt is not right.
+        VerificationError: The coordinator's receipt does not verify.
         KeyStoreError: The key store cannot be used.
         QflareClientError: A call failed.
     """
@@ -107,7 +106,7 @@ def enroll(
 
 
 def _keys(store: KeyStore, algorithm: Algorithm | None) -> DeviceKeys:
-    """Return the keys of an enrollment that broke off, or fresh ones where there are none of the algorithm."""
+    """Return the keys of an interrupted enrollment with this algorithm, or generate new ones."""
     keys = load_keys(store)
     if keys is None or algorithm not in {None, keys.algorithm}:
         keys = DeviceKeys.generate(algorithm or Algorithm.ML_DSA_65)

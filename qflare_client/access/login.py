@@ -1,11 +1,10 @@
-"""Login, invisible to the rest of the SDK: access tokens on demand, refreshed before they expire.
+"""Login: access tokens on demand, refreshed before they expire.
 
-Invariants: one login or refresh at a time; tokens stay in memory; a login that broke off is begun anew,
-since a session is granted tokens only once; a refresh that fails for whatever reason is followed by a
-login, since its token may be spent. The device's clock is not trusted: where it makes a fresh token
-look expired, the token is used until the coordinator refuses it.
+Invariants: one login or refresh at a time; tokens stay in memory; an interrupted login is started anew, since a session
+is granted tokens only once; a failed refresh is followed by a login, since its token may be spent. The device's clock
+is not trusted: if it makes a new token look expired, the token is used until the coordinator refuses it.
 
-What it does not do: know the messages' cryptography (see `qflare.protocol.login` and `qflare.protocol.possession`).
+The cryptography of the messages is elsewhere (see `qflare.protocol.login` and `qflare.protocol.possession`).
 """
 
 import logging
@@ -36,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 _AUTHORIZATION = "authorization"
 _USED_SHARE = 0.8
-"""Share of an access token's life after which it is refreshed."""
+"""Fraction of an access token's lifetime after which it is refreshed."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class _Session:
     grant: security_pb2.TokenGrant = field(repr=False)
     prover: CallProver
     refresh_at: float | None
-    """Monotonic seconds from which on the tokens are to be refreshed; None means never."""
+    """Monotonic time in seconds at which the tokens are due for refresh; None means never."""
 
     @property
     def authorization(self) -> str:
@@ -58,14 +57,14 @@ class Login:
     """Credentials of an enrolled device; thread-safe.
 
     Args:
-        calls: Calls without credentials.
-        trust: Knows the coordinator's keys.
+        calls: Unauthenticated calls.
+        trust: The coordinator's keyset.
         identity: The device.
-        pending: The device with the keys of a rotation that broke off; used when the coordinator no longer
-            knows the others.
-        settle: Told when the pending keys turned out to be the ones that count.
+        pending: The device with the keys of an interrupted rotation; used when the coordinator no longer accepts the
+            current ones.
+        settle: Called when the coordinator has accepted a login with the pending keys.
         prove_possession: Prove possession of the session's key with every call.
-        required_tls_group: TLS group that the coordinator has to report; None accepts any.
+        required_tls_group: TLS group that the coordinator must report; None accepts any.
     """
 
     def __init__(
@@ -91,11 +90,11 @@ class Login:
 
     @property
     def identity(self) -> Identity:
-        """The device as the coordinator knows it."""
+        """The device, with the keys that the coordinator accepts."""
         return self._identity
 
     def use(self, identity: Identity) -> None:
-        """Log in as this from now on."""
+        """Log in as this device from now on."""
         with self._lock:
             self._identity = identity
             self._pending = None
@@ -105,7 +104,7 @@ class Login:
         """See `qflare_client.rpc.caller.Credentials`.
 
         Raises:
-            QflareClientError: There is no token and none is to be had.
+            QflareClientError: No token could be obtained.
         """
         session = self._session
         if session is None or _is_due(session):
@@ -135,13 +134,13 @@ class Login:
             return self._session
 
     def _refreshed(self, session: _Session) -> _Session | None:
-        """Return the session with its next tokens; None when they are not to be had."""
+        """Return the session with refreshed tokens; None if the refresh failed."""
         keys = session.keys
         refresh = Refresh.start(keys.binding_key, keys.session_id, session.grant.refresh_token)
         transport = self._calls.transport
         request = messages.RefreshTokenRequest(refresh=refresh.request)
         try:
-            # One attempt: if its answer is lost, the token is spent.
+            # A single attempt: if its response is lost, the token is spent.
             answer = transport.unary(transport.stub.RefreshToken, request)
             return _session(keys, refresh.open_grant(answer.grant))
         except (QflareClientError, HandshakeError) as error:
@@ -164,7 +163,7 @@ class Login:
         try:
             return self._calls.repeat(lambda _: self._attempt(identity))
         except RejectedError:
-            # The coordinator may have changed the key that the hello was encapsulated to.
+            # The coordinator may have rotated the key that the hello was encapsulated to.
             self._trust.refresh()
             if self._trust.session_key().key_id == key_id:
                 raise

@@ -1,10 +1,10 @@
-"""Replacing a device's keys, so that a crash at any point leaves keys that work.
+"""Key rotation of a device, safe against a crash at any point.
 
-The next keys are stored beside the current ones before the coordinator hears of them, and take their place
-once it has accepted them. In between nobody can tell which count; a login with the current ones that
-is refused is followed by one with the next ones (`qflare_client.access.login`), which settles it.
+The next keys are stored beside the current ones before they are sent to the coordinator, and replace them once the
+coordinator has accepted them. If the response is lost, the device does not know which keys are in force: it logs in
+with the current keys and, if they are refused, with the next ones (`qflare_client.access.login`).
 
-What it does not do: schedule rotations.
+It does not schedule rotations.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ _NEXT_KEYS = "keys-next"
 
 
 def pending_identity(store: KeyStore, identity: Identity) -> Identity | None:
-    """Return the device with the keys of a rotation that broke off; None when none did.
+    """Return the device with the keys of an interrupted rotation; None if there is none.
 
     Raises:
         KeyStoreError: They cannot be read.
@@ -53,12 +53,12 @@ def rotate(
         calls: Authenticated calls.
         store: The key store.
         login: The device's login.
-        algorithm: Of the next signature key; None means that of the current one. A rotation that broke off is
-            finished first, with the keys that it had.
+        algorithm: Algorithm of the next signature key; None means the current one. An interrupted rotation is finished
+            first, with the keys that it had.
 
     Raises:
         AlgorithmNotAcceptedError: The coordinator does not accept the algorithm.
-        QflareClientError: The coordinator did not accept them; the current ones stay in use.
+        QflareClientError: The coordinator did not accept the new keys; the current ones stay in use.
     """
     wanted = algorithm or login.identity.keys.algorithm
     pending = pending_identity(store, login.identity)
@@ -70,7 +70,7 @@ def rotate(
 
 
 def _exchange(calls: Calls, store: KeyStore, login: Login, following: Identity) -> Identity:
-    """Make next keys the device's, unless the coordinator says no."""
+    """Promote the next keys to current ones, unless the coordinator refuses them."""
     current = login.identity
     save_keys(store, following.keys, _NEXT_KEYS)
     request = messages.RotateKeysRequest(rotation=_statement(current, following))
@@ -78,10 +78,10 @@ def _exchange(calls: Calls, store: KeyStore, login: Login, following: Identity) 
         answer = calls.unary(calls.transport.stub.RotateKeys, request)
         following = replace(following, key_rotation_count=answer.key_rotation_count)
     except AlgorithmNotAcceptedError:
-        store.delete(_NEXT_KEYS)  # they are not the device's: the coordinator looks for that first
+        store.delete(_NEXT_KEYS)  # refused: the coordinator checks this first
         raise
     except RejectedError:
-        # An attempt whose answer was lost may have changed the keys; then the login has settled it.
+        # An attempt whose response was lost may have changed the keys; then the login has promoted them already.
         if login.identity is current:
             raise
         return login.identity
@@ -95,7 +95,7 @@ def _rotated(identity: Identity, keys: DeviceKeys) -> Identity:
 
 
 def _statement(current: Identity, following: Identity) -> security_pb2.SignedEnvelope:
-    """Return the rotation, signed by the current and the next key."""
+    """Return the rotation request, signed by the current and the next key."""
     now = Timestamp()
     now.GetCurrentTime()
     rotation = security_pb2.KeyRotation(

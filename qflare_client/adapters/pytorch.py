@@ -5,8 +5,8 @@
         ...
         return to_arrays(model), len(dataset), {"loss": loss}
 
-Every entry of the state dict travels, buffers included: a BatchNorm counter is an integer tensor. bfloat16 is
-kept as bfloat16. PyTorch is imported at the first call; it is no dependency of the SDK.
+Every entry of the state dict is converted, including buffers: a BatchNorm counter is an integer tensor. bfloat16 stays
+bfloat16. PyTorch is imported at the first call; the SDK does not depend on it.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ def to_arrays(module: Any) -> dict[str, Array]:
 
 
 def load_arrays(module: Any, arrays: Mapping[str, Array]) -> None:
-    """Copy arrays into a `torch.nn.Module`, onto the devices where its tensors are.
+    """Copy arrays into a `torch.nn.Module`, onto the devices of its tensors.
 
     Raises:
-        RuntimeError: Names or shapes are not those of the module.
+        RuntimeError: Names or shapes differ from the module's.
     """
     module.load_state_dict({name: _to_tensor(array) for name, array in arrays.items()})
 

@@ -1,4 +1,4 @@
-"""scikit-learn: the fitted attributes of an estimator as arrays, and the way back.
+"""scikit-learn: converts the fitted attributes of an estimator to arrays and back.
 
     def train(arrays, config):
         load_arrays(model, arrays)
@@ -6,9 +6,8 @@
         return to_arrays(model), len(labels), {"accuracy": model.score(features, labels)}
 
 Linear models (`coef_`, `intercept_`) and multi-layer perceptrons (`coefs_`, `intercepts_`, lists of arrays) are
-covered; for other estimators name the attributes. An estimator has these attributes only after a first fit, so
-begin with one `partial_fit` that names all classes. Optimizer state stays on the device. scikit-learn itself is
-not imported.
+supported; for other estimators, pass the attribute names. An estimator has these attributes only after a first fit, so
+call `partial_fit` once with all classes. Optimizer state stays on the device. scikit-learn itself is not imported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from qflare.tensors import Array
 
 DEFAULT_ATTRIBUTES = ("coefs_", "intercepts_", "coef_", "intercept_")
-"""Attributes that are looked for; those that the estimator has are used."""
+"""Attributes that are copied if the estimator has them."""
 
 
 def to_arrays(estimator: Any, attributes: Sequence[str] = DEFAULT_ATTRIBUTES) -> dict[str, Array]:
@@ -41,7 +40,7 @@ def to_arrays(estimator: Any, attributes: Sequence[str] = DEFAULT_ATTRIBUTES) ->
 
 
 def load_arrays(estimator: Any, arrays: Mapping[str, Array]) -> None:
-    """Copy arrays into the fitted attributes of an estimator, in place where it holds lists.
+    """Copy arrays into the fitted attributes of an estimator, in place where an attribute is a list.
 
     Raises:
         ValueError: The estimator has no such attribute, or another shape.

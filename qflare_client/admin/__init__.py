@@ -1,5 +1,5 @@
 """The `qflare-admin` command: administration of a remote coordinator.
 
-Everything goes through `AdminService`; nothing here reads a database. Modules hold one topic of commands each; each
-has `add(commands)`, which adds its parsers, and functions that run them.
+All commands call `AdminService`; none reads a database. Each module implements the commands of one topic:
+`add(commands)` adds their parsers, and one function runs each command.
 """

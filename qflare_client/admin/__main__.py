@@ -1,8 +1,8 @@
-"""`qflare-admin`: administer a coordinator from afar.
+"""`qflare-admin`: remote administration of a coordinator.
 
-Exit codes: 0 done; 1 the coordinator refused, the message gives the reason; 2 wrong usage, or a profile, file or
-extra that cannot be used; 3 the coordinator could not be reached or is busy, try again later; 4 no valid token, or
-not allowed; 130 interrupted.
+Exit codes: 0 success; 1 the coordinator refused, the message gives the reason; 2 wrong usage, or an unusable profile,
+file or extra; 3 the coordinator is unreachable or busy, try again later; 4 no valid token, or not allowed; 130
+interrupted.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     Args:
-        arguments: Words after the program's name; None means those of the process, which is then protected.
+        arguments: Command-line arguments without the program name; None means those of the process, which is then
+            protected.
     """
     if arguments is None:
         protect_process()
@@ -113,14 +114,18 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     root.add_argument("--version", action="version", version=qflare.__version__)
-    root.add_argument("--address", help="host:port; outweighs the profile")
-    root.add_argument("--ca", dest="ca_file", help="PEM certificates that vouch for it")
-    root.add_argument("--certificate", dest="certificate_file", help="PEM chain, for mutual TLS")
-    root.add_argument("--key", dest="key_file", help="PEM key of that certificate")
-    root.add_argument("--token-file", help="file that holds the token")
-    root.add_argument("--insecure", action="store_true", help="speak without TLS to any address")
+    root.add_argument("--address", help="host:port; overrides the profile")
+    root.add_argument("--ca", dest="ca_file", help="PEM certificate authorities of the coordinator")
     root.add_argument(
-        "--timeout-s", type=seconds(0.001), default=30.0, help="seconds for one call (30)"
+        "--certificate",
+        dest="certificate_file",
+        help="PEM client certificate chain, for mutual TLS",
+    )
+    root.add_argument("--key", dest="key_file", help="PEM key of the client certificate")
+    root.add_argument("--token-file", help="file with the token")
+    root.add_argument("--insecure", action="store_true", help="use plaintext with any address")
+    root.add_argument(
+        "--timeout-s", type=seconds(0.001), default=30.0, help="timeout of one call in seconds (30)"
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for topic in (sessions, live, models, measurements, devices, tokens, audit, overview):

@@ -1,4 +1,4 @@
-"""The shape of a command: a parser with an example, and the function that runs it."""
+"""Command definitions: a parser with an example, and the function that runs the command."""
 
 import argparse
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Run = Callable[[Admin, argparse.Namespace], None]
 
 
 def add_topic(commands: Any, name: str, text: str) -> Any:
-    """Add a topic, such as `device`, and return what its commands are added to."""
+    """Add a topic, such as `device`, and return the object to which its commands are added."""
     parser = commands.add_parser(name, help=text, description=text)
     return parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -22,7 +22,7 @@ def add_topic(commands: Any, name: str, text: str) -> Any:
 def add_command(
     actions: Any, name: str, run: Run, text: str, example: str
 ) -> argparse.ArgumentParser:
-    """Add a command; `example` stands after the program's name."""
+    """Add a command; `example` is shown after the program name."""
     parser: argparse.ArgumentParser = actions.add_parser(
         name,
         help=text,
@@ -30,14 +30,16 @@ def add_command(
         epilog=f"example:\n  qflare-admin {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print proto JSON, for programs")
+    parser.add_argument("--json", action="store_true", help="print proto JSON")
     parser.set_defaults(run=run)
     return parser
 
 
 def add_limit(parser: argparse.ArgumentParser) -> None:
-    """Add how many entries a list shows."""
-    parser.add_argument("--limit", type=_count, default=50, help="most entries; 0 means all (50)")
+    """Add the option that limits the entries of a list."""
+    parser.add_argument(
+        "--limit", type=_count, default=50, help="maximum number of entries; 0 means all (50)"
+    )
 
 
 def _count(text: str) -> int:
@@ -48,14 +50,14 @@ def _count(text: str) -> int:
 
 
 def choice(enum: Any, prefix: str) -> dict[str, int]:
-    """Return the words that stand for the values of an enum: active for DEVICE_STATE_ACTIVE."""
+    """Return the command-line words of an enum: active for DEVICE_STATE_ACTIVE."""
     return {name.removeprefix(prefix).lower(): number for name, number in enum.items() if number}
 
 
 def show(
     options: argparse.Namespace, answer: Message, shown: Message, columns: list[Column]
 ) -> None:
-    """Print one message of an answer, or the answer as JSON."""
+    """Print one message of a response, or the response as JSON."""
     if options.json:
         print_json(answer)
     else:

@@ -56,14 +56,14 @@ def add(commands: Any) -> None:
     )
     _add_filters(export)
     export.add_argument(
-        "--after", type=whole(0, 2**62), default=0, help="number of the last entry that is known"
+        "--after", type=whole(0, 2**62), default=0, help="number of the last known entry"
     )
     export.add_argument("--output", type=Path, help="write to this new 0600 file")
     proof = add_command(
-        actions, "proof", run_proof, "get the proof that an entry is in the log", "audit proof 17"
+        actions, "proof", run_proof, "fetch the inclusion proof of an entry", "audit proof 17"
     )
     proof.add_argument("entry", type=whole(1, 2**62), help="number of the entry")
-    proof.add_argument("--tree-size", type=whole(1, 2**62), help="size of the log to prove it in")
+    proof.add_argument("--tree-size", type=whole(1, 2**62), help="log size for the proof")
 
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--actor", default="", help="such as admin:alice or device:ID")
     parser.add_argument("--subject", default="", help="such as training_session:ID")
     parser.add_argument("--event", default="", help="such as device.revoked")
-    parser.add_argument("--risk", choices=sorted(RISKS), help="only those of this risk level")
+    parser.add_argument("--risk", choices=sorted(RISKS), help="only entries of this risk level")
 
 
 def _filters(options: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_proof(admin: Admin, options: argparse.Namespace) -> None:
-    """Get the proof that an entry is in the log."""
+    """Fetch the inclusion proof of an entry."""
     request = pb.GetAuditProofRequest(audit_id=options.entry, tree_size=options.tree_size)
     answer = admin.call("GetAuditProof", request)
     show(options, answer, answer.entry, EVIDENCE)

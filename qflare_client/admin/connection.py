@@ -1,7 +1,7 @@
-"""Calls of an administrator: authenticated, single attempts, pages put together.
+"""Administrator calls: authenticated, attempted once, with pages merged.
 
-A call is made once: what creates something must not be made twice because an answer got lost. Errors are those of
-`qflare_client.errors`.
+Calls are not retried, because a retried call could create an object twice if the first response was lost. Errors are
+those of `qflare_client.errors`.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ class Admin:
     """One connection to a coordinator; a context manager.
 
     Args:
-        profile: Where, and who.
+        profile: Address, TLS settings and token.
         timeout_s: Deadline of one call, in seconds.
 
     Raises:
-        ProfileError: The profile names no address, no token, or a file that cannot be read.
+        ProfileError: The profile lacks an address or a token, or names an unreadable file.
     """
 
     def __init__(self, profile: Profile, *, timeout_s: float = 30.0) -> None:
@@ -47,18 +47,18 @@ class Admin:
         self._transport.close()
 
     def call(self, method: str, request: Any) -> Any:
-        """Return the answer to a unary call.
+        """Return the response to a unary call.
 
         Raises:
-            QflareClientError: What the coordinator answered, or that it did not.
+            QflareClientError: The call failed.
         """
         return self._transport.unary(getattr(self._stub, method), request, metadata=self._metadata)
 
     def send(self, method: str, requests: Iterator[Any]) -> Any:
-        """Return the answer to a client stream.
+        """Return the response to a client stream.
 
         Raises:
-            QflareClientError: What the coordinator answered, or that it did not.
+            QflareClientError: The call failed.
         """
         return self._transport.send(getattr(self._stub, method), requests, metadata=self._metadata)
 
@@ -66,23 +66,23 @@ class Admin:
         """Yield the messages of a server stream; closing the iterator ends the call.
 
         Raises:
-            QflareClientError: While iterating: what the coordinator answered, or that it did not.
+            QflareClientError: While iterating: the call failed.
         """
         yield from self._transport.receive(
             getattr(self._stub, method), request, metadata=self._metadata
         )
 
     def collect(self, method: str, request: Any, field: str, limit: int) -> Any:
-        """Return the entries of a list, page after page, as one answer.
+        """Return the entries of a list method, with all pages merged into one response.
 
         Args:
             method: A list method.
             request: Its request; the page fields are set here.
-            field: Field of the answer that holds the entries.
-            limit: Most entries; 0 means all. Where there are more, next_page_token is set.
+            field: Response field that holds the entries.
+            limit: Maximum number of entries; 0 means all. If there are more, next_page_token is set.
 
         Raises:
-            QflareClientError: What the coordinator answered, or that it did not.
+            QflareClientError: The call failed.
         """
         whole: Any = None
         while True:
@@ -100,7 +100,7 @@ class Admin:
 
 
 def _tls(profile: Profile) -> Tls | None:
-    """Return how to speak TLS; None lets the address decide."""
+    """Return the TLS settings; None lets the address decide."""
     files = [profile.ca_file, profile.certificate_file, profile.key_file]
     if not any(files) and not profile.server_name:
         return None

@@ -44,9 +44,9 @@ DEVICE_FACTS: list[Column] = [
     ("reported capabilities", lambda row: metrics(row.reported_capabilities)),
 ]
 CHANGES = {
-    "suspend": "forbid a device to call until it is reinstated",
+    "suspend": "suspend a device until it is reinstated",
     "reinstate": "lift a suspension or a quarantine",
-    "revoke": "forbid a device to call for ever",
+    "revoke": "revoke a device permanently",
 }
 
 
@@ -60,11 +60,11 @@ def add(commands: Any) -> None:
         "list devices",
         "device list --state active --capability 'ram_mib>=2048'",
     )
-    listing.add_argument("--state", choices=sorted(STATES), help="only those in this state")
-    listing.add_argument("--type", default="", help="only those of this type")
-    listing.add_argument("--group", default="", help="only those in this group")
+    listing.add_argument("--state", choices=sorted(STATES), help="only devices in this state")
+    listing.add_argument("--type", default="", help="only devices of this type")
+    listing.add_argument("--group", default="", help="only devices in this group")
     listing.add_argument(
-        "--seen-after", type=parse_moment, help="only those seen since, ISO 8601 time"
+        "--seen-after", type=parse_moment, help="only devices seen since this ISO 8601 time"
     )
     listing.add_argument(
         "--capability",
@@ -87,7 +87,7 @@ def add(commands: Any) -> None:
         actions,
         "rekey",
         run_rekey,
-        "issue a token that gives a device new keys after it lost its own",
+        "issue a token for a device that lost its keys to enroll new ones",
         "device rekey ID --output device.token",
     )
     rekey.add_argument("device", metavar="ID")
@@ -99,12 +99,15 @@ def _add_groups(actions: Any) -> None:
         actions,
         "set-groups",
         run_set_groups,
-        "put a device into groups, and out of all others",
+        "set the groups of a device",
         "device set-groups ID --group ward-3 --group trial",
     )
     groups.add_argument("device", metavar="ID")
     groups.add_argument(
-        "--group", action="append", default=[], help="repeatable; none takes it out of all groups"
+        "--group",
+        action="append",
+        default=[],
+        help="repeatable; none removes the device from all groups",
     )
     groups.add_argument("--reason", default="", help="for the audit log")
 
@@ -114,20 +117,22 @@ def _add_confirm(actions: Any) -> None:
         actions,
         "confirm",
         run_confirm,
-        "confirm the type and capabilities of a device, which selection goes by",
+        "confirm the type and capabilities of a device for selection",
         "device confirm ID --type phone --capability ram_mib=4096",
     )
     confirm.add_argument("device", metavar="ID")
     confirm.add_argument(
-        "--reported", action="store_true", help="start from what the device says in heartbeats"
+        "--reported",
+        action="store_true",
+        help="start from the values that the device reports in heartbeats",
     )
-    confirm.add_argument("--type", help="another type than it has now")
+    confirm.add_argument("--type", help="new type")
     confirm.add_argument(
         "--capability",
         type=parse_number,
         action="append",
         default=[],
-        help="NAME=VALUE, another value than it has now; repeatable",
+        help="NAME=VALUE, a new or changed capability; repeatable",
     )
     confirm.add_argument("--reason", default="", help="for the audit log")
 
@@ -136,7 +141,7 @@ def parse_number(text: str) -> tuple[str, float]:
     """Return the name and the value of a capability from NAME=VALUE.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is malformed.
     """
     name, found, value = text.partition("=")
     if not found:
@@ -148,7 +153,7 @@ def parse_condition(text: str) -> training_pb2.CapabilityFilter:
     """Return a condition on a capability from NAME>=VALUE, NAME<=VALUE or NAME=VALUE.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is malformed.
     """
     for sign, comparison in COMPARISONS.items():
         name, found, value = text.partition(sign)
@@ -188,7 +193,7 @@ def run_change(admin: Admin, options: argparse.Namespace) -> None:
 
 
 def run_set_groups(admin: Admin, options: argparse.Namespace) -> None:
-    """Put a device into groups."""
+    """Set the groups of a device."""
     request = pb.SetDeviceGroupsRequest(
         device_id=options.device, groups=options.group, reason=options.reason
     )
@@ -197,7 +202,7 @@ def run_set_groups(admin: Admin, options: argparse.Namespace) -> None:
 
 
 def run_confirm(admin: Admin, options: argparse.Namespace) -> None:
-    """Confirm what a device is."""
+    """Confirm the type and capabilities of a device."""
     known = admin.call("GetDevice", pb.GetDeviceRequest(device_id=options.device)).device
     kind, capabilities = known.profile.device_type, known.profile.capabilities
     if options.reported:
@@ -213,7 +218,7 @@ def run_confirm(admin: Admin, options: argparse.Namespace) -> None:
 
 
 def run_rekey(admin: Admin, options: argparse.Namespace) -> None:
-    """Issue a token that gives a device new keys."""
+    """Issue a token with which a device enrolls new keys."""
     check_bundle(options)
     request = pb.IssueEnrollmentTokensRequest(
         token_count=1,

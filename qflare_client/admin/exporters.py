@@ -1,6 +1,6 @@
-"""Metrics of versions for other people's tools: TensorBoard event files, an MLflow run.
+"""Exports version metrics to TensorBoard event files or an MLflow run.
 
-The step is the version, the time is that of its publication, so that an export can be repeated.
+The step is the version and the time is its publication time, so exports are repeatable.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from google.protobuf import json_format
 
 from qflare_client.admin.extras import require
 
-MLFLOW_BATCH: Final = 500  # below the tracking API's bound of 1,000 metrics a call
+MLFLOW_BATCH: Final = 500  # below the tracking API's limit of 1,000 metrics per call
 
 
 def to_tensorboard(folder: Path, rows: Sequence[Any]) -> None:
     """Write event files.
 
     Args:
-        folder: Made when it does not exist.
+        folder: Created if it does not exist.
         rows: VersionMetrics, oldest first.
 
     Raises:
@@ -39,7 +39,7 @@ def to_mlflow(uri: str, experiment: str, session: Any, rows: Sequence[Any]) -> s
 
     Args:
         uri: Tracking server, or folder.
-        experiment: Name; made when it does not exist.
+        experiment: Name; created if it does not exist.
         session: TrainingSession; its configuration becomes the parameters.
         rows: VersionMetrics, oldest first.
 
@@ -68,7 +68,7 @@ def to_mlflow(uri: str, experiment: str, session: Any, rows: Sequence[Any]) -> s
 
 
 def _values(row: Any) -> dict[str, float]:
-    """Return everything that was measured of a version, under names that both tools take."""
+    """Return all metrics of a version, under names that both tools accept."""
     values = dict(row.metrics)
     values["devices"] = float(row.participant_count)
     values["examples"] = float(row.example_count)
@@ -80,7 +80,7 @@ def _values(row: Any) -> dict[str, float]:
 
 
 def _flat(prefix: str, config: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Return nested settings as names with dots."""
+    """Return nested settings as a flat mapping with dotted names."""
     flat: list[tuple[str, Any]] = []
     for name, value in config.items():
         if isinstance(value, dict):

@@ -1,15 +1,15 @@
-"""Libraries that only some commands need, and what to install where one is missing."""
+"""Optional libraries of single commands, and the extra that installs each."""
 
 import importlib
 from typing import Any
 
 
 class MissingExtraError(Exception):
-    """A command needs a library that is not installed.
+    """A command requires a library that is not installed.
 
     Args:
         module: The library.
-        extra: The extra of the distribution that brings it.
+        extra: The extra of the distribution that installs it.
     """
 
     def __init__(self, module: str, extra: str) -> None:

@@ -1,7 +1,7 @@
-"""The command that follows a training session: a bar for the round under way, a line for every one that is over.
+"""The `watch` command: follows a training session with a progress bar and a line per finished round.
 
-Where standard output is no terminal, only the lines are printed. The coordinator ends a watch after a while; this
-goes on with another until the training session has ended.
+If standard output is not a terminal, only the lines are printed. The coordinator limits the duration of a watch call;
+the command calls again until the training session has ended.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
         commands, "watch", run_watch, "follow a training session until it ends", "watch ID"
     )
     watch.add_argument("session", metavar="ID")
-    watch.add_argument("--for-s", type=bounded_seconds(0), help="seconds to watch at most")
+    watch.add_argument("--for-s", type=bounded_seconds(0), help="maximum time to watch, in seconds")
 
 
 def run_watch(admin: Admin, options: argparse.Namespace) -> None:
@@ -54,7 +54,7 @@ def run_watch(admin: Admin, options: argparse.Namespace) -> None:
 
 
 def events(admin: Admin, session_id: str, for_s: float | None) -> Iterator[Any]:
-    """Yield the events of a training session until it has ended, or for so many seconds.
+    """Yield the events of a training session until it ends or the time is over.
 
     Raises:
         QflareClientError: The coordinator refused, or could not be reached ten times in a row.
@@ -83,7 +83,7 @@ def events(admin: Admin, session_id: str, for_s: float | None) -> Iterator[Any]:
 
 
 class Screen:
-    """What stands in the terminal: lines that stay, and below them the bar of the round under way."""
+    """Terminal output: finished lines, and below them the progress bar of the current round."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -103,7 +103,7 @@ class Screen:
         self._stream.flush()
 
     def end(self) -> None:
-        """Leave the lines and take the bar away."""
+        """Erase the progress bar and keep the lines."""
         self._wipe()
 
     def _line(self, event: Any) -> str:
@@ -134,7 +134,7 @@ class Screen:
 
 
 def header(event: Any) -> str:
-    """Return the first line: which training session, and how it stands."""
+    """Return the first line: name, state and progress of the training session."""
     session = event.training_session
     state = word(session, "state")
     text = f"{session.name}: {state}, round {session.current_round}/{session.config.total_rounds}"
@@ -144,7 +144,7 @@ def header(event: Any) -> str:
 
 
 def bar(session: Any, current: Any, columns: int = 120) -> str:
-    """Return the line of the round under way, short enough to be drawn over in a terminal of so many columns."""
+    """Return the line of the current round, short enough to be redrawn in a terminal of this many columns."""
     target = session.config.rounds.target or session.config.rounds.quorum or 1
     if current.selected_count:
         target = max(session.config.rounds.quorum, min(target, current.selected_count))
@@ -159,7 +159,7 @@ def bar(session: Any, current: Any, columns: int = 120) -> str:
 
 
 def published(event: Any) -> str:
-    """Return the line of a version that was published."""
+    """Return the line of a published version."""
     model = event.global_model
     if model.HasField("rollback_version"):
         return f"version {model.version} restores version {model.rollback_version}"
@@ -174,6 +174,6 @@ def published(event: Any) -> str:
 
 
 def best(values: Any) -> str:
-    """Return the metrics that a person looks at first."""
+    """Return the most important metrics as text."""
     shown = {name: values[name] for name in SHOWN_METRICS if name in values}
     return metrics(shown) if shown else ""

@@ -83,7 +83,7 @@ def _add_evidence(actions: Any) -> None:
         actions,
         "evidence",
         run_evidence,
-        "write what an offline verifier needs for a version",
+        "export a verification bundle of a version",
         "model evidence ID version-3.bundle --version 3",
     )
     evidence.add_argument("session", metavar="ID")
@@ -94,7 +94,7 @@ def _add_evidence(actions: Any) -> None:
 def _add_changes(actions: Any) -> None:
     for name, run, text in (
         ("rollback", run_rollback, "make an older version the base of the next round"),
-        ("release", run_release, "release a version, whatever the release gate says"),
+        ("release", run_release, "release a version, bypassing the release gate"),
     ):
         change = add_command(actions, name, run, text, f"model {name} ID 3 --reason 'drift'")
         change.add_argument("session", metavar="ID")
@@ -128,7 +128,7 @@ def run_upload(admin: Admin, options: argparse.Namespace) -> None:
 
 
 def run_download(admin: Admin, options: argparse.Namespace) -> None:
-    """Download a version; its bytes are checked against the digest that the coordinator signed."""
+    """Download a version and check its bytes against the signed digest."""
     request = pb.DownloadGlobalModelRequest(training_session_id=options.session)
     if options.version is not None:
         request.version = options.version
@@ -136,7 +136,7 @@ def run_download(admin: Admin, options: argparse.Namespace) -> None:
     first = next(messages)
     model, statement = first.header.global_model, first.header.statement.payload
     if hashlib.sha256(statement).hexdigest() != model.digest:
-        raise CorruptModelError("the statement is not the one that the version is named by")
+        raise CorruptModelError("the statement does not match the version's digest")
     checked = _checked(first, messages)
     metadata = {
         "training_session_id": model.training_session_id,
@@ -154,7 +154,7 @@ def _checked(first: Any, messages: Iterator[Any]) -> Iterator[bytes]:
     """Yield the chunks of a download.
 
     Raises:
-        CorruptModelError: They are not those of the version; after the last one.
+        CorruptModelError: After the last chunk: the bytes do not match the version's digest.
     """
     model, bar = first.header.global_model, ProgressBar()
     leaves, done = [], 0
@@ -185,12 +185,12 @@ def run_show(admin: Admin, options: argparse.Namespace) -> None:
 
 
 def run_evidence(admin: Admin, options: argparse.Namespace) -> None:
-    """Write a verification bundle: serialized parts, one after another."""
+    """Write a verification bundle: its serialized parts, concatenated."""
     request = pb.ExportVerificationBundleRequest(training_session_id=options.session)
     if options.version is not None:
         request.version = options.version
     parts = admin.receive("ExportVerificationBundle", request)
-    first = next(parts)  # a refusal comes before there is a file
+    first = next(parts)  # a refused call must not leave a file
     with open(options.file, "xb", opener=private_opener) as file:  # Path.open has no opener
         file.writelines(part.bundle.SerializeToString() for part in itertools.chain([first], parts))
     note(f"wrote {options.file}")

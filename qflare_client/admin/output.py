@@ -1,4 +1,4 @@
-"""What a person or a program gets to see of an answer: aligned tables, or proto JSON."""
+"""Output formats: aligned tables for people, proto JSON for programs."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +14,13 @@ from qflare.terminal import complain, printable, say
 
 NONE: Final = "-"
 Column: TypeAlias = tuple[str, Callable[[Any], object]]
-"""Heading, and what stands under it for a message."""
+"""A heading, and a function that formats its cell for a message."""
 
 
 def as_json(message: Message) -> dict[str, Any]:
-    """Return a message as proto JSON, with the names of the protos as grpcurl prints them.
+    """Return a message as proto JSON, with the proto field names that grpcurl prints.
 
-    Fields that have their default value are there too.
+    Fields with their default value are included.
     """
     return json_format.MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
@@ -28,7 +28,7 @@ def as_json(message: Message) -> dict[str, Any]:
 
 
 def print_json(message: Message) -> None:
-    """Print a message as JSON over several lines."""
+    """Print a message as indented JSON."""
     say(json.dumps(as_json(message), indent=2))
 
 
@@ -38,7 +38,7 @@ def print_json_line(message: Message) -> None:
 
 
 def word(message: Message, field: str) -> str:
-    """Return an enum field as a person says it: DEVICE_STATE_ACTIVE is active."""
+    """Return an enum field in lowercase: active for DEVICE_STATE_ACTIVE."""
     descriptor = message.DESCRIPTOR.fields_by_name[field]
     assert descriptor.enum_type is not None
     values = descriptor.enum_type.values_by_number
@@ -48,7 +48,7 @@ def word(message: Message, field: str) -> str:
 
 
 def moment(message: Message, field: str) -> str:
-    """Return a time as a person reads it: local, to the second."""
+    """Format a timestamp: local time, to the second."""
     if not message.HasField(field):
         return NONE
     at: Timestamp = getattr(message, field)
@@ -57,7 +57,7 @@ def moment(message: Message, field: str) -> str:
 
 
 def span(message: Message, field: str) -> str:
-    """Return a duration as a person reads it."""
+    """Format a duration."""
     if not message.HasField(field):
         return NONE
     duration: Duration = getattr(message, field)
@@ -65,7 +65,7 @@ def span(message: Message, field: str) -> str:
 
 
 def seconds(value: float) -> str:
-    """Return seconds as a person reads them: 950 ms, 12.3 s, 4 min 10 s."""
+    """Format seconds: 950 ms, 12.3 s, 4 min 10 s."""
     if value < 1:
         return f"{value * 1000:.1f} ms"
     if value < 60:  # noqa: PLR2004  # a minute
@@ -78,7 +78,7 @@ def seconds(value: float) -> str:
 
 
 def size(value: int) -> str:
-    """Return bytes as a person reads them, with binary units."""
+    """Format a number of bytes with binary units."""
     amount = float(value)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024:  # noqa: PLR2004  # binary units
@@ -88,17 +88,17 @@ def size(value: int) -> str:
 
 
 def optional(message: Message, field: str) -> object:
-    """Return a field that may be absent."""
+    """Format a field that may be absent."""
     return getattr(message, field) if message.HasField(field) else None
 
 
 def metrics(values: Any) -> str:
-    """Return metrics by name in one line."""
+    """Format metrics by name, in one line."""
     return " ".join(f"{name}={values[name]:.4g}" for name in sorted(values)) or NONE
 
 
 def table(messages: Iterable[Any], columns: Sequence[Column]) -> str:
-    """Return messages as aligned rows under their headings."""
+    """Format messages as an aligned table with headings."""
     headings = [heading for heading, _ in columns]
     rows = [[_cell(read(message)) for _, read in columns] for message in messages]
     if not rows:
@@ -111,7 +111,7 @@ def table(messages: Iterable[Any], columns: Sequence[Column]) -> str:
 
 
 def facts(message: Any, columns: Sequence[Column]) -> str:
-    """Return one message as lines of heading and value."""
+    """Format one message as lines of heading and value."""
     width = max(len(heading) for heading, _ in columns)
     return "\n".join(f"{heading.ljust(width)}  {_cell(read(message))}" for heading, read in columns)
 
@@ -127,15 +127,15 @@ def _cell(value: object) -> str:
 
 
 def note(text: str) -> None:
-    """Tell a person something beside the answer."""
+    """Print a note to a person, apart from the response."""
     complain(text)
 
 
 def parse_moment(text: str) -> Timestamp:
-    """Return a time from the command line: ISO 8601, local where no zone is given.
+    """Parse a time from the command line: ISO 8601, local if no zone is given.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is malformed.
     """
     at = datetime.fromisoformat(text)
     message = Timestamp()

@@ -1,4 +1,4 @@
-"""The command that shows how the coordinator itself is."""
+"""The `status` command: the state of the coordinator."""
 
 import argparse
 from typing import Any
@@ -67,11 +67,13 @@ def _free(storage: Any) -> str | None:
 
 def add(commands: Any) -> None:
     """Add the command."""
-    add_command(commands, "status", run_status, "show how the coordinator is", "status --json")
+    add_command(
+        commands, "status", run_status, "show the state of the coordinator", "status --json"
+    )
 
 
 def run_status(admin: Admin, options: argparse.Namespace) -> None:
-    """Show how the coordinator is."""
+    """Show the state of the coordinator."""
     answer = admin.call("GetCoordinatorStatus", pb.GetCoordinatorStatusRequest())
     if options.json:
         print_json(answer)

@@ -15,11 +15,11 @@ def save(path: Path, title: str, series: Mapping[str, Sequence[tuple[int, float]
 
     Args:
         path: Ends in .png or .svg.
-        title: Stands above.
+        title: Title of the plot.
         series: Versions and values by metric.
 
     Raises:
-        InvalidRequestError: The file's ending is another, or there is nothing to plot.
+        InvalidRequestError: The file extension is not supported, or there is nothing to plot.
         MissingExtraError: matplotlib is not installed.
     """
     if path.suffix not in FORMATS:
@@ -42,7 +42,7 @@ def save(path: Path, title: str, series: Mapping[str, Sequence[tuple[int, float]
 
 
 def _panels(series: Mapping[str, object]) -> dict[str, list[str]]:
-    """Return the metrics by panel: train_loss belongs beside loss."""
+    """Group the metrics by panel: train_loss shares a panel with loss."""
     panels: dict[str, list[str]] = {}
     for name in sorted(series):
         panels.setdefault(name.removeprefix("train_"), []).append(name)

@@ -1,7 +1,7 @@
-"""Where the coordinator is and who calls: an INI file that only its owner can read.
+"""Connection profile: the coordinator's address and the caller's token, in an INI file readable by its owner only.
 
-A token stands in the profile, or in a file that the profile names. The profile is looked for in QFLARE_PROFILE, then
-in ~/.config/qflare/profile; a token in QFLARE_TOKEN outweighs both. Files that others can read are refused.
+The token is in the profile, or in a file that the profile names. QFLARE_PROFILE names the profile; the default is
+~/.config/qflare/profile. QFLARE_TOKEN overrides the token. Files that others can read are refused.
 """
 
 import configparser
@@ -24,8 +24,8 @@ class ProfileError(Exception):
     """The profile is missing, malformed, or open to others.
 
     Args:
-        message: What is wrong.
-        remedy: What to do about it.
+        message: The problem.
+        remedy: How to solve it.
     """
 
     def __init__(self, message: str, *, remedy: str = "qflare-admin profile set") -> None:
@@ -35,10 +35,10 @@ class ProfileError(Exception):
 
 @dataclass(frozen=True)
 class Profile:
-    """How to reach a coordinator; empty fields are not set.
+    """Connection settings; an empty field is not set.
 
-    `insecure` speaks plaintext to any address; loopback addresses are spoken to in plaintext without it, unless there
-    is a CA file.
+    `insecure` permits plaintext with any address. Loopback addresses use plaintext by default, unless there is a CA
+    file.
     """
 
     address: str = ""
@@ -54,7 +54,7 @@ class Profile:
         """Return the token.
 
         Raises:
-            ProfileError: There is none, or its file is open to others.
+            ProfileError: There is no token, or others can read its file.
         """
         if self.token:
             return self.token
@@ -64,7 +64,7 @@ class Profile:
 
 
 def profile_path(environ: Mapping[str, str]) -> Path:
-    """Return where the profile is."""
+    """Return the path of the profile."""
     named = environ.get(PROFILE_VARIABLE)
     if named:
         return Path(named)
@@ -91,10 +91,10 @@ def read_private(path: Path) -> str:
 
 
 def read_profile(path: Path) -> Profile:
-    """Return the profile in a file; an empty one without a file.
+    """Return the profile in a file; an empty profile if the file does not exist.
 
     Raises:
-        ProfileError: It is malformed, has an unknown name, or is open to others.
+        ProfileError: The profile is malformed, has an unknown name, or is readable by others.
     """
     if not path.exists():
         return Profile()
@@ -113,7 +113,7 @@ def read_profile(path: Path) -> Profile:
 
 
 def write_profile(path: Path, profile: Profile) -> None:
-    """Write a profile that only its owner can read; a crash leaves the former one or this one.
+    """Write a profile atomically, readable by its owner only.
 
     Raises:
         OSError: The folder cannot be written.
@@ -132,11 +132,11 @@ def write_profile(path: Path, profile: Profile) -> None:
 
 
 def load(environ: Mapping[str, str], overrides: Mapping[str, object]) -> Profile:
-    """Return the profile with what the command line and the environment say instead.
+    """Return the profile with overrides from the command line and the environment.
 
     Args:
         environ: Environment.
-        overrides: Fields by name; None and False leave the profile's.
+        overrides: Fields by name; None and False keep the profile's value.
 
     Raises:
         ProfileError: The profile cannot be used.

@@ -52,7 +52,7 @@ SESSION_FACTS: list[Column] = [
 
 
 def _took(row: Any) -> str | None:
-    """Return how long a round took updates."""
+    """Return how long a round accepted updates."""
     if not row.HasField("close_time"):
         return None
     taken = row.close_time.ToNanoseconds() - row.open_time.ToNanoseconds()
@@ -87,9 +87,9 @@ UPDATE: list[Column] = [
 ]
 CHANGES = {
     "start": "start the first round",
-    "pause": "take no updates until it is resumed",
-    "resume": "go on after a pause",
-    "cancel": "end it; its versions stay",
+    "pause": "accept no updates until it is resumed",
+    "resume": "resume after a pause",
+    "cancel": "end it and keep its versions",
 }
 
 
@@ -100,7 +100,9 @@ def add(commands: Any) -> None:
     listing = add_command(
         actions, "list", run_list, "list training sessions", "session list --state running"
     )
-    listing.add_argument("--state", choices=sorted(STATES), help="only those in this state")
+    listing.add_argument(
+        "--state", choices=sorted(STATES), help="only training sessions in this state"
+    )
     add_limit(listing)
     shown = add_command(actions, "show", run_show, "show a training session", "session show ID")
     shown.add_argument("session", metavar="ID")
@@ -120,7 +122,11 @@ def add(commands: Any) -> None:
     updates.add_argument("round", type=whole(1))
     add_limit(updates)
     aggregation = add_command(
-        actions, "aggregation", run_aggregation, "show how far a round is", "session aggregation ID"
+        actions,
+        "aggregation",
+        run_aggregation,
+        "show the progress of the current round",
+        "session aggregation ID",
     )
     aggregation.add_argument("session", metavar="ID")
 
@@ -136,28 +142,28 @@ def _add_create(actions: Any) -> None:
     create.add_argument("--name", required=True)
     create.add_argument("--model-type", default="", help="kind of model, free text")
     create.add_argument("--rounds", type=whole(0), help="rounds to run")
-    create.add_argument("--quorum", type=whole(0), help="updates that make a version")
+    create.add_argument("--quorum", type=whole(0), help="updates required for a version")
     create.add_argument(
-        "--deadline-s", type=seconds(0.001), help="seconds that a round is open at most"
+        "--deadline-s", type=seconds(0.001), help="maximum duration of a round in seconds"
     )
     create.add_argument("--strategy", help="default: fedavg")
     create.add_argument(
         "--group",
         action="append",
         default=[],
-        help="open to devices of this group alone; repeatable",
+        help="open only to devices of this group; repeatable",
     )
     create.add_argument(
         "--sealed", action="store_true", help="seal updates and models end to end and at rest"
     )
-    create.add_argument("--config", type=Path, help="TrainingConfig as JSON; flags override")
+    create.add_argument("--config", type=Path, help="TrainingConfig as JSON; flags override it")
     create.add_argument(
-        "--request-id", help="id of this call; the same id gives the same training session"
+        "--request-id", help="idempotency key; the same id returns the same training session"
     )
 
 
 def run_create(admin: Admin, options: argparse.Namespace) -> None:
-    """Create a training session; for people its id alone is printed."""
+    """Create a training session and print its id."""
     request = pb.CreateTrainingSessionRequest(
         name=options.name,
         model_type=options.model_type,
@@ -232,7 +238,7 @@ def run_updates(admin: Admin, options: argparse.Namespace) -> None:
 
 
 def run_aggregation(admin: Admin, options: argparse.Namespace) -> None:
-    """Show how far the aggregation is."""
+    """Show the progress of the current round and its aggregation."""
     request = pb.GetAggregationStatusRequest(training_session_id=options.session)
     answer = admin.call("GetAggregationStatus", request)
     columns: list[Column] = [

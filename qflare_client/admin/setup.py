@@ -1,4 +1,4 @@
-"""Commands that need no coordinator: the profile, and shell completion."""
+"""Local commands: connection profile and shell completion."""
 
 import argparse
 import os
@@ -30,23 +30,30 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 def add(commands: Any, root: Callable[[], argparse.ArgumentParser]) -> None:
     """Add the commands of this topic; `root` returns the parser of the whole program."""
-    actions = add_topic(commands, "profile", "where the coordinator is and who calls")
+    actions = add_topic(commands, "profile", "connection profile: address, TLS files and token")
     setting = actions.add_parser(
         "set",
-        help="write the profile; what is not given stays",
+        help="write the profile; omitted settings stay unchanged",
         epilog="example:\n  qflare-admin profile set --address host:50051 --ca ca.pem --token-file admin.token",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     setting.add_argument("--address", help="host:port")
-    setting.add_argument("--ca", dest="ca_file", help="PEM certificates that vouch for it")
+    setting.add_argument(
+        "--ca", dest="ca_file", help="PEM certificate authorities of the coordinator"
+    )
     setting.add_argument("--certificate", dest="certificate_file", help="PEM, for mutual TLS")
     setting.add_argument("--key", dest="key_file", help="PEM, for mutual TLS")
-    setting.add_argument("--server-name", help="name in its certificate, if not the address's")
-    setting.add_argument("--insecure", action="store_true", default=None, help="without TLS")
+    setting.add_argument(
+        "--server-name",
+        help="name in the coordinator's certificate, if it differs from the address",
+    )
+    setting.add_argument("--insecure", action="store_true", default=None, help="use plaintext")
     token = setting.add_mutually_exclusive_group()
-    token.add_argument("--token-file", help="file that holds the token")
+    token.add_argument("--token-file", help="file with the token")
     token.add_argument(
-        "--token-stdin", action="store_true", help="read the token from standard input and keep it"
+        "--token-stdin",
+        action="store_true",
+        help="read the token from standard input and store it in the profile",
     )
     setting.set_defaults(offline=run_set)
     shown = actions.add_parser("show", help="show the profile, without the token")

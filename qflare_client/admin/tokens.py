@@ -53,12 +53,14 @@ def add(commands: Any) -> None:
         "issue enrollment tokens",
         "token issue --count 10 --label ward-3 --bundle bundle.json --bundles bundles",
     )
-    issue.add_argument("--count", type=whole(1, 1000), default=1, help="how many, 1 to 1000")
-    issue.add_argument("--label", default="", help="what they are for")
     issue.add_argument(
-        "--group", action="append", default=[], help="group that new devices get; repeatable"
+        "--count", type=whole(1, 1000), default=1, help="number of tokens, 1 to 1000"
     )
-    issue.add_argument("--lifetime-s", type=seconds(1), help="seconds that they live (a day)")
+    issue.add_argument("--label", default="", help="purpose of the tokens")
+    issue.add_argument(
+        "--group", action="append", default=[], help="group of new devices; repeatable"
+    )
+    issue.add_argument("--lifetime-s", type=seconds(1), help="lifetime in seconds (a day)")
     add_hand_over(issue)
     administrator = add_command(
         actions,
@@ -67,14 +69,14 @@ def add(commands: Any) -> None:
         "issue an admin token",
         "token issue-admin --name alice --role operator --output alice.token",
     )
-    administrator.add_argument("--name", required=True, help="who it is for")
+    administrator.add_argument("--name", required=True, help="name of its owner")
     administrator.add_argument("--role", action="append", choices=ROLES, required=True)
     administrator.add_argument(
-        "--lifetime-s", type=seconds(1), help="seconds that it lives (for ever)"
+        "--lifetime-s", type=seconds(1), help="lifetime in seconds (unlimited)"
     )
     add_hand_over(administrator, enrolling=False)
     listing = add_command(actions, "list", run_list, "list tokens", "token list --kind admin")
-    listing.add_argument("--kind", choices=sorted(KINDS), help="only those of this kind")
+    listing.add_argument("--kind", choices=sorted(KINDS), help="only tokens of this kind")
     add_limit(listing)
     revoke = add_command(actions, "revoke", run_revoke, "revoke a token", "token revoke ID")
     revoke.add_argument("token", metavar="ID")
@@ -82,17 +84,17 @@ def add(commands: Any) -> None:
 
 
 def add_hand_over(parser: argparse.ArgumentParser, *, enrolling: bool = True) -> None:
-    """Add where secrets go; those that enroll may go into bundles."""
+    """Add the output options of secrets; enrollment tokens can be written into bundles."""
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--output", type=Path, help="write secrets to this new 0600 file")
     if enrolling:
         target.add_argument(
             "--bundles",
             type=Path,
-            help="write a bootstrap bundle for each into this folder, made from --bundle",
+            help="write a bootstrap bundle per token into this folder, based on --bundle",
         )
         parser.add_argument(
-            "--bundle", type=Path, help="bundle without a token, from qflare-server bundle"
+            "--bundle", type=Path, help="bundle without a token, made by qflare-server bundle"
         )
 
 
@@ -112,11 +114,11 @@ def hand_over(
 
 
 def check_bundle(options: argparse.Namespace) -> None:
-    """Refuse bundles that there is nothing to make from, before a token is issued.
+    """Check the bundle options before a token is issued.
 
     Raises:
         KeyStoreError: The bundle cannot be read.
-        InvalidRequestError: --bundles comes without --bundle.
+        InvalidRequestError: --bundles is given without --bundle.
     """
     if options.bundles is not None and options.bundle is None:
         raise InvalidRequestError("--bundles needs --bundle")
@@ -125,7 +127,7 @@ def check_bundle(options: argparse.Namespace) -> None:
 
 
 def _write_bundles(options: argparse.Namespace, issued: Sequence[pb.IssuedToken]) -> None:
-    """Write what each device needs, its token included, to a 0600 file of its own."""
+    """Write a bundle with token per device, each to its own 0600 file."""
     bundle = read_bundle(options.bundle)
     make_private_folder(options.bundles)
     for item in issued:

@@ -1,10 +1,9 @@
-"""Who this device is: its keys, its id and its coordinator, as its key store holds them.
+"""Device identity in the key store: its keys, its id and its coordinator.
 
-Invariants: keys are stored before they are sent anywhere, so that a crash never leaves the coordinator
-with keys that the device has lost; the public facts (`device.json`) are written after the keys that they
-name.
+Invariants: keys are stored before they are sent, so a crash never leaves the coordinator with keys that the device has
+lost; the public facts (`device.json`) are written after the keys that they name.
 
-What it does not do: enroll or log in.
+It does not enroll or log in.
 """
 
 import struct
@@ -30,11 +29,11 @@ class DeviceKeys:
     """Signs statements and logins."""
 
     kem: KemKey
-    """Opens what is sealed to the device."""
+    """Decrypts payloads sealed to the device."""
 
     @classmethod
     def generate(cls, algorithm: Algorithm = Algorithm.ML_DSA_65) -> Self:
-        """Make fresh keys from the system's randomness, the signature key of an algorithm."""
+        """Generate keys, with the given algorithm for the signature key."""
         return cls(SigningKey.generate(algorithm), KemKey.generate())
 
     @property
@@ -49,10 +48,10 @@ class DeviceKeys:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Read what `to_bytes` wrote, and test the keys.
+        """Parse the output of `to_bytes`, and test the keys.
 
         Raises:
-            KeyStoreError: It is damaged.
+            KeyStoreError: The data is damaged.
         """
         try:
             (length,) = _LENGTH.unpack_from(data)
@@ -78,19 +77,19 @@ class Identity:
     """Id of the device, a UUID."""
 
     key_rotation_count: int
-    """How often the device has changed its keys."""
+    """Number of key rotations."""
 
     certificate_authorities: str
-    """PEM certificates that vouch for the coordinator; empty means those of the system."""
+    """PEM certificate authorities of the coordinator; empty means those of the system."""
 
     receipt: str
     """The coordinator's signed receipt of the enrollment, a serialized envelope in hex."""
 
     keys: DeviceKeys = field(repr=False)
-    """Its private keys."""
+    """Private keys of the device."""
 
     def save(self, store: KeyStore) -> None:
-        """Store keys, then facts.
+        """Store the keys, then the public facts.
 
         Raises:
             KeyStoreError: They cannot be written.
@@ -116,7 +115,7 @@ class Identity:
         """Read the device of a key store.
 
         Raises:
-            NotEnrolledError: It holds none.
+            NotEnrolledError: The key store holds no device.
             KeyStoreError: It cannot be read, or is damaged.
         """
         facts = store.read_document(_DOCUMENT)
@@ -138,7 +137,7 @@ class Identity:
 
 
 def load_keys(store: KeyStore, name: str = _KEYS) -> DeviceKeys | None:
-    """Return keys of a key store; None when it holds none.
+    """Return the keys in a key store; None if it holds none.
 
     Raises:
         KeyStoreError: They cannot be read, or are damaged.
@@ -157,7 +156,7 @@ def save_keys(store: KeyStore, keys: DeviceKeys, name: str = _KEYS) -> None:
 
 
 def read_facts(home: Path) -> dict[str, Any]:
-    """Return the public facts of the device in a folder that may be in use; empty if there is none.
+    """Return the public facts of a device without locking its key store; empty if there is no device.
 
     Raises:
         KeyStoreError: They cannot be read.

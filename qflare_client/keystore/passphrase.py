@@ -1,9 +1,9 @@
-"""Secrets of a key store under a passphrase: Argon2id, then AES-256-GCM.
+"""Passphrase encryption of key-store secrets: Argon2id and AES-256-GCM.
 
-A file is ``magic (5) || salt (16) || nonce (12) || ciphertext || tag (16)``, magic and salt
-authenticated. The parameters of Argon2id belong to the magic; other parameters get another one.
+A file is ``magic (5) || salt (16) || nonce (12) || ciphertext || tag (16)``, with magic and salt authenticated. The
+magic identifies the parameters of Argon2id; other parameters use another magic.
 
-What it does not do: keep the passphrase anywhere, or choose a good one.
+It does not keep the passphrase anywhere, or choose a good one.
 
 Source: RFC 9106 section 4, second recommended option (64 MiB), for the parameters.
 """
@@ -23,31 +23,29 @@ _SALT_BYTES: Final = 16
 
 
 def secret_coding(passphrase: str | None) -> SecretCoding:
-    """Return the coding of secrets under a passphrase; None leaves them to the permissions of their files.
+    """Return the encryption of secrets under a passphrase; without one, only file permissions protect them.
 
     Raises:
-        KeyStoreError: The passphrase is empty: an empty file or variable must not leave the keys unencrypted.
+        KeyStoreError: The passphrase is empty, because an empty file or variable must not leave the keys unencrypted.
     """
     if passphrase is None:
         return SecretCoding(bytes, _decode_plain)
     if not passphrase:
-        raise KeyStoreError(
-            "the passphrase is empty: give one, or leave it out for keys without one"
-        )
+        raise KeyStoreError("the passphrase is empty: give one, or omit it for unencrypted keys")
     return passphrase_coding(passphrase)
 
 
 def _decode_plain(data: bytes) -> bytes:
     if data.startswith(_MAGIC):
-        raise WrongPassphraseError("the keys are under a passphrase: give it")
+        raise WrongPassphraseError("the keys are encrypted: give their passphrase")
     return data
 
 
 def passphrase_coding(passphrase: str) -> SecretCoding:
-    """Return the coding of secrets under a passphrase that is not empty.
+    """Return the encryption of secrets under a non-empty passphrase.
 
-    The first use takes about a tenth of a second; later ones with the same salt take none. Files that one
-    coding writes share a salt.
+    The first use takes about a tenth of a second; later uses with the same salt take none. Files written by one
+    instance share a salt.
     """
 
     @lru_cache(maxsize=4)
@@ -62,7 +60,7 @@ def passphrase_coding(passphrase: str) -> SecretCoding:
     def decode(data: bytes) -> bytes:
         head, rest = data[: len(fresh)], data[len(fresh) :]
         if not head.startswith(_MAGIC):
-            raise WrongPassphraseError("the keys are not under a passphrase, but one was given")
+            raise WrongPassphraseError("the keys are not encrypted, but a passphrase was given")
         try:
             return decrypt(key(head), rest, head)
         except UnsealError:

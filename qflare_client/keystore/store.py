@@ -1,14 +1,14 @@
-"""The folder in which a device keeps its keys and what it has learnt to trust.
+"""Key store: the folder with a device's keys and trust state.
 
-Three kinds of files: *secrets* (bytes), *documents* (JSON), and *bulk*, a secret followed by bytes of any length that
-it opens. All are written atomically: to a temporary file that only the owner can read, synchronized, renamed, and
-the folder synchronized, so that after a crash a file is the earlier or the later one, whole. A passphrase encrypts the
-secrets.
+There are three kinds of files: *secrets* (bytes), *documents* (JSON), and *bulk*, a secret followed by data of any
+length that the secret decrypts. All are written atomically: to a temporary file readable by its owner only,
+synchronized, renamed, and the folder synchronized. After a crash a file has either its old or its new content. A
+passphrase encrypts the secrets.
 
-Invariants: one process at a time (an advisory lock that ends with the process, whatever it has forked); a secret that
-others may read is refused, as is a folder that others may write; a store that is closed writes nothing.
+Invariants: one process at a time (an advisory lock that ends with the process, even if it has forked); a secret
+readable by others is refused, as is a folder writable by others; a closed store writes nothing.
 
-What it does not do: know what the files mean (see `qflare_client.keystore.identity`), or wipe anything from memory.
+It does not interpret the files (see `qflare_client.keystore.identity`) or wipe memory.
 """
 
 import fcntl
@@ -36,29 +36,29 @@ _OTHERS_ANY = stat.S_IRWXG | stat.S_IRWXO
 
 @dataclass(frozen=True)
 class SecretCoding:
-    """How secrets are stored."""
+    """Encoding of secrets on disk."""
 
     encode: Callable[[bytes], bytes]
-    """From a secret to the bytes of its file."""
+    """Encodes a secret for its file."""
 
     decode: Callable[[bytes], bytes]
-    """The way back; raises `WrongPassphraseError`."""
+    """Decodes the bytes of a file; raises `WrongPassphraseError`."""
 
 
 PLAIN = SecretCoding(bytes, bytes)
-"""Secrets are stored as they are, protected by the permissions of their files only."""
+"""Secrets are stored unencrypted, protected only by file permissions."""
 
 
 class KeyStore:
     """An open, locked key store.
 
     Args:
-        home: Folder; made, for the owner only, when it does not exist.
-        coding: How secrets are stored.
+        home: Folder; created with mode 0700 if it does not exist.
+        coding: Encoding of secrets.
 
     Raises:
-        KeyStoreLockedError: Another process uses it, or another part of this one.
-        KeyStoreError: It cannot be used, or others may write into it.
+        KeyStoreLockedError: Another process, or another part of this one, uses the store.
+        KeyStoreError: The store cannot be used, or others may write into it.
     """
 
     def __init__(self, home: Path, coding: SecretCoding = PLAIN) -> None:
@@ -90,9 +90,9 @@ class KeyStore:
         self.close()
 
     def close(self) -> None:
-        """Give the lock back. May be called more than once."""
+        """Release the lock. Idempotent."""
         if self._lock >= 0:
-            # Closing alone would leave the lock to a process that was forked behind Python's back.
+            # Closing the file would not release the lock if the process was forked outside of Python.
             with suppress(OSError):
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._let_go()
@@ -102,7 +102,7 @@ class KeyStore:
         self._lock = -1
 
     def leave_to_parent(self) -> None:
-        """Let go of the lock in a process that was forked: it belongs to the one that opened the store."""
+        """Close the lock in a forked process: it belongs to the process that opened the store."""
         if self._lock >= 0:
             self._let_go()
             self._was_forked = True
@@ -114,10 +114,10 @@ class KeyStore:
             raise KeyStoreError(f"key store {self.home} is closed")
 
     def read_secret(self, name: str) -> bytes | None:
-        """Return a secret; None when there is none of this name.
+        """Return a secret; None if there is none of this name.
 
         Raises:
-            WrongPassphraseError: It cannot be opened.
+            WrongPassphraseError: It cannot be decrypted.
             KeyStoreError: It cannot be read, or others can read it.
         """
         path = self.home / name
@@ -137,12 +137,12 @@ class KeyStore:
         _write(self.home / name, [self._coding.encode(secret)])
 
     def write_bulk(self, name: str, secret: bytes, bulk: Iterable[bytes]) -> None:
-        """Store a secret and what it opens, durably; memory is that of one piece.
+        """Store a secret and the data that it decrypts, durably, with one piece in memory at a time.
 
         Args:
-            name: Of the file.
-            secret: Stored as secrets are.
-            bulk: Pieces of any size, stored as they are: encrypted under a key in the secret.
+            name: File name.
+            secret: Stored like any other secret.
+            bulk: Pieces of any size, already encrypted under a key in the secret.
 
         Raises:
             KeyStoreError: They cannot be written.
@@ -152,10 +152,10 @@ class KeyStore:
         _write(self.home / name, chain((_LENGTH.pack(len(coded)), coded), bulk))
 
     def open_bulk(self, name: str) -> tuple[bytes, BinaryIO] | None:
-        """Return a secret, and an open file that stands at the first byte of what it opens; None when there is none.
+        """Return a secret, and an open file positioned at the first byte of its data; None if there is none.
 
         Raises:
-            WrongPassphraseError: The secret cannot be opened.
+            WrongPassphraseError: The secret cannot be decrypted.
             KeyStoreError: They cannot be read, or others can read them.
         """
         path = self.home / name
@@ -173,7 +173,7 @@ class KeyStore:
             raise
 
     def names(self, prefix: str) -> list[str]:
-        """Return the names of the files that begin with a prefix, in order.
+        """Return the sorted names of the files with a prefix.
 
         Raises:
             KeyStoreError: The folder cannot be read.
@@ -184,10 +184,10 @@ class KeyStore:
             raise KeyStoreError(f"key store {self.home}: {error}") from error
 
     def read_document(self, name: str) -> dict[str, Any]:
-        """Return a document; empty when there is none of this name.
+        """Return a document; empty if there is none of this name.
 
         Raises:
-            KeyStoreError: It cannot be read or is no JSON object.
+            KeyStoreError: It cannot be read or is not a JSON object.
         """
         return read_document(self.home, name)
 
@@ -201,10 +201,10 @@ class KeyStore:
         _write(self.home / name, [json.dumps(document, indent=1, sort_keys=True).encode()])
 
     def rename(self, name: str, following: str) -> None:
-        """Give a secret or document another name, durably and at once; what has that name is replaced.
+        """Rename a secret or document durably and atomically, replacing any file of that name.
 
         Raises:
-            KeyStoreError: There is none of this name, or it cannot be renamed.
+            KeyStoreError: It does not exist or cannot be renamed.
         """
         self._require_open()
         try:
@@ -234,15 +234,15 @@ def _leave_all_to_parent() -> None:
         store.leave_to_parent()
 
 
-# A worker of a data loader would otherwise hold the lock for as long as it lives, also when its parent has died.
+# A data-loader worker would otherwise hold the lock for its lifetime, even after its parent has exited.
 os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def read_document(home: Path, name: str) -> dict[str, Any]:
-    """Return a document of a key store that may be in use; empty when there is none.
+    """Return a document without locking the key store; empty if there is none.
 
     Raises:
-        KeyStoreError: It cannot be read or is no JSON object.
+        KeyStoreError: It cannot be read or is not a JSON object.
     """
     data = _read(home / name)
     if data is None:
@@ -266,7 +266,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _read_head(path: Path, file: BinaryIO) -> bytes:
-    """Read the secret at the head of a bulk file, as it is stored."""
+    """Read the encoded secret at the start of a bulk file."""
     try:
         size = os.fstat(file.fileno()).st_size
         head = file.read(_LENGTH.size)

@@ -1,9 +1,9 @@
-"""The last version that this device has accepted, for each training session.
+"""Last accepted version of each training session.
 
-Released versions lag behind the latest ones, so they are followed on a track of their own. The state
-outlives the process: a coordinator that has been set back to an earlier backup is noticed.
+Released versions lag behind the latest ones, so they are tracked separately. The state is persistent, so that the
+device detects a coordinator restored from an earlier backup.
 
-What it does not do: decide what may follow (see `qflare.evidence.lineage`).
+It does not decide which versions may follow (see `qflare.evidence.lineage`).
 """
 
 import threading
@@ -22,10 +22,10 @@ class AcceptedVersions:
     """Last accepted versions of every training session. Thread-safe.
 
     Args:
-        store: Where they are kept.
+        store: Key store of the device.
 
     Raises:
-        KeyStoreError: The stored ones are damaged.
+        KeyStoreError: The stored versions are damaged.
     """
 
     def __init__(self, store: KeyStore) -> None:
@@ -43,11 +43,11 @@ class AcceptedVersions:
             raise KeyStoreError(f"{store.home / _DOCUMENT} is damaged: {error!r}") from error
 
     def last(self, training_session_id: str, *, released: bool = False) -> ModelVersion | None:
-        """Return the last accepted version; None when there is none."""
+        """Return the last accepted version; None if there is none."""
         return self._versions.get(_track(training_session_id, released=released))
 
     def accept(self, version: ModelVersion, *, released: bool = False) -> None:
-        """Remember a version durably; one that is not above the last one changes nothing.
+        """Store a version durably, unless it is not newer than the last one.
 
         Raises:
             KeyStoreError: It cannot be written.

@@ -1,14 +1,12 @@
-"""Downloading a version: checked before and while its bytes arrive, resumed where it broke off.
+"""Model downloads: verified chunk by chunk, resumable.
 
-Invariants: nothing is returned unless the statement is signed by a model key of the keyset, the version
-follows the last accepted one (`qflare_client.trust.keyset`), and every chunk has the digest under the
-statement's Merkle root: that of the payload, or that of the smaller form which was asked for. A chunk is
-checked before any later one is looked at.
+Invariants: nothing is returned unless the statement is signed by a model key of the keyset, the version follows the
+last accepted one (`qflare_client.trust.keyset`), and every chunk matches its digest under the statement's Merkle root:
+that of the payload, or that of the requested download encoding. Chunks are checked in order. A sealed version is
+decrypted segment by segment, after each segment has been checked (`qflare_client.models.sealed_model`), and the
+plaintext has to match the signed digest as well.
 
-A sealed version is opened segment by segment, after each has been checked (`qflare_client.models.sealed_model`), and
-what was opened has to have the signed digest as well.
-
-What it does not do: keep what it returns (see `KeyStore`).
+It does not store downloaded versions.
 """
 
 import hmac
@@ -36,7 +34,7 @@ ProgressHook: TypeAlias = Callable[[str, int, int], None]
 
 
 def silent(what: str, done_bytes: int, total_bytes: int) -> None:
-    """Show nothing: a `ProgressHook`."""
+    """No-op `ProgressHook`."""
     del what, done_bytes, total_bytes
 
 
@@ -51,7 +49,7 @@ class GlobalModel:
     """Version; 0 is the initial model."""
 
     digest: str
-    """Digest of its signed statement, 64 hex digits: what names it."""
+    """Digest of its signed statement, 64 hex digits; identifies the version."""
 
     arrays: dict[str, Array]
     """The tensors by name, in manifest order, writable, native-endian."""
@@ -60,7 +58,7 @@ class GlobalModel:
     """Layout of the payload."""
 
     metrics: Mapping[str, float]
-    """Metrics in its statement, by name."""
+    """Metrics of its statement, by name."""
 
     model_type: str
     """Kind of model, free text."""
@@ -69,19 +67,19 @@ class GlobalModel:
     """Description of the architecture, free text."""
 
     released: bool
-    """The coordinator calls it released."""
+    """Whether the coordinator states that it is released."""
 
     statement: security_pb2.ModelStatement
-    """What the coordinator has signed."""
+    """The signed statement."""
 
     envelope: security_pb2.SignedEnvelope
-    """The statement as it was sent, with its signatures: evidence to keep."""
+    """The statement as received, with its signatures, as evidence."""
 
     encoding: Encoding = Encoding.FULL_PRECISION
-    """How the floating tensors came; other than FULL_PRECISION, the arrays are the version rounded to it."""
+    """Download encoding; except for FULL_PRECISION, the arrays are the version rounded to this encoding."""
 
     def save(self, path: Path) -> None:
-        """Write the tensors to a ``.safetensors`` file, durably and at once.
+        """Write the tensors to a ``.safetensors`` file, durably and atomically.
 
         Raises:
             OSError: It cannot be written.
@@ -97,18 +95,18 @@ class GlobalModel:
 
 
 HeaderCheck: TypeAlias = Callable[[messages.GlobalModelHeader], ModelVersion]
-"""Verifies statement and links, or raises `VerificationError`."""
+"""Verifies the statement and its links; raises `VerificationError`."""
 
 
 class Download:
-    """One download across any number of attempts.
+    """One download, across any number of attempts.
 
     Args:
         calls: Authenticated calls.
-        request: What to get, with `first_chunk` 0.
+        request: The request, with `first_chunk` 0.
         check_header: Verifies the statement in the header.
-        progress: Told the bytes that have arrived.
-        kem_key: Gives the device's KEM key, for sealed versions; None where none can be opened.
+        progress: Called with the number of received bytes.
+        kem_key: Returns the device's KEM key, for sealed versions; None if sealed versions are not supported.
     """
 
     def __init__(
@@ -135,8 +133,8 @@ class Download:
         """Download and verify.
 
         Raises:
-            VerificationError: Statement, links or bytes are not right.
-            QflareClientError: What the last attempt raised.
+            VerificationError: Statement, links or bytes do not verify.
+            QflareClientError: The error of the last attempt.
         """
         responses = self._calls.receive(
             self._calls.transport.stub.GetGlobalModel,
@@ -158,7 +156,7 @@ class Download:
         request.CopyFrom(self._request)
         request.first_chunk = self._next_chunk
         if self._verified is not None:
-            # What "the latest" means may have changed since the first attempt.
+            # "The latest" may be another version than at the first attempt.
             request.version = self._verified.statement.version
             request.released = False
         return request
@@ -195,10 +193,10 @@ class Download:
         rest: Iterator[messages.GetGlobalModelResponse],
         total_bytes: int,
     ) -> Iterator[bytes]:
-        """Yield the payload's chunks in order, each checked."""
+        """Yield the verified chunks of the payload in order."""
         if first.HasField("chunk"):
             yield self._take_chunk(first.chunk, total_bytes)
-        # Only as many as are wanted: the end of the stream is not waited for.
+        # Reads the expected number of chunks and does not wait for the end of the stream.
         while self._next_chunk < len(self._leaf_hashes):
             response = next(rest, None)
             if response is None:
@@ -250,7 +248,7 @@ class Download:
 def _manifest(
     header: messages.GlobalModelHeader, statement: security_pb2.ModelStatement
 ) -> Manifest:
-    """Return the layout, if it is the one that the statement names."""
+    """Return the layout after checking it against the statement."""
     try:
         manifest = Manifest.from_proto(header.global_model.manifest)
     except InvalidManifestError as error:
@@ -262,7 +260,7 @@ def _manifest(
 
 
 def _form(statement: security_pb2.ModelStatement, encoding: Encoding) -> tuple[int, str]:
-    """Return size and digest that a statement names of a version in an encoding."""
+    """Return the size and digest of a version in an encoding, from its statement."""
     if encoding is Encoding.FULL_PRECISION:
         return statement.size_bytes, statement.payload_digest
     if statement.download.encoding != int(encoding):
@@ -271,7 +269,7 @@ def _form(statement: security_pb2.ModelStatement, encoding: Encoding) -> tuple[i
 
 
 def _wire_form(statement: security_pb2.ModelStatement, encoding: Encoding) -> tuple[int, str]:
-    """Return size and digest of a version in an encoding as it travels: of the segments where it is sealed."""
+    """Return the size and digest of a version as transmitted in an encoding: of the segments if it is sealed."""
     if not statement.sealed:
         return _form(statement, encoding)
     if encoding is not Encoding.FULL_PRECISION:
@@ -282,7 +280,7 @@ def _wire_form(statement: security_pb2.ModelStatement, encoding: Encoding) -> tu
 def _leaf_hashes(
     header: messages.GlobalModelHeader, size_bytes: int, payload_digest: str
 ) -> list[bytes]:
-    """Return the digest of each chunk, if the signed root is above them."""
+    """Return the digest of each chunk after checking them against the signed Merkle root."""
     data = header.chunk_digests
     size = merkle.HASH_BYTES
     if len(data) != size * -(-size_bytes // CHUNK_BYTES):
@@ -294,7 +292,7 @@ def _leaf_hashes(
 
 
 def _assemble(manifest: Manifest, encoding: Encoding, chunks: Iterator[bytes]) -> dict[str, Array]:
-    """Return the tensors; what came smaller is widened piece by piece, so that there is one copy in memory."""
+    """Return the tensors; a smaller encoding is widened piece by piece, so that memory holds one copy."""
     try:
         if encoding is Encoding.FULL_PRECISION:
             return assemble(manifest, chunks)

@@ -1,16 +1,16 @@
-"""Error feedback: what a top-k update leaves out is added to the device's next update of the training session.
+"""Error feedback: elements omitted from a top-k update are added to the device's next update of the training session.
 
-A device sends the k largest elements of `delta + residual` and keeps the rest as the next residual, so that a
-change that is too small to be sent adds up until it is. The residual is held in memory and in the key store: as
-secret as the keys, since it tells as much of the data as an update does.
+A device sends the k largest elements of `delta + residual` and keeps the rest as the next residual, so small changes
+accumulate until they are sent. The residual is held in memory and in the key store. It is protected like the keys,
+because it reveals as much about the data as an update does.
 
-Invariants: a residual is written before its update is sent and counts once the update is accepted; where a crash
-or an outage leaves that open, the coordinator is asked. So the sum of what was sent and the residual is the sum of
-the deltas, but for the rounding of one addition an element and update (to float32, or float64 for float64 tensors).
-A residual that is damaged or of another layout is dropped with a warning.
+Invariants: a residual is written before its update is sent, and takes effect when the update is accepted; if a crash or
+an outage leaves this open, the device asks the coordinator. The sum of the sent updates and the residual therefore
+equals the sum of the deltas, except for the rounding of one addition per element and update (to float32, or float64 for
+float64 tensors). A residual that is damaged or has another layout is dropped with a warning.
 
-What it does not do: take back what the coordinator accepts and later leaves out of a version (a round that fails, an
-update that a safeguard refuses).
+It does not restore elements of updates that were accepted but are not in a version (because the round failed, or a
+safeguard refused the update).
 
 Sources: Stich et al. 2018, arXiv:1809.07599, algorithm 1 (memory); Karimireddy et al. 2019, arXiv:1901.09847,
 algorithm 2 (error feedback).
@@ -41,7 +41,7 @@ Residual = dict[str, Array]
 
 
 def residual_manifest(base: Manifest) -> Manifest:
-    """Return the layout of a residual: the floating tensors, as float64 or else float32."""
+    """Return the layout of a residual: the floating-point tensors, as float32, or float64 if they are float64."""
     return Manifest(
         tuple(
             TensorSpec(
@@ -58,11 +58,11 @@ def residual_manifest(base: Manifest) -> Manifest:
 def corrected(
     delta: Mapping[str, Array], residual: Mapping[str, Array], base: Manifest
 ) -> Residual:
-    """Return `delta + residual` of the floating tensors, fresh arrays of the residual's layout.
+    """Return `delta + residual` of the floating-point tensors, as new arrays in the residual's layout.
 
     Args:
         delta: Tensors of the base manifest.
-        residual: What earlier updates left out; empty for nothing.
+        residual: Residual of earlier updates; empty for none.
         base: The manifest of the model.
     """
     wide: Residual = {}
@@ -74,7 +74,7 @@ def corrected(
 
 
 def selectable(wide: Mapping[str, Array], delta: Mapping[str, Array], base: Manifest) -> Residual:
-    """Return corrected tensors in the element types of the model, the others as they are in the delta."""
+    """Return the corrected tensors in the model's element types, and the other tensors of the delta unchanged."""
     return {
         spec.name: narrow(wide[spec.name], spec.dtype) if spec.dtype.is_float else delta[spec.name]
         for spec in base.tensors
@@ -82,7 +82,7 @@ def selectable(wide: Mapping[str, Array], delta: Mapping[str, Array], base: Mani
 
 
 def subtract_sent(wide: Residual, encoded: Mapping[str, Array]) -> None:
-    """Make corrected tensors the next residual: take away, in place, what a top-k update sends."""
+    """Turn corrected tensors into the next residual in place, by subtracting the elements that a top-k update sends."""
     for name, array in wide.items():
         flat = array.reshape(-1)
         flat[encoded[name + INDEX_SUFFIX]] -= encoded[name + VALUE_SUFFIX]
@@ -92,8 +92,8 @@ class ErrorFeedback:
     """The residuals of a device, by training session. Thread-safe for different training sessions.
 
     Args:
-        store: Where they outlive the process.
-        is_accepted: Whether the coordinator has accepted an update, given by its id.
+        store: Key store of the device.
+        is_accepted: Returns whether the coordinator has accepted an update, given by its id.
     """
 
     def __init__(self, store: KeyStore, is_accepted: Callable[[str], bool]) -> None:
@@ -103,10 +103,10 @@ class ErrorFeedback:
         self._held: dict[str, tuple[str, Residual]] = {}
 
     def residual(self, training_session_id: str, base: Manifest) -> Residual:
-        """Return what earlier updates left out; empty where there is nothing. Not to be written into.
+        """Return the residual of earlier updates; empty if there is none. Read-only.
 
         Raises:
-            QflareClientError: An update is in doubt, and the coordinator cannot be asked.
+            QflareClientError: It is unknown whether an update was accepted, and the coordinator is unreachable.
             KeyStoreError: The residual of a settled update cannot be written.
         """
         self._settle(training_session_id)
@@ -122,7 +122,7 @@ class ErrorFeedback:
         return found
 
     def stage(self, training_session_id: str, update_id: str, residual: Residual) -> None:
-        """Write the residual that counts once an update is accepted, before the update is sent.
+        """Stage the residual that takes effect when an update is accepted; call this before sending the update.
 
         Raises:
             KeyStoreError: It cannot be written.
@@ -131,7 +131,7 @@ class ErrorFeedback:
         self._store.write_secret(name, _encode(training_session_id, update_id, residual))
 
     def commit(self, training_session_id: str, residual: Residual) -> None:
-        """Let the staged residual count: its update is accepted.
+        """Commit the staged residual after its update was accepted.
 
         Raises:
             KeyStoreError: It cannot be written.
@@ -142,7 +142,7 @@ class ErrorFeedback:
             self._held[training_session_id] = digest, residual
 
     def accept(self, training_session_id: str) -> None:
-        """Let the staged residual count, if there is one, where its update was sent by an earlier process.
+        """Commit the staged residual, if any, of an update that an earlier process sent.
 
         Raises:
             KeyStoreError: It cannot be written.
@@ -154,7 +154,7 @@ class ErrorFeedback:
         self._promote(training_session_id)
 
     def forget(self, training_session_id: str) -> None:
-        """Delete what is kept of a training session that has ended."""
+        """Delete the residual of a training session that has ended."""
         with self._lock:
             self._held.pop(training_session_id, None)
         name = _name(training_session_id)
@@ -166,7 +166,7 @@ class ErrorFeedback:
         self._store.rename(name + _PENDING, name)
 
     def _settle(self, training_session_id: str) -> None:
-        """Find out what became of an update whose receipt has not come."""
+        """Determine whether an update without a receipt was accepted."""
         name = _name(training_session_id) + _PENDING
         data = self._load(name)
         if data is None:
@@ -186,7 +186,7 @@ class ErrorFeedback:
         facts = _facts(data)
         wanted = (training_session_id, layout.layout_digest)
         if (facts.get("training_session_id"), facts.get("layout_digest")) != wanted:
-            _log.warning("what top-k updates left out is damaged or of another layout: dropped")
+            _log.warning("error-feedback residual dropped: damaged or of another layout")
             return {}
         return assemble(layout, [memoryview(data)[_payload_start(data) : -_DIGEST_BYTES]])
 
@@ -194,12 +194,12 @@ class ErrorFeedback:
         try:
             return self._store.read_secret(name)
         except KeyStoreError as error:
-            _log.warning("what top-k updates left out cannot be read, and is dropped: %s", error)
+            _log.warning("error-feedback residual dropped: unreadable: %s", error)
             return None
 
 
 def _name(training_session_id: str) -> str:
-    """Return the name of a training session's secret: the coordinator's words never become a path."""
+    """Return the file name of a training session's residual; text from the coordinator never becomes a path."""
     return "residual-" + hashlib.sha256(training_session_id.encode()).hexdigest()[:32]
 
 
@@ -225,7 +225,7 @@ def _payload_start(data: bytes) -> int:
 
 
 def _update_id(data: bytes, training_session_id: str) -> str:
-    """Return the update that a file is about; empty if it is damaged or of another training session."""
+    """Return the id of the update that a file belongs to; empty if it is damaged or of another training session."""
     facts = _facts(data)
     return (
         str(facts["update_id"]) if facts.get("training_session_id") == training_session_id else ""

@@ -1,9 +1,9 @@
-"""The history of a global model as this device follows it.
+"""Model lineage: verifies the history of a global model.
 
-`check_header` decides whether an offered version may be taken: it is the wanted one, signed by the
-coordinator, and a chain of signed statements leads to it from the last accepted version.
+`check_header` decides whether the device accepts an offered version: it must be the requested one, signed by the
+coordinator, and linked by a chain of signed statements to the last accepted version.
 
-What it does not do: verify signatures or chains itself (see `qflare_client.trust.keyset`), look at payload bytes.
+It does not verify signatures or chains itself (see `qflare_client.trust.keyset`), and reads no payload bytes.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,13 +30,13 @@ class Version:
     """A version in the verified history of a global model."""
 
     statement: security_pb2.ModelStatement
-    """What the coordinator has signed."""
+    """The signed statement."""
 
     digest: str
-    """SHA-256 of the statement's bytes, 64 hex digits: what names the version."""
+    """SHA-256 of the statement's bytes, 64 hex digits; identifies the version."""
 
     envelope: security_pb2.SignedEnvelope
-    """The statement as it was sent, with its signatures: evidence to keep."""
+    """The statement as received, with its signatures, as evidence."""
 
 
 def read_lineage(
@@ -50,7 +50,7 @@ def read_lineage(
     """Fetch and verify consecutive versions, at most 1,000.
 
     Raises:
-        VerificationError: One is not signed, missing, or does not name the one before it.
+        VerificationError: One is not signed, missing, or does not name its predecessor.
         QflareClientError: The call failed.
     """
     request = messages.GetLineageRequest(
@@ -115,7 +115,7 @@ def read_contribution(
 
 
 def _receipt_for_current_key(identity: Identity) -> security_pb2.SignedEnvelope | None:
-    """Return the receipt of the enrollment, unless the device has changed its keys since."""
+    """Return the enrollment receipt, unless the device has rotated its keys since."""
     envelope = security_pb2.SignedEnvelope.FromString(bytes.fromhex(identity.receipt))
     receipt = security_pb2.EnrollmentReceipt.FromString(envelope.payload)
     current = receipt.signature_key_id == identity.keys.signing.public.key_id
@@ -129,17 +129,17 @@ def check_header(
     request: messages.GetGlobalModelRequest,
     last: ModelVersion | None,
 ) -> ModelVersion:
-    """Verify what comes before the bytes of a version: statement, number and history.
+    """Verify the header of a version: statement, number and history.
 
     Args:
-        calls: Authenticated calls, for links that the header has no room for.
-        trust: Verifies.
-        header: As received.
-        request: What was asked for. An earlier version may be had by its number only.
-        last: Last accepted version; None when there is none, then any may come.
+        calls: Authenticated calls, for links that do not fit into the header.
+        trust: Keyset of the coordinator.
+        header: The received header.
+        request: The request. An earlier version is accepted only if requested by number.
+        last: Last accepted version; None accepts any version.
 
     Raises:
-        CorruptModelError: It is not the wanted version.
+        CorruptModelError: It is not the requested version.
         RolledBackModelError: It is older than the last accepted one, or has another history.
         InvalidStatementError: A statement is not signed by the coordinator.
     """
@@ -168,19 +168,19 @@ def fetch(
     kem_key: Callable[[], KemKey],
     timeout_s: float | None = None,
 ) -> GlobalModel:
-    """Download a version that follows the last accepted one, and accept it.
+    """Download a version that follows the last accepted one, and record it as accepted.
 
     Args:
         calls: Authenticated calls.
-        trust: Whose signatures count.
+        trust: Keyset of the coordinator.
         versions: The versions accepted so far.
-        request: What to get.
-        progress: Told the bytes that have arrived.
-        kem_key: Gives the device's KEM key, which opens sealed versions.
+        request: The request.
+        progress: Called with the number of received bytes.
+        kem_key: Returns the device's KEM key, which decrypts sealed versions.
         timeout_s: Deadline of each attempt, in seconds; None means the calls' own.
 
     Raises:
-        VerificationError: It does not follow, or is not what was signed.
+        VerificationError: It does not follow the last accepted version, or does not match its statement.
         QflareClientError: The call failed.
     """
     last = versions.last(request.training_session_id, released=request.released)
@@ -222,10 +222,10 @@ def _links(
 
 
 def check_not_older(last: ModelVersion | None, task: Task) -> None:
-    """Check that a task to train does not start from an older version than the last accepted one.
+    """Check that a training task does not start from a version older than the last accepted one.
 
     Raises:
-        RolledBackModelError: It does.
+        RolledBackModelError: The base version is older.
     """
     if last is not None and task.base_version < last.statement.version:
         raise RolledBackModelError(
@@ -235,20 +235,20 @@ def check_not_older(last: ModelVersion | None, task: Task) -> None:
 
 
 def check_sealing(task: Task, statement: security_pb2.ModelStatement) -> None:
-    """Check that a version came sealed if the training session seals its payloads, as the signed task says.
+    """Check that a version is sealed if the signed task states that the training session seals payloads.
 
     Raises:
-        CorruptModelError: It did not.
+        CorruptModelError: The version is not sealed.
     """
     if task.kind is TaskKind.TRAIN and task.transfer.sealed and not statement.sealed:
         raise CorruptModelError("the version is not sealed, the task says that payloads are")
 
 
 def check_base(task: Task, digest: str) -> None:
-    """Check that a version, given by its digest, is the one that a task names.
+    """Check that a version's digest is the one that a task names.
 
     Raises:
-        RolledBackModelError: It is not.
+        RolledBackModelError: The digests differ.
     """
     if digest != task.base_digest:
         raise RolledBackModelError(

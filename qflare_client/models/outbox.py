@@ -1,15 +1,15 @@
-"""Finished updates that are not accepted yet, kept in the key store until they are sent or refused.
+"""Outbox: finished updates in the key store, kept until they are accepted or refused.
 
-An update is kept before its first byte is sent, so that neither an outage of the coordinator nor a restart of the
-device costs a training. There is at most one for each training session: a task of a later round takes the place of an
-earlier one.
+An update is stored before its first byte is sent, so that neither an outage of the coordinator nor a restart of the
+device loses the result of a training. There is at most one per training session: the update of a later round replaces
+it.
 
-A file holds a secret (the key of the payload, as secret as the keys of the device) and the payload, encrypted segment
-by segment. The payload of a sealed update is kept as it travels, under the same key; any other is encrypted under a key
-of its own, and opened while it is sent. Memory is that of a few segments whatever the size.
+A file holds a secret (the payload key, protected like the keys of the device) and the payload, encrypted segment by
+segment. The payload of a sealed update is stored as transmitted, under the same key. Any other payload is encrypted
+under a key of its own, and decrypted while it is sent. Memory use is a few segments, whatever the size.
 
-What it does not do: send (see `qflare_client.models.submission`), or decide how long an update is worth keeping: the
-coordinator's answer does.
+It does not send (see `qflare_client.models.submission`), or decide how long an update is kept; the coordinator's
+response does.
 """
 
 import base64
@@ -48,22 +48,22 @@ _log = logging.getLogger(__name__)
 _PREFIX: Final = "update-"
 _ASSOCIATED: Final = b"qflare/v1/kept update"
 _NO_LIMITS: Final = ManifestLimits(max_tensors=2**31, max_payload_bytes=2**62)
-"""For a layout that this device has made itself."""
+"""Limits for layouts that this device created itself."""
 
 
 class DamagedUpdateError(KeyStoreError):
-    """A kept update is damaged, or its file is gone."""
+    """A kept update is damaged, or its file is missing."""
 
 
 @dataclass(frozen=True)
 class KeptUpdate:
-    """An update that waits to be sent.
+    """An update that is waiting to be sent.
 
     Attributes:
-        envelope: Its statement, as it was signed.
-        statement: What is signed.
-        payload: Its bytes, before they are sealed.
-        sealed_payload: Its bytes as they travel; None where they travel as they are.
+        envelope: The signed statement.
+        statement: The statement in the envelope.
+        payload: The plaintext payload.
+        sealed_payload: The sealed payload; None if the update is not sealed.
     """
 
     envelope: security_pb2.SignedEnvelope
@@ -74,7 +74,7 @@ class KeptUpdate:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of the outbox, read segment by segment; opened anew for each pass."""
+    """A file of the outbox, read segment by segment and reopened for each pass."""
 
     store: KeyStore
     name: str
@@ -83,10 +83,10 @@ class _File:
     """Plaintext bytes."""
 
     def segments(self, first: int = 0) -> Iterator[bytes]:
-        """Yield the encrypted segments from one on.
+        """Yield the encrypted segments from a given one on.
 
         Raises:
-            DamagedUpdateError: The file is gone or cannot be read.
+            DamagedUpdateError: The file is missing or unreadable.
         """
         try:
             found = self.store.open_bulk(self.name)
@@ -113,7 +113,7 @@ class _File:
         return segment
 
     def opened(self, first_byte: int) -> Iterator[bytes]:
-        """Yield the plaintext from one byte on, in pieces.
+        """Yield the plaintext in pieces, from a given byte on.
 
         Raises:
             DamagedUpdateError: The file is damaged.
@@ -133,7 +133,7 @@ class _File:
 
 @dataclass(frozen=True)
 class KeptPayload:
-    """The payload of a kept update, before it is sealed: an `Outgoing` that is read from its file."""
+    """Plaintext payload of a kept update: an `Outgoing` read from its file."""
 
     manifest: Manifest
     digest: str
@@ -147,20 +147,20 @@ class KeptPayload:
 
     @property
     def sealed(self) -> None:
-        """Nothing: it is not sealed."""
+        """None: the payload is not sealed."""
 
     def chunks_from(self, first: int) -> Iterator[bytes]:
-        """Return the chunks from one on, in order.
+        """Return the chunks from a given one on, in order.
 
         Raises:
-            DamagedUpdateError: While iterating: the file is damaged or gone.
+            DamagedUpdateError: While iterating: the file is damaged or missing.
         """
         return rechunk(self._file.opened(first * CHUNK_BYTES))
 
 
 @dataclass(frozen=True)
 class KeptSegments:
-    """The segments of a kept update that is sealed: an `Outgoing` that is read from its file."""
+    """Segments of a kept sealed update: an `Outgoing` read from its file."""
 
     manifest: Manifest
     chunk_digests: bytes
@@ -174,10 +174,10 @@ class KeptSegments:
         return self._file.key
 
     def chunks_from(self, first: int) -> Iterator[bytes]:
-        """Return the segments from one on, in order.
+        """Return the segments from a given one on, in order.
 
         Raises:
-            DamagedUpdateError: While iterating: the file is damaged or gone.
+            DamagedUpdateError: While iterating: the file is damaged or missing.
         """
         return self._file.segments(first)
 
@@ -186,10 +186,10 @@ class Outbox:
     """The kept updates of a device. Thread-safe for different training sessions.
 
     Args:
-        store: Where they are kept.
+        store: Key store of the device.
 
     Raises:
-        KeyStoreError: It cannot be listed.
+        KeyStoreError: The key store cannot be listed.
     """
 
     def __init__(self, store: KeyStore) -> None:
@@ -202,12 +202,12 @@ class Outbox:
         payload: Payload | KeptPayload,
         sealed: SealedPayload | KeptSegments | None,
     ) -> None:
-        """Keep an update durably; it takes the place of any other of its training session.
+        """Store an update durably, replacing any other update of its training session.
 
         Args:
             envelope: Its signed statement.
-            payload: Its bytes, before they are sealed.
-            sealed: Its bytes as they travel; None where they travel as they are.
+            payload: The plaintext payload.
+            sealed: The sealed payload; None if the update is not sealed.
 
         Raises:
             KeyStoreError: It cannot be written.
@@ -234,7 +234,7 @@ class Outbox:
         self._names.add(name)
 
     def find(self, training_session_id: str) -> KeptUpdate | None:
-        """Return the kept update of a training session; None when there is none that can be read."""
+        """Return the kept update of a training session; None if there is no readable one."""
         name = _name(training_session_id)
         return self._load(name) if name in self._names else None
 
@@ -259,7 +259,7 @@ class Outbox:
             self._names.discard(name)
 
     def _load(self, name: str) -> KeptUpdate | None:
-        """Return a kept update; one that is damaged is deleted with a warning."""
+        """Return a kept update; a damaged one is deleted with a warning."""
         try:
             found = self._store.open_bulk(name)
             if found is None:
@@ -269,7 +269,7 @@ class Outbox:
             file.close()
             return _decode(secret, self._store, name)
         except KeyStoreError as error:
-            _log.warning("a finished update cannot be read, and is dropped: %s", error)
+            _log.warning("kept update dropped: unreadable: %s", error)
             self._delete(name)
             return None
 
@@ -307,7 +307,7 @@ def _decode(secret: bytes, store: KeyStore, name: str) -> KeptUpdate:
 
 
 def _name(training_session_id: str) -> str:
-    """Return the name of a training session's file: the coordinator's words never become a path."""
+    """Return the file name of a training session; text from the coordinator never becomes a path."""
     return _PREFIX + hashlib.sha256(training_session_id.encode()).hexdigest()[:32]
 
 

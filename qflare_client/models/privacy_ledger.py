@@ -1,15 +1,14 @@
-"""The memory of local privacy: which rounds this device has released an update for, and what that has cost.
+"""Privacy ledger of local differential privacy: the rounds with a released update, and the epsilon spent.
 
-A coordinator that gives a task again and refuses every update would otherwise get fresh noise over the same change each
-time, and could average the noise away. So a device releases one update for each round of a training session, and for
-rounds in ascending order only; the epsilon of all releases together, over all training sessions and restarts, is held
-against a budget.
+Without it, a coordinator that repeats a task and refuses every update would receive the same delta with new noise each
+time, and could average the noise away. A device therefore releases one update per round of a training session, in
+ascending order of rounds. The epsilon of all releases, over all training sessions and restarts, is charged to a budget.
 
-Invariants: a release is written down before a byte of it leaves the device; what is written down is never taken back,
-whether the update is accepted or not.
+Invariants: a release is recorded before its first byte leaves the device; a record is never removed, whether the update
+is accepted or not.
 
-What it does not do: keep the bytes of a release, so that it can be sent again (see `qflare_client.models.outbox`), or
-count updates that are sent without local privacy.
+It does not keep the bytes of a release for resending (see `qflare_client.models.outbox`), or count updates that are
+sent without local privacy.
 """
 
 import math
@@ -28,10 +27,10 @@ class PrivacyLedger:
     """Releases of a device, kept in its key store. Thread-safe.
 
     Args:
-        store: Where they are kept.
+        store: Key store of the device.
 
     Raises:
-        KeyStoreError: What is kept is damaged: it is not started anew, since that would forget what was spent.
+        KeyStoreError: The ledger is damaged. It is not reset, because that would forget the spent epsilon.
     """
 
     def __init__(self, store: KeyStore) -> None:
@@ -50,7 +49,7 @@ class PrivacyLedger:
             raise KeyStoreError(f"{store.home / _DOCUMENT} is damaged: {error!r}") from error
 
     def epsilon(self, delta: float) -> float:
-        """Return the epsilon of all releases so far; infinite if one was without noise.
+        """Return the epsilon of all releases so far; infinite if one had no noise.
 
         Args:
             delta: Within (0, 1).
@@ -65,19 +64,19 @@ class PrivacyLedger:
         """Check that an update may be released for a task.
 
         Raises:
-            RepeatedTaskError: One was already, for this round or a later one of its training session.
-            PrivacyBudgetExceededError: It would cost more than the budget allows.
+            RepeatedTaskError: An update was already released for this round or a later one of its training session.
+            PrivacyBudgetExceededError: The update would exceed the budget.
         """
         with self._lock:
             self._require(task, privacy)
 
     def record(self, task: Task, privacy: LocalPrivacy) -> None:
-        """Write down, durably, that an update is released for a task; to be called before it is sent.
+        """Record a release durably; call this before sending the update.
 
         Raises:
             RepeatedTaskError: As `require`.
             PrivacyBudgetExceededError: As `require`.
-            KeyStoreError: It cannot be written; then nothing may be sent.
+            KeyStoreError: It cannot be written; then the update must not be sent.
         """
         with self._lock:
             self._require(task, privacy)

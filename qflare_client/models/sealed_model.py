@@ -1,7 +1,6 @@
-"""A version that only this device opens, while it arrives.
+"""Streaming decryption of sealed versions.
 
-What it does not do: verify the statement that it is compared with (see `trust.keyset`), or the bytes as they
-travel (see `qflare_client.models.download`).
+It does not verify the statement (see `trust.keyset`) or the transmitted bytes (see `qflare_client.models.download`).
 """
 
 import hashlib
@@ -16,15 +15,15 @@ from qflare_client.errors import CorruptModelError
 
 
 class ModelOpener:
-    """Opens a sealed version while it arrives.
+    """Decrypts a sealed version while it is received.
 
     Args:
         sealed: Header and wrapped key, as received.
-        statement: The version's, verified.
+        statement: The version's verified statement.
         key: The device's KEM key.
 
     Raises:
-        CorruptModelError: The header is not the one that was signed, or nothing that this device can open.
+        CorruptModelError: The header does not match the statement, or this device cannot decrypt the version.
     """
 
     def __init__(
@@ -52,10 +51,10 @@ class ModelOpener:
         self._digest = statement.payload_digest
 
     def open(self, index: int, segment: bytes) -> bytes:
-        """Return what is in a segment; they come in order.
+        """Decrypt the next segment; call this in segment order.
 
         Raises:
-            CorruptModelError: It does not open.
+            CorruptModelError: Decryption fails.
         """
         try:
             content = self._opener.open_segment(index, segment)
@@ -65,11 +64,11 @@ class ModelOpener:
         return content
 
     def finish(self) -> None:
-        """Check what was opened, after the last segment.
+        """Check the plaintext digest after the last segment.
 
         Raises:
-            CorruptModelError: It is not what was signed.
+            CorruptModelError: It does not match the statement.
         """
         digest = merkle.root(self._content.finish()).hex()
         if not hmac.compare_digest(digest, self._digest):
-            raise CorruptModelError("what is sealed in the version is not what was signed")
+            raise CorruptModelError("the version's plaintext does not match its statement")

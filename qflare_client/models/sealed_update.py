@@ -1,9 +1,9 @@
-"""An update that only the coordinator opens.
+"""Sealed updates, which only the coordinator can decrypt.
 
-`crypto.sealed_payloads` seals; this joins it to the statement that is signed. A sealed update keeps its key
-for as long as it is sent, so that an upload that goes on sends the same bytes.
+`crypto.sealed_payloads` encrypts the payload; this module binds it to the signed statement. A sealed update keeps its
+key until it is settled, so that a resumed upload sends the same bytes.
 
-What it does not do: decide whether to seal; a signed task says that.
+It does not decide whether to seal; the signed task states that.
 """
 
 import hashlib
@@ -19,28 +19,28 @@ from qflare_client.models.upload import hashed
 
 
 class Plain(Protocol):
-    """The bytes of an update before they are sealed."""
+    """Plaintext payload of an update."""
 
     @property
     def manifest(self) -> Manifest:
-        """Their layout."""
+        """Layout of the payload."""
 
     def chunks_from(self, first: int) -> Iterator[bytes]:
-        """Return the chunks from one on, in order."""
+        """Return the chunks from a given one on, in order."""
 
 
 class SealedPayload:
-    """The bytes of an update, sealed for the coordinator.
+    """Payload of an update, sealed for the coordinator.
 
     Attributes:
-        manifest: Layout of what is in it.
+        manifest: Layout of the plaintext payload.
         chunk_digests: Leaf hashes of the segments.
-        sealed: Header and wrapped key, as they travel.
-        size_bytes: Bytes that travel.
+        sealed: Header and wrapped key, as transmitted.
+        size_bytes: Number of transmitted bytes.
 
     Args:
-        payload: What is in it; its arrays must not change while this is in use.
-        statement: About the update, but for what sealing adds to it here and the key that signs it.
+        payload: The plaintext payload; its arrays must not change while this is in use.
+        statement: Statement of the update, without the fields that sealing adds and the signing key.
         recipient: The coordinator's session KEM key.
     """
 
@@ -70,5 +70,5 @@ class SealedPayload:
         return self._sealer.key
 
     def chunks_from(self, first: int) -> Iterator[bytes]:
-        """Return the segments from one on, in order; the same bytes every time."""
+        """Return the segments from a given one on, in order; the bytes are the same every time."""
         return self._sealer.seal(self._payload.chunks_from(0), first)

@@ -1,10 +1,10 @@
-"""Sending finished updates: signed, kept until they are settled, uploaded, and sent again after an outage or a restart.
+"""Update delivery: signs and stores finished updates, and resends them after an outage or a restart.
 
-The order for each update: what local privacy allows is checked; the payload and its statement are made; a private
-release is written down; the update is kept; only then does a byte of it leave the device. It is kept until the
-coordinator accepts it or refuses it for good. What is sent again is what was kept, byte for byte.
+The order for each update: check local privacy; build the payload and its statement; record a private release; store the
+update; send it. The update is kept until the coordinator accepts it or refuses it permanently. A resent update is
+identical to the stored one, byte for byte.
 
-What it does not do: train, or ask for tasks.
+It does not train, or ask for tasks.
 """
 
 import logging
@@ -57,18 +57,18 @@ from qflare_client.trust.keyset import Trust
 _log = logging.getLogger(__name__)
 
 _MAY_PASS: Final = (AuthenticationError, PermissionDeniedError, ProxyRefusedError)
-"""Refusals of the device or the way, not of the update: it is worth keeping."""
+"""Refusals of the device or the connection, not of the update, which is kept."""
 
 
 @dataclass(frozen=True)
 class _Update:
-    """An update that can be sent.
+    """An update that is ready to be sent.
 
     Attributes:
-        statement: About it; `key_id` is set once it is signed.
-        payload: Its bytes, before they are sealed.
-        sealed: Its bytes as they travel; None where they travel as they are.
-        residual: What a top-k update leaves out; None where that is not kept, or is in the key store only.
+        statement: Its statement; `key_id` is set when it is signed.
+        payload: The plaintext payload.
+        sealed: The sealed payload; None if the update is not sealed.
+        residual: Residual of a top-k update; None if it is not kept, or is in the key store only.
     """
 
     statement: security_pb2.UpdateStatement
@@ -86,12 +86,12 @@ class UpdateSender:
 
     Args:
         calls: Authenticated calls.
-        trust: The coordinator's keys, to which sealed updates are sealed.
-        identity: Gives the device as the coordinator knows it.
-        ledger: The memory of local privacy.
-        progress: Told the bytes that have been sent.
+        trust: The coordinator's keyset, with the key for sealed updates.
+        identity: Returns the device with the keys that the coordinator accepts.
+        ledger: Privacy ledger of local privacy.
+        progress: Called with the number of sent bytes.
         outbox: Keeps updates until they are settled; None keeps none.
-        feedback: Keeps what top-k updates leave out; None lets go of it.
+        feedback: Error feedback for top-k updates; None discards their residuals.
     """
 
     def __init__(
@@ -119,12 +119,12 @@ class UpdateSender:
         privacy: LocalPrivacy | None,
         timeout_s: float | None,
     ) -> Receipt:
-        """Send what training made of a task's base version; of a task for which an update is kept, send that one.
+        """Send the update for a task; if one is kept for the task, send that one instead.
 
         Args:
             task: The task, of kind TRAIN.
-            contribution: What training made of its base version.
-            privacy: Protects it before it leaves the device; None sends it as it is.
+            contribution: Result of training from its base version.
+            privacy: Clips the delta and adds noise before it leaves the device; None sends it unchanged.
             timeout_s: Deadline of each attempt, in seconds; None means the calls' own.
 
         Raises:
@@ -149,14 +149,14 @@ class UpdateSender:
     def send_kept(
         self, task: Task | None, timeout_s: float | None
     ) -> list[Receipt | RejectedError]:
-        """Send kept updates; return the receipt of each, or why the coordinator refused it for good.
+        """Send kept updates; return for each its receipt, or the error if the coordinator refused it permanently.
 
         Args:
-            task: Only the update that is kept for this task; None means all that are kept.
+            task: Send only the update that is kept for this task; None means all kept updates.
             timeout_s: Deadline of each attempt, in seconds; None means the calls' own.
 
         Raises:
-            QflareClientError: A call failed; the updates that are not settled stay.
+            QflareClientError: A call failed; unsettled updates are still kept.
         """
         outcomes: list[Receipt | RejectedError] = []
         for kept in self._kept(task):
@@ -167,7 +167,7 @@ class UpdateSender:
             except RejectedError as error:
                 outcomes.append(error)
             except DamagedUpdateError as error:
-                _log.warning("a finished update is damaged, and is lost: %s", error)
+                _log.warning("kept update lost: damaged: %s", error)
         return outcomes
 
     def _kept(self, task: Task | None) -> Iterator[KeptUpdate]:
@@ -178,7 +178,7 @@ class UpdateSender:
             yield from self._outbox.all()
 
     def _find(self, task: Task) -> KeptUpdate | None:
-        """Return the kept update for a task; None when there is none."""
+        """Return the kept update for a task; None if there is none."""
         if self._outbox is None:
             return None
         kept = self._outbox.find(task.training_session_id)
@@ -223,14 +223,14 @@ class UpdateSender:
         return receipt
 
     def _send_again(self, kept: KeptUpdate, timeout_s: float | None) -> Receipt:
-        """Send a kept update, unless it turns out to be accepted already."""
+        """Send a kept update, unless the coordinator has already accepted it."""
         update = _Update(kept.statement, kept.payload, kept.sealed_payload)
         envelope, receipt = kept.envelope, None
         with self._forgotten_if_refused(
             update.session_id, CoordinatorFaultError, DamagedUpdateError
         ):
             if kept.statement.key_id != self._identity().keys.signing.public.key_id:
-                # The device has changed its keys since: unless it is accepted, it needs another signature.
+                # The device has rotated its keys since; unless the update was accepted, it must be signed again.
                 receipt = self._find_receipt(kept)
                 if receipt is None:
                     envelope, update = self._keep(update)
@@ -249,7 +249,7 @@ class UpdateSender:
         *,
         resumes: bool,
     ) -> tuple[Receipt, _Update]:
-        """Upload an update, sealed anew where the coordinator has changed its keys meanwhile; return what was sent."""
+        """Upload an update, resealing it if the coordinator has rotated its keys; return the sent update."""
         try:
             return self._upload_as_it_is(update, envelope, timeout_s, resumes=resumes), update
         except SealKeyNotAcceptedError:
@@ -283,10 +283,10 @@ class UpdateSender:
         return replace(update, statement=statement, sealed=sealed)
 
     def _keep(self, update: _Update) -> tuple[security_pb2.SignedEnvelope, _Update]:
-        """Sign an update and keep it; one that cannot be kept is sent all the same.
+        """Sign an update and store it; an update that cannot be stored is sent anyway.
 
         Returns:
-            The signed statement; and the update, whose bytes are those of the new file if they came from a file.
+            The signed statement, and the update, which reads from the new file if it was read from a file.
         """
         envelope = sign_statement(self._identity().keys.signing, update.statement)
         if self._feedback is not None and update.residual is not None:
@@ -298,7 +298,7 @@ class UpdateSender:
         except DamagedUpdateError:
             raise
         except KeyStoreError as error:
-            _log.warning("the update cannot be kept, and is lost if it cannot be sent: %s", error)
+            _log.warning("update not stored, and lost if it cannot be sent: %s", error)
             return envelope, update
         kept = (
             self._outbox.find(update.session_id)
@@ -324,11 +324,11 @@ class UpdateSender:
     def _forgotten_if_refused(
         self, training_session_id: str, *others: type[Exception]
     ) -> Iterator[None]:
-        """Forget the kept update of a training session when the coordinator refuses it for good.
+        """Delete the kept update of a training session if the coordinator refuses it permanently.
 
         Args:
             training_session_id: Training session.
-            others: Errors after which it is no use either: it must not stand in the way of those that follow.
+            others: Further errors after which the update is useless and would block later ones.
         """
         hopeless: tuple[type[Exception], ...] = (RejectedError, *others)
         try:
@@ -336,6 +336,6 @@ class UpdateSender:
         except _MAY_PASS:
             raise
         except hopeless as error:
-            _log.info("the update is dropped: %s", error)
+            _log.info("update dropped: %s", error)
             self._forget(training_session_id)
             raise

@@ -1,6 +1,6 @@
-"""From what training returned to what is uploaded: checked arrays, their payload, and the statement.
+"""Builds updates and evaluation reports: checks the arrays, encodes the payload, and signs the statement.
 
-What it does not do: repeat or resume (see `qflare_client.models.upload`).
+It does not retry or resume uploads (see `qflare_client.models.upload`).
 """
 
 import math
@@ -27,18 +27,18 @@ from qflare_client.rpc.caller import Calls
 from qflare_client.tasks import Task
 
 _DEFAULT_TOP_K_FRACTION = 0.1
-"""What a training session that names no fraction means; stated in the contract."""
+"""Default top-k fraction of a training session, as stated in the contract."""
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What training made of a version."""
+    """Result of training from a version."""
 
     base: GlobalModel
-    """Version it was trained from."""
+    """Base version."""
 
     arrays: Mapping[str, Array]
-    """The trained tensors: names and shapes of the base version's."""
+    """The trained tensors, with the names and shapes of the base version."""
 
     example_count: int
     """Number of local examples, 1 or more."""
@@ -58,18 +58,18 @@ def feedback_for(store: KeyStore, calls: Calls) -> ErrorFeedback:
 
 
 def is_sparse(transfer: training_pb2.TransferPolicy) -> bool:
-    """Return whether updates are deltas of which the largest elements are sent."""
+    """Return whether updates are top-k deltas."""
     return (
         _kind(transfer) == training_pb2.UPDATE_KIND_DELTA and _encoding(transfer) is Encoding.TOP_K
     )
 
 
 def make_payload(contribution: Contribution, transfer: training_pb2.TransferPolicy) -> Payload:
-    """Return the bytes that the training session asks for.
+    """Encode the payload as the training session requires.
 
     Raises:
-        TrainingFunctionError: The arrays are not those of the base version, or not finite.
-        UnsupportedTaskError: The session wants a form that this SDK does not know.
+        TrainingFunctionError: The arrays do not match the base version, or are not finite.
+        UnsupportedTaskError: The session requires an encoding that this SDK does not support.
     """
     return make_payload_with_residual(contribution, transfer, {})[0]
 
@@ -77,19 +77,19 @@ def make_payload(contribution: Contribution, transfer: training_pb2.TransferPoli
 def make_payload_with_residual(
     contribution: Contribution, transfer: training_pb2.TransferPolicy, residual: Mapping[str, Array]
 ) -> tuple[Payload, dict[str, Array]]:
-    """Return the bytes that the training session asks for, and what they leave out of a top-k delta.
+    """Encode the payload as the training session requires, and return the residual of a top-k delta.
 
     Args:
-        contribution: What training made.
-        transfer: How it has to travel.
-        residual: What earlier top-k updates left out, which is added to a top-k delta; empty for nothing.
+        contribution: Result of training.
+        transfer: Transfer settings of the training session.
+        residual: Residual of earlier top-k updates, which is added to a top-k delta; empty for none.
 
     Returns:
-        The payload; and the next residual, empty unless the update is a top-k delta.
+        The payload and the next residual, which is empty unless the update is a top-k delta.
 
     Raises:
-        TrainingFunctionError: The arrays are not those of the base version, or not finite.
-        UnsupportedTaskError: The session wants a form that this SDK does not know.
+        TrainingFunctionError: The arrays do not match the base version, or are not finite.
+        UnsupportedTaskError: The session requires an encoding that this SDK does not support.
     """
     manifest = contribution.base.manifest
     arrays = _fitted(contribution.arrays, manifest)
@@ -127,7 +127,7 @@ def _encoding(transfer: training_pb2.TransferPolicy) -> Encoding:
 def make_statement(
     task: Task, contribution: Contribution, payload: Payload, *, realm: str, device_id: str
 ) -> security_pb2.UpdateStatement:
-    """Return the statement about an update, but for the key that signs it.
+    """Return the statement of an update, without the signing key.
 
     Raises:
         TrainingFunctionError: The example count or a metric cannot be sent.
@@ -160,10 +160,10 @@ def make_statement(
 def sign_statement(
     key: SigningKey, statement: security_pb2.UpdateStatement
 ) -> security_pb2.SignedEnvelope:
-    """Sign a statement about an update.
+    """Sign the statement of an update.
 
     Raises:
-        TrainingFunctionError: Too many metrics, or a name of one is too long.
+        TrainingFunctionError: There are too many metrics, or a metric name is too long.
     """
     statement.key_id = key.public.key_id
     try:
@@ -175,7 +175,7 @@ def sign_statement(
 def make_evaluation(
     identity: Identity, task: Task, example_count: int, metrics: Mapping[str, float]
 ) -> messages.ReportEvaluationRequest:
-    """Return the signed report of what was measured of the version that a task names.
+    """Return the signed evaluation report of the version that a task names.
 
     Raises:
         TrainingFunctionError: The example count or a metric cannot be sent.
@@ -222,7 +222,7 @@ def check_example_count(example_count: object) -> None:
     """Check that an example count can be sent.
 
     Raises:
-        TrainingFunctionError: It is no positive integer.
+        TrainingFunctionError: It is not a positive integer.
     """
     if not isinstance(example_count, int | np.integer) or example_count < 1:
         raise TrainingFunctionError(f"example count: got {example_count!r}, want an integer >= 1")
@@ -239,7 +239,7 @@ def check_counts(contribution: Contribution) -> None:
 
 
 def _fitted(arrays: Mapping[str, Array], manifest: Manifest) -> Mapping[str, Array]:
-    """Return arrays in the dtypes of the manifest: numpy promotes float32 to float64 easily."""
+    """Cast arrays to the dtypes of the manifest, because numpy often promotes float32 to float64."""
     dtypes = {spec.name: spec.dtype.numpy for spec in manifest.tensors}
     try:
         fitted = {
@@ -255,12 +255,12 @@ def _fitted(arrays: Mapping[str, Array], manifest: Manifest) -> Mapping[str, Arr
 
 
 def _difference(arrays: Mapping[str, Array], base: Mapping[str, Array]) -> dict[str, Array]:
-    """Subtract the base from tensors of floating types; the others travel as they are."""
+    """Subtract the base version from floating-point tensors; the others are sent unchanged."""
     return {
         name: array - base[name] if _is_floating(array) else array for name, array in arrays.items()
     }
 
 
 def _is_floating(array: Array) -> bool:
-    # bfloat16 is kind "V" to numpy.
+    # numpy reports kind "V" for bfloat16.
     return array.dtype.kind not in "iub"

@@ -1,11 +1,10 @@
-"""Uploading an update: hashed once, signed once, sent until it is accepted.
+"""Resumable uploads of updates.
 
-The signature comes before the bytes, so the payload is walked twice: once to hash and check it, once to
-send it. Neither walk holds more than a few chunks. Every attempt after the first asks how far the
-coordinator has come and goes on from there with a fresh iterator; the update id stays the same, so an
-update whose receipt was lost is not counted twice.
+The signature precedes the bytes, so the payload is read twice: once to hash and check it, once to send it. Each pass
+holds only a few chunks in memory. Every attempt after the first asks the coordinator which chunks it has and resumes
+there with a new iterator. The update id stays the same, so an update whose receipt was lost is not counted twice.
 
-What it does not do: decide what is sent (see `qflare_client.client`).
+It does not decide which updates are sent (see `qflare_client.client`).
 """
 
 import os
@@ -35,13 +34,15 @@ from qflare_client.rpc.retry import Patience
 from qflare_client.times import moment
 
 LONGEST_FIRST_CHUNK_BYTES = 64 * 1024
-"""Payloads up to this go with their header: a coordinator waits for a first message some seconds only."""
+"""Payloads up to this size are sent with their header, because a coordinator waits only a few seconds for a first
+message.
+"""
 _THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a device gets for an accepted update."""
+    """Receipt of an accepted update."""
 
     update_id: str
     """Id of the update, a UUID."""
@@ -50,22 +51,22 @@ class Receipt:
     """Training session, a UUID."""
 
     round_number: int
-    """Round that it counts in."""
+    """Round in which it counts."""
 
     acceptance_sequence: int
-    """Place in the order of acceptance within the round, from 1."""
+    """Position in the round's order of acceptance, from 1."""
 
     accepted_at: datetime
-    """When it was accepted, UTC."""
+    """Time of acceptance, UTC."""
 
     statement: security_pb2.SignedEnvelope
-    """The update's signed statement: what a contribution proof starts from, and evidence to keep."""
+    """The update's signed statement, needed for contribution proofs and as evidence."""
 
     @classmethod
     def from_proto(
         cls, message: messages.SubmitUpdateResponse, statement: security_pb2.SignedEnvelope
     ) -> "Receipt":
-        """Read the wire form of the receipt for a statement."""
+        """Parse the wire form of the receipt for a statement."""
         return cls(
             update_id=message.update_id,
             training_session_id=message.training_session_id,
@@ -77,30 +78,30 @@ class Receipt:
 
 
 class Outgoing(Protocol):
-    """The bytes of an update as they travel."""
+    """The transmitted bytes of an update."""
 
     @property
     def manifest(self) -> Manifest:
-        """Layout of the update, before it is sealed."""
+        """Layout of the plaintext payload."""
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that travel."""
+        """Number of transmitted bytes."""
 
     @property
     def chunk_digests(self) -> bytes:
-        """Leaf hashes of the chunks that travel, 32 bytes each."""
+        """Leaf hashes of the transmitted chunks, 32 bytes each."""
 
     @property
     def sealed(self) -> security_pb2.SealedPayloadHeader | None:
-        """What opens them; None where they are not sealed."""
+        """Header and wrapped key; None if the update is not sealed."""
 
     def chunks_from(self, first: int) -> Iterator[bytes]:
-        """Return the chunks from one on, in order; the same bytes every time."""
+        """Return the chunks from a given one on, in order; the bytes are the same every time."""
 
 
 class Payload:
-    """The bytes of an update, hashed and checked.
+    """Plaintext payload of an update, hashed and checked.
 
     Args:
         manifest: Layout.
@@ -124,7 +125,7 @@ class Payload:
         self.chunk_digests = b"".join(leaf_hashes)
 
     def chunks_from(self, first: int) -> Iterator[bytes]:
-        """Return the chunks from one on, in order."""
+        """Return the chunks from a given one on, in order."""
         if self._only_chunk is not None:
             return islice(iter((self._only_chunk,)), first, None)
         return islice(chunks(self._arrays, self.manifest), first, None)
@@ -144,7 +145,7 @@ def _checked(payload: Iterable[bytes], manifest: Manifest) -> Iterator[bytes]:
 
 
 def hashed(payload: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the leaf hash of each chunk: hashing is most of the work, and leaves the interpreter lock."""
+    """Yield the leaf hash of each chunk, in threads: hashing is most of the work and releases the interpreter lock."""
     head = list(islice(payload, _THREADS + 1))
     if len(head) <= _THREADS:
         yield from map(merkle.leaf_hash, head)
@@ -153,22 +154,22 @@ def hashed(payload: Iterator[bytes]) -> Iterator[bytes]:
         pending: deque[Future[bytes]] = deque()
         for chunk in chain(head, payload):
             pending.append(pool.submit(merkle.leaf_hash, chunk))
-            if len(pending) > 2 * _THREADS:  # no more chunks than this are in memory
+            if len(pending) > 2 * _THREADS:  # bounds the chunks in memory
                 yield pending.popleft().result()
         for future in pending:
             yield future.result()
 
 
 class Upload:
-    """One upload across any number of attempts.
+    """One upload, across any number of attempts.
 
     Args:
         calls: Authenticated calls.
-        update_id: Id that the statement names.
+        update_id: Id in the statement.
         statement: The signed statement.
-        payload: What it is about.
-        progress: Told the bytes that have been handed to the network.
-        resumes: An earlier upload of the update, of this process or another, may have got somewhere.
+        payload: The bytes to send.
+        progress: Called with the number of bytes passed to the network.
+        resumes: Whether an earlier upload, by this process or another, may have sent some chunks.
     """
 
     def __init__(
@@ -186,8 +187,8 @@ class Upload:
         self._payload = payload
         self._progress = progress
         self._attempted = resumes
-        self._stored_chunk = 0  # chunks that the coordinator is known to have
-        self._sent_chunk = 0  # chunks that were ever handed to the network
+        self._stored_chunk = 0  # chunks that the coordinator has confirmed
+        self._sent_chunk = 0  # chunks passed to the network so far
         self._header = messages.UpdateHeader(
             statement=statement,
             chunk_digests=payload.chunk_digests,
@@ -195,10 +196,10 @@ class Upload:
         )
 
     def run(self, timeout_s: float | None = None) -> Receipt:
-        """Send until there is a receipt.
+        """Upload the update and return its receipt.
 
         Raises:
-            QflareClientError: What the last attempt raised.
+            QflareClientError: The error of the last attempt.
         """
         receipt = self._calls.repeat(lambda attempts: self._attempt(attempts, timeout_s))
         return Receipt.from_proto(receipt, self._header.statement)
@@ -235,10 +236,10 @@ class Upload:
             raise
 
     def _requests(self, first: int, patience: Patience) -> Iterator[messages.SubmitUpdateRequest]:
-        """Yield the header, with the first chunk that is to be sent if the payload is small, then the others.
+        """Yield the header, with the first chunk to send if the payload is small, then the other chunks.
 
-        A chunk that goes out for the first time shows that the line moves. What it does not show is that it arrives:
-        each counts once, so a proxy that takes chunks and refuses the call is not tried for ever.
+        A chunk that is sent for the first time counts as progress. It may not have arrived, so each chunk counts only
+        once: otherwise a proxy that accepts chunks and refuses the call would be retried forever.
         """
         header: messages.UpdateHeader | None = self._header
         total_bytes = self._payload.size_bytes
@@ -261,10 +262,10 @@ class Upload:
 
 
 class _Rest:
-    """The requests after the first, which gRPC takes in a thread of its own: what goes wrong there is kept.
+    """Request iterator that gRPC consumes in its own thread; it stores the error raised there.
 
     Attributes:
-        error: What ended the requests early; None if nothing did.
+        error: The error that ended the iteration; None if there was none.
     """
 
     def __init__(self, requests: Iterator[messages.SubmitUpdateRequest]) -> None:

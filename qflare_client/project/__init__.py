@@ -1,7 +1,7 @@
 """Project template: a device program, the configuration of a training session, a first model and a README.
 
-The files of `template/` are copied as they are; the first model comes from `first_model` of the copied program, so
-that program and model fit each other.
+The files of `template/` are copied unchanged. `first_model` of the copied program creates the first model, so that
+program and model match.
 """
 
 import os
@@ -28,7 +28,7 @@ def create_project(folder: Path) -> list[Path]:
     """Write a project into a new or empty folder; return its files.
 
     Raises:
-        FileExistsError: The folder holds files already.
+        FileExistsError: The folder is not empty.
         OSError: It cannot be written.
     """
     make_private_folder(folder)

@@ -1,10 +1,10 @@
-"""Calls as the rest of the SDK makes them: authenticated, repeated, resumed.
+"""Authenticated, retried and resumed calls.
 
-`Calls` joins a `Transport` (one attempt), a `RetryPolicy` (when to make another) and the credentials of
-the device (login is invisible: a token is obtained when one is needed). A call that the coordinator
-refuses as unauthenticated is made once more with a fresh login, and once more after each progress of a transfer.
+`Calls` combines a `Transport` (one attempt), a `RetryPolicy` (when to retry) and the credentials of the device (which
+log in when a token is needed). A call that the coordinator refuses as unauthenticated is retried once with a new login,
+and once more after each progress of a transfer.
 
-What it does not do: know what the messages mean.
+It does not interpret messages.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,10 +25,10 @@ _SERVICE = "/qflare.v1.CoordinatorService/"
 
 
 class Credentials(Protocol):
-    """Where the metadata of authenticated calls comes from."""
+    """Source of the metadata of authenticated calls."""
 
     def metadata(self, method: str, first_message: Message) -> Metadata:
-        """Return the metadata for one attempt; obtains a token when there is none.
+        """Return the metadata for one attempt; obtains a token if there is none.
 
         Args:
             method: Full name of the method, such as /qflare.v1.CoordinatorService/GetTask.
@@ -36,11 +36,11 @@ class Credentials(Protocol):
         """
 
     def refused(self, metadata: Metadata) -> None:
-        """Forget the token in `metadata`, which the coordinator has refused."""
+        """Discard the token in `metadata`, which the coordinator has refused."""
 
 
 class _Anonymous:
-    """Credentials of a caller that has none yet."""
+    """Credentials of an unauthenticated caller."""
 
     def metadata(self, method: str, first_message: Message) -> Metadata:
         del method, first_message
@@ -51,12 +51,12 @@ class _Anonymous:
 
 
 class Calls:
-    """Makes calls. Thread-safe.
+    """Calls of a device, with retries and credentials. Thread-safe.
 
     Args:
         transport: Makes the attempts.
-        policy: When an attempt is repeated.
-        credentials: Of this device; None for calls that need none.
+        policy: Retry policy.
+        credentials: Credentials of this device; None for unauthenticated calls.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Calls:
 
     @property
     def lifetime(self) -> Lifetime:
-        """Until when calls go on."""
+        """Deadline and cancellation of the calls."""
         return self.transport.lifetime
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Calls:
         self.transport.close()
 
     def authenticated(self, credentials: Credentials) -> "Calls":
-        """Return calls over the same channel that carry credentials."""
+        """Return calls over the same channel, with credentials."""
         return Calls(self.transport, self._policy, credentials)
 
     def unary(
@@ -92,12 +92,12 @@ class Calls:
         """Make a unary call.
 
         Args:
-            method: Of the transport's stub.
-            request: What to send.
+            method: Method of the transport's stub.
+            request: The request.
             timeout_s: Deadline of each attempt, in seconds; None means the transport's.
 
         Raises:
-            QflareClientError: What the last attempt raised.
+            QflareClientError: The error of the last attempt.
         """
         return self.repeat(
             lambda attempts: self.transport.unary(
@@ -106,13 +106,13 @@ class Calls:
         )
 
     def repeat(self, attempt: "Callable[[Attempts], R]") -> R:
-        """Return what `attempt` returns, making it again after errors that allow it.
+        """Return the result of `attempt`, retrying it after retryable errors.
 
         Args:
-            attempt: One complete attempt; asks its argument for metadata, and tells it of progress.
+            attempt: One complete attempt; gets its metadata from its argument, and reports progress to it.
 
         Raises:
-            QflareClientError: What the last attempt raised.
+            QflareClientError: The error of the last attempt.
         """
         patience = self.lifetime.patience(self._policy)
         attempts = Attempts(self._credentials, patience)
@@ -134,13 +134,13 @@ class Calls:
         """Yield the messages of a server stream, across broken connections.
 
         Args:
-            method: Of the transport's stub.
-            next_request: Makes the request for what has not been received; called for each attempt.
-            is_progress: Whether a message, once it has been consumed, makes the next request ask for less.
+            method: Method of the transport's stub.
+            next_request: Returns the request for the remaining messages; called for each attempt.
+            is_progress: Whether a consumed message makes the next request smaller.
             timeout_s: Deadline of each attempt, in seconds; None means the transport's.
 
         Raises:
-            QflareClientError: While iterating: what the last attempt raised.
+            QflareClientError: While iterating: the error of the last attempt.
         """
         attempts = Attempts(self._credentials, self.lifetime.patience(self._policy))
         while True:
@@ -163,15 +163,15 @@ class Calls:
 class Attempts:
     """The attempts of one call.
 
-    A refused token is replaced by a fresh login once, and once more after each progress: a transfer may outlive any
-    number of tokens, while a login that does not help is noticed.
+    A refused token is replaced by a new login once, and once more after each progress: a transfer may outlive any
+    number of tokens, but a login that does not help must not be repeated forever.
 
     Attributes:
-        patience: Of this call.
+        patience: Retry budget of this call.
 
     Args:
-        credentials: Of this device.
-        patience: Of this call.
+        credentials: Credentials of this device.
+        patience: Retry budget of this call.
     """
 
     def __init__(self, credentials: Credentials, patience: Patience) -> None:
@@ -187,14 +187,14 @@ class Attempts:
             first_message: The request, or the first message of a stream of requests.
 
         Raises:
-            QflareClientError: There is no token and none is to be had.
+            QflareClientError: No token could be obtained.
         """
         self._used = ()
         self._used = self._credentials.metadata(method_of(first_message), first_message)
         return self._used
 
     def progressed(self) -> None:
-        """Start again: the coordinator has taken or given data that the next attempt need not repeat."""
+        """Reset the retry budget: data was transferred that the next attempt does not repeat."""
         self.patience.progressed()
         self._logged_in_again = False
 
@@ -202,12 +202,12 @@ class Attempts:
         """Prepare the next attempt, after one that raised `error`.
 
         Raises:
-            QflareClientError: `error`, when there is to be no further attempt.
+            QflareClientError: `error`, if there is no further attempt.
         """
         if isinstance(error, UnavailableError):
             self.patience.wait(error)
         elif self._logged_in_again or not self._used:
-            raise error  # a fresh token did not help, or it was the login itself that was refused
+            raise error  # a new token did not help, or the login itself was refused
         else:
             self._logged_in_again = True
             self._credentials.refused(self._used)
@@ -216,6 +216,6 @@ class Attempts:
 def method_of(request: Message) -> str:
     """Return the full name of the method that a request belongs to.
 
-    Every method has a request type of its own, named after it: the contract's linter holds that.
+    Every method has its own request type, named after it; the linter of the protos enforces this.
     """
     return _SERVICE + request.DESCRIPTOR.name.removesuffix("Request")

@@ -1,8 +1,8 @@
-"""Until when calls go on: a closed client ends all of them, and a loop that is told to stop ends its own.
+"""Cancellation and deadlines of calls: closing a client ends all its calls, stopping a loop ends the loop's calls.
 
-One `Lifetime` belongs to one transport. What it holds of a loop or of a call under way is kept for each thread, so that
-a loop that stops leaves the calls of other threads alone, and a call made on the way of another (a login on the way of
-a download) shares the patience of the outer one instead of adding its own.
+One `Lifetime` belongs to one transport. Its state is per thread, so stopping a loop does not affect the calls of other
+threads. A nested call (such as a login during a download) shares the patience of the outer call instead of adding its
+own.
 """
 
 import threading
@@ -14,18 +14,18 @@ from typing import Final
 from qflare_client.rpc.retry import Patience, RetryPolicy
 
 TICK_S: Final = 0.25
-"""Longest time, in seconds, after which a thread that waits notices that it has to end."""
+"""Longest time, in seconds, until a waiting thread notices a stop."""
 
 STOP_GRACE_S: Final = 5.0
-"""How long a call in flight may go on once its loop has been told to stop, in seconds."""
+"""Grace period of a call in flight after its loop was stopped, in seconds."""
 
 
 class Bounds:
-    """When the calls of one loop end.
+    """Limits of one loop's calls.
 
     Args:
-        stop: Set when the loop has to end; None for a loop that only its client's end ends.
-        patience_s: Most seconds without progress before a call gives up, whatever its retry policy says.
+        stop: Set to stop the loop; None for a loop that ends only with its client.
+        patience_s: Maximum time without progress before a call fails, in seconds; overrides a longer retry policy.
     """
 
     def __init__(self, stop: threading.Event | None, patience_s: float) -> None:
@@ -36,23 +36,23 @@ class Bounds:
         self.was_seen = False
 
     def seen(self) -> None:
-        """Start the patience again: the coordinator has answered or moved data, or was not needed until now."""
+        """Reset the patience: the coordinator has responded or transferred data, or was not needed until now."""
         self._seen_at = time.monotonic()
         self.was_seen = True
 
     @property
     def left_s(self) -> float:
-        """Seconds of patience that are left, 0 or more."""
+        """Remaining patience in seconds, 0 or more."""
         return max(0.0, self._patience_s - (time.monotonic() - self._seen_at))
 
     @property
     def is_stopping(self) -> bool:
-        """Whether nothing more is to be begun."""
+        """Whether the loop was stopped, so that no new work may start."""
         return self.stop is not None and self.stop.is_set()
 
     @property
     def is_over(self) -> bool:
-        """Whether a call in flight has to be cancelled: the grace has passed since the stop was first noticed."""
+        """Whether calls in flight must be canceled: the grace period has passed since the stop was first noticed."""
         if not self.is_stopping:
             return False
         if self._cancel_at is None:
@@ -66,7 +66,7 @@ class _ThreadState(threading.local):
 
 
 class Lifetime:
-    """Until when the calls of one client go on. Thread-safe."""
+    """Cancellation and deadlines of one client's calls. Thread-safe."""
 
     def __init__(self) -> None:
         self._closed = threading.Event()
@@ -78,13 +78,13 @@ class Lifetime:
         return self._closed.is_set()
 
     def is_ending(self) -> bool:
-        """Whether nothing more is to be begun: the client is closed, or this thread's loop has to stop."""
+        """Whether no new work may start: the client is closed, or this thread's loop was stopped."""
         bounds = self._thread.bounds
         return self._closed.is_set() or (bounds is not None and bounds.is_stopping)
 
     @property
     def bounds(self) -> Bounds | None:
-        """When the calls of this thread end; None outside of a loop."""
+        """Limits of this thread's calls; None outside of a loop."""
         return self._thread.bounds
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class Lifetime:
 
     @contextmanager
     def bounded(self, stop: threading.Event | None, patience_s: float) -> Iterator[Bounds]:
-        """Let the calls that this thread makes within the block end as `Bounds` says."""
+        """Apply `Bounds` to the calls that this thread makes within the block."""
         outer, self._thread.bounds = self._thread.bounds, Bounds(stop, patience_s)
         try:
             yield self._thread.bounds
@@ -101,7 +101,7 @@ class Lifetime:
             self._thread.bounds = outer
 
     def wait(self, delay_s: float) -> bool:
-        """Wait, and return at once when nothing more is to be begun; return whether that is so."""
+        """Wait, but return early when no new work may start; return whether that is the case."""
         stop = None if self._thread.bounds is None else self._thread.bounds.stop
         if stop is None:
             return self._closed.wait(delay_s)
@@ -114,7 +114,7 @@ class Lifetime:
         return True
 
     def patience(self, policy: RetryPolicy) -> Patience:
-        """Return the patience of a call: that of the call on whose way it is made, or a fresh one."""
+        """Return the patience of a call: that of the enclosing call, or a new one."""
         if self._thread.patience is not None:
             return self._thread.patience
         bounds = self._thread.bounds
@@ -124,7 +124,7 @@ class Lifetime:
 
     @contextmanager
     def sharing(self, patience: Patience) -> Iterator[None]:
-        """Let the calls that this thread makes within the block share a patience."""
+        """Share a patience among the calls that this thread makes within the block."""
         outer, self._thread.patience = self._thread.patience, patience
         try:
             yield

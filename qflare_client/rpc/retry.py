@@ -1,12 +1,12 @@
-"""When a failed call is made again, and how long is waited before it.
+"""Retry policy: exponential backoff with full jitter.
 
-Only errors that carry a `retry_after_s` are repeated: UNAVAILABLE, ABORTED, RESOURCE_EXHAUSTED with a RetryInfo, and
-a stream that stalled or passed its deadline. Delays grow exponentially with full jitter, never fall below what the
-coordinator asked for, and end when the total time would be exceeded. The total time starts again whenever an attempt
-has moved data, so that a long transfer over a bad line ends only when it stands still. It is counted once: calls that
-are made on the way of another one share its patience (`qflare_client.rpc.lifetime`).
+Only errors with a `retry_after_s` are retried: UNAVAILABLE, ABORTED, RESOURCE_EXHAUSTED with a RetryInfo, and a stream
+that stalled or passed its deadline. Delays grow exponentially with full jitter and are never shorter than the
+coordinator asked for. Retries end when the total time would be exceeded. The total time restarts whenever an attempt
+has transferred data, so a long transfer over a bad connection fails only when it makes no progress. Nested calls share
+the patience of the outer call (`qflare_client.rpc.lifetime`).
 
-What it does not do: know any method or message. Every attempt builds its own request iterator.
+It is independent of methods and messages. Every attempt builds its own request iterator.
 
 Source: full jitter is from M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
 """
@@ -22,7 +22,7 @@ from qflare_client.errors import UnavailableError
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patient a call is."""
+    """Retry policy of a call."""
 
     total_time_s: float = 60.0
     """Seconds from the first attempt, or the last progress, to the start of the last attempt.
@@ -32,10 +32,10 @@ class RetryPolicy:
     """Upper bound of the first delay, in seconds; it doubles with every failure."""
 
     max_delay_s: float = 5.0
-    """Upper bound of any delay that the coordinator did not ask for, in seconds."""
+    """Upper bound of any delay, except those that the coordinator asks for, in seconds."""
 
     def at_most(self, total_time_s: float) -> "RetryPolicy":
-        """Return this policy with a total time of at most so many seconds."""
+        """Return this policy with its total time capped, in seconds."""
         return replace(self, total_time_s=min(self.total_time_s, total_time_s))
 
     def delay_s(self, failure_count: int, at_least_s: float) -> float:
@@ -43,27 +43,27 @@ class RetryPolicy:
 
         Args:
             failure_count: Attempts that have failed in a row, 1 or more.
-            at_least_s: What the coordinator asked for, 0 or more.
+            at_least_s: Delay that the coordinator asked for, 0 or more.
         """
         ceiling_s = min(self.max_delay_s, self.initial_delay_s * 2.0 ** min(failure_count - 1, 30))
         return at_least_s + random.uniform(0.0, ceiling_s)  # noqa: S311  # no secret
 
 
 class Waiting(Protocol):
-    """Waits; an event that ends the wait does."""
+    """Interruptible wait, implemented by events and lifetimes."""
 
     def wait(self, timeout: float, /) -> bool:
-        """Wait so many seconds; return True at once when nobody waits for the call any more."""
+        """Wait for a number of seconds; return True immediately if the call was canceled."""
 
 
 class Patience:
-    """What is left of the patience of one call.
+    """Remaining patience of one call.
 
     Args:
-        policy: How patient.
-        waiting: Waits, until nobody waits for the call any more.
-        clock: Monotonic seconds.
-        on_progress: Called whenever data has moved.
+        policy: Retry policy.
+        waiting: Interruptible wait.
+        clock: Monotonic time in seconds.
+        on_progress: Called whenever data was transferred.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Patience:
         self._begin()
 
     def progressed(self) -> None:
-        """Start again: data has moved."""
+        """Reset the patience: data was transferred."""
         self._on_progress()
         self._begin()
 
@@ -92,7 +92,7 @@ class Patience:
         """Wait before the next attempt, after one that raised `error`.
 
         Raises:
-            UnavailableError: `error`, when there is to be no further attempt.
+            UnavailableError: `error`, if there is no further attempt.
         """
         if error.retry_after_s is None:
             raise error

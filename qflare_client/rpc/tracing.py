@@ -1,7 +1,7 @@
-"""A device's part of a trace, where the program around the SDK uses OpenTelemetry (extra `otel`).
+"""OpenTelemetry spans of a device, for programs that use OpenTelemetry (extra `otel`).
 
-Spans go to whatever tracer provider that program has set up, and every call carries the trace on to the coordinator
-(W3C Trace Context). Without OpenTelemetry, or without a provider, all of this does nothing.
+Spans go to the tracer provider of the program, and every call propagates the trace to the coordinator (W3C Trace
+Context). Without OpenTelemetry, or without a provider, this module does nothing.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ except ImportError:
 
 @contextmanager
 def span(name: str, **attributes: str | int) -> Iterator[None]:
-    """Make a block of work a span of the trace under way.
+    """Record a block of work as a span of the current trace.
 
     Args:
-        name: What the work is.
-        attributes: Facts about it, prefixed `qflare.` in the span.
+        name: Name of the span.
+        attributes: Span attributes, which are prefixed with `qflare.`.
     """
     if trace is None:
         yield
@@ -36,7 +36,7 @@ def span(name: str, **attributes: str | int) -> Iterator[None]:
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:
-    """Return the metadata by which the coordinator goes on with the trace; none without one."""
+    """Return the metadata that propagates the trace to the coordinator; empty without a trace."""
     if propagator is None:
         return ()
     carrier: dict[str, str] = {}

@@ -1,11 +1,11 @@
-"""The connection to the coordinator: channel, single attempts, and errors without gRPC in them.
+"""Connection to the coordinator: channel, single attempts, and conversion of gRPC errors.
 
-Invariants: no type of gRPC leaves this module in an exception; plaintext is spoken to the own machine
-only, unless the caller insists; every attempt has a deadline (a deadline in the service config is
-broken in Python, grpc/grpc#40633, so it is set per call); gRPC's own retries are off, since a streaming
-call must be repeated with a fresh iterator (see `qflare_client.rpc.retry`).
+Invariants: no gRPC exception leaves this module; plaintext is used only on loopback, unless the caller permits it;
+every attempt has a deadline (a deadline in the service config is broken in Python, grpc/grpc#40633, so it is set per
+call); gRPC's own retries are off, because a streaming call must be retried with a new iterator (see
+`qflare_client.rpc.retry`).
 
-What it does not do: repeat, authenticate or verify.
+It does not retry, authenticate or verify.
 """
 
 import ipaddress
@@ -41,20 +41,20 @@ Q = TypeVar("Q")
 R = TypeVar("R")
 
 MAX_MESSAGE_BYTES = 16 * 2**20
-"""Largest message taken: a header with the chunk digests of 256 GiB, or some thousand statements."""
+"""Largest accepted message: a header with the chunk digests of 256 GiB, or about a thousand statements."""
 
 _DETAILS_KEY = "grpc-status-details-bin"
 
 _TLS_FAULTS: Final = {
-    "CERTIFICATE_VERIFY_FAILED": "no trusted authority vouches for the coordinator's certificate, or it has expired",
+    "CERTIFICATE_VERIFY_FAILED": "the coordinator's certificate is not from a trusted authority, or has expired",
     "Hostname Verification Check failed": "the coordinator's certificate is for another name",
     "WRONG_VERSION_NUMBER": "the coordinator does not speak TLS at this address",
     "Failed to create security handshaker": "the certificates or the key of this device cannot be used",
 }
-"""What gRPC says of a TLS handshake that fails however often it is repeated, and what it means."""
+"""gRPC's error texts for TLS handshakes that fail permanently, and their meanings."""
 
 _HTTP_REFUSAL: Final = re.compile(r"http2 header with status: (4\d\d)")
-"""What gRPC says of an answer that is not gRPC's: a proxy's."""
+"""gRPC's error text for a response that is not gRPC, such as a proxy's."""
 
 _TOO_LARGE: Final = "413"
 
@@ -62,35 +62,35 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_retries", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # One ping a minute finds a dead connection in the middle of a stream. Pings without a call would only
-    # wake radios, and servers with default settings would close the connection over them.
+    # One ping per minute detects a dead connection during a stream. Pings without a call would only wake radios, and
+    # servers with default settings would close the connection because of them.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 0),
-    # A restarted coordinator is found again in a second; the default backoff grows to two minutes.
+    # Reconnects to a restarted coordinator within a second; the default backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Clients in one process would otherwise share one connection, and its flow control.
+    # Clients in one process would otherwise share one connection and its flow control.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
 @dataclass(frozen=True)
 class Tls:
-    """How the coordinator proves its name, and this device its own where mutual TLS is asked for."""
+    """TLS settings: trusted authorities, and the client certificate for mutual TLS."""
 
     certificate_authorities: bytes | None = None
-    """PEM certificates that vouch for the coordinator; None means those of the system."""
+    """PEM certificate authorities of the coordinator; None means those of the system."""
 
     certificate_chain: bytes | None = None
-    """PEM certificate of this device with its issuers; None means no client certificate."""
+    """PEM certificate chain of this device; None means no client certificate."""
 
     private_key: bytes | None = None
-    """PEM key of that certificate."""
+    """PEM key of the client certificate."""
 
     server_name: str = ""
-    """Name in the coordinator's certificate where it is not the address's; empty means the address's."""
+    """Name in the coordinator's certificate; empty means the host of the address."""
 
     @classmethod
     def from_files(
@@ -112,11 +112,11 @@ class Tls:
 
 
 def trusting(tls: Tls | None, certificate_authorities: str) -> Tls | None:
-    """Return TLS settings with the authorities of a bootstrap bundle where they name none of their own.
+    """Return TLS settings with the authorities of a bootstrap bundle as the default.
 
     Args:
-        tls: What the caller gave; None for nothing.
-        certificate_authorities: PEM; empty for none.
+        tls: The caller's settings; None for none.
+        certificate_authorities: PEM certificates; empty for none.
     """
     if not certificate_authorities or (tls is not None and tls.certificate_authorities is not None):
         return tls
@@ -127,14 +127,14 @@ class Transport:
     """One channel to the coordinator. Thread-safe. Connects at the first call.
 
     Attributes:
-        lifetime: Until when calls go on.
+        lifetime: Deadline and cancellation of the calls.
 
     Args:
-        address: host:port, unix:path, or ipv4:IP:PORT,IP:PORT for several coordinators on one database, of which
-            the first that answers is used until it goes.
-        tls: How to speak TLS. None means TLS with the system's certificates, or plaintext when the
-            address is on this machine.
-        insecure: Speak plaintext to any address: for a network that protects the connection itself.
+        address: host:port, unix:path, or ipv4:IP:PORT,IP:PORT for several coordinators on one database, of which the
+            first that responds is used until its connection breaks.
+        tls: TLS settings. None means TLS with the system's certificates, or plaintext if the address is on this
+            machine.
+        insecure: Use plaintext with any address, on a network that protects the connection itself.
         timeout_s: Deadline of one attempt of a unary call, in seconds, above 0.
         transfer_timeout_s: Deadline of one attempt of a stream, in seconds, above 0.
     """
@@ -158,7 +158,7 @@ class Transport:
 
     @property
     def channel(self) -> grpc.Channel:
-        """The channel, for stubs of other services."""
+        """Channel for stubs of other services."""
         return self._channel
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ class Transport:
         """Make one attempt of a unary call.
 
         Raises:
-            QflareClientError: What the coordinator answered, or that it did not.
+            QflareClientError: The call failed.
         """
         options = {"timeout": timeout_s or self.timeout_s, "metadata": _traced(metadata)}
         with self._translated():
@@ -193,10 +193,10 @@ class Transport:
         metadata: Metadata = (),
         timeout_s: float | None = None,
     ) -> R:
-        """Make one attempt of a client stream; the iterator is spent by it.
+        """Make one attempt of a client stream; it consumes the iterator.
 
         Raises:
-            QflareClientError: What the coordinator answered, or that it did not.
+            QflareClientError: The call failed.
         """
         options = {"timeout": timeout_s or self.transfer_timeout_s, "metadata": _traced(metadata)}
         with self._translated(resumable=True):
@@ -214,7 +214,7 @@ class Transport:
         """Make one attempt of a server stream; closing the iterator cancels the call.
 
         Raises:
-            QflareClientError: While iterating: what the coordinator answered, or that it did not.
+            QflareClientError: While iterating: the call failed.
         """
         with self._translated(resumable=True):
             call = method(
@@ -227,7 +227,7 @@ class Transport:
                 call.cancel()
 
     def _answer(self, method: Any, requests: Any, options: dict[str, Any]) -> Any:
-        """Wait for the one answer of a call; one that is made in a loop can be cancelled."""
+        """Wait for the response of a call; a call made in a loop can be canceled."""
         bounds = self.lifetime.bounds
         if bounds is None or bounds.stop is None:
             return method(requests, **options)
@@ -239,15 +239,15 @@ class Transport:
                 except grpc.FutureTimeoutError:
                     continue
         finally:
-            call.cancel()  # does nothing to a call that has ended
+            call.cancel()  # no effect on a finished call
         raise UnavailableError("the loop was told to stop", reason="STOPPED")
 
     @contextmanager
     def _translated(self, *, resumable: bool = False) -> Iterator[None]:
-        """Turn what gRPC raises into this SDK's errors.
+        """Convert gRPC exceptions into errors of this SDK.
 
         Args:
-            resumable: The call goes on where it was when it is made again.
+            resumable: Whether a retry of the call resumes where it stopped.
         """
         if os.getpid() != self._process_id:
             raise ForkedError
@@ -257,7 +257,7 @@ class Transport:
         except grpc.RpcError as error:
             raise _translate(error, resumable=resumable) from None
         except ValueError:
-            self._require_open()  # gRPC says so of a channel that was closed meanwhile
+            self._require_open()  # gRPC raises this if the channel was closed meanwhile
             raise
 
     def _require_open(self) -> None:
@@ -267,7 +267,7 @@ class Transport:
 
 @contextmanager
 def _cancelled_in_time(call: Any, bounds: Bounds | None) -> Iterator[None]:
-    """Cancel a stream from another thread once the loop that reads it has to end."""
+    """Cancel a stream from another thread when the loop that reads it is stopped."""
     if bounds is None or bounds.stop is None:
         yield
         return
@@ -310,7 +310,7 @@ def _translate(error: Any, *, resumable: bool) -> QflareClientError:
 
 
 def _refused_on_the_way(text: str) -> QflareClientError | None:
-    """Return the error of a call that the coordinator never saw, and never will however often it is made."""
+    """Return the error of a call that never reached the coordinator, and never will."""
     for sign, meaning in _TLS_FAULTS.items():
         if sign in text:
             return TlsError(f"TLS: {meaning} ({text})")
@@ -320,7 +320,7 @@ def _refused_on_the_way(text: str) -> QflareClientError | None:
     status = refusal[1]
     hint = ": raise its limit on request bodies" if status == _TOO_LARGE else ""
     return ProxyRefusedError(
-        f"a proxy before the coordinator answers HTTP status {status}{hint}",
+        f"a proxy in front of the coordinator answers HTTP status {status}{hint}",
         reason=f"HTTP_{status}",
     )
 
@@ -330,7 +330,7 @@ def _unpacked(
 ) -> tuple[
     error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo | None, error_details_pb2.RequestInfo
 ]:
-    """Return the details of a status; what cannot be read counts as absent."""
+    """Return the details of a status; malformed details count as absent."""
     info, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
     retry: error_details_pb2.RetryInfo | None = None
     found = error_details_pb2.RetryInfo()
@@ -365,12 +365,12 @@ def _open_channel(address: str, tls: Tls | None, *, insecure: bool) -> grpc.Chan
 
 
 def proxy_options(address: str) -> list[tuple[str, int]]:
-    """Return channel options that keep calls within this machine away from the proxy of the environment."""
+    """Return channel options that bypass the environment's proxy for addresses on this machine."""
     return [("grpc.enable_http_proxy", 0)] if is_loopback(address) else []
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether an address cannot leave this machine: host:port, unix:path, or several as ipv4:IP:PORT,IP:PORT."""
+    """Return whether an address is on this machine: host:port, unix:path, or several as ipv4:IP:PORT,IP:PORT."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     if address.startswith(("ipv4:", "ipv6:")):
@@ -383,7 +383,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _host_of(address: str) -> str:
-    """Return the host of host:port; an IPv6 address has its port after brackets only."""
+    """Return the host of host:port; an IPv6 address with a port is in brackets."""
     bracketed = re.fullmatch(r"\[([^]]*)\](?::\d+)?", address)
     if bracketed is not None:
         return bracketed[1]

@@ -1,10 +1,10 @@
-"""The coordinator's audit log as this device watches it: heads only grow from one another.
+"""Audit-log monitoring: verifies that each head of the coordinator's audit log extends the previous one.
 
-The last verified head is kept in the key store. A coordinator that rewrote or cut its log cannot prove that its
-next head extends the kept one; one that shows different logs to different devices is found when their heads
-are compared.
+The last verified head is kept in the key store. A coordinator that rewrote or truncated its log cannot prove that its
+next head extends the kept one. A coordinator that shows different logs to different devices is detected by comparing
+their heads.
 
-What it does not do: read entries.
+It does not read entries.
 """
 
 from dataclasses import dataclass
@@ -41,10 +41,10 @@ class AuditHead:
     """Merkle root over them, 64 hex digits."""
 
     created_at: datetime
-    """When it was made, UTC."""
+    """Time of its signature, UTC."""
 
     envelope: security_pb2.SignedEnvelope
-    """The head as it was sent, with its signature: evidence to keep, and to compare with other devices'."""
+    """The head as received, with its signature, as evidence and for comparison with other devices."""
 
 
 def read_head(
@@ -53,9 +53,9 @@ def read_head(
     """Fetch the latest head, check that it extends the kept one, and keep it.
 
     Raises:
-        RewrittenLogError: It does not.
+        RewrittenLogError: It does not extend the kept one.
         InvalidStatementError: It is not signed by the coordinator.
-        KeyStoreError: The kept head is damaged, or the next cannot be written.
+        KeyStoreError: The kept head is damaged, or the new one cannot be written.
         QflareClientError: The call failed.
     """
     known = _kept_head(store)
@@ -73,13 +73,13 @@ def read_head(
         try:
             check_growth(known, head, answer.consistency)
         except StatementError as error:
-            raise RewrittenLogError(f"the audit log is not what it was: {error}") from error
+            raise RewrittenLogError(f"the audit log was rewritten: {error}") from error
     store.write_document(_DOCUMENT, {"head": head.SerializeToString().hex()})
     return AuditHead(head.size, head.root_digest, moment(head.create_time), answer.head)
 
 
 def _kept_head(store: KeyStore) -> security_pb2.TreeHead:
-    """Return the last verified head; an empty one when there is none."""
+    """Return the last verified head; an empty one if there is none."""
     try:
         data = store.read_document(_DOCUMENT).get("head", "")
         return security_pb2.TreeHead.FromString(bytes.fromhex(data))

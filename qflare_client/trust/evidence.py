@@ -1,6 +1,6 @@
-"""Evidence that can be checked offline: a version, its history, and the updates in it.
+"""Offline verification of evidence: a version, its history, and its updates.
 
-A file of evidence is a JSON object with these members; messages are in their proto3 JSON form:
+An evidence file is a JSON object with these members; messages are in their proto3 JSON form:
 
 * ``format``: ``"qflare-evidence-1"``,
 * ``realm``, ``training_session_id``: text,
@@ -10,10 +10,10 @@ A file of evidence is a JSON object with these members; messages are in their pr
   device), ``version``, ``proof`` (``InclusionProof``) and, optionally, ``enrollment_receipt``
   (``SignedEnvelope``), which ties the key to the device.
 
-`verify` believes nothing but the root key ids that it is given. It raises at the first thing that is
-wrong and otherwise says what is shown.
+`verify` trusts only the given root key ids. It raises an error at the first fault, and otherwise returns the verified
+facts.
 
-What it does not do: look into a database (see ``qflare-server verify``), or say that training was honest.
+It does not read a database (see ``qflare-server verify``), and cannot prove that training was honest.
 """
 
 import json
@@ -50,27 +50,27 @@ _FORMAT = "qflare-evidence-1"
 
 @dataclass(frozen=True)
 class UpdateEvidence:
-    """An update that is claimed to be in a version."""
+    """An update with the proof that it is in a version."""
 
     statement: security_pb2.SignedEnvelope
     """The device's statement."""
 
     public_key: security_pb2.PublicKey
-    """The key that signed it."""
+    """Public key of the device."""
 
     version: int
-    """Version that it is in."""
+    """Version that contains it."""
 
     proof: security_pb2.InclusionProof
     """Path from the update to the version's contributors digest."""
 
     enrollment_receipt: security_pb2.SignedEnvelope | None = None
-    """The coordinator's word that the key is the device's; None leaves that open."""
+    """Enrollment receipt that ties the key to the device; None leaves this unverified."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is to be checked."""
+    """Contents of an evidence file."""
 
     realm: str
     """Name of the deployment."""
@@ -79,7 +79,7 @@ class Evidence:
     """Training session, a UUID."""
 
     keyset: security_pb2.KeysetBundle
-    """All root documents, and the keyset."""
+    """All root documents and the keyset."""
 
     statements: Sequence[security_pb2.SignedEnvelope]
     """Statements of consecutive versions, ascending; at least one."""
@@ -88,7 +88,7 @@ class Evidence:
     """Updates."""
 
     def to_json(self) -> str:
-        """Return the file's text."""
+        """Return the text of the evidence file."""
         document = {
             "format": _FORMAT,
             "realm": self.realm,
@@ -101,10 +101,10 @@ class Evidence:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Evidence":
-        """Read the file's text; nothing in it is believed yet.
+        """Parse the text of an evidence file, without verifying it.
 
         Raises:
-            InvalidEvidenceError: It is no file of evidence.
+            InvalidEvidenceError: It is not an evidence file.
         """
         try:
             document = json.loads(text)
@@ -158,17 +158,17 @@ def verify(
     reference_time: datetime,
     model: Path | None = None,
 ) -> list[str]:
-    """Check evidence and say what it shows, a sentence for each thing.
+    """Verify evidence and return the verified facts, one sentence each.
 
     Args:
-        evidence: What to check.
-        root_key_ids: Ids of the keys of root document 1, known from elsewhere.
-        threshold: How many of them have to sign.
-        reference_time: The time at which keys must not have expired, aware.
-        model: A ``.safetensors`` file that is claimed to be the last version.
+        evidence: The evidence.
+        root_key_ids: Ids of the keys of root document 1, from a trusted source.
+        threshold: Required number of root signatures.
+        reference_time: Time at which the keys must be valid, timezone-aware.
+        model: A ``.safetensors`` file to compare with the last version.
 
     Raises:
-        InvalidEvidenceError: Something is not what it claims to be.
+        InvalidEvidenceError: Some part of the evidence does not verify.
     """
     try:
         return _verify(evidence, frozenset(root_key_ids), threshold, reference_time, model)

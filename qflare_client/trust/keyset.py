@@ -1,10 +1,10 @@
-"""What this device believes: the keyset, and with it whatever the coordinator has signed.
+"""Trusted keyset of the device, and verification of the coordinator's signatures with it.
 
-Invariants: a keyset that was accepted is stored before it is acted on, and none below it is ever accepted
-again; nothing is believed on an expired keyset. A signer that the keyset does not know makes the device
-ask once for a later one, then refuse.
+Invariants: an accepted keyset is stored before it is used, and no lower version is accepted afterwards; an expired
+keyset verifies nothing. If the keyset does not contain a signer, the device asks once for a later keyset and then
+refuses the signature.
 
-What it does not do: know the rules of keysets and statements (see `protocol.keysets`, `evidence.statements` and
+The rules of keysets and statements are elsewhere (see `protocol.keysets`, `evidence.statements` and
 `evidence.lineage`).
 """
 
@@ -59,7 +59,7 @@ _LINK_FIELDS = frozenset({"version", "parent_digest", "digest", "payload_digest"
 
 
 def utc_now() -> datetime:
-    """Return the time in UTC, aware."""
+    """Return the current UTC time, timezone-aware."""
     return datetime.now(UTC)
 
 
@@ -67,10 +67,10 @@ class Trust:
     """The trusted keyset of a device, kept in its key store. Thread-safe.
 
     Args:
-        store: Where it is kept.
-        calls: Calls without credentials, to fetch later keysets.
-        trusted: What was verified before, or the pins of a bootstrap bundle.
-        clock: The time in UTC, aware.
+        store: Key store of the device.
+        calls: Unauthenticated calls, to fetch later keysets.
+        trusted: The keyset verified before, or the pins of a bootstrap bundle.
+        clock: Returns the UTC time, timezone-aware.
     """
 
     def __init__(
@@ -94,16 +94,16 @@ class Trust:
         calls: Calls,
         algorithms: frozenset[Algorithm] = ONLINE_ALGORITHMS,
     ) -> Self:
-        """Start to trust: fetch the keyset and verify it against the keys of a bootstrap bundle.
+        """Fetch the first keyset and verify it against the root keys of a bootstrap bundle.
 
         Args:
-            store: Where trust is kept.
-            bundle: What the administrator handed over.
-            calls: Calls without credentials.
-            algorithms: What the coordinator's online signature keys may be, from here on.
+            store: Key store of the device.
+            bundle: Bootstrap bundle from the administrator.
+            calls: Unauthenticated calls.
+            algorithms: Accepted algorithms of the coordinator's online signature keys, from now on.
 
         Raises:
-            UntrustedKeysetError: It does not lead to them.
+            UntrustedKeysetError: It does not chain to the root keys.
             QflareClientError: The call failed.
         """
         with _untrusted():
@@ -113,10 +113,10 @@ class Trust:
 
     @classmethod
     def load(cls, store: KeyStore, calls: Calls) -> Self:
-        """Go on trusting what the key store holds.
+        """Load the trusted keyset from the key store.
 
         Raises:
-            KeyStoreError: It holds nothing, or it is damaged.
+            KeyStoreError: There is none, or it is damaged.
         """
         facts = store.read_document(_DOCUMENT)
         try:
@@ -127,7 +127,7 @@ class Trust:
                 frozenset(algorithm_named(name) for name in facts["algorithms"]),
             )
             bundle = security_pb2.KeysetBundle.FromString(bytes.fromhex(facts["bundle"]))
-            # What has expired since it was stored still says what must not be gone below.
+            # An expired keyset is still the lower bound for accepted versions.
             return cls(store, calls, pins.updated(bundle, _BEGINNING))
         except (KeyError, TypeError, ValueError, DecodeError) as error:
             raise KeyStoreError(f"{store.home / _DOCUMENT} is damaged: {error!r}") from error
@@ -139,14 +139,14 @@ class Trust:
 
     @property
     def bundle(self) -> security_pb2.KeysetBundle:
-        """Root documents and keyset as they were sent: evidence to keep."""
+        """Root documents and keyset as received, as evidence."""
         return self._trusted.bundle
 
     def refresh(self) -> None:
-        """Fetch the coordinator's keyset and believe it.
+        """Fetch the coordinator's keyset, verify and store it.
 
         Raises:
-            UntrustedKeysetError: It is not to be believed.
+            UntrustedKeysetError: It does not verify.
             QflareClientError: The call failed.
         """
         request = messages.GetKeysetRequest(known_root_version=self._trusted.root_version)
@@ -178,13 +178,13 @@ class Trust:
         """Return the coordinator's KEM key for enrollment and login.
 
         Raises:
-            UntrustedKeysetError: The keyset has expired and there is no later one.
+            UntrustedKeysetError: The keyset has expired, and there is no later one.
             QflareClientError: The call for a later one failed.
         """
         return self._current(lambda trusted, now: trusted.kem_key(now))
 
     def signature_keys(self, role: KeyRole) -> tuple[PublicKey, ...]:
-        """Return the coordinator's keys whose signatures count for a role.
+        """Return the coordinator's signature keys of a role.
 
         Raises:
             QflareClientError: As `session_key`.
@@ -194,7 +194,7 @@ class Trust:
     def keys_for(
         self, role: KeyRole, envelope: security_pb2.SignedEnvelope
     ) -> tuple[PublicKey, ...]:
-        """Return the keys of a role, of a later keyset if this one does not know who signed an envelope.
+        """Return the keys of a role, from a later keyset if the current one does not contain an envelope's signer.
 
         Raises:
             QflareClientError: As `session_key`.
@@ -207,7 +207,7 @@ class Trust:
         return keys
 
     def open_task(self, answer: messages.GetTaskResponse) -> security_pb2.TaskStatement:
-        """Verify a task, and that the answer around it says the same.
+        """Verify a task statement, and that the response agrees with it.
 
         Raises:
             InvalidStatementError: It is not signed by the coordinator, or about something else.
@@ -258,7 +258,7 @@ class Trust:
             )
 
     def _current(self, read: Callable[[TrustedKeyset, datetime], R]) -> R:
-        """Read from a keyset that has not expired."""
+        """Read from an unexpired keyset."""
         try:
             return read(self._trusted, self._clock())
         except ExpiredKeysetError:

@@ -1,11 +1,11 @@
-"""Checking files of evidence offline, whichever of the two forms they have.
+"""Offline verification of the two kinds of evidence: verification bundles and evidence files.
 
-* A *bundle* (``qflare.v1.VerificationBundle``, binary) is what an auditor exports from a coordinator: one
+* A *bundle* (``qflare.v1.VerificationBundle``, binary) is exported from a coordinator by an auditor: one
   version with all its updates, device keys and entries of the audit log.
-* A file of *evidence* (JSON, `qflare_client.trust.evidence`) is what a device collects: a history of versions, and its
-  own updates in them.
+* An *evidence file* (JSON, `qflare_client.trust.evidence`) is collected by a device: a history of versions, with the
+  device's own updates in them.
 
-What it does not do: call anybody, or read a clock.
+It makes no calls and reads no clock.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,17 +30,17 @@ def verify_file(
     reference_time: datetime,
     model: Path | None = None,
 ) -> list[str]:
-    """Check a file and say what it shows, a sentence for each thing.
+    """Verify a file and return the verified facts, one sentence each.
 
     Args:
-        path: A bundle or a file of evidence.
-        root_key_ids: Ids of the keys of root document 1, known from elsewhere.
-        threshold: How many of them have to sign.
-        reference_time: The time at which keys must not have expired, aware.
-        model: A ``.safetensors`` file that is claimed to be the last version.
+        path: A verification bundle or an evidence file.
+        root_key_ids: Ids of the keys of root document 1, from a trusted source.
+        threshold: Required number of root signatures.
+        reference_time: Time at which the keys must be valid, timezone-aware.
+        model: A ``.safetensors`` file to compare with the last version.
 
     Raises:
-        InvalidEvidenceError: The file cannot be read, or something in it is not what it claims to be.
+        InvalidEvidenceError: The file cannot be read, or some part of it does not verify.
     """
     try:
         data = path.read_bytes()

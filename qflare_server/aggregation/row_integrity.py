@@ -9,8 +9,8 @@ the version is made again from the same updates. It is not held against the devi
 It is checked where signatures are required (`ServerConfig.require_signatures`), but for the rounds of embedding
 programs, which vouch for their updates themselves.
 
-What it does not do: read payloads from the payload store (their digests are checked, and the bytes of payloads that lie
-in rows); decide whether a key of the history is the device's (`qflare_server.verification` does).
+It does not read payloads from the payload store (their digests are checked, and the bytes of payloads that lie in
+rows); decide whether a key of the history is the device's (`qflare_server.verification` does).
 """
 
 import hashlib

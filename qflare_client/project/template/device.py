@@ -1,9 +1,9 @@
-"""A device program: enrolls once, then trains and evaluates whenever the coordinator asks.
+"""A device program: enrolls once, then trains and evaluates on request of the coordinator.
 
     python3 device.py BUNDLE TRAINING_SESSION
 
-The model is a softmax regression on points that this program makes up. For a model and data of your own, replace
-`first_model`, `load_data`, `train` and `evaluate`; nothing else has to change.
+The model is a softmax regression on synthetic points. For a model and data of your own, replace `first_model`,
+`load_data`, `train` and `evaluate`; nothing else has to change.
 """
 
 import os
@@ -54,7 +54,7 @@ def measure(arrays, part):
 
 
 def train(arrays, config):
-    """Improve the global model on this device's data: return its tensors, the number of examples, and metrics."""
+    """Train the global model on this device's data; return the tensors, the number of examples, and metrics."""
     inputs, labels = INPUTS[TRAINING], LABELS[TRAINING]
     for _ in range(config.local_epochs):
         error = predict(arrays, inputs) - np.eye(CLASSES, dtype=np.float32)[labels]
@@ -64,12 +64,12 @@ def train(arrays, config):
 
 
 def evaluate(arrays, config):
-    """Measure a version on data that this device holds back from training."""
+    """Evaluate a version on data that is held out from training."""
     return HELD_OUT.stop - HELD_OUT.start, measure(arrays, HELD_OUT)
 
 
 def main(bundle, training_session):
-    """Enroll with a bundle, unless that was done before, and take part in a training session until it ends."""
+    """Enroll with a bundle unless already enrolled, and participate in a training session until it ends."""
     home = Path("devices") / bundle.stem
     enroll(bundle, home=home)
     with Client(home=home) as client:
