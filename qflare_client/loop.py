@@ -171,7 +171,7 @@ class _Loop:
         self._settle(self._client.send_kept())
         task = self._client.get_task(self._training_session_id, trains_only=self._evaluate is None)
         self.is_done = task.kind is TaskKind.DONE
-        return 0.0 if self.is_done else self._do(task)
+        return 0.0 if self.is_done else self._handle_task(task)
 
     def _settle(self, outcomes: Iterable[Receipt | RejectedError]) -> None:
         """Send updates that an outage or an earlier process left unsent, and count the results."""
@@ -186,7 +186,7 @@ class _Loop:
         self.summary.update_count += 1
         self._on_receipt(receipt)
 
-    def _do(self, task: Task) -> float:
+    def _handle_task(self, task: Task) -> float:
         """Execute a task and return the pause before the next poll in seconds."""
         try:
             if task.kind is TaskKind.TRAIN:

@@ -95,7 +95,7 @@ class SealContext:
     device_id: str = ""
 
     @classmethod
-    def of_update(cls, statement: security_pb2.UpdateStatement) -> Self:
+    def from_update(cls, statement: security_pb2.UpdateStatement) -> Self:
         """Return the context of an update payload."""
         return cls(
             statement.realm,
@@ -107,7 +107,7 @@ class SealContext:
         )
 
     @classmethod
-    def of_model(cls, statement: security_pb2.ModelStatement) -> Self:
+    def from_model(cls, statement: security_pb2.ModelStatement) -> Self:
         """Return the context of a model payload: the version that it was sealed for."""
         return cls(
             statement.realm,

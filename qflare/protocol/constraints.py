@@ -85,7 +85,7 @@ class _FullError(Exception):
     """`MAX_VIOLATIONS` violations have been found."""
 
 
-class _Found(list[Violation]):
+class _Violations(list[Violation]):
     """Violations of a message, up to `MAX_VIOLATIONS`."""
 
     def add(self, field: str, description: str) -> None:
@@ -97,7 +97,7 @@ class _Found(list[Violation]):
 _Explain: TypeAlias = Callable[[Any], str | None]
 """Returns what is wrong with a value, None if nothing is."""
 
-_FieldCheck: TypeAlias = Callable[[Any, str, _Found], None]
+_FieldCheck: TypeAlias = Callable[[Any, str, _Violations], None]
 """Checks one field of a message, given the path of the message."""
 
 
@@ -108,7 +108,7 @@ def find_violations(message: Message, prefix: str = "") -> list[Violation]:
         message: Any message; one without annotations has the constraints that every field has.
         prefix: Path of the message within what the caller sent, ending with a dot unless it is empty.
     """
-    found = _Found()
+    found = _Violations()
     with suppress(_FullError):
         _checks_of(message.DESCRIPTOR).check(message, prefix, found)
     return found
@@ -121,7 +121,7 @@ class _MessageChecks:
         self._descriptor = descriptor
         self._checks: tuple[_FieldCheck, ...] | None = None
 
-    def check(self, message: Any, path: str, found: _Found) -> None:
+    def check(self, message: Any, path: str, found: _Violations) -> None:
         checks = self._checks
         if checks is None:
             checks = self._checks = tuple(map(_field_check, self._descriptor.fields))
@@ -160,7 +160,7 @@ def _scalar_check(field: FieldDescriptor, constraint: constraints_pb2.Constraint
     name, required, presence = field.name, constraint.required, field.has_presence
     explain = _scalar_rule(field, constraint)
 
-    def check(message: Any, path: str, found: _Found) -> None:
+    def check(message: Any, path: str, found: _Violations) -> None:
         value = getattr(message, name)
         if message.HasField(name) if presence else value:
             problem = explain(value)
@@ -178,7 +178,7 @@ def _submessage_check(
     name, required = field.name, constraint.required
     descend = None if constraint.checked_by_method else _value_check(field, constraint)
 
-    def check(message: Any, path: str, found: _Found) -> None:
+    def check(message: Any, path: str, found: _Violations) -> None:
         if not message.HasField(name):
             if required:
                 found.add(path + name, "required")
@@ -193,7 +193,7 @@ def _list_check(field: FieldDescriptor, constraint: constraints_pb2.Constraint) 
     most = constraint.max_items or DEFAULT_MAX_ITEMS
     descend = _value_check(field, constraint)
 
-    def check(message: Any, path: str, found: _Found) -> None:
+    def check(message: Any, path: str, found: _Violations) -> None:
         items = getattr(message, name)
         if not items:
             if required:
@@ -215,7 +215,7 @@ def _map_check(field: FieldDescriptor, constraint: constraints_pb2.Constraint) -
     assert entry is not None
     descend = _value_check(entry.fields_by_name["value"], constraint)
 
-    def check(message: Any, path: str, found: _Found) -> None:
+    def check(message: Any, path: str, found: _Violations) -> None:
         entries = getattr(message, name)
         if len(entries) > most:
             found.add(path + name, f"got {len(entries)} entries, want at most {most}")
@@ -233,7 +233,7 @@ def _map_check(field: FieldDescriptor, constraint: constraints_pb2.Constraint) -
 
 def _value_check(
     field: FieldDescriptor, constraint: constraints_pb2.Constraint
-) -> Callable[[Any, str, _Found], None]:
+) -> Callable[[Any, str, _Violations], None]:
     """Return the check of a present value, called with its path."""
     kind = field.message_type
     if kind is None:
@@ -246,8 +246,8 @@ def _value_check(
     return lambda value, path, found: checks.check(value, path + ".", found)
 
 
-def _explained(explain: _Explain) -> Callable[[Any, str, _Found], None]:
-    def check(value: Any, path: str, found: _Found) -> None:
+def _explained(explain: _Explain) -> Callable[[Any, str, _Violations], None]:
+    def check(value: Any, path: str, found: _Violations) -> None:
         problem = explain(value)
         if problem is not None:
             found.add(path, problem)

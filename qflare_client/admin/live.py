@@ -24,7 +24,7 @@ BAR_WIDTH: Final = 24
 LEAST_BAR_WIDTH: Final = 6
 ATTEMPTS: Final = 10
 SHOWN_METRICS: Final = ("accuracy", "loss", "train_accuracy", "train_loss")
-OVER: Final = frozenset(
+ENDED: Final = frozenset(
     {
         training_pb2.TRAINING_SESSION_STATE_COMPLETED,
         training_pb2.TRAINING_SESSION_STATE_CANCELLED,
@@ -68,7 +68,7 @@ def events(admin: Admin, session_id: str, for_s: float | None) -> Iterator[Any]:
         try:
             for event in admin.receive("WatchTrainingSession", request):
                 failures = 0
-                over = event.training_session.state in OVER
+                over = event.training_session.state in ENDED
                 if event.HasField("round"):
                     request.known_round_number = max(0, event.round.round_number - 1)
                 yield event

@@ -95,16 +95,16 @@ class KeyStore:
             # Closing the file would not release the lock if the process was forked outside of Python.
             with suppress(OSError):
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
-            self._let_go()
+            self._close_lock()
 
-    def _let_go(self) -> None:
+    def _close_lock(self) -> None:
         os.close(self._lock)
         self._lock = -1
 
     def leave_to_parent(self) -> None:
         """Close the lock in a forked process: it belongs to the process that opened the store."""
         if self._lock >= 0:
-            self._let_go()
+            self._close_lock()
             self._was_forked = True
 
     def _require_open(self) -> None:

@@ -133,7 +133,7 @@ class _File:
 
 @dataclass(frozen=True)
 class KeptPayload:
-    """Plaintext payload of a kept update: an `Outgoing` read from its file."""
+    """Plaintext payload of a kept update: an `OutgoingPayload` read from its file."""
 
     manifest: Manifest
     digest: str
@@ -160,7 +160,7 @@ class KeptPayload:
 
 @dataclass(frozen=True)
 class KeptSegments:
-    """Segments of a kept sealed update: an `Outgoing` read from its file."""
+    """Segments of a kept sealed update: an `OutgoingPayload` read from its file."""
 
     manifest: Manifest
     chunk_digests: bytes

@@ -39,7 +39,7 @@ class ModelOpener:
         recipients = [wrapped.recipient_key_id for wrapped in sealed.wrapped_keys]
         if recipients != [key.public.key_id]:
             raise CorruptModelError("the version is not sealed for this device's current key")
-        context = SealContext.of_model(statement)
+        context = SealContext.from_model(statement)
         try:
             payload_key = PayloadKey.unwrap(
                 sealed.header, sealed.wrapped_keys[0], context, key.decapsulate

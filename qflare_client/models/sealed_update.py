@@ -52,7 +52,9 @@ class SealedPayload:
     ) -> None:
         self.manifest = payload.manifest
         self._payload = payload
-        self._sealer = PayloadSealer(SealContext.of_update(statement), payload.manifest.size_bytes)
+        self._sealer = PayloadSealer(
+            SealContext.from_update(statement), payload.manifest.size_bytes
+        )
         self.size_bytes = sealed_size_bytes(payload.manifest.size_bytes)
         leaf_hashes = list(hashed(self.chunks_from(0)))
         self.chunk_digests = b"".join(leaf_hashes)

@@ -77,7 +77,7 @@ class Receipt:
         )
 
 
-class Outgoing(Protocol):
+class OutgoingPayload(Protocol):
     """The transmitted bytes of an update."""
 
     @property
@@ -177,7 +177,7 @@ class Upload:
         calls: Calls,
         update_id: str,
         statement: security_pb2.SignedEnvelope,
-        payload: Outgoing,
+        payload: OutgoingPayload,
         *,
         progress: ProgressHook,
         resumes: bool = False,
@@ -222,7 +222,7 @@ class Upload:
         requests = self._requests(first, attempts.patience)
         first_message = next(requests)
         metadata = attempts.metadata(first_message)
-        rest = _Rest(requests)
+        rest = _FollowingRequests(requests)
         try:
             return transport.send(
                 transport.stub.SubmitUpdate,
@@ -261,7 +261,7 @@ class Upload:
             yield messages.SubmitUpdateRequest(header=header)
 
 
-class _Rest:
+class _FollowingRequests:
     """Request iterator that gRPC consumes in its own thread; it stores the error raised there.
 
     Attributes:

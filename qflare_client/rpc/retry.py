@@ -49,7 +49,7 @@ class RetryPolicy:
         return at_least_s + random.uniform(0.0, ceiling_s)  # noqa: S311  # no secret
 
 
-class Waiting(Protocol):
+class Waiter(Protocol):
     """Interruptible wait, implemented by events and lifetimes."""
 
     def wait(self, timeout: float, /) -> bool:
@@ -69,7 +69,7 @@ class Patience:
     def __init__(
         self,
         policy: RetryPolicy,
-        waiting: Waiting,
+        waiting: Waiter,
         clock: Callable[[], float] = time.monotonic,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:

@@ -45,7 +45,7 @@ from qflare_server.aggregation.row_integrity import RowIntegrity
 from qflare_server.context import Context
 from qflare_server.errors import GlobalModelNotFoundError, InvalidUpdateError
 from qflare_server.payloads.reader import PayloadBytes
-from qflare_server.payloads.sealed_receiver import seal_context
+from qflare_server.payloads.sealed_receiver import version_seal_context
 from qflare_server.payloads.writer import PayloadWriter, VersionWriter
 from qflare_server.storage.payload_records import (
     Download,
@@ -379,8 +379,8 @@ class RoundFold:
                     vectors[name].feed(values.astype("<f8", copy=False).tobytes())
                 yield piece.weights
 
-        manifest, belongs_to = self.plan.manifest, self._belongs_to()
-        writer = VersionWriter(self._context, executor, manifest, self._download, at, belongs_to)
+        manifest, seal_context = self.plan.manifest, self._seal_context()
+        writer = VersionWriter(self._context, executor, manifest, self._download, at, seal_context)
         payload, download = writer.write(write_payload(manifest, slices(), self._integers()))
         kept = {name: vector.finish() for name, vector in vectors.items()}
         return WrittenVersion(payload, kept, download)
@@ -399,12 +399,12 @@ class RoundFold:
         self, executor: ThreadPoolExecutor, layout: Manifest, at: datetime, state_name: str
     ) -> PayloadWriter:
         """Return what writes something that is kept of the version under a name."""
-        return PayloadWriter(self._context, executor, layout, at, self._belongs_to(state_name))
+        return PayloadWriter(self._context, executor, layout, at, self._seal_context(state_name))
 
-    def _belongs_to(self, state_name: str = "") -> SealContext | None:
+    def _seal_context(self, state_name: str = "") -> SealContext | None:
         """Return what the version, or what is kept of it under a name, is sealed for; None where nothing is sealed."""
         plan = self.plan
-        return seal_context(
+        return version_seal_context(
             self._context,
             plan.config,
             plan.training_session_id,

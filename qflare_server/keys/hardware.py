@@ -61,7 +61,7 @@ class _SigningContext(ctypes.Structure):
     )
 
 
-class _Held(NamedTuple):
+class _HardwareKey(NamedTuple):
     """A signature key in a token."""
 
     role: Role
@@ -155,7 +155,7 @@ class Pkcs11Module:
                 "the PKCS#11 token has no ML-DSA: set QFLARE_PKCS11_SIGNING=false to keep"
                 " signature keys in the key file, or use another token"
             )
-        self._keys: dict[str, _Held] = {}
+        self._keys: dict[str, _HardwareKey] = {}
         if signs:
             self._load()
 
@@ -201,7 +201,7 @@ class Pkcs11Module:
             key = PublicKey(algorithm, bytes(public[attribute.VALUE]))
             for half in (public, private):
                 half[attribute.ID] = bytes.fromhex(key.key_id)
-        self._keys[key.key_id] = _Held(role, key, private)
+        self._keys[key.key_id] = _HardwareKey(role, key, private)
         self._test(key)
         return key
 
@@ -254,7 +254,7 @@ class Pkcs11Module:
         for public in fresh:
             self._test(public)
 
-    def _held_keys(self) -> Iterator[tuple[str, _Held]]:
+    def _held_keys(self) -> Iterator[tuple[str, _HardwareKey]]:
         attribute, classes = self._api.Attribute, self._api.ObjectClass
         wanted = {attribute.CLASS: classes.PUBLIC_KEY, attribute.KEY_TYPE: self._api.KeyType.ML_DSA}
         for half in list(self._session.get_objects(wanted)):
@@ -266,7 +266,7 @@ class Pkcs11Module:
             private = self._session.get_key(
                 object_class=classes.PRIVATE_KEY, id=bytes.fromhex(public.key_id)
             )
-            yield public.key_id, _Held(role, public, private)
+            yield public.key_id, _HardwareKey(role, public, private)
 
     def _test(self, key: PublicKey) -> None:
         """Sign in the token and verify outside, under a context."""

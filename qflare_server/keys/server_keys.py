@@ -73,7 +73,7 @@ class _HeldKey:
         return self._provider.sign(self._public.key_id, context, message)
 
 
-class _Holding:
+class _HeldKeys:
     """What a provider holds, by key id."""
 
     def __init__(self, provider: KeyProvider) -> None:
@@ -122,7 +122,7 @@ class ServerKeys:
         self._looked_at = clock()
         self._pinned = trust_from_bundle(ring.realm, ring.bundle)
         self._trust = publish(database, self._pinned, self._pinned, clock())
-        self._holding = _Holding(self._provide(ring))
+        self._held_keys = _HeldKeys(self._provide(ring))
         self.realm: Final = ring.realm
         self.state_key: Final = ring.state_key
         self.earlier_state_keys: Final = ring.earlier_state_keys
@@ -154,7 +154,7 @@ class ServerKeys:
         """
         trust = self._current()
         for key_id in trust.key_ids(role):
-            signer = self._holding.signers.get(key_id)
+            signer = self._held_keys.signers.get(key_id)
             if signer is not None:
                 check_form(CONTEXTS[role], payload)
                 return sign_envelope(signer, CONTEXTS[role], payload)
@@ -169,7 +169,7 @@ class ServerKeys:
         """
         accepted = self._current().key_ids(security_pb2.KEY_ROLE_SESSION_KEM)
         wanted = key_id if key_id in accepted else ""
-        return self._holding.provider.decapsulate(wanted, encapsulation)
+        return self._held_keys.provider.decapsulate(wanted, encapsulation)
 
     def bundle(self, known_root_version: int = 0) -> security_pb2.KeysetBundle:
         """Return the keyset in force and the root documents after a version."""
@@ -217,13 +217,13 @@ class ServerKeys:
             logger.info("keyset in force: version=%d", found.keyset.version)
 
     def _hold(self, trust: Trust) -> None:
-        if self._holding.covers(trust) or self._reread is None:
+        if self._held_keys.covers(trust) or self._reread is None:
             return
         try:
-            self._holding = _Holding(self._provide(self._reread()))
+            self._held_keys = _HeldKeys(self._provide(self._reread()))
         except KeyStoreError as error:
             logger.error("cannot read the key file again: %s", error)  # noqa: TRY400 - no fault of ours
-        if not self._holding.covers(trust):
+        if not self._held_keys.covers(trust):
             logger.error("keyset %d names keys that are not held here", trust.keyset.version)
 
     def _warn(self) -> None:

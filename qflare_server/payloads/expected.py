@@ -18,12 +18,12 @@ class SealedArrival:
 
     Attributes:
         message: Header, and content key wrapped for the coordinator; well-formed.
-        belongs_to: Context that the seal must be bound to.
+        seal_context: Context that the seal must be bound to.
         wire_digest: Merkle root over the segments, 64 hex digits.
     """
 
     message: security_pb2.SealedPayloadHeader
-    belongs_to: SealContext
+    seal_context: SealContext
     wire_digest: str
 
 

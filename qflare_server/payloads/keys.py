@@ -34,7 +34,7 @@ _ASSOCIATED: Final = b"qflare/v1/key of payload "
 
 
 def take_key(
-    context: Context, message: security_pb2.SealedPayloadHeader, belongs_to: SealContext
+    context: Context, message: security_pb2.SealedPayloadHeader, seal_context: SealContext
 ) -> PayloadKey:
     """Unwrap the content key of a payload that a device sealed to the coordinator.
 
@@ -47,7 +47,7 @@ def take_key(
     wrapped = message.wrapped_keys[0]
     decapsulate = partial(context.decapsulate, wrapped.recipient_key_id)
     try:
-        return PayloadKey.unwrap(message.header, wrapped, belongs_to, decapsulate)
+        return PayloadKey.unwrap(message.header, wrapped, seal_context, decapsulate)
     except UnknownKeyError as error:
         raise SealKeyNotAcceptedError(
             f"sealed: key {wrapped.recipient_key_id[:64]} is not in the keyset"

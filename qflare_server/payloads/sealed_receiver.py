@@ -61,7 +61,7 @@ class OpeningReceiver(Receiver):
         key = (
             restore_key(context, payload_id, Seal(self._header, stored_key))
             if stored_key
-            else take_key(context, arrival.message, arrival.belongs_to)
+            else take_key(context, arrival.message, arrival.seal_context)
         )
         self._opener = PayloadOpener(key, expected.manifest.size_bytes)
         self._content = PieceHasher()
@@ -103,7 +103,7 @@ class SealingReceiver(Receiver):
         context: The coordinator's parts.
         executor: Runs the writes of large payloads.
         expected: Layout, size and digests of the plaintext; already checked.
-        belongs_to: Context that the seal is bound to.
+        seal_context: Context that the seal is bound to.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class SealingReceiver(Receiver):
         context: Context,
         executor: ThreadPoolExecutor,
         expected: ExpectedPayload,
-        belongs_to: SealContext,
+        seal_context: SealContext,
     ) -> None:
         super().__init__(context, executor, expected)
         self._kept_bytes = sealed_size_bytes(self._size_bytes)
         self.is_large = self._kept_bytes > context.config.inline_payload_bytes
-        self._sealer = PayloadSealer(belongs_to, self._size_bytes)
+        self._sealer = PayloadSealer(seal_context, self._size_bytes)
         self._segments: list[bytes] = []  # their leaf hashes
         self._rest = bytearray()
 
@@ -160,7 +160,7 @@ class SealingReceiver(Receiver):
         )
 
 
-def seal_context(
+def version_seal_context(
     context: Context,
     config: training_pb2.TrainingConfig,
     training_session_id: str,
@@ -188,9 +188,9 @@ def receiver_of(
     context: Context,
     executor: ThreadPoolExecutor,
     expected: ExpectedPayload,
-    belongs_to: SealContext | None,
+    seal_context: SealContext | None,
 ) -> Receiver:
     """Return a receiver of plaintext, which seals it if a context is given."""
-    if belongs_to is None:
+    if seal_context is None:
         return Receiver(context, executor, expected)
-    return SealingReceiver(context, executor, expected, belongs_to)
+    return SealingReceiver(context, executor, expected, seal_context)

@@ -26,9 +26,9 @@ class PayloadWriter:
         executor: ThreadPoolExecutor,
         manifest: Manifest,
         at: datetime,
-        belongs_to: SealContext | None = None,
+        seal_context: SealContext | None = None,
     ) -> None:
-        self._receiver = receiver_of(context, executor, ExpectedPayload(manifest), belongs_to)
+        self._receiver = receiver_of(context, executor, ExpectedPayload(manifest), seal_context)
         self._rest = bytearray()
         if self._receiver.is_large:
             payload_id = self._receiver.payload_id
@@ -67,7 +67,7 @@ class VersionWriter:
         manifest: Layout of the model.
         encoding: Encoding of the download; with FULL_PRECISION devices download the payload itself.
         at: Time of creation.
-        belongs_to: Context that the payload is sealed for; None if it is not sealed.
+        seal_context: Context that the payload is sealed for; None if it is not sealed.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class VersionWriter:
         manifest: Manifest,
         encoding: Encoding,
         at: datetime,
-        belongs_to: SealContext | None = None,
+        seal_context: SealContext | None = None,
     ) -> None:
         self._context = context
         self._executor = executor
         self._manifest = manifest
         self._encoding = encoding
         self._at = at
-        self._belongs_to = belongs_to
+        self._seal_context = seal_context
 
     def write(self, chunks: Iterable[bytes]) -> tuple[ReceivedPayload, Download | None]:
         """Write both payloads.
@@ -94,7 +94,7 @@ class VersionWriter:
             InvalidPayloadError: Raised by `chunks`.
         """
         writer = PayloadWriter(
-            self._context, self._executor, self._manifest, self._at, self._belongs_to
+            self._context, self._executor, self._manifest, self._at, self._seal_context
         )
 
         def written() -> Iterator[bytes]:

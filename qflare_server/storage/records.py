@@ -304,6 +304,6 @@ class Rows(Generic[R]):
         row = session.connection().execute(query, parameters).one_or_none()
         return None if row is None else self._record._make(row)
 
-    def of(self, values: Sequence[Any]) -> R:
+    def from_values(self, values: Sequence[Any]) -> R:
         """Return the record of the values of `columns`."""
         return self._record._make(values)

@@ -77,7 +77,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class MadeVersion:
     """A version a strategy made: weights, state vectors and facts."""
 
     weights: Vector
@@ -95,7 +95,7 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunOptions:
     """How an aggregation is run."""
 
     thread_count: int = 1
@@ -144,10 +144,10 @@ def make_version(
     strategy: Strategy,
     base: NDArray[np.floating],
     contributions: Iterable[Contribution],
-    running: Running | None = None,
-) -> Made:
+    running: RunOptions | None = None,
+) -> MadeVersion:
     """Run one aggregation to its end and check that its slices cover the model once, in order."""
-    how = running or Running()
+    how = running or RunOptions()
     aggregation = begin(
         strategy,
         base.size,
@@ -172,7 +172,7 @@ def make_version(
             vectors[name][piece.start : piece.stop] = vector
         position = piece.stop
     _require(position == base.size, f"the slices end at {position} of {base.size} elements")
-    return Made(weights, vectors, aggregation.outcome)
+    return MadeVersion(weights, vectors, aggregation.outcome)
 
 
 def _require(held: bool, message: str) -> None:
@@ -180,7 +180,7 @@ def _require(held: bool, message: str) -> None:
         raise StrategyContractError(message)
 
 
-def _same_bytes(one: Made, other: Made, what: str) -> None:
+def _same_bytes(one: MadeVersion, other: MadeVersion, what: str) -> None:
     """Compare weights, state vectors and numbers byte by byte."""
     _require(one.weights.tobytes() == other.weights.tobytes(), f"the weights depend on {what}")
     for name, vector in one.vectors.items():
@@ -198,8 +198,8 @@ def check_slicing(strategy: Strategy, data: Sample) -> None:
         StrategyContractError: The message says what changed the bytes.
     """
     plain = make_version(strategy, data.base, data.contributions())
-    small = Running(budget_bytes=1)
-    threads = Running(thread_count=3, budget_bytes=4 * 1024 * 1024)
+    small = RunOptions(budget_bytes=1)
+    threads = RunOptions(thread_count=3, budget_bytes=4 * 1024 * 1024)
     _same_bytes(plain, make_version(strategy, data.base, data.contributions(), small), "the slice")
     _same_bytes(
         plain, make_version(strategy, data.base, data.contributions(), threads), "the threads"
@@ -218,7 +218,7 @@ def check_crash_exactness(strategy: Strategy, data: Sample, version_count: int =
     prior, base = Prior(), data.base.astype(np.float64)
     for version in range(1, version_count + 1):
         updates = _rotated(data, version)
-        running = Running(prior=prior)
+        running = RunOptions(prior=prior)
         first = make_version(strategy, base, updates, running)
         again = make_version(strategy, base, updates, running)
         _same_bytes(first, again, f"whether version {version} was begun before")

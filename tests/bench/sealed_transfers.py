@@ -70,7 +70,7 @@ def _submission(
     recipient: KemPublicKey,
 ) -> Call:
     """Return the upload of a sealed update."""
-    sealer = PayloadSealer(SealContext.of_update(statement), model.size_bytes)
+    sealer = PayloadSealer(SealContext.from_update(statement), model.size_bytes)
     segments = list(sealer.seal(model.chunks))
     hasher = PayloadHasher()
     for segment in segments:

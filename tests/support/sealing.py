@@ -84,8 +84,8 @@ def seal(
         spoil: Changes the segments before they are hashed and signed, as a dishonest device might.
         context: What is other than it ought to be in the context that it is sealed for.
     """
-    belongs_to = replace(SealContext.of_update(draft.statement), **context)
-    sealer = PayloadSealer(belongs_to, len(draft.payload))
+    seal_context = replace(SealContext.from_update(draft.statement), **context)
+    sealer = PayloadSealer(seal_context, len(draft.payload))
     segments = spoil(list(sealer.seal([draft.payload])))
     leaf_hashes = [merkle.leaf_hash(segment) for segment in segments]
     draft.payload = b"".join(segments)

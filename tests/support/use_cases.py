@@ -170,7 +170,7 @@ class Draft:
 
     def seal(self, recipient: KemPublicKey) -> None:
         """Seal the update, as a device does for a training session that asks for it."""
-        sealer = PayloadSealer(SealContext.of_update(self.statement), self.statement.size_bytes)
+        sealer = PayloadSealer(SealContext.from_update(self.statement), self.statement.size_bytes)
         segments = list(sealer.seal(piece for _, piece in self.chunks))
         self.chunks = list(enumerate(segments))
         self.state_digests()

@@ -24,7 +24,7 @@ class Alert:
     link: str
 
 
-def findings(report: Report, *, draining: bool) -> list[Alert]:
+def find_alerts(report: Report, *, draining: bool) -> list[Alert]:
     """Return what is not as it should be, worst first."""
     found = [*_serving(report, draining=draining), *_work(report), *_fleet(report)]
     return sorted(found, key=lambda item: LEVELS.index(item.level))
@@ -36,7 +36,7 @@ def worst(found: Sequence[Alert]) -> str:
     return next((level for level in LEVELS if level in levels and level != "note"), "good")
 
 
-def of_audit(counts: Mapping[str, int]) -> list[Alert]:
+def find_audit_alerts(counts: Mapping[str, int]) -> list[Alert]:
     """Return what the audit log of the last day gives to think about."""
     return [
         Alert(

@@ -81,31 +81,31 @@ class DatabaseCollector(Collector):
             request = PageRequest(MAX_SESSIONS)
             running = TrainingSessionState.RUNNING.value
             found = _newest(training_sessions.list_sessions(session, request, running).rows)
-        yield _of_sessions(
+        yield _session_gauge(
             "qflare_training_session_round",
             "Current round",
             found,
             lambda item: item.current_round,
         )
-        yield _of_sessions(
+        yield _session_gauge(
             "qflare_training_session_version",
             "Latest version",
             found,
             lambda item: item.current_version,
         )
-        yield _of_sessions(
+        yield _session_gauge(
             "qflare_training_session_best_accuracy",
             "Best accuracy of any version",
             found,
             lambda item: item.best_accuracy,
         )
-        yield _of_sessions(
+        yield _session_gauge(
             "qflare_privacy_epsilon_spent",
             "Epsilon spent",
             found,
             lambda item: item.epsilon_spent,
         )
-        yield _of_sessions(
+        yield _session_gauge(
             "qflare_privacy_epsilon_budget",
             "Epsilon that may be spent",
             found,
@@ -132,7 +132,7 @@ def _by_state(name: str, text: str, counts: Mapping[str, int]) -> GaugeMetricFam
     return family
 
 
-def _of_sessions(
+def _session_gauge(
     name: str,
     text: str,
     found: Sequence[TrainingSession],

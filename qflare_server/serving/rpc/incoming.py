@@ -154,7 +154,7 @@ class IncomingCall:
         """Have the call answered in this thread, unless it is over."""
         if not self.is_over:
             self._answer()
-        self._let_go()
+        self._release()
 
     def _answer(self) -> None:
         self._run(
@@ -174,13 +174,13 @@ class IncomingCall:
                 self._state.trailing_metadata = refusal.trailing_metadata
                 code = refusal.code.value[0]
                 _server._abort(self._state, self._event.call, code, refusal.text)  # noqa: SLF001
-        self._let_go()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         """Break the circles of references, so that the memory of a call is free at once, not at a collection."""
         self._on_message = _ignore
         self.task = _nothing
-        self.messages.let_go()
+        self.messages.stop_receiving()
 
     def cancel(self) -> None:
         """End the call whatever its thread is doing; the caller learns no more than that."""

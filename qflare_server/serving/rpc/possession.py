@@ -19,7 +19,7 @@ from qflare_server.use_cases.access.login import Login
 _BEHAVIOURS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
-class _Received(NamedTuple):
+class _ReceivedRequest(NamedTuple):
     """A request message and the bytes that it was read from."""
 
     data: bytes
@@ -67,14 +67,14 @@ class PossessionInterceptor(grpc.ServerInterceptor):
         return check
 
 
-def _reader(parse: Callable[[bytes], Any]) -> Callable[[bytes], _Received]:
-    return lambda data: _Received(data, parse(data))
+def _reader(parse: Callable[[bytes], Any]) -> Callable[[bytes], _ReceivedRequest]:
+    return lambda data: _ReceivedRequest(data, parse(data))
 
 
 def _checked(
     behavior: Callable[..., Any], check: Callable[[bytes], None]
-) -> Callable[[_Received, grpc.ServicerContext], Any]:
-    def call(request: _Received, context: grpc.ServicerContext) -> Any:
+) -> Callable[[_ReceivedRequest, grpc.ServicerContext], Any]:
+    def call(request: _ReceivedRequest, context: grpc.ServicerContext) -> Any:
         check(request.data)
         return behavior(request.message, context)
 
@@ -83,8 +83,8 @@ def _checked(
 
 def _checked_stream(
     behavior: Callable[..., Any], check: Callable[[bytes], None]
-) -> Callable[[Iterator[_Received], grpc.ServicerContext], Any]:
-    def call(requests: Iterator[_Received], context: grpc.ServicerContext) -> Any:
+) -> Callable[[Iterator[_ReceivedRequest], grpc.ServicerContext], Any]:
+    def call(requests: Iterator[_ReceivedRequest], context: grpc.ServicerContext) -> Any:
         first = next(requests, None)
         check(b"" if first is None else first.data)
         received = requests if first is None else chain((first,), requests)

@@ -140,7 +140,7 @@ class MessageStream:
             self._ending = self._ending or ending
             self._changed.notify()
 
-    def let_go(self) -> None:
+    def stop_receiving(self) -> None:
         """Ask for nothing more: nobody consumes the messages."""
         with self._changed:
             self._ending = self._ending or END

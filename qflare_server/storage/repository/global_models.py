@@ -102,8 +102,8 @@ def find_served(
     model, payload = values[: len(_MODELS.columns)], values[len(_MODELS.columns) :]
     return (
         wanted_version,
-        None if model[0] is None else _MODELS.of(model),
-        None if payload[0] is None else _PAYLOADS.of(payload),
+        None if model[0] is None else _MODELS.from_values(model),
+        None if payload[0] is None else _PAYLOADS.from_values(payload),
     )
 
 

@@ -39,7 +39,7 @@ SUBJECT: Final = "dashboard"
 
 
 @dataclass(frozen=True)
-class _LoggedIn:
+class _DashboardSession:
     token_hash: str = field(repr=False)
     expires_at: datetime
 
@@ -53,7 +53,7 @@ class DashboardLogin:
         self._refusals = FailedAttempts(context)
         self._attempts = RateLimiter(ATTEMPTS_PER_SECOND, time.monotonic)
         self._lock = threading.Lock()
-        self._logins: dict[str, _LoggedIn] = {}
+        self._logins: dict[str, _DashboardSession] = {}
 
     def log_in(self, token: str, peer_address: str) -> str:
         """Log in: return a session secret, valid for `dashboard_login_s`; only its hash is kept.
@@ -116,7 +116,7 @@ class DashboardLogin:
             }
             while len(self._logins) >= MAX_LOGINS:
                 del self._logins[next(iter(self._logins))]
-            self._logins[hash_secret(secret)] = _LoggedIn(token_hash, expires_at)
+            self._logins[hash_secret(secret)] = _DashboardSession(token_hash, expires_at)
         return secret
 
     def _record(self, principal: Principal, peer_address: str, event_type: str) -> None:

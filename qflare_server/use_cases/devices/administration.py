@@ -135,7 +135,7 @@ class Devices:
             DeviceNotFoundError: There is no such device.
         """
         with self._context.database.read() as session:
-            return _found(devices.get_device(session, device_id))
+            return _require_device(devices.get_device(session, device_id))
 
     def list(self, request: PageRequest, wanted: DeviceFilter) -> Page[Device]:
         """Return devices by id."""
@@ -196,7 +196,7 @@ class Devices:
         _check_reason(reason)
 
         def work(session: Session) -> Device:
-            device = _found(devices.lock_device(session, device_id))
+            device = _require_device(devices.lock_device(session, device_id))
             before = membership.groups_of(session, [device_id]).get(device_id, ())
             membership.set_groups(session, device_id, wanted)
             details = {"from": ",".join(before), "groups": ",".join(wanted), "reason": reason}
@@ -226,7 +226,7 @@ class Devices:
         values = {name: columns[name] for name in ("device_type", "capabilities")}
 
         def work(session: Session) -> Device:
-            _found(devices.lock_device(session, device_id))
+            _require_device(devices.lock_device(session, device_id))
             devices.update_device(session, device_id, {**values, "confirmed_at": at})
             event = Event(
                 "device.profile_confirmed",
@@ -235,7 +235,7 @@ class Devices:
                 {**values, "reason": reason},
             )
             audit.record(session, caller, event, at)
-            return _found(devices.get_device(session, device_id))
+            return _require_device(devices.get_device(session, device_id))
 
         return self._context.database.write(work)
 
@@ -246,11 +246,11 @@ class Devices:
         values["reported_capabilities"] = values.pop("capabilities")
 
         def work(session: Session) -> Device:
-            _found(devices.lock_device(session, device_id))
+            _require_device(devices.lock_device(session, device_id))
             devices.update_device(session, device_id, values)
             event = Event("device.profile_changed", f"device:{device_id}")
             audit.record(session, caller, event, self._context.clock())
-            return _found(devices.get_device(session, device_id))
+            return _require_device(devices.get_device(session, device_id))
 
         return self._context.database.write(work)
 
@@ -281,7 +281,7 @@ class Devices:
         _check_reason(reason)
 
         def work(session: Session) -> Device:
-            device = _found(devices.lock_device(session, device_id))
+            device = _require_device(devices.lock_device(session, device_id))
             if device.state == DeviceState.REVOKED.value and state is not DeviceState.REVOKED:
                 raise WrongStateError("the device is revoked")
             before = device.state
@@ -297,7 +297,7 @@ class Devices:
                 {"from": before, "reason": reason},
             )
             audit.record(session, caller, event, self._context.clock())
-            return _found(devices.get_device(session, device_id))
+            return _require_device(devices.get_device(session, device_id))
 
         return self._context.database.write(work)
 
@@ -309,7 +309,7 @@ def _check_reason(reason: str) -> None:
         )
 
 
-def _found(device: Device | None) -> Device:
+def _require_device(device: Device | None) -> Device:
     if device is None:
         raise DeviceNotFoundError
     return device

@@ -315,14 +315,14 @@ def _sealed_arrival(
             f"wrapped_keys: got {len(sizes)}, want 1 of {WRAPPED_KEY_BYTES} bytes",
             field="header.sealed",
         )
-    belongs_to = SealContext.of_update(statement)
+    seal_context = SealContext.from_update(statement)
     try:
-        check_header(sealed.header, belongs_to)
+        check_header(sealed.header, seal_context)
     except UnsealError as error:
         raise InvalidSealError(f"sealed: {error}", field="header.sealed") from error
     if hashlib.sha256(sealed.header).hexdigest() != statement.sealed_header_digest:
         raise InvalidSealError("sealed: not the header that was signed", field="header.sealed")
-    return SealedArrival(sealed, belongs_to, statement.wire_digest)
+    return SealedArrival(sealed, seal_context, statement.wire_digest)
 
 
 def _check_against_round(statement: security_pb2.UpdateStatement, facts: RoundFacts) -> None:

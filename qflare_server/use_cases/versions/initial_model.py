@@ -11,7 +11,7 @@ from qflare.v1 import admin_service_pb2, tensor_pb2
 from qflare_server.context import Context
 from qflare_server.errors import InvalidManifestError
 from qflare_server.payloads.expected import ExpectedPayload
-from qflare_server.payloads.sealed_receiver import receiver_of, seal_context
+from qflare_server.payloads.sealed_receiver import receiver_of, version_seal_context
 from qflare_server.payloads.writer import VersionWriter, received_chunks
 from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import payloads
@@ -57,8 +57,8 @@ class InitialModels:
         require_trainable(config, manifest, self._context.config.max_payload_bytes)
         expected = ExpectedPayload(manifest, header.payload_digest)
         expected.check(self._context.config.max_payload_bytes)
-        belongs_to = seal_context(self._context, config, training_session.id, 0)
-        receiver = receiver_of(self._context, self._executor, expected, belongs_to)
+        seal_context = version_seal_context(self._context, config, training_session.id, 0)
+        receiver = receiver_of(self._context, self._executor, expected, seal_context)
         if receiver.is_large:
             at = self._context.clock()
             self._context.database.write(

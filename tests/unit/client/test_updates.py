@@ -144,7 +144,7 @@ def test_a_sealed_update_says_so_in_its_statement() -> None:
         PayloadKey.unwrap(
             sealed.sealed.header,
             sealed.sealed.wrapped_keys[0],
-            SealContext.of_update(got),
+            SealContext.from_update(got),
             key.decapsulate,
         ),
         got.size_bytes,

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qflare_server.serving.dashboard import formatting
-from qflare_server.serving.dashboard.alerts import findings, of_audit, worst
+from qflare_server.serving.dashboard.alerts import find_alerts, find_audit_alerts, worst
 from qflare_server.serving.dashboard.charts import COMPACT, LOW, Chart, line_chart
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages.devices import Slice, slices
 from qflare_server.serving.dashboard.pages.training import (
-    Current,
+    CurrentRound,
     SessionRow,
     current,
     latest,
@@ -30,7 +30,7 @@ class Card:
     """A training session under way."""
 
     row: SessionRow
-    current: Current | None
+    current: CurrentRound | None
     accuracy: float | None
     loss: float | None
     chart: Chart | None
@@ -40,9 +40,9 @@ def build(visit: PageContext) -> Mapping[str, Any]:
     """Build the first page."""
     report, risks = visit.recent.report(), audit_counts(visit)
     recent = visit.use_cases.training.list(PageRequest(SHOWN)).rows
-    found = [*findings(report, draining=visit.draining), *of_audit(risks or {})]
+    found = [*find_alerts(report, draining=visit.draining), *find_audit_alerts(risks or {})]
     return {
-        "findings": found,
+        "alerts": found,
         "level": worst(found),
         "problem_count": sum(item.level != "note" for item in found),
         "cards": _cards(visit),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qflare_server.serving.dashboard.alerts import findings, worst
+from qflare_server.serving.dashboard.alerts import find_alerts, worst
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext
 
@@ -23,10 +23,10 @@ class ReplicaRow:
 def build(visit: PageContext) -> Mapping[str, Any]:
     """Build the page."""
     report = visit.recent.report()
-    found = findings(report, draining=visit.draining)
+    found = find_alerts(report, draining=visit.draining)
     return {
         "report": report,
-        "findings": found,
+        "alerts": found,
         "level": worst(found),
         "oldest_closed": moment(report.queues.oldest_closed_at, visit.at),
         "replicas": [

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from qflare_server.serving.dashboard import formatting
@@ -82,7 +83,7 @@ class UpdateRow:
 
 
 @dataclass(frozen=True)
-class Current:
+class CurrentRound:
     """The round under way."""
 
     round: RoundRow
@@ -148,12 +149,12 @@ def _phases(row: Round, visit: PageContext) -> tuple[float, float | None]:
     return collecting, ((row.published_at or visit.at) - row.closed_at).total_seconds()
 
 
-def current(progress: Progress, visit: PageContext) -> Current | None:
+def current(progress: Progress, visit: PageContext) -> CurrentRound | None:
     """Return the round under way, None without one."""
     row = progress.round
     if row is None or row.state not in {RoundState.OPEN.value, RoundState.CLOSED.value}:
         return None
-    return Current(
+    return CurrentRound(
         round_row(row, visit),
         progress.pending_count,
         progress.missing_count,
@@ -313,14 +314,14 @@ def build_round(visit: PageContext) -> Mapping[str, Any]:
     return {
         "session": session_row(visit.use_cases.training.get(training_session_id), visit),
         "round": round_row(found.round, visit),
-        "updates": [_update_row(row, found.round) for row in page.rows],
+        "updates": [_update_row(row, found.round.opened_at) for row in page.rows],
         "absent": found.absent_ids,
         "next_token": page.next_token,
         "first": not visit.text("page"),
     }
 
 
-def _update_row(row: ModelUpdate, training_session: Round) -> UpdateRow:
+def _update_row(row: ModelUpdate, opened_at: datetime) -> UpdateRow:
     return UpdateRow(
         device_id=row.device_id,
         state=row.state,
@@ -330,6 +331,6 @@ def _update_row(row: ModelUpdate, training_session: Round) -> UpdateRow:
         loss=row.loss,
         training_s=row.training_time_s,
         size_bytes=row.size_bytes,
-        after_s=(row.accepted_at - training_session.opened_at).total_seconds(),
+        after_s=(row.accepted_at - opened_at).total_seconds(),
         score=row.validation_score,
     )

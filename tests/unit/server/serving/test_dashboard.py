@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qflare_server.serving.dashboard import formatting
-from qflare_server.serving.dashboard.alerts import findings, of_audit, worst
+from qflare_server.serving.dashboard.alerts import find_alerts, find_audit_alerts, worst
 from qflare_server.serving.dashboard.cache import CachedValue
 from qflare_server.serving.dashboard.charts import Part, Series, bar_chart, line_chart, steps
 from qflare_server.storage.repository.views import Backlog, StorageUsage
@@ -163,7 +163,7 @@ def test_the_parts_of_a_bar_stand_on_each_other() -> None:
 
 
 def test_a_coordinator_that_is_well_has_no_findings() -> None:
-    assert findings(WELL, draining=False) == []
+    assert find_alerts(WELL, draining=False) == []
     assert worst([]) == "good"
 
 
@@ -191,7 +191,7 @@ def test_a_coordinator_that_is_well_has_no_findings() -> None:
     ],
 )
 def test_what_needs_attention_is_found(report: Report, level: str, word: str) -> None:
-    (finding,) = findings(report, draining=False)
+    (finding,) = find_alerts(report, draining=False)
 
     assert finding.level == level
     assert word in finding.text
@@ -201,11 +201,11 @@ def test_what_needs_attention_is_found(report: Report, level: str, word: str) ->
 def test_the_worst_comes_first() -> None:
     report = replace(WELL, device_counts={"quarantined": 1})
 
-    assert [item.level for item in findings(report, draining=True)] == ["bad", "warn"]
+    assert [item.level for item in find_alerts(report, draining=True)] == ["bad", "warn"]
 
 
 def test_events_of_high_risk_are_a_note_and_critical_ones_a_finding() -> None:
-    found = of_audit({"high": 2, "critical": 1, "low": 100})
+    found = find_audit_alerts({"high": 2, "critical": 1, "low": 100})
 
     assert [(item.level, item.link) for item in found] == [
         ("bad", "/audit?risk=critical"),

@@ -16,7 +16,7 @@ from qflare_server.strategies import (
 )
 from qflare_server.strategies.blocks import BLOCK
 from qflare_server.strategies.fedavg import BufferedMean
-from qflare_server.strategies.testkit import Running, make_version, reader_of, sample
+from qflare_server.strategies.testkit import RunOptions, make_version, reader_of, sample
 from tests.unit.server.strategies.updates import Aggregate, Deltas
 
 Narrow: TypeAlias = NDArray[np.float32]
@@ -216,6 +216,6 @@ def test_leaves_what_it_reads_alone(wide: bool) -> None:
     data = sample(update_count=3, element_count=100)
     before = data.deltas.copy()
 
-    make_version(FEDAVG, data.base, data.contributions(wide=wide), Running(thread_count=2))
+    make_version(FEDAVG, data.base, data.contributions(wide=wide), RunOptions(thread_count=2))
 
     assert np.array_equal(data.deltas, before)

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qflare_server.strategies import Contribution, Prior, StrategyConfig, build
-from qflare_server.strategies.testkit import Running, make_version, reader_of
+from qflare_server.strategies.testkit import RunOptions, make_version, reader_of
 from tests.unit.server.strategies.updates import (
     Array,
     Maker,
@@ -109,7 +109,7 @@ def test_server_optimizers_agree_with_flower(name: str, updates: Data, flower: D
 
     for version in range(1, len(flower[name]) + 1):
         updated = cohort(current + deltas, updates["counts"].astype(np.float64))
-        result = make_version(strategy, current, updated, Running(prior=prior))
+        result = make_version(strategy, current, updated, RunOptions(prior=prior))
         current, prior = result.weights, result.prior(version + 1)
         made.append(current)
 

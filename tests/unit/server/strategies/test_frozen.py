@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qflare_server.strategies import Contribution, StrategyConfig, begin, build
-from qflare_server.strategies.testkit import Running, make_version, reader_of
+from qflare_server.strategies.testkit import RunOptions, make_version, reader_of
 
 SIZE = 5_000
 SETTINGS: list[dict[str, Any]] = [
@@ -43,11 +43,11 @@ def test_frozen_tensors_do_not_drift(settings: dict[str, Any], dtype: str) -> No
     strategy = build(StrategyConfig.from_mapping({"quorum": 7, **settings}))
     base: Any = generator.standard_normal(SIZE).astype(dtype)
     base[:10] = -0.0
-    first, running = base, Running()
+    first, running = base, RunOptions()
 
     for version in range(2, 5):
         made = make_version(strategy, base, trained(base, generator, dtype), running)
-        running = Running(prior=made.prior(version))
+        running = RunOptions(prior=made.prior(version))
         base = made.weights.astype(dtype)
 
     half = SIZE // 2

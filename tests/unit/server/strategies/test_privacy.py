@@ -21,7 +21,7 @@ from qflare_server.strategies.privacy import (
     CentralPrivacy,
     heuristic_count_stddev,
 )
-from qflare_server.strategies.testkit import Running, make_version, reader_of, sample
+from qflare_server.strategies.testkit import RunOptions, make_version, reader_of, sample
 from tests.unit.server.strategies.updates import Array, contributions
 
 SEED = b"sixteen bytes or more"
@@ -211,7 +211,7 @@ def test_every_version_has_noise_of_its_own() -> None:
     first = make_version(strategy, np.zeros(100), data.contributions())
 
     second = make_version(
-        strategy, np.zeros(100), data.contributions(), Running(prior=first.prior(2))
+        strategy, np.zeros(100), data.contributions(), RunOptions(prior=first.prior(2))
     )
 
     assert not np.intersect1d(first.weights, second.weights).size
@@ -234,7 +234,7 @@ def test_the_adaptive_bound_finds_the_quantile(start: float) -> None:
     cohort = [Contribution(str(i), 1, reader_of(np.array([norm]))) for i, norm in enumerate(norms)]
 
     for version in range(1, 121):
-        running = Running(prior=prior) if prior else Running()
+        running = RunOptions(prior=prior) if prior else RunOptions()
         made = make_version(strategy, np.zeros(1), cohort, running)
         prior = made.prior(version + 1)
 

@@ -6,16 +6,22 @@ import pytest
 from qflare_server.strategies import Contribution, Facts, Prior, StrategyConfig, build
 from qflare_server.strategies.blocks import BLOCK, cosine_of, gram_matrix, norm_of
 from qflare_server.strategies.screening import AdaptiveClip, DirectionBound, NormBound, NormClip
-from qflare_server.strategies.testkit import Made, Running, make_version, reader_of, sample
+from qflare_server.strategies.testkit import (
+    MadeVersion,
+    RunOptions,
+    make_version,
+    reader_of,
+    sample,
+)
 
 
-def run(deltas: list[list[float]], prior: Prior | None = None, **settings: Any) -> Made:
+def run(deltas: list[list[float]], prior: Prior | None = None, **settings: Any) -> MadeVersion:
     cohort = [
         Contribution(str(index), 1, reader_of(np.array(delta)))
         for index, delta in enumerate(deltas)
     ]
     strategy = build(StrategyConfig(quorum=len(deltas), **settings))
-    return make_version(strategy, np.zeros(2), cohort, Running(prior=prior or Prior()))
+    return make_version(strategy, np.zeros(2), cohort, RunOptions(prior=prior or Prior()))
 
 
 def test_a_long_delta_is_scaled_to_the_bound() -> None:

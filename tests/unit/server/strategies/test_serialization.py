@@ -14,7 +14,7 @@ from qflare_server.strategies import (
     outcome_to_data,
 )
 from qflare_server.strategies import StrategyConfig as Config
-from qflare_server.strategies.testkit import Running, make_version, reader_of, sample
+from qflare_server.strategies.testkit import RunOptions, make_version, reader_of, sample
 
 OUTCOME = Outcome(
     strategy="fedavg",
@@ -60,7 +60,7 @@ def test_a_version_is_recomputed_without_judging_again(name: str) -> None:
     made = make_version(strategy, data.base, data.contributions())
 
     again = make_version(
-        strategy, data.base, data.contributions(), Running(recorded=by_update(made.outcome))
+        strategy, data.base, data.contributions(), RunOptions(recorded=by_update(made.outcome))
     )
 
     assert again.weights.tobytes() == made.weights.tobytes()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qflare_server.strategies import Contribution, Prior, StrategyConfig, build
-from qflare_server.strategies.testkit import Running, make_version, reader_of
+from qflare_server.strategies.testkit import RunOptions, make_version, reader_of
 
 DELTAS = [0.5, -0.25, 0.0, 2.0]
 
@@ -17,7 +17,7 @@ def versions(deltas: Sequence[float] = DELTAS, **settings: Any) -> list[float]:
     weights, prior, made = np.array([1.0]), Prior(), []
     for number, delta in enumerate(deltas, start=1):
         update = Contribution("only", 1, reader_of(np.array([delta])))
-        result = make_version(strategy, weights, [update], Running(prior=prior))
+        result = make_version(strategy, weights, [update], RunOptions(prior=prior))
         weights, prior = result.weights, result.prior(number + 1)
         made.append(float(weights[0]))
     return made
@@ -88,7 +88,7 @@ def test_the_step_count_travels_with_the_version() -> None:
     update = Contribution("only", 1, reader_of(np.array([1.0])))
 
     first = make_version(strategy, np.zeros(1), [update])
-    second = make_version(strategy, np.zeros(1), [update], Running(prior=first.prior(2)))
+    second = make_version(strategy, np.zeros(1), [update], RunOptions(prior=first.prior(2)))
 
     assert (first.outcome.scalars, second.outcome.scalars) == (
         {"step_count": 1.0},
