@@ -37,7 +37,7 @@ def secret_coding(passphrase: str | None) -> SecretCoding:
 
 def _decode_plain(data: bytes) -> bytes:
     if data.startswith(_MAGIC):
-        raise WrongPassphraseError("the keys are encrypted: give their passphrase")
+        raise WrongPassphraseError("the keys are under a passphrase: give it")
     return data
 
 
@@ -60,7 +60,7 @@ def passphrase_coding(passphrase: str) -> SecretCoding:
     def decode(data: bytes) -> bytes:
         head, rest = data[: len(fresh)], data[len(fresh) :]
         if not head.startswith(_MAGIC):
-            raise WrongPassphraseError("the keys are not encrypted, but a passphrase was given")
+            raise WrongPassphraseError("the keys are not under a passphrase, but one was given")
         try:
             return decrypt(key(head), rest, head)
         except UnsealError:

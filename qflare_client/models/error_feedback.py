@@ -194,7 +194,7 @@ class ErrorFeedback:
         try:
             return self._store.read_secret(name)
         except KeyStoreError as error:
-            _log.warning("error-feedback residual dropped: unreadable: %s", error)
+            _log.warning("error-feedback residual dropped, it cannot be read: %s", error)
             return None
 
 

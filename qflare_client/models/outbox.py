@@ -269,7 +269,7 @@ class Outbox:
             file.close()
             return _decode(secret, self._store, name)
         except KeyStoreError as error:
-            _log.warning("kept update dropped: unreadable: %s", error)
+            _log.warning("kept update dropped, it cannot be read: %s", error)
             self._delete(name)
             return None
 
