@@ -20,9 +20,10 @@ from qflare.tensors import Array
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import device_pb2, security_pb2, training_pb2
+from qflare_client import arguments
 from qflare_client.access.login import Login
 from qflare_client.access.rotation import pending_identity, rotate, settle
-from qflare_client.errors import RejectedError
+from qflare_client.errors import InvalidArgumentError, RejectedError
 from qflare_client.keystore.identity import Identity
 from qflare_client.keystore.passphrase import secret_coding
 from qflare_client.keystore.store import KeyStore
@@ -54,6 +55,8 @@ from qflare_client.trust.evidence import Evidence, UpdateEvidence
 from qflare_client.trust.keyset import Trust
 
 _PQ_GROUP = "X25519MLKEM768"
+_FLAGS = ("insecure", "proof_of_possession", "require_pq_tls", "error_feedback", "keep_updates")
+_MAX_VERSION = 2**31 - 1
 
 
 class Client:
@@ -78,7 +81,11 @@ class Client:
         error_feedback: Accumulate the elements that top-k updates omit, and add them to the next update.
         keep_updates: Keep finished updates in the key store, at full size, until they are accepted or refused.
 
+    Every method raises `InvalidArgumentError` for arguments that cannot be used, such as a version below 0, before
+    anything is sent.
+
     Raises:
+        InvalidArgumentError: An argument cannot be used.
         NotEnrolledError: The key store holds no device.
         KeyStoreLockedError: Another client uses the key store.
         KeyStoreError: It cannot be read.
@@ -87,7 +94,7 @@ class Client:
     def __init__(
         self,
         *,
-        home: Path,
+        home: Path | str,
         address: str | None = None,
         passphrase: str | None = None,
         tls: Tls | None = None,
@@ -102,20 +109,26 @@ class Client:
         error_feedback: bool = True,
         keep_updates: bool = True,
     ) -> None:
+        flags = (insecure, proof_of_possession, require_pq_tls, error_feedback, keep_updates)
+        for value, name in zip(flags, _FLAGS, strict=True):
+            arguments.flag(name, value)
+        arguments.check_callable("progress", progress, is_optional=True)
+        policy = arguments.optional("retry", retry, RetryPolicy) or RetryPolicy()
         self._progress = progress or silent
-        self._defaults = defaults or TrainingDefaults()
-        self._store = KeyStore(home, secret_coding(passphrase))
+        known = arguments.optional("defaults", defaults, TrainingDefaults)
+        self._defaults = known or TrainingDefaults()
+        self._store = KeyStore(arguments.path("home", home), secret_coding(passphrase))
         transport: Transport | None = None
         try:
             identity = Identity.load(self._store)
             transport = Transport(
-                address or identity.address,
+                identity.address if address is None else address,
                 tls=trusting(tls, identity.certificate_authorities),
                 insecure=insecure,
                 timeout_s=timeout_s,
                 transfer_timeout_s=transfer_timeout_s,
             )
-            self._open_calls = Calls(transport, retry or RetryPolicy())
+            self._open_calls = Calls(transport, policy)
             self._trust = Trust.load(self._store, self._open_calls)
             self._versions = AcceptedVersions(self._store)
             self._ledger = PrivacyLedger(self._store)
@@ -197,8 +210,10 @@ class Client:
             VerificationError: The task is not signed by the coordinator, or contradicts the response that contains it.
             QflareClientError: The call failed.
         """
-        request = messages.GetTaskRequest(
-            training_session_id=training_session_id or "", trains_only=trains_only
+        request = arguments.message(
+            messages.GetTaskRequest,
+            training_session_id=_session_id(training_session_id, ""),
+            trains_only=arguments.flag("trains_only", trains_only),
         )
         answer = self._calls.unary(self._stub.GetTask, request, timeout_s=timeout_s)
         statement = security_pb2.TaskStatement()
@@ -234,10 +249,12 @@ class Client:
             UntrustedKeysetError: Its signer is not trusted.
             QflareClientError: The call failed.
         """
-        request = messages.GetGlobalModelRequest(
-            training_session_id=training_session_id,
-            version=version,
-            released=released and version is None,
+        encoding = arguments.instance("encoding", encoding, Encoding)
+        request = arguments.message(
+            messages.GetGlobalModelRequest,
+            training_session_id=_session_id(training_session_id),
+            version=_version("version", version),
+            released=arguments.flag("released", released) and version is None,
             encoding=training_pb2.Encoding.ValueType(encoding),
         )
         return fetch(
@@ -258,6 +275,7 @@ class Client:
                 than the last accepted.
             QflareClientError: As `download`.
         """
+        arguments.instance("task", task, Task)
         if task.kind is TaskKind.TRAIN:
             check_not_older(self._versions.last(task.training_session_id), task)
         model = self.download(
@@ -289,9 +307,10 @@ class Client:
         Args:
             task: The task, of kind TRAIN.
             base: The version that the task names.
-            arrays: The trained tensors: names and shapes of the base version's. Floating types are cast
-                to the base version's; do not modify them before the call returns.
-            example_count: Number of local examples, 1 or more.
+            arrays: The trained tensors: names and shapes of the base version's. Numbers are rounded to its floating
+                types and converted to its integer types, where they are in range; do not modify them before the call
+                returns.
+            example_count: Number of local examples, 1 to 2^40.
             metrics: Metrics by name, finite.
             privacy: Clips the delta and adds noise before it leaves the device; None sends it unchanged.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
@@ -304,7 +323,8 @@ class Client:
             DuplicateUpdateError: The round already has a different update of this device.
             QflareClientError: The call failed.
         """
-        contribution = Contribution(base, arrays, example_count, metrics or {})
+        _check_submission(task, base, privacy, timeout_s)
+        contribution = Contribution(base, arrays, example_count, {} if metrics is None else metrics)
         return self._sender.submit(task, contribution, privacy, timeout_s)
 
     def send_kept(
@@ -323,6 +343,7 @@ class Client:
         Raises:
             QflareClientError: A call failed; unsettled updates are still kept.
         """
+        arguments.optional("task", task, Task)
         return self._sender.send_kept(task, timeout_s)
 
     def require_release(self, task: Task, privacy: LocalPrivacy) -> None:
@@ -332,7 +353,8 @@ class Client:
             RepeatedTaskError: An update was already released for its round or for a later one.
             PrivacyBudgetExceededError: The update would exceed `privacy.max_epsilon`.
         """
-        self._ledger.require(task, privacy)
+        arguments.instance("task", task, Task)
+        self._ledger.require(task, arguments.instance("privacy", privacy, LocalPrivacy))
 
     def privacy_epsilon(self, delta: float = 1e-5) -> float:
         """Return the epsilon spent by the private updates of this device so far, over all training sessions.
@@ -342,7 +364,13 @@ class Client:
 
         Returns:
             Epsilon; infinite if one of the updates had no noise.
+
+        Raises:
+            InvalidArgumentError: `delta` is out of range.
         """
+        delta = arguments.number("delta", delta)
+        if not 0.0 < delta < 1.0:
+            raise InvalidArgumentError(f"delta: got {delta}, want within (0, 1)")
         return self._ledger.epsilon(delta)
 
     def report_evaluation(
@@ -357,7 +385,7 @@ class Client:
 
         Args:
             task: The task, of kind EVALUATE.
-            example_count: Number of evaluated examples, 1 or more.
+            example_count: Number of evaluated examples, 1 to 2^40.
             metrics: Metrics by name, such as accuracy and loss; finite. Names that begin with `train_` are reserved.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
@@ -367,6 +395,7 @@ class Client:
             DuplicateUpdateError: It has already reported a different evaluation of the version.
             QflareClientError: The call failed.
         """
+        arguments.instance("task", task, Task)
         request = make_evaluation(self._login.identity, task, example_count, metrics)
         self._calls.unary(self._stub.ReportEvaluation, request, timeout_s=timeout_s)
 
@@ -395,13 +424,14 @@ class Client:
         """
         parts = (device_type, capabilities, hardware_info, network_info)
         if profile is None and any(part is not None for part in parts):
-            profile = device_pb2.DeviceProfile(
-                device_type=device_type or "",
+            profile = arguments.message(
+                device_pb2.DeviceProfile,
+                device_type="" if device_type is None else device_type,
                 capabilities=capabilities,
                 hardware_info=hardware_info,
                 network_info=network_info,
             )
-        request = messages.HeartbeatRequest(profile=profile)
+        request = arguments.message(messages.HeartbeatRequest, profile=profile)
         answer = self._calls.unary(self._stub.Heartbeat, request, timeout_s=timeout_s)
         self._trust.at_least(answer.keyset_version)
         return Heartbeat.from_proto(answer)
@@ -427,7 +457,12 @@ class Client:
             QflareClientError: The call failed.
         """
         return read_lineage(
-            self._calls, self._trust, training_session_id, first_version, last_version, timeout_s
+            self._calls,
+            self._trust,
+            _session_id(training_session_id),
+            arguments.whole("first_version", first_version, 0, _MAX_VERSION),
+            _version("last_version", last_version),
+            timeout_s,
         )
 
     def contribution_proof(
@@ -444,6 +479,7 @@ class Client:
             NotFoundError: The update is in no version.
             QflareClientError: The call failed.
         """
+        arguments.instance("receipt", receipt, Receipt)
         return read_contribution(self._calls, self._trust, self._login.identity, receipt, timeout_s)
 
     def evidence(self, training_session_id: str, receipts: Sequence[Receipt] = ()) -> Evidence:
@@ -456,6 +492,11 @@ class Client:
         Raises:
             QflareClientError: A call failed, or its answer does not verify.
         """
+        _session_id(training_session_id)
+        if not isinstance(receipts, Sequence):
+            raise InvalidArgumentError(f"receipts: got {type(receipts).__name__}, want a list")
+        for receipt in receipts:
+            arguments.instance("receipts", receipt, Receipt)
         statements = read_statements(self._calls, self._trust, training_session_id)
         updates = [self.contribution_proof(receipt) for receipt in receipts]
         return Evidence(self.realm, training_session_id, self._trust.bundle, statements, updates)
@@ -481,5 +522,25 @@ class Client:
             AlgorithmNotAcceptedError: The coordinator does not accept the algorithm of devices.
             QflareClientError: The call failed; the current keys stay in use.
         """
+        arguments.optional("algorithm", algorithm, Algorithm)
         with self._rotation_lock:
             return rotate(self._calls, self._store, self._login, algorithm).key_rotation_count
+
+
+def _session_id(value: object, absent: str | None = None) -> str:
+    """Return the id of a training session; None stands for `absent` where there is such a value."""
+    if value is None and absent is not None:
+        return absent
+    return arguments.text("training_session_id", value)
+
+
+def _version(what: str, value: object) -> int | None:
+    return None if value is None else arguments.whole(what, value, 0, _MAX_VERSION)
+
+
+def _check_submission(task: object, base: object, privacy: object, timeout_s: object) -> None:
+    arguments.instance("task", task, Task)
+    arguments.instance("base", base, GlobalModel)
+    arguments.optional("privacy", privacy, LocalPrivacy)
+    if timeout_s is not None:
+        arguments.positive("timeout_s", timeout_s)

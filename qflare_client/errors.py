@@ -36,6 +36,7 @@ QflareClientError
   + PrivacyError               local privacy does not allow this update
     - RepeatedTaskError        an update was released for this round or a later one
     - PrivacyBudgetExceededError  the update would exceed the epsilon budget
+  + InvalidArgumentError       an argument is invalid; a ValueError as well
   + UnsupportedTaskError       the training session needs a feature that this SDK lacks
   + TrainingFunctionError      the training function returned something unusable
 ```
@@ -250,6 +251,10 @@ class RepeatedTaskError(PrivacyError):
 
 class PrivacyBudgetExceededError(PrivacyError):
     """The update would bring the device's releases above the epsilon budget."""
+
+
+class InvalidArgumentError(QflareClientError, ValueError):
+    """An argument of a call cannot be used or sent: of another type, out of range, text that is not Unicode."""
 
 
 class UnsupportedTaskError(QflareClientError):

@@ -16,13 +16,15 @@ It does not catch what the training function raises.
 """
 
 import logging
+import math
 import random
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Final, TypeAlias
 
 from qflare.tensors import Array
+from qflare_client import arguments
 from qflare_client.client import Client
 from qflare_client.errors import (
     DuplicateUpdateError,
@@ -51,6 +53,9 @@ EvaluateFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask], tuple[int, Mapping[str, float]]
 ]
 """Maps a copy of a version's arrays and the settings to (example count, metrics)."""
+
+_TRAINED: Final = ("arrays by name", "example count", "metrics by name")
+_EVALUATED: Final = ("example count", "metrics by name")
 
 _log = logging.getLogger(__name__)
 
@@ -104,12 +109,19 @@ def run(
     Closing the client, from any thread, ends the loop as well.
 
     Raises:
+        InvalidArgumentError: An argument cannot be used.
         TrainingFunctionError: A function returned something that cannot be sent.
         TlsError: The first connection fails permanently because of its certificates.
         QflareClientError: The coordinator refused this device, could not be reached for `patience_s`, or
             sent something that does not verify.
     """
-    lifetime = client.lifetime
+    lifetime = arguments.instance("client", client, Client).lifetime
+    patience_s = arguments.not_negative("patience_s", patience_s, math.inf)
+    arguments.optional("privacy", privacy, LocalPrivacy)
+    arguments.optional("stop", stop, threading.Event)
+    arguments.check_callable("train", train)
+    arguments.check_callable("evaluate", evaluate, is_optional=True)
+    arguments.check_callable("on_receipt", on_receipt, is_optional=True)
     with lifetime.bounded(stop, patience_s) as bounds:
         loop = _Loop(client, train, evaluate, training_session_id, privacy, on_receipt, bounds)
         while not (loop.is_done or lifetime.is_ending()):
@@ -225,7 +237,9 @@ class _Loop:
         if self._client.lifetime.is_ending():
             return
         with span("qflare.device.train"):
-            arrays, example_count, metrics = _triple(self._train(_copy(base), task.config))
+            arrays, example_count, metrics = _returned(
+                self._train(_copy(base), task.config), "training", _TRAINED
+            )
         self._bounds.seen()
         self._accepted(
             self._client.submit(task, base, arrays, example_count, metrics, privacy=self._privacy)
@@ -239,12 +253,7 @@ class _Loop:
             return 0.0
         result = self._evaluate(_copy(model), task.config)
         self._bounds.seen()
-        try:
-            example_count, metrics = result
-        except (TypeError, ValueError):
-            raise TrainingFunctionError(
-                "the evaluation function must return (example count, metrics)"
-            ) from None
+        example_count, metrics = _returned(result, "evaluation", _EVALUATED)
         self._client.report_evaluation(task, example_count, metrics)
         self.summary.evaluation_count += 1
         return 0.0
@@ -264,9 +273,13 @@ def _copy(model: GlobalModel) -> dict[str, Array]:
     return {name: array.copy() for name, array in model.arrays.items()}
 
 
-def _triple(result: object) -> tuple[Mapping[str, Array], int, Mapping[str, float]]:
-    if not isinstance(result, tuple) or len(result) != 3:  # noqa: PLR2004
-        raise TrainingFunctionError(
-            "the training function must return (arrays, example count, metrics)"
-        )
-    return result
+def _returned(result: object, which: str, wanted: tuple[str, ...]) -> Any:
+    """Return the parts of what a function returned; it may be a tuple or a list of them."""
+    if isinstance(result, tuple | list) and len(result) == len(wanted):
+        return result
+    got = type(result).__name__
+    if isinstance(result, tuple | list):
+        got += f" of {len(result)}"
+    raise TrainingFunctionError(
+        f"the {which} function must return ({', '.join(wanted)}), got {got}"
+    )

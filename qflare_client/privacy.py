@@ -4,21 +4,64 @@ Numpy only, no I/O. The coordinator sees only noisy updates, so the device does 
 hurts accuracy far more than noise added once to the mean: use local privacy when the coordinator is not trusted, and
 central privacy otherwise.
 
-The noise of a device comes from the operating system's entropy and is never repeated: a retry resends the first update
-instead of drawing new noise. `Client.submit` and `run` ensure this and enforce the budget
+The noise of a device comes from the operating system's cryptographic generator and is never repeated: a retry resends
+the first update instead of drawing new noise. `Client.submit` and `run` ensure this and enforce the budget
 (`qflare_client.models.privacy_ledger`); `protect` alone is stateless.
+
+Noisy deltas are rounded to float32: sums of float64 samples reach only some of the numbers around them (Mironov 2012,
+doi:10.1145/2382196.2382264), which reveals what a sample was added to. After rounding, each number stands for many.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import erfc, exp, inf, isfinite, sqrt
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qflare_client import arguments
+from qflare_client.errors import InvalidArgumentError
+
 MAX_EPSILON: Final = 700.0
 """Largest finite epsilon: its exponential is near the maximum of float64."""
+
+_PAIRS_AT_ONCE: Final = 131_072
+"""Pairs of samples made at once: 2 MiB of random bytes, and as much of each intermediate result."""
+
+
+class NormalSource(Protocol):
+    """Standard normal samples; `numpy.random.Generator` is one, for tests."""
+
+    def standard_normal(self, size: tuple[int, ...], /) -> NDArray[np.float64]:
+        """Return independent samples of a shape."""
+
+
+class SystemNoise:
+    """Standard normal samples from the operating system's cryptographic generator.
+
+    Source: Box and Muller 1958, doi:10.1214/aoms/1177706645: two uniform numbers become two samples. Uniform numbers
+    of 64 bits reach magnitudes of 9.4.
+    """
+
+    def standard_normal(self, size: tuple[int, ...], /) -> NDArray[np.float64]:
+        """Return independent samples of a shape."""
+        samples = np.empty(size)
+        flat = samples.reshape(-1)
+        for start in range(0, flat.size, 2 * _PAIRS_AT_ONCE):
+            part = flat[start : start + 2 * _PAIRS_AT_ONCE]
+            part[:] = normal_samples(os.urandom(16 * -(-part.size // 2)))[: part.size]
+        return samples
+
+
+def normal_samples(random_bytes: bytes) -> NDArray[np.float64]:
+    """Turn uniform bytes, 16 for each pair, into standard normal samples."""
+    words = np.frombuffer(random_bytes, "<u8").reshape(2, -1)
+    # Middles of the 2^64 intervals: never 0, whose logarithm is infinite.
+    uniform = (words.astype(np.float64) + 0.5) * 2.0**-64
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[0])), 2.0 * np.pi * uniform[1]
+    return np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +86,14 @@ class LocalPrivacy:
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
-        """Check the ranges of all fields."""
+        """Check the ranges of all fields.
+
+        Raises:
+            ValueError: A field is out of range, or not a number.
+        """
+        for name in ("clip_norm", "noise_multiplier", "delta", "max_epsilon"):
+            if name != "max_epsilon" or self.max_epsilon is not None:
+                _check_number(name, getattr(self, name))
         if not (isfinite(self.clip_norm) and self.clip_norm > 0.0):
             raise ValueError(f"clip_norm must be above 0, got {self.clip_norm}")
         if not (isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
@@ -67,29 +117,32 @@ class LocalPrivacy:
     @property
     def cost(self) -> float:
         """(sensitivity / standard deviation) squared of one release; 0 if there is no noise."""
-        return 0.0 if self.is_without_noise else (2.0 / self.noise_multiplier) ** 2
+        ratio = 0.0 if self.is_without_noise else 2.0 / self.noise_multiplier
+        return ratio * ratio  # infinite where a power would raise
 
     def protect(
         self,
         weights: Mapping[str, NDArray[np.generic]],
         base: Mapping[str, NDArray[np.generic]],
-        generator: np.random.Generator | None = None,
+        generator: NormalSource | None = None,
     ) -> dict[str, NDArray[np.generic]]:
         """Clip the delta of trained weights, add noise, and return weights.
 
         Args:
             weights: Trained tensors by name.
             base: The same tensors of the base version.
-            generator: Source of the noise; by default a fresh one from the system's entropy. Only tests pass one.
+            generator: Source of the noise; by default the system's cryptographic generator. Only tests pass one.
 
         Returns:
             Tensors of the same names, shapes and dtypes. Tensors of other than floating-point types are unchanged and
             unprotected: they must not contain private data.
 
         Raises:
-            ValueError: Names or shapes differ, or a delta is not finite.
+            ValueError: Names or shapes differ, an argument holds no arrays, or a delta is not finite.
         """
-        deltas = floating_deltas(weights, base)
+        deltas = floating_deltas(
+            arguments.tensors("weights", weights), arguments.tensors("base", base)
+        )
         noisy = add_gaussian_noise(
             clip_by_global_norm(deltas, self.clip_norm),
             self.noise_multiplier * self.clip_norm,
@@ -99,6 +152,13 @@ class LocalPrivacy:
         for name, delta in noisy.items():
             protected[name] = (base[name].astype(np.float64) + delta).astype(weights[name].dtype)
         return protected
+
+
+def _check_number(name: str, value: object) -> None:
+    try:
+        arguments.number(name, value)
+    except InvalidArgumentError:
+        raise InvalidArgumentError(f"{name} must be a finite number, got {value!r}") from None
 
 
 def floating_deltas(
@@ -152,20 +212,35 @@ def clip_by_global_norm(
 def add_gaussian_noise(
     deltas: Mapping[str, NDArray[np.float64]],
     stddev: float,
-    generator: np.random.Generator | None = None,
+    generator: NormalSource | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Add independent Gaussian noise to every element.
+    """Add independent Gaussian noise to every element, and round the sum to float32.
 
     Args:
         deltas: Tensors by name.
-        stddev: Standard deviation, zero or more.
-        generator: Source of the noise; by default a fresh one from the system's entropy.
+        stddev: Standard deviation, zero or more; with zero nothing is rounded either.
+        generator: Source of the noise; by default the system's cryptographic generator.
+
+    Raises:
+        ValueError: A sum is beyond the range of float32.
     """
-    source = generator if generator is not None else np.random.default_rng()
-    return {
-        name: delta + stddev * source.standard_normal(delta.shape) if stddev else delta
-        for name, delta in deltas.items()
-    }
+    if not stddev:
+        return dict(deltas)
+    source = generator if generator is not None else SystemNoise()
+    return {name: _noisy(name, delta, stddev, source) for name, delta in deltas.items()}
+
+
+def _noisy(
+    name: str, delta: NDArray[np.float64], stddev: float, source: NormalSource
+) -> NDArray[np.float64]:
+    noisy = source.standard_normal(delta.shape)
+    noisy *= stddev
+    noisy += delta
+    with np.errstate(over="ignore"):
+        rounded = noisy.astype(np.float32)
+    if not np.isfinite(rounded).all():
+        raise ValueError(f"{name}: delta and noise are beyond the range of float32")
+    return rounded.astype(np.float64)
 
 
 def _normal_cdf(value: float) -> float:

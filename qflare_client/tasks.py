@@ -8,16 +8,19 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 
-from qflare.tensors import Array, InvalidManifestError
+from qflare.tensors import Array, DType, InvalidManifestError
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import device_pb2, security_pb2, training_pb2
-from qflare_client.errors import UnsupportedTaskError
+from qflare_client import arguments
+from qflare_client.errors import InvalidArgumentError, UnsupportedTaskError
 from qflare_client.times import delay_s, moment
+
+_MAX_INT32: Final = 2**31 - 1
 
 
 class TaskKind(enum.Enum):
@@ -41,6 +44,16 @@ class TrainingDefaults:
 
     learning_rate: float = 0.01
     """Step size, above 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with.
+
+        Raises:
+            InvalidArgumentError: A field is out of its range.
+        """
+        arguments.whole("local_epochs", self.local_epochs, 1, _MAX_INT32)
+        arguments.whole("batch_size", self.batch_size, 1, _MAX_INT32)
+        arguments.positive("learning_rate", self.learning_rate)
 
     def to_proto(self) -> device_pb2.DeviceTrainingDefaults:
         """Return the wire form."""
@@ -213,11 +226,18 @@ def proximal_gradient(
     Returns:
         One array for each floating-point tensor, with its shape and dtype; none for the others.
 
+    Raises:
+        InvalidArgumentError: A tensor is not in the base, or `mu` is no finite number.
+
     Source: Li et al. 2020, "Federated Optimization in Heterogeneous Networks", arXiv:1812.06127,
         equation 2.
     """
+    factor = arguments.number("mu", mu)
+    weights, base = arguments.tensors("weights", weights), arguments.tensors("base", base)
+    if not weights.keys() <= base.keys():
+        raise InvalidArgumentError("weights: a tensor is not in the base")
     return {
-        name: np.multiply(array - base[name], mu, dtype=array.dtype)
+        name: np.multiply(array - base[name], factor).astype(array.dtype)
         for name, array in weights.items()
-        if np.issubdtype(array.dtype, np.floating)
+        if DType.from_numpy(array.dtype).is_float
     }

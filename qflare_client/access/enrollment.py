@@ -18,7 +18,8 @@ from qflare.protocol.handshake import HandshakeError
 from qflare.protocol.keysets import KeyRole
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import device_pb2, security_pb2
-from qflare_client.errors import KeyStoreError, VerificationError
+from qflare_client import arguments
+from qflare_client.errors import InvalidArgumentError, KeyStoreError, VerificationError
 from qflare_client.keystore.identity import DeviceKeys, Identity, load_keys, read_facts, save_keys
 from qflare_client.keystore.passphrase import secret_coding
 from qflare_client.keystore.store import KeyStore
@@ -36,15 +37,15 @@ def read_bundle(path: Path) -> security_pb2.BootstrapBundle:
         KeyStoreError: The file cannot be read or is not a bundle.
     """
     try:
-        return json_format.Parse(path.read_text(), security_pb2.BootstrapBundle())
-    except (OSError, ValueError, json_format.ParseError) as error:
+        return json_format.Parse(path.read_text(encoding="utf-8"), security_pb2.BootstrapBundle())
+    except (OSError, ValueError, RecursionError, json_format.ParseError) as error:
         raise KeyStoreError(f"bootstrap bundle {path}: {error}") from error
 
 
 def enroll(
-    bundle: security_pb2.BootstrapBundle | Path,
+    bundle: security_pb2.BootstrapBundle | Path | str,
     *,
-    home: Path,
+    home: Path | str,
     address: str | None = None,
     device_type: str = "",
     capabilities: Mapping[str, float] | None = None,
@@ -78,6 +79,7 @@ def enroll(
             keyset with a key of another algorithm is refused.
 
     Raises:
+        InvalidArgumentError: An argument cannot be used.
         AlgorithmNotAcceptedError: The coordinator does not accept the algorithm of devices.
         InvalidEnrollmentTokenError: The token is unknown, used, expired or revoked.
         UntrustedKeysetError: The coordinator's keyset does not lead to the bundle's root keys.
@@ -85,24 +87,41 @@ def enroll(
         KeyStoreError: The key store cannot be used.
         QflareClientError: A call failed.
     """
-    if isinstance(bundle, Path):
-        bundle = read_bundle(bundle)
-    profile = device_pb2.DeviceProfile(
+    home = arguments.path("home", home)
+    if not isinstance(bundle, security_pb2.BootstrapBundle):
+        bundle = read_bundle(arguments.path("bundle", bundle))
+    known = arguments.optional("defaults", defaults, TrainingDefaults)
+    policy = arguments.optional("retry", retry, RetryPolicy) or RetryPolicy()
+    arguments.optional("algorithm", algorithm, Algorithm)
+    arguments.flag("insecure", insecure)
+    profile = arguments.message(
+        device_pb2.DeviceProfile,
         device_type=device_type,
         capabilities=capabilities,
         hardware_info=hardware_info,
         network_info=network_info,
-        training_defaults=(defaults or TrainingDefaults()).to_proto(),
+        training_defaults=(known or TrainingDefaults()).to_proto(),
     )
+    accepted = _algorithms(server_algorithms)
     tls = trusting(tls, bundle.certificate_authorities)
-    transport = Transport(address or bundle.address, tls=tls, insecure=insecure)
+    transport = Transport(
+        bundle.address if address is None else address, tls=tls, insecure=insecure
+    )
     coding = secret_coding(passphrase)
-    calls = Calls(transport, retry or RetryPolicy())
+    calls = Calls(transport, policy)
     with closing(calls), KeyStore(home, coding) as store:
         if read_facts(home):
             return Identity.load(store)
-        trust = Trust.begin(store, bundle, calls, frozenset(server_algorithms))
+        trust = Trust.begin(store, bundle, calls, accepted)
         return _enroll(store, calls, trust, _keys(store, algorithm), bundle, profile)
+
+
+def _algorithms(algorithms: Collection[Algorithm]) -> frozenset[Algorithm]:
+    if isinstance(algorithms, set | frozenset | list | tuple) and algorithms:
+        return frozenset(
+            arguments.instance("server_algorithms", one, Algorithm) for one in algorithms
+        )
+    raise InvalidArgumentError(f"server_algorithms: got {algorithms!r:.200}, want one or more")
 
 
 def _keys(store: KeyStore, algorithm: Algorithm | None) -> DeviceKeys:

@@ -15,6 +15,7 @@ from typing import Final
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from qflare.crypto.symmetric import SECRET_BYTES, UnsealError, decrypt, encrypt
+from qflare_client import arguments
 from qflare_client.errors import KeyStoreError, WrongPassphraseError
 from qflare_client.keystore.store import SecretCoding
 
@@ -26,11 +27,12 @@ def secret_coding(passphrase: str | None) -> SecretCoding:
     """Return the encryption of secrets under a passphrase; without one, only file permissions protect them.
 
     Raises:
+        InvalidArgumentError: It is not a str.
         KeyStoreError: The passphrase is empty, because an empty file or variable must not leave the keys unencrypted.
     """
     if passphrase is None:
         return SecretCoding(bytes, _decode_plain)
-    if not passphrase:
+    if not arguments.text("passphrase", passphrase, is_secret=True):
         raise KeyStoreError("the passphrase is empty: give one, or omit it for unencrypted keys")
     return passphrase_coding(passphrase)
 

@@ -25,6 +25,7 @@ from qflare.tensors.encodings import Encoding
 from qflare.tensors.safetensors_files import export_safetensors
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2
+from qflare_client import arguments
 from qflare_client.errors import CorruptModelError
 from qflare_client.models.sealed_model import ModelOpener
 from qflare_client.rpc.caller import Calls
@@ -82,8 +83,10 @@ class GlobalModel:
         """Write the tensors to a ``.safetensors`` file, durably and atomically.
 
         Raises:
+            InvalidArgumentError: It is no path.
             OSError: It cannot be written.
         """
+        path = arguments.path("path", path)
         facts = {
             **self.architecture,
             "training_session_id": self.training_session_id,

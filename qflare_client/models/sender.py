@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+import numpy as np
+
 from qflare.ids import new_update_id
 from qflare.tensors import Array
 from qflare.v1 import coordinator_service_pb2 as messages
@@ -42,7 +44,7 @@ from qflare_client.models.privacy_ledger import PrivacyLedger
 from qflare_client.models.sealed_update import SealedPayload
 from qflare_client.models.submission import (
     Contribution,
-    check_counts,
+    checked,
     is_sparse,
     make_payload_with_residual,
     make_statement,
@@ -138,10 +140,12 @@ class UpdateSender:
                 return outcome
             raise outcome
         self._forget(task.training_session_id)
-        check_counts(contribution)
-        if privacy is not None:
-            contribution = self._protected(task, contribution, privacy)
-        update = self._make(task, contribution)
+        contribution = checked(contribution)
+        # What numpy does not warn of ends in values that the checks refuse.
+        with np.errstate(all="ignore"):
+            if privacy is not None:
+                contribution = self._protected(task, contribution, privacy)
+            update = self._make(task, contribution)
         if privacy is not None:
             self._ledger.record(task, privacy)
         return self._send(update, timeout_s)

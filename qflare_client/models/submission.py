@@ -3,28 +3,43 @@
 It does not retry or resume uploads (see `qflare_client.models.upload`).
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.crypto.signing import SigningKey
-from qflare.evidence.statements import StatementError, sign_evaluation, sign_update
+from qflare.evidence.statements import (
+    StatementError,
+    check_metrics,
+    sign_evaluation,
+    sign_update,
+)
 from qflare.ids import new_update_id
-from qflare.tensors import Array, InvalidManifestError, Manifest, NonFiniteError, check_arrays
+from qflare.protocol.constraints import find_violations
+from qflare.tensors import Array, InvalidManifestError, InvalidPayloadError
 from qflare.tensors.encodings import Encoding, encode, wire_manifest
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, training_pb2
-from qflare_client.errors import TrainingFunctionError, UnsupportedTaskError
+from qflare_client.arguments import number, text, whole
+from qflare_client.errors import (
+    InvalidArgumentError,
+    TrainingFunctionError,
+    UnsupportedTaskError,
+)
 from qflare_client.keystore.identity import Identity
 from qflare_client.keystore.store import KeyStore
 from qflare_client.models.download import GlobalModel
 from qflare_client.models.error_feedback import ErrorFeedback, corrected, selectable, subtract_sent
+from qflare_client.models.fitting import fitted
 from qflare_client.models.upload import Payload
 from qflare_client.rpc.caller import Calls
 from qflare_client.tasks import Task
+
+MAX_EXAMPLE_COUNT: Final = 2**40
+"""Most examples of an update or an evaluation."""
 
 _DEFAULT_TOP_K_FRACTION = 0.1
 """Default top-k fraction of a training session, as stated in the contract."""
@@ -92,7 +107,7 @@ def make_payload_with_residual(
         UnsupportedTaskError: The session requires an encoding that this SDK does not support.
     """
     manifest = contribution.base.manifest
-    arrays = _fitted(contribution.arrays, manifest)
+    arrays: Mapping[str, Array] = fitted(contribution.arrays, manifest)
     if _kind(transfer) == training_pb2.UPDATE_KIND_DELTA:
         arrays = _difference(arrays, contribution.base.arrays)
     encoding = _encoding(transfer)
@@ -105,16 +120,19 @@ def make_payload_with_residual(
     fraction = transfer.top_k_fraction or _DEFAULT_TOP_K_FRACTION
     try:
         encoded = encode(arrays, manifest, encoding, fraction)
-    except NonFiniteError as error:
+    except InvalidPayloadError as error:
         raise TrainingFunctionError(f"trained arrays: {error}") from error
     subtract_sent(wide, encoded)
     return Payload(wire_manifest(manifest, encoding, fraction), encoded), wide
 
 
 def _kind(transfer: training_pb2.TransferPolicy) -> training_pb2.UpdateKind.ValueType:
-    if transfer.update_kind == training_pb2.UPDATE_KIND_DELTA:
-        return training_pb2.UPDATE_KIND_DELTA
-    return training_pb2.UPDATE_KIND_WEIGHTS
+    """Return what an update holds, where an open kind means weights."""
+    known = (training_pb2.UPDATE_KIND_WEIGHTS, training_pb2.UPDATE_KIND_DELTA)
+    kind = transfer.update_kind or training_pb2.UPDATE_KIND_WEIGHTS
+    if kind not in known:
+        raise UnsupportedTaskError(f"update kind: got number {kind}, want one of {known}")
+    return kind
 
 
 def _encoding(transfer: training_pb2.TransferPolicy) -> Encoding:
@@ -132,7 +150,6 @@ def make_statement(
     Raises:
         TrainingFunctionError: The example count or a metric cannot be sent.
     """
-    check_counts(contribution)
     now = Timestamp()
     now.GetCurrentTime()
     return security_pb2.UpdateStatement(
@@ -151,8 +168,8 @@ def make_statement(
         kind=_kind(task.transfer),
         encoding=training_pb2.Encoding.ValueType(_encoding(task.transfer)),
         base_encoding=training_pb2.Encoding.ValueType(contribution.base.encoding),
-        example_count=contribution.example_count,
-        metrics={name: float(value) for name, value in contribution.metrics.items()},
+        example_count=checked_example_count(contribution.example_count),
+        metrics=checked_metrics(contribution.metrics),
         create_time=now,
     )
 
@@ -173,15 +190,13 @@ def sign_statement(
 
 
 def make_evaluation(
-    identity: Identity, task: Task, example_count: int, metrics: Mapping[str, float]
+    identity: Identity, task: Task, example_count: object, metrics: object
 ) -> messages.ReportEvaluationRequest:
     """Return the signed evaluation report of the version that a task names.
 
     Raises:
         TrainingFunctionError: The example count or a metric cannot be sent.
     """
-    check_example_count(example_count)
-    check_metrics(metrics)
     now = Timestamp()
     now.GetCurrentTime()
     statement = security_pb2.EvaluationStatement(
@@ -192,8 +207,8 @@ def make_evaluation(
         evaluation_nonce=task.nonce,
         device_id=identity.device_id,
         key_id=identity.keys.signing.public.key_id,
-        example_count=example_count,
-        metrics={name: float(value) for name, value in metrics.items()},
+        example_count=checked_example_count(example_count),
+        metrics=checked_metrics(metrics),
         create_time=now,
     )
     try:
@@ -203,62 +218,69 @@ def make_evaluation(
     return messages.ReportEvaluationRequest(statement=signed)
 
 
-def check_metrics(metrics: Mapping[str, float]) -> None:
-    """Check that metrics can be sent.
+def checked_metrics(metrics: object) -> dict[str, float]:
+    """Return metrics as they are sent.
 
     Raises:
-        TrainingFunctionError: A value is not a finite number.
+        TrainingFunctionError: They are no mapping of names to finite numbers.
     """
-    for name, value in metrics.items():
-        try:
-            finite = math.isfinite(value)
-        except TypeError:
-            finite = False
-        if not finite:
-            raise TrainingFunctionError(f"metric {name!r}: got {value!r}, want a finite number")
-
-
-def check_example_count(example_count: object) -> None:
-    """Check that an example count can be sent.
-
-    Raises:
-        TrainingFunctionError: It is not a positive integer.
-    """
-    if not isinstance(example_count, int | np.integer) or example_count < 1:
-        raise TrainingFunctionError(f"example count: got {example_count!r}, want an integer >= 1")
-
-
-def check_counts(contribution: Contribution) -> None:
-    """Check that the example count and the metrics of a contribution can be sent.
-
-    Raises:
-        TrainingFunctionError: They cannot.
-    """
-    check_example_count(contribution.example_count)
-    check_metrics(contribution.metrics)
-
-
-def _fitted(arrays: Mapping[str, Array], manifest: Manifest) -> Mapping[str, Array]:
-    """Cast arrays to the dtypes of the manifest, because numpy often promotes float32 to float64."""
-    dtypes = {spec.name: spec.dtype.numpy for spec in manifest.tensors}
+    if not isinstance(metrics, Mapping):
+        got = type(metrics).__name__
+        raise TrainingFunctionError(f"metrics: got {got}, want a mapping of names to numbers")
     try:
-        fitted = {
-            name: np.asarray(array).astype(
-                dtypes.get(name, np.asarray(array).dtype), casting="same_kind", copy=False
-            )
-            for name, array in arrays.items()
+        converted = {
+            text("metric name", name): _metric(name, value) for name, value in metrics.items()
         }
-        check_arrays(fitted, manifest)
-    except (TypeError, ValueError, InvalidManifestError) as error:
-        raise TrainingFunctionError(f"trained arrays: {error}") from error
-    return fitted
+        check_metrics(converted)
+    except (InvalidArgumentError, StatementError) as error:
+        raise TrainingFunctionError(f"metrics: {error}") from error
+    for violation in find_violations(security_pb2.UpdateStatement(metrics=converted)):
+        if violation.field.startswith("metrics"):
+            raise TrainingFunctionError(f"{violation.field}: {violation.description}")
+    return converted
+
+
+def _metric(name: str, value: object) -> float:
+    # A comparison such as "loss < best" is a number to Python: as a metric it is 0 or 1.
+    return number(f"metric {name!r}", int(value) if isinstance(value, bool | np.bool_) else value)
+
+
+def checked_example_count(example_count: object) -> int:
+    """Return an example count as it is sent.
+
+    Raises:
+        TrainingFunctionError: It is no integer, or not within 1 to 2^40.
+    """
+    try:
+        return whole("example count", example_count, 1, MAX_EXAMPLE_COUNT)
+    except InvalidArgumentError as error:
+        raise TrainingFunctionError(str(error)) from error
+
+
+def checked(contribution: Contribution) -> Contribution:
+    """Return a contribution as it can be sent: its arrays in the layout of the base version, plain numbers elsewhere.
+
+    Raises:
+        TrainingFunctionError: Arrays, example count or metrics cannot be sent.
+    """
+    return replace(
+        contribution,
+        arrays=fitted(contribution.arrays, contribution.base.manifest),
+        example_count=checked_example_count(contribution.example_count),
+        metrics=checked_metrics(contribution.metrics),
+    )
 
 
 def _difference(arrays: Mapping[str, Array], base: Mapping[str, Array]) -> dict[str, Array]:
-    """Subtract the base version from floating-point tensors; the others are sent unchanged."""
-    return {
-        name: array - base[name] if _is_floating(array) else array for name, array in arrays.items()
-    }
+    """Subtract the base version from floating-point tensors; the others are sent unchanged.
+
+    A difference beyond the range becomes infinite, which the checks of the payload find.
+    """
+    with np.errstate(all="ignore"):
+        return {
+            name: np.asarray(array - base[name]) if _is_floating(array) else array
+            for name, array in arrays.items()
+        }
 
 
 def _is_floating(array: Array) -> bool:

@@ -21,8 +21,8 @@ from qflare.tensors import (
     CHUNK_BYTES,
     Array,
     FiniteCheck,
+    InvalidPayloadError,
     Manifest,
-    NonFiniteError,
     chunks,
 )
 from qflare.v1 import coordinator_service_pb2 as messages
@@ -108,7 +108,7 @@ class Payload:
         arrays: The tensors of the manifest; must not change while the payload is in use.
 
     Raises:
-        TrainingFunctionError: A value is NaN or infinite.
+        TrainingFunctionError: A value is NaN or infinite, or a boolean's byte neither 0 nor 1.
     """
 
     def __init__(self, manifest: Manifest, arrays: Mapping[str, Array]) -> None:
@@ -119,7 +119,7 @@ class Payload:
         self._only_chunk = _only(chunks(arrays, manifest)) if manifest.chunk_count == 1 else None
         try:
             leaf_hashes = list(hashed(_checked(self.chunks_from(0), manifest)))
-        except NonFiniteError as error:
+        except InvalidPayloadError as error:
             raise TrainingFunctionError(str(error)) from error
         self.digest = merkle.root(leaf_hashes).hex()
         self.chunk_digests = b"".join(leaf_hashes)

@@ -11,12 +11,14 @@ It is independent of methods and messages. Every attempt builds its own request 
 Source: full jitter is from M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from qflare_client import arguments
 from qflare_client.errors import UnavailableError
 
 
@@ -33,6 +35,16 @@ class RetryPolicy:
 
     max_delay_s: float = 5.0
     """Upper bound of any delay, except those that the coordinator asks for, in seconds."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no time.
+
+        Raises:
+            InvalidArgumentError: A field is below 0, or no number; a delay is infinite.
+        """
+        arguments.not_negative("total_time_s", self.total_time_s, math.inf)
+        arguments.not_negative("initial_delay_s", self.initial_delay_s)
+        arguments.not_negative("max_delay_s", self.max_delay_s)
 
     def at_most(self, total_time_s: float) -> "RetryPolicy":
         """Return this policy with its total time capped, in seconds."""

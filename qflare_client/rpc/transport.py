@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from qflare.v1.coordinator_service_pb2_grpc import CoordinatorServiceStub
+from qflare_client import arguments
 from qflare_client.errors import (
     ForkedError,
     ProxyRefusedError,
@@ -92,6 +93,16 @@ class Tls:
     server_name: str = ""
     """Name in the coordinator's certificate; empty means the host of the address."""
 
+    def __post_init__(self) -> None:
+        """Refuse what is no PEM file's content.
+
+        Raises:
+            InvalidArgumentError: A field has another type.
+        """
+        for name in ("certificate_authorities", "certificate_chain", "private_key"):
+            arguments.optional(name, getattr(self, name), bytes)
+        arguments.text("server_name", self.server_name)
+
     @classmethod
     def from_files(
         cls,
@@ -103,10 +114,12 @@ class Tls:
         """Read the PEM files.
 
         Raises:
+            InvalidArgumentError: An argument is no path.
             OSError: A file cannot be read.
         """
         ca, chain, key = (
-            path.read_bytes() if path else None for path in (ca_file, certificate_file, key_file)
+            None if file is None else arguments.path("a file", file).read_bytes()
+            for file in (ca_file, certificate_file, key_file)
         )
         return cls(ca, chain, key, server_name)
 
@@ -117,7 +130,11 @@ def trusting(tls: Tls | None, certificate_authorities: str) -> Tls | None:
     Args:
         tls: The caller's settings; None for none.
         certificate_authorities: PEM certificates; empty for none.
+
+    Raises:
+        InvalidArgumentError: `tls` has another type.
     """
+    tls = arguments.optional("tls", tls, Tls)
     if not certificate_authorities or (tls is not None and tls.certificate_authorities is not None):
         return tls
     return replace(tls or Tls(), certificate_authorities=certificate_authorities.encode())
@@ -137,6 +154,9 @@ class Transport:
         insecure: Use plaintext with any address, on a network that protects the connection itself.
         timeout_s: Deadline of one attempt of a unary call, in seconds, above 0.
         transfer_timeout_s: Deadline of one attempt of a stream, in seconds, above 0.
+
+    Raises:
+        InvalidArgumentError: An argument cannot be used.
     """
 
     def __init__(
@@ -148,9 +168,9 @@ class Transport:
         timeout_s: float = 30.0,
         transfer_timeout_s: float = 3600.0,
     ) -> None:
-        self.address = address
-        self.timeout_s = timeout_s
-        self.transfer_timeout_s = transfer_timeout_s
+        self.address = arguments.text("address", address)
+        self.timeout_s = arguments.positive("timeout_s", timeout_s)
+        self.transfer_timeout_s = arguments.positive("transfer_timeout_s", transfer_timeout_s)
         self.lifetime = Lifetime()
         self._process_id = os.getpid()
         self._channel = _open_channel(address, tls, insecure=insecure)
@@ -180,7 +200,7 @@ class Transport:
         Raises:
             QflareClientError: The call failed.
         """
-        options = {"timeout": timeout_s or self.timeout_s, "metadata": _traced(metadata)}
+        options = {"timeout": _deadline_s(timeout_s, self.timeout_s), "metadata": _traced(metadata)}
         with self._translated():
             answer: R = self._answer(method, request, options)
         return answer
@@ -198,7 +218,8 @@ class Transport:
         Raises:
             QflareClientError: The call failed.
         """
-        options = {"timeout": timeout_s or self.transfer_timeout_s, "metadata": _traced(metadata)}
+        deadline_s = _deadline_s(timeout_s, self.transfer_timeout_s)
+        options = {"timeout": deadline_s, "metadata": _traced(metadata)}
         with self._translated(resumable=True):
             answer: R = self._answer(method, requests, options)
         return answer
@@ -216,10 +237,9 @@ class Transport:
         Raises:
             QflareClientError: While iterating: the call failed.
         """
+        deadline_s = _deadline_s(timeout_s, self.transfer_timeout_s)
         with self._translated(resumable=True):
-            call = method(
-                request, timeout=timeout_s or self.transfer_timeout_s, metadata=_traced(metadata)
-            )
+            call = method(request, timeout=deadline_s, metadata=_traced(metadata))
             try:
                 with _cancelled_in_time(call, self.lifetime.bounds):
                     yield from call
@@ -286,6 +306,10 @@ def _cancelled_in_time(call: Any, bounds: Bounds | None) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _deadline_s(timeout_s: float | None, default_s: float) -> float:
+    return default_s if timeout_s is None else arguments.positive("timeout_s", timeout_s)
 
 
 def _traced(metadata: Metadata) -> Metadata:

@@ -46,6 +46,16 @@ from qflare_client.errors import InvalidEvidenceError
 M = TypeVar("M", bound=Message)
 
 _FORMAT = "qflare-evidence-1"
+_MALFORMED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    json_format.ParseError,
+)
+"""What reading of JSON of another shape raises."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class Evidence:
                 ],
                 updates=[_update_from_dict(entry) for entry in document["updates"]],
             )
-        except (ValueError, KeyError, TypeError, RecursionError, json_format.ParseError) as error:
+        except _MALFORMED as error:
             raise InvalidEvidenceError(f"no file of evidence: {error!r}") from error
 
 

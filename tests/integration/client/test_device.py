@@ -27,7 +27,6 @@ from qflare_client import (
     DuplicateUpdateError,
     Evidence,
     InvalidEnrollmentTokenError,
-    InvalidRequestError,
     KeyStoreError,
     KeyStoreLockedError,
     LocalPrivacy,
@@ -297,7 +296,7 @@ def test_an_evaluation_that_cannot_be_sent_is_told(deploy: Deploy) -> None:
     while (task := client.get_task(session_id)).kind is not TaskKind.EVALUATE:
         threading.Event().wait(task.poll_delay_s)
 
-    with pytest.raises(InvalidRequestError, match="example_count"):
+    with pytest.raises(TrainingFunctionError, match="example count"):
         client.report_evaluation(task, 2**40 + 1, {"accuracy": 0.75})
     with pytest.raises(TrainingFunctionError, match="reserved"):
         client.report_evaluation(task, 20, {"train_loss": 0.75})

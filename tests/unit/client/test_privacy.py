@@ -1,10 +1,14 @@
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import kstest
 
+from qflare_client.errors import InvalidArgumentError
 from qflare_client.privacy import (
     LocalPrivacy,
     clip_by_global_norm,
@@ -12,6 +16,7 @@ from qflare_client.privacy import (
     gaussian_delta,
     gaussian_stddev,
     global_norm,
+    normal_samples,
 )
 
 Tensors = dict[str, NDArray[np.generic]]
@@ -61,6 +66,41 @@ def test_noise_is_never_the_same() -> None:
     privacy = LocalPrivacy(1.0, 1.0)
 
     assert not np.array_equal(privacy.protect(zero, zero)["w"], privacy.protect(zero, zero)["w"])
+
+
+def test_the_system_is_the_source_of_the_noise() -> None:
+    zero: Tensors = {"w": np.zeros(400_001, dtype=np.float32)}
+
+    noise = LocalPrivacy(1.0, 1.0).protect(zero, zero)["w"].astype(np.float64)
+
+    assert kstest(noise, "norm").pvalue > 1e-6
+    assert abs(np.corrcoef(noise[:200_000], noise[200_000:400_000])[0, 1]) < 0.02
+
+
+def test_random_bytes_become_normal_samples_up_to_the_ends() -> None:
+    least, most = bytes(8), b"\xff" * 8
+
+    pairs = [normal_samples(first + second) for first in (least, most) for second in (least, most)]
+
+    assert np.isfinite(pairs).all()
+    assert np.max(np.abs(pairs)) == pytest.approx(9.4, abs=0.1)
+
+
+def test_noise_leaves_no_low_bits_of_a_float64_delta() -> None:
+    base: Tensors = {"w": np.zeros(1000)}
+    protected = LocalPrivacy(1.0, 1.0).protect({"w": np.full(1000, 1e-3)}, base)["w"]
+
+    assert np.array_equal(protected, protected.astype(np.float32))
+
+
+@pytest.mark.parametrize("wrong", [None, "1", True, [1.0], 1j, 10**400, np.array([1.0, 2.0])])
+def test_settings_that_are_no_numbers_are_refused(wrong: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="clip_norm must be"):
+        LocalPrivacy(wrong)
+
+
+def test_hardly_any_noise_costs_without_end() -> None:
+    assert LocalPrivacy(1.0, 1e-200).cost == np.inf
 
 
 @given(

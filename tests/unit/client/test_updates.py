@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -9,7 +10,7 @@ from qflare.crypto.sealed_payloads import PayloadKey, PayloadOpener, SealContext
 from qflare.crypto.sealing import KemKey
 from qflare.crypto.signing import SigningKey
 from qflare.evidence.statements import open_update
-from qflare.tensors import Array, Manifest, assemble, payload_digest
+from qflare.tensors import Array, DType, Manifest, TensorSpec, assemble, payload_digest
 from qflare.tensors.encodings import Encoding, decode
 from qflare.v1 import security_pb2, training_pb2
 from qflare_client.errors import TrainingFunctionError, UnsupportedTaskError
@@ -17,6 +18,7 @@ from qflare_client.models.download import GlobalModel
 from qflare_client.models.sealed_update import SealedPayload
 from qflare_client.models.submission import (
     Contribution,
+    checked,
     make_payload,
     make_statement,
     sign_statement,
@@ -270,3 +272,51 @@ def test_too_many_metrics_are_refused() -> None:
 
     with pytest.raises(TrainingFunctionError):
         sign_statement(SigningKey.generate(), statement(metrics=metrics))
+
+
+@pytest.mark.parametrize("encoding", list(Encoding))
+def test_a_boolean_that_is_neither_0_nor_1_is_refused(encoding: Encoding) -> None:
+    base = replace(base_model(), manifest=Manifest((TensorSpec("b", DType.BOOL, (1,)),)))
+    given = Contribution(base, {"b": np.array([2], np.uint8).view(np.bool_)}, 1, {})
+
+    with pytest.raises(TrainingFunctionError, match="tensor 'b', element 0: got 2, wanted 0 or 1"):
+        make_payload(given, task(update_encoding=int(encoding)).transfer)
+
+
+def test_an_update_kind_of_a_later_coordinator_is_not_supported() -> None:
+    transfer = training_pb2.TransferPolicy()
+    transfer.update_kind = 99  # type: ignore[assignment]
+
+    with pytest.raises(UnsupportedTaskError, match="update kind: got number 99"):
+        make_payload(contribution(trained()), transfer)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [
+        ({"loss": "0.5"}, "metric 'loss': got '0.5', want a finite number"),
+        ({"loss": 10**400}, "metric 'loss': got 1000"),
+        ({1: 0.5}, "metric name: got 1, want a str"),
+        ({"a\udc80": 0.5}, "want valid Unicode"),
+        ({"a\nb": 0.5}, "1 to 100 printable characters"),
+        ({"": 0.5}, "has no name"),
+        ({"x" * 101: 0.5}, "has no name"),
+        ({str(number): 0.5 for number in range(65)}, "more than 64"),
+        ([0.5], "metrics: got list, want a mapping"),
+    ],
+)
+def test_metrics_that_cannot_be_sent_are_named(metrics: Any, shown: str) -> None:
+    with pytest.raises(TrainingFunctionError, match=shown):
+        checked(contribution(metrics=metrics))
+
+
+@pytest.mark.parametrize("count", [True, 0, -1, 2**40 + 1, 2**63, 1.0, "1", None, np.bool_(True)])
+def test_example_counts_that_cannot_be_sent_are_refused(count: Any) -> None:
+    with pytest.raises(TrainingFunctionError, match="want an integer, 1 to"):
+        checked(contribution(example_count=count))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = checked(contribution(example_count=np.int64(7), metrics={"loss": np.float32(0.5)}))
+
+    assert (given.example_count, given.metrics) == (7, {"loss": 0.5})
