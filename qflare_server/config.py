@@ -202,7 +202,13 @@ class ServerConfig:
 
     metrics_listen: str = ""
     """Address of the HTTP server for Prometheus metrics, such as 127.0.0.1:9464; empty means none. Worker i uses the
-    port plus i.
+    port plus i. On a non-loopback address it serves HTTPS with the certificate of the gRPC server.
+    """
+    metrics_insecure: bool = False
+    """Serve metrics without TLS on any address; use it only on a network that nothing but Prometheus can reach."""
+    metrics_hosts: str = ""
+    """Accepted host names of the metrics port, comma-separated, in addition to IP addresses, localhost, the host of its
+    address and the names of its certificate.
     """
     dashboard: str = ""
     """Address of the read-only web dashboard, such as 127.0.0.1:8080; empty means none. With several workers, the first
@@ -213,8 +219,8 @@ class ServerConfig:
     address from the last entry of X-Forwarded-For.
     """
     dashboard_hosts: str = ""
-    """Accepted host names of a dashboard without its own TLS, comma-separated, in addition to IP addresses and
-    localhost: behind a proxy, the proxy's public name.
+    """Accepted host names of the dashboard, comma-separated, in addition to IP addresses, localhost, the host of its
+    address and the names of its certificate: behind a proxy, the proxy's public name.
     """
     dashboard_login_s: float = 28_800.0
     """Lifetime of a dashboard login."""
@@ -273,10 +279,21 @@ class ServerConfig:
         Raises:
             ValueError: `dashboard` is not host:port.
         """
-        host, _, port = self.dashboard.rpartition(":")
-        if not host or not re.fullmatch(r"\d{1,5}", port) or int(port) > MAX_PORT:
-            raise ValueError(f"got {self.dashboard!r}, want host:port")
-        return host.removeprefix("[").removesuffix("]"), int(port)
+        return _host_and_port(self.dashboard)
+
+    @property
+    def metrics_address(self) -> tuple[str, int]:
+        """Host and port of the metrics server of the first worker.
+
+        Raises:
+            ValueError: `metrics_listen` is not host:port.
+        """
+        return _host_and_port(self.metrics_listen)
+
+    @property
+    def metrics_has_tls(self) -> bool:
+        """Whether metrics are served over HTTPS: on every address but loopback, unless `metrics_insecure` is set."""
+        return not (self.metrics_insecure or _is_loopback_host(self.metrics_address[0]))
 
     @property
     def dashboard_has_tls(self) -> bool:
@@ -390,6 +407,7 @@ def _contradictions(config: ServerConfig) -> list[str]:
     problems += _malformed_addresses(config)
     problems += _unknown_algorithms(config)
     problems.extend(_contradictions_of_dashboard(config))
+    problems.extend(_contradictions_of_metrics(config))
     if config.log_level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         problems.append(f"QFLARE_LOG_LEVEL: got {config.log_level}")
     if config.log_format not in {"text", "json"}:
@@ -403,12 +421,13 @@ def _malformed_addresses(config: ServerConfig) -> list[str]:
     problems = []
     for name in ("listen", "health_listen", "metrics_listen"):
         address: str = getattr(config, name)
-        host, _, port = address.rpartition(":")
         optional = name != "listen"
         if (optional and not address) or address.startswith("unix:"):
             continue
-        if not host or not re.fullmatch(r"\d{1,5}", port) or int(port) > MAX_PORT:
-            problems.append(f"QFLARE_{name.upper()}: got {address!r}, want host:port")
+        try:
+            _host_and_port(address)
+        except ValueError as error:
+            problems.append(f"QFLARE_{name.upper()}: {error}")
     return problems
 
 
@@ -451,6 +470,33 @@ def _contradictions_of_dashboard(config: ServerConfig) -> list[str]:
         )
         return [problem]
     return []
+
+
+def _contradictions_of_metrics(config: ServerConfig) -> list[str]:
+    try:
+        has_tls = bool(config.metrics_listen) and config.metrics_has_tls
+    except ValueError:  # reported by _malformed_addresses
+        return []
+    if has_tls and config.tls_certificate_file is None:
+        problem = (
+            f"QFLARE_METRICS_LISTEN: {config.metrics_listen} can be reached from outside; set a server certificate,"
+            " or QFLARE_METRICS_INSECURE on a network that only Prometheus can reach"
+        )
+        return [problem]
+    if has_tls and config.require_pq_tls:
+        problem = (
+            "QFLARE_METRICS_LISTEN cannot require X25519MLKEM768 as QFLARE_REQUIRE_PQ_TLS wants: serve the metrics on"
+            " a loopback address, or set QFLARE_METRICS_INSECURE on a network that only Prometheus can reach"
+        )
+        return [problem]
+    return []
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or int(port) > MAX_PORT:
+        raise ValueError(f"got {address!r}, want host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _host_of(address: str) -> str:

@@ -12,12 +12,12 @@ from qflare_server.config import WORKER_VARIABLE, ConfigError, ServerConfig
 from qflare_server.use_cases import UseCases
 
 if TYPE_CHECKING:
-    from qflare_server.serving.dashboard.http_server import DashboardServer
+    from qflare_server.serving.http.server import HttpServer
 
 
 def open_dashboard(
     config: ServerConfig, use_cases: UseCases, draining: threading.Event
-) -> "DashboardServer | None":
+) -> "HttpServer | None":
     """Return the dashboard's server, bound but not yet serving; None without one.
 
     Log-ins live in the memory of one process: of several workers only the first serves the dashboard.
@@ -29,10 +29,21 @@ def open_dashboard(
         return None
     try:
         from qflare_server.serving.dashboard.app import Site  # noqa: PLC0415  # an extra
-        from qflare_server.serving.dashboard.http_server import DashboardServer  # noqa: PLC0415
+        from qflare_server.serving.http.connections import Bounds  # noqa: PLC0415
+        from qflare_server.serving.http.server import HttpServer  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(
             "QFLARE_DASHBOARD: pip install 'qflare[dashboard]'",
             remedy="pip install 'qflare[dashboard]'",
         ) from error
-    return DashboardServer(config, Site(config, use_cases, draining))
+    return HttpServer(
+        config,
+        Site(config, use_cases, draining),
+        setting="QFLARE_DASHBOARD",
+        address=config.dashboard_address,
+        has_tls=config.dashboard_has_tls,
+        # a proxy is the peer of all visitors
+        bounds=Bounds(
+            max_of_peer=Bounds.max_count if config.dashboard_behind_proxy else Bounds.max_of_peer
+        ),
+    )

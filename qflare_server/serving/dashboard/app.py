@@ -27,9 +27,10 @@ from qflare_server import errors
 from qflare_server.config import ServerConfig
 from qflare_server.serving.dashboard import formatting
 from qflare_server.serving.dashboard.cache import DashboardCache
-from qflare_server.serving.dashboard.middleware import KnownHosts, SecurityHeaders
+from qflare_server.serving.dashboard.middleware import SecurityHeaders
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages import audit, devices, overview, system, training
+from qflare_server.serving.http.hosts import KnownHosts, certificate_names
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.access.authentication import MAX_TOKEN_CHARACTERS, Principal
 
@@ -118,10 +119,10 @@ class Site:
         self._limiter = CapacityLimiter(READERS)
         self._recent = DashboardCache(use_cases)
         self._templates = _templates()
-        app = self._build()
-        if not config.dashboard_has_tls:
-            names = [name.strip() for name in config.dashboard_hosts.split(",") if name.strip()]
-            app = KnownHosts(app, names)
+        names = [config.dashboard_address[0], *config.dashboard_hosts.split(",")]
+        if config.dashboard_has_tls:
+            names += certificate_names(config.tls_certificate_file)
+        app = KnownHosts(self._build(), names, "QFLARE_DASHBOARD_HOSTS")
         self._app = SecurityHeaders(app, secure=self._secure)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,15 +1,14 @@
 """Middleware of the dashboard: security headers and the access log."""
 
-import ipaddress
 import logging
 import time
-from collections.abc import Collection
 from http import HTTPStatus
 from typing import Final
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qflare_server.serving.rpc.log_sampling import LogSampler
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +29,8 @@ HEADERS: Final = {
 }
 STRICT_TRANSPORT: Final = "max-age=31536000"
 STATIC: Final = "/static/"
+OPEN: Final = ("/login", STATIC)
+"""Paths that need no log-in."""
 
 
 class SecurityHeaders:
@@ -42,6 +43,7 @@ class SecurityHeaders:
 
     def __init__(self, app: ASGIApp, *, secure: bool) -> None:
         self._app = app
+        self._log_lines = LogSampler(time.monotonic)
         self._headers = dict(HEADERS)
         if secure:
             self._headers["Strict-Transport-Security"] = STRICT_TRANSPORT
@@ -56,42 +58,16 @@ class SecurityHeaders:
                 headers.update(self._headers)
                 # Pages show what a log-in may see: neither browser nor proxy keeps them.
                 headers["Cache-Control"] = "no-cache" if path.startswith(STATIC) else "no-store"
-                took_ms = (time.monotonic() - started) * 1000
-                logger.info("page: path=%r code=%d ms=%.1f", path[:200], message["status"], took_ms)
+                self._log(path, message["status"], (time.monotonic() - started) * 1000)
             await send(message)
 
         await self._app(scope, receive, guarded)
 
-
-class KnownHosts:
-    """Wraps an application so that it is reached by its own names only.
-
-    A site whose name is made to point at this address would otherwise read the pages as its own (DNS rebinding). It
-    cannot do so by an IP address, nor over TLS, where the certificate does not have its name.
-
-    Args:
-        app: What answers.
-        names: Names beside IP addresses and localhost.
-    """
-
-    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
-        self._app = app
-        self._names = {"localhost", *(name.lower() for name in names)}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or refuse it."""
-        if self._is_known(Headers(scope=scope).get("host", "")):
-            await self._app(scope, receive, send)
-            return
-        text = "The dashboard is not known by this name: see QFLARE_DASHBOARD_HOSTS.\n"
-        await PlainTextResponse(text, HTTPStatus.MISDIRECTED_REQUEST)(scope, receive, send)
-
-    def _is_known(self, host: str) -> bool:
-        name, _, port = host.rpartition(":")
-        if not port.isdigit():
-            name = host
-        try:
-            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
-        except ValueError:
-            return name.lower() in self._names
-        return True
+    def _log(self, path: str, code: int, took_ms: float) -> None:
+        """Log a request; of those that anybody can make, the first of each kind in every minute."""
+        left_out: int | None = 0
+        if code != HTTPStatus.OK or path.startswith(OPEN):
+            left_out = self._log_lines.take(code)
+        if left_out is not None:
+            more = f" left_out={left_out}" if left_out else ""
+            logger.info("page: path=%a code=%d ms=%.1f%s", path[:200], code, took_ms, more)

@@ -45,21 +45,13 @@ class Observability:
         """Serve metrics, those of the database among them.
 
         Raises:
-            ConfigError: The address cannot be bound.
+            ConfigError: The address cannot be bound, or the TLS files cannot be read.
         """
         if self._metrics is None:
             return
-        host, _, port = self._config.metrics_listen.rpartition(":")
+        host, port = self._config.metrics_address
         worker = int(os.environ.get(WORKER_VARIABLE, "0"))
-        number = int(port) + worker if int(port) else 0
-        try:
-            self._metrics.serve(host.strip("[]"), number, context)
-        except OSError as error:
-            listen = self._config.metrics_listen
-            raise ConfigError(
-                f"QFLARE_METRICS_LISTEN: cannot bind {listen}: {error.strerror or error}",
-                remedy="stop what listens there, or choose another address of this machine",
-            ) from error
+        self._metrics.serve(self._config, (host, port + worker if port else 0), context)
 
     def close(self) -> None:
         """End the metrics server and send the spans that are left."""

@@ -5,7 +5,6 @@ for others fit. Labels come from the contract and from this program only, never 
 database is read when somebody scrapes; every replica reports the same then, so dashboards take the maximum.
 """
 
-import threading
 import time
 from typing import Any, Final
 
@@ -16,12 +15,16 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Histogram,
-    start_http_server,
+    generate_latest,
 )
 from sqlalchemy import Engine, event
 
+from qflare_server.config import ServerConfig
 from qflare_server.context import Context, Telemetry
+from qflare_server.serving.http.hosts import KnownHosts, certificate_names
+from qflare_server.serving.http.server import HttpServer
 from qflare_server.serving.observability.database_metrics import DatabaseCollector
+from qflare_server.serving.observability.exposition import MetricsSite
 
 CALL_LABELS: Final = ("grpc_type", "grpc_service", "grpc_method")
 CALL_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
@@ -40,8 +43,7 @@ class Metrics(Telemetry):
             self.registry.register(collector)
         self._define_calls()
         self._define_work()
-        self._server: Any = None
-        self._thread: threading.Thread | None = None
+        self._server: HttpServer | None = None
 
     def _define_calls(self) -> None:
         make = {"labelnames": CALL_LABELS, "registry": self.registry}
@@ -102,24 +104,38 @@ class Metrics(Telemetry):
     @property
     def port(self) -> int:
         """Port of the HTTP server, 0 before it serves."""
-        return 0 if self._server is None else int(self._server.server_port)
+        return 0 if self._server is None else self._server.port
 
-    def serve(self, host: str, port: int, context: Context) -> None:
+    def serve(self, config: ServerConfig, address: tuple[str, int], context: Context) -> None:
         """Serve over HTTP, and measure the database from here on.
 
+        Args:
+            config: `metrics_hosts` and the TLS files.
+            address: Host and port; port 0 takes a free one.
+            context: Has the database.
+
         Raises:
-            OSError: The address cannot be bound.
+            ConfigError: The address cannot be bound, or the TLS files cannot be read.
         """
-        self._server, self._thread = start_http_server(port, host, self.registry)
+        names = [address[0], *config.metrics_hosts.split(",")]
+        if config.metrics_has_tls:
+            names += certificate_names(config.tls_certificate_file)
+        site = MetricsSite(lambda: generate_latest(self.registry))
+        self._server = HttpServer(
+            config,
+            KnownHosts(site, names, "QFLARE_METRICS_HOSTS"),
+            setting="QFLARE_METRICS_LISTEN",
+            address=address,
+            has_tls=config.metrics_has_tls,
+        )
         self.registry.register(DatabaseCollector(context))
         self._measure_queries(context.database.engine)
+        self._server.start()
 
     def close(self) -> None:
         """End the HTTP server."""
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+        if self._server is not None:
+            self._server.stop()
 
     def _measure_queries(self, engine: Engine) -> None:
         def before(_connection: Any, _cursor: Any, *rest: Any) -> None:

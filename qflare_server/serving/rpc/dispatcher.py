@@ -8,7 +8,6 @@ devices, administrators and probes never wait for each other's threads.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import threading
 import time
@@ -29,6 +28,7 @@ from qflare_server.serving.rpc.streams import READ_AHEAD
 from qflare_server.serving.rpc.thread_pools import FairPool
 from qflare_server.serving.rpc.transfers import TransferPool
 from qflare_server.use_cases.access.authentication import KnownCaller
+from qflare_server.use_cases.access.rate_limits import network_of
 
 logger = logging.getLogger(__name__)
 
@@ -284,11 +284,4 @@ class Dispatcher:
 def host_of(peer_address: str) -> str:
     """Return whom an address of gRPC's is charged to: an IPv4 address, or the /64 network of an IPv6 one."""
     kind, _, rest = peer_address.partition(":")
-    host = unquote(rest).rpartition(":")[0].strip("[]").partition("%")[0]
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return kind
-    if isinstance(address, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
+    return network_of(unquote(rest).rpartition(":")[0].strip("[]")) or kind

@@ -1,5 +1,9 @@
-"""Per-caller rate limits: in-memory token buckets (Turner 1986), dropped once they are full again."""
+"""Per-caller rate limits: in-memory token buckets (Turner 1986), dropped once they are full again.
 
+Callers without a credential are told apart by their network.
+"""
+
+import ipaddress
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,3 +88,15 @@ class RateLimiter:
         """Drop the buckets that are full again; all of them if that is not enough."""
         kept = {name: bucket for name, bucket in self._buckets.items() if not bucket.is_full(now)}
         self._buckets = kept if len(kept) < MAX_CALLERS else {}
+
+
+def network_of(host: str) -> str:
+    """Return whom an address is charged to: an IPv4 address, or the /64 network of an IPv6 one; empty for a name."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        mapped = address.ipv4_mapped
+        return str(mapped or ipaddress.ip_network((address, 64), strict=False))
+    return str(address)

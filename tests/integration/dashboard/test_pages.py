@@ -406,7 +406,8 @@ def test_without_the_extra_the_command_to_install_it_is_said(
     deploy: Deploy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "qflare_server.serving.dashboard.http_server", raising=False)
+    for name in ("connections", "server"):
+        monkeypatch.delitem(sys.modules, f"qflare_server.serving.http.{name}", raising=False)
 
     with pytest.raises(ConfigError, match=r"QFLARE_DASHBOARD: pip install 'qflare\[dashboard\]'"):
         deploy(dashboard="127.0.0.1:0")

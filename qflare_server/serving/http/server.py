@@ -1,65 +1,88 @@
-"""Serves the dashboard over HTTP from a thread of the coordinator's process."""
+"""Serves an ASGI application over HTTP from a thread of the coordinator's process."""
 
+import functools
 import logging
+import math
 import socket
 import ssl
 import threading
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
 
 from qflare_server.config import ConfigError, ServerConfig
-from qflare_server.serving.dashboard.app import Site
+from qflare_server.serving.http.connections import Bounds, Connections, Listener, TimedProtocol
+from qflare_server.serving.http.hosts import Application
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS: Final = 100
+BACKLOG: Final = 128
 MAX_HEADER_BYTES: Final = 16_384
 LOOK_S: Final = 2
 STOP_S: Final = 3
 
 
-class DashboardServer:
-    """The HTTP server of the dashboard; bound when it is made, serving between `start` and `stop`.
+class HttpServer:
+    """An HTTP server; bound when it is made, serving between `start` and `stop`.
 
     Args:
-        config: `dashboard` and the TLS files.
-        site: What it serves.
+        config: Names the TLS files.
+        app: What it serves.
+        setting: Name of the setting that holds the address, for errors.
+        address: Host and port; port 0 takes a free one.
+        has_tls: Serve TLS 1.3 with the certificate of the gRPC server.
+        bounds: Of its connections.
 
     Raises:
         ConfigError: The address cannot be bound, or the TLS files cannot be read.
     """
 
-    def __init__(self, config: ServerConfig, site: Site) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        app: Application,
+        *,
+        setting: str,
+        address: tuple[str, int],
+        has_tls: bool,
+        bounds: Bounds = Bounds(),  # noqa: B008  # immutable
+    ) -> None:
         self._config = config
-        self._context = _tls(config) if config.dashboard_has_tls else None
+        self._context = _tls(config, setting) if has_tls else None
         self._stamp = self._look()
-        self._server = uvicorn.Server(self._settings(site))
-        self._socket = _bind(config)
-        self._thread = threading.Thread(
-            target=self._server.run, args=([self._socket],), name="dashboard", daemon=True
-        )
+        connections = Connections(bounds)
+        self._server = uvicorn.Server(self._settings(app, connections))
+        self._socket = Listener(_bind(setting, *address), connections)
+        self._thread: threading.Thread | None = None
 
-    def _settings(self, site: Site) -> uvicorn.Config:
+    def _settings(self, app: Application, connections: Connections) -> uvicorn.Config:
         context = self._context
+        protocol: Any = functools.partial(TimedProtocol, connections)
         return uvicorn.Config(
-            site,
-            loop="asyncio",
-            http="h11",
+            app,
+            loop="qflare_server.serving.http.connections:Loop",
+            http=protocol,
             ws="none",
+            interface="asgi3",
             lifespan="off",
             log_config=None,
-            log_level="warning",
+            log_level="error",
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=MAX_CONNECTIONS,
+            backlog=BACKLOG,
+            timeout_keep_alive=max(1, math.ceil(connections.bounds.keep_alive_s)),
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=STOP_S,
             timeout_notify=LOOK_S,
             callback_notify=self._reload,
             ssl_context_factory=None if context is None else lambda *_: context,
         )
+
+    @property
+    def port(self) -> int:
+        """The port that it is bound to."""
+        return int(self._socket.getsockname()[1])
 
     @property
     def url(self) -> str:
@@ -71,12 +94,15 @@ class DashboardServer:
 
     def start(self) -> None:
         """Serve."""
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="http", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
         """Let the answers under way end, and stop serving."""
         self._server.should_exit = True
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join(2 * STOP_S)
         self._socket.close()
 
@@ -99,19 +125,18 @@ class DashboardServer:
             logger.exception("certificate files were not read again; the ones in use stay")
 
 
-def _bind(config: ServerConfig) -> socket.socket:
-    host, port = config.dashboard_address
+def _bind(setting: str, host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise ConfigError(
-            f"QFLARE_DASHBOARD: cannot bind {config.dashboard}: {error.strerror or error}",
+            f"{setting}: cannot bind {host}:{port}: {error.strerror or error}",
             remedy="stop what listens there, or choose another address of this machine",
         ) from error
 
 
-def _tls(config: ServerConfig) -> ssl.SSLContext:
+def _tls(config: ServerConfig, setting: str) -> ssl.SSLContext:
     """Return a context of TLS 1.3 that asks for client certificates where the gRPC server does."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -122,7 +147,7 @@ def _tls(config: ServerConfig) -> ssl.SSLContext:
             context.load_verify_locations(config.tls_client_ca_file)
             context.verify_mode = ssl.CERT_REQUIRED
     except OSError as error:
-        raise ConfigError(f"QFLARE_DASHBOARD: cannot read the TLS files: {error}") from error
+        raise ConfigError(f"{setting}: cannot read the TLS files: {error}") from error
     return context
 
 

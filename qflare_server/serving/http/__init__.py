@@ -1,0 +1,1 @@
+"""HTTP servers of the dashboard and the metrics: threads, TLS, bounded connections, known host names."""
