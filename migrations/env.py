@@ -1,9 +1,9 @@
-"""Runs the revisions, for `qflare_server.storage.schema` and for the `alembic` command alike.
+"""Alembic environment, used by `qflare_server.storage.schema` and by the `alembic` command.
 
-One migration runs at a time whatever the number of processes that try: PostgreSQL by an advisory lock, SQLite by
-BEGIN IMMEDIATE; each finds the work done when its turn comes. On SQLite all revisions are one transaction with
-foreign keys off, because a table that Alembic rebuilds is dropped on the way, which would cascade to its children;
-they are checked before the commit. On PostgreSQL each command is one transaction, but for autocommit blocks.
+Only one migration runs at a time: PostgreSQL uses an advisory lock, SQLite BEGIN IMMEDIATE. A process that waits for
+the lock then finds the schema up to date. On SQLite all revisions run in one transaction with foreign keys off, because
+Alembic rebuilds a table by dropping it, which would cascade to its children; foreign keys are checked before the
+commit. On PostgreSQL each command runs in one transaction, except for autocommit blocks.
 """
 
 import os
@@ -19,19 +19,19 @@ from qflare_server.storage.engine import make_engine
 from qflare_server.storage.postgresql import lift_bounds
 from qflare_server.storage.tables import Base, UtcDateTime
 
-ADVISORY_LOCK = 0x71666C61726501  # "qflare", 1: one number for all coordinators of a database
+ADVISORY_LOCK = 0x71666C61726501  # "qflare", 1: the same for all coordinators of a database
 METADATA = Base.metadata
 
 
 def render_item(kind: str, item: Any, _autogen_context: AutogenContext) -> str | Literal[False]:
-    """Write our column types into revisions as what they are made of: revisions never import live models."""
+    """Render custom column types as their SQLAlchemy base types, so that revisions never import the models."""
     if kind == "type" and isinstance(item, UtcDateTime):
         return "sa.DateTime(timezone=True)"
     return False
 
 
 def configure(connection: Connection) -> None:
-    """Tell Alembic how to run and to compare on this connection."""
+    """Configure Alembic for this connection."""
     is_sqlite = connection.dialect.name == "sqlite"
     context.configure(
         connection=connection,
@@ -44,9 +44,9 @@ def configure(connection: Connection) -> None:
 
 
 def run_on_sqlite(connection: Connection) -> None:
-    """Run in one write transaction that leaves no row without its parent."""
+    """Run all revisions in one write transaction, and check foreign keys before the commit."""
     raw = cast("sqlite3.Connection", connection.connection.dbapi_connection)
-    raw.execute("PRAGMA foreign_keys=OFF")  # does nothing inside a transaction
+    raw.execute("PRAGMA foreign_keys=OFF")  # has no effect inside a transaction
     try:
         with connection.begin():
             configure(connection)
@@ -60,7 +60,7 @@ def run_on_sqlite(connection: Connection) -> None:
 
 
 def run_on_postgresql(connection: Connection) -> None:
-    """Run under the lock that holds other coordinators back, however long it takes."""
+    """Run all revisions under an advisory lock, without a time limit."""
     lift_bounds(connection.connection.dbapi_connection)
     connection.exec_driver_sql("SET lock_timeout = 0")
     connection.exec_driver_sql(f"SELECT pg_advisory_lock({ADVISORY_LOCK})")
@@ -77,7 +77,7 @@ def run_on_postgresql(connection: Connection) -> None:
 
 
 def run(engine: Engine) -> None:
-    """Run what the command asks for."""
+    """Run the requested revisions."""
     with engine.execution_options(qflare_write=True).connect() as connection:
         if connection.dialect.name == "sqlite":
             run_on_sqlite(connection)
@@ -98,7 +98,7 @@ def run_offline() -> None:
 
 
 def run_from_environment() -> None:
-    """Run on the database that `QFLARE_*` names."""
+    """Run on the database configured by `QFLARE_*`."""
     engine = make_engine(ServerConfig.from_env(os.environ))
     try:
         run(engine)

@@ -11,10 +11,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Change the schema to this revision."""
+    """Upgrade the schema to this revision."""
     ${upgrades if upgrades else "pass"}
 
 
 def downgrade() -> None:
-    """Change the schema back to the revision before."""
+    """Downgrade the schema to the previous revision."""
     ${downgrades if downgrades else "pass"}

@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Change the schema to this revision."""
+    """Upgrade the schema to this revision."""
     op.create_table(
         "audit_heads",
         sa.Column("size", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -529,7 +529,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Change the schema back to the revision before."""
+    """Downgrade the schema to the previous revision."""
     op.drop_table("round_devices")
     with op.batch_alter_table("model_updates", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_model_updates_payload_id"))

@@ -1,4 +1,4 @@
-"""Keep the signed statements of evaluations; those from before have none and count for nothing."""
+"""Signed statements of evaluations. Earlier evaluations have no statement and are ignored."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Change the schema to this revision."""
+    """Upgrade the schema to this revision."""
     with op.batch_alter_table("evaluations", schema=None) as batch_op:
         batch_op.add_column(sa.Column("statement", sa.LargeBinary(), nullable=True))
         batch_op.add_column(sa.Column("statement_digest", sa.String(length=64), nullable=True))
@@ -23,7 +23,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Change the schema back to the revision before."""
+    """Downgrade the schema to the previous revision."""
     with op.batch_alter_table("evaluations", schema=None) as batch_op:
         batch_op.drop_constraint(batch_op.f("uq_evaluations_statement_digest"), type_="unique")
         batch_op.drop_column("weight")

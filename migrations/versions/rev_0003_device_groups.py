@@ -1,4 +1,4 @@
-"""Groups of devices, the profile that selection goes by, and who of a round a device is."""
+"""Device groups, and the device profile used for selection: stated, reported and confirmed values."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Change the schema to this revision."""
+    """Upgrade the schema to this revision."""
     op.create_table(
         "device_groups",
         sa.Column("device_id", sa.String(length=255), nullable=False),
@@ -54,7 +54,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Change the schema back to the revision before."""
+    """Downgrade the schema to the previous revision."""
     with op.batch_alter_table("round_devices", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_round_devices_device_id_training_session_id"))
     with op.batch_alter_table("user_tokens", schema=None) as batch_op:
