@@ -1,4 +1,4 @@
-"""Handwritten digits (real scans, 8 x 8 pixels), split between devices the way real data is: unevenly."""
+"""Handwritten digits (scans of 8 x 8 pixels), split unevenly between devices, like real data."""
 
 from dataclasses import dataclass
 
@@ -43,14 +43,14 @@ def load(seed: int = 0) -> tuple[Examples, Examples]:
 def dirichlet_partition(
     digits: IntArray, device_count: int, alpha: float, seed: int, least: int = 10
 ) -> list[IntArray]:
-    """Split examples so that each class falls to the devices in Dirichlet(alpha) shares.
+    """Split examples so that each class is distributed over the devices in Dirichlet(alpha) shares.
 
     Args:
         digits: Class of each example.
         device_count: Number of parts.
-        alpha: Smaller is more uneven.
-        seed: Same seed, same split.
-        least: Draw again until every device has this many examples.
+        alpha: Concentration of the distribution; smaller values give a more uneven split.
+        seed: Seed of the random split.
+        least: Minimum number of examples per device; the split is redrawn until every device has that many.
 
     Returns:
         Indices for each device.

@@ -1,8 +1,8 @@
-"""The demo: ten device processes train one model on real handwritten digits that never leave them.
+"""Demo: ten device processes train one model on handwritten digits that never leave them.
 
-Starts a coordinator on SQLite in an empty folder, enrolls the devices, runs the rounds, compares every version with
-the same model trained on all data in one place, verifies the lineage of the result, and leaves the database, the
-model and a picture behind.
+Starts a coordinator on SQLite in an empty folder, enrolls the devices and runs the rounds. Compares every version with
+the same model trained centrally on all data, and verifies the lineage of the result. Keeps the database, the model and
+a picture of the learning curves.
 """
 
 import argparse
@@ -36,11 +36,11 @@ LATER, PAGES = "127.0.0.1:50051", "127.0.0.1:8080"
 TIMEOUT_S = 300
 ALLOWED_GAP = 0.02
 SETTINGS = {"rounds": {"deadline": "60s"}, "transfer": {"sealed": True}}
-"""Of the training session: updates and versions are encrypted end to end and at rest."""
+"""Settings of the training session. Updates and versions are encrypted end to end and at rest."""
 
 
 class Demo:
-    """One run of the demo in a folder of its own."""
+    """One run of the demo in a separate folder."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -49,14 +49,14 @@ class Demo:
         self.training, self.test = load()
 
     def server(self, *words: str) -> str:
-        """Run a `qflare-server` command and return what it prints."""
+        """Run a `qflare-server` command and return its output."""
         command = [str(BIN / "qflare-server"), "--data-dir", str(self.data_dir), *words]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
     @contextmanager
     def coordinator(self) -> Iterator[str]:
-        """Run the coordinator; yields its address."""
+        """Run the coordinator; yield its address."""
         log = (self.folder / "coordinator.log").open("w")
         command = [str(BIN / "qflare-server"), "--data-dir", str(self.data_dir)]
         process = subprocess.Popen(
@@ -100,7 +100,7 @@ class Demo:
 
     @contextmanager
     def devices(self, session_id: str, address: str) -> Iterator[list[subprocess.Popen[bytes]]]:
-        """Hand every device process its bundle and start it."""
+        """Issue a bundle for each device and start the device processes."""
         bundles = self.folder / "bundles"
         count = str(self.arguments.devices)
         self.server(
@@ -108,7 +108,7 @@ class Demo:
             *("--bundles", str(bundles), "--address", address),
         )
         processes = []
-        # One thread of arithmetic each: ten devices share this machine.
+        # One arithmetic thread per device, since ten devices share this machine.
         environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         for index, bundle in enumerate(sorted(bundles.glob("*.json"))):
             log = (self.folder / f"device-{index}.log").open("w")
@@ -150,7 +150,7 @@ class Demo:
         return history
 
     def central(self) -> list[dict[str, float]]:
-        """Train the same model on all data in one place, for as many epochs."""
+        """Train the same model centrally on all data, for the same number of epochs."""
         weights: Weights = initial_weights()
         history = [measure(weights, self.test)]
         for number in range(self.arguments.rounds):
@@ -166,7 +166,7 @@ class Demo:
         return history
 
     def run(self) -> int:
-        """Run it all; return 0 if the federated model is within two points of the central one."""
+        """Run the demo; return 0 if the federated accuracy is within two points of the central one."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         print(f"QFLARE demo in {self.folder}: {self.arguments.devices} devices,", end=" ")
@@ -189,10 +189,10 @@ class Demo:
         return 0 if gap <= ALLOWED_GAP else 1
 
     def _explain(self, session_id: str) -> None:
-        """Print how to look into the database that is left behind, with the programs that are installed."""
+        """Print commands for inspecting the resulting database with the installed programs."""
         token = self.data_dir / "admin.token"
         admin = f"qflare-admin --address {LATER} --token-file {token}"
-        print("\nStart the coordinator again on what it left behind:\n")
+        print("\nRestart the coordinator on this database:\n")
         print(f"  . {BIN / 'activate'}")
         print(
             f"  qflare-server --data-dir {self.data_dir} serve --listen {LATER} --dashboard {PAGES} &\n"

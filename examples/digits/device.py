@@ -1,4 +1,4 @@
-"""One device of the demo: a process that enrolls, trains on its part of the digits and sends signed updates."""
+"""One device process of the demo: enrolls, trains on its part of the digits, and sends signed updates."""
 
 import argparse
 import time
@@ -11,7 +11,7 @@ from qflare_client import Client, TrainingTask, enroll, run
 
 
 def main() -> None:
-    """Take part until the training session is over."""
+    """Take part until the training session ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--home", type=Path, required=True)

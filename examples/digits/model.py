@@ -12,7 +12,7 @@ Weights = dict[str, FloatArray]
 
 
 def initial_weights(seed: int = 0) -> Weights:
-    """Return weights drawn as He et al. 2015 (arXiv:1502.01852) propose for rectified units."""
+    """Return random weights with the initialization of He et al. 2015 (arXiv:1502.01852) for rectified units."""
     random = np.random.default_rng(seed)
 
     def layer(inputs: int, outputs: int) -> FloatArray:
@@ -56,10 +56,10 @@ def fit(
     seed: int,
     proximal_mu: float = 0.0,
 ) -> Weights:
-    """Return weights after stochastic gradient descent; the given ones stay as they are.
+    """Return the weights after stochastic gradient descent; the given weights are not modified.
 
-    With `proximal_mu` every step is also pulled back towards the given weights: Li et al. 2020, arXiv:1812.06127,
-    equation 2.
+    `proximal_mu` adds a proximal term that pulls every step toward the given weights (Li et al. 2020,
+    arXiv:1812.06127, equation 2).
     """
     trained = {name: values.copy() for name, values in weights.items()}
     random = np.random.default_rng(seed)

@@ -1,9 +1,9 @@
-"""Compare the strategies on real handwritten digits: `make strategies`.
+"""Compare the strategies on handwritten digits (`make strategies`).
 
-Trains the same small network under every rule, with honest and with hostile devices; with rounds and with a buffer
-where some devices are slow; and under central differential privacy. It drives the coordinator's own strategies
-without coordinator and network, so that it is done in a few minutes on two cores. Draws the pictures and fills in the
-measured part of `docs/strategies.md`.
+Trains the same small network with every rule and with honest and hostile devices, with rounds and with a buffer when
+some devices are slow, and with central differential privacy. Uses the coordinator's strategies without a coordinator or
+a network, so a run takes a few minutes on two cores. Draws the pictures and writes the measured part of
+`docs/strategies.md`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ FAST_COUNT = DEVICE_COUNT - DEVICE_COUNT // 3
 
 
 def main() -> None:
-    """Run everything and write down what came out."""
+    """Run all experiments and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of strategies.md")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -111,7 +111,7 @@ def rules_table(curves: Curves, alpha: float) -> str:
 
 
 def rhythm_table(timelines: Mapping[str, Timeline]) -> str:
-    """Return how long each rhythm took as a table."""
+    """Return the time to the target accuracy of each rhythm as a table."""
     lines = [
         "### Slow devices\n",
         "![accuracy over time](images/strategies-rhythm.png)\n",
@@ -144,7 +144,7 @@ def privacy_table(private: Mapping[tuple[Any, ...], tuple[float, float]]) -> str
 
 
 def write(path: Path, sections: Sequence[str]) -> None:
-    """Put the measured part between its marks."""
+    """Write the measured part between its markers."""
     text = path.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)

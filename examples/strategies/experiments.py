@@ -1,4 +1,4 @@
-"""What is compared: each function is one run, from plain settings to plain figures, fit for a process of its own."""
+"""Experiments of the comparison: each function is one run, with picklable arguments and results for worker processes."""
 
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ RULES: Final[dict[str, dict[str, Any]]] = {
     "multi_krum": {"name": "multi_krum", "byzantine_count": HOSTILE_COUNT, **MOMENTUM},
     "bulyan": {"name": "bulyan", "byzantine_count": HOSTILE_COUNT, **MOMENTUM},
 }
-"""Settings of each rule. The robust ones step with momentum, which evens out what they leave out."""
+"""Settings of each rule. Robust rules use momentum, to compensate for the updates that they omit."""
 
 BUFFER_SIZES: Final = (5, 10)
 MAX_STALENESS: Final = 20
@@ -56,7 +56,7 @@ def rule_run(rule: str, alpha: float, attack: Attack) -> list[float]:
 
 
 def rhythm_run(buffer_size: int, closes_at: int) -> Timeline:
-    """Return accuracy over time: of a buffer, or of rounds without a buffer size."""
+    """Return the accuracy over time, of a buffer or, if `buffer_size` is 0, of rounds."""
     fleet = uneven_fleet(ALPHAS[0], DEVICE_COUNT, "none", 0)
     if not buffer_size:
         return synchronous(fleet, strategy(name="fedavg"), SIMULATED_TIME, closes_at)
@@ -67,7 +67,7 @@ def rhythm_run(buffer_size: int, closes_at: int) -> Timeline:
 
 
 def privacy_run(device_count: int, noise_multiplier: float) -> tuple[float, float]:
-    """Return epsilon (0 without noise) and the accuracy that it leaves."""
+    """Return epsilon (0 without noise) and the final accuracy."""
     clipping: dict[str, Any] = {"weighting": "uniform", "clip_norm": PRIVATE_CLIP_NORM}
     if noise_multiplier:
         private = PrivacyConfig(

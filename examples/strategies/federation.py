@@ -1,7 +1,7 @@
-"""Devices and rounds in one process: real training on real digits, real strategies, no network.
+"""Federated training in one process, without a network.
 
-The strategies are those of the coordinator (`qflare_server.strategies`), driven as the coordinator drives them; what
-is left out is everything around them.
+Devices train on handwritten digits. The strategies are those of the coordinator (`qflare_server.strategies`) and are
+called in the same way; the rest of the coordinator is not used.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from qflare_server.strategies import Contribution, Prior, Reader, Strategy, begi
 
 Vector = NDArray[np.float64]
 Attack = str
-"""What hostile devices do: `none`, `label flip` or `sign flip`."""
+"""Behavior of hostile devices: `none`, `label flip` or `sign flip`."""
 
 SIGN_FLIP_FACTOR = -4.0
-"""What a sign-flipping device multiplies its change by (Li et al. 2019, arXiv:1811.03761, section 5)."""
+"""Factor by which a sign-flipping device multiplies its change (Li et al. 2019, arXiv:1811.03761, section 5)."""
 LOCAL_EPOCHS = 1
 BATCH_SIZE = 16
 LEARNING_RATE = 0.1
@@ -47,13 +47,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Devices, each with examples of its own; the last ones are hostile.
+    """Devices with their training examples; the last `hostile_count` devices are hostile.
 
     Attributes:
         parts: Training examples of each device.
-        test: Examples that nobody trains on.
-        attack: What hostile devices do.
-        hostile_count: How many there are.
+        test: Held-out examples.
+        attack: Behavior of the hostile devices.
+        hostile_count: Number of hostile devices.
     """
 
     parts: Sequence[Examples]
@@ -69,7 +69,7 @@ class Fleet:
     def change(
         self, base: Vector, device: int, round_number: int, proximal_mu: float = 0.0
     ) -> Vector:
-        """Return what a device's training changes in the weights of a version."""
+        """Return the change of a version's weights by the training of a device."""
         examples = self.parts[device]
         if self.attack == "label flip" and self.is_hostile(device):
             examples = Examples(examples.images, CLASS_COUNT - 1 - examples.digits)
@@ -94,7 +94,7 @@ class Fleet:
 
 
 def uneven_fleet(alpha: float, device_count: int, attack: Attack, hostile_count: int) -> Fleet:
-    """Return a fleet whose classes are spread in Dirichlet(alpha) shares; which devices are hostile is random."""
+    """Return a fleet with classes in Dirichlet(alpha) shares and randomly chosen hostile devices."""
     everything, test = load()
     parts = dirichlet_partition(everything.digits, device_count, alpha, seed=SEED, least=4)
     order = np.random.default_rng(SEED).permutation(device_count)
@@ -102,7 +102,7 @@ def uneven_fleet(alpha: float, device_count: int, attack: Attack, hostile_count:
 
 
 def even_fleet(device_count: int) -> Fleet:
-    """Return a fleet whose devices have equally many examples, drawn at random."""
+    """Return a fleet whose devices have the same number of random examples."""
     everything, test = load()
     order: IntArray = np.random.default_rng(SEED).permutation(len(everything))
     parts = np.array_split(order, device_count)
@@ -111,7 +111,7 @@ def even_fleet(device_count: int) -> Fleet:
 
 @dataclass
 class Server:
-    """A coordinator's part in training: a version, and what its strategy keeps for the next one."""
+    """The coordinator's side of training: the current version, and the state of its strategy."""
 
     strategy: Strategy
     weights: Vector
@@ -119,7 +119,7 @@ class Server:
     noise_seed: bytes = bytes(16)
 
     def publish(self, contributions: Sequence[Contribution]) -> None:
-        """Make the next version from updates."""
+        """Aggregate updates into the next version."""
         aggregation = begin(
             self.strategy,
             self.weights.size,
@@ -143,12 +143,12 @@ class Server:
 
 
 def reader(vector: Vector) -> Reader:
-    """Return how a strategy reads a vector."""
+    """Return a reader of slices of a vector."""
     return lambda start, stop: vector[start:stop]
 
 
 def run_rounds(fleet: Fleet, strategy: Strategy, round_count: int, seed: int = SEED) -> list[float]:
-    """Train in rounds that every device takes part in; return the accuracy after each."""
+    """Train in rounds with all devices; return the accuracy after each round."""
     server = Server(strategy, fleet.model.flat(initial_weights(seed)))
     mu = strategy.device_settings.get("proximal_mu", 0.0)
     accuracies = []

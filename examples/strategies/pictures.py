@@ -1,4 +1,4 @@
-"""The pictures: accuracy by round, over time, and against epsilon."""
+"""Pictures of the comparison: accuracy by round, over time, and by epsilon."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +17,12 @@ TITLES = {
     "sign flip": "4 of 20 flip signs",
 }
 ROBUST = ("median", "trimmed_mean", "geometric_median", "krum", "multi_krum", "bulyan")
-COLORS = plt.get_cmap("tab20").colors  # type: ignore[attr-defined] # made at run time
+COLORS = plt.get_cmap("tab20").colors  # type: ignore[attr-defined] # defined at run time
 Curves = Mapping[tuple[str, float, str], Sequence[float]]
 
 
 def draw_rules(curves: Curves, alpha: float, path: Path) -> None:
-    """Draw accuracy by round of every rule, one panel for each attack."""
+    """Draw the accuracy by round of every rule, with one panel per attack."""
     figure, axes = plt.subplots(1, len(ATTACKS), figsize=(13, 4.4), sharey=True)
     for axis, attack in zip(axes, ATTACKS, strict=True):
         for index, rule in enumerate(RULES):
@@ -58,7 +58,7 @@ def draw_rhythm(timelines: Mapping[str, Timeline], path: Path) -> None:
 def draw_privacy(
     points: Mapping[int, Sequence[tuple[float, float]]], without: Mapping[int, float], path: Path
 ) -> None:
-    """Draw accuracy against epsilon, one line for each number of devices."""
+    """Draw accuracy against epsilon, with one line per number of devices."""
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
     for device_count, line in points.items():
         (drawn,) = axis.plot(
@@ -84,5 +84,5 @@ def _save(figure: "mpl.figure.Figure", path: Path) -> None:
 
 
 def names(folder: Path) -> dict[float, Path]:
-    """Return where the picture of each spread of classes goes."""
+    """Return the path of the picture for each Dirichlet alpha."""
     return {alpha: folder / f"strategies-dirichlet-{alpha:g}.png" for alpha in ALPHAS}

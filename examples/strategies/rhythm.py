@@ -1,8 +1,8 @@
-"""Wall time when some devices are slow: rounds that wait for everyone, and a buffer that does not.
+"""Training time with slow devices: synchronous rounds compared with an asynchronous buffer.
 
-Time is simulated: a training takes one unit on a fast device and five on a slow one, a tenth more or less at random.
-Transfers and aggregation take no time. A device behaves as the SDK's loop does: it trains from the latest version,
-contributes once from each, and waits for the next one when it has.
+Time is simulated: one training takes one unit on a fast device and five on a slow one, with 10% random variation.
+Transfers and aggregation take no time. Devices behave like the SDK's loop: they train from the latest version,
+contribute once per base version, and then wait for the next version.
 """
 
 import heapq
@@ -20,19 +20,19 @@ Timeline = list[tuple[float, float]]
 
 
 class Stopwatch:
-    """Gives the time that each training takes; every third device is slow."""
+    """Simulated training times; every third device is slow."""
 
     def __init__(self) -> None:
         self._random = np.random.default_rng(SEED)
 
     def training_time(self, device: int) -> float:
-        """Return the time of one training of a device."""
+        """Return the duration of one training of a device."""
         usual = SLOW_FACTOR if device % 3 == 2 else 1.0  # noqa: PLR2004
         return usual * float(self._random.uniform(0.9, 1.1))
 
 
 def synchronous(fleet: Fleet, strategy: Strategy, end: float, closes_at: int) -> Timeline:
-    """Train in rounds that close at so many updates; the work of those that come later is lost."""
+    """Train in rounds that close at `closes_at` updates; later updates are discarded."""
     server = Server(strategy, fleet.model.flat(initial_weights(SEED)))
     watch, now, number = Stopwatch(), 0.0, 0
     timeline = [(0.0, fleet.accuracy(server.weights))]
@@ -50,7 +50,7 @@ def synchronous(fleet: Fleet, strategy: Strategy, end: float, closes_at: int) ->
 
 
 class Buffer:
-    """Asynchronous training: a version is made of every so many updates, whatever they were trained from."""
+    """Asynchronous training: every `buffer_size` updates become a version, whatever their base versions."""
 
     def __init__(
         self, fleet: Fleet, strategy: Strategy, buffer_size: int, max_staleness: int
@@ -91,7 +91,7 @@ class Buffer:
         heapq.heappush(self._training, (arrival, device, self._version, change))
 
     def _arrive(self, device: int, base_version: int, change: Vector) -> bool:
-        """Take an update in; return whether the buffer became a version."""
+        """Add an update to the buffer; return whether the buffer was aggregated."""
         staleness = self._version - base_version
         if staleness <= self._max_staleness:
             entry = _contribution(self._fleet, device, change, staleness, base_version)
@@ -116,5 +116,5 @@ def _contribution(
 
 
 def time_to(timeline: Timeline, target: float) -> float | None:
-    """Return when the accuracy reached a target, None if it did not."""
+    """Return the time at which the accuracy reached a target, None if it did not."""
     return next((time for time, accuracy in timeline if accuracy >= target), None)
