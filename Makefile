@@ -1,4 +1,4 @@
-# What a person types; CI calls the same targets. Needs Python 3.11 or later and make; Go 1.24 adds grpcurl and ghz.
+# Development commands, also used by CI. Requires Python 3.11 or later and make; grpcurl and ghz require Go 1.24.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -12,7 +12,7 @@ FLOWER_INSTALLED := $(FLOWER_VENV)/.installed
 AUDIT_VENV := .venv-audit
 AUDIT_INSTALLED := $(AUDIT_VENV)/.installed
 
-# The generator's version is the oldest runtime that its output runs on: keep it old.
+# Generated code requires at least the generator's protobuf runtime. Keep the generator old.
 GRPCIO_TOOLS_VERSION := 1.75.1
 MYPY_PROTOBUF_VERSION := 5.1.0
 FLOWER_VERSION := 1.41.0
@@ -32,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## virtual environment with the coordinator, the device SDK and the tools
+install: $(INSTALLED) ## create the virtual environment with coordinator, device SDK and tools
 
 $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit("QFLARE needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
@@ -40,7 +40,7 @@ $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,hsm,admin,plot,tensorboard,mlflow,otel,demo,test,dev]'
 	@touch $@
 
-# Flower's strategies are what ours are compared with; its pins do not fit ours.
+# Tests compare the strategies with those of Flower, whose pinned dependencies conflict with ours.
 $(FLOWER_INSTALLED): Makefile
 	test -x $(FLOWER_VENV)/bin/python || "$(PYTHON)" -m venv $(FLOWER_VENV)
 	$(FLOWER_VENV)/bin/python -m pip install --quiet 'flwr==$(FLOWER_VERSION)'
@@ -57,7 +57,7 @@ $(AUDIT_INSTALLED): Makefile
 	$(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit==$(PIP_AUDIT_VERSION)'
 	@touch $@
 
-tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.chromium ## grpcurl, ghz, SoftHSM, promtool and Chromium
+tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.chromium ## install grpcurl, ghz, SoftHSM, promtool and Chromium
 
 $(TOOLS)/.grpcurl: .ci/tools/go.mod .ci/tools/go.sum
 	$(call go_build,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl)
@@ -71,7 +71,7 @@ $(TOOLS)/.softhsm:
 	elif cd $(TOOLS)/softhsm && { apt-get download softhsm2 libsofthsm2 \
 		|| { apt-get update && apt-get download softhsm2 libsofthsm2; }; } >apt.log 2>&1 \
 		&& for package in *.deb; do dpkg-deb -x "$$package" . || exit 1; done; then touch ../.softhsm; \
-	else echo '*** SoftHSM is not to be had here: everything that needs a hardware module is LEFT OUT.'; fi
+	else echo '*** SoftHSM is not available: everything that needs a hardware module is LEFT OUT.'; fi
 
 $(TOOLS)/.promtool:
 	@mkdir -p $(TOOLS)/prometheus
@@ -79,9 +79,9 @@ $(TOOLS)/.promtool:
 	elif cd $(TOOLS)/prometheus && { apt-get download prometheus \
 		|| { apt-get update && apt-get download prometheus; }; } >apt.log 2>&1 \
 		&& dpkg-deb -x prometheus_*.deb . && cp usr/bin/promtool ..; then rm -rf usr lib etc; touch ../.promtool; \
-	else echo '*** promtool is not to be had here: checking deploy/prometheus is LEFT OUT.'; fi
+	else echo '*** promtool is not available: checking deploy/prometheus is LEFT OUT.'; fi
 
-# With every library that it needs and this machine lacks, and a font; none of it is installed.
+# Includes a font and the libraries that this machine lacks. Unpacked only, not installed on the system.
 $(TOOLS)/.chromium:
 	@mkdir -p $(TOOLS)/chromium
 	@if for name in chromium-headless-shell chromium chromium-browser google-chrome; do \
@@ -89,18 +89,18 @@ $(TOOLS)/.chromium:
 	elif cd $(TOOLS)/chromium && { $(download_chromium) || { apt-get update && $(download_chromium); }; } >apt.log 2>&1 \
 		&& for package in *.deb; do dpkg-deb -x "$$package" . || exit 1; done \
 		&& rm -f *.deb; then touch ../.chromium; \
-	else echo '*** Chromium is not to be had here: everything that needs a browser is LEFT OUT.'; fi
+	else echo '*** Chromium is not available: everything that needs a browser is LEFT OUT.'; fi
 
 download_chromium = packages=$$(apt-get --simulate --no-install-recommends install chromium-headless-shell \
 	fontconfig-config fonts-inter | awk '$$1 == "Inst" {print $$2}') && test -n "$$packages" && apt-get download $$packages
 
-# $(1) program, $(2) package: builds in a module of ours, whose go line decides that TLS offers X25519MLKEM768
-# (`go install PACKAGE@VERSION` takes the line of the program's own module). Without Go it says what is left out.
+# $(1): program, $(2): package. Builds in our own Go module, because its go directive makes TLS offer X25519MLKEM768;
+# `go install PACKAGE@VERSION` would use the directive of the program's module. Without Go, reports what is left out.
 define go_build
 @mkdir -p $(TOOLS)
 @if ! command -v go >/dev/null; then \
 	echo '*** Go is not installed: everything that needs $(1) is LEFT OUT.'; \
-	echo '*** Get Go 1.24 or later from https://go.dev/dl/ and run make again, or put $(1) on the PATH yourself.'; \
+	echo '*** Install Go 1.24 or later from https://go.dev/dl/ and run make again, or add $(1) to the PATH.'; \
 elif rm -f $(TOOLS)/$(1) && GOFLAGS= go -C .ci/tools build -trimpath -buildvcs=false -o "$(CURDIR)/$(TOOLS)/$(1)" $(2); then \
 	touch $@; \
 else \
@@ -108,7 +108,7 @@ else \
 fi
 endef
 
-# $(1) folder that the stubs go to.
+# $(1): output folder of the stubs.
 define generate
 PATH="$(CURDIR)/$(PROTOC_VENV)/bin:$$PATH" python -m grpc_tools.protoc -Iprotos \
 	--python_out=$(1) --mypy_out=quiet:$(1) $(MESSAGE_PROTOS)
@@ -119,10 +119,10 @@ endef
 protos: $(PROTOC_INSTALLED) ## generate the stubs from protos/qflare/v1/*.proto
 	$(call generate,.)
 
-protos-image: $(INSTALLED) ## accept the protos as they are: later changes are compared with them (see docs/protocol.md)
+protos-image: $(INSTALLED) ## make the current protos the baseline of buf breaking (see docs/protocol.md)
 	$(BIN)/buf build protos --as-file-descriptor-set --exclude-source-info --output protos/qflare.v1.binpb
 
-check-protos: $(PROTOC_INSTALLED) ## generate the stubs elsewhere and fail on any difference
+check-protos: $(PROTOC_INSTALLED) ## fail if the generated stubs are out of date
 	@rm -rf build/protos && mkdir -p build/protos
 	$(call generate,build/protos)
 	@for file in qflare/v1/*_pb2*.py*; do \
@@ -130,12 +130,12 @@ check-protos: $(PROTOC_INSTALLED) ## generate the stubs elsewhere and fail on an
 	@for file in build/protos/qflare/v1/*; do \
 		diff -u "$${file#build/protos/}" "$$file" || { echo "$${file#build/protos/} is out of date: run make protos"; exit 1; }; done
 
-format: $(INSTALLED) ## format the code and the protos, fix what can be fixed
+format: $(INSTALLED) ## format code and protos, apply automatic fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write protos
 
-lint: $(INSTALLED) ## ruff, buf, import-linter, and names that prose states
+lint: $(INSTALLED) ## run ruff, buf, import-linter, and the check of names in prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/buf lint protos
@@ -144,7 +144,7 @@ lint: $(INSTALLED) ## ruff, buf, import-linter, and names that prose states
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.structure.stated_names
 
-lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## the files in deploy/, each by the tool made for it
+lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## lint the files in deploy/
 	$(BIN)/hadolint deploy/docker/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/*.yaml
 	$(BIN)/kubernetes-validate --strict --quiet \
@@ -166,25 +166,25 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## the files in deploy/, each by th
 			>build/deploy/exposure.txt || { cat build/deploy/exposure.txt; exit 1; }; }; \
 	else echo '*** systemd-analyze is not installed: checking deploy/systemd is LEFT OUT.'; fi
 
-type: $(INSTALLED) ## mypy --strict
+type: $(INSTALLED) ## run mypy --strict
 	$(BIN)/mypy qflare qflare_client qflare_server migrations tests $(wildcard docs examples)
 
-test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium ## all tests but the slow ones, on SQLite and on PostgreSQL
+test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium ## run all tests except the slow ones, on SQLite and PostgreSQL
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
-test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) ## the tests on PostgreSQL, which must be there
+test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) ## run the PostgreSQL tests; PostgreSQL is required
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) -k postgresql $(PYTEST_ARGS)
 
-test-all: $(INSTALLED) $(FLOWER_INSTALLED) tools ## all tests, with everything that they need: a skip is a failure
+test-all: $(INSTALLED) $(FLOWER_INSTALLED) tools ## run all tests with all tools; a skipped test is a failure
 	QFLARE_REQUIRE_ALL=1 $(BIN)/python -m pytest -m alone $(PYTEST_ARGS)
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) -m 'not alone' $(PYTEST_ARGS)
 
-check: check-protos lint lint-deploy type test-all ## everything that CI runs
+check: check-protos lint lint-deploy type test-all ## run everything that CI runs
 
-audit: $(AUDIT_INSTALLED) ## ask the package index for known vulnerabilities of every pinned dependency; needs the network
+audit: $(AUDIT_INSTALLED) ## check every pinned dependency for known vulnerabilities; needs network access
 	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps --requirement .ci/constraints.txt
 
-bench: $(INSTALLED) ## measure on this machine and print the table of docs/benchmarks.md
+bench: $(INSTALLED) ## run the benchmarks and print the table of docs/benchmarks.md
 	$(BIN)/python -m tests.bench
 
 demo: $(INSTALLED) ## ten devices train a model on handwritten digits with a coordinator on SQLite
@@ -193,39 +193,39 @@ demo: $(INSTALLED) ## ten devices train a model on handwritten digits with a coo
 strategies: $(INSTALLED) ## compare the strategies on handwritten digits; writes docs/strategies.md and its pictures
 	PYTHONPATH=examples/digits OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python examples/strategies/compare.py
 
-pictures: $(INSTALLED) tools ## make the pictures of the dashboard in docs/images from a real training session
+pictures: $(INSTALLED) tools ## take the dashboard screenshots in docs/images from a real training session
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m docs.make_pictures
 
-architecture: $(INSTALLED) ## draw the pictures of docs/architecture.md and write its tables, from the code
+architecture: $(INSTALLED) ## generate the pictures and tables of docs/architecture.md from the code
 	$(BIN)/python -m docs.make_architecture
 
-structure: $(INSTALLED) ## count rooms, floors and imports, and what one small update passes
+structure: $(INSTALLED) ## print component, layer and import counts, and the files on the path of an update
 	$(BIN)/python -m tests.structure
 
-load: $(INSTALLED) tools ## measure a coordinator with ghz, on SQLite and on PostgreSQL
+load: $(INSTALLED) tools ## run the ghz load tests on SQLite and PostgreSQL
 	$(BIN)/python -m tests.load
 
 serve: $(INSTALLED) ## run a coordinator on SQLite in ./qflare-data
 	$(BIN)/qflare-server serve
 
-migrate: $(INSTALLED) ## bring the database of QFLARE_DATABASE_URL to the schema of this program
+migrate: $(INSTALLED) ## migrate the database of QFLARE_DATABASE_URL to the current schema
 	$(BIN)/qflare-server migrate
 
-migration: $(INSTALLED) ## write the next revision from the models: make migration m="what it does"
+migration: $(INSTALLED) ## generate the next revision from the models: make migration m="what it does"
 	@test -n "$(m)" || { echo 'usage: make migration m="what it does"'; exit 2; }
 	@mkdir -p build && rm -f build/migration.db*
 	@export QFLARE_DATABASE_URL="sqlite:///$(CURDIR)/build/migration.db" PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	number=$$(printf %04d $$(($$(ls migrations/versions/rev_*.py | wc -l) + 1))); \
 	alembic upgrade head && alembic revision --autogenerate --rev-id $$number -m "$(m)"
 
-build: $(INSTALLED) ## source distribution and wheel, in dist/
+build: $(INSTALLED) ## build the source distribution and the wheel in dist/
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 
-check-wheel: $(INSTALLED) ## build, install in a clean environment and use
+check-wheel: $(INSTALLED) ## build, install in a clean environment, and test
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) tests/packaging $(PYTEST_ARGS)
 
-clean: ## delete what can be made again
+clean: ## delete generated files and environments
 	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(AUDIT_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .import_linter_cache .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
