@@ -1,4 +1,4 @@
-"""Experiments of the comparison: each function is one run, with picklable arguments and results for worker processes."""
+"""Experiments of the comparison: each function is one run with picklable arguments and results."""
 
 from typing import Any, Final
 
