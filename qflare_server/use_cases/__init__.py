@@ -15,6 +15,7 @@ from qflare_server.use_cases.audit.evidence import Evidence
 from qflare_server.use_cases.audit.log import Audit, AuditExport
 from qflare_server.use_cases.devices.administration import Devices
 from qflare_server.use_cases.devices.enrollment import Enrollment
+from qflare_server.use_cases.devices.key_rotation import KeyRotations
 from qflare_server.use_cases.status import Overview
 from qflare_server.use_cases.training_sessions.administration import Training
 from qflare_server.use_cases.training_sessions.tasks import Tasks
@@ -33,6 +34,7 @@ class UseCases:
     authentication: Authentication
     objects: ObjectAccess
     enrollment: Enrollment
+    key_rotations: KeyRotations
     login: Login
     tasks: Tasks
     uploads: Uploads
@@ -57,7 +59,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
 
     Args:
         context: The coordinator's parts.
-        keys: Its identity.
+        keys: Its keys.
         executor: Runs the writes of large payloads.
     """
     presence = Presence(context.config, context.database)
@@ -67,6 +69,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         authentication=authentication,
         objects=ObjectAccess(context),
         enrollment=Enrollment(context, keys),
+        key_rotations=KeyRotations(context, keys),
         login=Login(context, keys),
         tasks=Tasks(context, presence),
         uploads=Uploads(context, executor),

@@ -35,10 +35,9 @@ from qflare_server.storage.records import Device, UserToken
 from qflare_server.storage.repository import audit, devices, membership, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import DeviceState, RiskLevel, TokenKind
-from qflare_server.use_cases.access.authentication import Principal, hash_secret
+from qflare_server.use_cases.access.authentication import hash_secret
 from qflare_server.use_cases.access.failed_attempts import FailedAttempts, RefusedError
 from qflare_server.use_cases.devices.administration import Profile
-from qflare_server.use_cases.devices.key_rotation import KeyRotations
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns
 
 LOST_KEYS = "lost"
@@ -82,7 +81,6 @@ class Enrollment:
         self._keys = keys
         self._refusals = FailedAttempts(context)
         self._algorithms = AcceptedAlgorithms(context.config)
-        self._rotations = KeyRotations(context, keys)
         self._protocol = protocol.EnrollmentServer(
             realm=keys.realm, state_key=keys.state_key, decapsulate=keys.decapsulate
         )
@@ -133,12 +131,6 @@ class Enrollment:
             return self._admit(caller, application, plan, at)
         except (HandshakeError, RefusedError) as error:
             raise self._refused(caller, error) from error
-
-    def rotate(
-        self, caller: Caller, principal: Principal, rotation: security_pb2.SignedEnvelope
-    ) -> int:
-        """Exchange the keys of the calling device; see `KeyRotations.rotate`."""
-        return self._rotations.rotate(caller, principal, rotation)
 
     def _admit(
         self,
