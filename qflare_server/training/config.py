@@ -38,6 +38,12 @@ MAX_SETTINGS_BYTES: Final = (
     16_384  # of parameters and of labels: a signed task holds both in 65,536 bytes
 )
 
+MAX_DESCRIPTION_BYTES: Final = 5 * 2**19
+"""Most bytes of a model's layout and the digests of its chunks, which a header holds within 4 MiB."""
+MAX_DIGESTS_BYTES: Final = 2 * 2**20
+"""Most bytes of the digests in the header of an update, as the proto says."""
+DIGEST_BYTES: Final = 32
+
 
 def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig:
     """Return a copy with every default filled in.
@@ -288,6 +294,7 @@ def require_trainable(
         wire = wire_manifest(manifest, encoding, policy.top_k_fraction or 1.0)
     except BadManifestError as error:
         raise _unusable(f"updates as {encoding.name.lower()}: {error}") from error
+    _require_describable(manifest, wire)
     if wire.size_bytes > max_payload_bytes:
         raise _unusable(
             f"updates as {encoding.name.lower()}: got {wire.size_bytes} bytes, want at most {max_payload_bytes}"
@@ -297,6 +304,20 @@ def require_trainable(
         raise _unusable(
             f"tensor {wide!r} is float64: the low bits of noise in it would tell what it was added to; a private "
             "training session takes float32 and shorter"
+        )
+
+
+def _require_describable(manifest: Manifest, wire: Manifest) -> None:
+    """Refuse a model whose layout and digests do not fit into the header of a download or an upload."""
+    described = manifest.to_proto().ByteSize() + DIGEST_BYTES * manifest.chunk_count
+    if described > MAX_DESCRIPTION_BYTES:
+        raise _unusable(
+            f"layout and digests of its chunks take {described} bytes, want at most {MAX_DESCRIPTION_BYTES}: devices "
+            "get them in one message"
+        )
+    if DIGEST_BYTES * wire.chunk_count > MAX_DIGESTS_BYTES:
+        raise _unusable(
+            f"updates have {wire.chunk_count} chunks, want at most {MAX_DIGESTS_BYTES // DIGEST_BYTES}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Final
 
 from sqlalchemy import delete, insert, or_, select, update
 from sqlalchemy.orm import Session
@@ -11,6 +12,7 @@ from qflare_server.storage.records import Replica, Rows
 
 LEASES = tables.Lease.__table__
 REPLICAS = tables.Replica.__table__
+MAX_REPLICAS: Final = 1000
 _REPLICAS = Rows(Replica, REPLICAS)
 
 
@@ -53,6 +55,6 @@ def retire(session: Session, replica_id: str) -> None:
 
 
 def list_replicas(session: Session, seen_since: datetime) -> Sequence[Replica]:
-    """Return the replicas seen since a time."""
+    """Return the replicas seen since a time, at most `MAX_REPLICAS`."""
     query = _REPLICAS.select.where(REPLICAS.c.seen_at >= seen_since)
-    return _REPLICAS.all(session, query.order_by(REPLICAS.c.id))
+    return _REPLICAS.all(session, query.order_by(REPLICAS.c.id).limit(MAX_REPLICAS))

@@ -86,8 +86,13 @@ class Enrollment:
         )
 
     def keyset(self, known_root_version: int = 0) -> security_pb2.KeysetBundle:
-        """Return the keyset in force, with the root documents after a version."""
+        """Return the keyset in force, with the next root documents after a version."""
         return self._keys.bundle(known_root_version)
+
+    @property
+    def root_version(self) -> int:
+        """Version of the latest root document."""
+        return self._keys.trust.root.version
 
     @property
     def keyset_version(self) -> int:

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
+from typing import Final
 
 from sqlalchemy.orm import Session
 
@@ -16,7 +17,7 @@ from qflare_server.errors import (
     TrainingSessionNotFoundError,
     WrongStateError,
 )
-from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.paging import Page, PageRequest, sent_bytes
 from qflare_server.storage.payload_records import Download, ReceivedPayload
 from qflare_server.storage.records import GlobalModel, ModelUpdate, Round, TrainingSession
 from qflare_server.storage.repository import (
@@ -41,6 +42,7 @@ from qflare_server.use_cases.training_sessions.progress import Participation, Pr
 
 REQUEST_NAMESPACE = uuid.UUID("5b1c3c0e-6f0e-4b5c-8f0a-9f5d6f6a2b11")
 MAX_ABSENT = 100
+MAX_ARCHITECTURE_BYTES: Final = 2**19
 
 
 class Training:
@@ -77,6 +79,7 @@ class Training:
         _text("name", name, 1, 200)
         _text("model_type", model_type, 0, 100)
         _text("request_id", request_id, 0, 100)
+        _check_architecture(architecture)
         done = complete(config)
         add_device_settings(done, build_strategy(done))
         require_affordable(done)
@@ -456,6 +459,16 @@ def _require_state(training_session: TrainingSession, wanted: TrainingSessionSta
     if training_session.state != wanted.value:
         raise WrongStateError(
             f"the training session is {training_session.state}, want {wanted.value}"
+        )
+
+
+def _check_architecture(architecture: Mapping[str, str]) -> None:
+    """Refuse a description that leaves no room in the header of a version."""
+    size_bytes = sent_bytes(architecture)
+    if size_bytes > MAX_ARCHITECTURE_BYTES:
+        raise InvalidRequestError(
+            f"architecture: got {size_bytes} bytes, want at most {MAX_ARCHITECTURE_BYTES}",
+            field="architecture",
         )
 
 
