@@ -400,15 +400,10 @@ class InitialModelHeader(_message.Message):
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     PAYLOAD_DIGEST_FIELD_NUMBER: _builtins.int
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     payload_digest: _builtins.str
     """Digest of the payload. Empty means that the payload is not checked against a digest."""
-    request_id: _builtins.str
-    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
-    hours.
-    """
     @_builtins.property
     def manifest(self) -> _tensor_pb2.Manifest:
         """Layout of the payload."""
@@ -419,11 +414,10 @@ class InitialModelHeader(_message.Message):
         training_session_id: _builtins.str = ...,
         manifest: _tensor_pb2.Manifest | None = ...,
         payload_digest: _builtins.str = ...,
-        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "payload_digest", b"payload_digest", "request_id", b"request_id", "training_session_id", b"training_session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "payload_digest", b"payload_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

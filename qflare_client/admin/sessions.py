@@ -1,7 +1,6 @@
 """Commands on training sessions: create, list, show, start, pause, resume, cancel, rounds, updates."""
 
 import argparse
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,7 @@ def run_create(admin: Admin, options: argparse.Namespace) -> None:
         name=options.name,
         model_type=options.model_type,
         config=_config(options),
-        request_id=options.request_id or uuid.uuid4().hex,
+        request_id=options.request_id or "",
     )
     answer = admin.call("CreateTrainingSession", request)
     if options.json:

@@ -32,6 +32,7 @@ DEFAULT_TRIM_FROM_COUNT: Final = 5
 LEAST_TRIM_FROM_COUNT: Final = 3
 MAX_SEED: Final = 2**53  # seeds stay readable in JSON
 MAX_ATTRIBUTE: Final = 100
+MAX_STRATEGY_NAME: Final = 100
 _CONTROL: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories of control characters, surrogates and separators of lines and paragraphs."""
 MAX_SETTINGS_BYTES: Final = (
@@ -70,6 +71,11 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     del done.groups[:]
     done.groups.extend(groups)
     done.strategy.name = done.strategy.name or "fedavg"
+    if len(done.strategy.name) > MAX_STRATEGY_NAME:
+        raise InvalidRequestError(
+            f"strategy.name: longer than {MAX_STRATEGY_NAME} characters",
+            field="config.strategy.name",
+        )
     for name, value in done.strategy.parameters.items():
         _within(f"strategy.parameters[{name[:100]}]", value, -LARGEST, LARGEST)
     _check_reach(done)

@@ -10,6 +10,7 @@ from qflare_server.use_cases.access.dashboard_login import DashboardLogin
 from qflare_server.use_cases.access.login import Login
 from qflare_server.use_cases.access.objects import ObjectAccess
 from qflare_server.use_cases.access.presence import Presence
+from qflare_server.use_cases.access.repeated_calls import RepeatedCalls
 from qflare_server.use_cases.access.tokens import Tokens
 from qflare_server.use_cases.audit.evidence import Evidence
 from qflare_server.use_cases.audit.log import Audit, AuditExport
@@ -42,6 +43,7 @@ class UseCases:
     deliveries: Deliveries
     devices: Devices
     tokens: Tokens
+    repeated_calls: RepeatedCalls
     training: Training
     initial_models: InitialModels
     audit: Audit
@@ -77,6 +79,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         deliveries=Deliveries(context, executor),
         devices=Devices(context),
         tokens=Tokens(context),
+        repeated_calls=RepeatedCalls(context),
         training=training,
         initial_models=InitialModels(context, executor, training),
         audit=Audit(context),

@@ -1,7 +1,7 @@
 """Statements on the audit log."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -22,15 +22,33 @@ _ROWS = Rows(AuditLog, AUDIT)
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A call's claim on a request id.
+
+    Attributes:
+        method: Name of the method.
+        request_id: Chosen by the caller, 1 to 100 characters.
+        digest: SHA-256 of the request, 64 hex digits.
+        encode: Returns the response to keep, given the result; None for a response with secrets, which is not kept.
+    """
+
+    method: str
+    request_id: str
+    digest: str
+    encode: Callable[[Any], bytes] | None = None
+
+
+@dataclass(frozen=True)
 class Caller:
     """Actor of an audit entry.
 
-    `name` is `device:ID`, `admin:NAME`, `system` or `anonymous`.
+    `name` is `device:ID`, `admin:NAME`, `system` or `anonymous`. `claim` is that of a call with a request id.
     """
 
     name: str = "system"
     peer_address: str = ""
     authentication_method: str = "none"
+    claim: Claim | None = None
 
 
 SYSTEM = Caller()

@@ -174,11 +174,11 @@ def statements(
     first: int,
     last: int,
     limit: int,
-    most_bytes: int = MAX_STATEMENTS_BYTES,
+    most_bytes: int | None = None,
 ) -> Sequence[tuple[bytes, bytes]]:
     """Return statements and signatures of consecutive versions, in ascending order.
 
-    They are one or more, as many as `limit` and `most_bytes` allow.
+    They are one or more, as many as `limit` and `most_bytes` allow; None means `MAX_STATEMENTS_BYTES`.
     """
     query = (
         select(MODELS.c.statement, MODELS.c.signature)
@@ -192,5 +192,6 @@ def statements(
     )
     rows = [(row[0], row[1]) for row in session.execute(query)]
     sizes = accumulate(len(statement) + len(signature) for statement, signature in rows)
-    count = sum(size <= most_bytes for size in sizes)
+    room = MAX_STATEMENTS_BYTES if most_bytes is None else most_bytes
+    count = sum(size <= room for size in sizes)
     return rows[: max(1, count)]

@@ -12,6 +12,7 @@ from qflare_server.storage.records import Replica, Rows
 
 LEASES = tables.Lease.__table__
 REPLICAS = tables.Replica.__table__
+MAX_ADDRESS: Final = 255
 MAX_REPLICAS: Final = 1000
 _REPLICAS = Rows(Replica, REPLICAS)
 
@@ -43,7 +44,12 @@ def announce(
     session: Session, replica_id: str, address: str, version: str, started: datetime, now: datetime
 ) -> None:
     """Record that a replica is serving."""
-    values = {"address": address, "version": version, "started_at": started, "seen_at": now}
+    values = {
+        "address": address[:MAX_ADDRESS],
+        "version": version,
+        "started_at": started,
+        "seen_at": now,
+    }
     changed = session.execute(update(REPLICAS).where(REPLICAS.c.id == replica_id).values(**values))
     if not changed.rowcount:  # type: ignore[attr-defined]  # a DML result has it
         session.execute(insert(REPLICAS).values(id=replica_id, **values))
