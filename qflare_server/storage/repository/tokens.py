@@ -197,18 +197,6 @@ def list_tokens(session: Session, request: PageRequest, kind: str) -> Page[UserT
     return read_page(partial(_ROWS.all, session), query, request, order, "tokens", kind)
 
 
-def find_nonce(session: Session, nonce: str) -> bool:
-    """Return whether a nonce was used."""
-    return (
-        session.execute(select(NONCES.c.nonce).where(NONCES.c.nonce == nonce)).first() is not None
-    )
-
-
-def insert_nonce(session: Session, nonce: str, expires_at: datetime) -> None:
-    """Record the use of a nonce; the primary key rejects a second use."""
-    session.execute(insert(NONCES).values(nonce=nonce, expires_at=expires_at))
-
-
 def delete_expired_nonces(session: Session, before: datetime) -> None:
     """Delete nonces that expired before a time."""
     session.execute(delete(NONCES).where(NONCES.c.expires_at < before))
