@@ -294,6 +294,54 @@ LATE_UPDATE_ACTION_CARRY: LateUpdateAction.ValueType  # 2
 """It counts in the open round with a staleness weight (asynchronous strategies)."""
 Global___LateUpdateAction: _TypeAlias = LateUpdateAction  # noqa: Y015
 
+class _MetricGoal:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MetricGoalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MetricGoal.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    METRIC_GOAL_UNSPECIFIED: _MetricGoal.ValueType  # 0
+    """Not set; that of a metric with a known direction, such as accuracy, auc, loss or mae. Refused for other names."""
+    METRIC_GOAL_MAXIMIZE: _MetricGoal.ValueType  # 1
+    """Larger values are better."""
+    METRIC_GOAL_MINIMIZE: _MetricGoal.ValueType  # 2
+    """Smaller values are better."""
+
+class MetricGoal(_MetricGoal, metaclass=_MetricGoalEnumTypeWrapper):
+    """Direction in which a metric improves."""
+
+METRIC_GOAL_UNSPECIFIED: MetricGoal.ValueType  # 0
+"""Not set; that of a metric with a known direction, such as accuracy, auc, loss or mae. Refused for other names."""
+METRIC_GOAL_MAXIMIZE: MetricGoal.ValueType  # 1
+"""Larger values are better."""
+METRIC_GOAL_MINIMIZE: MetricGoal.ValueType  # 2
+"""Smaller values are better."""
+Global___MetricGoal: _TypeAlias = MetricGoal  # noqa: Y015
+
+class _MetricSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MetricSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MetricSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    METRIC_SOURCE_UNSPECIFIED: _MetricSource.ValueType  # 0
+    """Not set."""
+    METRIC_SOURCE_HELD_OUT: _MetricSource.ValueType  # 1
+    """Held-out data, by federated evaluation."""
+    METRIC_SOURCE_TRAINING: _MetricSource.ValueType  # 2
+    """Training data, as devices report it with their updates: no measure of how well a model generalizes."""
+
+class MetricSource(_MetricSource, metaclass=_MetricSourceEnumTypeWrapper):
+    """Data that a metric was measured on."""
+
+METRIC_SOURCE_UNSPECIFIED: MetricSource.ValueType  # 0
+"""Not set."""
+METRIC_SOURCE_HELD_OUT: MetricSource.ValueType  # 1
+"""Held-out data, by federated evaluation."""
+METRIC_SOURCE_TRAINING: MetricSource.ValueType  # 2
+"""Training data, as devices report it with their updates: no measure of how well a model generalizes."""
+Global___MetricSource: _TypeAlias = MetricSource  # noqa: Y015
+
 class _PrivacyAccountant:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -756,9 +804,77 @@ class PrivacyPolicy(_message.Message):
 Global___PrivacyPolicy: _TypeAlias = PrivacyPolicy  # noqa: Y015
 
 @_typing.final
+class Objective(_message.Message):
+    """Metric by which versions are compared."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METRIC_FIELD_NUMBER: _builtins.int
+    GOAL_FIELD_NUMBER: _builtins.int
+    metric: _builtins.str
+    """Name of the metric, such as accuracy, auc, loss or mae, without the prefix train_. Empty means the metric of
+    early_stop if that is set, else accuracy. Where the training session evaluates, only federated evaluation counts;
+    elsewhere the mean of what devices report with their updates.
+    """
+    goal: Global___MetricGoal.ValueType
+    """Direction in which it improves."""
+    def __init__(
+        self,
+        *,
+        metric: _builtins.str = ...,
+        goal: Global___MetricGoal.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal", "metric", b"metric"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Objective: _TypeAlias = Objective  # noqa: Y015
+
+@_typing.final
+class BestVersion(_message.Message):
+    """The best version of a training session by its objective."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    GOAL_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version."""
+    metric: _builtins.str
+    """Name of the metric, without the prefix train_."""
+    value: _builtins.float
+    """Its value for that version."""
+    goal: Global___MetricGoal.ValueType
+    """Direction in which it improves."""
+    source: Global___MetricSource.ValueType
+    """Data it was measured on."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        metric: _builtins.str = ...,
+        value: _builtins.float = ...,
+        goal: Global___MetricGoal.ValueType = ...,
+        source: Global___MetricSource.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal", "metric", b"metric", "source", b"source", "value", b"value", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BestVersion: _TypeAlias = BestVersion  # noqa: Y015
+
+@_typing.final
 class EarlyStopPolicy(_message.Message):
     """When training ends before the last round; looked at whenever a version is published. Only federated evaluation
-    counts, never what devices report with their updates.
+    counts, never what devices report with their updates. A round whose base version is evaluated closes only once a
+    quorum of devices has reported on that version, or at its deadline.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -767,16 +883,19 @@ class EarlyStopPolicy(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     PATIENCE_ROUNDS_FIELD_NUMBER: _builtins.int
     MINIMIZE_FIELD_NUMBER: _builtins.int
+    GOAL_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
     """Metric of federated evaluation that is watched, such as accuracy or loss; needs evaluation.every_rounds. Empty
-    means no early stop.
+    with a target or patience_rounds means that of objective; without, no early stop.
     """
     target: _builtins.float
     """Training ends when the metric reaches this. Absent means no target."""
     patience_rounds: _builtins.int
     """Training ends after this many rounds without improvement. 0 means never."""
     minimize: _builtins.bool
-    """Smaller values are better, as with a loss."""
+    """The same as goal METRIC_GOAL_MINIMIZE."""
+    goal: Global___MetricGoal.ValueType
+    """Direction in which the metric improves."""
     def __init__(
         self,
         *,
@@ -784,10 +903,11 @@ class EarlyStopPolicy(_message.Message):
         target: _builtins.float | None = ...,
         patience_rounds: _builtins.int = ...,
         minimize: _builtins.bool = ...,
+        goal: Global___MetricGoal.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_target", b"_target", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target", b"_target", "metric", b"metric", "minimize", b"minimize", "patience_rounds", b"patience_rounds", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target", b"_target", "goal", b"goal", "metric", b"metric", "minimize", b"minimize", "patience_rounds", b"patience_rounds", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__target: _TypeAlias = _typing.Literal["target"]  # noqa: Y015
     _WhichOneofArgType__target: _TypeAlias = _typing.Literal["_target", b"_target"]  # noqa: Y015
@@ -926,6 +1046,7 @@ class TrainingConfig(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
     total_rounds: _builtins.int
     """Rounds to run; 1 or more. 0 means 10."""
     @_builtins.property
@@ -972,6 +1093,10 @@ class TrainingConfig(_message.Message):
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Device groups that may take part; membership in any one of them suffices. Empty means every device."""
 
+    @_builtins.property
+    def objective(self) -> Global___Objective:
+        """Metric by which versions are compared."""
+
     def __init__(
         self,
         *,
@@ -987,10 +1112,11 @@ class TrainingConfig(_message.Message):
         release: Global___ReleasePolicy | None = ...,
         evaluation: Global___EvaluationPolicy | None = ...,
         groups: _abc.Iterable[_builtins.str] | None = ...,
+        objective: Global___Objective | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "selection", b"selection", "strategy", b"strategy", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "selection", b"selection", "strategy", b"strategy", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "groups", b"groups", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "selection", b"selection", "strategy", b"strategy", "total_rounds", b"total_rounds", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "groups", b"groups", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "selection", b"selection", "strategy", b"strategy", "total_rounds", b"total_rounds", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1010,14 +1136,13 @@ class TrainingSession(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     CURRENT_ROUND_FIELD_NUMBER: _builtins.int
     CURRENT_VERSION_FIELD_NUMBER: _builtins.int
-    BEST_ACCURACY_FIELD_NUMBER: _builtins.int
-    BEST_VERSION_FIELD_NUMBER: _builtins.int
     RELEASED_VERSION_FIELD_NUMBER: _builtins.int
     EPSILON_SPENT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Id, a UUID."""
     name: _builtins.str
@@ -1032,10 +1157,6 @@ class TrainingSession(_message.Message):
     """Number of the current or last round, 1 or more; 0 before the start."""
     current_version: _builtins.int
     """Latest version; -1 before an initial model."""
-    best_accuracy: _builtins.float
-    """Best accuracy of any version. Absent until one is known."""
-    best_version: _builtins.int
-    """Version with the best accuracy. Absent until one is known."""
     released_version: _builtins.int
     """Latest released version. Absent until one is released."""
     epsilon_spent: _builtins.float
@@ -1060,6 +1181,10 @@ class TrainingSession(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Warnings about settings that are allowed but have no effect, such as a rule that is a plain mean at its quorum."""
 
+    @_builtins.property
+    def best(self) -> Global___BestVersion:
+        """Best version by the objective. Absent until one is known."""
+
     def __init__(
         self,
         *,
@@ -1071,31 +1196,22 @@ class TrainingSession(_message.Message):
         config: Global___TrainingConfig | None = ...,
         current_round: _builtins.int = ...,
         current_version: _builtins.int = ...,
-        best_accuracy: _builtins.float | None = ...,
-        best_version: _builtins.int | None = ...,
         released_version: _builtins.int | None = ...,
         epsilon_spent: _builtins.float | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        best: Global___BestVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_accuracy", b"_best_accuracy", "_best_version", b"_best_version", "_epsilon_spent", b"_epsilon_spent", "_released_version", b"_released_version", "best_accuracy", b"best_accuracy", "best_version", b"best_version", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "epsilon_spent", b"epsilon_spent", "released_version", b"released_version", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon_spent", b"_epsilon_spent", "_released_version", b"_released_version", "best", b"best", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "epsilon_spent", b"epsilon_spent", "released_version", b"released_version", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_accuracy", b"_best_accuracy", "_best_version", b"_best_version", "_epsilon_spent", b"_epsilon_spent", "_released_version", b"_released_version", "best_accuracy", b"best_accuracy", "best_version", b"best_version", "config", b"config", "create_time", b"create_time", "current_round", b"current_round", "current_version", b"current_version", "end_time", b"end_time", "epsilon_spent", b"epsilon_spent", "model_type", b"model_type", "name", b"name", "released_version", b"released_version", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon_spent", b"_epsilon_spent", "_released_version", b"_released_version", "best", b"best", "config", b"config", "create_time", b"create_time", "current_round", b"current_round", "current_version", b"current_version", "end_time", b"end_time", "epsilon_spent", b"epsilon_spent", "model_type", b"model_type", "name", b"name", "released_version", b"released_version", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__best_accuracy: _TypeAlias = _typing.Literal["best_accuracy"]  # noqa: Y015
-    _WhichOneofArgType__best_accuracy: _TypeAlias = _typing.Literal["_best_accuracy", b"_best_accuracy"]  # noqa: Y015
-    _WhichOneofReturnType__best_version: _TypeAlias = _typing.Literal["best_version"]  # noqa: Y015
-    _WhichOneofArgType__best_version: _TypeAlias = _typing.Literal["_best_version", b"_best_version"]  # noqa: Y015
     _WhichOneofReturnType__epsilon_spent: _TypeAlias = _typing.Literal["epsilon_spent"]  # noqa: Y015
     _WhichOneofArgType__epsilon_spent: _TypeAlias = _typing.Literal["_epsilon_spent", b"_epsilon_spent"]  # noqa: Y015
     _WhichOneofReturnType__released_version: _TypeAlias = _typing.Literal["released_version"]  # noqa: Y015
     _WhichOneofArgType__released_version: _TypeAlias = _typing.Literal["_released_version", b"_released_version"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_accuracy) -> _WhichOneofReturnType__best_accuracy | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_version) -> _WhichOneofReturnType__best_version | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_spent) -> _WhichOneofReturnType__epsilon_spent | None: ...
     @_typing.overload

@@ -17,7 +17,7 @@ from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client.admin.arguments import add_command
 from qflare_client.admin.connection import Admin
-from qflare_client.admin.output import metrics, print_json_line, seconds, word
+from qflare_client.admin.output import measured_on, print_json_line, seconds, version_metrics, word
 from qflare_client.errors import UnavailableError
 
 BAR_WIDTH: Final = 24
@@ -139,7 +139,9 @@ def header(event: Any) -> str:
     state = word(session, "state")
     text = f"{session.name}: {state}, round {session.current_round}/{session.config.total_rounds}"
     if event.HasField("global_model"):
-        text += f", version {event.global_model.version} {best(event.global_model.metrics)}"
+        text += (
+            f", version {event.global_model.version} {best(event.global_model.metrics, session)}"
+        )
     return text.rstrip()
 
 
@@ -150,8 +152,9 @@ def bar(session: Any, current: Any, columns: int = 120) -> str:
         target = max(session.config.rounds.quorum, min(target, current.selected_count))
     before = f"round {current.round_number:>4}/{session.config.total_rounds}  ["
     after = f"] {current.accepted_count}/{target} updates  {word(current, 'state')}"
-    if session.HasField("best_accuracy"):
-        after += f"  best accuracy {session.best_accuracy:.4f}"
+    if session.HasField("best"):
+        found = session.best
+        after += f"  best {found.metric} {found.value:.4f} ({measured_on(found.source)})"
     width = max(LEAST_BAR_WIDTH, min(BAR_WIDTH, columns - 1 - len(before) - len(after)))
     filled = min(width, width * current.accepted_count // target)
     line = printable(f"{before}{'#' * filled}{'.' * (width - filled)}{after}")
@@ -169,11 +172,15 @@ def published(event: Any) -> str:
         f"round {current.round_number:>4}  version {model.version:<4}  "
         f"{model.participant_count} updates  collected in {seconds(taken)}, "
         f"published in {seconds(current.publish_duration.ToNanoseconds() / 1e9)}  "
-        f"{best(model.metrics)}"
+        f"{best(model.metrics, event.training_session)}"
     ).rstrip()
 
 
-def best(values: Any) -> str:
-    """Return the most important metrics as text."""
-    shown = {name: values[name] for name in SHOWN_METRICS if name in values}
-    return metrics(shown) if shown else ""
+def best(values: Any, session: Any) -> str:
+    """Return the metrics that a person looks at first, and a remark where none was measured on held-out data."""
+    objective = session.config.objective.metric or SHOWN_METRICS[0]
+    wanted = dict.fromkeys((objective, f"train_{objective}", *SHOWN_METRICS))
+    shown = {name: values[name] for name in wanted if name in values}
+    if not shown:
+        return ""
+    return version_metrics(shown)

@@ -8,7 +8,7 @@ from typing import Any
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.arguments import add_command, add_limit, add_topic, show_list
 from qflare_client.admin.connection import Admin
-from qflare_client.admin.output import Column, metrics, moment, note, optional
+from qflare_client.admin.output import Column, moment, note, optional, version_metrics
 
 METRICS: list[Column] = [
     ("version", lambda row: row.version),
@@ -18,7 +18,7 @@ METRICS: list[Column] = [
     ("examples", lambda row: row.example_count),
     ("epsilon", lambda row: optional(row, "epsilon")),
     ("released", lambda row: row.released),
-    ("metrics", lambda row: metrics(row.metrics)),
+    ("metrics", lambda row: version_metrics(row.metrics)),
 ]
 
 

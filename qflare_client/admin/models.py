@@ -16,7 +16,7 @@ from qflare.tensors.safetensors_files import export_safetensors, import_safetens
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.arguments import add_command, add_limit, add_topic, show, show_list
 from qflare_client.admin.connection import Admin
-from qflare_client.admin.output import Column, metrics, moment, note, optional, size, span
+from qflare_client.admin.output import Column, moment, note, optional, size, span, version_metrics
 from qflare_client.admin.sessions import ROUND
 from qflare_client.errors import CorruptModelError, InvalidRequestError
 from qflare_client.terminal import ProgressBar
@@ -29,7 +29,7 @@ MODEL: list[Column] = [
     ("examples", lambda row: row.example_count),
     ("released", lambda row: row.released),
     ("restores", lambda row: optional(row, "rollback_version")),
-    ("metrics", lambda row: metrics(row.metrics)),
+    ("metrics", lambda row: version_metrics(row.metrics)),
     ("published", lambda row: moment(row, "create_time")),
     ("digest", lambda row: row.digest[:16]),
 ]

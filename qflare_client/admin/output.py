@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.terminal import complain, printable, say
+from qflare.v1 import training_pb2
 
 NONE: Final = "-"
 Column: TypeAlias = tuple[str, Callable[[Any], object]]
@@ -92,9 +93,29 @@ def optional(message: Message, field: str) -> object:
     return getattr(message, field) if message.HasField(field) else None
 
 
+def best_version(session: Any) -> str | None:
+    """Return the best version of a training session by its objective, and what its metric was measured on."""
+    if not session.HasField("best"):
+        return None
+    best = session.best
+    return f"{best.metric} {best.value:.4g}, version {best.version} ({measured_on(best.source)})"
+
+
+def measured_on(source: int) -> str:
+    """Return what a metric was measured on as a person is told."""
+    is_held_out = source == training_pb2.METRIC_SOURCE_HELD_OUT
+    return "held out" if is_held_out else "training data only"
+
+
 def metrics(values: Any) -> str:
     """Format metrics by name, in one line."""
     return " ".join(f"{name}={values[name]:.4g}" for name in sorted(values)) or NONE
+
+
+def version_metrics(values: Any) -> str:
+    """Return the metrics of a version in one line, with a remark where none was measured on held-out data."""
+    only_training = values and all(name.startswith("train_") for name in values)
+    return metrics(values) + (" (training data only)" if only_training else "")
 
 
 def table(messages: Iterable[Any], columns: Sequence[Column]) -> str:

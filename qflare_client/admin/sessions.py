@@ -1,6 +1,7 @@
 """Commands on training sessions: create, list, show, start, pause, resume, cancel, rounds, updates."""
 
 import argparse
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from qflare_client.admin.arguments import (
     show_list,
 )
 from qflare_client.admin.connection import Admin
-from qflare_client.admin.output import Column, metrics, moment, optional, parse_seconds, span, word
+from qflare_client.admin.output import (
+    Column,
+    best_version,
+    metrics,
+    moment,
+    optional,
+    parse_seconds,
+    span,
+    word,
+)
 from qflare_client.errors import InvalidRequestError
 
 STATES = choice(training_pb2.TrainingSessionState, "TRAINING_SESSION_STATE_")
@@ -30,7 +40,7 @@ SESSION: list[Column] = [
     ("round", lambda row: f"{row.current_round}/{row.config.total_rounds}"),
     ("version", lambda row: row.current_version if row.current_version >= 0 else None),
     ("released", lambda row: optional(row, "released_version")),
-    ("best accuracy", lambda row: optional(row, "best_accuracy")),
+    ("best", best_version),
     ("created", lambda row: moment(row, "create_time")),
 ]
 SESSION_FACTS: list[Column] = [
@@ -42,7 +52,6 @@ SESSION_FACTS: list[Column] = [
     ("deadline", lambda row: span(row.config.rounds, "deadline")),
     ("groups", lambda row: ",".join(row.config.groups)),
     ("sealed", lambda row: row.config.transfer.sealed or None),
-    ("best version", lambda row: optional(row, "best_version")),
     ("epsilon spent", lambda row: optional(row, "epsilon_spent")),
     ("started", lambda row: moment(row, "start_time")),
     ("ended", lambda row: moment(row, "end_time")),
@@ -79,7 +88,7 @@ UPDATE: list[Column] = [
     ("base", lambda row: row.base_version),
     ("bytes", lambda row: row.size_bytes),
     ("examples", lambda row: row.example_count),
-    ("metrics", lambda row: metrics(row.metrics)),
+    ("training metrics", lambda row: metrics(row.metrics)),
     ("score", lambda row: optional(row, "validation_score")),
     ("accepted", lambda row: moment(row, "accept_time")),
     ("reason", lambda row: row.state_reason),
@@ -167,7 +176,7 @@ def run_create(admin: Admin, options: argparse.Namespace) -> None:
         name=options.name,
         model_type=options.model_type,
         config=_config(options),
-        request_id=options.request_id or "",
+        request_id=options.request_id or uuid.uuid4().hex,
     )
     answer = admin.call("CreateTrainingSession", request)
     if options.json:

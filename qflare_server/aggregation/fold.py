@@ -71,6 +71,7 @@ from qflare_server.strategies import (
     outcome_to_data,
 )
 from qflare_server.training.config import download_encoding
+from qflare_server.training.objective import objective_of
 from qflare_server.training.reported_metrics import TRAINING, Means
 from qflare_server.training.strategy import is_asynchronous, stored_strategy
 
@@ -302,7 +303,8 @@ class RoundFold:
         if self.revision == 1:
             return self.totals().metrics.means(TRAINING)
         bounds = [bound.metric for bound in config.release.bounds]
-        deciding = [TRAINING + name for name in (config.early_stop.metric, "accuracy", "loss")]
+        names = objective_of(config).metric, config.early_stop.metric, "accuracy", "loss"
+        deciding = [TRAINING + name for name in names]
         return self.totals().metrics.most_reported(TRAINING, [*bounds, *deciding])
 
     def write(self, executor: ThreadPoolExecutor, at: datetime) -> WrittenVersion:

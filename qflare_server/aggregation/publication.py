@@ -23,8 +23,9 @@ from qflare_server.storage.repository import audit, training_sessions, updates, 
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import LEFT_OUT_REASON, RoundState, TrainingSessionState
 from qflare_server.strategies import Outcome
-from qflare_server.training.early_stopping import HISTORY, stop_reason
+from qflare_server.training.early_stopping import stop_reason
 from qflare_server.training.evaluation import summarize
+from qflare_server.training.objective import HISTORY
 from qflare_server.training.privacy import PrivacyCharge, ledger_rows, with_ledger
 from qflare_server.training.quarantine import quarantine_repeaters
 from qflare_server.training.rounds import RoundTask, end_session, open_round, sign_task

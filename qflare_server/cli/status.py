@@ -9,6 +9,7 @@ from qflare_server.cli.terminal import table
 from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
 from qflare_server.storage.paging import PageRequest
+from qflare_server.training.objective import objective_of
 
 
 def add(commands: Any) -> None:
@@ -32,9 +33,12 @@ def run_status(config: ServerConfig, arguments: argparse.Namespace) -> int:
             "state": row.state,
             "round": row.current_round,
             "version": row.current_version,
-            "best_accuracy": row.best_accuracy,
+            "best": row.best_value,
+            "best_version": row.best_version,
+            "metric": f"{objective.metric} ({objective.data})",
         }
         for row in sessions
+        for objective in (objective_of(row.config),)
     ]
     if arguments.json:
         facts = {"training_sessions": rows, "devices": {"by_state": by_state, "by_type": by_type}}

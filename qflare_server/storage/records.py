@@ -29,7 +29,7 @@ class TrainingSession(NamedTuple):
     """Parsed once for all that read it: not to be changed."""
     current_round: int
     current_version: int
-    best_accuracy: float | None
+    best_value: float | None
     best_version: int | None
     released_version: int | None
     epsilon_spent: float | None

@@ -44,9 +44,6 @@ from qflare_server.strategies.types import (
     VersionSlice,
 )
 
-Judgement = UpdateAssessment
-"""Earlier name of `UpdateAssessment`, for plug-ins that import it."""
-
 __all__ = [
     "REVISION",
     "Accumulator",
@@ -56,7 +53,6 @@ __all__ = [
     "Contribution",
     "Facts",
     "FoldRule",
-    "Judgement",
     "NotEnoughUpdatesError",
     "Outcome",
     "Prior",

@@ -18,6 +18,7 @@ from qflare.tensors.encodings import Encoding, wire_manifest
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidManifestError, InvalidRequestError
 from qflare_server.training.groups import checked_groups
+from qflare_server.training.objective import DEFAULT_METRIC, resolved_goal
 from qflare_server.training.reported_metrics import MAX_EXAMPLES, MAX_METRIC_NAME, is_reserved
 
 DEFAULT_ROUNDS: Final = 10
@@ -32,18 +33,11 @@ DEFAULT_TRIM_FROM_COUNT: Final = 5
 LEAST_TRIM_FROM_COUNT: Final = 3
 MAX_SEED: Final = 2**53  # seeds stay readable in JSON
 MAX_ATTRIBUTE: Final = 100
-MAX_STRATEGY_NAME: Final = 100
 _CONTROL: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories of control characters, surrogates and separators of lines and paragraphs."""
 MAX_SETTINGS_BYTES: Final = (
     16_384  # of parameters and of labels: a signed task holds both in 65,536 bytes
 )
-
-MAX_DESCRIPTION_BYTES: Final = 5 * 2**19
-"""Most bytes of a model's layout and the digests of its chunks, which a header holds within 4 MiB."""
-MAX_DIGESTS_BYTES: Final = 2 * 2**20
-"""Most bytes of the digests in the header of an update, as the proto says."""
-DIGEST_BYTES: Final = 32
 
 
 def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig:
@@ -64,18 +58,14 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     _complete_evaluation(done.evaluation, done.rounds.quorum)
     _within("early_stop.patience_rounds", done.early_stop.patience_rounds, 0, 1_000_000)
     _check_grouping(done.evaluation)
-    _check_early_stop(done.early_stop, done.evaluation)
+    _complete_early_stop(done)
+    _complete_objective(done)
     for number, bound in enumerate(done.release.bounds):
         _check_bound(f"release.bounds[{number}]", bound)
     groups = checked_groups(done.groups, "config.groups")
     del done.groups[:]
     done.groups.extend(groups)
     done.strategy.name = done.strategy.name or "fedavg"
-    if len(done.strategy.name) > MAX_STRATEGY_NAME:
-        raise InvalidRequestError(
-            f"strategy.name: longer than {MAX_STRATEGY_NAME} characters",
-            field="config.strategy.name",
-        )
     for name, value in done.strategy.parameters.items():
         _within(f"strategy.parameters[{name[:100]}]", value, -LARGEST, LARGEST)
     _check_reach(done)
@@ -234,21 +224,55 @@ def _check_size(name: str, size_bytes: int) -> None:
         )
 
 
-def _check_early_stop(
-    policy: training_pb2.EarlyStopPolicy, evaluation: training_pb2.EvaluationPolicy
-) -> None:
+def _complete_early_stop(config: training_pb2.TrainingConfig) -> None:
+    policy = config.early_stop
     if policy.HasField("target"):
         _within("early_stop.target", policy.target, -LARGEST, LARGEST)
-    if policy.metric:
-        _check_metric("early_stop.metric", policy.metric)
-    elif policy.HasField("target") or policy.patience_rounds:
-        raise InvalidRequestError("early_stop.metric: empty", field="config.early_stop.metric")
+    if not policy.metric and (policy.HasField("target") or policy.patience_rounds):
+        _take_objective(policy, config.objective)
+    if not policy.metric:
+        return
+    _check_metric("early_stop.metric", policy.metric)
     _require_evaluated("early_stop.metric", policy.metric)
-    if policy.metric and not evaluation.every_rounds:
+    if not config.evaluation.every_rounds:
         raise InvalidRequestError(
             "early_stop.metric: goes by federated evaluation, which evaluation.every_rounds turns on",
             field="config.early_stop.metric",
         )
+    if policy.minimize and policy.goal == training_pb2.METRIC_GOAL_MAXIMIZE:
+        raise InvalidRequestError(
+            "early_stop.goal: got METRIC_GOAL_MAXIMIZE with minimize, which contradict each other",
+            field="config.early_stop.goal",
+        )
+    if policy.minimize:
+        policy.goal = training_pb2.METRIC_GOAL_MINIMIZE
+    policy.goal = resolved_goal("early_stop.goal", policy.metric, policy.goal)
+    policy.minimize = policy.goal == training_pb2.METRIC_GOAL_MINIMIZE
+
+
+def _take_objective(
+    policy: training_pb2.EarlyStopPolicy, objective: training_pb2.Objective
+) -> None:
+    """Let an early stop that names no metric watch that of the objective."""
+    if not objective.metric:
+        raise InvalidRequestError("early_stop.metric: empty", field="config.early_stop.metric")
+    policy.metric = objective.metric
+    policy.goal = policy.goal or objective.goal
+
+
+def _complete_objective(config: training_pb2.TrainingConfig) -> None:
+    objective, stop = config.objective, config.early_stop
+    if not objective.metric:
+        objective.metric = stop.metric or DEFAULT_METRIC
+    if objective.metric == stop.metric:
+        objective.goal = objective.goal or stop.goal
+    _check_metric("objective.metric", objective.metric)
+    if is_reserved(objective.metric):
+        raise InvalidRequestError(
+            f"objective.metric: got {objective.metric[:100]}, want the name without the prefix train_",
+            field="config.objective.metric",
+        )
+    objective.goal = resolved_goal("objective.goal", objective.metric, objective.goal)
 
 
 def _check_metric(name: str, metric: str) -> None:
@@ -300,7 +324,6 @@ def require_trainable(
         wire = wire_manifest(manifest, encoding, policy.top_k_fraction or 1.0)
     except BadManifestError as error:
         raise _unusable(f"updates as {encoding.name.lower()}: {error}") from error
-    _require_describable(manifest, wire)
     if wire.size_bytes > max_payload_bytes:
         raise _unusable(
             f"updates as {encoding.name.lower()}: got {wire.size_bytes} bytes, want at most {max_payload_bytes}"
@@ -310,20 +333,6 @@ def require_trainable(
         raise _unusable(
             f"tensor {wide!r} is float64: the low bits of noise in it would tell what it was added to; a private "
             "training session takes float32 and shorter"
-        )
-
-
-def _require_describable(manifest: Manifest, wire: Manifest) -> None:
-    """Refuse a model whose layout and digests do not fit into the header of a download or an upload."""
-    described = manifest.to_proto().ByteSize() + DIGEST_BYTES * manifest.chunk_count
-    if described > MAX_DESCRIPTION_BYTES:
-        raise _unusable(
-            f"layout and digests of its chunks take {described} bytes, want at most {MAX_DESCRIPTION_BYTES}: devices "
-            "get them in one message"
-        )
-    if DIGEST_BYTES * wire.chunk_count > MAX_DIGESTS_BYTES:
-        raise _unusable(
-            f"updates have {wire.chunk_count} chunks, want at most {MAX_DIGESTS_BYTES // DIGEST_BYTES}"
         )
 
 

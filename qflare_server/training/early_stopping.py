@@ -1,13 +1,10 @@
 """Early stopping: the rule, as a function of the metrics of versions."""
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from qflare.v1 import training_pb2
+from qflare_server.training.objective import is_minimized
 from qflare_server.training.reported_metrics import is_reserved
-
-HISTORY: Final = 2000
-"""Versions that are looked back at."""
 
 
 def stop_reason(
@@ -25,7 +22,7 @@ def stop_reason(
     values = [metrics[policy.metric] for metrics in history if policy.metric in metrics]
     if not values:
         return ""
-    sign = -1.0 if policy.minimize else 1.0
+    sign = -1.0 if is_minimized(policy) else 1.0
     ranked = [sign * value for value in values]
     if policy.HasField("target") and max(ranked) >= sign * policy.target:
         best = sign * max(ranked)

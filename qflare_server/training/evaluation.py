@@ -6,7 +6,7 @@ holds a random value that only the coordinator can derive for this device and ve
 which shows that the device was asked.
 
 A metric counts once a quorum of devices has reported it: as the mean over the reports, each weighted by examples up to
-a cap, the largest and smallest left out where there are enough. Release gate, early stop and best accuracy go by
+a cap, the largest and smallest left out where there are enough. Release gate, early stop and best version go by
 nothing else. The means are written after every report while there are few, then after every thirty-second part more,
 so that the cost of a report does not grow with their number, and once more when the next version is made.
 """
@@ -30,7 +30,6 @@ from qflare_server.storage.repository import (
     devices,
     evaluations,
     global_models,
-    training_sessions,
 )
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import DeviceState, RiskLevel
@@ -39,8 +38,10 @@ from qflare_server.training.config import (
     DEFAULT_TRIM_FROM_COUNT,
     deadline_s,
 )
+from qflare_server.training.objective import objective_of, update_best
 from qflare_server.training.reported_metrics import MAX_METRICS
 from qflare_server.training.selection import find_relation
+from qflare_server.training.strategy import is_asynchronous
 from qflare_server.training.versions import passes_gate
 
 SUMMARY_BITS: Final = 6
@@ -136,6 +137,26 @@ def is_worth_summarizing(report_count: int) -> bool:
     return report_count % (1 << max(0, report_count.bit_length() - SUMMARY_BITS)) == 0
 
 
+def awaits_evaluation(
+    session: Session,
+    training_session_id: str,
+    config: training_pb2.TrainingConfig,
+    base_version: int,
+) -> bool:
+    """Return whether early stop needs reports on the base version of a round that have not come yet.
+
+    Asynchronous training sessions never wait: their rounds take updates of several versions.
+    """
+    policy = config.evaluation
+    if not (config.early_stop.metric and policy.every_rounds) or is_asynchronous(config):
+        return False
+    model = global_models.get_model(session, training_session_id, base_version)
+    if model is None or not is_due(policy, model.round_number):
+        return False
+    quorum = policy.quorum or config.rounds.quorum
+    return evaluations.count(session, training_session_id, base_version) < quorum
+
+
 def summarize(
     session: Session, training_session: TrainingSession, version: int, at: datetime
 ) -> None:
@@ -146,7 +167,11 @@ def summarize(
     model = global_models.get_model(session, training_session.id, version)
     assert model is not None
     config = training_session.config
-    wanted = [config.early_stop.metric, *(bound.metric for bound in config.release.bounds)]
+    wanted = [
+        objective_of(config).metric,
+        config.early_stop.metric,
+        *(bound.metric for bound in config.release.bounds),
+    ]
     quorum = config.evaluation.quorum or config.rounds.quorum
     measured = robust_means(config.evaluation, map(_report, reports), quorum, wanted)
     metrics = {**model.metrics, **measured}
@@ -159,12 +184,7 @@ def summarize(
     global_models.update_model(session, training_session.id, version, values)
     if measured and not model.released and passes_gate(config.release, metrics):
         _release(session, training_session, model, at)
-    accuracy = measured.get("accuracy")
-    if accuracy is not None and (
-        training_session.best_accuracy is None or accuracy > training_session.best_accuracy
-    ):
-        changes = {"best_accuracy": accuracy, "best_version": version}
-        training_sessions.update_session(session, training_session.id, changes)
+    update_best(session, training_session, version, metrics)
 
 
 def _release(

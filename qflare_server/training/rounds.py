@@ -156,6 +156,22 @@ def cancel_round(
     updates.reject_round(session, training_session.id, current.number, reason, at)
 
 
+def close_if_complete(
+    session: Session, training_session_id: str, number: int, at: datetime
+) -> bool:
+    """Close an open round that has all its updates; return whether it closed."""
+    current = training_sessions.lock_round(session, training_session_id, number)
+    if (
+        current is None
+        or current.state != RoundState.OPEN.value
+        or current.accepted_count < current.target
+    ):
+        return False
+    values = {"state": RoundState.CLOSED.value, "closed_at": at}
+    training_sessions.update_round(session, training_session_id, number, values)
+    return True
+
+
 def fail_round(
     session: Session, training_session: TrainingSession, current: Round, reason: str, now: datetime
 ) -> None:

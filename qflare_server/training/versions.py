@@ -26,6 +26,7 @@ from qflare_server.storage.records import GlobalModel, TrainingSession
 from qflare_server.storage.repository import audit, global_models, training_sessions
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.training.config import download_encoding
+from qflare_server.training.objective import best_changes
 from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.reported_metrics import evaluated, stated
 from qflare_server.training.rounds import config_digest
@@ -219,7 +220,7 @@ def publish(
         details={"training_session_id": training_session.id, "version": draft.version},
     )
     audit.record(session, SYSTEM, event, at)
-    changes = _session_changes(training_session, draft, released=released)
+    changes = _session_changes(session, training_session, draft, released=released)
     training_sessions.update_session(session, training_session.id, changes)
     return training_session._replace(**changes)
 
@@ -255,19 +256,14 @@ def _download_columns(download: Download | None) -> dict[str, Any]:
 
 
 def _session_changes(
-    training_session: TrainingSession, draft: VersionDraft, *, released: bool
+    session: Session, training_session: TrainingSession, draft: VersionDraft, *, released: bool
 ) -> dict[str, Any]:
     changes: dict[str, Any] = {"current_version": draft.version}
     if released:
         changes["released_version"] = draft.version
     if draft.epsilon is not None:
         changes["epsilon_spent"] = draft.epsilon
-    accuracy = draft.metrics.get("train_accuracy")
-    if accuracy is not None and (
-        training_session.best_accuracy is None or accuracy > training_session.best_accuracy
-    ):
-        changes |= {"best_accuracy": accuracy, "best_version": draft.version}
-    return changes
+    return changes | best_changes(session, training_session, draft.version, draft.metrics)
 
 
 def passes_gate(policy: training_pb2.ReleasePolicy, metrics: Mapping[str, float]) -> bool:

@@ -16,6 +16,7 @@ from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.records import TrainingSession
 from qflare_server.storage.repository import devices, training_sessions, views
 from qflare_server.storage.tables import TrainingSessionState
+from qflare_server.training.objective import objective_of
 from qflare_server.use_cases.status import DatabaseHealth, Overview
 
 MAX_SESSIONS: Final = 100
@@ -93,12 +94,7 @@ class DatabaseCollector(Collector):
             found,
             lambda item: item.current_version,
         )
-        yield _session_gauge(
-            "qflare_training_session_best_accuracy",
-            "Best accuracy of any version",
-            found,
-            lambda item: item.best_accuracy,
-        )
+        yield _best(found)
         yield _session_gauge(
             "qflare_privacy_epsilon_spent",
             "Epsilon spent",
@@ -119,6 +115,21 @@ def _newest(rows: Iterable[TrainingSession]) -> list[TrainingSession]:
     for row in rows:
         by_name.setdefault(row.name, row)
     return list(by_name.values())
+
+
+def _best(found: Sequence[TrainingSession]) -> GaugeMetricFamily:
+    """Return the best value of the objective's metric, labeled with the data that it was measured on."""
+    family = GaugeMetricFamily(
+        "qflare_training_session_best",
+        "Metric of the best version",
+        labels=(*SESSION_LABELS, "metric", "data"),
+    )
+    for row in found:
+        objective = objective_of(row.config)
+        if row.best_value is not None:
+            data = "held_out" if objective.is_held_out else "training"
+            family.add_metric((row.name, objective.metric, data), row.best_value)
+    return family
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

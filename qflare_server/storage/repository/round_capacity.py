@@ -97,12 +97,15 @@ _FILL = PreparedStatement(
 
 
 def record_accepted(
-    session: Session, places: RoundCapacity, accepted_count: int, example_count: int, at: datetime
-) -> bool:
-    """Write the accepted count of a locked round, and close the round at its target; return whether it closed."""
-    if accepted_count == places.accepted_count:
-        return False
-    closed = accepted_count >= places.target
+    session: Session,
+    places: RoundCapacity,
+    accepted_count: int,
+    example_count: int,
+    at: datetime,
+    *,
+    closed: bool,
+) -> None:
+    """Write the accepted count of a locked round that has taken updates, and whether that has closed it."""
     _FILL.run(
         session,
         {
@@ -114,4 +117,3 @@ def record_accepted(
             "closed": at if closed else None,
         },
     )
-    return closed

@@ -13,8 +13,9 @@ from qflare_server.storage.tables.types import Base, one_of
 class TrainingSession(Base):
     """A model trained over many rounds.
 
-    `current_version` is -1 before the initial model is uploaded, `current_round` 0 before the start. `privacy_state` is
-    the state of the privacy accountant; null without differential privacy.
+    `current_version` is -1 before the initial model is uploaded, `current_round` 0 before the start. `best_value` is
+    the objective's metric of `best_version`, both null until one is known. `privacy_state` is the state of the privacy
+    accountant; null without differential privacy.
     """
 
     __tablename__ = "training_sessions"
@@ -28,7 +29,7 @@ class TrainingSession(Base):
     config: Mapped[dict[str, Any]]
     current_round: Mapped[int] = mapped_column(default=0)
     current_version: Mapped[int] = mapped_column(default=-1)
-    best_accuracy: Mapped[float | None]
+    best_value: Mapped[float | None]
     best_version: Mapped[int | None]
     released_version: Mapped[int | None]
     epsilon_spent: Mapped[float | None]

@@ -102,6 +102,8 @@ class Tasks:
             )
             if first is not None:
                 return NextTask(delay, measurement=first)
+        if found.is_full:
+            return NextTask(delay)
         return NextTask(delay, found, digest, config)
 
 

@@ -43,6 +43,7 @@ from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.round_capacity import RoundCapacity
 from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState, UpdateState
+from qflare_server.training.evaluation import awaits_evaluation
 from qflare_server.training.reported_metrics import whole_epochs
 from qflare_server.training.strategy import is_asynchronous
 from qflare_server.use_cases.updates.batching import BatchWindow
@@ -197,11 +198,15 @@ class Acceptance:
         taken = [entry for entry in entries if ruling.admit(entry)]
         if not taken:
             return False
+        closed = ruling.count >= places.target and not awaits_evaluation(
+            session, places.training_session_id, facts.config, places.base_version
+        )
         with together(session):
             _insert(session, places, taken, at)
-            return round_capacity.record_accepted(
-                session, places, ruling.count, ruling.example_count, at
+            round_capacity.record_accepted(
+                session, places, ruling.count, ruling.example_count, at, closed=closed
             )
+        return closed
 
 
 class _Admission:

@@ -37,8 +37,14 @@ from qflare_server.storage.repository import (
 )
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import DeviceState
-from qflare_server.training.evaluation import is_worth_summarizing, summarize, was_asked
+from qflare_server.training.evaluation import (
+    awaits_evaluation,
+    is_worth_summarizing,
+    summarize,
+    was_asked,
+)
 from qflare_server.training.reported_metrics import check_example_count, check_metrics
+from qflare_server.training.rounds import close_if_complete
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
 from qflare_server.use_cases.updates.submission import Contributor
 
@@ -78,10 +84,11 @@ class Evaluations:
         """
         evaluation = self._check(contributor, envelope)
 
-        def work(session: Session) -> None:
-            self._record(session, caller, evaluation, self._context.clock())
+        def work(session: Session) -> bool:
+            return self._record(session, caller, evaluation, self._context.clock())
 
-        self._context.database.write(work)
+        if self._context.database.write(work):
+            self._context.wake()
 
     def _check(
         self, contributor: Contributor, envelope: security_pb2.SignedEnvelope
@@ -103,7 +110,8 @@ class Evaluations:
 
     def _record(
         self, session: Session, caller: Caller, evaluation: _Evaluation, at: datetime
-    ) -> None:
+    ) -> bool:
+        """Write a report and what follows from it; return whether a round closed that waited for it."""
         statement = evaluation.statement
         named = statement.training_session_id, statement.version
         training_session = training_sessions.lock_session(session, statement.training_session_id)
@@ -116,7 +124,7 @@ class Evaluations:
         if known is not None:
             if known != evaluation.digest:
                 raise DuplicateEvaluationError
-            return
+            return False
         device = devices.get_device(session, statement.device_id)
         if device is None or device.state != DeviceState.ACTIVE.value:
             raise NotSelectedError("only active devices measure versions")
@@ -127,6 +135,11 @@ class Evaluations:
         if is_worth_summarizing(evaluations.count(session, *named)):
             summarize(session, training_session, statement.version, at)
         audit.record(session, caller, _event(evaluation, weight), at)
+        if training_session.current_version != statement.version:
+            return False
+        if awaits_evaluation(session, training_session.id, config, statement.version):
+            return False
+        return close_if_complete(session, training_session.id, training_session.current_round, at)
 
 
 def _parse(payload: bytes) -> security_pb2.EvaluationStatement:

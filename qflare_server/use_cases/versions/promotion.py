@@ -30,7 +30,6 @@ from qflare_server.storage.repository import (
     views,
 )
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.repository.idempotent_calls import run_once
 from qflare_server.storage.repository.views import VersionMetrics
 from qflare_server.storage.tables import RiskLevel
 from qflare_server.storage.tables import TrainingSessionState as SessionState
@@ -126,10 +125,7 @@ class Promotion:
                 audit.record(session, caller, event, self._context.clock())
             return _model(session, training_session_id, version)
 
-        at = self._context.clock()
-        return self._context.database.write(
-            lambda session: run_once(session, caller, at, lambda: work(session))
-        )
+        return self._context.database.write(work)
 
     def roll_back(
         self, caller: Caller, training_session_id: str, version: int, reason: str
@@ -160,11 +156,8 @@ class Promotion:
                 training_sessions.get_session(session, training_session_id), training_session_id
             )
             done = _rolled_back(session, known, version)
-        if done is not None:
-            return self._context.database.write(
-                lambda session: run_once(session, caller, at, lambda: done)
-            )
-        with self._context.database.read() as session:
+            if done is not None:
+                return done
             draft = _draft(session, known, version, at)
             parent = version_of(_model(session, known.id, known.current_version))
             restored = version_of(_model(session, known.id, version))
@@ -198,9 +191,7 @@ class Promotion:
             )
             return Rollback(_model(session, training_session_id, draft.version), opened)
 
-        return self._context.database.write(
-            lambda session: run_once(session, caller, at, lambda: work(session))
-        )
+        return self._context.database.write(work)
 
     def _next_task(
         self,

@@ -203,7 +203,7 @@ def test_best_accuracy_is_that_of_the_best_version(core: CoordinatorHarness) -> 
         core.settle()
 
     row = core.training.get(training_session_id)
-    assert (row.best_accuracy, row.best_version) == (0.75, 2)
+    assert (row.best_value, row.best_version) == (0.75, 2)
 
 
 def test_delta_updates_are_added_to_the_base(core: CoordinatorHarness) -> None:

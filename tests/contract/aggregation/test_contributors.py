@@ -68,7 +68,7 @@ def test_an_update_that_is_refused_counts_for_nothing(core: CoordinatorHarness) 
     assert (statement.contributor_count, statement.example_count) == (2, 14)
     assert dict(statement.metrics) == {"train_accuracy": pytest.approx((2.5 + 2.0) / 14)}
     assert np.frombuffer(core.weights(training_session_id, 1)[:8], "<i8").tolist() == [2]
-    assert core.training.get(training_session_id).best_accuracy == pytest.approx(4.5 / 14)
+    assert core.training.get(training_session_id).best_value == pytest.approx(4.5 / 14)
     assert core.round(training_session_id, 1).example_count == 14
 
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import pytest
-from sqlalchemy import Engine, MetaData, insert, select
+from sqlalchemy import Engine, MetaData, insert, select, update
 
 from qflare_server.config import ServerConfig
 from qflare_server.storage import schema
@@ -16,6 +16,8 @@ from qflare_server.storage.repository import membership
 FIRST: Final = "0001"
 AT: Final = datetime(2029, 5, 1, 12, 30, tzinfo=UTC)
 DIGEST: Final = "ab" * 32
+RENAMED: Final = {"training_sessions": {"best_accuracy": "best_value"}}
+"""Columns that later revisions call something else, by table."""
 SESSION: Final = "00000000-0000-4000-8000-000000000001"
 Rows = Mapping[str, list[dict[str, Any]]]
 
@@ -219,8 +221,47 @@ def test_nothing_that_was_there_is_lost(engine: Engine) -> None:
     schema.upgrade(engine)
 
     for name, rows in before.items():
-        kept = [{key: row[key] for key in rows[0]} for row in rows_of(engine, name)]
+        renamed = RENAMED.get(name, {})
+        kept = [
+            {key: row[renamed.get(key, key)] for key in rows[0]} for row in rows_of(engine, name)
+        ]
         assert kept == rows, name
+
+
+@pytest.mark.parametrize(
+    ("config", "best"),
+    [
+        ({}, (1, 0.9)),
+        ({"evaluation": {"every_rounds": 1}}, (2, 0.7)),
+        ({"evaluation": {"every_rounds": 1}, "early_stop": {"metric": "mae"}}, (1, 2.0)),
+        (
+            {"evaluation": {"every_rounds": 1}, "early_stop": {"metric": "mae", "minimize": True}},
+            (2, 1.0),
+        ),
+        ({"early_stop": {"metric": "auc"}}, (None, None)),
+    ],
+)
+def test_the_best_version_is_found_again(
+    engine: Engine, config: dict[str, Any], best: tuple[int | None, float | None]
+) -> None:
+    metrics = {
+        1: {"accuracy": 0.6, "train_accuracy": 0.9, "mae": 2.0},
+        2: {"accuracy": 0.7, "train_accuracy": 0.8, "mae": 1.0},
+    }
+    models, sessions = reflected(engine)["global_models"], reflected(engine)["training_sessions"]
+    with engine.begin() as connection:
+        for version, measured in metrics.items():
+            row = {**MODEL, "digest": f"{version}" * 64, "metrics": measured}
+            connection.execute(
+                insert(models).values(training_session_id=SESSION, version=version, **row)
+            )
+        stale = {"config": config, "best_accuracy": 0.9, "best_version": 1}
+        connection.execute(update(sessions).where(sessions.c.id == SESSION).values(**stale))
+
+    schema.upgrade(engine)
+
+    (row,) = [row for row in rows_of(engine, "training_sessions") if row["id"] == SESSION]
+    assert (row["best_version"], row["best_value"]) == best
 
 
 def test_an_upgraded_database_goes_back(engine: Engine) -> None:

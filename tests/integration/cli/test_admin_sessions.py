@@ -170,7 +170,7 @@ def test_devices_measure_versions_and_the_gate_releases_them(deploy: Deploy) -> 
     assert page.metrics[3].group_metrics["phone"].values["accuracy"] == pytest.approx(0.9)
     session = call(deployment, "GetTrainingSession", training_session_id=session_id)
     assert session.training_session.released_version == 3
-    assert session.training_session.best_version == 3
+    assert session.training_session.best.version == 3
 
 
 def test_an_administrator_may_release_what_the_gate_does_not(deploy: Deploy) -> None:

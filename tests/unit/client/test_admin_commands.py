@@ -152,4 +152,4 @@ def test_a_file_gets_lines_only() -> None:
     screen.end()
     (line,) = stream.getvalue().splitlines()
     assert line.startswith("round    2  version 2")
-    assert line.endswith("train_accuracy=0.5")
+    assert line.endswith("train_accuracy=0.5 (training data only)")

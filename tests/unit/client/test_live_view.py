@@ -9,7 +9,9 @@ from qflare_client.admin.live import bar
 def drawn(columns: int, accepted_count: int = 37) -> str:
     config = training_pb2.TrainingConfig(total_rounds=120)
     config.rounds.quorum = 50
-    session = training_pb2.TrainingSession(config=config, best_accuracy=0.98765)
+    session = training_pb2.TrainingSession(config=config)
+    session.best.metric, session.best.value = "accuracy", 0.98765
+    session.best.source = training_pb2.METRIC_SOURCE_TRAINING
     current = training_pb2.Round(
         round_number=118,
         accepted_count=accepted_count,
@@ -25,13 +27,13 @@ def test_a_bar_leaves_the_last_column_free(columns: int) -> None:
 
 def test_a_wide_terminal_shows_everything() -> None:
     assert drawn(200) == (
-        "round  118/120  [#################.......] 37/50 updates  open  best accuracy 0.9877"
+        "round  118/120  [#################.......] 37/50 updates  open  best accuracy 0.9877 (training data only)"
     )
 
 
 def test_a_narrow_terminal_gets_a_shorter_bar() -> None:
-    assert drawn(76) == (
-        "round  118/120  [###########....] 37/50 updates  open  best accuracy 0.9877"
+    assert drawn(97) == (
+        "round  118/120  [###########....] 37/50 updates  open  best accuracy 0.9877 (training data only)"
     )
 
 

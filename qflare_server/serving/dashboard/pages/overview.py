@@ -11,9 +11,10 @@ from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages.devices import Slice, slices
 from qflare_server.serving.dashboard.pages.training import (
     CurrentRound,
+    Latest,
     SessionRow,
     current,
-    latest,
+    headline,
     series,
     session_row,
 )
@@ -31,8 +32,7 @@ class Card:
 
     row: SessionRow
     current: CurrentRound | None
-    accuracy: float | None
-    loss: float | None
+    headline: Sequence[Latest]
     chart: Chart | None
 
 
@@ -84,8 +84,7 @@ def _cards(visit: PageContext) -> list[Card]:
             Card(
                 session_row(progress.session, visit),
                 current(progress, visit),
-                latest(metrics, "accuracy"),
-                latest(metrics, "loss"),
+                headline(progress.session, metrics),
                 line_chart(
                     f"card-{number}",
                     "Accuracy by version",

@@ -13,6 +13,7 @@ from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.records import ModelUpdate, Round, TrainingSession
 from qflare_server.storage.repository.views import VersionMetrics
 from qflare_server.storage.tables import RoundState, TrainingSessionState
+from qflare_server.training.objective import objective_of
 from qflare_server.use_cases.training_sessions.progress import Progress
 
 SHOWN_VERSIONS: Final = 300
@@ -33,8 +34,10 @@ class SessionRow:
     round_number: int
     round_count: int
     version: int
-    best_accuracy: float | None
+    best_value: float | None
     best_version: int | None
+    metric: str
+    metric_data: str
     released_version: int | None
     epsilon_spent: float | None
     created: Moment | None
@@ -95,6 +98,7 @@ class CurrentRound:
 def session_row(row: TrainingSession, visit: PageContext) -> SessionRow:
     """Return a training session as it is shown."""
     config = row.config
+    objective = objective_of(config)
     end = row.ended_at or visit.at
     return SessionRow(
         session_id=row.id,
@@ -106,8 +110,10 @@ def session_row(row: TrainingSession, visit: PageContext) -> SessionRow:
         round_number=row.current_round,
         round_count=config.total_rounds,
         version=row.current_version,
-        best_accuracy=row.best_accuracy,
+        best_value=row.best_value,
         best_version=row.best_version,
+        metric=objective.metric,
+        metric_data=objective.data,
         released_version=row.released_version,
         epsilon_spent=row.epsilon_spent,
         created=moment(row.created_at, visit.at),
@@ -182,13 +188,28 @@ def series(metrics: Sequence[VersionMetrics], name: str) -> list[Series]:
     ]
 
 
-def latest(metrics: Sequence[VersionMetrics], name: str) -> float | None:
-    """Return the newest value of a metric, measured on held-back data where there is any such."""
-    for key in (name, f"train_{name}"):
+@dataclass(frozen=True)
+class Latest:
+    """The newest value of a metric; `data` says what it was measured on."""
+
+    name: str
+    value: float
+    data: str
+
+
+def latest(metrics: Sequence[VersionMetrics], name: str) -> Latest | None:
+    """Return the newest value of a metric, measured on held-out data where there is any such."""
+    for key, data in ((name, "held out"), (f"train_{name}", "training data only")):
         for row in reversed(metrics):
             if key in row.metrics:
-                return float(row.metrics[key])
+                return Latest(name, float(row.metrics[key]), data)
     return None
+
+
+def headline(row: TrainingSession, metrics: Sequence[VersionMetrics]) -> list[Latest]:
+    """Return the newest values that a person looks at first: of the objective, accuracy and loss."""
+    names = dict.fromkeys((objective_of(row.config).metric, "accuracy", "loss"))
+    return [found for found in (latest(metrics, name) for name in names) if found is not None]
 
 
 def build_list(visit: PageContext) -> Mapping[str, Any]:
@@ -215,9 +236,12 @@ def build_session(visit: PageContext) -> Mapping[str, Any]:
     return {
         "row": session_row(progress.session, visit),
         "current": current(progress, visit),
-        "accuracy": latest(metrics, "accuracy"),
-        "loss": latest(metrics, "loss"),
-        "charts": [chart for chart in _charts(metrics, newest, visit) if chart is not None],
+        "headline": headline(progress.session, metrics),
+        "charts": [
+            chart
+            for chart in _charts(progress.session, metrics, newest, visit)
+            if chart is not None
+        ],
         "is_cut": bool(metrics) and metrics[0].version > 0,
         "shown_versions": SHOWN_VERSIONS,
         "rounds": [round_row(row, visit) for row in page.rows],
@@ -227,8 +251,21 @@ def build_session(visit: PageContext) -> Mapping[str, Any]:
 
 
 def _charts(
-    metrics: Sequence[VersionMetrics], rounds: Sequence[Round], visit: PageContext
+    row: TrainingSession,
+    metrics: Sequence[VersionMetrics],
+    rounds: Sequence[Round],
+    visit: PageContext,
 ) -> Iterator[Chart | None]:
+    objective = objective_of(row.config).metric
+    if objective not in {"accuracy", "loss"}:
+        yield line_chart(
+            "objective",
+            f"{objective} by version",
+            series(metrics, objective),
+            x_label="Version",
+            y_label=objective,
+            written=formatting.measure,
+        )
     yield line_chart(
         "accuracy",
         "Accuracy by version",

@@ -7,6 +7,7 @@ from qflare.v1 import training_pb2
 from qflare_server.serving.rpc.encoding import values, versions
 from qflare_server.serving.rpc.encoding.values import duration, timestamp
 from qflare_server.storage.records import Round, TrainingSession
+from qflare_server.training.objective import objective_of
 from qflare_server.training.strategy import warnings_of
 from qflare_server.use_cases.training_sessions.watching import SessionEvent
 
@@ -25,14 +26,35 @@ def training_session(row: TrainingSession) -> training_pb2.TrainingSession:
         config=config,
         current_round=row.current_round,
         current_version=row.current_version,
-        best_accuracy=row.best_accuracy,
-        best_version=row.best_version,
+        best=_best(row),
         released_version=row.released_version,
         epsilon_spent=row.epsilon_spent,
         create_time=timestamp(row.created_at),
         start_time=timestamp(row.started_at),
         end_time=timestamp(row.ended_at),
         warnings=warnings_of(config),
+    )
+
+
+def _best(row: TrainingSession) -> training_pb2.BestVersion | None:
+    """Encode the best version with the data that its metric was measured on, None where none is known."""
+    if row.best_version is None or row.best_value is None:
+        return None
+    objective = objective_of(row.config)
+    return training_pb2.BestVersion(
+        version=row.best_version,
+        metric=objective.metric,
+        value=row.best_value,
+        goal=(
+            training_pb2.METRIC_GOAL_MINIMIZE
+            if objective.minimizes
+            else training_pb2.METRIC_GOAL_MAXIMIZE
+        ),
+        source=(
+            training_pb2.METRIC_SOURCE_HELD_OUT
+            if objective.is_held_out
+            else training_pb2.METRIC_SOURCE_TRAINING
+        ),
     )
 
 

@@ -319,7 +319,9 @@ def test_an_evaluation_has_defaults() -> None:
 
 def test_sensible_settings_are_kept() -> None:
     config = Config(
-        early_stop=Stop(metric="loss", target=0.1, minimize=True),
+        early_stop=Stop(
+            metric="loss", target=0.1, minimize=True, goal=training_pb2.METRIC_GOAL_MINIMIZE
+        ),
         evaluation=EVALUATED,
         release=training_pb2.ReleasePolicy(bounds=[Bound(metric="loss", max_value=0.2)]),
     )

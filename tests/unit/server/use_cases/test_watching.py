@@ -25,7 +25,7 @@ def view(
         config=training_pb2.TrainingConfig(),
         current_round=len(rounds),
         current_version=0,
-        best_accuracy=None,
+        best_value=None,
         best_version=None,
         released_version=None,
         epsilon_spent=None,
