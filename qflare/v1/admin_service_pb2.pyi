@@ -334,12 +334,16 @@ class CreateTrainingSessionRequest(_message.Message):
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Display name, 1 to 200 characters."""
     model_type: _builtins.str
     """Kind of model; free text, at most 100 characters."""
     request_id: _builtins.str
     """Idempotency key, at most 100 characters. Empty means that a repeated call creates another training session."""
+    validate_only: _builtins.bool
+    """Check the request and create nothing: the response has no id, but the configuration with all defaults, and warnings."""
     @_builtins.property
     def architecture(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Description of the architecture; free key-value text."""
@@ -347,6 +351,10 @@ class CreateTrainingSessionRequest(_message.Message):
     @_builtins.property
     def config(self) -> _training_pb2.TrainingConfig:
         """Configuration. Omitted fields take their defaults."""
+
+    @_builtins.property
+    def manifest(self) -> _tensor_pb2.Manifest:
+        """Layout of the initial model, checked against the configuration; only with validate_only."""
 
     def __init__(
         self,
@@ -356,10 +364,12 @@ class CreateTrainingSessionRequest(_message.Message):
         architecture: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         config: _training_pb2.TrainingConfig | None = ...,
         request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+        manifest: _tensor_pb2.Manifest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "config", b"config", "model_type", b"model_type", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "config", b"config", "manifest", b"manifest", "model_type", b"model_type", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,15 +10,15 @@ from typing import Any
 from qflare.command_line import whole
 from qflare.crypto import merkle
 from qflare.files import private_opener
-from qflare.tensors import InvalidPayloadError, Manifest
-from qflare.tensors.manifest import InvalidManifestError
-from qflare.tensors.safetensors_files import export_safetensors, import_safetensors
+from qflare.tensors import Manifest
+from qflare.tensors.safetensors_files import export_safetensors
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.arguments import add_command, add_limit, add_topic, show, show_list
 from qflare_client.admin.connection import Admin
+from qflare_client.admin.initial_models import upload_model
 from qflare_client.admin.output import Column, moment, note, optional, size, span, version_metrics
 from qflare_client.admin.sessions import ROUND
-from qflare_client.errors import CorruptModelError, InvalidRequestError
+from qflare_client.errors import CorruptModelError
 from qflare_client.terminal import ProgressBar
 
 MODEL: list[Column] = [
@@ -104,26 +104,7 @@ def _add_changes(actions: Any) -> None:
 
 def run_upload(admin: Admin, options: argparse.Namespace) -> None:
     """Upload an initial model."""
-    try:
-        opened = import_safetensors(options.file)
-    except (InvalidManifestError, InvalidPayloadError) as error:
-        raise InvalidRequestError(f"{options.file}: {error}") from error
-    manifest, bar = opened.manifest, ProgressBar()
-
-    def messages() -> Iterator[pb.UploadInitialModelRequest]:
-        header = pb.InitialModelHeader(
-            training_session_id=options.session, manifest=manifest.to_proto()
-        )
-        yield pb.UploadInitialModelRequest(header=header)
-        done = 0
-        for index, data in enumerate(opened.chunks()):
-            message = pb.UploadInitialModelRequest()
-            message.chunk.index, message.chunk.data = index, data
-            yield message
-            done += len(data)
-            bar("upload", done, manifest.size_bytes)
-
-    answer = admin.send("UploadInitialModel", messages())
+    answer = upload_model(admin, options.session, options.file)
     show(options, answer, answer.global_model, MODEL_FACTS)
 
 

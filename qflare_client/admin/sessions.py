@@ -7,8 +7,9 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from qflare.command_line import seconds, whole
+from qflare.command_line import whole
 from qflare.terminal import say
+from qflare.training_settings import add_flags, from_flags
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client.admin.arguments import (
@@ -20,17 +21,18 @@ from qflare_client.admin.arguments import (
     show_list,
 )
 from qflare_client.admin.connection import Admin
+from qflare_client.admin.initial_models import open_model, upload_model
 from qflare_client.admin.output import (
     Column,
     best_version,
     metrics,
     moment,
+    note,
     optional,
-    parse_seconds,
+    print_json,
     span,
     word,
 )
-from qflare_client.errors import InvalidRequestError
 
 STATES = choice(training_pb2.TrainingSessionState, "TRAINING_SESSION_STATE_")
 SESSION: list[Column] = [
@@ -105,6 +107,15 @@ def add(commands: Any) -> None:
     """Add the commands of this topic."""
     actions = add_topic(commands, "session", "training sessions")
     _add_create(actions)
+    validate = add_command(
+        actions,
+        "validate",
+        run_validate,
+        "check a configuration and a model, and create nothing",
+        "session validate --config session.toml --model initial.safetensors",
+    )
+    validate.add_argument("--name", default="unnamed")
+    _add_description(validate)
     listing = add_command(
         actions, "list", run_list, "list training sessions", "session list --state running"
     )
@@ -148,59 +159,72 @@ def _add_create(actions: Any) -> None:
         "session create --name digits --rounds 20 --quorum 10 --config config.json",
     )
     create.add_argument("--name", required=True)
-    create.add_argument("--model-type", default="", help="kind of model, free text")
-    create.add_argument("--rounds", type=whole(0), help="rounds to run")
-    create.add_argument("--quorum", type=whole(0), help="updates required for a version")
-    create.add_argument(
-        "--deadline-s", type=seconds(0.001), help="maximum duration of a round in seconds"
-    )
-    create.add_argument("--strategy", help="default: fedavg")
-    create.add_argument(
-        "--group",
-        action="append",
-        default=[],
-        help="open only to devices of this group; repeatable",
-    )
-    create.add_argument(
-        "--sealed", action="store_true", help="seal updates and models end to end and at rest"
-    )
-    create.add_argument("--config", type=Path, help="TrainingConfig as JSON; flags override it")
+    _add_description(create)
+    create.add_argument("--start", action="store_true", help="start the first round")
     create.add_argument(
         "--request-id", help="idempotency key; the same id returns the same training session"
     )
 
 
+def _add_description(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-type", default="", help="kind of model, free text")
+    add_flags(parser)
+    parser.add_argument("--model", type=Path, metavar="FILE", help="initial model, .safetensors")
+
+
 def run_create(admin: Admin, options: argparse.Namespace) -> None:
-    """Create a training session and print its id."""
-    request = pb.CreateTrainingSessionRequest(
-        name=options.name,
-        model_type=options.model_type,
-        config=_config(options),
-        request_id=options.request_id or uuid.uuid4().hex,
-    )
+    """Create a training session; for people its id alone is printed.
+
+    Nothing is created if its configuration or its model is refused.
+    """
+    request = _request(options)
+    request.request_id = options.request_id or uuid.uuid4().hex
+    if options.model is not None:
+        _validate(admin, options, request)
     answer = admin.call("CreateTrainingSession", request)
+    session_id = answer.training_session.training_session_id
+    if options.model is not None:
+        try:
+            upload_model(admin, session_id, options.model)
+        except BaseException:
+            reason = "its initial model was not uploaded"
+            _change(admin, "Cancel", session_id, reason=reason)
+            raise
+    if options.start:
+        answer = _change(admin, "Start", session_id)
     if options.json:
         show(options, answer, answer.training_session, SESSION_FACTS)
     else:
-        say(answer.training_session.training_session_id)
+        say(session_id)
 
 
-def _config(options: argparse.Namespace) -> training_pb2.TrainingConfig:
-    config = training_pb2.TrainingConfig()
-    if options.config is not None:
-        try:
-            json_format.Parse(options.config.read_text(), config)
-        except json_format.ParseError as error:
-            raise InvalidRequestError(f"{options.config}: {error}") from error
-    config.total_rounds = options.rounds or config.total_rounds
-    config.rounds.quorum = options.quorum or config.rounds.quorum
-    config.strategy.name = options.strategy or config.strategy.name
-    config.transfer.sealed = options.sealed or config.transfer.sealed
-    if options.group:
-        config.groups[:] = options.group
-    if options.deadline_s is not None:
-        config.rounds.deadline.CopyFrom(parse_seconds(options.deadline_s))
-    return config
+def run_validate(admin: Admin, options: argparse.Namespace) -> None:
+    """Print the configuration with all defaults, and warnings."""
+    answer = _validate(admin, options, _request(options))
+    if options.json:
+        print_json(answer)
+        return
+    created = answer.training_session
+    say(json_format.MessageToJson(created.config, preserving_proto_field_name=True))
+    for warning in created.warnings:
+        note(f"warning: {warning}")
+
+
+def _request(options: argparse.Namespace) -> pb.CreateTrainingSessionRequest:
+    return pb.CreateTrainingSessionRequest(
+        name=options.name, model_type=options.model_type, config=from_flags(options)
+    )
+
+
+def _validate(
+    admin: Admin, options: argparse.Namespace, request: pb.CreateTrainingSessionRequest
+) -> Any:
+    asked = pb.CreateTrainingSessionRequest()
+    asked.CopyFrom(request)
+    asked.validate_only = True
+    if options.model is not None:
+        asked.manifest.CopyFrom(open_model(options.model).manifest.to_proto())
+    return admin.call("CreateTrainingSession", asked)
 
 
 def run_list(admin: Admin, options: argparse.Namespace) -> None:
@@ -222,12 +246,15 @@ def run_show(admin: Admin, options: argparse.Namespace) -> None:
 
 def run_change(admin: Admin, options: argparse.Namespace) -> None:
     """Start, pause, resume or cancel a training session."""
-    method = f"{options.change.capitalize()}TrainingSession"
-    request = getattr(pb, f"{method}Request")(training_session_id=options.session)
-    if options.change == "cancel":
-        request.reason = options.reason
-    answer = admin.call(method, request)
+    reason = {"reason": options.reason} if options.change == "cancel" else {}
+    answer = _change(admin, options.change.capitalize(), options.session, **reason)
     show(options, answer, answer.training_session, SESSION)
+
+
+def _change(admin: Admin, change: str, session_id: str, **fields: str) -> Any:
+    method = f"{change}TrainingSession"
+    request = getattr(pb, f"{method}Request")(training_session_id=session_id, **fields)
+    return admin.call(method, request)
 
 
 def run_rounds(admin: Admin, options: argparse.Namespace) -> None:

@@ -1,19 +1,22 @@
-"""`session`: create, start, pause, resume and cancel training sessions."""
+"""`session`: create, validate, start, pause, resume and cancel training sessions."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format
-from google.protobuf.duration_pb2 import Duration
 
-from qflare.command_line import seconds, whole
-from qflare.terminal import say
+from qflare.tensors.safetensors_files import import_safetensors
+from qflare.terminal import complain, say
+from qflare.training_settings import add_flags, from_flags
 from qflare.v1 import training_pb2
 from qflare_server.cli.models import upload_initial_model
 from qflare_server.cli.terminal import caller
-from qflare_server.config import ConfigError, ServerConfig
+from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
+from qflare_server.training.strategy import warnings_of
+from qflare_server.use_cases.training_sessions.administration import checked
+from qflare_server.use_cases.versions.initial_model import checked_layout
 
 
 def add(commands: Any) -> None:
@@ -27,26 +30,21 @@ def add(commands: Any) -> None:
         " --model initial.safetensors --start",
     )
     create.add_argument("--name", required=True)
-    create.add_argument("--model-type", default="")
-    create.add_argument("--rounds", type=whole(0), default=0, help="rounds to run")
-    create.add_argument("--quorum", type=whole(0), default=0, help="updates that make a version")
-    create.add_argument(
-        "--deadline-s", type=seconds(0.001), help="seconds that a round is open at most"
-    )
-    create.add_argument("--strategy", default="", help="default: fedavg")
-    create.add_argument(
-        "--group",
-        action="append",
-        default=[],
-        help="open to devices of this group alone; repeatable",
-    )
-    create.add_argument(
-        "--sealed", action="store_true", help="seal updates and models end to end and at rest"
-    )
-    create.add_argument("--config", type=Path, help="TrainingConfig as JSON; flags override")
+    create.add_argument("--model-type", default="", help="kind of model, free text")
+    add_flags(create)
     create.add_argument("--model", type=Path, help="initial model, .safetensors")
     create.add_argument("--start", action="store_true", help="start the first round")
     create.set_defaults(run=run_create)
+    validate = actions.add_parser(
+        "validate",
+        help="check a configuration and a model, and create nothing",
+        epilog="example: qflare-server session validate --config session.toml --model initial.safetensors",
+    )
+    validate.add_argument("--name", default="unnamed")
+    validate.add_argument("--model-type", default="", help="kind of model, free text")
+    add_flags(validate)
+    validate.add_argument("--model", type=Path, help="initial model, .safetensors")
+    validate.set_defaults(run=run_validate)
     for word in ("start", "pause", "resume", "cancel"):
         action = actions.add_parser(word, help=f"{word} a training session")
         action.add_argument("session", help="id")
@@ -54,8 +52,9 @@ def add(commands: Any) -> None:
 
 
 def run_create(config: ServerConfig, arguments: argparse.Namespace) -> int:
-    """Create a training session."""
-    wanted = _training_config(arguments)
+    """Create a training session; nothing is created if its configuration or its model is refused."""
+    wanted = from_flags(arguments)
+    _check(config, arguments, wanted)
     with open_application(config) as parts:
         training = parts.use_cases.training
         created = training.create(
@@ -66,34 +65,36 @@ def run_create(config: ServerConfig, arguments: argparse.Namespace) -> int:
             config=wanted,
         )
         if arguments.model is not None:
-            upload_initial_model(parts.use_cases.initial_models, created.id, arguments.model)
+            try:
+                upload_initial_model(parts.use_cases.initial_models, created.id, arguments.model)
+            except BaseException:
+                training.cancel(caller(), created.id, "its initial model was not uploaded")
+                raise
         if arguments.start:
             training.start(caller(), created.id)
     say(created.id)
     return 0
 
 
-def _training_config(arguments: argparse.Namespace) -> training_pb2.TrainingConfig:
-    wanted = training_pb2.TrainingConfig()
-    if arguments.config is not None:
-        try:
-            json_format.Parse(arguments.config.read_text(), wanted)
-        except json_format.ParseError as error:
-            raise ConfigError(
-                f"{arguments.config}: {error}",
-                remedy="the fields of qflare.v1.TrainingConfig; protos/qflare/v1/training.proto describes them",
-            ) from error
-    wanted.total_rounds = arguments.rounds or wanted.total_rounds
-    wanted.rounds.quorum = arguments.quorum or wanted.rounds.quorum
-    wanted.strategy.name = arguments.strategy or wanted.strategy.name
-    wanted.transfer.sealed = arguments.sealed or wanted.transfer.sealed
-    if arguments.group:
-        wanted.groups[:] = arguments.group
-    if arguments.deadline_s is not None:
-        deadline = Duration()
-        deadline.FromNanoseconds(int(arguments.deadline_s * 1e9))
-        wanted.rounds.deadline.CopyFrom(deadline)
-    return wanted
+def run_validate(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Print the configuration with all defaults, and warnings, or why it is refused."""
+    done = _check(config, arguments, from_flags(arguments))
+    say(json_format.MessageToJson(done, preserving_proto_field_name=True))
+    for warning in warnings_of(done):
+        complain(f"warning: {warning}")
+    return 0
+
+
+def _check(
+    config: ServerConfig, arguments: argparse.Namespace, wanted: training_pb2.TrainingConfig
+) -> training_pb2.TrainingConfig:
+    """Return the configuration with all defaults but the seed, which is drawn when the training session is created."""
+    done = checked(arguments.name, arguments.model_type, wanted)
+    if arguments.model is not None:
+        layout = import_safetensors(arguments.model).manifest.to_proto()
+        checked_layout(config, done, layout)
+    done.selection.seed = wanted.selection.seed
+    return done
 
 
 def run_transition(config: ServerConfig, arguments: argparse.Namespace) -> int:

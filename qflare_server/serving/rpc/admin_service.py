@@ -38,7 +38,9 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def CreateTrainingSession(
         self, request: pb.CreateTrainingSessionRequest, context: ServicerContext
     ) -> pb.CreateTrainingSessionResponse:
-        """Create a training session."""
+        """Create a training session, or only check the request."""
+        if request.validate_only:
+            return self._validate(request)
         created = self._use_cases.training.create(
             current_call().caller,
             name=request.name,
@@ -48,6 +50,17 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             request_id=request.request_id,
         )
         return pb.CreateTrainingSessionResponse(training_session=training.training_session(created))
+
+    def _validate(
+        self, request: pb.CreateTrainingSessionRequest
+    ) -> pb.CreateTrainingSessionResponse:
+        layout = request.manifest if request.HasField("manifest") else None
+        config = self._use_cases.initial_models.validate(
+            request.name, request.model_type, request.config, layout
+        )
+        return pb.CreateTrainingSessionResponse(
+            training_session=training.validated(request, config)
+        )
 
     def UploadInitialModel(
         self,

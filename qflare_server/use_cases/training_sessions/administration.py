@@ -43,6 +43,23 @@ REQUEST_NAMESPACE = uuid.UUID("5b1c3c0e-6f0e-4b5c-8f0a-9f5d6f6a2b11")
 MAX_ABSENT = 100
 
 
+def checked(
+    name: str, model_type: str, config: training_pb2.TrainingConfig
+) -> training_pb2.TrainingConfig:
+    """Return a configuration with every default filled in, if a training session can be created with it.
+
+    Raises:
+        InvalidRequestError: A field is out of range.
+        StrategyRefusedError: The strategy's settings contradict each other.
+    """
+    _text("name", name, 1, 200)
+    _text("model_type", model_type, 0, 100)
+    done = complete(config)
+    add_device_settings(done, build_strategy(done))
+    require_affordable(done)
+    return done
+
+
 class Training:
     """Training-session administration use cases."""
 
@@ -74,12 +91,8 @@ class Training:
             InvalidRequestError: A field is out of range.
             StrategyRefusedError: The strategy's settings contradict each other.
         """
-        _text("name", name, 1, 200)
-        _text("model_type", model_type, 0, 100)
+        done = checked(name, model_type, config)
         _text("request_id", request_id, 0, 100)
-        done = complete(config)
-        add_device_settings(done, build_strategy(done))
-        require_affordable(done)
         at = self._context.clock()
         training_session_id = str(uuid.uuid4())
         if request_id:

@@ -7,7 +7,8 @@ from qflare.tensors import InvalidManifestError as BadManifestError
 from qflare.tensors import Manifest, ManifestLimits
 from qflare.tensors.download_encodings import download_manifest
 from qflare.tensors.encodings import Encoding
-from qflare.v1 import admin_service_pb2, tensor_pb2
+from qflare.v1 import admin_service_pb2, tensor_pb2, training_pb2
+from qflare_server.config import ServerConfig
 from qflare_server.context import Context
 from qflare_server.errors import InvalidManifestError
 from qflare_server.payloads.expected import ExpectedPayload
@@ -17,7 +18,7 @@ from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import payloads
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.training.config import download_encoding, require_trainable
-from qflare_server.use_cases.training_sessions.administration import Training
+from qflare_server.use_cases.training_sessions.administration import Training, checked
 
 
 class InitialModels:
@@ -27,11 +28,36 @@ class InitialModels:
         self._context = context
         self._executor = executor
         self._training = training
-        config, devices_take = context.config, ManifestLimits()
-        self._limits = ManifestLimits(
-            min(config.max_tensors, devices_take.max_tensors),
-            min(config.max_payload_bytes, devices_take.max_payload_bytes),
-        )
+
+    def validate(
+        self,
+        name: str,
+        model_type: str,
+        config: training_pb2.TrainingConfig,
+        layout: tensor_pb2.Manifest | None,
+    ) -> training_pb2.TrainingConfig:
+        """Check what a training session would be created with, and create nothing.
+
+        Args:
+            name: 1 to 200 characters.
+            model_type: At most 100 characters.
+            config: What is left out takes its default.
+            layout: Of the initial model; None to leave that open.
+
+        Returns:
+            The configuration with every default filled in, but for a seed, which is drawn when it is created.
+
+        Raises:
+            InvalidRequestError: A field is out of range.
+            StrategyRefusedError: The strategy's settings contradict each other.
+            InvalidManifestError: Devices could not train the model under the configuration.
+            UpdateTooLargeError: The model is larger than this coordinator takes.
+        """
+        done = checked(name, model_type, config)
+        if layout is not None:
+            checked_layout(self._context.config, done, layout)
+        done.selection.seed = config.selection.seed
+        return done
 
     def upload(
         self,
@@ -51,10 +77,8 @@ class InitialModels:
         """
         training_session = self._training.require_waiting(header.training_session_id)
         config = training_session.config
-        manifest = self.parse(header.manifest)
+        manifest = checked_layout(self._context.config, config, header.manifest)
         encoding = download_encoding(config)
-        _require_smaller(manifest, encoding)
-        require_trainable(config, manifest, self._context.config.max_payload_bytes)
         expected = ExpectedPayload(manifest, header.payload_digest)
         expected.check(self._context.config.max_payload_bytes)
         seal_context = version_seal_context(self._context, config, training_session.id, 0)
@@ -82,19 +106,43 @@ class InitialModels:
             caller, header.training_session_id, manifest, received, download
         )
 
-    def parse(self, message: tensor_pb2.Manifest) -> Manifest:
-        """Return the layout that a message states, within the configured bounds.
 
-        Raises:
-            InvalidManifestError: It is none, or has nothing to train.
-        """
-        try:
-            manifest = Manifest.from_proto(message, self._limits)
-        except BadManifestError as error:
-            raise InvalidManifestError(str(error), field="header.manifest") from error
-        if not any(spec.dtype.is_float and spec.element_count for spec in manifest.tensors):
-            raise InvalidManifestError("manifest: no floating tensor", field="header.manifest")
-        return manifest
+def checked_layout(
+    settings: ServerConfig, config: training_pb2.TrainingConfig, message: tensor_pb2.Manifest
+) -> Manifest:
+    """Return the layout of an initial model, if devices can train it under a configuration.
+
+    Args:
+        settings: Bounds of this coordinator.
+        config: Of the training session, with every default filled in.
+        message: The layout.
+
+    Raises:
+        InvalidManifestError: It is no layout, has no floating tensor, or none that the download encoding makes smaller,
+            or devices could not train it.
+        UpdateTooLargeError: The payload is larger than the limit.
+    """
+    manifest = _parse(settings, message)
+    _require_smaller(manifest, download_encoding(config))
+    require_trainable(config, manifest, settings.max_payload_bytes)
+    ExpectedPayload(manifest).check(settings.max_payload_bytes)
+    return manifest
+
+
+def _parse(settings: ServerConfig, message: tensor_pb2.Manifest) -> Manifest:
+    """Return the layout that a message states, within the bounds of this coordinator and of devices."""
+    devices_take = ManifestLimits()
+    limits = ManifestLimits(
+        min(settings.max_tensors, devices_take.max_tensors),
+        min(settings.max_payload_bytes, devices_take.max_payload_bytes),
+    )
+    try:
+        manifest = Manifest.from_proto(message, limits)
+    except BadManifestError as error:
+        raise InvalidManifestError(str(error), field="header.manifest") from error
+    if not any(spec.dtype.is_float and spec.element_count for spec in manifest.tensors):
+        raise InvalidManifestError("manifest: no floating tensor", field="header.manifest")
+    return manifest
 
 
 def _require_smaller(manifest: Manifest, encoding: Encoding) -> None:

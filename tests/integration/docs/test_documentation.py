@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import pytest
 
+from docs import make_training_settings
 from qflare_client.project import create_project
 from tests.support.manual_pages import FILE, ROOT, blocks, run_page
 
@@ -133,6 +134,11 @@ def test_the_table_of_settings_is_current() -> None:
     text = (ROOT / "docs/operations.md").read_text()
 
     assert settings.page(text) == text, "run python docs/make_settings.py"
+
+
+def test_the_page_of_training_settings_is_the_protos() -> None:
+    settings = make_training_settings
+    assert settings.PAGE.read_text() == settings.page(), "run python -m docs.make_training_settings"
 
 
 def load_make_settings() -> Any:

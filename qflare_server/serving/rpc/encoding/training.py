@@ -58,6 +58,19 @@ def _best(row: TrainingSession) -> training_pb2.BestVersion | None:
     )
 
 
+def validated(
+    request: pb.CreateTrainingSessionRequest, config: training_pb2.TrainingConfig
+) -> training_pb2.TrainingSession:
+    """Encode what a request would create; without id, state and times."""
+    return training_pb2.TrainingSession(
+        name=request.name,
+        model_type=request.model_type,
+        config=config,
+        current_version=-1,
+        warnings=warnings_of(config),
+    )
+
+
 def training_round(row: Round | None) -> training_pb2.Round | None:
     """Encode a round, None for none."""
     if row is None:
