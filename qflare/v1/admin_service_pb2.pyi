@@ -72,7 +72,7 @@ class _RiskLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RiskLevel.V
     RISK_LEVEL_MEDIUM: _RiskLevel.ValueType  # 2
     """Changes to devices, tokens and training sessions."""
     RISK_LEVEL_HIGH: _RiskLevel.ValueType  # 3
-    """Refusals that hint at an attack, revocations."""
+    """Refusals that suggest an attack, and revocations."""
     RISK_LEVEL_CRITICAL: _RiskLevel.ValueType  # 4
     """Events that an operator must look at."""
 
@@ -86,7 +86,7 @@ RISK_LEVEL_LOW: RiskLevel.ValueType  # 1
 RISK_LEVEL_MEDIUM: RiskLevel.ValueType  # 2
 """Changes to devices, tokens and training sessions."""
 RISK_LEVEL_HIGH: RiskLevel.ValueType  # 3
-"""Refusals that hint at an attack, revocations."""
+"""Refusals that suggest an attack, and revocations."""
 RISK_LEVEL_CRITICAL: RiskLevel.ValueType  # 4
 """Events that an operator must look at."""
 Global___RiskLevel: _TypeAlias = RiskLevel  # noqa: Y015
@@ -945,7 +945,7 @@ class DownloadGlobalModelResponse(_message.Message):
 
     @_builtins.property
     def chunk(self) -> _coordinator_service_pb2.Chunk:
-        """Absent in the first message of a version without bytes."""
+        """Absent in the first message if the payload is empty."""
 
     def __init__(
         self,
@@ -1073,7 +1073,7 @@ class GetAggregationStatusResponse(_message.Message):
 
     @_builtins.property
     def remaining_duration(self) -> _duration_pb2.Duration:
-        """Time left until the round's deadline. Absent without an open round."""
+        """Time remaining until the round's deadline. Absent without an open round."""
 
     def __init__(
         self,
@@ -1739,11 +1739,11 @@ class ListAuditEntriesRequest(_message.Message):
     """Only those of this risk level."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Only those since. Absent means any."""
+        """Only entries at or after this time. Absent means any."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Only those before. Absent means any."""
+        """Only entries before this time. Absent means any."""
 
     def __init__(
         self,
@@ -1848,15 +1848,15 @@ class WatchTrainingSessionResponse(_message.Message):
 
     @_builtins.property
     def training_session(self) -> _training_pb2.TrainingSession:
-        """The training session after it. Set in every event but KEEPALIVE."""
+        """State of the training session after the event. Set in every event except KEEPALIVE."""
 
     @_builtins.property
     def round(self) -> _training_pb2.Round:
-        """The round after it. Absent before the start and where no round is concerned."""
+        """State of the round after the event. Absent before the start and in events without a round."""
 
     @_builtins.property
     def global_model(self) -> _training_pb2.GlobalModel:
-        """The version after it. Set in SNAPSHOT (the latest), VERSION_PUBLISHED and VERSION_CHANGED."""
+        """State of the version after the event. Set in SNAPSHOT (the latest version), VERSION_PUBLISHED and VERSION_CHANGED."""
 
     def __init__(
         self,
@@ -2066,13 +2066,13 @@ class VersionMetrics(_message.Message):
     version: _builtins.int
     """Version."""
     round_number: _builtins.int
-    """Round that made it; 0 for an initial model or a rollback."""
+    """Round that produced it; 0 for an initial model or a rollback."""
     participant_count: _builtins.int
-    """Devices whose updates are in it."""
+    """Number of devices with an update in the version."""
     example_count: _builtins.int
-    """Sum of their example counts."""
+    """Sum of the example counts of the updates."""
     epsilon: _builtins.float
-    """Epsilon spent up to it. Absent without differential privacy."""
+    """Epsilon spent up to and including this version. Absent without differential privacy."""
     released: _builtins.bool
     """Whether it is released."""
     @_builtins.property
@@ -2081,9 +2081,7 @@ class VersionMetrics(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Metrics by name: those that devices reported with their updates, prefixed train_, and those of federated
-        evaluation.
-        """
+        """Metrics by name: those reported with updates, prefixed with train_, and those of federated evaluation."""
 
     @_builtins.property
     def group_metrics(self) -> _containers.MessageMap[_builtins.str, Global___MetricValues]:
@@ -2341,11 +2339,11 @@ class ExportAuditEntriesRequest(_message.Message):
     """Only those after this entry, to resume an interrupted export."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Only those since. Absent means any."""
+        """Only entries at or after this time. Absent means any."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Only those before. Absent means any."""
+        """Only entries before this time. Absent means any."""
 
     def __init__(
         self,
@@ -2529,15 +2527,15 @@ class StorageStatus(_message.Message):
     PRUNED_PAYLOAD_COUNT_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
     database_bytes: _builtins.int
-    """Bytes of the database."""
+    """Size of the database in bytes."""
     payload_store_bytes: _builtins.int
-    """Bytes of the payload store; on PostgreSQL a part of the database."""
+    """Size of the payload store in bytes; part of the database on PostgreSQL."""
     payload_bytes: _builtins.int
-    """Bytes of all payloads that are kept."""
+    """Total size of all stored payloads in bytes."""
     payload_count: _builtins.int
-    """Payloads that are kept."""
+    """Number of stored payloads."""
     pruned_payload_count: _builtins.int
-    """Payloads that were deleted under the retention of their training sessions."""
+    """Number of payloads deleted under the retention settings of their training sessions."""
     free_bytes: _builtins.int
     """Free bytes on the volume that holds the data. Absent if unknown to the answering process."""
     def __init__(
@@ -2705,7 +2703,7 @@ class GetAuditProofRequest(_message.Message):
     leaf_index: _builtins.int
     """Leaf index of the entry in the log, from 0."""
     tree_size: _builtins.int
-    """Size of the log to prove it in. Absent takes the latest signed head, or a fresh one if that is too small."""
+    """Size of the tree for the proof. Absent means the latest signed head, or a new one if that is too small."""
     def __init__(
         self,
         *,
@@ -2742,7 +2740,7 @@ class GetAuditProofResponse(_message.Message):
 
     @_builtins.property
     def head(self) -> _security_pb2.SignedEnvelope:
-        """A TreeHead of that size, signed by a log key. Absent where none of that size is kept."""
+        """A TreeHead of that size, signed by a log key. Absent if no head of that size is stored."""
 
     def __init__(
         self,

@@ -26,9 +26,9 @@ class _TextForm:
 class _TextFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TextForm.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     TEXT_FORM_UNSPECIFIED: _TextForm.ValueType  # 0
-    """Not set: printable characters, which leaves out control and format characters and every separator but U+0020."""
+    """Not set: printable characters. Excludes control and format characters, and every separator except U+0020."""
     TEXT_FORM_ANY: _TextForm.ValueType  # 1
-    """Any characters but NUL (U+0000)."""
+    """Any characters except NUL (U+0000)."""
     TEXT_FORM_HEX: _TextForm.ValueType  # 2
     """Lower-case hex digits."""
     TEXT_FORM_DIGEST: _TextForm.ValueType  # 3
@@ -40,9 +40,9 @@ class TextForm(_TextForm, metaclass=_TextFormEnumTypeWrapper):
     """Allowed form of text."""
 
 TEXT_FORM_UNSPECIFIED: TextForm.ValueType  # 0
-"""Not set: printable characters, which leaves out control and format characters and every separator but U+0020."""
+"""Not set: printable characters. Excludes control and format characters, and every separator except U+0020."""
 TEXT_FORM_ANY: TextForm.ValueType  # 1
-"""Any characters but NUL (U+0000)."""
+"""Any characters except NUL (U+0000)."""
 TEXT_FORM_HEX: TextForm.ValueType  # 2
 """Lower-case hex digits."""
 TEXT_FORM_DIGEST: TextForm.ValueType  # 3
@@ -68,27 +68,25 @@ class Constraint(_message.Message):
     BELOW_FIELD_NUMBER: _builtins.int
     CHECKED_BY_METHOD_FIELD_NUMBER: _builtins.int
     required: _builtins.bool
-    """It has to be set: not zero, not empty; a message or a field with presence has to be there."""
+    """The field must be set: not zero or empty; present, for a message or a field with presence."""
     form: Global___TextForm.ValueType
     """Allowed form of text."""
     max_length: _builtins.int
-    """Largest length: of text in characters (Unicode code points), of bytes in bytes."""
+    """Maximum length: of text in characters (Unicode code points), of a bytes field in bytes."""
     max_items: _builtins.int
-    """Largest number of elements or entries."""
+    """Maximum number of elements or entries."""
     max_key_length: _builtins.int
-    """Largest length of a map's keys in characters."""
+    """Maximum length of a map's keys in characters."""
     at_least: _builtins.float
-    """Least value; of a Duration in seconds."""
+    """Inclusive minimum; in seconds for a Duration."""
     at_most: _builtins.float
-    """Largest value; of a Duration in seconds."""
+    """Inclusive maximum; in seconds for a Duration."""
     above: _builtins.float
-    """The value is larger than this; of a Duration in seconds."""
+    """Exclusive minimum; in seconds for a Duration."""
     below: _builtins.float
-    """The value is smaller than this; of a Duration in seconds."""
+    """Exclusive maximum; in seconds for a Duration."""
     checked_by_method: _builtins.bool
-    """The method checks this field and everything in it itself, and refuses it with a reason of its own; docs/protocol.md
-    says which.
-    """
+    """The method validates this field and its contents itself, with a specific error reason; see docs/protocol.md."""
     def __init__(
         self,
         *,

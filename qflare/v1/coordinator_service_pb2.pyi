@@ -90,7 +90,7 @@ class GetKeysetRequest(_message.Message):
 
     KNOWN_ROOT_VERSION_FIELD_NUMBER: _builtins.int
     known_root_version: _builtins.int
-    """Root documents after this version are sent. 0 means all."""
+    """Latest root document that the caller has; later ones are sent. 0 means all."""
     def __init__(
         self,
         *,
@@ -202,7 +202,7 @@ Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
 
 @_typing.final
 class RegisterResponse(_message.Message):
-    """Answer to an enrollment."""
+    """Response to enrollment, step 2."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -302,14 +302,14 @@ Global___AuthenticateRequest: _TypeAlias = AuthenticateRequest  # noqa: Y015
 
 @_typing.final
 class AuthenticateResponse(_message.Message):
-    """Answer to a login."""
+    """Response to login, step 2."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GRANT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def grant(self) -> _security_pb2.SealedTokenGrant:
-        """A TokenGrant that only the device can open."""
+        """TokenGrant that only the device can decrypt."""
 
     def __init__(
         self,
@@ -333,7 +333,7 @@ class RefreshTokenRequest(_message.Message):
     REFRESH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def refresh(self) -> _security_pb2.SessionRefresh:
-        """The refresh token, with the proof of the session's secret."""
+        """The refresh token, with a proof of the session's binding key."""
 
     def __init__(
         self,
@@ -357,7 +357,7 @@ class RefreshTokenResponse(_message.Message):
     GRANT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def grant(self) -> _security_pb2.SealedTokenGrant:
-        """A TokenGrant that only the device can open."""
+        """TokenGrant that only the device can decrypt."""
 
     def __init__(
         self,
@@ -398,7 +398,7 @@ Global___RotateKeysRequest: _TypeAlias = RotateKeysRequest  # noqa: Y015
 
 @_typing.final
 class RotateKeysResponse(_message.Message):
-    """Answer to a rotation."""
+    """Response to a key rotation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -427,9 +427,9 @@ class GetTaskRequest(_message.Message):
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
     TRAINS_ONLY_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
-    """Training session to poll. Empty means any that the device may take part in."""
+    """Training session to poll. Empty means any in which the device may take part."""
     trains_only: _builtins.bool
-    """The device does not evaluate; EVALUATE is never returned."""
+    """Whether the device only trains. If set, EVALUATE is never returned."""
     def __init__(
         self,
         *,
@@ -446,7 +446,7 @@ Global___GetTaskRequest: _TypeAlias = GetTaskRequest  # noqa: Y015
 
 @_typing.final
 class GetTaskResponse(_message.Message):
-    """The task."""
+    """A task."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -462,20 +462,20 @@ class GetTaskResponse(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     EVALUATION_NONCE_FIELD_NUMBER: _builtins.int
     kind: Global___TaskKind.ValueType
-    """The task."""
+    """Kind of task."""
     training_session_id: _builtins.str
     """Training session. Set for TRAIN, EVALUATE and DONE."""
     round_number: _builtins.int
     """Round. Set for TRAIN."""
     base_version: _builtins.int
-    """Version to train from or to measure. Set for TRAIN and EVALUATE."""
+    """Version to train from or to evaluate. Set for TRAIN and EVALUATE."""
     base_digest: _builtins.str
     """Digest of that version. Set for TRAIN and EVALUATE."""
     evaluation_nonce: _builtins.str
     """Random value that the device's EvaluationStatement repeats, 64 hex digits. Set for EVALUATE."""
     @_builtins.property
     def poll_delay(self) -> _duration_pb2.Duration:
-        """Time to wait before the next GetTask when there is nothing to do."""
+        """Time to wait before the next GetTask. Set for WAIT."""
 
     @_builtins.property
     def deadline_time(self) -> _timestamp_pb2.Timestamp:
@@ -483,11 +483,11 @@ class GetTaskResponse(_message.Message):
 
     @_builtins.property
     def device_training(self) -> _training_pb2.DeviceTraining:
-        """Settings for the device's training function. Set for TRAIN."""
+        """Local training settings. Set for TRAIN."""
 
     @_builtins.property
     def transfer(self) -> _training_pb2.TransferPolicy:
-        """How the version and the update travel. Set for TRAIN, where the task is signed, and EVALUATE."""
+        """Encoding and sealing of the version and the update. Set for TRAIN, where the signed task repeats it, and EVALUATE."""
 
     @_builtins.property
     def task(self) -> _security_pb2.SignedEnvelope:
@@ -533,15 +533,15 @@ class GetGlobalModelRequest(_message.Message):
     version: _builtins.int
     """Version. Absent means the latest."""
     released: _builtins.bool
-    """Without a version: the latest released one."""
+    """Without a version: return the latest released version."""
     first_chunk: _builtins.int
     """First chunk to send, to resume an interrupted download. 0 means all."""
     known_version: _builtins.int
-    """Statements of the versions after this one up to the wanted one are sent, so that the device can follow the
-    chain from the last version that it has accepted. Absent means none.
+    """Last version that the device has accepted. The statements of the versions after it, up to the requested one, are
+    sent, so that the device can verify the chain. Absent means none.
     """
     encoding: _training_pb2.Encoding.ValueType
-    """How floating tensors are to come: not set for full precision, or download_encoding of the session's
+    """Encoding of the floating-point tensors: not set for full precision, or the download_encoding of the session's
     TransferPolicy.
     """
     def __init__(
@@ -582,9 +582,9 @@ class GlobalModelHeader(_message.Message):
     ENCODING_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
     chunk_digests: _builtins.bytes
-    """SHA-256 of 0x00 and the chunk as it travels, for every chunk that is sent, 32 bytes each, one after the other."""
+    """SHA-256 of 0x00 and the chunk as sent, for every chunk of the payload; concatenated, 32 bytes each."""
     encoding: _training_pb2.Encoding.ValueType
-    """How the floating tensors in the chunks are encoded, as it was asked for."""
+    """Encoding of the floating-point tensors in the chunks, as requested."""
     @_builtins.property
     def global_model(self) -> _training_pb2.GlobalModel:
         """The version, with its manifest."""
@@ -599,7 +599,7 @@ class GlobalModelHeader(_message.Message):
 
     @_builtins.property
     def sealed(self) -> _security_pb2.SealedPayloadHeader:
-        """What opens the version, with its key wrapped for the calling device. Absent unless the statement says sealed."""
+        """Header of the sealed payload, with its key wrapped for the calling device. Absent unless the version is sealed."""
 
     def __init__(
         self,
@@ -633,7 +633,7 @@ class GetGlobalModelResponse(_message.Message):
 
     @_builtins.property
     def chunk(self) -> Global___Chunk:
-        """Absent in the first message of a version without bytes."""
+        """Absent in the first message if the payload is empty."""
 
     def __init__(
         self,
@@ -659,8 +659,8 @@ class UpdateHeader(_message.Message):
     CHUNK_DIGESTS_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
     chunk_digests: _builtins.bytes
-    """SHA-256 of 0x00 and the chunk as it travels, for every chunk, 32 bytes each, one after the other: a Merkle tree
-    whose root is the wire digest. May be empty for a payload of one chunk.
+    """SHA-256 of 0x00 and the chunk as sent, for every chunk; concatenated, 32 bytes each. These are the leaves of a
+    Merkle tree whose root is the wire digest. May be empty for a payload of one chunk.
     """
     @_builtins.property
     def statement(self) -> _security_pb2.SignedEnvelope:
@@ -668,8 +668,8 @@ class UpdateHeader(_message.Message):
 
     @_builtins.property
     def sealed(self) -> _security_pb2.SealedPayloadHeader:
-        """What opens the payload, with its key wrapped for the coordinator's session KEM key and nobody else. Absent unless
-        the statement says sealed.
+        """Header of the sealed payload, with its key wrapped only for the coordinator's session KEM key. Absent unless the
+        update is sealed.
         """
 
     def __init__(
@@ -733,7 +733,7 @@ class SubmitUpdateResponse(_message.Message):
     training_session_id: _builtins.str
     """Training session."""
     round_number: _builtins.int
-    """Round that it counts in."""
+    """Round to which the update contributes."""
     acceptance_sequence: _builtins.int
     """Position in the order of acceptance within the round, from 1."""
     @_builtins.property
@@ -788,7 +788,7 @@ class GetUploadResponse(_message.Message):
     NEXT_CHUNK_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
     next_chunk: _builtins.int
-    """First chunk that the coordinator has not stored; 0 if it knows nothing of the upload."""
+    """First chunk that the coordinator has not stored; 0 if the upload is unknown."""
     @_builtins.property
     def receipt(self) -> Global___SubmitUpdateResponse:
         """The receipt, if the update is already accepted."""
@@ -833,7 +833,7 @@ Global___ReportEvaluationRequest: _TypeAlias = ReportEvaluationRequest  # noqa: 
 
 @_typing.final
 class ReportEvaluationResponse(_message.Message):
-    """Answer to an evaluation."""
+    """Response to an evaluation report."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -874,7 +874,7 @@ Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
 
 @_typing.final
 class HeartbeatResponse(_message.Message):
-    """Answer to a heartbeat."""
+    """Response to a heartbeat."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -884,7 +884,7 @@ class HeartbeatResponse(_message.Message):
     state: _device_pb2.DeviceState.ValueType
     """State of the device."""
     keyset_version: _builtins.int
-    """Version of the keyset; a device with a lower one gets the new one."""
+    """Current version of the keyset. A device with an older keyset fetches the current one."""
     @_builtins.property
     def server_time(self) -> _timestamp_pb2.Timestamp:
         """The coordinator's time."""
@@ -994,14 +994,14 @@ class GetContributionProofResponse(_message.Message):
     STATEMENT_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
     version: _builtins.int
-    """Version that the update is in."""
+    """Version that contains the update."""
     @_builtins.property
     def statement(self) -> _security_pb2.SignedEnvelope:
         """The version's ModelStatement, signed by the model key."""
 
     @_builtins.property
     def proof(self) -> _security_pb2.InclusionProof:
-        """Path from the update to the statement's contributors digest."""
+        """Merkle path from the update to the statement's contributors digest."""
 
     def __init__(
         self,
@@ -1026,7 +1026,7 @@ class GetAuditHeadRequest(_message.Message):
 
     KNOWN_SIZE_FIELD_NUMBER: _builtins.int
     known_size: _builtins.int
-    """Size of a head that the caller has kept. 0 means none."""
+    """Size of the head that the caller has stored. 0 means none."""
     def __init__(
         self,
         *,

@@ -28,15 +28,16 @@ if _version_not_supported:
 class CoordinatorServiceStub(object):
     """Device API of the coordinator.
 
-    The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
+    Life cycle of a device: it fetches the keyset and verifies it with the root key ids of its bootstrap bundle
     (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
-    (BeginAuthentication, Authenticate) and keeps its access token fresh (RefreshToken). Then it repeats: ask for a
-    task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
-    update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
-    Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
-    Every call but Authenticate and RefreshToken may be repeated: the same call gets the same answer. Repeat after
-    UNAVAILABLE, ABORTED and, once its RetryInfo has passed, RESOURCE_EXHAUSTED.
-    Errors carry google.rpc.ErrorInfo with domain `qflare`; the reasons are listed in docs/protocol.md.
+    (BeginAuthentication, Authenticate) and renews its access token (RefreshToken). Then it polls for tasks (GetTask).
+    For a training task, it downloads the base version (GetGlobalModel), trains, and uploads the signed update
+    (SubmitUpdate). For an evaluation task, it evaluates the version (ReportEvaluation). Without a task, it waits for
+    poll_delay. Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
+
+    All calls except Authenticate and RefreshToken are idempotent. Retry after UNAVAILABLE, ABORTED and, once its
+    RetryInfo has passed, RESOURCE_EXHAUSTED. Errors carry google.rpc.ErrorInfo with domain `qflare`; docs/protocol.md
+    lists the reasons.
     """
 
     def __init__(self, channel):
@@ -130,15 +131,16 @@ class CoordinatorServiceStub(object):
 class CoordinatorServiceServicer(object):
     """Device API of the coordinator.
 
-    The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
+    Life cycle of a device: it fetches the keyset and verifies it with the root key ids of its bootstrap bundle
     (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
-    (BeginAuthentication, Authenticate) and keeps its access token fresh (RefreshToken). Then it repeats: ask for a
-    task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
-    update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
-    Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
-    Every call but Authenticate and RefreshToken may be repeated: the same call gets the same answer. Repeat after
-    UNAVAILABLE, ABORTED and, once its RetryInfo has passed, RESOURCE_EXHAUSTED.
-    Errors carry google.rpc.ErrorInfo with domain `qflare`; the reasons are listed in docs/protocol.md.
+    (BeginAuthentication, Authenticate) and renews its access token (RefreshToken). Then it polls for tasks (GetTask).
+    For a training task, it downloads the base version (GetGlobalModel), trains, and uploads the signed update
+    (SubmitUpdate). For an evaluation task, it evaluates the version (ReportEvaluation). Without a task, it waits for
+    poll_delay. Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
+
+    All calls except Authenticate and RefreshToken are idempotent. Retry after UNAVAILABLE, ABORTED and, once its
+    RetryInfo has passed, RESOURCE_EXHAUSTED. Errors carry google.rpc.ErrorInfo with domain `qflare`; docs/protocol.md
+    lists the reasons.
     """
 
     def GetKeyset(self, request, context):
@@ -191,21 +193,21 @@ class CoordinatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetTask(self, request, context):
-        """Poll for a task. Cheap when there is none.
+        """Poll for a task. Cheap without a task.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetGlobalModel(self, request, context):
-        """Download a version: a header, then the chunks. The first message may hold the first chunk as well.
+        """Download a version: a header, then the chunks. The first message may also contain the first chunk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitUpdate(self, request_iterator, context):
-        """Upload an update: a header, then the chunks. The first message may hold the first chunk as well.
+        """Upload an update: a header, then the chunks. The first message may also contain the first chunk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -347,15 +349,16 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
 class CoordinatorService(object):
     """Device API of the coordinator.
 
-    The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
+    Life cycle of a device: it fetches the keyset and verifies it with the root key ids of its bootstrap bundle
     (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
-    (BeginAuthentication, Authenticate) and keeps its access token fresh (RefreshToken). Then it repeats: ask for a
-    task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
-    update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
-    Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
-    Every call but Authenticate and RefreshToken may be repeated: the same call gets the same answer. Repeat after
-    UNAVAILABLE, ABORTED and, once its RetryInfo has passed, RESOURCE_EXHAUSTED.
-    Errors carry google.rpc.ErrorInfo with domain `qflare`; the reasons are listed in docs/protocol.md.
+    (BeginAuthentication, Authenticate) and renews its access token (RefreshToken). Then it polls for tasks (GetTask).
+    For a training task, it downloads the base version (GetGlobalModel), trains, and uploads the signed update
+    (SubmitUpdate). For an evaluation task, it evaluates the version (ReportEvaluation). Without a task, it waits for
+    poll_delay. Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
+
+    All calls except Authenticate and RefreshToken are idempotent. Retry after UNAVAILABLE, ABORTED and, once its
+    RetryInfo has passed, RESOURCE_EXHAUSTED. Errors carry google.rpc.ErrorInfo with domain `qflare`; docs/protocol.md
+    lists the reasons.
     """
 
     @staticmethod

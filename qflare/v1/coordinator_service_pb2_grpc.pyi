@@ -15,15 +15,16 @@ GRPC_VERSION: str
 class CoordinatorServiceStub:
     """Device API of the coordinator.
 
-    The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
+    Life cycle of a device: it fetches the keyset and verifies it with the root key ids of its bootstrap bundle
     (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
-    (BeginAuthentication, Authenticate) and keeps its access token fresh (RefreshToken). Then it repeats: ask for a
-    task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
-    update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
-    Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
-    Every call but Authenticate and RefreshToken may be repeated: the same call gets the same answer. Repeat after
-    UNAVAILABLE, ABORTED and, once its RetryInfo has passed, RESOURCE_EXHAUSTED.
-    Errors carry google.rpc.ErrorInfo with domain `qflare`; the reasons are listed in docs/protocol.md.
+    (BeginAuthentication, Authenticate) and renews its access token (RefreshToken). Then it polls for tasks (GetTask).
+    For a training task, it downloads the base version (GetGlobalModel), trains, and uploads the signed update
+    (SubmitUpdate). For an evaluation task, it evaluates the version (ReportEvaluation). Without a task, it waits for
+    poll_delay. Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
+
+    All calls except Authenticate and RefreshToken are idempotent. Retry after UNAVAILABLE, ABORTED and, once its
+    RetryInfo has passed, RESOURCE_EXHAUSTED. Errors carry google.rpc.ErrorInfo with domain `qflare`; docs/protocol.md
+    lists the reasons.
     """
 
     def __init__(self, channel: _grpc.Channel) -> None: ...
@@ -42,11 +43,11 @@ class CoordinatorServiceStub:
     RotateKeys: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.RotateKeysRequest, _coordinator_service_pb2.RotateKeysResponse]
     """Replace the device's keys. The request is signed by the old and the new signature key."""
     GetTask: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetTaskRequest, _coordinator_service_pb2.GetTaskResponse]
-    """Poll for a task. Cheap when there is none."""
+    """Poll for a task. Cheap without a task."""
     GetGlobalModel: _grpc.UnaryStreamMultiCallable[_coordinator_service_pb2.GetGlobalModelRequest, _coordinator_service_pb2.GetGlobalModelResponse]
-    """Download a version: a header, then the chunks. The first message may hold the first chunk as well."""
+    """Download a version: a header, then the chunks. The first message may also contain the first chunk."""
     SubmitUpdate: _grpc.StreamUnaryMultiCallable[_coordinator_service_pb2.SubmitUpdateRequest, _coordinator_service_pb2.SubmitUpdateResponse]
-    """Upload an update: a header, then the chunks. The first message may hold the first chunk as well."""
+    """Upload an update: a header, then the chunks. The first message may also contain the first chunk."""
     GetUpload: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetUploadRequest, _coordinator_service_pb2.GetUploadResponse]
     """Get the position from which to resume an interrupted upload."""
     ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ReportEvaluationRequest, _coordinator_service_pb2.ReportEvaluationResponse]
@@ -63,15 +64,16 @@ class CoordinatorServiceStub:
 class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Device API of the coordinator.
 
-    The life of a device: it gets the keyset and checks it against the root key ids of its bootstrap bundle
+    Life cycle of a device: it fetches the keyset and verifies it with the root key ids of its bootstrap bundle
     (GetKeyset), enrolls once with an enrollment token (BeginRegistration, Register), logs in with its key
-    (BeginAuthentication, Authenticate) and keeps its access token fresh (RefreshToken). Then it repeats: ask for a
-    task (GetTask) and, when there is one, download the base version (GetGlobalModel), train, upload the signed
-    update (SubmitUpdate), or evaluate (ReportEvaluation); when there is none, wait as long as the answer says.
-    Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
-    Every call but Authenticate and RefreshToken may be repeated: the same call gets the same answer. Repeat after
-    UNAVAILABLE, ABORTED and, once its RetryInfo has passed, RESOURCE_EXHAUSTED.
-    Errors carry google.rpc.ErrorInfo with domain `qflare`; the reasons are listed in docs/protocol.md.
+    (BeginAuthentication, Authenticate) and renews its access token (RefreshToken). Then it polls for tasks (GetTask).
+    For a training task, it downloads the base version (GetGlobalModel), trains, and uploads the signed update
+    (SubmitUpdate). For an evaluation task, it evaluates the version (ReportEvaluation). Without a task, it waits for
+    poll_delay. Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
+
+    All calls except Authenticate and RefreshToken are idempotent. Retry after UNAVAILABLE, ABORTED and, once its
+    RetryInfo has passed, RESOURCE_EXHAUSTED. Errors carry google.rpc.ErrorInfo with domain `qflare`; docs/protocol.md
+    lists the reasons.
     """
 
     @_abc_1.abstractmethod
@@ -136,7 +138,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.GetTaskRequest,
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.GetTaskResponse:
-        """Poll for a task. Cheap when there is none."""
+        """Poll for a task. Cheap without a task."""
 
     @_abc_1.abstractmethod
     def GetGlobalModel(
@@ -144,7 +146,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.GetGlobalModelRequest,
         context: _grpc.ServicerContext,
     ) -> _abc.Iterator[_coordinator_service_pb2.GetGlobalModelResponse]:
-        """Download a version: a header, then the chunks. The first message may hold the first chunk as well."""
+        """Download a version: a header, then the chunks. The first message may also contain the first chunk."""
 
     @_abc_1.abstractmethod
     def SubmitUpdate(
@@ -152,7 +154,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _abc.Iterator[_coordinator_service_pb2.SubmitUpdateRequest],
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.SubmitUpdateResponse:
-        """Upload an update: a header, then the chunks. The first message may hold the first chunk as well."""
+        """Upload an update: a header, then the chunks. The first message may also contain the first chunk."""
 
     @_abc_1.abstractmethod
     def GetUpload(

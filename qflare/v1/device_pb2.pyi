@@ -139,11 +139,11 @@ class DeviceProfile(_message.Message):
 
     @_builtins.property
     def capabilities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Numbers by which devices are selected, such as ram_mib or cpu_count."""
+        """Numeric capabilities used for selection, such as ram_mib or cpu_count."""
 
     @_builtins.property
     def training_defaults(self) -> Global___DeviceTrainingDefaults:
-        """The device's own training settings, used where a training session leaves them open."""
+        """The device's own training settings, used if the training session does not set them."""
 
     def __init__(
         self,
@@ -238,17 +238,17 @@ class Device(_message.Message):
     state_reason: _builtins.str
     """Reason for the state, where it is not obvious."""
     signature_key_id: _builtins.str
-    """Digest of its signature key, 64 hex digits. Empty if it has none."""
+    """Id of its signature key, 64 hex digits. Empty if it has none."""
     kem_key_id: _builtins.str
-    """Digest of its KEM key, 64 hex digits. Empty if it has none."""
+    """Id of its KEM key, 64 hex digits. Empty if it has none."""
     key_rotation_count: _builtins.int
     """Number of key rotations."""
     reported_type: _builtins.str
     """Device type that it last reported; informational only."""
     @_builtins.property
     def profile(self) -> Global___DeviceProfile:
-        """Its profile. Device type and capabilities are those that selection goes by: as the signed enrollment states them,
-        or as an administrator has confirmed them. The rest is what the device said last.
+        """Profile. Device type and capabilities are the values used for selection: those stated in the signed enrollment, or
+        confirmed by an administrator. The other fields are those last reported by the device.
         """
 
     @_builtins.property
@@ -257,11 +257,11 @@ class Device(_message.Message):
 
     @_builtins.property
     def last_seen_time(self) -> _timestamp_pb2.Timestamp:
-        """When it last called; updated at most every few seconds. Absent if never."""
+        """Time of its last call; updated at most every few seconds. Absent if it has never called."""
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Groups that it is in, in alphabetical order."""
+        """Groups of the device, in alphabetical order."""
 
     @_builtins.property
     def reported_capabilities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:

@@ -36,7 +36,7 @@ class _SignatureAlgorithmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Si
     SIGNATURE_ALGORITHM_ML_DSA_87: _SignatureAlgorithm.ValueType  # 3
     """ML-DSA-87 (FIPS 204), pure, hedged."""
     SIGNATURE_ALGORITHM_ML_DSA_65_ED25519: _SignatureAlgorithm.ValueType  # 4
-    """ML-DSA-65 and Ed25519 over the same message; both have to verify."""
+    """ML-DSA-65 and Ed25519 over the same message; both signatures must verify."""
     SIGNATURE_ALGORITHM_SLH_DSA_SHA2_128S: _SignatureAlgorithm.ValueType  # 5
     """SLH-DSA-SHA2-128s (FIPS 205), pure, hedged. For root keys only: a signature takes a quarter of a second."""
 
@@ -52,7 +52,7 @@ SIGNATURE_ALGORITHM_ML_DSA_65: SignatureAlgorithm.ValueType  # 2
 SIGNATURE_ALGORITHM_ML_DSA_87: SignatureAlgorithm.ValueType  # 3
 """ML-DSA-87 (FIPS 204), pure, hedged."""
 SIGNATURE_ALGORITHM_ML_DSA_65_ED25519: SignatureAlgorithm.ValueType  # 4
-"""ML-DSA-65 and Ed25519 over the same message; both have to verify."""
+"""ML-DSA-65 and Ed25519 over the same message; both signatures must verify."""
 SIGNATURE_ALGORITHM_SLH_DSA_SHA2_128S: SignatureAlgorithm.ValueType  # 5
 """SLH-DSA-SHA2-128s (FIPS 205), pure, hedged. For root keys only: a signature takes a quarter of a second."""
 Global___SignatureAlgorithm: _TypeAlias = SignatureAlgorithm  # noqa: Y015
@@ -86,7 +86,7 @@ class _KeyRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyRole.Value
     KEY_ROLE_UNSPECIFIED: _KeyRole.ValueType  # 0
     """Not set; never valid."""
     KEY_ROLE_SESSION_KEM: _KeyRole.ValueType  # 1
-    """KEM key to which devices encapsulate at enrollment and login, and seal updates."""
+    """KEM key for enrollment, login and sealed updates."""
     KEY_ROLE_MODEL: _KeyRole.ValueType  # 2
     """Signs model statements."""
     KEY_ROLE_REGISTRAR: _KeyRole.ValueType  # 3
@@ -102,7 +102,7 @@ class KeyRole(_KeyRole, metaclass=_KeyRoleEnumTypeWrapper):
 KEY_ROLE_UNSPECIFIED: KeyRole.ValueType  # 0
 """Not set; never valid."""
 KEY_ROLE_SESSION_KEM: KeyRole.ValueType  # 1
-"""KEM key to which devices encapsulate at enrollment and login, and seal updates."""
+"""KEM key for enrollment, login and sealed updates."""
 KEY_ROLE_MODEL: KeyRole.ValueType  # 2
 """Signs model statements."""
 KEY_ROLE_REGISTRAR: KeyRole.ValueType  # 3
@@ -123,7 +123,7 @@ class Signature(_message.Message):
     ALGORITHM_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
-    """Key that made it, 64 lower-case hex digits."""
+    """Id of the signing key, 64 lower-case hex digits."""
     algorithm: Global___SignatureAlgorithm.ValueType
     """Algorithm of that key."""
     signature: _builtins.bytes
@@ -145,9 +145,7 @@ Global___Signature: _TypeAlias = Signature  # noqa: Y015
 
 @_typing.final
 class SignedEnvelope(_message.Message):
-    """A payload with the signatures over it. The payload is verified and stored exactly as sent; it is never serialized
-    again.
-    """
+    """A signed payload. The payload is verified and stored exactly as received, and never re-serialized."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -157,7 +155,7 @@ class SignedEnvelope(_message.Message):
     """A serialized message of the type that the signing context names; at most 65,536 bytes."""
     @_builtins.property
     def signatures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signature]:
-        """Signatures over the payload, each by another key; 1 to 16."""
+        """Signatures over the payload by distinct keys; 1 to 16."""
 
     def __init__(
         self,
@@ -175,7 +173,7 @@ Global___SignedEnvelope: _TypeAlias = SignedEnvelope  # noqa: Y015
 
 @_typing.final
 class PublicKey(_message.Message):
-    """A public key for signatures."""
+    """A public signature key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -205,7 +203,7 @@ Global___PublicKey: _TypeAlias = PublicKey  # noqa: Y015
 
 @_typing.final
 class KemPublicKey(_message.Message):
-    """A public key for encapsulation."""
+    """A public KEM key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -235,7 +233,7 @@ Global___KemPublicKey: _TypeAlias = KemPublicKey  # noqa: Y015
 
 @_typing.final
 class RootDocument(_message.Message):
-    """The offline keys of a realm, signed by a threshold of themselves and of the version before."""
+    """The offline root keys of a realm, signed by a threshold of these keys and of the keys of the previous version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -248,20 +246,20 @@ class RootDocument(_message.Message):
     realm: _builtins.str
     """Name of the deployment, 1 to 200 characters."""
     version: _builtins.int
-    """Version, from 1; each next one is one more."""
+    """Version, consecutive from 1."""
     threshold: _builtins.int
-    """How many of the keys have to sign, 1 to the number of keys."""
+    """Required number of signatures, 1 to the number of keys."""
     @_builtins.property
     def issue_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was issued."""
+        """Issue time."""
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it stops being trusted."""
+        """Expiry time."""
 
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublicKey]:
-        """The root keys, 1 to 16, all different."""
+        """The root keys, 1 to 16, without duplicates."""
 
     def __init__(
         self,
@@ -283,7 +281,7 @@ Global___RootDocument: _TypeAlias = RootDocument  # noqa: Y015
 
 @_typing.final
 class RoleKey(_message.Message):
-    """One online key of the coordinator with its role."""
+    """An online key of the coordinator, with its role."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -294,7 +292,7 @@ class RoleKey(_message.Message):
     """Role of the key."""
     @_builtins.property
     def signature_key(self) -> Global___PublicKey:
-        """For every role but KEY_ROLE_SESSION_KEM."""
+        """For every role except KEY_ROLE_SESSION_KEM."""
 
     @_builtins.property
     def kem_key(self) -> Global___KemPublicKey:
@@ -332,20 +330,20 @@ class Keyset(_message.Message):
     realm: _builtins.str
     """Name of the deployment."""
     version: _builtins.int
-    """Version, from 1; devices refuse one below the highest that they have seen."""
+    """Version, from 1. Devices reject a version below the highest that they have seen."""
     root_version: _builtins.int
     """Version of the root document whose keys signed it."""
     @_builtins.property
     def issue_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was issued."""
+        """Issue time."""
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it stops being trusted."""
+        """Expiry time."""
 
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoleKey]:
-        """The keys, at least one per role; the first of a role is the one in use, the others are still accepted."""
+        """The keys, at least one per role. The first key of a role is the current one; the others are also accepted."""
 
     def __init__(
         self,
@@ -375,7 +373,7 @@ class KeysetBundle(_message.Message):
     KEYSET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def roots(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedEnvelope]:
-        """Signed root documents by rising version, from version 1 or from the version the device asked for."""
+        """Signed root documents in ascending order of version, from version 1 or from the version requested by the device."""
 
     @_builtins.property
     def keyset(self) -> Global___SignedEnvelope:
@@ -412,11 +410,11 @@ class BootstrapBundle(_message.Message):
     address: _builtins.str
     """Address of the coordinator, host:port."""
     threshold: _builtins.int
-    """How many of them have to sign."""
+    """Required number of signatures by these keys."""
     enrollment_token: _builtins.str
-    """One-time right to enroll. Empty where the bundle serves to verify only."""
+    """One-time enrollment token. Empty if the bundle is only for verification."""
     certificate_authorities: _builtins.str
-    """PEM certificates that vouch for the coordinator's TLS certificate. Empty means those of the system."""
+    """PEM certificate authorities for the coordinator's TLS certificate. Empty means those of the system."""
     @_builtins.property
     def root_key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of the root keys of version 1 of the root document, 64 lower-case hex digits each."""
@@ -457,13 +455,13 @@ class EnrollmentRequest(_message.Message):
     realm: _builtins.str
     """Name of the deployment."""
     enrollment_token: _builtins.str
-    """One-time right to enroll."""
+    """One-time enrollment token."""
     device_profile: _builtins.bytes
     """A serialized DeviceProfile; may be empty."""
     nonce: _builtins.bytes
     """32 random bytes; the same on a retry."""
     server_kem_key_id: _builtins.str
-    """Coordinator key that it is sealed to."""
+    """Id of the coordinator key to which the request is sealed."""
     @_builtins.property
     def signature_key(self) -> Global___PublicKey:
         """The device's signature key."""
@@ -503,7 +501,7 @@ class SealedEnrollment(_message.Message):
     realm: _builtins.str
     """Name of the deployment."""
     server_kem_key_id: _builtins.str
-    """Coordinator key that it is sealed to."""
+    """Id of the coordinator key to which the request is sealed."""
     sealed_request: _builtins.bytes
     """HPKE encapsulation and ciphertext of a signed envelope with an EnrollmentRequest."""
     def __init__(
@@ -562,7 +560,7 @@ class EnrollmentConfirmation(_message.Message):
     sealed_state: _builtins.bytes
     """Sealed request state, as received."""
     confirmation: _builtins.bytes
-    """HMAC-SHA256 over the transcript under a key from the encapsulated secret, 32 bytes."""
+    """HMAC-SHA256 over the transcript, with a key derived from the encapsulated secret, 32 bytes."""
     def __init__(
         self,
         *,
@@ -597,13 +595,13 @@ class EnrollmentReceipt(_message.Message):
     device_id: _builtins.str
     """Id of the device, a UUID."""
     signature_key_id: _builtins.str
-    """The device's signature key."""
+    """Id of the device's signature key."""
     kem_key_id: _builtins.str
-    """The device's KEM key."""
+    """Id of the device's KEM key."""
     keyset_version: _builtins.int
-    """Keyset in force."""
+    """Version of the current keyset."""
     request_nonce: _builtins.bytes
-    """Nonce of the request that it answers, 32 bytes."""
+    """Nonce of the enrollment request, 32 bytes."""
     key_rotation_count: _builtins.int
     """Number of key rotations of the device; above 0 if it enrolled again after losing its keys."""
     @_builtins.property
@@ -612,8 +610,8 @@ class EnrollmentReceipt(_message.Message):
 
     @_builtins.property
     def profile(self) -> Global___EnrolledProfile:
-        """What the device stated when it enrolled. Absent in receipts of programs that embed the coordinator, and in those
-        issued before there was this field.
+        """Profile stated at enrollment. Absent in receipts of programs that embed the coordinator, and in receipts older than
+        this field.
         """
 
     def __init__(
@@ -669,7 +667,7 @@ class EnrolledProfile(_message.Message):
     """Kind of device; at most 100 characters."""
     @_builtins.property
     def capabilities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Numbers by which devices are selected."""
+        """Numeric capabilities used for selection."""
 
     def __init__(
         self,
@@ -706,13 +704,13 @@ class SessionHello(_message.Message):
     device_id: _builtins.str
     """Device that logs in."""
     signature_key_id: _builtins.str
-    """Key with which it will sign."""
+    """Id of the signature key that the login uses."""
     server_kem_key_id: _builtins.str
-    """Coordinator key to which it encapsulated."""
+    """Id of the coordinator key of the encapsulation."""
     nonce: _builtins.bytes
     """32 random bytes."""
     ephemeral_key: _builtins.bytes
-    """One-time X-Wing public key, 1216 bytes."""
+    """Ephemeral X-Wing public key, 1216 bytes."""
     encapsulation: _builtins.bytes
     """Secret encapsulated to the coordinator's key, 1120 bytes."""
     def __init__(
@@ -752,9 +750,9 @@ class SessionChallenge(_message.Message):
     session_id: _builtins.str
     """Id of the session, 32 lower-case hex digits."""
     encapsulation: _builtins.bytes
-    """Secret encapsulated to the one-time key, 1120 bytes."""
+    """Secret encapsulated to the ephemeral key, 1120 bytes."""
     tls_group: _builtins.str
-    """TLS key exchange group that the coordinator saw, such as X25519MLKEM768. Empty without TLS."""
+    """TLS key exchange group, as seen by the coordinator, such as X25519MLKEM768. Empty without TLS."""
     confirmation: _builtins.bytes
     """HMAC-SHA256 that authenticates the coordinator, 32 bytes."""
     sealed_state: _builtins.bytes
@@ -790,7 +788,7 @@ class SessionProof(_message.Message):
     session_id: _builtins.str
     """Id of the session."""
     sealed_state: _builtins.bytes
-    """Sealed request state, as received."""
+    """Sealed login state, as received."""
     confirmation: _builtins.bytes
     """HMAC-SHA256 over the transcript hash and the signature, 32 bytes."""
     @_builtins.property
@@ -825,11 +823,11 @@ class TokenGrant(_message.Message):
     REFRESH_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     KEYSET_VERSION_FIELD_NUMBER: _builtins.int
     access_token: _builtins.str
-    """Bearer credential of the next calls."""
+    """Bearer token for the following calls."""
     refresh_token: _builtins.str
     """One-time credential for the next grant."""
     keyset_version: _builtins.int
-    """Version of the coordinator's keyset; above the device's own, it fetches the keyset."""
+    """Version of the coordinator's keyset. A device with an older keyset fetches the current one."""
     @_builtins.property
     def access_expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the access token expires."""
@@ -857,7 +855,7 @@ Global___TokenGrant: _TypeAlias = TokenGrant  # noqa: Y015
 
 @_typing.final
 class SealedTokenGrant(_message.Message):
-    """A token grant that only the device of the session can read; last message of a login and of a refresh."""
+    """A token grant that only the device of the session can decrypt. Last message of a login and of a refresh."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -894,7 +892,7 @@ class SessionRefresh(_message.Message):
     nonce: _builtins.bytes
     """32 random bytes."""
     proof: _builtins.bytes
-    """HMAC-SHA256 under the session's key, 32 bytes."""
+    """HMAC-SHA256 with the session's binding key, 32 bytes."""
     def __init__(
         self,
         *,
@@ -929,9 +927,9 @@ class KeyRotation(_message.Message):
     device_id: _builtins.str
     """Device."""
     sequence_number: _builtins.int
-    """Number of this rotation, one more than that of the previous; the first is 1."""
+    """Number of this rotation, consecutive from 1."""
     previous_key_id: _builtins.str
-    """Signature key that it replaces."""
+    """Id of the signature key to replace."""
     @_builtins.property
     def signature_key(self) -> Global___PublicKey:
         """Next signature key."""
@@ -942,7 +940,7 @@ class KeyRotation(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the device made it."""
+        """Creation time."""
 
     def __init__(
         self,
@@ -992,18 +990,18 @@ class TaskStatement(_message.Message):
     task_nonce: _builtins.str
     """Random value that updates of this round repeat, 64 hex digits."""
     config_digest: _builtins.str
-    """SHA-256 of the training configuration as it is sent, 64 hex digits."""
+    """Digest of the training configuration, 64 hex digits; docs/protocol.md specifies the bytes."""
     @_builtins.property
     def deadline_time(self) -> _timestamp_pb2.Timestamp:
         """Deadline of the round."""
 
     @_builtins.property
     def device_training(self) -> _training_pb2.DeviceTraining:
-        """What the device's training function is told; the same as in the answer around the statement."""
+        """Local training settings; equal to those of the response that contains the statement."""
 
     @_builtins.property
     def transfer(self) -> _training_pb2.TransferPolicy:
-        """How the update has to travel; the same as in the answer around the statement."""
+        """Encoding and sealing of payloads; equal to that of the response that contains the statement."""
 
     def __init__(
         self,
@@ -1081,44 +1079,44 @@ class UpdateStatement(_message.Message):
     round_number: _builtins.int
     """Round."""
     task_nonce: _builtins.str
-    """Random value of the round's task statement, 64 hex digits."""
+    """Nonce of the round's task statement, 64 hex digits."""
     update_id: _builtins.str
     """Id of the update, a UUID generated by the device."""
     device_id: _builtins.str
     """Device."""
     key_id: _builtins.str
-    """Key that signs, 64 hex digits."""
+    """Id of the signing key, 64 hex digits."""
     base_version: _builtins.int
-    """Version it was trained from."""
+    """Version from which the update was trained."""
     base_digest: _builtins.str
     """Digest of that version's signed model statement, 64 hex digits."""
     layout_digest: _builtins.str
     """Digest of the payload's layout, 64 hex digits."""
     size_bytes: _builtins.int
-    """Bytes of the payload before sealing."""
+    """Size of the payload before sealing, in bytes."""
     payload_digest: _builtins.str
     """Merkle root over the 1 MiB chunks of the payload before sealing, 64 hex digits."""
     wire_digest: _builtins.str
-    """Merkle root over the chunks as they travel, 64 hex digits; that of the payload unless it is sealed."""
+    """Merkle root over the chunks as sent, 64 hex digits. Equals payload_digest unless the payload is sealed."""
     sealed_header_digest: _builtins.str
-    """SHA-256 of the header of the sealed payload, 64 hex digits. Empty unless it is sealed."""
+    """SHA-256 of the header of the sealed payload, 64 hex digits. Empty unless the payload is sealed."""
     sealed: _builtins.bool
-    """The payload is sealed."""
+    """Whether the payload is sealed."""
     kind: _training_pb2.UpdateKind.ValueType
-    """What the tensors are."""
+    """Kind of tensors."""
     encoding: _training_pb2.Encoding.ValueType
-    """How the tensors travel."""
+    """Encoding of the tensors."""
     example_count: _builtins.int
     """Number of local examples, 1 or more."""
     base_encoding: _training_pb2.Encoding.ValueType
-    """How the version came that it was trained from: download_encoding of the session's TransferPolicy."""
+    """Encoding in which the base version was downloaded: download_encoding of the session's TransferPolicy."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics by name, finite numbers."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the device made it."""
+        """Creation time on the device."""
 
     def __init__(
         self,
@@ -1194,24 +1192,24 @@ class EvaluationStatement(_message.Message):
     training_session_id: _builtins.str
     """Training session."""
     version: _builtins.int
-    """Version that was measured."""
+    """Evaluated version."""
     version_digest: _builtins.str
     """Digest of that version's signed model statement, 64 hex digits."""
     evaluation_nonce: _builtins.str
-    """Random value of the task to evaluate, 64 hex digits."""
+    """Nonce of the evaluation task, 64 hex digits."""
     device_id: _builtins.str
     """Device."""
     key_id: _builtins.str
-    """Key that signs, 64 hex digits."""
+    """Id of the signing key, 64 hex digits."""
     example_count: _builtins.int
-    """Number of examples that were measured, 1 or more."""
+    """Number of evaluated examples, 1 or more."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics by name, such as accuracy and loss; finite numbers. Names that begin with train_ are refused."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the device made it."""
+        """Creation time on the device."""
 
     def __init__(
         self,
@@ -1237,8 +1235,8 @@ Global___EvaluationStatement: _TypeAlias = EvaluationStatement  # noqa: Y015
 
 @_typing.final
 class ModelStatement(_message.Message):
-    """Statement of the coordinator about a version: its content, its predecessor and the updates in it. Sent in an envelope
-    signed by a model key; SHA-256 of the envelope's payload is the digest of the version.
+    """Statement of the coordinator about a version: its content, its predecessor and its contributors. Sent in an envelope
+    signed by a model key. The SHA-256 of the envelope's payload is the digest of the version.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1296,46 +1294,46 @@ class ModelStatement(_message.Message):
     version: _builtins.int
     """Version; 0 is the initial model."""
     parent_digest: _builtins.str
-    """Digest of the statement of the version before it, 64 hex digits. Empty for version 0."""
+    """Digest of the previous version's statement, 64 hex digits. Empty for version 0."""
     base_version: _builtins.int
-    """Version that its updates were trained from; -1 for an initial model."""
+    """Version from which the updates were trained; -1 for an initial model."""
     round_number: _builtins.int
-    """Round that made it; 0 for an initial model or a rollback."""
+    """Round that produced the version; 0 for an initial model or a rollback."""
     layout_digest: _builtins.str
     """Digest of the layout, 64 hex digits."""
     size_bytes: _builtins.int
-    """Bytes of the payload."""
+    """Size of the payload in bytes."""
     payload_digest: _builtins.str
     """Merkle root over the 1 MiB chunks of the payload, 64 hex digits."""
     strategy_name: _builtins.str
     """Name of the strategy; `initial` for an initial model, `rollback` for a rollback."""
     config_digest: _builtins.str
-    """SHA-256 of the training configuration, 64 hex digits; docs/protocol.md says of which bytes."""
+    """Digest of the training configuration, 64 hex digits; docs/protocol.md specifies the bytes."""
     code_version: _builtins.str
-    """Version of the program that made it."""
+    """Version of the coordinator program."""
     contributor_count: _builtins.int
-    """Number of updates in it."""
+    """Number of contributing updates."""
     contributors_digest: _builtins.str
-    """Merkle root over the digests of their statements, sorted, 64 hex digits. Empty if there is none."""
+    """Merkle root over the sorted digests of the contributing statements, 64 hex digits. Empty without contributors."""
     weight_sum: _builtins.float
-    """Sum of their weights."""
+    """Sum of the weights of the updates."""
     example_count: _builtins.int
-    """Sum of their example counts."""
+    """Sum of the example counts of the updates."""
     epsilon: _builtins.float
-    """Epsilon spent up to it. Absent without differential privacy."""
+    """Epsilon spent up to and including this version. Absent without differential privacy."""
     delta: _builtins.float
     """Delta of the guarantee. Absent without differential privacy."""
     rollback_version: _builtins.int
-    """Version whose payload it restores. Absent unless it is a rollback."""
+    """Version whose payload a rollback restores. Absent in other versions."""
     sealed: _builtins.bool
-    """The payload is kept and sent sealed."""
+    """Whether the payload is stored and sent sealed."""
     wire_digest: _builtins.str
-    """Merkle root over the chunks as they travel, 64 hex digits. Empty unless it is sealed."""
+    """Merkle root over the chunks as sent, 64 hex digits. Empty unless the payload is sealed."""
     sealed_header_digest: _builtins.str
-    """SHA-256 of the header of the sealed payload, 64 hex digits. Empty unless it is sealed."""
+    """SHA-256 of the header of the sealed payload, 64 hex digits. Empty unless the payload is sealed."""
     sealed_version: _builtins.int
-    """Version that the payload was sealed for: its own, or the one that first had the payload that a rollback restores.
-    Absent unless it is sealed.
+    """Version for which the payload was sealed: this version or, after a rollback, the version that first had the
+    payload. Absent unless the payload is sealed.
     """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -1343,11 +1341,11 @@ class ModelStatement(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was published."""
+        """Publication time."""
 
     @_builtins.property
     def download(self) -> _training_pb2.EncodedPayload:
-        """Form in which devices download the payload. Absent if that is the payload itself."""
+        """Encoded payload that devices download. Absent if they download the payload itself."""
 
     def __init__(
         self,
@@ -1413,14 +1411,14 @@ class TreeHead(_message.Message):
     ROOT_DIGEST_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     origin: _builtins.str
-    """Name of the log: the realm, a slash and what it records."""
+    """Name of the log: the realm followed by /audit."""
     size: _builtins.int
     """Number of entries."""
     root_digest: _builtins.str
     """Merkle root over the entries, 64 hex digits."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was made."""
+        """Creation time."""
 
     def __init__(
         self,
@@ -1440,7 +1438,7 @@ Global___TreeHead: _TypeAlias = TreeHead  # noqa: Y015
 
 @_typing.final
 class InclusionProof(_message.Message):
-    """Merkle inclusion proof: a leaf is in a tree."""
+    """Merkle inclusion proof: proves that a leaf is in a tree."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1450,10 +1448,10 @@ class InclusionProof(_message.Message):
     leaf_index: _builtins.int
     """Index of the leaf, from 0."""
     tree_size: _builtins.int
-    """Leaves of the tree."""
+    """Number of leaves of the tree."""
     @_builtins.property
     def sibling_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Hashes from the leaf upwards, 64 hex digits each."""
+        """Sibling hashes from the leaf upward, 64 hex digits each."""
 
     def __init__(
         self,
@@ -1472,7 +1470,7 @@ Global___InclusionProof: _TypeAlias = InclusionProof  # noqa: Y015
 
 @_typing.final
 class ConsistencyProof(_message.Message):
-    """Merkle consistency proof: a tree is a prefix of another."""
+    """Merkle consistency proof: proves that a tree is a prefix of another."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1480,9 +1478,9 @@ class ConsistencyProof(_message.Message):
     SECOND_SIZE_FIELD_NUMBER: _builtins.int
     NODE_DIGESTS_FIELD_NUMBER: _builtins.int
     first_size: _builtins.int
-    """Leaves of the first tree."""
+    """Number of leaves of the first tree."""
     second_size: _builtins.int
-    """Leaves of the second tree, at least as many."""
+    """Number of leaves of the second tree; at least first_size."""
     @_builtins.property
     def node_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Hashes in the order of RFC 9162, 64 hex digits each."""
@@ -1504,14 +1502,14 @@ Global___ConsistencyProof: _TypeAlias = ConsistencyProof  # noqa: Y015
 
 @_typing.final
 class WrappedKey(_message.Message):
-    """The key of a sealed payload, sealed to one recipient."""
+    """The key of a sealed payload, wrapped for one recipient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RECIPIENT_KEY_ID_FIELD_NUMBER: _builtins.int
     SEALED_KEY_FIELD_NUMBER: _builtins.int
     recipient_key_id: _builtins.str
-    """KEM key of the recipient, 64 hex digits."""
+    """Id of the recipient's KEM key, 64 hex digits."""
     sealed_key: _builtins.bytes
     """HPKE encapsulation and ciphertext of the payload key, 1168 bytes."""
     def __init__(
@@ -1537,10 +1535,10 @@ class SealedPayloadHeader(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     WRAPPED_KEYS_FIELD_NUMBER: _builtins.int
     header: _builtins.bytes
-    """The header, 74 bytes; docs/protocol.md gives its fields."""
+    """The header, 74 bytes; docs/protocol.md specifies its fields."""
     @_builtins.property
     def wrapped_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___WrappedKey]:
-        """The payload key for each recipient; a device gets its own only."""
+        """The wrapped payload key for each recipient; a device receives only its own."""
 
     def __init__(
         self,

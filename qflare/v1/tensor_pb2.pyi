@@ -102,7 +102,7 @@ class TensorSpec(_message.Message):
     dtype: Global___Dtype.ValueType
     """Element type."""
     size_bytes: _builtins.int
-    """Bytes of the tensor: product of the shape times the element size."""
+    """Size of the tensor in bytes: product of the shape times the element size."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sizes of the dimensions, each >= 0; empty for a scalar."""
@@ -125,8 +125,8 @@ Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
 class Manifest(_message.Message):
-    """Order and layout of a payload: the tensors' bytes follow each other in this order, little-endian, C order,
-    without padding, as in the data section of a safetensors file.
+    """Layout of a payload: the tensors are concatenated in this order, little-endian, in C order and without padding, as in
+    the data section of a safetensors file.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -135,12 +135,12 @@ class Manifest(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     LAYOUT_DIGEST_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
-    """Bytes of the whole payload: the sum over the tensors."""
+    """Size of the payload in bytes: the sum over the tensors."""
     layout_digest: _builtins.str
     """Digest of the layout (not of the content), 64 lower-case hex digits; see docs/protocol.md."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
-        """The tensors, in the order of their bytes."""
+        """Tensors in payload order."""
 
     def __init__(
         self,

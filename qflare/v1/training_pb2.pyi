@@ -165,7 +165,7 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     ENCODING_BFLOAT16: _Encoding.ValueType  # 3
     """As bfloat16."""
     ENCODING_INT8: _Encoding.ValueType  # 4
-    """As int8 with one float32 scale for each tensor."""
+    """As int8, with one float32 scale per tensor."""
     ENCODING_TOP_K: _Encoding.ValueType  # 5
     """The largest elements of each tensor, with their indices; only for deltas."""
 
@@ -181,7 +181,7 @@ ENCODING_FLOAT16: Encoding.ValueType  # 2
 ENCODING_BFLOAT16: Encoding.ValueType  # 3
 """As bfloat16."""
 ENCODING_INT8: Encoding.ValueType  # 4
-"""As int8 with one float32 scale for each tensor."""
+"""As int8, with one float32 scale per tensor."""
 ENCODING_TOP_K: Encoding.ValueType  # 5
 """The largest elements of each tensor, with their indices; only for deltas."""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
@@ -195,7 +195,7 @@ class _MissedQuorumActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mi
     MISSED_QUORUM_ACTION_UNSPECIFIED: _MissedQuorumAction.ValueType  # 0
     """Not set; the same as MISSED_QUORUM_ACTION_EXTEND."""
     MISSED_QUORUM_ACTION_EXTEND: _MissedQuorumAction.ValueType  # 1
-    """The round gets another deadline and keeps its updates."""
+    """The round's deadline is extended; it keeps its updates."""
     MISSED_QUORUM_ACTION_RETRY: _MissedQuorumAction.ValueType  # 2
     """The round fails, its updates are rejected, and a new round starts from the same base version."""
     MISSED_QUORUM_ACTION_FAIL: _MissedQuorumAction.ValueType  # 3
@@ -207,7 +207,7 @@ class MissedQuorumAction(_MissedQuorumAction, metaclass=_MissedQuorumActionEnumT
 MISSED_QUORUM_ACTION_UNSPECIFIED: MissedQuorumAction.ValueType  # 0
 """Not set; the same as MISSED_QUORUM_ACTION_EXTEND."""
 MISSED_QUORUM_ACTION_EXTEND: MissedQuorumAction.ValueType  # 1
-"""The round gets another deadline and keeps its updates."""
+"""The round's deadline is extended; it keeps its updates."""
 MISSED_QUORUM_ACTION_RETRY: MissedQuorumAction.ValueType  # 2
 """The round fails, its updates are rejected, and a new round starts from the same base version."""
 MISSED_QUORUM_ACTION_FAIL: MissedQuorumAction.ValueType  # 3
@@ -253,7 +253,7 @@ class _PayloadRetentionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Payl
     PAYLOAD_RETENTION_ALL: _PayloadRetention.ValueType  # 1
     """Kept forever; every version can be recomputed."""
     PAYLOAD_RETENTION_LAST_ROUNDS: _PayloadRetention.ValueType  # 2
-    """For the last retained_rounds rounds."""
+    """Kept for the last retained_rounds rounds."""
     PAYLOAD_RETENTION_NONE: _PayloadRetention.ValueType  # 3
     """Deleted once the version is published."""
 
@@ -265,7 +265,7 @@ PAYLOAD_RETENTION_UNSPECIFIED: PayloadRetention.ValueType  # 0
 PAYLOAD_RETENTION_ALL: PayloadRetention.ValueType  # 1
 """Kept forever; every version can be recomputed."""
 PAYLOAD_RETENTION_LAST_ROUNDS: PayloadRetention.ValueType  # 2
-"""For the last retained_rounds rounds."""
+"""Kept for the last retained_rounds rounds."""
 PAYLOAD_RETENTION_NONE: PayloadRetention.ValueType  # 3
 """Deleted once the version is published."""
 Global___PayloadRetention: _TypeAlias = PayloadRetention  # noqa: Y015
@@ -281,7 +281,7 @@ class _LateUpdateActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Late
     LATE_UPDATE_ACTION_REJECT: _LateUpdateAction.ValueType  # 1
     """It is refused."""
     LATE_UPDATE_ACTION_CARRY: _LateUpdateAction.ValueType  # 2
-    """It counts in the open round with a staleness weight (asynchronous strategies)."""
+    """It contributes to the open round with a staleness weight (asynchronous strategies)."""
 
 class LateUpdateAction(_LateUpdateAction, metaclass=_LateUpdateActionEnumTypeWrapper):
     """Action for an update that arrives after its round has closed."""
@@ -291,7 +291,7 @@ LATE_UPDATE_ACTION_UNSPECIFIED: LateUpdateAction.ValueType  # 0
 LATE_UPDATE_ACTION_REJECT: LateUpdateAction.ValueType  # 1
 """It is refused."""
 LATE_UPDATE_ACTION_CARRY: LateUpdateAction.ValueType  # 2
-"""It counts in the open round with a staleness weight (asynchronous strategies)."""
+"""It contributes to the open round with a staleness weight (asynchronous strategies)."""
 Global___LateUpdateAction: _TypeAlias = LateUpdateAction  # noqa: Y015
 
 class _MetricGoal:
@@ -351,19 +351,19 @@ class _PrivacyAccountantEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pri
     PRIVACY_ACCOUNTANT_UNSPECIFIED: _PrivacyAccountant.ValueType  # 0
     """Not set; the same as PRIVACY_ACCOUNTANT_RDP."""
     PRIVACY_ACCOUNTANT_RDP: _PrivacyAccountant.ValueType  # 1
-    """By Renyi differential privacy: cheap, a little loose."""
+    """Renyi differential privacy: fast, slightly looser."""
     PRIVACY_ACCOUNTANT_PLD: _PrivacyAccountant.ValueType  # 2
-    """By privacy loss distributions: tighter, slower."""
+    """Privacy loss distributions: tighter, slower."""
 
 class PrivacyAccountant(_PrivacyAccountant, metaclass=_PrivacyAccountantEnumTypeWrapper):
-    """How the cost of several private versions together is computed."""
+    """Method of composing the privacy cost of several versions."""
 
 PRIVACY_ACCOUNTANT_UNSPECIFIED: PrivacyAccountant.ValueType  # 0
 """Not set; the same as PRIVACY_ACCOUNTANT_RDP."""
 PRIVACY_ACCOUNTANT_RDP: PrivacyAccountant.ValueType  # 1
-"""By Renyi differential privacy: cheap, a little loose."""
+"""Renyi differential privacy: fast, slightly looser."""
 PRIVACY_ACCOUNTANT_PLD: PrivacyAccountant.ValueType  # 2
-"""By privacy loss distributions: tighter, slower."""
+"""Privacy loss distributions: tighter, slower."""
 Global___PrivacyAccountant: _TypeAlias = PrivacyAccountant  # noqa: Y015
 
 @_typing.final
@@ -401,10 +401,10 @@ class StrategyConfig(_message.Message):
     multi_krum, bulyan, geometric_median, fedbuff, or a name that an installed package registers. Empty means fedavg.
     """
     uniform_weights: _builtins.bool
-    """Every update counts the same, whatever its example count."""
+    """All updates have the same weight, whatever their example counts."""
     optimizer: _builtins.str
-    """How the server steps along the aggregate: plain, momentum, adam, yogi or adagrad. Empty means the one that the
-    strategy is named for (fedavgm, fedadam, fedyogi, fedadagrad), else plain.
+    """Server optimizer: plain, momentum, adam, yogi or adagrad. Empty means the optimizer implied by the strategy
+    (fedavgm, fedadam, fedyogi, fedadagrad), otherwise plain.
     """
     @_builtins.property
     def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -439,20 +439,18 @@ class RoundPolicy(_message.Message):
     LATE_UPDATE_ACTION_FIELD_NUMBER: _builtins.int
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
     quorum: _builtins.int
-    """Least number of updates that make a version; 1 or more. 0 means 1."""
+    """Minimum number of updates for a version; 1 or more. 0 means 1."""
     target: _builtins.int
-    """Number of updates at which the round closes at once. 0 means the quorum."""
+    """Number of updates at which the round closes immediately. 0 means the quorum."""
     missed_quorum_action: Global___MissedQuorumAction.ValueType
     """Action when the deadline passes without a quorum."""
     late_update_action: Global___LateUpdateAction.ValueType
     """Action for an update whose round has closed."""
     max_staleness: _builtins.int
-    """Largest number of versions that an update's base version may lie behind; asynchronous strategies only."""
+    """Maximum staleness of an update's base version, in versions; asynchronous strategies only."""
     @_builtins.property
     def deadline(self) -> _duration_pb2.Duration:
-        """Time after its opening at which the round closes with the updates it has, if they reach the quorum.
-        Absent means 10 minutes.
-        """
+        """Time after opening at which the round closes if it has reached the quorum. Absent means 10 minutes."""
 
     def __init__(
         self,
@@ -484,9 +482,9 @@ class CapabilityFilter(_message.Message):
     capability: _builtins.str
     """Name of the capability, such as ram_mib."""
     comparison: Global___Comparison.ValueType
-    """How it is compared."""
+    """Comparison operator."""
     value: _builtins.float
-    """What it is compared with."""
+    """Value to compare with."""
     def __init__(
         self,
         *,
@@ -518,22 +516,22 @@ class SelectionPolicy(_message.Message):
     fraction: _builtins.float
     """Share of the eligible devices, above 0 and at most 1. 0 means all."""
     device_count: _builtins.int
-    """Number of devices. 0 means no such bound. With over_selection, the number before it is applied."""
+    """Maximum number of devices, before over_selection is applied. 0 means no limit."""
     over_selection: _builtins.float
-    """Share of further devices that are selected to make up for those that drop out, 0 or more."""
+    """Share of additional devices, selected to compensate for dropouts; 0 or more."""
     seed: _builtins.int
-    """Seed of the selection; 0 means one is drawn and recorded when the training session is created."""
+    """Seed of the selection. 0 means that a random seed is drawn and recorded when the training session is created."""
     confirmed_only: _builtins.bool
     """Only devices whose type and capabilities an administrator has confirmed are eligible."""
     @_builtins.property
     def device_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Device types that are eligible; empty means all. Devices count as what they stated when they enrolled, or as an
-        administrator has confirmed, never as what they say in heartbeats; so do capabilities.
+        """Eligible device types; empty means all. Types and capabilities are those stated at enrollment or confirmed by an
+        administrator, never those reported in heartbeats.
         """
 
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedCompositeFieldContainer[Global___CapabilityFilter]:
-        """Conditions that all have to hold."""
+        """Conditions on capabilities; all must hold."""
 
     def __init__(
         self,
@@ -613,11 +611,11 @@ class DeviceTraining(_message.Message):
     """Step size; above 0. 0 means the device's own setting."""
     @_builtins.property
     def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Further settings that reach the device's training function, such as proximal_mu."""
+        """Additional settings for the device's training function, such as proximal_mu."""
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Further settings as text."""
+        """Additional settings as text."""
 
     def __init__(
         self,
@@ -650,20 +648,20 @@ class TransferPolicy(_message.Message):
     RETAINED_ROUNDS_FIELD_NUMBER: _builtins.int
     DOWNLOAD_ENCODING_FIELD_NUMBER: _builtins.int
     update_kind: Global___UpdateKind.ValueType
-    """What updates hold."""
+    """Kind of tensors in updates."""
     update_encoding: Global___Encoding.ValueType
-    """How updates are encoded."""
+    """Encoding of updates."""
     top_k_fraction: _builtins.float
-    """Share of the elements that a TOP_K update holds, above 0 and at most 1. 0 means 0.1."""
+    """Share of the elements in a TOP_K update, above 0 and at most 1. 0 means 0.1."""
     sealed: _builtins.bool
-    """Payloads are sealed end to end and stay sealed in the database."""
+    """Whether payloads are sealed end to end and stored sealed in the database."""
     payload_retention: Global___PayloadRetention.ValueType
-    """How long update payloads are kept."""
+    """Retention of update payloads."""
     retained_rounds: _builtins.int
-    """Rounds for PAYLOAD_RETENTION_LAST_ROUNDS. 0 means 1."""
+    """Number of rounds for PAYLOAD_RETENTION_LAST_ROUNDS. 0 means 1."""
     download_encoding: Global___Encoding.ValueType
-    """How devices get the versions: ENCODING_NONE, ENCODING_FLOAT16 or ENCODING_BFLOAT16. Updates are then relative to
-    the version as it was sent, and say so in base_encoding of their statement.
+    """Encoding of version downloads: ENCODING_NONE, ENCODING_FLOAT16 or ENCODING_BFLOAT16. Updates are relative to the
+    downloaded form of the base version and state this encoding as base_encoding.
     """
     def __init__(
         self,
@@ -686,9 +684,8 @@ Global___TransferPolicy: _TypeAlias = TransferPolicy  # noqa: Y015
 
 @_typing.final
 class EncodedPayload(_message.Message):
-    """A smaller form of a version's payload, made when the version is published: its floating tensors rounded to
-    nearest, ties to even; integers and booleans as they are. docs/protocol.md says how its layout follows from the
-    version's.
+    """Encoded payload of a version, created when the version is published. Floating-point tensors are rounded to nearest,
+    ties to even; integers and booleans are unchanged. docs/protocol.md specifies its layout.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -697,9 +694,9 @@ class EncodedPayload(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     PAYLOAD_DIGEST_FIELD_NUMBER: _builtins.int
     encoding: Global___Encoding.ValueType
-    """How floating tensors are encoded: ENCODING_FLOAT16 or ENCODING_BFLOAT16."""
+    """Encoding of the floating-point tensors: ENCODING_FLOAT16 or ENCODING_BFLOAT16."""
     size_bytes: _builtins.int
-    """Bytes."""
+    """Size in bytes."""
     payload_digest: _builtins.str
     """Merkle root over its 1 MiB chunks, 64 hex digits."""
     def __init__(
@@ -737,10 +734,10 @@ class SafeguardPolicy(_message.Message):
     -1 to 1. Absent means no check.
     """
     quarantine_rejections: _builtins.int
-    """A device with this many rejected updates within quarantine_window is suspended from selection. 0 means never."""
+    """Number of rejected updates within quarantine_window after which a device is quarantined. 0 means never."""
     @_builtins.property
     def quarantine_window(self) -> _duration_pb2.Duration:
-        """Window in which rejections are counted. Absent means 24 hours."""
+        """Time window for counting rejections. Absent means 24 hours."""
 
     def __init__(
         self,
@@ -763,7 +760,7 @@ Global___SafeguardPolicy: _TypeAlias = SafeguardPolicy  # noqa: Y015
 
 @_typing.final
 class PrivacyPolicy(_message.Message):
-    """Central differential privacy: each update is clipped, Gaussian noise is added to the sum."""
+    """Central differential privacy: each update is clipped, and Gaussian noise is added to the sum."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -780,11 +777,11 @@ class PrivacyPolicy(_message.Message):
     target_quantile: _builtins.float
     """Quantile of update norms that adaptive clipping tracks, above 0 and below 1. 0 means fixed clipping."""
     epsilon_budget: _builtins.float
-    """Largest epsilon that may be spent; a version past it is not released. Above 0."""
+    """Privacy budget: the maximum epsilon. A version beyond it is not released. Above 0."""
     delta: _builtins.float
     """Delta of the guarantee, above 0 and below 1."""
     accountant: Global___PrivacyAccountant.ValueType
-    """How epsilon is computed."""
+    """Method of computing epsilon."""
     def __init__(
         self,
         *,
@@ -813,8 +810,8 @@ class Objective(_message.Message):
     GOAL_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
     """Name of the metric, such as accuracy, auc, loss or mae, without the prefix train_. Empty means the metric of
-    early_stop if that is set, else accuracy. Where the training session evaluates, only federated evaluation counts;
-    elsewhere the mean of what devices report with their updates.
+    early_stop if that is set, else accuracy. In training sessions with federated evaluation, only its metrics are
+    used; in others, the mean of the metrics reported with updates.
     """
     goal: Global___MetricGoal.ValueType
     """Direction in which it improves."""
@@ -872,9 +869,9 @@ Global___BestVersion: _TypeAlias = BestVersion  # noqa: Y015
 
 @_typing.final
 class EarlyStopPolicy(_message.Message):
-    """When training ends before the last round; looked at whenever a version is published. Only federated evaluation
-    counts, never what devices report with their updates. A round whose base version is evaluated closes only once a
-    quorum of devices has reported on that version, or at its deadline.
+    """Early stop: conditions to end training before the last round, checked whenever a version is published. Only metrics
+    of federated evaluation are used, never those reported with updates. A round whose base version is evaluated closes
+    only once a quorum of devices has reported on that version, or at its deadline.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -885,8 +882,8 @@ class EarlyStopPolicy(_message.Message):
     MINIMIZE_FIELD_NUMBER: _builtins.int
     GOAL_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
-    """Metric of federated evaluation that is watched, such as accuracy or loss; needs evaluation.every_rounds. Empty
-    with a target or patience_rounds means that of objective; without, no early stop.
+    """Monitored metric of federated evaluation, such as accuracy or loss; requires evaluation.every_rounds. If empty, the
+    metric of objective is used with a target or patience_rounds; without either, there is no early stop.
     """
     target: _builtins.float
     """Training ends when the metric reaches this. Absent means no target."""
@@ -925,11 +922,11 @@ class MetricBound(_message.Message):
     MIN_VALUE_FIELD_NUMBER: _builtins.int
     MAX_VALUE_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
-    """Metric of federated evaluation, such as accuracy; never one that devices report with their updates."""
+    """Metric of federated evaluation, such as accuracy; never a metric reported with updates."""
     min_value: _builtins.float
-    """Least value. Absent means no lower bound."""
+    """Minimum value. Absent means no lower bound."""
     max_value: _builtins.float
-    """Largest value. Absent means no upper bound."""
+    """Maximum value. Absent means no upper bound."""
     def __init__(
         self,
         *,
@@ -954,8 +951,8 @@ Global___MetricBound: _TypeAlias = MetricBound  # noqa: Y015
 
 @_typing.final
 class ReleasePolicy(_message.Message):
-    """When a version is released: once its metrics meet the bounds, when it is published or after a quorum of devices has
-    measured it, or when an administrator says so.
+    """Release gate. A version is released once its metrics meet the bounds, at publication or after a quorum of devices has
+    evaluated it, or when an administrator releases it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -963,7 +960,7 @@ class ReleasePolicy(_message.Message):
     BOUNDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def bounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricBound]:
-        """All bounds must hold. Empty means that every version is released."""
+        """Bounds, all of which must hold. Empty means that every version is released."""
 
     def __init__(
         self,
@@ -980,7 +977,7 @@ Global___ReleasePolicy: _TypeAlias = ReleasePolicy  # noqa: Y015
 
 @_typing.final
 class EvaluationPolicy(_message.Message):
-    """Federated evaluation: devices measure a version on held-out data."""
+    """Federated evaluation: devices evaluate a version on held-out data."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -991,23 +988,23 @@ class EvaluationPolicy(_message.Message):
     TRIM_FRACTION_FIELD_NUMBER: _builtins.int
     TRIM_FROM_COUNT_FIELD_NUMBER: _builtins.int
     every_rounds: _builtins.int
-    """A version is evaluated every so many rounds. 0 means never."""
+    """Interval between evaluated versions, in rounds. 0 means no evaluation."""
     group_by: _builtins.str
-    """Device attribute by which results are grouped as well: device_type, or the name of a capability or of an entry of
-    hardware_info. Empty means none. The 100 groups with most results are kept.
+    """Device attribute by which results are also grouped: device_type, or the name of a capability or of an entry of
+    hardware_info. Empty means no groups. The 100 groups with the most results are kept.
     """
     quorum: _builtins.int
-    """Least number of devices that have to report a metric of a version before it counts. 0 means the rounds' quorum."""
+    """Minimum number of devices that must report a metric before it is used. 0 means the quorum of the rounds."""
     max_example_count: _builtins.int
-    """Most examples that a report counts as. 0 means the most that an update of its device to this training session
-    stated, 1 where it has sent none.
+    """Maximum weight of a report, in examples. 0 means the largest example count of the device's updates in this training
+    session, or 1 without an update.
     """
     trim_fraction: _builtins.float
-    """Share of the reports of a metric that is left out at either end, below 0.5, at least one at either end. Absent
-    means 0.2; 0 means that none is left out.
+    """Share of the reports of a metric that is trimmed at each end, below 0.5; at least one report at each end. Absent
+    means 0.2; 0 means no trimming.
     """
     trim_from_count: _builtins.int
-    """Reports of a metric from which on the ends are left out; 3 or more. 0 means 5."""
+    """Minimum number of reports of a metric for trimming; 3 or more. 0 means 5."""
     def __init__(
         self,
         *,
@@ -1048,7 +1045,7 @@ class TrainingConfig(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     total_rounds: _builtins.int
-    """Rounds to run; 1 or more. 0 means 10."""
+    """Number of rounds; 1 or more. 0 means 10."""
     @_builtins.property
     def strategy(self) -> Global___StrategyConfig:
         """Aggregation strategy."""
@@ -1167,15 +1164,15 @@ class TrainingSession(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was created."""
+        """Creation time."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was started. Absent until then."""
+        """Start time. Absent before the start."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """When it ended. Absent until then."""
+        """End time. Absent before the end."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1221,7 +1218,7 @@ Global___TrainingSession: _TypeAlias = TrainingSession  # noqa: Y015
 
 @_typing.final
 class Round(_message.Message):
-    """One collection of updates against one base version."""
+    """One round: updates collected for one base version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1249,7 +1246,7 @@ class Round(_message.Message):
     state_reason: _builtins.str
     """Reason for the state, where it is not obvious."""
     base_version: _builtins.int
-    """Version the devices train from."""
+    """Version from which the devices train."""
     version: _builtins.int
     """Version that the round produced. Absent until published."""
     selected_count: _builtins.int
@@ -1259,10 +1256,10 @@ class Round(_message.Message):
     rejected_count: _builtins.int
     """Updates rejected."""
     example_count: _builtins.int
-    """Sum of the example counts: of the accepted updates, and once its version is published, of those in it."""
+    """Sum of the example counts of the accepted updates; after publication, of the updates in the version."""
     @_builtins.property
     def open_time(self) -> _timestamp_pb2.Timestamp:
-        """When it opened."""
+        """Opening time."""
 
     @_builtins.property
     def deadline_time(self) -> _timestamp_pb2.Timestamp:
@@ -1270,15 +1267,15 @@ class Round(_message.Message):
 
     @_builtins.property
     def close_time(self) -> _timestamp_pb2.Timestamp:
-        """When it closed to updates. Absent until then."""
+        """Time at which it closed to updates. Absent while open."""
 
     @_builtins.property
     def publish_time(self) -> _timestamp_pb2.Timestamp:
-        """When its version was published. Absent until then."""
+        """Publication time of its version. Absent until published."""
 
     @_builtins.property
     def publish_duration(self) -> _duration_pb2.Duration:
-        """Time from closing to publication of its version. Absent until then."""
+        """Time from closing to publication of its version. Absent until published."""
 
     def __init__(
         self,
@@ -1381,25 +1378,25 @@ class GlobalModel(_message.Message):
     training_session_id: _builtins.str
     """Training session."""
     version: _builtins.int
-    """Version; 0 is the initial model, each next is one more."""
+    """Version, consecutive from 0, the initial model."""
     digest: _builtins.str
-    """Digest of the signed model statement, 64 hex digits: what a device trains from is named by it."""
+    """Digest of the signed model statement, 64 hex digits; identifies the version."""
     payload_digest: _builtins.str
     """Digest of the payload: the Merkle root over its 1 MiB chunks, 64 hex digits."""
     size_bytes: _builtins.int
-    """Bytes of the payload."""
+    """Size of the payload in bytes."""
     layout_digest: _builtins.str
     """Digest of the layout."""
     model_type: _builtins.str
     """Kind of model."""
     base_version: _builtins.int
-    """Version it was made from; -1 for an initial model."""
+    """Version from which its updates were trained; -1 for an initial model."""
     round_number: _builtins.int
-    """Round that made it; 0 for an initial model or a rollback."""
+    """Round that produced it; 0 for an initial model or a rollback."""
     participant_count: _builtins.int
-    """Devices whose updates are in it."""
+    """Number of devices with an update in the version."""
     example_count: _builtins.int
-    """Sum of their example counts."""
+    """Sum of the example counts of the updates."""
     contributors_digest: _builtins.str
     """Merkle root over the contributions, 64 hex digits; empty for an initial model."""
     released: _builtins.bool
@@ -1407,17 +1404,17 @@ class GlobalModel(_message.Message):
     rollback_version: _builtins.int
     """Version whose content it restores. Absent unless it is a rollback."""
     epsilon: _builtins.float
-    """Epsilon spent up to it. Absent without differential privacy."""
+    """Epsilon spent up to and including this version. Absent without differential privacy."""
     delta: _builtins.float
     """Delta of the guarantee. Absent without differential privacy."""
     @_builtins.property
     def strategy(self) -> Global___StrategyConfig:
-        """Strategy that made it."""
+        """Aggregation strategy."""
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Metrics by name: the example-weighted means that devices reported with their updates, prefixed train_, and
-        the trimmed means of federated evaluation without prefix, each once a quorum of devices has reported it.
+        """Metrics by name: example-weighted means of the metrics reported with updates, prefixed with train_; and trimmed
+        means of federated evaluation, without a prefix, once a quorum of devices has reported them.
         """
 
     @_builtins.property
@@ -1426,7 +1423,7 @@ class GlobalModel(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was published."""
+        """Publication time."""
 
     @_builtins.property
     def architecture(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -1434,11 +1431,11 @@ class GlobalModel(_message.Message):
 
     @_builtins.property
     def manifest(self) -> _tensor_pb2.Manifest:
-        """Layout of the payload. Set where one version is asked for, absent in lists."""
+        """Layout of the payload. Set when a single version is returned, absent in lists."""
 
     @_builtins.property
     def download(self) -> Global___EncodedPayload:
-        """Form in which devices download it. Absent if that is the payload itself."""
+        """Encoded payload that devices download. Absent if they download the payload itself."""
 
     def __init__(
         self,
@@ -1531,13 +1528,13 @@ class ModelUpdate(_message.Message):
     training_session_id: _builtins.str
     """Training session."""
     round_number: _builtins.int
-    """Round it counts in."""
+    """Round to which the update contributes."""
     device_id: _builtins.str
     """Device."""
     base_version: _builtins.int
-    """Version it was trained from."""
+    """Version from which it was trained."""
     payload_digest: _builtins.str
-    """Digest of the payload as sent: of its segments, if it is sealed."""
+    """Digest of the payload as sent; over the segments, if the payload is sealed."""
     size_bytes: _builtins.int
     """Size of the payload as sent, in bytes."""
     example_count: _builtins.int
@@ -1556,7 +1553,7 @@ class ModelUpdate(_message.Message):
 
     @_builtins.property
     def accept_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was accepted."""
+        """Acceptance time."""
 
     def __init__(
         self,

@@ -22,9 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class AuditEvidence(_message.Message):
-    """An entry of the audit log in the open, with the proof that it is in the log. docs/security.md says how its leaf
-    hash follows from the fields.
-    """
+    """An audit entry in plaintext, with its inclusion proof. docs/protocol.md specifies the leaf hash."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -77,7 +75,7 @@ class AuditEvidence(_message.Message):
     """Random value that blinds the entry in the log, 32 hex digits."""
     @_builtins.property
     def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Details by name; what is not text is JSON with sorted names and without spaces."""
+        """Details by name. Values other than text are JSON with sorted names and without spaces."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -85,7 +83,7 @@ class AuditEvidence(_message.Message):
 
     @_builtins.property
     def proof(self) -> _security_pb2.InclusionProof:
-        """Path from the entry to the root of the log."""
+        """Merkle path from the entry to the root of the log."""
 
     def __init__(
         self,
@@ -112,7 +110,7 @@ Global___AuditEvidence: _TypeAlias = AuditEvidence  # noqa: Y015
 
 @_typing.final
 class DeviceKeyEvidence(_message.Message):
-    """A signature key of a device, current or past, with its evidence."""
+    """A current or previous signature key of a device, with its evidence."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -132,7 +130,7 @@ class DeviceKeyEvidence(_message.Message):
 
     @_builtins.property
     def rotation(self) -> _security_pb2.SignedEnvelope:
-        """A KeyRotation, signed by the previous key, which is in the bundle too, and by this one."""
+        """A KeyRotation, signed by the previous key, which is also in the bundle, and by this key."""
 
     def __init__(
         self,
@@ -154,7 +152,7 @@ Global___DeviceKeyEvidence: _TypeAlias = DeviceKeyEvidence  # noqa: Y015
 
 @_typing.final
 class UpdateEvidence(_message.Message):
-    """An update that is in a version, as its device signed it."""
+    """Evidence of an update in a version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -164,7 +162,7 @@ class UpdateEvidence(_message.Message):
     statement_digest: _builtins.str
     """Digest of the statement: SHA-256 of the signed payload, 64 hex digits."""
     pruned: _builtins.bool
-    """The bytes of the update are no longer kept, so the version cannot be recomputed."""
+    """Whether the payload of the update has been deleted, so that the version cannot be recomputed."""
     @_builtins.property
     def statement(self) -> _security_pb2.SignedEnvelope:
         """The device's signed UpdateStatement. Absent for updates of programs that embed the coordinator."""
@@ -186,8 +184,8 @@ Global___UpdateEvidence: _TypeAlias = UpdateEvidence  # noqa: Y015
 
 @_typing.final
 class VerificationBundle(_message.Message):
-    """Everything that shows where one version of a model came from, to be checked offline with nothing but the ids of
-    the root keys. Protobuf merges the parts of a bundle: the serialized parts one after another are the bundle.
+    """Provenance of one version of a model, verifiable offline with only the ids of the root keys. Bundles are exported in
+    parts; the concatenation of the serialized parts is the bundle.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -220,7 +218,7 @@ class VerificationBundle(_message.Message):
 
     @_builtins.property
     def earlier_keysets(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
-        """Signed keysets that were in force before, by rising version: older receipts are signed by their keys."""
+        """Signed earlier keysets in ascending order of version; their keys signed older receipts."""
 
     @_builtins.property
     def statements(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
@@ -228,7 +226,7 @@ class VerificationBundle(_message.Message):
 
     @_builtins.property
     def head(self) -> _security_pb2.SignedEnvelope:
-        """Signed TreeHead of the audit log; every audit entry of the bundle is proven under it."""
+        """Signed TreeHead of the audit log; the inclusion proofs of all entries refer to it."""
 
     @_builtins.property
     def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___UpdateEvidence]:
@@ -236,7 +234,7 @@ class VerificationBundle(_message.Message):
 
     @_builtins.property
     def device_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceKeyEvidence]:
-        """Keys that signed the updates and the evaluations, and those that came before them."""
+        """Keys that signed the updates and the evaluations, and their predecessors."""
 
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEvidence]:
