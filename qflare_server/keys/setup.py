@@ -33,6 +33,7 @@ from qflare_server.keys.trust_documents import (
     sign_document,
 )
 from qflare_server.keys.trust_documents import draft_keyset as draft
+from qflare_server.keys.trust_store import require_no_published_root
 
 DEFAULT_ONLINE: Final = "ml-dsa-65"
 DEFAULT_ROOT: Final = "ml-dsa-87"
@@ -169,13 +170,15 @@ def ensure_initialized(
         Whether they were made; False where there were keys, also those of another process that was faster.
 
     Raises:
-        KeyStoreError: They cannot be written.
+        KeyStoreError: They cannot be written, or the database belongs to other keys.
+        StoreUnavailableError: The database cannot be reached.
     """
     folder = folder or KeyFolder.from_config(config)
     remove_abandoned(folder.directory)
     if not folder.is_empty():
         return False
     try:
+        require_no_published_root(config, folder.directory)
         initialize(
             folder, config.realm, datetime.now(UTC), options or SetupOptions.from_config(config)
         )

@@ -2,17 +2,23 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 
 from sqlalchemy.orm import Session
 
 from qflare.evidence.statements import digest_of
 from qflare.v1 import security_pb2
+from qflare_server.config import ServerConfig
 from qflare_server.errors import ConflictError
+from qflare_server.keys.secret_files import KeyStoreError
 from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError
 from qflare_server.storage.database import Database
+from qflare_server.storage.engine import make_engine, normalize_url
+from qflare_server.storage.error_translation import domain_errors
 from qflare_server.storage.repository import audit
 from qflare_server.storage.repository import trust_documents as documents
 from qflare_server.storage.repository.audit import SYSTEM, Event
+from qflare_server.storage.schema import current_revision
 from qflare_server.storage.tables import RiskLevel
 
 
@@ -71,6 +77,35 @@ def newest_versions(database: Database) -> tuple[int, int]:
             documents.newest_version(session, documents.ROOT),
             documents.newest_version(session, documents.KEYSET),
         )
+
+
+def require_no_published_root(config: ServerConfig, folder: Path) -> None:
+    """Refuse to make keys for a database that belongs to others: it has a root document that their root key signed.
+
+    Args:
+        config: Names the database; one that does not exist yet belongs to nobody.
+        folder: Where the keys are missing, for the message.
+
+    Raises:
+        KeyStoreError: The database has a root document.
+        StoreUnavailableError: The database cannot be reached.
+    """
+    url = normalize_url(config.database_url)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+        return
+    engine = make_engine(config)
+    try:
+        with domain_errors(), Session(engine) as session:
+            if current_revision(engine) is None or not documents.newest_version(
+                session, documents.ROOT
+            ):
+                return
+    finally:
+        engine.dispose()
+    raise KeyStoreError(
+        f"the keys of this database are not in {folder}, and others cannot take their place",
+        remedy="restore the keys from a backup into that folder, or set QFLARE_KEY_DIR or --data-dir",
+    )
 
 
 def _insert(

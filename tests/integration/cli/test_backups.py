@@ -223,3 +223,19 @@ def test_a_backup_while_payloads_come_and_go_is_consistent(
         target = ServerConfig(data_dir=tmp_path / f"restored-{number}").checked()
         restore(target, target.data_dir / "keys", tmp_path / f"backup-{number}")
         assert verified(target).findings == ()
+
+
+def test_new_keys_are_never_made_for_a_database_that_has_keys(
+    deploy: Callable[..., Deployment], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = deploy().coordinator.parts.context.config
+    keys = config.data_dir / "keys"
+    keys.rename(tmp_path / "lost")
+
+    for command in (["init"], ["serve", "--listen", "127.0.0.1:0"]):
+        assert run(config, *command) == 1
+        assert "restore the keys from a backup" in capsys.readouterr().err
+        assert not keys.exists()
+
+    (tmp_path / "lost").rename(keys)
+    assert run(config, "init") == 0
