@@ -19,14 +19,14 @@ from qflare.v1 import training_pb2
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "training-settings.md"
 MESSAGES: Final = 4
-"""Number of the field `message_type` in a FileDescriptorProto; paths of comments are made of such numbers."""
+"""Number of the field `message_type` in a FileDescriptorProto; paths of comments consist of such numbers."""
 FIELDS: Final = 2
 """Number of the field `field` in a DescriptorProto."""
 HEAD: Final = """\
 # Settings of a training session
 
-Every setting of `qflare.v1.TrainingConfig`, generated from its proto. All of them can be left out. There are four ways
-to write them, and later ones override earlier ones:
+All settings of `qflare.v1.TrainingConfig`, generated from its proto. Every setting is optional. There are four ways to
+specify settings; later ones override earlier ones:
 
 ```sh
 cat > session.toml <<'EOF'
@@ -48,16 +48,16 @@ EOF
 - any setting: `--set rounds.quorum=3 --set strategy.parameters.trimmed_fraction=0.2`;
 - with gRPC: the field `config` of `AdminService/CreateTrainingSession`.
 
-`--set` takes seconds for a duration, an enum's name without its prefix, items separated by commas for a list of texts,
-and JSON for a list of messages:
+`--set` accepts seconds for a duration, the name without its prefix for an enum value, comma-separated items for a list
+of texts, and JSON for a list of messages:
 
 ```sh
 qflare-server session validate --name wards --config session.toml --set selection.fraction=0.5 \\
     --set 'release.bounds=[{"metric": "accuracy", "minValue": 0.8}]' --set evaluation.every_rounds=1
 ```
 
-`session validate` checks settings, and a model with `--model`, and creates nothing; it prints the configuration with
-every default. `qflare-admin session validate` asks the coordinator to check, within its own limits.
+`session validate` checks the settings and, with `--model`, a model, without creating a session. It prints the
+configuration with all defaults. `qflare-admin session validate` runs the check on the coordinator, with its limits.
 """
 
 
@@ -84,7 +84,7 @@ def _cell(text: str) -> str:
 
 
 def _owner(path: str) -> Descriptor:
-    """Return the message that a path leads to."""
+    """Return the message type at a path."""
     message = training_pb2.TrainingConfig.DESCRIPTOR
     for part in path.split("."):
         found = message.fields_by_name[part].message_type
@@ -94,7 +94,7 @@ def _owner(path: str) -> Descriptor:
 
 
 def _comments() -> dict[str, str]:
-    """Return the comment of every message and field of the file, by full name, each in one line."""
+    """Return the comments of all messages and fields of the file by full name, each as one line."""
     built = subprocess.run(  # noqa: S603 - a program of the development install
         [
             Path(sys.executable).with_name("buf"),
