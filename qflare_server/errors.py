@@ -208,6 +208,12 @@ class AlreadyExistsError(QflareError):
     reason = "ALREADY_EXISTS"
 
 
+class RequestIdReusedError(AlreadyExistsError):
+    """The request id belongs to an earlier call of the same method with another body."""
+
+    reason = "REQUEST_ID_REUSED"
+
+
 class DuplicateUpdateError(AlreadyExistsError):
     """The device has sent a different update for this round."""
 

@@ -341,7 +341,9 @@ class CreateTrainingSessionRequest(_message.Message):
     model_type: _builtins.str
     """Kind of model; free text, at most 100 characters."""
     request_id: _builtins.str
-    """Idempotency key, at most 100 characters. Empty means that a repeated call creates another training session."""
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours. Empty means that a repeated call creates another training session.
+    """
     validate_only: _builtins.bool
     """Check the request and create nothing: the response has no id, but the configuration with all defaults, and warnings."""
     @_builtins.property
@@ -492,16 +494,22 @@ class StartTrainingSessionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     def __init__(
         self,
         *,
         training_session_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["training_session_id", b"training_session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "training_session_id", b"training_session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -538,16 +546,22 @@ class PauseTrainingSessionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     def __init__(
         self,
         *,
         training_session_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["training_session_id", b"training_session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "training_session_id", b"training_session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -584,16 +598,22 @@ class ResumeTrainingSessionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     def __init__(
         self,
         *,
         training_session_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["training_session_id", b"training_session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "training_session_id", b"training_session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -631,19 +651,25 @@ class CancelTrainingSessionRequest(_message.Message):
 
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     reason: _builtins.str
     """Reason, recorded in the audit log; at most 500 characters."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     def __init__(
         self,
         *,
         training_session_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "training_session_id", b"training_session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "training_session_id", b"training_session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1225,19 +1251,25 @@ class SuspendDeviceRequest(_message.Message):
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Device."""
     reason: _builtins.str
     """Reason, recorded in the audit log; at most 500 characters."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     def __init__(
         self,
         *,
         device_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1275,19 +1307,25 @@ class ReinstateDeviceRequest(_message.Message):
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Device."""
     reason: _builtins.str
     """Reason, recorded in the audit log; at most 500 characters."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     def __init__(
         self,
         *,
         device_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1325,19 +1363,25 @@ class RevokeDeviceRequest(_message.Message):
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Device."""
     reason: _builtins.str
     """Reason, recorded in the audit log; at most 500 characters."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     def __init__(
         self,
         *,
         device_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1376,10 +1420,15 @@ class SetDeviceGroupsRequest(_message.Message):
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Device."""
     reason: _builtins.str
     """Reason, recorded in the audit log; at most 500 characters."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     @_builtins.property
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Complete list of groups after the call: at most 32 names of 1 to 63 characters of a-z 0-9 . _ -, the first one a
@@ -1392,10 +1441,11 @@ class SetDeviceGroupsRequest(_message.Message):
         device_id: _builtins.str = ...,
         groups: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "groups", b"groups", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "groups", b"groups", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1455,12 +1505,17 @@ class ConfirmDeviceProfileRequest(_message.Message):
     DEVICE_TYPE_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Device."""
     device_type: _builtins.str
     """Kind of device, at most 100 characters."""
     reason: _builtins.str
     """Reason, recorded in the audit log; at most 500 characters."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     @_builtins.property
     def capabilities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Complete set of capabilities after the call; finite numbers."""
@@ -1472,10 +1527,11 @@ class ConfirmDeviceProfileRequest(_message.Message):
         device_type: _builtins.str = ...,
         capabilities: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "device_id", b"device_id", "device_type", b"device_type", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "device_id", b"device_id", "device_type", b"device_type", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1669,19 +1725,25 @@ class RevokeTokenRequest(_message.Message):
 
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     token_id: _builtins.str
     """Token."""
     reason: _builtins.str
     """Reason, recorded in the audit log; at most 200 characters."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     def __init__(
         self,
         *,
         token_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2147,22 +2209,28 @@ class RollbackGlobalModelRequest(_message.Message):
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     version: _builtins.int
     """Version to restore; below the latest."""
     reason: _builtins.str
     """Reason, recorded in the audit log; at most 500 characters."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     def __init__(
         self,
         *,
         training_session_id: _builtins.str = ...,
         version: _builtins.int = ...,
         reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2207,22 +2275,28 @@ class ReleaseGlobalModelRequest(_message.Message):
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     version: _builtins.int
     """Version."""
     reason: _builtins.str
     """Reason, recorded in the audit log; at most 500 characters."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
     def __init__(
         self,
         *,
         training_session_id: _builtins.str = ...,
         version: _builtins.int = ...,
         reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2631,10 +2705,14 @@ class GetCoordinatorStatusResponse(_message.Message):
     TRAINING_SESSION_COUNTS_FIELD_NUMBER: _builtins.int
     UPLOAD_RETENTION_FIELD_NUMBER: _builtins.int
     WATCHER_COUNT_FIELD_NUMBER: _builtins.int
+    KEYSET_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    KEYSET_VERSION_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the answering program."""
     watcher_count: _builtins.int
     """Number of watchers connected to the answering process."""
+    keyset_version: _builtins.int
+    """Version of the keyset in force."""
     @_builtins.property
     def server_time(self) -> _timestamp_pb2.Timestamp:
         """Time of the answer."""
@@ -2667,6 +2745,12 @@ class GetCoordinatorStatusResponse(_message.Message):
     def upload_retention(self) -> _duration_pb2.Duration:
         """Retention time of an unfinished upload."""
 
+    @_builtins.property
+    def keyset_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When devices stop trusting the coordinator's keys unless a later keyset is published: the expiry time of the keyset
+        or of the root document that it is signed under, whichever is earlier.
+        """
+
     def __init__(
         self,
         *,
@@ -2680,10 +2764,12 @@ class GetCoordinatorStatusResponse(_message.Message):
         training_session_counts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         upload_retention: _duration_pb2.Duration | None = ...,
         watcher_count: _builtins.int = ...,
+        keyset_expire_time: _timestamp_pb2.Timestamp | None = ...,
+        keyset_version: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["database", b"database", "queues", b"queues", "server_time", b"server_time", "storage", b"storage", "upload_retention", b"upload_retention"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["database", b"database", "keyset_expire_time", b"keyset_expire_time", "queues", b"queues", "server_time", b"server_time", "storage", b"storage", "upload_retention", b"upload_retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["database", b"database", "device_counts", b"device_counts", "queues", b"queues", "replicas", b"replicas", "server_time", b"server_time", "storage", b"storage", "training_session_counts", b"training_session_counts", "upload_retention", b"upload_retention", "version", b"version", "watcher_count", b"watcher_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["database", b"database", "device_counts", b"device_counts", "keyset_expire_time", b"keyset_expire_time", "keyset_version", b"keyset_version", "queues", b"queues", "replicas", b"replicas", "server_time", b"server_time", "storage", b"storage", "training_session_counts", b"training_session_counts", "upload_retention", b"upload_retention", "version", b"version", "watcher_count", b"watcher_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

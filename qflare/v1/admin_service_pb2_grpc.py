@@ -30,9 +30,13 @@ class AdminServiceStub(object):
 
     Usable with grpcurl. Every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
     (viewer, operator, admin, auditor) determine which methods it may call. Lists are paginated: call again with
-    next_page_token until it is empty. Calls that create something take a request_id chosen by the caller. The same call
-    with the same id returns the first response again; a different call with it is refused. Repeating a life-cycle step
-    that is already done has no effect.
+    next_page_token until it is empty; a page may hold fewer entries than page_size, so that no message exceeds 4 MiB.
+
+    Every unary call that changes something takes a request_id chosen by the caller, which makes it safe to repeat: within 24
+    hours the same call of the same administrator with the same id changes nothing and returns the first response again.
+    Another body under that id is ALREADY_EXISTS with reason REQUEST_ID_REUSED. Secrets are not stored: repeating a call
+    that issued some is ALREADY_EXISTS. Without a request_id, repeating a step that is already done has no effect either,
+    except that CreateTrainingSession and the calls that issue tokens create another one.
     """
 
     def __init__(self, channel):
@@ -218,9 +222,13 @@ class AdminServiceServicer(object):
 
     Usable with grpcurl. Every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
     (viewer, operator, admin, auditor) determine which methods it may call. Lists are paginated: call again with
-    next_page_token until it is empty. Calls that create something take a request_id chosen by the caller. The same call
-    with the same id returns the first response again; a different call with it is refused. Repeating a life-cycle step
-    that is already done has no effect.
+    next_page_token until it is empty; a page may hold fewer entries than page_size, so that no message exceeds 4 MiB.
+
+    Every unary call that changes something takes a request_id chosen by the caller, which makes it safe to repeat: within 24
+    hours the same call of the same administrator with the same id changes nothing and returns the first response again.
+    Another body under that id is ALREADY_EXISTS with reason REQUEST_ID_REUSED. Secrets are not stored: repeating a call
+    that issued some is ALREADY_EXISTS. Without a request_id, repeating a step that is already done has no effect either,
+    except that CreateTrainingSession and the calls that issue tokens create another one.
     """
 
     def CreateTrainingSession(self, request, context):
@@ -231,7 +239,8 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UploadInitialModel(self, request_iterator, context):
-        """Upload the initial model: a header, then the chunks. Allowed only before the session starts.
+        """Upload the initial model: a header, then the chunks. Allowed only before the session starts. Uploading the model
+        again that the session has already changes nothing and returns version 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -655,9 +664,13 @@ class AdminService(object):
 
     Usable with grpcurl. Every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
     (viewer, operator, admin, auditor) determine which methods it may call. Lists are paginated: call again with
-    next_page_token until it is empty. Calls that create something take a request_id chosen by the caller. The same call
-    with the same id returns the first response again; a different call with it is refused. Repeating a life-cycle step
-    that is already done has no effect.
+    next_page_token until it is empty; a page may hold fewer entries than page_size, so that no message exceeds 4 MiB.
+
+    Every unary call that changes something takes a request_id chosen by the caller, which makes it safe to repeat: within 24
+    hours the same call of the same administrator with the same id changes nothing and returns the first response again.
+    Another body under that id is ALREADY_EXISTS with reason REQUEST_ID_REUSED. Secrets are not stored: repeating a call
+    that issued some is ALREADY_EXISTS. Without a request_id, repeating a step that is already done has no effect either,
+    except that CreateTrainingSession and the calls that issue tokens create another one.
     """
 
     @staticmethod

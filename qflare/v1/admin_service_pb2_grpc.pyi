@@ -17,16 +17,22 @@ class AdminServiceStub:
 
     Usable with grpcurl. Every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
     (viewer, operator, admin, auditor) determine which methods it may call. Lists are paginated: call again with
-    next_page_token until it is empty. Calls that create something take a request_id chosen by the caller. The same call
-    with the same id returns the first response again; a different call with it is refused. Repeating a life-cycle step
-    that is already done has no effect.
+    next_page_token until it is empty; a page may hold fewer entries than page_size, so that no message exceeds 4 MiB.
+
+    Every unary call that changes something takes a request_id chosen by the caller, which makes it safe to repeat: within 24
+    hours the same call of the same administrator with the same id changes nothing and returns the first response again.
+    Another body under that id is ALREADY_EXISTS with reason REQUEST_ID_REUSED. Secrets are not stored: repeating a call
+    that issued some is ALREADY_EXISTS. Without a request_id, repeating a step that is already done has no effect either,
+    except that CreateTrainingSession and the calls that issue tokens create another one.
     """
 
     def __init__(self, channel: _grpc.Channel) -> None: ...
     CreateTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CreateTrainingSessionRequest, _admin_service_pb2.CreateTrainingSessionResponse]
     """Create a training session. It needs an initial model before it can start."""
     UploadInitialModel: _grpc.StreamUnaryMultiCallable[_admin_service_pb2.UploadInitialModelRequest, _admin_service_pb2.UploadInitialModelResponse]
-    """Upload the initial model: a header, then the chunks. Allowed only before the session starts."""
+    """Upload the initial model: a header, then the chunks. Allowed only before the session starts. Uploading the model
+    again that the session has already changes nothing and returns version 0.
+    """
     StartTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.StartTrainingSessionRequest, _admin_service_pb2.StartTrainingSessionResponse]
     """Start the first round."""
     PauseTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PauseTrainingSessionRequest, _admin_service_pb2.PauseTrainingSessionResponse]
@@ -110,9 +116,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Usable with grpcurl. Every call carries an admin token as metadata `authorization: Bearer TOKEN`; the token's roles
     (viewer, operator, admin, auditor) determine which methods it may call. Lists are paginated: call again with
-    next_page_token until it is empty. Calls that create something take a request_id chosen by the caller. The same call
-    with the same id returns the first response again; a different call with it is refused. Repeating a life-cycle step
-    that is already done has no effect.
+    next_page_token until it is empty; a page may hold fewer entries than page_size, so that no message exceeds 4 MiB.
+
+    Every unary call that changes something takes a request_id chosen by the caller, which makes it safe to repeat: within 24
+    hours the same call of the same administrator with the same id changes nothing and returns the first response again.
+    Another body under that id is ALREADY_EXISTS with reason REQUEST_ID_REUSED. Secrets are not stored: repeating a call
+    that issued some is ALREADY_EXISTS. Without a request_id, repeating a step that is already done has no effect either,
+    except that CreateTrainingSession and the calls that issue tokens create another one.
     """
 
     @_abc_1.abstractmethod
@@ -129,7 +139,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _abc.Iterator[_admin_service_pb2.UploadInitialModelRequest],
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.UploadInitialModelResponse:
-        """Upload the initial model: a header, then the chunks. Allowed only before the session starts."""
+        """Upload the initial model: a header, then the chunks. Allowed only before the session starts. Uploading the model
+        again that the session has already changes nothing and returns version 0.
+        """
 
     @_abc_1.abstractmethod
     def StartTrainingSession(

@@ -90,7 +90,7 @@ class GetKeysetRequest(_message.Message):
 
     KNOWN_ROOT_VERSION_FIELD_NUMBER: _builtins.int
     known_root_version: _builtins.int
-    """Latest root document that the caller has; later ones are sent. 0 means all."""
+    """Root documents after this version are sent. 0 means from the first."""
     def __init__(
         self,
         *,
@@ -111,18 +111,24 @@ class GetKeysetResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BUNDLE_FIELD_NUMBER: _builtins.int
+    ROOT_VERSION_FIELD_NUMBER: _builtins.int
+    root_version: _builtins.int
+    """Version of the latest root document. If it is above the last one of the bundle, call again with the version of that
+    one as known_root_version; the keyset can be verified once all are there.
+    """
     @_builtins.property
     def bundle(self) -> _security_pb2.KeysetBundle:
-        """Root documents in ascending order, and the keyset."""
+        """Root documents in ascending order, as many as fit into the message, and the keyset."""
 
     def __init__(
         self,
         *,
         bundle: _security_pb2.KeysetBundle | None = ...,
+        root_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "root_version", b"root_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,18 +1,23 @@
-"""Administrator calls: authenticated, attempted once, with pages merged.
+"""Calls of an administrator: authenticated, repeated while the coordinator is away, pages put together.
 
-Calls are not retried, because a retried call could create an object twice if the first response was lost. Errors are
-those of `qflare_client.errors`.
+A call that changes something carries a request id, under which the coordinator makes it once however often it arrives.
+Streams are sent once. Errors are those of `qflare_client.errors`.
 """
 
+import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from qflare.v1 import admin_service_pb2_grpc
 from qflare_client.admin.profile import Profile, ProfileError
+from qflare_client.errors import UnavailableError
+from qflare_client.rpc.retry import Patience, RetryPolicy
 from qflare_client.rpc.transport import Tls, Transport
 
 PAGE_SIZE = 1000
+RETRY: Final = RetryPolicy(total_time_s=3.0)
 
 
 class Admin:
@@ -47,12 +52,25 @@ class Admin:
         self._transport.close()
 
     def call(self, method: str, request: Any) -> Any:
-        """Return the response to a unary call.
+        """Return the answer to a unary call; it is repeated for some seconds where the coordinator cannot be reached.
+
+        Args:
+            method: Name of the method.
+            request: Its request; given a request id if it takes one and has none.
 
         Raises:
             QflareClientError: The call failed.
         """
-        return self._transport.unary(getattr(self._stub, method), request, metadata=self._metadata)
+        if "request_id" in request.DESCRIPTOR.fields_by_name and not request.request_id:
+            request.request_id = uuid.uuid4().hex
+        patience = Patience(RETRY, threading.Event())
+        while True:
+            try:
+                return self._transport.unary(
+                    getattr(self._stub, method), request, metadata=self._metadata
+                )
+            except UnavailableError as error:
+                patience.wait(error)
 
     def send(self, method: str, requests: Iterator[Any]) -> Any:
         """Return the response to a client stream.

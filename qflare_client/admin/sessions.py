@@ -1,7 +1,6 @@
 """Commands on training sessions: create, list, show, start, pause, resume, cancel, rounds, updates."""
 
 import argparse
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,7 @@ def run_create(admin: Admin, options: argparse.Namespace) -> None:
     Nothing is created if its configuration or its model is refused.
     """
     request = _request(options)
-    request.request_id = options.request_id or uuid.uuid4().hex
+    request.request_id = options.request_id or ""
     if options.model is not None:
         _validate(admin, options, request)
     answer = admin.call("CreateTrainingSession", request)

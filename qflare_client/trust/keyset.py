@@ -31,7 +31,13 @@ from qflare.evidence.statements import (
     open_task,
     require_equal,
 )
-from qflare.protocol.keysets import ExpiredKeysetError, KeyRole, KeysetError, TrustedKeyset
+from qflare.protocol.keysets import (
+    MAX_ROOT_COUNT,
+    ExpiredKeysetError,
+    KeyRole,
+    KeysetError,
+    TrustedKeyset,
+)
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2
 from qflare_client.errors import (
@@ -149,10 +155,9 @@ class Trust:
             UntrustedKeysetError: It does not verify.
             QflareClientError: The call failed.
         """
-        request = messages.GetKeysetRequest(known_root_version=self._trusted.root_version)
-        answer = self._calls.unary(self._calls.transport.stub.GetKeyset, request)
+        bundle = self._fetch(self._trusted.root_version)
         with self._lock, _untrusted():
-            trusted = self._trusted.updated(answer.bundle, self._clock())
+            trusted = self._trusted.updated(bundle, self._clock())
             self._store.write_document(
                 _DOCUMENT,
                 {
@@ -164,6 +169,20 @@ class Trust:
                 },
             )
             self._trusted = trusted
+
+    def _fetch(self, known_root_version: int) -> security_pb2.KeysetBundle:
+        """Return the root documents after a version and the keyset; one answer may not hold them all."""
+        bundle = security_pb2.KeysetBundle()
+        while True:
+            request = messages.GetKeysetRequest(
+                known_root_version=known_root_version + len(bundle.roots)
+            )
+            answer = self._calls.unary(self._calls.transport.stub.GetKeyset, request)
+            bundle.roots.extend(answer.bundle.roots)
+            bundle.keyset.CopyFrom(answer.bundle.keyset)
+            missing = answer.root_version - known_root_version - len(bundle.roots)
+            if missing <= 0 or not answer.bundle.roots or len(bundle.roots) > MAX_ROOT_COUNT:
+                return bundle
 
     def at_least(self, keyset_version: int) -> None:
         """Fetch the keyset if the coordinator has a later one.

@@ -25,7 +25,7 @@ from qflare_server.keys.setup import ensure_initialized as ensure_keys
 from qflare_server.keys.trust_store import read_published, trust_from_bundle
 from qflare_server.serving.application import Application, open_application, open_database
 from qflare_server.storage.repository import tokens
-from qflare_server.storage.repository.audit import Caller
+from qflare_server.storage.repository.audit import Caller, Claim
 from qflare_server.storage.tables import TokenKind
 from qflare_server.use_cases.access.roles import Role
 
@@ -188,9 +188,8 @@ def issue_first_admin(parts: Application, path: Path) -> None:
         write_secret(path, secret.encode() + b"\n", replace=True)
 
     with suppress(AlreadyExistsError):
-        parts.use_cases.tokens.issue_admin(
-            Caller(), FIRST_ADMIN, roles, request_id=FIRST_ADMIN, hand_over=hand_over
-        )
+        caller = Caller(claim=Claim("IssueAdminToken", FIRST_ADMIN, digest=""))
+        parts.use_cases.tokens.issue_admin(caller, FIRST_ADMIN, roles, hand_over=hand_over)
 
 
 def run_init(config: ServerConfig, arguments: argparse.Namespace) -> int:

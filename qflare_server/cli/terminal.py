@@ -11,6 +11,8 @@ from qflare_server.storage.repository.audit import Caller
 
 Item = TypeVar("Item")
 BAR_WIDTH: Final = 30
+MAX_NAME: Final = 200
+"""Longest name of an operating system's user in the audit log."""
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -54,4 +56,4 @@ def caller() -> Caller:
         name = getpass.getuser()
     except (KeyError, OSError):
         name = str(os.getuid())
-    return Caller(f"admin:{name}@local", "", "operating-system")
+    return Caller(f"admin:{name[:MAX_NAME]}@local", "", "operating-system")

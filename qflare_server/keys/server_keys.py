@@ -172,8 +172,8 @@ class ServerKeys:
         return self._held_keys.provider.decapsulate(wanted, encapsulation)
 
     def bundle(self, known_root_version: int = 0) -> security_pb2.KeysetBundle:
-        """Return the keyset in force and the root documents after a version."""
-        return self._current().bundle(known_root_version)
+        """Return the keyset in force and the next root documents after a version, as many as a message holds."""
+        return self._current().part(known_root_version)
 
     @property
     def trust(self) -> Trust:

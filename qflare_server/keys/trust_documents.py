@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate
 from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -36,6 +37,9 @@ ROOT_LIFETIME: Final = timedelta(days=3650)
 
 KEYSET_LIFETIME: Final = timedelta(days=400)
 """Life of a keyset unless its issuer says otherwise."""
+
+MAX_ROOTS_BYTES: Final = 2 * 2**20
+"""Most bytes of root documents in one answer; one document has at most 300 KiB."""
 
 _FEW_KEPT: Final = 2
 _KEPT: Final = {security_pb2.KEY_ROLE_MODEL: 9, security_pb2.KEY_ROLE_LOG: 9}
@@ -90,6 +94,14 @@ class Trust:
         return security_pb2.KeysetBundle(
             roots=self.roots[max(known_root_version, 0) :], keyset=self.keyset_envelope
         )
+
+    def part(self, known_root_version: int) -> security_pb2.KeysetBundle:
+        """Return the keyset with the next roots after a version: at least one, as many as a message holds."""
+        whole = self.bundle(known_root_version)
+        sizes = accumulate(root.ByteSize() for root in whole.roots)
+        count = max(1, sum(size <= MAX_ROOTS_BYTES for size in sizes))
+        del whole.roots[count:]
+        return whole
 
     def root_key_ids(self) -> list[str]:
         """Return the ids of the keys of the first root: what devices pin."""

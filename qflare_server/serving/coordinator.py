@@ -1,5 +1,6 @@
 """One coordinator process: built from a configuration, started, drained, stopped."""
 
+import hashlib
 import logging
 import os
 import socket
@@ -41,6 +42,7 @@ from qflare_server.use_cases.audit.sequencer import AuditSequencer
 
 logger = logging.getLogger(__name__)
 
+MAX_REPLICA_NAME: Final = 64
 SERVICES: Final = (
     coordinator_service_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name,
     admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
@@ -87,15 +89,15 @@ class Coordinator:
             if config.health_listen
             else None
         )
-        holder = f"{socket.gethostname()}:{self.port}:{os.environ.get(WORKER_VARIABLE, '0')}"
+        holder = replica_name(socket.gethostname(), self.port, os.environ.get(WORKER_VARIABLE, "0"))
         context = self.parts.context
-        aggregator = Aggregator(context, self.parts.executor, holder[:64])
+        aggregator = Aggregator(context, self.parts.executor, holder)
         self._worker = AggregationWorker(aggregator, context, self.parts.wake)
         self._housekeeping = Maintenance(
             context,
             self.use_cases,
             AuditSequencer(context),
-            holder[:64],
+            holder,
             self._listening,
             self._set_healthy,
         )
@@ -187,6 +189,18 @@ class Coordinator:
         self.observability.close()
         self.parts.close()
         logger.info("stopped")
+
+
+def replica_name(host: str, port: int, worker: str) -> str:
+    """Return the name of this process among its replicas, the same after a restart, at most 64 characters.
+
+    A long host name is cut and its digest added: processes of one host must not share a name.
+    """
+    name = f"{host}:{port}:{worker}"
+    if len(name) <= MAX_REPLICA_NAME:
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
+    return f"{name[: MAX_REPLICA_NAME - 17]}-{digest}"
 
 
 def _add_reflection(server: grpc.Server) -> None:

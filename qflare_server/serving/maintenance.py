@@ -15,7 +15,7 @@ import qflare
 from qflare_server.context import Context
 from qflare_server.errors import QflareError
 from qflare_server.payloads.keys import rewrap
-from qflare_server.storage.repository import devices, leases, tokens
+from qflare_server.storage.repository import devices, idempotent_calls, leases, tokens
 from qflare_server.training.retention import prune_ended, sweep
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 TICK_S: Final = 1.0
 MINUTE_TICKS: Final = 60
 TOKEN_BATCH: Final = 1000
+CALL_MEMORY: Final = timedelta(days=1)
+"""How long calls with a request id are remembered."""
 
 
 class SetHealthy(Protocol):
@@ -146,6 +148,9 @@ class Maintenance:
             return tokens.delete_expired(session, now - timedelta(days=1), TOKEN_BATCH)
 
         self._context.database.write(lambda session: tokens.delete_expired_nonces(session, now))
+        self._context.database.write(
+            lambda session: idempotent_calls.delete_old(session, now - CALL_MEMORY)
+        )
         while not self._stop.is_set():
             if self._context.database.write(delete_tokens) < TOKEN_BATCH:
                 return

@@ -1,25 +1,37 @@
-"""Keyset pagination: every page costs the same, however deep.
+"""Keyset pagination: every page costs the same, however deep, and fits into one message, whatever its rows hold.
 
-A page token is opaque to callers. It holds the sort key of the last row and a digest of that key and the filters, so
-that a token is refused by any other query, and a modified one by all.
+A page ends with the number of rows that was asked for, or before the row with which its message would outgrow
+`MAX_PAGE_BYTES`. A page token is opaque to callers. It holds the sort key of the last row and a digest of that key and
+the filters, so that a token is refused by any other query, and a modified one by all.
 """
 
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import accumulate
 from typing import Any, Final, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, and_, or_
+from google.protobuf.message import Message
+from sqlalchemy import ColumnElement, Select, and_, or_
 
 from qflare_server.errors import InvalidRequestError
 
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_PAGE_SIZE: Final = 1000
 MAX_INTEGER: Final = 2**63 - 1
-Row = TypeVar("Row")
+MAX_PAGE_BYTES: Final = 2 * 2**20
+"""Most bytes of a page's rows as messages, unless its first row alone has more: half of what a gRPC peer takes."""
+MAX_HELD_BYTES: Final = 32 * 2**20
+"""Most bytes of a page's rows in memory, keys and statements that are not sent included."""
+PROBE_ROWS: Final = DEFAULT_PAGE_SIZE
+"""Rows that are read first, to learn how large the rows of a list are."""
+_TEXT_OVERHEAD: Final = 8
+_NUMBER_BYTES: Final = 12
+_TIME_BYTES: Final = 20
+Row = TypeVar("Row", bound=Iterable[Any])
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,113 @@ class Page(Generic[Row]):
 
     rows: Sequence[Row]
     next_token: str
+
+
+@dataclass(frozen=True)
+class Order(Generic[Row]):
+    """Order of a list, in which a row's sort key says where the next page begins.
+
+    Attributes:
+        kinds: Types of the parts of a key, as `PageRequest.after` takes them.
+        key_of: Returns the key of a row.
+        later: Returns the condition for the rows after a key.
+        extra_bytes: Most bytes that a row's message holds beside the row's own columns.
+        probe_rows: Rows that are read first; fewer where a row may have megabytes.
+    """
+
+    kinds: tuple[type, ...]
+    key_of: Callable[[Row], Sequence[str | int]]
+    later: Callable[[Sequence[Any]], ColumnElement[bool]]
+    extra_bytes: int = 0
+    probe_rows: int = PROBE_ROWS
+
+
+def read_page(
+    read: Callable[[Select[Any]], Sequence[Row]],
+    query: Select[Any],
+    request: PageRequest,
+    order: Order[Row],
+    *scope: object,
+) -> Page[Row]:
+    """Return the rows of a page.
+
+    Rows are read in batches as large as the rows before let expect to fit, so that long rows are not read in vain.
+
+    Args:
+        read: Runs a query.
+        query: Selects the rows of the list in its order, without a limit.
+        request: Which page.
+        order: The list's order.
+        scope: Name of the list and its filters, to which tokens are bound.
+
+    Raises:
+        InvalidRequestError: The size is out of range, or the token is not one of this list.
+    """
+    key = request.after(*scope, kinds=order.kinds)
+    rows: list[Row] = []
+    page = _Room(order.extra_bytes)
+    count = min(order.probe_rows, request.limit)
+    while True:
+        batch = read((query if key is None else query.where(order.later(key))).limit(count + 1))
+        for row in batch[:count]:
+            if not page.takes(row) and rows:
+                return Page(rows, page_token(order.key_of(rows[-1]), *scope))
+            rows.append(row)
+        if len(batch) <= count:
+            return Page(rows, "")
+        key = list(order.key_of(rows[-1]))
+        if len(rows) >= request.limit:
+            return Page(rows, page_token(key, *scope))
+        count = min(page.expected_rows(), request.limit - len(rows))
+        if not count:
+            return Page(rows, page_token(key, *scope))
+
+
+class _Room:
+    """Room that is left in a page."""
+
+    def __init__(self, extra_bytes: int) -> None:
+        self._extra_bytes = extra_bytes
+        self._sent, self._held = MAX_PAGE_BYTES, MAX_HELD_BYTES
+        self._count = 0
+
+    def takes(self, row: Iterable[Any]) -> bool:
+        """Count a row; return whether it fits."""
+        self._count += 1
+        values = list(row)
+        self._sent -= self._extra_bytes + sum(map(sent_bytes, values))
+        self._held -= sum(len(value) for value in values if isinstance(value, bytes))
+        return self._sent >= 0 and self._held >= 0
+
+    def expected_rows(self) -> int:
+        """Return how many more rows like those before will fit."""
+        sent, held = MAX_PAGE_BYTES - self._sent, MAX_HELD_BYTES - self._held
+        return min(
+            max(self._sent, 0) * self._count // max(sent, 1),
+            max(self._held, 0) * self._count // max(held, 1),
+        )
+
+
+def fitting_count(rows: Sequence[Iterable[Any]]) -> int:
+    """Return how many of the first rows fit into `MAX_PAGE_BYTES`."""
+    sizes = accumulate(sum(map(sent_bytes, row)) for row in rows)
+    return sum(size <= MAX_PAGE_BYTES for size in sizes)
+
+
+def sent_bytes(value: object) -> int:
+    """Return at least the bytes that a column's value takes in a message; binary columns are in no list."""
+    if isinstance(value, str):
+        return _TEXT_OVERHEAD + len(value.encode(errors="surrogatepass"))
+    if isinstance(value, Mapping):
+        entries = value.items()
+        return sum(_TEXT_OVERHEAD + sent_bytes(key) + sent_bytes(held) for key, held in entries)
+    if isinstance(value, Message):
+        return _TEXT_OVERHEAD + value.ByteSize()
+    if isinstance(value, (list, tuple)):
+        return sum(_TEXT_OVERHEAD + sent_bytes(item) for item in value)
+    if isinstance(value, bytes):
+        return 0
+    return _TIME_BYTES if isinstance(value, datetime) else _NUMBER_BYTES
 
 
 def page_token(key: Sequence[str | int], *filters: object) -> str:

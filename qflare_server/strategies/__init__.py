@@ -44,6 +44,9 @@ from qflare_server.strategies.types import (
     VersionSlice,
 )
 
+Judgement = UpdateAssessment
+"""Earlier name of `UpdateAssessment`, for plug-ins that import it."""
+
 __all__ = [
     "REVISION",
     "Accumulator",
@@ -53,6 +56,7 @@ __all__ = [
     "Contribution",
     "Facts",
     "FoldRule",
+    "Judgement",
     "NotEnoughUpdatesError",
     "Outcome",
     "Prior",

@@ -33,11 +33,18 @@ DEFAULT_TRIM_FROM_COUNT: Final = 5
 LEAST_TRIM_FROM_COUNT: Final = 3
 MAX_SEED: Final = 2**53  # seeds stay readable in JSON
 MAX_ATTRIBUTE: Final = 100
+MAX_STRATEGY_NAME: Final = 100
 _CONTROL: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories of control characters, surrogates and separators of lines and paragraphs."""
 MAX_SETTINGS_BYTES: Final = (
     16_384  # of parameters and of labels: a signed task holds both in 65,536 bytes
 )
+
+MAX_DESCRIPTION_BYTES: Final = 5 * 2**19
+"""Most bytes of a model's layout and the digests of its chunks, which a header holds within 4 MiB."""
+MAX_DIGESTS_BYTES: Final = 2 * 2**20
+"""Most bytes of the digests in the header of an update, as the proto says."""
+DIGEST_BYTES: Final = 32
 
 
 def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig:
@@ -66,6 +73,11 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     del done.groups[:]
     done.groups.extend(groups)
     done.strategy.name = done.strategy.name or "fedavg"
+    if len(done.strategy.name) > MAX_STRATEGY_NAME:
+        raise InvalidRequestError(
+            f"strategy.name: longer than {MAX_STRATEGY_NAME} characters",
+            field="config.strategy.name",
+        )
     for name, value in done.strategy.parameters.items():
         _within(f"strategy.parameters[{name[:100]}]", value, -LARGEST, LARGEST)
     _check_reach(done)
@@ -324,6 +336,7 @@ def require_trainable(
         wire = wire_manifest(manifest, encoding, policy.top_k_fraction or 1.0)
     except BadManifestError as error:
         raise _unusable(f"updates as {encoding.name.lower()}: {error}") from error
+    _require_describable(manifest, wire)
     if wire.size_bytes > max_payload_bytes:
         raise _unusable(
             f"updates as {encoding.name.lower()}: got {wire.size_bytes} bytes, want at most {max_payload_bytes}"
@@ -333,6 +346,20 @@ def require_trainable(
         raise _unusable(
             f"tensor {wide!r} is float64: the low bits of noise in it would tell what it was added to; a private "
             "training session takes float32 and shorter"
+        )
+
+
+def _require_describable(manifest: Manifest, wire: Manifest) -> None:
+    """Refuse a model whose layout and digests do not fit into the header of a download or an upload."""
+    described = manifest.to_proto().ByteSize() + DIGEST_BYTES * manifest.chunk_count
+    if described > MAX_DESCRIPTION_BYTES:
+        raise _unusable(
+            f"layout and digests of its chunks take {described} bytes, want at most {MAX_DESCRIPTION_BYTES}: devices "
+            "get them in one message"
+        )
+    if DIGEST_BYTES * wire.chunk_count > MAX_DIGESTS_BYTES:
+        raise _unusable(
+            f"updates have {wire.chunk_count} chunks, want at most {MAX_DIGESTS_BYTES // DIGEST_BYTES}"
         )
 
 

@@ -10,11 +10,13 @@ from qflare_server.use_cases.access.dashboard_login import DashboardLogin
 from qflare_server.use_cases.access.login import Login
 from qflare_server.use_cases.access.objects import ObjectAccess
 from qflare_server.use_cases.access.presence import Presence
+from qflare_server.use_cases.access.repeated_calls import RepeatedCalls
 from qflare_server.use_cases.access.tokens import Tokens
 from qflare_server.use_cases.audit.evidence import Evidence
 from qflare_server.use_cases.audit.log import Audit, AuditExport
 from qflare_server.use_cases.devices.administration import Devices
 from qflare_server.use_cases.devices.enrollment import Enrollment
+from qflare_server.use_cases.devices.key_rotation import KeyRotations
 from qflare_server.use_cases.status import Overview
 from qflare_server.use_cases.training_sessions.administration import Training
 from qflare_server.use_cases.training_sessions.tasks import Tasks
@@ -33,6 +35,7 @@ class UseCases:
     authentication: Authentication
     objects: ObjectAccess
     enrollment: Enrollment
+    key_rotations: KeyRotations
     login: Login
     tasks: Tasks
     uploads: Uploads
@@ -40,6 +43,7 @@ class UseCases:
     deliveries: Deliveries
     devices: Devices
     tokens: Tokens
+    repeated_calls: RepeatedCalls
     training: Training
     initial_models: InitialModels
     audit: Audit
@@ -57,7 +61,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
 
     Args:
         context: The coordinator's parts.
-        keys: Its identity.
+        keys: Its keys.
         executor: Runs the writes of large payloads.
     """
     presence = Presence(context.config, context.database)
@@ -67,6 +71,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         authentication=authentication,
         objects=ObjectAccess(context),
         enrollment=Enrollment(context, keys),
+        key_rotations=KeyRotations(context, keys),
         login=Login(context, keys),
         tasks=Tasks(context, presence),
         uploads=Uploads(context, executor),
@@ -74,6 +79,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         deliveries=Deliveries(context, executor),
         devices=Devices(context),
         tokens=Tokens(context),
+        repeated_calls=RepeatedCalls(context),
         training=training,
         initial_models=InitialModels(context, executor, training),
         audit=Audit(context),

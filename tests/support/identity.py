@@ -30,6 +30,7 @@ from qflare_server.use_cases.access.presence import Presence
 from qflare_server.use_cases.access.tokens import Tokens
 from qflare_server.use_cases.devices.administration import Devices
 from qflare_server.use_cases.devices.enrollment import Enrollment, EnrollmentResult
+from qflare_server.use_cases.devices.key_rotation import KeyRotations
 
 CHEAP = Cost(iterations=1, memory_kib=32, lanes=1)
 CALLER = Caller("anonymous", "192.0.2.7", "none")
@@ -43,6 +44,7 @@ class Coordinator:
     context: Context
     keys: ServerKeys
     enrollment: Enrollment
+    key_rotations: KeyRotations
     login: Login
     tokens: Tokens
     devices: Devices
@@ -64,6 +66,7 @@ class Coordinator:
             context,
             keys,
             Enrollment(context, keys),
+            KeyRotations(context, keys),
             Login(context, keys),
             Tokens(context),
             Devices(context),

@@ -11,6 +11,7 @@ from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import admin_service_pb2_grpc, device_pb2, training_pb2
 from qflare_server.serving.rpc.call import current_call
 from qflare_server.serving.rpc.encoding import audit, devices, status, training, values, versions
+from qflare_server.serving.rpc.repeatable import RepeatableCalls
 from qflare_server.serving.rpc.streams import chunks_of, split_header
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.records import Device
@@ -34,6 +35,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
 
     def __init__(self, use_cases: UseCases) -> None:
         self._use_cases = use_cases
+        self._repeatable = RepeatableCalls(use_cases.repeated_calls)
 
     def CreateTrainingSession(
         self, request: pb.CreateTrainingSessionRequest, context: ServicerContext
@@ -41,15 +43,19 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         """Create a training session, or only check the request."""
         if request.validate_only:
             return self._validate(request)
-        created = self._use_cases.training.create(
-            current_call().caller,
-            name=request.name,
-            model_type=request.model_type,
-            architecture=dict(request.architecture),
-            config=request.config,
-            request_id=request.request_id,
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.training.create(
+                caller,
+                name=request.name,
+                model_type=request.model_type,
+                architecture=dict(request.architecture),
+                config=request.config,
+            ),
+            lambda row: pb.CreateTrainingSessionResponse(
+                training_session=training.training_session(row)
+            ),
         )
-        return pb.CreateTrainingSessionResponse(training_session=training.training_session(created))
 
     def _validate(
         self, request: pb.CreateTrainingSessionRequest
@@ -80,31 +86,51 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.StartTrainingSessionRequest, context: ServicerContext
     ) -> pb.StartTrainingSessionResponse:
         """Start the first round."""
-        row = self._use_cases.training.start(current_call().caller, request.training_session_id)
-        return pb.StartTrainingSessionResponse(training_session=training.training_session(row))
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.training.start(caller, request.training_session_id),
+            lambda row: pb.StartTrainingSessionResponse(
+                training_session=training.training_session(row)
+            ),
+        )
 
     def PauseTrainingSession(
         self, request: pb.PauseTrainingSessionRequest, context: ServicerContext
     ) -> pb.PauseTrainingSessionResponse:
         """Take no updates until it is resumed."""
-        row = self._use_cases.training.pause(current_call().caller, request.training_session_id)
-        return pb.PauseTrainingSessionResponse(training_session=training.training_session(row))
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.training.pause(caller, request.training_session_id),
+            lambda row: pb.PauseTrainingSessionResponse(
+                training_session=training.training_session(row)
+            ),
+        )
 
     def ResumeTrainingSession(
         self, request: pb.ResumeTrainingSessionRequest, context: ServicerContext
     ) -> pb.ResumeTrainingSessionResponse:
         """Go on after a pause."""
-        row = self._use_cases.training.resume(current_call().caller, request.training_session_id)
-        return pb.ResumeTrainingSessionResponse(training_session=training.training_session(row))
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.training.resume(caller, request.training_session_id),
+            lambda row: pb.ResumeTrainingSessionResponse(
+                training_session=training.training_session(row)
+            ),
+        )
 
     def CancelTrainingSession(
         self, request: pb.CancelTrainingSessionRequest, context: ServicerContext
     ) -> pb.CancelTrainingSessionResponse:
         """End it."""
-        row = self._use_cases.training.cancel(
-            current_call().caller, request.training_session_id, request.reason
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.training.cancel(
+                caller, request.training_session_id, request.reason
+            ),
+            lambda row: pb.CancelTrainingSessionResponse(
+                training_session=training.training_session(row)
+            ),
         )
-        return pb.CancelTrainingSessionResponse(training_session=training.training_session(row))
 
     def GetTrainingSession(
         self, request: pb.GetTrainingSessionRequest, context: ServicerContext
@@ -219,47 +245,62 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.SuspendDeviceRequest, context: ServicerContext
     ) -> pb.SuspendDeviceResponse:
         """Suspend a device until it is reinstated."""
-        row = self._use_cases.devices.suspend(
-            current_call().caller, request.device_id, request.reason
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.devices.suspend(
+                caller, request.device_id, request.reason
+            ),
+            lambda found: pb.SuspendDeviceResponse(device=devices.device(*found)),
         )
-        return pb.SuspendDeviceResponse(device=self._device(row))
 
     def ReinstateDevice(
         self, request: pb.ReinstateDeviceRequest, context: ServicerContext
     ) -> pb.ReinstateDeviceResponse:
         """Lift a suspension or a quarantine."""
-        row = self._use_cases.devices.reinstate(
-            current_call().caller, request.device_id, request.reason
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.devices.reinstate(
+                caller, request.device_id, request.reason
+            ),
+            lambda found: pb.ReinstateDeviceResponse(device=devices.device(*found)),
         )
-        return pb.ReinstateDeviceResponse(device=self._device(row))
 
     def RevokeDevice(
         self, request: pb.RevokeDeviceRequest, context: ServicerContext
     ) -> pb.RevokeDeviceResponse:
         """Revoke a device permanently, effective on its next call."""
-        row = self._use_cases.devices.revoke(
-            current_call().caller, request.device_id, request.reason
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.devices.revoke(
+                caller, request.device_id, request.reason
+            ),
+            lambda found: pb.RevokeDeviceResponse(device=devices.device(*found)),
         )
-        return pb.RevokeDeviceResponse(device=self._device(row))
 
     def SetDeviceGroups(
         self, request: pb.SetDeviceGroupsRequest, context: ServicerContext
     ) -> pb.SetDeviceGroupsResponse:
         """Put a device into groups, and out of all others."""
-        row = self._use_cases.devices.set_groups(
-            current_call().caller, request.device_id, list(request.groups), request.reason
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.devices.set_groups(
+                caller, request.device_id, list(request.groups), request.reason
+            ),
+            lambda found: pb.SetDeviceGroupsResponse(device=devices.device(*found)),
         )
-        return pb.SetDeviceGroupsResponse(device=self._device(row))
 
     def ConfirmDeviceProfile(
         self, request: pb.ConfirmDeviceProfileRequest, context: ServicerContext
     ) -> pb.ConfirmDeviceProfileResponse:
         """Confirm the device type and the capabilities of a device."""
         profile = Profile(request.device_type, capabilities=dict(request.capabilities))
-        row = self._use_cases.devices.confirm_profile(
-            current_call().caller, request.device_id, profile, request.reason
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.devices.confirm_profile(
+                caller, request.device_id, profile, request.reason
+            ),
+            lambda found: pb.ConfirmDeviceProfileResponse(device=devices.device(*found)),
         )
-        return pb.ConfirmDeviceProfileResponse(device=self._device(row))
 
     def _device(self, row: Device) -> device_pb2.Device:
         groups = self._use_cases.devices.groups_of([row.id])
@@ -269,17 +310,20 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.IssueEnrollmentTokensRequest, context: ServicerContext
     ) -> pb.IssueEnrollmentTokensResponse:
         """Issue enrollment tokens."""
-        issued = self._use_cases.tokens.issue_enrollment(
-            current_call().caller,
-            count=request.token_count or 1,
-            label=request.label,
-            lifetime_s=values.seconds(request, "lifetime"),
-            device_id=request.device_id,
-            request_id=request.request_id,
-            groups=list(request.groups),
-        )
-        return pb.IssueEnrollmentTokensResponse(
-            tokens=[devices.issued_token(item) for item in issued]
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.tokens.issue_enrollment(
+                caller,
+                count=request.token_count or 1,
+                label=request.label,
+                lifetime_s=values.seconds(request, "lifetime"),
+                device_id=request.device_id,
+                groups=list(request.groups),
+            ),
+            lambda issued: pb.IssueEnrollmentTokensResponse(
+                tokens=[devices.issued_token(item) for item in issued]
+            ),
+            holds_secrets=True,
         )
 
     def ListTokens(
@@ -296,8 +340,11 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.RevokeTokenRequest, context: ServicerContext
     ) -> pb.RevokeTokenResponse:
         """Revoke a token."""
-        row = self._use_cases.tokens.revoke(current_call().caller, request.token_id, request.reason)
-        return pb.RevokeTokenResponse(token=devices.token(row))
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.tokens.revoke(caller, request.token_id, request.reason),
+            lambda row: pb.RevokeTokenResponse(token=devices.token(row)),
+        )
 
     def ListAuditEntries(
         self, request: pb.ListAuditEntriesRequest, context: ServicerContext
@@ -381,35 +428,41 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.RollbackGlobalModelRequest, context: ServicerContext
     ) -> pb.RollbackGlobalModelResponse:
         """Make an older version the base of the next round."""
-        made = self._use_cases.promotion.roll_back(
-            current_call().caller, request.training_session_id, request.version, request.reason
-        )
-        return pb.RollbackGlobalModelResponse(
-            global_model=versions.global_model(made.model),
-            round=training.training_round(made.round),
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.promotion.roll_back(
+                caller, request.training_session_id, request.version, request.reason
+            ),
+            lambda made: pb.RollbackGlobalModelResponse(
+                global_model=versions.global_model(made.model),
+                round=training.training_round(made.round),
+            ),
         )
 
     def ReleaseGlobalModel(
         self, request: pb.ReleaseGlobalModelRequest, context: ServicerContext
     ) -> pb.ReleaseGlobalModelResponse:
         """Release a version."""
-        model = self._use_cases.promotion.release(
-            current_call().caller, request.training_session_id, request.version, request.reason
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.promotion.release(
+                caller, request.training_session_id, request.version, request.reason
+            ),
+            lambda model: pb.ReleaseGlobalModelResponse(global_model=versions.global_model(model)),
         )
-        return pb.ReleaseGlobalModelResponse(global_model=versions.global_model(model))
 
     def IssueAdminToken(
         self, request: pb.IssueAdminTokenRequest, context: ServicerContext
     ) -> pb.IssueAdminTokenResponse:
         """Issue an admin token."""
-        issued = self._use_cases.tokens.issue_admin(
-            current_call().caller,
-            request.name,
-            list(request.roles),
-            values.seconds(request, "lifetime"),
-            request.request_id,
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.tokens.issue_admin(
+                caller, request.name, list(request.roles), values.seconds(request, "lifetime")
+            ),
+            lambda issued: pb.IssueAdminTokenResponse(token=devices.issued_token(issued)),
+            holds_secrets=True,
         )
-        return pb.IssueAdminTokenResponse(token=devices.issued_token(issued))
 
     def ExportAuditEntries(
         self, request: pb.ExportAuditEntriesRequest, context: ServicerContext

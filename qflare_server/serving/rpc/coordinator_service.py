@@ -178,7 +178,8 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     ) -> pb.GetKeysetResponse:
         """Get the root documents and the keyset."""
         return pb.GetKeysetResponse(
-            bundle=self._use_cases.enrollment.keyset(request.known_root_version)
+            bundle=self._use_cases.enrollment.keyset(request.known_root_version),
+            root_version=self._use_cases.enrollment.root_version,
         )
 
     def BeginRegistration(
@@ -222,5 +223,5 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     ) -> pb.RotateKeysResponse:
         """Exchange the keys of the calling device."""
         call = current_call()
-        count = self._use_cases.enrollment.rotate(call.caller, call.principal, request.rotation)
+        count = self._use_cases.key_rotations.rotate(call.caller, call.principal, request.rotation)
         return pb.RotateKeysResponse(key_rotation_count=count)

@@ -17,6 +17,8 @@ from qflare_server.config import ServerConfig
 
 MAX_PENDING: Final = 1000
 """Calls of one method that wait inside gRPC until they are handed over; it cancels some beyond, all beyond twice it."""
+MAX_ANSWER_BYTES: Final = 4 * 2**20
+"""Longest message that a gRPC peer takes by default; no answer is longer, whatever it is about."""
 MAX_PING_STRIKES: Final = 2
 HANDSHAKE_S: Final = 10
 RESERVED_FILES: Final = 256
@@ -32,7 +34,7 @@ def channel_options(config: ServerConfig) -> dict[str, int]:
     """
     return {
         "grpc.max_receive_message_length": config.max_message_bytes,
-        "grpc.max_send_message_length": config.max_message_bytes,
+        "grpc.max_send_message_length": max(config.max_message_bytes, MAX_ANSWER_BYTES),
         "grpc.so_reuseport": 1 if config.workers > 1 else 0,
         "grpc.max_concurrent_streams": config.max_streams_per_connection,
         "grpc.max_allowed_incoming_connections": connection_bound(config),

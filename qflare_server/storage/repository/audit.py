@@ -1,9 +1,10 @@
 """Statements on the audit log."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from sqlalchemy import func, select
@@ -11,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from qflare.evidence.audit_entries import SALT_BYTES
 from qflare_server.storage import tables
-from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
+from qflare_server.storage.paging import Order, Page, PageRequest, earlier, read_page
 from qflare_server.storage.prepared import PreparedInsert
 from qflare_server.storage.records import AuditLog, Rows
 from qflare_server.storage.tables import RiskLevel
@@ -21,15 +22,33 @@ _ROWS = Rows(AuditLog, AUDIT)
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A call's claim on a request id.
+
+    Attributes:
+        method: Name of the method.
+        request_id: Chosen by the caller, 1 to 100 characters.
+        digest: SHA-256 of the request, 64 hex digits.
+        encode: Returns the response to keep, given the result; None for a response with secrets, which is not kept.
+    """
+
+    method: str
+    request_id: str
+    digest: str
+    encode: Callable[[Any], bytes] | None = None
+
+
+@dataclass(frozen=True)
 class Caller:
     """Actor of an audit entry.
 
-    `name` is `device:ID`, `admin:NAME`, `system` or `anonymous`.
+    `name` is `device:ID`, `admin:NAME`, `system` or `anonymous`. `claim` is that of a call with a request id.
     """
 
     name: str = "system"
     peer_address: str = ""
     authentication_method: str = "none"
+    claim: Claim | None = None
 
 
 SYSTEM = Caller()
@@ -134,13 +153,9 @@ def list_entries(session: Session, request: PageRequest, wanted: AuditFilter) ->
         query = query.where(AUDIT.c.created_at >= wanted.start)
     if wanted.end is not None:
         query = query.where(AUDIT.c.created_at < wanted.end)
-    key = request.after("audit", wanted, kinds=(datetime, int))
-    if key is not None:
-        query = query.where(earlier(AUDIT.c.created_at, AUDIT.c.id, key))
-    rows = _ROWS.all(session, query.limit(request.limit + 1))
-    shown = rows[: request.limit]
-    if len(rows) <= request.limit:
-        return Page(shown, "")
-    return Page(
-        shown, page_token([shown[-1].created_at.isoformat(), shown[-1].id], "audit", wanted)
+    order = Order[AuditLog](
+        (datetime, int),
+        lambda row: (row.created_at.isoformat(), row.id),
+        lambda key: earlier(AUDIT.c.created_at, AUDIT.c.id, key),
     )
+    return read_page(partial(_ROWS.all, session), query, request, order, "audit", wanted)

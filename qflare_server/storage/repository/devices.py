@@ -4,6 +4,7 @@ import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, bindparam, case, exists, func, insert, select, update
@@ -11,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_rounds, bump_security
-from qflare_server.storage.paging import Page, PageRequest, page_token
+from qflare_server.storage.paging import Order, Page, PageRequest, read_page
 from qflare_server.storage.prepared import OneOf, PreparedStatement
 from qflare_server.storage.records import Device, DeviceKey, Rows
 from qflare_server.storage.repository.membership import shares_group
@@ -28,6 +29,8 @@ _INSERT_DEVICE = insert(DEVICES)
 _INSERT_KEY = insert(KEYS)
 DECISIVE: Final = ("state", "signature_key_id", "device_type", "capabilities", "confirmed_at")
 """Columns of a device that decide what its calls may do."""
+GROUPS_BYTES: Final = 32 * 65
+"""Most bytes of a device's groups in a message."""
 _COMPARE = {"at_least": operator.ge, "at_most": operator.le, "equal": operator.eq}
 
 
@@ -217,15 +220,12 @@ def list_devices(session: Session, request: PageRequest, wanted: DeviceFilter) -
                 DEVICE_GROUPS.c.group_name == wanted.group,
             )
         )
-    key = request.after("devices", wanted, kinds=(str,))
-    if key is not None:
-        query = query.where(DEVICES.c.id > key[0])
     for name, comparison, value in wanted.capabilities:
         query = query.where(_COMPARE[comparison](_capability(session, name), value))
-    rows = _DEVICES.all(session, query.limit(request.limit + 1))
-    shown = rows[: request.limit]
-    more = len(rows) > request.limit
-    return Page(shown, page_token([shown[-1].id], "devices", wanted) if more else "")
+    order = Order[Device](
+        (str,), lambda row: [row.id], lambda key: DEVICES.c.id > key[0], extra_bytes=GROUPS_BYTES
+    )
+    return read_page(partial(_DEVICES.all, session), query, request, order, "devices", wanted)
 
 
 def _capability(session: Session, name: str) -> ColumnElement[float]:

@@ -1,6 +1,7 @@
 """Statements on versions of global models."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, Final
 
@@ -9,7 +10,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
 from qflare_server.storage import tables
-from qflare_server.storage.paging import Page, PageRequest, page_token
+from qflare_server.storage.paging import Order, Page, PageRequest, read_page
 from qflare_server.storage.prepared import PreparedInsert
 from qflare_server.storage.records import GlobalModel, Payload, Rows, TrainingSession
 
@@ -159,21 +160,26 @@ def list_models(
     query = _MODELS.select.where(MODELS.c.training_session_id == training_session_id).order_by(
         MODELS.c.version.desc()
     )
-    key = request.after("models", training_session_id, kinds=(int,))
-    if key is not None:
-        query = query.where(MODELS.c.version < key[0])
-    rows = _MODELS.all(session, query.limit(request.limit + 1))
-    shown = rows[: request.limit]
-    more = len(rows) > request.limit
-    return Page(
-        shown, page_token([shown[-1].version], "models", training_session_id) if more else ""
+    order = Order[GlobalModel](
+        (int,), lambda row: [row.version], lambda key: MODELS.c.version < key[0], probe_rows=8
+    )
+    return read_page(
+        partial(_MODELS.all, session), query, request, order, "models", training_session_id
     )
 
 
 def statements(
-    session: Session, training_session_id: str, first: int, last: int, limit: int
+    session: Session,
+    training_session_id: str,
+    first: int,
+    last: int,
+    limit: int,
+    most_bytes: int | None = None,
 ) -> Sequence[tuple[bytes, bytes]]:
-    """Return statements and signatures of consecutive versions, in ascending order, as many as a message holds."""
+    """Return statements and signatures of consecutive versions, in ascending order.
+
+    They are one or more, as many as `limit` and `most_bytes` allow; None means `MAX_STATEMENTS_BYTES`.
+    """
     query = (
         select(MODELS.c.statement, MODELS.c.signature)
         .where(
@@ -186,5 +192,6 @@ def statements(
     )
     rows = [(row[0], row[1]) for row in session.execute(query)]
     sizes = accumulate(len(statement) + len(signature) for statement, signature in rows)
-    count = sum(size <= MAX_STATEMENTS_BYTES for size in sizes)
+    room = MAX_STATEMENTS_BYTES if most_bytes is None else most_bytes
+    count = sum(size <= room for size in sizes)
     return rows[: max(1, count)]

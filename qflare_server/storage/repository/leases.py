@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Final
 
 from sqlalchemy import delete, insert, or_, select, update
 from sqlalchemy.orm import Session
@@ -11,6 +12,8 @@ from qflare_server.storage.records import Replica, Rows
 
 LEASES = tables.Lease.__table__
 REPLICAS = tables.Replica.__table__
+MAX_ADDRESS: Final = 255
+MAX_REPLICAS: Final = 1000
 _REPLICAS = Rows(Replica, REPLICAS)
 
 
@@ -41,7 +44,12 @@ def announce(
     session: Session, replica_id: str, address: str, version: str, started: datetime, now: datetime
 ) -> None:
     """Record that a replica is serving."""
-    values = {"address": address, "version": version, "started_at": started, "seen_at": now}
+    values = {
+        "address": address[:MAX_ADDRESS],
+        "version": version,
+        "started_at": started,
+        "seen_at": now,
+    }
     changed = session.execute(update(REPLICAS).where(REPLICAS.c.id == replica_id).values(**values))
     if not changed.rowcount:  # type: ignore[attr-defined]  # a DML result has it
         session.execute(insert(REPLICAS).values(id=replica_id, **values))
@@ -53,6 +61,6 @@ def retire(session: Session, replica_id: str) -> None:
 
 
 def list_replicas(session: Session, seen_since: datetime) -> Sequence[Replica]:
-    """Return the replicas seen since a time."""
+    """Return the replicas seen since a time, at most `MAX_REPLICAS`."""
     query = _REPLICAS.select.where(REPLICAS.c.seen_at >= seen_since)
-    return _REPLICAS.all(session, query.order_by(REPLICAS.c.id))
+    return _REPLICAS.all(session, query.order_by(REPLICAS.c.id).limit(MAX_REPLICAS))

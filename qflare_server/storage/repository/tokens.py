@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from sqlalchemy import and_, bindparam, delete, exists, insert, or_, select, text, update
@@ -10,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_security
-from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
+from qflare_server.storage.paging import Order, Page, PageRequest, earlier, read_page
 from qflare_server.storage.prepared import PreparedStatement
 from qflare_server.storage.records import Rows, UserToken
 from qflare_server.storage.tables import TokenKind
@@ -188,26 +189,12 @@ def list_tokens(session: Session, request: PageRequest, kind: str) -> Page[UserT
     query = _ROWS.select.order_by(TOKENS.c.created_at.desc(), TOKENS.c.id.desc())
     if kind:
         query = query.where(TOKENS.c.kind == kind)
-    key = request.after("tokens", kind, kinds=(datetime, str))
-    if key is not None:
-        query = query.where(earlier(TOKENS.c.created_at, TOKENS.c.id, key))
-    rows = _ROWS.all(session, query.limit(request.limit + 1))
-    shown = rows[: request.limit]
-    more = len(rows) > request.limit
-    last = (shown[-1].created_at.isoformat(), shown[-1].id) if more else None
-    return Page(shown, page_token(last, "tokens", kind) if last else "")
-
-
-def find_nonce(session: Session, nonce: str) -> bool:
-    """Return whether a nonce was used."""
-    return (
-        session.execute(select(NONCES.c.nonce).where(NONCES.c.nonce == nonce)).first() is not None
+    order = Order[UserToken](
+        (datetime, str),
+        lambda row: (row.created_at.isoformat(), row.id),
+        lambda key: earlier(TOKENS.c.created_at, TOKENS.c.id, key),
     )
-
-
-def insert_nonce(session: Session, nonce: str, expires_at: datetime) -> None:
-    """Record the use of a nonce; the primary key rejects a second use."""
-    session.execute(insert(NONCES).values(nonce=nonce, expires_at=expires_at))
+    return read_page(partial(_ROWS.all, session), query, request, order, "tokens", kind)
 
 
 def delete_expired_nonces(session: Session, before: datetime) -> None:

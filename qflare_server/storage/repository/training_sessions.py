@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, cast
+from functools import partial
+from typing import Any, Final, cast
 
 from sqlalchemy import Float, Select, and_, bindparam, exists, func, insert, or_, select, update
 from sqlalchemy import cast as sql_cast
@@ -11,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_rounds
-from qflare_server.storage.paging import Page, PageRequest, earlier, page_token
+from qflare_server.storage.paging import Order, Page, PageRequest, earlier, read_page
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
 from qflare_server.storage.records import Round, Rows, TrainingSession
 from qflare_server.storage.repository.membership import is_open_to
@@ -111,15 +112,21 @@ def list_sessions(session: Session, request: PageRequest, state: str) -> Page[Tr
     query = _SESSIONS.select.order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.id.desc())
     if state:
         query = query.where(SESSIONS.c.state == state)
-    key = request.after("sessions", state, kinds=(datetime, str))
-    if key is not None:
-        query = query.where(earlier(SESSIONS.c.created_at, SESSIONS.c.id, key))
-    rows = _SESSIONS.all(session, query.limit(request.limit + 1))
-    shown = [_with_config(session, row) for row in rows[: request.limit]]
-    if len(rows) <= request.limit:
-        return Page(shown, "")
-    last = shown[-1]
-    return Page(shown, page_token([last.created_at.isoformat(), last.id], "sessions", state))
+
+    def read(limited: Select[Any]) -> list[TrainingSession]:
+        return [_with_config(session, row) for row in _SESSIONS.all(session, limited)]
+
+    return read_page(read, query, request, _NEWEST_SESSION, "sessions", state)
+
+
+WARNINGS_BYTES: Final = 2048
+"""Most bytes of a training session's warnings in a message."""
+_NEWEST_SESSION: Final = Order[TrainingSession](
+    (datetime, str),
+    lambda row: (row.created_at.isoformat(), row.id),
+    lambda key: earlier(SESSIONS.c.created_at, SESSIONS.c.id, key),
+    extra_bytes=WARNINGS_BYTES,
+)
 
 
 _INSERT_ROUND = PreparedInsert(
@@ -202,14 +209,9 @@ def list_rounds(session: Session, training_session_id: str, request: PageRequest
     query = _ROUNDS.select.where(ROUNDS.c.training_session_id == training_session_id).order_by(
         ROUNDS.c.number.desc()
     )
-    key = request.after("rounds", training_session_id, kinds=(int,))
-    if key is not None:
-        query = query.where(ROUNDS.c.number < key[0])
-    rows = _ROUNDS.all(session, query.limit(request.limit + 1))
-    shown = rows[: request.limit]
-    more = len(rows) > request.limit
-    return Page(
-        shown, page_token([shown[-1].number], "rounds", training_session_id) if more else ""
+    order = Order[Round]((int,), lambda row: [row.number], lambda key: ROUNDS.c.number < key[0])
+    return read_page(
+        partial(_ROUNDS.all, session), query, request, order, "rounds", training_session_id
     )
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import Integer, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
-from qflare_server.storage.paging import Page, PageRequest, page_token
+from qflare_server.storage.paging import Order, Page, PageRequest, read_page
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
 from qflare_server.storage.records import ModelUpdate, Rows
 from qflare_server.storage.repository.round_capacity import RoundCapacity
@@ -298,14 +299,13 @@ def list_updates(
         UPDATES.c.training_session_id == training_session_id,
         UPDATES.c.round_number == round_number,
     ).order_by(UPDATES.c.acceptance_sequence)
+    order = Order[ModelUpdate](
+        (int,),
+        lambda row: [row.acceptance_sequence],
+        lambda key: UPDATES.c.acceptance_sequence > key[0],
+    )
     scope = ("updates", training_session_id, round_number)
-    key = request.after(*scope, kinds=(int,))
-    if key is not None:
-        query = query.where(UPDATES.c.acceptance_sequence > key[0])
-    rows = _ROWS.all(session, query.limit(request.limit + 1))
-    shown = rows[: request.limit]
-    more = len(rows) > request.limit
-    return Page(shown, page_token([shown[-1].acceptance_sequence], *scope) if more else "")
+    return read_page(partial(_ROWS.all, session), query, request, order, *scope)
 
 
 def list_of_device(

@@ -1,15 +1,15 @@
 """Queries for overviews: watches of training sessions, metrics, the audit log, the backlog, storage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import and_, func, or_, select, text
+from sqlalchemy import Select, and_, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
-from qflare_server.storage.paging import Page, PageRequest, page_token
+from qflare_server.storage.paging import Order, Page, PageRequest, read_page
 from qflare_server.storage.records import AuditLog, Round, Rows
 from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.storage.tables import EVIDENCE_REASON, LEFT_OUT_REASON, RoundState, UpdateState
@@ -58,8 +58,7 @@ def rounds_from(
     return _ROUNDS.all(session, query)
 
 
-@dataclass(frozen=True)
-class VersionMetrics:
+class VersionMetrics(NamedTuple):
     """Metrics of a version, and the facts shown beside them."""
 
     version: int
@@ -73,7 +72,7 @@ class VersionMetrics:
     released: bool
 
 
-_METRICS = [MODELS.c[item.name] for item in fields(VersionMetrics)]
+_METRICS = [MODELS.c[name] for name in VersionMetrics._fields]
 
 
 def list_metrics(
@@ -85,14 +84,14 @@ def list_metrics(
         .where(MODELS.c.training_session_id == training_session_id)
         .order_by(MODELS.c.version)
     )
-    scope = ("metrics", training_session_id)
-    key = request.after(*scope, kinds=(int,))
-    if key is not None:
-        query = query.where(MODELS.c.version > key[0])
-    rows = [VersionMetrics(*row) for row in session.execute(query.limit(request.limit + 1))]
-    shown = rows[: request.limit]
-    more = len(rows) > request.limit
-    return Page(shown, page_token([shown[-1].version], *scope) if more else "")
+
+    def read(limited: Select[Any]) -> list[VersionMetrics]:
+        return [VersionMetrics(*row) for row in session.execute(limited)]
+
+    order = Order[VersionMetrics](
+        (int,), lambda row: [row.version], lambda key: MODELS.c.version > key[0], probe_rows=8
+    )
+    return read_page(read, query, request, order, "metrics", training_session_id)
 
 
 def recent_metrics(

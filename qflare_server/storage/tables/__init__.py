@@ -30,9 +30,17 @@ from qflare_server.storage.tables.training import (
     TrainingSession,
     TrainingSessionGroup,
 )
-from qflare_server.storage.tables.types import BIG_ID, NAMING, Base, UtcDateTime, one_of
+from qflare_server.storage.tables.types import (
+    ACTOR_CHARACTERS,
+    BIG_ID,
+    NAMING,
+    Base,
+    UtcDateTime,
+    one_of,
+)
 
 __all__ = [
+    "ACTOR_CHARACTERS",
     "BIG_ID",
     "ENDED",
     "EVIDENCE_REASON",

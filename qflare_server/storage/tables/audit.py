@@ -7,7 +7,7 @@ from sqlalchemy import BigInteger, Index, String, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from qflare_server.storage.tables.states import RiskLevel
-from qflare_server.storage.tables.types import BIG_ID, Base, one_of
+from qflare_server.storage.tables.types import ACTOR_CHARACTERS, BIG_ID, Base, one_of
 
 
 class AuditLog(Base):
@@ -23,8 +23,8 @@ class AuditLog(Base):
     leaf_index: Mapped[int | None] = mapped_column(BigInteger)
     leaf_hash: Mapped[bytes | None]
     event_type: Mapped[str] = mapped_column(String(64))
-    actor: Mapped[str] = mapped_column(String(255))
-    subject: Mapped[str] = mapped_column(String(255))
+    actor: Mapped[str] = mapped_column(String(ACTOR_CHARACTERS))
+    subject: Mapped[str] = mapped_column(String(ACTOR_CHARACTERS))
     peer_address: Mapped[str] = mapped_column(String(128), default="")
     authentication_method: Mapped[str] = mapped_column(String(32), default="")
     risk_level: Mapped[str] = mapped_column(String(8))

@@ -2,10 +2,10 @@
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, Index, LargeBinary, String, Text
+from sqlalchemy import BigInteger, Index, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from qflare_server.storage.tables.types import Base
+from qflare_server.storage.tables.types import ACTOR_CHARACTERS, Base
 
 
 class Lease(Base):
@@ -44,14 +44,18 @@ class Epoch(Base):
 
 
 class IdempotentCall(Base):
-    """The response to a call with a request id, returned again when the call is repeated."""
+    """The response to a call with a request id, returned again when the call is repeated.
+
+    Written in the transaction of the change that the call made. `response` is null where it held secrets.
+    """
 
     __tablename__ = "idempotent_calls"
 
+    actor: Mapped[str] = mapped_column(String(ACTOR_CHARACTERS), primary_key=True)
+    method: Mapped[str] = mapped_column(String(64), primary_key=True)
     request_id: Mapped[str] = mapped_column(String(100), primary_key=True)
-    method: Mapped[str] = mapped_column(String(200), primary_key=True)
     request_digest: Mapped[str] = mapped_column(String(64))
-    response: Mapped[bytes] = mapped_column(LargeBinary)
+    response: Mapped[bytes | None]
     created_at: Mapped[datetime]
 
     __table_args__ = (Index(None, "created_at"),)

@@ -15,7 +15,7 @@ from qflare_server.context import Context
 from qflare_server.errors import QflareError
 from qflare_server.storage.repository import audit, devices
 from qflare_server.storage.repository.audit import Caller, Event
-from qflare_server.storage.tables import RiskLevel
+from qflare_server.storage.tables import ACTOR_CHARACTERS, RiskLevel
 from qflare_server.use_cases.access.rate_limits import TokenBucket
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class FailedAttempts:
             problem: Why, for administrators; the caller is not told.
             risk_level: Risk level of the entry.
         """
-        subject, problem = _printable(subject)[:255], _printable(problem)
+        subject, problem = _printable(subject)[:ACTOR_CHARACTERS], _printable(problem)
         bound = self._bound_of(caller, subject)
         with self._lock:
             left_out = bound.take(self._context.clock())

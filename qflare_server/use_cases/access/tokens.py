@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from sqlalchemy.orm import Session
 
 from qflare_server.context import Context
 from qflare_server.errors import (
-    AlreadyExistsError,
     DeviceNotFoundError,
     InvalidRequestError,
     TokenNotFoundError,
@@ -17,16 +17,16 @@ from qflare_server.storage.paging import Page, PageRequest
 from qflare_server.storage.records import UserToken
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.repository.idempotent_calls import run_once
 from qflare_server.storage.tables import RiskLevel, TokenKind
 from qflare_server.training.groups import checked_groups
-from qflare_server.use_cases.access.authentication import hash_secret, mint_secret
+from qflare_server.use_cases.access.authentication import mint_secret
 from qflare_server.use_cases.access.roles import ADMINISTRATIVE
 
+T = TypeVar("T")
 MAX_TOKENS = 1000
 MAX_LABEL = 200
-MAX_REQUEST_ID = 100
 MAX_LIFETIME_S = 10 * 366 * 86_400
-REQUEST_MEMORY_S = 86_400
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,12 @@ class Tokens:
         label: str = "",
         lifetime_s: float | None = None,
         device_id: str = "",
-        request_id: str = "",
         groups: Sequence[str] = (),
     ) -> Sequence[IssuedToken]:
         """Issue one-time rights to enroll, into groups; with a device id, to give that device new keys.
 
         Raises:
-            AlreadyExistsError: A call with this request id has issued tokens; secrets are not kept.
+            AlreadyExistsError: The call's request id has issued tokens; secrets are not kept.
             InvalidRequestError: The count, the label, the lifetime or a group is out of range, or there are groups for
                 a device that is enrolled.
             DeviceNotFoundError: There is no such device.
@@ -80,8 +79,6 @@ class Tokens:
         def work(session: Session) -> list[IssuedToken]:
             if device_id and devices.get_device(session, device_id) is None:
                 raise DeviceNotFoundError
-            if request_id:
-                self._once(session, caller, request_id)
             return [
                 self._issue(
                     session,
@@ -96,17 +93,7 @@ class Tokens:
                 for _ in range(count)
             ]
 
-        return self._context.database.write(work)
-
-    def _once(self, session: Session, caller: Caller, request_id: str) -> None:
-        """Refuse a request id that was used before, or is too long."""
-        if len(request_id) > MAX_REQUEST_ID:
-            raise InvalidRequestError("request_id: longer than 100 characters", field="request_id")
-        nonce = hash_secret(f"{caller.name}/{request_id}")
-        if tokens.find_nonce(session, nonce):
-            raise AlreadyExistsError("this request_id has issued tokens")
-        expires = self._context.clock() + timedelta(seconds=REQUEST_MEMORY_S)
-        tokens.insert_nonce(session, nonce, expires)
+        return self._once(caller, work)
 
     def issue_admin(
         self,
@@ -114,7 +101,6 @@ class Tokens:
         name: str,
         roles: Sequence[str],
         lifetime_s: float | None = None,
-        request_id: str = "",
         hand_over: Callable[[str], None] = lambda _secret: None,
     ) -> IssuedToken:
         """Issue an admin token.
@@ -124,11 +110,10 @@ class Tokens:
             name: Whom it is for, 1 to 200 printable characters.
             roles: What it may do.
             lifetime_s: Lifetime in seconds; None means no expiry.
-            request_id: A second call with the same one issues nothing.
             hand_over: Given the secret before the token is committed; may be called again for another secret.
 
         Raises:
-            AlreadyExistsError: A call with this request id has issued a token; secrets are not kept.
+            AlreadyExistsError: The call's request id has issued a token; secrets are not kept.
             InvalidRequestError: The name or a role is not one that an administrator can have, or the lifetime
                 is out of range.
         """
@@ -141,15 +126,19 @@ class Tokens:
             raise InvalidRequestError(f"lifetime: got {lifetime_s:g} s", field="lifetime")
 
         def work(session: Session) -> IssuedToken:
-            if request_id:
-                self._once(session, caller, request_id)
             issued = self._issue(
                 session, caller, TokenKind.ADMIN, "qfa1", name, lifetime_s, "", sorted(set(roles))
             )
             hand_over(issued.secret)
             return issued
 
-        return self._context.database.write(work)
+        return self._once(caller, work)
+
+    def _once(self, caller: Caller, work: Callable[[Session], T]) -> T:
+        at = self._context.clock()
+        return self._context.database.write(
+            lambda session: run_once(session, caller, at, lambda: work(session))
+        )
 
     def _issue(
         self,
@@ -216,4 +205,4 @@ class Tokens:
             assert token is not None
             return token
 
-        return self._context.database.write(work)
+        return self._once(caller, work)

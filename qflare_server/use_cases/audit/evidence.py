@@ -4,7 +4,7 @@ A bundle comes in parts of a bounded size; their serializations one after anothe
 which order it is checked, is said in `qflare.evidence.verification`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -29,7 +29,10 @@ from qflare_server.storage.repository.evidence import UpdateOfVersion
 from qflare_server.use_cases.audit.log import EntryProof
 from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of
 
-PART: Final = 100  # statements or updates of one part: at most 1 MiB with their signatures
+BATCH: Final = 100
+"""Versions, updates or evaluations that are read at once."""
+PART_BYTES: Final = 2**20
+"""Most bytes of a part, unless one piece of evidence alone has more; each has less than 300 KiB."""
 Bundle = verification_pb2.VerificationBundle
 
 
@@ -53,7 +56,11 @@ class Evidence:
         """
         model = self._model(training_session_id, version)
         head = self._sequencer.head(fresh=True)
-        yield self._first(model, head)
+        return _packed(self._pieces(model, head))
+
+    def _pieces(self, model: GlobalModel, head: SignedHead) -> Iterator[Bundle]:
+        """Yield the bundle in small pieces, in the order of its fields."""
+        yield from self._first(model, head)
         yield from self._lineage(model)
         shown: set[str] = set()
         yield from self._updates(model, head, shown)
@@ -70,10 +77,10 @@ class Evidence:
                 raise GlobalModelNotFoundError(f"no version {wanted}")
             return model
 
-    def _first(self, model: GlobalModel, head: SignedHead) -> Bundle:
+    def _first(self, model: GlobalModel, head: SignedHead) -> Iterator[Bundle]:
         created = Timestamp()
         created.FromDatetime(self._context.clock())
-        part = Bundle(
+        yield Bundle(
             realm=self._context.config.realm,
             training_session_id=model.training_session_id,
             version=model.version,
@@ -83,21 +90,25 @@ class Evidence:
         with self._context.database.read() as session:
             roots = [_envelope(data) for data in evidence.trust_documents(session, "root")]
             keysets = [_envelope(data) for data in evidence.trust_documents(session, "keyset")]
-            part.entries.extend(_entry(session, head, VERSION_SIGNED, f"version:{model.digest}"))
-        part.keyset.roots.extend(roots)
+            entries = _entry(session, head, VERSION_SIGNED, f"version:{model.digest}")
+        yield Bundle(entries=entries)
+        for root in roots:
+            yield Bundle(keyset=security_pb2.KeysetBundle(roots=[root]))
         if keysets:
-            part.keyset.keyset.CopyFrom(keysets[-1])
-            part.earlier_keysets.extend(keysets[:-1])
-        return part
+            yield Bundle(keyset=security_pb2.KeysetBundle(keyset=keysets[-1]))
+        for keyset in keysets[:-1]:
+            yield Bundle(earlier_keysets=[keyset])
 
     def _lineage(self, model: GlobalModel) -> Iterator[Bundle]:
-        for first in range(0, model.version + 1, PART):
-            last = min(first + PART - 1, model.version)
+        first = 0
+        while first <= model.version:
             with self._context.database.read() as session:
                 rows = global_models.statements(
-                    session, model.training_session_id, first, last, PART
+                    session, model.training_session_id, first, model.version, BATCH
                 )
-            yield Bundle(statements=[_stored(payload, signed) for payload, signed in rows])
+            for payload, signed in rows:
+                yield Bundle(statements=[_stored(payload, signed)])
+            first += len(rows)
 
     def _updates(self, model: GlobalModel, head: SignedHead, shown: set[str]) -> Iterator[Bundle]:
         """Yield the updates of a version; devices whose keys come along are added to those that were shown."""
@@ -105,19 +116,17 @@ class Evidence:
         while True:
             with self._context.database.read() as session:
                 rows = evidence.updates_of_version(
-                    session, model.training_session_id, model.version, after, PART
+                    session, model.training_session_id, model.version, after, BATCH
                 )
                 if not rows:
                     return
                 devices = {row.device_id for row in rows if row.statement is not None} - shown
-                part = Bundle(
-                    updates=[_update(row) for row in rows],
-                    device_keys=[_key(key) for key in evidence.keys_of(session, devices)],
-                )
-                for row in rows:
-                    subject = f"update:{row.id}"
-                    part.entries.extend(_entry(session, head, UPDATE_ACCEPTED, subject))
-            yield part
+                keys = evidence.keys_of(session, devices)
+                subjects = [f"update:{row.id}" for row in rows]
+                entries = [_entry(session, head, UPDATE_ACCEPTED, item) for item in subjects]
+            yield from (Bundle(updates=[_update(row)]) for row in rows)
+            yield from (Bundle(device_keys=[_key(key)]) for key in keys)
+            yield from (Bundle(entries=found) for found in entries)
             shown |= devices
             after = rows[-1].acceptance_sequence
 
@@ -128,22 +137,32 @@ class Evidence:
         while True:
             with self._context.database.read() as session:
                 rows = evaluations.signed_rows(
-                    session, model.training_session_id, model.version, after, PART
+                    session, model.training_session_id, model.version, after, BATCH
                 )
                 if not rows:
                     return
                 devices = {row.device_id for row in rows} - shown
                 keys = evidence.keys_of(session, devices)
-                part = Bundle(
-                    evaluations=[_signed(row.statement, row.signature) for row in rows],
-                    device_keys=[_key(key) for key in keys],
-                )
-                for row in rows:
-                    subject = f"evaluation:{row.statement_digest}"
-                    part.entries.extend(_entry(session, head, EVALUATION_REPORTED, subject))
-            yield part
+                subjects = [f"evaluation:{row.statement_digest}" for row in rows]
+                entries = [_entry(session, head, EVALUATION_REPORTED, item) for item in subjects]
+            yield from (Bundle(evaluations=[_signed(row.statement, row.signature)]) for row in rows)
+            yield from (Bundle(device_keys=[_key(key)]) for key in keys)
+            yield from (Bundle(entries=found) for found in entries)
             shown |= devices
             after = rows[-1].device_id
+
+
+def _packed(pieces: Iterable[Bundle]) -> Iterator[Bundle]:
+    """Yield pieces of a bundle together, as many as a part holds."""
+    part, size_bytes = Bundle(), 0
+    for piece in pieces:
+        added = piece.ByteSize()
+        if size_bytes and size_bytes + added > PART_BYTES:
+            yield part
+            part, size_bytes = Bundle(), 0
+        part.MergeFrom(piece)
+        size_bytes += added
+    yield part
 
 
 def audit_evidence(proof: EntryProof) -> verification_pb2.AuditEvidence:

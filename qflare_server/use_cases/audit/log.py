@@ -12,7 +12,7 @@ from qflare.evidence.audit_entries import Entry
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import AuditEntryNotFoundError, InvalidRequestError
-from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.paging import Page, PageRequest, fitting_count
 from qflare_server.storage.records import AuditLog
 from qflare_server.storage.repository import audit, audit_tree, views
 from qflare_server.storage.repository.audit import AuditFilter
@@ -174,8 +174,9 @@ class AuditExport:
         while True:
             with self._context.database.read() as session:
                 batch = views.audit_after(session, after_id, wanted, BATCH)
-            if batch:
-                yield batch
-                after_id = batch[-1].id
-            if len(batch) < BATCH:
+            shown = batch[: max(1, fitting_count(batch))]
+            if shown:
+                yield shown
+                after_id = shown[-1].id
+            if len(shown) == len(batch) < BATCH:
                 return

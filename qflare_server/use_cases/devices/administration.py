@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
@@ -20,6 +20,7 @@ from qflare_server.storage.records import Device
 from qflare_server.storage.repository import audit, devices, membership, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.devices import DeviceFilter
+from qflare_server.storage.repository.idempotent_calls import run_once
 from qflare_server.storage.tables import DeviceState, RiskLevel
 from qflare_server.training.config import is_one_line
 from qflare_server.training.groups import checked_groups
@@ -84,6 +85,13 @@ def _check_entries(name: str, entries: dict[str, Any]) -> None:
             raise InvalidRequestError(f"{name}: an entry holds NUL", field=name)
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidRequestError(f"{name}: an entry is not finite", field=name)
+
+
+class GroupedDevice(NamedTuple):
+    """A device with its groups, in alphabetical order."""
+
+    device: Device
+    groups: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,7 @@ class Devices:
         with self._context.database.read() as session:
             return devices.count_by_state(session), devices.count_by_type(session)
 
-    def suspend(self, caller: Caller, device_id: str, reason: str) -> Device:
+    def suspend(self, caller: Caller, device_id: str, reason: str) -> GroupedDevice:
         """Suspend a device until it is reinstated, effective on its next call.
 
         Raises:
@@ -160,7 +168,7 @@ class Devices:
         """
         return self._move(caller, device_id, DeviceState.SUSPENDED, reason)
 
-    def reinstate(self, caller: Caller, device_id: str, reason: str) -> Device:
+    def reinstate(self, caller: Caller, device_id: str, reason: str) -> GroupedDevice:
         """Lift a suspension or a quarantine.
 
         Raises:
@@ -168,11 +176,11 @@ class Devices:
         """
         return self._move(caller, device_id, DeviceState.ACTIVE, reason)
 
-    def deactivate(self, caller: Caller, device_id: str, reason: str) -> Device:
+    def deactivate(self, caller: Caller, device_id: str, reason: str) -> GroupedDevice:
         """Mark a device inactive until its next call."""
         return self._move(caller, device_id, DeviceState.INACTIVE, reason)
 
-    def revoke(self, caller: Caller, device_id: str, reason: str) -> Device:
+    def revoke(self, caller: Caller, device_id: str, reason: str) -> GroupedDevice:
         """Revoke a device permanently, with its tokens; its evidence stays."""
 
         def also(session: Session, device: Device) -> None:
@@ -185,7 +193,7 @@ class Devices:
 
     def set_groups(
         self, caller: Caller, device_id: str, groups: Sequence[str], reason: str
-    ) -> Device:
+    ) -> GroupedDevice:
         """Put a device into groups and out of all others; bites on its next call.
 
         Raises:
@@ -198,13 +206,15 @@ class Devices:
         def work(session: Session) -> Device:
             device = _require_device(devices.lock_device(session, device_id))
             before = membership.groups_of(session, [device_id]).get(device_id, ())
+            if sorted(before) == sorted(wanted):
+                return device
             membership.set_groups(session, device_id, wanted)
             details = {"from": ",".join(before), "groups": ",".join(wanted), "reason": reason}
             event = Event("device.groups_changed", f"device:{device_id}", RiskLevel.MEDIUM, details)
             audit.record(session, caller, event, self._context.clock())
             return device
 
-        return self._context.database.write(work)
+        return self._once(caller, device_id, work)
 
     def groups_of(self, device_ids: Sequence[str]) -> Mapping[str, Sequence[str]]:
         """Return the groups of devices; devices without any are left out."""
@@ -213,7 +223,7 @@ class Devices:
 
     def confirm_profile(
         self, caller: Caller, device_id: str, profile: Profile, reason: str
-    ) -> Device:
+    ) -> GroupedDevice:
         """Confirm device type and capabilities of a device: selection uses these values.
 
         Raises:
@@ -237,7 +247,7 @@ class Devices:
             audit.record(session, caller, event, at)
             return _require_device(devices.get_device(session, device_id))
 
-        return self._context.database.write(work)
+        return self._once(caller, device_id, work)
 
     def update_reported(self, caller: Caller, device_id: str, profile: Profile) -> Device:
         """Replace a device's self-reported profile; selection does not use it."""
@@ -270,6 +280,21 @@ class Devices:
         before = self._context.clock() - timedelta(seconds=before_s)
         return self._context.database.write(lambda session: devices.mark_inactive(session, before))
 
+    def _once(
+        self, caller: Caller, device_id: str, change: Callable[[Session], Device]
+    ) -> GroupedDevice:
+        """Make a change, once if the caller has a claim; return the device as it is then."""
+
+        def work(session: Session) -> GroupedDevice:
+            device = change(session)
+            groups = membership.groups_of(session, [device_id]).get(device_id, ())
+            return GroupedDevice(device, groups)
+
+        at = self._context.clock()
+        return self._context.database.write(
+            lambda session: run_once(session, caller, at, lambda: work(session))
+        )
+
     def _move(
         self,
         caller: Caller,
@@ -277,7 +302,7 @@ class Devices:
         state: DeviceState,
         reason: str,
         also: Callable[[Session, Device], None] | None = None,
-    ) -> Device:
+    ) -> GroupedDevice:
         _check_reason(reason)
 
         def work(session: Session) -> Device:
@@ -285,6 +310,8 @@ class Devices:
             if device.state == DeviceState.REVOKED.value and state is not DeviceState.REVOKED:
                 raise WrongStateError("the device is revoked")
             before = device.state
+            if (before, device.state_reason) == (state.value, reason):
+                return device
             if also is not None:
                 also(session, device)
             devices.update_device(
@@ -299,7 +326,7 @@ class Devices:
             audit.record(session, caller, event, self._context.clock())
             return _require_device(devices.get_device(session, device_id))
 
-        return self._context.database.write(work)
+        return self._once(caller, device_id, work)
 
 
 def _check_reason(reason: str) -> None:

@@ -35,10 +35,9 @@ from qflare_server.storage.records import Device, UserToken
 from qflare_server.storage.repository import audit, devices, membership, tokens
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import DeviceState, RiskLevel, TokenKind
-from qflare_server.use_cases.access.authentication import Principal, hash_secret
+from qflare_server.use_cases.access.authentication import hash_secret
 from qflare_server.use_cases.access.failed_attempts import FailedAttempts, RefusedError
 from qflare_server.use_cases.devices.administration import Profile
-from qflare_server.use_cases.devices.key_rotation import KeyRotations
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns
 
 LOST_KEYS = "lost"
@@ -82,14 +81,18 @@ class Enrollment:
         self._keys = keys
         self._refusals = FailedAttempts(context)
         self._algorithms = AcceptedAlgorithms(context.config)
-        self._rotations = KeyRotations(context, keys)
         self._protocol = protocol.EnrollmentServer(
             realm=keys.realm, state_key=keys.state_key, decapsulate=keys.decapsulate
         )
 
     def keyset(self, known_root_version: int = 0) -> security_pb2.KeysetBundle:
-        """Return the keyset in force, with the root documents after a version."""
+        """Return the keyset in force, with the next root documents after a version."""
         return self._keys.bundle(known_root_version)
+
+    @property
+    def root_version(self) -> int:
+        """Version of the latest root document."""
+        return self._keys.trust.root.version
 
     @property
     def keyset_version(self) -> int:
@@ -133,12 +136,6 @@ class Enrollment:
             return self._admit(caller, application, plan, at)
         except (HandshakeError, RefusedError) as error:
             raise self._refused(caller, error) from error
-
-    def rotate(
-        self, caller: Caller, principal: Principal, rotation: security_pb2.SignedEnvelope
-    ) -> int:
-        """Exchange the keys of the calling device; see `KeyRotations.rotate`."""
-        return self._rotations.rotate(caller, principal, rotation)
 
     def _admit(
         self,

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
+from typing import Final
 
 from sqlalchemy.orm import Session
 
@@ -10,13 +11,12 @@ from qflare.tensors import Manifest
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
-    AlreadyExistsError,
     InvalidRequestError,
     RoundNotFoundError,
     TrainingSessionNotFoundError,
     WrongStateError,
 )
-from qflare_server.storage.paging import Page, PageRequest
+from qflare_server.storage.paging import Page, PageRequest, sent_bytes
 from qflare_server.storage.payload_records import Download, ReceivedPayload
 from qflare_server.storage.records import GlobalModel, ModelUpdate, Round, TrainingSession
 from qflare_server.storage.repository import (
@@ -28,19 +28,20 @@ from qflare_server.storage.repository import (
     views,
 )
 from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.repository.idempotent_calls import run_once
 from qflare_server.storage.tables import ENDED, RiskLevel, RoundState, TrainingSessionState
 from qflare_server.storage.training_configs import to_json
 from qflare_server.training.config import complete, deadline_s, is_one_line
-from qflare_server.training.premises import repeat
+from qflare_server.training.premises import PremisesChangedError, repeat
 from qflare_server.training.privacy import require_affordable
 from qflare_server.training.retention import prune_payloads
-from qflare_server.training.rounds import cancel_round, open_round, sign_task
+from qflare_server.training.rounds import RoundTask, cancel_round, open_round, sign_task
 from qflare_server.training.strategy import add_device_settings, build_strategy
 from qflare_server.training.versions import VersionDraft, publish, sign_version
 from qflare_server.use_cases.training_sessions.progress import Participation, Progress
 
-REQUEST_NAMESPACE = uuid.UUID("5b1c3c0e-6f0e-4b5c-8f0a-9f5d6f6a2b11")
 MAX_ABSENT = 100
+MAX_ARCHITECTURE_BYTES: Final = 2**19
 
 
 def checked(
@@ -74,36 +75,26 @@ class Training:
         model_type: str,
         architecture: Mapping[str, str],
         config: training_pb2.TrainingConfig,
-        request_id: str = "",
     ) -> TrainingSession:
         """Create a training session; it waits for an initial model and for its start.
 
         Args:
-            caller: For the audit log.
+            caller: For the audit log; with a claim, the call creates one training session however often it is made.
             name: 1 to 200 characters.
             model_type: At most 100 characters.
             architecture: Free text by name.
             config: What is left out takes its default.
-            request_id: The same id gives the training session that it created before.
 
         Raises:
-            AlreadyExistsError: Another request had this request id.
             InvalidRequestError: A field is out of range.
             StrategyRefusedError: The strategy's settings contradict each other.
         """
+        _check_architecture(architecture)
         done = checked(name, model_type, config)
-        _text("request_id", request_id, 0, 100)
         at = self._context.clock()
         training_session_id = str(uuid.uuid4())
-        if request_id:
-            training_session_id = str(uuid.uuid5(REQUEST_NAMESPACE, f"{caller.name}/{request_id}"))
 
         def work(session: Session) -> TrainingSession:
-            known = (
-                training_sessions.get_session(session, training_session_id) if request_id else None
-            )
-            if known is not None:
-                return _repeated(known, name, model_type, architecture, config, done)
             training_sessions.insert_session(
                 session,
                 {
@@ -122,7 +113,7 @@ class Training:
             )
             return _get(session, training_session_id)
 
-        return self._context.database.write(work)
+        return self._once(caller, work)
 
     def add_initial_model(
         self,
@@ -198,22 +189,7 @@ class Training:
         return repeat(lambda: self._start(caller, training_session_id))
 
     def _start(self, caller: Caller, training_session_id: str) -> TrainingSession:
-        with self._context.database.read() as session:
-            waiting = _get(session, training_session_id)
-            if waiting.state == TrainingSessionState.RUNNING.value:
-                return waiting
-            _require_state(waiting, TrainingSessionState.CREATED)
-            base = global_models.get_model(session, waiting.id, waiting.current_version)
-            if base is None:
-                raise WrongStateError("the training session has no initial model")
-        task = sign_task(
-            self._context,
-            waiting.id,
-            waiting.config,
-            number=waiting.current_round + 1,
-            base_version=base.version,
-            base_digest=base.digest,
-        )
+        task = self._first_task(training_session_id)
 
         def work(session: Session) -> TrainingSession:
             at = self._context.clock()
@@ -221,13 +197,38 @@ class Training:
             if training_session.state == TrainingSessionState.RUNNING.value:
                 return _get(session, training_session.id)
             _require_state(training_session, TrainingSessionState.CREATED)
+            if task is None:
+                raise PremisesChangedError("the training session was running a moment ago")
             values = {"state": TrainingSessionState.RUNNING.value, "started_at": at}
             training_sessions.update_session(session, training_session.id, values)
             open_round(session, training_session, task, at)
             self._record(session, caller, "training_session.started", training_session.id, at)
             return _get(session, training_session.id)
 
-        return self._changed(work)
+        return self._changed(caller, work)
+
+    def _first_task(self, training_session_id: str) -> RoundTask | None:
+        """Return the task of the first round, signed; None where the training session is running already.
+
+        Raises:
+            WrongStateError: It is paused or has ended, or has no initial model.
+        """
+        with self._context.database.read() as session:
+            waiting = _get(session, training_session_id)
+            if waiting.state == TrainingSessionState.RUNNING.value:
+                return None
+            _require_state(waiting, TrainingSessionState.CREATED)
+            base = global_models.get_model(session, waiting.id, waiting.current_version)
+            if base is None:
+                raise WrongStateError("the training session has no initial model")
+        return sign_task(
+            self._context,
+            waiting.id,
+            waiting.config,
+            number=waiting.current_round + 1,
+            base_version=base.version,
+            base_digest=base.digest,
+        )
 
     def pause(self, caller: Caller, training_session_id: str) -> TrainingSession:
         """Take no updates until it is resumed; a round that has closed is still published.
@@ -250,7 +251,7 @@ class Training:
             self._record(session, caller, "training_session.paused", training_session.id, at)
             return _get(session, training_session.id)
 
-        return self._changed(work)
+        return self._changed(caller, work)
 
     def resume(self, caller: Caller, training_session_id: str) -> TrainingSession:
         """Resume after a pause; the open round's deadline restarts.
@@ -280,7 +281,7 @@ class Training:
             self._record(session, caller, "training_session.resumed", training_session.id, at)
             return _get(session, training_session.id)
 
-        return self._changed(work)
+        return self._changed(caller, work)
 
     def cancel(self, caller: Caller, training_session_id: str, reason: str) -> TrainingSession:
         """End it; its versions stay, its pending updates are rejected.
@@ -316,7 +317,7 @@ class Training:
             )
             return _get(session, training_session.id)
 
-        cancelled = self._changed(work)
+        cancelled = self._changed(caller, work)
         prune_payloads(self._context, training_session_id)
         return cancelled
 
@@ -402,8 +403,16 @@ class Training:
             _require_state(training_session, wanted)
         return training_session
 
-    def _changed(self, work: Callable[[Session], TrainingSession]) -> TrainingSession:
-        changed = self._context.database.write(work)
+    def _once(self, caller: Caller, work: Callable[[Session], TrainingSession]) -> TrainingSession:
+        at = self._context.clock()
+        return self._context.database.write(
+            lambda session: run_once(session, caller, at, lambda: work(session))
+        )
+
+    def _changed(
+        self, caller: Caller, work: Callable[[Session], TrainingSession]
+    ) -> TrainingSession:
+        changed = self._once(caller, work)
         self._context.wake()
         return changed
 
@@ -435,30 +444,6 @@ def require_found(
     return training_session
 
 
-def _repeated(
-    known: TrainingSession,
-    name: str,
-    model_type: str,
-    architecture: Mapping[str, str],
-    asked: training_pb2.TrainingConfig,
-    completed: training_pb2.TrainingConfig,
-) -> TrainingSession:
-    """Return what a request id has created, if it was by the same request.
-
-    Raises:
-        AlreadyExistsError: It was by another.
-    """
-    stored = known.config
-    again = training_pb2.TrainingConfig()
-    again.CopyFrom(completed)
-    if not asked.selection.seed:  # one was drawn
-        again.selection.seed = stored.selection.seed
-    stated = (name, model_type, dict(architecture), again)
-    if stated != (known.name, known.model_type, dict(known.architecture), stored):
-        raise AlreadyExistsError("request_id: another request had it", {"field": "request_id"})
-    return known
-
-
 def _get(session: Session, training_session_id: str) -> TrainingSession:
     return require_found(
         training_sessions.get_session(session, training_session_id), training_session_id
@@ -469,6 +454,16 @@ def _require_state(training_session: TrainingSession, wanted: TrainingSessionSta
     if training_session.state != wanted.value:
         raise WrongStateError(
             f"the training session is {training_session.state}, want {wanted.value}"
+        )
+
+
+def _check_architecture(architecture: Mapping[str, str]) -> None:
+    """Refuse a description that leaves no room in the header of a version."""
+    size_bytes = sent_bytes(architecture)
+    if size_bytes > MAX_ARCHITECTURE_BYTES:
+        raise InvalidRequestError(
+            f"architecture: got {size_bytes} bytes, want at most {MAX_ARCHITECTURE_BYTES}",
+            field="architecture",
         )
 
 

@@ -42,6 +42,8 @@ from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import RiskLevel, UpdateState
 
 MAX_LINKS = 1000
+MAX_LINK_BYTES: Final = 2**19
+"""Most bytes of statements in a header, beside a layout and digests of up to `MAX_DESCRIPTION_BYTES`."""
 CACHE_BYTES = 96 * 2**20
 
 
@@ -165,6 +167,7 @@ class Deliveries:
                     known_version + 1,
                     model.version - 1,
                     MAX_LINKS,
+                    MAX_LINK_BYTES,
                 )
             return Delivery(model, describe(payload), Encoding(form), links)
 

@@ -2,20 +2,22 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
+from qflare.crypto import merkle
+from qflare.tensors import CHUNK_BYTES, Manifest, ManifestLimits
 from qflare.tensors import InvalidManifestError as BadManifestError
-from qflare.tensors import Manifest, ManifestLimits
 from qflare.tensors.download_encodings import download_manifest
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import admin_service_pb2, tensor_pb2, training_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context
-from qflare_server.errors import InvalidManifestError
+from qflare_server.errors import InvalidManifestError, WrongStateError
 from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.sealed_receiver import receiver_of, version_seal_context
 from qflare_server.payloads.writer import VersionWriter, received_chunks
 from qflare_server.storage.records import GlobalModel
-from qflare_server.storage.repository import payloads
+from qflare_server.storage.repository import global_models, payloads
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.training.config import download_encoding, require_trainable
 from qflare_server.use_cases.training_sessions.administration import Training, checked
@@ -65,7 +67,7 @@ class InitialModels:
         header: admin_service_pb2.InitialModelHeader,
         chunks: Iterator[tuple[int, bytes]],
     ) -> GlobalModel:
-        """Take in a model and publish it as version 0.
+        """Take in a model and publish it as version 0; where the training session has this very model, change nothing.
 
         Raises:
             InvalidManifestError: The manifest is no layout, has no floating tensor, or none that the training
@@ -75,6 +77,9 @@ class InitialModels:
             DigestMismatchError: The bytes are not those of the digest.
             WrongStateError: The training session has been started, or has an initial model.
         """
+        known = self._known(header)
+        if known is not None:
+            return _same(known, chunks)
         training_session = self._training.require_waiting(header.training_session_id)
         config = training_session.config
         manifest = checked_layout(self._context.config, config, header.manifest)
@@ -105,6 +110,14 @@ class InitialModels:
         return self._training.add_initial_model(
             caller, header.training_session_id, manifest, received, download
         )
+
+    def _known(self, header: admin_service_pb2.InitialModelHeader) -> GlobalModel | None:
+        """Return version 0 of a training session if it may be the model of an upload, None otherwise."""
+        with self._context.database.read() as session:
+            known = global_models.get_model(session, header.training_session_id, 0)
+        if known is None or known.layout_digest != header.manifest.layout_digest:
+            return None
+        return known if header.payload_digest in {"", known.payload_digest} else None
 
 
 def checked_layout(
@@ -143,6 +156,19 @@ def _parse(settings: ServerConfig, message: tensor_pb2.Manifest) -> Manifest:
     if not any(spec.dtype.is_float and spec.element_count for spec in manifest.tensors):
         raise InvalidManifestError("manifest: no floating tensor", field="header.manifest")
     return manifest
+
+
+def _same(known: GlobalModel, chunks: Iterator[tuple[int, bytes]]) -> GlobalModel:
+    """Return version 0 if the chunks of an upload are its bytes.
+
+    Raises:
+        WrongStateError: They are not.
+    """
+    chunk_count = -(-known.size_bytes // CHUNK_BYTES)
+    leaves = [merkle.leaf_hash(data) for _, data in islice(chunks, chunk_count + 1)]
+    if merkle.root(leaves).hex() != known.payload_digest:
+        raise WrongStateError("the training session has another initial model")
+    return known
 
 
 def _require_smaller(manifest: Manifest, encoding: Encoding) -> None:

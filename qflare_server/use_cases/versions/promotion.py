@@ -30,6 +30,7 @@ from qflare_server.storage.repository import (
     views,
 )
 from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.repository.idempotent_calls import run_once
 from qflare_server.storage.repository.views import VersionMetrics
 from qflare_server.storage.tables import RiskLevel
 from qflare_server.storage.tables import TrainingSessionState as SessionState
@@ -125,7 +126,10 @@ class Promotion:
                 audit.record(session, caller, event, self._context.clock())
             return _model(session, training_session_id, version)
 
-        return self._context.database.write(work)
+        at = self._context.clock()
+        return self._context.database.write(
+            lambda session: run_once(session, caller, at, lambda: work(session))
+        )
 
     def roll_back(
         self, caller: Caller, training_session_id: str, version: int, reason: str
@@ -156,8 +160,11 @@ class Promotion:
                 training_sessions.get_session(session, training_session_id), training_session_id
             )
             done = _rolled_back(session, known, version)
-            if done is not None:
-                return done
+        if done is not None:
+            return self._context.database.write(
+                lambda session: run_once(session, caller, at, lambda: done)
+            )
+        with self._context.database.read() as session:
             draft = _draft(session, known, version, at)
             parent = version_of(_model(session, known.id, known.current_version))
             restored = version_of(_model(session, known.id, version))
@@ -191,7 +198,9 @@ class Promotion:
             )
             return Rollback(_model(session, training_session_id, draft.version), opened)
 
-        return self._context.database.write(work)
+        return self._context.database.write(
+            lambda session: run_once(session, caller, at, lambda: work(session))
+        )
 
     def _next_task(
         self,

@@ -90,8 +90,8 @@ def test_unknown_device_is_not_found(core: CoordinatorHarness) -> None:
 
 
 def test_suspended_device_is_reinstated(core: CoordinatorHarness) -> None:
-    suspended = core.devices.suspend(ALICE, "device-0", "looks odd")
-    reinstated = core.devices.reinstate(ALICE, "device-0", "was fine")
+    suspended = core.devices.suspend(ALICE, "device-0", "looks odd").device
+    reinstated = core.devices.reinstate(ALICE, "device-0", "was fine").device
 
     assert (suspended.state, suspended.state_reason) == ("suspended", "looks odd")
     assert (reinstated.state, reinstated.state_reason) == ("active", "was fine")

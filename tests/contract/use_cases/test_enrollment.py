@@ -324,7 +324,7 @@ class TestLosingKeys:
         _, grant = following.log_in(coordinator)
         principal = principal_of(coordinator, grant.access_token)
         rotation = following.rotation(SimulatedDevice(), 2, clock())
-        assert coordinator.enrollment.rotate(CALLER, principal, rotation) == 2
+        assert coordinator.key_rotations.rotate(CALLER, principal, rotation) == 2
 
     def test_the_same_keys_again_get_the_same_receipt(
         self, coordinator: Coordinator, device: SimulatedDevice
@@ -400,7 +400,7 @@ class TestRotating:
     ) -> None:
         following = SimulatedDevice(device_id=device.device_id)
         rotation = device.rotation(following, 1, clock())
-        assert coordinator.enrollment.rotate(CALLER, principal, rotation) == 1
+        assert coordinator.key_rotations.rotate(CALLER, principal, rotation) == 1
         following.log_in(coordinator)
         with pytest.raises(UnauthenticatedError):
             device.log_in(coordinator)
@@ -413,7 +413,7 @@ class TestRotating:
         clock: FakeClock,
     ) -> None:
         rotation = device.rotation(SimulatedDevice(), 1, clock())
-        coordinator.enrollment.rotate(CALLER, principal, rotation)
+        coordinator.key_rotations.rotate(CALLER, principal, rotation)
         first, second = keys_of(coordinator, device.device_id)
         assert first.retired_reason == "rotated"
         assert security_pb2.SignedEnvelope.FromString(second.statement or b"") == rotation
@@ -426,8 +426,8 @@ class TestRotating:
         clock: FakeClock,
     ) -> None:
         rotation = device.rotation(SimulatedDevice(), 1, clock())
-        coordinator.enrollment.rotate(CALLER, principal, rotation)
-        assert coordinator.enrollment.rotate(CALLER, principal, rotation) == 1
+        coordinator.key_rotations.rotate(CALLER, principal, rotation)
+        assert coordinator.key_rotations.rotate(CALLER, principal, rotation) == 1
         assert len(keys_of(coordinator, device.device_id)) == 2
 
     def test_other_logins_end_and_this_one_goes_on(
@@ -440,7 +440,7 @@ class TestRotating:
         _, own = device.log_in(coordinator)
         principal = principal_of(coordinator, own.access_token)
         rotation = device.rotation(SimulatedDevice(), 1, clock())
-        coordinator.enrollment.rotate(CALLER, principal, rotation)
+        coordinator.key_rotations.rotate(CALLER, principal, rotation)
         assert principal_of(coordinator, own.access_token).device_id == device.device_id
         with pytest.raises(UnauthenticatedError):
             principal_of(coordinator, other.access_token)
@@ -456,7 +456,7 @@ class TestRotating:
     ) -> None:
         rotation = device.rotation(SimulatedDevice(), sequence_number, clock())
         with pytest.raises(WrongStateError) as refused:
-            coordinator.enrollment.rotate(CALLER, principal, rotation)
+            coordinator.key_rotations.rotate(CALLER, principal, rotation)
         assert refused.value.metadata == {"key_rotation_count": "0"}
 
     def test_a_negative_number_is_an_invalid_request(
@@ -468,7 +468,7 @@ class TestRotating:
     ) -> None:
         rotation = device.rotation(SimulatedDevice(), -1, clock())
         with pytest.raises(InvalidRequestError) as refused:
-            coordinator.enrollment.rotate(CALLER, principal, rotation)
+            coordinator.key_rotations.rotate(CALLER, principal, rotation)
         assert refused.value.field == "rotation.payload.sequence_number"
 
     def test_a_rotated_key_cannot_rotate(
@@ -479,9 +479,9 @@ class TestRotating:
         clock: FakeClock,
     ) -> None:
         first = device.rotation(SimulatedDevice(), 1, clock())
-        coordinator.enrollment.rotate(CALLER, principal, first)
+        coordinator.key_rotations.rotate(CALLER, principal, first)
         with pytest.raises(WrongStateError):
-            coordinator.enrollment.rotate(
+            coordinator.key_rotations.rotate(
                 CALLER, principal, device.rotation(SimulatedDevice(), 2, clock())
             )
 
@@ -493,9 +493,11 @@ class TestRotating:
         clock: FakeClock,
     ) -> None:
         following = SimulatedDevice(device_id=device.device_id)
-        coordinator.enrollment.rotate(CALLER, principal, device.rotation(following, 1, clock()))
+        coordinator.key_rotations.rotate(CALLER, principal, device.rotation(following, 1, clock()))
         with pytest.raises(InvalidRequestError):
-            coordinator.enrollment.rotate(CALLER, principal, following.rotation(device, 2, clock()))
+            coordinator.key_rotations.rotate(
+                CALLER, principal, following.rotation(device, 2, clock())
+            )
 
     @pytest.mark.parametrize("signer", ["previous", "next"])
     def test_one_signature_is_not_enough(
@@ -511,7 +513,7 @@ class TestRotating:
         key = device.signing if signer == "previous" else following.signing
         envelope = sign_envelope(key, SigningContext.ROTATION, statement)
         with pytest.raises(InvalidSignatureError):
-            coordinator.enrollment.rotate(CALLER, principal, envelope)
+            coordinator.key_rotations.rotate(CALLER, principal, envelope)
         (event,) = coordinator.events("rotation.refused")
         assert event.risk_level == RiskLevel.HIGH.value
 
@@ -527,7 +529,7 @@ class TestRotating:
             SigningContext.UPDATE, rotation.payload
         )
         with pytest.raises(InvalidSignatureError):
-            coordinator.enrollment.rotate(CALLER, principal, rotation)
+            coordinator.key_rotations.rotate(CALLER, principal, rotation)
 
     @pytest.mark.parametrize("change", [{"realm": "elsewhere"}, {"device_id": "another"}])
     def test_another_realm_or_device_is_refused(
@@ -540,7 +542,7 @@ class TestRotating:
     ) -> None:
         rotation = device.rotation(SimulatedDevice(), 1, clock(), **change)
         with pytest.raises(InvalidRequestError):
-            coordinator.enrollment.rotate(CALLER, principal, rotation)
+            coordinator.key_rotations.rotate(CALLER, principal, rotation)
 
     def test_another_devices_key_cannot_sign(
         self,
@@ -553,7 +555,7 @@ class TestRotating:
         other.enroll(coordinator)
         thief = replace(other, device_id=device.device_id)
         with pytest.raises(WrongStateError):
-            coordinator.enrollment.rotate(
+            coordinator.key_rotations.rotate(
                 CALLER, principal, thief.rotation(SimulatedDevice(), 1, clock())
             )
 
@@ -562,7 +564,7 @@ class TestRotating:
     ) -> None:
         envelope = sign_envelope(SigningKey.generate(), SigningContext.ROTATION, b"\xff")
         with pytest.raises(InvalidRequestError):
-            coordinator.enrollment.rotate(CALLER, principal, envelope)
+            coordinator.key_rotations.rotate(CALLER, principal, envelope)
 
     def test_of_two_rotations_at_the_same_moment_one_counts(
         self,
@@ -573,7 +575,7 @@ class TestRotating:
     ) -> None:
         rotations = [device.rotation(SimulatedDevice(), 1, clock()) for _ in range(2)]
         results = at_once(
-            2, lambda number: coordinator.enrollment.rotate(CALLER, principal, rotations[number])
+            2, lambda number: coordinator.key_rotations.rotate(CALLER, principal, rotations[number])
         )
         assert sorted(type(result).__name__ for result in results) == ["WrongStateError", "int"]
         assert coordinator.devices.get(device.device_id).key_rotation_count == 1

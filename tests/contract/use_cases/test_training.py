@@ -1,6 +1,8 @@
 """Training sessions keep their life cycle, whoever asks for what when."""
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,17 +10,18 @@ import pytest
 from qflare.tensors import Manifest, chunks
 from qflare.v1 import admin_service_pb2, training_pb2
 from qflare_server.errors import (
-    AlreadyExistsError,
     InvalidManifestError,
     InvalidRequestError,
     InvalidUpdateError,
+    RequestIdReusedError,
     RoundNotFoundError,
     StrategyRefusedError,
     TrainingSessionNotFoundError,
     WrongStateError,
 )
 from qflare_server.storage.paging import PageRequest
-from qflare_server.storage.repository.audit import SYSTEM, Caller
+from qflare_server.storage.repository.audit import SYSTEM, Caller, Claim
+from qflare_server.storage.repository.idempotent_calls import RepeatedCallError
 from qflare_server.storage.tables import AuditLog, GlobalModel, Round, TrainingSession
 from tests.conftest import START, FakeClock
 from tests.support.use_cases import CoordinatorHarness, floats, vector
@@ -27,16 +30,27 @@ MISSING = "00000000-0000-4000-8000-000000000000"
 
 
 def create(
-    core: CoordinatorHarness, name: str = "test", request_id: str = "", **config: object
+    core: CoordinatorHarness,
+    name: str = "test",
+    request_id: str = "",
+    caller: Caller = SYSTEM,
+    **config: object,
 ) -> str:
-    return core.training.create(
-        SYSTEM,
-        name=name,
-        model_type="",
-        architecture={"layers": "2"},
-        config=training_pb2.TrainingConfig(**config),  # type: ignore[arg-type]
-        request_id=request_id,
-    ).id
+    asked = training_pb2.TrainingConfig(**config)  # type: ignore[arg-type]
+    claim = None
+    if request_id:
+        digest = hashlib.sha256(name.encode() + asked.SerializeToString()).hexdigest()
+        claim = Claim("CreateTrainingSession", request_id, digest, lambda row: row.id.encode())
+    try:
+        return core.training.create(
+            replace(caller, claim=claim),
+            name=name,
+            model_type="",
+            architecture={"layers": "2"},
+            config=asked,
+        ).id
+    except RepeatedCallError as repeated:
+        return repeated.response.decode()
 
 
 def test_created_session_waits_for_its_model(core: CoordinatorHarness) -> None:
@@ -66,7 +80,7 @@ def test_a_request_id_of_another_request_is_refused(
 ) -> None:
     create(core, request_id="request-1")
 
-    with pytest.raises(AlreadyExistsError):
+    with pytest.raises(RequestIdReusedError):
         create(core, request_id="request-1", **other)
 
     assert core.count(TrainingSession) == 1
@@ -75,14 +89,7 @@ def test_a_request_id_of_another_request_is_refused(
 def test_request_ids_of_two_callers_are_apart(core: CoordinatorHarness) -> None:
     first = create(core, request_id="request-1")
 
-    second = core.training.create(
-        Caller("admin:bob"),
-        name="test",
-        model_type="",
-        architecture={},
-        config=training_pb2.TrainingConfig(),
-        request_id="request-1",
-    ).id
+    second = create(core, request_id="request-1", caller=Caller("admin:bob"))
 
     assert second != first
 
@@ -140,8 +147,22 @@ def test_second_initial_model_is_refused(core: CoordinatorHarness, state: str) -
     )
 
     with pytest.raises(WrongStateError):
-        core.initial_models.upload(SYSTEM, header, enumerate(chunks(vector(0), manifest)))
+        core.initial_models.upload(SYSTEM, header, enumerate(chunks(vector(1), manifest)))
 
+    assert core.count(GlobalModel) == 1
+
+
+@pytest.mark.parametrize("state", ["started", "has a model"])
+def test_the_same_initial_model_again_changes_nothing(core: CoordinatorHarness, state: str) -> None:
+    identity = core.start() if state == "started" else core.create()
+    manifest = Manifest.from_arrays(vector(0))
+    header = admin_service_pb2.InitialModelHeader(
+        training_session_id=identity, manifest=manifest.to_proto()
+    )
+
+    again = core.initial_models.upload(SYSTEM, header, enumerate(chunks(vector(0), manifest)))
+
+    assert again.digest == core.versions(identity)[0].digest
     assert core.count(GlobalModel) == 1
 
 

@@ -17,6 +17,8 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 SECONDS_OF_DAY: Final = 86_400
+MAX_SHARED_BYTES: Final = 2 * 2**20
+"""Longest first message of a stream that a chunk is added to."""
 
 
 def timestamp(at: datetime | None) -> Timestamp | None:
@@ -82,12 +84,15 @@ def envelope(payload: bytes, signature: bytes) -> security_pb2.SignedEnvelope:
 def in_messages(
     make: Callable[[], Message], first: Message, chunks: Iterator[tuple[int, bytes]]
 ) -> Iterator[Message]:
-    """Yield a stream's messages: the first chunk travels with the first message.
+    """Yield a stream's messages: the first chunk travels with the first message, where both fit.
 
     The fields are set in place: a chunk message handed to a constructor is copied once more.
     """
     message: Any = first
     sent = False
+    if message.ByteSize() > MAX_SHARED_BYTES:
+        yield message
+        message, sent = make(), True
     for index, data in chunks:
         message.chunk.index = index
         message.chunk.data = data
