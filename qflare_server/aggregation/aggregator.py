@@ -19,7 +19,11 @@ from qflare.evidence.statements import StatementError
 from qflare.tensors import InvalidManifestError, InvalidPayloadError
 from qflare_server.aggregation.fold import BATCH, RoundFold
 from qflare_server.aggregation.plan import RoundPlan, read_plan
-from qflare_server.aggregation.publication import Publication, prepare_publication
+from qflare_server.aggregation.publication import (
+    Publication,
+    prepare_publication,
+    sign_following_task,
+)
 from qflare_server.aggregation.row_integrity import record_refusals
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -28,6 +32,7 @@ from qflare_server.errors import (
     StorageFullError,
     StoreUnavailableError,
 )
+from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import leases, training_sessions, updates
 from qflare_server.storage.repository.training_sessions import RoundInProgress
 from qflare_server.storage.tables import RoundState, TrainingSessionState
@@ -48,7 +53,6 @@ from qflare_server.training.rounds import (
     handle_missed_quorum,
     open_round,
     opens_after_missed_quorum,
-    sign_task,
 )
 
 logger = logging.getLogger(__name__)
@@ -216,15 +220,11 @@ class Aggregator:
         next_task = self._task_after_missed_quorum(item)
 
         def work(session: Session) -> bool:
-            training_session = training_sessions.lock_session(session, item.training_session_id)
-            current = training_sessions.lock_round(session, item.training_session_id, item.number)
-            now = self._context.clock()
-            if (
-                training_session is None
-                or current is None
-                or current.state != RoundState.OPEN.value
-            ):
+            locked = _lock(session, item)
+            if locked is None or locked[1].state != RoundState.OPEN.value:
                 return False
+            training_session, current = locked
+            now = self._context.clock()
             if (
                 training_session.state != TrainingSessionState.RUNNING.value
                 or current.deadline_at > now
@@ -248,14 +248,7 @@ class Aggregator:
 
     def _sign_retry(self, plan: RoundPlan) -> RoundTask:
         """Sign the task of a round that follows one of the same base version."""
-        return sign_task(
-            self._context,
-            plan.training_session_id,
-            plan.config,
-            number=plan.number + 1,
-            base_version=plan.base_version,
-            base_digest=plan.parent.digest,
-        )
+        return sign_following_task(self._context, plan, plan.base_version, plan.parent.digest)
 
     def _publish(self, item: RoundInProgress, fold: RoundFold) -> bool:
         """Write the version's bytes, then publish it in one transaction."""
@@ -348,10 +341,10 @@ class Aggregator:
         self, session: Session, item: RoundInProgress, reason: str, fold: RoundFold
     ) -> bool:
         """End a training session whose next version would spend more privacy than it may."""
-        training_session = training_sessions.lock_session(session, item.training_session_id)
-        current = training_sessions.lock_round(session, item.training_session_id, item.number)
-        if training_session is None or current is None or current.state != RoundState.CLOSED.value:
+        locked = _lock(session, item)
+        if locked is None or locked[1].state != RoundState.CLOSED.value:
             return False
+        training_session, current = locked
         now = self._context.clock()
         record_refusals(session, training_session.id, current.number, fold.refusals, now)
         fail_round(session, training_session, current, reason, now)
@@ -361,10 +354,10 @@ class Aggregator:
 
     def _end_untrainable(self, session: Session, item: RoundInProgress, reason: str) -> bool:
         """End a training session that an earlier release created and that no update can serve."""
-        training_session = training_sessions.lock_session(session, item.training_session_id)
-        current = training_sessions.lock_round(session, item.training_session_id, item.number)
-        if training_session is None or current is None:
+        locked = _lock(session, item)
+        if locked is None:
             return False
+        training_session, current = locked
         now = self._context.clock()
         fail_round(session, training_session, current, reason, now)
         end_session(session, training_session, TrainingSessionState.FAILED, reason, now)
@@ -379,10 +372,10 @@ class Aggregator:
         next_task: RoundTask,
     ) -> bool:
         """Give up a round that makes no version, and open another from the same base version."""
-        training_session = training_sessions.lock_session(session, item.training_session_id)
-        current = training_sessions.lock_round(session, item.training_session_id, item.number)
-        if training_session is None or current is None or current.state != RoundState.CLOSED.value:
+        locked = _lock(session, item)
+        if locked is None or locked[1].state != RoundState.CLOSED.value:
             return False
+        training_session, current = locked
         now = self._context.clock()
         rejected = fold.outcome.rejected
         updates.mark_rejected(session, rejected, now)
@@ -401,3 +394,10 @@ class Aggregator:
 def _names(item: RoundInProgress) -> dict[str, Any]:
     """Return what a span says of its round."""
     return {"training_session_id": item.training_session_id, "round_number": item.number}
+
+
+def _lock(session: Session, item: RoundInProgress) -> tuple[TrainingSession, Round] | None:
+    """Lock a training session and its round in progress; None if either is gone."""
+    training_session = training_sessions.lock_session(session, item.training_session_id)
+    current = training_sessions.lock_round(session, item.training_session_id, item.number)
+    return None if training_session is None or current is None else (training_session, current)

@@ -197,7 +197,11 @@ def prepare_publication(
         draft, publish_duration_s=max(0.0, (context.clock() - closed_at).total_seconds())
     )
     version = sign_version(context, plan.training_session_id, plan.config, draft, plan.parent)
-    task = None if _last_reason(plan, allowance) else _next_task(context, plan, version)
+    task = (
+        None
+        if _last_reason(plan, allowance)
+        else sign_following_task(context, plan, draft.version, version.digest)
+    )
     payloads = [*written.vectors.values(), record]
     return Publication(context, fold, outcome, version, payloads, task, allowance)
 
@@ -234,14 +238,17 @@ def _draft(
     )
 
 
-def _next_task(context: Context, plan: RoundPlan, version: SignedVersion) -> RoundTask:
+def sign_following_task(
+    context: Context, plan: RoundPlan, base_version: int, base_digest: str
+) -> RoundTask:
+    """Sign the task of the round that follows one that was aggregated."""
     return sign_task(
         context,
         plan.training_session_id,
         plan.config,
         number=plan.number + 1,
-        base_version=version.draft.version,
-        base_digest=version.digest,
+        base_version=base_version,
+        base_digest=base_digest,
     )
 
 

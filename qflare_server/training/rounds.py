@@ -86,6 +86,20 @@ def sign_task(
     return RoundTask(statement, envelope.SerializeToString(), deadline_at)
 
 
+def sign_next_task(
+    context: Context, training_session: TrainingSession, base_version: int, base_digest: str
+) -> RoundTask:
+    """Sign the task of a training session's next round; see `sign_task`."""
+    return sign_task(
+        context,
+        training_session.id,
+        training_session.config,
+        number=training_session.current_round + 1,
+        base_version=base_version,
+        base_digest=base_digest,
+    )
+
+
 def open_round(
     session: Session, training_session: TrainingSession, task: RoundTask, at: datetime
 ) -> int:

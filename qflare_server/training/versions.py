@@ -21,6 +21,7 @@ from qflare.tensors import Manifest
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import security_pb2, tensor_pb2, training_pb2
 from qflare_server.context import Context
+from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
 from qflare_server.storage.payload_records import Download, ReceivedPayload
 from qflare_server.storage.records import GlobalModel, TrainingSession
 from qflare_server.storage.repository import audit, global_models, training_sessions
@@ -281,6 +282,25 @@ def passes_gate(policy: training_pb2.ReleasePolicy, metrics: Mapping[str, float]
         if bound.HasField("max_value") and value > bound.max_value:
             return False
     return True
+
+
+def find_version(
+    session: Session, training_session_id: str, version: int | None
+) -> tuple[TrainingSession, GlobalModel]:
+    """Return a training session and one of its versions, the current one if no version is given.
+
+    Raises:
+        TrainingSessionNotFoundError: There is no such training session.
+        GlobalModelNotFoundError: There is no such version.
+    """
+    training_session = training_sessions.get_session(session, training_session_id)
+    if training_session is None:
+        raise TrainingSessionNotFoundError(f"no training session {training_session_id[:64]!r}")
+    wanted = training_session.current_version if version is None else version
+    model = global_models.get_model(session, training_session_id, wanted)
+    if model is None:
+        raise GlobalModelNotFoundError(f"no version {wanted}")
+    return training_session, model
 
 
 def manifest_of(model: GlobalModel) -> Manifest:

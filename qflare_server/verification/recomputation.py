@@ -19,16 +19,16 @@ from qflare_server.aggregation.fold import BATCH, RoundFold, WrittenVersion
 from qflare_server.aggregation.outcome import read_outcome
 from qflare_server.aggregation.plan import read_plan
 from qflare_server.context import Context
-from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
 from qflare_server.storage.database import Database
 from qflare_server.storage.payload_records import ReceivedPayload, content_digest_of
 from qflare_server.storage.payload_store import PayloadStore
 from qflare_server.storage.records import GlobalModel
-from qflare_server.storage.repository import global_models, payloads, training_sessions, updates
+from qflare_server.storage.repository import global_models, payloads, updates
 from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.strategies import NotEnoughUpdatesError, UpdateAssessment, by_update
 from qflare_server.training.privacy import open_seed
 from qflare_server.training.rounds import config_digest
+from qflare_server.training.versions import find_version
 from qflare_server.verification.downloads import download_problem
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ def recompute_version(
         GlobalModelNotFoundError: There is no such version.
     """
     with context.database.read() as session:
-        model, current_config = _find(session, training_session_id, version)
+        training_session, model = find_version(session, training_session_id, version)
     statement = security_pb2.ModelStatement.FromString(model.statement)
     result = Recomputation(model.version, statement.payload_digest)
     if not model.round_number:
@@ -89,7 +89,7 @@ def recompute_version(
     folded = _updates_of(context, model)
     pruned_count = sum(update.location == "none" for update in folded)
     result = dataclasses.replace(result, update_count=len(folded), pruned_count=pruned_count)
-    if current_config != statement.config_digest:
+    if config_digest(training_session.config) != statement.config_digest:
         problem = "the configuration of the training session is not the one it was made with"
         return dataclasses.replace(result, differences=(problem,))
     if pruned_count:
@@ -137,20 +137,6 @@ def _repeat(
         *_compare(fold, statement, written),
         *_compare_vectors(context, model, written.vectors),
     )
-
-
-def _find(
-    session: Session, training_session_id: str, version: int | None
-) -> tuple[GlobalModel, str]:
-    training_session = training_sessions.get_session(session, training_session_id)
-    if training_session is None:
-        raise TrainingSessionNotFoundError
-    wanted = training_session.current_version if version is None else version
-    model = global_models.get_model(session, training_session.id, wanted)
-    if model is None:
-        raise GlobalModelNotFoundError(f"no version {wanted}")
-    current = config_digest(training_session.config)
-    return model, current
 
 
 def _compare_copy(

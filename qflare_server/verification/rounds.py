@@ -14,7 +14,7 @@ from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.storage.records import Round
-from qflare_server.storage.repository import evidence, global_models, membership
+from qflare_server.storage.repository import evidence, global_models, membership, views
 from qflare_server.storage.training_configs import from_json
 from qflare_server.training.rounds import config_digest
 from qflare_server.verification.findings import (
@@ -57,7 +57,7 @@ class RoundVerification:
             )
 
         def read(session: Session, after: int, limit: int) -> Sequence[Round]:
-            return evidence.rounds_after(session, training_session_id, after, limit)
+            return views.rounds_from(session, training_session_id, after + 1, limit)
 
         rows = walk(self._context.database, read, 0, lambda found: found.number)
         yield from faults(

@@ -193,20 +193,6 @@ def devices_after(session: Session, after: str, limit: int) -> Sequence[Device]:
     return _DEVICES.all(session, query)
 
 
-def rounds_after(
-    session: Session, training_session_id: str, number: int, limit: int
-) -> Sequence[Round]:
-    """Return rounds of a training session after a number, in order."""
-    query = (
-        _ROUNDS.select.where(
-            ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number > number
-        )
-        .order_by(ROUNDS.c.number)
-        .limit(limit)
-    )
-    return _ROUNDS.all(session, query)
-
-
 def stored_config(session: Session, training_session_id: str) -> Mapping[str, Any] | None:
     """Return the configuration of a training session as it is stored, whatever that is; None without a session."""
     query = select(SESSIONS.c.config).where(SESSIONS.c.id == training_session_id)

@@ -16,16 +16,15 @@ from qflare.evidence.audit_entries import Entry
 from qflare.evidence.verification import EVALUATION_REPORTED, UPDATE_ACCEPTED, VERSION_SIGNED
 from qflare.v1 import security_pb2, verification_pb2
 from qflare_server.context import Context
-from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
 from qflare_server.storage.records import DeviceKey, GlobalModel
 from qflare_server.storage.repository import (
     audit_tree,
     evaluations,
     evidence,
     global_models,
-    training_sessions,
 )
 from qflare_server.storage.repository.evidence import UpdateOfVersion
+from qflare_server.training.versions import find_version
 from qflare_server.use_cases.audit.log import EntryProof
 from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of
 
@@ -68,14 +67,7 @@ class Evidence:
 
     def _model(self, training_session_id: str, version: int | None) -> GlobalModel:
         with self._context.database.read() as session:
-            training_session = training_sessions.get_session(session, training_session_id)
-            if training_session is None:
-                raise TrainingSessionNotFoundError
-            wanted = training_session.current_version if version is None else version
-            model = global_models.get_model(session, training_session.id, wanted)
-            if model is None:
-                raise GlobalModelNotFoundError(f"no version {wanted}")
-            return model
+            return find_version(session, training_session_id, version)[1]
 
     def _first(self, model: GlobalModel, head: SignedHead) -> Iterator[Bundle]:
         created = Timestamp()

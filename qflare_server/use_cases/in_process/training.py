@@ -43,7 +43,7 @@ from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState
 from qflare_server.training.premises import PremisesChangedError, repeat
 from qflare_server.training.reported_metrics import MAX_EXAMPLES, check_metrics
-from qflare_server.training.rounds import open_round, sign_task
+from qflare_server.training.rounds import open_round, sign_next_task
 from qflare_server.use_cases.in_process.session import ensure_begun, find_in_use, require_layout
 from qflare_server.use_cases.training_sessions.administration import Training
 from qflare_server.use_cases.training_sessions.progress import Progress
@@ -191,14 +191,7 @@ class InProcess:
                 return 0
             base = global_models.get_model(session, training_session_id, known.current_version)
             assert base is not None
-        task = sign_task(
-            self._context,
-            training_session_id,
-            known.config,
-            number=known.current_round + 1,
-            base_version=base.version,
-            base_digest=base.digest,
-        )
+        task = sign_next_task(self._context, known, base.version, base.digest)
 
         def work(session: Session) -> int:
             at = self._context.clock()

@@ -35,7 +35,7 @@ from qflare_server.training.config import complete, deadline_s, is_one_line
 from qflare_server.training.premises import PremisesChangedError, repeat
 from qflare_server.training.privacy import require_affordable
 from qflare_server.training.retention import prune_payloads
-from qflare_server.training.rounds import RoundTask, cancel_round, open_round, sign_task
+from qflare_server.training.rounds import RoundTask, cancel_round, open_round, sign_next_task
 from qflare_server.training.strategy import add_device_settings, build_strategy
 from qflare_server.training.versions import VersionDraft, publish, sign_version
 from qflare_server.use_cases.training_sessions.progress import Participation, Progress
@@ -221,14 +221,7 @@ class Training:
             base = global_models.get_model(session, waiting.id, waiting.current_version)
             if base is None:
                 raise WrongStateError("the training session has no initial model")
-        return sign_task(
-            self._context,
-            waiting.id,
-            waiting.config,
-            number=waiting.current_round + 1,
-            base_version=base.version,
-            base_digest=base.digest,
-        )
+        return sign_next_task(self._context, waiting, base.version, base.digest)
 
     def pause(self, caller: Caller, training_session_id: str) -> TrainingSession:
         """Take no updates until it is resumed; a round that has closed is still published.

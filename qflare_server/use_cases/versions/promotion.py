@@ -12,7 +12,7 @@ from typing import Final
 from sqlalchemy.orm import Session
 
 from qflare.tensors.encodings import Encoding
-from qflare.v1 import security_pb2, training_pb2
+from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
     GlobalModelNotFoundError,
@@ -35,10 +35,11 @@ from qflare_server.storage.repository.views import VersionMetrics
 from qflare_server.storage.tables import RiskLevel
 from qflare_server.storage.tables import TrainingSessionState as SessionState
 from qflare_server.training.premises import PremisesChangedError, repeat
-from qflare_server.training.rounds import RoundTask, cancel_round, open_round, sign_task
+from qflare_server.training.rounds import RoundTask, cancel_round, open_round, sign_next_task
 from qflare_server.training.versions import (
     SignedVersion,
     VersionDraft,
+    find_version,
     manifest_of,
     publish,
     sign_version,
@@ -72,11 +73,7 @@ class Promotion:
             GlobalModelNotFoundError: There is no such version.
         """
         with self._context.database.read() as session:
-            training_session = require_found(
-                training_sessions.get_session(session, training_session_id), training_session_id
-            )
-            wanted = training_session.current_version if version is None else version
-            return _model(session, training_session.id, wanted)
+            return find_version(session, training_session_id, version)[1]
 
     def list_metrics(self, training_session_id: str, request: PageRequest) -> Page[VersionMetrics]:
         """Return the metrics of versions, oldest first.
@@ -168,9 +165,8 @@ class Promotion:
             draft = _draft(session, known, version, at)
             parent = version_of(_model(session, known.id, known.current_version))
             restored = version_of(_model(session, known.id, version))
-        config = known.config
-        signed = sign_version(self._context, known.id, config, draft, parent, restored)
-        task = self._next_task(known, config, signed)
+        signed = sign_version(self._context, known.id, known.config, draft, parent, restored)
+        task = self._next_task(known, signed)
 
         def work(session: Session) -> Rollback:
             training_session = require_found(
@@ -203,22 +199,12 @@ class Promotion:
         )
 
     def _next_task(
-        self,
-        training_session: TrainingSession,
-        config: training_pb2.TrainingConfig,
-        signed: SignedVersion,
+        self, training_session: TrainingSession, signed: SignedVersion
     ) -> RoundTask | None:
         """Return the task of the round that trains from a rollback; None if training does not continue."""
         if training_session.state not in GOES_ON:
             return None
-        return sign_task(
-            self._context,
-            training_session.id,
-            config,
-            number=training_session.current_round + 1,
-            base_version=signed.draft.version,
-            base_digest=signed.digest,
-        )
+        return sign_next_task(self._context, training_session, signed.draft.version, signed.digest)
 
 
 def _rolled_back(
