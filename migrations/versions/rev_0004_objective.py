@@ -1,4 +1,4 @@
-"""The best version goes by held-out metrics wherever a training session evaluates."""
+"""Best version by the objective; held-out metrics take precedence in training sessions with evaluation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ MODELS = sa.table(
 
 
 def upgrade() -> None:
-    """Change the schema to this revision, and find the best version of every training session again."""
+    """Upgrade the schema to this revision, and recompute the best version of every training session."""
     with op.batch_alter_table("training_sessions", schema=None) as batch_op:
         batch_op.alter_column("best_accuracy", new_column_name="best_value")
     connection = op.get_bind()
@@ -60,6 +60,6 @@ def _best(
 
 
 def downgrade() -> None:
-    """Change the schema back to the revision before."""
+    """Downgrade the schema to the previous revision."""
     with op.batch_alter_table("training_sessions", schema=None) as batch_op:
         batch_op.alter_column("best_value", new_column_name="best_accuracy")
