@@ -79,6 +79,13 @@ def report_failure(program: str, cause: str, remedy: str) -> None:
     complain(failure_text(program, cause, remedy).removesuffix("\n"))
 
 
+def key_id(text: str) -> str:
+    """Read the id of a key, 64 hex digits in lower case, for argparse."""
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want 64 hex digits")
+    return text
+
+
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     """Return an argument type for integers within inclusive bounds."""
 

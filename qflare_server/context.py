@@ -1,6 +1,6 @@
 """Dependencies of every use case: configuration, database, payload store, signer, clock, telemetry."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,6 +41,24 @@ class SignatureVerifier(Protocol):
         Raises:
             InvalidSignatureError: It does not verify.
         """
+
+
+class UnprovenKeyError(ValueError):
+    """Nothing that was signed shows that a key is a device's."""
+
+
+class IdentityProver(Protocol):
+    """Decides by signed evidence which keys are a device's."""
+
+    def require(self, device_id: str, key_id: str) -> None:
+        """Check that a signature key, or the KEM key that came with one, is a device's.
+
+        Raises:
+            UnprovenKeyError: Nothing that was signed shows that it is.
+        """
+
+    def problems(self, named: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], str]:
+        """Return, by ids of device and key, why keys are not shown to be their devices'."""
 
 
 NOTHING: Final[AbstractContextManager[None]] = nullcontext()
@@ -111,6 +129,8 @@ class Context:
     clock: Clock
     signatures: SignatureVerifier = field(kw_only=True)
     """Verifies signatures over updates."""
+    identities: IdentityProver = field(kw_only=True)
+    """Decides whose keys are: a row of the database alone makes no key a device's."""
     wake: Callable[[], None]
     """Tells the aggregation worker that there may be something to do; only a hint."""
     telemetry: Telemetry = field(default_factory=Telemetry)

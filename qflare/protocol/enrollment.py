@@ -147,7 +147,8 @@ def check_receipt_form(receipt: security_pb2.EnrollmentReceipt) -> None:
     """
     require(receipt.realm, "receipt names no realm")
     require(receipt.device_id, "receipt names no device")
-    require(receipt.signature_key_id and receipt.kem_key_id, "receipt names no keys")
+    require(receipt.signature_key_id, "receipt names no signature key")
+    require(receipt.kem_key_id or receipt.in_process, "receipt names no KEM key")
 
 
 @dataclass(frozen=True)

@@ -590,6 +590,7 @@ class EnrollmentReceipt(_message.Message):
     REQUEST_NONCE_FIELD_NUMBER: _builtins.int
     KEY_ROTATION_COUNT_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    IN_PROCESS_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     device_id: _builtins.str
@@ -597,13 +598,17 @@ class EnrollmentReceipt(_message.Message):
     signature_key_id: _builtins.str
     """Id of the device's signature key."""
     kem_key_id: _builtins.str
-    """Id of the device's KEM key."""
+    """Id of the device's KEM key. Empty if `in_process` is set and the device has none."""
     keyset_version: _builtins.int
     """Version of the current keyset."""
     request_nonce: _builtins.bytes
     """Nonce of the enrollment request, 32 bytes."""
     key_rotation_count: _builtins.int
     """Number of key rotations of the device; above 0 if it enrolled again after losing its keys."""
+    in_process: _builtins.bool
+    """The device did not enroll: a program that embeds the coordinator, or an administrator, vouches for its keys.
+    `keyset_version` and `request_nonce` are empty.
+    """
     @_builtins.property
     def register_time(self) -> _timestamp_pb2.Timestamp:
         """When the device was enrolled."""
@@ -626,10 +631,11 @@ class EnrollmentReceipt(_message.Message):
         request_nonce: _builtins.bytes = ...,
         key_rotation_count: _builtins.int = ...,
         profile: Global___EnrolledProfile | None = ...,
+        in_process: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "register_time", b"register_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "kem_key_id", b"kem_key_id", "key_rotation_count", b"key_rotation_count", "keyset_version", b"keyset_version", "profile", b"profile", "realm", b"realm", "register_time", b"register_time", "request_nonce", b"request_nonce", "signature_key_id", b"signature_key_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "in_process", b"in_process", "kem_key_id", b"kem_key_id", "key_rotation_count", b"key_rotation_count", "keyset_version", b"keyset_version", "profile", b"profile", "realm", b"realm", "register_time", b"register_time", "request_nonce", b"request_nonce", "signature_key_id", b"signature_key_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,16 +1,16 @@
 """Detects stored updates that the coordinator did not write, before they are folded.
 
 Between acceptance and folding an update is rows in a database. `RowIntegrity` makes sure that they still are what a
-device signed: the signature verifies under a key of the device's history that was in use when the round was opened or
-later, and every column that is folded says what the statement says. An update that fails is never folded; it counts
-as rejected, its reason begins with `EVIDENCE_REASON`, and it stands in the record of the version's outcome, so that
-the version is made again from the same updates. It is not held against the device.
+device signed: the signature verifies under a key that is shown to be the device's (`keys.device_identities`) and that
+was in use when the round was opened or later, and every column that is folded says what the statement says. An update
+that fails is never folded; it counts as rejected, its reason begins with `EVIDENCE_REASON`, and it stands in the record
+of the version's outcome, so that the version is made again from the same updates. It is not held against the device.
 
 It is checked where signatures are required (`ServerConfig.require_signatures`), but for the rounds of embedding
 programs, which vouch for their updates themselves.
 
 It does not read payloads from the payload store (their digests are checked, and the bytes of payloads that lie in
-rows); decide whether a key of the history is the device's (`qflare_server.verification` does).
+rows).
 """
 
 import hashlib
@@ -82,8 +82,13 @@ class RowIntegrity:
         if not self._is_on:
             return found
         keys = self._keys(batch)
+        unproven = self._context.identities.problems(
+            (update.device_id, update.key_id) for update in batch if update.key_id is not None
+        )
         for update in batch:
             problem = self._problem(update, keys)
+            if not problem and update.key_id is not None:
+                problem = unproven.get((update.device_id, update.key_id), "")
             if problem and update.update_id not in found:
                 found[update.update_id] = EVIDENCE_REASON + problem
                 logger.warning("update not folded: %s: %s", update.update_id, problem)

@@ -1,4 +1,4 @@
-"""`registry import`: import devices from a JSON dump."""
+"""`registry import`, `registry vouch`: devices from a JSON dump, and receipts for keys that came in that way before."""
 
 import argparse
 import json
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qflare.command_line import report_failure
+from qflare.command_line import key_id, report_failure
 from qflare.terminal import say
 from qflare_server.cli.terminal import caller
 from qflare_server.config import ServerConfig
 from qflare_server.errors import AlreadyExistsError, ConflictError, QflareError
 from qflare_server.serving.application import open_application
 from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.devices.vouching import Vouching
 from qflare_server.use_cases.in_process.devices import KnownDevice, KnownDevices
 from qflare_server.use_cases.in_process.records import read_record
 
@@ -48,6 +49,17 @@ def add(commands: Any) -> None:
     )
     importing.add_argument("file", type=Path, help="JSON")
     importing.set_defaults(run=run_import)
+    vouching = actions.add_parser(
+        "vouch",
+        help="sign receipts for keys that an embedding program registered before keys got receipts",
+        description="Without arguments, lists the keys that neither a receipt nor a rotation shows to be"
+        " their device's: they cannot log in, and their updates are not folded. Compare each with what the"
+        " program knows of its devices, then name those that you vouch for: a key that nobody remembers may"
+        " be an intruder's. Recorded in the audit log at high risk.",
+        epilog="example: qflare-server registry vouch 5f0c...",
+    )
+    vouching.add_argument("key_id", nargs="*", type=key_id, help="id of a key, 64 hex digits")
+    vouching.set_defaults(run=run_vouch)
 
 
 def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
@@ -63,6 +75,26 @@ def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
         remedy = "mend them in the dump and import it again"
         report_failure("qflare-server registry import", cause, remedy)
     return 1 if done.invalid else 0
+
+
+def run_vouch(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Sign receipts for the named keys, or list those that have none."""
+    with open_application(config) as parts:
+        vouching = Vouching(parts.context)
+        if not arguments.key_id:
+            _list_unvouched(vouching)
+            return 0
+        count = vouching.vouch(caller(), arguments.key_id)
+    say(f"vouched for: {count}  had a receipt: {len(set(arguments.key_id)) - count}")
+    return 0
+
+
+def _list_unvouched(vouching: Vouching) -> None:
+    keys = vouching.unvouched()
+    for row in keys:
+        state = "in use" if row.retired_at is None else "retired"
+        say(f"{row.key_id}  {state}  since {row.created_at:%F %T} UTC  device {row.device_id}")
+    say(f"keys without a receipt: {len(keys)}")
 
 
 def read_dump(dump: object) -> list[tuple[object, object]]:

@@ -1,11 +1,10 @@
 """`audit verify`, `audit witness`, `model verify`: detect changes that the coordinator did not make."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
-from qflare.command_line import report_failure, whole
+from qflare.command_line import key_id, report_failure, whole
 from qflare.terminal import say
 from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
@@ -26,7 +25,7 @@ def add(commands: Any) -> None:
     check.add_argument(
         "--root-key-id",
         action="append",
-        type=_key_id,
+        type=key_id,
         help="pinned id of a root key, from a bundle you trust; default: the ids in this data folder",
     )
     check.add_argument("--no-bytes", action="store_true", help="do not hash models and updates")
@@ -39,12 +38,6 @@ def add(commands: Any) -> None:
     )
     witness.add_argument("file", type=Path)
     witness.set_defaults(run=run_witness)
-
-
-def _key_id(text: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, want 64 hex digits")
-    return text
 
 
 def add_model_verify(actions: Any) -> None:

@@ -13,7 +13,7 @@ root in the key file; versions never go back.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.signing import PublicKey, SigningContext
 from qflare.evidence.forms import check_form
+from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock
@@ -29,10 +30,11 @@ from qflare_server.errors import QflareError
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.ring import KeyProvider, KeyRing, Role
 from qflare_server.keys.secret_files import KeyStoreError
-from qflare_server.keys.trust_documents import Trust
+from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError
 from qflare_server.keys.trust_store import (
     newest_versions,
     publish,
+    published_signers,
     read_published,
     trust_from_bundle,
 )
@@ -120,10 +122,11 @@ class ServerKeys:
         self._reread = reread
         self._lock = threading.Lock()
         self._looked_at = clock()
+        self.realm: Final = ring.realm
         self._pinned = trust_from_bundle(ring.realm, ring.bundle)
         self._trust = publish(database, self._pinned, self._pinned, clock())
+        self._registrars = self._read_registrars()
         self._held_keys = _HeldKeys(self._provide(ring))
-        self.realm: Final = ring.realm
         self.state_key: Final = ring.state_key
         self.earlier_state_keys: Final = ring.earlier_state_keys
         self._warned_at = datetime.min.replace(tzinfo=UTC)
@@ -190,6 +193,33 @@ class ServerKeys:
         """Ids of the root keys that devices pin."""
         return self._pinned.root_key_ids()
 
+    def registrar_keys(self, *, fresh: bool = False) -> Collection[PublicKey]:
+        """Return the registrar keys of every keyset that was published, those no longer in use too.
+
+        Args:
+            fresh: Look for a keyset that another process published, even if that was done a moment ago.
+        """
+        self._current()
+        if fresh:
+            with self._lock:
+                self._look()
+        return self._registrars
+
+    def _read_registrars(self) -> Collection[PublicKey]:
+        """Return the registrar keys of all published keysets, each followed from the pinned root keys.
+
+        Raises:
+            UntrustedDocumentError: A published document does not follow from them: the database was edited.
+        """
+        pinned = self._pinned
+        try:
+            signers = published_signers(
+                self._database, self.realm, pinned.root_key_ids(), pinned.first_threshold()
+            )
+        except (ValueError, DecodeError) as error:
+            raise UntrustedDocumentError(f"published keysets: {error}") from error
+        return signers[KeyRole.REGISTRAR]
+
     def _current(self) -> Trust:
         now = self._clock()
         if now - self._looked_at < LOOK_INTERVAL:
@@ -208,11 +238,13 @@ class ServerKeys:
             if newest_versions(self._database) == known:
                 return
             found = read_published(self._database, self._trust)
+            registrars = self._read_registrars()
         except (KeyStoreError, QflareError, DecodeError) as error:
             logger.error("cannot follow the published keyset: %s", error)  # noqa: TRY400 - no fault of ours
             return
         if found.keyset.version > self._trust.keyset.version:
             self._hold(found)
+            self._registrars = registrars
             self._trust = found
             logger.info("keyset in force: version=%d", found.keyset.version)
 

@@ -1,12 +1,15 @@
 """Trust documents in the database: read, verified and published."""
 
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from sqlalchemy.orm import Session
 
+from qflare.crypto.signing import PublicKey
 from qflare.evidence.statements import digest_of
+from qflare.evidence.verification import follow_keysets
+from qflare.protocol.keysets import KeyRole, TrustedKeyset
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.errors import ConflictError
@@ -15,7 +18,7 @@ from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine, normalize_url
 from qflare_server.storage.error_translation import domain_errors
-from qflare_server.storage.repository import audit
+from qflare_server.storage.repository import audit, evidence
 from qflare_server.storage.repository import trust_documents as documents
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.schema import current_revision
@@ -68,6 +71,47 @@ def publish(database: Database, pinned: Trust, wanted: Trust, at: datetime) -> T
             work
         )  # another process published at the same moment; its documents are seen now
     return _checked(stored, pinned)
+
+
+SignerKeys = dict[KeyRole, tuple[PublicKey, ...]]
+
+
+def published_signers(
+    database: Database,
+    realm: str,
+    root_key_ids: Collection[str],
+    root_threshold: int,
+    at: datetime | None = None,
+) -> SignerKeys:
+    """Return every key that a published keyset has named, by role.
+
+    Args:
+        database: Where the trust documents are.
+        realm: Name of the deployment.
+        root_key_ids: Pinned ids of the keys of root document 1.
+        root_threshold: How many of them have to have signed.
+        at: The time, by which the keyset in force must not have expired; None means when that keyset was issued.
+
+    Raises:
+        ValueError: The trust documents in the database do not follow from the pinned keys.
+    """
+    with database.read() as session:
+        roots = [_envelope(data) for data in evidence.trust_documents(session, documents.ROOT)]
+        keysets = [_envelope(data) for data in evidence.trust_documents(session, documents.KEYSET)]
+    if not roots or not keysets:
+        raise ValueError("the database holds no root document or no keyset")
+    pinned = security_pb2.BootstrapBundle(
+        realm=realm, root_key_ids=sorted(set(root_key_ids)), threshold=root_threshold
+    )
+    newest = security_pb2.Keyset.FromString(keysets[-1].payload)
+    issued_at = newest.issue_time.ToDatetime(tzinfo=UTC)
+    bundle = security_pb2.KeysetBundle(roots=roots, keyset=keysets[-1])
+    _, keys = follow_keysets(TrustedKeyset.bootstrap(pinned), keysets[:-1], bundle, at or issued_at)
+    return keys
+
+
+def _envelope(data: bytes) -> security_pb2.SignedEnvelope:
+    return security_pb2.SignedEnvelope.FromString(data)
 
 
 def newest_versions(database: Database) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Final
 
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock, Context, Telemetry
+from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
@@ -90,6 +91,7 @@ class Application:
             earlier_state_keys=keys.earlier_state_keys,
             decapsulate=keys.decapsulate,
             signatures=SignatureCache(),
+            identities=DeviceIdentities(database, keys.realm, keys),
         )
         use_cases = build_use_cases(context, keys, executor)
         return cls(config, database, keys, context, use_cases, executor, wake)

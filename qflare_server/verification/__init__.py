@@ -15,12 +15,19 @@ from pathlib import Path
 from typing import Final
 
 from qflare_server.context import Context
+from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.verification.audit_log import AuditVerification
 from qflare_server.verification.contents import ContentVerification
 from qflare_server.verification.devices import DeviceVerification
 from qflare_server.verification.downloads import DownloadVerification
 from qflare_server.verification.evaluations import EvaluationVerification
-from qflare_server.verification.findings import NO_KEYS, Finding, Tally, read_signer_keys
+from qflare_server.verification.findings import (
+    NO_KEYS,
+    Finding,
+    PublishedRegistrars,
+    Tally,
+    read_signer_keys,
+)
 from qflare_server.verification.recomputation import Recomputation, recompute_version
 from qflare_server.verification.records import RecordVerification
 from qflare_server.verification.rounds import RoundVerification
@@ -102,12 +109,14 @@ def find(
         keys = read_signer_keys(context, root_key_ids, root_threshold)
     except ValueError as error:
         yield Finding("keyset", "in force", str(error))
+    registrars = PublishedRegistrars(keys)
+    identities = DeviceIdentities(context.database, context.config.realm, registrars)
     passes = {
         "audit": AuditVerification(context, keys, tally, witness_file).findings(),
-        "device": DeviceVerification(context, keys, tally).findings(),
-        "record": RecordVerification(context, keys, tally).findings(),
+        "device": DeviceVerification(context, identities, tally).findings(),
+        "record": RecordVerification(context, keys, identities, tally).findings(),
         "round": RoundVerification(context, keys, tally).findings(),
-        "evaluation": EvaluationVerification(context, tally).findings(),
+        "evaluation": EvaluationVerification(context, identities, tally).findings(),
         "payload": ContentVerification(context, tally, read_bytes=read_bytes).findings(),
         "download": DownloadVerification(context, tally, read_bytes=read_bytes).findings(),
     }

@@ -20,13 +20,14 @@ from qflare.evidence.verification import EVALUATION_REPORTED, UPDATE_ACCEPTED, V
 from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
+from qflare_server.keys.trust_store import SignerKeys
 from qflare_server.storage.records import AuditHead, AuditLog
 from qflare_server.storage.repository import audit_tree, evidence, trust_documents
 from qflare_server.storage.repository.audit_tree import Place
 from qflare_server.storage.repository.evidence import LoggedUpdate
 from qflare_server.use_cases.audit import witness
 from qflare_server.use_cases.audit.sequencer import entry_of, head_of, origin_of
-from qflare_server.verification.findings import BATCH, Finding, SignerKeys, Tally
+from qflare_server.verification.findings import BATCH, Finding, Tally
 
 DOCUMENT_PUBLISHED: Final = frozenset({"root.published", "keyset.published"})
 IN_PROCESS: Final = (

@@ -7,18 +7,16 @@ changed since, groups and confirmed profiles, stands in the log: the last entry 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from qflare.crypto.sealing import KemPublicKey
-from qflare.crypto.signing import PublicKey, SigningContext, algorithm_of
-from qflare.evidence.statements import open_rotation, open_statement, require_equal
-from qflare.protocol.keysets import KeyRole
+from qflare.crypto.signing import PublicKey, algorithm_of
+from qflare.evidence.statements import require_equal
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
+from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.storage.records import Device, DeviceKey
-from qflare_server.storage.repository import devices, evidence, membership
+from qflare_server.storage.repository import evidence, membership
 from qflare_server.verification.findings import (
     BATCH,
     Finding,
-    SignerKeys,
     Tally,
     differences,
     faults,
@@ -36,15 +34,14 @@ class DeviceVerification:
 
     Args:
         context: The coordinator's dependencies.
-        keys: Keys of valid signers.
+        identities: Proves whose a key is.
         tally: Counts of what was checked.
     """
 
-    def __init__(self, context: Context, keys: SignerKeys, tally: Tally) -> None:
+    def __init__(self, context: Context, identities: DeviceIdentities, tally: Tally) -> None:
         self._context = context
-        self._keys = keys
+        self._identities = identities
         self._tally = tally
-        self._realm = context.config.realm
 
     def findings(self) -> Iterator[Finding]:
         """Yield discrepancies."""
@@ -58,44 +55,7 @@ class DeviceVerification:
     def _check_key(self, row: DeviceKey) -> None:
         key = PublicKey(algorithm_of(row.algorithm), row.public_key)
         require_equal("key_id", row.key_id, key.key_id)
-        if row.statement is None:
-            self._tally.unchecked["device keys without a statement"] += 1
-            return
-        envelope = security_pb2.SignedEnvelope.FromString(row.statement)
-        if len(envelope.signatures) > 1:
-            self._check_rotation(row, envelope)
-        else:
-            self._check_receipt(row, envelope)
-
-    def _check_receipt(self, row: DeviceKey, envelope: security_pb2.SignedEnvelope) -> None:
-        receipt = open_statement(
-            envelope,
-            SigningContext.RECEIPT,
-            self._keys[KeyRole.REGISTRAR],
-            security_pb2.EnrollmentReceipt,
-        )
-        require_equal("realm", receipt.realm, self._realm)
-        require_equal("device_id", row.device_id, receipt.device_id)
-        require_equal("key_id", row.key_id, receipt.signature_key_id)
-        kem_key = KemPublicKey(row.kem_public_key or b"")
-        require_equal("kem_public_key", kem_key.key_id, receipt.kem_key_id)
-
-    def _check_rotation(self, row: DeviceKey, envelope: security_pb2.SignedEnvelope) -> None:
-        stated = security_pb2.KeyRotation.FromString(envelope.payload)
-        with self._context.database.read() as session:
-            previous = devices.get_key(session, stated.previous_key_id)
-            if previous is None or previous.device_id != row.device_id:
-                raise ValueError("the key before it is missing or of another device")
-            before = PublicKey(algorithm_of(previous.algorithm), previous.public_key)
-        rotation = open_rotation(
-            envelope,
-            before,
-            realm=self._realm,
-            device_id=row.device_id,
-            rotation_count=stated.sequence_number - 1,
-        )
-        require_equal("key_id", row.key_id, rotation.signature_key.key_id)
-        require_equal("kem_public_key", row.kem_public_key, rotation.kem_key.data)
+        self._identities.require(row.device_id, row.key_id)
 
     def _devices(self) -> Iterator[Finding]:
         after = ""

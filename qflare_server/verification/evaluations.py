@@ -11,6 +11,7 @@ from qflare.crypto.signing import PublicKey, algorithm_of
 from qflare.evidence.statements import digest_of, open_evaluation, require_equal
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
+from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.storage.records import Evaluation
 from qflare_server.storage.repository import devices, evidence, global_models
 from qflare_server.verification.findings import Finding, Tally, differences, faults, walk
@@ -21,11 +22,13 @@ class EvaluationVerification:
 
     Args:
         context: The coordinator's dependencies.
+        identities: Proves whose a key is.
         tally: Counts of what was checked.
     """
 
-    def __init__(self, context: Context, tally: Tally) -> None:
+    def __init__(self, context: Context, identities: DeviceIdentities, tally: Tally) -> None:
         self._context = context
+        self._identities = identities
         self._tally = tally
 
     def findings(self) -> Iterator[Finding]:
@@ -46,6 +49,7 @@ class EvaluationVerification:
         envelope.signatures.append(security_pb2.Signature.FromString(row.signature or b""))
         public = PublicKey(algorithm_of(key.algorithm), key.public_key)
         statement = open_evaluation(envelope, public)
+        self._identities.require(row.device_id, public.key_id)
         require_equal("statement_digest", row.statement_digest, digest_of(row.statement))
         require_equal("realm", statement.realm, self._context.config.realm)
         version_digest = None if model is None else model.digest

@@ -9,12 +9,11 @@ from google.protobuf.message import DecodeError
 from sqlalchemy.orm import Session
 
 from qflare.crypto.signing import PublicKey
-from qflare.evidence.verification import SIGNING_ROLES, follow_keysets
-from qflare.protocol.keysets import KeyRole, TrustedKeyset
-from qflare.v1 import security_pb2
+from qflare.evidence.verification import SIGNING_ROLES
+from qflare.protocol.keysets import KeyRole
 from qflare_server.context import Context
+from qflare_server.keys.trust_store import SignerKeys, published_signers
 from qflare_server.storage.database import Database
-from qflare_server.storage.repository import evidence
 
 BATCH: Final = 500
 """Rows in memory at a time."""
@@ -49,9 +48,6 @@ class Tally:
     unchecked: Counter[str] = field(default_factory=Counter)
 
 
-SignerKeys = dict[KeyRole, tuple[PublicKey, ...]]
-
-
 def read_signer_keys(
     context: Context, root_key_ids: Collection[str], root_threshold: int | None
 ) -> SignerKeys:
@@ -65,22 +61,25 @@ def read_signer_keys(
     Raises:
         ValueError: The trust documents in the database do not follow from the pinned keys.
     """
-    with context.database.read() as session:
-        roots = [_envelope(data) for data in evidence.trust_documents(session, "root")]
-        keysets = [_envelope(data) for data in evidence.trust_documents(session, "keyset")]
-    if not roots or not keysets:
-        raise ValueError("the database holds no root document or no keyset")
-    pinned = security_pb2.BootstrapBundle(
-        realm=context.config.realm,
-        root_key_ids=sorted(set(root_key_ids)),
-        threshold=len(set(root_key_ids)) if root_threshold is None else root_threshold,
+    threshold = len(set(root_key_ids)) if root_threshold is None else root_threshold
+    return published_signers(
+        context.database, context.config.realm, root_key_ids, threshold, context.clock()
     )
-    bundle = security_pb2.KeysetBundle(roots=roots, keyset=keysets[-1])
-    _, keys = follow_keysets(TrustedKeyset.bootstrap(pinned), keysets[:-1], bundle, context.clock())
-    return keys
 
 
 NO_KEYS: Final[SignerKeys] = dict.fromkeys(SIGNING_ROLES, ())
+
+
+@dataclass(frozen=True)
+class PublishedRegistrars:
+    """Gives the registrar keys among the keys of valid signers."""
+
+    keys: SignerKeys
+
+    def registrar_keys(self, *, fresh: bool = False) -> Collection[PublicKey]:
+        """Return the registrar keys; `fresh` makes no difference, as one verification goes by one state of trust."""
+        del fresh
+        return self.keys[KeyRole.REGISTRAR]
 
 
 def walk(
@@ -142,7 +141,3 @@ def problem_of(check: Callable[..., Any], *arguments: object) -> str | None:
 def differences(pairs: dict[str, tuple[object, object]]) -> list[str]:
     """Return the names of columns whose value differs from what was signed."""
     return [name for name, (got, want) in pairs.items() if got != want]
-
-
-def _envelope(data: bytes) -> security_pb2.SignedEnvelope:
-    return security_pb2.SignedEnvelope.FromString(data)

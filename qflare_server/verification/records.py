@@ -21,6 +21,8 @@ from qflare.protocol.keysets import KeyRole
 from qflare.tensors.manifest import Manifest
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_server.context import Context
+from qflare_server.keys.device_identities import DeviceIdentities
+from qflare_server.keys.trust_store import SignerKeys
 from qflare_server.storage.payload_records import content_digest_of
 from qflare_server.storage.records import DeviceKey, GlobalModel, ModelUpdate, Payload
 from qflare_server.storage.repository import devices, evidence, payloads, updates
@@ -28,7 +30,6 @@ from qflare_server.storage.tables import UpdateState
 from qflare_server.verification.findings import (
     BATCH,
     Finding,
-    SignerKeys,
     Tally,
     differences,
     faults,
@@ -43,12 +44,16 @@ class RecordVerification:
     Args:
         context: The coordinator's dependencies.
         keys: Keys of valid signers.
+        identities: Proves whose a key is.
         tally: Counts of what was checked.
     """
 
-    def __init__(self, context: Context, keys: SignerKeys, tally: Tally) -> None:
+    def __init__(
+        self, context: Context, keys: SignerKeys, identities: DeviceIdentities, tally: Tally
+    ) -> None:
         self._context = context
         self._keys = keys
+        self._identities = identities
         self._tally = tally
         self._realm = context.config.realm
 
@@ -159,7 +164,9 @@ class RecordVerification:
             raise ValueError("the key that signed it is not one of its device")
         envelope = security_pb2.SignedEnvelope(payload=row.statement)
         envelope.signatures.append(security_pb2.Signature.FromString(row.signature))
-        open_update(envelope, PublicKey(algorithm_of(key.algorithm), key.public_key))
+        public = PublicKey(algorithm_of(key.algorithm), key.public_key)
+        open_update(envelope, public)
+        self._identities.require(row.device_id, public.key_id)
 
 
 def _model_columns(

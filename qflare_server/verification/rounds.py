@@ -13,13 +13,13 @@ from qflare.evidence.statements import open_task
 from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
+from qflare_server.keys.trust_store import SignerKeys
 from qflare_server.storage.records import Round
 from qflare_server.storage.repository import evidence, global_models, membership, views
 from qflare_server.storage.training_configs import from_json
 from qflare_server.training.rounds import config_digest
 from qflare_server.verification.findings import (
     Finding,
-    SignerKeys,
     Tally,
     differences,
     faults,

@@ -145,7 +145,7 @@ def _with_administrator(config: ServerConfig, process: ServerProcess) -> Iterato
     database = Database(make_engine(config))
     options = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),)
     try:
-        population = Population(database)
+        population = Population(database, config)
         with grpc.insecure_channel(process.address, options=options) as channel:
             admin = Administrator(channel, population.add_administrator())
             yield Coordinator(config, process, population, admin)

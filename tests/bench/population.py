@@ -13,6 +13,10 @@ from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
 from qflare.crypto.signing import SigningKey
+from qflare.v1 import security_pb2
+from qflare_server.config import ServerConfig
+from qflare_server.context import utc_now
+from qflare_server.keys import ServerKeys
 from qflare_server.storage.database import Database
 from qflare_server.storage.tables import Device, DeviceKey, DeviceState, TokenKind, UserToken
 from qflare_server.use_cases.access.authentication import mint_secret
@@ -33,7 +37,8 @@ class BenchDevice:
 class Population:
     """The devices of one coordinator."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, config: ServerConfig) -> None:
+        self._config = config
         self.database = database
         """Its database, for what has to be written or read past it."""
         self._devices: list[BenchDevice] = []
@@ -47,6 +52,7 @@ class Population:
 
     def _add(self, count: int) -> None:
         now = datetime.now(UTC)
+        registrar = ServerKeys.load(self._config, self.database, utc_now)
         devices: list[dict[str, Any]] = []
         keys: list[dict[str, Any]] = []
         tokens: list[dict[str, Any]] = []
@@ -55,7 +61,7 @@ class Population:
             token_row, secret = _token(TokenKind.ACCESS, device_id, now)
             self._devices.append(BenchDevice(device_id, secret, key))
             devices.append(_device(device_id, key, now))
-            keys.append(_key(device_id, key, now))
+            keys.append(_key(registrar, device_id, key, now))
             tokens.append({**token_row, "device_id": device_id})
 
         def work(session: Session) -> None:
@@ -117,12 +123,22 @@ def _device(device_id: str, key: SigningKey, now: datetime) -> dict[str, Any]:
     }
 
 
-def _key(device_id: str, key: SigningKey, now: datetime) -> dict[str, Any]:
+def _key(registrar: ServerKeys, device_id: str, key: SigningKey, now: datetime) -> dict[str, Any]:
+    receipt = security_pb2.EnrollmentReceipt(
+        realm=registrar.realm,
+        device_id=device_id,
+        signature_key_id=key.public.key_id,
+        in_process=True,
+    )
+    signed = registrar.sign(
+        security_pb2.KEY_ROLE_REGISTRAR, receipt.SerializeToString(deterministic=True)
+    )
     return {
         "key_id": key.public.key_id,
         "device_id": device_id,
         "sequence": 1,
         "algorithm": int(key.public.algorithm),
         "public_key": key.public.data,
+        "statement": signed.SerializeToString(),
         "created_at": now,
     }

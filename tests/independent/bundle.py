@@ -49,7 +49,7 @@ def check_bundle(
     entries = _open_entries(bundle, roles[LOG])
     signed = entries.get(("version.signed", f"version:{chain[-1][1]}"))
     require(signed and signed.details["version"] == str(bundle.version), "not in the log")
-    keys = _open_device_keys(bundle.device_keys, registrars, realm)
+    keys = open_device_keys(bundle.device_keys, registrars, realm)
     digests = sorted(bytes.fromhex(update.statement_digest) for update in bundle.updates)
     root = merkle_root([leaf(digest) for digest in digests]).hex() if digests else ""
     require(root == chain[-1][0].contributors_digest, "other updates are in the version")
@@ -102,11 +102,12 @@ def _fields(entry: verification_pb2.AuditEvidence) -> dict[str, object]:
     }
 
 
-def _open_device_keys(
+def open_device_keys(
     evidence: Iterable[verification_pb2.DeviceKeyEvidence], registrars: Keys, realm: str
 ) -> dict[str, tuple[str, pb.PublicKey]]:
     """Return keys with their devices by key id."""
     known: dict[str, tuple[str, pb.PublicKey]] = {}
+    counts: dict[str, int] = {}
     for item in evidence:
         key = item.key
         require(key.key_id == key_id(key.algorithm, key.data), "key id of another key")
@@ -114,6 +115,7 @@ def _open_device_keys(
             payload = open_envelope(item.receipt, "qflare/v1/receipt", registrars)
             receipt = pb.EnrollmentReceipt.FromString(payload)
             named = (receipt.realm, receipt.device_id, receipt.signature_key_id)
+            count = receipt.key_rotation_count
         else:
             stated = pb.KeyRotation.FromString(item.rotation.payload)
             owner, previous = known.get(stated.previous_key_id, ("", pb.PublicKey()))
@@ -121,8 +123,15 @@ def _open_device_keys(
             both = {previous.key_id: previous, key.key_id: key}
             open_envelope(item.rotation, "qflare/v1/rotate", both, 2)
             named = (stated.realm, stated.device_id, stated.signature_key.key_id)
+            count = stated.sequence_number
+            require(count == counts[previous.key_id] + 1, "rotation is not the next one")
         require(named == (realm, item.device_id, key.key_id), "evidence of another key")
+        numbered = {
+            counts[other]: other for other, (owner, _) in known.items() if owner == item.device_id
+        }
+        require(numbered.get(count, key.key_id) == key.key_id, "history of keys is forked")
         known[key.key_id] = (item.device_id, key)
+        counts[key.key_id] = count
     return known
 
 

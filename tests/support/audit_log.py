@@ -1,5 +1,6 @@
 """A coordinator's parts for tests of the audit log: real keys, a clock that stands still, rows by the hundred."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -10,6 +11,7 @@ from qflare.evidence.forms import check_form
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context
+from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
 from qflare_server.storage.repository import audit
@@ -40,6 +42,10 @@ class LogSigner:
         check_form(SigningContext.TREE_HEAD, payload)
         return sign_envelope(self.key, SigningContext.TREE_HEAD, payload)
 
+    def registrar_keys(self, *, fresh: bool = False) -> Collection[PublicKey]:
+        del fresh
+        return ()
+
 
 def make_context(
     config: ServerConfig, database: Database, clock: FakeClock, signer: LogSigner
@@ -52,6 +58,7 @@ def make_context(
         clock,
         lambda: None,
         signatures=SignatureCache(),
+        identities=DeviceIdentities(database, config.realm, signer),
     )
 
 

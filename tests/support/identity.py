@@ -19,6 +19,7 @@ from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock, Context
 from qflare_server.keys import KeyFolder, ServerKeys
+from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.keys.secret_files import Cost
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
@@ -61,6 +62,7 @@ class Coordinator:
             clock,
             lambda: None,
             signatures=SignatureCache(),
+            identities=DeviceIdentities(database, keys.realm, keys),
         )
         return cls(
             context,

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -17,13 +17,14 @@ from qflare.crypto import merkle
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.sealed_payloads import PayloadSealer, SealContext
 from qflare.crypto.sealing import KemKey, KemPublicKey
-from qflare.crypto.signing import SigningContext, SigningKey
+from qflare.crypto.signing import PublicKey, SigningContext, SigningKey
 from qflare.evidence.forms import check_form
 from qflare.tensors import Array, Manifest, chunks, payload_digest
 from qflare.v1 import admin_service_pb2, coordinator_service_pb2, security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context, StatementSigner
+from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
 from qflare_server.storage.group_commit import Work
@@ -35,6 +36,7 @@ from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.tables import Base
 from qflare_server.use_cases.access.presence import Presence
 from qflare_server.use_cases.devices.administration import Devices, Profile
+from qflare_server.use_cases.in_process.devices import KnownDevice, KnownDevices, PublicKeys
 from qflare_server.use_cases.training_sessions.administration import Training
 from qflare_server.use_cases.training_sessions.tasks import Tasks
 from qflare_server.use_cases.updates.submission import Contributor
@@ -49,6 +51,7 @@ Arrays = Mapping[str, Array]
 CONTEXTS: Final = {
     security_pb2.KEY_ROLE_MODEL: SigningContext.MODEL,
     security_pb2.KEY_ROLE_TASK: SigningContext.TASK,
+    security_pb2.KEY_ROLE_REGISTRAR: SigningContext.RECEIPT,
     security_pb2.KEY_ROLE_LOG: SigningContext.TREE_HEAD,
 }
 
@@ -68,6 +71,10 @@ class OneKeySigner:
     ) -> security_pb2.SignedEnvelope:
         check_form(CONTEXTS[role], payload)
         return sign_envelope(self.key, CONTEXTS[role], payload)
+
+    def registrar_keys(self, *, fresh: bool = False) -> Collection[PublicKey]:
+        del fresh
+        return (self.key.public,)
 
 
 class CrashError(BaseException):
@@ -218,6 +225,7 @@ class CoordinatorHarness:
             state_key=bytes(range(32)),
             decapsulate=lambda _key_id, encapsulation: KEM_KEY.decapsulate(encapsulation),
             signatures=SignatureCache(),
+            identities=DeviceIdentities(database, config.realm, OneKeySigner(key)),
         )
         self.devices = Devices(self.context)
         self.training = Training(self.context)
@@ -237,6 +245,12 @@ class CoordinatorHarness:
         for name in names:
             self.devices.add(SYSTEM, name, Profile())
         return names
+
+    def add_signing_device(self, name: str, key: SigningKey) -> Contributor:
+        """Add a device with a key that the coordinator has signed a receipt for; return it as its credential would."""
+        known = KnownDevice(name, Profile(), PublicKeys(key.public, KemKey.generate().public))
+        KnownDevices(self.context).add(SYSTEM, known)
+        return Contributor(name, key.public.key_id, int(key.public.algorithm), key.public.data)
 
     def create(self, arrays: Arrays | None = None, **config: Any) -> str:
         """Create a training session with an initial model; return its id."""

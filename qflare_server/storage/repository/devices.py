@@ -109,6 +109,23 @@ def retire_key(session: Session, key_id: str, reason: str, at: datetime) -> None
     )
 
 
+def vouch_for_key(
+    session: Session, key_id: str, statement: bytes, *, kem_public_key: bytes | None
+) -> None:
+    """Give a key the receipt that shows whose it is, and the KEM key that the receipt names."""
+    session.execute(
+        update(KEYS)
+        .where(KEYS.c.key_id == key_id)
+        .values(statement=statement, kem_public_key=kem_public_key)
+    )
+
+
+def keys_without_statement(session: Session) -> Sequence[DeviceKey]:
+    """Return the keys that no signed statement brought in, by device and sequence."""
+    query = _KEYS.select.where(KEYS.c.statement.is_(None))
+    return _KEYS.all(session, query.order_by(KEYS.c.device_id, KEYS.c.sequence))
+
+
 def last_sequence(session: Session, device_id: str) -> int:
     """Return the sequence number of a device's newest key, 0 if it has none."""
     query = select(func.max(KEYS.c.sequence)).where(KEYS.c.device_id == device_id)

@@ -68,7 +68,8 @@ class DeviceGroup(Base):
 class DeviceKey(Base):
     """A signature key of a device; retired keys are kept, because old signatures remain evidence.
 
-    `statement` is the signed enrollment or rotation that introduced the key; null for keys set by an embedding program.
+    `statement` is the signed receipt or rotation that introduced the key. Null only for keys that an embedding program
+    set before they got receipts; those are nobody's until an administrator vouches for them.
     """
 
     __tablename__ = "device_keys"

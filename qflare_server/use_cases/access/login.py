@@ -30,7 +30,7 @@ from qflare.protocol.handshake import HandshakeError
 from qflare.protocol.login import LoginServer, PendingLogin
 from qflare.protocol.possession import METADATA_KEY, Refresh, check_call
 from qflare.v1 import security_pb2
-from qflare_server.context import Context
+from qflare_server.context import Context, UnprovenKeyError
 from qflare_server.errors import (
     DeviceRevokedError,
     DeviceSuspendedError,
@@ -184,8 +184,14 @@ class Login:
         self._use_up(f"pop:{principal.token_id}:{sequence}")
 
     def _enrolled_key(self, pending: PendingLogin) -> PublicKey:
+        """Return the key in use of the device, which signed evidence has to show to be its key."""
         with self._context.database.read() as session:
-            return _public_key(devices.find_login_key(session, pending.device_id))
+            key = _public_key(devices.find_login_key(session, pending.device_id))
+        try:
+            self._context.identities.require(pending.device_id, key.key_id)
+        except UnprovenKeyError as error:
+            raise RefusedError(f"unproven key: {error}") from error
+        return key
 
     def _start(
         self,
@@ -208,6 +214,9 @@ class Login:
             device = _require_may_call(devices.find_login_key(session, pending.device_id))
             if device.key_id != pending.signature_key_id:
                 raise RefusedError("the device has other keys")
+            key = devices.get_key(session, pending.signature_key_id)
+            if key is None or key.retired_at is not None:
+                raise RefusedError("the device's key is retired")
             _store(session, device.device_id, pending.session_id, minted, sealed_key, at)
             audit.record(session, caller, event, at)
 

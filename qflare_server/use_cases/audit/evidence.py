@@ -11,12 +11,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
 from qflare.crypto import merkle
-from qflare.crypto.signing import PublicKey, algorithm_of
 from qflare.evidence.audit_entries import Entry
 from qflare.evidence.verification import EVALUATION_REPORTED, UPDATE_ACCEPTED, VERSION_SIGNED
 from qflare.v1 import security_pb2, verification_pb2
 from qflare_server.context import Context
-from qflare_server.storage.records import DeviceKey, GlobalModel
+from qflare_server.keys.device_identities import key_evidence
+from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import (
     audit_tree,
     evaluations,
@@ -117,7 +117,7 @@ class Evidence:
                 subjects = [f"update:{row.id}" for row in rows]
                 entries = [_entry(session, head, UPDATE_ACCEPTED, item) for item in subjects]
             yield from (Bundle(updates=[_update(row)]) for row in rows)
-            yield from (Bundle(device_keys=[_key(key)]) for key in keys)
+            yield from (Bundle(device_keys=[key_evidence(key)]) for key in keys)
             yield from (Bundle(entries=found) for found in entries)
             shown |= devices
             after = rows[-1].acceptance_sequence
@@ -138,7 +138,7 @@ class Evidence:
                 subjects = [f"evaluation:{row.statement_digest}" for row in rows]
                 entries = [_entry(session, head, EVALUATION_REPORTED, item) for item in subjects]
             yield from (Bundle(evaluations=[_signed(row.statement, row.signature)]) for row in rows)
-            yield from (Bundle(device_keys=[_key(key)]) for key in keys)
+            yield from (Bundle(device_keys=[key_evidence(key)]) for key in keys)
             yield from (Bundle(entries=found) for found in entries)
             shown |= devices
             after = rows[-1].device_id
@@ -215,17 +215,6 @@ def _signed(statement: bytes | None, signature: bytes | None) -> security_pb2.Si
     assert signature is not None
     signatures = [security_pb2.Signature.FromString(signature)]
     return security_pb2.SignedEnvelope(payload=statement, signatures=signatures)
-
-
-def _key(row: DeviceKey) -> verification_pb2.DeviceKeyEvidence:
-    """Return a key with the signed statement that brought it in, whichever of the two that is."""
-    key = PublicKey(algorithm_of(row.algorithm), row.public_key)
-    message = verification_pb2.DeviceKeyEvidence(device_id=row.device_id, key=key.to_proto())
-    if row.statement is not None:
-        origin = _envelope(row.statement)
-        rotated = len(origin.signatures) > 1  # a rotation carries two signatures, a receipt one
-        (message.rotation if rotated else message.receipt).CopyFrom(origin)
-    return message
 
 
 def _envelope(data: bytes) -> security_pb2.SignedEnvelope:

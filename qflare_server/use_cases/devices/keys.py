@@ -9,6 +9,7 @@ from qflare.crypto.sealing import KemPublicKey
 from qflare.crypto.signing import Algorithm, PublicKey, algorithm_named, algorithm_names
 from qflare_server.config import ServerConfig
 from qflare_server.errors import AlgorithmNotAcceptedError
+from qflare_server.storage.records import Device
 from qflare_server.storage.repository import devices
 
 
@@ -38,11 +39,16 @@ def key_columns(keys: PublicKeys) -> dict[str, Any]:
     return columns
 
 
+def key_names(device: Device) -> tuple[str | None, str | None, int]:
+    """Return what names the keys of a device at one time: two reads with the same have seen the same keys."""
+    return device.signature_key_id, device.kem_key_id, device.key_rotation_count
+
+
 def insert_key(
     session: Session,
     device_id: str,
     keys: PublicKeys,
-    statement: bytes | None,
+    statement: bytes,
     at: datetime,
     *,
     first: bool = False,
@@ -53,8 +59,7 @@ def insert_key(
         session: Open transaction.
         device_id: Whose they are.
         keys: The keys, a signature key among them.
-        statement: The signed statement that brought them in, kept as evidence; None where an embedding program
-            vouches for them.
+        statement: The signed statement that brought them in: without it, nobody takes them for the device's.
         at: When.
         first: The device has no history yet, which spares looking.
     """

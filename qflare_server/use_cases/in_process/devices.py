@@ -8,10 +8,11 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from qflare.crypto.sealing import KemPublicKey
-from qflare.crypto.signing import PublicKey
+from qflare.crypto.signing import PublicKey, algorithm_of
 from qflare_server.context import Context
 from qflare_server.errors import (
     AlreadyExistsError,
+    ConflictError,
     DeviceNotFoundError,
     DeviceRevokedError,
     InvalidRequestError,
@@ -21,7 +22,8 @@ from qflare_server.storage.repository import audit, devices
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import DeviceState, RiskLevel
 from qflare_server.use_cases.devices.administration import MAX_DEVICE_ID, Profile
-from qflare_server.use_cases.devices.keys import insert_key, key_columns
+from qflare_server.use_cases.devices.keys import insert_key, key_columns, key_names
+from qflare_server.use_cases.devices.vouching import sign_receipt
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,34 @@ class KnownDevices:
             InvalidRequestError: Something of a profile is out of range; none is inserted.
             ConflictError: Another call registered one of them meanwhile: repeat the call.
         """
+        at = self._context.clock()
         rows = {item.device_id: (item, item.profile.columns()) for item in known}
+        with self._context.database.read() as session:
+            present = devices.existing_ids(session, list(rows))
+        receipts = {
+            device_id: sign_receipt(self._context, device_id, item.keys, item.registered_at or at)
+            for device_id, (item, _) in rows.items()
+            if device_id not in present and item.keys.signature_key is not None
+        }
 
         def work(session: Session) -> int:
             missing = rows.keys() - devices.existing_ids(session, list(rows))
             for device_id in sorted(missing):
-                self._insert(session, caller, *rows[device_id])
+                receipt = receipts.get(device_id)
+                self._insert(session, caller, *rows[device_id], receipt, at)
             return len(missing)
 
         return self._context.database.write(work)
 
     def _insert(
-        self, session: Session, caller: Caller, known: KnownDevice, columns: dict[str, Any]
+        self,
+        session: Session,
+        caller: Caller,
+        known: KnownDevice,
+        columns: dict[str, Any],
+        receipt: bytes | None,
+        at: datetime,
     ) -> None:
-        at = self._context.clock()
         if known.keys.signature_key is not None:
             _require_unknown(session, known.keys.signature_key)
         row = {
@@ -103,7 +119,9 @@ class KnownDevices:
         }
         devices.insert_device(session, {**row, **columns, **key_columns(known.keys)})
         if known.keys.signature_key is not None:
-            insert_key(session, known.device_id, known.keys, None, at)
+            if receipt is None:
+                raise ConflictError("the device went away at this moment; repeat the call")
+            insert_key(session, known.device_id, known.keys, receipt, at)
         event = Event("device.registered", f"device:{known.device_id}", RiskLevel.MEDIUM)
         audit.record(session, caller, event, at)
 
@@ -114,23 +132,33 @@ class KnownDevices:
             DeviceNotFoundError: There is no such device.
             DeviceRevokedError: It is revoked.
             AlreadyExistsError: The signature key is or was another device's, or was this one's before.
+            ConflictError: Another call changed its keys meanwhile: repeat the call.
         """
+        at = self._context.clock()
+        with self._context.database.read() as session:
+            known = _require_usable(devices.get_device(session, device_id), device_id)
+        wanted = _merged(known, keys)
+        count = known.key_rotation_count
+        is_other = _is_other(known, keys)
+        receipt = b""
+        if wanted.signature_key is not None:
+            count += is_other
+            receipt = sign_receipt(
+                self._context, device_id, wanted, known.registered_at, rotation_count=count
+            )
 
         def work(session: Session) -> Device:
-            at = self._context.clock()
-            device = devices.lock_device(session, device_id)
-            if device is None:
-                raise DeviceNotFoundError(f"no device {device_id[:64]!r}")
-            if device.state == DeviceState.REVOKED.value:
-                raise DeviceRevokedError
+            device = _require_usable(devices.lock_device(session, device_id), device_id)
+            if key_names(device) != key_names(known):
+                raise ConflictError("the device's keys changed at this moment; repeat the call")
             changes = key_columns(keys)
-            fresh = keys.signature_key
-            if fresh is not None and fresh.key_id != device.signature_key_id:
-                _require_unknown(session, fresh)
-                if device.signature_key_id is not None:
-                    devices.retire_key(session, device.signature_key_id, "replaced in-process", at)
-                insert_key(session, device_id, keys, None, at)
-                changes["key_rotation_count"] = device.key_rotation_count + 1
+            if is_other:
+                _insert_next(session, device, wanted, receipt, at)
+                changes["key_rotation_count"] = count
+            elif keys.kem_key is not None and device.signature_key_id is not None:
+                devices.vouch_for_key(
+                    session, device.signature_key_id, receipt, kem_public_key=keys.kem_key.data
+                )
             if changes:
                 devices.update_device(session, device_id, changes)
                 event = Event("device.keys_replaced", f"device:{device_id}", RiskLevel.HIGH)
@@ -153,6 +181,41 @@ class KnownDevices:
             return devices.count_active_since(session, since)
 
 
+def _insert_next(
+    session: Session, device: Device, keys: PublicKeys, receipt: bytes, at: datetime
+) -> None:
+    assert keys.signature_key is not None
+    _require_unknown(session, keys.signature_key)
+    if device.signature_key_id is not None:
+        devices.retire_key(session, device.signature_key_id, "replaced in-process", at)
+    insert_key(session, device.id, keys, receipt, at)
+
+
+def _require_usable(device: Device | None, device_id: str) -> Device:
+    if device is None:
+        raise DeviceNotFoundError(f"no device {device_id[:64]!r}")
+    if device.state == DeviceState.REVOKED.value:
+        raise DeviceRevokedError
+    return device
+
+
 def _require_unknown(session: Session, key: PublicKey) -> None:
     if devices.get_key(session, key.key_id) is not None:
         raise AlreadyExistsError("the signature key is known already")
+
+
+def _is_other(known: Device, keys: PublicKeys) -> bool:
+    """Return whether keys bring a device another signature key than it has."""
+    return keys.signature_key is not None and keys.signature_key.key_id != known.signature_key_id
+
+
+def _merged(known: Device, keys: PublicKeys) -> PublicKeys:
+    """Return the keys that a device has once it was given some."""
+    signature_key, kem_key = keys.signature_key, keys.kem_key
+    if signature_key is None and known.signature_public_key is not None:
+        signature_key = PublicKey(
+            algorithm_of(known.signature_algorithm or 0), known.signature_public_key
+        )
+    if kem_key is None and known.kem_public_key is not None:
+        kem_key = KemPublicKey(known.kem_public_key)
+    return PublicKeys(signature_key, kem_key)

@@ -46,7 +46,7 @@ from qflare_server.training.evaluation import (
 from qflare_server.training.reported_metrics import check_example_count, check_metrics
 from qflare_server.training.rounds import close_if_complete
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
-from qflare_server.use_cases.updates.submission import Contributor
+from qflare_server.use_cases.updates.submission import Contributor, require_identity
 
 MAX_STATEMENT_BYTES: Final = 65_536
 MAX_GROUP: Final = 100
@@ -103,6 +103,7 @@ class Evaluations:
             raise InvalidSignatureError("key_id: it is not the device's current key")
         key = _key(contributor)
         self._algorithms.require(key.algorithm)
+        require_identity(self._context, contributor.device_id, contributor.key_id, key)
         statement = _open(envelope, key)
         if not was_asked(self._context, statement):
             raise NotSelectedError(f"the device was not asked to measure version {stated.version}")

@@ -21,7 +21,7 @@ from qflare.tensors import Manifest
 from qflare.tensors.elements import ElementRule
 from qflare.tensors.encodings import Encoding, encoding_rules, wire_manifest
 from qflare.v1 import coordinator_service_pb2, security_pb2, tensor_pb2, training_pb2
-from qflare_server.context import Context
+from qflare_server.context import Context, UnprovenKeyError
 from qflare_server.errors import (
     DigestMismatchError,
     GlobalModelNotFoundError,
@@ -156,6 +156,7 @@ class SubmissionValidator:
         signature = envelope.signatures[0]
         key = _key(device.algorithm, device.public_key)
         self._algorithms.require(key.algorithm)
+        require_identity(self._context, device.device_id, device.key_id, key)
         if signature.key_id != device.key_id or int(signature.algorithm) != key.algorithm:
             raise InvalidSignatureError("signature: made with another key or algorithm")
         try:
@@ -201,6 +202,26 @@ def read_facts(session: Session, training_session_id: str, number: int) -> Round
         config,
         current.selected_count,
     )
+
+
+def require_identity(context: Context, device_id: str, key_id: str, key: PublicKey) -> None:
+    """Check that signed evidence shows that a key is the calling device's.
+
+    Args:
+        context: The coordinator's parts.
+        device_id: Who calls.
+        key_id: Id of its key, as the device's row names it.
+        key: The key itself.
+
+    Raises:
+        InvalidSignatureError: The row holds another key, or nothing that was signed says that the key is its.
+    """
+    try:
+        context.identities.require(device_id, key.key_id)
+    except UnprovenKeyError as error:
+        raise InvalidSignatureError("key_id: nothing shows that the key is the device's") from error
+    if key.key_id != key_id:
+        raise InvalidSignatureError("key_id: it is not the id of the device's current key")
 
 
 @lru_cache(maxsize=REMEMBERED_KEYS)

@@ -14,10 +14,12 @@ from typing import Final
 from sqlalchemy.orm import Session
 
 from qflare.crypto import merkle
+from qflare.crypto.sealing import KemPublicKey
+from qflare.crypto.signing import InvalidKeyError
 from qflare.tensors import CHUNK_BYTES
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import security_pb2
-from qflare_server.context import Context
+from qflare_server.context import Context, UnprovenKeyError
 from qflare_server.errors import (
     GlobalModelNotFoundError,
     InvalidRequestError,
@@ -192,7 +194,19 @@ class Deliveries:
         with self._context.database.read() as session:
             device = devices.get_device(session, device_id)
             kem_public_key = None if device is None else device.kem_public_key
+        self._require_own(device_id, kem_public_key)
         return wrap_key(self._context, payload.payload_id, payload.seal, kem_public_key)
+
+    def _require_own(self, device_id: str, kem_public_key: bytes | None) -> None:
+        """Check that signed evidence shows that a KEM key is a device's, before anything is sealed to it."""
+        if kem_public_key is None:
+            raise NoKemKeyError
+        try:
+            self._context.identities.require(device_id, KemPublicKey(kem_public_key).key_id)
+        except UnprovenKeyError as error:
+            raise NoKemKeyError("nothing shows that the KEM key is the device's") from error
+        except InvalidKeyError as error:
+            raise NoKemKeyError("the device's KEM key is not usable") from error
 
     def opened(
         self, caller: Caller, delivery: Delivery, first_chunk: int

@@ -1,5 +1,7 @@
 """What lies in the database is folded only if it is what a device signed, and what is left out stays accounted for."""
 
+import hashlib
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -9,11 +11,11 @@ import numpy as np
 import pytest
 from sqlalchemy import update
 
+from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.signing import Algorithm, SigningContext, SigningKey
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.outcome import read_outcome
-from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import (
     EVIDENCE_REASON,
     AuditLog,
@@ -22,10 +24,10 @@ from qflare_server.storage.tables import (
     DeviceState,
     ModelUpdate,
     Payload,
+    Round,
     RoundState,
     UpdateState,
 )
-from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.verification import recompute_version
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
@@ -99,27 +101,8 @@ def enrolled(core: CoordinatorHarness) -> Signed:
         for number, algorithm in enumerate(algorithms)
     }
     for name, key in keys.items():
-        add_device(core, name, key)
+        core.add_signing_device(name, key)
     return Signed(core, keys)
-
-
-def add_device(core: CoordinatorHarness, name: str, key: SigningKey) -> None:
-    public = key.public
-    columns = {
-        "signature_algorithm": int(public.algorithm),
-        "signature_public_key": public.data,
-        "signature_key_id": public.key_id,
-    }
-    core.devices.add(SYSTEM, name, Profile(), **columns)
-    row = DeviceKey(
-        key_id=public.key_id,
-        device_id=name,
-        sequence=1,
-        algorithm=int(public.algorithm),
-        public_key=public.data,
-        created_at=core.clock(),
-    )
-    core.database.write(lambda session: session.add(row))
 
 
 def events(core: CoordinatorHarness, kind: str) -> list[AuditLog]:
@@ -213,7 +196,7 @@ EDITS: dict[str, Callable[[Signed, str], object]] = {
 
 
 def other_device(signed: Signed) -> str:
-    add_device(signed.core, "device-9", SigningKey.generate())
+    signed.core.add_signing_device("device-9", SigningKey.generate())
     return "device-9"
 
 
@@ -242,6 +225,102 @@ def test_a_row_that_was_edited_is_never_folded(signed: Signed, edit: str) -> Non
     (event,) = events(core, "update.evidence_refused")
     assert (event.subject, event.details["reason"]) == (f"update:{ids[1]}", row.state_reason)
     assert core.versions(training_session_id)[1].participant_count == 2
+
+
+def forge(signed: Signed, update_id: str, receipt: bytes | None) -> None:
+    """Insert a key for the device of an update, and sign the whole row anew with it."""
+    core, row, key = signed.core, signed.row(update_id), SigningKey.generate()
+    assert row.statement is not None
+    statement = security_pb2.UpdateStatement.FromString(row.statement)
+    statement.key_id = key.public.key_id
+    statement.example_count = 10**6
+    envelope = sign_envelope(key, SigningContext.UPDATE, statement)
+    inserted = DeviceKey(
+        key_id=key.public.key_id,
+        device_id=row.device_id,
+        sequence=2,
+        algorithm=int(key.public.algorithm),
+        public_key=key.public.data,
+        statement=receipt,
+        created_at=core.clock(),
+    )
+    core.database.write(lambda session: session.add(inserted))
+    signed.round_of(
+        update_id,
+        key_id=key.public.key_id,
+        example_count=statement.example_count,
+        statement=envelope.payload,
+        statement_digest=hashlib.sha256(envelope.payload).hexdigest(),
+        signature=envelope.signatures[0].SerializeToString(),
+    )
+
+
+def receipt_of(signed: Signed, name: str) -> bytes:
+    with signed.core.database.read() as session:
+        row = session.get(DeviceKey, signed.keys[name].public.key_id)
+        assert row is not None
+        assert row.statement is not None
+        return row.statement
+
+
+RECEIPTS: dict[str, Callable[[Signed], bytes | None]] = {
+    "none": lambda _signed: None,
+    "of the device's own key": lambda signed: receipt_of(signed, "device-1"),
+    "of another device": lambda signed: receipt_of(signed, "device-0"),
+    "that is none": lambda _signed: b"\xff",
+}
+
+
+@pytest.mark.parametrize("receipt", RECEIPTS)
+def test_an_update_signed_by_an_inserted_key_is_never_folded(signed: Signed, receipt: str) -> None:
+    core = signed.core
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1)
+    ids = signed.submit_all(training_session_id)
+    forge(signed, ids[1], RECEIPTS[receipt](signed))
+
+    core.settle()
+
+    row = signed.row(ids[1])
+    assert (row.state, row.aggregated_version) == (UpdateState.REJECTED.value, None)
+    assert row.state_reason.startswith(EVIDENCE_REASON)
+    assert mean(core, training_session_id) == 2.0
+    assert len(events(core, "update.evidence_refused")) == 1
+
+
+def test_another_process_demands_the_receipts_anew(signed: Signed, make_core: MakeCore) -> None:
+    core = signed.core
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1)
+    ids = signed.submit_all(training_session_id)
+    signed.edit(DeviceKey, DeviceKey.key_id == signed.row(ids[1]).key_id, statement=None)
+    worker = make_core(require_signatures=True)
+
+    worker.settle()
+
+    assert signed.row(ids[1]).state == UpdateState.REJECTED.value
+    assert signed.row(ids[0]).state == UpdateState.AGGREGATED.value
+    assert mean(core, training_session_id) == 2.0
+
+
+def test_an_inserted_row_without_a_signature_is_never_folded(signed: Signed) -> None:
+    core = signed.core
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1)
+    ids = signed.submit_all(training_session_id)
+    core.add_signing_device("device-4", SigningKey.generate())
+    columns = {
+        column.key: getattr(signed.row(ids[0]), column.key) for column in ModelUpdate.__table__.c
+    }
+    nothing = {"statement": None, "signature": None, "key_id": None}
+    update_id = str(uuid.uuid4())
+    place = {"id": update_id, "device_id": "device-4", "acceptance_sequence": 4}
+    inserted = ModelUpdate(**(columns | nothing | place))
+    core.database.write(lambda session: session.add(inserted))
+    place_of = Round.training_session_id == training_session_id
+    signed.edit(Round, place_of, accepted_count=4)
+
+    core.settle()
+
+    assert signed.row(update_id).state == UpdateState.REJECTED.value
+    assert core.versions(training_session_id)[1].participant_count == 3
 
 
 def test_an_edited_update_for_another_round_is_not_folded_there(signed: Signed) -> None:
@@ -305,7 +384,7 @@ def test_a_version_without_an_edited_update_is_made_again(
     for number in (3, 4):
         key = SigningKey.generate()
         signed.keys[f"device-{number}"] = key
-        add_device(core, f"device-{number}", key)
+        core.add_signing_device(f"device-{number}", key)
     training_session_id = core.start(
         rounds=training_pb2.RoundPolicy(quorum=5),
         total_rounds=1,

@@ -12,11 +12,13 @@ from sqlalchemy import select
 
 from qflare.crypto.sealing import KemKey
 from qflare.crypto.signing import Algorithm, SigningKey
+from qflare.v1 import security_pb2
 from qflare_server import registry
 from qflare_server.cli.main import main
 from qflare_server.cli.registry import import_devices, read_dump
 from qflare_server.config import ServerConfig
 from qflare_server.errors import StoreUnavailableError
+from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.serving import embedded
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
@@ -26,7 +28,7 @@ from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.use_cases.in_process.devices import KnownDevices
 from tests.conftest import START, FakeClock
 from tests.contract.conftest import MakeCore
-from tests.support.use_cases import CoordinatorHarness
+from tests.support.use_cases import CoordinatorHarness, OneKeySigner
 
 HOUR_S = 3600
 
@@ -212,6 +214,26 @@ def test_replaced_keys_count_as_a_rotation_and_leave_the_first_as_evidence(
         history = session.scalars(query.order_by(DeviceKey.sequence)).all()
         assert [key.sequence for key in history] == [1, 2]
         assert [key.retired_at is None for key in history] == [False, True]
+
+
+def test_every_key_of_a_program_gets_a_receipt(
+    program: CoordinatorHarness, device_key: SigningKey
+) -> None:
+    """Without one, nobody would take the key for the device's: not a login, and not the worker."""
+    first, kem, other = SigningKey.generate(), KemKey.generate().public, KemKey.generate().public
+    registry.register_device("ward-3", {"public_keys": {"sig_public_key": first.public.data}})
+    registry.update_device_keys("ward-3", {"kem_public_key": kem.data})
+    registry.update_device_keys("ward-3", {"sig_public_key": device_key.public.data})
+    registry.update_device_keys("ward-3", {"kem_public_key": other.data})
+
+    proven = DeviceIdentities(program.database, program.config.realm, OneKeySigner(program.key))
+    for key_id in (first.public.key_id, kem.key_id, device_key.public.key_id, other.key_id):
+        proven.require("ward-3", key_id)
+    with program.database.read() as session:
+        for row in session.query(DeviceKey):
+            envelope = security_pb2.SignedEnvelope.FromString(row.statement or b"")
+            receipt = security_pb2.EnrollmentReceipt.FromString(envelope.payload)
+            assert (receipt.in_process, receipt.key_rotation_count) == (True, row.sequence - 1)
 
 
 def test_same_key_again_changes_nothing(

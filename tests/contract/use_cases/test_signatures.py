@@ -11,7 +11,6 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import ModelUpdate
-from qflare_server.use_cases.devices.administration import Profile
 from tests.contract.conftest import MakeCore
 from tests.support.uploads import QUORUM_4, refuse
 from tests.support.use_cases import CoordinatorHarness, Draft, vector
@@ -21,21 +20,10 @@ from tests.support.use_cases import CoordinatorHarness, Draft, vector
 def signing(make_core: MakeCore, signing_key: SigningKey) -> tuple[CoordinatorHarness, Draft]:
     """Return a coordinator that wants signatures, and a signed update of a device with a key."""
     core = make_core(require_signatures=True)
-    public = signing_key.public
-    columns = {
-        "signature_algorithm": int(public.algorithm),
-        "signature_public_key": public.data,
-        "signature_key_id": public.key_id,
-    }
-    core.devices.add(SYSTEM, "device-0", Profile(), **columns)
+    contributor = core.add_signing_device("device-0", signing_key)
     draft = core.draft("device-0", core.start(rounds=QUORUM_4), vector(1.0))
-    draft.device = replace(
-        draft.device,
-        key_id=public.key_id,
-        algorithm=int(public.algorithm),
-        public_key=public.data,
-    )
-    draft.statement.key_id = public.key_id
+    draft.device = contributor
+    draft.statement.key_id = signing_key.public.key_id
     draft.signing_key = signing_key
     return core, draft
 

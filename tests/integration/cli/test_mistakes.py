@@ -124,6 +124,8 @@ SERVER: Final = [
     "registry import FOLDER/absent.json",
     "registry import FOLDER/text",
     "registry import FOLDER/list.json",
+    "registry vouch zz",
+    f"registry vouch {'ab' * 32}",
     "audit verify --root-key-id zz",
     "audit verify --witness FOLDER/text",
     "audit witness FOLDER/absent/heads",

@@ -16,6 +16,7 @@ from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2, training_pb2
 from qflare_client import Client
+from tests.support.inserted_keys import exchange_key, receipt_of
 from tests.support.raw_device import RawDevice, reason_of
 
 Deploy = Callable[..., Any]
@@ -210,6 +211,21 @@ def test_an_evaluation_is_signed_by_its_device(deployment: Any) -> None:
     ):
         assert refused(partial(device.send, envelope)) == "INVALID_SIGNATURE"
     device.report(statement)
+
+
+def test_an_evaluation_by_an_inserted_key_is_refused(deployment: Any) -> None:
+    device = evaluator(deployment, "a")
+    session_id = session(deployment, 1)
+    first_version(session_id, [device])
+    task = device.asked(session_id)
+    before = dict(version(deployment, session_id, 1).metrics)
+    for receipt in (None, receipt_of(deployment, device.identity.device_id)):
+        key = exchange_key(deployment, device, receipt)
+        statement = device.statement(task, key_id=key.public.key_id, metrics={"accuracy": 1.0})
+
+        assert refused(partial(device.report, statement, key)) == "INVALID_SIGNATURE"
+
+    assert dict(version(deployment, session_id, 1).metrics) == before
 
 
 def test_a_device_measures_a_version_once(deployment: Any) -> None:
