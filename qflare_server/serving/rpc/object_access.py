@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import grpc
 
+from qflare_server.serving.rpc.behaviors import Behavior, replace_behavior
 from qflare_server.serving.rpc.call import current_call
 from qflare_server.serving.rpc.route import Audience, audience_of
 from qflare_server.use_cases.access.objects import ObjectAccess
 
-_BEHAVIORS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 _FOREIGN: Final = (Audience.HEALTH, Audience.REFLECTION)
 Check = Callable[[Any], None]
 
@@ -41,24 +41,18 @@ class ObjectAccessInterceptor(grpc.ServerInterceptor):
         method = handler_call_details.method
         if found is None or audience_of(method) in _FOREIGN:
             return found
-        handler: Any = found  # grpc makes it a named tuple, whatever its stub says
 
         def check(first_message: Any) -> None:
             self._objects.check(current_call().principal, method, first_message)
 
-        wrap = _checked_stream if handler.request_streaming else _checked
-        changes = {
-            name: wrap(getattr(handler, name), check)
-            for name in _BEHAVIORS
-            if getattr(handler, name) is not None
-        }
-        wrapped: grpc.RpcMethodHandler[Any, Any] = handler._replace(**changes)
-        return wrapped
+        return replace_behavior(
+            found,
+            lambda behavior: _checked(behavior, check),
+            lambda behavior: _checked_stream(behavior, check),
+        )
 
 
-def _checked(
-    behavior: Callable[..., Any], check: Check
-) -> Callable[[Any, grpc.ServicerContext], Any]:
+def _checked(behavior: Behavior, check: Check) -> Callable[[Any, grpc.ServicerContext], Any]:
     def call(request: Any, context: grpc.ServicerContext) -> Any:
         check(request)
         return behavior(request, context)
@@ -67,7 +61,7 @@ def _checked(
 
 
 def _checked_stream(
-    behavior: Callable[..., Any], check: Check
+    behavior: Behavior, check: Check
 ) -> Callable[[Iterator[Any], grpc.ServicerContext], Any]:
     """Return a behavior that checks the first message; a stream without one is for the behavior to refuse."""
 

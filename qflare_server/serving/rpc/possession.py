@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 
+from qflare_server.serving.rpc.behaviors import Behavior, replace_behavior
 from qflare_server.serving.rpc.call import current_call
 from qflare_server.use_cases.access.login import Login
-
-_BEHAVIOURS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 class _ReceivedRequest(NamedTuple):
@@ -48,17 +47,12 @@ class PossessionInterceptor(grpc.ServerInterceptor):
             return found
         handler: Any = found  # grpc makes it a named tuple, whatever its stub says
         check = self._checker(method, handler_call_details.invocation_metadata)
-        wrap = _checked_stream if handler.request_streaming else _checked
-        changes = {
-            name: wrap(getattr(handler, name), check)
-            for name in _BEHAVIOURS
-            if getattr(handler, name) is not None
-        }
-        reader = _reader(handler.request_deserializer)
-        wrapped: grpc.RpcMethodHandler[Any, Any] = handler._replace(
-            request_deserializer=reader, **changes
+        return replace_behavior(
+            handler,
+            lambda behavior: _checked(behavior, check),
+            lambda behavior: _checked_stream(behavior, check),
+            request_deserializer=_reader(handler.request_deserializer),
         )
-        return wrapped
 
     def _checker(self, method: str, metadata: Any) -> Callable[[bytes], None]:
         def check(first_message: bytes) -> None:
@@ -72,7 +66,7 @@ def _reader(parse: Callable[[bytes], Any]) -> Callable[[bytes], _ReceivedRequest
 
 
 def _checked(
-    behavior: Callable[..., Any], check: Callable[[bytes], None]
+    behavior: Behavior, check: Callable[[bytes], None]
 ) -> Callable[[_ReceivedRequest, grpc.ServicerContext], Any]:
     def call(request: _ReceivedRequest, context: grpc.ServicerContext) -> Any:
         check(request.data)
@@ -82,7 +76,7 @@ def _checked(
 
 
 def _checked_stream(
-    behavior: Callable[..., Any], check: Callable[[bytes], None]
+    behavior: Behavior, check: Callable[[bytes], None]
 ) -> Callable[[Iterator[_ReceivedRequest], grpc.ServicerContext], Any]:
     def call(requests: Iterator[_ReceivedRequest], context: grpc.ServicerContext) -> Any:
         first = next(requests, None)
