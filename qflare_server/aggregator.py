@@ -21,6 +21,7 @@ from qflare_server.errors import InvalidRequestError, RoundNotOpenError
 from qflare_server.serving.embedded import (
     CALLER,
     EmbeddedCoordinator,
+    ForkedError,
     close,
     configure,
     current,
@@ -32,6 +33,7 @@ from qflare_server.use_cases.in_process.training import Contribution
 from qflare_server.use_cases.training_sessions.progress import Progress
 
 __all__ = [
+    "ForkedError",
     "aggregate_models",
     "clear_pending_updates",
     "close",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from qflare_server.errors import DeviceNotFoundError, InvalidRequestError
-from qflare_server.serving.embedded import CALLER, close, configure, current, refused
+from qflare_server.serving.embedded import CALLER, ForkedError, close, configure, current, refused
 from qflare_server.storage.tables import DeviceState
 from qflare_server.use_cases.in_process.records import (
     UNKNOWN_TYPE,
@@ -29,6 +29,7 @@ from qflare_server.use_cases.in_process.records import (
 )
 
 __all__ = [
+    "ForkedError",
     "check_device_health",
     "cleanup_inactive_devices",
     "close",

@@ -3,6 +3,9 @@
 They are opened on first use from `QFLARE_*` (a database is made if it is an empty SQLite file, keys if there are
 none), or are those of a coordinator that runs in this process and hands them over with `configure`. Nothing is
 opened at import. A coordinator may serve on the same database at the same time, in this process or another.
+
+Connections and threads do not survive a fork. In a process that was forked after the parts were opened, every function
+raises `ForkedError` at once; after `close` there, which leaves the parent's parts alone, they are opened anew.
 """
 
 import logging
@@ -36,6 +39,16 @@ from qflare_server.use_cases.versions.download import Deliveries
 
 CALLER: Final = Caller("system", "", "in-process")
 """Who the audit log names for what an embedding program does."""
+
+
+class ForkedError(RuntimeError):
+    """The embedded coordinator was opened before this process was forked: call `close` here, or open it here first."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the embedded coordinator was opened before this process was forked: "
+            "call close() in the forked process, which then opens its own"
+        )
 
 
 class OpenParts(Protocol):
@@ -88,9 +101,21 @@ class _Process:
         self._lock = threading.Lock()
         self._embedded: EmbeddedCoordinator | None = None
         self._own: Application | None = None
+        self._is_disowned = False
+        self._inherited: list[object] = []
+
+    def was_forked(self) -> None:
+        """Disown in a forked child what the parent has opened; the lock may be held by a thread that is not here."""
+        self._lock = threading.Lock()
+        if self._embedded is not None:
+            # Kept for good: to end a parent's connections here would end them there.
+            self._inherited += [self._embedded, self._own]
+            self._embedded, self._own, self._is_disowned = None, None, True
 
     def current(self) -> EmbeddedCoordinator:
         with self._lock:
+            if self._is_disowned:
+                raise ForkedError
             if self._embedded is None:
                 config = ServerConfig.from_env(os.environ)
                 ensure_initialized(config)
@@ -100,19 +125,21 @@ class _Process:
 
     def configure(self, parts: OpenParts | None) -> None:
         with self._lock:
-            own, self._own = self._own, None
+            own, self._own, self._is_disowned = self._own, None, False
             self._embedded = None if parts is None else EmbeddedCoordinator.over(parts)
         if own is not None:
             own.close()
 
 
 _PROCESS: Final = _Process()
+os.register_at_fork(after_in_child=_PROCESS.was_forked)
 
 
 def current() -> EmbeddedCoordinator:
     """Return the use cases of this process, opening them on first use.
 
     Raises:
+        ForkedError: They were opened before this process was forked.
         ConfigError: The environment's settings are at fault.
         SchemaError: The database's schema is not this program's.
         KeyStoreError: The keys cannot be read or made.
