@@ -33,8 +33,22 @@ from qflare.tensors.payload import rechunk, split
 MAX_HEADER_BYTES = 16 * 2**20
 """Longest header that is read or written, in bytes. The library allows 100 MB."""
 
+FACT_PREFIX = "qflare_"
+"""Begins the names of metadata that QFLARE adds to the files that it exports."""
+
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
+
+
+def own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a file without what QFLARE has added to it."""
+    return {name: value for name, value in metadata.items() if not name.startswith(FACT_PREFIX)}
+
+
+def with_facts(metadata: Mapping[str, str], **facts: object) -> dict[str, str]:
+    """Return metadata with facts about a version, under names of their own: none of a file's own is replaced."""
+    own = own_metadata(metadata)
+    return own | {FACT_PREFIX + name: str(value) for name, value in facts.items()}
 
 
 @dataclass(frozen=True)
@@ -196,6 +210,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _decode_metadata(entry: Any) -> dict[str, str]:
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
         raise InvalidManifestError(f"{_METADATA}: wanted an object of strings")
+    for name, value in entry.items():
+        try:
+            (name + value).encode()
+        except UnicodeEncodeError:
+            raise InvalidManifestError(f"{_METADATA}: wanted valid Unicode") from None
     return entry
 
 

@@ -410,6 +410,7 @@ class InitialModelHeader(_message.Message):
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     PAYLOAD_DIGEST_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     payload_digest: _builtins.str
@@ -418,20 +419,53 @@ class InitialModelHeader(_message.Message):
     def manifest(self) -> _tensor_pb2.Manifest:
         """Layout of the payload."""
 
+    @_builtins.property
+    def metadata(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileMetadata]:
+        """Metadata of the model's file, at most 64 KiB in all. Every version has it in its architecture, and so have the
+        files that versions are exported to. Names that begin with qflare_ are left out.
+        """
+
     def __init__(
         self,
         *,
         training_session_id: _builtins.str = ...,
         manifest: _tensor_pb2.Manifest | None = ...,
         payload_digest: _builtins.str = ...,
+        metadata: _abc.Iterable[Global___FileMetadata] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "payload_digest", b"payload_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "metadata", b"metadata", "payload_digest", b"payload_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InitialModelHeader: _TypeAlias = InitialModelHeader  # noqa: Y015
+
+@_typing.final
+class FileMetadata(_message.Message):
+    """An entry of the metadata of a model's file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name."""
+    value: _builtins.str
+    """Value."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        value: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileMetadata: _TypeAlias = FileMetadata  # noqa: Y015
 
 @_typing.final
 class UploadInitialModelRequest(_message.Message):

@@ -1427,7 +1427,9 @@ class GlobalModel(_message.Message):
 
     @_builtins.property
     def architecture(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Description of the architecture; free key-value text."""
+        """Description of the architecture, free key-value text, and the metadata of the initial model's file. Set where one
+        version is asked for, absent in lists.
+        """
 
     @_builtins.property
     def manifest(self) -> _tensor_pb2.Manifest:

@@ -6,7 +6,7 @@ from typing import Any
 
 from qflare.tensors import InvalidPayloadError
 from qflare.tensors.manifest import InvalidManifestError
-from qflare.tensors.safetensors_files import import_safetensors
+from qflare.tensors.safetensors_files import import_safetensors, own_metadata
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.connection import Admin
 from qflare_client.errors import InvalidRequestError
@@ -38,7 +38,12 @@ def upload_model(admin: Admin, training_session_id: str, path: Path) -> Any:
 
     def messages() -> Iterator[pb.UploadInitialModelRequest]:
         header = pb.InitialModelHeader(
-            training_session_id=training_session_id, manifest=manifest.to_proto()
+            training_session_id=training_session_id,
+            manifest=manifest.to_proto(),
+            metadata=[
+                pb.FileMetadata(name=name, value=value)
+                for name, value in own_metadata(opened.metadata).items()
+            ],
         )
         yield pb.UploadInitialModelRequest(header=header)
         done = 0

@@ -11,7 +11,7 @@ from qflare.command_line import whole
 from qflare.crypto import merkle
 from qflare.files import private_opener
 from qflare.tensors import Manifest
-from qflare.tensors.safetensors_files import export_safetensors
+from qflare.tensors.safetensors_files import export_safetensors, with_facts
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.arguments import add_command, add_limit, add_topic, show, show_list
 from qflare_client.admin.connection import Admin
@@ -119,12 +119,13 @@ def run_download(admin: Admin, options: argparse.Namespace) -> None:
     if hashlib.sha256(statement).hexdigest() != model.digest:
         raise CorruptModelError("the statement does not match the version's digest")
     checked = _checked(first, messages)
-    metadata = {
-        "training_session_id": model.training_session_id,
-        "version": str(model.version),
-        "digest": model.digest,
-        "payload_digest": model.payload_digest,
-    }
+    metadata = with_facts(
+        model.architecture,
+        training_session_id=model.training_session_id,
+        version=model.version,
+        digest=model.digest,
+        payload_digest=model.payload_digest,
+    )
     export_safetensors(options.file, Manifest.from_proto(model.manifest), checked, metadata)
     note(f"wrote version {model.version} to {options.file}")
     if options.json:

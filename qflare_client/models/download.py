@@ -22,7 +22,7 @@ from qflare.evidence.lineage import ModelVersion
 from qflare.tensors import CHUNK_BYTES, Array, InvalidManifestError, Manifest, assemble, chunks
 from qflare.tensors.download_encodings import widened
 from qflare.tensors.encodings import Encoding
-from qflare.tensors.safetensors_files import export_safetensors
+from qflare.tensors.safetensors_files import export_safetensors, with_facts
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2
 from qflare_client import arguments
@@ -87,13 +87,13 @@ class GlobalModel:
             OSError: It cannot be written.
         """
         path = arguments.path("path", path)
-        facts = {
-            **self.architecture,
-            "training_session_id": self.training_session_id,
-            "version": str(self.version),
-            "digest": self.digest,
-            "encoding": self.encoding.name.lower(),
-        }
+        facts = with_facts(
+            self.architecture,
+            training_session_id=self.training_session_id,
+            version=self.version,
+            digest=self.digest,
+            encoding=self.encoding.name.lower(),
+        )
         export_safetensors(path, self.manifest, chunks(self.arrays, self.manifest), facts)
 
 

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from qflare.command_line import whole
-from qflare.tensors.safetensors_files import export_safetensors, import_safetensors
+from qflare.tensors.safetensors_files import (
+    export_safetensors,
+    import_safetensors,
+    own_metadata,
+    with_facts,
+)
 from qflare.terminal import say
 from qflare.v1 import admin_service_pb2
 from qflare_server.cli import verify
@@ -55,7 +60,12 @@ def upload_initial_model(initial_models: Any, training_session_id: str, path: Pa
     opened_file = import_safetensors(path)
     manifest = opened_file.manifest
     header = admin_service_pb2.InitialModelHeader(
-        training_session_id=training_session_id, manifest=manifest.to_proto()
+        training_session_id=training_session_id,
+        manifest=manifest.to_proto(),
+        metadata=[
+            admin_service_pb2.FileMetadata(name=name, value=value)
+            for name, value in own_metadata(opened_file.metadata).items()
+        ],
     )
     numbered = enumerate(progress(opened_file.chunks(), manifest.chunk_count, "importing"))
     return str(initial_models.upload(caller(), header, numbered).digest)
@@ -69,12 +79,13 @@ def run_export(config: ServerConfig, arguments: argparse.Namespace) -> int:
         model = delivery.model
         opened_chunks = deliveries.opened(caller(), delivery, 0)
         chunks: Iterator[bytes] = (data for _, data in opened_chunks)
-        metadata = {
-            "training_session_id": model.training_session_id,
-            "version": str(model.version),
-            "digest": model.digest,
-            "payload_digest": model.payload_digest,
-        }
+        metadata = with_facts(
+            model.architecture,
+            training_session_id=model.training_session_id,
+            version=model.version,
+            digest=model.digest,
+            payload_digest=model.payload_digest,
+        )
         shown = progress(chunks, delivery.payload.chunk_count, "exporting")
         export_safetensors(arguments.file, manifest_of(model), shown, metadata)
     say(f"wrote version {model.version} to {arguments.file}")

@@ -57,6 +57,8 @@ class VersionDraft:
     """The form in which devices get it; what the training session asks for, and None where it asks for none."""
     sealed_version: int | None = None
     """Version that the payload of a rollback was sealed for; None for other versions, or where it is not sealed."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Of the file of an initial model; later versions have it from version 0."""
     shares_payload: bool = False
     """Whether another version has brought in its payloads, as for a rollback: their rows are there."""
     publish_duration_s: float = 0.0
@@ -193,7 +195,7 @@ def publish(
             "statement": signed.payload,
             "signature": signed.envelope.SerializeToString(),
             "model_type": training_session.model_type,
-            "architecture": training_session.architecture,
+            "architecture": _architecture(session, training_session, draft),
             "base_version": draft.base_version,
             "round_number": draft.round_number,
             "participant_count": len(draft.contributors),
@@ -224,6 +226,14 @@ def publish(
     changes = _session_changes(session, training_session, draft, released=released)
     training_sessions.update_session(session, training_session.id, changes)
     return training_session._replace(**changes)
+
+
+def _architecture(
+    session: Session, training_session: TrainingSession, draft: VersionDraft
+) -> dict[str, str]:
+    """Return the description of a version: the training session's, and the metadata of its initial model's file."""
+    initial = global_models.architecture_of(session, training_session.id, 0)
+    return {**training_session.architecture, **draft.metadata} if initial is None else initial
 
 
 def _require_next(

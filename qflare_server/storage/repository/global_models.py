@@ -29,6 +29,10 @@ _DIGEST = select(MODELS.c.digest).where(
     MODELS.c.training_session_id == bindparam("session"), MODELS.c.version == bindparam("number")
 )
 
+_ARCHITECTURE = select(MODELS.c.architecture).where(
+    MODELS.c.training_session_id == bindparam("session"), MODELS.c.version == bindparam("number")
+)
+
 _INSERT_MODEL = PreparedInsert(MODELS, MODELS.c.keys())
 
 
@@ -46,6 +50,14 @@ def digest_of(session: Session, training_session_id: str, version: int) -> str |
     """Return the digest of a version, None if there is no such version."""
     wanted = {"session": training_session_id, "number": version}
     return session.connection().execute(_DIGEST, wanted).scalar_one_or_none()
+
+
+def architecture_of(
+    session: Session, training_session_id: str, version: int
+) -> dict[str, str] | None:
+    """Return the description of a version, None if there is no such version."""
+    wanted = {"session": training_session_id, "number": version}
+    return session.connection().execute(_ARCHITECTURE, wanted).scalar_one_or_none()
 
 
 def _served(version: ColumnElement[Any], payload_id: ColumnElement[Any]) -> Select[Any]:

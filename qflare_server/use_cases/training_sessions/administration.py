@@ -122,6 +122,7 @@ class Training:
         manifest: Manifest,
         payload: ReceivedPayload,
         download: Download | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> GlobalModel:
         """Publish the initial model as version 0.
 
@@ -131,6 +132,7 @@ class Training:
             manifest: Layout of the model.
             payload: Its bytes.
             download: The form in which devices get it, where the training session asks for one.
+            metadata: Of the file that it comes from.
 
         Raises:
             WrongStateError: The training session has been started, or has an initial model.
@@ -144,6 +146,7 @@ class Training:
             manifest=manifest,
             created_at=at,
             download=download,
+            metadata=metadata or {},
         )
         waiting = self.get(training_session_id)
         config = waiting.config

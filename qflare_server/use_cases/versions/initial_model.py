@@ -1,18 +1,20 @@
 """Upload of a training session's initial model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Final
 
 from qflare.crypto import merkle
 from qflare.tensors import CHUNK_BYTES, Manifest, ManifestLimits
 from qflare.tensors import InvalidManifestError as BadManifestError
 from qflare.tensors.download_encodings import download_manifest
 from qflare.tensors.encodings import Encoding
+from qflare.tensors.safetensors_files import own_metadata
 from qflare.v1 import admin_service_pb2, tensor_pb2, training_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import Context
-from qflare_server.errors import InvalidManifestError, WrongStateError
+from qflare_server.errors import InvalidManifestError, InvalidRequestError, WrongStateError
 from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.sealed_receiver import receiver_of, version_seal_context
 from qflare_server.payloads.writer import VersionWriter, received_chunks
@@ -21,6 +23,9 @@ from qflare_server.storage.repository import global_models, payloads
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.training.config import download_encoding, require_trainable
 from qflare_server.use_cases.training_sessions.administration import Training, checked
+
+MAX_METADATA_BYTES: Final = 65_536
+"""Most metadata of a model's file, in bytes of UTF-8."""
 
 
 class InitialModels:
@@ -74,10 +79,12 @@ class InitialModels:
                 session's download encoding makes smaller, or devices could not train it under its configuration.
             InvalidUpdateError: The bytes are not what the manifest says, or hold NaN or infinity, or a number
                 beyond the range of the download encoding.
+            InvalidRequestError: The metadata of its file is too long.
             DigestMismatchError: The bytes are not those of the digest.
             WrongStateError: The training session has been started, or has an initial model.
         """
-        known = self._known(header)
+        metadata = _file_metadata(header.metadata)
+        known = self._known(header, metadata)
         if known is not None:
             return _same(known, chunks)
         training_session = self._training.require_waiting(header.training_session_id)
@@ -108,14 +115,18 @@ class InitialModels:
         if encoding is not Encoding.FULL_PRECISION:
             download = writer.write_download(received_chunks(self._context, received))
         return self._training.add_initial_model(
-            caller, header.training_session_id, manifest, received, download
+            caller, header.training_session_id, manifest, received, download, metadata
         )
 
-    def _known(self, header: admin_service_pb2.InitialModelHeader) -> GlobalModel | None:
+    def _known(
+        self, header: admin_service_pb2.InitialModelHeader, metadata: Mapping[str, str]
+    ) -> GlobalModel | None:
         """Return version 0 of a training session if it may be the model of an upload, None otherwise."""
         with self._context.database.read() as session:
             known = global_models.get_model(session, header.training_session_id, 0)
         if known is None or known.layout_digest != header.manifest.layout_digest:
+            return None
+        if not metadata.items() <= known.architecture.items():
             return None
         return known if header.payload_digest in {"", known.payload_digest} else None
 
@@ -169,6 +180,26 @@ def _same(known: GlobalModel, chunks: Iterator[tuple[int, bytes]]) -> GlobalMode
     if merkle.root(leaves).hex() != known.payload_digest:
         raise WrongStateError("the training session has another initial model")
     return known
+
+
+def _file_metadata(entries: Iterable[admin_service_pb2.FileMetadata]) -> dict[str, str]:
+    """Return the metadata of a model's file that is kept.
+
+    Raises:
+        InvalidRequestError: It is too long, since every version has a copy; or has a NUL, which databases do not store.
+    """
+    own = own_metadata({entry.name: entry.value for entry in entries})
+    size_bytes = sum(len(name.encode()) + len(value.encode()) for name, value in own.items())
+    if size_bytes > MAX_METADATA_BYTES:
+        raise InvalidRequestError(
+            f"header.metadata: got {size_bytes} bytes, want at most {MAX_METADATA_BYTES}",
+            field="header.metadata",
+        )
+    if any("\0" in name + value for name, value in own.items()):
+        raise InvalidRequestError(
+            "header.metadata: got a NUL, want text without", field="header.metadata"
+        )
+    return own
 
 
 def _require_smaller(manifest: Manifest, encoding: Encoding) -> None:

@@ -272,3 +272,10 @@ def test_a_large_model_passes_through_in_chunks(tmp_path: Path) -> None:
 
     assert manifest.tensors[1] == TensorSpec("w", DType.FLOAT64, (700_000,))
     assert b"".join(file.chunks()) == b"".join(chunks(model, manifest))
+
+
+def test_metadata_of_code_points_that_are_no_text_is_refused(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "a", b'{"__metadata__":{"a":"\\ud800"}}')
+
+    with pytest.raises(InvalidManifestError, match="valid Unicode"):
+        import_safetensors(path)

@@ -41,7 +41,7 @@ def global_model(row: GlobalModel, *, with_manifest: bool = False) -> training_p
         delta=row.delta,
         publish_duration=duration(row.publish_duration_s),
         create_time=timestamp(row.created_at),
-        architecture=_texts(row.architecture),
+        architecture=_texts(row.architecture) if with_manifest else None,
         download=_download(row),
     )
     if with_manifest:
