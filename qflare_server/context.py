@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol
 
 from qflare.crypto.signing import PublicKey
@@ -118,6 +118,27 @@ class UnknownKeyError(ValueError):
     """No key of this id is held."""
 
 
+EXPIRY_WARNING: Final = timedelta(days=60)
+"""How long before a keyset expires the warnings begin: time for the holders of offline root keys to meet."""
+
+
+@dataclass(frozen=True)
+class KeysetStatus:
+    """The keyset in force.
+
+    Attributes:
+        version: Its version.
+        expires_at: When devices stop trusting it: its expiry, or that of the root document if that is earlier.
+    """
+
+    version: int
+    expires_at: datetime
+
+    def expires_soon(self, now: datetime) -> bool:
+        """Return whether it has expired or does within `EXPIRY_WARNING`."""
+        return self.expires_at - now < EXPIRY_WARNING
+
+
 @dataclass(frozen=True)
 class Context:
     """The dependencies of every use case, built once by the composition root."""
@@ -141,3 +162,5 @@ class Context:
     """State keys before it, the latest first: what was stored under them is still opened."""
     decapsulate: Decapsulate | None = field(default=None, repr=False)
     """Recovers a secret that was encapsulated to an accepted session KEM key; None where there is none."""
+    keyset_status: Callable[[], KeysetStatus] | None = None
+    """Returns the keyset in force; None where there is none."""

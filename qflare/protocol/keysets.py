@@ -147,6 +147,18 @@ class TrustedKeyset:
         """Version of the keyset; 0 before the first."""
         return 0 if self._online is None else self._online.document.version
 
+    @property
+    def expires_at(self) -> datetime:
+        """When the keyset or the latest root document expires, whichever is earlier, in UTC.
+
+        Raises:
+            KeysetError: No keyset is trusted yet.
+        """
+        if self._online is None:
+            raise KeysetError("no keyset is trusted yet")
+        times = (self._roots[-1].document.expire_time, self._online.document.expire_time)
+        return min(time.ToDatetime(tzinfo=UTC) for time in times)
+
     def updated(self, bundle: security_pb2.KeysetBundle, reference_time: datetime) -> Self:
         """Verify a bundle and return the updated trust state.
 

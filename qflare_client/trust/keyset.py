@@ -8,11 +8,12 @@ The rules of keysets and statements are elsewhere (see `protocol.keysets`, `evid
 `evidence.lineage`).
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from typing import Self, TypeVar
+from datetime import UTC, datetime, timedelta
+from typing import Final, Self, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -51,6 +52,12 @@ from qflare_client.rpc.caller import Calls
 
 R = TypeVar("R")
 
+_log = logging.getLogger(__name__)
+
+EXPIRY_WARNING: Final = timedelta(days=60)
+"""How long before the coordinator's keyset expires the device logs warnings."""
+
+_WARNING_INTERVAL: Final = timedelta(days=1)
 _DOCUMENT = "trust.json"
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 _TASK_FIELDS = (
@@ -91,6 +98,7 @@ class Trust:
         self._trusted = trusted
         self._clock = clock
         self._lock = threading.Lock()
+        self._warned_at = _BEGINNING
 
     @classmethod
     def begin(
@@ -169,6 +177,7 @@ class Trust:
                 },
             )
             self._trusted = trusted
+        self._warn_of_expiry()
 
     def _fetch(self, known_root_version: int) -> security_pb2.KeysetBundle:
         """Return the root documents after a version and the keyset; one answer may not hold them all."""
@@ -276,12 +285,26 @@ class Trust:
                 known=known,
             )
 
+    def _warn_of_expiry(self) -> None:
+        """Log, once a day, that the coordinator's keyset is about to expire."""
+        now, expires_at = self._clock(), self._trusted.expires_at
+        if expires_at - now >= EXPIRY_WARNING or now - self._warned_at < _WARNING_INTERVAL:
+            return
+        self._warned_at = now
+        _log.warning(
+            "the coordinator's keyset expires at %s: its operator has to publish the next one",
+            f"{expires_at:%Y-%m-%d %H:%M} UTC",
+        )
+
     def _current(self, read: Callable[[TrustedKeyset, datetime], R]) -> R:
         """Read from an unexpired keyset."""
         try:
-            return read(self._trusted, self._clock())
+            found = read(self._trusted, self._clock())
         except ExpiredKeysetError:
             self.refresh()
+        else:
+            self._warn_of_expiry()
+            return found
         with _untrusted():
             return read(self._trusted, self._clock())
 

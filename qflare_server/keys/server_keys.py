@@ -25,7 +25,7 @@ from qflare.evidence.forms import check_form
 from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
-from qflare_server.context import Clock
+from qflare_server.context import Clock, KeysetStatus
 from qflare_server.errors import QflareError
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.ring import KeyProvider, KeyRing, Role
@@ -44,9 +44,6 @@ logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL: Final = timedelta(seconds=5)
 """Maximum delay before a keyset published by another process is noticed."""
-
-EXPIRY_WARNING: Final = timedelta(days=30)
-"""How long before a keyset expires the warnings begin."""
 
 WARNING_INTERVAL: Final = timedelta(days=1)
 """Interval between expiry warnings."""
@@ -183,6 +180,11 @@ class ServerKeys:
         """The documents in force."""
         return self._current()
 
+    def status(self) -> KeysetStatus:
+        """Return version and expiry of the keyset in force."""
+        trust = self._current()
+        return KeysetStatus(trust.keyset.version, trust.expires_at())
+
     @property
     def keyset_version(self) -> int:
         """Version of the keyset in force."""
@@ -262,7 +264,8 @@ class ServerKeys:
         """Log once a day that the keys are about to expire."""
         now = self._clock()
         expires = self._trust.expires_at()
-        if expires - now >= EXPIRY_WARNING or now - self._warned_at < WARNING_INTERVAL:
+        status = KeysetStatus(self._trust.keyset.version, expires)
+        if not status.expires_soon(now) or now - self._warned_at < WARNING_INTERVAL:
             return
         self._warned_at = now
         logger.warning(

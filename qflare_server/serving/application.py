@@ -90,6 +90,7 @@ class Application:
             keys.state_key,
             earlier_state_keys=keys.earlier_state_keys,
             decapsulate=keys.decapsulate,
+            keyset_status=keys.status,
             signatures=SignatureCache(),
             identities=DeviceIdentities(database, keys.realm, keys),
         )

@@ -43,6 +43,8 @@ from qflare_server.use_cases.audit.sequencer import AuditSequencer
 logger = logging.getLogger(__name__)
 
 MAX_REPLICA_NAME: Final = 64
+KEYSET: Final = "keyset"
+"""Service of the health service that is NOT_SERVING from 60 days before the keyset expires; the others go on."""
 SERVICES: Final = (
     coordinator_service_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name,
     admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
@@ -164,6 +166,8 @@ class Coordinator:
         )
         for name in ("", *SERVICES, "liveness", "readiness"):
             self._health.set(name, state)
+        soon = self.parts.keys.status().expires_soon(self.parts.context.clock())
+        self._health.set(KEYSET, health_pb2.HealthCheckResponse.NOT_SERVING if soon else state)
 
     def stop(self, grace_s: float | None = None) -> None:
         """Take no new work, let running calls end in time, finish the pass under way, close.

@@ -9,7 +9,7 @@ from typing import Final, cast
 
 from sqlalchemy import QueuePool, text
 
-from qflare_server.context import Context
+from qflare_server.context import Context, KeysetStatus
 from qflare_server.storage.records import Replica
 from qflare_server.storage.repository import devices, leases, training_sessions, views
 from qflare_server.storage.schema import current_revision
@@ -42,6 +42,8 @@ class Report:
     device_counts: Mapping[str, int]
     session_counts: Mapping[str, int]
     upload_retention_s: float
+    keyset: KeysetStatus | None = None
+    """The keyset in force."""
 
 
 class Overview:
@@ -80,7 +82,13 @@ class Overview:
             device_counts=device_counts,
             session_counts=session_counts,
             upload_retention_s=config.upload_expiry_s,
+            keyset=self.keyset_status(),
         )
+
+    def keyset_status(self) -> KeysetStatus | None:
+        """Return the keyset in force, None where there is none."""
+        find = self._context.keyset_status
+        return None if find is None else find()
 
     def database_health(self) -> DatabaseHealth:
         """Return how the database answers.

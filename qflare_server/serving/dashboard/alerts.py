@@ -13,6 +13,7 @@ SLOW_DATABASE_S: Final = 0.25
 WAITING_S: Final = 60.0
 LITTLE_ROOM_BYTES: Final = 2 * 2**30
 UNSEQUENCED: Final = 10_000
+LAST_DAYS_S: Final = 7 * 86_400
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def find_audit_alerts(counts: Mapping[str, int]) -> list[Alert]:
 
 
 def _serving(report: Report, *, draining: bool) -> Iterator[Alert]:
+    yield from _keyset(report)
     database = report.database
     if draining:
         yield Alert("bad", "This coordinator is shutting down and takes no new work", "/system")
@@ -61,6 +63,19 @@ def _serving(report: Report, *, draining: bool) -> Iterator[Alert]:
     if report.free_bytes is not None and report.free_bytes < LITTLE_ROOM_BYTES:
         left = formatting.size(report.free_bytes)
         yield Alert("bad", f"Only {left} are left on the disk of the database", "/system")
+
+
+def _keyset(report: Report) -> Iterator[Alert]:
+    keyset = report.keyset
+    if keyset is None or not keyset.expires_soon(report.at):
+        return
+    left_s = (keyset.expires_at - report.at).total_seconds()
+    if left_s <= 0:
+        text = "The keyset has expired: no device trusts this coordinator. Run qflare-server keys rotate"
+        yield Alert("bad", text, "/system")
+        return
+    text = f"The keyset expires in {formatting.span(left_s)}: run qflare-server keys rotate"
+    yield Alert("bad" if left_s < LAST_DAYS_S else "warn", text, "/system")
 
 
 def _work(report: Report) -> Iterator[Alert]:

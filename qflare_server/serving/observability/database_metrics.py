@@ -37,6 +37,7 @@ class DatabaseCollector(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the metrics of this moment."""
+        yield from self._keyset()
         try:
             found = [*self._health(), *self._queues(), *self._sessions()]
         except QflareError:
@@ -44,6 +45,16 @@ class DatabaseCollector(Collector):
             return
         yield _gauge("qflare_database_up", "Whether the database answers", 1)
         yield from found
+
+    def _keyset(self) -> Iterator[GaugeMetricFamily]:
+        keyset = self._overview.keyset_status()
+        if keyset is not None:
+            expires_at = keyset.expires_at.timestamp()
+            yield _gauge(
+                "qflare_keyset_expiry_timestamp_seconds",
+                "When devices stop trusting the keyset, in seconds since 1970",
+                expires_at,
+            )
 
     def _health(self) -> Iterator[GaugeMetricFamily]:
         health: DatabaseHealth = self._overview.database_health()

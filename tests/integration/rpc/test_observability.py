@@ -158,7 +158,7 @@ def test_an_update_is_traced_to_its_version(deploy: Deploy, collector: Any) -> N
     session_id = deployment.session(rounds={"quorum": 1}, total_rounds=1)
     run(deployment.device("a"), add_one, training_session_id=session_id)
 
-    deployment.coordinator.observability.close()
+    deployment.coordinator.stop()  # ends the span of the version, which a device may see before
 
     named = {span.name: span for span in spans}
     update = named["qflare.update"]
@@ -176,7 +176,7 @@ def test_the_trace_of_a_device_goes_on_in_the_coordinator(deploy: Deploy, collec
 
     with TracerProvider().get_tracer("test").start_as_current_span("training") as training:
         run(device, add_one, training_session_id=session_id)
-    deployment.coordinator.observability.close()
+    deployment.coordinator.stop()
 
     (update,) = [span for span in spans if span.name == "qflare.update"]
     assert update.trace_id == training.get_span_context().trace_id.to_bytes(16, "big")

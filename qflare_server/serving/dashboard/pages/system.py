@@ -28,6 +28,9 @@ def build(visit: PageContext) -> Mapping[str, Any]:
         "report": report,
         "alerts": found,
         "level": worst(found),
+        "keyset_expiry": moment(
+            None if report.keyset is None else report.keyset.expires_at, visit.at
+        ),
         "oldest_closed": moment(report.queues.oldest_closed_at, visit.at),
         "replicas": [
             ReplicaRow(

@@ -20,6 +20,10 @@ def coordinator_status(report: Report) -> pb.GetCoordinatorStatusResponse:
         device_counts=report.device_counts,
         training_session_counts=report.session_counts,
         upload_retention=values.duration(report.upload_retention_s),
+        keyset_expire_time=values.timestamp(
+            None if report.keyset is None else report.keyset.expires_at
+        ),
+        keyset_version=0 if report.keyset is None else report.keyset.version,
     )
 
 
