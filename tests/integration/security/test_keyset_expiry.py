@@ -63,7 +63,7 @@ def health(deployment: Deployment, service: str) -> int:
     """Return what the health service says of a service."""
     with grpc.insecure_channel(deployment.coordinator.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        return stub.Check(health_pb2.HealthCheckRequest(service=service)).status
+        return int(stub.Check(health_pb2.HealthCheckRequest(service=service)).status)
 
 
 def test_the_expiry_of_the_keyset_is_reported_everywhere(
