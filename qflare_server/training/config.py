@@ -40,7 +40,7 @@ MAX_SETTINGS_BYTES: Final = (
     16_384  # of parameters and of labels: a signed task holds both in 65,536 bytes
 )
 
-MAX_DESCRIPTION_BYTES: Final = 5 * 2**19
+MAX_DESCRIPTION_BYTES: Final = 9 * 2**18
 """Most bytes of a model's layout and the digests of its chunks, which a header holds within 4 MiB."""
 MAX_DIGESTS_BYTES: Final = 2 * 2**20
 """Most bytes of the digests in the header of an update, as the proto says."""
