@@ -43,6 +43,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=whole(0), default=0, help="rounds to run")
     parser.add_argument("--quorum", type=whole(0), default=0, help="updates required for a version")
     parser.add_argument(
+        "--devices",
+        type=whole(0),
+        default=0,
+        help="devices that take part in a round; without --quorum, the quorum is a majority of them",
+    )
+    parser.add_argument(
         "--deadline-s", type=seconds(0.001), help="maximum duration of a round in seconds"
     )
     parser.add_argument("--strategy", default="", help="default: fedavg")
@@ -83,6 +89,7 @@ def from_flags(arguments: argparse.Namespace) -> training_pb2.TrainingConfig:
         read_file(arguments.config, config)
     config.total_rounds = arguments.rounds or config.total_rounds
     config.rounds.quorum = arguments.quorum or config.rounds.quorum
+    config.rounds.device_count = arguments.devices or config.rounds.device_count
     config.strategy.name = arguments.strategy or config.strategy.name
     config.transfer.sealed = arguments.sealed or config.transfer.sealed
     if arguments.group:

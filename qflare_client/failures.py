@@ -49,6 +49,11 @@ _REMEDIES: Final[dict[type[Exception], str]] = {
 }
 """Remedies by exception class, looked up along the bases."""
 
+_BY_FIELD: Final = {
+    "config.rounds.quorum": "--quorum N, or --devices N for a majority of N devices",
+}
+"""Remedies for fields that have an option on the command line."""
+
 _BY_NUMBER: Final = {
     errno.ENOSPC: "free space on the disk",
     errno.EROFS: "a folder that can be written",
@@ -78,6 +83,8 @@ def explain(error: Exception) -> tuple[str, str] | None:
     own = getattr(error, "remedy", "")
     if own:
         return str(error), own
+    if isinstance(error, errors.RejectedError) and error.metadata.get("field") in _BY_FIELD:
+        return _cause(error), _BY_FIELD[error.metadata["field"]]
     for kind in type(error).__mro__:
         if kind in _REMEDIES:
             number = error.errno if isinstance(error, OSError) else None

@@ -438,8 +438,11 @@ class RoundPolicy(_message.Message):
     MISSED_QUORUM_ACTION_FIELD_NUMBER: _builtins.int
     LATE_UPDATE_ACTION_FIELD_NUMBER: _builtins.int
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
+    DEVICE_COUNT_FIELD_NUMBER: _builtins.int
     quorum: _builtins.int
-    """Minimum number of updates for a version; 1 or more. 0 means 1."""
+    """Minimum number of updates for a version; 1 or more. 0 means a majority of device_count, or of the devices that
+    selection.device_count selects; an error if neither is set.
+    """
     target: _builtins.int
     """Number of updates at which the round closes immediately. 0 means the quorum."""
     missed_quorum_action: Global___MissedQuorumAction.ValueType
@@ -448,6 +451,8 @@ class RoundPolicy(_message.Message):
     """Action for an update whose round has closed."""
     max_staleness: _builtins.int
     """Maximum staleness of an update's base version, in versions; asynchronous strategies only."""
+    device_count: _builtins.int
+    """Number of devices expected to take part in a round. Does not affect selection. 0 means not stated."""
     @_builtins.property
     def deadline(self) -> _duration_pb2.Duration:
         """Time after opening at which the round closes if it has reached the quorum. Absent means 10 minutes."""
@@ -461,10 +466,11 @@ class RoundPolicy(_message.Message):
         missed_quorum_action: Global___MissedQuorumAction.ValueType = ...,
         late_update_action: Global___LateUpdateAction.ValueType = ...,
         max_staleness: _builtins.int = ...,
+        device_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "late_update_action", b"late_update_action", "max_staleness", b"max_staleness", "missed_quorum_action", b"missed_quorum_action", "quorum", b"quorum", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "device_count", b"device_count", "late_update_action", b"late_update_action", "max_staleness", b"max_staleness", "missed_quorum_action", b"missed_quorum_action", "quorum", b"quorum", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1237,6 +1243,7 @@ class Round(_message.Message):
     CLOSE_TIME_FIELD_NUMBER: _builtins.int
     PUBLISH_TIME_FIELD_NUMBER: _builtins.int
     PUBLISH_DURATION_FIELD_NUMBER: _builtins.int
+    LATE_COUNT_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     round_number: _builtins.int
@@ -1257,6 +1264,8 @@ class Round(_message.Message):
     """Updates rejected."""
     example_count: _builtins.int
     """Sum of the example counts of the accepted updates; after publication, of the updates in the version."""
+    late_count: _builtins.int
+    """Devices whose updates were refused because the round had closed."""
     @_builtins.property
     def open_time(self) -> _timestamp_pb2.Timestamp:
         """Opening time."""
@@ -1295,10 +1304,11 @@ class Round(_message.Message):
         close_time: _timestamp_pb2.Timestamp | None = ...,
         publish_time: _timestamp_pb2.Timestamp | None = ...,
         publish_duration: _duration_pb2.Duration | None = ...,
+        late_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "close_time", b"close_time", "deadline_time", b"deadline_time", "open_time", b"open_time", "publish_duration", b"publish_duration", "publish_time", b"publish_time", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "accepted_count", b"accepted_count", "base_version", b"base_version", "close_time", b"close_time", "deadline_time", b"deadline_time", "example_count", b"example_count", "open_time", b"open_time", "publish_duration", b"publish_duration", "publish_time", b"publish_time", "rejected_count", b"rejected_count", "round_number", b"round_number", "selected_count", b"selected_count", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "accepted_count", b"accepted_count", "base_version", b"base_version", "close_time", b"close_time", "deadline_time", b"deadline_time", "example_count", b"example_count", "late_count", b"late_count", "open_time", b"open_time", "publish_duration", b"publish_duration", "publish_time", b"publish_time", "rejected_count", b"rejected_count", "round_number", b"round_number", "selected_count", b"selected_count", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015

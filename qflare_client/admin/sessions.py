@@ -76,6 +76,7 @@ ROUND: list[Column] = [
     ("selected", lambda row: row.selected_count or "all"),
     ("accepted", lambda row: row.accepted_count),
     ("rejected", lambda row: row.rejected_count),
+    ("late", lambda row: row.late_count),
     ("examples", lambda row: row.example_count),
     ("opened", lambda row: moment(row, "open_time")),
     ("collecting", _took),

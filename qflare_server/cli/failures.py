@@ -52,6 +52,11 @@ REMEDIES: dict[type[Exception], str] = {
 }
 """By class; the first that fits, from the most special to the most general."""
 
+BY_FIELD: dict[str, str] = {
+    "config.rounds.quorum": "--quorum N, or --devices N for a majority of N devices",
+}
+"""Remedies for fields that have an option on the command line."""
+
 BY_NUMBER: dict[int, str] = {
     errno.ENOSPC: "free space on the disk",
     errno.EADDRINUSE: "stop what listens there, or choose another address",
@@ -72,6 +77,8 @@ def explain(error: Exception) -> Failure | None:
     own = getattr(error, "remedy", "")
     if own:
         return Failure(getattr(error, "cause", str(error)), own)
+    if isinstance(error, errors.InvalidRequestError) and error.field in BY_FIELD:
+        return Failure(_cause(error), BY_FIELD[error.field])
     for kind in type(error).__mro__:
         if kind in REMEDIES:
             return Failure(_cause(error), _by_number(error) or REMEDIES[kind])

@@ -27,6 +27,8 @@ MAX_DEADLINE_S: Final = 90 * 86_400
 DEFAULT_QUARANTINE_WINDOW_S: Final = 86_400
 DEFAULT_TOP_K_FRACTION: Final = 0.1
 LARGEST: Final = 1e300
+MAX_DEVICES: Final = 10_000_000
+QUORUM_FIELD: Final = "config.rounds.quorum"
 DEFAULT_TRIM_FRACTION: Final = 0.2
 MAX_TRIM_FRACTION: Final = 0.49
 DEFAULT_TRIM_FROM_COUNT: Final = 5
@@ -57,8 +59,8 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     done.CopyFrom(config)
     _within("total_rounds", done.total_rounds, 0, 1_000_000)
     done.total_rounds = done.total_rounds or DEFAULT_ROUNDS
-    _complete_rounds(done.rounds)
     _complete_selection(done.selection)
+    _complete_rounds(done)
     _complete_transfer(done.transfer)
     _complete_safeguards(done.safeguards)
     _check_device_training(done.device_training)
@@ -84,9 +86,9 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     return done
 
 
-def _complete_rounds(policy: training_pb2.RoundPolicy) -> None:
-    _within("rounds.quorum", policy.quorum, 0, 10_000_000)
-    policy.quorum = policy.quorum or 1
+def _complete_rounds(config: training_pb2.TrainingConfig) -> None:
+    policy = config.rounds
+    _complete_quorum(policy, _stated_size(config))
     _within("rounds.target", policy.target, 0, 10_000_000)
     policy.target = policy.target or policy.quorum
     if policy.target < policy.quorum:
@@ -103,6 +105,38 @@ def _complete_rounds(policy: training_pb2.RoundPolicy) -> None:
     )
     policy.late_update_action = policy.late_update_action or training_pb2.LATE_UPDATE_ACTION_REJECT
     _within("rounds.max_staleness", policy.max_staleness, 0, 10_000)
+
+
+def _stated_size(config: training_pb2.TrainingConfig) -> int:
+    """Return the number of devices that a configuration says take part in a round, 0 if it says none."""
+    _within("rounds.device_count", config.rounds.device_count, 0, MAX_DEVICES)
+    return config.rounds.device_count or _selected_count(config.selection)
+
+
+def _selected_count(policy: training_pb2.SelectionPolicy) -> int:
+    """Return the most devices that a selection by number draws, 0 for any other."""
+    return math.ceil(policy.device_count * (1 + policy.over_selection))
+
+
+def _complete_quorum(policy: training_pb2.RoundPolicy, size: int) -> None:
+    """Fill in a majority of the devices that are known to take part.
+
+    Raises:
+        InvalidRequestError: There is no quorum, and no number of devices to derive one from.
+    """
+    _within("rounds.quorum", policy.quorum, 0, MAX_DEVICES)
+    if not policy.quorum and not size:
+        raise InvalidRequestError(
+            "rounds.quorum: empty; state how many updates make a version, or with rounds.device_count or "
+            "selection.device_count how many devices take part: a majority of them is then the quorum",
+            field=QUORUM_FIELD,
+        )
+    policy.quorum = policy.quorum or size // 2 + 1
+    if policy.device_count and policy.quorum > policy.device_count:
+        raise InvalidRequestError(
+            f"rounds.quorum: got {policy.quorum}, want at most rounds.device_count {policy.device_count}",
+            field=QUORUM_FIELD,
+        )
 
 
 def _complete_selection(policy: training_pb2.SelectionPolicy) -> None:
@@ -131,7 +165,7 @@ def _check_reach(config: training_pb2.TrainingConfig) -> None:
     policy = config.selection
     if not policy.device_count:
         return
-    most = math.ceil(policy.device_count * (1 + policy.over_selection))
+    most = _selected_count(policy)
     if most < config.rounds.quorum:
         raise InvalidRequestError(
             f"selection.device_count: got {policy.device_count}, which with over_selection selects {most} devices; "

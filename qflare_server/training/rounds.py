@@ -186,6 +186,15 @@ def close_if_complete(
     return True
 
 
+def is_over(current: Round, at: datetime) -> bool:
+    """Return whether a round takes no more updates: it is closed, full, or past its deadline."""
+    return (
+        current.state != RoundState.OPEN.value
+        or current.accepted_count >= current.target
+        or current.deadline_at <= at
+    )
+
+
 def fail_round(
     session: Session, training_session: TrainingSession, current: Round, reason: str, now: datetime
 ) -> None:

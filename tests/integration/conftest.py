@@ -32,6 +32,7 @@ from qflare_server.serving.coordinator import Coordinator
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role
 from tests.support.processes import Replicas
+from tests.support.use_cases import with_quorum
 
 
 class Deployment:
@@ -87,7 +88,7 @@ class Deployment:
     ) -> str:
         """Create a training session with an initial model, start it, and return its id."""
         weights = {"w": np.zeros(4, np.float32)} if arrays is None else arrays
-        wanted = training_pb2.TrainingConfig(**config)
+        wanted = with_quorum(training_pb2.TrainingConfig(**config))
         created = self.admin.CreateTrainingSession(
             admin_pb2.CreateTrainingSessionRequest(name="test", config=wanted),
             metadata=self.metadata,

@@ -210,6 +210,7 @@ def test_the_installed_wheels_run_a_job(server: Path, device: Path, tmp_path: Pa
                 line.split()[-1] for line in coordinator.stdout if line.startswith("serving on ")
             )
             create = [*command, "session", "create", "--name", "wheel", "--rounds", "2"]
+            create += ["--quorum", "1"]
             session_id = run(
                 *create, "--model", "initial.safetensors", "--start", cwd=tmp_path
             ).strip()
@@ -235,7 +236,8 @@ def test_the_installed_wheels_run_a_job(server: Path, device: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["serve"], ["health"], ["session", "create", "--name", "x"], ["fly"]]
+    "words",
+    [[], ["serve"], ["health"], ["session", "create", "--name", "x", "--quorum", "1"], ["fly"]],
 )
 def test_on_a_device_the_coordinator_s_command_says_what_to_install(
     device: Path, words: list[str]

@@ -34,6 +34,7 @@ from qflare_server.storage.records import GlobalModel, ModelUpdate, Round
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.tables import Base
+from qflare_server.training.config import complete
 from qflare_server.use_cases.access.presence import Presence
 from qflare_server.use_cases.devices.administration import Devices, Profile
 from qflare_server.use_cases.in_process.devices import KnownDevice, KnownDevices, PublicKeys
@@ -255,12 +256,13 @@ class CoordinatorHarness:
     def create(self, arrays: Arrays | None = None, **config: Any) -> str:
         """Create a training session with an initial model; return its id."""
         weights = vector(0.0) if arrays is None else arrays
+        settings = with_quorum(training_pb2.TrainingConfig(**config))
         created = self.training.create(
             SYSTEM,
             name="test",
             model_type="mlp",
             architecture={},
-            config=training_pb2.TrainingConfig(**config),
+            config=settings,
         )
         manifest = Manifest.from_arrays(weights)
         header = admin_service_pb2.InitialModelHeader(
@@ -354,6 +356,21 @@ class CoordinatorHarness:
         """Return the number of rows of a table."""
         with self.database.read() as session:
             return session.execute(select(func.count()).select_from(model)).scalar_one()
+
+
+def with_quorum(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig:
+    """Return a configuration with a quorum of one, where it states none and no number of devices either."""
+    done = training_pb2.TrainingConfig()
+    done.CopyFrom(config)
+    rounds = done.rounds
+    if not (rounds.quorum or rounds.device_count or done.selection.device_count):
+        rounds.quorum = 1
+    return done
+
+
+def completed(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig:
+    """Return a configuration as it is stored, with the quorum of `with_quorum`."""
+    return complete(with_quorum(config))
 
 
 def open_store(config: ServerConfig, database: Database) -> PayloadStore:

@@ -25,6 +25,7 @@ from qflare_server.storage.tables.states import (
     UpdateState,
 )
 from qflare_server.storage.tables.training import (
+    LateUpdate,
     Round,
     RoundDevice,
     TrainingSession,
@@ -58,6 +59,7 @@ __all__ = [
     "Evaluation",
     "GlobalModel",
     "IdempotentCall",
+    "LateUpdate",
     "Lease",
     "ModelUpdate",
     "Payload",

@@ -80,6 +80,7 @@ class Round(Base):
     selected_count: Mapped[int] = mapped_column(default=0)
     accepted_count: Mapped[int] = mapped_column(default=0)
     rejected_count: Mapped[int] = mapped_column(default=0)
+    late_count: Mapped[int] = mapped_column(default=0)
     example_count: Mapped[int] = mapped_column(BigInteger, default=0)
     nonce: Mapped[str] = mapped_column(String(64))
     task: Mapped[bytes | None]
@@ -110,4 +111,22 @@ class RoundDevice(Base):
             ["rounds.training_session_id", "rounds.number"],
         ),
         Index(None, "device_id", "training_session_id"),
+    )
+
+
+class LateUpdate(Base):
+    """A device whose update for a round was refused because the round had closed; `Round.late_count` counts them."""
+
+    __tablename__ = "late_updates"
+
+    training_session_id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    round_number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+    refused_at: Mapped[datetime]
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["training_session_id", "round_number"],
+            ["rounds.training_session_id", "rounds.number"],
+        ),
     )

@@ -12,6 +12,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final
 
 from sqlalchemy.orm import Session
@@ -21,26 +22,33 @@ from qflare_server.context import Context
 from qflare_server.errors import (
     AlgorithmNotAcceptedError,
     AlreadyExistsError,
-    ConflictError,
     FailedPreconditionError,
     InvalidRequestError,
     InvalidSignatureError,
     InvalidUpdateError,
     NotFoundError,
     PermissionDeniedError,
+    QflareError,
+    RoundNotOpenError,
     SealKeyNotAcceptedError,
-    StorageDamagedError,
-    StorageFullError,
-    StoreUnavailableError,
+    StaleBaseVersionError,
+    StalledError,
     TooManyRequestsError,
+    UnauthenticatedError,
 )
 from qflare_server.payloads.receiver import Receiver
 from qflare_server.payloads.sealed_receiver import OpeningReceiver
 from qflare_server.storage.payload_records import ReceivedPayload
-from qflare_server.storage.repository import payloads, updates
+from qflare_server.storage.repository import (
+    late_updates,
+    payloads,
+    training_sessions,
+    updates,
+)
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.training.retention import discard_uploads
+from qflare_server.training.rounds import is_over
 from qflare_server.use_cases.updates.acceptance import Acceptance
 from qflare_server.use_cases.updates.submission import Contributor, Submission, SubmissionValidator
 
@@ -53,13 +61,6 @@ FINAL_REFUSALS: Final = (
     PermissionDeniedError,
 )
 """Permanent refusals: resending the same update cannot succeed."""
-STORE_FAILURES: Final = (
-    ConflictError,
-    StorageDamagedError,
-    StorageFullError,
-    StoreUnavailableError,
-)
-"""Failures to write what has arrived: writing it again would fail the same way."""
 
 
 class Uploads:
@@ -109,7 +110,10 @@ class Uploads:
                     raise
                 return known
             update_id = submission.statement.update_id
-            with telemetry.span("qflare.update", update_id=update_id, device_id=device.device_id):
+            with (
+                self._late_counted(submission),
+                telemetry.span("qflare.update", update_id=update_id, device_id=device.device_id),
+            ):
                 with telemetry.span("qflare.update.receive"):
                     try:
                         received, known = self._receive(submission, chunks)
@@ -123,6 +127,23 @@ class Uploads:
                     accepted = self._accept(caller, submission, received)
         telemetry.bytes_received(received.size_bytes)
         return accepted
+
+    @contextmanager
+    def _late_counted(self, submission: Submission) -> Iterator[None]:
+        """Count the device where its update is refused in the block because the round has closed."""
+        try:
+            yield
+        except (RoundNotOpenError, StaleBaseVersionError):
+            self._context.database.write(lambda session: self._record_late(session, submission))
+            raise
+
+    def _record_late(self, session: Session, submission: Submission) -> None:
+        statement = submission.statement
+        named = statement.training_session_id, statement.round_number
+        current = training_sessions.lock_round(session, *named)
+        at = self._context.clock()
+        if current is not None and is_over(current, at):
+            late_updates.record_late(session, *named, statement.device_id, at)
 
     def _accept(
         self, caller: Caller, submission: Submission, received: ReceivedPayload
@@ -283,15 +304,17 @@ def _require_complete(receiver: Receiver) -> None:
 def _fill(receiver: Receiver, chunks: Iterator[tuple[int, bytes]]) -> ReceivedPayload:
     """Receive the chunks up to the end of the stream, where it is known that no more come than belong to the payload.
 
-    Chunks of an upload that was interrupted, by the device, its connection or the coordinator, are kept for its
-    continuation; those of an invalid one are not.
+    Chunks of an interrupted upload are kept, those of an invalid one are not.
     """
     try:
         for index, chunk in chunks:
             receiver.add(index, chunk)
         _require_complete(receiver)
         return receiver.finish()
-    except (InvalidRequestError, *STORE_FAILURES):
+    except (StalledError, UnauthenticatedError):  # connection or token failed, not the update
+        receiver.keep()
+        raise
+    except QflareError:
         receiver.abandon()
         raise
     except BaseException:

@@ -21,7 +21,7 @@ from qflare_server.verification.downloads import DownloadVerification
 from qflare_server.verification.findings import Tally
 from tests.contract.aggregation.test_aggregation import LARGE, crashing, run_out
 from tests.contract.conftest import MakeCore
-from tests.support.use_cases import CoordinatorHarness, CrashError, Fuse
+from tests.support.use_cases import CoordinatorHarness, CrashError, Fuse, with_quorum
 
 NUMBERS = {
     training_pb2.ENCODING_FLOAT16: np.dtype(np.float16),
@@ -254,7 +254,7 @@ def publish_wrongly(core: CoordinatorHarness) -> str:
     """Publish an initial model whose smaller form, signed as it is, is that of other weights."""
     config = training_pb2.TrainingConfig(transfer=transfer())
     created = core.training.create(
-        SYSTEM, name="wrong", model_type="", architecture={}, config=config
+        SYSTEM, name="wrong", model_type="", architecture={}, config=with_quorum(config)
     )
     received = []
     for weights in (values(seed=1), values(seed=2)):
@@ -292,7 +292,7 @@ def test_smaller_forms_that_are_not_read_are_counted(core: CoordinatorHarness) -
 def test_a_version_without_the_smaller_form_is_not_published(core: CoordinatorHarness) -> None:
     config = training_pb2.TrainingConfig(transfer=transfer())
     created = core.training.create(
-        SYSTEM, name="none", model_type="", architecture={}, config=config
+        SYSTEM, name="none", model_type="", architecture={}, config=with_quorum(config)
     )
     manifest = Manifest.from_arrays(values())
     writer = VersionWriter(

@@ -24,7 +24,7 @@ from qflare_server.storage.repository.audit import SYSTEM, Caller, Claim
 from qflare_server.storage.repository.idempotent_calls import RepeatedCallError
 from qflare_server.storage.tables import AuditLog, GlobalModel, Round, TrainingSession
 from tests.conftest import START, FakeClock
-from tests.support.use_cases import CoordinatorHarness, floats, vector
+from tests.support.use_cases import CoordinatorHarness, floats, vector, with_quorum
 
 MISSING = "00000000-0000-4000-8000-000000000000"
 
@@ -36,7 +36,7 @@ def create(
     caller: Caller = SYSTEM,
     **config: object,
 ) -> str:
-    asked = training_pb2.TrainingConfig(**config)  # type: ignore[arg-type]
+    asked = with_quorum(training_pb2.TrainingConfig(**config))  # type: ignore[arg-type]
     claim = None
     if request_id:
         digest = hashlib.sha256(name.encode() + asked.SerializeToString()).hexdigest()

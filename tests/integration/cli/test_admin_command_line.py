@@ -200,7 +200,9 @@ def test_devices_are_put_into_groups_and_confirmed(deployment: Any, shell: Shell
 def test_tokens_and_training_sessions_are_for_groups(shell: Shell) -> None:
     issued = json.loads(shell("token", "issue", "--group", "ward-3", "--json"))
     assert issued["tokens"][0]["token"]["groups"] == ["ward-3"]
-    session = shell("session", "create", "--name", "x", "--group", "b", "--group", "a").strip()
+    session = shell(
+        "session", "create", "--name", "x", "--quorum", 1, "--group", "b", "--group", "a"
+    ).strip()
     assert "a,b" in shell("session", "show", session)
 
 

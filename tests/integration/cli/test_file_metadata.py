@@ -10,10 +10,12 @@ import safetensors
 from safetensors.numpy import save_file
 
 from qflare.v1 import admin_service_pb2 as admin_pb2
+from qflare.v1.training_pb2 import TrainingConfig
 from qflare_client import run
 from qflare_client.admin.__main__ import main as admin_main
 from qflare_server.cli.main import main as server_main
 from qflare_server.use_cases.versions.initial_model import MAX_METADATA_BYTES
+from tests.support.use_cases import with_quorum
 
 Deploy = Callable[..., Any]
 
@@ -104,7 +106,8 @@ def test_metadata_that_cannot_be_kept_is_refused(
     (tmp_path / "token").write_text(deployment.admin_token)
     (tmp_path / "token").chmod(0o600)
     created = deployment.admin.CreateTrainingSession(
-        admin_pb2.CreateTrainingSessionRequest(name="m"), metadata=deployment.metadata
+        admin_pb2.CreateTrainingSessionRequest(name="m", config=with_quorum(TrainingConfig())),
+        metadata=deployment.metadata,
     )
     arguments = [created.training_session.training_session_id, str(path)]
     admin = ["--address", deployment.coordinator.address, "--token-file", str(tmp_path / "token")]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from qflare.v1 import admin_service_pb2 as admin_pb2
+from qflare.v1.training_pb2 import TrainingConfig
 from qflare_client import TaskKind
 from qflare_server.config import ConfigError
 from qflare_server.serving.dashboard.app import PAGES
@@ -24,6 +25,7 @@ from qflare_server.use_cases.access.dashboard_login import ADMIN_SERVICE
 from qflare_server.use_cases.access.roles import ACCESS, ADMINISTRATIVE, Role
 from qflare_server.use_cases.devices.administration import Profile
 from tests.integration.conftest import Deployment
+from tests.support.use_cases import with_quorum
 from tests.support.visitor import Visitor
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
@@ -290,7 +292,11 @@ def test_hostile_names_are_shown_as_they_are(deployment: Deployment) -> None:
     use_cases.devices.add(Caller(name=HOSTILE), HOSTILE, profile)
     use_cases.devices.suspend(Caller(), HOSTILE, HOSTILE)
     deployment.admin.CreateTrainingSession(
-        admin_pb2.CreateTrainingSessionRequest(name=HOSTILE, model_type=HOSTILE),
+        admin_pb2.CreateTrainingSessionRequest(
+            name=HOSTILE,
+            model_type=HOSTILE,
+            config=with_quorum(TrainingConfig()),
+        ),
         metadata=deployment.metadata,
     )
     auditor = visitor(deployment, Role.VIEWER, Role.AUDITOR)

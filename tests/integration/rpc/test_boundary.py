@@ -11,10 +11,12 @@ from sqlalchemy import text
 
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as pb
+from qflare.v1.training_pb2 import TrainingConfig
 from qflare_server import errors
 from qflare_server.use_cases.access.roles import Role
 from tests.integration.conftest import Deployment
 from tests.support.raw_device import RawDevice, info_of, reason_of
+from tests.support.use_cases import with_quorum
 
 Code = grpc.StatusCode
 WEIGHTS = {"w": np.zeros(4, np.float32)}
@@ -76,7 +78,8 @@ def test_a_device_may_not_administer(deployment: Deployment) -> None:
 
 def test_a_start_without_an_initial_model_is_a_failed_precondition(deployment: Deployment) -> None:
     created = deployment.admin.CreateTrainingSession(
-        admin_pb2.CreateTrainingSessionRequest(name="test"), metadata=deployment.metadata
+        admin_pb2.CreateTrainingSessionRequest(name="test", config=with_quorum(TrainingConfig())),
+        metadata=deployment.metadata,
     )
     session_id = created.training_session.training_session_id
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from qflare.v1 import admin_service_pb2 as pb
+from qflare.v1.training_pb2 import TrainingConfig
 from qflare_client import TaskKind
 from qflare_server.context import utc_now
 from qflare_server.storage.repository import idempotent_calls
 from qflare_server.storage.tables import AuditLog, GlobalModel, TrainingSession
 from tests.integration.conftest import Deployment
 from tests.support.raw_device import reason_of
+from tests.support.use_cases import with_quorum
 
 Deploy = Callable[..., Deployment]
 METHODS: Final = pb.DESCRIPTOR.services_by_name["AdminService"].methods
@@ -174,7 +176,9 @@ def test_equal_calls_at_once_are_made_once(deploy: Deploy) -> None:
 def test_request_ids_of_two_administrators_are_apart(deploy: Deploy) -> None:
     deployment = deploy()
     other = call(deployment, "IssueAdminToken", name="bob", roles=["admin"]).token.secret
-    request = pb.CreateTrainingSessionRequest(name="test", request_id="same")
+    request = pb.CreateTrainingSessionRequest(
+        name="test", request_id="same", config=with_quorum(TrainingConfig())
+    )
     first = deployment.admin.CreateTrainingSession(request, metadata=deployment.metadata)
 
     second = deployment.admin.CreateTrainingSession(

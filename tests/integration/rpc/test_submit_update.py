@@ -11,10 +11,12 @@ from qflare.tensors import Manifest
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2, tensor_pb2
+from qflare.v1.training_pb2 import TrainingConfig
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import AuditLog, ModelUpdate, Payload, Upload
 from tests.integration.conftest import Deployment
 from tests.support.raw_device import Draft, RawDevice, info_of, reason_of
+from tests.support.use_cases import with_quorum
 
 Code = grpc.StatusCode
 WEIGHTS = {"w": np.arange(4, dtype=np.float32)}
@@ -237,7 +239,8 @@ def test_refuses_a_manifest_that_is_none(
     deployment: Deployment, spec: tensor_pb2.TensorSpec
 ) -> None:
     created = deployment.admin.CreateTrainingSession(
-        admin_pb2.CreateTrainingSessionRequest(name="test"), metadata=deployment.metadata
+        admin_pb2.CreateTrainingSessionRequest(name="test", config=with_quorum(TrainingConfig())),
+        metadata=deployment.metadata,
     )
     manifest = Manifest.from_arrays(WEIGHTS).to_proto()
     manifest.tensors[0].CopyFrom(spec)

@@ -20,6 +20,7 @@ from qflare_server.serving.rpc.log_sampling import LINES
 from tests.integration.conftest import Deployment
 from tests.support.hostile_requests import TIMES, is_map, methods
 from tests.support.raw_device import RawDevice, details_of, info_of, reason_of
+from tests.support.use_cases import with_quorum
 
 Code = grpc.StatusCode
 METHODS = list(methods())
@@ -203,7 +204,10 @@ def test_bytes_in_the_middle_of_a_stream_that_are_no_message_end_it(
     deployment: Deployment,
 ) -> None:
     created = deployment.admin.CreateTrainingSession(
-        admin_pb2.CreateTrainingSessionRequest(name="test"), metadata=deployment.metadata
+        admin_pb2.CreateTrainingSessionRequest(
+            name="test", config=with_quorum(training_pb2.TrainingConfig())
+        ),
+        metadata=deployment.metadata,
     )
     header = admin_pb2.InitialModelHeader(
         training_session_id=created.training_session.training_session_id,

@@ -318,7 +318,10 @@ def test_what_comes_with_an_update_neither_releases_nor_ends(deployment: Any) ->
 
 def test_a_gate_cannot_be_told_to_go_by_updates(deployment: Any) -> None:
     bound = training_pb2.MetricBound(metric="train_accuracy", min_value=0.9)
-    config = training_pb2.TrainingConfig(release=training_pb2.ReleasePolicy(bounds=[bound]))
+    config = training_pb2.TrainingConfig(
+        rounds=training_pb2.RoundPolicy(quorum=1),
+        release=training_pb2.ReleasePolicy(bounds=[bound]),
+    )
     request = admin_pb2.CreateTrainingSessionRequest(name="test", config=config)
 
     create = deployment.admin.CreateTrainingSession

@@ -20,6 +20,7 @@ from qflare_server.training.config import (
     complete,
     deadline_s,
 )
+from tests.support.use_cases import completed
 
 Config = training_pb2.TrainingConfig
 Rounds = training_pb2.RoundPolicy
@@ -32,7 +33,7 @@ EVALUATED = Evaluation(every_rounds=1)
 
 
 def test_nothing_stated_gets_every_default() -> None:
-    done = complete(Config())
+    done = completed(Config())
 
     assert (done.total_rounds, done.strategy.name) == (10, "fedavg")
     assert (done.rounds.quorum, done.rounds.target, deadline_s(done)) == (1, 1, 600.0)
@@ -51,7 +52,7 @@ def test_what_is_stated_stays() -> None:
         strategy=training_pb2.StrategyConfig(name="median"),
     )
 
-    done = complete(stated)
+    done = completed(stated)
 
     assert (done.total_rounds, done.rounds.target, deadline_s(done)) == (3, 4, 5.5)
     assert (done.selection.seed, done.selection.fraction) == (7, 0.5)
@@ -59,19 +60,52 @@ def test_what_is_stated_stays() -> None:
 
 
 def test_what_was_given_is_not_changed() -> None:
-    given_config = Config()
+    given_config = Config(rounds=Rounds(quorum=1))
 
     complete(given_config)
 
-    assert given_config == Config()
+    assert given_config == Config(rounds=Rounds(quorum=1))
 
 
 def test_target_is_the_quorum_unless_stated() -> None:
-    assert complete(Config(rounds=Rounds(quorum=5))).rounds.target == 5
+    assert completed(Config(rounds=Rounds(quorum=5))).rounds.target == 5
+
+
+def test_neither_quorum_nor_size_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="how many updates make a version") as refused:
+        complete(Config())
+    assert refused.value.field == "config.rounds.quorum"
+
+
+def test_a_share_of_the_devices_states_no_size() -> None:
+    with pytest.raises(InvalidRequestError):
+        complete(Config(selection=Selection(fraction=0.5)))
+
+
+@given(st.integers(1, 10_000_000))
+def test_a_stated_size_gives_a_majority(size: int) -> None:
+    done = complete(Config(rounds=Rounds(device_count=size)))
+
+    assert size < 2 * done.rounds.quorum <= size + 2
+    assert done.rounds.target == done.rounds.quorum
+
+
+@given(st.integers(1, 1000), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_a_selection_by_number_gives_a_majority_of_the_selected(count: int, over: float) -> None:
+    policy = Selection(device_count=count, over_selection=over)
+    done = complete(Config(selection=policy))
+
+    assert done.rounds.quorum == math.ceil(count * (1 + over)) // 2 + 1
+
+
+def test_a_quorum_of_more_than_take_part_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match=r"at most rounds\.device_count 3") as refused:
+        complete(Config(rounds=Rounds(quorum=4, device_count=3)))
+    assert refused.value.field == "config.rounds.quorum"
 
 
 def test_seed_is_drawn_anew_for_every_session() -> None:
-    assert complete(Config()).selection.seed != complete(Config()).selection.seed
+    assert completed(Config()).selection.seed != completed(Config()).selection.seed
 
 
 def rounds(**values: Any) -> Callable[[], Config]:
@@ -151,7 +185,7 @@ def selection(**values: Any) -> Callable[[], Config]:
 )
 def test_value_out_of_range_is_refused_by_name(make: Callable[[], Config], field: str) -> None:
     with pytest.raises(InvalidRequestError, match=field) as caught:
-        complete(make())
+        completed(make())
 
     assert caught.value.metadata == {"field": f"config.{field}"}
 
@@ -160,7 +194,7 @@ def test_parameter_of_the_device_s_training_that_is_not_finite_is_refused() -> N
     settings = training_pb2.DeviceTraining(parameters={"mu": math.inf})
 
     with pytest.raises(InvalidRequestError, match="mu") as caught:
-        complete(Config(device_training=settings))
+        completed(Config(device_training=settings))
 
     assert caught.value.metadata == {"field": "config.device_training.parameters[mu]"}
 
@@ -169,7 +203,7 @@ def test_largest_settings_fit_into_a_signed_task() -> None:
     settings = training_pb2.DeviceTraining(
         labels={"a": "b" * 16_000}, parameters={f"{number:0990}": 1.0 for number in range(16)}
     )
-    done = complete(Config(device_training=settings))
+    done = completed(Config(device_training=settings))
     task = security_pb2.TaskStatement(
         realm="r" * 63,
         training_session_id=str(uuid.uuid4()),
@@ -188,7 +222,7 @@ def test_top_k_gets_a_fraction() -> None:
         update_kind=training_pb2.UPDATE_KIND_DELTA, update_encoding=training_pb2.ENCODING_TOP_K
     )
 
-    assert complete(Config(transfer=transfer)).transfer.top_k_fraction == 0.1
+    assert completed(Config(transfer=transfer)).transfer.top_k_fraction == 0.1
 
 
 @given(
@@ -206,15 +240,15 @@ def test_stored_form_reads_back(
         target=min(quorum + extra, 10**7),
         deadline=Duration(seconds=seconds),
     )
-    config = complete(Config(rounds=policy, selection=Selection(seed=seed, fraction=fraction)))
+    config = completed(Config(rounds=policy, selection=Selection(seed=seed, fraction=fraction)))
 
     assert from_json(to_json(config)) == config
 
 
 def test_completing_twice_changes_nothing() -> None:
-    once = complete(Config())
+    once = completed(Config())
 
-    assert complete(once) == once
+    assert completed(once) == once
 
 
 @pytest.mark.parametrize(
@@ -240,13 +274,13 @@ def test_completing_twice_changes_nothing() -> None:
 )
 def test_contradictions_and_nonsense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
-        complete(Config(**changes))
+        completed(Config(**changes))
 
 
 def test_over_selection_counts_toward_the_quorum() -> None:
     selection = training_pb2.SelectionPolicy(device_count=3, over_selection=0.3)
 
-    complete(Config(selection=selection, rounds=training_pb2.RoundPolicy(quorum=4)))
+    completed(Config(selection=selection, rounds=training_pb2.RoundPolicy(quorum=4)))
 
 
 # Early stop, release and evaluation
@@ -265,7 +299,7 @@ def test_over_selection_counts_toward_the_quorum() -> None:
 def test_a_gate_without_a_bound_is_refused(bound: Bound, field: str) -> None:
     config = Config(release=training_pb2.ReleasePolicy(bounds=[bound]))
     with pytest.raises(InvalidRequestError) as refused:
-        complete(config)
+        completed(config)
     assert refused.value.field == field
 
 
@@ -281,13 +315,13 @@ def test_a_gate_without_a_bound_is_refused(bound: Bound, field: str) -> None:
 )
 def test_an_early_stop_without_a_metric_is_refused(policy: Stop, field: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
-        complete(Config(early_stop=policy, evaluation=EVALUATED))
+        completed(Config(early_stop=policy, evaluation=EVALUATED))
     assert refused.value.field == field
 
 
 def test_an_early_stop_needs_evaluations() -> None:
     with pytest.raises(InvalidRequestError, match="federated evaluation"):
-        complete(Config(early_stop=Stop(metric="accuracy", target=0.9)))
+        completed(Config(early_stop=Stop(metric="accuracy", target=0.9)))
 
 
 @pytest.mark.parametrize(
@@ -305,15 +339,15 @@ def test_an_early_stop_needs_evaluations() -> None:
 )
 def test_an_evaluation_that_cannot_be_is_refused(policy: Evaluation, field: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
-        complete(Config(evaluation=policy))
+        completed(Config(evaluation=policy))
     assert refused.value.field == f"config.evaluation.{field}"
 
 
 def test_an_evaluation_has_defaults() -> None:
     rounds = training_pb2.RoundPolicy(quorum=7)
-    done = complete(Config(rounds=rounds)).evaluation
+    done = completed(Config(rounds=rounds)).evaluation
     assert (done.quorum, done.trim_fraction, done.trim_from_count) == (7, 0.2, 5)
-    off = complete(Config(evaluation=Evaluation(trim_fraction=0)))
+    off = completed(Config(evaluation=Evaluation(trim_fraction=0)))
     assert off.evaluation.trim_fraction == 0
 
 
@@ -325,6 +359,6 @@ def test_sensible_settings_are_kept() -> None:
         evaluation=EVALUATED,
         release=training_pb2.ReleasePolicy(bounds=[Bound(metric="loss", max_value=0.2)]),
     )
-    done = complete(config)
+    done = completed(config)
     assert done.early_stop == config.early_stop
     assert done.release == config.release

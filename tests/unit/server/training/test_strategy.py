@@ -5,7 +5,6 @@ import pytest
 from qflare.v1 import training_pb2
 from qflare_server.errors import StrategyRefusedError
 from qflare_server.strategies.server_optimizers import MomentumStep
-from qflare_server.training.config import complete
 from qflare_server.training.strategy import (
     add_device_settings,
     build_strategy,
@@ -13,11 +12,12 @@ from qflare_server.training.strategy import (
     stored_strategy,
     warnings_of,
 )
+from tests.support.use_cases import completed
 
 
 def config(name: str, **parameters: float) -> training_pb2.TrainingConfig:
     strategy = training_pb2.StrategyConfig(name=name, parameters=parameters)
-    return complete(training_pb2.TrainingConfig(strategy=strategy))
+    return completed(training_pb2.TrainingConfig(strategy=strategy))
 
 
 def test_devices_are_told_the_proximal_term() -> None:
@@ -63,7 +63,7 @@ def private(accountant: int) -> training_pb2.TrainingConfig:
         delta=1e-5,
         accountant=accountant,  # type: ignore[arg-type]  # numbers that no name has, too
     )
-    return complete(training_pb2.TrainingConfig(privacy=privacy))
+    return completed(training_pb2.TrainingConfig(privacy=privacy))
 
 
 @pytest.mark.parametrize(("number", "name"), [(0, "rdp"), (1, "rdp"), (2, "pld")])

@@ -23,8 +23,9 @@ from qflare_server.storage.training_configs import from_json, to_json
 from qflare_server.strategies import Contribution, NotEnoughUpdatesError, begin
 from qflare_server.strategies.catalogue import RULES
 from qflare_server.strategies.testkit import reader_of
-from qflare_server.training.config import complete, require_trainable
+from qflare_server.training.config import require_trainable
 from qflare_server.training.strategy import build_strategy, stored_strategy, warnings_of
+from tests.support.use_cases import completed
 
 LIMIT = 100_000
 SUFFIXES = st.sampled_from(["", SCALE_SUFFIX, INDEX_SUFFIX, VALUE_SUFFIX])
@@ -101,7 +102,7 @@ def configured(
         top_k_fraction=fraction,
     )
     privacy = training_pb2.PrivacyPolicy(noise_multiplier=1.0 if private else 0.0)
-    return complete(training_pb2.TrainingConfig(transfer=transfer, privacy=privacy))
+    return completed(training_pb2.TrainingConfig(transfer=transfer, privacy=privacy))
 
 
 def test_an_encoding_that_makes_updates_too_long_is_refused() -> None:
@@ -188,7 +189,7 @@ def test_settings_that_are_taken_make_versions(
         rounds=training_pb2.RoundPolicy(quorum=quorum),
     )
     try:
-        config = complete(wanted)
+        config = completed(wanted)
         build_strategy(config)
     except (InvalidRequestError, StrategyRefusedError):
         return

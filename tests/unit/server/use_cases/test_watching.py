@@ -52,6 +52,7 @@ def a_round(
         selected_count=0,
         accepted_count=accepted,
         rejected_count=0,
+        late_count=0,
         example_count=0,
         nonce="",
         task=None,
