@@ -28,6 +28,7 @@ from qflare.crypto.signing import (
     SigningContext,
 )
 from qflare.evidence.forms import check_form
+from qflare.times import timestamp_of
 from qflare.v1 import security_pb2
 from qflare_server.keys.ring import ROLES, Role
 from qflare_server.keys.secret_files import KeyStoreError
@@ -249,13 +250,6 @@ def _read(parse: Callable[[bytes], T], payload: bytes) -> T:
         return parse(payload)
     except DecodeError as error:
         raise UntrustedDocumentError("document is malformed") from error
-
-
-def timestamp_of(at: datetime) -> Timestamp:
-    """Return a time as a protobuf timestamp."""
-    message = Timestamp()
-    message.FromDatetime(at)
-    return message
 
 
 def _moment(timestamp: Timestamp) -> datetime:

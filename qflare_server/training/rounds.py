@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
 from qflare.crypto import merkle
+from qflare.times import timestamp_of
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.storage.records import Round, TrainingSession
@@ -65,8 +65,6 @@ def sign_task(
         base_digest: Digest of that version.
     """
     deadline_at = context.clock() + timedelta(seconds=deadline_s(config))
-    deadline = Timestamp()
-    deadline.FromDatetime(deadline_at)
     statement = security_pb2.TaskStatement(
         realm=context.config.realm,
         training_session_id=training_session_id,
@@ -74,7 +72,7 @@ def sign_task(
         base_version=base_version,
         base_digest=base_digest,
         task_nonce=secrets.token_hex(32),
-        deadline_time=deadline,
+        deadline_time=timestamp_of(deadline_at),
         config_digest=config_digest(config),
         device_training=config.device_training,
         transfer=config.transfer,

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
 import qflare
@@ -19,6 +18,7 @@ from qflare.evidence.lineage import ModelVersion, check_step, contributors_diges
 from qflare.evidence.verification import VERSION_SIGNED
 from qflare.tensors import Manifest
 from qflare.tensors.encodings import Encoding
+from qflare.times import timestamp_of
 from qflare.v1 import security_pb2, tensor_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
@@ -123,8 +123,6 @@ def _statement(
     parent_digest: str,
     draft: VersionDraft,
 ) -> security_pb2.ModelStatement:
-    created = Timestamp()
-    created.FromDatetime(draft.created_at)
     statement = security_pb2.ModelStatement(
         realm=realm,
         training_session_id=training_session_id,
@@ -145,7 +143,7 @@ def _statement(
         epsilon=draft.epsilon,
         delta=draft.delta,
         metrics=stated(draft.metrics),
-        create_time=created,
+        create_time=timestamp_of(draft.created_at),
     )
     if draft.download is not None:
         statement.download.CopyFrom(draft.download.statement())

@@ -29,6 +29,7 @@ from qflare.crypto.symmetric import UnsealError, decrypt, encrypt, hkdf_expand
 from qflare.protocol.handshake import HandshakeError
 from qflare.protocol.login import LoginServer, PendingLogin
 from qflare.protocol.possession import METADATA_KEY, Refresh, check_call
+from qflare.times import timestamp_of
 from qflare.v1 import security_pb2
 from qflare_server.context import Context, UnprovenKeyError
 from qflare_server.errors import (
@@ -37,7 +38,6 @@ from qflare_server.errors import (
     UnauthenticatedError,
 )
 from qflare_server.keys import ServerKeys
-from qflare_server.keys.trust_documents import timestamp_of
 from qflare_server.storage.records import UserToken
 from qflare_server.storage.repository import audit, devices, tokens
 from qflare_server.storage.repository.audit import Caller, Event

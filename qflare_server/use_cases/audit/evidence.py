@@ -7,12 +7,12 @@ which order it is checked, is said in `qflare.evidence.verification`.
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
 from qflare.crypto import merkle
 from qflare.evidence.audit_entries import Entry
 from qflare.evidence.verification import EVALUATION_REPORTED, UPDATE_ACCEPTED, VERSION_SIGNED
+from qflare.times import timestamp_of
 from qflare.v1 import security_pb2, verification_pb2
 from qflare_server.context import Context
 from qflare_server.keys.device_identities import key_evidence
@@ -70,13 +70,11 @@ class Evidence:
             return find_version(session, training_session_id, version)[1]
 
     def _first(self, model: GlobalModel, head: SignedHead) -> Iterator[Bundle]:
-        created = Timestamp()
-        created.FromDatetime(self._context.clock())
         yield Bundle(
             realm=self._context.config.realm,
             training_session_id=model.training_session_id,
             version=model.version,
-            create_time=created,
+            create_time=timestamp_of(self._context.clock()),
             head=head.envelope,
         )
         with self._context.database.read() as session:
@@ -165,8 +163,6 @@ def audit_evidence(proof: EntryProof) -> verification_pb2.AuditEvidence:
 def _evidence(
     entry: Entry, leaf_index: int, tree_size: int, siblings: Any
 ) -> verification_pb2.AuditEvidence:
-    created = Timestamp()
-    created.FromDatetime(entry.created_at)
     return verification_pb2.AuditEvidence(
         audit_id=entry.audit_id,
         event_type=entry.event_type,
@@ -176,7 +172,7 @@ def _evidence(
         authentication_method=entry.authentication_method,
         risk_level=entry.risk_level,
         details=entry.details,
-        create_time=created,
+        create_time=timestamp_of(entry.created_at),
         salt=entry.salt.hex(),
         proof=security_pb2.InclusionProof(
             leaf_index=leaf_index,

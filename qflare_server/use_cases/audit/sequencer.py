@@ -17,11 +17,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.orm import Session
 
 from qflare.crypto.merkle import Node
 from qflare.evidence.audit_entries import Entry, InvalidEntryError, detail_texts
+from qflare.times import timestamp_of
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import ConflictError
@@ -202,13 +202,11 @@ class AuditSequencer:
             leaf_count = audit_tree.size(session)
             root = audit_tree.compact_tree(session, leaf_count).root()
         at = self._context.clock()
-        created = Timestamp()
-        created.FromDatetime(at)
         statement = security_pb2.TreeHead(
             origin=origin_of(self._context.config.realm),
             size=leaf_count,
             root_digest=root.hex(),
-            create_time=created,
+            create_time=timestamp_of(at),
         )
         payload = statement.SerializeToString(deterministic=True)
         envelope = self._context.signer.sign(security_pb2.KEY_ROLE_LOG, payload)

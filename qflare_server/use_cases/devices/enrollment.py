@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from qflare.protocol import enrollment as protocol
 from qflare.protocol.constraints import find_violations
 from qflare.protocol.handshake import HandshakeError
+from qflare.times import timestamp_of
 from qflare.v1 import device_pb2, security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -30,7 +31,6 @@ from qflare_server.errors import (
     InvalidRequestError,
 )
 from qflare_server.keys import ServerKeys
-from qflare_server.keys.trust_documents import timestamp_of
 from qflare_server.storage.records import Device, UserToken
 from qflare_server.storage.repository import audit, devices, membership, tokens
 from qflare_server.storage.repository.audit import Caller, Event

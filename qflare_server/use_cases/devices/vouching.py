@@ -15,10 +15,10 @@ from sqlalchemy.orm import Session
 
 from qflare.crypto.sealing import KemPublicKey
 from qflare.crypto.signing import PublicKey, algorithm_of
+from qflare.times import timestamp_of
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import InvalidRequestError
-from qflare_server.keys.trust_documents import timestamp_of
 from qflare_server.storage.records import Device, DeviceKey
 from qflare_server.storage.repository import audit, devices
 from qflare_server.storage.repository.audit import Caller, Event

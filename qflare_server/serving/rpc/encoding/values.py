@@ -8,29 +8,19 @@ from typing import Any, Final, TypeVar
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from qflare.times import timestamp_of
 from qflare.v1 import security_pb2
 
 Message = TypeVar("Message")
 
 
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-SECONDS_OF_DAY: Final = 86_400
 MAX_SHARED_BYTES: Final = 2 * 2**20
 """Longest first message of a stream that a chunk is added to."""
 
 
 def timestamp(at: datetime | None) -> Timestamp | None:
     """Return a time, None for none."""
-    if at is None:
-        return None
-    since = (
-        at - EPOCH
-    )  # Timestamp.FromDatetime takes three times as long, and lists are full of times
-    return Timestamp(
-        seconds=since.days * SECONDS_OF_DAY + since.seconds, nanos=since.microseconds * 1000
-    )
+    return None if at is None else timestamp_of(at)
 
 
 def moment(message: Any, field: str) -> datetime | None:
