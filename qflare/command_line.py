@@ -117,14 +117,19 @@ def seconds(least: float, most: float = 315_360_000.0) -> Callable[[str], float]
 
 
 def protect_process() -> None:
-    """Restrict new files to the user and disable core dumps, so that secrets do not leak to disk.
+    """Restrict new files to the user and disable core dumps, so that secrets do not leak to disk."""
+    os.umask(0o077)
+    disable_core_dumps()
+
+
+def disable_core_dumps() -> None:
+    """Disable core dumps of this process, so that keys in its memory do not leak to disk.
 
     Core dumps are prevented by the limit, and on Linux also by the process flag, which handlers named in `core_pattern`
     respect too. That flag also prevents debuggers of the same user from attaching.
     """
     import resource  # noqa: PLC0415  # POSIX only
 
-    os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from qflare.command_line import disable_core_dumps
 from qflare_server.config import ServerConfig
 from qflare_server.context import Clock, Context, Telemetry
 from qflare_server.keys.device_identities import DeviceIdentities
@@ -63,6 +64,8 @@ class Application:
     ) -> "Application":
         """Open database, payload store and keys, and build the use cases.
 
+        The process holds the online keys from here on, so its core dumps are disabled.
+
         Args:
             config: The settings.
             clock: Gives the time; None means the database's clock.
@@ -72,6 +75,7 @@ class Application:
             SchemaError: The database's schema is not this program's.
             KeyStoreError: The keys are missing or do not open.
         """
+        disable_core_dumps()
         database = open_database(config)
         clock = clock or database.clock
         store = open_store(config, database)

@@ -109,6 +109,11 @@ class Connection:
         except OSError:
             self.is_open = False
 
+    def close(self) -> None:
+        """Drop it."""
+        self._socket.close()
+        self.is_open = False
+
     def stream(self) -> int:
         """Return the id of the next stream."""
         self._next_stream += 2
@@ -211,6 +216,23 @@ def frames(address: str, options: dict[str, str]) -> Iterator[None]:
             yield
 
 
+def reconnect(address: str, options: dict[str, str]) -> Iterator[None]:
+    """Open connections and drop them, as fast as they are taken or so many a second; with a call on each if asked."""
+    pause_s = 1 / float(options.get("per_second", "inf"))
+    begins = options.get("begins", "no") == "yes"
+    block = header_block(options.get("method", HEALTH))
+    while True:
+        try:
+            connection = Connection(address, greet=options.get("greet", "yes") == "yes")
+            if begins:
+                connection.send(connection.begin(block))
+            connection.close()
+        except OSError:
+            time.sleep(0.01)
+        time.sleep(pause_s)
+        yield
+
+
 def huge_headers(address: str, options: dict[str, str]) -> Iterator[None]:
     """Begin calls with as much metadata as fits into a frame, of which there may be several."""
     del options
@@ -259,7 +281,16 @@ def _authorization(options: dict[str, str]) -> dict[str, str]:
 
 ATTACKS: Final[dict[str, Attack]] = {
     attack.__name__: attack
-    for attack in (half_open, idle, rapid_reset, whole_calls, frames, huge_headers, trickle)
+    for attack in (
+        half_open,
+        idle,
+        rapid_reset,
+        whole_calls,
+        frames,
+        reconnect,
+        huge_headers,
+        trickle,
+    )
 }
 
 

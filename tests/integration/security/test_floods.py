@@ -257,6 +257,8 @@ def test_more_idle_connections_than_files_by_default_hold_nobody_up(
         ("whole_calls", {"method": COORDINATOR + "GetTask", "token": "qfx1.a.b"}),
         ("whole_calls", {"method": "/made.up.Service/Method"}),
         ("huge_headers", {}),
+        ("reconnect", {"per_second": 200, "greet": "no"}),
+        ("reconnect", {"per_second": 200, "begins": "yes"}),
         ("frames", {"frame": "ping"}),
         ("frames", {"frame": "settings"}),
         ("frames", {"frame": "window"}),
@@ -275,10 +277,20 @@ def test_floods_hold_nobody_up(target: Target, kind: str, options: dict[str, obj
 
 
 @pytest.mark.slow
-def test_a_flood_that_fills_the_line_leaves_nothing_behind(target: Target) -> None:
-    """Endless header blocks keep the library's threads busy as fast as they come: no answer is promised meanwhile."""
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("frames", {"frame": "continuation"}), ("reconnect", {"begins": "yes"})],
+    ids=["continuation", "reconnect"],
+)
+def test_a_flood_that_fills_the_line_leaves_nothing_behind(
+    target: Target, kind: str, options: dict[str, object]
+) -> None:
+    """Endless header blocks, and new connections, keep the library's threads busy as fast as they come.
+
+    No answer is promised meanwhile.
+    """
     expectations, flooded = Expectations(target), threading.Event()
-    with attack(target, "frames", frame="continuation"):
+    with attack(target, kind, **options):
         flooded.wait(3.0)
     target.await_answer()
 
