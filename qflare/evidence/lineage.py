@@ -240,6 +240,9 @@ def check_model_form(statement: security_pb2.ModelStatement) -> None:
         require_digests(statement.download, "payload_digest")
     _check_place(statement)
     _check_contributors(statement)
+    if statement.HasField("in_process_count"):
+        unmixed = (0, statement.contributor_count)
+        _require(statement.in_process_count in unmixed, "in_process_count is neither all nor none")
     _check_sealing(statement)
 
 

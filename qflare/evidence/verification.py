@@ -13,7 +13,7 @@
 ``device``
     Every device key was brought in by a receipt of a registrar, or by a rotation from such a key.
 ``contributors``
-    The updates are exactly those that the version commits to.
+    The updates are exactly those that the version commits to, and as many of them in-process as it says.
 ``update``
     Every signed update is by a key of its device, for this training session and round, and from a
     version of this lineage; the log says that it was accepted.
@@ -100,6 +100,7 @@ class Report:
         log_size: Entries of the audit log under the signed head.
         contributor_count: Updates in the version.
         signed_count: Those whose signature was checked.
+        in_process_count: Those that a program that embeds the coordinator vouches for.
         device_count: Devices that made those.
         pruned_count: Updates whose bytes are no longer kept.
         evaluation_count: Evaluations of the version whose signature was checked.
@@ -118,6 +119,7 @@ class Report:
     log_size: int
     contributor_count: int
     signed_count: int
+    in_process_count: int
     device_count: int
     pruned_count: int
     evaluation_count: int
@@ -302,6 +304,11 @@ class _Verification:
         require_equal(
             "contributors_digest", contributors_digest(digests), statement.contributors_digest
         )
+        in_process = [update for update in self._bundle.updates if update.in_process]
+        if statement.HasField("in_process_count"):
+            require_equal("in_process_count", len(in_process), statement.in_process_count)
+        if any(update.HasField("statement") for update in in_process):
+            raise ValueError("an update that a device signed is marked as in-process")
 
     def _check_update(
         self,
@@ -358,10 +365,12 @@ class _Verification:
         contributor_count = len(self._bundle.updates)
         pruned_count = sum(update.pruned for update in self._bundle.updates)
         missing = []
-        if contributor_count > signed_count:
-            missing.append(
-                f"{contributor_count - signed_count} updates carry no signature of a device"
-            )
+        in_process_count = sum(update.in_process for update in self._bundle.updates)
+        if in_process_count:
+            missing.append(f"{in_process_count} updates are in-process: no device signed them")
+        unsigned_count = contributor_count - signed_count - in_process_count
+        if unsigned_count:
+            missing.append(f"{unsigned_count} updates carry no signature of a device")
         if pruned_count:
             missing.append(f"the bytes of {pruned_count} updates are pruned: no recomputation")
         return Report(
@@ -377,6 +386,7 @@ class _Verification:
             log_size=head.size,
             contributor_count=contributor_count,
             signed_count=signed_count,
+            in_process_count=in_process_count,
             device_count=len(self._devices),
             pruned_count=pruned_count,
             evaluation_count=len(self._bundle.evaluations),

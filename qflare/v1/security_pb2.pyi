@@ -1293,6 +1293,7 @@ class ModelStatement(_message.Message):
     WIRE_DIGEST_FIELD_NUMBER: _builtins.int
     SEALED_HEADER_DIGEST_FIELD_NUMBER: _builtins.int
     SEALED_VERSION_FIELD_NUMBER: _builtins.int
+    IN_PROCESS_COUNT_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -1341,6 +1342,10 @@ class ModelStatement(_message.Message):
     """Version for which the payload was sealed: this version or, after a rollback, the version that first had the
     payload. Absent unless the payload is sealed.
     """
+    in_process_count: _builtins.int
+    """Number of contributing updates that programs that embed the coordinator passed to it in-process, which no device
+    signed: all or none. Absent in statements older than this field.
+    """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics by name, finite numbers."""
@@ -1382,15 +1387,18 @@ class ModelStatement(_message.Message):
         wire_digest: _builtins.str = ...,
         sealed_header_digest: _builtins.str = ...,
         sealed_version: _builtins.int | None = ...,
+        in_process_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "rollback_version", b"rollback_version", "sealed_version", b"sealed_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_in_process_count", b"_in_process_count", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "in_process_count", b"in_process_count", "rollback_version", b"rollback_version", "sealed_version", b"sealed_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "base_version", b"base_version", "code_version", b"code_version", "config_digest", b"config_digest", "contributor_count", b"contributor_count", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "layout_digest", b"layout_digest", "metrics", b"metrics", "parent_digest", b"parent_digest", "payload_digest", b"payload_digest", "realm", b"realm", "rollback_version", b"rollback_version", "round_number", b"round_number", "sealed", b"sealed", "sealed_header_digest", b"sealed_header_digest", "sealed_version", b"sealed_version", "size_bytes", b"size_bytes", "strategy_name", b"strategy_name", "training_session_id", b"training_session_id", "version", b"version", "weight_sum", b"weight_sum", "wire_digest", b"wire_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_in_process_count", b"_in_process_count", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "base_version", b"base_version", "code_version", b"code_version", "config_digest", b"config_digest", "contributor_count", b"contributor_count", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "in_process_count", b"in_process_count", "layout_digest", b"layout_digest", "metrics", b"metrics", "parent_digest", b"parent_digest", "payload_digest", b"payload_digest", "realm", b"realm", "rollback_version", b"rollback_version", "round_number", b"round_number", "sealed", b"sealed", "sealed_header_digest", b"sealed_header_digest", "sealed_version", b"sealed_version", "size_bytes", b"size_bytes", "strategy_name", b"strategy_name", "training_session_id", b"training_session_id", "version", b"version", "weight_sum", b"weight_sum", "wire_digest", b"wire_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
     _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
     _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
     _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
+    _WhichOneofReturnType__in_process_count: _TypeAlias = _typing.Literal["in_process_count"]  # noqa: Y015
+    _WhichOneofArgType__in_process_count: _TypeAlias = _typing.Literal["_in_process_count", b"_in_process_count"]  # noqa: Y015
     _WhichOneofReturnType__rollback_version: _TypeAlias = _typing.Literal["rollback_version"]  # noqa: Y015
     _WhichOneofArgType__rollback_version: _TypeAlias = _typing.Literal["_rollback_version", b"_rollback_version"]  # noqa: Y015
     _WhichOneofReturnType__sealed_version: _TypeAlias = _typing.Literal["sealed_version"]  # noqa: Y015
@@ -1399,6 +1407,8 @@ class ModelStatement(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__delta) -> _WhichOneofReturnType__delta | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__in_process_count) -> _WhichOneofReturnType__in_process_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_version) -> _WhichOneofReturnType__rollback_version | None: ...
     @_typing.overload

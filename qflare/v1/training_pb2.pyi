@@ -1385,6 +1385,7 @@ class GlobalModel(_message.Message):
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     DOWNLOAD_FIELD_NUMBER: _builtins.int
+    IN_PROCESS_COUNT_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     version: _builtins.int
@@ -1417,6 +1418,8 @@ class GlobalModel(_message.Message):
     """Epsilon spent up to and including this version. Absent without differential privacy."""
     delta: _builtins.float
     """Delta of the guarantee. Absent without differential privacy."""
+    in_process_count: _builtins.int
+    """Number of updates in the version that were passed in-process: all or none. Absent in versions older than this field."""
     @_builtins.property
     def strategy(self) -> Global___StrategyConfig:
         """Aggregation strategy."""
@@ -1475,21 +1478,26 @@ class GlobalModel(_message.Message):
         architecture: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         manifest: _tensor_pb2.Manifest | None = ...,
         download: Global___EncodedPayload | None = ...,
+        in_process_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "manifest", b"manifest", "publish_duration", b"publish_duration", "rollback_version", b"rollback_version", "strategy", b"strategy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_in_process_count", b"_in_process_count", "_rollback_version", b"_rollback_version", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "in_process_count", b"in_process_count", "manifest", b"manifest", "publish_duration", b"publish_duration", "rollback_version", b"rollback_version", "strategy", b"strategy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_rollback_version", b"_rollback_version", "architecture", b"architecture", "base_version", b"base_version", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "digest", b"digest", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "layout_digest", b"layout_digest", "manifest", b"manifest", "metrics", b"metrics", "model_type", b"model_type", "participant_count", b"participant_count", "payload_digest", b"payload_digest", "publish_duration", b"publish_duration", "released", b"released", "rollback_version", b"rollback_version", "round_number", b"round_number", "size_bytes", b"size_bytes", "strategy", b"strategy", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_in_process_count", b"_in_process_count", "_rollback_version", b"_rollback_version", "architecture", b"architecture", "base_version", b"base_version", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "digest", b"digest", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "in_process_count", b"in_process_count", "layout_digest", b"layout_digest", "manifest", b"manifest", "metrics", b"metrics", "model_type", b"model_type", "participant_count", b"participant_count", "payload_digest", b"payload_digest", "publish_duration", b"publish_duration", "released", b"released", "rollback_version", b"rollback_version", "round_number", b"round_number", "size_bytes", b"size_bytes", "strategy", b"strategy", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
     _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
     _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
     _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
+    _WhichOneofReturnType__in_process_count: _TypeAlias = _typing.Literal["in_process_count"]  # noqa: Y015
+    _WhichOneofArgType__in_process_count: _TypeAlias = _typing.Literal["_in_process_count", b"_in_process_count"]  # noqa: Y015
     _WhichOneofReturnType__rollback_version: _TypeAlias = _typing.Literal["rollback_version"]  # noqa: Y015
     _WhichOneofArgType__rollback_version: _TypeAlias = _typing.Literal["_rollback_version", b"_rollback_version"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__delta) -> _WhichOneofReturnType__delta | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__in_process_count) -> _WhichOneofReturnType__in_process_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_version) -> _WhichOneofReturnType__rollback_version | None: ...
 
@@ -1535,6 +1543,7 @@ class ModelUpdate(_message.Message):
     ACCEPTANCE_SEQUENCE_FIELD_NUMBER: _builtins.int
     VALIDATION_SCORE_FIELD_NUMBER: _builtins.int
     ACCEPT_TIME_FIELD_NUMBER: _builtins.int
+    IN_PROCESS_FIELD_NUMBER: _builtins.int
     update_id: _builtins.str
     """Id, a UUID generated by the device."""
     training_session_id: _builtins.str
@@ -1559,6 +1568,8 @@ class ModelUpdate(_message.Message):
     """Position in the order of acceptance within its round, from 1."""
     validation_score: _builtins.float
     """Validation score, such as the cosine similarity to the previous change. Absent if not computed."""
+    in_process: _builtins.bool
+    """Whether a program that embeds the coordinator passed it in-process, so that no device signed it."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics that the device reported."""
@@ -1584,10 +1595,11 @@ class ModelUpdate(_message.Message):
         acceptance_sequence: _builtins.int = ...,
         validation_score: _builtins.float | None = ...,
         accept_time: _timestamp_pb2.Timestamp | None = ...,
+        in_process: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score", "accept_time", b"accept_time", "validation_score", b"validation_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score", "accept_time", b"accept_time", "acceptance_sequence", b"acceptance_sequence", "base_version", b"base_version", "device_id", b"device_id", "example_count", b"example_count", "metrics", b"metrics", "payload_digest", b"payload_digest", "round_number", b"round_number", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "update_id", b"update_id", "validation_score", b"validation_score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score", "accept_time", b"accept_time", "acceptance_sequence", b"acceptance_sequence", "base_version", b"base_version", "device_id", b"device_id", "example_count", b"example_count", "in_process", b"in_process", "metrics", b"metrics", "payload_digest", b"payload_digest", "round_number", b"round_number", "size_bytes", b"size_bytes", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "update_id", b"update_id", "validation_score", b"validation_score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__validation_score: _TypeAlias = _typing.Literal["validation_score"]  # noqa: Y015
     _WhichOneofArgType__validation_score: _TypeAlias = _typing.Literal["_validation_score", b"_validation_score"]  # noqa: Y015

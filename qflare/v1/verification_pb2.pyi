@@ -159,10 +159,13 @@ class UpdateEvidence(_message.Message):
     STATEMENT_FIELD_NUMBER: _builtins.int
     STATEMENT_DIGEST_FIELD_NUMBER: _builtins.int
     PRUNED_FIELD_NUMBER: _builtins.int
+    IN_PROCESS_FIELD_NUMBER: _builtins.int
     statement_digest: _builtins.str
     """Digest of the statement: SHA-256 of the signed payload, 64 hex digits."""
     pruned: _builtins.bool
     """Whether the payload of the update has been deleted, so that the version cannot be recomputed."""
+    in_process: _builtins.bool
+    """Whether a program that embeds the coordinator passed the update to it in-process."""
     @_builtins.property
     def statement(self) -> _security_pb2.SignedEnvelope:
         """The device's signed UpdateStatement. Absent for updates of programs that embed the coordinator."""
@@ -173,10 +176,11 @@ class UpdateEvidence(_message.Message):
         statement: _security_pb2.SignedEnvelope | None = ...,
         statement_digest: _builtins.str = ...,
         pruned: _builtins.bool = ...,
+        in_process: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pruned", b"pruned", "statement", b"statement", "statement_digest", b"statement_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_process", b"in_process", "pruned", b"pruned", "statement", b"statement", "statement_digest", b"statement_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

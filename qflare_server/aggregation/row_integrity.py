@@ -7,7 +7,8 @@ that fails is never folded; it counts as rejected, its reason begins with `EVIDE
 of the version's outcome, so that the version is made again from the same updates. It is not held against the device.
 
 It is checked where signatures are required (`ServerConfig.require_signatures`), but for the rounds of embedding
-programs, which vouch for their updates themselves.
+programs, which vouch for their updates themselves. In all rounds the updates are of one origin, devices' or in-process:
+a row of the other is not folded.
 
 It does not read payloads from the payload store (their digests are checked, and the bytes of payloads that lie in
 rows).
@@ -35,7 +36,7 @@ from qflare_server.storage.repository.devices import KnownKey
 from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.storage.tables import EVIDENCE_REASON, RiskLevel
 from qflare_server.strategies import UpdateAssessment
-from qflare_server.training.rounds import IN_PROCESS_PREFIX
+from qflare_server.training.rounds import is_in_process, origin_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +72,16 @@ class RowIntegrity:
         self._number = round_number
         self._carries = carries
         self._recorded = recorded
-        self._is_on = context.config.require_signatures and not training_session_id.startswith(
-            IN_PROCESS_PREFIX
-        )
+        self._origin = origin_of(training_session_id).value
+        self._is_on = context.config.require_signatures and not is_in_process(training_session_id)
         self._opened: dict[int, datetime] = {}
 
     def refusals(self, batch: Sequence[AcceptedUpdate]) -> dict[str, str]:
         """Return why updates must not be folded, by id; empty where all are what was signed."""
         found = self._recorded_refusals(batch)
+        for update in batch:
+            if update.origin != self._origin and update.update_id not in found:
+                self._refuse(found, update, f"its origin is {update.origin}, want {self._origin}")
         if not self._is_on:
             return found
         keys = self._keys(batch)
@@ -90,9 +93,12 @@ class RowIntegrity:
             if not problem and update.key_id is not None:
                 problem = unproven.get((update.device_id, update.key_id), "")
             if problem and update.update_id not in found:
-                found[update.update_id] = EVIDENCE_REASON + problem
-                logger.warning("update not folded: %s: %s", update.update_id, problem)
+                self._refuse(found, update, problem)
         return found
+
+    def _refuse(self, found: dict[str, str], update: AcceptedUpdate, problem: str) -> None:
+        found[update.update_id] = EVIDENCE_REASON + problem
+        logger.warning("update not folded: %s: %s", update.update_id, problem)
 
     def _recorded_refusals(self, batch: Sequence[AcceptedUpdate]) -> dict[str, str]:
         recorded = self._recorded or {}

@@ -85,6 +85,7 @@ class GlobalModel(NamedTuple):
     base_version: int
     round_number: int
     participant_count: int
+    in_process_count: int | None
     example_count: int
     aggregation_method: str
     aggregation_parameters: Json
@@ -121,6 +122,7 @@ class ModelUpdate(NamedTuple):
     statement_digest: str
     signature: bytes | None
     key_id: str | None
+    origin: str
     example_count: int
     loss: float | None
     accuracy: float | None

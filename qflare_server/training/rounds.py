@@ -19,7 +19,7 @@ from qflare_server.context import Context
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import audit, global_models, training_sessions, updates
 from qflare_server.storage.repository.audit import SYSTEM, Event
-from qflare_server.storage.tables import RiskLevel, RoundState, TrainingSessionState
+from qflare_server.storage.tables import RiskLevel, RoundState, TrainingSessionState, UpdateOrigin
 from qflare_server.training.config import deadline_s
 from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.selection import select_devices
@@ -28,6 +28,16 @@ IN_PROCESS_PREFIX: Final = "in-process-"
 """Begins the ids of the training sessions of embedding programs, whose rounds are no device's task."""
 
 NOBODY: Final = -1
+
+
+def is_in_process(training_session_id: str) -> bool:
+    """Return whether a training session is an embedding program's: its updates, and no others, are in-process."""
+    return training_session_id.startswith(IN_PROCESS_PREFIX)
+
+
+def origin_of(training_session_id: str) -> UpdateOrigin:
+    """Return the only origin that the updates of a training session may have."""
+    return UpdateOrigin.IN_PROCESS if is_in_process(training_session_id) else UpdateOrigin.DEVICE
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ def sign_task(
         device_training=config.device_training,
         transfer=config.transfer,
     )
-    if training_session_id.startswith(IN_PROCESS_PREFIX):
+    if is_in_process(training_session_id):
         return RoundTask(statement, None, deadline_at)
     payload = statement.SerializeToString(deterministic=True)
     envelope = context.signer.sign(security_pb2.KEY_ROLE_TASK, payload)

@@ -30,7 +30,7 @@ from qflare_server.training.config import download_encoding
 from qflare_server.training.objective import best_changes
 from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.reported_metrics import evaluated, stated
-from qflare_server.training.rounds import config_digest
+from qflare_server.training.rounds import config_digest, is_in_process
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ def _statement(
         config_digest=config_digest(config),
         code_version=qflare.__version__,
         contributor_count=len(draft.contributors),
+        in_process_count=len(draft.contributors) if is_in_process(training_session_id) else 0,
         contributors_digest=contributors_digest(draft.contributors),
         weight_sum=draft.weight_sum,
         example_count=draft.example_count,
@@ -197,6 +198,7 @@ def publish(
             "base_version": draft.base_version,
             "round_number": draft.round_number,
             "participant_count": len(draft.contributors),
+            "in_process_count": statement.in_process_count,
             "example_count": draft.example_count,
             "aggregation_method": statement.strategy_name,
             "aggregation_parameters": dict(config.strategy.parameters),

@@ -26,7 +26,8 @@ from qflare_server.keys.trust_store import SignerKeys
 from qflare_server.storage.payload_records import content_digest_of
 from qflare_server.storage.records import DeviceKey, GlobalModel, ModelUpdate, Payload
 from qflare_server.storage.repository import devices, evidence, payloads, updates
-from qflare_server.storage.tables import UpdateState
+from qflare_server.storage.tables import UpdateOrigin, UpdateState
+from qflare_server.training.rounds import origin_of
 from qflare_server.verification.findings import (
     BATCH,
     Finding,
@@ -103,6 +104,9 @@ class RecordVerification:
             raise ValueError(f"not what was signed: {', '.join(changed)}")
         with self._context.database.read() as session:
             digests = updates.contributors(session, row.training_session_id, row.version)
+            in_process = updates.count_of_origin(
+                session, row.training_session_id, row.version, UpdateOrigin.IN_PROCESS
+            )
             payload = payloads.get_payload(session, row.payload_id)
             stored = None if payload is None else _kept(payload)
             sent = self._download(session, row)
@@ -111,6 +115,8 @@ class RecordVerification:
             "contributors", contributors_digest(digests), version.statement.contributors_digest
         )
         require_equal("payload", stored, _stated(version.statement))
+        if row.in_process_count is not None:
+            require_equal("in_process_count", in_process, row.in_process_count)
 
     def _download(self, session: Session, row: GlobalModel) -> tuple[str | None, int | None]:
         """Return digest and size of the payload that devices download instead of a version's own; None without one."""
@@ -140,22 +146,31 @@ class RecordVerification:
             kept = None if payload is None else _kept(payload)
             key = None if row.key_id is None else devices.get_key(session, row.key_id)
         require_equal("payload", stored, (row.payload_digest, row.size_bytes))
+        require_equal("origin", row.origin, origin_of(row.training_session_id).value)
+        if row.signature is None:
+            self._check_unsigned(row)
         if row.statement is None:
-            self._tally.unchecked["updates without a signature"] += 1
             return
         require_equal("statement_digest", row.statement_digest, digest_of(row.statement))
         statement = security_pb2.UpdateStatement.FromString(row.statement)
         if row.signature is not None:
             self._check_signature(row, key)
-        elif row.key_id is not None:
-            raise ValueError("its signature is missing")
-        else:
-            self._tally.unchecked["updates without a signature"] += 1
         changed = differences(_update_columns(row, statement))
         if changed:
             raise ValueError(f"not what was signed: {', '.join(changed)}")
         require_equal("realm", statement.realm, self._realm)
         require_equal("sealed payload", kept, _stated(statement))
+
+    def _check_unsigned(self, row: ModelUpdate) -> None:
+        """Count an update without a signature where it may have none: in-process, or where none is required."""
+        if row.key_id is not None:
+            raise ValueError("its signature is missing")
+        if row.origin == UpdateOrigin.IN_PROCESS.value:
+            self._tally.unchecked["updates of embedding programs"] += 1
+        elif self._context.config.require_signatures:
+            raise ValueError("no device signed it")
+        else:
+            self._tally.unchecked["updates without a signature"] += 1
 
     def _check_signature(self, row: ModelUpdate, key: DeviceKey | None) -> None:
         assert row.statement is not None
@@ -197,7 +212,7 @@ def _model_columns(
     for name in ("encoding", "payload_digest", "size_bytes"):
         signed = None if sent is None else getattr(sent, name)
         columns[f"download_{name}"] = (getattr(row, f"download_{name}"), signed)
-    for name in ("epsilon", "delta", "rollback_version"):
+    for name in ("epsilon", "delta", "rollback_version", "in_process_count"):
         columns[name] = (getattr(row, name), _optional(statement, name))
     columns["created_at"] = (row.created_at.timestamp(), _seconds(statement))
     return columns

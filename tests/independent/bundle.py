@@ -53,6 +53,12 @@ def check_bundle(
     digests = sorted(bytes.fromhex(update.statement_digest) for update in bundle.updates)
     root = merkle_root([leaf(digest) for digest in digests]).hex() if digests else ""
     require(root == chain[-1][0].contributors_digest, "other updates are in the version")
+    made = chain[-1][0]
+    unsigned = [update for update in bundle.updates if update.in_process]
+    if made.HasField("in_process_count"):
+        require(len(unsigned) == made.in_process_count, "other updates are in-process")
+        require(made.in_process_count in (0, made.contributor_count), "origins are mixed")
+    require(not any(update.HasField("statement") for update in unsigned), "it is signed")
     for update in bundle.updates:
         if update.HasField("statement"):
             _check_update(update, chain, keys, entries)

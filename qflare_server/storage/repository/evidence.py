@@ -62,6 +62,7 @@ class UpdateOfVersion(NamedTuple):
     statement: bytes | None
     signature: bytes | None
     statement_digest: str
+    origin: str
     location: str
 
 
@@ -77,6 +78,7 @@ def updates_of_version(
             UPDATES.c.statement,
             UPDATES.c.signature,
             UPDATES.c.statement_digest,
+            UPDATES.c.origin,
             PAYLOADS.c.location,
         )
         .join(PAYLOADS, PAYLOADS.c.id == UPDATES.c.payload_id)

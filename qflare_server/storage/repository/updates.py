@@ -14,7 +14,7 @@ from qflare_server.storage.paging import Order, Page, PageRequest, read_page
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
 from qflare_server.storage.records import ModelUpdate, Rows
 from qflare_server.storage.repository.round_capacity import RoundCapacity
-from qflare_server.storage.tables import UpdateState
+from qflare_server.storage.tables import UpdateOrigin, UpdateState
 
 UPDATES = tables.ModelUpdate.__table__
 _ROWS = Rows(ModelUpdate, UPDATES)
@@ -57,8 +57,9 @@ class AcceptedUpdate:
     sealed_header: bytes | None
     sealed_key: bytes | None
     metrics: dict[str, Any]
-    signature: bytes | None = None
-    key_id: str | None = None
+    signature: bytes | None
+    key_id: str | None
+    origin: str
 
 
 _ACCEPTED = select(
@@ -98,6 +99,7 @@ _INSERT = PreparedInsert(
         "statement_digest",
         "signature",
         "key_id",
+        "origin",
         "example_count",
         "loss",
         "accuracy",
@@ -175,6 +177,7 @@ _FOLDABLE = PreparedStatement(
         UPDATES.c.metrics,
         UPDATES.c.signature,
         UPDATES.c.key_id,
+        UPDATES.c.origin,
     )
     .join(PAYLOADS, PAYLOADS.c.id == UPDATES.c.payload_id)
     .where(
@@ -289,6 +292,18 @@ def contributors(session: Session, training_session_id: str, version: int) -> Se
         .order_by(UPDATES.c.acceptance_sequence)
     )
     return session.scalars(query).all()
+
+
+def count_of_origin(
+    session: Session, training_session_id: str, version: int, origin: UpdateOrigin
+) -> int:
+    """Return the number of updates in a version that are of an origin."""
+    query = select(func.count()).where(
+        UPDATES.c.training_session_id == training_session_id,
+        UPDATES.c.aggregated_version == version,
+        UPDATES.c.origin == origin.value,
+    )
+    return session.execute(query).scalar_one()
 
 
 def list_updates(

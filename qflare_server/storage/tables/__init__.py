@@ -22,6 +22,7 @@ from qflare_server.storage.tables.states import (
     RoundState,
     TokenKind,
     TrainingSessionState,
+    UpdateOrigin,
     UpdateState,
 )
 from qflare_server.storage.tables.training import (
@@ -74,6 +75,7 @@ __all__ = [
     "TrainingSessionGroup",
     "TrainingSessionState",
     "TrustDocument",
+    "UpdateOrigin",
     "UpdateState",
     "Upload",
     "UsedNonce",

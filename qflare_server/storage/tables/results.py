@@ -14,7 +14,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column
 
-from qflare_server.storage.tables.states import UpdateState
+from qflare_server.storage.tables.states import UpdateOrigin, UpdateState
 from qflare_server.storage.tables.types import Base, one_of
 
 EVIDENCE_REASON: Final = "evidence: "
@@ -28,7 +28,8 @@ class ModelUpdate(Base):
     """One device's contribution to one round.
 
     `statement` is the exact bytes that the device signed, `signature` its signature; null for updates of embedding
-    programs. `acceptance_sequence` counts from 1 within the round; updates are folded in this order.
+    programs, whose `origin` says so. `acceptance_sequence` counts from 1 within the round; updates are folded in this
+    order.
     """
 
     __tablename__ = "model_updates"
@@ -45,6 +46,7 @@ class ModelUpdate(Base):
     statement_digest: Mapped[str] = mapped_column(String(64))
     signature: Mapped[bytes | None]
     key_id: Mapped[str | None] = mapped_column(String(64))
+    origin: Mapped[str] = mapped_column(String(16), default=UpdateOrigin.DEVICE.value)
     example_count: Mapped[int] = mapped_column(BigInteger)
     loss: Mapped[float | None]
     accuracy: Mapped[float | None]
@@ -61,6 +63,7 @@ class ModelUpdate(Base):
 
     __table_args__ = (
         one_of("state", UpdateState),
+        one_of("origin", UpdateOrigin),
         ForeignKeyConstraint(
             ["training_session_id", "round_number"],
             ["rounds.training_session_id", "rounds.number"],
@@ -95,7 +98,7 @@ class GlobalModel(Base):
 
     `digest` identifies the version: the SHA-256 of `statement`, which `signature` signs. `strategy_state` maps the
     names of the optimizer's vectors to payload ids. The columns `download_` describe the payload that devices download,
-    null where they download the version's own.
+    null where they download the version's own. `in_process_count` is null in versions older than it.
     """
 
     __tablename__ = "global_models"
@@ -118,6 +121,7 @@ class GlobalModel(Base):
     base_version: Mapped[int]
     round_number: Mapped[int]
     participant_count: Mapped[int] = mapped_column(default=0)
+    in_process_count: Mapped[int | None]
     example_count: Mapped[int] = mapped_column(BigInteger, default=0)
     aggregation_method: Mapped[str] = mapped_column(String(100))
     aggregation_parameters: Mapped[dict[str, Any]]

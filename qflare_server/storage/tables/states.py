@@ -45,6 +45,13 @@ class RoundState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class UpdateOrigin(StrEnum):
+    """Where an update comes from."""
+
+    DEVICE = "device"
+    IN_PROCESS = "in_process"
+
+
 class UpdateState(StrEnum):
     """Life cycle of an update."""
 

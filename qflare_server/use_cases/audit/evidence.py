@@ -24,6 +24,7 @@ from qflare_server.storage.repository import (
     global_models,
 )
 from qflare_server.storage.repository.evidence import UpdateOfVersion
+from qflare_server.storage.tables import UpdateOrigin
 from qflare_server.training.versions import find_version
 from qflare_server.use_cases.audit.log import EntryProof
 from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of
@@ -198,7 +199,9 @@ def _entry(
 
 def _update(row: UpdateOfVersion) -> verification_pb2.UpdateEvidence:
     message = verification_pb2.UpdateEvidence(
-        statement_digest=row.statement_digest, pruned=row.location == "none"
+        statement_digest=row.statement_digest,
+        pruned=row.location == "none",
+        in_process=row.origin == UpdateOrigin.IN_PROCESS.value,
     )
     if row.statement is not None and row.signature is not None:
         message.statement.CopyFrom(_signed(row.statement, row.signature))

@@ -45,6 +45,7 @@ from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState, UpdateState
 from qflare_server.training.evaluation import awaits_evaluation
 from qflare_server.training.reported_metrics import whole_epochs
+from qflare_server.training.rounds import is_in_process, origin_of
 from qflare_server.training.strategy import is_asynchronous
 from qflare_server.use_cases.updates.batching import BatchWindow
 from qflare_server.use_cases.updates.submission import Submission
@@ -294,6 +295,8 @@ class _Admission:
 
     def _refusal(self, entry: _Entry) -> QflareError | None:
         statement = entry.submission.statement
+        if entry.submission.is_in_process != is_in_process(statement.training_session_id):
+            return RoundNotOpenError("updates of devices and of programs are not mixed")
         if self._members is not None and statement.device_id not in self._members:
             return TrainingSessionNotFoundError()
         refusal = refuse_device(self._states.get(statement.device_id))
@@ -417,6 +420,7 @@ def _row(entry: _Entry, at: datetime) -> dict[str, Any]:
         "statement_digest": submission.statement_digest,
         "signature": submission.signature,
         "key_id": submission.device.key_id,
+        "origin": origin_of(accepted.training_session_id).value,
         "example_count": statement.example_count,
         "loss": metrics.get("loss"),
         "accuracy": metrics.get("accuracy"),

@@ -323,6 +323,25 @@ def test_an_inserted_row_without_a_signature_is_never_folded(signed: Signed) -> 
     assert core.versions(training_session_id)[1].participant_count == 3
 
 
+@pytest.mark.parametrize("required", [True, False])
+def test_a_row_that_says_it_is_in_process_is_not_mixed_in(
+    make_core: MakeCore, *, required: bool
+) -> None:
+    signed = enrolled(make_core(require_signatures=required))
+    core = signed.core
+    training_session_id = core.start(rounds=QUORUM_3, total_rounds=1)
+    ids = signed.submit_all(training_session_id)
+    nothing = {"statement": None, "signature": None, "key_id": None}
+    signed.round_of(ids[1], origin="in_process", **nothing)
+
+    core.settle()
+
+    row = signed.row(ids[1])
+    assert row.state == UpdateState.REJECTED.value
+    assert "origin" in row.state_reason
+    assert core.versions(training_session_id)[1].in_process_count == 0
+
+
 def test_an_edited_update_for_another_round_is_not_folded_there(signed: Signed) -> None:
     core = signed.core
     training_session_id = core.start(rounds=QUORUM_3, total_rounds=2)

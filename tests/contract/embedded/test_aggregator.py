@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import update
 
 from qflare_server import aggregator, registry
 from qflare_server.config import ServerConfig
@@ -71,6 +72,16 @@ def test_average_is_weighted_by_samples(program: CoordinatorHarness) -> None:
     assert values(average) == [2.0, 2.0, 2.0]
     assert aggregator.get_global_model() == average
     assert program.weights(FIRST, 1) == average
+
+
+def test_a_row_of_a_device_is_not_mixed_in(program: CoordinatorHarness) -> None:
+    aggregator.store_model_update("a", weights(1.0))
+    aggregator.store_model_update("b", weights(5.0))
+    edit = update(ModelUpdate).where(ModelUpdate.device_id == "b").values(origin="device")
+    program.database.write(lambda session: session.execute(edit))
+
+    assert values(aggregator.aggregate_models()) == [1.0, 1.0, 1.0]
+    assert program.versions(FIRST)[1].in_process_count == 1
 
 
 def test_nothing_is_there_before_the_first_update(program: CoordinatorHarness) -> None:

@@ -282,6 +282,16 @@ def test_evaluations_from_before_are_unsigned(engine: Engine) -> None:
     assert {name: row[name] for name in names} == dict.fromkeys(names)
 
 
+def test_updates_from_before_have_an_origin_and_versions_say_nothing_of_it(engine: Engine) -> None:
+    schema.upgrade(engine)
+
+    origins = {
+        row["training_session_id"]: row["origin"] for row in rows_of(engine, "model_updates")
+    }
+    assert origins == {SESSION: "device", "in-process-1": "in_process"}
+    assert {row["in_process_count"] for row in rows_of(engine, "global_models")} == {None}
+
+
 def test_sessions_and_devices_from_before_are_in_no_group(engine: Engine) -> None:
     schema.upgrade(engine)
     database = Database(engine)

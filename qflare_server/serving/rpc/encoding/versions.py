@@ -13,6 +13,7 @@ from qflare_server.serving.rpc.encoding.values import (
 from qflare_server.storage.records import GlobalModel, ModelUpdate
 from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.repository.views import VersionMetrics
+from qflare_server.storage.tables import UpdateOrigin
 from qflare_server.use_cases.versions.download import Delivery
 
 
@@ -29,6 +30,7 @@ def global_model(row: GlobalModel, *, with_manifest: bool = False) -> training_p
         base_version=row.base_version,
         round_number=row.round_number,
         participant_count=row.participant_count,
+        in_process_count=row.in_process_count,
         example_count=row.example_count,
         strategy=training_pb2.StrategyConfig(
             name=row.aggregation_method, parameters=row.aggregation_parameters
@@ -74,6 +76,7 @@ def model_update(row: ModelUpdate) -> training_pb2.ModelUpdate:
         state=training_pb2.UpdateState.Value(f"UPDATE_STATE_{row.state.upper()}"),
         state_reason=row.state_reason,
         acceptance_sequence=row.acceptance_sequence,
+        in_process=row.origin == UpdateOrigin.IN_PROCESS.value,
         validation_score=row.validation_score,
         accept_time=timestamp(row.accepted_at),
     )
