@@ -1,8 +1,5 @@
 """Best version by the objective; held-out metrics take precedence in training sessions with evaluation."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import sqlalchemy as sa
 from alembic import op
 
@@ -43,7 +40,7 @@ def upgrade() -> None:
 
 
 def _best(
-    connection: sa.Connection, training_session_id: str, config: Mapping[str, Any]
+    connection: sa.Connection, training_session_id: str, config: dict[str, dict[str, str]]
 ) -> tuple[int | None, float | None]:
     stop = config.get("early_stop", {})
     metric = stop.get("metric") or "accuracy"
