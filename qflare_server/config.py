@@ -155,6 +155,10 @@ class ServerConfig:
     """Seconds between database queries of a watch."""
     max_calls_per_second: float = 200.0
     """Calls per second and device, averaged over ten seconds; 0 means no limit."""
+    max_device_records_per_hour: int = 120
+    """Permanent records per device and hour, counted separately for logins, token refreshes, key rotations and profile
+    changes; 0 means no limit.
+    """
     max_message_bytes: int = 4 * 2**20
     """Largest accepted gRPC message; chunks are 1 MiB."""
     max_payload_bytes: int = 8 * 2**30

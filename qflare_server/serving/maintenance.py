@@ -144,16 +144,19 @@ class Maintenance:
         """Delete what has expired, in short transactions, until nothing is left of it."""
         now = self._context.clock()
 
+        def delete_nonces(session: Session) -> int:
+            return tokens.delete_expired_nonces(session, now, TOKEN_BATCH)
+
         def delete_tokens(session: Session) -> int:
             return tokens.delete_expired(session, now - timedelta(days=1), TOKEN_BATCH)
 
-        self._context.database.write(lambda session: tokens.delete_expired_nonces(session, now))
         self._context.database.write(
             lambda session: idempotent_calls.delete_old(session, now - CALL_MEMORY)
         )
-        while not self._stop.is_set():
-            if self._context.database.write(delete_tokens) < TOKEN_BATCH:
-                return
+        for delete in (delete_nonces, delete_tokens):
+            while not self._stop.is_set():
+                if self._context.database.write(delete) < TOKEN_BATCH:
+                    break
 
     def _prune(self) -> None:
         prune_ended(self._context)

@@ -61,12 +61,16 @@ def prune_ended(context: Context) -> None:
 
 
 def sweep(context: Context) -> int:
-    """Delete the chunks of uploads that nobody has continued in time; return how many uploads."""
+    """Delete the chunks of all uploads that nobody has continued in time; return how many uploads."""
     before = context.clock() - timedelta(seconds=context.config.upload_expiry_s)
-    with context.database.read() as session:
-        expired = payloads.expired_uploads(session, before, PRUNE_BATCH)
-    discard_uploads(context, expired)
-    return len(expired)
+    count = 0
+    while True:
+        with context.database.read() as session:
+            expired = payloads.expired_uploads(session, before, PRUNE_BATCH)
+        discard_uploads(context, expired)
+        count += len(expired)
+        if len(expired) < PRUNE_BATCH:
+            return count
 
 
 def discard_uploads(context: Context, payload_ids: Sequence[str]) -> None:

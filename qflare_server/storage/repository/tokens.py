@@ -197,9 +197,27 @@ def list_tokens(session: Session, request: PageRequest, kind: str) -> Page[UserT
     return read_page(partial(_ROWS.all, session), query, request, order, "tokens", kind)
 
 
-def delete_expired_nonces(session: Session, before: datetime) -> None:
-    """Delete nonces that expired before a time."""
-    session.execute(delete(NONCES).where(NONCES.c.expires_at < before))
+def delete_expired_nonces(session: Session, before: datetime, limit: int) -> int:
+    """Delete nonces that expired before a time, at most so many; return how many."""
+    expired = select(NONCES.c.nonce).where(NONCES.c.expires_at < before).limit(limit)
+    found = session.scalars(expired).all()
+    if found:
+        session.execute(delete(NONCES).where(NONCES.c.nonce.in_(found)))
+    return len(found)
+
+
+def delete_oldest_of_device(session: Session, device_id: str, kept: int) -> None:
+    """Delete the access and refresh tokens of a device but the newest ones."""
+    kinds = [TokenKind.ACCESS.value, TokenKind.REFRESH.value]
+    surplus = (
+        select(TOKENS.c.id)
+        .where(TOKENS.c.device_id == device_id, TOKENS.c.kind.in_(kinds))
+        .order_by(TOKENS.c.created_at.desc(), TOKENS.c.id)
+        .offset(kept)
+    )
+    found = session.scalars(surplus).all()
+    if found:
+        session.execute(delete(TOKENS).where(TOKENS.c.id.in_(found)))
 
 
 def _rowcount(result: Any) -> int:

@@ -52,12 +52,15 @@ from qflare_server.use_cases.access.authentication import (
     sole_value,
 )
 from qflare_server.use_cases.access.failed_attempts import FailedAttempts, RefusedError
+from qflare_server.use_cases.access.rate_limits import hourly_budget
 
 ACCESS_PREFIX: Final = "qfx1"
 REFRESH_PREFIX: Final = "qfr1"
 AUTHORIZATION: Final = "authorization"
 BEARER: Final = "Bearer "
 NONCE_MEMORY: Final = timedelta(minutes=5)
+MAX_TOKENS_OF_DEVICE: Final = 128
+"""Access and refresh tokens of one device that are kept, used ones included."""
 _REUSED: Final = "refresh token used twice"
 
 
@@ -79,6 +82,9 @@ class Login:
         self._context = context
         self._keys = keys
         self._refusals = FailedAttempts(context)
+        per_hour = context.config.max_device_records_per_hour
+        self._logins = hourly_budget(per_hour, "logins")
+        self._refreshes = hourly_budget(per_hour, "token refreshes")
         self._binding_kek = hkdf_expand(keys.state_key, b"qflare/v1/stored binding key")
         self._protocol = LoginServer(
             realm=keys.realm, state_key=keys.state_key, decapsulate=keys.decapsulate
@@ -111,6 +117,7 @@ class Login:
             UnauthenticatedError: The proof is wrong, late or comes again, or the device is not known by this key.
             DeviceRevokedError: The device is revoked.
             DeviceSuspendedError: The device is suspended.
+            TooManyRequestsError: The device has used up its logins of the hour.
         """
         at = self._context.clock()
         device_id = ""
@@ -118,6 +125,7 @@ class Login:
             pending = self._protocol.open_proof(proof, at)
             device_id = pending.device_id
             session_keys = pending.verify(self._enrolled_key(pending))
+            self._logins.take(device_id)
             minted = self._mint(at)
             sealed_key = self._seal_binding(pending.session_id, session_keys.binding_key)
             self._start(caller, pending, minted, sealed_key, at)
@@ -137,6 +145,7 @@ class Login:
             UnauthenticatedError: The token is unknown, expired, revoked or used, or the proof is wrong.
             DeviceRevokedError: The device is revoked.
             DeviceSuspendedError: The device is suspended.
+            TooManyRequestsError: The device has used up its refreshes of the hour; the token stays good.
         """
         at = self._context.clock()
         device_id = ""
@@ -144,6 +153,7 @@ class Login:
             token = self._refresh_token(request)
             device_id = token.device_id or ""
             refresh = Refresh.check(self._open_binding(token), request)
+            self._refreshes.take(device_id)
             minted = self._mint(at)
             if token.used_at is None and self._continue(token, minted, at):
                 return refresh.seal_grant(minted.message)
@@ -347,6 +357,7 @@ def _store(
         binding_key=key,
         at=at,
     )
+    tokens.delete_oldest_of_device(session, device_id, MAX_TOKENS_OF_DEVICE)
 
 
 def _require_may_call(device: LoginKey | None) -> LoginKey:

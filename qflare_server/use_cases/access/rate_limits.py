@@ -5,6 +5,7 @@ Callers without a credential are told apart by their network.
 
 import ipaddress
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -53,12 +54,23 @@ class RateLimiter:
     """Limits the call rate of each caller; thread-safe.
 
     Args:
-        calls_per_second: What a caller may do on average; ten seconds of it at once. 0 means no bound.
+        calls_per_second: What a caller may do on average. 0 means no bound.
         monotonic: Monotonic clock, in seconds.
+        burst: Calls at once; None means those of ten seconds.
+        what: What is counted, for the error.
     """
 
-    def __init__(self, calls_per_second: float, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        calls_per_second: float,
+        monotonic: Callable[[], float],
+        *,
+        burst: float | None = None,
+        what: str = "calls",
+    ) -> None:
         self._rate = calls_per_second
+        self._burst = calls_per_second * BURST_S if burst is None else burst
+        self._what = what
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._buckets: dict[str, TokenBucket] = {}
@@ -75,19 +87,26 @@ class RateLimiter:
         with self._lock:
             wait_s = self._bucket(caller, now).take(now)
         if wait_s:
-            raise TooManyRequestsError("too many calls", retry_after_s=wait_s, subject=caller)
+            raise TooManyRequestsError(
+                f"too many {self._what}", retry_after_s=wait_s, subject=caller
+            )
 
     def _bucket(self, caller: str, now: float) -> TokenBucket:
         if caller not in self._buckets:
             if len(self._buckets) >= MAX_CALLERS:
                 self._forget(now)
-            self._buckets[caller] = TokenBucket(self._rate, self._rate * BURST_S, now)
+            self._buckets[caller] = TokenBucket(self._rate, self._burst, now)
         return self._buckets[caller]
 
     def _forget(self, now: float) -> None:
         """Drop the buckets that are full again; all of them if that is not enough."""
         kept = {name: bucket for name, bucket in self._buckets.items() if not bucket.is_full(now)}
         self._buckets = kept if len(kept) < MAX_CALLERS else {}
+
+
+def hourly_budget(per_hour: int, what: str) -> RateLimiter:
+    """Return a limiter of what each device may leave in the database for good, an hour's worth of it at once."""
+    return RateLimiter(per_hour / 3600, time.monotonic, burst=per_hour, what=what)
 
 
 def network_of(host: str) -> str:

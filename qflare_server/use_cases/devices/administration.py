@@ -24,6 +24,7 @@ from qflare_server.storage.repository.idempotent_calls import run_once
 from qflare_server.storage.tables import DeviceState, RiskLevel
 from qflare_server.training.config import is_one_line
 from qflare_server.training.groups import checked_groups
+from qflare_server.use_cases.access.rate_limits import hourly_budget
 
 MAX_PROFILE_ENTRIES = 64
 MAX_PROFILE_TEXT = 256
@@ -107,6 +108,9 @@ class Devices:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._profile_changes = hourly_budget(
+            context.config.max_device_records_per_hour, "profile changes"
+        )
 
     def add(self, caller: Caller, device_id: str, profile: Profile, **columns: Any) -> None:
         """Insert a device that an embedding program vouches for.
@@ -251,9 +255,7 @@ class Devices:
 
     def update_reported(self, caller: Caller, device_id: str, profile: Profile) -> Device:
         """Replace a device's self-reported profile; selection does not use it."""
-        values = profile.columns()
-        values["reported_type"] = values.pop("device_type")
-        values["reported_capabilities"] = values.pop("capabilities")
+        values = _reported_columns(profile)
 
         def work(session: Session) -> Device:
             _require_device(devices.lock_device(session, device_id))
@@ -265,14 +267,16 @@ class Devices:
         return self._context.database.write(work)
 
     def heartbeat(self, caller: Caller, device_id: str, profile: Profile | None) -> Beat:
-        """Process a heartbeat: store the profile, if there is one, and return the device's state.
+        """Process a heartbeat: store the profile, if there is a new one, and return the device's state.
 
         Raises:
             DeviceNotFoundError: There is no such device.
+            TooManyRequestsError: The device has used up its profile changes of the hour.
         """
-        if profile is not None:
-            self.update_reported(caller, device_id, profile)
         device = self.get(device_id)
+        if profile is not None and not _is_reported(device, profile):
+            self._profile_changes.take(device_id)
+            device = self.update_reported(caller, device_id, profile)
         return Beat(self._context.clock(), device.state)
 
     def mark_inactive(self, before_s: float) -> int:
@@ -340,3 +344,15 @@ def _require_device(device: Device | None) -> Device:
     if device is None:
         raise DeviceNotFoundError
     return device
+
+
+def _reported_columns(profile: Profile) -> dict[str, Any]:
+    values = profile.columns()
+    values["reported_type"] = values.pop("device_type")
+    values["reported_capabilities"] = values.pop("capabilities")
+    return values
+
+
+def _is_reported(device: Device, profile: Profile) -> bool:
+    """Return whether a device's row holds a profile already."""
+    return all(getattr(device, name) == value for name, value in _reported_columns(profile).items())

@@ -34,6 +34,7 @@ from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import RiskLevel
 from qflare_server.use_cases.access.authentication import Principal
 from qflare_server.use_cases.access.failed_attempts import FailedAttempts
+from qflare_server.use_cases.access.rate_limits import hourly_budget
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns
 
 ROTATED: Final = "rotated"
@@ -55,6 +56,7 @@ class KeyRotations:
         self._realm = keys.realm
         self._refusals = FailedAttempts(context)
         self._algorithms = AcceptedAlgorithms(context.config)
+        self._budget = hourly_budget(context.config.max_device_records_per_hour, "key rotations")
 
     def rotate(
         self, caller: Caller, principal: Principal, envelope: security_pb2.SignedEnvelope
@@ -74,6 +76,7 @@ class KeyRotations:
             InvalidRequestError: The rotation is malformed, or for another realm or device.
             InvalidSignatureError: Not signed by both keys.
             AlgorithmNotAcceptedError: The next signature key is of an algorithm that is not accepted of devices.
+            TooManyRequestsError: The device has used up its rotations of the hour.
             WrongStateError: It does not follow the keys in use; the metadata carries the count of rotations.
         """
         rotation, keys = _read(envelope)
@@ -92,6 +95,7 @@ class KeyRotations:
             subject = f"device:{principal.device_id}"
             self._refusals.record(caller, "rotation.refused", subject, str(error))
             raise InvalidSignatureError("rotation: not signed by both keys") from error
+        self._budget.take(principal.device_id)
         try:
             return self._exchange(caller, principal, rotation, keys, envelope)
         except AlgorithmNotAcceptedError as error:

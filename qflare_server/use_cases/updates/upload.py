@@ -22,19 +22,20 @@ from qflare_server.context import Context
 from qflare_server.errors import (
     AlgorithmNotAcceptedError,
     AlreadyExistsError,
+    ConflictError,
     FailedPreconditionError,
     InvalidRequestError,
     InvalidSignatureError,
     InvalidUpdateError,
     NotFoundError,
     PermissionDeniedError,
-    QflareError,
     RoundNotOpenError,
     SealKeyNotAcceptedError,
     StaleBaseVersionError,
-    StalledError,
+    StorageDamagedError,
+    StorageFullError,
+    StoreUnavailableError,
     TooManyRequestsError,
-    UnauthenticatedError,
 )
 from qflare_server.payloads.receiver import Receiver
 from qflare_server.payloads.sealed_receiver import OpeningReceiver
@@ -61,6 +62,13 @@ FINAL_REFUSALS: Final = (
     PermissionDeniedError,
 )
 """Permanent refusals: resending the same update cannot succeed."""
+STORE_FAILURES: Final = (
+    ConflictError,
+    StorageDamagedError,
+    StorageFullError,
+    StoreUnavailableError,
+)
+"""Failures to write what has arrived: writing it again would fail the same way."""
 
 
 class Uploads:
@@ -304,17 +312,15 @@ def _require_complete(receiver: Receiver) -> None:
 def _fill(receiver: Receiver, chunks: Iterator[tuple[int, bytes]]) -> ReceivedPayload:
     """Receive the chunks up to the end of the stream, where it is known that no more come than belong to the payload.
 
-    Chunks of an interrupted upload are kept, those of an invalid one are not.
+    Chunks of an upload that was interrupted, by the device, its connection or the coordinator, are kept for its
+    continuation; those of an invalid one are not.
     """
     try:
         for index, chunk in chunks:
             receiver.add(index, chunk)
         _require_complete(receiver)
         return receiver.finish()
-    except (StalledError, UnauthenticatedError):  # connection or token failed, not the update
-        receiver.keep()
-        raise
-    except QflareError:
+    except (InvalidRequestError, *STORE_FAILURES):
         receiver.abandon()
         raise
     except BaseException:

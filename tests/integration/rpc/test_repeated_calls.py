@@ -29,6 +29,7 @@ CHANGING: Final = [
     if not method.name.startswith(READING) and not method.client_streaming
 ]
 WITH_SECRETS: Final = {"IssueEnrollmentTokens", "IssueAdminToken"}
+QUORUM: Final[dict[str, Any]] = {"rounds": {"quorum": 1}}
 ANOTHER_BODY: Final[dict[str, dict[str, Any]]] = {
     "CreateTrainingSession": {"name": "another"},
     "StartTrainingSession": {"training_session_id": "another"},
@@ -81,7 +82,7 @@ def steps(deployment: Deployment) -> list[tuple[str, dict[str, Any]]]:
     device = {"device_id": deployment.device("subject").device_id, "reason": "test"}
     token = call(deployment, "IssueAdminToken", name="bob", roles=["viewer"]).token.token
     return [
-        ("CreateTrainingSession", {"name": "first", "config": {"total_rounds": 3}}),
+        ("CreateTrainingSession", {"name": "first", "config": {"total_rounds": 3, **QUORUM}}),
         ("StartTrainingSession", {"training_session_id": waiting}),
         ("PauseTrainingSession", {"training_session_id": waiting}),
         ("ResumeTrainingSession", {"training_session_id": waiting}),
@@ -163,7 +164,11 @@ def test_equal_calls_at_once_are_made_once(deploy: Deploy) -> None:
         answers = list(
             executor.map(
                 lambda _: call(
-                    deployment, "CreateTrainingSession", name="test", request_id="at once"
+                    deployment,
+                    "CreateTrainingSession",
+                    name="test",
+                    config=QUORUM,
+                    request_id="at once",
                 ),
                 range(8),
             )
@@ -194,19 +199,31 @@ def test_calls_are_forgotten_in_time_and_by_number(
     deployment = deploy()
     database = deployment.coordinator.parts.context.database
     for number in range(5):
-        call(deployment, "CreateTrainingSession", name="test", request_id=f"call-{number}")
+        call(
+            deployment,
+            "CreateTrainingSession",
+            name="test",
+            config=QUORUM,
+            request_id=f"call-{number}",
+        )
 
     monkeypatch.setattr(idempotent_calls, "MAX_KEPT", 3)
     database.write(
         lambda session: idempotent_calls.delete_old(session, utc_now() - timedelta(days=1))
     )
     for number in (4, 0):
-        call(deployment, "CreateTrainingSession", name="test", request_id=f"call-{number}")
+        call(
+            deployment,
+            "CreateTrainingSession",
+            name="test",
+            config=QUORUM,
+            request_id=f"call-{number}",
+        )
     kept_then = row_count(deployment, TrainingSession)
     database.write(
         lambda session: idempotent_calls.delete_old(session, utc_now() + timedelta(days=1))
     )
-    call(deployment, "CreateTrainingSession", name="test", request_id="call-4")
+    call(deployment, "CreateTrainingSession", name="test", config=QUORUM, request_id="call-4")
 
     assert kept_then == 6, "the newest is known, the oldest is not"
     assert row_count(deployment, TrainingSession) == 7

@@ -60,7 +60,8 @@ def data(vector: dict[str, Any], name: str) -> bytes:
 def rows(heading: str) -> list[list[str]]:
     """Return the cells of the first table under a heading of the page."""
     section = PAGE.split(f"\n## {heading}", 1)[1].split("\n## ", 1)[0]
-    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    table = section[section.index("\n|") + 1 :].split("\n\n", 1)[0]
+    lines = [line for line in table.splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
