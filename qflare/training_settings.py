@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -99,6 +99,31 @@ def from_flags(arguments: argparse.Namespace) -> training_pb2.TrainingConfig:
     for setting in arguments.settings:
         apply(config, setting)
     return config
+
+
+def from_mapping(settings: Mapping[str, object]) -> training_pb2.TrainingConfig:
+    """Return a configuration from values by key, such as `{"rounds.quorum": 3}` or `{"rounds": {"quorum": 3}}`.
+
+    Raises:
+        SettingError: There is no such setting, or a value is not of its type.
+    """
+    config = training_pb2.TrainingConfig()
+    for key, text in _flatten(settings, ""):
+        apply(config, f"{key}={text}")
+    return config
+
+
+def _flatten(settings: Mapping[str, object], prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield key and text of each value."""
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{key}.")
+        elif isinstance(value, list | tuple):
+            is_text = all(isinstance(item, str) for item in value)
+            yield key, ",".join(map(str, value)) if is_text else json.dumps(value)
+        else:
+            yield key, str(value)
 
 
 def read_file(path: Path, config: training_pb2.TrainingConfig) -> None:

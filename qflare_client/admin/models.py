@@ -1,25 +1,20 @@
 """Commands on versions: upload, download, list, show, rollback, release, evidence."""
 
 import argparse
-import hashlib
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qflare.command_line import whole
-from qflare.crypto import merkle
 from qflare.files import private_opener
 from qflare.tensors import Manifest
 from qflare.tensors.safetensors_files import export_safetensors, with_facts
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.arguments import add_command, add_limit, add_topic, show, show_list
 from qflare_client.admin.connection import Admin
-from qflare_client.admin.initial_models import upload_model
 from qflare_client.admin.output import Column, moment, note, optional, size, span, version_metrics
 from qflare_client.admin.sessions import ROUND
-from qflare_client.errors import CorruptModelError
-from qflare_client.terminal import ProgressBar
+from qflare_client.admin.transfers import download_model, upload_model
 
 MODEL: list[Column] = [
     ("version", lambda row: row.version),
@@ -110,15 +105,7 @@ def run_upload(admin: Admin, options: argparse.Namespace) -> None:
 
 def run_download(admin: Admin, options: argparse.Namespace) -> None:
     """Download a version and check its bytes against the signed digest."""
-    request = pb.DownloadGlobalModelRequest(training_session_id=options.session)
-    if options.version is not None:
-        request.version = options.version
-    messages = admin.receive("DownloadGlobalModel", request)
-    first = next(messages)
-    model, statement = first.header.global_model, first.header.statement.payload
-    if hashlib.sha256(statement).hexdigest() != model.digest:
-        raise CorruptModelError("the statement does not match the version's digest")
-    checked = _checked(first, messages)
+    model, checked = download_model(admin, options.session, options.version)
     metadata = with_facts(
         model.architecture,
         training_session_id=model.training_session_id,
@@ -130,24 +117,6 @@ def run_download(admin: Admin, options: argparse.Namespace) -> None:
     note(f"wrote version {model.version} to {options.file}")
     if options.json:
         show(options, model, model, MODEL_FACTS)
-
-
-def _checked(first: Any, messages: Iterator[Any]) -> Iterator[bytes]:
-    """Yield the chunks of a download.
-
-    Raises:
-        CorruptModelError: After the last chunk: the bytes do not match the version's digest.
-    """
-    model, bar = first.header.global_model, ProgressBar()
-    leaves, done = [], 0
-    for message in itertools.chain([first], messages):
-        if message.HasField("chunk"):
-            leaves.append(merkle.leaf_hash(message.chunk.data))
-            done += len(message.chunk.data)
-            bar("download", done, model.size_bytes)
-            yield message.chunk.data
-    if merkle.root(leaves).hex() != model.payload_digest:
-        raise CorruptModelError("the bytes are not those of the version")
 
 
 def run_list(admin: Admin, options: argparse.Namespace) -> None:

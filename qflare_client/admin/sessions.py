@@ -20,7 +20,6 @@ from qflare_client.admin.arguments import (
     show_list,
 )
 from qflare_client.admin.connection import Admin
-from qflare_client.admin.initial_models import open_model, upload_model
 from qflare_client.admin.output import (
     Column,
     best_version,
@@ -32,6 +31,7 @@ from qflare_client.admin.output import (
     span,
     word,
 )
+from qflare_client.admin.transfers import open_model, upload_model
 
 STATES = choice(training_pb2.TrainingSessionState, "TRAINING_SESSION_STATE_")
 SESSION: list[Column] = [
