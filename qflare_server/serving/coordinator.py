@@ -196,14 +196,14 @@ class Coordinator:
 
 
 def replica_name(host: str, port: int, worker: str) -> str:
-    """Return the name of this process among its replicas, the same after a restart, at most 64 characters.
+    """Return the name of this process among its replicas, the same after a restart, at most 64 ASCII characters.
 
     A long host name is cut and its digest added: processes of one host must not share a name.
     """
-    name = f"{host}:{port}:{worker}"
+    name = ascii(f"{host}:{port}:{worker}")[1:-1]
     if len(name) <= MAX_REPLICA_NAME:
         return name
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
     return f"{name[: MAX_REPLICA_NAME - 17]}-{digest}"
 
 
