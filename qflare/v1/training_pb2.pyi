@@ -731,6 +731,7 @@ class SafeguardPolicy(_message.Message):
     MIN_COSINE_SIMILARITY_FIELD_NUMBER: _builtins.int
     QUARANTINE_REJECTIONS_FIELD_NUMBER: _builtins.int
     QUARANTINE_WINDOW_FIELD_NUMBER: _builtins.int
+    MAX_EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
     clip_norm: _builtins.float
     """Updates whose change has an L2 norm above this are scaled down to it. 0 means no clipping."""
     max_norm: _builtins.float
@@ -741,6 +742,10 @@ class SafeguardPolicy(_message.Message):
     """
     quarantine_rejections: _builtins.int
     """Number of rejected updates within quarantine_window after which a device is quarantined. 0 means never."""
+    max_example_count: _builtins.int
+    """Maximum number of examples that an update counts as: as its weight in the mean, in the mean of reported metrics, and
+    in the choice of integer tensors. 0 means the number that the device states.
+    """
     @_builtins.property
     def quarantine_window(self) -> _duration_pb2.Duration:
         """Time window for counting rejections. Absent means 24 hours."""
@@ -753,10 +758,11 @@ class SafeguardPolicy(_message.Message):
         min_cosine_similarity: _builtins.float | None = ...,
         quarantine_rejections: _builtins.int = ...,
         quarantine_window: _duration_pb2.Duration | None = ...,
+        max_example_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_cosine_similarity", b"_min_cosine_similarity", "min_cosine_similarity", b"min_cosine_similarity", "quarantine_window", b"quarantine_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_cosine_similarity", b"_min_cosine_similarity", "clip_norm", b"clip_norm", "max_norm", b"max_norm", "min_cosine_similarity", b"min_cosine_similarity", "quarantine_rejections", b"quarantine_rejections", "quarantine_window", b"quarantine_window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_cosine_similarity", b"_min_cosine_similarity", "clip_norm", b"clip_norm", "max_example_count", b"max_example_count", "max_norm", b"max_norm", "min_cosine_similarity", b"min_cosine_similarity", "quarantine_rejections", b"quarantine_rejections", "quarantine_window", b"quarantine_window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_cosine_similarity: _TypeAlias = _typing.Literal["min_cosine_similarity"]  # noqa: Y015
     _WhichOneofArgType__min_cosine_similarity: _TypeAlias = _typing.Literal["_min_cosine_similarity", b"_min_cosine_similarity"]  # noqa: Y015

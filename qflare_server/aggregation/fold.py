@@ -88,20 +88,26 @@ class Totals:
 
     Attributes:
         example_count: Their examples.
-        largest: The one with most examples, the earliest of equals; None without any.
+        largest: The one that counts as most examples, the earliest of equals; None without any.
         metrics: What their devices reported.
     """
 
     example_count: int = 0
     largest: AcceptedUpdate | None = None
     metrics: Means = field(default_factory=Means)
+    _most_examples: int = 0
 
-    def add(self, update: AcceptedUpdate) -> None:
-        """Count one update."""
+    def add(self, update: AcceptedUpdate, weight: int) -> None:
+        """Count one update.
+
+        Args:
+            update: Its stated examples add to `example_count`.
+            weight: Number of examples that it counts as.
+        """
         self.example_count += update.example_count
-        self.metrics.add(update.metrics, update.example_count)
-        if self.largest is None or update.example_count > self.largest.example_count:
-            self.largest = update
+        self.metrics.add(update.metrics, weight)
+        if weight > self._most_examples:
+            self.largest, self._most_examples = update, weight
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,7 @@ class RoundFold:
     ) -> None:
         for update in batch:
             if self.revision == 1 or judged[update.update_id].contributes:
-                self._totals.add(update)
+                self._totals.add(update, self._weight(update))
 
     def totals(self) -> Totals:
         """Return what the version says of its contributors; after the last update was taken."""
@@ -253,12 +259,17 @@ class RoundFold:
             read, full = _difference(read, self._sent_reader(update.base_version)), False
         return Contribution(
             update_id=update.update_id,
-            example_count=update.example_count,
+            example_count=self._weight(update),
             read=read,
             staleness=staleness,
             full_weights=full,
             digest=update.statement_digest,
         )
+
+    def _weight(self, update: AcceptedUpdate) -> int:
+        """Return the number of examples that an update counts as."""
+        most = self.plan.config.safeguards.max_example_count
+        return min(update.example_count, most) if most else update.example_count
 
     def _source(self, update: AcceptedUpdate) -> PayloadBytes:
         stored = StoredPayload(

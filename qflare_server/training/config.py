@@ -71,6 +71,7 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     _complete_objective(done)
     for number, bound in enumerate(done.release.bounds):
         _check_bound(f"release.bounds[{number}]", bound)
+    _check_release(done.release)
     groups = checked_groups(done.groups, "config.groups")
     del done.groups[:]
     done.groups.extend(groups)
@@ -158,6 +159,40 @@ def _complete_selection(policy: training_pb2.SelectionPolicy) -> None:
             -LARGEST,
             LARGEST,
         )
+    _check_conditions(policy)
+
+
+def _check_conditions(policy: training_pb2.SelectionPolicy) -> None:
+    """Refuse conditions on a capability that no device can meet together."""
+    spans: dict[str, tuple[float, float]] = {}
+    for condition in policy.capabilities:
+        least, most = spans.get(condition.capability, (-math.inf, math.inf))
+        if condition.comparison != training_pb2.COMPARISON_AT_MOST:
+            least = max(least, condition.value)
+        if condition.comparison != training_pb2.COMPARISON_AT_LEAST:
+            most = min(most, condition.value)
+        if least > most:
+            name = condition.capability[:MAX_ATTRIBUTE]
+            raise InvalidRequestError(
+                f"selection.capabilities[{name}]: wants at least {least:g} and at most {most:g}, which no device has",
+                field="config.selection.capabilities",
+            )
+        spans[condition.capability] = least, most
+
+
+def _check_release(policy: training_pb2.ReleasePolicy) -> None:
+    """Refuse bounds on a metric that no version can meet together."""
+    spans: dict[str, tuple[float, float]] = {}
+    for bound in policy.bounds:
+        least, most = spans.get(bound.metric, (-math.inf, math.inf))
+        least = max(least, bound.min_value) if bound.HasField("min_value") else least
+        most = min(most, bound.max_value) if bound.HasField("max_value") else most
+        if least > most:
+            raise InvalidRequestError(
+                f"release.bounds: {bound.metric} has to be at least {least:g} and at most {most:g}, which none is",
+                field="config.release.bounds",
+            )
+        spans[bound.metric] = least, most
 
 
 def _check_reach(config: training_pb2.TrainingConfig) -> None:
@@ -233,6 +268,7 @@ def _complete_safeguards(policy: training_pb2.SafeguardPolicy) -> None:
     _within("safeguards.clip_norm", policy.clip_norm, 0, 1e30)
     _within("safeguards.max_norm", policy.max_norm, 0, 1e30)
     _within("safeguards.min_cosine_similarity", policy.min_cosine_similarity, -1, 1)
+    _within("safeguards.max_example_count", policy.max_example_count, 0, MAX_EXAMPLES)
     _within("safeguards.quarantine_rejections", policy.quarantine_rejections, 0, 1_000_000)
     if not policy.HasField("quarantine_window"):
         policy.quarantine_window.CopyFrom(Duration(seconds=DEFAULT_QUARANTINE_WINDOW_S))

@@ -1,7 +1,8 @@
 """Builds a training session's strategy from its configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from math import ceil
 from typing import Any, Final
 
 from qflare.v1 import training_pb2
@@ -80,8 +81,39 @@ def warnings_of(config: training_pb2.TrainingConfig) -> list[str]:
     try:
         reason = ineffective(_strategy_config(config))
     except StrategyConfigError:
-        return []
-    return [reason] if reason else []
+        reason = ""
+    return [*([reason] if reason else []), *idle_settings(config)]
+
+
+def idle_settings(config: training_pb2.TrainingConfig) -> Iterator[str]:
+    """Yield the settings beside the strategy that never have an effect, or never the one that they are set for."""
+    most = ceil(config.selection.device_count * (1 + config.selection.over_selection))
+    if most and config.rounds.target > most:
+        yield (
+            f"rounds.target {config.rounds.target} is above the {most} devices that are selected: every round lasts "
+            "until its deadline"
+        )
+    if config.release.bounds and not config.evaluation.every_rounds:
+        yield (
+            "release.bounds go by federated evaluation, which evaluation.every_rounds turns on: only an administrator "
+            "releases versions"
+        )
+    if config.evaluation.every_rounds > config.total_rounds:
+        yield (
+            f"evaluation.every_rounds {config.evaluation.every_rounds} is above total_rounds {config.total_rounds}: no "
+            "version is evaluated"
+        )
+    if config.early_stop.patience_rounds > config.total_rounds:
+        yield (
+            f"early_stop.patience_rounds {config.early_stop.patience_rounds} is above total_rounds "
+            f"{config.total_rounds}: training never stops early for want of improvement"
+        )
+    safeguards = config.safeguards
+    if 0 < safeguards.max_norm <= safeguards.clip_norm:
+        yield (
+            f"safeguards.clip_norm {safeguards.clip_norm:g} is not below max_norm {safeguards.max_norm:g}: an update "
+            "that would be clipped is rejected"
+        )
 
 
 def _strategy_config(config: training_pb2.TrainingConfig) -> StrategyConfig:

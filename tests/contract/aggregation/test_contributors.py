@@ -17,7 +17,7 @@ from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.tables import LEFT_OUT_REASON, DeviceState
 from qflare_server.training.privacy import noise_seed
 from qflare_server.verification import recompute_version
-from tests.support.use_cases import CoordinatorHarness
+from tests.support.use_cases import CoordinatorHarness, floats
 
 KEEP = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL)
 MANY = 2**40
@@ -161,3 +161,22 @@ class NoAggregator(Aggregator):
     def _publish(self, item: Any, fold: RoundFold) -> bool:
         del item, fold
         return False
+
+
+def test_an_update_counts_as_no_more_examples_than_the_session_says(
+    core: CoordinatorHarness,
+) -> None:
+    limited = start(core, safeguards=training_pb2.SafeguardPolicy(max_example_count=10))
+    submit_round(core, limited)
+    core.settle()
+
+    version = core.versions(limited)[1]
+
+    weights = (10 * 1.0 + 10 * 50.0 + 4 * 1.5) / 24
+    assert floats(core.weights(limited)[8:]) == pytest.approx([weights] * 4)
+    assert np.frombuffer(core.weights(limited)[:8], np.int64).tolist() == [2], (
+        "the earliest of equals"
+    )
+    assert version.metrics["train_accuracy"] == pytest.approx((2.5 + 10 + 2) / 24)
+    assert version.example_count == 10 + MANY + 4
+    assert statement_of(version).example_count == version.example_count

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -209,3 +210,154 @@ def test_settings_that_are_taken_make_versions(
     for piece in pieces:
         values: list[Any] = [piece.weights, *piece.vectors.values()]
         assert all(np.isfinite(value).all() for value in values)
+
+
+VALUES = st.sampled_from([-1e300, -1.0, 0.0, 0.5, 1.0, 2.0, 1e300, float("nan"), float("inf")])
+COUNTS = st.sampled_from([-1, 0, 1, 2, 5, 10, 10_000_000, 2**31 - 1])
+CONDITIONS = st.builds(
+    training_pb2.CapabilityFilter,
+    capability=st.sampled_from(["", "ram_mib", "cores"]),
+    comparison=st.sampled_from([0, 1, 2, 3]),
+    value=VALUES,
+)
+BOUNDS = st.builds(
+    training_pb2.MetricBound,
+    metric=st.sampled_from(["accuracy", "loss", "train_loss", ""]),
+    min_value=st.none() | VALUES,
+    max_value=st.none() | VALUES,
+)
+
+
+@given(
+    rounds=st.builds(
+        training_pb2.RoundPolicy,
+        quorum=COUNTS,
+        target=COUNTS,
+        deadline=st.none() | st.builds(Duration, seconds=st.sampled_from([-1, 0, 1, 2**40])),
+        max_staleness=COUNTS,
+    ),
+    selection=st.builds(
+        training_pb2.SelectionPolicy,
+        fraction=VALUES,
+        device_count=COUNTS,
+        over_selection=VALUES,
+        capabilities=st.lists(CONDITIONS, max_size=4),
+    ),
+    release=st.builds(training_pb2.ReleasePolicy, bounds=st.lists(BOUNDS, max_size=4)),
+    evaluation=st.builds(
+        training_pb2.EvaluationPolicy,
+        every_rounds=COUNTS,
+        group_by=st.sampled_from(["", "device_type", "two\nlines", "x" * 101]),
+        quorum=COUNTS,
+        trim_fraction=st.none() | VALUES,
+        trim_from_count=COUNTS,
+    ),
+    safeguards=st.builds(
+        training_pb2.SafeguardPolicy,
+        clip_norm=VALUES,
+        max_norm=VALUES,
+        max_example_count=COUNTS,
+        quarantine_rejections=COUNTS,
+    ),
+    total_rounds=COUNTS,
+)
+def test_settings_that_are_taken_do_not_contradict_each_other(
+    rounds: training_pb2.RoundPolicy,
+    selection: training_pb2.SelectionPolicy,
+    release: training_pb2.ReleasePolicy,
+    evaluation: training_pb2.EvaluationPolicy,
+    safeguards: training_pb2.SafeguardPolicy,
+    total_rounds: int,
+) -> None:
+    """A device can be selected, a round can close, a version can be released."""
+    wanted = training_pb2.TrainingConfig(
+        rounds=rounds,
+        selection=selection,
+        release=release,
+        evaluation=evaluation,
+        safeguards=safeguards,
+        total_rounds=total_rounds,
+    )
+    try:
+        config = complete(wanted)
+        build_strategy(config)
+    except (InvalidRequestError, StrategyRefusedError):
+        return
+
+    policy = config.selection
+    limits: dict[str, list[float]] = {}
+    for condition in policy.capabilities:
+        limits.setdefault(condition.capability, []).append(condition.value)
+    for name, values in limits.items():
+        assert any(
+            all(
+                matches(condition, value)
+                for condition in policy.capabilities
+                if condition.capability == name
+            )
+            for value in values
+        ), name
+    reached = policy.device_count * (1 + policy.over_selection) if policy.device_count else np.inf
+    assert 1 <= config.rounds.quorum <= config.rounds.target
+    assert config.rounds.quorum <= np.ceil(reached)
+    assert config.rounds.target <= np.ceil(reached) or warnings_of(config)
+    assert config.rounds.deadline.seconds + config.rounds.deadline.nanos > 0
+    for metric in {bound.metric for bound in config.release.bounds}:
+        spans = [bound for bound in config.release.bounds if bound.metric == metric]
+        least = max(
+            (item.min_value for item in spans if item.HasField("min_value")), default=-np.inf
+        )
+        most = min((item.max_value for item in spans if item.HasField("max_value")), default=np.inf)
+        assert least <= most, metric
+    assert config.release.bounds == [] or config.evaluation.every_rounds or warnings_of(config)
+    assert config.evaluation.every_rounds <= config.total_rounds or warnings_of(config)
+    assert config.evaluation.every_rounds or not config.evaluation.group_by
+
+
+def matches(condition: training_pb2.CapabilityFilter, value: float) -> bool:
+    """Return whether a device with this value meets a condition."""
+    return {
+        training_pb2.COMPARISON_AT_LEAST: value >= condition.value,
+        training_pb2.COMPARISON_AT_MOST: value <= condition.value,
+        training_pb2.COMPARISON_EQUAL: value == condition.value,
+    }[condition.comparison]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"release": {"bounds": [{"metric": "a", "min_value": 2, "max_value": 1}]}},
+        {"release": {"bounds": [{"metric": "a", "min_value": 2}, {"metric": "a", "max_value": 1}]}},
+        {
+            "selection": {
+                "capabilities": [
+                    {"capability": "a", "comparison": "COMPARISON_AT_LEAST", "value": 2},
+                    {"capability": "a", "comparison": "COMPARISON_EQUAL", "value": 1},
+                ]
+            }
+        },
+        {"rounds": {"quorum": 3, "target": 2}},
+        {"rounds": {"quorum": 3}, "selection": {"device_count": 2}},
+        {"evaluation": {"group_by": "device_type"}},
+        {"evaluation": {"every_rounds": 1, "group_by": "two\nlines"}},
+    ],
+    ids=str,
+)
+def test_contradictions_are_refused_with_the_reason(wanted: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=": "):
+        complete(from_json(wanted))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "part"),
+    [
+        ({"rounds": {"target": 9}, "selection": {"device_count": 3}}, "until its deadline"),
+        ({"release": {"bounds": [{"metric": "a", "min_value": 1}]}}, "every_rounds"),
+        ({"total_rounds": 3, "evaluation": {"every_rounds": 4}}, "no version is evaluated"),
+        ({"safeguards": {"clip_norm": 2, "max_norm": 2}}, "is rejected"),
+    ],
+    ids=str,
+)
+def test_settings_without_effect_warn(wanted: dict[str, Any], part: str) -> None:
+    assert any(part in text for text in warnings_of(complete(from_json(wanted))))
+    assert warnings_of(complete(training_pb2.TrainingConfig())) == []
