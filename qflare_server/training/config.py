@@ -111,11 +111,14 @@ def _complete_rounds(config: training_pb2.TrainingConfig) -> None:
 def _stated_size(config: training_pb2.TrainingConfig) -> int:
     """Return the number of devices that a configuration says take part in a round, 0 if it says none."""
     _within("rounds.device_count", config.rounds.device_count, 0, MAX_DEVICES)
-    return config.rounds.device_count or _selected_count(config.selection)
+    selected = _selected_count(config.selection)
+    return config.rounds.device_count or selected
 
 
 def _selected_count(policy: training_pb2.SelectionPolicy) -> int:
     """Return the most devices that a selection by number draws, 0 for any other."""
+    _within("selection.device_count", policy.device_count, 0, MAX_DEVICES)
+    _within("selection.over_selection", policy.over_selection, 0, 100)
     return math.ceil(policy.device_count * (1 + policy.over_selection))
 
 
@@ -142,8 +145,6 @@ def _complete_quorum(policy: training_pb2.RoundPolicy, size: int) -> None:
 
 def _complete_selection(policy: training_pb2.SelectionPolicy) -> None:
     _within("selection.fraction", policy.fraction, 0, 1)
-    _within("selection.device_count", policy.device_count, 0, 10_000_000)
-    _within("selection.over_selection", policy.over_selection, 0, 100)
     _within("selection.seed", policy.seed, 0, MAX_SEED)
     policy.seed = policy.seed or 1 + secrets.randbelow(MAX_SEED)
     for condition in policy.capabilities:

@@ -87,10 +87,11 @@ def warnings_of(config: training_pb2.TrainingConfig) -> list[str]:
 
 def idle_settings(config: training_pb2.TrainingConfig) -> Iterator[str]:
     """Yield the settings beside the strategy that never have an effect, or never the one that they are set for."""
-    most = ceil(config.selection.device_count * (1 + config.selection.over_selection))
+    selected = ceil(config.selection.device_count * (1 + config.selection.over_selection))
+    most = min(filter(None, (selected, config.rounds.device_count)), default=0)
     if most and config.rounds.target > most:
         yield (
-            f"rounds.target {config.rounds.target} is above the {most} devices that are selected: every round lasts "
+            f"rounds.target {config.rounds.target} is above the {most} devices that take part: every round lasts "
             "until its deadline"
         )
     if config.release.bounds and not config.evaluation.every_rounds:

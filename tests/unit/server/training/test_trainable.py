@@ -24,7 +24,7 @@ from qflare_server.storage.training_configs import from_json, to_json
 from qflare_server.strategies import Contribution, NotEnoughUpdatesError, begin
 from qflare_server.strategies.catalogue import RULES
 from qflare_server.strategies.testkit import reader_of
-from qflare_server.training.config import require_trainable
+from qflare_server.training.config import complete, require_trainable
 from qflare_server.training.strategy import build_strategy, stored_strategy, warnings_of
 from tests.support.use_cases import completed
 
@@ -233,6 +233,7 @@ BOUNDS = st.builds(
         training_pb2.RoundPolicy,
         quorum=COUNTS,
         target=COUNTS,
+        device_count=COUNTS,
         deadline=st.none() | st.builds(Duration, seconds=st.sampled_from([-1, 0, 1, 2**40])),
         max_staleness=COUNTS,
     ),
@@ -240,7 +241,7 @@ BOUNDS = st.builds(
         training_pb2.SelectionPolicy,
         fraction=VALUES,
         device_count=COUNTS,
-        over_selection=VALUES,
+        over_selection=VALUES | st.just(100.0),
         capabilities=st.lists(CONDITIONS, max_size=4),
     ),
     release=st.builds(training_pb2.ReleasePolicy, bounds=st.lists(BOUNDS, max_size=4)),
@@ -337,6 +338,7 @@ def matches(condition: training_pb2.CapabilityFilter, value: float) -> bool:
             }
         },
         {"rounds": {"quorum": 3, "target": 2}},
+        {"rounds": {"quorum": 3, "device_count": 2}},
         {"rounds": {"quorum": 3}, "selection": {"device_count": 2}},
         {"evaluation": {"group_by": "device_type"}},
         {"evaluation": {"every_rounds": 1, "group_by": "two\nlines"}},
@@ -345,7 +347,7 @@ def matches(condition: training_pb2.CapabilityFilter, value: float) -> bool:
 )
 def test_contradictions_are_refused_with_the_reason(wanted: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match=": "):
-        complete(from_json(wanted))
+        completed(from_json(wanted))
 
 
 @pytest.mark.parametrize(
@@ -359,5 +361,5 @@ def test_contradictions_are_refused_with_the_reason(wanted: dict[str, Any]) -> N
     ids=str,
 )
 def test_settings_without_effect_warn(wanted: dict[str, Any], part: str) -> None:
-    assert any(part in text for text in warnings_of(complete(from_json(wanted))))
-    assert warnings_of(complete(training_pb2.TrainingConfig())) == []
+    assert any(part in text for text in warnings_of(completed(from_json(wanted))))
+    assert warnings_of(completed(training_pb2.TrainingConfig())) == []
