@@ -1,1 +1,1 @@
-"""One running process: gRPC server, dashboard, metrics, background threads, start and stop."""
+"""The server process: gRPC server, dashboard, metrics, background threads, startup and shutdown."""

@@ -27,7 +27,7 @@ def open_database(config: ServerConfig) -> Database:
     """Open the database; migrate it if it is an empty SQLite file or the configuration says so.
 
     Raises:
-        SchemaError: Its schema is older or newer than this program, with the command to run.
+        SchemaError: Its schema is older or newer than this program; names the command to run.
     """
     is_sqlite = normalize_url(config.database_url).drivername == "sqlite"
     engine = make_engine(config)
@@ -68,12 +68,12 @@ class Application:
 
         Args:
             config: The settings.
-            clock: Gives the time; None means the database's clock.
-            telemetry: Is told of what happens.
+            clock: Returns the time; None means the database's clock.
+            telemetry: Telemetry sink.
 
         Raises:
-            SchemaError: The database's schema is not this program's.
-            KeyStoreError: The keys are missing or do not open.
+            SchemaError: The database schema does not match this program.
+            KeyStoreError: The keys are missing or cannot be decrypted.
         """
         disable_core_dumps()
         database = open_database(config)
@@ -102,7 +102,7 @@ class Application:
         return cls(config, database, keys, context, use_cases, executor, wake)
 
     def close(self) -> None:
-        """Finish what is under way and close everything."""
+        """Finish pending work and close all parts."""
         self.executor.shutdown()
         self.context.store.close()
         self.database.close()
@@ -110,7 +110,7 @@ class Application:
 
 @contextmanager
 def open_application(config: ServerConfig) -> Iterator[Application]:
-    """Open the parts for a command and close them after it."""
+    """Open the parts for a command and close them afterwards."""
     parts = Application.open(config)
     try:
         yield parts

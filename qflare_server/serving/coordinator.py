@@ -56,13 +56,13 @@ class Coordinator:
     """One coordinator process.
 
     Args:
-        config: Its settings.
-        clock: Gives the time; None means the database's clock.
-        telemetry: Hears of what happens, beside the metrics and traces that the settings ask for.
+        config: The settings.
+        clock: Returns the time; None means the database's clock.
+        telemetry: Telemetry sink, in addition to the configured metrics and traces.
 
     Raises:
-        SchemaError: The database's schema is not this program's.
-        KeyStoreError: Its keys are missing or do not open.
+        SchemaError: The database schema does not match this program.
+        KeyStoreError: The keys are missing or cannot be decrypted.
     """
 
     def __init__(
@@ -134,13 +134,13 @@ class Coordinator:
 
     @property
     def _listening(self) -> str:
-        """The address of the settings, with the port that was free where that is 0."""
+        """The configured address, with the actual port if the setting is 0."""
         host, _, port = self.config.listen.rpartition(":")
         return f"{host}:{self.port}" if port == "0" else self.config.listen
 
     @property
     def address(self) -> str:
-        """Address that clients on this machine reach it at."""
+        """Address for clients on this machine."""
         host, _, _ = self.config.listen.rpartition(":")
         return f"{'localhost' if host in {'0.0.0.0', '[::]'} else host}:{self.port}"  # noqa: S104
 
@@ -170,10 +170,10 @@ class Coordinator:
         self._health.set(KEYSET, health_pb2.HealthCheckResponse.NOT_SERVING if soon else state)
 
     def stop(self, grace_s: float | None = None) -> None:
-        """Take no new work, let running calls end in time, finish the pass under way, close.
+        """Drain and close: refuse new work, wait for running calls, and finish the current aggregation pass.
 
-        Connections are told to go at once, so that devices find another replica. A watch of the health service, which
-        never ends by itself, holds nothing up.
+        Connections receive GOAWAY immediately, so that devices find another replica. Watches of the health service,
+        which never end by themselves, do not delay the drain.
         """
         grace = self.config.drain_s if grace_s is None else grace_s
         self.draining.set()
@@ -208,7 +208,7 @@ def replica_name(host: str, port: int, worker: str) -> str:
 
 
 def _add_reflection(server: grpc.Server) -> None:
-    """Serve reflection under both of its names: grpcurl asks for v1 first, the library knows v1alpha only."""
+    """Serve reflection as v1 and v1alpha: grpcurl asks for v1 first, the library supports only v1alpha."""
     names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
     pool: Any = MethodPool(descriptor_pool.Default())
     reflection.enable_server_reflection(names, server, pool)

@@ -1,8 +1,8 @@
-"""The embedded coordinator: shared by `registry` and `aggregator` in this process.
+"""Embedded coordinator: the components that `registry` and `aggregator` share in this process.
 
-They are opened on first use from `QFLARE_*` (a database is made if it is an empty SQLite file, keys if there are
-none), or are those of a coordinator that runs in this process and hands them over with `configure`. Nothing is
-opened at import. A coordinator may serve on the same database at the same time, in this process or another.
+They are opened on first use from `QFLARE_*` (an empty SQLite file is initialized, and missing keys are generated), or
+are those of a coordinator in this process that shares them with `configure`. Nothing is opened at import. A coordinator
+may serve the same database at the same time, in this process or another.
 
 Connections and threads do not survive a fork. In a process that was forked after the parts were opened, every function
 raises `ForkedError` at once; after `close` there, which leaves the parent's parts alone, they are opened anew.
@@ -38,7 +38,7 @@ from qflare_server.use_cases.training_sessions.administration import Training
 from qflare_server.use_cases.versions.download import Deliveries
 
 CALLER: Final = Caller("system", "", "in-process")
-"""Who the audit log names for what an embedding program does."""
+"""Actor of embedding programs in the audit log."""
 
 
 class ForkedError(RuntimeError):
@@ -52,7 +52,7 @@ class ForkedError(RuntimeError):
 
 
 class OpenParts(Protocol):
-    """The parts that embedding needs; `qflare_server.serving.application.Application` has them."""
+    """The components that embedding needs, a subset of `qflare_server.serving.application.Application`."""
 
     @property
     def context(self) -> Context:
@@ -60,12 +60,12 @@ class OpenParts(Protocol):
 
     @property
     def executor(self) -> ThreadPoolExecutor:
-        """Runs the writes of large payloads."""
+        """Pool of writers for large payloads."""
 
 
 @dataclass(frozen=True)
 class EmbeddedCoordinator:
-    """The use cases of an embedding program."""
+    """Use cases of an embedding program."""
 
     context: Context
     executor: ThreadPoolExecutor
@@ -76,7 +76,7 @@ class EmbeddedCoordinator:
 
     @classmethod
     def over(cls, parts: OpenParts) -> "EmbeddedCoordinator":
-        """Put the use cases together."""
+        """Build the use cases."""
         context, executor = parts.context, parts.executor
         return cls(
             context,
@@ -88,14 +88,14 @@ class EmbeddedCoordinator:
         )
 
     def publish(self, training_session_id: str) -> None:
-        """Run passes over one training session while there is something to do."""
+        """Run aggregation passes over one training session until there is no more work."""
         aggregator = Aggregator(self.context, self.executor, "in-process", only=training_session_id)
         while aggregator.run_once():
             pass
 
 
 class _Process:
-    """What is open in this process; thread-safe."""
+    """The components that are open in this process; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -140,20 +140,20 @@ def current() -> EmbeddedCoordinator:
 
     Raises:
         ForkedError: They were opened before this process was forked.
-        ConfigError: The environment's settings are at fault.
-        SchemaError: The database's schema is not this program's.
-        KeyStoreError: The keys cannot be read or made.
+        ConfigError: The environment's settings are invalid.
+            SchemaError: The database schema does not match this program.
+            KeyStoreError: The keys cannot be read or generated.
     """
     return _PROCESS.current()
 
 
 def configure(parts: OpenParts) -> None:
-    """Share the parts of a coordinator that runs in this process; it stays the one to close them."""
+    """Share the components of a coordinator in this process, which remains responsible for closing them."""
     _PROCESS.configure(parts)
 
 
 def close() -> None:
-    """Close what was opened on first use and let go of shared parts; the next call opens again."""
+    """Close the components opened on first use and drop shared ones; the next call opens them again."""
     _PROCESS.configure(None)
 
 
@@ -168,7 +168,7 @@ REFUSALS: Final = (
 
 @contextmanager
 def refused(logger: logging.Logger, what: str) -> Iterator[list[QflareError]]:
-    """Collect a refusal and log it as a WARNING; faults go through."""
+    """Record a refusal and log it as a WARNING; other exceptions propagate."""
     refusals: list[QflareError] = []
     try:
         yield refusals

@@ -1,7 +1,7 @@
 """Listening addresses of the gRPC servers, and the plaintext port of the health service.
 
-A port that cannot be bound is a configuration error that names the setting and the reason. `HealthListener` serves
-`grpc.health.v1` and nothing else, for probes that speak no TLS or have no client certificate.
+A port that cannot be bound is a configuration error that names the setting and the reason. `HealthListener` serves only
+`grpc.health.v1`, for probes without TLS or without a client certificate.
 """
 
 import socket
@@ -27,7 +27,7 @@ def bind(
     """Bind a server to an address, with TLS if there are credentials; return the port.
 
     Raises:
-        ConfigError: The address cannot be bound; names the setting and says why.
+        ConfigError: The address cannot be bound; states the setting and the reason.
     """
     try:
         if credentials is None:
@@ -49,7 +49,7 @@ def _cannot_bind(setting: str, address: str, reason: str) -> ConfigError:
 
 
 def _reason(address: str) -> str:
-    """Return why an address cannot be bound; gRPC does not say."""
+    """Return the reason why an address cannot be bound, which gRPC does not report."""
     if address.startswith("unix:"):
         return "its folder is missing or not writable, or the path is too long"
     host, _, port = address.rpartition(":")
@@ -67,14 +67,14 @@ def _reason(address: str) -> str:
 
 
 class HealthService(health.HealthServicer):  # type: ignore[misc]  # the library has no types
-    """The health service with all of its methods; the library leaves `List` out."""
+    """The health service with all its methods; the library lacks `List`."""
 
     def __init__(self) -> None:
         super().__init__()
         self._states: dict[str, int] = {}
 
     def set(self, service: str, status: Any) -> None:
-        """Set the state of a service, empty for the coordinator as a whole."""
+        """Set the state of a service; the empty name is the coordinator as a whole."""
         self._states[service] = status
         super().set(service, status)
 
@@ -93,13 +93,13 @@ class HealthService(health.HealthServicer):  # type: ignore[misc]  # the library
 
 
 class HealthListener:
-    """The health service on a port of its own, in plaintext.
+    """The health service on a separate plaintext port.
 
     Args:
         config: `health_listen` and `workers`.
-        servicer: Answers, as it does on the gRPC port.
-        dispatcher: Receives the calls.
-        boundary: Stands around them, as it does there.
+        servicer: The health service of the gRPC port.
+        dispatcher: Call dispatcher of the gRPC port.
+        boundary: Call interceptor of the gRPC port.
 
     Raises:
         ConfigError: The address cannot be bound.

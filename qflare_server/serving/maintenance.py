@@ -1,6 +1,6 @@
 """Periodic maintenance: last-seen times, audit sequencing, expired tokens and uploads, health.
 
-Maintenance never runs on the path of a call.
+Maintenance never runs in the thread of a call.
 """
 
 import logging
@@ -30,22 +30,22 @@ CALL_MEMORY: Final = timedelta(days=1)
 
 
 class SetHealthy(Protocol):
-    """Says whether the coordinator can do its work."""
+    """Health state of the coordinator."""
 
     def __call__(self, *, healthy: bool) -> None:
-        """Set it."""
+        """Set the state."""
 
 
 class Maintenance:
     """Background thread that runs maintenance.
 
     Args:
-        context: The coordinator's parts.
-        use_cases: For the devices' presence.
-        sequencer: Gives audit entries their places in the tree.
-        replica_id: Name of this process among its replicas.
-        address: Where it listens.
-        set_healthy: Hears whether the database answers.
+        context: The coordinator's components.
+        use_cases: Use cases, for device presence.
+        sequencer: Appends audit entries to the tree.
+        replica_id: Name of this process among the replicas.
+        address: Listening address.
+        set_healthy: Called with whether the database responds.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Maintenance:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; what it keeps in memory is written first."""
+        """Write pending state and stop the thread."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -90,7 +90,7 @@ class Maintenance:
         self._ticks += 1
         healthy = self._attempt(self._check)
         self._set_healthy(healthy=healthy)
-        if not healthy:  # every task would only wait for the same database
+        if not healthy:  # every task would wait for the same database
             return
         self._attempt(self._sequence)
         due = self._ticks % max(1, round(self._context.config.last_seen_interval_s / TICK_S)) == 0
@@ -103,7 +103,7 @@ class Maintenance:
                 self._attempt(chore)
 
     def _attempt(self, chore: Callable[[], None]) -> bool:
-        """Run a task; one that fails is repeated at its next turn."""
+        """Run a task; a failed task is retried at its next interval."""
         try:
             chore()
         except QflareError as error:
@@ -141,7 +141,7 @@ class Maintenance:
         self._context.database.write(lambda session: leases.retire(session, self._replica_id))
 
     def _expire(self) -> None:
-        """Delete what has expired, in short transactions, until nothing is left of it."""
+        """Delete expired rows in short transactions until none is left."""
         now = self._context.clock()
 
         def delete_nonces(session: Session) -> int:

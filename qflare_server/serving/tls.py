@@ -1,4 +1,4 @@
-"""TLS credentials of the gRPC server, read again when their files change."""
+"""TLS credentials of the gRPC server, reloaded when their files change."""
 
 import logging
 
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def tls_credentials(config: ServerConfig) -> grpc.ServerCredentials:
-    """Return credentials that read their files again when these have changed."""
+    """Return credentials that reload their files after a change."""
     assert config.tls_certificate_file is not None
     assert config.tls_key_file is not None
     files = _CertificateFiles(config)
@@ -22,7 +22,7 @@ def tls_credentials(config: ServerConfig) -> grpc.ServerCredentials:
 
 
 class _CertificateFiles:
-    """The TLS files of a server, and when they last changed."""
+    """The TLS files of a server and their modification times."""
 
     def __init__(self, config: ServerConfig) -> None:
         files = (config.tls_certificate_file, config.tls_key_file, config.tls_client_ca_file)
@@ -39,14 +39,16 @@ class _CertificateFiles:
         )
 
     def changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return the new configuration if a file has changed, None to go on with the one in use."""
+        """Return the new configuration if a file has changed; None keeps the current one."""
         try:
             stamp = self._look()
             if stamp == self._stamp:
                 return None
             fresh = self.read()
         except OSError:
-            logger.exception("certificate files were not read again; the ones in use stay")
+            logger.exception(
+                "certificate files could not be reloaded; keeping the current certificate"
+            )
             return None
         self._stamp = stamp
         return fresh

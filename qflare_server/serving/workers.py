@@ -1,4 +1,4 @@
-"""Worker processes that share one port, and the supervisor that starts and stops them."""
+"""Worker processes that share one port, and their supervisor."""
 
 import logging
 import os
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 def supervise(config: ServerConfig) -> int:
-    """Run the worker processes; if one ends, end all, so that whoever supervises us starts again.
+    """Run the worker processes; if one exits, stop all, so that the service manager restarts the program.
 
     Returns:
-        0 if all ended as they were told to, else 1.
+        0 if all workers stopped on request, else 1.
     """
     workers: list[subprocess.Popen[bytes]] = []
-    told: set[int] = set()  # plain, since a handler must take no lock
+    told: set[int] = set()  # a plain variable, because a signal handler must not take a lock
     is_told = False
 
     def forward(number: int, _frame: object) -> None:
@@ -37,15 +37,15 @@ def supervise(config: ServerConfig) -> int:
     with _shared_port(config.listen) as listen, _lifeline() as line:
         workers.extend(_start_worker(index, listen, line) for index in range(config.workers))
         if not is_told:
-            # Not os.wait(), which would take the exit code away from the worker that it belongs to.
+            # Not os.wait(), which would consume the exit code of a worker.
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         for worker in workers:
-            if worker.pid not in told:  # a second signal would end one that drains at once
+            if worker.pid not in told:  # a second signal would stop a draining worker immediately
                 worker.send_signal(signal.SIGTERM)
         codes = [worker.wait() for worker in workers]
     as_told = is_told and all(code in {0, -signal.SIGTERM} for code in codes)
     if not as_told:
-        logger.error("a worker ended: exit codes %s", " ".join(map(str, codes)))
+        logger.error("a worker exited: exit codes %s", " ".join(map(str, codes)))
     return 0 if as_told else 1
 
 
@@ -59,9 +59,10 @@ def _start_worker(index: int, listen: str, line: int) -> subprocess.Popen[bytes]
 
 @contextmanager
 def _shared_port(listen: str) -> Iterator[str]:
-    """Give the address that all workers listen at: port 0 is made the same free port for all.
+    """Yield the common address of all workers, with port 0 replaced by one free port.
 
-    The socket holds the port until the workers have it; connections go to sockets that listen, which it does not.
+    The socket reserves the port until the workers listen on it. It does not listen itself, so it receives no
+    connections.
     """
     host, _, port = listen.rpartition(":")
     address = host.strip("[]") or "127.0.0.1"
@@ -78,7 +79,7 @@ def _shared_port(listen: str) -> Iterator[str]:
 
 
 def _require_free(family: socket.AddressFamily, address: str, port: int) -> None:
-    """Refuse a port that another program listens at: with SO_REUSEPORT it would get a share of the calls in silence.
+    """Refuse a port on which another program listens: with SO_REUSEPORT it would receive a share of the calls.
 
     Raises:
         ConfigError: The address is in use, or cannot be bound.
@@ -95,7 +96,7 @@ def _require_free(family: socket.AddressFamily, address: str, port: int) -> None
 
 @contextmanager
 def _lifeline() -> Iterator[int]:
-    """Give a descriptor that reads as ended once this process is gone, however that comes about."""
+    """Yield a file descriptor that reaches end-of-file when this process exits for any reason."""
     reading, writing = os.pipe()
     try:
         yield reading
@@ -105,7 +106,7 @@ def _lifeline() -> Iterator[int]:
 
 
 def end_with_supervisor(stopped: threading.Event) -> None:
-    """End when the process that started the workers does: a killed one must not leave them on the port."""
+    """Exit when the supervisor exits, so that a killed supervisor leaves no workers on the port."""
     line = os.environ.get(LIFELINE_VARIABLE)
     if line is None:
         return

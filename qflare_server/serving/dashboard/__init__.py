@@ -1,7 +1,7 @@
 """The dashboard: read-only web pages for administrators, beside the gRPC server; an optional extra.
 
-It reads through the use cases only, and every page names in `app.PAGES` the methods of the administrators' service
-whose roles it needs. Without the setting `dashboard` its libraries are not imported.
+It reads only through the use cases. `app.PAGES` lists for every page the methods of the admin service that the
+visitor's roles must allow. Its libraries are imported only if the setting `dashboard` is set.
 """
 
 import os
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def open_dashboard(
     config: ServerConfig, use_cases: UseCases, draining: threading.Event
 ) -> "HttpServer | None":
-    """Return the dashboard's server, bound but not yet serving; None without one.
+    """Return the dashboard's server, bound but not yet serving; None if the dashboard is disabled.
 
-    Log-ins live in the memory of one process: of several workers only the first serves the dashboard.
+    Logins are kept in the memory of one process, so only the first of several workers serves the dashboard.
 
     Raises:
         ConfigError: The extra is not installed, the address cannot be bound or the TLS files cannot be read.

@@ -18,7 +18,7 @@ LAST_DAYS_S: Final = 7 * 86_400
 
 @dataclass(frozen=True)
 class Alert:
-    """Something to look at: `level` is `bad`, `warn` or `note`, `link` the page that shows more."""
+    """An alert: `level` is `bad`, `warn` or `note`, `link` is the page with details."""
 
     level: str
     text: str
@@ -26,19 +26,19 @@ class Alert:
 
 
 def find_alerts(report: Report, *, draining: bool) -> list[Alert]:
-    """Return what is not as it should be, worst first."""
+    """Return the current alerts, worst first."""
     found = [*_serving(report, draining=draining), *_work(report), *_fleet(report)]
     return sorted(found, key=lambda item: LEVELS.index(item.level))
 
 
 def worst(found: Sequence[Alert]) -> str:
-    """Return the worst level, `good` where nothing needs attention."""
+    """Return the worst level, `good` if there are no alerts."""
     levels = {item.level for item in found}
     return next((level for level in LEVELS if level in levels and level != "note"), "good")
 
 
 def find_audit_alerts(counts: Mapping[str, int]) -> list[Alert]:
-    """Return what the audit log of the last day gives to think about."""
+    """Return the alerts from the audit log of the last day."""
     return [
         Alert(
             level,

@@ -1,8 +1,8 @@
 """The dashboard's ASGI application: routes, authorization and login.
 
-A page is shown to a log-in whose token may call every method that `PAGES` names for it, by the one table of
-`use_cases.access.roles`. The token comes once, in the body of a form; from then on a cookie that no script can read and
-no other site can send names the log-in.
+A page requires a login whose token may call every method that `PAGES` lists for it, according to the table in
+`use_cases.access.roles`. The token is sent once, in the body of a form; afterwards a cookie identifies the login.
+Scripts cannot read the cookie, and other sites cannot send it.
 """
 
 import threading
@@ -35,7 +35,7 @@ from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.access.authentication import MAX_TOKEN_CHARACTERS, Principal
 
 READERS: Final = 4
-"""Threads that build pages: as many connections to the database as all visitors together take."""
+"""Threads that build pages; bounds the database connections used for all visitors together."""
 MAX_FORM_BYTES: Final = 4096
 DIALECTS: Final = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 ENTER: Final = "/login"
@@ -52,7 +52,7 @@ STATUS: Final[dict[type[errors.QflareError], HTTPStatus]] = {
 
 @dataclass(frozen=True)
 class Page:
-    """A page: `methods` of the administrators' service that its visitor must be allowed, first the most telling."""
+    """A page; its visitor must be allowed to call `methods` of the admin service, most specific first."""
 
     path: str
     template: str
@@ -104,8 +104,8 @@ class Site:
 
     Args:
         config: `dashboard` and its settings.
-        use_cases: What it reads through.
-        draining: Set once the coordinator takes no new work.
+        use_cases: Use cases that provide the data.
+        draining: Set when the coordinator is draining.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Site:
         self._app = SecurityHeaders(app, secure=self._secure)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         await self._app(scope, receive, send)
 
     def _build(self) -> ASGIApp:
@@ -167,7 +167,7 @@ class Site:
         return self._page(page.template, visit, section=page.section, **page.build(visit))
 
     def _admit(self, request: Request, methods: tuple[str, ...]) -> Principal:
-        """Return who has logged in, if all the methods of a page are allowed; asked anew for every page."""
+        """Return the login's principal if it may call all methods of a page; checked for every request."""
         secret, login = request.cookies.get(self._cookie, ""), self._use_cases.dashboard_login
         first, *more = [login.admit(secret, method) for method in methods]
         assert all(principal == first for principal in more)
@@ -249,7 +249,7 @@ class Site:
         response.delete_cookie(self._cookie, secure=self._secure, httponly=True, samesite="strict")
 
     def _peer(self, request: Request) -> str:
-        """Return the browser's address; behind a proxy, the one that the proxy itself has seen."""
+        """Return the browser's address; behind a proxy, the address that the proxy reports."""
         if self._config.dashboard_behind_proxy:
             entries = request.headers.get("x-forwarded-for", "").split(",")
             if entries[-1].strip():
@@ -260,7 +260,7 @@ class Site:
         return RedirectResponse(ENTER, HTTPStatus.SEE_OTHER)
 
     async def _refused(self, _request: Request, error: Exception) -> Response:
-        """Say what was refused: texts of the domain's errors are made to be shown."""
+        """Return the error text for the visitor; messages of domain errors are safe to show."""
         if isinstance(error, HTTPException):
             return self._error(HTTPStatus(error.status_code), "")
         return self._error(_status(error), str(error))
@@ -282,10 +282,10 @@ def _status(error: Exception) -> HTTPStatus:
 
 
 async def _token(request: Request) -> str:
-    """Return the token of a form, empty without one.
+    """Return the token of a form; empty if there is none.
 
     Raises:
-        HTTPException: The form is too large, or has more fields than any form of the dashboard.
+        HTTPException: The form is too large or has too many fields.
     """
     body = b""
     async for part in request.stream():
@@ -301,10 +301,10 @@ async def _token(request: Request) -> str:
 
 
 def _require_same_origin(request: Request) -> None:
-    """Refuse a form that another site sent: browsers say where it came from.
+    """Refuse a cross-site form, by the headers with which browsers state its origin.
 
     Raises:
-        HTTPException: It came from elsewhere.
+        HTTPException: The form is from another site.
     """
     site = request.headers.get("sec-fetch-site", "same-origin")
     origin = request.headers.get("origin")

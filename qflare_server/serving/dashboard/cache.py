@@ -18,11 +18,11 @@ Value = TypeVar("Value")
 
 @dataclass
 class CachedValue(Generic[Value]):
-    """A value that is read anew when it is too old; thread-safe.
+    """A cached value, read again when it is stale; thread-safe.
 
     Args:
-        read: Gives the value.
-        monotonic: Gives seconds that never go back.
+        read: Reads the value.
+        monotonic: Returns monotonic time in seconds.
     """
 
     read: Callable[[], Value]
@@ -31,7 +31,7 @@ class CachedValue(Generic[Value]):
     _known: tuple[float, Value] | None = None
 
     def get(self) -> Value:
-        """Return the value, at most two seconds or twenty times its cost old; several callers wait for one reading."""
+        """Return the value, at most two seconds or twenty read times old; concurrent callers share one read."""
         with self._lock:
             started = self.monotonic()
             if self._known is not None and started < self._known[0]:
@@ -44,10 +44,10 @@ class CachedValue(Generic[Value]):
 
 
 class DashboardCache:
-    """The counts that pages share.
+    """Counts shared by the pages.
 
     Args:
-        do: What they are read through.
+        do: Use cases that provide the counts.
     """
 
     def __init__(self, use_cases: UseCases) -> None:
@@ -62,9 +62,9 @@ class DashboardCache:
         return self._report.get()
 
     def device_counts(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
-        """Return how many devices there are by state and by type."""
+        """Return the number of devices by state and by type."""
         return self._devices.get()
 
     def audit_counts(self) -> Mapping[str, int]:
-        """Return how many audit events of each risk the last 24 hours had; ask for visitors who may know only."""
+        """Return the number of audit events of the last 24 hours by risk; call it only for authorized visitors."""
         return self._audit.get()

@@ -1,6 +1,6 @@
-"""Charts as geometry: what a template draws as SVG, at two widths, with words and a table for who does not see it.
+"""Chart geometry for SVG templates, at two widths, with a text summary and a table for accessibility.
 
-Positions are in the units of the drawing's view box and rounded, so that the page stays small. Colors are classes.
+Positions are in view-box units and rounded, to keep the page small. Colors are CSS classes.
 """
 
 import math
@@ -24,7 +24,7 @@ LEFT, RIGHT, TOP, BOTTOM = 56.0, 14.0, 12.0, 44.0
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name for the legend, the class of its color, and its points by x."""
+    """One line: its legend name, the class of its color, and its points by x."""
 
     name: str
     css: str
@@ -41,7 +41,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A dot or the end of one: where it is and what it says."""
+    """A data point: its position and its label."""
 
     x: float
     y: float
@@ -88,15 +88,15 @@ class Plot:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with everything that stands around it.
+    """A chart with its title, legend, summary and table.
 
     Attributes:
         name: Unique on its page; letters and hyphens.
-        title: What it shows.
-        summary: The same in words, for who does not see it.
-        legend: Names and classes of what is drawn.
-        columns: Heads of its table.
-        rows: Its table.
+        title: Title of the chart.
+        summary: Text alternative for screen readers.
+        legend: Names and classes of the series.
+        columns: Headings of its table.
+        rows: Rows of its table.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Part:
 
 
 TINY: Final = 1e-280
-"""Below it a range is none: its powers of ten would leave what a float can hold."""
+"""Smallest usable range; the powers of ten of a smaller one would underflow a float."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Scale:
 
 
 def steps(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """Return round values that cover a range, about so many: 1, 2 or 5 times a power of ten apart."""
+    """Return about `count` round values that cover a range, 1, 2 or 5 times a power of ten apart."""
     if high - low < max(abs(low), abs(high), TINY) * 1e-12:
         room = max(abs(low), abs(high)) / 10
         room = room if room > TINY else 1.0
@@ -164,16 +164,16 @@ def line_chart(
     written: Callable[[float], str],
     sizes: Mapping[str, Size] = SIZES,
 ) -> Chart | None:
-    """Return a chart of lines over whole numbers, None where there is not one finite point.
+    """Return a chart of lines over whole numbers; None if there is no finite point.
 
     Args:
         name: Unique on its page.
-        title: What it shows.
-        series: Points that are not finite are left out.
-        x_label: With its unit, as is
-        y_label: the other.
-        written: Writes a value of y.
-        sizes: Width and height of each drawing, by the class that shows it.
+        title: Title of the chart.
+        series: The lines; points that are not finite are omitted.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis, with its unit.
+        written: Formats a y value.
+        sizes: Width and height of each drawing, by its CSS class.
     """
     shown = [item for item in map(_finite, series) if item.points]
     if not shown:
@@ -202,7 +202,7 @@ def bar_chart(
     y_label: str,
     written: Callable[[float], str],
 ) -> Chart | None:
-    """Return a chart of stacked bars over whole numbers, None without any."""
+    """Return a chart of stacked bars over whole numbers; None if there are no bars."""
     if not bars:
         return None
     legend = {part.name: part.css for _, parts in bars for part in parts}
@@ -325,7 +325,7 @@ def _bar_plot(
 
 
 def _rung(value: float, rungs: Sequence[float]) -> str:
-    """Return the label of a mark with just as many decimals as the marks need to differ."""
+    """Return the label of a tick, with the fewest decimals that tell the ticks apart."""
     step = rungs[1] - rungs[0]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:.{min(decimals, 6)}f}"

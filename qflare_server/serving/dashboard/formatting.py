@@ -17,9 +17,9 @@ class Moment:
     """A point in time.
 
     Attributes:
-        iso: RFC 3339, for programs.
+        iso: RFC 3339, machine-readable.
         text: Date and time in UTC, to the second.
-        distance: From now, such as `3 min ago` or `in 40 s`.
+        distance: Relative to now, such as `3 min ago` or `in 40 s`.
     """
 
     iso: str
@@ -28,7 +28,7 @@ class Moment:
 
 
 def moment(at: datetime | None, now: datetime) -> Moment | None:
-    """Return a time as it is shown, None for none."""
+    """Format a time; None for none."""
     if at is None:
         return None
     at = at.astimezone(UTC)
@@ -38,7 +38,7 @@ def moment(at: datetime | None, now: datetime) -> Moment | None:
 
 
 def span(seconds: float) -> str:
-    """Return a distance in time in its largest unit."""
+    """Format a time span in its largest unit."""
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit}"
@@ -46,7 +46,7 @@ def span(seconds: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return how long something took, with two or three significant digits."""
+    """Format a duration with two or three significant digits."""
     if seconds is None:
         return NONE
     if seconds < TEN_MS_S:
@@ -61,7 +61,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(count: float | None) -> str:
-    """Return a number of bytes in binary units."""
+    """Format a number of bytes in binary units."""
     if count is None:
         return NONE
     power = 0
@@ -72,17 +72,17 @@ def size(count: float | None) -> str:
 
 
 def number(value: int | None) -> str:
-    """Return a count with its thousands apart."""
+    """Format a count with a thousands separator."""
     return NONE if value is None else f"{value:,}"
 
 
 def share(value: float | None) -> str:
-    """Return a fraction of one as a percentage; a measure that is no fraction as it is."""
+    """Format a fraction as a percentage, and any other value unchanged."""
     if value is None or not math.isfinite(value):
         return NONE
     return f"{value:.1%}".replace("%", " %") if 0 <= value <= 1 else measure(value)
 
 
 def measure(value: float | None) -> str:
-    """Return a measured value with four significant digits."""
+    """Format a measured value with four significant digits."""
     return NONE if value is None or not math.isfinite(value) else f"{value:.4g}"

@@ -34,11 +34,11 @@ OPEN: Final = ("/login", STATIC)
 
 
 class SecurityHeaders:
-    """Wraps an application so that no answer leaves without its headers, not even one to an error.
+    """Adds security headers to every response, including error responses.
 
     Args:
-        app: What answers.
-        secure: Browsers reach it over TLS: they are told to go on so.
+        app: The wrapped application.
+        secure: Whether browsers connect over TLS; then HSTS is sent.
     """
 
     def __init__(self, app: ASGIApp, *, secure: bool) -> None:
@@ -49,14 +49,14 @@ class SecurityHeaders:
             self._headers["Strict-Transport-Security"] = STRICT_TRANSPORT
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         started, path = time.monotonic(), scope.get("path", "")
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(self._headers)
-                # Pages show what a log-in may see: neither browser nor proxy keeps them.
+                # Pages depend on the login, so neither browser nor proxy may cache them.
                 headers["Cache-Control"] = "no-cache" if path.startswith(STATIC) else "no-store"
                 self._log(path, message["status"], (time.monotonic() - started) * 1000)
             await send(message)

@@ -20,7 +20,7 @@ MAX_DIGITS = 9
 
 @dataclass(frozen=True)
 class PageContext:
-    """What a page is built from."""
+    """Input of a page: visitor, parameters and use cases."""
 
     use_cases: UseCases
     recent: DashboardCache
@@ -31,11 +31,11 @@ class PageContext:
     draining: bool = False
 
     def may(self, method: str) -> bool:
-        """Return whether the visitor's roles allow a method of the administrators' service."""
+        """Return whether the visitor's roles allow a method of the admin service."""
         return may_call(self.principal, method)
 
     def text(self, name: str) -> str:
-        """Return a value of the query, empty without it.
+        """Return a query parameter; empty if absent.
 
         Raises:
             InvalidRequestError: It is too long.
@@ -46,10 +46,10 @@ class PageContext:
         return value
 
     def one_of(self, name: str, kind: type[Kind]) -> str:
-        """Return a value of the query that is one of an enum's, empty without it.
+        """Return a query parameter that is a value of an enum; empty if absent.
 
         Raises:
-            InvalidRequestError: It is another.
+            InvalidRequestError: It is not a value of the enum.
         """
         value = self.text(name)
         if value and value not in {item.value for item in kind}:
@@ -57,15 +57,15 @@ class PageContext:
         return value
 
     def rows(self, count: int) -> PageRequest:
-        """Return which rows of a list to show."""
+        """Return the requested rows of a list."""
         return PageRequest(count, self.text("page"))
 
 
 def whole(text: str, name: str) -> int:
-    """Return a number of a path.
+    """Return a number from the path.
 
     Raises:
-        InvalidRequestError: It is none of up to nine digits.
+        InvalidRequestError: It is not a number of up to nine digits.
     """
     if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
         raise InvalidRequestError(f"{name}: got {text[:40]!r}, want a number", field=name)

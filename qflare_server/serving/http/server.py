@@ -86,7 +86,7 @@ class HttpServer:
 
     @property
     def url(self) -> str:
-        """Where a browser on this machine finds it."""
+        """URL for browsers on this machine."""
         host, port = self._socket.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
         scheme = "https" if self._context is not None else "http"
@@ -100,7 +100,7 @@ class HttpServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the answers under way end, and stop serving."""
+        """Finish running requests and stop serving."""
         self._server.should_exit = True
         if self._thread is not None:
             self._thread.join(2 * STOP_S)
@@ -113,7 +113,7 @@ class HttpServer:
         return [path.stat().st_mtime_ns for path in files if path is not None]
 
     async def _reload(self) -> None:
-        """Read the certificate again if its files have changed: connections made from here on show it."""
+        """Reload the certificate if its files have changed; new connections use it."""
         if self._context is None:
             return
         try:
@@ -122,7 +122,9 @@ class HttpServer:
                 _load(self._context, self._config)
                 self._stamp = stamp
         except OSError:
-            logger.exception("certificate files were not read again; the ones in use stay")
+            logger.exception(
+                "certificate files could not be reloaded; keeping the current certificate"
+            )
 
 
 def _bind(setting: str, host: str, port: int) -> socket.socket:
@@ -137,7 +139,7 @@ def _bind(setting: str, host: str, port: int) -> socket.socket:
 
 
 def _tls(config: ServerConfig, setting: str) -> ssl.SSLContext:
-    """Return a context of TLS 1.3 that asks for client certificates where the gRPC server does."""
+    """Return a TLS 1.3 context that requires client certificates if the gRPC server does."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["http/1.1"])

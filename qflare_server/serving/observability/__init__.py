@@ -21,10 +21,10 @@ class Observability:
 
     Args:
         config: `metrics_listen` and `traces_endpoint`.
-        further: Receives every event as well.
+        further: Another sink, which receives every event too.
 
     Raises:
-        ConfigError: A setting needs an extra that is not installed.
+        ConfigError: A setting requires an extra that is not installed.
     """
 
     def __init__(self, config: ServerConfig, further: Telemetry | None = None) -> None:
@@ -38,11 +38,11 @@ class Observability:
 
     @property
     def metrics_port(self) -> int:
-        """Port of the metrics server, 0 without one."""
+        """Port of the metrics server; 0 if there is none."""
         return 0 if self._metrics is None else self._metrics.port
 
     def start(self, context: Context) -> None:
-        """Serve metrics, those of the database among them.
+        """Serve metrics, including those of the database.
 
         Raises:
             ConfigError: The address cannot be bound, or the TLS files cannot be read.
@@ -54,7 +54,7 @@ class Observability:
         self._metrics.serve(self._config, (host, port + worker if port else 0), context)
 
     def close(self) -> None:
-        """End the metrics server and send the spans that are left."""
+        """Stop the metrics server and export the remaining spans."""
         if self._metrics is not None:
             self._metrics.close()
         if self._tracing is not None:
@@ -137,7 +137,7 @@ class CompositeTelemetry(Telemetry):
     def span(
         self, name: str, *, links: Sequence[str] = (), **attributes: Any
     ) -> AbstractContextManager[None]:
-        """Open a block of each."""
+        """Enter the block of every sink."""
         return self._spans(name, links, attributes)
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Database metrics, collected at every scrape: backlog, states, budgets, connection pool.
 
-A scrape costs a handful of small reads. Where the database does not answer, `qflare_database_up` is 0 and the rest
-of these metrics is left out.
+A scrape costs a few small queries. If the database does not respond, `qflare_database_up` is 0 and the other database
+metrics are omitted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from qflare_server.use_cases.status import DatabaseHealth, Overview
 
 MAX_SESSIONS: Final = 100
 SESSION_LABELS: Final = ("name",)
-"""Names alone: whoever reads the metrics needs no credential, and an id is what devices ask for a session by."""
+"""Labels are session names only. Metrics need no credential, and session ids must not be exposed there."""
 
 
 class DatabaseCollector(Collector):
@@ -32,11 +32,11 @@ class DatabaseCollector(Collector):
         self._overview = Overview(context)
 
     def describe(self) -> list[GaugeMetricFamily]:
-        """Return nothing: what there is is known when it is read."""
+        """Return nothing, because the metrics are known only at a scrape."""
         return []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the metrics of this moment."""
+        """Yield the current metrics."""
         yield from self._keyset()
         try:
             found = [*self._health(), *self._queues(), *self._sessions()]
@@ -121,7 +121,7 @@ class DatabaseCollector(Collector):
 
 
 def _newest(rows: Iterable[TrainingSession]) -> list[TrainingSession]:
-    """Return the first of each name: rows are newest first, and a scrape has one value for a name."""
+    """Return the first row of each name: rows are newest first, and a scrape has one value per name."""
     by_name: dict[str, TrainingSession] = {}
     for row in rows:
         by_name.setdefault(row.name, row)

@@ -1,8 +1,8 @@
 """Prometheus metrics of one process.
 
-Calls have the names that gRPC servers are known by (grpc_server_started_total and its kin), so that dashboards made
-for others fit. Labels come from the contract and from this program only, never from a caller. What stands in the
-database is read when somebody scrapes; every replica reports the same then, so dashboards take the maximum.
+Call metrics have the usual names of gRPC servers (grpc_server_started_total and so on), so existing dashboards work.
+Labels come only from the protos and this program, never from a caller. Database metrics are read at each scrape; every
+replica reports the same values, so dashboards take the maximum.
 """
 
 import time
@@ -103,11 +103,11 @@ class Metrics(Telemetry):
 
     @property
     def port(self) -> int:
-        """Port of the HTTP server, 0 before it serves."""
+        """Port of the HTTP server; 0 before it serves."""
         return 0 if self._server is None else self._server.port
 
     def serve(self, config: ServerConfig, address: tuple[str, int], context: Context) -> None:
-        """Serve over HTTP, and measure the database from here on.
+        """Start the HTTP server and the database metrics.
 
         Args:
             config: `metrics_hosts` and the TLS files.
@@ -133,7 +133,7 @@ class Metrics(Telemetry):
         self._server.start()
 
     def close(self) -> None:
-        """End the HTTP server."""
+        """Stop the HTTP server."""
         if self._server is not None:
             self._server.stop()
 
@@ -166,7 +166,7 @@ class Metrics(Telemetry):
     def call_handled(
         self, method: str, kind: str, code: str, duration_s: float, reason: str
     ) -> None:
-        """Count an answer, and what became of an update that was submitted."""
+        """Count a response, and the outcome of a submitted update."""
         labels = _labels(method, kind)
         self._handled.labels(*labels, _camel(code)).inc()
         self._handling.labels(*labels).observe(duration_s)
@@ -182,7 +182,7 @@ class Metrics(Telemetry):
         self._payload.labels("sent").inc(count)
 
     def updates_folded(self, count: int, size_bytes: int, duration_s: float) -> None:
-        """Count folded updates, their bytes and the time that it took."""
+        """Count folded updates, their bytes and the folding time."""
         self._folded.inc(count)
         self._folded_bytes.inc(size_bytes)
         self._fold_time.inc(duration_s)
@@ -190,7 +190,7 @@ class Metrics(Telemetry):
     def round_published(
         self, aggregated_count: int, rejected_count: int, collected_s: float, published_s: float
     ) -> None:
-        """Count a version, what became of its round's updates, and how long it took."""
+        """Count a version, the outcomes of its round's updates, and its durations."""
         self._versions.inc()
         self._updates.labels("aggregated").inc(aggregated_count)
         self._updates.labels("rejected").inc(rejected_count)
@@ -204,5 +204,5 @@ def _labels(method: str, kind: str) -> tuple[str, str, str]:
 
 
 def _camel(code: str) -> str:
-    """Return a status code as the well-known metrics write it: NOT_FOUND is NotFound, OK stays."""
+    """Return a status code in the spelling of the usual gRPC metrics: NotFound for NOT_FOUND, OK for OK."""
     return code if code == "OK" else code.replace("_", " ").title().replace(" ", "")

@@ -1,8 +1,8 @@
-"""OpenTelemetry spans on the way of an update: received, stored, folded, published.
+"""OpenTelemetry spans of an update: received, stored, folded, published.
 
-The span of an update belongs to the trace of the device that sent it, where the call carries a `traceparent` (W3C
-Trace Context). A round folds many updates: its spans stand in a trace of their own and link to those of the updates
-that this process has received lately; others are named by their number only.
+The span of an update belongs to the trace of its device if the call carries a `traceparent` (W3C Trace Context). A
+round folds many updates, so its spans form a separate trace with links to the updates that this process has received
+recently; other updates are only counted.
 """
 
 import threading
@@ -22,13 +22,13 @@ from qflare_server.context import Telemetry
 from qflare_server.serving.rpc.call import current_call
 
 REMEMBERED: Final = 10_000
-MAX_LINKS: Final = 128  # the SDK's own bound
+MAX_LINKS: Final = 128  # the SDK's own limit
 PREFIX: Final = "qflare."
 PROPAGATOR: Final = TraceContextTextMapPropagator()
 
 
 def otlp_exporter(endpoint: str) -> SpanExporter:
-    """Return what sends spans by OTLP over HTTP.
+    """Return the OTLP/HTTP span exporter.
 
     Raises:
         ImportError: The exporter is not installed.
@@ -41,10 +41,10 @@ def otlp_exporter(endpoint: str) -> SpanExporter:
 
 
 class Tracing(Telemetry):
-    """Makes spans and hands them to an exporter, in batches and on a thread of its own.
+    """Creates spans and exports them in batches from a background thread.
 
     Args:
-        exporter: Where spans go.
+        exporter: Span exporter.
     """
 
     def __init__(self, exporter: SpanExporter) -> None:
@@ -58,13 +58,13 @@ class Tracing(Telemetry):
         self._updates: OrderedDict[str, trace.SpanContext] = OrderedDict()
 
     def close(self) -> None:
-        """Send what is left."""
+        """Export the remaining spans."""
         self._provider.shutdown()
 
     def span(
         self, name: str, *, links: Sequence[str] = (), **attributes: Any
     ) -> AbstractContextManager[None]:
-        """Return a block that is a span; one with an `update_id` goes on with the trace of its device."""
+        """Return a context manager for a span; a span with an `update_id` continues the device's trace."""
         return self._span(name, links, attributes)
 
     @contextmanager
@@ -96,7 +96,7 @@ class Tracing(Telemetry):
 
 
 def _remote_context() -> Any:
-    """Return the trace context that the call under way came with; an empty one without."""
+    """Return the trace context of the current call; empty if it has none."""
     try:
         traceparent = current_call().traceparent
     except LookupError:

@@ -1,1 +1,1 @@
-"""gRPC services: each method decodes its request, calls one use case and encodes the answer."""
+"""gRPC services: each method decodes its request, calls one use case and encodes the response."""

@@ -27,10 +27,10 @@ def _page(request: Any) -> PageRequest:
 
 
 class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
-    """Decodes, calls one use case, encodes.
+    """The AdminService servicer: decodes, calls one use case, encodes.
 
     Args:
-        use_cases: What does the work.
+        use_cases: The use cases.
     """
 
     def __init__(self, use_cases: UseCases) -> None:
@@ -97,7 +97,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def PauseTrainingSession(
         self, request: pb.PauseTrainingSessionRequest, context: ServicerContext
     ) -> pb.PauseTrainingSessionResponse:
-        """Take no updates until it is resumed."""
+        """Accept no updates until the session is resumed."""
         return self._repeatable.answer(
             request,
             lambda caller: self._use_cases.training.pause(caller, request.training_session_id),
@@ -109,7 +109,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def ResumeTrainingSession(
         self, request: pb.ResumeTrainingSessionRequest, context: ServicerContext
     ) -> pb.ResumeTrainingSessionResponse:
-        """Go on after a pause."""
+        """Resume after a pause."""
         return self._repeatable.answer(
             request,
             lambda caller: self._use_cases.training.resume(caller, request.training_session_id),
@@ -121,7 +121,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def CancelTrainingSession(
         self, request: pb.CancelTrainingSessionRequest, context: ServicerContext
     ) -> pb.CancelTrainingSessionResponse:
-        """End it."""
+        """Cancel a training session."""
         return self._repeatable.answer(
             request,
             lambda caller: self._use_cases.training.cancel(
@@ -280,7 +280,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def SetDeviceGroups(
         self, request: pb.SetDeviceGroupsRequest, context: ServicerContext
     ) -> pb.SetDeviceGroupsResponse:
-        """Put a device into groups, and out of all others."""
+        """Set the groups of a device."""
         return self._repeatable.answer(
             request,
             lambda caller: self._use_cases.devices.set_groups(
@@ -367,7 +367,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def GetAuditProof(
         self, request: pb.GetAuditProofRequest, context: ServicerContext
     ) -> pb.GetAuditProofResponse:
-        """Prove that an audit entry is in the log."""
+        """Return the inclusion proof of an audit entry."""
         proof = self._use_cases.audit.proof(
             audit_id=None if request.HasField("leaf_index") else request.audit_id,
             leaf_index=request.leaf_index if request.HasField("leaf_index") else None,
@@ -380,7 +380,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def ExportVerificationBundle(
         self, request: pb.ExportVerificationBundleRequest, context: ServicerContext
     ) -> Iterator[pb.ExportVerificationBundleResponse]:
-        """Export what an offline verifier needs for a version."""
+        """Export a verification bundle of a version."""
         version = request.version if request.HasField("version") else None
         for part in self._use_cases.evidence.bundle(request.training_session_id, version):
             yield pb.ExportVerificationBundleResponse(bundle=part)
@@ -427,7 +427,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def RollbackGlobalModel(
         self, request: pb.RollbackGlobalModelRequest, context: ServicerContext
     ) -> pb.RollbackGlobalModelResponse:
-        """Make an older version the base of the next round."""
+        """Roll back to an older version, which becomes the base of the next round."""
         return self._repeatable.answer(
             request,
             lambda caller: self._use_cases.promotion.roll_back(

@@ -13,11 +13,11 @@ from qflare_server.use_cases.access.authentication import NOBODY, Principal
 
 @dataclass
 class Call:
-    """One RPC under way.
+    """One RPC in flight.
 
-    `find_peer` returns the caller's address; most calls never ask. `tls_group` is the key exchange group of its
+    `find_peer` returns the caller's address, which most calls do not need. `tls_group` is the key exchange group of its
     connection, empty without TLS. `kind` is unary, client_stream, server_stream or bidi_stream. `traceparent` is the
-    caller's trace context as it came, empty without one.
+    caller's trace context as received; empty if there is none.
     """
 
     method: str
@@ -30,7 +30,7 @@ class Call:
 
     @property
     def caller(self) -> Caller:
-        """Who calls, for the audit log."""
+        """The caller's name for the audit log."""
         return self.principal.caller(self.find_peer())
 
     @property
@@ -38,7 +38,7 @@ class Call:
         """The calling device.
 
         Raises:
-            UnauthenticatedError: It is not a device that calls.
+            UnauthenticatedError: The caller is not a device.
         """
         if self.principal.device_id is None:
             raise UnauthenticatedError
@@ -49,13 +49,13 @@ _CURRENT: ContextVar[Call] = ContextVar("qflare_call")
 
 
 def current_call() -> Call:
-    """Return the call that this thread is answering."""
+    """Return the call that this thread is handling."""
     return _CURRENT.get()
 
 
 @contextmanager
 def answering(call: Call) -> Iterator[Call]:
-    """Make a call the current one of this thread."""
+    """Set the current call of this thread."""
     token = _CURRENT.set(call)
     try:
         yield call
@@ -64,7 +64,7 @@ def answering(call: Call) -> Iterator[Call]:
 
 
 class RunningCalls:
-    """Counts the calls under way; thread-safe."""
+    """Counts the calls in flight; thread-safe."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -76,12 +76,12 @@ class RunningCalls:
             self._count += 1
 
     def end(self) -> None:
-        """Count a call no more: its answer has left."""
+        """Stop counting a call: its response was sent."""
         with self._changed:
             self._count -= 1
             self._changed.notify_all()
 
     def wait_until_none(self, timeout_s: float) -> bool:
-        """Wait until no call is under way; return whether that is so."""
+        """Wait until no call is in flight; return whether that is the case."""
         with self._changed:
             return self._changed.wait_for(lambda: self._count == 0, timeout_s)

@@ -51,17 +51,17 @@ def _task_response(task: NextTask) -> pb.GetTaskResponse:
 
 
 class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceServicer):
-    """Decodes, calls one use case, encodes.
+    """The CoordinatorService servicer: decodes, calls one use case, encodes.
 
     Args:
-        use_cases: What does the work.
+        use_cases: The use cases.
     """
 
     def __init__(self, use_cases: UseCases) -> None:
         self._use_cases = use_cases
 
     def GetTask(self, request: pb.GetTaskRequest, context: ServicerContext) -> pb.GetTaskResponse:
-        """Ask what to do."""
+        """Get the device's next task."""
         task = self._use_cases.tasks.next_task(
             current_call().device_id,
             request.training_session_id,
@@ -105,7 +105,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     def GetUpload(
         self, request: pb.GetUploadRequest, context: ServicerContext
     ) -> pb.GetUploadResponse:
-        """Ask where to go on with an upload."""
+        """Get the progress of an upload, to resume it."""
         next_chunk, known = self._use_cases.uploads.find(_contributor(), request.update_id)
         return pb.GetUploadResponse(
             next_chunk=next_chunk, receipt=None if known is None else versions.receipt(known)
@@ -121,7 +121,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     def Heartbeat(
         self, request: pb.HeartbeatRequest, context: ServicerContext
     ) -> pb.HeartbeatResponse:
-        """Report that the device is alive."""
+        """Record a heartbeat."""
         call = current_call()
         profile = profile_of(request.profile) if request.HasField("profile") else None
         beat = self._use_cases.devices.heartbeat(call.caller, call.device_id, profile)
@@ -185,7 +185,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     def BeginRegistration(
         self, request: pb.BeginRegistrationRequest, context: ServicerContext
     ) -> pb.BeginRegistrationResponse:
-        """Answer the first half of an enrollment."""
+        """Begin an enrollment."""
         challenge = self._use_cases.enrollment.begin(current_call().caller, request.enrollment)
         return pb.BeginRegistrationResponse(challenge=challenge)
 
@@ -199,7 +199,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     def BeginAuthentication(
         self, request: pb.BeginAuthenticationRequest, context: ServicerContext
     ) -> pb.BeginAuthenticationResponse:
-        """Answer the first half of a login."""
+        """Begin a login."""
         call = current_call()
         challenge = self._use_cases.login.begin(call.caller, request.hello, call.tls_group)
         return pb.BeginAuthenticationResponse(challenge=challenge)
@@ -214,14 +214,14 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     def RefreshToken(
         self, request: pb.RefreshTokenRequest, context: ServicerContext
     ) -> pb.RefreshTokenResponse:
-        """Exchange a refresh token."""
+        """Exchange a refresh token for new tokens."""
         grant = self._use_cases.login.refresh(current_call().caller, request.refresh)
         return pb.RefreshTokenResponse(grant=grant)
 
     def RotateKeys(
         self, request: pb.RotateKeysRequest, context: ServicerContext
     ) -> pb.RotateKeysResponse:
-        """Exchange the keys of the calling device."""
+        """Rotate the keys of the calling device."""
         call = current_call()
         count = self._use_cases.key_rotations.rotate(call.caller, call.principal, request.rotation)
         return pb.RotateKeysResponse(key_rotation_count=count)

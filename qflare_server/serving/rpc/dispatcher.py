@@ -1,9 +1,9 @@
-"""Call dispatch: receives messages without a thread and keeps thread pools apart by class of caller.
+"""Call dispatch: receives messages without a thread, and assigns calls to a thread pool per class of callers.
 
-gRPC takes the `Dispatcher` for its thread pool. A call that comes in is sorted by its method and by whom its token was
-last seen to belong to. It gets a thread once there is something to do: its message is here, a small update is here as a
-whole, or a large one has begun to move. So whoever sends nothing, or a byte a second, holds no thread, and strangers,
-devices, administrators and probes never wait for each other's threads.
+gRPC uses the `Dispatcher` as its thread pool. An incoming call is classified by its method and by the last known owner
+of its token. It gets a thread when there is work: its message has arrived, a small update has arrived completely, or a
+large one has begun to transfer. A caller that sends nothing, or a byte per second, therefore occupies no thread, and
+unauthenticated callers, devices, administrators and probes never wait for each other's threads.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HEALTH_THREADS: Final = 2
 REFLECTION_THREADS: Final = 2
 ADMIN_STREAM_THREADS: Final = 4
 MAX_STRANGER_BYTES: Final = 64 * 1024
-"""Largest message of a caller without a credential: some kilobytes of keys and signatures."""
+"""Largest message of an unauthenticated caller: a few kilobytes of keys and signatures."""
 
 STALLED: Final = Refusal.from_error(errors.StalledError("the message did not come in time"))
 CROWDED: Final = Refusal.from_error(errors.TooManyRequestsError("too many calls wait"))
@@ -48,26 +48,26 @@ TOO_LARGE: Final = Refusal.from_error(
 
 
 class Gatekeeper(Protocol):
-    """Knows callers by the metadata of a call."""
+    """Identifies callers by the metadata of a call."""
 
     def recognize(self, metadata: Any) -> KnownCaller | None:
-        """Return who the token was last seen to belong to, from memory."""
+        """Return the last known owner of the token, from memory."""
 
     def introduce(self, metadata: Any) -> KnownCaller | None:
-        """Look the token up, and return whose it is."""
+        """Look up the token and return its owner."""
 
 
 class Dispatcher:
-    """Receives calls and hands them to the threads of their class.
+    """Receives calls and assigns them to the threads of their class.
 
     Args:
-        config: Numbers of threads, bounds and times.
-        gatekeeper: Tells devices and administrators from strangers.
-        limits: Bounds the streams of a caller.
-        telemetry: Hears of the calls that no thread sees.
+        config: Thread counts, limits and timeouts.
+        gatekeeper: Identifies devices and administrators.
+        limits: Limits the streams per caller.
+        telemetry: Sink for the calls that are refused without a thread.
 
     Raises:
-        RuntimeError: grpcio is a version that it was not made for.
+        RuntimeError: The version of grpcio is not supported.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Dispatcher:
     def submit(
         self, run: Callable[..., Any], respond: Callable[..., None], /, *arguments: Any
     ) -> None:
-        """Take a call over from gRPC, whose thread must not wait here."""
+        """Accept a call from gRPC, without blocking its thread."""
         call = IncomingCall(run, respond, arguments, self._config.stall_timeout_s)
         if call.route.audience is Audience.CREDENTIAL:
             known = self._gatekeeper.recognize(call.metadata)
@@ -135,7 +135,7 @@ class Dispatcher:
             self._await_messages(call, self._strangers, self._pool_of_stranger(call))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
-        """End the threads; the call that an executor has, which is what gRPC takes this for."""
+        """Stop the threads; part of the executor interface that gRPC expects."""
         self._stopped.set()
         self._supervisor.join()
         for pool in self._pools():
@@ -154,7 +154,7 @@ class Dispatcher:
         )
 
     def _introduce(self, call: IncomingCall) -> None:
-        """Look up a token that is not known yet; a call without a good one is refused before its message comes."""
+        """Look up an unknown token; a call without a valid token is refused before its message arrives."""
         known = self._gatekeeper.introduce(call.metadata)
         call.task = call.answer
         if known is None:
@@ -169,7 +169,7 @@ class Dispatcher:
         self._await_messages(call, self._known, partial(self._pool_of_known, known))
 
     def _take_stream(self, call: IncomingCall) -> bool:
-        """Count a stream of a caller until it is over; False if it has too many, and the call is refused."""
+        """Count a stream of a caller until it ends; return False and refuse the call if the caller has too many."""
         try:
             self._limits.take("up", call.caller)
         except errors.TooManyRequestsError as error:
@@ -198,7 +198,7 @@ class Dispatcher:
         pool_of: Callable[[IncomingCall], FairPool],
         call: IncomingCall,
     ) -> None:
-        """Look at a call after each of its messages, and queue it once a thread can work on it."""
+        """Check a call after each of its messages, and queue it once a thread can handle it."""
         if not self._is_ready(call):
             call.deadline_at = time.monotonic() + self._config.stall_timeout_s
             return
@@ -211,9 +211,9 @@ class Dispatcher:
         self._enqueue(pool_of(call), call)
 
     def _is_ready(self, call: IncomingCall) -> bool:
-        """Return whether there is something to work on: a whole request, or a stream that has begun to move.
+        """Return whether a call is ready for a thread: its request is complete, or its stream has begun to transfer.
 
-        A stream that may be a small update is waited for to its end, so that it takes none of the places of large ones.
+        A stream that may be a small update is received completely first, so that it needs no transfer slot.
         """
         messages = call.messages
         if messages.ending is not None:
@@ -261,7 +261,7 @@ class Dispatcher:
             try:
                 self._tick(is_review=ticks % REVIEW_TICKS == 0)
             except Exception:
-                logger.exception("the supervision of calls failed; it goes on")
+                logger.exception("supervision of calls failed; continuing")
 
     def _tick(self, *, is_review: bool) -> None:
         now = time.monotonic()
@@ -274,14 +274,14 @@ class Dispatcher:
             self._log_refused()
 
     def _log_refused(self) -> None:
-        """Say how many calls were refused without a thread: one line a second, however many there are."""
+        """Log the number of calls refused without a thread, at most one line per second."""
         if self._refused:
             refused, self._refused = self._refused, Counter()
             counts = " ".join(f"{reason}={count}" for reason, count in sorted(refused.items()))
-            logger.warning("calls refused while they waited: %s", counts)
+            logger.warning("calls refused while waiting: %s", counts)
 
 
 def host_of(peer_address: str) -> str:
-    """Return whom an address of gRPC's is charged to: an IPv4 address, or the /64 network of an IPv6 one."""
+    """Return the caller to which a gRPC address is charged: an IPv4 address, or the /64 network of an IPv6 address."""
     kind, _, rest = peer_address.partition(":")
     return network_of(unquote(rest).rpartition(":")[0].strip("[]")) or kind

@@ -1,4 +1,4 @@
-"""Half-open calls, whose messages have not arrived: bounded in number and time, without a thread."""
+"""Half-open calls, which are waiting for their messages: limited in number and time, without a thread."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from qflare_server.serving.rpc.incoming import IncomingCall
 
 
 class HalfOpenCalls:
-    """The half-open calls of one kind of callers; thread-safe.
+    """The half-open calls of one class of callers; thread-safe.
 
-    A table that is full makes room as a SYN cache does: the oldest call of whoever has most goes. A caller whose
-    message travels with its headers is in the table for less than a millisecond, so it is hardly ever the oldest.
+    A full table evicts like a SYN cache: the oldest call of the caller with the most calls. A call whose message
+    arrives with its headers is in the table for less than a millisecond, so it is rarely the oldest.
 
     Args:
-        max_count: Most calls.
+        max_count: Maximum number of calls.
     """
 
     def __init__(self, max_count: int) -> None:
@@ -24,7 +24,7 @@ class HalfOpenCalls:
         self._count = 0
 
     def add(self, call: IncomingCall) -> IncomingCall | None:
-        """Take a call in; return the one that has to go for it."""
+        """Add a call; return the evicted call, if any."""
         with self._lock:
             evicted = self._evict() if self._count >= self._max_count else None
             self._calls.setdefault(call.caller, {})[call] = None
@@ -32,16 +32,16 @@ class HalfOpenCalls:
         return evicted
 
     def remove(self, call: IncomingCall) -> bool:
-        """Let a call go; False if it is not in the table any more."""
+        """Remove a call; return False if it is no longer in the table."""
         with self._lock:
             return self._discard(call)
 
     def discard(self, call: IncomingCall) -> None:
-        """Let a call go, if it is in the table."""
+        """Remove a call, if it is in the table."""
         self.remove(call)
 
     def take_overdue(self, now: float) -> list[IncomingCall]:
-        """Remove and return the calls whose deadline is over.
+        """Remove and return the expired calls.
 
         Args:
             now: Monotonic time, in seconds.

@@ -1,10 +1,10 @@
-"""An incoming call: its messages are received without a thread, and it runs once they have arrived.
+"""Incoming calls: messages are received without a thread, and a call runs once they have arrived.
 
-grpcio's synchronous server gives a call to a thread before its first message has come, and the thread waits for it:
-callers that send nothing hold as many threads as there are. Its asynchronous server has one event loop for the whole
-process, which a program that embeds a coordinator may need for itself. So this module starts the same receive
-operations that grpcio starts, without waiting for them. It is the only one that touches private parts of grpcio;
-`setup.cfg` admits the versions that it was checked with, and `check_grpcio` compares what it needs at start.
+grpcio's synchronous server assigns a thread to a call before its first message arrives, and the thread waits for the
+message: callers that send nothing can occupy all threads. Its asynchronous server has one event loop for the whole
+process, which a program that embeds a coordinator may need for itself. This module therefore starts the same receive
+operations as grpcio, without waiting for them. It is the only module that uses private parts of grpcio; `setup.cfg`
+pins the tested versions, and `check_grpcio` checks the required interfaces at startup.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _ARGUMENTS: Final = (
 
 
 def check_grpcio() -> None:
-    """Make sure that grpcio hands calls over as this module takes them.
+    """Check that grpcio has the internal interfaces that this module uses.
 
     Raises:
-        RuntimeError: It does not; another version of grpcio is installed than `setup.cfg` admits.
+        RuntimeError: It does not; the installed version of grpcio is not one that `setup.cfg` permits.
     """
     for name in _RESPONDERS:
         found = tuple(inspect.signature(getattr(_server, name)).parameters)
@@ -54,7 +54,7 @@ def check_grpcio() -> None:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An answer to a call that no thread has seen: code, text and trailing metadata, made ready once."""
+    """A prepared refusal, sent without a thread: code, text and trailing metadata."""
 
     code: grpc.StatusCode
     reason: str
@@ -63,7 +63,7 @@ class Refusal:
 
     @classmethod
     def from_error(cls, error: errors.QflareError) -> Refusal:
-        """Return the answer that an error of the domain gets."""
+        """Return the refusal for a domain error."""
         status = describe(error, "")
         details = ((DETAILS_KEY, status.SerializeToString()),)
         return cls(status_of(error), error.reason, str(error).encode(), details)
@@ -74,20 +74,20 @@ class IncomingCall:
 
     Args:
         run: Enters the call's context: `contextvars.Context.run`.
-        respond: Has the call answered, in the thread that calls it: a function of grpcio.
-        arguments: Of `respond`, as `check_grpcio` names them.
-        stall_timeout_s: Longest wait for a message by the thread that answers.
+        respond: grpcio's function that handles the call in the calling thread.
+        arguments: Arguments of `respond`, as named in `check_grpcio`.
+        stall_timeout_s: Longest wait for a message by the handling thread.
 
     Attributes:
-        route: What is known of its method.
-        messages: What the caller sends, as bytes.
-        caller: Whom its place in a queue is charged to; set by the dispatcher.
+        route: Route of its method.
+        messages: The received messages, as bytes.
+        caller: Caller to which its queue slot is charged; set by the dispatcher.
         began_at: Monotonic time of its arrival, in seconds.
-        deadline_at: Monotonic time by which the next message has to come while no thread has the call.
-        sends: Times that the thread has waited for the caller to take messages.
-        task: What a thread does when it is the call's turn: to answer, unless the dispatcher has something else.
+        deadline_at: Monotonic deadline of the next message while no thread handles the call.
+        sends: Time that the thread has waited for the caller to accept messages.
+        task: Work of the thread that is assigned to the call: handling it, unless the dispatcher sets another task.
 
-    A thread that answers iterates over the call to get its messages.
+    The handling thread iterates over the call to receive its messages.
     """
 
     def __init__(
@@ -112,27 +112,27 @@ class IncomingCall:
 
     @property
     def metadata(self) -> Any:
-        """Keys and values that came with the call."""
+        """Metadata of the call."""
         return self._event.invocation_metadata
 
     @property
     def peer_address(self) -> str:
-        """Address of the caller, as gRPC writes it."""
+        """Address of the caller, in gRPC's notation."""
         return str(self._event.call.peer().decode())
 
     @property
     def is_over(self) -> bool:
-        """Whether the caller has gone, or the answer has."""
+        """Whether the caller has canceled or the response was sent."""
         return not _server._is_rpc_state_active(self._state)  # noqa: SLF001
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes of the messages of both directions so far."""
+        """Bytes of the messages in both directions so far."""
         return self.messages.received_bytes + self._sent_bytes
 
     @property
     def waited_s(self) -> float:
-        """Seconds that the call has waited for its caller, while a thread had it."""
+        """Seconds that the handling thread has waited for the caller."""
         return self.messages.waits.total_s + self.sends.total_s
 
     def __iter__(self) -> Iterator[bytes]:
@@ -142,16 +142,16 @@ class IncomingCall:
         return next(self.messages)
 
     def receive(self, on_message: Callable[[IncomingCall], None]) -> None:
-        """Begin to receive; after each message and at the end, `on_message` is called in gRPC's thread."""
+        """Start receiving; `on_message` is called in gRPC's thread after each message and at the end."""
         self._on_message = on_message
         self.messages.start()
 
     def leave(self) -> None:
-        """Call `on_message` no more: a thread has the call."""
+        """Stop calling `on_message`, because a thread handles the call."""
         self._on_message = _ignore
 
     def answer(self) -> None:
-        """Have the call answered in this thread, unless it is over."""
+        """Handle the call in this thread, unless it has ended."""
         if not self.is_over:
             self._answer()
         self._release()
@@ -168,7 +168,7 @@ class IncomingCall:
         )
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answer without a thread; a call that is over stays as it is."""
+        """Refuse the call without a thread, unless it has ended."""
         with self._state.condition:
             if not self.is_over:
                 self._state.trailing_metadata = refusal.trailing_metadata
@@ -177,24 +177,24 @@ class IncomingCall:
         self._release()
 
     def _release(self) -> None:
-        """Break the circles of references, so that the memory of a call is free at once, not at a collection."""
+        """Break reference cycles, so that the call's memory is freed immediately instead of at a garbage collection."""
         self._on_message = _ignore
         self.task = _nothing
         self.messages.stop_receiving()
 
     def cancel(self) -> None:
-        """End the call whatever its thread is doing; the caller learns no more than that."""
+        """Cancel the call whatever its thread is doing, without a reason."""
         self._event.call.cancel()
 
     def interrupt(self, error: errors.QflareError) -> None:
-        """Have the thread that answers stop: an upload ends with an error, a download is cut off."""
+        """Stop the handling thread: an upload ends with an error, a download is aborted."""
         if self.route.response_streaming:
             self.cancel()
         else:
             self.messages.ended(error)
 
     def on_end(self, callback: Callable[[], None]) -> bool:
-        """Call back once the call is over; False if it is."""
+        """Register a callback for the end of the call; return False if it has ended."""
         with self._state.condition:
             if self._state.callbacks is None:
                 return False
@@ -216,7 +216,7 @@ class IncomingCall:
         self.messages.ended(errors.DisconnectedError())
 
     def _received(self, event: Any) -> Any:
-        """Take the outcome of a receive operation; called by gRPC's thread."""
+        """Process the result of a receive operation; called by gRPC's thread."""
         message = event.batch_operations[0].message()
         with self._state.condition:
             gone = self._state.client == _server._CANCELLED  # noqa: SLF001
@@ -232,8 +232,8 @@ class IncomingCall:
 
 
 def _nothing() -> None:
-    """Do nothing: the call is over."""
+    """Do nothing, because the call has ended."""
 
 
 def _ignore(_call: IncomingCall) -> None:
-    """Wait for nothing."""
+    """Return without waiting."""

@@ -1,8 +1,8 @@
 """The gRPC boundary: authentication, limits, error mapping and the log line of every call.
 
-`CallInterceptor` admits every call before its first message is looked at, has it answered, and its outcome
-is logged in one line. Errors of the domain become rich statuses; anything else becomes INTERNAL with a fixed text
-and a request id, and its traceback stays in the log.
+`CallInterceptor` authorizes every call before its first message is parsed, runs its handler, and logs the outcome in
+one line. Domain errors become rich statuses. Other exceptions become INTERNAL with a fixed text and a request id, and
+are logged with a traceback.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from qflare_server.use_cases.access.rate_limits import RateLimiter
 logger = logging.getLogger(__name__)
 
 UNKNOWN: Final = (
-    "unknown"  # one name for all methods that there are not: callers must not make up labels
+    "unknown"  # one label for all unknown methods, so that callers cannot create labels
 )
 PQ_GROUP: Final = "X25519MLKEM768"
 MAX_HEALTH_WATCHES: Final = 100
-"""Watches of the health service at once; each costs memory, none a thread."""
+"""Concurrent watches of the health service; each uses memory but no thread."""
 
 
 class CallInterceptor(grpc.ServerInterceptor):
-    """Admission, errors, limits and the log line of every call.
+    """Authorization, error mapping, limits and log line of every call.
 
     Args:
         config: Limits.
-        authentication: Decides who may call.
-        limits: Bounds the streams of a caller.
-        watchdog: Ends streams that go out and are not taken.
-        draining: Set once no new work is taken.
-        telemetry: Hears of every call.
+        authentication: Authenticates and authorizes callers.
+        limits: Limits the streams per caller.
+        watchdog: Cancels response streams that the caller does not read.
+        draining: Set when the coordinator is draining.
+        telemetry: Telemetry sink.
 
     Attributes:
-        running: The calls under way; health checks and reflection are not among them.
+        running: The calls in flight, without health checks and reflection.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap the handler of a method, be it ours or one of gRPC's own services."""
+        """Wrap the handler of a method, of our services or of gRPC's own."""
         handler: Any = continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None:
@@ -104,14 +104,14 @@ class CallInterceptor(grpc.ServerInterceptor):
         return wrapped
 
     def recognize(self, metadata: Any) -> KnownCaller | None:
-        """Return whom the token of a call was last seen to belong to, from memory."""
+        """Return the last known owner of a call's token, from memory."""
         try:
             return self._authentication.recognize(_bearer(metadata))
         except errors.UnauthenticatedError:
             return None
 
     def introduce(self, metadata: Any) -> KnownCaller | None:
-        """Look up the token of a call; None where it is not good, or cannot be looked up."""
+        """Look up the token of a call; None if it is invalid or the lookup fails."""
         try:
             return self._authentication.introduce(_bearer(metadata))
         except errors.QflareError:
@@ -129,7 +129,7 @@ class CallInterceptor(grpc.ServerInterceptor):
     def _unary(
         self, behavior: Callable[..., Any], route: Route, parse: Callable[[bytes], Any]
     ) -> Callable[..., Any]:
-        """Return the behavior of a method with one answer."""
+        """Return the behavior of a method with a single response."""
 
         def answer(requests: IncomingCall, context: grpc.ServicerContext) -> Any:
             metadata = context.invocation_metadata()
@@ -148,7 +148,7 @@ class CallInterceptor(grpc.ServerInterceptor):
     def _streaming(
         self, behavior: Callable[..., Any], route: Route, parse: Callable[[bytes], Any]
     ) -> Callable[..., Any]:
-        """Return the behavior of a method with a stream of answers."""
+        """Return the behavior of a method with a response stream."""
 
         def answer(requests: IncomingCall, context: grpc.ServicerContext) -> Iterator[Any]:
             metadata = context.invocation_metadata()
@@ -178,9 +178,9 @@ class CallInterceptor(grpc.ServerInterceptor):
     def _watched(
         self, behavior: Callable[..., Any], route: Route, parse: Callable[[bytes], Any]
     ) -> Callable[..., Any]:
-        """Return the behavior of a method that answers now and then, from other threads, for as long as it is asked.
+        """Return the behavior of a method that sends responses from other threads until the caller cancels.
 
-        Where too many watch, the oldest of whoever has most is cut off.
+        If there are too many watches, the oldest watch of the caller with the most watches is canceled.
         """
 
         def answer(
@@ -202,7 +202,7 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     @staticmethod
     def _charged_to(call: Call, requests: IncomingCall) -> str:
-        """Return whose streams a stream counts among: a caller without a credential is its address."""
+        """Return the caller to which a stream is charged; an unauthenticated caller is identified by its address."""
         return call.principal.name if call.principal.token_id else requests.caller
 
     def _parsed(
@@ -215,14 +215,14 @@ class CallInterceptor(grpc.ServerInterceptor):
             yield message
 
     def _only(self, requests: Iterator[bytes], route: Route, parse: Callable[[bytes], Any]) -> Any:
-        """Return the message of a call that has one."""
+        """Return the single message of a call."""
         request = next(self._parsed(requests, route, parse), None)
         if request is None:
             raise errors.InvalidRequestError("the call has no message", field="")
         return request
 
     def _admitted(self, messages: Iterator[Any], route: Route, metadata: Any) -> Iterator[Any]:
-        """Yield the messages of a stream for as long as the caller may call: a revocation ends it in the middle."""
+        """Yield the messages of a stream while the caller is authorized: a revocation ends the stream."""
         for number, message in enumerate(messages):
             if number:
                 self._authentication.admit(route.method, _bearer(metadata))
@@ -232,7 +232,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self.telemetry.call_started(route.method, route.kind)
         if route.is_ours:
             self.running.begin()
-            if not context.add_callback(self.running.end):  # the caller has gone already
+            if not context.add_callback(self.running.end):  # the caller has already canceled
                 self.running.end()
         call = Call(
             method=route.method,
@@ -245,7 +245,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         return _CallScope(self, call, route, metadata, context)
 
     def admit(self, call: Call, route: Route, metadata: Any) -> None:
-        """Set the principal of a call, or refuse it; gRPC's own services answer anybody, also while draining."""
+        """Set the principal of a call, or refuse it; gRPC's own services are open to anyone, even while draining."""
         if not route.is_ours:
             return
         if self._draining.is_set():
@@ -257,7 +257,7 @@ class CallInterceptor(grpc.ServerInterceptor):
             self._rates.take(call.principal.name)
 
     def sample(self, line: str, call: Call, *facts: str) -> int | None:
-        """Return how many similar lines were left out before this one, None if this one is to be left out too."""
+        """Return the number of similar lines suppressed before this one; None if this line is to be suppressed too."""
         return self._log_lines.take((line, call.method, host_of(call.find_peer()), *facts))
 
     def report(self, call: Call, code: grpc.StatusCode, seconds: float, reason: str = "") -> None:
@@ -283,7 +283,7 @@ class CallInterceptor(grpc.ServerInterceptor):
 
 
 class _CallScope:
-    """One call from its admission to its log line: keeps its error until the `except` block is left."""
+    """State of one call from authorization to its log line; keeps its error until the `except` block is left."""
 
     def __init__(
         self,
@@ -330,7 +330,7 @@ class _CallScope:
         return True
 
     def finish(self) -> NoReturn:
-        """Abort the call with the status of its error: the one abort of the program."""
+        """Abort the call with the status of its error; no other code aborts calls."""
         error = self._error
         assert error is not None
         if isinstance(error, grpc.RpcError):
@@ -358,7 +358,7 @@ _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def _traceparent(metadata: Any) -> str:
-    """Return the trace context of the caller; empty without one, or with several (W3C Trace Context, 3.2)."""
+    """Return the trace context of the caller; empty if there is none or more than one (W3C Trace Context, 3.2)."""
     values = [value for key, value in metadata or () if key == "traceparent"]
     return values[0] if len(values) == 1 and isinstance(values[0], str) else ""
 
@@ -378,9 +378,9 @@ def _tls_group(context: grpc.ServicerContext) -> str:
 def _rewrap(
     handler: Any, route: Route, behavior: Callable[..., Any]
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """Return a handler with another behavior, which takes its messages as a stream even where there is only one.
+    """Return a handler with another behavior, which receives its messages as a stream even if there is only one.
 
-    On the wire both are the same, and gRPC leaves it to the dispatcher to receive them.
+    Both are the same on the wire, and the dispatcher receives the messages instead of gRPC.
     """
     make = (
         grpc.stream_stream_rpc_method_handler

@@ -1,4 +1,4 @@
-"""Bounds on streams: how many at once, and how long without progress."""
+"""Limits of connections and streams: their number, and the time without progress."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from qflare_server import errors
 from qflare_server.config import ServerConfig
 
 MAX_PENDING: Final = 1000
-"""Calls of one method that wait inside gRPC until they are handed over; it cancels some beyond, all beyond twice it."""
+"""Calls of one method that may wait inside gRPC; beyond it gRPC cancels some calls, and beyond twice the number all."""
 MAX_ANSWER_BYTES: Final = 4 * 2**20
 """Longest message that a gRPC peer takes by default; no answer is longer, whatever it is about."""
 MAX_PING_STRIKES: Final = 2
 HANDSHAKE_S: Final = 10
 RESERVED_FILES: Final = 256
-"""Files that the process needs beside its connections: databases, pages, logs."""
+"""File descriptors that the process needs besides its connections: databases, pages, logs."""
 LEAST_CONNECTIONS: Final = 64
 MILLISECONDS: Final = 1000
 
 
 def channel_options(config: ServerConfig) -> dict[str, int]:
-    """Return the options of a gRPC server: what one connection and all of them may do.
+    """Return the gRPC server options that limit each connection and all connections together.
 
     Names and meanings are in grpc/impl/channel_arg_names.h of grpc.
     """
@@ -52,14 +52,14 @@ def channel_options(config: ServerConfig) -> dict[str, int]:
 
 
 def raise_file_limit() -> None:
-    """Let this process open as many files as its hard limit says: shells and service managers start it with 1024."""
+    """Raise the open-file limit of this process to its hard limit; shells and service managers default to 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def connection_bound(config: ServerConfig) -> int:
-    """Return how many connections there may be, so that files are left to answer them with."""
+    """Return the connection limit that leaves enough file descriptors to handle the connections."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return config.max_connections
@@ -67,9 +67,9 @@ def connection_bound(config: ServerConfig) -> int:
 
 
 class StreamLimits:
-    """Bounds on streams under way, for each caller and for watchers; thread-safe.
+    """Limits of concurrent streams per caller and of watchers; thread-safe.
 
-    How many large payloads move at once is bounded where they move: a small one needs no place.
+    The number of concurrent large payloads is limited by the transfer slots; a small payload needs no slot.
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -79,10 +79,10 @@ class StreamLimits:
         self._counts: Counter[str] = Counter()
 
     def take(self, direction: str, caller: str) -> None:
-        """Take a place for a stream; `release` gives it back.
+        """Acquire a slot for a stream; `release` returns it.
 
         Raises:
-            TooManyRequestsError: No place is free.
+            TooManyRequestsError: No slot is free.
         """
         with self._lock:
             if direction == "watch" and self._counts[direction] >= self._max_watchers:
@@ -95,7 +95,7 @@ class StreamLimits:
             self._counts[caller] += 1
 
     def release(self, direction: str, caller: str) -> None:
-        """Give a place back."""
+        """Return a slot."""
         with self._lock:
             self._counts[direction] -= 1
             self._counts[caller] -= 1
@@ -104,10 +104,10 @@ class StreamLimits:
 
     @contextmanager
     def taken(self, direction: str, caller: str) -> Iterator[None]:
-        """Hold a place for a stream for as long as the block lasts.
+        """Hold a slot for a stream during the block.
 
         Raises:
-            TooManyRequestsError: No place is free.
+            TooManyRequestsError: No slot is free.
         """
         self.take(direction, caller)
         try:
@@ -117,7 +117,7 @@ class StreamLimits:
 
 
 class Watchdog:
-    """Cancels calls whose thread waits for the caller in vain; one thread looks after all of them."""
+    """Cancels calls whose thread waits too long for the caller; one thread monitors all calls."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -129,7 +129,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self, context: grpc.ServicerContext) -> Iterator[Callable[[], None]]:
-        """Watch a call for as long as the block lasts; yields what to call on progress."""
+        """Monitor a call during the block; yields the function to call on progress."""
         key = id(context)
 
         def progress() -> None:
@@ -143,7 +143,7 @@ class Watchdog:
                 self._streams.pop(key, None)
 
     def stop(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._stopped.set()
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""Sampling of log lines that a caller can repeat at will: a line for each refused call fills a disk in a day."""
+"""Sampling of log lines that callers can trigger at will: a line per refused call could fill a disk in a day."""
 
 import threading
 from collections.abc import Callable, Hashable
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Final
 
 LINES: Final = 10
-"""Lines of one kind that are logged in a period."""
+"""Lines of one kind that are logged per period."""
 
 PERIOD_S: Final = 60.0
 
 MAX_KINDS: Final = 1024
-"""Kinds of lines that are told apart; what comes beyond counts as one kind."""
+"""Maximum number of distinct kinds; all further kinds count as one."""
 
 _OTHERS: Final = "others"
 
@@ -24,10 +24,10 @@ class _Window:
 
 
 class LogSampler:
-    """Lets the first lines of each kind through in every period and counts the others; thread-safe.
+    """Passes the first lines of each kind in every period and counts the others; thread-safe.
 
     Args:
-        monotonic: Gives the time in seconds.
+        monotonic: Returns monotonic time in seconds.
     """
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
@@ -36,7 +36,7 @@ class LogSampler:
         self._windows: dict[Hashable, _Window] = {}
 
     def take(self, kind: Hashable) -> int | None:
-        """Return how many lines of this kind were left out before this one; None where this one is to be left out."""
+        """Return the number of lines of this kind suppressed before this one; None if this line is to be suppressed."""
         now = self._monotonic()
         with self._lock:
             window = self._window(kind, now)

@@ -1,7 +1,8 @@
 """Object-level authorization at the gRPC boundary: an interceptor around every method of both services.
 
-It stands inside `interceptor.CallInterceptor`, which has admitted the caller by its role, and inside the check of
-proofs of possession. `use_cases.access.objects` decides from the first message of the call what the caller may reach.
+It runs inside `interceptor.CallInterceptor`, which has authorized the caller by its role, and inside the check of
+proofs of possession. `use_cases.access.objects` decides from the first message of the call which objects the caller may
+access.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ Check = Callable[[Any], None]
 
 
 class ObjectAccessInterceptor(grpc.ServerInterceptor):
-    """Checks what every call is for.
+    """Checks access to the object of every call.
 
     Args:
-        objects: Decides.
+        objects: Object-level authorization.
     """
 
     def __init__(self, objects: ObjectAccess) -> None:
@@ -63,7 +64,7 @@ def _checked(behavior: Behavior, check: Check) -> Callable[[Any, grpc.ServicerCo
 def _checked_stream(
     behavior: Behavior, check: Check
 ) -> Callable[[Iterator[Any], grpc.ServicerContext], Any]:
-    """Return a behavior that checks the first message; a stream without one is for the behavior to refuse."""
+    """Return a behavior that checks the first message; the behavior itself refuses an empty stream."""
 
     def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
         first = next(requests, None)

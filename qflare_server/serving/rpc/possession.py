@@ -1,8 +1,8 @@
-"""Proofs of possession at the gRPC boundary: an interceptor for deployments behind a proxy that ends TLS.
+"""Proofs of possession at the gRPC boundary: an interceptor for deployments behind a proxy that terminates TLS.
 
-It stands inside `interceptor.CallInterceptor`, which has admitted the caller and turns errors into statuses. A proof is
-over the first message as it came, so messages travel through it with their bytes; a stream's first message is awaited
-before its handler is called.
+It runs inside `interceptor.CallInterceptor`, which has authorized the caller and maps errors to statuses. A proof
+covers the serialized first message as received, so messages are passed through it with their bytes. A stream's first
+message is received before its handler is called.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from qflare_server.use_cases.access.login import Login
 
 
 class _ReceivedRequest(NamedTuple):
-    """A request message and the bytes that it was read from."""
+    """A request message and its serialized bytes."""
 
     data: bytes
     message: Any
 
 
 class PossessionInterceptor(grpc.ServerInterceptor):
-    """Checks the proof of every call of a device.
+    """Checks the proof of possession of every device call.
 
     Args:
-        login: Knows the sessions' binding keys.
+        login: Login use case, which has the sessions' binding keys.
     """
 
     def __init__(self, login: Login) -> None:
@@ -45,7 +45,7 @@ class PossessionInterceptor(grpc.ServerInterceptor):
         method = handler_call_details.method
         if found is None or not method.startswith("/qflare."):
             return found
-        handler: Any = found  # grpc makes it a named tuple, whatever its stub says
+        handler: Any = found  # grpc returns a named tuple, despite its type stub
         check = self._checker(method, handler_call_details.invocation_metadata)
         return replace_behavior(
             handler,

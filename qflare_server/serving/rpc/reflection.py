@@ -1,4 +1,4 @@
-"""What server reflection resolves."""
+"""Symbol resolution for server reflection."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from google.protobuf.descriptor_pool import DescriptorPool
 
 
 class MethodPool:
-    """A descriptor pool that finds methods by name as well, as clients of reflection ask for them.
+    """A descriptor pool that also resolves method names, which reflection clients request.
 
-    protobuf's pool resolves services, messages and fields only, so `grpcurl describe` of a method and ghz without
-    protos fail on it.
+    protobuf's pool resolves only services, messages and fields, so `grpcurl describe` of a method and ghz without
+    protos fail with it.
     """
 
     def __init__(self, pool: DescriptorPool) -> None:
         self._pool = pool
 
     def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802 - protobuf's name
-        """Return the file that declares a symbol, a method among them.
+        """Return the file that declares a symbol, including methods.
 
         Raises:
             KeyError: There is no such symbol.

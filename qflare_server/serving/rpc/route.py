@@ -1,4 +1,4 @@
-"""Routes: audience and shape of every method, known before a call is read."""
+"""Routes: audience and kind of every method, known before a call is read."""
 
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -9,25 +9,25 @@ from qflare_server.use_cases.access.roles import ACCESS, Role
 HEALTH_SERVICE: Final = "/grpc.health.v1.Health/"
 REFLECTION_SERVICES: Final = "/grpc.reflection."
 WATCHES: Final = frozenset({"/qflare.v1.AdminService/WatchTrainingSession"})
-"""Streams that last long and send little: they have places of their own, so that they keep none from a download."""
+"""Long-lived streams with little data; they have separate slots, so that they do not block downloads."""
 
 
 class Audience(Enum):
-    """Who may call a method."""
+    """Audience of a method."""
 
     HEALTH = auto()
-    """Anybody: probes and load balancers."""
+    """Anyone: probes and load balancers."""
     REFLECTION = auto()
-    """Anybody: tools that ask which methods there are."""
+    """Anyone: tools that use reflection."""
     ANYONE = auto()
-    """Anybody: a device that enrolls or logs in."""
+    """Anyone: devices that enroll or log in."""
     CREDENTIAL = auto()
     """Callers with a token."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """A method: `kind` is what the well-known metrics call its shape."""
+    """A method; `kind` is its type in the usual gRPC metrics."""
 
     method: str
     audience: Audience
@@ -43,17 +43,17 @@ class Route:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is a method of the coordinator, not of gRPC's own services."""
+        """Whether it is a method of the coordinator rather than of gRPC's own services."""
         return self.audience in {Audience.ANYONE, Audience.CREDENTIAL}
 
     @property
     def direction(self) -> str:
-        """Return watch or down for what streams its answer."""
+        """Return `watch` or `down` for a method with a response stream."""
         return "watch" if self.method in WATCHES else "down"
 
 
 def audience_of(method: str) -> Audience:
-    """Return who may call a method; a method without a row in the table of roles needs a credential."""
+    """Return the audience of a method; a method without a row in the table of roles requires a credential."""
     if method.startswith(HEALTH_SERVICE):
         return Audience.HEALTH
     if method.startswith(REFLECTION_SERVICES):

@@ -1,8 +1,7 @@
-"""The one table from domain errors to gRPC statuses, and the rich status of an error.
+"""Mapping from domain errors to gRPC statuses, and the rich status of an error.
 
-A status travels in the trailers of a call: the text as `grpc-message`, percent-encoded, the rich status in base64.
-Peers take 8 KiB of trailers by default and report RESOURCE_EXHAUSTED in place of anything longer, so every text is
-bounded.
+A status is sent in the trailers of a call: the text as percent-encoded `grpc-message`, the rich status in base64. Peers
+accept 8 KiB of trailers by default and report RESOURCE_EXHAUSTED instead of anything longer, so every text is bounded.
 """
 
 from typing import Any, Final
@@ -19,9 +18,9 @@ Code = grpc.StatusCode
 MAX_TEXT_BYTES: Final = 512
 """Longest text of an error, in UTF-8."""
 MAX_VALUE_BYTES: Final = 256
-"""Longest value in the metadata of an error, and longest path or description of a field."""
+"""Maximum length of a metadata value, and of a field's path or description."""
 MAX_VIOLATIONS_BYTES: Final = 2300
-"""All paths and descriptions of fields together."""
+"""Maximum total length of all field paths and descriptions."""
 
 STATUS: Final[dict[type[BaseException], grpc.StatusCode]] = {
     errors.InvalidRequestError: Code.INVALID_ARGUMENT,
@@ -42,7 +41,7 @@ STATUS: Final[dict[type[BaseException], grpc.StatusCode]] = {
 
 
 def status_of(error: BaseException) -> grpc.StatusCode:
-    """Return the status of an error, looked up through its classes; INTERNAL for what has no row."""
+    """Return the status of an error, looked up along its base classes; INTERNAL if there is no row."""
     for kind in type(error).__mro__:
         if kind in STATUS:
             return STATUS[kind]
@@ -50,7 +49,7 @@ def status_of(error: BaseException) -> grpc.StatusCode:
 
 
 def describe(error: BaseException, request_id: str) -> status_pb2.Status:
-    """Return the rich status of an error; what is not of the domain shows nothing of itself."""
+    """Return the rich status of an error; errors outside the domain reveal no details."""
     code = status_of(error).value[0]
     if not isinstance(error, errors.QflareError):
         error = errors.QflareError("internal error")
@@ -72,7 +71,7 @@ def describe(error: BaseException, request_id: str) -> status_pb2.Status:
 
 
 def shortened(text: str, most_bytes: int) -> str:
-    """Return a text that has at most so many bytes in UTF-8, with an ellipsis where something is left out."""
+    """Truncate a text to a number of UTF-8 bytes, with an ellipsis."""
     data = text.encode(errors="backslashreplace")
     if len(data) <= most_bytes:
         return data.decode()
@@ -80,7 +79,7 @@ def shortened(text: str, most_bytes: int) -> str:
 
 
 def _bad_request(error: errors.InvalidRequestError) -> error_details_pb2.BadRequest:
-    """Return the fields that are wrong, as many as there is room for."""
+    """Return the field violations, as many as fit."""
     message = error_details_pb2.BadRequest()
     room = MAX_VIOLATIONS_BYTES
     for number, (field, description) in enumerate(error.violations):

@@ -12,12 +12,12 @@ from qflare.tensors import CHUNK_BYTES
 from qflare_server.errors import InvalidRequestError, StalledError
 
 READ_AHEAD: Final = 3
-"""Messages of a stream that are held before one is consumed; a chunk is 1 MiB."""
+"""Maximum number of buffered messages of a stream; a chunk is 1 MiB."""
 END: Final = StopIteration()
 
 
 def split_header(messages: Iterator[Any]) -> tuple[Any, Any]:
-    """Return the first message's header, and its chunk or None.
+    """Return the first message's header and its chunk, or None if it has no chunk.
 
     Raises:
         InvalidRequestError: There is no message, or the first has no header.
@@ -47,7 +47,7 @@ def chunks_of(first: Any, messages: Iterator[Any]) -> Iterator[tuple[int, bytes]
 def rest_of(first: Any, messages: Iterator[Any]) -> tuple[Iterator[Any], bool]:
     """Return the messages after the first, and whether it is known that there are none.
 
-    A chunk that is not full is the last one: only the end of the stream can follow, which is waited for here.
+    A partial chunk is the last one; only the end of the stream can follow, and this function waits for it.
     """
     if first is None or len(first.data) >= CHUNK_BYTES:
         return messages, False
@@ -58,7 +58,7 @@ def rest_of(first: Any, messages: Iterator[Any]) -> tuple[Iterator[Any], bool]:
 
 
 class Stopwatch:
-    """Adds up waits; one thread waits, others read."""
+    """Total waiting time; one thread waits, others read it."""
 
     def __init__(self) -> None:
         self._total_s = 0.0
@@ -66,13 +66,13 @@ class Stopwatch:
 
     @property
     def total_s(self) -> float:
-        """Seconds of all waits, the present one included."""
+        """Total seconds of all waits, including the current one."""
         since = self._since
         return self._total_s + (0.0 if since is None else time.monotonic() - since)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count the time of a block."""
+        """Add the duration of the block."""
         began = self._since = time.monotonic()
         try:
             yield
@@ -82,19 +82,19 @@ class Stopwatch:
 
 
 class MessageStream:
-    """The messages of one call, in order; received ahead of their consumer, while no thread waits for them.
+    """The messages of one call, in order; received in advance, without a waiting thread.
 
-    gRPC's own iterator holds a thread from the beginning of a call to its last message. Here the transport is asked
-    for a message and says when it is there, so a thread is needed only once there is something to work on, and a
-    consumer that waits does so within a bound.
+    gRPC's own iterator occupies a thread from the start of a call to its last message. This one requests messages from
+    the transport, which reports their arrival. A thread is needed only when there is work, and a consumer waits only
+    for a bounded time.
 
     Args:
-        receive: Asks the transport for the next message; it answers by `arrived` or `ended`, in a thread of its own.
+        receive: Requests the next message from the transport, which calls `arrived` or `ended` in its own thread.
         stall_timeout_s: Longest wait of the consumer for one message.
 
     Attributes:
-        received_bytes: Bytes of the messages that have come.
-        waits: Times that the consumer has waited for messages.
+        received_bytes: Bytes of the received messages.
+        waits: Time that the consumer has waited for messages.
     """
 
     def __init__(self, receive: Callable[[], None], stall_timeout_s: float) -> None:
@@ -109,16 +109,16 @@ class MessageStream:
 
     @property
     def held_count(self) -> int:
-        """Messages that have come and are not consumed."""
+        """Messages that were received and not yet consumed."""
         return len(self._held)
 
     @property
     def ending(self) -> BaseException | None:
-        """What comes after the last message: `END`, or the error that ended the stream; None while it may go on."""
+        """End of the stream: `END`, or the error that ended it; None while more messages may follow."""
         return self._ending
 
     def start(self) -> None:
-        """Ask for the next message, unless one is under way or enough are held."""
+        """Request the next message, unless a request is pending or the buffer is full."""
         with self._changed:
             if self._receiving or self._ending is not None or len(self._held) >= READ_AHEAD:
                 return
@@ -126,7 +126,7 @@ class MessageStream:
         self._receive()
 
     def arrived(self, message: bytes) -> None:
-        """Take a message from the transport."""
+        """Accept a message from the transport."""
         with self._changed:
             self._receiving = False
             self._held.append(message)
@@ -134,14 +134,14 @@ class MessageStream:
             self._changed.notify()
 
     def ended(self, ending: BaseException) -> None:
-        """Let nothing come after the messages that are held; the first ending counts."""
+        """End the stream after the buffered messages; only the first end counts."""
         with self._changed:
             self._receiving = False
             self._ending = self._ending or ending
             self._changed.notify()
 
     def stop_receiving(self) -> None:
-        """Ask for nothing more: nobody consumes the messages."""
+        """Stop requesting messages, because they are no longer consumed."""
         with self._changed:
             self._ending = self._ending or END
             self._receive = _nothing
@@ -154,8 +154,8 @@ class MessageStream:
 
         Raises:
             StopIteration: There is none.
-            StalledError: It did not come in time.
-            QflareError: What else ended the stream.
+            StalledError: It did not arrive in time.
+            QflareError: The error that ended the stream.
         """
         self.start()
         with self._changed:
@@ -167,7 +167,7 @@ class MessageStream:
                 raise StalledError(f"no message came for {self._stall_timeout_s:g} s")
             if (
                 self._ending is END
-            ):  # shared by all streams: raised itself, it would collect their frames
+            ):  # shared by all streams: raising this instance would accumulate their frames
                 raise StopIteration
             raise self._ending
 
@@ -179,4 +179,4 @@ class MessageStream:
 
 
 def _nothing() -> None:
-    """Ask nobody."""
+    """Request nothing."""

@@ -1,4 +1,4 @@
-"""Thread pools that serve callers round robin."""
+"""Thread pools with round-robin scheduling among callers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ JOIN_S: Final = 5.0
 
 
 class FairPool:
-    """Runs calls in threads of its own; waiting calls are taken from one caller after the other (round robin).
+    """Runs calls in its own threads; waiting calls are scheduled round robin among callers.
 
     Args:
-        name: Of its threads.
-        thread_count: Most threads; they start when they are needed.
-        max_waiting: Most calls that wait for a thread, in all.
-        max_waiting_per_caller: And of one caller.
-        displaced: Hears of a call that waited and lost its place.
+        name: Name of its threads.
+        thread_count: Maximum number of threads, started on demand.
+        max_waiting: Maximum number of waiting calls.
+        max_waiting_per_caller: Maximum number of waiting calls per caller.
+        displaced: Called with a waiting call that was displaced.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class FairPool:
         self._idle_count = 0
 
     def put(self, call: IncomingCall) -> bool:
-        """Let a call wait for a thread; False if too many wait already."""
+        """Queue a call for a thread; return False if the queue is full."""
         with self._lock:
             mine = self._waiting.get(call.caller)
             if mine is not None and len(mine) >= self._max_waiting_per_caller:
@@ -64,7 +64,7 @@ class FairPool:
         return True
 
     def close(self) -> None:
-        """End the threads once nothing waits; those that are busy are not waited for long."""
+        """Stop the threads when the queue is empty; busy threads are awaited only briefly."""
         with self._lock:
             threads = list(self._threads)
         for _ in threads:
@@ -73,7 +73,7 @@ class FairPool:
             thread.join(JOIN_S)
 
     def _start_thread(self) -> None:
-        """Start a thread for what waits, unless one is free or all are there."""
+        """Start a thread for the waiting calls, unless one is idle or the maximum is reached."""
         if self._idle_count >= self._waiting_count or len(self._threads) >= self.thread_count:
             return
         name = f"{self._name}-{len(self._threads)}"
@@ -93,7 +93,9 @@ class FairPool:
             try:
                 self._run(call)
             except Exception:
-                logger.exception("a call broke its thread's loop: method=%s", call.route.method)
+                logger.exception(
+                    "unexpected error in the thread of a call: method=%s", call.route.method
+                )
             with self._lock:
                 self._idle_count += 1
                 self._running[call.caller] -= 1
@@ -104,9 +106,9 @@ class FairPool:
         call.task()
 
     def _take(self) -> IncomingCall | None:
-        """Take the call that is next: of the caller whose turn it is."""
+        """Take the next call, from the caller whose turn it is."""
         if not self._waiting:
-            return None  # it was displaced
+            return None  # displaced
         return self._remove(self._next_caller())
 
     def _next_caller(self) -> str:
@@ -121,7 +123,7 @@ class FairPool:
         return call
 
     def _make_room(self, call: IncomingCall) -> bool:
-        """Displace a call that waits, in favor of one whose caller has fewer; False if there is none."""
+        """Displace a waiting call in favor of a caller with fewer calls; return False if there is none."""
         greediest = max(self._waiting, key=lambda caller: len(self._waiting[caller]))
         if len(self._waiting[greediest]) <= len(self._waiting.get(call.caller, ())) + 1:
             return False

@@ -1,9 +1,9 @@
 """Transfer slots for large payloads: shared fairly, with a minimum throughput.
 
-A transfer is measured by what it moves in the time that it waits for its caller, so a slow disk on this side is not
-held against it. As long as a place is free a transfer may take as long as it likes. Where others wait, one that is
-slower than the minimum makes room, and so does one of a caller that has several places while another has none. An
-upload that made room goes on later from what has been stored.
+The throughput of a transfer is measured only while it waits for its caller, so a slow disk on this side does not count.
+While a slot is free, a transfer may be arbitrarily slow. If other transfers wait, a transfer below the minimum is
+canceled, and so is one of several transfers of a caller while another caller has none. A canceled upload resumes later
+from the stored chunks.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from qflare_server.serving.rpc.incoming import IncomingCall
 from qflare_server.serving.rpc.thread_pools import FairPool
 
 WINDOW_S: Final = 5.0
-"""How long a transfer is watched before it is judged."""
+"""Measurement window before a transfer is judged."""
 WAITING_SHARE: Final = 0.5
-"""A transfer that waits for its caller less than this is held up by the coordinator."""
+"""A transfer that waits for its caller for less than this is limited by the coordinator."""
 SLOW_FOR_S: Final = 60.0
-"""How long a caller that made room stands behind others."""
+"""How long a caller whose transfer was canceled has lower priority."""
 MAX_SLOW_CALLERS: Final = 10_000
 
 
 @dataclass
 class _Progress:
-    """Samples of a transfer: monotonic time, bytes moved and seconds waited until then."""
+    """Samples of a transfer: monotonic time, bytes transferred so far, and seconds waited so far."""
 
     samples: deque[tuple[float, int, float]] = field(default_factory=deque)
 
     def add(self, now: float, moved_bytes: int, waited_s: float) -> None:
-        """Keep a sample, and of the earlier ones those within the window and one before it."""
+        """Add a sample; keep the earlier samples within the window, and one before it."""
         self.samples.append((now, moved_bytes, waited_s))
         while self.samples[0][0] < now - WINDOW_S and self.samples[1][0] <= now - WINDOW_S:
             self.samples.popleft()
 
     def bytes_per_s(self) -> float | None:
-        """Return what the caller's line carries; None if that cannot be said yet or the caller is not waited for."""
+        """Return the caller's throughput; None if it is unknown yet, or the transfer does not wait for the caller."""
         (began, bytes_then, waited_then), (now, bytes_now, waited_now) = (
             self.samples[0],
             self.samples[-1],
@@ -52,19 +52,19 @@ class _Progress:
 
     @property
     def is_watched_long_enough(self) -> bool:
-        """Whether it has been watched for a window."""
+        """Whether the measurement covers a full window."""
         return self.samples[-1][0] - self.samples[0][0] >= WINDOW_S
 
 
 class TransferPool(FairPool):
-    """Threads for payloads that move in one direction: each holds one place.
+    """Threads for transfers in one direction; each thread is one transfer slot.
 
     Args:
-        name: Of its threads.
-        place_count: Transfers at once.
-        min_bytes_per_s: What a transfer has to move each second while others wait.
-        max_waiting_per_caller: Transfers of one caller that wait for a place.
-        displaced: Hears of a call that waited and lost its place in the line.
+        name: Name of its threads.
+        place_count: Maximum number of concurrent transfers.
+        min_bytes_per_s: Minimum throughput of a transfer while others wait.
+        max_waiting_per_caller: Maximum number of waiting transfers per caller.
+        displaced: Called with a waiting call that was displaced.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class TransferPool(FairPool):
         self._slow_until: dict[str, float] = {}
 
     def review(self, now: float) -> None:
-        """Look at the transfers under way, and end one for each that waits in vain; to be called every second or so.
+        """Check the running transfers, and cancel one for each waiting transfer; call this about once a second.
 
         Args:
             now: Monotonic time, in seconds.
@@ -121,7 +121,7 @@ class TransferPool(FairPool):
                 self._under_way.pop(call, None)
 
     def _slowest(self, count: int) -> list[IncomingCall]:
-        """Return at most so many transfers below the minimum, the slowest first."""
+        """Return up to `count` transfers below the minimum, slowest first."""
         rates = [
             (rate, number, call)
             for number, (call, progress) in enumerate(self._under_way.items())
@@ -130,7 +130,7 @@ class TransferPool(FairPool):
         return [call for _, _, call in sorted(rates)[:count]]
 
     def _beyond_share(self) -> list[IncomingCall]:
-        """Return a transfer of the caller that has most places, if it has several and a caller that waits has none."""
+        """Return a transfer of the caller with the most slots, if it has several and a waiting caller has none."""
         if not self._running or all(self._running[caller] for caller in self._waiting):
             return []
         greediest, count = self._running.most_common(1)[0]
@@ -150,11 +150,11 @@ class TransferPool(FairPool):
         return self._slow_until.get(caller, 0.0) > time.monotonic()
 
     def _next_caller(self) -> str:
-        """Return the caller with the fewest places, those that made room lately last."""
+        """Return the waiting caller with the fewest slots; callers whose transfers were recently canceled come last."""
         return min(self._waiting, key=lambda caller: (self._is_slow(caller), self._running[caller]))
 
     def _make_room(self, call: IncomingCall) -> bool:
-        """Displace a call of a caller that made room lately in favor of one that did not."""
+        """Displace a call of a caller whose transfer was recently canceled in favor of another caller."""
         slow = [caller for caller in self._waiting if self._is_slow(caller)]
         if not slow or self._is_slow(call.caller):
             return super()._make_room(call)

@@ -1,8 +1,8 @@
-"""Parsing and validation of requests, after the caller is admitted and before the method runs.
+"""Parsing and validation of requests, after the caller is authorized and before the method runs.
 
 A message that does not parse and a field that breaks a constraint of the protos (`qflare.protocol.constraints`) are
-refused with `InvalidRequestError`, which names all such fields. Nothing here depends on a method: a field is bounded
-by its declaration in the proto.
+refused with `InvalidRequestError`, which lists all such fields. Validation is independent of the method: the proto
+declares the constraints of each field.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from qflare_server.errors import InvalidRequestError
 
 
 class RequestValidation(grpc.ServerInterceptor):
-    """Has the requests of every method parsed and validated; the innermost of the interceptors.
+    """Parses and validates the requests of every method; the innermost interceptor.
 
-    The deserializer of its handlers raises `InvalidRequestError`, so the interceptor around it has to call it within
-    the call rather than leave it to gRPC, which would answer INTERNAL and log a traceback.
+    The deserializer of its handlers raises `InvalidRequestError`, so the surrounding interceptor has to call it within
+    the call. If gRPC called it, the response would be INTERNAL and a traceback would be logged.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class RequestValidation(grpc.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Give the handler of a method a deserializer that validates, once."""
+        """Add the validating deserializer to the handler of a method, once."""
         found: Any = continuation(handler_call_details)
         if found is None:
             return None

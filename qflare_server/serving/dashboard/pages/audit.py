@@ -1,4 +1,4 @@
-"""The audit log: events by risk, and the events themselves."""
+"""Audit page: events by risk, and the list of events."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ LONG: Final = 30
 
 @dataclass(frozen=True)
 class EventRow:
-    """An audit event as it is shown."""
+    """An audit event in the list."""
 
     number: int
     at: Moment | None
@@ -27,7 +27,7 @@ class EventRow:
     subject: str
     peer_address: str
     brief: str
-    """Its details on one line, long values cut."""
+    """Its details on one line, with long values truncated."""
     details: list[tuple[str, str]]
 
 

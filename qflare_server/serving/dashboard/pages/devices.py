@@ -1,4 +1,4 @@
-"""Devices: by state, by type, in a list, and one of them."""
+"""Device pages: counts by state and type, the list, and the details of one device."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ SHOWN_TYPES: Final = 12
 
 @dataclass(frozen=True)
 class Slice:
-    """A part of a whole; `percent` is of the largest part, for its bar."""
+    """A count with its bar; `percent` is relative to the largest count."""
 
     name: str
     count: int
@@ -25,7 +25,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class DeviceRow:
-    """A device as it is shown."""
+    """A device in the list."""
 
     device_id: str
     state: str
@@ -38,7 +38,7 @@ class DeviceRow:
 
 
 def slices(counts: Mapping[str, int], names: Sequence[str]) -> Sequence[Slice]:
-    """Return counts in the order of their names, with the length of their bars."""
+    """Return counts sorted by name, with the lengths of their bars."""
     largest = max((counts.get(name, 0) for name in names), default=0) or 1
     return [
         Slice(name, counts.get(name, 0), round(100 * counts.get(name, 0) / largest, 1))

@@ -1,4 +1,4 @@
-"""Overview page: health, training sessions under way, alerts."""
+"""Overview page: health, running training sessions, alerts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ CURVE_VERSIONS: Final = 60
 
 @dataclass(frozen=True)
 class Card:
-    """A training session under way."""
+    """A running training session."""
 
     row: SessionRow
     current: CurrentRound | None
@@ -56,19 +56,19 @@ def build(visit: PageContext) -> Mapping[str, Any]:
 
 
 def audit_counts(visit: PageContext) -> Mapping[str, int] | None:
-    """Return the last day's audit events by risk, None to visitors who may not read the audit log."""
+    """Return the last day's audit events by risk; None for visitors who may not read the audit log."""
     if not visit.may("ListAuditEntries"):
         return None
     return visit.recent.audit_counts()
 
 
 def device_slices(report: Report) -> Sequence[Slice]:
-    """Return the devices by state."""
+    """Return device counts by state."""
     return slices(report.device_counts, [item.value for item in DeviceState])
 
 
 def risk_slices(counts: Mapping[str, int]) -> Sequence[Slice]:
-    """Return audit events by risk, the worst first."""
+    """Return audit event counts by risk, worst first."""
     return slices(counts, [item.value for item in reversed(RiskLevel)])
 
 

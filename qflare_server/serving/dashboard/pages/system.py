@@ -1,4 +1,4 @@
-"""The coordinator itself: its replicas, its database, what waits and what is stored."""
+"""System page: replicas, database, backlog and storage."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Training sessions, their curves, their rounds, and who took part in one."""
+"""Training pages: sessions, metric curves, rounds, and the participants of a round."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class SessionRow:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """A round in a list; `selected` is None where every active device may take part."""
+    """A round in a list; `selected` is None if every active device may participate."""
 
     number: int
     state: str
@@ -88,7 +88,7 @@ class UpdateRow:
 
 @dataclass(frozen=True)
 class CurrentRound:
-    """The round under way."""
+    """The current round."""
 
     round: RoundRow
     pending_count: int
@@ -97,7 +97,7 @@ class CurrentRound:
 
 
 def session_row(row: TrainingSession, visit: PageContext) -> SessionRow:
-    """Return a training session as it is shown."""
+    """Return the list entry of a training session."""
     config = row.config
     objective = objective_of(config)
     end = row.ended_at or visit.at
@@ -125,7 +125,7 @@ def session_row(row: TrainingSession, visit: PageContext) -> SessionRow:
 
 
 def round_row(row: Round, visit: PageContext) -> RoundRow:
-    """Return a round as it is shown; a phase under way lasts until now."""
+    """Return the list entry of a round; a running phase lasts until now."""
     collecting, publishing = _phases(row, visit)
     return RoundRow(
         number=row.number,
@@ -150,7 +150,7 @@ def round_row(row: Round, visit: PageContext) -> RoundRow:
 
 
 def _phases(row: Round, visit: PageContext) -> tuple[float, float | None]:
-    """Return how long a round has collected updates, and how long its version took; seconds."""
+    """Return the durations of a round's collection and aggregation, in seconds."""
     collecting = ((row.closed_at or visit.at) - row.opened_at).total_seconds()
     if row.closed_at is None or row.state in {RoundState.FAILED.value, RoundState.CANCELLED.value}:
         return collecting, None
@@ -158,7 +158,7 @@ def _phases(row: Round, visit: PageContext) -> tuple[float, float | None]:
 
 
 def current(progress: Progress, visit: PageContext) -> CurrentRound | None:
-    """Return the round under way, None without one."""
+    """Return the current round; None if there is none."""
     row = progress.round
     if row is None or row.state not in {RoundState.OPEN.value, RoundState.CLOSED.value}:
         return None
@@ -171,7 +171,7 @@ def current(progress: Progress, visit: PageContext) -> CurrentRound | None:
 
 
 def series(metrics: Sequence[VersionMetrics], name: str) -> list[Series]:
-    """Return a metric by version: as devices measured it on data they hold back, and as they trained."""
+    """Return a metric by version, from evaluations on held-out data and from training."""
     kinds = (
         ("On held-back data", "measured", name),
         ("While training", "trained", f"train_{name}"),
@@ -289,7 +289,7 @@ def _charts(
 
 
 def _turnout_chart(rounds: Sequence[Round]) -> Chart | None:
-    """Return how many devices took part in the latest rounds, oldest first."""
+    """Return the chart of participants in the latest rounds, oldest first."""
     bars = []
     for row in reversed(rounds):
         wanted = row.selected_count if row.selected_count > 0 else row.target
@@ -319,7 +319,7 @@ def _turnout_chart(rounds: Sequence[Round]) -> Chart | None:
 
 
 def _phase_chart(rounds: Sequence[Round], visit: PageContext) -> Chart | None:
-    """Return how long the latest rounds took, oldest first."""
+    """Return the chart of durations of the latest rounds, oldest first."""
     bars = []
     for row in reversed(rounds):
         if row.state == RoundState.OPEN.value:
@@ -346,7 +346,7 @@ def _phase_chart(rounds: Sequence[Round], visit: PageContext) -> Chart | None:
 
 
 def build_round(visit: PageContext) -> Mapping[str, Any]:
-    """Build the page of one round: who took part."""
+    """Build the page of one round with its participants."""
     training_session_id, number = visit.path["session_id"], whole(visit.path["number"], "round")
     found = visit.use_cases.training.participation(training_session_id, number)
     page = visit.use_cases.training.list_updates(training_session_id, number, visit.rows(50))

@@ -1,4 +1,4 @@
-"""Audit entries as messages."""
+"""Encoding of audit entries."""
 
 from qflare.v1 import admin_service_pb2
 from qflare_server.serving.rpc.encoding.values import _texts, timestamp

@@ -1,4 +1,4 @@
-"""Devices and tokens as messages."""
+"""Encoding of devices and tokens."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +9,7 @@ from qflare_server.use_cases.access.tokens import IssuedToken
 
 
 def device(row: Device, groups: Sequence[str] = ()) -> device_pb2.Device:
-    """Encode a device that is in groups."""
+    """Encode a device with its groups."""
     message = device_pb2.Device(
         device_id=row.id,
         state=device_state(row.state),
@@ -27,9 +27,7 @@ def device(row: Device, groups: Sequence[str] = ()) -> device_pb2.Device:
     message.reported_capabilities.update(
         _numbers(row.capabilities if reported is None else reported)
     )
-    profile = (
-        message.profile
-    )  # filled in place: a message handed to a constructor is made and then copied
+    profile = message.profile  # filled in place: a message passed to a constructor is copied
     profile.device_type = row.device_type
     profile.hardware_info.update(_texts(row.hardware_info))
     profile.network_info.update(_texts(row.network_info))

@@ -1,4 +1,4 @@
-"""The state of a coordinator as messages."""
+"""Encoding of the coordinator's status."""
 
 from datetime import datetime
 

@@ -1,4 +1,4 @@
-"""Training sessions, rounds and their events as messages."""
+"""Encoding of training sessions, rounds and their events."""
 
 from datetime import datetime
 
@@ -72,7 +72,7 @@ def validated(
 
 
 def training_round(row: Round | None) -> training_pb2.Round | None:
-    """Encode a round, None for none."""
+    """Encode a round; None for none."""
     if row is None:
         return None
     took = None
@@ -99,7 +99,7 @@ def training_round(row: Round | None) -> training_pb2.Round | None:
 
 
 def session_event(happening: SessionEvent, at: datetime) -> pb.WatchTrainingSessionResponse:
-    """Encode what has happened to a training session."""
+    """Encode the events of a training session."""
     session, model = happening.session, happening.model
     return pb.WatchTrainingSessionResponse(
         kind=pb.TrainingSessionEventKind.Value(

@@ -19,12 +19,12 @@ MAX_SHARED_BYTES: Final = 2 * 2**20
 
 
 def timestamp(at: datetime | None) -> Timestamp | None:
-    """Return a time, None for none."""
+    """Encode a time; None for none."""
     return None if at is None else timestamp_of(at)
 
 
 def moment(message: Any, field: str) -> datetime | None:
-    """Return the time in a field, None if it is absent."""
+    """Return the time in a field; None if it is absent."""
     if not message.HasField(field):
         return None
     found: datetime = getattr(message, field).ToDatetime(tzinfo=UTC)
@@ -32,7 +32,7 @@ def moment(message: Any, field: str) -> datetime | None:
 
 
 def duration(seconds: float | None) -> Duration | None:
-    """Return a duration, None for none."""
+    """Encode a duration; None for none."""
     if seconds is None:
         return None
     message = Duration()
@@ -41,14 +41,14 @@ def duration(seconds: float | None) -> Duration | None:
 
 
 def seconds(message: Any, field: str) -> float | None:
-    """Return the seconds of a duration field, None if it is absent."""
+    """Return the seconds of a duration field; None if it is absent."""
     if not message.HasField(field):
         return None
     return float(getattr(message, field).ToNanoseconds() / 1e9)
 
 
 def state_name(prefix: str, number: int, names: Any) -> str:
-    """Return the stored word of an enum value: FOO_STATE_OPEN becomes open, the unspecified one empty."""
+    """Return the stored word of an enum value: `open` for FOO_STATE_OPEN, empty for the unspecified value."""
     word = names.Name(number).removeprefix(prefix).lower()
     return "" if word == "unspecified" else str(word)
 
@@ -65,7 +65,7 @@ def _numbers(entries: Mapping[str, Any]) -> dict[str, float]:
 
 
 def envelope(payload: bytes, signature: bytes) -> security_pb2.SignedEnvelope:
-    """Decode a stored envelope; the payload beside it is what the envelope holds."""
+    """Decode a stored envelope and its payload."""
     message = security_pb2.SignedEnvelope.FromString(signature)
     message.payload = payload
     return message

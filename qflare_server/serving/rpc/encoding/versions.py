@@ -1,4 +1,4 @@
-"""Global models, updates and receipts as messages."""
+"""Encoding of global models, updates and receipts."""
 
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import coordinator_service_pb2, security_pb2, tensor_pb2, training_pb2
@@ -96,7 +96,7 @@ def receipt(accepted: UpdateReceipt) -> coordinator_service_pb2.SubmitUpdateResp
 def model_header(
     delivery: Delivery, sealed: security_pb2.SealedPayloadHeader | None = None
 ) -> coordinator_service_pb2.GlobalModelHeader:
-    """Encode what comes before the bytes of a version as they are kept."""
+    """Encode the header of a version's stored bytes."""
     return coordinator_service_pb2.GlobalModelHeader(
         global_model=global_model(delivery.model, with_manifest=True),
         statement=envelope(delivery.model.statement, delivery.model.signature),
@@ -108,7 +108,7 @@ def model_header(
 
 
 def opened_model_header(delivery: Delivery) -> coordinator_service_pb2.GlobalModelHeader:
-    """Encode what comes before what is in a version, where the coordinator has opened it if it is sealed."""
+    """Encode the header of a version's plaintext; the coordinator decrypts sealed versions."""
     header = model_header(delivery)
     if delivery.payload.seal is not None:
         header.chunk_digests = delivery.payload.seal.content_digests
