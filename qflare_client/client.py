@@ -399,6 +399,30 @@ class Client:
         request = make_evaluation(self._login.identity, task, example_count, metrics)
         self._calls.unary(self._stub.ReportEvaluation, request, timeout_s=timeout_s)
 
+    def report_failure(
+        self, task: Task, kind: str, text: str = "", *, timeout_s: float | None = None
+    ) -> None:
+        """Report that this device failed in its work on a task, so that administrators see why a round waits.
+
+        Args:
+            task: The task, of kind TRAIN or EVALUATE.
+            kind: Kind of failure, such as the class of an exception: 1 to 64 printable characters.
+            text: A short text for the administrator, at most 200 printable characters; no data.
+            timeout_s: Deadline of each attempt, in seconds; None means the client's.
+
+        Raises:
+            InvalidRequestError: Kind or text is too long.
+            QflareClientError: The call failed.
+        """
+        arguments.instance("task", task, Task)
+        request = messages.ReportFailureRequest(
+            training_session_id=task.training_session_id,
+            round_number=task.round_number,
+            kind=kind,
+            text=text,
+        )
+        self._calls.unary(self._stub.ReportFailure, request, timeout_s=timeout_s)
+
     def heartbeat(
         self,
         profile: device_pb2.DeviceProfile | None = None,

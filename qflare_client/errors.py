@@ -39,6 +39,7 @@ QflareClientError
   + InvalidArgumentError       an argument is invalid; a ValueError as well
   + UnsupportedTaskError       the training session needs a feature that this SDK lacks
   + TrainingFunctionError      the training function returned something unusable
+  + TaskFailedError            raised by a training function to tell administrators why it failed
 ```
 
 Public calls raise no exception types of gRPC, protobuf or cryptographic libraries.
@@ -263,6 +264,21 @@ class UnsupportedTaskError(QflareClientError):
 
 class TrainingFunctionError(QflareClientError):
     """The training or evaluation function returned something that cannot be sent."""
+
+
+class TaskFailedError(QflareClientError):
+    """Raised by a training or evaluation function; its text is sent to the coordinator as the reason of the failure.
+
+    Of any other exception only the class is sent: its message could hold data. Raised `from` another exception, that
+    one's class is the kind of the failure.
+
+    Attributes:
+        text: For administrators; the first 200 characters are sent, control characters as spaces. No data.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
 
 
 _BY_REASON: Mapping[str, type[RejectedError]] = {

@@ -36,6 +36,7 @@ _REMEDIES: Final[dict[type[Exception], str]] = {
     errors.ForkedError: "open the client in the process that uses it",
     errors.PrivacyError: "wait for the next round, or set a larger budget",
     errors.UnsupportedTaskError: "upgrade the SDK on this device",
+    errors.TaskFailedError: "mend the cause that the training function names",
     errors.TrainingFunctionError: "correct the function; it returns arrays by name, a count and metrics",
     errors.QflareClientError: _HELP,
     FileNotFoundError: "check the path",

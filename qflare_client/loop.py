@@ -19,7 +19,8 @@ import logging
 import math
 import random
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -33,6 +34,7 @@ from qflare_client.errors import (
     QflareClientError,
     RejectedError,
     RepeatedTaskError,
+    TaskFailedError,
     TlsError,
     TrainingFunctionError,
     UnavailableError,
@@ -61,6 +63,9 @@ _log = logging.getLogger(__name__)
 
 _LEAST_POLL_DELAY_S = 0.01
 _OUTAGE_DELAY_S = 5.0
+_REPORT_TIMEOUT_S = 5.0
+_MAX_KIND = 64
+_MAX_REASON = 200
 _LEAST_LATE_DELAY_S = 0.02
 _MOST_LATE_DELAY_S = 5.0
 
@@ -236,7 +241,7 @@ class _Loop:
         base = self._model(task)
         if self._client.lifetime.is_ending():
             return
-        with span("qflare.device.train"):
+        with span("qflare.device.train"), self._failures_reported(task):
             arrays, example_count, metrics = _returned(
                 self._train(_copy(base), task.config), "training", _TRAINED
             )
@@ -251,12 +256,26 @@ class _Loop:
         model = self._model(task)
         if self._client.lifetime.is_ending():
             return 0.0
-        result = self._evaluate(_copy(model), task.config)
+        with self._failures_reported(task):
+            result = self._evaluate(_copy(model), task.config)
+            example_count, metrics = _returned(result, "evaluation", _EVALUATED)
         self._bounds.seen()
-        example_count, metrics = _returned(result, "evaluation", _EVALUATED)
         self._client.report_evaluation(task, example_count, metrics)
         self.summary.evaluation_count += 1
         return 0.0
+
+    @contextmanager
+    def _failures_reported(self, task: Task) -> Iterator[None]:
+        """Report what the block raises by its class and, of `TaskFailedError` alone, its text; then raise it again."""
+        try:
+            yield
+        except Exception as error:
+            kind, text = _described(error)
+            try:
+                self._client.report_failure(task, kind, text, timeout_s=_REPORT_TIMEOUT_S)
+            except QflareClientError as unsent:
+                _log.warning("failure not reported: %s", unsent)
+            raise
 
     def _model(self, task: Task) -> GlobalModel:
         held = self._held
@@ -266,6 +285,15 @@ class _Loop:
             self._held = held
             self.summary.last_version = max(self.summary.last_version, held.version)
         return held
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    """Return kind and text of a failure, as they are sent."""
+    if not isinstance(error, TaskFailedError):
+        return type(error).__name__[:_MAX_KIND], ""
+    cause = error.__cause__ or error
+    text = "".join(mark if mark.isprintable() else " " for mark in error.text[:_MAX_REASON])
+    return type(cause).__name__[:_MAX_KIND], text.strip()
 
 
 def _copy(model: GlobalModel) -> dict[str, Array]:

@@ -117,6 +117,8 @@ class _TrainingSessionEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapp
     """A version received metrics or was released."""
     TRAINING_SESSION_EVENT_KIND_KEEPALIVE: _TrainingSessionEventKind.ValueType  # 9
     """Keepalive, sent when no event has occurred for a while."""
+    TRAINING_SESSION_EVENT_KIND_NOTICED: _TrainingSessionEventKind.ValueType  # 10
+    """What the training session waits for has changed."""
 
 class TrainingSessionEventKind(_TrainingSessionEventKind, metaclass=_TrainingSessionEventKindEnumTypeWrapper):
     """Kind of event in the stream of a watched training session."""
@@ -141,6 +143,8 @@ TRAINING_SESSION_EVENT_KIND_VERSION_CHANGED: TrainingSessionEventKind.ValueType 
 """A version received metrics or was released."""
 TRAINING_SESSION_EVENT_KIND_KEEPALIVE: TrainingSessionEventKind.ValueType  # 9
 """Keepalive, sent when no event has occurred for a while."""
+TRAINING_SESSION_EVENT_KIND_NOTICED: TrainingSessionEventKind.ValueType  # 10
+"""What the training session waits for has changed."""
 Global___TrainingSessionEventKind: _TypeAlias = TrainingSessionEventKind  # noqa: Y015
 
 @_typing.final
@@ -763,6 +767,7 @@ class GetTrainingSessionResponse(_message.Message):
 
     TRAINING_SESSION_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
+    NOTICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def training_session(self) -> _training_pb2.TrainingSession:
         """The training session."""
@@ -771,15 +776,20 @@ class GetTrainingSessionResponse(_message.Message):
     def round(self) -> _training_pb2.Round:
         """Its current or last round. Absent before the start."""
 
+    @_builtins.property
+    def notices(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.Notice]:
+        """What it waits for, and why."""
+
     def __init__(
         self,
         *,
         training_session: _training_pb2.TrainingSession | None = ...,
         round: _training_pb2.Round | None = ...,
+        notices: _abc.Iterable[_training_pb2.Notice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "training_session", b"training_session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "training_session", b"training_session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["notices", b"notices", "round", b"round", "training_session", b"training_session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1117,6 +1127,7 @@ class GetAggregationStatusResponse(_message.Message):
     CURRENT_VERSION_FIELD_NUMBER: _builtins.int
     LAST_PUBLISH_TIME_FIELD_NUMBER: _builtins.int
     REMAINING_DURATION_FIELD_NUMBER: _builtins.int
+    NOTICES_FIELD_NUMBER: _builtins.int
     pending_update_count: _builtins.int
     """Updates accepted and not yet part of a version."""
     missing_update_count: _builtins.int
@@ -1135,6 +1146,10 @@ class GetAggregationStatusResponse(_message.Message):
     def remaining_duration(self) -> _duration_pb2.Duration:
         """Time remaining until the round's deadline. Absent without an open round."""
 
+    @_builtins.property
+    def notices(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.Notice]:
+        """What the training session waits for, and why."""
+
     def __init__(
         self,
         *,
@@ -1144,10 +1159,11 @@ class GetAggregationStatusResponse(_message.Message):
         current_version: _builtins.int = ...,
         last_publish_time: _timestamp_pb2.Timestamp | None = ...,
         remaining_duration: _duration_pb2.Duration | None = ...,
+        notices: _abc.Iterable[_training_pb2.Notice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_publish_time", b"last_publish_time", "remaining_duration", b"remaining_duration", "round", b"round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["current_version", b"current_version", "last_publish_time", b"last_publish_time", "missing_update_count", b"missing_update_count", "pending_update_count", b"pending_update_count", "remaining_duration", b"remaining_duration", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current_version", b"current_version", "last_publish_time", b"last_publish_time", "missing_update_count", b"missing_update_count", "notices", b"notices", "pending_update_count", b"pending_update_count", "remaining_duration", b"remaining_duration", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1936,6 +1952,7 @@ class WatchTrainingSessionResponse(_message.Message):
     TRAINING_SESSION_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     GLOBAL_MODEL_FIELD_NUMBER: _builtins.int
+    NOTICES_FIELD_NUMBER: _builtins.int
     kind: Global___TrainingSessionEventKind.ValueType
     """Kind of event."""
     @_builtins.property
@@ -1954,6 +1971,10 @@ class WatchTrainingSessionResponse(_message.Message):
     def global_model(self) -> _training_pb2.GlobalModel:
         """State of the version after the event. Set in SNAPSHOT (the latest version), VERSION_PUBLISHED and VERSION_CHANGED."""
 
+    @_builtins.property
+    def notices(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.Notice]:
+        """What the training session waits for, and why. Set in SNAPSHOT and NOTICED."""
+
     def __init__(
         self,
         *,
@@ -1962,10 +1983,11 @@ class WatchTrainingSessionResponse(_message.Message):
         training_session: _training_pb2.TrainingSession | None = ...,
         round: _training_pb2.Round | None = ...,
         global_model: _training_pb2.GlobalModel | None = ...,
+        notices: _abc.Iterable[_training_pb2.Notice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time", "global_model", b"global_model", "round", b"round", "training_session", b"training_session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time", "global_model", b"global_model", "kind", b"kind", "round", b"round", "training_session", b"training_session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time", "global_model", b"global_model", "kind", b"kind", "notices", b"notices", "round", b"round", "training_session", b"training_session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

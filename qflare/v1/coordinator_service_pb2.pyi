@@ -855,6 +855,57 @@ class ReportEvaluationResponse(_message.Message):
 Global___ReportEvaluationResponse: _TypeAlias = ReportEvaluationResponse  # noqa: Y015
 
 @_typing.final
+class ReportFailureRequest(_message.Message):
+    """Reports that the device failed in its work on a task."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    training_session_id: _builtins.str
+    """Training session."""
+    round_number: _builtins.int
+    """Round. 0 means the current one, as for an evaluation."""
+    kind: _builtins.str
+    """Kind of failure, such as the class of an exception."""
+    text: _builtins.str
+    """Short text that the device's program states deliberately; never data. May be empty."""
+    def __init__(
+        self,
+        *,
+        training_session_id: _builtins.str = ...,
+        round_number: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "round_number", b"round_number", "text", b"text", "training_session_id", b"training_session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportFailureRequest: _TypeAlias = ReportFailureRequest  # noqa: Y015
+
+@_typing.final
+class ReportFailureResponse(_message.Message):
+    """Answer to a failure report."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportFailureResponse: _TypeAlias = ReportFailureResponse  # noqa: Y015
+
+@_typing.final
 class HeartbeatRequest(_message.Message):
     """Reports that the device is online."""
 

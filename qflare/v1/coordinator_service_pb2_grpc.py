@@ -106,6 +106,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportEvaluationRequest.SerializeToString,
                 response_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportEvaluationResponse.FromString,
                 _registered_method=True)
+        self.ReportFailure = channel.unary_unary(
+                '/qflare.v1.CoordinatorService/ReportFailure',
+                request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureRequest.SerializeToString,
+                response_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureResponse.FromString,
+                _registered_method=True)
         self.Heartbeat = channel.unary_unary(
                 '/qflare.v1.CoordinatorService/Heartbeat',
                 request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.HeartbeatRequest.SerializeToString,
@@ -227,6 +232,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportFailure(self, request, context):
+        """Report that the device failed in its work on a task, with the kind of failure and a short text. No data.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Heartbeat(self, request, context):
         """Report that the device is online, with its profile. Selection ignores the profile reported here.
         """
@@ -317,6 +329,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.ReportEvaluation,
                     request_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportEvaluationRequest.FromString,
                     response_serializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportEvaluationResponse.SerializeToString,
+            ),
+            'ReportFailure': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportFailure,
+                    request_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureRequest.FromString,
+                    response_serializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureResponse.SerializeToString,
             ),
             'Heartbeat': grpc.unary_unary_rpc_method_handler(
                     servicer.Heartbeat,
@@ -675,6 +692,33 @@ class CoordinatorService(object):
             '/qflare.v1.CoordinatorService/ReportEvaluation',
             qflare_dot_v1_dot_coordinator__service__pb2.ReportEvaluationRequest.SerializeToString,
             qflare_dot_v1_dot_coordinator__service__pb2.ReportEvaluationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportFailure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qflare.v1.CoordinatorService/ReportFailure',
+            qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureRequest.SerializeToString,
+            qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,8 @@ class CoordinatorServiceStub:
     """Get the position from which to resume an interrupted upload."""
     ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ReportEvaluationRequest, _coordinator_service_pb2.ReportEvaluationResponse]
     """Report an evaluation of a version on held-out data. Each evaluation task is reported once."""
+    ReportFailure: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ReportFailureRequest, _coordinator_service_pb2.ReportFailureResponse]
+    """Report that the device failed in its work on a task, with the kind of failure and a short text. No data."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.HeartbeatRequest, _coordinator_service_pb2.HeartbeatResponse]
     """Report that the device is online, with its profile. Selection ignores the profile reported here."""
     GetLineage: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetLineageRequest, _coordinator_service_pb2.GetLineageResponse]
@@ -171,6 +173,14 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.ReportEvaluationResponse:
         """Report an evaluation of a version on held-out data. Each evaluation task is reported once."""
+
+    @_abc_1.abstractmethod
+    def ReportFailure(
+        self,
+        request: _coordinator_service_pb2.ReportFailureRequest,
+        context: _grpc.ServicerContext,
+    ) -> _coordinator_service_pb2.ReportFailureResponse:
+        """Report that the device failed in its work on a task, with the kind of failure and a short text. No data."""
 
     @_abc_1.abstractmethod
     def Heartbeat(

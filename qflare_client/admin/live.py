@@ -17,7 +17,14 @@ from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client.admin.arguments import add_command
 from qflare_client.admin.connection import Admin
-from qflare_client.admin.output import measured_on, print_json_line, seconds, version_metrics, word
+from qflare_client.admin.output import (
+    measured_on,
+    notice_lines,
+    print_json_line,
+    seconds,
+    version_metrics,
+    word,
+)
 from qflare_client.errors import UnavailableError
 
 BAR_WIDTH: Final = 24
@@ -93,10 +100,10 @@ class Screen:
 
     def show(self, event: Any) -> None:
         """Show an event."""
-        line = printable(self._line(event))
-        if line:
-            self._wipe()
-            say(line, stream=self._stream)
+        for line in (self._line(event), *notice_lines(event.notices)):
+            if line:
+                self._wipe()
+                say(printable(line), stream=self._stream)
         if self._live and event.HasField("round"):
             columns = shutil.get_terminal_size().columns
             self._draw(bar(event.training_session, event.round, columns))

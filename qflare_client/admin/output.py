@@ -112,6 +112,11 @@ def metrics(values: Any) -> str:
     return " ".join(f"{name}={values[name]:.4g}" for name in sorted(values)) or NONE
 
 
+def notice_lines(notices: Iterable[Any]) -> list[str]:
+    """Return what a training session waits for and what to do about it, two lines for each notice."""
+    return [line for item in notices for line in (f"! {item.text}", f"  try: {item.remedy}")]
+
+
 def version_metrics(values: Any) -> str:
     """Return the metrics of a version in one line, with a remark where none was measured on held-out data."""
     only_training = values and all(name.startswith("train_") for name in values)

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from qflare.command_line import whole
-from qflare.terminal import say
+from qflare.terminal import printable, say
 from qflare.training_settings import add_flags, from_flags
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
@@ -26,6 +26,7 @@ from qflare_client.admin.output import (
     metrics,
     moment,
     note,
+    notice_lines,
     optional,
     print_json,
     span,
@@ -242,6 +243,9 @@ def run_show(admin: Admin, options: argparse.Namespace) -> None:
         "GetTrainingSession", pb.GetTrainingSessionRequest(training_session_id=options.session)
     )
     show(options, answer, answer.training_session, SESSION_FACTS)
+    if not options.json:
+        for line in notice_lines(answer.notices):
+            say(printable(line))
 
 
 def run_change(admin: Admin, options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 TICK_S: Final = 1.0
 MINUTE_TICKS: Final = 60
+EXPLAIN_TICKS: Final = 10
 TOKEN_BATCH: Final = 1000
 CALL_MEMORY: Final = timedelta(days=1)
 """How long calls with a request id are remembered."""
@@ -65,6 +66,7 @@ class Maintenance:
         self._set_healthy = set_healthy
         self._started_at = context.clock()
         self._ticks = 0
+        self._said: set[tuple[str, ...]] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
 
@@ -98,6 +100,8 @@ class Maintenance:
             self._attempt(self._flush)
         if due or self._ticks == 1:
             self._attempt(self._announce)
+        if self._ticks % EXPLAIN_TICKS == 1:
+            self._attempt(self._explain)
         if self._ticks % MINUTE_TICKS == 1:
             for chore in (self._expire, self._prune, self._sweep, self._deactivate, self._rewrap):
                 self._attempt(chore)
@@ -163,6 +167,18 @@ class Maintenance:
 
     def _sweep(self) -> None:
         sweep(self._context)
+
+    def _explain(self) -> None:
+        """Log what running training sessions wait for, each notice once for as long as it lasts."""
+        found = {
+            (row.id, item.code, *item.device_ids): item
+            for row, notices in self._use_cases.explanations.list_running()
+            for item in notices
+        }
+        for key in sorted(found.keys() - self._said):
+            item = found[key]
+            logger.warning("session=%s: %s; try: %s", key[0], item.text, item.remedy)
+        self._said = set(found)
 
     def _rewrap(self) -> None:
         moved = rewrap(self._context)

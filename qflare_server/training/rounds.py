@@ -29,6 +29,9 @@ IN_PROCESS_PREFIX: Final = "in-process-"
 
 NOBODY: Final = -1
 
+MISSED_QUORUM: Final = "missed its quorum"
+"""Begins the reason of a round whose deadline passed without a quorum."""
+
 
 def is_in_process(training_session_id: str) -> bool:
     """Return whether a training session is an embedding program's: its updates, and no others, are in-process."""
@@ -263,7 +266,7 @@ def handle_missed_quorum(
     """
     config = training_session.config
     action = config.rounds.missed_quorum_action
-    reason = f"missed its quorum: got {current.accepted_count}, want {current.quorum}"
+    reason = f"{MISSED_QUORUM}: got {current.accepted_count}, want {current.quorum}"
     details = {"round": current.number, "reason": reason}
     event = Event(
         "round.missed_quorum", f"training_session:{training_session.id}", RiskLevel.MEDIUM, details

@@ -19,9 +19,11 @@ from qflare_server.use_cases.devices.enrollment import Enrollment
 from qflare_server.use_cases.devices.key_rotation import KeyRotations
 from qflare_server.use_cases.status import Overview
 from qflare_server.use_cases.training_sessions.administration import Training
+from qflare_server.use_cases.training_sessions.explanation import Explanations
 from qflare_server.use_cases.training_sessions.tasks import Tasks
 from qflare_server.use_cases.training_sessions.watching import Watching
 from qflare_server.use_cases.updates.evaluations import Evaluations
+from qflare_server.use_cases.updates.failures import Failures
 from qflare_server.use_cases.updates.upload import Uploads
 from qflare_server.use_cases.versions.download import Deliveries
 from qflare_server.use_cases.versions.initial_model import InitialModels
@@ -40,6 +42,8 @@ class UseCases:
     tasks: Tasks
     uploads: Uploads
     evaluations: Evaluations
+    failures: Failures
+    explanations: Explanations
     deliveries: Deliveries
     devices: Devices
     tokens: Tokens
@@ -76,6 +80,8 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         tasks=Tasks(context, presence),
         uploads=Uploads(context, executor),
         evaluations=Evaluations(context),
+        failures=Failures(context),
+        explanations=Explanations(context),
         deliveries=Deliveries(context, executor),
         devices=Devices(context),
         tokens=Tokens(context),

@@ -1,12 +1,14 @@
 """Alerts of the dashboard: rules over a status report."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from qflare_server.serving.dashboard import formatting
+from qflare_server.storage.records import TrainingSession
 from qflare_server.storage.tables import DeviceState, RiskLevel
 from qflare_server.use_cases.status import Report
+from qflare_server.use_cases.training_sessions.explanation import Notice
 
 LEVELS: Final = ("bad", "warn", "note")
 SLOW_DATABASE_S: Final = 0.25
@@ -29,6 +31,17 @@ def find_alerts(report: Report, *, draining: bool) -> list[Alert]:
     """Return the current alerts, worst first."""
     found = [*_serving(report, draining=draining), *_work(report), *_fleet(report)]
     return sorted(found, key=lambda item: LEVELS.index(item.level))
+
+
+def find_waits(
+    running: Iterable[tuple[TrainingSession, Sequence[Notice]]],
+) -> list[Alert]:
+    """Return what running training sessions wait for."""
+    return [
+        Alert("warn", f"{row.name}: {item.text}", f"/sessions/{row.id}")
+        for row, notices in running
+        for item in notices
+    ]
 
 
 def worst(found: Sequence[Alert]) -> str:

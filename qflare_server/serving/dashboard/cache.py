@@ -2,13 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final, Generic, TypeVar
 
+from qflare_server.storage.records import TrainingSession
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.status import Report
+from qflare_server.use_cases.training_sessions.explanation import Notice
 
 LEAST_LIFE_S: Final = 2.0
 LIFE_OF_COST: Final = 20.0
@@ -52,10 +54,15 @@ class DashboardCache:
 
     def __init__(self, use_cases: UseCases) -> None:
         self._report = CachedValue(use_cases.overview.report)
+        self._running = CachedValue(use_cases.explanations.list_running)
         self._devices = CachedValue(use_cases.devices.counts)
         self._audit = CachedValue(
             lambda: use_cases.audit.count_by_risk(use_cases.overview.now() - AUDIT_SPAN)
         )
+
+    def running(self) -> Sequence[tuple[TrainingSession, Sequence[Notice]]]:
+        """Return the running training sessions with what they wait for."""
+        return self._running.get()
 
     def report(self) -> Report:
         """Return the coordinator's status."""

@@ -18,6 +18,7 @@ from qflare_server.storage.repository import devices, training_sessions, views
 from qflare_server.storage.tables import TrainingSessionState
 from qflare_server.training.objective import objective_of
 from qflare_server.use_cases.status import DatabaseHealth, Overview
+from qflare_server.use_cases.training_sessions.explanation import Explanations, Notice
 
 MAX_SESSIONS: Final = 100
 SESSION_LABELS: Final = ("name",)
@@ -30,6 +31,7 @@ class DatabaseCollector(Collector):
     def __init__(self, context: Context) -> None:
         self._context = context
         self._overview = Overview(context)
+        self._explanations = Explanations(context)
 
     def describe(self) -> list[GaugeMetricFamily]:
         """Return nothing, because the metrics are known only at a scrape."""
@@ -106,6 +108,7 @@ class DatabaseCollector(Collector):
             lambda item: item.current_version,
         )
         yield _best(found)
+        yield _waits(self._explanations.list_running(MAX_SESSIONS))
         yield _session_gauge(
             "qflare_privacy_epsilon_spent",
             "Epsilon spent",
@@ -126,6 +129,23 @@ def _newest(rows: Iterable[TrainingSession]) -> list[TrainingSession]:
     for row in rows:
         by_name.setdefault(row.name, row)
     return list(by_name.values())
+
+
+def _waits(running: Iterable[tuple[TrainingSession, Sequence[Notice]]]) -> GaugeMetricFamily:
+    """Return the devices that each running training session waits for, by reason; 1 where it is none in particular."""
+    counts: dict[tuple[str, str], int] = {}
+    for row, notices in running:
+        for item in notices:
+            key = row.name, item.code
+            counts[key] = max(counts.get(key, 0), len(item.device_ids), 1)
+    family = GaugeMetricFamily(
+        "qflare_training_session_waits",
+        "Devices that a training session waits for, by reason",
+        labels=(*SESSION_LABELS, "reason"),
+    )
+    for labels, count in sorted(counts.items()):
+        family.add_metric(labels, count)
+    return family
 
 
 def _best(found: Sequence[TrainingSession]) -> GaugeMetricFamily:

@@ -140,7 +140,11 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         return pb.GetTrainingSessionResponse(
             training_session=training.training_session(progress.session),
             round=training.training_round(progress.round),
+            notices=self._notices(request.training_session_id),
         )
+
+    def _notices(self, training_session_id: str) -> list[training_pb2.Notice]:
+        return training.notices(self._use_cases.explanations.find(training_session_id))
 
     def ListTrainingSessions(
         self, request: pb.ListTrainingSessionsRequest, context: ServicerContext
@@ -213,6 +217,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
                 None if progress.latest is None else progress.latest.created_at
             ),
             remaining_duration=values.duration(progress.remaining_s),
+            notices=self._notices(request.training_session_id),
         )
 
     def GetDevice(

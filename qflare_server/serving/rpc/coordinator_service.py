@@ -118,6 +118,21 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
         self._use_cases.evaluations.report(current_call().caller, _contributor(), request.statement)
         return pb.ReportEvaluationResponse()
 
+    def ReportFailure(
+        self, request: pb.ReportFailureRequest, context: ServicerContext
+    ) -> pb.ReportFailureResponse:
+        """Report a failure."""
+        call = current_call()
+        self._use_cases.failures.report(
+            call.caller,
+            call.device_id,
+            request.training_session_id,
+            request.round_number,
+            kind=request.kind,
+            text=request.text,
+        )
+        return pb.ReportFailureResponse()
+
     def Heartbeat(
         self, request: pb.HeartbeatRequest, context: ServicerContext
     ) -> pb.HeartbeatResponse:

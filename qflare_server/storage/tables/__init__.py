@@ -26,6 +26,7 @@ from qflare_server.storage.tables.states import (
     UpdateState,
 )
 from qflare_server.storage.tables.training import (
+    DeviceFailure,
     LateUpdate,
     Round,
     RoundDevice,
@@ -53,6 +54,7 @@ __all__ = [
     "AuditNode",
     "Base",
     "Device",
+    "DeviceFailure",
     "DeviceGroup",
     "DeviceKey",
     "DeviceState",

@@ -130,3 +130,24 @@ class LateUpdate(Base):
             ["rounds.training_session_id", "rounds.number"],
         ),
     )
+
+
+class DeviceFailure(Base):
+    """The latest failure that a device has reported of its work on a round."""
+
+    __tablename__ = "device_failures"
+
+    training_session_id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    round_number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(64))
+    text: Mapped[str] = mapped_column(String(200))
+    report_count: Mapped[int]
+    reported_at: Mapped[datetime]
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["training_session_id", "round_number"],
+            ["rounds.training_session_id", "rounds.number"],
+        ),
+    )

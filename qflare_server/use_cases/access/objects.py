@@ -127,6 +127,11 @@ def any_or_own_session(access: ObjectAccess, device_id: str, message: Any) -> No
         access.require_relation(device_id, message.training_session_id)
 
 
+def own_session(access: ObjectAccess, device_id: str, message: Any) -> None:
+    """Allow a device that takes part in the training session that the message names."""
+    access.require_relation(device_id, message.training_session_id)
+
+
 def signed_session(statement: type[Any], payload_of: Callable[[Any], bytes]) -> Rule:
     """Return the rule that a device takes part in the training session that its signed statement names."""
 
@@ -233,6 +238,7 @@ RULES: Final[dict[str, Rule]] = {
     _COORDINATOR + "ReportEvaluation": signed_session(
         security_pb2.EvaluationStatement, lambda message: message.statement.payload
     ),
+    _COORDINATOR + "ReportFailure": own_session,
     _COORDINATOR + "Heartbeat": own_only,
     _COORDINATOR + "GetLineage": started_session,
     _COORDINATOR + "GetContributionProof": own_update,

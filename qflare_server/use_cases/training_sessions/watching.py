@@ -8,7 +8,7 @@ transaction or connection between two snapshots, is bounded in time, and ends at
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,11 +23,14 @@ from qflare_server.errors import (
 from qflare_server.storage.records import GlobalModel, Round, TrainingSession
 from qflare_server.storage.repository import global_models, training_sessions, views
 from qflare_server.storage.tables import ENDED, RoundState
+from qflare_server.use_cases.training_sessions.explanation import Explanations, Notice
 
 UNSETTLED = frozenset({RoundState.OPEN.value, RoundState.CLOSED.value})
 GIVEN_UP = frozenset({RoundState.FAILED.value, RoundState.CANCELLED.value})
 RECENT_VERSIONS = 3
 MAX_ROUNDS = 1000
+EXPLAIN_S = 2.0
+"""Time between two looks at what a training session waits for, in seconds."""
 
 
 class Kind(StrEnum):
@@ -42,6 +45,7 @@ class Kind(StrEnum):
     VERSION_PUBLISHED = "version_published"
     VERSION_CHANGED = "version_changed"
     KEEPALIVE = "keepalive"
+    NOTICED = "noticed"
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class SessionEvent:
     session: TrainingSession | None = None
     round: Round | None = None
     model: GlobalModel | None = None
+    notices: Sequence[Notice] = ()
 
 
 def changes(before: View, after: View) -> Iterator[Change]:
@@ -109,6 +114,7 @@ class Watching:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._explanations = Explanations(context)
         self._lock = threading.Lock()
         self._watchers: set[threading.Event] = set()
         self._closed = False
@@ -179,11 +185,19 @@ class Watching:
         config = self._context.config
         quiet_s = min(15.0, config.stall_timeout_s / 2)
         until = time.monotonic() + limit_s
-        told_at = time.monotonic()
+        told_at = explained_at = time.monotonic()
+        known = self._explanations.find(after.session.id)
         while True:
             for change in changes(before, after):
                 told_at = time.monotonic()
                 yield self._happening(change, after)
+            if time.monotonic() - explained_at >= EXPLAIN_S:
+                explained_at = time.monotonic()
+                found = self._explanations.find(after.session.id)
+                if found != known:
+                    known, told_at = found, explained_at
+                    current = after.rounds.get(after.session.current_round)
+                    yield SessionEvent(Kind.NOTICED, after.session, current, notices=found)
             if _is_over(after) or time.monotonic() >= until:
                 return
             if time.monotonic() - told_at >= quiet_s:
@@ -211,7 +225,8 @@ class Watching:
     def _snapshot(self, view: View) -> SessionEvent:
         current = view.rounds.get(view.session.current_round)
         model = self._model(view.session.id, view.session.current_version)
-        return SessionEvent(Kind.SNAPSHOT, view.session, current, model)
+        notices = self._explanations.find(view.session.id)
+        return SessionEvent(Kind.SNAPSHOT, view.session, current, model, notices)
 
     def _happening(self, change: Change, view: View) -> SessionEvent:
         number = change.round_number

@@ -94,6 +94,10 @@ class Reach:
         request = pb.ReportEvaluationRequest(statement=signed)
         return self._device.stub.ReportEvaluation(request, metadata=self._device.metadata)
 
+    def _ReportFailure(self) -> Any:
+        request = pb.ReportFailureRequest(training_session_id=self._session_id, kind="Error")
+        return self._device.stub.ReportFailure(request, metadata=self._device.metadata)
+
     def _GetContributionProof(self) -> Any:
         request = pb.GetContributionProofRequest(update_id=self._update)
         return self._device.stub.GetContributionProof(request, metadata=self._device.metadata)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qflare_server.serving.dashboard import formatting
-from qflare_server.serving.dashboard.alerts import find_alerts, find_audit_alerts, worst
+from qflare_server.serving.dashboard.alerts import find_alerts, find_audit_alerts, find_waits, worst
 from qflare_server.serving.dashboard.charts import COMPACT, LOW, Chart, line_chart
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages.devices import Slice, slices
@@ -40,7 +40,11 @@ def build(visit: PageContext) -> Mapping[str, Any]:
     """Build the first page."""
     report, risks = visit.recent.report(), audit_counts(visit)
     recent = visit.use_cases.training.list(PageRequest(SHOWN)).rows
-    found = [*find_alerts(report, draining=visit.draining), *find_audit_alerts(risks or {})]
+    found = [
+        *find_alerts(report, draining=visit.draining),
+        *find_waits(visit.recent.running()),
+        *find_audit_alerts(risks or {}),
+    ]
     return {
         "alerts": found,
         "level": worst(found),

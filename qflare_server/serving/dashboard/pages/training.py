@@ -237,6 +237,7 @@ def build_session(visit: PageContext) -> Mapping[str, Any]:
     newest = visit.use_cases.training.list_rounds(training_session_id, PageRequest(SHOWN_BARS)).rows
     return {
         "row": session_row(progress.session, visit),
+        "notices": visit.use_cases.explanations.find(training_session_id),
         "current": current(progress, visit),
         "headline": headline(progress.session, metrics),
         "charts": [

@@ -1,5 +1,6 @@
 """Encoding of training sessions, rounds and their events."""
 
+from collections.abc import Iterable
 from datetime import datetime
 
 from qflare.v1 import admin_service_pb2 as pb
@@ -9,6 +10,7 @@ from qflare_server.serving.rpc.encoding.values import duration, timestamp
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.training.objective import objective_of
 from qflare_server.training.strategy import warnings_of
+from qflare_server.use_cases.training_sessions.explanation import Notice
 from qflare_server.use_cases.training_sessions.watching import SessionEvent
 
 
@@ -98,6 +100,16 @@ def training_round(row: Round | None) -> training_pb2.Round | None:
     )
 
 
+def notices(found: Iterable[Notice]) -> list[training_pb2.Notice]:
+    """Encode what a training session waits for."""
+    return [
+        training_pb2.Notice(
+            code=item.code, text=item.text, remedy=item.remedy, device_ids=item.device_ids
+        )
+        for item in found
+    ]
+
+
 def session_event(happening: SessionEvent, at: datetime) -> pb.WatchTrainingSessionResponse:
     """Encode the events of a training session."""
     session, model = happening.session, happening.model
@@ -109,4 +121,5 @@ def session_event(happening: SessionEvent, at: datetime) -> pb.WatchTrainingSess
         training_session=None if session is None else training_session(session),
         round=training_round(happening.round),
         global_model=None if model is None else versions.global_model(model),
+        notices=notices(happening.notices),
     )

@@ -1,0 +1,117 @@
+"""Statements on the failures that devices report, and on the devices that a round waits for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Select, func, insert, select, update
+from sqlalchemy.orm import Session
+
+from qflare_server.storage import tables
+from qflare_server.storage.repository.membership import is_open_to
+from qflare_server.storage.tables import DeviceState
+
+FAILURES = tables.DeviceFailure.__table__
+DEVICES = tables.Device.__table__
+SELECTED = tables.RoundDevice.__table__
+UPDATES = tables.ModelUpdate.__table__
+
+
+@dataclass(frozen=True)
+class MissingDevice:
+    """A device without an update in a round; `kind` and `text` are those of its failure, None without one."""
+
+    device_id: str
+    last_seen_at: datetime | None
+    kind: str | None
+    text: str | None
+
+
+def record_failure(
+    session: Session,
+    training_session_id: str,
+    round_number: int,
+    device_id: str,
+    *,
+    kind: str,
+    text: str,
+    at: datetime,
+) -> bool:
+    """Record the latest failure of a device in a round, in one row; return whether it is the first."""
+    named = {
+        "training_session_id": training_session_id,
+        "round_number": round_number,
+        "device_id": device_id,
+    }
+    mine = [FAILURES.c[name] == value for name, value in named.items()]
+    changed = session.execute(
+        update(FAILURES)
+        .where(*mine)
+        .values(kind=kind, text=text, reported_at=at, report_count=FAILURES.c.report_count + 1)
+        .returning(FAILURES.c.report_count)
+    ).first()
+    if changed is not None:
+        return False
+    values = {"kind": kind, "text": text, "reported_at": at, "report_count": 1}
+    session.execute(insert(FAILURES).values(**named, **values))
+    return True
+
+
+def list_missing(
+    session: Session, training_session_id: str, round_number: int, *, is_drawn: bool, limit: int
+) -> Sequence[MissingDevice]:
+    """Return active devices that a round has no update of: those that failed first, then the longest unseen.
+
+    Args:
+        session: The transaction.
+        training_session_id: Whose round it is.
+        round_number: Of the round.
+        is_drawn: Whether the round has drawn its devices; otherwise all that the training session is open to count.
+        limit: How many.
+    """
+    sent = select(UPDATES.c.device_id).where(
+        UPDATES.c.training_session_id == training_session_id,
+        UPDATES.c.round_number == round_number,
+    )
+    query = (
+        _participants(
+            select(DEVICES.c.id, DEVICES.c.last_seen_at, FAILURES.c.kind, FAILURES.c.text),
+            training_session_id,
+            round_number,
+            is_drawn=is_drawn,
+        )
+        .outerjoin(
+            FAILURES,
+            (FAILURES.c.device_id == DEVICES.c.id)
+            & (FAILURES.c.training_session_id == training_session_id)
+            & (FAILURES.c.round_number == round_number),
+        )
+        .where(DEVICES.c.id.not_in(sent))
+        .order_by(FAILURES.c.kind.is_(None), DEVICES.c.last_seen_at, DEVICES.c.id)
+        .limit(limit)
+    )
+    return [MissingDevice(*row) for row in session.execute(query)]
+
+
+def count_participants(
+    session: Session, training_session_id: str, round_number: int, *, is_drawn: bool
+) -> int:
+    """Return the number of active devices that may contribute to a round."""
+    query = _participants(
+        select(func.count()), training_session_id, round_number, is_drawn=is_drawn
+    )
+    return int(session.execute(query).scalar_one())
+
+
+def _participants(
+    query: Select[Any], training_session_id: str, round_number: int, *, is_drawn: bool
+) -> Select[Any]:
+    query = query.select_from(DEVICES).where(DEVICES.c.state == DeviceState.ACTIVE.value)
+    if not is_drawn:
+        return query.where(is_open_to(training_session_id, DEVICES.c.id))
+    drawn = select(SELECTED.c.device_id).where(
+        SELECTED.c.training_session_id == training_session_id,
+        SELECTED.c.round_number == round_number,
+    )
+    return query.where(DEVICES.c.id.in_(drawn))

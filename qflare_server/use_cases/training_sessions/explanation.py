@@ -1,0 +1,217 @@
+"""What a training session waits for, why, and what to do: computed here for every surface that says so.
+
+Command line, dashboard, log, metrics and watches print the notices of `Explanations` as they are. A round that is
+collecting updates is no trouble by itself; it becomes one when too few devices can take part, when a device reports a
+failure, when it has missed its quorum, or when half of its time has passed without enough updates.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from sqlalchemy.orm import Session
+
+from qflare_server.context import Context
+from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.records import Round, TrainingSession
+from qflare_server.storage.repository import device_failures, training_sessions
+from qflare_server.storage.repository.device_failures import MissingDevice
+from qflare_server.storage.tables import RoundState, TrainingSessionState
+from qflare_server.training.evaluation import awaits_evaluation
+from qflare_server.training.rounds import MISSED_QUORUM
+
+MAX_LOOKED_AT: Final = 100
+MAX_NAMED: Final = 5
+UUID_LENGTH: Final = 36
+SHORT_ID: Final = 8
+LEAST_SILENCE_S: Final = 60.0
+WORK: Final = "wait for them, or look at their logs"
+RUN: Final = "check that they run and reach the coordinator, or suspend them"
+MEND: Final = "read their logs and mend the cause; they are asked again in this round"
+ENROLL: Final = "enroll more devices, or create a training session with a smaller quorum"
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that a training session waits for.
+
+    Attributes:
+        code: Kind of the notice: a lower-case word that stays the same.
+        text: What and why, one sentence without a period.
+        remedy: What to do about it.
+        device_ids: Devices that the notice names, with their full ids.
+    """
+
+    code: str
+    text: str
+    remedy: str
+    device_ids: Sequence[str] = ()
+
+
+class Explanations:
+    """Explains why training sessions wait; thread-safe."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def find(self, training_session_id: str) -> Sequence[Notice]:
+        """Return the notices of a training session; none if there is no such training session."""
+        with self._context.database.read() as session:
+            found = training_sessions.get_session(session, training_session_id)
+            return [] if found is None else self._explain(session, found)
+
+    def list_running(
+        self, limit: int = MAX_LOOKED_AT
+    ) -> Sequence[tuple[TrainingSession, Sequence[Notice]]]:
+        """Return the newest running training sessions with their notices."""
+        running = TrainingSessionState.RUNNING.value
+        with self._context.database.read() as session:
+            rows = training_sessions.list_sessions(session, PageRequest(limit), running).rows
+            return [(row, self._explain(session, row)) for row in rows]
+
+    def _explain(self, session: Session, row: TrainingSession) -> list[Notice]:
+        if row.state == TrainingSessionState.CREATED.value:
+            return [_not_started(row)]
+        if row.state == TrainingSessionState.PAUSED.value:
+            text = "it is paused and takes no updates"
+            return [Notice("paused", text, f"qflare-admin session resume {row.id}")]
+        if row.state != TrainingSessionState.RUNNING.value:
+            return []
+        current = training_sessions.get_round(session, row.id, row.current_round)
+        if current is None or current.state != RoundState.OPEN.value:
+            return []
+        before = training_sessions.get_round(session, row.id, row.current_round - 1)
+        return [
+            *_missed_before(before),
+            *self._explain_round(session, row, current, self._context.clock()),
+        ]
+
+    def _explain_round(
+        self, session: Session, row: TrainingSession, current: Round, now: datetime
+    ) -> Iterator[Notice]:
+        if current.accepted_count >= current.target:
+            if awaits_evaluation(session, row.id, row.config, current.base_version):
+                yield _awaits(row, current)
+            return
+        is_drawn = current.selected_count != 0
+        count = device_failures.count_participants(
+            session, row.id, current.number, is_drawn=is_drawn
+        )
+        if count < current.quorum:
+            yield _too_few(current, count, is_drawn=is_drawn)
+        missing = device_failures.list_missing(
+            session, row.id, current.number, is_drawn=is_drawn, limit=MAX_LOOKED_AT
+        )
+        failed = [item for item in missing if item.kind is not None]
+        missed = current.state_reason.startswith(MISSED_QUORUM)
+        if missing and (failed or missed or _is_half_over(current, now)):
+            yield self._waits(current, max(count, current.accepted_count), missing, now)
+
+    def _waits(
+        self, current: Round, expected: int, missing: Sequence[MissingDevice], now: datetime
+    ) -> Notice:
+        failed = [item for item in missing if item.kind is not None]
+        others = [item for item in missing if item.kind is None]
+        silent = [item for item in others if self._silent_s(item, now) is not None]
+        working = [item for item in others if self._silent_s(item, now) is None]
+        parts = [
+            *self._seen(silent, now),
+            *(_failure(item) for item in failed[:MAX_NAMED]),
+            *_working(working),
+        ]
+        has_missed = current.state_reason.startswith(MISSED_QUORUM)
+        what = f"round {current.number} "
+        if has_missed:
+            what += f"{current.state_reason}, was extended and "
+        what += f"waits for {expected - current.accepted_count} of {expected} device{'s' if expected != 1 else ''}"
+        code = "device_failed" if failed else "device_silent" if silent else "round_waits"
+        remedies = [MEND] if failed else []
+        remedies += [RUN] if silent else []
+        named = [item.device_id for item in (*failed, *silent, *working)]
+        text = f"{what}: {', '.join(parts)}" if parts else what
+        return Notice(code, text, "; ".join(remedies) or WORK, named)
+
+    def _silent_s(self, item: MissingDevice, now: datetime) -> float | None:
+        """Return for how long a device has been silent, infinite if it has never called, None if it is not silent."""
+        if item.last_seen_at is None:
+            return float("inf")
+        silent_s = (now - item.last_seen_at).total_seconds()
+        # A device polls as rarely as every `max_poll_s`, and its last call is written with a delay.
+        config = self._context.config
+        usual_s = max(LEAST_SILENCE_S, config.max_poll_s + 3 * config.last_seen_interval_s)
+        return silent_s if silent_s > usual_s else None
+
+    def _seen(self, silent: Sequence[MissingDevice], now: datetime) -> Iterator[str]:
+        """Say when silent devices were last seen, those of the same minute together."""
+        groups: dict[str, list[str]] = {}
+        for item in silent:
+            silent_s = self._silent_s(item, now)
+            assert silent_s is not None
+            when = "never seen" if item.last_seen_at is None else f"last seen {_ago(silent_s)} ago"
+            groups.setdefault(when, []).append(item.device_id)
+        for when, ids in groups.items():
+            yield f"{_names(ids)} {'was' if len(ids) == 1 else 'were'} {when}"
+
+
+def _not_started(row: TrainingSession) -> Notice:
+    if row.current_version < 0:
+        remedy = f"qflare-admin model upload {row.id} FILE"
+        return Notice("no_model", "it waits for an initial model", remedy)
+    return Notice("not_started", "it waits to be started", f"qflare-admin session start {row.id}")
+
+
+def _missed_before(before: Round | None) -> Iterator[Notice]:
+    if before is not None and before.state_reason.startswith(MISSED_QUORUM):
+        text = f"round {before.number} {before.state_reason}"
+        yield Notice("missed_quorum", text, ENROLL)
+
+
+def _too_few(current: Round, count: int, *, is_drawn: bool) -> Notice:
+    how = "were selected and are active" if is_drawn else "can take part"
+    text = f"round {current.number} needs {current.quorum} devices, but {count} {how}"
+    return Notice("too_few_devices", text, ENROLL)
+
+
+def _awaits(row: TrainingSession, current: Round) -> Notice:
+    quorum = row.config.evaluation.quorum or row.config.rounds.quorum
+    text = (
+        f"round {current.number} has its updates and waits for evaluations of version "
+        f"{current.base_version} by {quorum} devices, until its deadline at most"
+    )
+    remedy = "run devices with an evaluation function, or lower evaluation.quorum in the next one"
+    return Notice("evaluation_awaited", text, remedy)
+
+
+def _is_half_over(current: Round, now: datetime) -> bool:
+    return now - current.opened_at > (current.deadline_at - current.opened_at) / 2
+
+
+def _failure(item: MissingDevice) -> str:
+    told = f": {item.text}" if item.text else ""
+    return f"{_name(item.device_id)} reported {item.kind}{told}"
+
+
+def _working(working: Sequence[MissingDevice]) -> Iterator[str]:
+    if working:
+        ids = [item.device_id for item in working]
+        yield f"{_names(ids)} {'is' if len(ids) == 1 else 'are'} at work"
+
+
+def _name(device_id: str) -> str:
+    return device_id[:SHORT_ID] if len(device_id) == UUID_LENGTH else device_id
+
+
+def _names(ids: Sequence[str]) -> str:
+    """Return names as a list in a sentence, the first five of many."""
+    names = [_name(device_id) for device_id in ids[:MAX_NAMED]]
+    if len(ids) > MAX_NAMED:
+        return f"{', '.join(names)} and {len(ids) - MAX_NAMED} more"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
