@@ -6,7 +6,6 @@ traceback is logged.
 
 import errno
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from qflare_server import errors
@@ -14,8 +13,6 @@ from qflare_server import errors
 INSTALL = "pip install 'qflare[server]'"
 DATABASE = "check QFLARE_DATABASE_URL, and that the database runs and can be reached"
 HELP = "the same command with --help"
-
-Remedy = str | Callable[[Exception], str]
 
 
 @dataclass(frozen=True)
