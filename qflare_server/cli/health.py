@@ -8,7 +8,7 @@ import grpc
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from qflare.command_line import report_failure, seconds
+from qflare.command_line import address, report_failure, seconds
 from qflare.terminal import say
 from qflare_server.config import ServerConfig
 
@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         help="check that a coordinator is serving; exit code 0 if so",
         epilog="example: qflare-server health --address 127.0.0.1:50051",
     )
-    health.add_argument("--address", help="default: the listening address")
+    health.add_argument("--address", type=address, help="default: the listening address")
     health.add_argument("--service", default="", help="service name; empty asks for the whole")
     health.add_argument(
         "--ca",

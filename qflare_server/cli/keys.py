@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from qflare.command_line import whole
+from qflare.command_line import address, whole
 from qflare.crypto.signing import algorithm_named
 from qflare.files import make_private_folder
 from qflare.terminal import say
@@ -42,7 +42,9 @@ def add(commands: Any) -> None:
         help="write a bootstrap bundle for devices",
         epilog="example: qflare-server bundle --address fl.example.org:443 --output bundle.json",
     )
-    bundle.add_argument("--address", required=True, help="where devices reach the coordinator")
+    bundle.add_argument(
+        "--address", type=address, required=True, help="where devices reach the coordinator"
+    )
     bundle.add_argument("--ca", type=Path, help="PEM file of the TLS certificate authority")
     bundle.add_argument("--output", type=Path, required=True, help="new 0600 file")
     bundle.set_defaults(run=run_bundle)
