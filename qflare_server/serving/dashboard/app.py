@@ -329,5 +329,7 @@ def _templates() -> Environment:
         number=formatting.number,
         share=formatting.share,
         measure=formatting.measure,
+        metric=formatting.metric,
+        has=formatting.has,
     )
     return environment

@@ -6,6 +6,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TypeVar
 
+from starlette.datastructures import QueryParams
+
 from qflare_server.errors import InvalidRequestError
 from qflare_server.serving.dashboard.cache import DashboardCache
 from qflare_server.storage.paging import PageRequest
@@ -26,7 +28,7 @@ class PageContext:
     recent: DashboardCache
     principal: Principal
     path: Mapping[str, str]
-    query: Mapping[str, str]
+    query: QueryParams
     at: datetime
     draining: bool = False
 
@@ -44,6 +46,19 @@ class PageContext:
         if len(value) > MAX_TEXT or "\0" in value:
             raise InvalidRequestError(f"{name}: longer than {MAX_TEXT}, or holds NUL", field=name)
         return value
+
+    def texts(self, name: str, at_most: int) -> list[str]:
+        """Return the values of the query under a name, each once, in their order.
+
+        Raises:
+            InvalidRequestError: There are too many, or one is too long.
+        """
+        values = list(dict.fromkeys(self.query.getlist(name)))
+        if len(values) > at_most:
+            raise InvalidRequestError(f"{name}: got {len(values)}, want at most {at_most}")
+        if any(len(value) > MAX_TEXT or "\0" in value for value in values):
+            raise InvalidRequestError(f"{name}: longer than {MAX_TEXT}, or holds NUL", field=name)
+        return values
 
     def one_of(self, name: str, kind: type[Kind]) -> str:
         """Return a query parameter that is a value of an enum; empty if absent.

@@ -322,6 +322,29 @@ def test_the_pages_say_what_the_training_did(deployment: Deployment, session_id:
     assert "aggregated" in taken
 
 
+def test_metrics_are_chosen_and_compared(deployment: Deployment, session_id: str) -> None:
+    viewer = visitor(deployment, Role.VIEWER)
+    page = f"/sessions/{session_id}"
+
+    both, one = viewer.get(page).text, viewer.get(f"{page}?metric=loss&metric=unknown").text
+
+    assert 'id="chart-accuracy"' in both
+    assert 'id="chart-loss"' in both
+    assert 'id="chart-accuracy"' not in one
+    assert 'id="chart-loss"' in one
+    assert f"{page}?metric=loss&amp;metric=accuracy#curves" in one
+    assert viewer.get(page + "?" + "&".join(f"metric=m{n}" for n in range(9))).code == 400
+
+
+def test_a_column_that_says_nothing_is_not_shown(deployment: Deployment, session_id: str) -> None:
+    page = visitor(deployment, Role.VIEWER).get(f"/sessions/{session_id}").text
+
+    _, _, rounds = page.partition("Rounds, newest first")
+    assert ">Took part<" in rounds
+    assert ">Rejected<" not in rounds
+    assert ">Late<" not in rounds
+
+
 def test_a_selected_device_without_an_update_is_named(deployment: Deployment) -> None:
     deployment.device("one")
     session_id = deployment.session(
