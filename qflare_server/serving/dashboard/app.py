@@ -5,6 +5,8 @@ A page requires a login whose token may call every method that `PAGES` lists for
 Scripts cannot read the cookie, and other sites cannot send it.
 """
 
+import ipaddress
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -249,11 +251,15 @@ class Site:
         response.delete_cookie(self._cookie, secure=self._secure, httponly=True, samesite="strict")
 
     def _peer(self, request: Request) -> str:
-        """Return the browser's address; behind a proxy, the address that the proxy reports."""
+        """Return the browser's address; behind a proxy, the last one of the header, which the proxy itself has added.
+
+        A proxy may add it as a header line of its own, after those that the browser made up.
+        """
         if self._config.dashboard_behind_proxy:
-            entries = request.headers.get("x-forwarded-for", "").split(",")
-            if entries[-1].strip():
-                return entries[-1].strip()[:100]
+            lines = request.headers.getlist("x-forwarded-for")
+            address = _address(",".join(lines).rpartition(",")[2])
+            if address:
+                return address
         return request.client.host if request.client is not None else ""
 
     async def _to_login(self, _request: Request, _error: Exception) -> Response:
@@ -279,6 +285,17 @@ def _status(error: Exception) -> HTTPStatus:
         if kind in STATUS:
             return STATUS[kind]
     return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def _address(text: str) -> str:
+    """Return an IP address that may have a port after it, as IPv6 only in brackets; empty if the text is none."""
+    text = text.strip()
+    bracketed = re.fullmatch(r"\[([^]]*)\](?::\d+)?", text)
+    host = bracketed[1] if bracketed else text.partition(":")[0] if text.count(":") == 1 else text
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return ""
 
 
 async def _token(request: Request) -> str:
