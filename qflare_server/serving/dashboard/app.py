@@ -25,6 +25,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import qflare
+from qflare.terminal import printable_lines
 from qflare_server import errors
 from qflare_server.config import ServerConfig
 from qflare_server.serving.dashboard import formatting
@@ -330,10 +331,17 @@ def _require_same_origin(request: Request) -> None:
         raise HTTPException(HTTPStatus.FORBIDDEN)
 
 
+def _shown(value: object) -> object:
+    """Return a text in printable characters: control and bidirectional ones would make a page say something else."""
+    is_plain = isinstance(value, str) and not hasattr(value, "__html__")
+    return printable_lines(value) if is_plain else value
+
+
 def _templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("qflare_server.serving.dashboard"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

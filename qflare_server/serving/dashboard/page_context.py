@@ -40,12 +40,17 @@ class PageContext:
         """Return a query parameter; empty if absent.
 
         Raises:
-            InvalidRequestError: It is too long.
+            InvalidRequestError: It is too long, or no text of a database.
         """
-        value = self.query.get(name, "")
-        if len(value) > MAX_TEXT or "\0" in value:
-            raise InvalidRequestError(f"{name}: longer than {MAX_TEXT}, or holds NUL", field=name)
-        return value
+        return _checked(name, self.query.get(name, ""))
+
+    def part(self, name: str) -> str:
+        """Return a part of the path.
+
+        Raises:
+            InvalidRequestError: It is too long, or no text of a database.
+        """
+        return _checked(name, self.path[name])
 
     def texts(self, name: str, at_most: int) -> list[str]:
         """Return the values of the query under a name, each once, in their order.
@@ -74,6 +79,12 @@ class PageContext:
     def rows(self, count: int) -> PageRequest:
         """Return the requested rows of a list."""
         return PageRequest(count, self.text("page"))
+
+
+def _checked(name: str, value: str) -> str:
+    if len(value) > MAX_TEXT or "\0" in value:
+        raise InvalidRequestError(f"{name}: longer than {MAX_TEXT}, or holds NUL", field=name)
+    return value
 
 
 def whole(text: str, name: str) -> int:

@@ -278,6 +278,52 @@ def test_a_wrong_address_is_answered_in_words(deployment: Deployment, path: str,
     assert "Traceback" not in answer.text
 
 
+STRANGE = [
+    "%00",
+    "a%00b",
+    "%C2%9B31m",
+    "%E2%80%AE",
+    "%ED%A0%80",
+    "%FF",
+    "%0D%0ASet-Cookie:x=y",
+    "'%22%3Cb%3E%7B%7B7*7%7D%7D",
+    "%252e%252e",
+    "9" * 400,
+    "-1",
+    "1e9",
+    "x" * 3000,
+]
+
+
+def test_no_text_of_a_visitor_is_an_internal_error(deployment: Deployment, session_id: str) -> None:
+    """Every part of a path and every parameter: a database, a log or a terminal may take less than HTTP does."""
+    viewer = visitor(deployment, Role.VIEWER, Role.AUDITOR)
+    names = ("id", "state", "type", "page", "risk", "event", "actor", "subject")
+    asked = [f"/sessions/{text}" for text in STRANGE]
+    asked += [f"/sessions/{text}/rounds/1" for text in STRANGE]
+    asked += [f"/sessions/{session_id}/rounds/{text}" for text in STRANGE]
+    asked += [
+        f"{path}?" + "&".join(f"{name}={text}" for name in names)
+        for path in ("/device", "/sessions", f"/sessions/{session_id}")
+        for text in STRANGE
+    ]
+    asked += [
+        f"/audit?{name}={text}"
+        for name in ("event", "actor", "subject", "page")
+        for text in STRANGE
+    ]
+    asked += [f"/devices?{name}={text}" for name in ("type", "page") for text in STRANGE]
+    asked += [f"/static/{text}" for text in STRANGE]
+
+    answers = {path: viewer.get(path) for path in asked}
+
+    wrong = {path: answer.code for path, answer in answers.items() if answer.code >= 500}
+    assert wrong == {}
+    assert not any("set-cookie" in answer.headers for answer in answers.values())
+    assert not any("\x9b" in answer.text or "\u202e" in answer.text for answer in answers.values())
+    assert not any("'\"<b>" in answer.text or ">49<" in answer.text for answer in answers.values())
+
+
 def test_nothing_can_be_changed(deployment: Deployment) -> None:
     viewer = visitor(deployment, Role.ADMIN)
 

@@ -178,7 +178,7 @@ def build_list(visit: PageContext) -> Mapping[str, Any]:
 
 def build_session(visit: PageContext) -> Mapping[str, Any]:
     """Build the page of one training session."""
-    training_session_id = visit.path["session_id"]
+    training_session_id = visit.part("session_id")
     progress = visit.use_cases.training.progress(training_session_id)
     metrics = visit.use_cases.promotion.recent_metrics(training_session_id, SHOWN_VERSIONS)
     page = visit.use_cases.training.list_rounds(training_session_id, visit.rows(ROWS))
@@ -216,7 +216,7 @@ def _charts(
 
 def build_round(visit: PageContext) -> Mapping[str, Any]:
     """Build the page of one round with its participants."""
-    training_session_id, number = visit.path["session_id"], whole(visit.path["number"], "round")
+    training_session_id, number = visit.part("session_id"), whole(visit.part("number"), "round")
     found = visit.use_cases.training.participation(training_session_id, number)
     page = visit.use_cases.training.list_updates(training_session_id, number, visit.rows(50))
     return {
