@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NoReturn
 
+from qflare.addresses import AddressError, require_address
 from qflare.terminal import complain, printable, printable_lines
 
 WRONG_USAGE: Final = 2
@@ -97,6 +98,14 @@ def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def address(text: str) -> str:
+    """Return the address of a coordinator, as an argument type."""
+    try:
+        return require_address(text)
+    except AddressError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("address: ")) from error
 
 
 def seconds(least: float, most: float = 315_360_000.0) -> Callable[[str], float]:

@@ -21,6 +21,7 @@ import qflare
 from qflare.command_line import (
     INTERRUPTED,
     ArgumentParser,
+    address,
     on_signals,
     protect_process,
     seconds,
@@ -40,6 +41,7 @@ from qflare_client.client import Client
 from qflare_client.failures import report
 from qflare_client.keystore.identity import read_facts
 from qflare_client.loop import RunSummary, run
+from qflare_client.models.upload import Receipt
 from qflare_client.project import create_project
 from qflare_client.rpc.transport import Tls
 from qflare_client.terminal import ProgressBar
@@ -144,7 +146,9 @@ def _add_command(
 
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", help="coordinator, host:port; default: that of the bundle")
+    parser.add_argument(
+        "--address", type=address, help="coordinator, host:port; default: that of the bundle"
+    )
     parser.add_argument(
         "--ca-file", type=Path, help="PEM certificate authorities of the coordinator"
     )
@@ -307,8 +311,15 @@ def _run(options: argparse.Namespace) -> None:
             training_session_id=options.training_session,
             stop=stop,
             patience_s=options.patience,
+            on_receipt=_say_receipt,
         )
     say(_summary(summary))
+
+
+def _say_receipt(receipt: Receipt) -> None:
+    """Print the line of a round."""
+    sequence = receipt.acceptance_sequence
+    say(f"round {receipt.round_number}: update accepted, number {sequence} of the round")
 
 
 def _summary(summary: RunSummary) -> str:

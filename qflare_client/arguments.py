@@ -13,6 +13,7 @@ from typing import Any, Final, SupportsFloat, SupportsIndex, TypeVar
 import numpy as np
 from google.protobuf.message import Message
 
+from qflare.addresses import AddressError, require_address
 from qflare.tensors import Array, DType, InvalidManifestError
 from qflare_client.errors import InvalidArgumentError
 
@@ -51,6 +52,18 @@ def instance(what: str, value: object, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise InvalidArgumentError(f"{what}: got {type(value).__name__}, want {kind.__name__}")
     return value
+
+
+def address(value: object) -> str:
+    """Return the address of a coordinator: host:port, or a gRPC name with its scheme.
+
+    Raises:
+        InvalidArgumentError: It is something else.
+    """
+    try:
+        return require_address(text("address", value))
+    except AddressError as error:
+        raise InvalidArgumentError(str(error)) from error
 
 
 def flag(what: str, value: object) -> bool:

@@ -21,7 +21,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 from qflare.tensors import Array
@@ -40,6 +40,7 @@ from qflare_client.errors import (
     UnavailableError,
 )
 from qflare_client.models.download import GlobalModel
+from qflare_client.models.submission import needs_base
 from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.lifetime import Bounds
@@ -68,6 +69,8 @@ _MAX_KIND = 64
 _MAX_REASON = 200
 _LEAST_LATE_DELAY_S = 0.02
 _MOST_LATE_DELAY_S = 5.0
+_LARGE_BYTES: Final = 64 * 2**20
+"""Size from which a version is rather downloaded again, after a failed round, than held twice."""
 
 
 @dataclass
@@ -242,13 +245,26 @@ class _Loop:
         if self._client.lifetime.is_ending():
             return
         with span("qflare.device.train"), self._failures_reported(task):
+            given, base = self._handed_over(task, base)
             arrays, example_count, metrics = _returned(
-                self._train(_copy(base), task.config), "training", _TRAINED
+                self._train(given, task.config), "training", _TRAINED
             )
+            del given  # what was trained may be other arrays
         self._bounds.seen()
         self._accepted(
             self._client.submit(task, base, arrays, example_count, metrics, privacy=self._privacy)
         )
+
+    def _handed_over(self, task: Task, base: GlobalModel) -> tuple[dict[str, Array], GlobalModel]:
+        """Return arrays for a training function, and what stays of the version beside them.
+
+        They are a copy, except for a large version that is needed for nothing else: it would be in memory twice.
+        """
+        is_needed = self._evaluate is not None or self._privacy is not None
+        if is_needed or base.manifest.size_bytes < _LARGE_BYTES or needs_base(task.transfer):
+            return _copy(base), base
+        self._held = None
+        return base.arrays, replace(base, arrays={})
 
     def _measure(self, task: Task) -> float:
         if self._evaluate is None:

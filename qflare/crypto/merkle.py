@@ -137,17 +137,6 @@ def root(leaf_hashes: Iterable[bytes]) -> bytes:
     return tree.root()
 
 
-def root_at(node: NodeGetter, size: int) -> bytes:
-    """Root of the first `size` leaves of a stored tree, in O(log size) reads.
-
-    Raises:
-        ProofError: The size is negative.
-    """
-    if size < 0:
-        raise ProofError(f"tree size is {size}, want >= 0")
-    return _range_hash(node, 0, size) if size else EMPTY_ROOT
-
-
 def nodes_of(leaf_hashes: Sequence[bytes]) -> NodeGetter:
     """Make a getter for the complete subtrees over leaf hashes in memory.
 

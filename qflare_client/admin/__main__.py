@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from typing import Final
 
 import qflare
-from qflare.command_line import INTERRUPTED, WRONG_USAGE, ArgumentParser, protect_process, seconds
+from qflare.command_line import (
+    INTERRUPTED,
+    WRONG_USAGE,
+    ArgumentParser,
+    address,
+    protect_process,
+    seconds,
+)
 from qflare.terminal import show_uncaught
 from qflare_client.admin import (
     audit,
@@ -114,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     root.add_argument("--version", action="version", version=qflare.__version__)
-    root.add_argument("--address", help="host:port; overrides the profile")
+    root.add_argument("--address", type=address, help="host:port; overrides the profile")
     root.add_argument("--ca", dest="ca_file", help="PEM certificate authorities of the coordinator")
     root.add_argument(
         "--certificate",

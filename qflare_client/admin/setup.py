@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qflare.command_line import address
 from qflare.terminal import say
 from qflare_client.admin.arguments import add_topic
 from qflare_client.admin.extras import require
@@ -37,7 +38,7 @@ def add(commands: Any, root: Callable[[], argparse.ArgumentParser]) -> None:
         epilog="example:\n  qflare-admin profile set --address host:50051 --ca ca.pem --token-file admin.token",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    setting.add_argument("--address", help="host:port")
+    setting.add_argument("--address", type=address, help="host:port")
     setting.add_argument(
         "--ca", dest="ca_file", help="PEM certificate authorities of the coordinator"
     )

@@ -79,6 +79,11 @@ def is_sparse(transfer: training_pb2.TransferPolicy) -> bool:
     )
 
 
+def needs_base(transfer: training_pb2.TransferPolicy) -> bool:
+    """Return whether an update is made from the arrays of its base version as well as from the trained ones."""
+    return _kind(transfer) == training_pb2.UPDATE_KIND_DELTA
+
+
 def make_payload(contribution: Contribution, transfer: training_pb2.TransferPolicy) -> Payload:
     """Encode the payload as the training session requires.
 
@@ -108,11 +113,12 @@ def make_payload_with_residual(
     """
     manifest = contribution.base.manifest
     arrays: Mapping[str, Array] = fitted(contribution.arrays, manifest)
-    if _kind(transfer) == training_pb2.UPDATE_KIND_DELTA:
-        arrays = _difference(arrays, contribution.base.arrays)
+    is_delta = _kind(transfer) == training_pb2.UPDATE_KIND_DELTA
     encoding = _encoding(transfer)
     if encoding is Encoding.FULL_PRECISION:
-        return Payload(manifest, arrays), {}
+        return Payload(manifest, arrays, contribution.base.arrays if is_delta else None), {}
+    if is_delta:
+        arrays = _difference(arrays, contribution.base.arrays)
     wide: dict[str, Array] = {}
     if is_sparse(transfer):
         wide = corrected(arrays, residual, manifest)

@@ -16,6 +16,8 @@ from datetime import datetime
 from itertools import chain, islice
 from typing import Protocol
 
+import numpy as np
+
 from qflare.crypto import merkle
 from qflare.tensors import (
     CHUNK_BYTES,
@@ -23,7 +25,10 @@ from qflare.tensors import (
     FiniteCheck,
     InvalidPayloadError,
     Manifest,
+    TensorSpec,
+    check_arrays,
     chunks,
+    rechunk,
 )
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2
@@ -106,17 +111,24 @@ class Payload:
     Args:
         manifest: Layout.
         arrays: The tensors of the manifest; must not change while the payload is in use.
+        base: Tensors that are subtracted, for a delta; None for the tensors themselves.
 
     Raises:
         TrainingFunctionError: A value is NaN or infinite, or a boolean's byte neither 0 nor 1.
     """
 
-    def __init__(self, manifest: Manifest, arrays: Mapping[str, Array]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        arrays: Mapping[str, Array],
+        base: Mapping[str, Array] | None = None,
+    ) -> None:
         self.manifest = manifest
         self.size_bytes = manifest.size_bytes
         self.sealed: security_pb2.SealedPayloadHeader | None = None
         self._arrays = arrays
-        self._only_chunk = _only(chunks(arrays, manifest)) if manifest.chunk_count == 1 else None
+        self._base = base
+        self._only_chunk = _only(self._chunks()) if manifest.chunk_count == 1 else None
         try:
             leaf_hashes = list(hashed(_checked(self.chunks_from(0), manifest)))
         except InvalidPayloadError as error:
@@ -128,7 +140,48 @@ class Payload:
         """Return the chunks from a given one on, in order."""
         if self._only_chunk is not None:
             return islice(iter((self._only_chunk,)), first, None)
-        return islice(chunks(self._arrays, self.manifest), first, None)
+        return islice(self._chunks(), first, None)
+
+    def _chunks(self) -> Iterator[bytes]:
+        if self._base is None:
+            return chunks(self._arrays, self.manifest)
+        return delta_chunks(self._arrays, self._base, self.manifest)
+
+
+def delta_chunks(
+    arrays: Mapping[str, Array], base: Mapping[str, Array], manifest: Manifest
+) -> Iterator[bytes]:
+    """Return the payload of a delta, chunk by chunk; the delta is never in memory as a whole.
+
+    Tensors of other than floating-point types are sent unchanged. A difference beyond the range of its type becomes
+    infinite.
+
+    Args:
+        arrays: Tensors of the manifest.
+        base: Tensors that are subtracted, with the same names, shapes and types.
+        manifest: Layout of both.
+
+    Raises:
+        InvalidManifestError: At once, when a name, type or shape differs from the manifest.
+    """
+    check_arrays(arrays, manifest)
+    check_arrays(base, manifest)
+    return rechunk(
+        piece
+        for spec in manifest.tensors
+        for piece in _delta_pieces(spec, arrays[spec.name], base[spec.name])
+    )
+
+
+def _delta_pieces(spec: TensorSpec, array: Array, base: Array) -> Iterator[memoryview]:
+    flat, subtracted = np.asarray(array).reshape(-1), np.asarray(base).reshape(-1)
+    count = CHUNK_BYTES // spec.dtype.itemsize
+    for start in range(0, spec.element_count, count):
+        piece = flat[start : start + count]
+        if spec.dtype.is_float:
+            with np.errstate(all="ignore"):
+                piece = piece - subtracted[start : start + count]
+        yield np.ascontiguousarray(piece, spec.dtype.numpy).view(np.uint8).data
 
 
 def _only(payload: Iterator[bytes]) -> bytes:

@@ -168,7 +168,7 @@ class Transport:
         timeout_s: float = 30.0,
         transfer_timeout_s: float = 3600.0,
     ) -> None:
-        self.address = arguments.text("address", address)
+        self.address = arguments.address(address)
         self.timeout_s = arguments.positive("timeout_s", timeout_s)
         self.transfer_timeout_s = arguments.positive("transfer_timeout_s", transfer_timeout_s)
         self.lifetime = Lifetime()

@@ -1,4 +1,4 @@
-"""`backup`, `restore`: copies of a whole coordinator, and a coordinator from a copy."""
+"""`backup`, `restore`: back up a coordinator and restore it."""
 
 import argparse
 from pathlib import Path

@@ -1,8 +1,8 @@
 """`certificates make`: TLS certificates for development and tests.
 
-One certificate authority of the folder's own signs a server certificate and, if asked, client certificates; all of
-them are ECDSA P-256, which every TLS library verifies. Made again in the same folder, the authority stays and the
-certificates are renewed, so a running coordinator takes the next one over.
+A certificate authority in the folder signs a server certificate and, on request, client certificates. All of them use
+ECDSA P-256, which every TLS library supports. A second run in the same folder keeps the authority and renews the
+certificates; a running coordinator reloads them.
 
 Not for production: the authority's key is stored unencrypted beside the certificates it signs, and nothing can be
 revoked. Production certificates come from an authority that supports revocation.
@@ -49,8 +49,8 @@ class Authority:
     """A certificate authority.
 
     Attributes:
-        certificate: Its own certificate, signed by itself.
-        key: What it signs with.
+        certificate: Its self-signed certificate.
+        key: Its signature key.
     """
 
     certificate: x509.Certificate
@@ -62,7 +62,7 @@ class Authority:
 
         Raises:
             KeyStoreError: Its key cannot be read or written, or other users can access it.
-            ValueError: Its files are not those of an authority.
+            ValueError: Its files are not a certificate authority.
         """
         certificate_file, key_file = _files(folder, AUTHORITY)
         if key_file.exists():
@@ -82,14 +82,14 @@ class Authority:
         at: datetime,
         lifetime: timedelta,
     ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-        """Make a key and a certificate for it.
+        """Create a key and its certificate.
 
         Args:
             name: Common name.
             hosts: Subject alternative names: DNS names and IP addresses; may be empty.
             usage: Extended key usage: server or client authentication.
             at: The time.
-            lifetime: How long it is valid.
+            lifetime: Validity period.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         builder = _builder(name, self.certificate.subject, key, at, lifetime)
@@ -175,10 +175,10 @@ def issue(
 
 
 def read_authorities(path: Path | None) -> str:
-    """Return the PEM certificates of a file, empty text without a file.
+    """Return the PEM certificates of a file; empty text if no file is given.
 
     Raises:
-        ConfigError: It holds none.
+        ConfigError: It contains none.
         OSError: It cannot be read.
     """
     if path is None:

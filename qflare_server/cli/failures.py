@@ -1,12 +1,11 @@
-"""What a command that failed says: the cause, and what to do about it.
+"""Error messages of failed commands: the cause and its remedy.
 
-Errors that carry a `remedy` of their own are reported with it; the rest by class. An unlisted error is a bug: its
-traceback is logged.
+Errors with their own `remedy` are reported with it, the others by class. An unlisted error is a bug; its traceback is
+logged.
 """
 
 import errno
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from qflare_server import errors
@@ -15,16 +14,14 @@ INSTALL = "pip install 'qflare[server]'"
 DATABASE = "check QFLARE_DATABASE_URL, and that the database runs and can be reached"
 HELP = "the same command with --help"
 
-Remedy = str | Callable[[Exception], str]
-
 
 @dataclass(frozen=True)
 class Failure:
-    """What to print.
+    """An error message.
 
     Attributes:
-        cause: What went wrong; a line for each problem.
-        remedy: What to do about it.
+        cause: The cause, one line per problem.
+        remedy: The remedy.
     """
 
     cause: str
@@ -50,7 +47,7 @@ REMEDIES: dict[type[Exception], str] = {
     UnicodeDecodeError: "a text file in UTF-8",
     ValueError: HELP,
 }
-"""By class; the first that fits, from the most special to the most general."""
+"""Remedies by class; the first match applies, from the most specific to the most general."""
 
 BY_FIELD: dict[str, str] = {
     "config.rounds.quorum": "--quorum N, or --devices N for a majority of N devices",
@@ -88,7 +85,7 @@ def explain(error: Exception) -> Failure | None:
 
 
 def _explain_database(error: Exception) -> Failure | None:
-    """Return how to report an error of the database, with the first line of what its driver said."""
+    """Return how to report a database error, with the first line of its driver's message."""
     from qflare_server.storage.error_translation import translate  # noqa: PLC0415  # heavy
 
     translated = translate(error)  # type: ignore[arg-type]  # known by its name, not imported

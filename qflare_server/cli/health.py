@@ -8,7 +8,7 @@ import grpc
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from qflare.command_line import report_failure, seconds
+from qflare.command_line import address, report_failure, seconds
 from qflare.terminal import say
 from qflare_server.config import ServerConfig
 
@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         help="check that a coordinator is serving; exit code 0 if so",
         epilog="example: qflare-server health --address 127.0.0.1:50051",
     )
-    health.add_argument("--address", help="default: the listening address")
+    health.add_argument("--address", type=address, help="default: the listening address")
     health.add_argument("--service", default="", help="service name; empty asks for the whole")
     health.add_argument(
         "--ca",
@@ -53,7 +53,7 @@ def run_health(config: ServerConfig, arguments: argparse.Namespace) -> int:
 
 
 def _health_channel(config: ServerConfig, arguments: argparse.Namespace) -> grpc.Channel:
-    """Connect to an address, or to the coordinator of these settings: over TLS where that speaks TLS."""
+    """Connect to an address, or to the coordinator of these settings, over TLS if it uses TLS."""
     address = arguments.address or config.listen
     authorities, options = arguments.ca and arguments.ca.read_bytes(), []
     if authorities is None and not arguments.address and config.tls_certificate_file is not None:
@@ -69,10 +69,10 @@ def _health_channel(config: ServerConfig, arguments: argparse.Namespace) -> grpc
 
 
 def server_name(pem: bytes) -> str:
-    """Return a name that a server certificate stands for, its first DNS name or else an IP address; empty for none.
+    """Return a name in a server certificate: its first DNS name, or else an IP address; empty for none.
 
     Raises:
-        ValueError: It is no certificate.
+        ValueError: It is not a certificate.
     """
     certificate = x509.load_pem_x509_certificate(pem)
     try:

@@ -1,4 +1,4 @@
-"""`init`, `keys rotate`, `keys rotate-root`, `bundle`: the coordinator's identity and what devices know of it."""
+"""`init`, `keys rotate`, `keys rotate-root`, `bundle`: the coordinator's keys and the bootstrap bundles of devices."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from qflare.command_line import whole
+from qflare.command_line import address, whole
 from qflare.crypto.signing import algorithm_named
 from qflare.files import make_private_folder
 from qflare.terminal import say
@@ -42,7 +42,9 @@ def add(commands: Any) -> None:
         help="write a bootstrap bundle for devices",
         epilog="example: qflare-server bundle --address fl.example.org:443 --output bundle.json",
     )
-    bundle.add_argument("--address", required=True, help="where devices reach the coordinator")
+    bundle.add_argument(
+        "--address", type=address, required=True, help="where devices reach the coordinator"
+    )
     bundle.add_argument("--ca", type=Path, help="PEM file of the TLS certificate authority")
     bundle.add_argument("--output", type=Path, required=True, help="new 0600 file")
     bundle.set_defaults(run=run_bundle)
@@ -142,7 +144,7 @@ def ensure_initialized(
     Args:
         config: The configuration.
         options: Key generation options; None means the configuration's.
-        folder: Where the keys go; None means the configuration's folder.
+        folder: Folder for the keys; None means the configured folder.
     """
     folder = folder or KeyFolder.from_config(config)
     notes = []
@@ -172,7 +174,7 @@ def _has_admin(config: ServerConfig) -> bool:
 
 
 def issue_first_admin(parts: Application, path: Path) -> None:
-    """Write an admin token with every right to a file that only its owner can read.
+    """Write an admin token with all roles to a file that only its owner can read.
 
     The file is durable before the token's row is: a start killed in between leaves an unusable token, and the next
     start writes another. If several coordinators start at once, one issues the token.
@@ -183,7 +185,7 @@ def issue_first_admin(parts: Application, path: Path) -> None:
         make_private_folder(path.parent)
         for left in path.parent.glob(
             f".{path.name}.*"
-        ):  # of a start that was killed while it wrote
+        ):  # left by a start that was killed while writing
             left.unlink(missing_ok=True)
         write_secret(path, secret.encode() + b"\n", replace=True)
 
@@ -206,7 +208,7 @@ def run_init(config: ServerConfig, arguments: argparse.Namespace) -> int:
         place = replace(KeyFolder.from_config(config), root_files=files)
     else:
         place = replace(KeyFolder.from_config(config), root_passphrase_files=tuple(passphrases))
-        place.root_places(count)  # refuses passphrases that do not fit before anything is made
+        place.root_places(count)  # refuses invalid passphrases before creating anything
     notes = ensure_initialized(config, options, place)
     say("\n".join(notes) or f"{config.data_dir} is set up already")
     return 0

@@ -1,7 +1,7 @@
 """The `qflare-server` command: parser, logging and exit codes.
 
-Exit codes: 0 done, 1 not done (the message says why and what to do), 2 wrong usage, 130 interrupted. Only the module of
-the command that was asked for is imported, so that `health`, which probes call often, starts quickly.
+Exit codes: 0 success, 1 failure (the message states the cause and the remedy), 2 wrong usage, 130 interrupted. Only the
+module of the command that was asked for is imported, so that `health`, which probes call often, starts quickly.
 """
 
 import argparse
@@ -68,7 +68,7 @@ Settings come from QFLARE_* variables; flags override them. First steps:
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """Formats a log record as one JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as JSON."""
@@ -84,7 +84,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 def configure_logging(config: ServerConfig) -> None:
-    """Send the program's log to standard error; done once, here."""
+    """Configure logging to standard error; called only here."""
     handler = logging.StreamHandler()
     if config.log_format == "json":
         handler.setFormatter(_JsonFormatter())
@@ -95,7 +95,7 @@ def configure_logging(config: ServerConfig) -> None:
 
 
 def parser(modules: Iterable[str] | None = None) -> argparse.ArgumentParser:
-    """Return the parser of the commands of some modules, of all by default."""
+    """Return the parser of the commands of the given modules; default: all."""
     root = ArgumentParser(
         prog=PROGRAM,
         description=DESCRIPTION,
@@ -119,7 +119,7 @@ def _add_settings(root: argparse.ArgumentParser) -> None:
 
 
 def _modules(argv: Sequence[str]) -> list[str] | None:
-    """Return the module of the command that these words name, None where they name none."""
+    """Return the module of the command in these arguments; None if there is none."""
     words = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     _add_settings(words)
     words.add_argument("command", nargs="?", default="")
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code.
 
     Args:
-        argv: Words after the program's name; None means those of the process, which is then protected.
+        argv: Arguments without the program name; None means those of the process, which is then protected.
     """
     if argv is None:
         protect_process()
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> int:
-    """Write cause and remedy of a failure to standard error; return the exit code."""
+    """Print cause and remedy of a failure to standard error; return the exit code."""
     failure = explain(error)
     if failure is None:
         logger.error("the command failed", exc_info=error)

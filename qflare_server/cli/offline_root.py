@@ -1,10 +1,8 @@
-"""`keys prepare`, `keys draft`, `keys sign`, `keys publish`: rotation where the root keys are on other machines.
+"""`keys prepare`, `keys draft`, `keys sign`, `keys publish`: key rotation with the root keys on other machines.
 
-`keys make-root` and `keys draft-root` exchange the root keys themselves in the same way. Each root key signs where it
-is; `keys publish` joins the signatures of a threshold.
-
-The files that travel between the machines hold nothing secret: public keys, documents, and documents with signatures,
-all as JSON, so that whoever signs can read what is signed.
+`keys make-root` and `keys draft-root` replace the root keys themselves in the same way. Each root key signs on its own
+machine; `keys publish` combines the signatures of a threshold. The files that are copied between the machines contain
+no secrets: public keys, documents, and signed documents, all as JSON, so that a signer can read the document.
 """
 
 import argparse
@@ -137,7 +135,7 @@ def _add_root(actions: Any) -> None:
 
 
 def add_places(parser: Any) -> None:
-    """Add the arguments that say where root keys are."""
+    """Add the arguments for the locations of root keys."""
     parser.add_argument(
         "--root-key",
         type=Path,
@@ -157,7 +155,7 @@ def add_places(parser: Any) -> None:
 
 
 def with_places(folder: KeyFolder, arguments: argparse.Namespace) -> KeyFolder:
-    """Return a key folder with its root keys where the arguments say."""
+    """Return a key folder with its root keys at the locations in the arguments."""
     files = given(arguments.root_key, arguments.root_passphrase_file)
     return replace(folder, root_files=files)
 
@@ -173,7 +171,7 @@ def run_prepare(config: ServerConfig, _arguments: argparse.Namespace) -> int:
 
 
 def run_draft(config: ServerConfig, arguments: argparse.Namespace) -> int:
-    """Write the keyset that names them."""
+    """Write the keyset with the prepared keys."""
     database = open_database(config)
     try:
         keyset = draft_keyset(
@@ -223,7 +221,7 @@ def run_draft_root(config: ServerConfig, arguments: argparse.Namespace) -> int:
 
 
 def run_sign(config: ServerConfig, arguments: argparse.Namespace) -> int:
-    """Sign a document with the root keys that are here; needs neither database nor online keys."""
+    """Sign a document with the root keys on this machine; needs neither database nor online keys."""
     is_root = arguments.root_document is not None
     document: security_pb2.RootDocument | security_pb2.Keyset = (
         security_pb2.RootDocument() if is_root else security_pb2.Keyset()

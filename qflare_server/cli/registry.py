@@ -115,7 +115,7 @@ def read_dump(dump: object) -> list[tuple[object, object]]:
 def import_devices(
     use_case: KnownDevices, who: Caller, entries: Sequence[tuple[object, object]]
 ) -> ImportCounts:
-    """Import devices, 500 in one transaction; those that are there already are skipped."""
+    """Import devices, 500 per transaction; existing ones are skipped."""
     done = ImportCounts()
     for batch in _batches(_valid(entries, done)):
         inserted = _add(use_case, who, batch, done)

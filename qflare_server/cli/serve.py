@@ -78,8 +78,8 @@ def _bound_stop(config: ServerConfig) -> None:
 def _keep_freed_memory() -> None:
     """Tune glibc's allocator to reuse freed chunks.
 
-    By default it returns every 1 MiB message to the system and maps and clears memory for the next. Its per-thread
-    arenas do not share freed memory, which costs a sixth more.
+    By default it returns the memory of every 1 MiB message to the system, and maps and clears memory for the next one.
+    Its per-thread arenas do not share freed memory, which costs another sixth.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

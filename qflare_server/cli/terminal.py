@@ -51,7 +51,7 @@ def progress(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
 
 
 def caller() -> Caller:
-    """Return who runs the command, for the audit log."""
+    """Return the user who runs the command, for the audit log."""
     try:
         name = getpass.getuser()
     except (KeyError, OSError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qflare.command_line import seconds, whole
+from qflare.command_line import address, seconds, whole
 from qflare.files import make_private_folder
 from qflare.terminal import say
 from qflare_server.cli.certificates import read_authorities
@@ -37,7 +37,9 @@ def add(commands: Any) -> None:
     issue.add_argument(
         "--bundles", type=Path, help="write a bootstrap bundle for each into this folder"
     )
-    issue.add_argument("--address", help="where devices reach the coordinator, with --bundles")
+    issue.add_argument(
+        "--address", type=address, help="where devices reach the coordinator, with --bundles"
+    )
     issue.add_argument("--ca", type=Path, help="PEM file of the TLS certificate authority")
     issue.add_argument(
         "--output", type=Path, help="write to this new 0600 file instead of printing"

@@ -3,7 +3,7 @@
 Online keys are exchanged in three steps, which `rotate_online` does at once where the root keys are at hand:
 
 1. `prepare_online` adds the next keys to the key file; copy it to every replica,
-2. `draft_keyset` says what the root has to sign, `sign_keyset` signs it (on the machine that has the root keys),
+2. `draft_keyset` says what the root has to sign, `sign_document` signs it (on the machine that has the root keys),
 3. `publish_keyset` puts it into the database; replicas take it over within seconds.
 
 `replace_stolen` exchanges them so that no key in a stolen key file stays valid.
@@ -107,15 +107,6 @@ def draft_keyset(
     ring = folder.read_online()
     trust = read_published(database, trust_from_bundle(ring.realm, ring.bundle))
     return follow_keyset(folder.provider(ring), trust, trust.root.version, at, without, lifetime)
-
-
-def sign_keyset(folder: KeyFolder, keyset: security_pb2.Keyset) -> security_pb2.SignedEnvelope:
-    """Sign a keyset with every root key of the folder.
-
-    Raises:
-        KeyStoreError: The root keys cannot be read.
-    """
-    return sign_document(keyset, folder.read_root().signing_keys())
 
 
 def publish_keyset(

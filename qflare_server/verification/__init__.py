@@ -1,11 +1,11 @@
-"""Verification of a database against what was signed; reads only.
+"""Read-only verification of a database against the signed statements.
 
-`verify_database` compares the audit log, device keys, versions, updates, rounds, evaluations and all payloads with what
-was signed; `find` yields the findings one by one. `recompute_version` recomputes a version from its updates. All three
-read in bounded memory and may run beside a coordinator.
+`verify_database` compares the audit log, device keys, versions, updates, rounds, evaluations and all payloads with the
+signed statements; `find` yields the findings one by one. `recompute_version` recomputes a version from its updates. All
+three read in bounded memory and may run beside a coordinator.
 
-Trust is rooted in the pinned ids of the root keys. Whoever holds both the online keys and the database can write a
-consistent false history; only the tree heads that a witness keeps and the state that devices remember reveal it.
+Trust is rooted in the pinned ids of the root keys. An attacker with both the online keys and the database can write a
+consistent false history; only the tree heads of a witness and the state kept by devices reveal it.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 MAX_FINDINGS: Final = 1000
-"""Most findings of one report."""
+"""Maximum number of findings in a report."""
 
 
 @dataclass(frozen=True)

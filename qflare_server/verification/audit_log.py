@@ -42,8 +42,8 @@ class AuditVerification:
     Args:
         context: The coordinator's dependencies.
         keys: Keys of valid signers.
-        tally: Counts of what was checked.
-        witness_file: Tree heads kept by a witness; None without one.
+        tally: Counts of the checked records.
+        witness_file: Tree heads kept by a witness; None if there is none.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class AuditVerification:
 
 
 def _about(rows: Sequence[AuditLog], event_type: str, prefix: str) -> dict[str, AuditLog]:
-    """Return the entries of a type by subject without its prefix; other subjects are left out."""
+    """Return the entries of a type, by subject without its prefix; other subjects are omitted."""
     return {
         row.subject.removeprefix(prefix): row
         for row in rows
@@ -244,7 +244,7 @@ def _document_digest(data: bytes) -> str | None:
 
 
 def _compare_update(entry: AuditLog, row: LoggedUpdate | None) -> str:
-    """Return what is wrong with the row of an accepted update; empty if nothing."""
+    """Return the problem of an accepted update's row; empty if there is none."""
     if row is None:
         return "it was accepted, and is missing"
     columns = {
@@ -262,7 +262,7 @@ def _compare_update(entry: AuditLog, row: LoggedUpdate | None) -> str:
 
 
 def _leaf(row: AuditLog, stored: bytes | None) -> tuple[bytes | None, str]:
-    """Return the leaf hash of a row, and what is wrong with the row."""
+    """Return the leaf hash of a row, and the row's problem."""
     try:
         leaf = entry_of(row).leaf_hash()
     except (InvalidEntryError, AttributeError, TypeError) as error:

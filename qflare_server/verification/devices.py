@@ -1,7 +1,8 @@
-"""Devices and their keys against what was signed, and against what the audit log says of them.
+"""Verification of devices and their keys against the signed receipts and the audit log.
 
-A receipt of a registrar or a rotation brings a key in, and a receipt says what selection goes by. What an administrator
-changed since, groups and confirmed profiles, stands in the log: the last entry has to be what the rows say.
+An enrollment receipt or a rotation introduces a key, and the receipt states the profile that selection uses. Later
+changes by an administrator, to groups and confirmed profiles, are in the audit log: the rows have to match the last
+entry.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,7 +103,7 @@ def _compare_key(row: Device, keys: Mapping[str, DeviceKey]) -> list[str]:
 
 
 def _enrolled_profiles(keys: Sequence[DeviceKey]) -> dict[str, security_pb2.EnrolledProfile]:
-    """Return what the last receipt of each device says of it; devices whose receipts say nothing are left out."""
+    """Return the profile in the last receipt of each device; devices without one are omitted."""
     found: dict[str, security_pb2.EnrolledProfile] = {}
     for key in keys:  # by device, then in order
         envelope = security_pb2.SignedEnvelope.FromString(key.statement or b"")
@@ -116,7 +117,7 @@ def _enrolled_profiles(keys: Sequence[DeviceKey]) -> dict[str, security_pb2.Enro
 def _compare_profile(
     row: Device, enrolled: security_pb2.EnrolledProfile | None, confirmed: Any
 ) -> list[str]:
-    """Return which columns that selection goes by are neither as the device enrolled nor as it was confirmed."""
+    """Return the columns used for selection that match neither the enrollment nor the last confirmation."""
     if enrolled is None:
         return []
     if row.confirmed_at is None:
@@ -134,7 +135,7 @@ def _compare_profile(
 
 
 def _logged_groups(events: Mapping[str, Any]) -> list[str]:
-    """Return the groups that a device is in by the log: those it was put into last, else those of its enrollment."""
+    """Return a device's groups according to the audit log: the last assignment, or else those of its enrollment."""
     entry = events[GROUPS_CHANGED] or events[REGISTERED]
     named = "" if entry is None else entry.details.get("groups", "")
     return named.split(",") if named else []

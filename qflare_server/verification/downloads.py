@@ -1,4 +1,4 @@
-"""Verification of downloads: the payload in a smaller encoding is recomputed from the version, in bounded memory."""
+"""Verification of downloads: recomputes the payload of a download encoding from the version, in bounded memory."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ from qflare_server.verification.findings import Finding, Tally, problem_of, walk
 
 
 class DownloadVerification:
-    """One pass over the versions that devices download in a smaller encoding.
+    """One pass over the versions with a download encoding.
 
     Args:
         context: The coordinator's dependencies.
@@ -55,7 +55,7 @@ class DownloadVerification:
 
 
 def download_problem(context: Context, model: GlobalModel) -> str:
-    """Recompute the download of a version; return what is wrong with it, empty if nothing.
+    """Recompute the download of a version; return its problem, empty if there is none.
 
     Args:
         context: The coordinator's dependencies.

@@ -1,6 +1,6 @@
 """Verification of evaluations: every column that a signed statement covers.
 
-Rows without a statement are from before evaluations were signed; they have no effect and are only counted.
+Rows without a statement predate signed evaluations; they have no effect and are only counted.
 """
 
 from collections.abc import Iterator, Sequence

@@ -16,20 +16,20 @@ from qflare_server.keys.trust_store import SignerKeys, published_signers
 from qflare_server.storage.database import Database
 
 BATCH: Final = 500
-"""Rows in memory at a time."""
+"""Number of rows in memory at a time."""
 Key = TypeVar("Key")
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A discrepancy: a record that the coordinator did not write in this form.
+    """A discrepancy: a record that differs from what the coordinator wrote.
 
     Attributes:
         kind: Kind of the record: keyset, audit, head, witness, device_key, device, model, update, round,
             evaluation or payload.
         subject: The record.
-        problem: What is wrong with it.
+        problem: The discrepancy.
     """
 
     kind: str
@@ -56,10 +56,10 @@ def read_signer_keys(
     Args:
         context: The coordinator's dependencies.
         root_key_ids: Pinned ids of the keys of root document 1.
-        root_threshold: How many of them have to have signed; None means all.
+        root_threshold: Required number of their signatures; None means all.
 
     Raises:
-        ValueError: The trust documents in the database do not follow from the pinned keys.
+        ValueError: The trust documents in the database do not chain to the pinned keys.
     """
     threshold = len(set(root_key_ids)) if root_threshold is None else root_threshold
     return published_signers(
@@ -88,10 +88,10 @@ def walk(
     first: Key,
     key_of: Callable[[Row], Key],
 ) -> Iterator[Row]:
-    """Yield all rows of a table in the order of their keys, `BATCH` in memory at a time, no transaction held.
+    """Yield all rows of a table in key order, `BATCH` at a time, without holding a transaction.
 
     Args:
-        database: Where they are.
+        database: The database.
         read: Returns the next rows after a key, at most so many.
         first: A key before all others.
         key_of: Returns the key of a row.
@@ -116,11 +116,11 @@ def faults(
     """Check rows one by one, count them, and yield findings.
 
     Args:
-        kind: Of row, as a finding names it.
-        rows: What is checked.
-        check: Raises for a row that is not as it was written; see `problem_of`.
-        subject_of: Returns how a finding names a row.
-        tally: Counts them.
+        kind: Kind of the rows in findings.
+        rows: The rows.
+        check: Raises an error for a modified row; see `problem_of`.
+        subject_of: Returns the name of a row in findings.
+        tally: Counts of the checked records.
     """
     for row in rows:
         tally.checked[kind] += 1
@@ -130,7 +130,7 @@ def faults(
 
 
 def problem_of(check: Callable[..., Any], *arguments: object) -> str | None:
-    """Run a check and return what is wrong; None if nothing."""
+    """Run a check and return the problem; None if there is none."""
     try:
         check(*arguments)
     except (ValueError, DecodeError) as error:
@@ -139,5 +139,5 @@ def problem_of(check: Callable[..., Any], *arguments: object) -> str | None:
 
 
 def differences(pairs: dict[str, tuple[object, object]]) -> list[str]:
-    """Return the names of columns whose value differs from what was signed."""
+    """Return the names of the columns whose value differs from the signed one."""
     return [name for name, (got, want) in pairs.items() if got != want]

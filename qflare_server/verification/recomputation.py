@@ -40,14 +40,13 @@ class Recomputation:
 
     Attributes:
         version: The version.
-        payload_digest: What the version was published as.
+        payload_digest: Digest of the published version.
         update_count: Updates of its round.
-        pruned_count: Those whose bytes are no longer kept; with any, the version cannot be made again.
-        recomputed: Whether it was made again.
-        differences: What came out other than it was published; empty if it was made again and is the same.
-        by_record: Whether it took the record of how each update was judged to come out the same. Judging the
-            updates again, here and now, came out otherwise, as it may on another machine; the record is the
-            coordinator's word.
+        pruned_count: Updates whose bytes are no longer kept; if there are any, the version cannot be recomputed.
+        recomputed: Whether it was recomputed.
+        differences: Differences from the published version; empty if the recomputed version is identical.
+        by_record: Whether the recorded outcomes of the updates were needed to reproduce the version. Evaluating the
+            updates again gave other outcomes, as it may on another machine; the record is the coordinator's claim.
     """
 
     version: int
@@ -73,8 +72,8 @@ def recompute_version(
         context: The coordinator's dependencies.
         training_session_id: Training session.
         version: None means the latest.
-        noise_seed: The training session's secret, needed with differential privacy; None opens the one that is kept.
-        thread_count: Threads that share the arithmetic.
+        noise_seed: The training session's noise seed, needed with differential privacy; None decrypts the stored one.
+        thread_count: Number of threads for the arithmetic.
 
     Raises:
         TrainingSessionNotFoundError: There is no such training session.
@@ -145,7 +144,7 @@ def _compare_copy(
     statement: security_pb2.ModelStatement,
     result: Recomputation,
 ) -> Recomputation:
-    """Compare a rollback with the version that it restores; an initial model is not computed from anything."""
+    """Compare a rollback with the version that it restores; an initial model has nothing to compare with."""
     if not statement.HasField("rollback_version"):
         if not statement.HasField("download"):
             return result
@@ -203,7 +202,7 @@ def _compare(
 def _compare_vectors(
     context: Context, model: GlobalModel, vectors: Mapping[str, ReceivedPayload]
 ) -> list[str]:
-    """Compare the optimizer's vectors: no statement covers them, and the next version depends on them."""
+    """Compare the optimizer's state vectors, which no statement covers but the next version depends on."""
     problems = []
     for name, payload_id in model.strategy_state.get("vectors", {}).items():
         with context.database.read() as session:
@@ -215,7 +214,7 @@ def _compare_vectors(
 
 
 class _ReadingDatabase(Database):
-    """A database that is read only."""
+    """A read-only database."""
 
     def __init__(self, database: Database) -> None:
         self._read_only = database
@@ -235,7 +234,7 @@ class _ReadingDatabase(Database):
 
 
 class _ReadingStore:
-    """A payload store that reads, and counts chunks instead of writing them."""
+    """A read-only payload store, which counts chunks instead of writing them."""
 
     def __init__(self, store: PayloadStore) -> None:
         self._store = store

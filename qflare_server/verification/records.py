@@ -88,7 +88,7 @@ class RecordVerification:
                 )
                 return
         if expected > latest + 1:
-            return  # the session has gone on meanwhile
+            return  # the session has advanced meanwhile
 
     def _model(self, row: GlobalModel, parent: str) -> Iterator[Finding]:
         self._tally.checked["model"] += 1
@@ -119,7 +119,7 @@ class RecordVerification:
             require_equal("in_process_count", in_process, row.in_process_count)
 
     def _download(self, session: Session, row: GlobalModel) -> tuple[str | None, int | None]:
-        """Return digest and size of the payload that devices download instead of a version's own; None without one."""
+        """Return the digest and size of a version's download payload; None if it has no download encoding."""
         if row.download_payload_id is None:
             return None, None
         payload = payloads.get_payload(session, row.download_payload_id)
@@ -252,7 +252,7 @@ def _kept(payload: Payload) -> tuple[object, ...]:
 def _stated(
     statement: security_pb2.UpdateStatement | security_pb2.ModelStatement,
 ) -> tuple[object, ...]:
-    """Return what a statement covers of its payload: digest, size, wire digest, digest of the seal's header."""
+    """Return the payload fields of a statement: digest, size, wire digest, digest of the seal's header."""
     wire_digest = statement.wire_digest or statement.payload_digest
     return (
         statement.payload_digest,

@@ -100,7 +100,7 @@ def _digest_of(stored: Mapping[str, Any]) -> str:
 
 
 def _groups(stored: Mapping[str, Any]) -> list[str]:
-    """Return the groups that a configuration names; none if it is no configuration any more."""
+    """Return the groups in a configuration; none if it is no longer a valid configuration."""
     try:
         return list(from_json(stored).groups)
     except (json_format.ParseError, TypeError, ValueError):

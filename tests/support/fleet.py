@@ -53,7 +53,12 @@ class Fleet:
             device_training=training_pb2.DeviceTraining(
                 local_epochs=3, batch_size=32, learning_rate=0.05
             ),
-            evaluation=training_pb2.EvaluationPolicy(every_rounds=1),
+            evaluation=training_pb2.EvaluationPolicy(
+                every_rounds=1, group_by="device_type", quorum=2
+            ),
+            release=training_pb2.ReleasePolicy(
+                bounds=[training_pb2.MetricBound(metric="accuracy", min_value=0.85)]
+            ),
         )
         created = self.deployment.admin.CreateTrainingSession(
             admin_pb2.CreateTrainingSessionRequest(name=name, model_type="mlp", config=config),

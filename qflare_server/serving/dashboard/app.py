@@ -5,6 +5,8 @@ A page requires a login whose token may call every method that `PAGES` lists for
 Scripts cannot read the cookie, and other sites cannot send it.
 """
 
+import ipaddress
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import qflare
+from qflare.terminal import printable_lines
 from qflare_server import errors
 from qflare_server.config import ServerConfig
 from qflare_server.serving.dashboard import formatting
@@ -249,11 +252,15 @@ class Site:
         response.delete_cookie(self._cookie, secure=self._secure, httponly=True, samesite="strict")
 
     def _peer(self, request: Request) -> str:
-        """Return the browser's address; behind a proxy, the address that the proxy reports."""
+        """Return the browser's address; behind a proxy, the last one of the header, which the proxy itself has added.
+
+        A proxy may add it as a header line of its own, after those that the browser made up.
+        """
         if self._config.dashboard_behind_proxy:
-            entries = request.headers.get("x-forwarded-for", "").split(",")
-            if entries[-1].strip():
-                return entries[-1].strip()[:100]
+            lines = request.headers.getlist("x-forwarded-for")
+            address = _address(",".join(lines).rpartition(",")[2])
+            if address:
+                return address
         return request.client.host if request.client is not None else ""
 
     async def _to_login(self, _request: Request, _error: Exception) -> Response:
@@ -279,6 +286,17 @@ def _status(error: Exception) -> HTTPStatus:
         if kind in STATUS:
             return STATUS[kind]
     return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def _address(text: str) -> str:
+    """Return an IP address that may have a port after it, as IPv6 only in brackets; empty if the text is none."""
+    text = text.strip()
+    bracketed = re.fullmatch(r"\[([^]]*)\](?::\d+)?", text)
+    host = bracketed[1] if bracketed else text.partition(":")[0] if text.count(":") == 1 else text
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return ""
 
 
 async def _token(request: Request) -> str:
@@ -313,10 +331,17 @@ def _require_same_origin(request: Request) -> None:
         raise HTTPException(HTTPStatus.FORBIDDEN)
 
 
+def _shown(value: object) -> object:
+    """Return a text in printable characters: control and bidirectional ones would make a page say something else."""
+    is_plain = isinstance(value, str) and not hasattr(value, "__html__")
+    return printable_lines(value) if is_plain else value
+
+
 def _templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("qflare_server.serving.dashboard"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -329,5 +354,7 @@ def _templates() -> Environment:
         number=formatting.number,
         share=formatting.share,
         measure=formatting.measure,
+        metric=formatting.metric,
+        has=formatting.has,
     )
     return environment

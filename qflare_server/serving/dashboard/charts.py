@@ -11,6 +11,8 @@ from typing import Final
 from qflare_server.serving.dashboard.formatting import NONE
 
 Point = tuple[float, float]
+Position = Callable[[float], float]
+"""Gives the place of a value in a drawing."""
 TICKS: Final = 4
 WIDE: Final = (640, 270)
 COMPACT: Final = (340, 230)
@@ -29,6 +31,26 @@ class Series:
     name: str
     css: str
     points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A value of y to stay above or below: what it is called and where it lies."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class SmallLine:
+    """A line without axes among others on the same scale: `path` is its own, `behind` that of all together."""
+
+    name: str
+    last: str
+    words: str
+    path: str
+    behind: str
+    end: Point
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,8 @@ class Plot:
     y_ticks: Sequence[Tick]
     lines: Sequence[Line] = ()
     bars: Sequence[Bar] = ()
+    limits: Sequence[Tick] = ()
+    limits_left: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,6 +142,15 @@ class Part:
     css: str
     value: float
 
+
+LADDER: Final = (
+    *((0.001, "1 ms"), (0.01, "10 ms"), (0.1, "100 ms"), (1.0, "1 s"), (10.0, "10 s")),
+    *((60.0, "1 min"), (600.0, "10 min"), (3600.0, "1 h"), (36_000.0, "10 h")),
+    *((345_600.0, "4 d"), (3_456_000.0, "40 d")),
+)
+"""Rungs of a logarithmic scale of time, in seconds: about a factor of ten apart, at values that people say."""
+SMALL: Final = (150, 40)
+"""Width and height of a small line."""
 
 TINY: Final = 1e-280
 """Smallest usable range; the powers of ten of a smaller one would underflow a float."""
@@ -163,6 +196,9 @@ def line_chart(
     y_label: str,
     written: Callable[[float], str],
     sizes: Mapping[str, Size] = SIZES,
+    limits: Sequence[Limit] = (),
+    is_time: bool = False,
+    summary: str = "",
 ) -> Chart | None:
     """Return a chart of lines over whole numbers; None if there is no finite point.
 
@@ -174,6 +210,9 @@ def line_chart(
         y_label: Label of the y axis, with its unit.
         written: Formats a y value.
         sizes: Width and height of each drawing, by its CSS class.
+        limits: Values of y that are drawn as lines across.
+        is_time: Whether y is seconds, drawn on a logarithmic scale so that short times are seen beside long ones.
+        summary: In words; empty means range and ends of each line.
     """
     shown = [item for item in map(_finite, series) if item.points]
     if not shown:
@@ -182,14 +221,44 @@ def line_chart(
     return Chart(
         name,
         title,
-        " ".join(_in_words(item, x_label, written) for item in shown),
+        summary
+        or " ".join([*(_in_words(item, x_label, written) for item in shown), *_stated(limits)]),
         x_label,
         y_label,
         [(item.name, item.css) for item in shown],
-        [_line_plot(css, size, shown, written) for css, size in sizes.items()],
+        [
+            _line_plot(css, size, shown, written, limits, is_time=is_time)
+            for css, size in sizes.items()
+        ],
         [x_label, *(item.name for item in shown)],
         list(_rows(xs, shown, written)),
     )
+
+
+def small_lines(
+    series: Sequence[Series], together: Series, written: Callable[[float], str]
+) -> list[SmallLine]:
+    """Return lines to be compared, all on one scale, each before the line of all together."""
+    shown = [item for item in map(_finite, series) if item.points]
+    if not shown:
+        return []
+    behind = _finite(together)
+    points = [point for item in [*shown, behind] for point in item.points]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    width, height = SMALL
+    across = Scale(min(xs), max(xs), 3, width - 5)
+    up = Scale(min(ys), max(ys), height - 5, 5)
+    return [
+        SmallLine(
+            item.name,
+            written(item.points[-1][1]),
+            _in_words(item, "Version", written),
+            _path(item.points, across, up),
+            _path(behind.points, across, up) if behind.points else "",
+            (across(item.points[-1][0]), up(item.points[-1][1])),
+        )
+        for item in shown
+    ]
 
 
 def bar_chart(
@@ -230,7 +299,7 @@ def _finite(series: Series) -> Series:
     return Series(series.name, series.css, points)
 
 
-def _path(points: Sequence[Point], across: Scale, up: Scale) -> str:
+def _path(points: Sequence[Point], across: Position, up: Position) -> str:
     return "M" + "L".join(f"{across(x):g} {up(y):g}" for x, y in points)
 
 
@@ -240,15 +309,20 @@ def _frame(size: Size) -> tuple[float, float, float, float]:
 
 
 def _line_plot(
-    css: str, size: Size, series: Sequence[Series], written: Callable[[float], str]
+    css: str,
+    size: Size,
+    series: Sequence[Series],
+    written: Callable[[float], str],
+    limits: Sequence[Limit],
+    *,
+    is_time: bool,
 ) -> Plot:
     left, right, top, bottom = _frame(size)
     xs = [x for item in series for x, _ in item.points]
-    values = [y for item in series for _, y in item.points]
-    rungs = steps(min(values), max(values), TICKS)
+    values = [y for item in series for _, y in item.points] + [item.value for item in limits]
     room = 0 if min(xs) < max(xs) else 1
     across = Scale(min(xs) - room, max(xs) + room, left, right)
-    up = Scale(rungs[0], rungs[-1], bottom, top)
+    up, y_ticks = (_time_axis if is_time else _even_axis)(values, bottom, top)
     lines = [
         Line(
             item.css,
@@ -271,9 +345,50 @@ def _line_plot(
             for x in steps(min(xs), max(xs), 5 if css in NARROW else 8, whole=True)
             if min(xs) <= x <= max(xs)
         ],
-        [Tick(up(y), _rung(y, rungs)) for y in rungs],
+        y_ticks,
         lines,
+        limits=[Tick(up(item.value), item.name) for item in limits],
+        limits_left=_is_left_free(series[0].points, limits, up),
     )
+
+
+def _is_left_free(points: Sequence[Point], limits: Sequence[Limit], up: Position) -> bool:
+    """Return whether a line is further from the first limit where it begins than where it ends."""
+    if not limits:
+        return True
+    first, last = (abs(up(points[place][1]) - up(limits[0].value)) for place in (0, -1))
+    return first >= last
+
+
+def _even_axis(
+    values: Sequence[float], bottom: float, top: float
+) -> tuple[Position, Sequence[Tick]]:
+    """Return the positions of values, and round marks; whole ones for counts."""
+    whole = all(float(value).is_integer() for value in values)
+    rungs = steps(min(values), max(values), TICKS, whole=whole)
+    up = Scale(rungs[0], rungs[-1], bottom, top)
+    return up, [Tick(up(y), _rung(y, rungs)) for y in rungs]
+
+
+def _time_axis(
+    values: Sequence[float], bottom: float, top: float
+) -> tuple[Position, Sequence[Tick]]:
+    """Return the positions of times in seconds on a logarithmic scale, and marks that people say."""
+    shortest, longest = LADDER[0][0], LADDER[-1][0]
+    low = max([at for at, _ in LADDER if at <= min(values)], default=shortest)
+    high = min([at for at, _ in LADDER if at >= max(values)], default=longest)
+    if low == high:
+        high = min([at for at, _ in LADDER if at > low], default=longest * 10)
+    scale = Scale(math.log10(low), math.log10(high), bottom, top)
+
+    def up(seconds: float) -> float:
+        return scale(math.log10(min(max(seconds, low), high)))
+
+    return up, [Tick(up(at), label) for at, label in LADDER if low <= at <= high]
+
+
+def _stated(limits: Sequence[Limit]) -> list[str]:
+    return [f"{item.name[:1].upper()}{item.name[1:]}." for item in limits]
 
 
 def _bar_plot(
@@ -284,7 +399,8 @@ def _bar_plot(
 ) -> Plot:
     left, right, top, bottom = _frame(size)
     highest = max(sum(part.value for part in parts) for _, parts in bars)
-    rungs = steps(0.0, highest or 1.0, TICKS)
+    whole = all(float(part.value).is_integer() for _, parts in bars for part in parts)
+    rungs = steps(0.0, highest or 1.0, TICKS, whole=whole)
     up = Scale(rungs[0], rungs[-1], bottom, top)
     pitch = (right - left) / max(len(bars), 6)
     every = max(1, math.ceil(len(bars) / (6 if css in NARROW else 12)))

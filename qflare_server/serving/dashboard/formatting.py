@@ -1,6 +1,7 @@
 """Formatting of numbers, sizes and times."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -9,6 +10,8 @@ NONE: Final = "\N{EN DASH}"
 TEN_MS_S: Final = 0.01
 MINUTE_S: Final = 60
 KIB: Final = 1024
+SHARES: Final = frozenset({"accuracy", "auc", "auroc", "f1", "precision", "recall", "sensitivity"})
+"""Metrics that people read as percentages."""
 _BYTES: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -81,6 +84,16 @@ def share(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return NONE
     return f"{value:.1%}".replace("%", " %") if 0 <= value <= 1 else measure(value)
+
+
+def metric(value: float | None, name: str) -> str:
+    """Return a value of a metric as people read it: a percentage or a measure."""
+    return share(value) if name.lower() in SHARES else measure(value)
+
+
+def has(rows: Iterable[object], name: str) -> bool:
+    """Return whether an attribute says something in at least one row; a column is shown only if so."""
+    return any(getattr(row, name) not in (None, 0, "") for row in rows)
 
 
 def measure(value: float | None) -> str:

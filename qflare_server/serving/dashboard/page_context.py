@@ -6,6 +6,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TypeVar
 
+from starlette.datastructures import QueryParams
+
 from qflare_server.errors import InvalidRequestError
 from qflare_server.serving.dashboard.cache import DashboardCache
 from qflare_server.storage.paging import PageRequest
@@ -26,7 +28,7 @@ class PageContext:
     recent: DashboardCache
     principal: Principal
     path: Mapping[str, str]
-    query: Mapping[str, str]
+    query: QueryParams
     at: datetime
     draining: bool = False
 
@@ -38,12 +40,30 @@ class PageContext:
         """Return a query parameter; empty if absent.
 
         Raises:
-            InvalidRequestError: It is too long.
+            InvalidRequestError: It is too long, or no text of a database.
         """
-        value = self.query.get(name, "")
-        if len(value) > MAX_TEXT or "\0" in value:
+        return _checked(name, self.query.get(name, ""))
+
+    def part(self, name: str) -> str:
+        """Return a part of the path.
+
+        Raises:
+            InvalidRequestError: It is too long, or no text of a database.
+        """
+        return _checked(name, self.path[name])
+
+    def texts(self, name: str, at_most: int) -> list[str]:
+        """Return the values of the query under a name, each once, in their order.
+
+        Raises:
+            InvalidRequestError: There are too many, or one is too long.
+        """
+        values = list(dict.fromkeys(self.query.getlist(name)))
+        if len(values) > at_most:
+            raise InvalidRequestError(f"{name}: got {len(values)}, want at most {at_most}")
+        if any(len(value) > MAX_TEXT or "\0" in value for value in values):
             raise InvalidRequestError(f"{name}: longer than {MAX_TEXT}, or holds NUL", field=name)
-        return value
+        return values
 
     def one_of(self, name: str, kind: type[Kind]) -> str:
         """Return a query parameter that is a value of an enum; empty if absent.
@@ -59,6 +79,12 @@ class PageContext:
     def rows(self, count: int) -> PageRequest:
         """Return the requested rows of a list."""
         return PageRequest(count, self.text("page"))
+
+
+def _checked(name: str, value: str) -> str:
+    if len(value) > MAX_TEXT or "\0" in value:
+        raise InvalidRequestError(f"{name}: longer than {MAX_TEXT}, or holds NUL", field=name)
+    return value
 
 
 def whole(text: str, name: str) -> int:

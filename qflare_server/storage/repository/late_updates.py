@@ -1,6 +1,5 @@
 """Statements on late updates: those that were refused because their round had closed."""
 
-from collections.abc import Sequence
 from datetime import datetime
 
 from sqlalchemy import insert, select, update
@@ -30,17 +29,3 @@ def record_late(
         .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number == round_number)
         .values(late_count=ROUNDS.c.late_count + 1)
     )
-
-
-def list_late(
-    session: Session, training_session_id: str, round_number: int, limit: int
-) -> Sequence[str]:
-    """Return the devices whose updates came late for a round, by id."""
-    query = (
-        select(LATE.c.device_id)
-        .where(LATE.c.training_session_id == training_session_id)
-        .where(LATE.c.round_number == round_number)
-        .order_by(LATE.c.device_id)
-        .limit(limit)
-    )
-    return session.scalars(query).all()

@@ -139,11 +139,6 @@ def consume(session: Session, token_id: str, at: datetime) -> bool:
     return _rowcount(session.connection().execute(_CONSUME, values)) == 1
 
 
-def touch(session: Session, token_id: str, at: datetime) -> None:
-    """Record the last use of a token."""
-    session.execute(update(TOKENS).where(TOKENS.c.id == token_id).values(last_used_at=at))
-
-
 def revoke(session: Session, token_id: str, reason: str, at: datetime) -> bool:
     """Revoke a token; False if it was revoked before."""
     return _revoke(session, TOKENS.c.id == token_id, reason, at) == 1

@@ -1,7 +1,7 @@
 """Bearer-token authentication. Tokens are checked on every call, so a revocation takes effect immediately.
 
-Lookups are cached, and a cached one is used only while the database's counter of security changes is unchanged: a
-call costs one small read, and every replica notices a revocation by any other on its next call.
+Lookups are cached while the database's counter of security changes is unchanged. A call costs one small read, and a
+revocation by one replica takes effect on the next call at every other.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ ANONYMOUS = frozenset({Role.ANYONE})
 class Principal:
     """The authenticated caller of an RPC.
 
-    `device_id` is None for administrators and callers without a credential, `binding_key` is what proofs of
-    possession are checked against.
+    `device_id` is None for administrators and callers without a credential, `binding_key` verifies proofs of
+    possession.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Principal:
     binding_key: bytes | None = None
 
     def caller(self, peer_address: str) -> Caller:
-        """Return what the audit log says of this caller."""
+        """Return the caller for the audit log."""
         return Caller(self.name, peer_address, "token" if self.token_id else "none")
 
 
@@ -118,7 +118,7 @@ class Authentication:
 
         Args:
             method: Full name of a method of a device or an administrator.
-            token_hash: What `hash_secret` made of the token.
+            token_hash: Result of `hash_secret` for the token.
 
         Raises:
             QflareError: As `admit`.

@@ -26,7 +26,7 @@ from qflare_server.storage.repository import audit
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.use_cases.access.authentication import Authentication, Principal, hash_secret
 from qflare_server.use_cases.access.failed_attempts import FailedAttempts
-from qflare_server.use_cases.access.rate_limits import RateLimiter
+from qflare_server.use_cases.access.rate_limits import RateLimiter, network_of
 from qflare_server.use_cases.access.roles import ACCESS
 
 ADMIN_SERVICE: Final = "/qflare.v1.AdminService/"
@@ -73,7 +73,7 @@ class DashboardLogin:
             principal = self._authentication.admit(LOGIN_METHOD, token)
         except (UnauthenticatedError, PermissionDeniedError) as error:
             self._refusals.record(caller, "dashboard.login_refused", SUBJECT, str(error))
-            self._attempts.take(peer_address)
+            self._attempts.take(network_of(peer_address) or peer_address)
             raise
         self._record(principal, peer_address, "dashboard.logged_in")
         return self._remember(hash_secret(token))

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 BURST: Final = 20
 INTERVAL_S: Final = 6.0
-"""Refusals about anything made up: so many at once, and one more in so many seconds."""
+"""Limit of refusals that are not about an enrolled device: burst, and seconds per further entry."""
 DEVICE_BURST: Final = 3
 DEVICE_INTERVAL_S: Final = 60.0
 """Refusals about one enrolled device from one address."""
@@ -31,14 +31,14 @@ DEVICE_PREFIX: Final = "device:"
 
 
 class _Bound:
-    """A token bucket, and how many refusals it has left out since the last entry."""
+    """A token bucket, with the number of refusals omitted since the last entry."""
 
     def __init__(self, burst: int, interval_s: float, now: datetime) -> None:
         self._bucket = TokenBucket(1 / interval_s, burst, now.timestamp())
         self.left_out = 0
 
     def take(self, now: datetime) -> int | None:
-        """Return how many were left out since the last entry; None if this one is left out too."""
+        """Return the number omitted since the last entry; None if this one is omitted too."""
         if self._bucket.take(now.timestamp()):
             self.left_out += 1
             return None
@@ -67,7 +67,7 @@ class FailedAttempts:
         problem: str,
         risk_level: RiskLevel = RiskLevel.HIGH,
     ) -> None:
-        """Record one, or count it as left out.
+        """Record a refusal, or count it as omitted.
 
         Args:
             caller: Who was refused.

@@ -1,4 +1,4 @@
-"""Which training sessions, versions and updates a caller may reach: one rule for each method, checked in one place.
+"""Object-level authorization: one rule per method, checked in one place.
 
 Roles say who may call a method (`access.roles`), this says for what. The boundary checks every call with its first
 message, before the method runs; a method without a rule cannot be called. Administrators reach everything that their
@@ -62,7 +62,7 @@ class ObjectAccess:
             rule(self, principal.device_id, message)
 
     def require_relation(self, device_id: str, training_session_id: str) -> Relation:
-        """Return how a device stands to a training session.
+        """Return the relation of a device to a training session.
 
         Raises:
             TrainingSessionNotFoundError: It takes no part in it, or there is none.

@@ -8,7 +8,7 @@ from typing import Final
 
 
 class Role(StrEnum):
-    """What a caller is."""
+    """Role of a caller."""
 
     ANYONE = "anyone"
     DEVICE = "device"

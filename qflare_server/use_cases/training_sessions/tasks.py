@@ -51,9 +51,9 @@ class Tasks:
         The absence of work is cached until work appears: an idle poll costs one small read.
 
         Args:
-            device_id: Who asks.
-            training_session_id: Whose work it wants; empty means any.
-            trains_only: It cannot evaluate.
+            device_id: The calling device.
+            training_session_id: The requested training session; empty means any.
+            trains_only: Whether the device does not evaluate.
 
         Raises:
             TrainingSessionNotFoundError: It asked for a training session that does not exist.
@@ -110,7 +110,7 @@ class Tasks:
 def _read_facts(
     session: Session, training_session_id: str, version: int
 ) -> tuple[str, training_pb2.TrainingConfig]:
-    """Return what never changes of a version and its training session: the digest and the configuration."""
+    """Return the immutable parts of a version and its training session: the digest and the configuration."""
     base = global_models.get_model(session, training_session_id, version)
     training_session = training_sessions.get_session(session, training_session_id)
     assert base is not None
@@ -119,7 +119,7 @@ def _read_facts(
 
 
 def _is_over(session: Session, training_session_id: str) -> bool:
-    """Return whether the training session that a device asked for is over; that it asked for any never is."""
+    """Return whether the requested training session has ended; False if the device requested any."""
     if not training_session_id:
         return False
     state = training_sessions.state_of(session, training_session_id)

@@ -143,7 +143,7 @@ class Watching:
 
         Args:
             training_session_id: Training session.
-            gone: Set once the caller has gone away.
+            gone: Set when the caller has disconnected.
             known_round: Round up to which the caller knows what happened; None means all that has happened.
             duration_s: Longest time; None means what the configuration allows.
 

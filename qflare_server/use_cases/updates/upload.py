@@ -248,7 +248,7 @@ class Uploads:
         return self._receiver(submission, found)
 
     def _unfinished(self, submission: Submission) -> payloads.UnfinishedUpload | None:
-        """Return the interrupted upload of this update, None without one."""
+        """Return the interrupted upload of this update; None if there is none."""
         with self._context.database.read() as session:
             found = payloads.find_upload(session, submission.statement.update_id)
         mine = (submission.device.device_id, submission.statement_digest)
@@ -257,7 +257,7 @@ class Uploads:
     def _receiver(
         self, submission: Submission, found: payloads.UnfinishedUpload | None = None
     ) -> Receiver:
-        """Return what takes the payload in, from where an interrupted upload ended."""
+        """Return the receiver of the payload, which continues an interrupted upload."""
         context, executor, expected = self._context, self._executor, submission.expected
         payload_id = "" if found is None else found.payload_id
         first_chunk = 0 if found is None else context.store.stored_count(payload_id)

@@ -23,11 +23,10 @@ from qflare_server.keys.rotation import (
     publish_keyset,
     rotate_online,
     rotate_root,
-    sign_keyset,
 )
 from qflare_server.keys.server_keys import CONTEXTS, LOOK_INTERVAL
 from qflare_server.keys.setup import initialize
-from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError
+from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError, sign_document
 from qflare_server.storage.database import Database
 from qflare_server.storage.tables import TrustDocument
 from tests.conftest import START, FakeClock
@@ -284,7 +283,9 @@ class TestRotating:
         copied, other = replica
         prepare_online(key_folder)
         copied.online_file.write_bytes(key_folder.online_file.read_bytes())
-        keyset = sign_keyset(key_folder, draft_keyset(key_folder, database, clock()))
+        keyset = sign_document(
+            draft_keyset(key_folder, database, clock()), key_folder.read_root().signing_keys()
+        )
         publish_keyset(key_folder, database, keyset, clock())
         clock.advance(SECONDS)
         assert signer_of(keys, MODEL) == signer_of(other, MODEL) == keys.trust.key_ids(MODEL)[0]
@@ -319,7 +320,9 @@ class TestRotating:
         self, key_folder: KeyFolder, database: Database, clock: FakeClock
     ) -> None:
         prepare_online(key_folder)
-        keyset = sign_keyset(key_folder, draft_keyset(key_folder, database, clock()))
+        keyset = sign_document(
+            draft_keyset(key_folder, database, clock()), key_folder.read_root().signing_keys()
+        )
         publish_keyset(key_folder, database, keyset, clock())
         with pytest.raises(KeyStoreError):
             publish_keyset(key_folder, database, keyset, clock())
@@ -329,9 +332,13 @@ class TestRotating:
         self, key_folder: KeyFolder, database: Database, clock: FakeClock
     ) -> None:
         prepare_online(key_folder)
-        first = sign_keyset(key_folder, draft_keyset(key_folder, database, clock()))
+        first = sign_document(
+            draft_keyset(key_folder, database, clock()), key_folder.read_root().signing_keys()
+        )
         prepare_online(key_folder)
-        second = sign_keyset(key_folder, draft_keyset(key_folder, database, clock()))
+        second = sign_document(
+            draft_keyset(key_folder, database, clock()), key_folder.read_root().signing_keys()
+        )
         publish_keyset(key_folder, database, first, clock())
         with pytest.raises(KeyStoreError):
             publish_keyset(key_folder, database, second, clock())

@@ -120,6 +120,8 @@ SERVER: Final = [
     "token issue --lifetime-s -5",
     "token issue-admin --name x --role king",
     "token issue-admin --role viewer",
+    "bundle --address fl.example.org --output FOLDER/b.json",
+    "bundle --address https://fl.example.org --output FOLDER/b.json",
     "bundle --address ADDRESS --output FOLDER/text",
     "bundle --address ADDRESS --output FOLDER/absent/b.json",
     "bundle --address ADDRESS --ca FOLDER/absent.pem --output FOLDER/b.json",

@@ -26,7 +26,7 @@ HOSTILE = (
     "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">" * 2
 )
 expect.set_options(timeout=15_000)  # three refreshes
-WIDTHS = {"phone": (360, 740), "desk": (1280, 900)}
+WIDTHS = {"phone": (360, 740), "tablet": (820, 1100), "desk": (1280, 900)}
 
 
 @pytest.fixture(scope="session")
@@ -246,7 +246,7 @@ _NAMES: list[str | re.Pattern[str]] = [
         "^Accuracy by version While training: from 40.0 % at version 1 to 60.0 % at version 3;"
     ),
     "Loss by version While training: from 1 at version 1 to 0.3333 at version 3; lowest 0.3333, highest 1.",
-    re.compile("Time of each phase, by round The latest 3 rounds took from .* each."),
+    re.compile("Time of each phase, by round, logarithmic The latest 3 rounds took from .* each."),
     "Devices, by round From 0 to 1 devices took part in each of the latest 4 rounds.",
 ]
 

@@ -278,6 +278,52 @@ def test_a_wrong_address_is_answered_in_words(deployment: Deployment, path: str,
     assert "Traceback" not in answer.text
 
 
+STRANGE = [
+    "%00",
+    "a%00b",
+    "%C2%9B31m",
+    "%E2%80%AE",
+    "%ED%A0%80",
+    "%FF",
+    "%0D%0ASet-Cookie:x=y",
+    "'%22%3Cb%3E%7B%7B7*7%7D%7D",
+    "%252e%252e",
+    "9" * 400,
+    "-1",
+    "1e9",
+    "x" * 3000,
+]
+
+
+def test_no_text_of_a_visitor_is_an_internal_error(deployment: Deployment, session_id: str) -> None:
+    """Every part of a path and every parameter: a database, a log or a terminal may take less than HTTP does."""
+    viewer = visitor(deployment, Role.VIEWER, Role.AUDITOR)
+    names = ("id", "state", "type", "page", "risk", "event", "actor", "subject")
+    asked = [f"/sessions/{text}" for text in STRANGE]
+    asked += [f"/sessions/{text}/rounds/1" for text in STRANGE]
+    asked += [f"/sessions/{session_id}/rounds/{text}" for text in STRANGE]
+    asked += [
+        f"{path}?" + "&".join(f"{name}={text}" for name in names)
+        for path in ("/device", "/sessions", f"/sessions/{session_id}")
+        for text in STRANGE
+    ]
+    asked += [
+        f"/audit?{name}={text}"
+        for name in ("event", "actor", "subject", "page")
+        for text in STRANGE
+    ]
+    asked += [f"/devices?{name}={text}" for name in ("type", "page") for text in STRANGE]
+    asked += [f"/static/{text}" for text in STRANGE]
+
+    answers = {path: viewer.get(path) for path in asked}
+
+    wrong = {path: answer.code for path, answer in answers.items() if answer.code >= 500}
+    assert wrong == {}
+    assert not any("set-cookie" in answer.headers for answer in answers.values())
+    assert not any("\x9b" in answer.text or "\u202e" in answer.text for answer in answers.values())
+    assert not any("'\"<b>" in answer.text or ">49<" in answer.text for answer in answers.values())
+
+
 def test_nothing_can_be_changed(deployment: Deployment) -> None:
     viewer = visitor(deployment, Role.ADMIN)
 
@@ -320,6 +366,29 @@ def test_the_pages_say_what_the_training_did(deployment: Deployment, session_id:
     assert "While training: 0.25 at version 1." in session
     assert "1 of 1" in session
     assert "aggregated" in taken
+
+
+def test_metrics_are_chosen_and_compared(deployment: Deployment, session_id: str) -> None:
+    viewer = visitor(deployment, Role.VIEWER)
+    page = f"/sessions/{session_id}"
+
+    both, one = viewer.get(page).text, viewer.get(f"{page}?metric=loss&metric=unknown").text
+
+    assert 'id="chart-accuracy"' in both
+    assert 'id="chart-loss"' in both
+    assert 'id="chart-accuracy"' not in one
+    assert 'id="chart-loss"' in one
+    assert f"{page}?metric=loss&amp;metric=accuracy#curves" in one
+    assert viewer.get(page + "?" + "&".join(f"metric=m{n}" for n in range(9))).code == 400
+
+
+def test_a_column_that_says_nothing_is_not_shown(deployment: Deployment, session_id: str) -> None:
+    page = visitor(deployment, Role.VIEWER).get(f"/sessions/{session_id}").text
+
+    _, _, rounds = page.partition("Rounds, newest first")
+    assert ">Took part<" in rounds
+    assert ">Rejected<" not in rounds
+    assert ">Late<" not in rounds
 
 
 def test_a_selected_device_without_an_update_is_named(deployment: Deployment) -> None:

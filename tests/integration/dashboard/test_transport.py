@@ -1,10 +1,12 @@
 """How the dashboard is reached from other machines: over its own TLS, or through a proxy that ends it."""
 
+import http.client
 import shutil
 import ssl
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -135,6 +137,39 @@ def test_behind_a_proxy_the_browser_is_the_last_entry_that_it_wrote(deploy: Depl
     audit = deployment.coordinator.use_cases.audit
     (event,) = audit.list(PageRequest(), AuditFilter(event_type="dashboard.logged_in")).rows
     assert event.peer_address == "198.51.100.7"
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        (["203.0.113.9", "198.51.100.7"], "198.51.100.7"),
+        (["203.0.113.9, 198.51.100.7:4321"], "198.51.100.7"),
+        (["198.51.100.7, [2001:db8::7]:443"], "2001:db8::7"),
+        (["2001:DB8:0::7"], "2001:db8::7"),
+        (["198.51.100.7, unknown"], "127.0.0.1"),
+        (["\x9b31m"], "127.0.0.1"),
+        (["198.51.100.7,"], "127.0.0.1"),
+        (["127.1"], "127.0.0.1"),
+        ([], "127.0.0.1"),
+    ],
+)
+def test_a_browser_that_makes_up_addresses_is_known_by_the_proxy_s(
+    deploy: Deploy, lines: list[str], wanted: str
+) -> None:
+    deployment = deploy(dashboard="127.0.0.1:0", dashboard_behind_proxy=True)
+    connection = http.client.HTTPConnection(urlsplit(url(deployment)).netloc, timeout=10)
+    connection.putrequest("POST", "/login")
+    connection.putheader("Content-Type", "application/x-www-form-urlencoded")
+    connection.putheader("Content-Length", "7")
+    for line in lines:
+        connection.putheader("X-Forwarded-For", line.encode("latin-1"))
+    connection.endheaders(b"token=x")
+    assert connection.getresponse().status == 401
+    connection.close()
+
+    audit = deployment.coordinator.use_cases.audit
+    (event,) = audit.list(PageRequest(), AuditFilter(event_type="dashboard.login_refused")).rows
+    assert event.peer_address == wanted
 
 
 def test_without_a_proxy_nobody_says_another_address(deploy: Deploy) -> None:

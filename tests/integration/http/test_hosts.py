@@ -140,7 +140,21 @@ def test_metrics_are_at_one_path_and_only_read(deployment: Deployment) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["0.0.0.0:9464", "[::]:9464", "192.0.2.1:1", "127.0.0.1.example.org:1"]
+    "address",
+    [
+        "0.0.0.0:9464",
+        "[::]:9464",
+        "192.0.2.1:1",
+        "127.0.0.1.example.org:1",
+        "127.1:1",
+        "0x7f.0.0.1:1",
+        "2130706433:1",
+        "0:1",
+        "localhost.:1",
+        "Localhost.example.org:1",
+        "[::ffff:192.0.2.1]:1",
+        "[::2]:1",
+    ],
 )
 def test_metrics_for_others_need_tls_or_a_flag(address: str, tmp_path: Path) -> None:
     files: dict[str, Any] = {"tls_certificate_file": tmp_path / "a", "tls_key_file": tmp_path / "b"}

@@ -80,7 +80,6 @@ def test_root_equals_the_recursive_definition(size: int) -> None:
     hashes = leaves(size)
 
     assert merkle.root(hashes) == naive_root(hashes)
-    assert merkle.root_at(merkle.nodes_of(hashes), size) == naive_root(hashes)
 
 
 @given(st.integers(1, 70), st.data())
@@ -231,11 +230,6 @@ def test_only_the_empty_root_is_the_root_of_no_leaves() -> None:
 def test_a_compact_tree_refuses_hashes_that_do_not_fit(size: int, hashes: list[bytes]) -> None:
     with pytest.raises(ProofError):
         CompactTree(size, hashes)
-
-
-def test_a_negative_size_has_no_root() -> None:
-    with pytest.raises(ProofError):
-        merkle.root_at(merkle.nodes_of([]), -1)
 
 
 def test_a_proof_at_a_million_entries_takes_less_than_two_milliseconds() -> None:

@@ -4,22 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from qflare_server.serving.dashboard import formatting
 from qflare_server.serving.dashboard.alerts import find_alerts, find_audit_alerts, find_waits, worst
-from qflare_server.serving.dashboard.charts import COMPACT, LOW, Chart, line_chart
+from qflare_server.serving.dashboard.charts import COMPACT, LOW, Chart
 from qflare_server.serving.dashboard.page_context import PageContext
+from qflare_server.serving.dashboard.pages.curves import Latest, headline, metric_chart
 from qflare_server.serving.dashboard.pages.devices import Slice, slices
 from qflare_server.serving.dashboard.pages.training import (
     CurrentRound,
-    Latest,
     SessionRow,
     current,
-    headline,
-    series,
     session_row,
 )
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.tables import DeviceState, RiskLevel, TrainingSessionState
+from qflare_server.training.objective import objective_of
 from qflare_server.use_cases.status import Report
 
 SHOWN: Final = 6
@@ -89,14 +87,12 @@ def _cards(visit: PageContext) -> list[Card]:
                 session_row(progress.session, visit),
                 current(progress, visit),
                 headline(progress.session, metrics),
-                line_chart(
+                metric_chart(
                     f"card-{number}",
-                    "Accuracy by version",
-                    series(metrics, "accuracy"),
-                    x_label="Version",
-                    y_label="Accuracy",
-                    written=formatting.share,
-                    sizes={"low": LOW, "small": COMPACT},
+                    objective_of(progress.session.config).metric,
+                    metrics,
+                    progress.session.config,
+                    {"low": LOW, "small": COMPACT},
                 ),
             )
         )

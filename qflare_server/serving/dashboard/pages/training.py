@@ -1,14 +1,14 @@
 """Training pages: sessions, metric curves, rounds, and the participants of a round."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from qflare_server.serving.dashboard import formatting
-from qflare_server.serving.dashboard.charts import Chart, Part, Series, bar_chart, line_chart
+from qflare_server.serving.dashboard.charts import Chart
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext, whole
+from qflare_server.serving.dashboard.pages import curves
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.records import ModelUpdate, Round, TrainingSession
 from qflare_server.storage.repository.views import VersionMetrics
@@ -126,7 +126,7 @@ def session_row(row: TrainingSession, visit: PageContext) -> SessionRow:
 
 def round_row(row: Round, visit: PageContext) -> RoundRow:
     """Return the list entry of a round; a running phase lasts until now."""
-    collecting, publishing = _phases(row, visit)
+    collecting, publishing = curves.phases(row, visit)
     return RoundRow(
         number=row.number,
         state=row.state,
@@ -149,14 +149,6 @@ def round_row(row: Round, visit: PageContext) -> RoundRow:
     )
 
 
-def _phases(row: Round, visit: PageContext) -> tuple[float, float | None]:
-    """Return the durations of a round's collection and aggregation, in seconds."""
-    collecting = ((row.closed_at or visit.at) - row.opened_at).total_seconds()
-    if row.closed_at is None or row.state in {RoundState.FAILED.value, RoundState.CANCELLED.value}:
-        return collecting, None
-    return collecting, ((row.published_at or visit.at) - row.closed_at).total_seconds()
-
-
 def current(progress: Progress, visit: PageContext) -> CurrentRound | None:
     """Return the current round; None if there is none."""
     row = progress.round
@@ -168,50 +160,6 @@ def current(progress: Progress, visit: PageContext) -> CurrentRound | None:
         progress.missing_count,
         progress.remaining_s,
     )
-
-
-def series(metrics: Sequence[VersionMetrics], name: str) -> list[Series]:
-    """Return a metric by version, from evaluations on held-out data and from training."""
-    kinds = (
-        ("On held-back data", "measured", name),
-        ("While training", "trained", f"train_{name}"),
-    )
-    return [
-        Series(
-            label,
-            css,
-            [
-                (float(row.version), float(row.metrics[key]))
-                for row in metrics
-                if key in row.metrics
-            ],
-        )
-        for label, css, key in kinds
-    ]
-
-
-@dataclass(frozen=True)
-class Latest:
-    """The newest value of a metric; `data` says what it was measured on."""
-
-    name: str
-    value: float
-    data: str
-
-
-def latest(metrics: Sequence[VersionMetrics], name: str) -> Latest | None:
-    """Return the newest value of a metric, measured on held-out data where there is any such."""
-    for key, data in ((name, "held out"), (f"train_{name}", "training data only")):
-        for row in reversed(metrics):
-            if key in row.metrics:
-                return Latest(name, float(row.metrics[key]), data)
-    return None
-
-
-def headline(row: TrainingSession, metrics: Sequence[VersionMetrics]) -> list[Latest]:
-    """Return the newest values that a person looks at first: of the objective, accuracy and loss."""
-    names = dict.fromkeys((objective_of(row.config).metric, "accuracy", "loss"))
-    return [found for found in (latest(metrics, name) for name in names) if found is not None]
 
 
 def build_list(visit: PageContext) -> Mapping[str, Any]:
@@ -230,7 +178,7 @@ def build_list(visit: PageContext) -> Mapping[str, Any]:
 
 def build_session(visit: PageContext) -> Mapping[str, Any]:
     """Build the page of one training session."""
-    training_session_id = visit.path["session_id"]
+    training_session_id = visit.part("session_id")
     progress = visit.use_cases.training.progress(training_session_id)
     metrics = visit.use_cases.promotion.recent_metrics(training_session_id, SHOWN_VERSIONS)
     page = visit.use_cases.training.list_rounds(training_session_id, visit.rows(ROWS))
@@ -239,12 +187,12 @@ def build_session(visit: PageContext) -> Mapping[str, Any]:
         "row": session_row(progress.session, visit),
         "notices": visit.use_cases.explanations.find(training_session_id),
         "current": current(progress, visit),
-        "headline": headline(progress.session, metrics),
-        "charts": [
-            chart
-            for chart in _charts(progress.session, metrics, newest, visit)
-            if chart is not None
-        ],
+        "headline": curves.headline(progress.session, metrics),
+        "curves": curves.build(progress.session, metrics, visit),
+        "charts": _charts(progress.session, metrics, newest, visit),
+        "query": {"metric": chosen}
+        if (chosen := visit.texts("metric", curves.MOST_CHOSEN))
+        else {},
         "is_cut": bool(metrics) and metrics[0].version > 0,
         "shown_versions": SHOWN_VERSIONS,
         "rounds": [round_row(row, visit) for row in page.rows],
@@ -258,97 +206,18 @@ def _charts(
     metrics: Sequence[VersionMetrics],
     rounds: Sequence[Round],
     visit: PageContext,
-) -> Iterator[Chart | None]:
-    objective = objective_of(row.config).metric
-    if objective not in {"accuracy", "loss"}:
-        yield line_chart(
-            "objective",
-            f"{objective} by version",
-            series(metrics, objective),
-            x_label="Version",
-            y_label=objective,
-            written=formatting.measure,
-        )
-    yield line_chart(
-        "accuracy",
-        "Accuracy by version",
-        series(metrics, "accuracy"),
-        x_label="Version",
-        y_label="Accuracy (share of examples)",
-        written=formatting.share,
+) -> list[Chart]:
+    found = (
+        curves.privacy_chart(row, metrics),
+        curves.phase_chart(rounds, visit),
+        curves.turnout_chart(rounds),
     )
-    yield line_chart(
-        "loss",
-        "Loss by version",
-        series(metrics, "loss"),
-        x_label="Version",
-        y_label="Loss (mean of examples)",
-        written=formatting.measure,
-    )
-    yield _phase_chart(rounds, visit)
-    yield _turnout_chart(rounds)
-
-
-def _turnout_chart(rounds: Sequence[Round]) -> Chart | None:
-    """Return the chart of participants in the latest rounds, oldest first."""
-    bars = []
-    for row in reversed(rounds):
-        wanted = row.selected_count if row.selected_count > 0 else row.target
-        missing = max(0, wanted - row.accepted_count)
-        used = row.accepted_count - row.rejected_count
-        counts = {"Took part": used, "Rejected": row.rejected_count, "No update": missing}
-        bars.append(
-            (
-                row.number,
-                [Part(name, name.lower().replace(" ", "-"), n) for name, n in counts.items()],
-            )
-        )
-    used_counts = [parts[0].value for _, parts in bars]
-    summary = ""
-    if used_counts:
-        fewest, most = min(used_counts), max(used_counts)
-        summary = f"From {fewest:,.0f} to {most:,.0f} devices took part in each of the latest {len(bars)} rounds."
-    return bar_chart(
-        "turnout",
-        "Devices, by round",
-        summary,
-        bars,
-        x_label="Round",
-        y_label="Devices (count)",
-        written=lambda value: f"{value:,.0f}",
-    )
-
-
-def _phase_chart(rounds: Sequence[Round], visit: PageContext) -> Chart | None:
-    """Return the chart of durations of the latest rounds, oldest first."""
-    bars = []
-    for row in reversed(rounds):
-        if row.state == RoundState.OPEN.value:
-            continue
-        collecting, publishing = _phases(row, visit)
-        parts = [Part("Collecting updates", "collecting", max(0.0, collecting))]
-        if publishing is not None:
-            parts.append(Part("Aggregating and publishing", "publishing", max(0.0, publishing)))
-        bars.append((row.number, parts))
-    totals = [sum(part.value for part in parts) for _, parts in bars]
-    summary = ""
-    if totals:
-        fastest, slowest = formatting.duration(min(totals)), formatting.duration(max(totals))
-        summary = f"The latest {len(totals)} rounds took from {fastest} to {slowest} each."
-    return bar_chart(
-        "phases",
-        "Time of each phase, by round",
-        summary,
-        bars,
-        x_label="Round",
-        y_label="Time (seconds)",
-        written=formatting.duration,
-    )
+    return [chart for chart in found if chart is not None]
 
 
 def build_round(visit: PageContext) -> Mapping[str, Any]:
     """Build the page of one round with its participants."""
-    training_session_id, number = visit.path["session_id"], whole(visit.path["number"], "round")
+    training_session_id, number = visit.part("session_id"), whole(visit.part("number"), "round")
     found = visit.use_cases.training.participation(training_session_id, number)
     page = visit.use_cases.training.list_updates(training_session_id, number, visit.rows(50))
     return {

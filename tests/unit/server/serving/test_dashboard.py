@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from qflare_server.serving.dashboard import formatting
 from qflare_server.serving.dashboard.alerts import find_alerts, find_audit_alerts, worst
 from qflare_server.serving.dashboard.cache import CachedValue
-from qflare_server.serving.dashboard.charts import Part, Series, bar_chart, line_chart, steps
+from qflare_server.serving.dashboard.charts import (
+    Limit,
+    Part,
+    Series,
+    bar_chart,
+    line_chart,
+    small_lines,
+    steps,
+)
 from qflare_server.storage.repository.views import Backlog, StorageUsage
 from qflare_server.use_cases.status import DatabaseHealth, Report
 
@@ -141,6 +149,68 @@ def test_a_chart_says_itself_in_words_and_as_a_table() -> None:
     assert chart.columns == ["Version", "Measured", "Trained"]
     assert chart.rows[1] == ["2", "90.0 %", "70.0 %"]
     assert chart.rows[2] == ["3", "80.0 %", formatting.NONE]
+
+
+def test_marks_of_counts_are_whole() -> None:
+    bars = bar_chart(
+        "b", "B", "", [(1, [Part("A", "a", 1.0)])], x_label="x", y_label="y", written=str
+    )
+    line = line_chart(
+        "l", "L", [Series("A", "a", [(1, 2), (2, 3)])], x_label="x", y_label="y", written=str
+    )
+
+    for chart in (bars, line):
+        assert chart is not None
+        for plot in chart.plots:
+            assert all("." not in tick.label for tick in [*plot.x_ticks, *plot.y_ticks])
+
+
+@given(st.lists(st.floats(0, 1e7), min_size=1, max_size=8))
+def test_short_times_are_seen_beside_long_ones(values: list[float]) -> None:
+    lines = [Series("A", "a", list(enumerate(values))), Series("B", "b", [(0, 0.02)])]
+
+    chart = line_chart(
+        "t", "T", lines, x_label="x", y_label="", written=formatting.duration, is_time=True
+    )
+
+    assert chart is not None
+    for plot in chart.plots:
+        assert len(plot.y_ticks) >= 2
+        marks = [mark for line in plot.lines for mark in line.marks]
+        assert all(plot.top <= mark.y <= plot.bottom for mark in marks)
+    if max(values) > 0.5:
+        longest = min(mark.y for mark in chart.plots[0].lines[0].marks)
+        assert chart.plots[0].lines[1].marks[0].y - longest > 15
+
+
+def test_the_release_gate_is_a_line_inside_the_drawing() -> None:
+    chart = line_chart(
+        "g",
+        "G",
+        [Series("A", "a", [(1, 0.2), (2, 0.4)])],
+        x_label="x",
+        y_label="y",
+        written=formatting.share,
+        limits=[Limit("release gate: at least 90.0 %", 0.9)],
+    )
+
+    assert chart is not None
+    assert "Release gate: at least 90.0 %." in chart.summary
+    for plot in chart.plots:
+        (limit,) = plot.limits
+        assert plot.top <= limit.at < min(mark.y for mark in plot.lines[0].marks)
+
+
+def test_small_lines_share_one_scale() -> None:
+    low, high = small_lines(
+        [Series("low", "a", [(1, 0.1), (2, 0.2)]), Series("high", "a", [(1, 0.8), (2, 0.9)])],
+        Series("all", "a", [(1, 0.5), (2, 0.6)]),
+        formatting.share,
+    )
+
+    assert (low.name, low.last, high.last) == ("low", "20.0 %", "90.0 %")
+    assert high.end[1] < low.end[1]
+    assert low.behind == high.behind != ""
 
 
 def test_the_parts_of_a_bar_stand_on_each_other() -> None:
