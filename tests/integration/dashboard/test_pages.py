@@ -23,6 +23,7 @@ from qflare_server.serving.dashboard.middleware import HEADERS
 from qflare_server.storage import tables
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import AuditFilter, Caller
+from qflare_server.storage.tables import ModelUpdate, UpdateOrigin
 from qflare_server.use_cases.access.dashboard_login import ADMIN_SERVICE
 from qflare_server.use_cases.access.roles import ACCESS, ADMINISTRATIVE, Role
 from qflare_server.use_cases.devices.administration import Profile
@@ -368,6 +369,16 @@ def test_the_pages_say_what_the_training_did(deployment: Deployment, session_id:
     assert "While training: 0.25 at version 1." in session
     assert "1 of 1" in session
     assert "aggregated" in taken
+    assert "in-process" not in taken
+
+
+def test_an_update_of_a_program_is_marked(deployment: Deployment, session_id: str) -> None:
+    edit = update(ModelUpdate).values(origin=UpdateOrigin.IN_PROCESS.value)
+    deployment.coordinator.parts.database.write(lambda session: session.execute(edit))
+
+    taken = visitor(deployment, Role.VIEWER).get(f"/sessions/{session_id}/rounds/1").text
+
+    assert '<span class="soft">in-process</span>' in taken
 
 
 def test_metrics_are_chosen_and_compared(deployment: Deployment, session_id: str) -> None:

@@ -9,7 +9,7 @@ from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext, whole
 from qflare_server.serving.dashboard.pages import curves
 from qflare_server.storage.records import ModelUpdate, Round, TrainingSession
-from qflare_server.storage.tables import RoundState, TrainingSessionState
+from qflare_server.storage.tables import RoundState, TrainingSessionState, UpdateOrigin
 from qflare_server.training.objective import objective_of
 from qflare_server.use_cases.training_sessions.progress import Progress
 
@@ -70,6 +70,7 @@ class UpdateRow:
     """An update in a list."""
 
     device_id: str
+    is_in_process: bool
     state: str
     state_reason: str
     example_count: int
@@ -189,6 +190,7 @@ def build_round(visit: PageContext) -> Mapping[str, Any]:
 def _update_row(row: ModelUpdate, opened_at: datetime) -> UpdateRow:
     return UpdateRow(
         device_id=row.device_id,
+        is_in_process=row.origin == UpdateOrigin.IN_PROCESS.value,
         state=row.state,
         state_reason=row.state_reason,
         example_count=row.example_count,
