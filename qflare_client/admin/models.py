@@ -30,6 +30,7 @@ MODEL: list[Column] = [
 ]
 MODEL_FACTS: list[Column] = [
     *MODEL[:-1],
+    ("in-process", lambda row: optional(row, "in_process_count")),
     ("digest", lambda row: row.digest),
     ("payload digest", lambda row: row.payload_digest),
     ("size", lambda row: size(row.size_bytes)),

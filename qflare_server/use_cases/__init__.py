@@ -27,6 +27,7 @@ from qflare_server.use_cases.updates.failures import Failures
 from qflare_server.use_cases.updates.upload import Uploads
 from qflare_server.use_cases.versions.download import Deliveries
 from qflare_server.use_cases.versions.initial_model import InitialModels
+from qflare_server.use_cases.versions.lineage import Lineage
 from qflare_server.use_cases.versions.promotion import Promotion
 
 
@@ -54,6 +55,7 @@ class UseCases:
     audit_export: AuditExport
     evidence: Evidence
     promotion: Promotion
+    lineage: Lineage
     watching: Watching
     overview: Overview
     presence: Presence
@@ -92,6 +94,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         audit_export=AuditExport(context),
         evidence=Evidence(context),
         promotion=Promotion(context),
+        lineage=Lineage(context, keys),
         watching=Watching(context),
         overview=Overview(context),
         presence=presence,

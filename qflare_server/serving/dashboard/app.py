@@ -32,7 +32,15 @@ from qflare_server.serving.dashboard import formatting
 from qflare_server.serving.dashboard.cache import DashboardCache
 from qflare_server.serving.dashboard.middleware import SecurityHeaders
 from qflare_server.serving.dashboard.page_context import PageContext
-from qflare_server.serving.dashboard.pages import audit, devices, overview, system, training
+from qflare_server.serving.dashboard.pages import (
+    audit,
+    devices,
+    lineage,
+    overview,
+    session,
+    system,
+    training,
+)
 from qflare_server.serving.http.hosts import KnownHosts, certificate_names
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.access.authentication import MAX_TOKEN_CHARACTERS, Principal
@@ -77,8 +85,22 @@ PAGES: Final = (
         "/sessions/{session_id}",
         "session.html",
         "Training",
-        ("GetTrainingSession", "ListMetrics", "ListRounds"),
-        training.build_session,
+        ("GetTrainingSession", "ListMetrics", "ListRounds", "ListGlobalModels"),
+        session.build,
+    ),
+    Page(
+        "/sessions/{session_id}/versions",
+        "versions.html",
+        "Training",
+        ("ListGlobalModels",),
+        lineage.build_list,
+    ),
+    Page(
+        "/sessions/{session_id}/versions/{number}",
+        "version.html",
+        "Training",
+        ("DescribeGlobalModel", "ListUpdates"),
+        lineage.build_version,
     ),
     Page(
         "/sessions/{session_id}/rounds/{number}",
@@ -356,5 +378,6 @@ def _templates() -> Environment:
         measure=formatting.measure,
         metric=formatting.metric,
         has=formatting.has,
+        short=formatting.short,
     )
     return environment

@@ -1,6 +1,7 @@
 """Formatting of numbers, sizes and times."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ MINUTE_S: Final = 60
 KIB: Final = 1024
 SHARES: Final = frozenset({"accuracy", "auc", "auroc", "f1", "precision", "recall", "sensitivity"})
 """Metrics that people read as percentages."""
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _BYTES: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -94,6 +96,11 @@ def metric(value: float | None, name: str) -> str:
 def has(rows: Iterable[object], name: str) -> bool:
     """Return whether an attribute says something in at least one row; a column is shown only if so."""
     return any(getattr(row, name) not in (None, 0, "") for row in rows)
+
+
+def short(name: str) -> str:
+    """Return the first eight digits of a UUID, which tell it apart in a list; other names as they are."""
+    return name[:8] if _UUID.fullmatch(name) else name
 
 
 def measure(value: float | None) -> str:

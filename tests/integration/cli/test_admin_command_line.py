@@ -127,7 +127,9 @@ def test_a_watch_follows_a_running_training_session(
 
 def test_versions_and_metrics_are_shown(finished: str, shell: Shell) -> None:
     assert "train_accuracy=0.5" in shell("model", "list", finished)
-    assert "payload digest" in shell("model", "show", finished)
+    shown = shell("model", "show", finished)
+    assert "payload digest" in shown
+    assert "in-process" in shown
     assert len(shell("metrics", "show", finished).splitlines()) == 4
 
 

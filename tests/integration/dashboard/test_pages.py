@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
+from sqlalchemy import update
 
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1.training_pb2 import TrainingConfig
@@ -19,8 +20,10 @@ from qflare_client import TaskKind
 from qflare_server.config import ConfigError
 from qflare_server.serving.dashboard.app import PAGES
 from qflare_server.serving.dashboard.middleware import HEADERS
+from qflare_server.storage import tables
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import AuditFilter, Caller
+from qflare_server.storage.tables import ModelUpdate, UpdateOrigin
 from qflare_server.use_cases.access.dashboard_login import ADMIN_SERVICE
 from qflare_server.use_cases.access.roles import ACCESS, ADMINISTRATIVE, Role
 from qflare_server.use_cases.devices.administration import Profile
@@ -366,6 +369,16 @@ def test_the_pages_say_what_the_training_did(deployment: Deployment, session_id:
     assert "While training: 0.25 at version 1." in session
     assert "1 of 1" in session
     assert "aggregated" in taken
+    assert "in-process" not in taken
+
+
+def test_an_update_of_a_program_is_marked(deployment: Deployment, session_id: str) -> None:
+    edit = update(ModelUpdate).values(origin=UpdateOrigin.IN_PROCESS.value)
+    deployment.coordinator.parts.database.write(lambda session: session.execute(edit))
+
+    taken = visitor(deployment, Role.VIEWER).get(f"/sessions/{session_id}/rounds/1").text
+
+    assert '<span class="soft">in-process</span>' in taken
 
 
 def test_metrics_are_chosen_and_compared(deployment: Deployment, session_id: str) -> None:
@@ -380,6 +393,50 @@ def test_metrics_are_chosen_and_compared(deployment: Deployment, session_id: str
     assert 'id="chart-loss"' in one
     assert f"{page}?metric=loss&amp;metric=accuracy#curves" in one
     assert viewer.get(page + "?" + "&".join(f"metric=m{n}" for n in range(9))).code == 400
+
+
+def test_the_lineage_is_shown_verified_with_statement_and_proof(
+    deployment: Deployment, session_id: str
+) -> None:
+    auditor = visitor(deployment, Role.VIEWER, Role.AUDITOR)
+    deployment.coordinator.use_cases.audit.head(fresh=True)
+
+    session = auditor.get(f"/sessions/{session_id}").text
+    versions = auditor.get(f"/sessions/{session_id}/versions").text
+    version = auditor.get(f"/sessions/{session_id}/versions/1").text
+
+    model = deployment.coordinator.use_cases.promotion.describe(session_id, 1)
+    for text in (session, versions):
+        assert text.count("\N{CHECK MARK} verified") == 2
+        assert f'title="{model.digest}"' in text
+        assert f'href="/sessions/{session_id}/versions/1"' in text
+    assert "Verified by this coordinator" in version
+    for said in (model.digest, model.parent_digest, model.contributors_digest, "is leaf"):
+        assert said in version
+    assert auditor.get(f"/sessions/{session_id}/versions/7").code == 404
+
+
+def test_a_version_that_was_edited_is_shown_as_broken(
+    deployment: Deployment, session_id: str
+) -> None:
+    """A page must not say that a version is verified after its statement or its updates changed in the database."""
+    viewer = visitor(deployment, Role.VIEWER)
+    page = f"/sessions/{session_id}/versions/1"
+    assert "The proof fails" not in viewer.get(page).text
+    models, updates = tables.GlobalModel.__table__, tables.ModelUpdate.__table__
+    database = deployment.coordinator.parts.database
+
+    database.write(
+        lambda session: session.execute(update(updates).values(statement_digest="00" * 32))
+    )
+    by_update = viewer.get(page).text
+    changed = update(models).where(models.c.version == 0).values(statement=b"\x0a\x01x")
+    database.write(lambda session: session.execute(changed))
+    line = viewer.get(f"/sessions/{session_id}/versions").text
+
+    assert "The proof fails" in by_update
+    assert line.count("\N{CHECK MARK} verified") == 1
+    assert "broken" in line
 
 
 def test_a_column_that_says_nothing_is_not_shown(deployment: Deployment, session_id: str) -> None:

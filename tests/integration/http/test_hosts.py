@@ -1,5 +1,6 @@
 """Names by which the dashboard and the metrics may be asked for, and how the metrics are reached from elsewhere."""
 
+import http.client
 import socket
 import ssl
 import time
@@ -189,3 +190,30 @@ def test_metrics_for_others_are_served_over_tls(deploy: Deploy, tmp_path: Path) 
     trusted.load_cert_chain(folder / "prometheus.pem", folder / "prometheus.key")
     with urllib.request.urlopen(url, timeout=10, context=trusted) as answer:
         assert b"qflare_database_up 1.0" in answer.read()
+
+
+def test_names_of_the_certificate_are_known(deploy: Deploy, tmp_path: Path) -> None:
+    folder, names = tmp_path / "certificates", ("pages.example.org", "*.wards.example.org")
+    hosts = [word for name in names for word in ("--host", name)]
+    assert main(["certificates", "make", "--output", str(folder), *hosts]) == 0
+    files: dict[str, Any] = {
+        "tls_certificate_file": folder / "server.pem",
+        "tls_key_file": folder / "server.key",
+    }
+    port = port_of(deploy(dashboard="127.0.0.1:0", **files), "dashboard")
+    unchecked = ssl._create_unverified_context()
+
+    codes = {}
+    for name in (*names, "a.wards.example.org", "a.b.wards.example.org", "wards.example.org"):
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=10, context=unchecked)
+        connection.request("GET", "/login", headers={"Host": name})
+        codes[name] = connection.getresponse().status
+        connection.close()
+
+    assert codes == {
+        "pages.example.org": 200,
+        "*.wards.example.org": 200,
+        "a.wards.example.org": 200,
+        "a.b.wards.example.org": 421,
+        "wards.example.org": 421,
+    }

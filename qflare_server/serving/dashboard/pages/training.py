@@ -1,23 +1,18 @@
 """Training pages: sessions, metric curves, rounds, and the participants of a round."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from qflare_server.serving.dashboard.charts import Chart
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext, whole
 from qflare_server.serving.dashboard.pages import curves
-from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.records import ModelUpdate, Round, TrainingSession
-from qflare_server.storage.repository.views import VersionMetrics
-from qflare_server.storage.tables import RoundState, TrainingSessionState
+from qflare_server.storage.tables import RoundState, TrainingSessionState, UpdateOrigin
 from qflare_server.training.objective import objective_of
 from qflare_server.use_cases.training_sessions.progress import Progress
 
-SHOWN_VERSIONS: Final = 300
-SHOWN_BARS: Final = 30
 ROWS: Final = 25
 
 
@@ -75,6 +70,7 @@ class UpdateRow:
     """An update in a list."""
 
     device_id: str
+    is_in_process: bool
     state: str
     state_reason: str
     example_count: int
@@ -176,45 +172,6 @@ def build_list(visit: PageContext) -> Mapping[str, Any]:
     }
 
 
-def build_session(visit: PageContext) -> Mapping[str, Any]:
-    """Build the page of one training session."""
-    training_session_id = visit.part("session_id")
-    progress = visit.use_cases.training.progress(training_session_id)
-    metrics = visit.use_cases.promotion.recent_metrics(training_session_id, SHOWN_VERSIONS)
-    page = visit.use_cases.training.list_rounds(training_session_id, visit.rows(ROWS))
-    newest = visit.use_cases.training.list_rounds(training_session_id, PageRequest(SHOWN_BARS)).rows
-    return {
-        "row": session_row(progress.session, visit),
-        "notices": visit.use_cases.explanations.find(training_session_id),
-        "current": current(progress, visit),
-        "headline": curves.headline(progress.session, metrics),
-        "curves": curves.build(progress.session, metrics, visit),
-        "charts": _charts(progress.session, metrics, newest, visit),
-        "query": {"metric": chosen}
-        if (chosen := visit.texts("metric", curves.MOST_CHOSEN))
-        else {},
-        "is_cut": bool(metrics) and metrics[0].version > 0,
-        "shown_versions": SHOWN_VERSIONS,
-        "rounds": [round_row(row, visit) for row in page.rows],
-        "next_token": page.next_token,
-        "first": not visit.text("page"),
-    }
-
-
-def _charts(
-    row: TrainingSession,
-    metrics: Sequence[VersionMetrics],
-    rounds: Sequence[Round],
-    visit: PageContext,
-) -> list[Chart]:
-    found = (
-        curves.privacy_chart(row, metrics),
-        curves.phase_chart(rounds, visit),
-        curves.turnout_chart(rounds),
-    )
-    return [chart for chart in found if chart is not None]
-
-
 def build_round(visit: PageContext) -> Mapping[str, Any]:
     """Build the page of one round with its participants."""
     training_session_id, number = visit.part("session_id"), whole(visit.part("number"), "round")
@@ -233,6 +190,7 @@ def build_round(visit: PageContext) -> Mapping[str, Any]:
 def _update_row(row: ModelUpdate, opened_at: datetime) -> UpdateRow:
     return UpdateRow(
         device_id=row.device_id,
+        is_in_process=row.origin == UpdateOrigin.IN_PROCESS.value,
         state=row.state,
         state_reason=row.state_reason,
         example_count=row.example_count,
