@@ -24,6 +24,7 @@ def build(visit: PageContext) -> Mapping[str, Any]:
     newest = visit.use_cases.training.list_rounds(training_session_id, PageRequest(SHOWN_BARS)).rows
     return {
         "row": session_row(progress.session, visit),
+        "notices": visit.use_cases.explanations.find(progress.session.id),
         "current": current(progress, visit),
         "headline": curves.headline(progress.session, metrics),
         "curves": curves.build(progress.session, metrics, visit),
