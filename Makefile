@@ -37,7 +37,7 @@ install: $(INSTALLED) ## create the virtual environment with coordinator, device
 $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit("QFLARE needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,hsm,admin,plot,tensorboard,mlflow,otel,demo,test,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,hsm,oidc,admin,plot,tensorboard,mlflow,otel,demo,test,dev]'
 	@touch $@
 
 # Tests compare the strategies with those of Flower, whose pinned dependencies conflict with ours.
@@ -57,7 +57,7 @@ $(AUDIT_INSTALLED): Makefile
 	$(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit==$(PIP_AUDIT_VERSION)'
 	@touch $@
 
-tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.chromium ## install grpcurl, ghz, SoftHSM, promtool and Chromium
+tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## install grpcurl, ghz, SoftHSM, promtool, Chromium and an OpenID Connect provider
 
 $(TOOLS)/.grpcurl: .ci/tools/go.mod .ci/tools/go.sum
 	$(call go_build,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl)
@@ -80,6 +80,15 @@ $(TOOLS)/.promtool:
 		|| { apt-get update && apt-get download prometheus; }; } >apt.log 2>&1 \
 		&& dpkg-deb -x prometheus_*.deb . && cp usr/bin/promtool ..; then rm -rf usr lib etc; touch ../.promtool; \
 	else echo '*** promtool is not available: checking deploy/prometheus is LEFT OUT.'; fi
+
+# An OpenID Connect provider for tests, with the versions of its lock file.
+$(TOOLS)/.identity-provider: tests/support/identity_provider/package-lock.json
+	@mkdir -p $(TOOLS)/identity-provider
+	@cp tests/support/identity_provider/package.json $< $(TOOLS)/identity-provider
+	@if ! command -v node >/dev/null || ! command -v npm >/dev/null; then \
+		echo '*** Node.js is not installed: testing log-ins with an identity provider is LEFT OUT.'; \
+	elif npm ci --prefix $(TOOLS)/identity-provider --ignore-scripts --no-audit --no-fund --silent; then touch $@; \
+	else echo '*** npm ci failed: testing log-ins with an identity provider is LEFT OUT.'; fi
 
 # Includes a font and the libraries that this machine lacks. Unpacked only, not installed on the system.
 $(TOOLS)/.chromium:
@@ -169,7 +178,7 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## lint the files in deploy/
 type: $(INSTALLED) ## run mypy --strict
 	$(BIN)/mypy qflare qflare_client qflare_server migrations tests $(wildcard docs examples)
 
-test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium ## run all tests except the slow ones, on SQLite and PostgreSQL
+test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## run all tests except the slow ones, on SQLite and PostgreSQL
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) ## run the PostgreSQL tests; PostgreSQL is required

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, get_type_hints
+from urllib.parse import urlsplit
 
 ENVIRONMENT_PREFIX: Final = "QFLARE_"
 CLIENT_NAMES: Final = frozenset(
@@ -26,6 +27,11 @@ NOT_SETTINGS: Final = frozenset({"QFLARE_REQUIRE_ALL", WORKER_VARIABLE, LIFELINE
 UNIX_SOCKETS: Final = ("unix:", "unix-abstract:")
 ONLINE_ALGORITHMS: Final = ("ml-dsa-44", "ml-dsa-65", "ml-dsa-87", "ml-dsa-65-ed25519")
 ROOT_ALGORITHMS: Final = (*ONLINE_ALGORITHMS, "slh-dsa-sha2-128s")
+OIDC_ALGORITHMS: Final = (
+    *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    *("ES256", "ES384", "ES512", "Ed25519", "EdDSA"),
+)
+OIDC_ROLES: Final = ("viewer", "operator", "admin", "auditor")
 SERVICE_LINK: Final = re.compile(
     r"QFLARE_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
 )
@@ -228,6 +234,31 @@ class ServerConfig:
     """
     dashboard_login_s: float = 28_800.0
     """Lifetime of a dashboard login."""
+
+    oidc_issuer: str = ""
+    """URL of the OpenID Connect provider of administrators, exactly as in its tokens; https, or http on loopback. Empty
+    means that only tokens of this coordinator are accepted.
+    """
+    oidc_algorithms: str = ""
+    """Accepted signature algorithms of the provider, comma-separated, of RS256, RS384, RS512, PS256, PS384, PS512,
+    ES256, ES384, ES512, Ed25519 and EdDSA. There is no default, because none of them resists a quantum computer.
+    """
+    oidc_client_id: str = ""
+    """Client of the dashboard at the provider."""
+    oidc_client_secret_file: Path | None = None
+    """File with the secret of that client, readable by its owner only; without it, the client is a public one."""
+    oidc_command_line_client_id: str = ""
+    """Public client of qflare-admin at the provider; empty means the client of the dashboard."""
+    oidc_audience: str = ""
+    """Accepted audiences of tokens, comma-separated; empty means both clients."""
+    oidc_roles_claim: str = "roles"
+    """Claim with the user's roles or groups: a text or a list; dots separate the names of nested claims."""
+    oidc_roles: str = ""
+    """Roles by value of that claim, such as fl-admins=admin,fl-auditors=auditor; roles are viewer, operator, admin and
+    auditor.
+    """
+    oidc_ca_file: Path | None = None
+    """PEM certificates of the authorities to trust for the provider; default: those of the system."""
     traces_endpoint: str = ""
     """OTLP/HTTP endpoint for trace spans, such as http://localhost:4318/v1/traces; empty means none."""
 
@@ -274,7 +305,7 @@ class ServerConfig:
     @property
     def accepted_algorithms(self) -> tuple[str, ...]:
         """Accepted signature algorithms of devices."""
-        return tuple(name.strip() for name in self.device_algorithms.split(",") if name.strip())
+        return _listed(self.device_algorithms)
 
     @property
     def dashboard_address(self) -> tuple[str, int]:
@@ -284,6 +315,28 @@ class ServerConfig:
             ValueError: `dashboard` is not host:port.
         """
         return _host_and_port(self.dashboard)
+
+    @property
+    def oidc_clients(self) -> tuple[str, ...]:
+        """Clients at the identity provider: of the dashboard and of the command line."""
+        clients = (self.oidc_client_id, self.oidc_command_line_client_id)
+        return tuple(client for client in clients if client)
+
+    @property
+    def oidc_audiences(self) -> tuple[str, ...]:
+        """Accepted audiences of the identity provider's tokens."""
+        return _listed(self.oidc_audience) or self.oidc_clients
+
+    @property
+    def oidc_accepted_algorithms(self) -> tuple[str, ...]:
+        """Accepted signature algorithms of the identity provider."""
+        return _listed(self.oidc_algorithms)
+
+    @property
+    def oidc_role_pairs(self) -> tuple[tuple[str, str], ...]:
+        """Values of the roles claim, each with the name of its role."""
+        pairs = (entry.rpartition("=") for entry in _listed(self.oidc_roles))
+        return tuple((value.strip(), role.strip()) for value, _, role in pairs)
 
     @property
     def metrics_address(self) -> tuple[str, int]:
@@ -412,6 +465,7 @@ def _contradictions(config: ServerConfig) -> list[str]:
     problems += _unknown_algorithms(config)
     problems.extend(_contradictions_of_dashboard(config))
     problems.extend(_contradictions_of_metrics(config))
+    problems.extend(_contradictions_of_oidc(config))
     if config.log_level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         problems.append(f"QFLARE_LOG_LEVEL: got {config.log_level}")
     if config.log_format not in {"text", "json"}:
@@ -494,6 +548,35 @@ def _contradictions_of_metrics(config: ServerConfig) -> list[str]:
         )
         return [problem]
     return []
+
+
+def _contradictions_of_oidc(config: ServerConfig) -> list[str]:
+    if not config.oidc_issuer:
+        return ["QFLARE_OIDC_CLIENT_ID needs QFLARE_OIDC_ISSUER"] if config.oidc_client_id else []
+    url = urlsplit(config.oidc_issuer)
+    problems = []
+    if url.scheme != "https" and not (
+        url.scheme == "http" and _is_loopback_host(url.hostname or "")
+    ):
+        problems.append("QFLARE_OIDC_ISSUER: want an https URL, or http on loopback")
+    if url.username is not None or url.query or url.fragment:
+        problems.append("QFLARE_OIDC_ISSUER: want no user, query or fragment")
+    if not config.oidc_client_id:
+        problems.append("QFLARE_OIDC_ISSUER needs QFLARE_OIDC_CLIENT_ID")
+    named = config.oidc_accepted_algorithms
+    if not named or not set(named) <= set(OIDC_ALGORITHMS):
+        got = config.oidc_algorithms or "none"
+        problems.append(f"QFLARE_OIDC_ALGORITHMS: got {got}, want of {', '.join(OIDC_ALGORITHMS)}")
+    pairs = config.oidc_role_pairs
+    if not pairs or not all(value and role in OIDC_ROLES for value, role in pairs):
+        problems.append(
+            f"QFLARE_OIDC_ROLES: want VALUE=ROLE,..., with roles of {', '.join(OIDC_ROLES)}"
+        )
+    return problems
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

@@ -334,6 +334,12 @@ class StoreUnavailableError(QflareError):
     reason = "STORE_UNAVAILABLE"
 
 
+class IdentityProviderUnavailableError(QflareError):
+    """The identity provider cannot be reached; tokens of this coordinator are not affected."""
+
+    reason = "IDENTITY_PROVIDER_UNAVAILABLE"
+
+
 class DrainingError(QflareError):
     """The coordinator is shutting down."""
 

@@ -25,6 +25,7 @@ from qflare_client.admin import (
     audit,
     devices,
     live,
+    login,
     measurements,
     models,
     overview,
@@ -34,7 +35,8 @@ from qflare_client.admin import (
 )
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.extras import MissingExtraError
-from qflare_client.admin.profile import ProfileError, load
+from qflare_client.admin.login import LoginError, ProviderAwayError
+from qflare_client.admin.profile import ProfileError, load, profile_path
 from qflare_client.errors import (
     AuthenticationError,
     PermissionDeniedError,
@@ -95,10 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def exit_code(error: Exception) -> int:
     """Return the exit code of an error."""
-    if isinstance(error, (AuthenticationError, PermissionDeniedError)):
-        return NOT_ALLOWED
-    if isinstance(error, UnavailableError):
+    if isinstance(error, (UnavailableError, ProviderAwayError)):
         return UNREACHABLE
+    if isinstance(error, (AuthenticationError, PermissionDeniedError, LoginError)):
+        return NOT_ALLOWED
     usable = isinstance(error, ProfileError | MissingExtraError | OSError | ValueError)
     return WRONG_USAGE if usable else REFUSED
 
@@ -108,7 +110,8 @@ def _run(options: argparse.Namespace) -> None:
         options.offline(options)
         return
     given = {name: getattr(options, name) for name in OVERRIDES}
-    with Admin(load(os.environ, given), timeout_s=options.timeout_s) as admin:
+    profile = login.refreshed(load(os.environ, given), profile_path(os.environ))
+    with Admin(profile, timeout_s=options.timeout_s) as admin:
         options.run(admin, options)
 
 
@@ -138,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     for topic in (sessions, live, models, measurements, devices, tokens, audit, overview):
         topic.add(commands)
     setup.add(commands, parser)
+    login.add(commands)
     return root
 
 

@@ -38,7 +38,7 @@ class Profile:
     """Connection settings; an empty field is not set.
 
     `insecure` permits plaintext with any address. Loopback addresses use plaintext by default, unless there is a CA
-    file.
+    file. `issuer` to `refresh_token` are those of `qflare-admin login`.
     """
 
     address: str = ""
@@ -49,6 +49,11 @@ class Profile:
     token: str = ""
     token_file: str = ""
     insecure: bool = False
+    issuer: str = ""
+    client_id: str = ""
+    resource: str = ""
+    issuer_ca_file: str = ""
+    refresh_token: str = ""
 
     def secret(self) -> str:
         """Return the token.

@@ -24,6 +24,11 @@ PROFILE: list[Column] = [
     ("token file", lambda row: row.token_file),
     ("token", lambda row: "set" if row.token else None),
     ("insecure", lambda row: row.insecure),
+    ("issuer", lambda row: row.issuer),
+    ("client id", lambda row: row.client_id),
+    ("resource", lambda row: row.resource),
+    ("issuer ca file", lambda row: row.issuer_ca_file),
+    ("refresh token", lambda row: "set" if row.refresh_token else None),
 ]
 FILES = ("ca_file", "certificate_file", "key_file", "token_file")
 SHELLS = ("bash", "zsh", "tcsh")

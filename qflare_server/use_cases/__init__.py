@@ -9,6 +9,7 @@ from qflare_server.use_cases.access.authentication import Authentication
 from qflare_server.use_cases.access.dashboard_login import DashboardLogin
 from qflare_server.use_cases.access.login import Login
 from qflare_server.use_cases.access.objects import ObjectAccess
+from qflare_server.use_cases.access.oidc import Oidc, open_oidc
 from qflare_server.use_cases.access.presence import Presence
 from qflare_server.use_cases.access.repeated_calls import RepeatedCalls
 from qflare_server.use_cases.access.tokens import Tokens
@@ -60,6 +61,7 @@ class UseCases:
     overview: Overview
     presence: Presence
     dashboard_login: DashboardLogin
+    oidc: Oidc | None
 
 
 def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExecutor) -> UseCases:
@@ -72,7 +74,8 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
     """
     presence = Presence(context.config, context.database)
     training = Training(context)
-    authentication = Authentication(context, presence)
+    oidc = open_oidc(context)
+    authentication = Authentication(context, presence, oidc.tokens if oidc else None)
     return UseCases(
         authentication=authentication,
         objects=ObjectAccess(context),
@@ -99,4 +102,5 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         overview=Overview(context),
         presence=presence,
         dashboard_login=DashboardLogin(context, authentication),
+        oidc=oidc,
     )

@@ -16,6 +16,7 @@ class Answer:
     code: int
     headers: dict[str, str]
     text: str
+    cookies: tuple[str, ...] = ()
 
 
 class Visitor:
@@ -51,7 +52,8 @@ class Visitor:
         found = {name.lower(): value for name, value in response.getheaders()}
         if "set-cookie" in found:
             self.cookie = found["set-cookie"].partition(";")[0]
-        return Answer(response.status, found, text)
+        cookies = tuple(response.headers.get_all("Set-Cookie") or ())
+        return Answer(response.status, found, text, cookies)
 
     def get(self, path: str) -> Answer:
         """Get a page."""

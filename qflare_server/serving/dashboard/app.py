@@ -58,6 +58,7 @@ STATUS: Final[dict[type[errors.QflareError], HTTPStatus]] = {
     errors.NotFoundError: HTTPStatus.NOT_FOUND,
     errors.TooManyRequestsError: HTTPStatus.TOO_MANY_REQUESTS,
     errors.StoreUnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.IdentityProviderUnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 
 
@@ -144,6 +145,7 @@ class Site:
         self._limiter = CapacityLimiter(READERS)
         self._recent = DashboardCache(use_cases)
         self._templates = _templates()
+        self._templates.globals["has_provider"] = use_cases.oidc is not None
         names = [config.dashboard_address[0], *config.dashboard_hosts.split(",")]
         if config.dashboard_has_tls:
             names += certificate_names(config.tls_certificate_file)
@@ -162,6 +164,7 @@ class Site:
                 Route(ENTER, self._login_form, methods=["GET"]),
                 Route(ENTER, self._log_in, methods=["POST"]),
                 Route("/logout", self._log_out, methods=["POST"]),
+                *self._provider_routes(),
                 *(Route(page.path, self._endpoint(page), methods=["GET"]) for page in PAGES),
             ],
             exception_handlers={
@@ -171,6 +174,15 @@ class Site:
                 Exception: self._failed,
             },
         )
+
+    def _provider_routes(self) -> list[Route]:
+        """Return the routes of log-ins with an identity provider; none without one."""
+        if self._use_cases.oidc is None:
+            return []
+        from qflare_server.serving.dashboard.provider_login import ProviderLogin  # noqa: PLC0415  # an extra
+
+        login = ProviderLogin(self._config, self._use_cases, self._plain, self._keep, self._peer)
+        return login.routes()
 
     def _endpoint(self, page: Page) -> Callable[[Request], Any]:
         async def show(request: Request) -> Response:
@@ -247,6 +259,11 @@ class Site:
             problem = "This token does not open the dashboard."
             return self._plain("login.html", HTTPStatus.UNAUTHORIZED, problem=problem, note="")
         response = RedirectResponse("/", HTTPStatus.SEE_OTHER)
+        self._keep(response, secret)
+        return response
+
+    def _keep(self, response: Response, secret: str) -> None:
+        """Let the browser keep the secret of a login."""
         response.set_cookie(
             self._cookie,
             secret,
@@ -255,7 +272,6 @@ class Site:
             httponly=True,
             samesite="strict",
         )
-        return response
 
     async def _log_out(self, request: Request) -> Response:
         _require_same_origin(request)

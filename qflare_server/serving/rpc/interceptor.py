@@ -29,7 +29,12 @@ from qflare_server.serving.rpc.log_sampling import LogSampler
 from qflare_server.serving.rpc.route import Route, audience_of
 from qflare_server.serving.rpc.status import Code, describe, status_of
 from qflare_server.storage.ids import unique_name
-from qflare_server.use_cases.access.authentication import Authentication, KnownCaller, sole_value
+from qflare_server.use_cases.access.authentication import (
+    NOBODY,
+    Authentication,
+    KnownCaller,
+    sole_value,
+)
 from qflare_server.use_cases.access.login import AUTHORIZATION, BEARER
 from qflare_server.use_cases.access.rate_limits import RateLimiter
 
@@ -203,7 +208,7 @@ class CallInterceptor(grpc.ServerInterceptor):
     @staticmethod
     def _charged_to(call: Call, requests: IncomingCall) -> str:
         """Return the caller to which a stream is charged; an unauthenticated caller is identified by its address."""
-        return call.principal.name if call.principal.token_id else requests.caller
+        return requests.caller if call.principal is NOBODY else call.principal.name
 
     def _parsed(
         self, requests: Iterator[bytes], route: Route, parse: Callable[[bytes], Any]

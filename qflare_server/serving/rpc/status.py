@@ -36,6 +36,7 @@ STATUS: Final[dict[type[BaseException], grpc.StatusCode]] = {
     errors.ConflictError: Code.ABORTED,
     errors.StorageDamagedError: Code.DATA_LOSS,
     errors.StoreUnavailableError: Code.UNAVAILABLE,
+    errors.IdentityProviderUnavailableError: Code.UNAVAILABLE,
     errors.DrainingError: Code.UNAVAILABLE,
 }
 

@@ -8,6 +8,8 @@ import hashlib
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
 
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -25,6 +27,10 @@ from qflare_server.use_cases.access.roles import ACCESS, ADMINISTRATIVE, Role
 
 SECRET_BYTES = 32
 MAX_TOKEN_CHARACTERS = 200
+MAX_JWT_CHARACTERS = 6000
+"""Longest token of an identity provider: the headers of a call take 8 KiB."""
+JWT_PREFIX = "eyJ"
+"""How a JWT begins: base64 of a JSON object; no token of a coordinator does."""
 MAX_REMEMBERED = 50_000
 MAY_CALL = frozenset(
     {DeviceState.ACTIVE.value, DeviceState.QUARANTINED.value, DeviceState.INACTIVE.value}
@@ -37,7 +43,7 @@ class Principal:
     """The authenticated caller of an RPC.
 
     `device_id` is None for administrators and callers without a credential, `binding_key` verifies proofs of
-    possession.
+    possession, `expires_at` is set for users of an identity provider.
     """
 
     name: str
@@ -48,10 +54,13 @@ class Principal:
     public_key: bytes | None = None
     token_id: str | None = None
     binding_key: bytes | None = None
+    authentication_method: str = ""
+    expires_at: datetime | None = None
 
     def caller(self, peer_address: str) -> Caller:
         """Return the caller for the audit log."""
-        return Caller(self.name, peer_address, "token" if self.token_id else "none")
+        method = self.authentication_method or ("token" if self.token_id else "none")
+        return Caller(self.name, peer_address, method)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,21 @@ class KnownCaller:
 
     name: str
     is_device: bool
+
+
+class UserTokens(Protocol):
+    """Verifies the tokens of an identity provider."""
+
+    def identify(self, token: str) -> Principal:
+        """Return the principal of a token.
+
+        Raises:
+            UnauthenticatedError: The token is not accepted.
+            IdentityProviderUnavailableError: The provider's keys cannot be fetched.
+        """
+
+    def recognize(self, token_hash: str) -> Principal | None:
+        """Return the principal of a token that was verified before, by the hash of the token."""
 
 
 NOBODY = Principal("anonymous", ANONYMOUS)
@@ -93,9 +117,12 @@ def sole_value(metadata: Iterable[tuple[str, str | bytes]] | None, key: str) -> 
 class Authentication:
     """Resolves the credential of a call to a principal and authorizes the method."""
 
-    def __init__(self, context: Context, presence: Presence) -> None:
+    def __init__(
+        self, context: Context, presence: Presence, users: UserTokens | None = None
+    ) -> None:
         self._context = context
         self._presence = presence
+        self._users = users
         self._known: dict[str, tuple[int, Credential]] = {}
 
     def admit(self, method: str, bearer: str | None) -> Principal:
@@ -106,9 +133,12 @@ class Authentication:
             DeviceRevokedError: The device is revoked.
             DeviceSuspendedError: The device is suspended.
             PermissionDeniedError: The caller's roles do not allow the method, or nobody's do.
+            IdentityProviderUnavailableError: The token is of an identity provider whose keys cannot be fetched.
         """
         if Role.ANYONE in _allowed(method):
             return NOBODY
+        if bearer and self._users is not None and bearer.startswith(JWT_PREFIX):
+            return self.admit_user(method, self._users.identify(bearer))
         if not bearer or len(bearer) > MAX_TOKEN_CHARACTERS:
             raise UnauthenticatedError
         return self.admit_hash(method, hash_secret(bearer))
@@ -123,17 +153,29 @@ class Authentication:
         Raises:
             QflareError: As `admit`.
         """
-        allowed = _allowed(method)
-        principal = self._identify(token_hash)
-        if not principal.roles & allowed:
-            raise PermissionDeniedError(f"needs one of: {', '.join(sorted(allowed))}")
-        return principal
+        return _authorized(self._identify(token_hash), method)
+
+    def admit_user(self, method: str, principal: Principal) -> Principal:
+        """Authorize a user whom the identity provider has authenticated; return the principal.
+
+        Raises:
+            UnauthenticatedError: The user's token has expired.
+            PermissionDeniedError: The user's roles do not allow the method.
+        """
+        if principal.expires_at is None or principal.expires_at <= self._context.clock():
+            raise UnauthenticatedError
+        return _authorized(principal, method)
 
     def recognize(self, bearer: str | None) -> KnownCaller | None:
         """Return the last known owner of a token from memory; None for an unknown or expired one.
 
         This does not admit the call: a token revoked since is still recognized, and `admit` refuses it.
         """
+        if bearer and self._users is not None and bearer.startswith(JWT_PREFIX):
+            if len(bearer) > MAX_JWT_CHARACTERS:
+                return None
+            user = self._users.recognize(hash_secret(bearer))
+            return None if user is None else KnownCaller(user.name, is_device=False)
         if not bearer or len(bearer) > MAX_TOKEN_CHARACTERS:
             return None
         known = self._known.get(hash_secret(bearer))
@@ -154,7 +196,10 @@ class Authentication:
 
         Raises:
             StoreUnavailableError: The database does not answer.
+            QflareError: The token is one of the identity provider's, and `admit` refuses it.
         """
+        if bearer and self._users is not None and bearer.startswith(JWT_PREFIX):
+            return KnownCaller(self._users.identify(bearer).name, is_device=False)
         if bearer and len(bearer) <= MAX_TOKEN_CHARACTERS:
             self._find(hash_secret(bearer))
         return self.recognize(bearer)
@@ -212,6 +257,13 @@ class Authentication:
     def _reactivate(self, device_id: str) -> None:
         """Reactivate an inactive device; a concurrent suspension wins."""
         self._context.database.write(lambda session: devices.reactivate(session, device_id))
+
+
+def _authorized(principal: Principal, method: str) -> Principal:
+    allowed = _allowed(method)
+    if not principal.roles & allowed:
+        raise PermissionDeniedError(f"needs one of: {', '.join(sorted(allowed))}")
+    return principal
 
 
 def _allowed(method: str) -> frozenset[Role]:

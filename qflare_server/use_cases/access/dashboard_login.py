@@ -42,6 +42,8 @@ SUBJECT: Final = "dashboard"
 class _DashboardSession:
     token_hash: str = field(repr=False)
     expires_at: datetime
+    user: Principal | None = None
+    """Of an identity provider; then there is no token of this coordinator."""
 
 
 class DashboardLogin:
@@ -78,6 +80,28 @@ class DashboardLogin:
         self._record(principal, peer_address, "dashboard.logged_in")
         return self._remember(hash_secret(token))
 
+    def log_in_user(self, user: Principal, peer_address: str) -> str:
+        """Log in a user whom the identity provider has authenticated; return a session secret.
+
+        The session ends with the provider's token, and after `dashboard_login_s`.
+
+        Args:
+            user: From the provider's token.
+            peer_address: Of the browser, without its port.
+
+        Raises:
+            UnauthenticatedError: The token has expired.
+            PermissionDeniedError: No role of the user may see the dashboard.
+        """
+        try:
+            self._authentication.admit_user(LOGIN_METHOD, user)
+        except (UnauthenticatedError, PermissionDeniedError) as error:
+            caller = user.caller(peer_address)
+            self._refusals.record(caller, "dashboard.login_refused", SUBJECT, str(error))
+            raise
+        self._record(user, peer_address, "dashboard.logged_in")
+        return self._remember("", user)
+
     def admit(self, secret: str, method: str) -> Principal:
         """Authorize a session for a method of the administrators' service; return its principal.
 
@@ -93,6 +117,8 @@ class DashboardLogin:
             found = self._logins.get(hash_secret(secret))
         if found is None or found.expires_at <= self._context.clock():
             raise UnauthenticatedError
+        if found.user is not None:
+            return self._authentication.admit_user(ADMIN_SERVICE + method, found.user)
         return self._authentication.admit_hash(ADMIN_SERVICE + method, found.token_hash)
 
     def log_out(self, secret: str, peer_address: str) -> None:
@@ -106,7 +132,7 @@ class DashboardLogin:
         if principal is not None:
             self._record(principal, peer_address, "dashboard.logged_out")
 
-    def _remember(self, token_hash: str) -> str:
+    def _remember(self, token_hash: str, user: Principal | None = None) -> str:
         secret = secrets.token_urlsafe(SECRET_BYTES)
         now = self._context.clock()
         expires_at = now + timedelta(seconds=self._context.config.dashboard_login_s)
@@ -116,7 +142,7 @@ class DashboardLogin:
             }
             while len(self._logins) >= MAX_LOGINS:
                 del self._logins[next(iter(self._logins))]
-            self._logins[hash_secret(secret)] = _DashboardSession(token_hash, expires_at)
+            self._logins[hash_secret(secret)] = _DashboardSession(token_hash, expires_at, user)
         return secret
 
     def _record(self, principal: Principal, peer_address: str, event_type: str) -> None:

@@ -1,9 +1,12 @@
 """Log-ins to the dashboard, on both databases: whom they are for, what they are good for, and for how long."""
 
+from datetime import timedelta
+
 import pytest
 
 from qflare_server.errors import PermissionDeniedError, TooManyRequestsError, UnauthenticatedError
 from qflare_server.use_cases.access import dashboard_login
+from qflare_server.use_cases.access.authentication import Principal
 from qflare_server.use_cases.access.dashboard_login import DashboardLogin, may_call
 from qflare_server.use_cases.access.roles import Role
 from tests.conftest import FakeClock
@@ -137,3 +140,21 @@ def test_a_log_out_without_a_log_in_is_no_event(
     login.log_out("nothing", PEER)
 
     assert coordinator.events("dashboard.logged_out") == []
+
+
+def test_a_log_in_of_a_user_ends_with_the_providers_token(
+    login: DashboardLogin, clock: FakeClock
+) -> None:
+    expires_at = clock() + timedelta(seconds=60)
+    user = Principal("oidc:id.example.org:alice", frozenset({Role.VIEWER}), expires_at=expires_at)
+    secret = login.log_in_user(user, PEER)
+    assert login.admit(secret, "ListDevices") == user
+    with pytest.raises(PermissionDeniedError):
+        login.admit(secret, "ListAuditEntries")
+
+    clock.advance(60)
+
+    with pytest.raises(UnauthenticatedError):
+        login.admit(secret, "ListDevices")
+    with pytest.raises(UnauthenticatedError):
+        login.log_in_user(user, PEER)
