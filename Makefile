@@ -57,7 +57,7 @@ $(AUDIT_INSTALLED): Makefile
 	$(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit==$(PIP_AUDIT_VERSION)'
 	@touch $@
 
-tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## install grpcurl, ghz, SoftHSM, promtool, Chromium and an OpenID Connect provider
+tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.faketime $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## install grpcurl, ghz, SoftHSM, promtool, Chromium and an OpenID Connect provider
 
 $(TOOLS)/.grpcurl: .ci/tools/go.mod .ci/tools/go.sum
 	$(call go_build,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl)
@@ -89,6 +89,13 @@ $(TOOLS)/.identity-provider: tests/support/identity_provider/package-lock.json
 		echo '*** Node.js is not installed: testing log-ins with an identity provider is LEFT OUT.'; \
 	elif npm ci --prefix $(TOOLS)/identity-provider --ignore-scripts --no-audit --no-fund --silent; then touch $@; \
 	else echo '*** npm ci failed: testing log-ins with an identity provider is LEFT OUT.'; fi
+$(TOOLS)/.faketime:
+	@mkdir -p $(TOOLS)/faketime
+	@if ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1; then touch $@; \
+	elif cd $(TOOLS)/faketime && { apt-get download libfaketime \
+		|| { apt-get update && apt-get download libfaketime; }; } >apt.log 2>&1 \
+		&& dpkg-deb -x libfaketime_*.deb . && cp usr/lib/*/faketime/libfaketimeMT.so.1 ..; then rm -rf usr; touch ../.faketime; \
+	else echo '*** libfaketime is not available: tests of wrong clocks are LEFT OUT.'; fi
 
 # Includes a font and the libraries that this machine lacks. Unpacked only, not installed on the system.
 $(TOOLS)/.chromium:

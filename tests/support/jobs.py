@@ -35,13 +35,19 @@ SMALL: Final[dict[str, Array]] = {
 
 
 def prepare(
-    parts: Application, weights: dict[str, Array] | None = None, *, quorum: int = DEVICES
+    parts: Application,
+    weights: dict[str, Array] | None = None,
+    *,
+    quorum: int = DEVICES,
+    deadline_s: int = 0,
 ) -> str:
     """Create and start a training session whose every update is kept; return its id."""
     weights = SMALL if weights is None else weights
     manifest = Manifest.from_arrays(weights)
     config = training_pb2.TrainingConfig(total_rounds=ROUNDS)
     config.rounds.quorum = quorum
+    if deadline_s:
+        config.rounds.deadline.seconds = deadline_s
     config.transfer.payload_retention = training_pb2.PAYLOAD_RETENTION_ALL
     training = parts.use_cases.training
     created = training.create(SYSTEM, name="crash", model_type="", architecture={}, config=config)

@@ -47,7 +47,8 @@ class TokenBucket:
         return self._earned(now) >= self.burst
 
     def _earned(self, now: float) -> float:
-        return min(self.burst, self._tokens + (now - self.filled_at) * self.per_second)
+        elapsed = max(0.0, now - self.filled_at)  # a clock that was set back costs nothing
+        return min(self.burst, self._tokens + elapsed * self.per_second)
 
 
 class RateLimiter:
