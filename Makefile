@@ -57,7 +57,7 @@ $(AUDIT_INSTALLED): Makefile
 	$(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit==$(PIP_AUDIT_VERSION)'
 	@touch $@
 
-tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.faketime $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## install grpcurl, ghz, SoftHSM, promtool, Chromium and an OpenID Connect provider
+tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.faketime $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## install grpcurl, ghz, SoftHSM, promtool, libfaketime, Chromium and an OpenID Connect provider
 
 $(TOOLS)/.grpcurl: .ci/tools/go.mod .ci/tools/go.sum
 	$(call go_build,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl)
@@ -89,6 +89,7 @@ $(TOOLS)/.identity-provider: tests/support/identity_provider/package-lock.json
 		echo '*** Node.js is not installed: testing log-ins with an identity provider is LEFT OUT.'; \
 	elif npm ci --prefix $(TOOLS)/identity-provider --ignore-scripts --no-audit --no-fund --silent; then touch $@; \
 	else echo '*** npm ci failed: testing log-ins with an identity provider is LEFT OUT.'; fi
+
 $(TOOLS)/.faketime:
 	@mkdir -p $(TOOLS)/faketime
 	@if ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1; then touch $@; \
