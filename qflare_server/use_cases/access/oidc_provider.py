@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, OKPKey, RSAKey, import_key
@@ -39,7 +39,7 @@ FIRST_INTERVAL_S: Final = 5.0
 MAX_KEYS: Final = 64
 MIN_RSA_BITS: Final = 2048
 
-Key = RSAKey | ECKey | OKPKey
+Key: TypeAlias = RSAKey | ECKey | OKPKey
 
 
 @dataclass(frozen=True)

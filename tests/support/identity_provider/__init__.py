@@ -98,7 +98,8 @@ class IdentityProvider:
 
     def sign(self, claims: Mapping[str, Any], **header: Any) -> str:
         """Return a token that this provider's key signs."""
-        return jwt.encode({"alg": "RS256", "kid": "test", **header}, dict(claims), self.key)
+        token: str = jwt.encode({"alg": "RS256", "kid": "test", **header}, dict(claims), self.key)
+        return token
 
     def stop(self) -> None:
         """End it; ending it twice is no error."""
