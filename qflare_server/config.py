@@ -291,6 +291,11 @@ class ServerConfig:
         config = self
         if not config.database_url:
             path = (config.data_dir / "qflare.db").absolute()
+            if "?" in str(path):
+                raise ConfigError(
+                    f"data_dir: {path.parent} contains a question mark, which begins the arguments of a database URL: "
+                    "choose a folder without, or set database_url"
+                )
             config = dataclasses.replace(config, database_url=f"sqlite:///{path}")
         problems = [*_out_of_range(config), *_contradictions(config)]
         if problems:
