@@ -287,7 +287,9 @@ def test_a_download_begins_with_all_that_a_version_has(deploy: Callable[..., Dep
     arrays = {spec.name: np.zeros(spec.shape, np.float32) for spec in largest_manifest().tensors}
     created = deployment.admin.CreateTrainingSession(
         admin_pb2.CreateTrainingSessionRequest(
-            name="test", architecture={f"{n:03}": "a" * 4096 for n in range(60)}
+            name="test",
+            architecture={f"{n:03}": "a" * 4096 for n in range(60)},
+            config=training_pb2.TrainingConfig(rounds=training_pb2.RoundPolicy(quorum=1)),
         ),
         metadata=deployment.metadata,
     )
@@ -311,7 +313,9 @@ def test_a_download_begins_with_all_that_a_version_has(deploy: Callable[..., Dep
 
 
 def test_a_layout_that_no_header_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = training_config.complete(training_pb2.TrainingConfig())
+    config = training_config.complete(
+        training_pb2.TrainingConfig(rounds=training_pb2.RoundPolicy(quorum=1))
+    )
     manifest = largest_manifest()
     require_trainable(config, manifest, 2**40)
 
@@ -379,6 +383,7 @@ def test_every_answer_of_no_fixed_size_is_filled_here() -> None:
         "SuspendDeviceResponse",
         "ReinstateDeviceResponse",
         "RevokeDeviceResponse",
+        "GetAggregationStatusResponse",
         "GetCoordinatorStatusResponse",
         "GetKeysetResponse",
         "IssueEnrollmentTokensResponse",
