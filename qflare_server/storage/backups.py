@@ -9,7 +9,7 @@
     keys/                     the key folder
 
 A backup appears under its name when it is complete. The rows are one snapshot. Chunks of payloads never change, so they
-are copied after the snapshot that refers to them; if retention has deleted some meanwhile, a new snapshot is taken.
+are copied after the snapshot that refers to them; if retention deletes some during the copy, a new snapshot is taken.
 """
 
 import hashlib

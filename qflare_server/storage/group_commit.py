@@ -27,7 +27,7 @@ class GroupWriter:
 
     Args:
         engine: Of an SQLite database.
-        info: What every session is told in its `info`.
+        info: Copied into the `info` of every session.
     """
 
     def __init__(self, engine: Engine, info: Mapping[str, Any]) -> None:
@@ -121,7 +121,7 @@ class GroupWriter:
                 future.set_exception(failure)
 
     def _done(self, connection: Connection, work: Work) -> Any:
-        """Run one work of a group in a session of its own."""
+        """Run one unit of work in a session of its own."""
         with Session(connection, autoflush=False, info=self._info) as session:
             result = work(session)
             session.flush()
@@ -130,7 +130,7 @@ class GroupWriter:
     def _done_in_savepoint(
         self, connection: Connection, work: Work
     ) -> tuple[Any, BaseException | None]:
-        """Run one work of a group; its failure undoes its own writes only."""
+        """Run one unit of work in a savepoint; its failure undoes only its own writes."""
         connection.exec_driver_sql("SAVEPOINT work")
         try:
             result = self._done(connection, work)

@@ -14,8 +14,8 @@ os.register_at_fork(after_in_child=_GENERATOR.seed)
 def unique_name(bits: int) -> str:
     """Return a random identifier as hex digits.
 
-    Comes from a generator that the operating system seeded, not from a system call each time: on the path of every
-    update a system call would let other threads in between. Identifiers are predictable from earlier ones.
+    Comes from a generator that the operating system seeded, not from a system call each time: a system call releases
+    the GIL, which costs time on the path of every update. Identifiers are predictable from earlier ones.
 
     Args:
         bits: Length in bits, a multiple of 4.

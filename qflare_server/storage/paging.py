@@ -1,4 +1,4 @@
-"""Keyset pagination: every page costs the same, however deep, and fits into one message, whatever its rows hold.
+"""Keyset pagination: constant cost per page, and every page fits into one message.
 
 A page ends with the number of rows that was asked for, or before the row with which its message would outgrow
 `MAX_PAGE_BYTES`. A page token is opaque to callers. It holds the sort key of the last row and a digest of that key and
@@ -27,7 +27,7 @@ MAX_PAGE_BYTES: Final = 2 * 2**20
 MAX_HELD_BYTES: Final = 32 * 2**20
 """Most bytes of a page's rows in memory, keys and statements that are not sent included."""
 PROBE_ROWS: Final = DEFAULT_PAGE_SIZE
-"""Rows that are read first, to learn how large the rows of a list are."""
+"""Rows of the first batch, from which the size of a list's rows is estimated."""
 _TEXT_OVERHEAD: Final = 8
 _NUMBER_BYTES: Final = 12
 _TIME_BYTES: Final = 20
@@ -65,7 +65,7 @@ class PageRequest:
         Args:
             filters: Those of the query.
             kinds: Types of the parts of the key; `datetime` for a time as ISO 8601 text. The digest in a token is no
-                secret, so a caller can make one with whatever it likes in it.
+                secret, so a caller can forge a token with arbitrary contents.
 
         Raises:
             InvalidRequestError: The token belongs to another query, or was modified.
@@ -93,7 +93,7 @@ class Page(Generic[Row]):
 
 @dataclass(frozen=True)
 class Order(Generic[Row]):
-    """Order of a list, in which a row's sort key says where the next page begins.
+    """Sort order of a list; the sort key of a page's last row is the start of the next page.
 
     Attributes:
         kinds: Types of the parts of a key, as `PageRequest.after` takes them.
@@ -119,7 +119,7 @@ def read_page(
 ) -> Page[Row]:
     """Return the rows of a page.
 
-    Rows are read in batches as large as the rows before let expect to fit, so that long rows are not read in vain.
+    The batch size follows from the size of the rows read so far, so that few rows are read and then discarded.
 
     Args:
         read: Runs a query.
@@ -152,7 +152,7 @@ def read_page(
 
 
 class _Room:
-    """Room that is left in a page."""
+    """Tracks the remaining capacity of a page."""
 
     def __init__(self, extra_bytes: int) -> None:
         self._extra_bytes = extra_bytes
@@ -168,7 +168,7 @@ class _Room:
         return self._sent >= 0 and self._held >= 0
 
     def expected_rows(self) -> int:
-        """Return how many more rows like those before will fit."""
+        """Estimate how many more rows fit, from the mean size of the rows so far."""
         sent, held = MAX_PAGE_BYTES - self._sent, MAX_HELD_BYTES - self._held
         return min(
             max(self._sent, 0) * self._count // max(sent, 1),
@@ -183,7 +183,7 @@ def fitting_count(rows: Sequence[Iterable[Any]]) -> int:
 
 
 def sent_bytes(value: object) -> int:
-    """Return at least the bytes that a column's value takes in a message; binary columns are in no list."""
+    """Return an upper bound on the bytes of a column's value in a message; no list has binary columns."""
     if isinstance(value, str):
         return _TEXT_OVERHEAD + len(value.encode(errors="surrogatepass"))
     if isinstance(value, Mapping):

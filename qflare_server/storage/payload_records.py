@@ -67,7 +67,7 @@ def insert_received(session: Session, payloads: Sequence[ReceivedPayload], at: d
     """Insert the rows of payloads, and delete those of their uploads.
 
     Raises:
-        ConflictError: An upload was abandoned meanwhile, or chunks are missing: the payload must be sent again.
+        ConflictError: An upload was abandoned, or chunks are missing: the payload must be sent again.
     """
     values = [
         {
@@ -111,7 +111,7 @@ def _seal_columns(seal: Seal | None) -> Mapping[str, bytes | None]:
 
 @dataclass(frozen=True)
 class StoredPayload:
-    """What is needed to read a payload outside a transaction."""
+    """Reference to a stored payload, sufficient to read it outside a transaction."""
 
     payload_id: str
     size_bytes: int
@@ -127,7 +127,7 @@ class StoredPayload:
 
 
 def describe(payload: Payload | None) -> StoredPayload:
-    """Return what is needed to read a payload, from its row.
+    """Return the reference to a payload, from its row.
 
     Raises:
         PayloadPrunedError: Its bytes were pruned.

@@ -1,7 +1,7 @@
 """PostgreSQL connections: their arguments, and a bound on every wait for the server.
 
-To a blocking driver a network path that fails without a reset, a stopped server process and a statement that never
-ends look the same: no answer. TCP detects the first (`tcp_user_timeout`, keepalives), the server ends long statements
+A blocking driver cannot distinguish a network path that fails without a reset, a stopped server process and a statement
+that never ends. TCP detects the first (`tcp_user_timeout`, keepalives), the server ends long statements
 (`statement_timeout`), and `WaitWatchdog` shuts down the socket in all remaining cases, so that a call is answered
 within `QFLARE_DATABASE_TIMEOUT_S`.
 """
@@ -23,7 +23,7 @@ from qflare_server.config import ServerConfig
 SLACK_S: Final = 1.0
 """Added to the timeout, so that the server ends a statement first, which keeps the connection usable."""
 RETRY_CONNECT_S: Final = 1.0
-"""Pause after an attempt to connect that failed slowly: calls fail at once instead of each waiting as long."""
+"""Pause after a slow failed connect, during which calls fail at once instead of each waiting for a timeout."""
 SLOW_CONNECT_S: Final = 0.5
 
 T = TypeVar("T")

@@ -1,8 +1,8 @@
 """Prepared statements: compiled once and run directly on the driver's cursor, for the path of every update.
 
-SQLAlchemy's own execution takes forty microseconds or more per statement, and lets other threads in between; for a
-batch of updates, which needs seven statements, that would dominate. Statements are written and typed as everywhere
-else, errors are SQLAlchemy's, and listeners to the engine's cursor events see these statements too.
+SQLAlchemy's own execution takes forty microseconds or more per statement, during which other threads may take the GIL.
+A batch of updates needs seven statements, so this would dominate. Statements are written and typed as everywhere else,
+errors are SQLAlchemy's, and listeners to the engine's cursor events see these statements too.
 """
 
 import json
@@ -24,7 +24,7 @@ Row = tuple[Any, ...]
 Processor = Callable[[Any], Any]
 TOGETHER: Final = "qflare_together"
 MAX_ROWS: Final = 64
-"""Most rows of one INSERT. Fewer rows go in powers of two, so that there are few different statements."""
+"""Most rows of one INSERT. Smaller batches are split into powers of two, so few distinct statements are compiled."""
 
 
 class _Texts(TypeDecorator[list[str]]):

@@ -1,7 +1,6 @@
-"""Rows as frozen values: what statements on whole rows return, good outside the transaction that read them.
+"""Database rows as frozen values, usable outside the transaction that read them.
 
-Fields are the columns of a table of the same name in `tables`, which says what they mean. Mappings are not to be
-changed.
+The fields are the columns of the table of the same name, documented in `tables`. Mappings must not be modified.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ class TrainingSession(NamedTuple):
     state: str
     state_reason: str
     config: training_pb2.TrainingConfig
-    """Parsed once for all that read it: not to be changed."""
+    """Shared by all readers: must not be modified."""
     current_round: int
     current_version: int
     best_value: float | None
@@ -139,7 +138,7 @@ class ModelUpdate(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What one device measured of one version."""
+    """One device's metrics of one version."""
 
     training_session_id: str
     version: int
@@ -220,7 +219,7 @@ class UserToken(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """Bytes of a model, an update or an optimizer's state; without those that lie in the row."""
+    """Payload of a model, an update or an optimizer's state; bytes stored in the row are left out."""
 
     id: str
     size_bytes: int
@@ -265,7 +264,7 @@ class AuditHead(NamedTuple):
 
 
 class Replica(NamedTuple):
-    """A coordinator process that serves on this database."""
+    """A running coordinator process on this database."""
 
     id: str
     address: str
@@ -286,7 +285,7 @@ class Rows(Generic[R]):
 
     Attributes:
         columns: One for each field of the record.
-        select: Selects every row; conditions and order come on top.
+        select: Selects every row; callers add conditions and order.
     """
 
     def __init__(self, record: type[R], table: Table) -> None:
@@ -297,7 +296,7 @@ class Rows(Generic[R]):
     def all(
         self, session: Session, query: Executable, parameters: Mapping[str, Any] | None = None
     ) -> list[R]:
-        """Return the rows of a query that was made of `select`."""
+        """Return the rows of a query derived from `select`."""
         return [self._record._make(row) for row in session.connection().execute(query, parameters)]
 
     def one(
@@ -308,5 +307,5 @@ class Rows(Generic[R]):
         return None if row is None else self._record._make(row)
 
     def from_values(self, values: Sequence[Any]) -> R:
-        """Return the record of the values of `columns`."""
+        """Return a record built from the values of `columns`."""
         return self._record._make(values)

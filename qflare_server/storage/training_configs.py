@@ -1,4 +1,4 @@
-"""Configurations of training sessions: the form that is stored, and the parsed ones that a database remembers."""
+"""Configurations of training sessions: serialization for storage, and a cache of parsed ones."""
 
 import threading
 from collections import OrderedDict
@@ -11,29 +11,29 @@ from sqlalchemy.orm import Session
 from qflare.v1 import training_pb2
 
 INFO_KEY: Final = "qflare_parsed_configs"
-"""Where a session has the `ParsedConfigs` of its database."""
+"""Key of the `ParsedConfigs` in a session's `info`."""
 
 MAX_PARSED: Final = 256
 
 
 def to_json(config: training_pb2.TrainingConfig) -> dict[str, Any]:
-    """Return the form that is stored."""
+    """Serialize a configuration for storage."""
     return json_format.MessageToDict(config, preserving_proto_field_name=True)
 
 
 def from_json(stored: Mapping[str, Any]) -> training_pb2.TrainingConfig:
-    """Return a configuration from the form that is stored.
+    """Parse a stored configuration.
 
     Raises:
-        json_format.ParseError: It is none.
+        json_format.ParseError: The text is not a configuration.
     """
     return json_format.ParseDict(dict(stored), training_pb2.TrainingConfig())
 
 
 class ParsedConfigs:
-    """The configurations of one database that were parsed last; thread-safe.
+    """Cache of a database's recently parsed configurations; thread-safe.
 
-    To parse one takes a quarter of a millisecond, and every statement on a training session would.
+    Parsing takes a quarter of a millisecond, which every statement on a training session would pay.
     """
 
     def __init__(self) -> None:
@@ -48,10 +48,10 @@ class ParsedConfigs:
     def get(
         self, training_session_id: str, stored: Mapping[str, Any]
     ) -> training_pb2.TrainingConfig:
-        """Return the configuration of a training session; nobody may change it.
+        """Return the configuration of a training session; it must not be modified.
 
         Raises:
-            json_format.ParseError: What is stored is none.
+            json_format.ParseError: The stored text is not a configuration.
         """
         with self._lock:
             known = self._parsed.get(training_session_id)
@@ -69,10 +69,10 @@ class ParsedConfigs:
 def parsed_config(
     session: Session, training_session_id: str, stored: Mapping[str, Any]
 ) -> training_pb2.TrainingConfig:
-    """Return the configuration of a training session, from what its database remembers where it does.
+    """Return the configuration of a training session, from the database's cache if it has one.
 
     Raises:
-        json_format.ParseError: What is stored is none.
+        json_format.ParseError: The stored text is not a configuration.
     """
     known: ParsedConfigs | None = session.info.get(INFO_KEY)
     return from_json(stored) if known is None else known.get(training_session_id, stored)

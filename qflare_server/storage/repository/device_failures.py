@@ -20,7 +20,7 @@ UPDATES = tables.ModelUpdate.__table__
 
 @dataclass(frozen=True)
 class MissingDevice:
-    """A device without an update in a round; `kind` and `text` are those of its failure, None without one."""
+    """A device without an update in a round; `kind` and `text` describe its failure, None without one."""
 
     device_id: str
     last_seen_at: datetime | None
@@ -61,13 +61,13 @@ def record_failure(
 def list_missing(
     session: Session, training_session_id: str, round_number: int, *, is_drawn: bool, limit: int
 ) -> Sequence[MissingDevice]:
-    """Return active devices that a round has no update of: those that failed first, then the longest unseen.
+    """Return active devices without an update in a round: failed ones first, then the longest unseen.
 
     Args:
         session: The transaction.
         training_session_id: Whose round it is.
         round_number: Of the round.
-        is_drawn: Whether the round has drawn its devices; otherwise all that the training session is open to count.
+        is_drawn: Whether the round selects devices; otherwise all devices that the training session is open to count.
         limit: How many.
     """
     sent = select(UPDATES.c.device_id).where(

@@ -28,7 +28,7 @@ _KEY = _KEYS.select.where(KEYS.c.key_id == bindparam("key"))
 _INSERT_DEVICE = insert(DEVICES)
 _INSERT_KEY = insert(KEYS)
 DECISIVE: Final = ("state", "signature_key_id", "device_type", "capabilities", "confirmed_at")
-"""Columns of a device that decide what its calls may do."""
+"""Columns of a device that decide about the authorization of its calls."""
 GROUPS_BYTES: Final = 32 * 65
 """Most bytes of a device's groups in a message."""
 _COMPARE = {"at_least": operator.ge, "at_most": operator.le, "equal": operator.eq}
@@ -112,7 +112,7 @@ def retire_key(session: Session, key_id: str, reason: str, at: datetime) -> None
 def vouch_for_key(
     session: Session, key_id: str, statement: bytes, *, kem_public_key: bytes | None
 ) -> None:
-    """Give a key the receipt that shows whose it is, and the KEM key that the receipt names."""
+    """Store the enrollment receipt of a key, and the KEM key that the receipt names."""
     session.execute(
         update(KEYS)
         .where(KEYS.c.key_id == key_id)
@@ -121,7 +121,7 @@ def vouch_for_key(
 
 
 def keys_without_statement(session: Session) -> Sequence[DeviceKey]:
-    """Return the keys that no signed statement brought in, by device and sequence."""
+    """Return the keys without a signed statement, by device and sequence."""
     query = _KEYS.select.where(KEYS.c.statement.is_(None))
     return _KEYS.all(session, query.order_by(KEYS.c.device_id, KEYS.c.sequence))
 
@@ -177,7 +177,7 @@ def count_active_since(session: Session, since: datetime) -> int:
 
 
 class EligibleDevice(NamedTuple):
-    """What selection goes by."""
+    """Attributes of a device that selection uses."""
 
     device_id: str
     device_type: str

@@ -1,4 +1,4 @@
-"""Queries for evidence of where versions come from; they only read, in batches."""
+"""Read-only queries for lineage evidence, in batches."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -54,7 +54,7 @@ def trust_documents(session: Session, kind: str) -> Sequence[bytes]:
 
 
 class UpdateOfVersion(NamedTuple):
-    """What shows that an update is part of a version."""
+    """Evidence that an update is part of a version."""
 
     id: str
     acceptance_sequence: int
@@ -125,7 +125,7 @@ def models_after(
 
 
 def downloads_after(session: Session, after: tuple[str, int], limit: int) -> Sequence[GlobalModel]:
-    """Return versions, of all training sessions, that devices download in a smaller encoding; after one, in order.
+    """Return, in order, the versions of all training sessions that have a smaller download encoding.
 
     Args:
         session: Open session.
@@ -160,7 +160,7 @@ def payloads_after(session: Session, after: str, limit: int) -> Sequence[Payload
 
 
 class LoggedUpdate(NamedTuple):
-    """What the audit log says of an update, as the update's row has it."""
+    """Columns of an update that the audit log records too."""
 
     id: str
     training_session_id: str
@@ -196,13 +196,13 @@ def devices_after(session: Session, after: str, limit: int) -> Sequence[Device]:
 
 
 def stored_config(session: Session, training_session_id: str) -> Mapping[str, Any] | None:
-    """Return the configuration of a training session as it is stored, whatever that is; None without a session."""
+    """Return the stored configuration of a training session, unvalidated; None without a session."""
     query = select(SESSIONS.c.config).where(SESSIONS.c.id == training_session_id)
     return session.execute(query).scalar_one_or_none()
 
 
 def latest_version(session: Session, training_session_id: str) -> int:
-    """Return the version that a training session says is its latest; -1 where there is no such session."""
+    """Return a training session's current version number; -1 if there is no such session."""
     query = select(SESSIONS.c.current_version).where(SESSIONS.c.id == training_session_id)
     found = session.execute(query).scalar_one_or_none()
     return -1 if found is None else found

@@ -15,7 +15,7 @@ from qflare_server.storage.prepared import PreparedInsert
 from qflare_server.storage.records import GlobalModel, Payload, Rows, TrainingSession
 
 MAX_STATEMENTS_BYTES: Final = 2**20
-"""Statements of one message; a header has room for its manifest beside them."""
+"""Most bytes of the statements in one message; leaves room for the manifest in a header."""
 
 MODELS = tables.GlobalModel.__table__
 SESSIONS = tables.TrainingSession.__table__
@@ -93,7 +93,7 @@ def find_served(
     released: bool = False,
     encoded: bool = False,
 ) -> tuple[int | None, GlobalModel | None, Payload | None] | None:
-    """Return the number of a version, the version and its payload, in one query; None without the training session.
+    """Return a version's number, its row and its payload, in one query; None without the training session.
 
     Each of the three is None where it does not exist.
 
@@ -132,7 +132,7 @@ def update_model(
 
 
 def private_versions(session: Session, training_session_id: str) -> dict[str, int]:
-    """Return the numbers of the versions that rounds made under privacy, by digest."""
+    """Return the numbers of the versions made by rounds with differential privacy, by digest."""
     query = select(MODELS.c.digest, MODELS.c.version).where(
         MODELS.c.training_session_id == training_session_id,
         MODELS.c.epsilon.is_not(None),
@@ -190,7 +190,7 @@ def statements(
 ) -> Sequence[tuple[bytes, bytes]]:
     """Return statements and signatures of consecutive versions, in ascending order.
 
-    They are one or more, as many as `limit` and `most_bytes` allow; None means `MAX_STATEMENTS_BYTES`.
+    Returns at least one, up to `limit` and `most_bytes`; None means `MAX_STATEMENTS_BYTES`.
     """
     query = (
         select(MODELS.c.statement, MODELS.c.signature)

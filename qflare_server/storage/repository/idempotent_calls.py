@@ -1,7 +1,7 @@
-"""Calls with a request id: each changes something once, however often it is made.
+"""Idempotency of calls with a request id: repeated calls take effect once.
 
-A call's claim on its request id is a row, inserted in the transaction of the change. Of two equal calls at once, the
-primary key lets one through; the other waits for its commit and finds its response.
+A call's claim on its request id is a row, inserted in the transaction of the change. Of two concurrent equal calls, one
+inserts the primary key; the other waits for its commit and finds its response.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from qflare_server.storage.repository.audit import Caller, Claim
 CALLS = tables.IdempotentCall.__table__
 T = TypeVar("T")
 MAX_KEPT: Final = 10_000
-"""Calls that are remembered; the oldest are forgotten first."""
+"""Most calls that are kept; the oldest are deleted first."""
 
 
 class RepeatedCallError(Exception):
     """The call was made before.
 
     Attributes:
-        response: What it was answered then, serialized.
+        response: The original response, serialized.
     """
 
     def __init__(self, response: bytes) -> None:
@@ -92,7 +92,7 @@ _INSERT = text(
 
 
 def _insert(session: Session, actor: str, claim: Claim, at: datetime) -> bool:
-    """Insert the claim of a call; False if there is one, also of a concurrent call, which is waited for."""
+    """Insert the claim of a call; False if it exists. Waits for a concurrent call with the same claim."""
     values = {
         "actor": actor,
         "method": claim.method,
@@ -113,7 +113,7 @@ def _is_call(actor: str, claim: Claim) -> tuple[Any, ...]:
 
 
 def delete_old(session: Session, before: datetime) -> None:
-    """Forget the calls made before a time, and the oldest beyond `MAX_KEPT`."""
+    """Delete the calls made before a time, and the oldest beyond `MAX_KEPT`."""
     oldest_kept = (
         select(CALLS.c.created_at).order_by(CALLS.c.created_at.desc()).offset(MAX_KEPT - 1).limit(1)
     )

@@ -1,4 +1,4 @@
-"""Statements on groups: which devices are in which, which training sessions are open to which."""
+"""Statements on device groups: membership of devices, and access of training sessions."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def shares_group(training_session_id: Any, device_id: Any) -> ColumnElement[bool
 
 
 def is_open_to(training_session_id: Any, device_id: Any) -> ColumnElement[bool]:
-    """Return the condition that a training session is open to a device, as far as groups go.
+    """Return the condition that a training session's groups admit a device.
 
     Args:
         training_session_id: Column or parameter.
@@ -49,7 +49,7 @@ def is_open_to(training_session_id: Any, device_id: Any) -> ColumnElement[bool]:
 
 
 def set_groups(session: Session, device_id: str, groups: Collection[str]) -> None:
-    """Put a device into groups and out of all others; its next call notices."""
+    """Replace the groups of a device, effective on its next call."""
     bump_security(session)
     bump_rounds(session)
     session.execute(delete(DEVICE_GROUPS).where(DEVICE_GROUPS.c.device_id == device_id))
@@ -114,7 +114,7 @@ def members_among(
 
 @dataclass(frozen=True)
 class Standing:
-    """How a device stands to a training session, as the tables have it."""
+    """Relation of a device to a training session, as stored."""
 
     config: Mapping[str, Any]
     started_at: datetime | None
@@ -147,7 +147,7 @@ _STANDING: Final = (
 
 
 def find_standing(session: Session, training_session_id: str, device_id: str) -> Standing | None:
-    """Return how a device stands to a training session; None if either is not there."""
+    """Return the relation of a device to a training session; None if either does not exist."""
     wanted = {"session": training_session_id, "device": device_id}
     row = session.execute(_STANDING, wanted).one_or_none()
     return None if row is None else Standing(*row)

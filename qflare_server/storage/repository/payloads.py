@@ -58,7 +58,7 @@ def read_data(session: Session, payload_id: str) -> bytes | None:
 
 
 def get_payload(session: Session, payload_id: str) -> Payload | None:
-    """Return a payload, without the bytes that lie in its row."""
+    """Return a payload, without the bytes stored in its row."""
     return _ROWS.one(session, _ROW, {"payload": payload_id})
 
 

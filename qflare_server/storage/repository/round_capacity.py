@@ -1,4 +1,4 @@
-"""Capacity of a round: its accepted and target counts, and the lock under which updates are accepted."""
+"""Capacity of a round: accepted count, target count, and the lock for accepting updates."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -105,7 +105,7 @@ def record_accepted(
     *,
     closed: bool,
 ) -> None:
-    """Write the accepted count of a locked round that has taken updates, and whether that has closed it."""
+    """Write the accepted count of a locked round, and its closing if that filled it."""
     _FILL.run(
         session,
         {

@@ -77,7 +77,7 @@ def _one(session: Session, query: Select[Any], training_session_id: str) -> Trai
 
 
 def _with_config(session: Session, stored: TrainingSession) -> TrainingSession:
-    """Return a training session with its configuration as a message instead of what the column holds."""
+    """Return a training session with its configuration parsed into a message."""
     return stored._replace(config=parsed_config(session, stored.id, cast("Any", stored.config)))
 
 

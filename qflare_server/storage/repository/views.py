@@ -1,4 +1,4 @@
-"""Queries for overviews: watches of training sessions, metrics, the audit log, the backlog, storage."""
+"""Queries for overviews: progress of training sessions, metrics, the audit log, the backlog, storage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,7 +142,7 @@ def audit_after(
 
 @dataclass(frozen=True)
 class Backlog:
-    """Amount of work that waits."""
+    """Amount of pending work."""
 
     open_round_count: int
     closed_round_count: int
@@ -218,9 +218,9 @@ def database_bytes(session: Session) -> int:
 def count_rejections(
     session: Session, training_session_id: str, device_id: str, since: datetime
 ) -> int:
-    """Return the number of a device's updates to a training session that screens rejected since a time.
+    """Return the number of a device's updates to a training session that screening rejected since a time.
 
-    Not counted: updates of rounds that failed or were cancelled as a whole, updates that the strategy gave no weight,
+    Not counted: updates of failed or canceled rounds, updates that the strategy gave no weight,
     and updates whose rows were modified after they were sent.
     """
     query = (

@@ -13,9 +13,9 @@ from qflare_server.storage.tables.types import Base, one_of
 class Device(Base):
     """One enrolled device.
 
-    The public keys are null for devices that an embedding program registered without keys. Selection goes by
-    `device_type` and `capabilities`: what the device stated when it enrolled, or what an administrator confirmed at
-    `confirmed_at`. What it says in heartbeats is in `reported_type` and `reported_capabilities`, null until it does.
+    The public keys are null for devices that an embedding program registered without keys. Selection uses `device_type`
+    and `capabilities`, stated at enrollment or confirmed by an administrator at `confirmed_at`. `reported_type` and
+    `reported_capabilities` come from heartbeats; null before the first.
     """
 
     __tablename__ = "devices"
@@ -69,7 +69,7 @@ class DeviceKey(Base):
     """A signature key of a device; retired keys are kept, because old signatures remain evidence.
 
     `statement` is the signed receipt or rotation that introduced the key. Null only for keys that an embedding program
-    set before they got receipts; those are nobody's until an administrator vouches for them.
+    set without a receipt; they prove nothing until an administrator confirms them.
     """
 
     __tablename__ = "device_keys"

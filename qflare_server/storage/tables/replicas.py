@@ -9,7 +9,7 @@ from qflare_server.storage.tables.types import ACTOR_CHARACTERS, Base
 
 
 class Lease(Base):
-    """A lease: the right of one coordinator to do a piece of work until a time. It saves duplicate work."""
+    """A lease: one coordinator's claim on a piece of work until a time. It avoids duplicate work."""
 
     __tablename__ = "leases"
 

@@ -97,8 +97,8 @@ class GlobalModel(Base):
     """One immutable version of a training session's model.
 
     `digest` identifies the version: the SHA-256 of `statement`, which `signature` signs. `strategy_state` maps the
-    names of the optimizer's vectors to payload ids. The columns `download_` describe the payload that devices download,
-    null where they download the version's own. `in_process_count` is null in versions older than it.
+    names of the optimizer's vectors to payload ids. The `download_` columns describe the payload that devices download,
+    null if it is the version's own. `in_process_count` is null in versions made before the column existed.
     """
 
     __tablename__ = "global_models"

@@ -46,7 +46,7 @@ class RoundState(StrEnum):
 
 
 class UpdateOrigin(StrEnum):
-    """Where an update comes from."""
+    """Origin of an update."""
 
     DEVICE = "device"
     IN_PROCESS = "in_process"

@@ -47,7 +47,7 @@ class TrainingSession(Base):
 
 
 class TrainingSessionGroup(Base):
-    """A group that a training session is open to, as its configuration says; one without any is open to all devices."""
+    """A group that a training session is restricted to; a training session without groups is open to all devices."""
 
     __tablename__ = "training_session_groups"
 
