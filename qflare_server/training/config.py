@@ -1,7 +1,7 @@
-"""The configuration of a training session: validated once, when it is created, and kept as JSON.
+"""Training-session configuration: validated once, at creation, and stored as JSON.
 
-`complete` fills in every default and refuses what is out of range or contradicts itself, so that nothing that
-reads a stored configuration has to ask again what an unset field means.
+`complete` fills in every default and rejects values that are out of range or contradictory. Readers of a stored
+configuration therefore never interpret unset fields.
 """
 
 import math
@@ -109,7 +109,7 @@ def _complete_rounds(config: training_pb2.TrainingConfig) -> None:
 
 
 def _stated_size(config: training_pb2.TrainingConfig) -> int:
-    """Return the number of devices that a configuration says take part in a round, 0 if it says none."""
+    """Return the configured number of devices of a round, 0 if it is not configured."""
     _within("rounds.device_count", config.rounds.device_count, 0, MAX_DEVICES)
     selected = _selected_count(config.selection)
     return config.rounds.device_count or selected
@@ -123,7 +123,7 @@ def _selected_count(policy: training_pb2.SelectionPolicy) -> int:
 
 
 def _complete_quorum(policy: training_pb2.RoundPolicy, size: int) -> None:
-    """Fill in a majority of the devices that are known to take part.
+    """Derive an unset quorum: a majority of the configured number of devices.
 
     Raises:
         InvalidRequestError: There is no quorum, and no number of devices to derive one from.
@@ -164,7 +164,7 @@ def _complete_selection(policy: training_pb2.SelectionPolicy) -> None:
 
 
 def _check_conditions(policy: training_pb2.SelectionPolicy) -> None:
-    """Refuse conditions on a capability that no device can meet together."""
+    """Reject contradictory conditions on a capability."""
     spans: dict[str, tuple[float, float]] = {}
     for condition in policy.capabilities:
         least, most = spans.get(condition.capability, (-math.inf, math.inf))
@@ -182,7 +182,7 @@ def _check_conditions(policy: training_pb2.SelectionPolicy) -> None:
 
 
 def _check_release(policy: training_pb2.ReleasePolicy) -> None:
-    """Refuse bounds on a metric that no version can meet together."""
+    """Reject contradictory bounds on a metric."""
     spans: dict[str, tuple[float, float]] = {}
     for bound in policy.bounds:
         least, most = spans.get(bound.metric, (-math.inf, math.inf))
@@ -336,7 +336,7 @@ def _complete_early_stop(config: training_pb2.TrainingConfig) -> None:
 def _take_objective(
     policy: training_pb2.EarlyStopPolicy, objective: training_pb2.Objective
 ) -> None:
-    """Let an early stop that names no metric watch that of the objective."""
+    """Default the early-stopping metric to the objective's."""
     if not objective.metric:
         raise InvalidRequestError("early_stop.metric: empty", field="config.early_stop.metric")
     policy.metric = objective.metric
@@ -359,7 +359,7 @@ def _complete_objective(config: training_pb2.TrainingConfig) -> None:
 
 
 def _check_metric(name: str, metric: str) -> None:
-    """Refuse the name of a metric that no version can have."""
+    """Reject invalid metric names."""
     if not 1 <= len(metric) <= MAX_METRIC_NAME or not metric.isprintable():
         raise InvalidRequestError(
             f"{name}: got {metric[:MAX_METRIC_NAME]!r}, want 1 to {MAX_METRIC_NAME} printable characters",
@@ -384,7 +384,7 @@ def _check_bound(name: str, bound: training_pb2.MetricBound) -> None:
 
 
 def is_one_line(text: str) -> bool:
-    """Return whether a text has no control characters, line breaks included: whether it fits a line of a table."""
+    """Return whether a text has no control characters or line breaks, so that it fits a table row."""
     return not any(unicodedata.category(character) in _CONTROL for character in text)
 
 
@@ -439,7 +439,7 @@ def _unusable(reason: str) -> InvalidManifestError:
 
 
 def _require_evaluated(name: str, metric: str) -> None:
-    """Refuse a gate that goes by what devices report with their updates: whoever sends one could open it."""
+    """Reject a release gate on self-reported training metrics: any contributor could open it."""
     if is_reserved(metric):
         raise InvalidRequestError(
             f"{name}: got {metric[:100]}, want a metric of federated evaluation",
@@ -455,10 +455,10 @@ def _within(name: str, got: float, least: float, most: float) -> None:
 
 
 def deadline_s(config: training_pb2.TrainingConfig) -> float:
-    """Return the time that a round is open at most, in seconds."""
+    """Return the longest time that a round is open, in seconds."""
     return config.rounds.deadline.seconds + config.rounds.deadline.nanos / 1e9
 
 
 def download_encoding(config: training_pb2.TrainingConfig) -> Encoding:
-    """Return how a training session's devices get its versions."""
+    """Return the download encoding of a training session."""
     return Encoding.from_number(config.transfer.download_encoding)

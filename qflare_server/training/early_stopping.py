@@ -10,12 +10,12 @@ from qflare_server.training.reported_metrics import is_reserved
 def stop_reason(
     policy: training_pb2.EarlyStopPolicy, history: Sequence[Mapping[str, float]]
 ) -> str:
-    """Return why training should end, empty if it should go on.
+    """Return the reason for stopping, empty if training should continue.
 
     Args:
-        policy: What is watched; without a metric nothing is.
+        policy: The early-stopping policy; without a metric it never stops.
         history: Metrics of the latest versions, oldest first; versions without the metric do not count. A metric that
-            devices report with their updates is none: whoever sends an update could end the training with it.
+            devices report with their updates is ignored: otherwise any contributor could end the training.
     """
     if is_reserved(policy.metric):
         return ""

@@ -1,14 +1,14 @@
 """Federated evaluation: assigns versions to devices and aggregates their results.
 
-A version that is due is measured by every device of its round before the device trains from it, so that its metrics
-are there when the next version is made; the last one is measured for as long as a round may take. A task to evaluate
-holds a random value that only the coordinator can derive for this device and version; the signed report repeats it,
-which shows that the device was asked.
+Each device of a round evaluates the base version, if it is due, before training from it, so that its metrics are known
+when the next version is made. The last version is evaluated for up to one round's duration. An evaluation task holds a
+nonce that only the coordinator can derive for this device and version. The signed report repeats the nonce, which
+proves that the device was asked.
 
 A metric counts once a quorum of devices has reported it: as the mean over the reports, each weighted by examples up to
-a cap, the largest and smallest left out where there are enough. Release gate, early stop and best version go by
-nothing else. The means are written after every report while there are few, then after every thirty-second part more,
-so that the cost of a report does not grow with their number, and once more when the next version is made.
+a cap, the largest and smallest left out where there are enough. Release gate, early stopping and best version use only
+these metrics. The means are written after every report while there are few, then each time the number has grown by
+1/32, so that the cost per report stays constant, and once more when the next version is made.
 """
 
 import hmac
@@ -53,27 +53,27 @@ Report = tuple[int, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """A version that a device is asked to measure."""
+    """A version assigned to a device for evaluation."""
 
     training_session_id: str
     version: int
     digest: str
     transfer: training_pb2.TransferPolicy
     nonce: str
-    """Value that the report repeats, 64 hex digits."""
+    """Nonce that the report repeats, 64 hex digits."""
 
 
 def evaluation_nonce(
     state_key: bytes, training_session_id: str, version: int, device_id: str
 ) -> str:
-    """Return the value that shows that a device was asked to measure a version, 64 hex digits."""
+    """Derive the nonce of a device's evaluation of a version, 64 hex digits."""
     key = hkdf_expand(state_key, b"qflare/v1/evaluation nonce")
     parts = training_session_id.encode(), str(version).encode(), device_id.encode()
     return mac(key, tagged_hash("qflare/v1/evaluation nonce", *parts)).hex()
 
 
 def was_asked(context: Context, statement: security_pb2.EvaluationStatement) -> bool:
-    """Return whether the device of an evaluation was asked for it, under this state key or an earlier one."""
+    """Check the nonce of an evaluation, under the current or an earlier state key."""
     named = statement.training_session_id, statement.version, statement.device_id
     return any(
         hmac.compare_digest(evaluation_nonce(key, *named), statement.evaluation_nonce)
@@ -82,7 +82,7 @@ def was_asked(context: Context, statement: security_pb2.EvaluationStatement) -> 
 
 
 def is_due(policy: training_pb2.EvaluationPolicy, round_number: int) -> bool:
-    """Return whether the version of a round is one that is measured; initial models and rollbacks are not."""
+    """Return whether a round's version is due for evaluation; initial models and rollbacks are not."""
     return bool(policy.every_rounds and round_number and round_number % policy.every_rounds == 0)
 
 
@@ -93,7 +93,7 @@ def find_measurement(
     version: int,
     device_id: str,
 ) -> Measurement | None:
-    """Return what a device has to measure of a version, None if it is not due or has been done."""
+    """Return a device's evaluation task for a version, None if it is not due or already done."""
     config = training_session.config
     policy = config.evaluation
     if not policy.every_rounds:
@@ -114,7 +114,7 @@ def find_last_measurement(
     device_id: str,
     at: datetime,
 ) -> Measurement | None:
-    """Return what a device has to measure of a training session that has ended, while there is time.
+    """Return a device's evaluation task for the last version of an ended training session, until the deadline.
 
     Only devices that its rounds could have selected are asked.
     """
@@ -133,7 +133,7 @@ def find_last_measurement(
 
 
 def is_worth_summarizing(report_count: int) -> bool:
-    """Return whether the means are written after this report: always up to 63, then ever more rarely."""
+    """Return whether to write the means after this report: always up to 63 reports, then less and less often."""
     return report_count % (1 << max(0, report_count.bit_length() - SUMMARY_BITS)) == 0
 
 
@@ -143,7 +143,7 @@ def awaits_evaluation(
     config: training_pb2.TrainingConfig,
     base_version: int,
 ) -> bool:
-    """Return whether early stop needs reports on the base version of a round that have not come yet.
+    """Return whether early stopping awaits reports on the base version of a round.
 
     Asynchronous training sessions never wait: their rounds take updates of several versions.
     """
@@ -205,7 +205,7 @@ def _report(row: Evaluation) -> Report:
 def _by_group(
     policy: training_pb2.EvaluationPolicy, reports: Sequence[Evaluation], wanted: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Return the means of each group: of the `MAX_GROUPS` with most reports where devices name more."""
+    """Return the means of each group, of at most the `MAX_GROUPS` groups with the most reports."""
     groups: dict[str, list[Report]] = {}
     for report in reports:
         if report.device_group:
@@ -222,12 +222,12 @@ def robust_means(
 ) -> dict[str, float]:
     """Return the trimmed, weighted mean of every metric that enough reports hold.
 
-    Of the metrics there are as many as a version can state: the wanted ones, accuracy and loss, then those that most
-    reports hold.
+    Limited to the metrics that a version's statement can hold, in order of preference: wanted ones, accuracy and loss,
+    then the most frequently reported.
 
     Args:
-        policy: How much is left out at either end, and from how many reports on.
-        reports: What devices measured, with the weight of each.
+        policy: Trimmed fraction at either end, and the least number of reports for trimming.
+        reports: Metrics of each device, with its weight.
         quorum: Least number of reports that have to hold a metric.
         wanted: Names that decide about release or early stop.
     """
@@ -248,7 +248,7 @@ def robust_means(
 def _trimmed(
     policy: training_pb2.EvaluationPolicy, ranked: Sequence[tuple[float, int]]
 ) -> Sequence[tuple[float, int]]:
-    """Return values, which come in ascending order, without those at the ends."""
+    """Trim values, which are in ascending order, at both ends."""
     fraction = policy.trim_fraction if policy.HasField("trim_fraction") else DEFAULT_TRIM_FRACTION
     if not fraction or len(ranked) < (policy.trim_from_count or DEFAULT_TRIM_FROM_COUNT):
         return ranked

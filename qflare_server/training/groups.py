@@ -1,4 +1,4 @@
-"""Groups of devices: their names. A training session that names any is open to the devices of these alone."""
+"""Device groups: validation of names. A training session that names groups is restricted to their devices."""
 
 import re
 from collections.abc import Collection
@@ -16,7 +16,7 @@ def checked_groups(names: Collection[str], field: str) -> list[str]:
     """Return group names in alphabetical order, each once.
 
     Raises:
-        InvalidRequestError: They are too many, or a name is none.
+        InvalidRequestError: There are too many, or a name is malformed.
     """
     groups = sorted(set(names))
     if len(groups) > MAX_GROUPS:

@@ -1,8 +1,7 @@
-"""The objective of a training session: the metric by which its versions are compared, and the best of them.
+"""Objective of a training session: the metric that compares its versions, and the best version.
 
-Where a training session evaluates, the metric is that of federated evaluation and nothing else counts. Elsewhere it is
-the mean of what devices report with their updates, which is measured on training data; everything that shows such a
-value says so.
+With federated evaluation, only its metrics count. Without it, the metric is the mean of what devices report with their
+updates, measured on training data; every display of such a value says so.
 """
 
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from qflare_server.training.reported_metrics import TRAINING
 
 DEFAULT_METRIC: Final = "accuracy"
 HISTORY: Final = 2000
-"""Latest versions among which the best is searched again."""
+"""Latest versions that the search for the best one covers."""
 
 MAXIMIZED: Final = frozenset(
     {"accuracy", "acc", "auc", "auroc", "auprc", "f1", "precision", "recall", "sensitivity"}
@@ -46,7 +45,7 @@ def known_goal(metric: str) -> training_pb2.MetricGoal.ValueType:
 def resolved_goal(
     field: str, metric: str, goal: training_pb2.MetricGoal.ValueType
 ) -> training_pb2.MetricGoal.ValueType:
-    """Return the direction of a metric: as stated, else by its name.
+    """Return the direction of a metric: the stated one, else derived from its name.
 
     Raises:
         InvalidRequestError: It is neither stated nor known.
@@ -63,7 +62,7 @@ def resolved_goal(
 
 @dataclass(frozen=True)
 class Objective:
-    """How the versions of a training session are compared.
+    """Metric and direction for comparing the versions of a training session.
 
     Attributes:
         metric: Name without prefix.
@@ -77,7 +76,7 @@ class Objective:
 
     @property
     def data(self) -> str:
-        """What the metric was measured on, as people are told."""
+        """Label of the data that the metric was measured on."""
         return "held out" if self.is_held_out else "training data only"
 
     @property
@@ -130,7 +129,7 @@ def best_changes(
 
 
 def _searched(session: Session, training_session_id: str, objective: Objective) -> dict[str, Any]:
-    """Search the best version again: further reports have changed the metrics of the one that was."""
+    """Search for the best version again, after further reports have changed the metrics of the previous best."""
     best_value: float | None = None
     best_version: int | None = None
     for row in views.recent_metrics(session, training_session_id, HISTORY):

@@ -1,8 +1,8 @@
-"""Optimistic transactions: repeated when what was read and signed before them has changed.
+"""Optimistic transactions: retried when the data that was read and signed beforehand has changed.
 
-A key in a hardware module takes tens of milliseconds to sign, and a transaction that waits for it keeps everybody
-else waiting. So keys sign beforehand; the transaction checks that what was signed is still what it would write, and is
-undone where it is not. Then everything is prepared anew.
+A hardware module takes tens of milliseconds to sign, and a transaction that waits for it blocks all other writers.
+Signatures are therefore made before the transaction. The transaction checks that the signed data is still current;
+otherwise it is rolled back and the attempt is repeated.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ ATTEMPTS: Final = 8
 
 
 class PremisesChangedError(ConflictError):
-    """What was prepared for a transaction no longer fits what is stored; nothing was written."""
+    """The data prepared for a transaction is out of date; nothing was written."""
 
 
 def repeat(attempt: Callable[[], T]) -> T:
-    """Run `attempt`, which prepares and then writes, until what it has prepared still holds when it writes.
+    """Run `attempt`, which prepares and then writes, again while its preparation is out of date.
 
     Raises:
-        PremisesChangedError: It did not hold any of `ATTEMPTS` times.
+        PremisesChangedError: All of `ATTEMPTS` attempts failed.
     """
     for _ in range(ATTEMPTS - 1):
         try:

@@ -1,4 +1,4 @@
-"""Central differential privacy of a training session: its noise seed, its ledger, the end of its budget.
+"""Central differential privacy of a training session: noise seed, ledger and budget.
 
 `TrainingSession.privacy_state` holds both: the seed sealed under a key that is derived from the replicas' state key,
 so that neither a copy of the database nor the key file alone gives the noise away; and the ledger of the accountant.
@@ -6,9 +6,8 @@ The seed is drawn before the first update is folded and is the same after every 
 version. It is drawn again only where it no longer opens, because the state key was replaced after a theft; the
 versions before that can then no longer be recomputed.
 
-The guarantee is about the weights. What devices report of themselves is not covered: metrics that come with updates
-are left out of the versions of such a session; example counts and who took part are not secret, and the results of
-federated evaluation are as exact as without privacy.
+The guarantee covers the weights, not what devices report. Metrics reported with updates are left out of the versions of
+such a session. Example counts and participation are not secret. Results of federated evaluation get no noise.
 """
 
 import os
@@ -40,7 +39,7 @@ _ASSOCIATED: Final = b"qflare/v1/noise seed of "
 
 @dataclass(frozen=True)
 class PrivacyCharge:
-    """What releasing one version costs.
+    """Privacy cost of releasing one version.
 
     Attributes:
         before: The ledger that it was computed from, as rows; the release counts only while this is still it.
@@ -54,7 +53,7 @@ class PrivacyCharge:
 
 
 def require_affordable(config: training_pb2.TrainingConfig) -> None:
-    """Refuse a budget that does not last for one version.
+    """Reject a budget too small for one version.
 
     Raises:
         StrategyRefusedError: The message gives the epsilon of one version.
@@ -137,7 +136,7 @@ def noise_seed(
 ) -> bytes | None:
     """Return the noise seed of a training session, 32 bytes; None without privacy.
 
-    One is drawn and kept where none opens.
+    Draws and stores a new seed if none can be decrypted.
 
     Args:
         context: The coordinator's parts.
@@ -175,7 +174,7 @@ def noise_seed(
 def open_seed(
     context: Context, training_session_id: str, state: Mapping[str, Any] | None
 ) -> bytes | None:
-    """Return the noise seed in a `privacy_state`; None where there is none that opens under the state key."""
+    """Return the noise seed in a `privacy_state`; None if there is none that the state key decrypts."""
     sealed = (state or {}).get(SEED)
     if sealed is None:
         return None
@@ -192,7 +191,7 @@ def _key(context: Context) -> bytes:
 
 
 def _record(session: Session, training_session_id: str, is_again: bool, at: datetime) -> None:
-    """Note that a seed was drawn; that one no longer opens is worth a look."""
+    """Log the drawing of a seed; as a warning if an earlier one can no longer be decrypted."""
     event = Event(
         "privacy.noise_seed_replaced" if is_again else "privacy.noise_seed_drawn",
         f"training_session:{training_session_id}",

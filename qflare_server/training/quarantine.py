@@ -42,7 +42,7 @@ def _since(session: Session, device_id: str, start: datetime) -> datetime:
 def _quarantine(
     session: Session, training_session: TrainingSession, device_id: str, count: int, now: datetime
 ) -> bool:
-    """Move an active device to quarantine; one that an administrator has dealt with stays as it is."""
+    """Quarantine an active device; a device in any other state is left unchanged."""
     device = devices.lock_device(session, device_id)
     if device is None or device.state != DeviceState.ACTIVE.value:
         return False

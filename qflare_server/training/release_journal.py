@@ -1,11 +1,12 @@
 """Journal of the private versions that a coordinator knows to be released, kept outside of the database.
 
-A database restored from a backup has forgotten the versions that were released since, and what they cost. The
-journal has not: a version that it names and the database does not know was released and lost. Such versions stay in the
-account of the privacy budget, and the audit log says that the database went back.
+A database restored from a backup lacks the versions released since, and their privacy cost. The journal detects them: a
+version that only the journal names was released and lost. Such versions still count against the privacy budget, and the
+audit log records that the database was rolled back.
 
-It is a file in the data folder, one JSON object a line, append-only, shared by the processes on one folder. It helps as
-far as it is not restored with the database. Where it cannot be written, the log says so and training goes on.
+It is a file in the data folder, one JSON object a line, append-only, shared by the processes on one folder. It is
+effective only if it is not restored together with the database. If it cannot be written, an error is logged and
+training continues.
 """
 
 import json
@@ -77,7 +78,7 @@ class ReleaseJournal:
 def record_release(
     journal: ReleaseJournal, training_session_id: str, digest: str, version: int
 ) -> None:
-    """Note a version that was just published."""
+    """Record a version that was just published."""
     try:
         journal.append(training_session_id, {digest: version})
     except OSError as error:
@@ -90,7 +91,7 @@ def reconcile(
     config: training_pb2.TrainingConfig,
     training_session_id: str,
 ) -> None:
-    """Account for versions that were released and that the database has lost; note those that the journal lacks.
+    """Charge the budget for released versions that the database lacks; add versions that the journal lacks.
 
     Args:
         context: The coordinator's parts.

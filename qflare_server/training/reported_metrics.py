@@ -18,10 +18,10 @@ MAX_EPOCHS: Final = 2**31 - 1
 MAX_EXAMPLES: Final = 2**40
 
 TRAINING: Final = TRAINING_PREFIX
-"""Begins the name of a metric of a version that is the mean of what was measured while training."""
+"""Prefix of a version's metrics that are means of self-reported training metrics."""
 
 MAX_NAMES: Final = 64 * MAX_METRICS
-"""Different names that a round adds up; later ones are left out, so that no device fills the memory."""
+"""Most distinct names that a round sums; further ones are ignored, which bounds memory."""
 
 
 def check_example_count(example_count: int) -> None:
@@ -37,7 +37,7 @@ def check_example_count(example_count: int) -> None:
 
 
 def check_metrics(metrics: dict[str, float]) -> None:
-    """Refuse metrics that are too many, badly named or not finite.
+    """Reject metrics that are too many, badly named or not finite.
 
     Raises:
         InvalidRequestError: Names the metric.
@@ -89,7 +89,7 @@ class Means:
         wanted ones, then those that most devices report.
 
         Args:
-            prefix: Is put before every name.
+            prefix: Prefix of every name.
             wanted: Names with their prefix that come first.
         """
         first = set(wanted)
@@ -108,17 +108,17 @@ class Means:
 
 
 def stated(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return those of a version's metrics that its statement can hold; what was measured while training comes first."""
+    """Return those of a version's metrics that its statement can hold; training metrics come first."""
     fitting = [name for name in metrics if len(name) <= MAX_METRIC_NAME]
     ranked = sorted(fitting, key=lambda name: (not name.startswith(TRAINING), name))
     return {name: metrics[name] for name in ranked[:MAX_METRICS]}
 
 
 def is_reserved(name: str) -> bool:
-    """Return whether a metric is one that the coordinator makes from what devices report with their updates."""
+    """Return whether a metric is a mean of self-reported training metrics."""
     return name.startswith(TRAINING)
 
 
 def evaluated(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return those metrics of a version that federated evaluation measured: all that a gate may go by."""
+    """Return the metrics of a version from federated evaluation, the only ones that a release gate may use."""
     return {name: value for name, value in metrics.items() if not is_reserved(name)}

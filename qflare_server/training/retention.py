@@ -1,9 +1,9 @@
 """Prunes update payloads and sweeps orphaned chunks.
 
-Payloads are pruned in two steps: a transaction marks them pruned and remembers their chunks as an upload that
-was given up; sweeping then deletes the chunks, and can be repeated after a crash. An upload that expired is given up
-in a transaction of its own before its chunks are deleted, so that a device that comes back at this very moment either
-finishes before, or is told to begin again.
+Payloads are pruned in two steps: a transaction marks them pruned and records their chunks as an abandoned upload;
+sweeping then deletes the chunks, and can be repeated after a crash. An expired upload is abandoned in a transaction of
+its own before its chunks are deleted. A device that resumes it concurrently either finishes first or is told to start
+again.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ PRUNE_BATCH: Final = 500
 
 
 def prune_payloads(context: Context, training_session_id: str) -> None:
-    """Mark the payloads that a training session's retention no longer keeps as pruned, some at a time.
+    """Mark payloads beyond a training session's retention as pruned, in batches.
 
     Rounds count that made a version: the last `retained_rounds` of them are kept, or none. Only payloads of updates
     whose round is over are pruned, never those of versions.
@@ -52,7 +52,7 @@ def prune_payloads(context: Context, training_session_id: str) -> None:
 
 
 def prune_ended(context: Context) -> None:
-    """Prune training sessions that have ended lately: a crash may have come between their end and their pruning."""
+    """Prune recently ended training sessions, in case of a crash between their end and their pruning."""
     since = context.clock() - timedelta(days=1)
     with context.database.read() as session:
         ended = training_sessions.ended_since(session, since)
@@ -61,7 +61,7 @@ def prune_ended(context: Context) -> None:
 
 
 def sweep(context: Context) -> int:
-    """Delete the chunks of all uploads that nobody has continued in time; return how many uploads."""
+    """Delete the chunks of all expired uploads; return the number of uploads."""
     before = context.clock() - timedelta(seconds=context.config.upload_expiry_s)
     count = 0
     while True:
@@ -74,7 +74,7 @@ def sweep(context: Context) -> int:
 
 
 def discard_uploads(context: Context, payload_ids: Sequence[str]) -> None:
-    """Give uploads up and delete their chunks at once; a crash in between leaves them to the next sweep."""
+    """Abandon uploads and delete their chunks at once; after a crash in between, the next sweep deletes them."""
     if not payload_ids:
         return
     context.database.write(lambda session: payloads.give_up_uploads(session, payload_ids))

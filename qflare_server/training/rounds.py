@@ -25,16 +25,16 @@ from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.selection import select_devices
 
 IN_PROCESS_PREFIX: Final = "in-process-"
-"""Begins the ids of the training sessions of embedding programs, whose rounds are no device's task."""
+"""Prefix of the ids of embedding programs' training sessions, whose rounds are not assigned to devices."""
 
 NOBODY: Final = -1
 
 MISSED_QUORUM: Final = "missed its quorum"
-"""Begins the reason of a round whose deadline passed without a quorum."""
+"""Prefix of the reason of a round whose deadline passed without a quorum."""
 
 
 def is_in_process(training_session_id: str) -> bool:
-    """Return whether a training session is an embedding program's: its updates, and no others, are in-process."""
+    """Return whether a training session is an embedding program's; exactly its updates are in-process."""
     return training_session_id.startswith(IN_PROCESS_PREFIX)
 
 
@@ -45,7 +45,7 @@ def origin_of(training_session_id: str) -> UpdateOrigin:
 
 @dataclass(frozen=True)
 class RoundTask:
-    """What a round asks of its devices, made before the transaction that opens the round.
+    """Signed task of a round, prepared before the transaction that opens the round.
 
     Attributes:
         statement: Names the round, its base version, its nonce and its deadline.
@@ -67,7 +67,7 @@ def sign_task(
     base_version: int,
     base_digest: str,
 ) -> RoundTask:
-    """Sign what a round asks of its devices: one signature serves every device of the round.
+    """Sign a round's task: one signature serves every device of the round.
 
     Args:
         context: The coordinator's parts.
@@ -154,7 +154,7 @@ def open_round(
 def _require_next(
     session: Session, training_session: TrainingSession, statement: security_pb2.TaskStatement
 ) -> None:
-    """Hold a round to what its task was signed for."""
+    """Check that a round matches its signed task."""
     stated = (statement.training_session_id, statement.round_number)
     if stated != (training_session.id, training_session.current_round + 1):
         raise PremisesChangedError("another round was opened meanwhile")
@@ -166,7 +166,7 @@ def _require_next(
 def cancel_round(
     session: Session, training_session: TrainingSession, reason: str, at: datetime
 ) -> None:
-    """Cancel the round under way, if there is one: it makes no version, its pending updates are rejected."""
+    """Cancel the current round, if there is one: it makes no version, its pending updates are rejected."""
     current = training_sessions.lock_round(
         session, training_session.id, training_session.current_round
     )
@@ -198,7 +198,7 @@ def close_if_complete(
 
 
 def is_over(current: Round, at: datetime) -> bool:
-    """Return whether a round takes no more updates: it is closed, full, or past its deadline."""
+    """Return whether a round accepts no more updates: it is closed, full, or past its deadline."""
     return (
         current.state != RoundState.OPEN.value
         or current.accepted_count >= current.target
@@ -289,7 +289,7 @@ def handle_missed_quorum(
 
 
 def _selected_count(selected: Sequence[str] | None) -> int:
-    """Return what a round says of its selection: 0 without one, -1 where it selects nobody."""
+    """Return the selected count of a round: 0 without selection, -1 if no device is eligible."""
     return 0 if selected is None else len(selected) or NOBODY
 
 
@@ -299,7 +299,7 @@ def _select_more(
     current: Round,
     config: training_pb2.TrainingConfig,
 ) -> None:
-    """Draw further devices for a round that is extended: those that it has may have gone."""
+    """Draw further devices for an extended round, since selected ones may be offline."""
     before = training_sessions.selection(session, training_session.id, current.number)
     drawn = select_devices(session, training_session.id, config, current.number, len(before)) or []
     added = sorted(set(drawn) - before)

@@ -1,8 +1,8 @@
-"""Which devices a training session is for, and the draw of those of a round.
+"""Device selection: eligibility for a training session, and the draw for a round.
 
-A training session is for the active devices of its groups, of its device types and with its capabilities. Device type
-and capabilities are those that the device stated when it enrolled or that an administrator has confirmed, never those
-that it says in a heartbeat.
+Eligible devices are active, in the training session's groups, of its device types and with its capabilities. Device
+type and capabilities are those stated at enrollment or confirmed by an administrator, never those reported in a
+heartbeat.
 """
 
 import math
@@ -19,7 +19,7 @@ from qflare_server.storage.training_configs import parsed_config
 
 
 class Profile(Protocol):
-    """What of a device selection goes by."""
+    """Attributes of a device that selection uses."""
 
     @property
     def device_type(self) -> str:
@@ -31,12 +31,12 @@ class Profile(Protocol):
 
     @property
     def confirmed_at(self) -> Any:
-        """When an administrator confirmed both, None if nobody has."""
+        """When an administrator confirmed both, None if unconfirmed."""
 
 
 @dataclass(frozen=True)
 class Relation:
-    """How a device stands to a training session that it takes part in.
+    """Eligibility of a device for a training session.
 
     Attributes:
         is_started: The training session has been started.
@@ -48,7 +48,7 @@ class Relation:
 
 
 def find_relation(session: Session, training_session_id: str, device_id: str) -> Relation | None:
-    """Return how a device stands to a training session, None if it takes no part in it or either is not there."""
+    """Return a device's eligibility for a training session, None if it is not eligible or either does not exist."""
     standing = membership.find_standing(session, training_session_id, device_id)
     if standing is None or not standing.in_groups:
         return None

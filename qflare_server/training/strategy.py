@@ -65,7 +65,7 @@ def _check_places(parameters: Mapping[str, float]) -> None:
 
 
 def stored_strategy(config: training_pb2.TrainingConfig) -> Strategy:
-    """Put the strategy of a stored training session together; what earlier releases have let pass passes.
+    """Build the strategy of a stored training session, tolerating settings that earlier releases accepted.
 
     Raises:
         StrategyRefusedError: Something is unknown, out of range or contradictory; the message is the reason.
@@ -77,7 +77,7 @@ def stored_strategy(config: training_pb2.TrainingConfig) -> Strategy:
 
 
 def warnings_of(config: training_pb2.TrainingConfig) -> list[str]:
-    """Return what an administrator should know of a configuration that is allowed; one sentence each."""
+    """Return warnings about a valid configuration, one sentence each."""
     try:
         reason = ineffective(_strategy_config(config))
     except StrategyConfigError:
@@ -86,7 +86,7 @@ def warnings_of(config: training_pb2.TrainingConfig) -> list[str]:
 
 
 def idle_settings(config: training_pb2.TrainingConfig) -> Iterator[str]:
-    """Yield the settings beside the strategy that never have an effect, or never the one that they are set for."""
+    """Yield settings outside the strategy that have no effect, or not the intended one."""
     selected = ceil(config.selection.device_count * (1 + config.selection.over_selection))
     most = min(filter(None, (selected, config.rounds.device_count)), default=0)
     if most and config.rounds.target > most:
@@ -118,7 +118,7 @@ def idle_settings(config: training_pb2.TrainingConfig) -> Iterator[str]:
 
 
 def _strategy_config(config: training_pb2.TrainingConfig) -> StrategyConfig:
-    """Return what a training session chooses; parameters win over fields, as they did in earlier releases."""
+    """Return the strategy settings of a training session; parameters override fields, as in earlier releases."""
     chosen = config.strategy
     safeguards = config.safeguards
     known, options = _split(chosen.parameters)
@@ -146,7 +146,7 @@ def _strategy_config(config: training_pb2.TrainingConfig) -> StrategyConfig:
 
 
 def _split(parameters: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Part parameters that every strategy knows from those of a user's own."""
+    """Split parameters into common ones and those of a custom strategy."""
     known: dict[str, Any] = {}
     options: dict[str, float] = {}
     for name, value in parameters.items():
@@ -163,7 +163,7 @@ def _split(parameters: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, f
 
 
 def privacy_config(config: training_pb2.TrainingConfig) -> PrivacyConfig | None:
-    """Return what a training session chose of central privacy, None if it has none.
+    """Return the central-privacy settings of a training session, None if it has none.
 
     The fixed denominator of the mean is the number of updates at which a round closes.
 
@@ -199,10 +199,10 @@ def _accountant(policy: training_pb2.PrivacyPolicy) -> str:
 
 
 def add_device_settings(config: training_pb2.TrainingConfig, strategy: Strategy) -> None:
-    """Add what a strategy tells the devices, such as `proximal_mu`, to what their tasks hold.
+    """Add a strategy's device settings, such as `proximal_mu`, to the tasks' training settings.
 
     Raises:
-        StrategyRefusedError: The devices are told something else already.
+        StrategyRefusedError: The training settings contradict the strategy's.
     """
     parameters = config.device_training.parameters
     for name, value in strategy.device_settings.items():
@@ -215,6 +215,6 @@ def add_device_settings(config: training_pb2.TrainingConfig, strategy: Strategy)
 
 
 def is_asynchronous(config: training_pb2.TrainingConfig) -> bool:
-    """Return whether updates against older versions are taken."""
+    """Return whether updates against older versions are accepted."""
     carries = config.rounds.late_update_action == training_pb2.LATE_UPDATE_ACTION_CARRY
     return carries or config.strategy.name in ASYNCHRONOUS

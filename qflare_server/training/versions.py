@@ -1,8 +1,8 @@
 """Model versions: statement, signature and publication.
 
 The statement of a version names its parent, its strategy, its contributors and its payload; its SHA-256 is the
-version's digest. It holds no time of computing but the time its round closed, so that a pass repeated after a
-crash states the same. `sign_version` runs before the transaction in which `publish` writes the version.
+version's digest. Its timestamp is the time its round closed, not the time of computing, so that a pass repeated after a
+crash yields the same statement. `sign_version` runs before the transaction in which `publish` writes the version.
 """
 
 import hashlib
@@ -54,13 +54,13 @@ class VersionDraft:
     delta: float | None = None
     rollback_version: int | None = None
     download: Download | None = None
-    """The form in which devices get it; what the training session asks for, and None where it asks for none."""
+    """Download encoding for devices, as configured in the training session; None if none is configured."""
     sealed_version: int | None = None
-    """Version that the payload of a rollback was sealed for; None for other versions, or where it is not sealed."""
+    """Version that the payload of a rollback was sealed for; None for other versions or unsealed payloads."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Of the file of an initial model; later versions have it from version 0."""
+    """Metadata of an initial model's file; later versions take it from version 0."""
     shares_payload: bool = False
-    """Whether another version has brought in its payloads, as for a rollback: their rows are there."""
+    """Whether the rows of its payloads already exist, as for a rollback."""
     publish_duration_s: float = 0.0
 
 
@@ -69,8 +69,8 @@ class SignedVersion:
     """A version whose statement is signed, before the transaction that publishes it.
 
     Attributes:
-        draft: What it is made of.
-        statement: Names it, its parent and what it is made of.
+        draft: Its content.
+        statement: Names it, its parent and its content.
         payload: The statement's deterministic serialization, which is what was signed.
         envelope: The signed statement.
     """
@@ -100,12 +100,12 @@ def sign_version(
         context: The coordinator's parts.
         training_session_id: Whose version it is.
         config: Of the training session.
-        draft: What the version is made of.
+        draft: The version's content.
         parent: The version before; None for version 0.
         restored: For a rollback: the version that it restores.
 
     Raises:
-        StatementError: No verifier would take the version's statement.
+        StatementError: The version's statement would fail verification.
     """
     _require_download(config, draft)
     parent_digest = "" if parent is None else parent.digest
@@ -164,7 +164,7 @@ def _statement(
 def publish(
     session: Session, training_session: TrainingSession, signed: SignedVersion, at: datetime
 ) -> TrainingSession:
-    """Insert a version with its payload, move the training session to it, and return that as it is then.
+    """Insert a version with its payload, make it current, and return the updated training session.
 
     The caller holds the lock on the training session.
 
@@ -239,7 +239,7 @@ def _architecture(
 def _require_next(
     session: Session, training_session: TrainingSession, statement: security_pb2.ModelStatement
 ) -> None:
-    """Hold a version to the place in the lineage that its statement was signed for."""
+    """Check that a version extends the lineage at the place that its statement names."""
     place = (statement.training_session_id, statement.version)
     if place != (training_session.id, training_session.current_version + 1):
         raise PremisesChangedError("another version was published meanwhile")
@@ -249,7 +249,7 @@ def _require_next(
 
 
 def _require_download(config: training_pb2.TrainingConfig, draft: VersionDraft) -> None:
-    """Hold every path that publishes to the form in which the training session's devices get versions."""
+    """Check that a version has the download encoding of its training session."""
     got = Encoding.FULL_PRECISION if draft.download is None else draft.download.encoding
     if got is not download_encoding(config):
         raise ValueError(f"download: got {got.name}, want {download_encoding(config).name}")
