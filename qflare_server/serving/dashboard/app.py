@@ -34,6 +34,7 @@ from qflare_server.serving.dashboard.middleware import SecurityHeaders
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages import (
     audit,
+    comparison,
     devices,
     lineage,
     overview,
@@ -109,6 +110,13 @@ PAGES: Final = (
         "Training",
         ("ListUpdates", "ListRounds"),
         training.build_round,
+    ),
+    Page(
+        "/compare",
+        "comparison.html",
+        "Training",
+        ("GetTrainingSession", "ListMetrics"),
+        comparison.build,
     ),
     Page("/devices", "devices.html", "Devices", ("ListDevices",), devices.build_list),
     Page("/device", "device.html", "Devices", ("GetDevice",), devices.build_device),

@@ -293,6 +293,21 @@ def test_a_refresh_leaves_open_what_is_open_and_the_focus_where_it_is(screen: Sc
     expect(summary).to_be_focused()
 
 
+def test_times_are_local_with_utc_beside_them_and_the_choice_stays(screen: Screen) -> None:
+    session_id, _ = train(screen, 1)
+    page = screen.open(Role.VIEWER, timezone_id="America/New_York", reduced_motion="reduce")
+    page.goto(f"{screen.url}sessions/{session_id}")
+    created = page.locator("dt", has_text="Created").locator("..").locator("time")
+    expect(created).to_have_text(re.compile(r"E[SD]T$"))
+    expect(created).to_have_attribute("title", re.compile("UTC$"))
+
+    page.get_by_role("button", name="Times: local").press("Enter")
+    page.reload()
+
+    expect(created).to_have_text(re.compile("UTC$"))
+    expect(created).to_have_attribute("title", re.compile(r"E[SD]T$"))
+
+
 def test_without_scripts_it_works_as_well(screen: Screen) -> None:
     page = screen.open(Role.VIEWER, java_script_enabled=False)
 

@@ -439,6 +439,46 @@ def test_a_version_that_was_edited_is_shown_as_broken(
     assert "broken" in line
 
 
+def test_the_configuration_is_shown(deployment: Deployment, session_id: str) -> None:
+    text = visitor(deployment, Role.VIEWER).get(f"/sessions/{session_id}").text
+
+    _, _, shown = text.partition("Configuration</h2>")
+    for name, value in (("total_rounds", "2"), ("quorum", "1"), ("update_kind", "weights")):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in shown
+
+
+def test_a_running_round_is_shown_device_by_device(deployment: Deployment) -> None:
+    first, second = deployment.device("one"), deployment.device("two", device_type="phone")
+    session_id = deployment.session(total_rounds=1, rounds={"quorum": 2, "target": 2})
+    task = first.get_task(session_id)
+    first.submit(task, first.download_base(task), {"w": np.ones(4, np.float32)}, 10, {})
+    viewer = visitor(deployment, Role.VIEWER)
+
+    for path in (f"/sessions/{session_id}", f"/sessions/{session_id}/rounds/1"):
+        _, _, shown = viewer.get(path).text.partition('<ul class="roll"')
+        waiting, sent = shown.split("</ul>")[0].split("<li ")[1:]
+        assert second.device_id in waiting
+        assert "no update; last seen" in waiting
+        assert first.device_id in sent
+        assert "update after" in sent
+
+
+def test_training_sessions_are_compared(deployment: Deployment, session_id: str) -> None:
+    other = deployment.session(total_rounds=5, rounds={"quorum": 1, "target": 1})
+    viewer = visitor(deployment, Role.VIEWER)
+
+    text = viewer.get(f"/compare?session={session_id}&session={other}").text
+    listed = viewer.get("/sessions").text
+
+    assert 'id="chart-compared-0"' in text
+    assert "test (training data only): 50.0 % at version 1." in text
+    assert "<code>total_rounds</code>" in text
+    assert "<code>rounds.target</code>" not in text
+    assert listed.count('type="checkbox" name="session"') == 2
+    assert viewer.get("/compare?session=none").code == 404
+    assert viewer.get("/compare?" + "&".join(f"session={n}" for n in range(5))).code == 400
+
+
 def test_a_column_that_says_nothing_is_not_shown(deployment: Deployment, session_id: str) -> None:
     page = visitor(deployment, Role.VIEWER).get(f"/sessions/{session_id}").text
 

@@ -6,6 +6,8 @@ from typing import Any, Final
 from qflare_server.serving.dashboard.charts import Chart
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages import curves, lineage
+from qflare_server.serving.dashboard.pages.roll import roll
+from qflare_server.serving.dashboard.pages.settings import sections
 from qflare_server.serving.dashboard.pages.training import ROWS, current, round_row, session_row
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.records import Round, TrainingSession
@@ -28,6 +30,8 @@ def build(visit: PageContext) -> Mapping[str, Any]:
         "current": current(progress, visit),
         "headline": curves.headline(progress.session, metrics),
         "curves": curves.build(progress.session, metrics, visit),
+        "roll": roll(progress.session, progress.round, visit),
+        "settings": sections(progress.session.config),
         "versions": lineage.newest(progress.session, visit),
         "charts": _charts(progress.session, metrics, newest, visit),
         "query": {"metric": chosen}

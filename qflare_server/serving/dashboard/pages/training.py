@@ -8,6 +8,7 @@ from typing import Any, Final
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext, whole
 from qflare_server.serving.dashboard.pages import curves
+from qflare_server.serving.dashboard.pages.roll import roll
 from qflare_server.storage.records import ModelUpdate, Round, TrainingSession
 from qflare_server.storage.tables import RoundState, TrainingSessionState, UpdateOrigin
 from qflare_server.training.objective import objective_of
@@ -177,8 +178,10 @@ def build_round(visit: PageContext) -> Mapping[str, Any]:
     training_session_id, number = visit.part("session_id"), whole(visit.part("number"), "round")
     found = visit.use_cases.training.participation(training_session_id, number)
     page = visit.use_cases.training.list_updates(training_session_id, number, visit.rows(50))
+    owner = visit.use_cases.training.get(training_session_id)
     return {
-        "session": session_row(visit.use_cases.training.get(training_session_id), visit),
+        "session": session_row(owner, visit),
+        "roll": roll(owner, found.round, visit),
         "round": round_row(found.round, visit),
         "updates": [_update_row(row, found.round.opened_at) for row in page.rows],
         "absent": found.absent_ids,

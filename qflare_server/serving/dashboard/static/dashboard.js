@@ -41,6 +41,7 @@ function takeOver(page) {
   const place = focusedLink();
   const opened = openIds();
   for (const id of opened) fresh.querySelector("#" + CSS.escape(id))?.setAttribute("open", "");
+  showTimes(page);
   if (fresh.innerHTML !== main.innerHTML) {
     main.replaceChildren(...fresh.childNodes);
     if (place !== null && place >= 0) {
@@ -50,6 +51,38 @@ function takeOver(page) {
   const time = page.querySelector("[data-live]");
   if (time) document.querySelector("[data-live]").replaceWith(time);
 }
+
+// Times come in UTC. In local time they keep UTC as their title; the choice stays in this browser.
+const zone = document.getElementById("zone");
+let local = window.localStorage.getItem("zone") !== "utc";
+
+function showTimes(root) {
+  for (const time of root.querySelectorAll("time[datetime]")) {
+    const at = new Date(time.dateTime);
+    const utc = time.dateTime.slice(0, 19).replace("T", " ") + " UTC";
+    const name = new Intl.DateTimeFormat(undefined, { timeZoneName: "short" })
+      .formatToParts(at)
+      .find((part) => part.type === "timeZoneName").value;
+    const shifted = new Date(at.getTime() - at.getTimezoneOffset() * 60000);
+    const here = shifted.toISOString().slice(0, 19).replace("T", " ") + " " + name;
+    const [shown, other] = local ? [here, utc] : [utc, here];
+    if (time.hasAttribute("data-ago")) {
+      time.title = shown + (shown === other ? "" : ", " + other);
+    } else {
+      time.textContent = time.hasAttribute("data-live") ? shown.slice(11) : shown;
+      time.title = other;
+    }
+  }
+  zone.textContent = local ? "Times: local" : "Times: UTC";
+  zone.setAttribute("aria-pressed", String(local));
+}
+
+zone.addEventListener("click", () => {
+  local = !local;
+  window.localStorage.setItem("zone", local ? "local" : "utc");
+  showTimes(document);
+});
+showTimes(document);
 
 async function refresh() {
   if (live && !document.hidden && !isBusy()) {
