@@ -126,7 +126,7 @@ class Aggregator:
         return until is not None and self._context.clock() < until
 
     def close(self) -> None:
-        """Give the leases back, so that another coordinator goes on at once."""
+        """Release the leases, so that another coordinator can continue at once."""
         if self._leases:
             self._context.database.write(lambda session: leases.release(session, self._holder))
 
@@ -159,7 +159,7 @@ class Aggregator:
         }
 
     def _advance(self, item: RoundInProgress) -> bool:
-        """Bring one round forward; one that fails is logged and does not stop the others."""
+        """Advance one round; a failure is logged and does not stop the other rounds."""
         key = (item.training_session_id, item.number)
         try:
             return self._advance_round(item)
@@ -199,7 +199,7 @@ class Aggregator:
         return self._folds[key]
 
     def _take(self, fold: RoundFold, item: RoundInProgress) -> bool:
-        """Fold one batch of what was accepted; return whether the batch was full."""
+        """Fold one batch of accepted updates; return whether the batch was full."""
         if fold.last_sequence >= item.accepted_count:
             return False
         with self._context.database.read() as session:
@@ -216,7 +216,7 @@ class Aggregator:
         return len(batch) == BATCH
 
     def _close_due(self, item: RoundInProgress) -> bool:
-        """Close a round whose deadline has passed, or do what its training session says without a quorum."""
+        """Close a round whose deadline has passed, or apply the missed-quorum action."""
         next_task = self._task_after_missed_quorum(item)
 
         def work(session: Session) -> bool:
@@ -298,7 +298,7 @@ class Aggregator:
         )
 
     def _ended(self, item: RoundInProgress, has_ended: bool) -> bool:
-        """Prune what retention no longer keeps once a round has ended; return whether it has."""
+        """Prune payloads beyond retention after the end of a round; return whether it has ended."""
         if has_ended:
             prune_payloads(self._context, item.training_session_id)
         return has_ended
@@ -309,7 +309,7 @@ class Aggregator:
         Raises:
             PrivacyBudgetExceededError: It must not be released.
             NotEnoughUpdatesError: Or another of its kind: it cannot be made.
-            StatementError: No verifier would take its statement.
+            StatementError: Its statement would fail verification.
         """
         spending = self._allowance(fold.plan)
         assert item.closed_at is not None
@@ -340,7 +340,7 @@ class Aggregator:
     def _exhaust(
         self, session: Session, item: RoundInProgress, reason: str, fold: RoundFold
     ) -> bool:
-        """End a training session whose next version would spend more privacy than it may."""
+        """End a training session whose next version would exceed the privacy budget."""
         locked = _lock(session, item)
         if locked is None or locked[1].state != RoundState.CLOSED.value:
             return False
@@ -371,7 +371,7 @@ class Aggregator:
         fold: RoundFold,
         next_task: RoundTask,
     ) -> bool:
-        """Give up a round that makes no version, and open another from the same base version."""
+        """Fail a round that makes no version, and open another from the same base version."""
         locked = _lock(session, item)
         if locked is None or locked[1].state != RoundState.CLOSED.value:
             return False
@@ -392,7 +392,7 @@ class Aggregator:
 
 
 def _names(item: RoundInProgress) -> dict[str, Any]:
-    """Return what a span says of its round."""
+    """Return the attributes of a round's tracing span."""
     return {"training_session_id": item.training_session_id, "round_number": item.number}
 
 

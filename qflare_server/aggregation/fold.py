@@ -1,7 +1,7 @@
 """The fold of a round: aggregates accepted updates as they arrive and writes the version.
 
-What is kept in memory is the strategy's accumulator and facts of a few bytes for each update; payloads are read in
-ranges. After a crash everything is read and folded again, in the same order, to the same bytes.
+Memory holds the strategy's accumulator and a few bytes of facts per update; payloads are read in ranges. After a crash
+everything is read and folded again, in the same order, to the same bytes.
 
 Integer and boolean tensors are not averaged: they are copied from the contributor with the largest example count,
 the earliest of equals. Contributors are the updates that have a share in the version: those that a safeguard refused
@@ -124,7 +124,7 @@ class RoundFold:
 
     Args:
         context: The coordinator's parts.
-        plan: What it is aggregated with.
+        plan: The round's aggregation plan.
         noise_seed: The training session's secret, needed with differential privacy.
         thread_count: Threads that share the arithmetic.
         recorded: Judgements of an earlier run by update id (`aggregation.outcome`), to recompute the version from.
@@ -235,7 +235,7 @@ class RoundFold:
                 self._totals.add(update, self._weight(update))
 
     def totals(self) -> Totals:
-        """Return what the version says of its contributors; after the last update was taken."""
+        """Return the facts about the version's contributors; call after the last update was added."""
         if self._waiting:
             self._count(self._waiting, by_update(self._aggregation.outcome))
             self._waiting = []

@@ -15,10 +15,10 @@ from qflare_server.strategies import Outcome, UpdateAssessment, outcome_from_dat
 def read_outcome(context: Context, model: GlobalModel) -> Outcome | None:
     """Return the per-update outcome of a version's round; None where none was kept.
 
-    No signature vouches for it: it is worth what the bytes are that come out with it.
+    It is not signed; recomputing the version from it verifies it.
 
     Raises:
-        ValueError: It is no such record.
+        ValueError: The record is malformed.
         PayloadPrunedError: It is no longer kept.
     """
     payload_id = model.strategy_state.get("outcome")
@@ -33,7 +33,7 @@ def read_outcome(context: Context, model: GlobalModel) -> Outcome | None:
 def with_refusals(
     outcome: Outcome, update_ids: Sequence[str], refusals: Mapping[str, str]
 ) -> Outcome:
-    """Return the outcome of a round with those updates in it that were not folded, in the order of acceptance."""
+    """Return the outcome of a round, including updates that were not folded, in the order of acceptance."""
     if not refusals:
         return outcome
     judged = {entry.update_id: entry for entry in outcome.judgements}

@@ -34,7 +34,7 @@ class RoundPlan:
 def read_plan(
     session: Session, training_session_id: str, number: int, base_version: int
 ) -> RoundPlan:
-    """Read what a round is aggregated with.
+    """Read the inputs of a round's aggregation.
 
     Raises:
         TrainingSessionNotFoundError: There is no such training session.

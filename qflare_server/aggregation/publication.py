@@ -186,7 +186,7 @@ def prepare_publication(
 
     Raises:
         NotEnoughUpdatesError: Or another of its kind: no version can be made.
-        StatementError: No verifier would take its statement.
+        StatementError: Its statement would fail verification.
     """
     at = context.clock()
     written = fold.write(executor, at)

@@ -77,7 +77,7 @@ class RowIntegrity:
         self._opened: dict[int, datetime] = {}
 
     def refusals(self, batch: Sequence[AcceptedUpdate]) -> dict[str, str]:
-        """Return why updates must not be folded, by id; empty where all are what was signed."""
+        """Return the reasons for rejecting updates, by id; empty if all match their signed statements."""
         found = self._recorded_refusals(batch)
         for update in batch:
             if update.origin != self._origin and update.update_id not in found:
@@ -116,7 +116,7 @@ class RowIntegrity:
             return devices.get_keys(session, key_ids)
 
     def _problem(self, update: AcceptedUpdate, keys: Mapping[str, KnownKey]) -> str:
-        """Return what is wrong with an update, empty if nothing is."""
+        """Return the fault of an update, empty if it has none."""
         if update.statement is None or update.signature is None or update.key_id is None:
             return "" if self._passed_unsigned(update) else "it is not signed"
         try:
@@ -197,9 +197,9 @@ def record_refusals(
     refusals: Mapping[str, str],
     at: datetime,
 ) -> None:
-    """Reject updates that were not folded, each with its reason, and say so in the audit log.
+    """Reject updates that were not folded, each with its reason, and record this in the audit log.
 
-    In the transaction that settles their round, so that it is said once.
+    Runs in the transaction that ends their round, so that it is recorded once.
     """
     updates.mark_rejected(session, refusals, at)
     for update_id, reason in sorted(refusals.items()):

@@ -191,7 +191,7 @@ def _key(context: Context) -> bytes:
 
 
 def _record(session: Session, training_session_id: str, is_again: bool, at: datetime) -> None:
-    """Log the drawing of a seed; as a warning if an earlier one can no longer be decrypted."""
+    """Audit the drawing of a seed; high risk if it replaces one that can no longer be decrypted."""
     event = Event(
         "privacy.noise_seed_replaced" if is_again else "privacy.noise_seed_drawn",
         f"training_session:{training_session_id}",

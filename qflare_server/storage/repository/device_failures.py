@@ -67,7 +67,7 @@ def list_missing(
         session: The transaction.
         training_session_id: Whose round it is.
         round_number: Of the round.
-        is_drawn: Whether the round selects devices; otherwise all devices that the training session is open to count.
+        is_drawn: Whether the round has drawn its devices; otherwise all that the training session is open to count.
         limit: How many.
     """
     sent = select(UPDATES.c.device_id).where(
