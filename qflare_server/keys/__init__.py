@@ -1,7 +1,7 @@
 """The coordinator's own keys and trust documents.
 
-`ensure_initialized` (or `setup.initialize`) makes a key folder, `ServerKeys.load` serves with it, the functions of
-`rotation` exchange keys.
+`ensure_initialized` (or `setup.initialize`) creates a key folder, `ServerKeys.load` loads it for serving, and the
+functions of `rotation` rotate keys.
 """
 
 from qflare_server.keys.folder import KeyFolder

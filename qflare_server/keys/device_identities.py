@@ -1,13 +1,12 @@
-"""Device identities: which key is a device's, by signed evidence alone.
+"""Device identities: binds keys to devices by signed evidence alone.
 
-A row of `device_keys` does not make a key a device's: whoever writes to the database can insert one. A key counts if a
+A row of `device_keys` proves nothing: anyone with write access to the database can insert one. A key is accepted if a
 registrar key of a published keyset signed a receipt that names device and key, or if the device rotated to it from such
-a key (`qflare.evidence.device_keys`). Login, updates, evaluations, the worker before it folds, sealing to a device, and
-the verification of a database all ask here.
+a key (`qflare.evidence.device_keys`). Login, updates, evaluations, the worker before folding, sealing to a device, and
+database verification all use this check.
 
-A key that was proven stays proven: receipts and rotations do not change, and keys are named by their digests. So a
-proof is remembered, and a key costs its signatures once for each process. Safe to share between threads: at worst, two
-prove the same key.
+Proofs are permanent: receipts and rotations do not change, and key ids are digests. So proofs are cached, and each
+process verifies a key's signatures once. Thread-safe: at worst, two threads prove the same key.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,29 +25,29 @@ from qflare_server.storage.records import DeviceKey
 from qflare_server.storage.repository import evidence
 
 REMEMBERED: Final = 65_536
-"""Keys that are remembered at least; twice as many at most, 100 bytes each. A device has two: signature and KEM."""
+"""Minimum number of cached keys; at most twice as many, 100 bytes each. A device has two: signature and KEM."""
 
 LOADED: Final = 500
-"""Devices whose keys are read at a time."""
+"""Devices per query."""
 
 Named = tuple[str, str]
 """Ids of a device and of one of its keys."""
 
 
 class Registrars(Protocol):
-    """Gives the keys that receipts may be signed by."""
+    """Provides the keys that may sign receipts."""
 
     def registrar_keys(self, *, fresh: bool = False) -> Collection[PublicKey]:
         """Return the registrar keys of every published keyset, looking for another keyset first if `fresh`."""
 
 
 class DeviceIdentities:
-    """Proves whose a key is; thread-safe.
+    """Proves that keys belong to devices; thread-safe.
 
     Args:
-        database: Where the keys of devices are kept with their evidence.
+        database: Database of the device keys with their evidence.
         realm: Name of the deployment.
-        registrars: Whose receipts count.
+        registrars: Provides the accepted signers of receipts.
     """
 
     def __init__(self, database: Database, realm: str, registrars: Registrars) -> None:
@@ -59,23 +58,23 @@ class DeviceIdentities:
         self._earlier: set[bytes] = set()
 
     def require(self, device_id: str, key_id: str) -> None:
-        """Check that a key is a device's: a signature key, or the KEM key that came with one.
+        """Check that a signature key, or the KEM key introduced with one, belongs to a device.
 
-        Opens a transaction of its own where the key is not remembered.
+        Opens a separate transaction if the key is not cached.
 
         Args:
             device_id: The device.
             key_id: Id of the key, computed from the key itself.
 
         Raises:
-            UnprovenKeyError: Nothing that was signed shows that it is.
+            UnprovenKeyError: No signed evidence binds the key to the device.
         """
         problem = self.problems([(device_id, key_id)]).get((device_id, key_id))
         if problem is not None:
             raise UnprovenKeyError(problem)
 
     def problems(self, named: Iterable[Named]) -> Mapping[Named, str]:
-        """Return why keys are not shown to be their devices'; those that are shown to be are left out."""
+        """Return the reasons why keys are unproven; proven keys are omitted."""
         unknown = [pair for pair in dict.fromkeys(named) if not self._is_proven(pair)]
         found: dict[Named, str] = {}
         for start in range(0, len(unknown), LOADED):
@@ -105,7 +104,7 @@ class DeviceIdentities:
 
 
 class _History:
-    """The keys of some devices, each proven or with the reason why it is not.
+    """Keys of some devices, each proven or with the reason why it is not.
 
     Args:
         realm: Name of the deployment.
@@ -126,7 +125,7 @@ class _History:
                 self._problems[row.device_id, row.key_id] = str(error) or type(error).__name__
 
     def proven(self) -> Iterable[Named]:
-        """Yield the signature keys and KEM keys that are shown to be their devices'."""
+        """Yield the proven signature keys and KEM keys."""
         for added in self._added:
             if self._forks(added):
                 continue
@@ -135,7 +134,7 @@ class _History:
                 yield added.device_id, added.kem_key_id
 
     def problem(self, device_id: str, key_id: str) -> str:
-        """Return why a key is not shown to be a device's, as far as it is not."""
+        """Return the reason why a key is unproven."""
         known = self._problems.get((device_id, key_id))
         if known is not None:
             return known
@@ -150,7 +149,7 @@ class _History:
         return proven
 
     def _forks(self, added: ProvenKey) -> bool:
-        """Return whether a key is of a forked history, and note it."""
+        """Record a key; return whether it belongs to a forked history."""
         try:
             self._keys.proof(added.device_id, added.key.key_id)
         except ValueError as error:
@@ -160,10 +159,10 @@ class _History:
 
 
 def key_evidence(row: DeviceKey) -> verification_pb2.DeviceKeyEvidence:
-    """Return a key with the signed statement that brought it in, whichever of the two that is.
+    """Return a key with the receipt or rotation that introduced it.
 
     Raises:
-        ValueError: The row holds no key, or no statement that can be read.
+        ValueError: The row holds no key, or no readable statement.
     """
     key = PublicKey(algorithm_of(row.algorithm), row.public_key)
     message = verification_pb2.DeviceKeyEvidence(device_id=row.device_id, key=key.to_proto())
@@ -175,7 +174,7 @@ def key_evidence(row: DeviceKey) -> verification_pb2.DeviceKeyEvidence:
 
 
 def _signers(rows: Iterable[DeviceKey]) -> set[str]:
-    """Return the ids of the keys that the receipts of some rows say they are signed by."""
+    """Return the claimed signer key ids of the receipts of some rows."""
     found: set[str] = set()
     for row in rows:
         try:

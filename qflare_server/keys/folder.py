@@ -2,14 +2,14 @@
 
 ::
 
-    online.key          what a coordinator serves with; every replica has a copy
-    online.passphrase   its passphrase, unless that is somewhere else
+    online.key          online keys; every replica has a copy
+    online.passphrase   its passphrase, unless stored elsewhere
     root.key            offline root key; `serve` never reads it, so it can be moved away
     root.passphrase     its passphrase, likewise
-    root-1.key ...      where there are several: one file for each, each with a passphrase of its own
+    root-1.key ...      several root keys: one file and one passphrase each
 
-With a hardware module (`qflare_server.keys.hardware`) the passphrase of the online keys is encrypted by it, and
-signature keys may live in it.
+A hardware module (`qflare_server.keys.hardware`) encrypts the passphrase of the online keys and may hold the signature
+keys.
 
 Key selection is in `qflare_server.keys.setup`.
 """
@@ -47,22 +47,22 @@ ONLINE: Final = "online"
 
 
 def key_directory(config: ServerConfig) -> Path:
-    """Return the folder of the keys that a configuration names."""
+    """Return the key folder's path of a configuration."""
     return config.key_dir or config.data_dir / "keys"
 
 
 @dataclass(frozen=True)
 class KeyFolder:
-    """Where keys and passphrases are.
+    """Locations of keys and passphrases.
 
     Attributes:
         directory: The folder.
         passphrase_file: Passphrase of the online keys; None means beside them.
         root_directory: Folder of the root keys; None means the same folder.
         root_passphrase_files: Passphrases of the root keys in the root folder, in their order; empty means beside them.
-        root_files: Files of the root keys, each in a place of its own; empty means those in the root folder.
-        cost: Cost of the files that are written.
-        hardware: Guards the online passphrase, and may hold the signature keys; None means no module.
+        root_files: Root key files in separate places; empty means those in the root folder.
+        cost: Cost of written files.
+        hardware: Encrypts the online passphrase, and may hold the signature keys; None means no module.
     """
 
     directory: Path
@@ -75,7 +75,7 @@ class KeyFolder:
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> "KeyFolder":
-        """Return the folder that a configuration names, with its hardware module.
+        """Return the key folder of a configuration, with its hardware module.
 
         Raises:
             KeyStoreError: The module cannot be opened.
@@ -92,7 +92,7 @@ class KeyFolder:
 
     @property
     def signing_hardware(self) -> Hardware | None:
-        """The module, if signature keys live in it."""
+        """The module, if it holds the signature keys."""
         return self.hardware if self.hardware is not None and self.hardware.signs else None
 
     def provider(self, ring: KeyRing) -> KeyProvider:
@@ -140,14 +140,14 @@ class KeyFolder:
         return list(self.root_files) or self._with_passphrases(numbered(self._root_folder, count))
 
     def held_root_files(self) -> list[RootFile]:
-        """Return the files of root keys that are here."""
+        """Return the root key files present."""
         return list(self.root_files) or self._with_passphrases(found_in(self._root_folder))
 
     def _with_passphrases(self, files: Sequence[RootFile]) -> list[RootFile]:
         return list(given([file.path for file in files], self.root_passphrase_files))
 
     def read_root(self) -> KeyRing:
-        """Read and test the root keys that are here, of all their files together.
+        """Read and self-test the root keys of all files present.
 
         Raises:
             KeyStoreError: As `read_online`.
@@ -174,7 +174,7 @@ class KeyFolder:
         )
 
     def write_root(self, ring: KeyRing, *, replace: bool = True) -> None:
-        """Write the root keys, each to a file of its own, under a random passphrase where there is none.
+        """Write each root key to a separate file, under its existing passphrase or a new random one.
 
         Raises:
             KeyStoreError: They cannot be written.
@@ -182,7 +182,7 @@ class KeyFolder:
         write_each(ring, self.root_places(len(ring.keys)), self.cost, replace=replace)
 
     def make_passphrase(self) -> None:
-        """Write a random passphrase for the online keys where there is none.
+        """Write a random passphrase for the online keys if none exists.
 
         Raises:
             KeyStoreError: They cannot be written.

@@ -1,17 +1,18 @@
-"""Keys in a hardware security module, spoken to by PKCS#11 (optional extra ``hsm``: python-pkcs11).
+"""Keys in a hardware security module, accessed through PKCS#11 (optional extra ``hsm``: python-pkcs11).
 
-A module stores for the coordinator:
+A module stores:
 
-* one AES-256 key that never leaves it and encrypts the passphrase of the online key file: a stolen copy of the
-files cannot be decrypted without the module. Every module supports this.
-* the signature keys of the roles, where it offers ``CKM_ML_DSA`` (PKCS#11 3.2) and the configuration wants it. They are
-  made in the module, marked sensitive and not extractable, labeled ``qflare/ROLE`` with their key id as ``CKA_ID``.
+* one non-extractable AES-256 key, which encrypts the passphrase of the online key file: a stolen copy of the files
+  cannot be decrypted without the module. Every module supports this.
+* the signature keys of the roles, if it offers ``CKM_ML_DSA`` (PKCS#11 3.2) and the configuration enables it. They
+  are generated in the module, marked sensitive and not extractable, labeled ``qflare/ROLE`` with their key id as
+  ``CKA_ID``.
 
-The session KEM key stays in the key file in either case: no module offers X-Wing. Nothing falls back: where signing in
-the module is wanted and it has no ML-DSA, loading fails.
+The session KEM key is always in the key file: no module offers X-Wing. There is no fallback: if signing in the module
+is configured and it has no ML-DSA, loading fails.
 
-A module takes one signature at a time from each process. A key signs, and is verified by `crypto.signing`, before it
-is used.
+A module computes one signature at a time per process. Each key is self-tested before use: it signs, and
+`crypto.signing` verifies.
 
 Source: PKCS#11 3.2, section 6.67 (ML-DSA) for mechanism and parameters.
 """
@@ -70,11 +71,11 @@ class _HardwareKey(NamedTuple):
 
 
 class Hardware(Protocol):
-    """What the key folder asks of a hardware module."""
+    """Interface of a hardware module for the key folder."""
 
     @property
     def signs(self) -> bool:
-        """Whether signature keys live in it."""
+        """Whether it holds the signature keys."""
 
     def wrap(self, secret: bytes) -> bytes:
         """Encrypt a short secret."""
@@ -83,7 +84,7 @@ class Hardware(Protocol):
         """Decrypt what `wrap` encrypted; raises `KeyStoreError`."""
 
     def generate(self, role: Role, algorithm: Algorithm) -> PublicKey:
-        """Make a signature key for a role."""
+        """Generate a signature key for a role."""
 
     def public(self) -> Sequence[security_pb2.RoleKey]:
         """Return the signature keys in it, oldest first."""
@@ -136,10 +137,10 @@ class Pkcs11Module:
         library: File of the module, a shared library.
         token_label: Label of the token.
         pin_file: File with the user PIN.
-        signs: Signature keys live in it; otherwise it only guards the passphrase.
+        signs: Whether it holds the signature keys; otherwise it only encrypts the passphrase.
 
     Raises:
-        KeyStoreError: The extra is not installed, the token cannot be opened, or is to sign and has no ML-DSA.
+        KeyStoreError: The extra is not installed, the token cannot be opened, or it should sign and lacks ML-DSA.
     """
 
     def __init__(self, library: Path, token_label: str, pin_file: Path, *, signs: bool) -> None:
@@ -160,7 +161,7 @@ class Pkcs11Module:
             self._load()
 
     def wrap(self, secret: bytes) -> bytes:
-        """Encrypt a short secret with the token's AES key, which is made when there is none.
+        """Encrypt a short secret with the token's AES key, generated on first use.
 
         Raises:
             KeyStoreError: The token refuses or fails.
@@ -173,17 +174,17 @@ class Pkcs11Module:
         """Decrypt what `wrap` encrypted.
 
         Raises:
-            KeyStoreError: Another token, or it was changed.
+            KeyStoreError: The data was encrypted by another token, or was changed.
         """
         nonce, rest = wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:]
         with self._translated("decrypt"):
             return bytes(self._wrapping_key().decrypt(rest, **self._gcm(nonce)))
 
     def generate(self, role: Role, algorithm: Algorithm) -> PublicKey:
-        """Make a signature key for a role in the token.
+        """Generate a signature key for a role in the token.
 
         Raises:
-            KeyStoreError: The algorithm is not one of PKCS#11, or the token refuses or fails.
+            KeyStoreError: PKCS#11 does not define the algorithm, or the token refuses or fails.
         """
         if algorithm not in _ALGORITHMS:
             raise KeyStoreError(f"PKCS#11 has no {algorithm.name}")
@@ -306,7 +307,7 @@ class Pkcs11Module:
 
 @lru_cache(maxsize=8)
 def open_module(library: Path, token_label: str, pin_file: Path, *, signs: bool) -> Pkcs11Module:
-    """Open a token once for the whole process: a login to it is the process's.
+    """Open a token once per process; PKCS#11 logins are per process.
 
     Raises:
         KeyStoreError: As `Pkcs11Module`.

@@ -1,10 +1,10 @@
 """Key rings: online keys by role, or the offline root keys.
 
 `KeyProvider` is the interface for signing and decapsulation. `KeyRing` (keys in memory, from an encrypted file) and
-a hardware module implement it. A provider holds keys; the signed keyset alone (`qflare_server.keys.server_keys`)
-says which are in use, so a ring may hold keys before and after their use.
+a hardware module implement it. A provider holds keys; the signed keyset (`qflare_server.keys.server_keys`) alone
+determines the current ones, so a ring may also hold future and retired keys.
 
-Every key signs, or encapsulates to itself, when a ring is read.
+Every key is self-tested (signature or encapsulation) when a ring is read.
 """
 
 import base64
@@ -59,7 +59,7 @@ class RingKey:
 
     @property
     def key_id(self) -> str:
-        """Name of the key, 64 hex digits."""
+        """Key id, 64 hex digits."""
         return self.key.public.key_id
 
     def to_proto(self) -> security_pb2.RoleKey:
@@ -74,11 +74,11 @@ class KeyRing:
     """Private keys in memory; a `KeyProvider`.
 
     Attributes:
-        realm: Deployment that they belong to.
+        realm: Realm of the deployment.
         keys: The keys, oldest first; role 0 is the offline root.
         state_key: 32 random bytes that replicas share; empty for root keys.
         bundle: A serialized ``KeysetBundle``: the trust documents in force when the ring was written.
-        earlier_state_keys: State keys before it, the latest first: they only open what was stored under them.
+        earlier_state_keys: Previous state keys, latest first, used only to open stored secrets.
     """
 
     realm: str
@@ -94,7 +94,7 @@ class KeyRing:
         algorithm: Algorithm = Algorithm.ML_DSA_65,
         roles: Iterable[Role] = ROLES,
     ) -> "KeyRing":
-        """Make one key for each role, and a state key."""
+        """Generate one key per role, and a state key."""
         keys = tuple(generate(role, algorithm) for role in roles)
         return cls(realm, keys, os.urandom(SECRET_BYTES))
 
@@ -102,7 +102,7 @@ class KeyRing:
     def generate_root(
         cls, realm: str, count: int = 1, algorithm: Algorithm = Algorithm.ML_DSA_87
     ) -> "KeyRing":
-        """Make offline root keys."""
+        """Generate offline root keys."""
         role = security_pb2.KEY_ROLE_UNSPECIFIED
         return cls(realm, tuple(generate(role, algorithm) for _ in range(count)), b"")
 
@@ -155,7 +155,7 @@ class KeyRing:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "KeyRing":
-        """Read what `to_bytes` wrote and test every key.
+        """Parse the output of `to_bytes` and self-test every key.
 
         Raises:
             KeyStoreError: It is malformed, or a key fails its self-test.
@@ -186,7 +186,7 @@ class KeyRing:
 
 
 def generate(role: Role, algorithm: Algorithm) -> RingKey:
-    """Make a key for a role; of an online one by ``cryptography``, which lets other threads run while it signs."""
+    """Generate a key for a role; online keys use ``cryptography``, which releases the GIL while signing."""
     if role == security_pb2.KEY_ROLE_SESSION_KEM:
         return RingKey(role, KemKey.generate(provider=Provider.CRYPTOGRAPHY))
     offline = role == security_pb2.KEY_ROLE_UNSPECIFIED
@@ -195,7 +195,7 @@ def generate(role: Role, algorithm: Algorithm) -> RingKey:
 
 
 def key_ids(keys: Iterable[RingKey]) -> list[str]:
-    """Return the names of keys."""
+    """Return the ids of keys."""
     return [entry.key_id for entry in keys]
 
 

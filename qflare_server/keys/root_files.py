@@ -1,7 +1,7 @@
-"""Files of root keys: one key in each, each under a passphrase of its own, so that they can be kept apart.
+"""Root key files: one key per file, each encrypted under a separate passphrase, so that they can be stored apart.
 
-Where a threshold of root keys has to sign, no file signs alone. A file with several keys, all under one passphrase, is
-read as well.
+If a threshold of root keys is required, no single file can sign alone. Files with several keys under one passphrase are
+readable too.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class RootFile:
 
     Attributes:
         path: Its file.
-        passphrase_file: File with its passphrase; None means beside it, with the suffix ``.passphrase``.
+        passphrase_file: File with its passphrase; None means the key file's path with the suffix ``.passphrase``.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class RootFile:
         return self.passphrase_file or self.path.with_suffix(".passphrase")
 
     def read(self) -> KeyRing:
-        """Read and test what is in it.
+        """Read the keys of the file and self-test them.
 
         Raises:
             KeyStoreError: It is missing, unreadable, accessible to other users, or altered.
@@ -53,10 +53,10 @@ class RootFile:
         return KeyRing.from_bytes(secret)
 
     def write(self, ring: KeyRing, cost: Cost = DEFAULT_COST, *, replace: bool = False) -> None:
-        """Write keys, under a random passphrase where there is none.
+        """Write keys, encrypted under the existing passphrase or a new random one.
 
         Raises:
-            KeyStoreError: It cannot be written, or is there already.
+            KeyStoreError: The file exists, or cannot be written.
         """
         if not self.passphrase.exists():
             write_secret(self.passphrase, random_passphrase() + b"\n")
@@ -65,14 +65,14 @@ class RootFile:
 
 
 def numbered(directory: Path, count: int) -> list[RootFile]:
-    """Return the files of a folder for root keys: ``root.key``, or ``root-1.key`` and so on for several."""
+    """Return the paths of a folder's root keys: ``root.key``, or ``root-1.key`` and so on for several."""
     if count == 1:
         return [RootFile(directory / f"{ROOT}.key")]
     return [RootFile(directory / f"{ROOT}-{number}.key") for number in range(1, count + 1)]
 
 
 def found_in(directory: Path) -> list[RootFile]:
-    """Return the files of root keys that a folder holds."""
+    """Return the root key files in a folder."""
     paths = [directory / f"{ROOT}.key", *sorted(directory.glob(f"{ROOT}-*.key"))]
     return [RootFile(path) for path in paths if path.exists()]
 
@@ -95,10 +95,10 @@ def given(paths: Sequence[Path], passphrase_files: Sequence[Path] = ()) -> tuple
 
 
 def read_all(files: Sequence[RootFile]) -> KeyRing:
-    """Read the root keys of files together.
+    """Read the root keys of several files into one ring.
 
     Raises:
-        KeyStoreError: One cannot be read, they are of several realms, or a key is there twice.
+        KeyStoreError: A file cannot be read, the realms differ, or a key occurs twice.
     """
     rings = [file.read() for file in files]
     if len({ring.realm for ring in rings}) != 1:
@@ -112,10 +112,10 @@ def read_all(files: Sequence[RootFile]) -> KeyRing:
 def write_each(
     ring: KeyRing, files: Sequence[RootFile], cost: Cost = DEFAULT_COST, *, replace: bool = False
 ) -> None:
-    """Write each key of a ring to a file of its own.
+    """Write each key of a ring to a separate file.
 
     Raises:
-        KeyStoreError: There are not as many files as keys, or one cannot be written; those before it then stay.
+        KeyStoreError: The number of files is not that of keys, or a file cannot be written; earlier ones are kept.
     """
     if len(files) != len(ring.keys):
         raise KeyStoreError(f"got {len(files)} places for root keys, want {len(ring.keys)}")

@@ -1,9 +1,9 @@
-"""Root key replacement with keys held apart: each holder signs where their key is.
+"""Root key replacement with separate key holders, each of whom signs on their own machine.
 
-1. Each next holder makes a key (`make_root_key`) and hands over the public half.
-2. `draft_exchange` says what has to be signed: the next root document, and the keyset under it.
+1. Each next holder generates a key (`make_root_key`) and hands over the public half.
+2. `draft_exchange` returns the documents to sign: the next root document, and the keyset under it.
 3. A threshold of the previous holders signs the root document; a threshold of the next ones signs both.
-4. `publish_exchange` joins the signatures and brings both documents into force together.
+4. `publish_exchange` combines the signatures and publishes both documents together.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from qflare_server.storage.database import Database
 
 
 def make_root_key(realm: str, algorithm: Algorithm, file: RootFile) -> PublicKey:
-    """Make a root key in a new file and return the public half.
+    """Generate a root key in a new file and return the public half.
 
     Raises:
-        KeyStoreError: The file is there already, or cannot be written.
+        KeyStoreError: The file exists, or cannot be written.
     """
     ring = KeyRing.generate_root(realm, 1, algorithm)
     write_each(ring, [file])
@@ -43,19 +43,19 @@ def draft_exchange(
     root_lifetime: timedelta = ROOT_LIFETIME,
     keyset_lifetime: timedelta = KEYSET_LIFETIME,
 ) -> tuple[security_pb2.RootDocument, security_pb2.Keyset]:
-    """Return the next root document and the keyset under it, for the holders to sign.
+    """Return the next root document and the keyset under it, both unsigned.
 
     Args:
         folder: Key folder with the online keys.
-        database: Where the documents in force are.
+        database: Database with the documents in force.
         keys: Public halves of the next root keys, 1 to 16.
-        threshold: How many of them have to sign.
+        threshold: Number of required root signatures.
         at: The time.
-        root_lifetime: How long the root document is trusted.
-        keyset_lifetime: How long the keyset is.
+        root_lifetime: Lifetime of the root document.
+        keyset_lifetime: Lifetime of the keyset.
 
     Raises:
-        KeyStoreError: A key is there twice, the threshold does not fit, or the key file cannot be read.
+        KeyStoreError: A key occurs twice, the threshold is out of range, or the key file cannot be read.
     """
     if not 1 <= threshold <= len(keys) <= MAX_SIGNATURE_COUNT // 2:
         raise KeyStoreError(
@@ -79,10 +79,10 @@ def publish_exchange(
     keyset: security_pb2.SignedEnvelope,
     at: datetime,
 ) -> Trust:
-    """Bring a signed root document and the keyset under it into force.
+    """Publish a signed root document and the keyset under it.
 
     Raises:
-        KeyStoreError: One is not signed as it has to be, or does not follow those in force.
+        KeyStoreError: A document is not properly signed, or does not succeed the one in force.
         ConflictError: Another process published at the same moment.
     """
     ring = folder.read_online()
@@ -92,10 +92,10 @@ def publish_exchange(
 
 
 def joined(envelopes: Sequence[security_pb2.SignedEnvelope]) -> security_pb2.SignedEnvelope:
-    """Return one envelope with the signatures of several over the same bytes.
+    """Combine the signatures of several envelopes over the same bytes.
 
     Raises:
-        KeyStoreError: There is none, or they are over different bytes.
+        KeyStoreError: There are no envelopes, or their bytes differ.
     """
     if len({envelope.payload for envelope in envelopes}) != 1:
         raise KeyStoreError("signed files: want one or more, all over the same document")

@@ -1,15 +1,15 @@
 """Key rotation of the coordinator.
 
-Online keys are exchanged in three steps, which `rotate_online` does at once where the root keys are at hand:
+Online keys are rotated in three steps; `rotate_online` combines them if the root keys are available:
 
 1. `prepare_online` adds the next keys to the key file; copy it to every replica,
-2. `draft_keyset` says what the root has to sign, `sign_document` signs it (on the machine that has the root keys),
-3. `publish_keyset` puts it into the database; replicas take it over within seconds.
+2. `draft_keyset` returns the keyset for the root to sign, `sign_document` signs it (on the machine with the root keys),
+3. `publish_keyset` stores it in the database; replicas adopt it within seconds.
 
-`replace_stolen` exchanges them so that no key in a stolen key file stays valid.
+`replace_stolen` replaces them so that no key in a stolen key file stays valid.
 
-`rotate_root` exchanges the root keys: the next document, signed by both, and the keyset are published together. Devices
-keep pinning the keys of the first document, and follow.
+`rotate_root` rotates the root keys: the next root document, signed by previous and next keys, and the keyset are
+published together. Devices keep pinning the keys of the first document and follow the chain.
 """
 
 import os
@@ -44,7 +44,7 @@ from qflare_server.keys.trust_documents import draft_keyset as draft
 from qflare_server.keys.trust_store import publish, read_published, trust_from_bundle
 from qflare_server.storage.database import Database
 
-_EARLIER_STATE_KEYS: Final = 4  # that still open stored payloads until these are wrapped anew
+_EARLIER_STATE_KEYS: Final = 4  # kept to open stored payloads until these are rewrapped
 
 
 def prepare_online(
@@ -57,8 +57,8 @@ def prepare_online(
 
     Args:
         folder: The key folder.
-        roles: Which ones.
-        algorithm: Of the signature keys; None means that of the newest key of each role.
+        roles: Roles of the new keys.
+        algorithm: Algorithm of the signature keys; None means that of the newest key of each role.
 
     Raises:
         KeyStoreError: The key file cannot be read or written.
@@ -92,17 +92,17 @@ def draft_keyset(
     without: Collection[str] = (),
     lifetime: timedelta = KEYSET_LIFETIME,
 ) -> security_pb2.Keyset:
-    """Return the keyset that brings the prepared keys into use, for the root to sign.
+    """Return the unsigned keyset that activates the prepared keys.
 
     Args:
         folder: Key folder with the prepared keys.
-        database: Where the keyset in force is.
+        database: Database with the keyset in force.
         at: The time.
-        without: Ids of keys that are no longer accepted, such as stolen ones.
-        lifetime: How long it is trusted.
+        without: Ids of keys to stop accepting, such as stolen ones.
+        lifetime: Lifetime of the keyset.
 
     Raises:
-        KeyStoreError: The key file cannot be read, or the published documents are not right.
+        KeyStoreError: The key file cannot be read, or the published documents are invalid.
     """
     ring = folder.read_online()
     trust = read_published(database, trust_from_bundle(ring.realm, ring.bundle))
@@ -112,10 +112,10 @@ def draft_keyset(
 def publish_keyset(
     folder: KeyFolder, database: Database, keyset: security_pb2.SignedEnvelope, at: datetime
 ) -> Trust:
-    """Publish a signed keyset and forget keys that it no longer names.
+    """Publish a signed keyset and delete keys that it no longer names.
 
     Raises:
-        KeyStoreError: It is not signed as it has to be, or not newer than the one in force.
+        KeyStoreError: It is not properly signed, or not newer than the one in force.
         ConflictError: Another process published at the same moment.
     """
     ring = folder.read_online()
@@ -132,15 +132,15 @@ def rotate_online(
     lifetime: timedelta = KEYSET_LIFETIME,
     algorithm: Algorithm | None = None,
 ) -> Trust:
-    """Exchange the online keys, with enough of the root keys at hand.
+    """Rotate the online keys; requires a threshold of root keys.
 
     Args:
         folder: The key folder.
-        database: Where the keyset in force is.
+        database: Database with the keyset in force.
         at: The time.
-        without: Ids of keys that are no longer accepted.
-        lifetime: How long the keyset is trusted.
-        algorithm: Of the next signature keys; None means that of the present ones.
+        without: Ids of keys to stop accepting.
+        lifetime: Lifetime of the keyset.
+        algorithm: Algorithm of the next signature keys; None means the current one.
 
     Raises:
         KeyStoreError: The keys cannot be read or written.
@@ -159,7 +159,7 @@ def replace_stolen(
 ) -> Trust:
     """Replace every key in the online key file; none of the previous keys stays accepted.
 
-    Coordinators take the keys over within seconds, and the state key when they are started again; until then, the
+    Coordinators adopt the keys within seconds, and the state key when they are restarted; until then, the
     holder of a stolen state key can complete other devices' handshakes. Every device has to log in again. Versions
     and tasks that the stolen keys signed no longer verify under the next keyset. The earlier state key stays in
     the file for the stored keys of sealed payloads, which coordinators rewrap after their restart.
@@ -194,16 +194,16 @@ def rotate_root(
     at: datetime,
     options: SetupOptions | None = None,
 ) -> Trust:
-    """Exchange the root keys: the next document is signed by the previous and by the next keys.
+    """Rotate the root keys: the next root document is signed by the previous and by the next keys.
 
     The files of the previous root keys are kept with the suffix ``.previous``, to be destroyed when the next ones are
     in a safe place. Where root keys are kept apart, see `qflare_server.keys.root_replacement`.
 
     Args:
         folder: The key folder.
-        database: Where the documents in force are.
+        database: Database with the documents in force.
         at: The time.
-        options: How the next keys are made; None means as many, of the same algorithm and threshold.
+        options: Parameters of the next keys; None means the current count, algorithm and threshold.
 
     Raises:
         KeyStoreError: The keys cannot be read or written.
@@ -234,7 +234,7 @@ def rotate_root(
 
 
 def as_before(trust: Trust) -> SetupOptions:
-    """Return options that give root keys like the present ones."""
+    """Return options with the current count, algorithm and threshold of root keys."""
     algorithm = algorithm_of(trust.root.keys[0].algorithm)
     return SetupOptions(
         root_algorithm=algorithm,
@@ -251,7 +251,7 @@ def follow_keyset(
     without: Collection[str],
     lifetime: timedelta,
 ) -> security_pb2.Keyset:
-    """Return the next keyset, made from the accepted keys, oldest first, and the other held ones after them."""
+    """Return the next keyset: the accepted keys, oldest first, followed by the other held keys."""
     accepted = list(reversed(trust.keyset.keys))
     known = {key_id_of(key) for key in accepted}
     added = [key for key in provider.public() if key_id_of(key) not in known]
@@ -270,7 +270,7 @@ def follow_keyset(
 def publish_trust(
     folder: KeyFolder, database: Database, trust: Trust, wanted: Trust, at: datetime
 ) -> Trust:
-    """Publish documents that follow those in force, and forget online keys that the keyset no longer names.
+    """Publish the documents that succeed those in force, and delete online keys that the keyset no longer names.
 
     Raises:
         KeyStoreError: The keyset is not the next one, or another is published under its version.

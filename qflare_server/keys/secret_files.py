@@ -1,14 +1,14 @@
-"""Files that hold secrets: encrypted under a passphrase, and the passphrases themselves.
+"""Secret files: passphrase-encrypted secrets, and passphrases.
 
 A file is ``magic (5) || iterations (4) || memory in KiB (4) || lanes (4) || salt (16)``, the header, and then
-``nonce (12) || ciphertext || tag (16)`` of AES-256-GCM under the key that Argon2id makes of passphrase and header,
+``nonce (12) || ciphertext || tag (16)`` of AES-256-GCM under the key that Argon2id derives from passphrase and header,
 with the header as associated data.
 
-Invariants: a secret is written to a temporary file that only its owner can read, synchronized, and put in place in
-one step, so that after a crash the file is the earlier or the later one, whole. A secret that a group or others may
-read or write, or that belongs to another user, is refused; a secret that root owns may be readable by the group.
+Invariants: a secret is written to an owner-only temporary file, synchronized and renamed into place, so that after a
+crash the file is either the old or the new one, complete. A secret that group or others can read or write, or that
+belongs to another user, is refused. A secret owned by root may be group-readable.
 
-Secrets are not wiped from memory (Python cannot).
+Secrets are not wiped from memory; Python has no reliable way to do so.
 
 Source: RFC 9106 section 4, second recommended option, for the cost.
 """
@@ -38,8 +38,8 @@ class KeyStoreError(Exception):
     """The coordinator's keys cannot be read, written or trusted. Never sent over the wire.
 
     Args:
-        message: What is wrong.
-        remedy: Specific advice, if any beyond that of the error class.
+        message: The fault.
+        remedy: Specific advice; empty means that of the error class.
     """
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
@@ -64,7 +64,7 @@ class Cost:
     lanes: int = 4
 
     def checked(self) -> "Cost":
-        """Return this cost.
+        """Return this cost if it is in range.
 
         Raises:
             KeyStoreError: It is out of range; a file must not be able to ask for all memory.
@@ -86,7 +86,7 @@ class Cost:
 
 
 DEFAULT_COST: Final = Cost()
-"""Cost of files that are written unless the caller says otherwise."""
+"""Default cost of written files."""
 
 
 def encrypt_secret(secret: bytes, passphrase: bytes, cost: Cost = DEFAULT_COST) -> bytes:
@@ -104,10 +104,10 @@ def encrypt_secret(secret: bytes, passphrase: bytes, cost: Cost = DEFAULT_COST) 
 
 
 def decrypt_secret(data: bytes, passphrase: bytes) -> bytes:
-    """Return what `encrypt_secret` encrypted.
+    """Decrypt the output of `encrypt_secret`.
 
     Raises:
-        KeyStoreError: Not such a file, another passphrase, or it was changed.
+        KeyStoreError: The data is not a key file or was changed, or the passphrase is wrong.
     """
     header, rest = data[:_HEADER_BYTES], data[_HEADER_BYTES:]
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
@@ -141,7 +141,7 @@ def read_secret(path: Path) -> bytes:
 
 
 def read_passphrase(path: Path) -> bytes:
-    """Read a passphrase: the first line of a file that only we may read.
+    """Read a passphrase: the first line of an owner-only file.
 
     Raises:
         KeyStoreError: As `read_secret`, or it is empty.
@@ -161,12 +161,12 @@ def write_secret(path: Path, data: bytes, *, replace: bool = False) -> None:
     """Write an owner-only file atomically.
 
     Args:
-        path: Where; its folder exists.
-        data: What.
-        replace: Take the place of a file that is there; otherwise that is an error.
+        path: Path of the file; its folder exists.
+        data: Content.
+        replace: Replace an existing file; otherwise an existing file is an error.
 
     Raises:
-        KeyStoreError: It cannot be written, or is there already.
+        KeyStoreError: The file exists, or cannot be written.
     """
     try:
         with new_file(path, replace=replace) as file:
@@ -189,8 +189,8 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
 def forbidden_bits(owner: int, user: int) -> int:
     """Return the permission bits that a secret file must not have, given its owner and the reading user.
 
-    Orchestrators mount secrets as files of root that the group of an unprivileged process may read; nothing else may
-    be open to a group.
+    Orchestrators mount secrets as root-owned files, readable by the group of an unprivileged process. No other file may
+    be accessible to a group.
     """
     mounted = owner == _ROOT_USER and user != _ROOT_USER
     return stat.S_IRWXO | stat.S_IRWXG & ~(stat.S_IRGRP if mounted else 0)

@@ -1,14 +1,14 @@
 """The coordinator's keys while it serves: signing, decapsulation, keyset.
 
-`ServerKeys.load(config, database, clock)` reads the key folder that ``qflare-server init`` made, publishes the trust
-documents that came with it and follows those in the database. `ServerKeys` is the `StatementSigner` of
-`qflare_server.context`: the signed keyset says which key signs in a role, the key file only holds the keys.
+`ServerKeys.load(config, database, clock)` reads the key folder created by ``qflare-server init``, publishes its trust
+documents and follows those in the database. `ServerKeys` implements `StatementSigner` of `qflare_server.context`: the
+signed keyset selects the key of each role, the key file only stores the keys.
 
-A newly published keyset is noticed within `LOOK_INTERVAL`; where it names a key that is not held, the key
-file is read again. So keys rotate without a restart: copy the file with the next keys to every replica, then publish.
+A newly published keyset is noticed within `LOOK_INTERVAL`; if it names a key that is not loaded, the key file is read
+again. So keys rotate without a restart: copy the file with the next keys to every replica, then publish.
 
 Invariants: private keys are never in the database; documents in the database are valid only if they chain to the
-root in the key file; versions never go back.
+root in the key file; versions never decrease.
 """
 
 import logging
@@ -58,7 +58,7 @@ CONTEXTS: Final[dict[Role, SigningContext]] = {
 
 
 class _HeldKey:
-    """One signature key of a provider, as `qflare.crypto.envelope` signs with it."""
+    """A provider's signature key, adapted to `qflare.crypto.envelope`."""
 
     def __init__(self, provider: KeyProvider, public: PublicKey) -> None:
         self._provider = provider
@@ -73,7 +73,7 @@ class _HeldKey:
 
 
 class _HeldKeys:
-    """What a provider holds, by key id."""
+    """A provider's keys by key id."""
 
     def __init__(self, provider: KeyProvider) -> None:
         self.provider = provider
@@ -87,7 +87,7 @@ class _HeldKeys:
                 self.signers[public.key_id] = _HeldKey(provider, public)
 
     def covers(self, trust: Trust) -> bool:
-        """Return whether the key in use of every role is held."""
+        """Return whether the current key of every role is held."""
         in_use = [trust.key_ids(role)[0] for role in CONTEXTS]
         session_key_id = trust.key_ids(security_pb2.KEY_ROLE_SESSION_KEM)[0]
         return session_key_id in self.kem_key_ids and self.signers.keys() >= set(in_use)
@@ -97,11 +97,11 @@ class ServerKeys:
     """Signs, decapsulates and provides the keyset in force; thread-safe.
 
     Args:
-        ring: What the key file held.
-        database: Where trust documents are published.
-        clock: The time.
-        provide: Gives the keys, again after they have changed; None means those of the key file.
-        reread: Reads the key file again; None means that it does not change.
+        ring: Keys of the key file.
+        database: Database of the trust documents.
+        clock: Clock.
+        provide: Returns the key provider; called again after a change. None means the key file's keys.
+        reread: Rereads the key file; None means that it never changes.
     """
 
     def __init__(
@@ -132,11 +132,11 @@ class ServerKeys:
 
     @classmethod
     def load(cls, config: ServerConfig, database: Database, clock: Clock) -> "ServerKeys":
-        """Read the keys that a configuration names.
+        """Load the keys of a configuration.
 
         Raises:
-            KeyStoreError: There are none, they cannot be used, are of another realm, or the trust documents in the
-                database do not follow from them.
+            KeyStoreError: The keys are missing, unusable or of another realm, or the trust documents in the database do
+                not chain to them.
             StoreUnavailableError: The database cannot be reached.
         """
         folder = KeyFolder.from_config(config)
@@ -146,11 +146,11 @@ class ServerKeys:
         return cls(ring, database, clock, provide=folder.provider, reread=folder.read_online)
 
     def sign(self, role: Role, payload: bytes) -> security_pb2.SignedEnvelope:
-        """Sign a payload with the key in use of a role, in the role's context.
+        """Sign a payload with the current key of a role, in the role's context.
 
         Raises:
             KeyStoreError: No accepted key of the role is held.
-            StatementError: No verifier would take the payload.
+            StatementError: No verifier would accept the payload.
         """
         trust = self._current()
         for key_id in trust.key_ids(role):
@@ -172,7 +172,7 @@ class ServerKeys:
         return self._held_keys.provider.decapsulate(wanted, encapsulation)
 
     def bundle(self, known_root_version: int = 0) -> security_pb2.KeysetBundle:
-        """Return the keyset in force and the next root documents after a version, as many as a message holds."""
+        """Return the keyset in force and the next root documents after a version, up to the message limit."""
         return self._current().part(known_root_version)
 
     @property
@@ -196,10 +196,10 @@ class ServerKeys:
         return self._pinned.root_key_ids()
 
     def registrar_keys(self, *, fresh: bool = False) -> Collection[PublicKey]:
-        """Return the registrar keys of every keyset that was published, those no longer in use too.
+        """Return the registrar keys of every published keyset, including retired ones.
 
         Args:
-            fresh: Look for a keyset that another process published, even if that was done a moment ago.
+            fresh: Check the database for a newer keyset even if it was checked recently.
         """
         self._current()
         if fresh:
@@ -208,10 +208,10 @@ class ServerKeys:
         return self._registrars
 
     def _read_registrars(self) -> Collection[PublicKey]:
-        """Return the registrar keys of all published keysets, each followed from the pinned root keys.
+        """Return the registrar keys of all published keysets, each verified from the pinned root keys on.
 
         Raises:
-            UntrustedDocumentError: A published document does not follow from them: the database was edited.
+            UntrustedDocumentError: A published document does not chain to them: the database was edited.
         """
         pinned = self._pinned
         try:
@@ -261,7 +261,7 @@ class ServerKeys:
             logger.error("keyset %d names keys that are not held here", trust.keyset.version)
 
     def _warn(self) -> None:
-        """Log once a day that the keys are about to expire."""
+        """Log once a day that the keyset expires soon."""
         now = self._clock()
         expires = self._trust.expires_at()
         status = KeysetStatus(self._trust.keyset.version, expires)

@@ -1,7 +1,7 @@
 """First-time setup of keys, and bootstrap bundles for devices.
 
-`initialize` makes root keys, online keys, their passphrases and the first trust documents; `ensure_initialized` does so
-where a configuration has none. How keys are exchanged later is in `qflare_server.keys.rotation`.
+`initialize` generates root keys, online keys, their passphrases and the first trust documents; `ensure_initialized`
+does so if a configuration has none. Key rotation is in `qflare_server.keys.rotation`.
 """
 
 import fcntl
@@ -41,15 +41,15 @@ DEFAULT_ROOT: Final = "ml-dsa-87"
 
 @dataclass(frozen=True)
 class SetupOptions:
-    """How the first keys are made.
+    """Parameters of the first keys.
 
     Attributes:
-        algorithm: Of the online signature keys, one of `ONLINE_ALGORITHMS`.
-        root_algorithm: Of the root keys, any.
+        algorithm: Algorithm of the online signature keys, one of `ONLINE_ALGORITHMS`.
+        root_algorithm: Algorithm of the root keys, any.
         root_count: Number of root keys, 1 to 8.
-        threshold: How many of them have to sign.
-        keyset_lifetime: How long the first keyset is trusted.
-        root_lifetime: How long the root document is trusted.
+        threshold: Number of required root signatures.
+        keyset_lifetime: Lifetime of the first keyset.
+        root_lifetime: Lifetime of the root document.
     """
 
     algorithm: Algorithm = Algorithm.ML_DSA_65
@@ -60,7 +60,7 @@ class SetupOptions:
     root_lifetime: timedelta = ROOT_LIFETIME
 
     def __post_init__(self) -> None:
-        most = MAX_SIGNATURE_COUNT // 2  # the previous and the next ones sign one document
+        most = MAX_SIGNATURE_COUNT // 2  # previous and next keys sign the same document
         if not 1 <= self.threshold <= self.root_count <= most:
             raise KeyStoreError(
                 f"got threshold {self.threshold} of {self.root_count} root keys, want 1 to all of at most {most}"
@@ -72,10 +72,10 @@ class SetupOptions:
     def from_config(
         cls, config: ServerConfig, root_count: int = 1, threshold: int = 1
     ) -> "SetupOptions":
-        """Return the options that a configuration names.
+        """Return the options of a configuration.
 
         Raises:
-            KeyStoreError: The threshold does not fit.
+            KeyStoreError: The threshold is out of range.
         """
         return cls(
             algorithm_named(config.online_algorithm or DEFAULT_ONLINE),
@@ -88,12 +88,12 @@ class SetupOptions:
 def initialize(
     folder: KeyFolder, realm: str, at: datetime, options: SetupOptions | None = None
 ) -> Trust:
-    """Make root keys, online keys, passphrases that are not there, and the documents that join them.
+    """Generate root keys, online keys, missing passphrases and the first trust documents.
 
-    The folder appears whole or not at all; of two processes that make it at the same moment, one wins.
+    The folder is created atomically; of two concurrent processes, one succeeds.
 
     Args:
-        folder: Where; its directory does not exist or is empty.
+        folder: Key folder; its directory does not exist or is empty.
         realm: Name of the deployment.
         at: The time.
         options: Algorithms and lifetimes; None means the defaults.
@@ -102,7 +102,7 @@ def initialize(
         The documents, not yet in any database: a coordinator publishes them when it loads the keys.
 
     Raises:
-        KeyStoreError: There are keys already, or the folder cannot be written.
+        KeyStoreError: Keys exist already, or the folder cannot be written.
     """
     chosen = options or SetupOptions()
     present = [file.path for file in folder.root_files if file.path.exists()]
@@ -137,7 +137,7 @@ def initialize(
 
 @contextmanager
 def _held(folder: Path, *, waiting: bool = True) -> Iterator[None]:
-    """Hold a lock on a folder that is being filled, which the system drops with the process."""
+    """Lock a folder while it is filled; the system releases the lock when the process ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
@@ -159,15 +159,15 @@ def ensure_initialized(
     options: SetupOptions | None = None,
     folder: KeyFolder | None = None,
 ) -> bool:
-    """Make keys where a configuration has none yet.
+    """Generate keys if a configuration has none yet.
 
     Args:
-        config: Where, and of which algorithms.
+        config: Configuration with locations and algorithms.
         options: Algorithms and lifetimes; None means the configuration's.
-        folder: Where the keys go; None means the configuration's folder.
+        folder: Folder for the keys; None means the configuration's folder.
 
     Returns:
-        Whether they were made; False where there were keys, also those of another process that was faster.
+        Whether keys were generated; False if keys exist, also if another process just created them.
 
     Raises:
         KeyStoreError: They cannot be written, or the database belongs to other keys.
@@ -192,7 +192,7 @@ def ensure_initialized(
 def bootstrap_bundle(
     trust: Trust, address: str, *, enrollment_token: str = "", certificate_authorities: str = ""
 ) -> security_pb2.BootstrapBundle:
-    """Return what a device needs before it enrolls; with a token it is a secret."""
+    """Return the bootstrap bundle of a device; a secret if it contains a token."""
     return security_pb2.BootstrapBundle(
         realm=trust.keyset.realm,
         address=address,
@@ -204,10 +204,10 @@ def bootstrap_bundle(
 
 
 def write_bootstrap(path: Path, bundle: security_pb2.BootstrapBundle) -> None:
-    """Write a bootstrap bundle as JSON, for its owner only.
+    """Write a bootstrap bundle as JSON to an owner-only file.
 
     Raises:
-        KeyStoreError: The file is there already, or cannot be written.
+        KeyStoreError: The file exists, or cannot be written.
     """
     write_secret(path, json_format.MessageToJson(bundle).encode() + b"\n")
 

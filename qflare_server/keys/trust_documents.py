@@ -1,9 +1,9 @@
-"""Root documents and keysets: made, signed and followed. Pure: no files, no database, no clock.
+"""Root documents and keysets: drafting, signing and verification. Pure: no files, no database, no clock.
 
 The rules are those of The Update Framework: version 1 of the root is signed by a threshold of the pinned keys,
-version n + 1 by a threshold of version n and of itself, the keyset by a threshold of the newest root; versions count
-up by one. `Trust` follows signed documents under these rules, wherever they were kept, so a database that was edited
-by hand cannot bring in a key.
+version n + 1 by a threshold of version n and of itself, the keyset by a threshold of the newest root. Versions
+increase by one. `Trust` verifies documents from any storage under these rules, so an edited database cannot introduce
+a key.
 
 Source: The Update Framework specification 1.0.33, section 5.3.
 """
@@ -34,18 +34,18 @@ from qflare_server.keys.ring import ROLES, Role
 from qflare_server.keys.secret_files import KeyStoreError
 
 ROOT_LIFETIME: Final = timedelta(days=3650)
-"""Life of a root document unless its issuer says otherwise."""
+"""Default lifetime of a root document."""
 
 KEYSET_LIFETIME: Final = timedelta(days=400)
-"""Life of a keyset unless its issuer says otherwise."""
+"""Default lifetime of a keyset."""
 
 MAX_ROOTS_BYTES: Final = 2 * 2**20
-"""Most bytes of root documents in one answer; one document has at most 300 KiB."""
+"""Maximum bytes of root documents in one response; one document has at most 300 KiB."""
 
 _FEW_KEPT: Final = 2
 _KEPT: Final = {security_pb2.KEY_ROLE_MODEL: 9, security_pb2.KEY_ROLE_LOG: 9}
-"""Keys of a role that a keyset names: together no more than a device takes (`keysets.MAX_KEY_COUNT`), within 64 KiB;
-statements of models last longest."""
+"""Maximum keys per role in a keyset: together at most what a device accepts (`keysets.MAX_KEY_COUNT`), within 64 KiB.
+Model keys get the most, because model statements are kept longest."""
 
 
 T = TypeVar("T")
@@ -57,13 +57,13 @@ class UntrustedDocumentError(KeyStoreError):
 
 @dataclass(frozen=True)
 class Trust:
-    """Documents that were followed from the pinned root keys.
+    """Documents verified from the pinned root keys on.
 
     Attributes:
         roots: Signed root documents by version, from 1.
-        root: The newest of them, opened.
+        root: The newest of them, parsed.
         keyset_envelope: The signed keyset.
-        keyset: It, opened.
+        keyset: The keyset, parsed.
     """
 
     roots: tuple[security_pb2.SignedEnvelope, ...]
@@ -78,10 +78,10 @@ class Trust:
         roots: Sequence[security_pb2.SignedEnvelope],
         keyset: security_pb2.SignedEnvelope,
     ) -> "Trust":
-        """Check documents, the first root by its own keys alone: what calls this has pinned it.
+        """Verify documents; the first root by its own keys, which the caller has to pin.
 
         Raises:
-            UntrustedDocumentError: A signature, version or realm is not right.
+            UntrustedDocumentError: A signature, version or realm is wrong.
         """
         root = None
         for envelope in roots:
@@ -97,7 +97,7 @@ class Trust:
         )
 
     def part(self, known_root_version: int) -> security_pb2.KeysetBundle:
-        """Return the keyset with the next roots after a version: at least one, as many as a message holds."""
+        """Return the keyset with the next roots after a version: at least one, up to the message limit."""
         whole = self.bundle(known_root_version)
         sizes = accumulate(root.ByteSize() for root in whole.roots)
         count = max(1, sum(size <= MAX_ROOTS_BYTES for size in sizes))
@@ -105,28 +105,28 @@ class Trust:
         return whole
 
     def root_key_ids(self) -> list[str]:
-        """Return the ids of the keys of the first root: what devices pin."""
+        """Return the key ids of the first root, which devices pin."""
         return [key.key_id for key in self._first_root().keys]
 
     def first_threshold(self) -> int:
-        """Return how many of the pinned keys have to sign."""
+        """Return the signature threshold of the pinned keys."""
         return self._first_root().threshold
 
     def signature_keys(self, role: Role) -> list[PublicKey]:
-        """Return the keys that may sign in a role, the one in use first."""
+        """Return the keys that may sign in a role, the current one first."""
         return [PublicKey.from_proto(key.signature_key) for key in self._keys(role)]
 
     def kem_keys(self) -> list[KemPublicKey]:
-        """Return the session KEM keys, the one in use first."""
+        """Return the session KEM keys, the current one first."""
         keys = self._keys(security_pb2.KEY_ROLE_SESSION_KEM)
         return [KemPublicKey.from_proto(key.kem_key) for key in keys]
 
     def key_ids(self, role: Role) -> list[str]:
-        """Return the ids of a role's keys, the one in use first."""
+        """Return the ids of a role's keys, the current one first."""
         return [key_id_of(key) for key in self._keys(role)]
 
     def expires_at(self) -> datetime:
-        """Return when keyset or root stop being trusted, whichever is earlier."""
+        """Return the expiry of keyset or root, whichever is earlier."""
         return min(_moment(self.keyset.expire_time), _moment(self.root.expire_time))
 
     def _keys(self, role: Role) -> list[security_pb2.RoleKey]:
@@ -149,7 +149,7 @@ def draft_root(
     at: datetime,
     lifetime: timedelta = ROOT_LIFETIME,
 ) -> security_pb2.RootDocument:
-    """Return a root document that nobody has signed yet."""
+    """Return an unsigned root document."""
     return security_pb2.RootDocument(
         realm=realm,
         version=version,
@@ -168,16 +168,16 @@ def draft_keyset(
     at: datetime,
     lifetime: timedelta = KEYSET_LIFETIME,
 ) -> security_pb2.Keyset:
-    """Return a keyset that no root key has signed yet.
+    """Return an unsigned keyset.
 
     Args:
         realm: Name of the deployment.
         version: Its version, from 1.
         root_version: Version of the root that will sign it.
-        keys: All keys that may be named, oldest first; of each role the newest comes into use, and as many before it
-            stay accepted as statements by them may still be met.
+        keys: All eligible keys, oldest first. The newest of each role becomes the current one; earlier ones stay
+            accepted up to the role's maximum.
         at: The time.
-        lifetime: How long it is trusted.
+        lifetime: Lifetime of the keyset.
     """
     chosen: list[security_pb2.RoleKey] = []
     for role in ROLES:
@@ -199,7 +199,7 @@ def sign_document(
     """Sign a root document or a keyset with every signer.
 
     Raises:
-        StatementError: No device would take it.
+        StatementError: No device would accept it.
     """
     is_root = isinstance(document, security_pb2.RootDocument)
     context = SigningContext.ROOT if is_root else SigningContext.KEYSET

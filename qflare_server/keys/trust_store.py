@@ -1,4 +1,4 @@
-"""Trust documents in the database: read, verified and published."""
+"""Trust documents in the database: reading, verification and publication."""
 
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
@@ -39,8 +39,8 @@ def read_published(database: Database, pinned: Trust) -> Trust:
     """Return the documents in force.
 
     Args:
-        database: Where they are.
-        pinned: Documents they must start with, and whose versions they must not precede.
+        database: Database that holds them.
+        pinned: Documents that they must extend; older versions are refused.
 
     Raises:
         UntrustedDocumentError: They do not satisfy the rules: the database was edited.
@@ -51,7 +51,7 @@ def read_published(database: Database, pinned: Trust) -> Trust:
 
 
 def publish(database: Database, pinned: Trust, wanted: Trust, at: datetime) -> Trust:
-    """Publish those documents that the database does not have yet, and return what is in force then.
+    """Publish the documents missing from the database, and return the documents in force.
 
     Raises:
         UntrustedDocumentError: Others are published under the same versions.
@@ -69,7 +69,7 @@ def publish(database: Database, pinned: Trust, wanted: Trust, at: datetime) -> T
     except ConflictError:
         stored = database.write(
             work
-        )  # another process published at the same moment; its documents are seen now
+        )  # another process published concurrently; its documents are visible now
     return _checked(stored, pinned)
 
 
@@ -86,14 +86,14 @@ def published_signers(
     """Return every key that a published keyset has named, by role.
 
     Args:
-        database: Where the trust documents are.
+        database: Database with the trust documents.
         realm: Name of the deployment.
         root_key_ids: Pinned ids of the keys of root document 1.
-        root_threshold: How many of them have to have signed.
-        at: The time, by which the keyset in force must not have expired; None means when that keyset was issued.
+        root_threshold: Number of required signatures by them.
+        at: Time at which the keyset in force must not have expired; None means its time of issue.
 
     Raises:
-        ValueError: The trust documents in the database do not follow from the pinned keys.
+        ValueError: The trust documents in the database do not chain to the pinned keys.
     """
     with database.read() as session:
         roots = [_envelope(data) for data in evidence.trust_documents(session, documents.ROOT)]
@@ -124,11 +124,11 @@ def newest_versions(database: Database) -> tuple[int, int]:
 
 
 def require_no_published_root(config: ServerConfig, folder: Path) -> None:
-    """Refuse to make keys for a database that belongs to others: it has a root document that their root key signed.
+    """Refuse to generate keys for a database that already has a root document, signed by other keys.
 
     Args:
-        config: Names the database; one that does not exist yet belongs to nobody.
-        folder: Where the keys are missing, for the message.
+        config: Configuration with the database; a database that does not exist yet is accepted.
+        folder: Key folder without keys, for the message.
 
     Raises:
         KeyStoreError: The database has a root document.

@@ -65,11 +65,11 @@ class UseCases:
 
 
 def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExecutor) -> UseCases:
-    """Build every use case over the same parts.
+    """Build every use case on the same components.
 
     Args:
-        context: The coordinator's parts.
-        keys: Its keys.
+        context: The coordinator's components.
+        keys: The server keys.
         executor: Runs the writes of large payloads.
     """
     presence = Presence(context.config, context.database)

@@ -19,7 +19,7 @@ REPLICA_MEMORY_S: Final = 60.0
 
 @dataclass(frozen=True)
 class DatabaseHealth:
-    """The database, seen from this process."""
+    """Health of the database, measured by this process."""
 
     dialect: str
     schema_revision: str
@@ -86,15 +86,15 @@ class Overview:
         )
 
     def keyset_status(self) -> KeysetStatus | None:
-        """Return the keyset in force, None where there is none."""
+        """Return the keyset in force, None if there is none."""
         find = self._context.keyset_status
         return None if find is None else find()
 
     def database_health(self) -> DatabaseHealth:
-        """Return how the database answers.
+        """Return the health of the database.
 
         Raises:
-            StoreUnavailableError: It does not.
+            StoreUnavailableError: The database does not answer.
         """
         engine = self._context.database.engine
         started = time.monotonic()
@@ -111,7 +111,7 @@ class Overview:
         )
 
     def _free_bytes(self) -> int | None:
-        """Return the room on the disk of an SQLite database; another machine's is not known."""
+        """Return the free disk space of an SQLite database; None for a database server."""
         if not self._context.database.is_sqlite:
             return None
         path = self._context.database.engine.url.database

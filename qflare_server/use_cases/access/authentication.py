@@ -90,7 +90,7 @@ NOBODY = Principal("anonymous", ANONYMOUS)
 
 
 def mint_secret(prefix: str) -> tuple[str, str, str]:
-    """Return token id, secret and the hash that is stored; the secret is shown once and kept nowhere."""
+    """Return token id, secret and its hash. Only the hash is stored; the secret is shown once."""
     token_id = secrets.token_hex(16)
     secret = f"{prefix}.{token_id}.{secrets.token_urlsafe(SECRET_BYTES)}"
     return token_id, secret, hash_secret(secret)
@@ -105,7 +105,7 @@ def sole_value(metadata: Iterable[tuple[str, str | bytes]] | None, key: str) -> 
     """Return the value of a metadata key, None without it.
 
     Raises:
-        UnauthenticatedError: The key comes more than once. Two readers could each use a different value, so the
+        UnauthenticatedError: The key occurs more than once. Two readers could each use a different value, so the
             admitted credential would not be the proven one.
     """
     values = [value for name, value in metadata or () if name == key]
@@ -129,10 +129,10 @@ class Authentication:
         """Authorize a call and return the principal.
 
         Raises:
-            UnauthenticatedError: The credential is missing, unknown, expired or revoked: one text for all.
+            UnauthenticatedError: The credential is missing, unknown, expired or revoked; the text is the same for all.
             DeviceRevokedError: The device is revoked.
             DeviceSuspendedError: The device is suspended.
-            PermissionDeniedError: The caller's roles do not allow the method, or nobody's do.
+            PermissionDeniedError: The caller's roles do not allow the method, or no role may call it.
             IdentityProviderUnavailableError: The token is of an identity provider whose keys cannot be fetched.
         """
         if Role.ANYONE in _allowed(method):

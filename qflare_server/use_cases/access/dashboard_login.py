@@ -2,9 +2,9 @@
 
 Constructor: ``DashboardLogin(context, authentication)``.
 
-The log-ins live in the memory of this process and hold the token's hash only. What a log-in may see is decided on
-every page by its token, from the table of `access.roles`: a revoked token shows nothing more. Attempts are
-bounded for each address, and failed ones are recorded as those of devices are.
+Sessions are kept in the memory of this process, with the token's hash only. Each page request is authorized by the
+token's roles (`access.roles`), so revoking the token ends access immediately. Attempts are rate-limited per address,
+and failed ones are recorded in the audit log.
 """
 
 import secrets
@@ -31,7 +31,7 @@ from qflare_server.use_cases.access.roles import ACCESS
 
 ADMIN_SERVICE: Final = "/qflare.v1.AdminService/"
 LOGIN_METHOD: Final = ADMIN_SERVICE + "GetCoordinatorStatus"
-"""Who may call this may log in."""
+"""Method that a role must allow for a dashboard login."""
 ATTEMPTS_PER_SECOND: Final = 0.5
 MAX_LOGINS: Final = 1000
 SECRET_BYTES: Final = 32
@@ -61,14 +61,13 @@ class DashboardLogin:
         """Log in: return a session secret, valid for `dashboard_login_s`; only its hash is kept.
 
         Args:
-            token: Of an administrator.
-            peer_address: Of the browser, without its port: what attempts are counted by.
+            token: Admin token.
+            peer_address: Address of the browser without its port; attempts are counted per address.
 
         Raises:
-            TooManyRequestsError: Too many failed attempts of this address; a good token of another visitor there is
-                admitted all the same.
+            TooManyRequestsError: Too many failed attempts from this address; a valid token is still admitted.
             UnauthenticatedError: The token is unknown, expired or revoked.
-            PermissionDeniedError: It is not an administrator's.
+            PermissionDeniedError: The token is not an admin token.
         """
         caller = Caller("anonymous", peer_address, "token")
         try:
@@ -106,12 +105,12 @@ class DashboardLogin:
         """Authorize a session for a method of the administrators' service; return its principal.
 
         Args:
-            secret: From `log_in`.
-            method: Its short name, such as `ListDevices`.
+            secret: Session secret from `log_in`.
+            method: Short name of the method, such as `ListDevices`.
 
         Raises:
-            UnauthenticatedError: The log-in is over, or its token is no longer good.
-            PermissionDeniedError: Its roles do not allow the method.
+            UnauthenticatedError: The session has ended, or its token is no longer valid.
+            PermissionDeniedError: The token's roles do not allow the method.
         """
         with self._lock:
             found = self._logins.get(hash_secret(secret))
@@ -122,7 +121,7 @@ class DashboardLogin:
         return self._authentication.admit_hash(ADMIN_SERVICE + method, found.token_hash)
 
     def log_out(self, secret: str, peer_address: str) -> None:
-        """End a session; ending it twice is no error."""
+        """End a session. Idempotent."""
         try:
             principal = self.admit(secret, "GetCoordinatorStatus")
         except QflareError:

@@ -1,7 +1,8 @@
 """Rate-limited audit entries for failed enrollment and login attempts.
 
-Constructor: ``FailedAttempts(context)``. Refusals about an enrolled device are bounded for each address and device, so
-that nothing made up hides them; all others share one bound. The next entry of a bound says how many were left out.
+Constructor: ``FailedAttempts(context)``. Refusals that concern an enrolled device are limited per address and device,
+so that forged attempts cannot crowd them out; all others share one limit. The next entry under a limit states the
+number of omitted refusals.
 """
 
 import logging
@@ -22,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 BURST: Final = 20
 INTERVAL_S: Final = 6.0
-"""Limit of refusals that are not about an enrolled device: burst, and seconds per further entry."""
+"""Limit for refusals that concern no enrolled device: burst, and seconds per further entry."""
 DEVICE_BURST: Final = 3
 DEVICE_INTERVAL_S: Final = 60.0
-"""Refusals about one enrolled device from one address."""
+"""Limit for refusals that concern one enrolled device, per address."""
 MAX_BOUNDS: Final = 10_000
 DEVICE_PREFIX: Final = "device:"
 
@@ -70,10 +71,10 @@ class FailedAttempts:
         """Record a refusal, or count it as omitted.
 
         Args:
-            caller: Who was refused.
-            event_type: Such as ``enrollment.refused``.
+            caller: The refused caller.
+            event_type: Event type, such as ``enrollment.refused``.
             subject: Subject of the audit entry.
-            problem: Why, for administrators; the caller is not told.
+            problem: Reason, for administrators; not sent to the caller.
             risk_level: Risk level of the entry.
         """
         subject, problem = _printable(subject)[:ACTOR_CHARACTERS], _printable(problem)
@@ -97,7 +98,7 @@ class FailedAttempts:
             logger.warning("refusal not recorded: %s", error)
 
     def _bound_of(self, caller: Caller, subject: str) -> _Bound:
-        """Return what bounds a refusal: a bound of its own if it is about a device that there is."""
+        """Return the limit of a refusal: a separate one if it concerns an enrolled device."""
         if not self._is_enrolled(subject):
             return self._shared
         key, now = (caller.peer_address.rpartition(":")[0], subject), self._context.clock()
@@ -117,5 +118,5 @@ class FailedAttempts:
 
 
 def _printable(text: str) -> str:
-    """Return a text without characters that a database or a terminal does not take."""
+    """Return a text without characters that databases or terminals cannot handle."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -2,16 +2,16 @@
 
 Constructor: ``Login(context, keys)``.
 
-Invariants: a handshake is granted tokens once (its session id is a nonce that is used up in the transaction that
-stores them); a refresh token is used once, and a second use revokes every token of its login (RFC 9700 section
-4.14.2); the state of the device is read in the transaction that grants, so a suspension wins. Tokens are stored as
-hashes, the session's binding key under a key that only replicas hold: a copy of the database grants no access.
+Invariants: a handshake is granted tokens once: its session id is a nonce, consumed in the transaction that stores the
+tokens. A refresh token is used once; a second use revokes every token of its login (RFC 9700 section 4.14.2). The
+device's state is read in the granting transaction, so a suspension wins. Tokens are stored as hashes, and the session's
+binding key is encrypted under a key that only replicas hold: a copy of the database grants no access.
 
-A login interrupted after its last message starts over; the answer is not stored. The life of a token: issued, used
-(a refresh token by its refresh), expired, or revoked with a reason (reuse, keys rotated, device revoked).
+A login interrupted after its last message starts over; the answer is not stored. States of a token: issued, used (a
+refresh token), expired, or revoked with a reason (reuse, keys rotated, device revoked).
 
-Proofs of possession: their sequence numbers are used up in the database, one row for each call until its token has
-expired. That costs a commit for each call, and holds across replicas and restarts, which a window in memory would not.
+Proofs of possession: their sequence numbers are consumed in the database, one row per call until the token expires.
+That costs one commit per call. Unlike a window in memory, it prevents replay across replicas and restarts.
 
 The cryptography of the messages is in `qflare.protocol.login` and `qflare.protocol.possession`.
 """
@@ -60,7 +60,7 @@ AUTHORIZATION: Final = "authorization"
 BEARER: Final = "Bearer "
 NONCE_MEMORY: Final = timedelta(minutes=5)
 MAX_TOKENS_OF_DEVICE: Final = 128
-"""Access and refresh tokens of one device that are kept, used ones included."""
+"""Maximum access and refresh tokens stored per device, used ones included."""
 _REUSED: Final = "refresh token used twice"
 
 
@@ -96,12 +96,12 @@ class Login:
         """Answer the first half of a login; reads and writes nothing.
 
         Args:
-            caller: Who calls.
-            hello: As received.
+            caller: The caller.
+            hello: The hello as received.
             tls_group: TLS key exchange group of the connection, empty without TLS.
 
         Raises:
-            UnauthenticatedError: The hello is not one for this coordinator.
+            UnauthenticatedError: The hello is not addressed to this coordinator.
         """
         try:
             return self._protocol.challenge(hello, tls_group, self._context.clock())
@@ -114,7 +114,7 @@ class Login:
         """Finish a login: check the device's proof and grant tokens.
 
         Raises:
-            UnauthenticatedError: The proof is wrong, late or comes again, or the device is not known by this key.
+            UnauthenticatedError: The proof is wrong, late or replayed, or the device is not enrolled with this key.
             DeviceRevokedError: The device is revoked.
             DeviceSuspendedError: The device is suspended.
             TooManyRequestsError: The device has used up its logins of the hour.
@@ -145,7 +145,7 @@ class Login:
             UnauthenticatedError: The token is unknown, expired, revoked or used, or the proof is wrong.
             DeviceRevokedError: The device is revoked.
             DeviceSuspendedError: The device is suspended.
-            TooManyRequestsError: The device has used up its refreshes of the hour; the token stays good.
+            TooManyRequestsError: The device has used up its refreshes of the hour; the token stays valid.
         """
         at = self._context.clock()
         device_id = ""
@@ -172,16 +172,16 @@ class Login:
         metadata: Iterable[tuple[str, str | bytes]] | None,
         first_message: bytes,
     ) -> None:
-        """Check that the caller holds its session's binding key, where the configuration demands it of devices.
+        """Check a device's proof of possession of its session's binding key, if the configuration requires proofs.
 
         Args:
-            principal: Who calls, as `Authentication.admit` found.
+            principal: The caller, from `Authentication.admit`.
             method: Full name of the method.
             metadata: Metadata of the call.
-            first_message: First or only request message, as it came.
+            first_message: First or only request message, as received.
 
         Raises:
-            UnauthenticatedError: The proof is missing, wrong, or has come before.
+            UnauthenticatedError: The proof is missing, wrong or replayed.
         """
         if not self._context.config.require_pop or principal.device_id is None:
             return
@@ -194,7 +194,7 @@ class Login:
         self._use_up(f"pop:{principal.token_id}:{sequence}")
 
     def _enrolled_key(self, pending: PendingLogin) -> PublicKey:
-        """Return the key in use of the device, which signed evidence has to show to be its key."""
+        """Return the device's current key, if signed evidence binds it to the device."""
         with self._context.database.read() as session:
             key = _public_key(devices.find_login_key(session, pending.device_id))
         try:
@@ -248,7 +248,7 @@ class Login:
         return token
 
     def _continue(self, token: UserToken, minted: _NewTokens, at: datetime) -> bool:
-        """Spend a refresh token and store the next tokens; False if it was spent or revoked meanwhile."""
+        """Consume a refresh token and store the next tokens; return False if it was used or revoked concurrently."""
 
         def work(session: Session) -> bool:
             device = _require_may_call(devices.find_login_key(session, token.device_id or ""))
@@ -261,7 +261,7 @@ class Login:
         return self._context.database.write(work)
 
     def _revoke_reused(self, caller: Caller, token: UserToken, at: datetime) -> None:
-        """Handle reuse of a refresh token, which means that it was stolen."""
+        """Revoke every token of a login whose refresh token was reused, a sign of theft."""
         event = Event(
             "token.reused",
             f"device:{token.device_id}",
@@ -380,7 +380,7 @@ def _public_key(device: LoginKey | None) -> PublicKey:
 
 
 def _credentials(metadata: Iterable[tuple[str, str | bytes]] | None) -> tuple[str, bytes]:
-    """Return access token and proof of a call."""
+    """Return the access token and the proof of possession from a call's metadata."""
     bearer, proof = (sole_value(metadata, key) for key in (AUTHORIZATION, METADATA_KEY))
     if not isinstance(bearer, str) or not isinstance(proof, bytes):
         raise HandshakeError("the call carries no proof of possession")

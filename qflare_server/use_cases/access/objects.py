@@ -1,13 +1,13 @@
 """Object-level authorization: one rule per method, checked in one place.
 
-Roles say who may call a method (`access.roles`), this says for what. The boundary checks every call with its first
-message, before the method runs; a method without a rule cannot be called. Administrators reach everything that their
-role lets them call.
+Roles decide which methods a caller may call (`access.roles`); these rules decide for which objects. Every call is
+checked with its first message, before the method runs; a method without a rule cannot be called. Administrators may
+access every object of the methods that their role allows.
 
-A device reaches the training sessions that it takes part in: those that are open to all devices or to one of its
-groups, and that ask for nothing that it is not (`training.selection`). It sees versions from the start on, and those
-that are not released only where the session draws no devices for its rounds, or has drawn this one. Of updates it
-reaches its own. An object it may not reach is reported as not found.
+A device may access the training sessions that it is eligible for: those open to all devices or to one of its groups,
+whose requirements it meets (`training.selection`). It may access versions once the session is started; unreleased
+versions only if the session does not sample devices, or has sampled this one. It may access its own updates only. An
+object that it may not access is reported as not found.
 """
 
 from collections.abc import Callable
@@ -44,16 +44,16 @@ class ObjectAccess:
         self._known: dict[tuple[str, str], tuple[Epochs, Relation | None]] = {}
 
     def check(self, principal: Principal, method: str, message: Any) -> None:
-        """Refuse a call for something that its caller may not reach.
+        """Refuse a call for an object that the caller may not access.
 
         Args:
-            principal: Who calls.
+            principal: The caller.
             method: Full name of the method.
             message: First message of the call.
 
         Raises:
-            PermissionDeniedError: No rule says what the method is for.
-            NotFoundError: Or one of its kind: the caller may not reach what the message names, or it is not there.
+            PermissionDeniedError: The method has no rule.
+            NotFoundError: Or a subclass: the object does not exist, or the caller may not access it.
         """
         rule = RULES.get(method)
         if rule is None:
@@ -65,7 +65,7 @@ class ObjectAccess:
         """Return the relation of a device to a training session.
 
         Raises:
-            TrainingSessionNotFoundError: It takes no part in it, or there is none.
+            TrainingSessionNotFoundError: The training session does not exist, or the device takes no part in it.
         """
         relation = self._relation(device_id, training_session_id)
         if relation is None:
@@ -73,10 +73,10 @@ class ObjectAccess:
         return relation
 
     def require_own_update(self, device_id: str, update_id: str) -> None:
-        """Check that an accepted update is of a device.
+        """Check that an accepted update belongs to a device.
 
         Raises:
-            UpdateNotFoundError: It is not, or there is none.
+            UpdateNotFoundError: The update does not exist, or belongs to another device.
         """
         with self._context.database.read() as session:
             known = updates.find_accepted(session, update_id)
@@ -84,7 +84,7 @@ class ObjectAccess:
             raise UpdateNotFoundError
 
     def is_released(self, training_session_id: str, version: int) -> bool:
-        """Return whether a version is released, which it stays."""
+        """Return whether a version is released; a release is permanent."""
         with self._context.database.read() as session:
             model = global_models.get_model(session, training_session_id, version)
             return model is not None and model.released
@@ -105,7 +105,7 @@ class ObjectAccess:
 
 
 Rule = Callable[[ObjectAccess, str, Any], None]
-"""Refuses a device's call for what its first message names."""
+"""Rule: refuses a device's call for an object named in its first message."""
 
 
 def names_nothing(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
@@ -117,7 +117,7 @@ def own_only(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
 
 
 def administrators_only(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
-    """Deny devices: administrators reach what their role allows."""
+    """Deny devices; the method is for administrators."""
     raise PermissionDeniedError("the method is for administrators")
 
 
@@ -133,7 +133,7 @@ def own_session(access: ObjectAccess, device_id: str, message: Any) -> None:
 
 
 def signed_session(statement: type[Any], payload_of: Callable[[Any], bytes]) -> Rule:
-    """Return the rule that a device takes part in the training session that its signed statement names."""
+    """Return a rule: the device must take part in the training session named by its signed statement."""
 
     def rule(access: ObjectAccess, device_id: str, message: Any) -> None:
         access.require_relation(device_id, _session_of(statement, payload_of(message)))
@@ -145,7 +145,7 @@ def _session_of(statement: type[Any], payload: bytes) -> str:
     """Return the training session that a statement names.
 
     Raises:
-        InvalidRequestError: It cannot be read.
+        InvalidRequestError: The statement is malformed.
     """
     if not 0 < len(payload) <= MAX_MESSAGE_BYTES:
         raise InvalidRequestError(
@@ -245,4 +245,4 @@ RULES: Final[dict[str, Rule]] = {
     _COORDINATOR + "GetAuditHead": names_nothing,
     **{_ADMIN + name: administrators_only for name in _ADMINISTRATIVE},
 }
-"""What each method of both services is for."""
+"""Object rule of each method of both services."""

@@ -33,7 +33,7 @@ class Presence:
             self._recent[device_id] = at
 
     def poll_delay_s(self) -> float:
-        """Return the poll interval that keeps the fleet within its polls per second."""
+        """Return the poll interval that keeps the fleet within the configured polls per second."""
         delay = len(self._recent) / max(self._config.polls_per_second, 1e-3)
         return min(max(delay, self._config.min_poll_s), self._config.max_poll_s)
 

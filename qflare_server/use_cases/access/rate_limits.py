@@ -1,6 +1,6 @@
 """Per-caller rate limits: in-memory token buckets (Turner 1986), dropped once they are full again.
 
-Callers without a credential are told apart by their network.
+Callers without a credential are identified by their network.
 """
 
 import ipaddress
@@ -18,11 +18,11 @@ MAX_CALLERS: Final = 100_000
 
 @dataclass(slots=True)
 class TokenBucket:
-    """Permits events at a rate, up to a burst at once; full at first. Not thread-safe.
+    """Token bucket, initially full. Not thread-safe.
 
     Attributes:
-        per_second: Tokens earned a second, above 0.
-        burst: Tokens that the bucket holds at most.
+        per_second: Refill rate in tokens per second, above 0.
+        burst: Capacity in tokens.
         filled_at: Time of the last event, in seconds of any clock.
     """
 
@@ -35,7 +35,7 @@ class TokenBucket:
         self._tokens = self.burst
 
     def take(self, now: float) -> float:
-        """Take a token; return 0, or where none is left the seconds until there is one."""
+        """Take a token and return 0; if none is left, return the seconds until the next."""
         self._tokens, self.filled_at = self._earned(now), now
         if self._tokens < 1:
             return (1 - self._tokens) / self.per_second
@@ -43,7 +43,7 @@ class TokenBucket:
         return 0.0
 
     def is_full(self, now: float) -> bool:
-        """Return whether the bucket is as good as new."""
+        """Return whether the bucket is full."""
         return self._earned(now) >= self.burst
 
     def _earned(self, now: float) -> float:
@@ -55,10 +55,10 @@ class RateLimiter:
     """Limits the call rate of each caller; thread-safe.
 
     Args:
-        calls_per_second: What a caller may do on average. 0 means no bound.
+        calls_per_second: Average rate of a caller. 0 means no limit.
         monotonic: Monotonic clock, in seconds.
-        burst: Calls at once; None means those of ten seconds.
-        what: What is counted, for the error.
+        burst: Maximum burst in calls; None means ten seconds' worth.
+        what: Name of the counted calls, for the error.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RateLimiter:
         """Count a call.
 
         Raises:
-            TooManyRequestsError: The caller has no call left; says when it has one again.
+            TooManyRequestsError: The caller has exceeded its rate; carries the delay before a retry.
         """
         if not self._rate:
             return
@@ -100,18 +100,18 @@ class RateLimiter:
         return self._buckets[caller]
 
     def _forget(self, now: float) -> None:
-        """Drop the buckets that are full again; all of them if that is not enough."""
+        """Drop the full buckets; drop all if that is not enough."""
         kept = {name: bucket for name, bucket in self._buckets.items() if not bucket.is_full(now)}
         self._buckets = kept if len(kept) < MAX_CALLERS else {}
 
 
 def hourly_budget(per_hour: int, what: str) -> RateLimiter:
-    """Return a limiter of what each device may leave in the database for good, an hour's worth of it at once."""
+    """Return a limiter of the permanent records a device may create, with a burst of one hour's worth."""
     return RateLimiter(per_hour / 3600, time.monotonic, burst=per_hour, what=what)
 
 
 def network_of(host: str) -> str:
-    """Return whom an address is charged to: an IPv4 address, or the /64 network of an IPv6 one; empty for a name."""
+    """Return the rate-limit key of an address: IPv4 address or IPv6 /64 network; empty for a host name."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""Issue, list and revoke tokens. A secret is only ever in the response that issues it."""
+"""Issue, list and revoke tokens. A secret appears only in the response that issues it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,12 +57,12 @@ class Tokens:
         device_id: str = "",
         groups: Sequence[str] = (),
     ) -> Sequence[IssuedToken]:
-        """Issue one-time rights to enroll, into groups; with a device id, to give that device new keys.
+        """Issue one-time enrollment tokens, optionally for groups; with a device id, to replace that device's keys.
 
         Raises:
             AlreadyExistsError: The call's request id has issued tokens; secrets are not kept.
-            InvalidRequestError: The count, the label, the lifetime or a group is out of range, or there are groups for
-                a device that is enrolled.
+            InvalidRequestError: The count, the label, the lifetime or a group is out of range, or groups are given for
+                an enrolled device.
             DeviceNotFoundError: There is no such device.
         """
         if not 1 <= count <= MAX_TOKENS or (device_id and count != 1):
@@ -107,15 +107,15 @@ class Tokens:
 
         Args:
             caller: For the audit log.
-            name: Whom it is for, 1 to 200 printable characters.
-            roles: What it may do.
+            name: Name of the holder, 1 to 200 printable characters.
+            roles: Roles of the holder.
             lifetime_s: Lifetime in seconds; None means no expiry.
-            hand_over: Given the secret before the token is committed; may be called again for another secret.
+            hand_over: Called with the secret before the token is committed; a retry passes another secret.
 
         Raises:
             AlreadyExistsError: The call's request id has issued a token; secrets are not kept.
-            InvalidRequestError: The name or a role is not one that an administrator can have, or the lifetime
-                is out of range.
+            InvalidRequestError: The name is invalid, a role is not administrative, or the lifetime is out of
+                range.
         """
         if not 1 <= len(name) <= MAX_LABEL or not name.isprintable():
             raise InvalidRequestError("name: want 1 to 200 printable characters", field="name")

@@ -1,7 +1,7 @@
 """Verification bundles: the evidence behind a version, for an offline verifier that trusts only the root keys.
 
-A bundle comes in parts of a bounded size; their serializations one after another are the bundle. What it shows, and in
-which order it is checked, is said in `qflare.evidence.verification`.
+A bundle is exported in parts of bounded size; their concatenated serializations are the bundle.
+`qflare.evidence.verification` documents its contents and the order of the checks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -30,9 +30,9 @@ from qflare_server.use_cases.audit.log import EntryProof
 from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of
 
 BATCH: Final = 100
-"""Versions, updates or evaluations that are read at once."""
+"""Versions, updates or evaluations read per query."""
 PART_BYTES: Final = 2**20
-"""Most bytes of a part, unless one piece of evidence alone has more; each has less than 300 KiB."""
+"""Maximum bytes of a part, unless a single piece of evidence is larger; each is below 300 KiB."""
 Bundle = verification_pb2.VerificationBundle
 
 
@@ -102,7 +102,7 @@ class Evidence:
             first += len(rows)
 
     def _updates(self, model: GlobalModel, head: SignedHead, shown: set[str]) -> Iterator[Bundle]:
-        """Yield the updates of a version; devices whose keys come along are added to those that were shown."""
+        """Yield the updates of a version; adds the devices whose keys are included to `shown`."""
         after = 0
         while True:
             with self._context.database.read() as session:
@@ -144,7 +144,7 @@ class Evidence:
 
 
 def _packed(pieces: Iterable[Bundle]) -> Iterator[Bundle]:
-    """Yield pieces of a bundle together, as many as a part holds."""
+    """Merge pieces of a bundle into parts of the maximum size."""
     part, size_bytes = Bundle(), 0
     for piece in pieces:
         added = piece.ByteSize()
@@ -186,7 +186,7 @@ def _evidence(
 def _entry(
     session: Session, head: SignedHead, event_type: str, subject: str
 ) -> list[verification_pb2.AuditEvidence]:
-    """Return the entry of an event with its proof; nothing if there is none under the head."""
+    """Return the entry of an event with its proof; empty if the head covers none."""
     row = evidence.find_event(session, event_type, subject)
     if row is None or row.leaf_index is None or row.leaf_index >= head.size:
         return []
@@ -209,7 +209,7 @@ def _update(row: UpdateOfVersion) -> verification_pb2.UpdateEvidence:
 
 
 def _signed(statement: bytes | None, signature: bytes | None) -> security_pb2.SignedEnvelope:
-    """Return a statement with its one signature, as they are stored side by side."""
+    """Return the envelope of a statement and its signature, which are stored in two columns."""
     assert statement is not None
     assert signature is not None
     signatures = [security_pb2.Signature.FromString(signature)]

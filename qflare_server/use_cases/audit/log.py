@@ -21,7 +21,7 @@ from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, 
 
 @dataclass(frozen=True)
 class Consistency:
-    """Proof that a tree is the beginning of another."""
+    """Proof that one tree is a prefix of another."""
 
     first_size: int
     second_size: int
@@ -33,11 +33,11 @@ class EntryProof:
     """Proof that an entry is in the tree.
 
     Attributes:
-        entry: The entry in the open.
-        leaf_index: Its place.
-        tree_size: Size of the tree it is proven to be in.
+        entry: The entry.
+        leaf_index: Index of its leaf.
+        tree_size: Size of the tree that contains it.
         siblings: Hashes from the leaf upwards.
-        head: Signed head of that size; None where none of that size is kept.
+        head: Signed head of that size; None if none is kept.
     """
 
     entry: Entry
@@ -60,18 +60,18 @@ class Audit:
             return audit.list_entries(session, request, wanted)
 
     def count_by_risk(self, since: datetime) -> dict[str, int]:
-        """Return how many entries of each risk level there are since a time."""
+        """Return the number of entries by risk level since a time."""
         with self._context.database.read() as session:
             return audit.count_by_risk(session, since)
 
     def head(
         self, known_size: int = 0, *, fresh: bool = False
     ) -> tuple[security_pb2.SignedEnvelope, Consistency | None]:
-        """Return a signed head, and the proof that its tree extends one that the caller knows.
+        """Return a signed head, with a consistency proof from a tree that the caller knows.
 
         Args:
             known_size: Size of the known tree; 0 asks for no proof.
-            fresh: The head has to cover every committed entry; otherwise one of the last ten seconds will do.
+            fresh: Require a head that covers every committed entry; otherwise it may be up to ten seconds old.
 
         Raises:
             InvalidRequestError: The known tree is larger than the log.
@@ -102,7 +102,7 @@ class Audit:
 
         Args:
             audit_id: Number of the entry; or
-            leaf_index: its place.
+            leaf_index: index of its leaf.
             tree_size: Size of the tree; None takes a signed head that covers the entry.
 
         Raises:
@@ -121,7 +121,7 @@ class Audit:
         return found
 
     def _proof_under_head(self, audit_id: int | None, leaf_index: int | None) -> EntryProof:
-        """Prove under the latest head, or under a fresh one where that does not cover the entry."""
+        """Prove an entry under the latest head, or under a fresh head if the latest does not cover it."""
         for fresh in (False, True):
             head = self._sequencer.head(fresh=fresh)
             with self._context.database.read() as session:
@@ -138,7 +138,7 @@ def _prove(
     tree_size: int,
     head: SignedHead | None,
 ) -> EntryProof | None:
-    """Return the proof of an entry, None if the tree does not hold it."""
+    """Return the inclusion proof of an entry, None if the tree does not contain it."""
     row = audit_tree.find_entry(session, audit_id=audit_id, leaf_index=leaf_index)
     if row is None or row.leaf_index is None or row.leaf_index >= tree_size:
         return None
@@ -162,7 +162,7 @@ class AuditExport:
         """Yield batches of entries; no transaction is open between two.
 
         Args:
-            wanted: Which entries.
+            wanted: Filter of the entries.
             after_id: Only entries after this one; 0 means all.
 
         Raises:

@@ -1,14 +1,14 @@
 """Audit-log sequencer: appends committed entries to the Merkle tree and signs tree heads.
 
-Calls only insert rows; they never wait for the tree. The sequencer gives committed rows their places afterwards, in
-the order of their ids, some at a time, one transaction for each batch, together with the nodes that the batch
-completes. On PostgreSQL ids become visible out of order: a row whose transaction commits later than that of a higher
-id gets a later place, so places follow visibility, ids follow insertion; no row is lost.
+Calls only insert rows; they never wait for the tree. The sequencer appends committed rows afterwards in batches, in
+the order of their ids. One transaction writes a batch's leaves and the nodes that it completes. On PostgreSQL ids
+become visible out of order: a row whose transaction commits after that of a higher id gets a later leaf. Leaf order is
+the order of visibility, id order that of insertion; no row is lost.
 
-Several coordinators may run sequencers: a locked row lets one work at a time, and the unique keys of places and
-nodes refuse whatever slips past it. A crash loses a batch as a whole, and the next pass does it again.
+Several coordinators may run sequencers: a row lock lets one work at a time, and the unique keys of leaves and nodes
+prevent duplicates. A crash rolls back the whole batch, and the next pass repeats it.
 
-A head is signed at most every ten seconds unless somebody asks for it; of the heads of one hour the last is kept.
+A head is signed at most every ten seconds, or on request. The last head of each hour is kept.
 """
 
 import logging
@@ -31,7 +31,7 @@ from qflare_server.use_cases.audit import witness
 
 logger = logging.getLogger(__name__)
 
-BATCH: Final = 256  # entries of one transaction, which on SQLite holds the one writer for 5 ms
+BATCH: Final = 256  # entries per transaction; on SQLite it holds the write lock for 5 ms
 MAX_IDLE: Final = 8  # consecutive empty passes before a waiting caller gives up
 HEAD_INTERVAL: Final = timedelta(seconds=10)
 ORIGIN_SUFFIX: Final = "/audit"
@@ -55,12 +55,12 @@ class SignedHead:
 
 
 def origin_of(realm: str) -> str:
-    """Return the name of a realm's audit log, as its heads state it."""
+    """Return the origin of a realm's audit log, as stated in its heads."""
     return realm + ORIGIN_SUFFIX
 
 
 def entry_of(row: AuditLog) -> Entry:
-    """Return what a row commits to."""
+    """Return the entry that a row's leaf commits to."""
     return Entry(
         audit_id=row.id,
         event_type=row.event_type,
@@ -95,14 +95,14 @@ class AuditSequencer:
     """Sequences audit entries and signs tree heads; thread-safe, and several may run at once.
 
     Args:
-        context: The coordinator's parts.
+        context: The coordinator's components.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
 
     def run_once(self) -> int:
-        """Place every committed entry, sign a head if one is due, and return how many were placed.
+        """Sequence every committed entry and sign a head if one is due; return the number of sequenced entries.
 
         Raises:
             StoreUnavailableError: The database cannot be reached.
@@ -120,7 +120,7 @@ class AuditSequencer:
         """Return a signed head.
 
         Args:
-            fresh: It has to cover every entry that is committed; otherwise one of the last ten seconds will do.
+            fresh: Require a head that covers every committed entry; otherwise it may be up to ten seconds old.
 
         Raises:
             StoreUnavailableError: The database cannot be reached.
@@ -142,9 +142,9 @@ class AuditSequencer:
         return fresh or self._context.clock() - latest.created_at >= HEAD_INTERVAL
 
     def _place_all(self, *, wait: bool) -> int:
-        """Sequence what is committed by now, or return if another sequencer is at work.
+        """Sequence the entries committed so far, or return if another sequencer is running.
 
-        Entries committed meanwhile wait for the next pass: including them would cost a transaction for every few
+        Entries committed during the pass wait for the next one; including them would cost a transaction for every few
         entries.
         """
         total = idle = 0
@@ -160,9 +160,9 @@ class AuditSequencer:
         return total
 
     def _next_leaves(self) -> tuple[list[tuple[int, bytes]], bool]:
-        """Return ids and leaf hashes of the next batch, and whether it is the last one at this moment.
+        """Return ids and leaf hashes of the next batch, and whether it is currently the last one.
 
-        Rows never change, so no transaction is held for it.
+        Rows never change, so the read holds no transaction.
         """
         with self._context.database.read() as session:
             rows = audit_tree.pending(session, BATCH)
@@ -171,7 +171,7 @@ class AuditSequencer:
         return leaves, len(rows) < BATCH
 
     def _place(self, leaves: list[tuple[int, bytes]], *, wait: bool) -> int:
-        """Place a batch; 0 when another sequencer was faster."""
+        """Append a batch; return 0 if another sequencer appended it first."""
         try:
             return self._context.database.write(
                 lambda session: self._grow(session, leaves, wait=wait)
@@ -197,7 +197,7 @@ class AuditSequencer:
         return len(placed)
 
     def _sign(self) -> SignedHead:
-        """Sign the tree as it is, outside of any transaction, and keep the head."""
+        """Sign a head of the current tree outside of any transaction, and store it."""
         with self._context.database.read() as session:
             leaf_count = audit_tree.size(session)
             root = audit_tree.compact_tree(session, leaf_count).root()
@@ -213,7 +213,7 @@ class AuditSequencer:
         return self._keep(SignedHead(leaf_count, root, envelope, at))
 
     def _keep(self, head: SignedHead) -> SignedHead:
-        """Store a head and drop the earlier ones of its hour; one that is there already stays."""
+        """Store a head unless one of its size exists, and delete the earlier ones of its hour."""
 
         def work(session: Session) -> SignedHead | None:
             known = audit_tree.get_head(session, head.size)

@@ -13,7 +13,7 @@ from qflare.v1 import security_pb2
 
 
 def append(path: Path, envelope: security_pb2.SignedEnvelope) -> None:
-    """Append a head, durably and in one write, so that two writers never mix their lines.
+    """Append a head durably in one write, so that lines of concurrent writers do not interleave.
 
     Raises:
         OSError: It cannot be written.
@@ -29,11 +29,11 @@ def append(path: Path, envelope: security_pb2.SignedEnvelope) -> None:
 
 
 def read(path: Path) -> Iterator[security_pb2.SignedEnvelope]:
-    """Yield the heads of a witness file in their order; their signatures are for the caller.
+    """Yield the heads of a witness file in order; the caller verifies their signatures.
 
     Raises:
         OSError: It cannot be read.
-        StatementError: A line is no head.
+        StatementError: A line is not a tree head.
     """
     with path.open(encoding="utf-8") as file:
         for line in file:

@@ -116,7 +116,7 @@ class Devices:
         """Insert a device that an embedding program vouches for.
 
         Raises:
-            AlreadyExistsError: There is a device with this id.
+            AlreadyExistsError: The device id is taken.
         """
         if not 1 <= len(device_id) <= MAX_DEVICE_ID or not device_id.isprintable():
             raise InvalidRequestError(
@@ -160,7 +160,7 @@ class Devices:
             return devices.list_active(session)
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Return how many devices there are by state and by type."""
+        """Return the number of devices by state and by type."""
         with self._context.database.read() as session:
             return devices.count_by_state(session), devices.count_by_type(session)
 
@@ -198,11 +198,11 @@ class Devices:
     def set_groups(
         self, caller: Caller, device_id: str, groups: Sequence[str], reason: str
     ) -> GroupedDevice:
-        """Put a device into groups and out of all others; bites on its next call.
+        """Replace a device's groups, effective on its next call.
 
         Raises:
             DeviceNotFoundError: There is no such device.
-            InvalidRequestError: There are too many groups, or a name is none.
+            InvalidRequestError: There are too many groups, or a group name is invalid.
         """
         wanted = checked_groups(groups, "groups")
         _check_reason(reason)
@@ -280,14 +280,14 @@ class Devices:
         return Beat(self._context.clock(), device.state)
 
     def mark_inactive(self, before_s: float) -> int:
-        """Mark devices inactive that have not called for so many seconds; return how many."""
+        """Mark devices inactive that have not called for `before_s` seconds; return their number."""
         before = self._context.clock() - timedelta(seconds=before_s)
         return self._context.database.write(lambda session: devices.mark_inactive(session, before))
 
     def _once(
         self, caller: Caller, device_id: str, change: Callable[[Session], Device]
     ) -> GroupedDevice:
-        """Make a change, once if the caller has a claim; return the device as it is then."""
+        """Apply a change, once if the caller has a claim; return the changed device."""
 
         def work(session: Session) -> GroupedDevice:
             device = change(session)
@@ -354,5 +354,5 @@ def _reported_columns(profile: Profile) -> dict[str, Any]:
 
 
 def _is_reported(device: Device, profile: Profile) -> bool:
-    """Return whether a device's row holds a profile already."""
+    """Return whether a device's row already holds this profile."""
     return all(getattr(device, name) == value for name, value in _reported_columns(profile).items())

@@ -2,9 +2,9 @@
 
 Constructor: ``Enrollment(context, keys)``.
 
-Invariants: an enrollment token makes one device (or gives one device other keys), even under concurrent calls: the
-UPDATE that consumes it decides, in the transaction that stores the device. The same token with the same keys gets
-the receipt again. Every refusal sends the same text; the audit log has the reason.
+Invariants: an enrollment token enrolls one device (or replaces one device's keys), even under concurrent calls: the
+UPDATE that consumes it runs in the transaction that stores the device. The same token with the same keys gets the
+receipt again. Every refusal sends the same text; the audit log has the reason.
 
 The cryptography of the messages is in `qflare.protocol.enrollment`.
 """
@@ -42,7 +42,7 @@ from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key,
 
 LOST_KEYS = "lost"
 TRUSTED: Final = {"device_type": "type", "capabilities": "capabilities"}
-"""Columns of a device that selection goes by, and how the columns of what it reports are called after `reported_`."""
+"""Columns used by selection; the self-reported columns have the same names after `reported_`."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class EnrollmentResult:
 class _Plan:
     """The effect of a valid application, computed before the transaction that applies it.
 
-    `device` is the one that lost its keys, None for another one, which gets `groups`. `done` is set where it has
-    happened already.
+    `device` is the device whose keys are replaced; None for a new device, which gets `groups`. `done` is set if the
+    application was already applied.
     """
 
     token_id: str
@@ -105,8 +105,8 @@ class Enrollment:
         """Answer the first half of an enrollment; changes nothing.
 
         Raises:
-            InvalidEnrollmentTokenError: The token is not good, or anything else about the request.
-            AlgorithmNotAcceptedError: The token is good, the signature key's algorithm is not accepted of devices.
+            InvalidEnrollmentTokenError: The token or another part of the request is invalid.
+            AlgorithmNotAcceptedError: The token is valid, but the signature key's algorithm is not accepted.
         """
         try:
             application, challenge = self._protocol.challenge(sealed, self._context.clock())
@@ -121,10 +121,10 @@ class Enrollment:
         """Finish an enrollment: consume the token and store the device.
 
         Raises:
-            InvalidEnrollmentTokenError: The token is not good, another device was faster, or the confirmation is wrong.
+            InvalidEnrollmentTokenError: The token is invalid or used, or the confirmation is wrong.
             AlgorithmNotAcceptedError: As `begin`.
             InvalidRequestError: The device's profile is out of range.
-            ConflictError: The same device enrolled at the same moment by another call: repeat.
+            ConflictError: A concurrent call enrolled the same device; retry.
         """
         at = self._context.clock()
         try:
@@ -197,7 +197,7 @@ class Enrollment:
     def _require_algorithm(
         self, caller: Caller, application: protocol.EnrollmentApplication, plan: _Plan
     ) -> None:
-        """Refuse an unaccepted key algorithm with its reason: a caller with a valid token may know what is accepted."""
+        """Refuse an unaccepted key algorithm with its reason; a caller with a valid token may learn it."""
         if plan.done is not None:
             return
         try:
@@ -242,7 +242,7 @@ class Enrollment:
 def _repeated(
     session: Session, token: UserToken, application: protocol.EnrollmentApplication
 ) -> _Plan:
-    """Return the first answer to a token that these keys have used."""
+    """Return the first result for a token that these keys have used."""
     key = devices.get_key(session, application.signature_key.key_id)
     same = (
         key is not None
@@ -257,7 +257,7 @@ def _repeated(
 
 
 def _keep_confirmed(device: Device, profile: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of a profile with which a device enrolls again: what was confirmed stays confirmed."""
+    """Return the profile columns of a re-enrolling device; confirmed values are kept."""
     if device.confirmed_at is None or not profile:
         return dict(profile)
     kept = {name: value for name, value in profile.items() if name not in TRUSTED}

@@ -2,8 +2,8 @@
 
 Constructor: ``KeyRotations(context, keys)``.
 
-Invariants: a rotation counts once, in order, and only from the keys in use; the rotation is kept with the next key as
-evidence; other logins of the device end, the one that rotates goes on. The same rotation again gets the same answer.
+Invariants: a rotation is applied once, in order, and only from the current keys. It is stored with the next key as
+evidence. The device's other logins end; the one that rotates continues. Repeating a rotation returns the same answer.
 """
 
 from dataclasses import dataclass
@@ -61,23 +61,23 @@ class KeyRotations:
     def rotate(
         self, caller: Caller, principal: Principal, envelope: security_pb2.SignedEnvelope
     ) -> int:
-        """Exchange the keys of the calling device.
+        """Rotate the keys of the calling device.
 
         Args:
-            caller: Who calls, for the audit log.
-            principal: Who calls.
+            caller: The caller, for the audit log.
+            principal: The authenticated caller.
             envelope: A ``KeyRotation``, signed by both keys.
 
         Returns:
-            How often the device has changed its keys.
+            Number of the device's key rotations.
 
         Raises:
-            UnauthenticatedError: No device calls.
+            UnauthenticatedError: The caller is not a device.
             InvalidRequestError: The rotation is malformed, or for another realm or device.
             InvalidSignatureError: Not signed by both keys.
-            AlgorithmNotAcceptedError: The next signature key is of an algorithm that is not accepted of devices.
+            AlgorithmNotAcceptedError: The next signature key's algorithm is not accepted.
             TooManyRequestsError: The device has used up its rotations of the hour.
-            WrongStateError: It does not follow the keys in use; the metadata carries the count of rotations.
+            WrongStateError: It does not follow the current keys; the metadata carries the rotation count.
         """
         rotation, keys = _read(envelope)
         if principal.device_id is None:
@@ -163,7 +163,7 @@ def _read(envelope: security_pb2.SignedEnvelope) -> tuple[security_pb2.KeyRotati
 def _is_done(
     session: Session, device: Device, keys: _Keys, envelope: security_pb2.SignedEnvelope
 ) -> bool:
-    """Return whether this very rotation brought in the keys in use."""
+    """Return whether this rotation introduced the current keys."""
     if device.signature_key_id != keys.signature_key.key_id:
         return False
     key = devices.get_key(session, keys.signature_key.key_id)
@@ -173,7 +173,7 @@ def _is_done(
 
 
 def _require_next(device: Device, rotation: security_pb2.KeyRotation) -> int:
-    """Return the count after a rotation that follows the keys in use."""
+    """Return the rotation count after a rotation that follows the current keys."""
     count = device.key_rotation_count + 1
     got = (rotation.sequence_number, rotation.previous_key_id)
     if got != (count, device.signature_key_id):

@@ -14,7 +14,7 @@ from qflare_server.storage.repository import devices
 
 
 class PublicKeys(Protocol):
-    """Anything that carries the public keys of a device; an embedding program may give one of them or none."""
+    """The public keys of a device; an embedding program may supply one, both or none."""
 
     @property
     def signature_key(self) -> PublicKey | None:
@@ -26,7 +26,7 @@ class PublicKeys(Protocol):
 
 
 def key_columns(keys: PublicKeys) -> dict[str, Any]:
-    """Return the columns of a device's row for those keys that there are."""
+    """Return the columns of a device's row for the keys present."""
     columns: dict[str, Any] = {}
     if keys.signature_key is not None:
         columns |= {
@@ -40,7 +40,7 @@ def key_columns(keys: PublicKeys) -> dict[str, Any]:
 
 
 def key_names(device: Device) -> tuple[str | None, str | None, int]:
-    """Return what names the keys of a device at one time: two reads with the same have seen the same keys."""
+    """Return a fingerprint of a device's current keys: two reads with equal results saw the same keys."""
     return device.signature_key_id, device.kem_key_id, device.key_rotation_count
 
 
@@ -57,11 +57,11 @@ def insert_key(
 
     Args:
         session: Open transaction.
-        device_id: Whose they are.
+        device_id: The device.
         keys: The keys, a signature key among them.
-        statement: The signed statement that brought them in: without it, nobody takes them for the device's.
-        at: When.
-        first: The device has no history yet, which spares looking.
+        statement: The signed statement that introduced them; keys without one are not accepted.
+        at: Time of the insertion.
+        first: The device has no key history yet; skips the lookup.
     """
     assert keys.signature_key is not None
     sequence = 1 if first else devices.last_sequence(session, device_id) + 1
@@ -90,7 +90,7 @@ class AcceptedAlgorithms:
         """Check the algorithm of a device's key.
 
         Raises:
-            AlgorithmNotAcceptedError: It is not accepted; names those that are.
+            AlgorithmNotAcceptedError: It is not accepted; the error lists the accepted ones.
         """
         if algorithm not in self._accepted:
             (got,) = algorithm_names([algorithm])

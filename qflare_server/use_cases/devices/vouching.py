@@ -1,10 +1,10 @@
-"""Receipts for keys of devices that did not enroll: the coordinator vouches for them.
+"""Receipts for keys of devices that did not enroll, signed by the coordinator.
 
 Constructor: ``Vouching(context)``.
 
-An embedding program brings devices in with their keys; each key gets a receipt of a registrar key, marked in-process.
-Keys that a program brought in before that have no receipt, and are not accepted as their devices'. `Vouching` signs
-receipts for those that an administrator names: the row alone does not say whether a program or an intruder inserted it.
+An embedding program registers devices with their keys; a registrar key signs a receipt for each key, marked
+in-process. Keys registered by earlier releases have no receipt and are not accepted. `Vouching` signs receipts for the
+keys that an administrator names: a row alone does not show whether a program or an intruder inserted it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -46,16 +46,15 @@ class Vouching:
         self._context = context
 
     def unvouched(self) -> Sequence[DeviceKey]:
-        """Return the keys that have neither receipt nor rotation, by device and in order."""
+        """Return the keys that have neither receipt nor rotation, ordered by device and sequence."""
         with self._context.database.read() as session:
             return devices.keys_without_statement(session)
 
     def vouch(self, caller: Caller, key_ids: Collection[str]) -> int:
-        """Sign receipts for keys; return how many. Those that have one already stay as they are.
+        """Sign receipts for keys that have none; return the number of receipts signed.
 
         Raises:
-            InvalidRequestError: There is no such key, or its row does not hold the key that it names; none is vouched
-                for.
+            InvalidRequestError: A key is unknown, or its row does not match its key id; no receipt is signed.
         """
         at = self._context.clock()
         with self._context.database.read() as session:
@@ -80,7 +79,7 @@ class Vouching:
             raise InvalidRequestError(f"key {row.key_id}: {error}", field="key_id") from error
         if keys.signature_key.key_id != row.key_id:
             raise InvalidRequestError(f"key {row.key_id}: the row holds another", field="key_id")
-        later = newest - row.sequence  # each exchange of keys added one row and one to the count
+        later = newest - row.sequence  # each rotation added one row and one to the count
         return sign_receipt(
             self._context,
             row.device_id,
@@ -101,11 +100,11 @@ def sign_receipt(
     """Return the signed receipt, marked in-process, of a device that did not enroll.
 
     Args:
-        context: The coordinator's parts.
+        context: The coordinator's components.
         device_id: The device.
         keys: Its keys, a signature key among them.
         registered_at: When the device was registered.
-        rotation_count: Number of its earlier exchanges of keys.
+        rotation_count: Number of its earlier key rotations.
     """
     assert keys.signature_key is not None
     receipt = security_pb2.EnrollmentReceipt(

@@ -28,7 +28,7 @@ from qflare_server.use_cases.devices.vouching import sign_receipt
 
 @dataclass(frozen=True)
 class PublicKeys:
-    """The public keys of a device, as far as it has any."""
+    """The public keys of a device; each may be absent."""
 
     signature_key: PublicKey | None = None
     kem_key: KemPublicKey | None = None
@@ -66,19 +66,19 @@ class KnownDevices:
         """Insert a device.
 
         Raises:
-            AlreadyExistsError: There is a device with this id, or one with its signature key.
-            InvalidRequestError: Something of its profile is out of range.
+            AlreadyExistsError: The device id or the signature key is already registered.
+            InvalidRequestError: A profile value is out of range.
         """
         if self.add_many(caller, [known]) == 0:
             raise AlreadyExistsError(f"device {known.device_id[:64]!r} exists")
 
     def add_many(self, caller: Caller, known: Sequence[KnownDevice]) -> int:
-        """Insert those devices that are not there, all in one transaction; return how many.
+        """Insert the devices that are not registered yet, in one transaction; return their number.
 
         Raises:
-            AlreadyExistsError: A signature key is another device's; none is inserted.
-            InvalidRequestError: Something of a profile is out of range; none is inserted.
-            ConflictError: Another call registered one of them meanwhile: repeat the call.
+            AlreadyExistsError: A signature key belongs to another device; none is inserted.
+            InvalidRequestError: A profile value is out of range; none is inserted.
+            ConflictError: A concurrent call registered one of them; retry.
         """
         at = self._context.clock()
         rows = {item.device_id: (item, item.profile.columns()) for item in known}
@@ -126,13 +126,13 @@ class KnownDevices:
         audit.record(session, caller, event, at)
 
     def replace_keys(self, caller: Caller, device_id: str, keys: PublicKeys) -> Device:
-        """Give a device other keys; a key that is None stays as it is, earlier ones stay as evidence.
+        """Replace a device's keys. None keeps the current key; replaced keys are kept as evidence.
 
         Raises:
             DeviceNotFoundError: There is no such device.
             DeviceRevokedError: It is revoked.
-            AlreadyExistsError: The signature key is or was another device's, or was this one's before.
-            ConflictError: Another call changed its keys meanwhile: repeat the call.
+            AlreadyExistsError: The signature key was used before, by this or another device.
+            ConflictError: A concurrent call changed its keys; retry.
         """
         at = self._context.clock()
         with self._context.database.read() as session:
@@ -175,7 +175,7 @@ class KnownDevices:
         self._context.database.write(lambda session: devices.record_seen(session, {device_id: at}))
 
     def count_seen(self, within_s: float) -> int:
-        """Return how many active devices have called within so many seconds."""
+        """Return the number of active devices seen within the last `within_s` seconds."""
         since = self._context.clock() - timedelta(seconds=within_s)
         with self._context.database.read() as session:
             return devices.count_active_since(session, since)
@@ -205,12 +205,12 @@ def _require_unknown(session: Session, key: PublicKey) -> None:
 
 
 def _is_other(known: Device, keys: PublicKeys) -> bool:
-    """Return whether keys bring a device another signature key than it has."""
+    """Return whether keys contain a signature key that differs from the device's current one."""
     return keys.signature_key is not None and keys.signature_key.key_id != known.signature_key_id
 
 
 def _merged(known: Device, keys: PublicKeys) -> PublicKeys:
-    """Return the keys that a device has once it was given some."""
+    """Return a device's keys after a replacement."""
     signature_key, kem_key = keys.signature_key, keys.kem_key
     if signature_key is None and known.signature_public_key is not None:
         signature_key = PublicKey(

@@ -5,9 +5,9 @@
      "metadata": {"device_type": str, "hardware": dict, "network": dict, "capabilities": dict | list},
      "training_config": {"local_epochs": int, "batch_size": int, "learning_rate": float}}
 
-What is written is JSON: times are ISO 8601 in UTC, keys base64. What is read may leave anything out but the id, may
-hold keys as bytes, base64 or hex, and capabilities as a list of names. Keys of other kinds than ML-DSA and X-Wing
-(the earlier registry kept FrodoKEM's) are of no use here: `read_record` can leave them out and says which.
+The output is JSON: times are ISO 8601 in UTC, keys base64. In the input only the id is required. Input keys may be
+bytes, base64 or hex, and capabilities may be a list of names. Keys other than ML-DSA and X-Wing (the earlier registry
+kept FrodoKEM keys) are not usable: `read_record` can skip them and lists the skipped ones.
 """
 
 import base64
@@ -31,7 +31,7 @@ STATES: Final = {state.value: state for state in DeviceState} | {
     "approved": DeviceState.ACTIVE,
     "pending": DeviceState.SUSPENDED,
 }
-"""States by the names of the earlier registry; training is a matter of rounds, not of the device."""
+"""Device states by status name of the earlier registry; training is a property of rounds, not of devices."""
 
 UNKNOWN_TYPE: Final = "unknown"
 MAX_INTEGER: Final = 2**31 - 1
@@ -40,7 +40,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Record:
-    """A device that was read, and the names of the keys that were left out."""
+    """An imported device, and the names of its skipped keys."""
 
     known: KnownDevice
     unusable_keys: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ def write_record(device: Device) -> dict[str, Any]:
 
 
 def write_summary(device: Device) -> dict[str, Any]:
-    """Return the summary of each device for a list."""
+    """Return a device's summary for a list."""
     return {
         "device_id": device.id,
         "last_seen": _iso(device.last_seen_at),
@@ -87,7 +87,7 @@ def read_record(device_id: object, record: object) -> Record:
     """Read a device.
 
     Raises:
-        InvalidRequestError: Names the field that is not what it has to be.
+        InvalidRequestError: A field is invalid; the error names it.
     """
     if not isinstance(device_id, str):
         raise InvalidRequestError("device_id: not text", field="device_id")
@@ -106,10 +106,10 @@ def read_record(device_id: object, record: object) -> Record:
 
 
 def read_state(name: object) -> DeviceState:
-    """Return the state that a status stands for.
+    """Return the device state for a status name.
 
     Raises:
-        InvalidRequestError: It stands for none.
+        InvalidRequestError: The status is unknown.
     """
     state = STATES.get(name) if isinstance(name, str) else None
     if state is None:
@@ -119,10 +119,10 @@ def read_state(name: object) -> DeviceState:
 
 
 def read_keys(fields: Mapping[str, object]) -> PublicKeys:
-    """Read public keys; a key that is missing or None is None.
+    """Read public keys; a missing key is None.
 
     Raises:
-        InvalidRequestError: A key is of no kind that the coordinator uses.
+        InvalidRequestError: A key's type is not supported.
     """
     try:
         return PublicKeys(
@@ -134,7 +134,7 @@ def read_keys(fields: Mapping[str, object]) -> PublicKeys:
 
 
 def _read_usable_keys(fields: Mapping[str, object]) -> tuple[PublicKeys, tuple[str, ...]]:
-    """Read the keys that can be used, and name those that cannot."""
+    """Read the usable keys; return the names of the others too."""
     usable: dict[str, object] = {}
     unusable = []
     for name in ("sig_public_key", "kem_public_key"):
@@ -211,7 +211,7 @@ def _mapping(name: str, value: object) -> Mapping[str, object]:
 
 
 def _json_mapping(name: str, value: object) -> dict[str, Any]:
-    """Return what JSON makes of a mapping, so that it reads back as it was written."""
+    """Return a mapping after a JSON round trip, so that it reads back unchanged."""
     try:
         text = json.dumps(dict(_mapping(name, value)), allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -1,9 +1,8 @@
 """The training session of embedding programs: lookup and creation.
 
-Its id is `in-process-N`: the first of these that has not ended is the one in use, and the next begins when it is
-reset. It begins with the first contribution, whose length is the length of all, from an initial model of zeros. Its
-rounds have no task, so no enrolled device is asked to take part, and a quorum that nobody reaches: they close when
-the program asks for it.
+Its id is `in-process-N`. The first that has not ended is the current one; a reset ends it. The first contribution
+creates the session, with an initial model of zeros, and fixes the vector length. Its rounds have no task, so enrolled
+devices are not selected. Their quorum is out of reach, so they close only when the program closes them.
 """
 
 from collections.abc import Mapping
@@ -30,13 +29,13 @@ from qflare_server.training.rounds import IN_PROCESS_PREFIX, RoundTask, open_rou
 from qflare_server.training.versions import SignedVersion, VersionDraft, publish, sign_version
 
 NAME: Final = "in-process"
-NEVER: Final = 10_000_000  # a quorum that no round reaches by itself
+NEVER: Final = 10_000_000  # out of reach for any round
 MAX_ROUNDS: Final = 1_000_000
 OPENING_ATTEMPTS: Final = 3
 
 
 def find_in_use(session: Session) -> tuple[str, TrainingSession | None]:
-    """Return the first id whose training session has not ended, and that session if it has begun."""
+    """Return the id of the current training session, and the session itself if it has been created."""
     for generation in count(1):
         training_session_id = f"{IN_PROCESS_PREFIX}{generation}"
         training_session = training_sessions.get_session(session, training_session_id)
@@ -46,10 +45,10 @@ def find_in_use(session: Session) -> tuple[str, TrainingSession | None]:
 
 
 def require_layout(session: Session, training_session_id: str, manifest: Manifest) -> None:
-    """Refuse weights of another length than the training session's.
+    """Require the vector length of the training session.
 
     Raises:
-        InvalidUpdateError: With got and wanted.
+        InvalidUpdateError: The length differs.
     """
     base = global_models.get_model(session, training_session_id, 0)
     assert base is not None
@@ -62,10 +61,10 @@ def require_layout(session: Session, training_session_id: str, manifest: Manifes
 def ensure_begun(
     context: Context, executor: ThreadPoolExecutor, caller: Caller, manifest: Manifest
 ) -> str:
-    """Return the id of the training session in use, beginning one of this layout if there is none.
+    """Return the id of the current training session; create one of this layout if there is none.
 
     Raises:
-        InvalidUpdateError: The one in use has another layout.
+        InvalidUpdateError: The current one has another layout.
     """
     for _ in range(OPENING_ATTEMPTS):
         with context.database.read() as session:
@@ -98,7 +97,7 @@ def _begin(
     try:
         context.database.write(lambda session: _insert(session, caller, row, signed, task, at))
     except ConflictError:
-        return  # another program began it meanwhile
+        return  # created concurrently by another program
 
 
 def _insert(
@@ -109,7 +108,7 @@ def _insert(
     task: RoundTask,
     at: datetime,
 ) -> None:
-    """Insert a training session with its initial model and its first round, all at once."""
+    """Insert a training session with its initial model and its first round in one transaction."""
     training_session_id = row["id"]
     if training_sessions.get_session(session, training_session_id) is not None:
         return

@@ -1,7 +1,7 @@
 """Training for embedding programs: contribute, close rounds, reset.
 
-A contribution is one vector of float32, without gRPC and without a signature: the program vouches for its devices.
-`in_process.session` says what the training session is.
+A contribution is one float32 vector, without gRPC and without a signature: the program vouches for its devices.
+`in_process.session` describes the training session.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ class Contribution:
 
         Raises:
             InvalidRequestError: The example count or a metric is out of range.
-            InvalidUpdateError: The length is not that of one float32 or more.
+            InvalidUpdateError: The length is not a positive multiple of a float32's size.
         """
         if not 1 <= self.example_count <= MAX_EXAMPLES:
             raise InvalidRequestError(
@@ -98,13 +98,13 @@ class InProcess:
         self._acceptance = Acceptance(context)
 
     def progress(self) -> Progress | None:
-        """Return the progress of the training session in use, None before the first contribution."""
+        """Return the progress of the current training session, None before the first contribution."""
         with self._context.database.read() as session:
             training_session_id, training_session = find_in_use(session)
         return None if training_session is None else self._training.progress(training_session_id)
 
     def check(self, contribution: Contribution) -> None:
-        """Check whether `contribute` would accept; writes nothing.
+        """Check whether `contribute` would accept a contribution; writes nothing.
 
         Raises:
             QflareError: As `contribute`.
@@ -124,13 +124,13 @@ class InProcess:
             raise InvalidUpdateError(str(error)) from error
 
     def contribute(self, caller: Caller, contribution: Contribution) -> int:
-        """Take weights into the open round, durably; return their acceptance sequence number.
+        """Store a contribution durably in the open round; return its acceptance sequence number.
 
         Raises:
-            InvalidRequestError: Or one of its kind: the weights are of another length, or not finite.
+            InvalidRequestError: Or a subclass: the weights have another length, or are not finite.
             DeviceNotFoundError: There is no such device.
             DeviceRevokedError: It is revoked.
-            DeviceSuspendedError: It is in another state but active.
+            DeviceSuspendedError: It is not active.
             DuplicateUpdateError: It has contributed to the round already.
             RoundNotOpenError: The round is being published, or the training session is paused.
         """
@@ -146,7 +146,7 @@ class InProcess:
     def close_round(self, min_count: int) -> int | None:
         """Close the open round if it has enough contributions; return the number of the round to publish.
 
-        None if there is nothing to publish; a round that is closed already is to be published whatever it has.
+        Returns None if there is nothing to publish. A closed round is published whatever its number of contributions.
         """
 
         def work(session: Session) -> int | None:
@@ -171,13 +171,13 @@ class InProcess:
         return self._context.database.write(work)
 
     def find_round(self, number: int) -> Round | None:
-        """Return a round of the training session in use."""
+        """Return a round of the current training session."""
         with self._context.database.read() as session:
             training_session_id, _ = find_in_use(session)
             return training_sessions.get_round(session, training_session_id, number)
 
     def discard_round(self, caller: Caller) -> int:
-        """Reject what the open round has taken and open another; return how many contributions.
+        """Reject the open round's contributions and open the next round; return the number of rejected contributions.
 
         Raises:
             RoundNotOpenError: The round is being published, or the training session is paused.
@@ -224,13 +224,13 @@ class InProcess:
         return self._context.database.write(work)
 
     def end(self, caller: Caller) -> None:
-        """End the training session in use; the next contribution begins another, of any length."""
+        """End the current training session; the next contribution creates a new one, of any vector length."""
         current = self.progress()
         if current is not None:
             self._training.cancel(caller, current.session.id, "reset by the program")
 
     def contributions(self, device_id: str, limit: int) -> list[ModelUpdate]:
-        """Return what a device has contributed to the training session in use, newest first."""
+        """Return a device's contributions to the current training session, newest first."""
         with self._context.database.read() as session:
             training_session_id, _ = find_in_use(session)
             return list(updates.list_of_device(session, training_session_id, device_id, limit))
@@ -273,7 +273,7 @@ class InProcess:
     def _submission(
         self, contribution: Contribution, facts: RoundFacts, received: ReceivedPayload
     ) -> Submission:
-        """Return a contribution as an unsigned submission: the coordinator writes its statement."""
+        """Return a contribution as an unsigned submission, with a statement written by the coordinator."""
         statement = security_pb2.UpdateStatement(
             realm=self._context.config.realm,
             training_session_id=facts.training_session_id,

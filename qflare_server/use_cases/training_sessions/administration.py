@@ -47,7 +47,7 @@ MAX_ARCHITECTURE_BYTES: Final = 2**19
 def checked(
     name: str, model_type: str, config: training_pb2.TrainingConfig
 ) -> training_pb2.TrainingConfig:
-    """Return a configuration with every default filled in, if a training session can be created with it.
+    """Validate a configuration and return it with every default filled in.
 
     Raises:
         InvalidRequestError: A field is out of range.
@@ -79,11 +79,11 @@ class Training:
         """Create a training session; it waits for an initial model and for its start.
 
         Args:
-            caller: For the audit log; with a claim, the call creates one training session however often it is made.
+            caller: For the audit log; with a claim, repeated calls create one training session.
             name: 1 to 200 characters.
             model_type: At most 100 characters.
             architecture: Free text by name.
-            config: What is left out takes its default.
+            config: Configuration; unset fields take their defaults.
 
         Raises:
             InvalidRequestError: A field is out of range.
@@ -128,11 +128,11 @@ class Training:
 
         Args:
             caller: For the audit log.
-            training_session_id: Which waits for one.
+            training_session_id: Training session without an initial model.
             manifest: Layout of the model.
-            payload: Its bytes.
-            download: The form in which devices get it, where the training session asks for one.
-            metadata: Of the file that it comes from.
+            payload: Bytes of the model.
+            download: The model in the download encoding, if the training session configures one.
+            metadata: Metadata of the model's file.
 
         Raises:
             WrongStateError: The training session has been started, or has an initial model.
@@ -169,7 +169,7 @@ class Training:
         return self._context.database.write(work)
 
     def require_waiting(self, training_session_id: str) -> TrainingSession:
-        """Return a training session that waits for an initial model; refuse it before its bytes are sent.
+        """Return a training session that accepts an initial model; checked before the upload starts.
 
         Raises:
             TrainingSessionNotFoundError: There is no such training session.
@@ -184,7 +184,7 @@ class Training:
         return training_session
 
     def start(self, caller: Caller, training_session_id: str) -> TrainingSession:
-        """Start the first round; where it is running already, nothing changes.
+        """Start the first round. Idempotent.
 
         Raises:
             WrongStateError: It is paused or has ended, or has no initial model.
@@ -211,7 +211,7 @@ class Training:
         return self._changed(caller, work)
 
     def _first_task(self, training_session_id: str) -> RoundTask | None:
-        """Return the task of the first round, signed; None where the training session is running already.
+        """Return the signed task of the first round; None if the training session is running already.
 
         Raises:
             WrongStateError: It is paused or has ended, or has no initial model.
@@ -227,9 +227,9 @@ class Training:
         return sign_next_task(self._context, waiting, base.version, base.digest)
 
     def pause(self, caller: Caller, training_session_id: str) -> TrainingSession:
-        """Take no updates until it is resumed; a round that has closed is still published.
+        """Pause a training session: it accepts no updates until it is resumed. Idempotent.
 
-        Where it is paused already, nothing changes.
+        A closed round is still published.
 
         Raises:
             WrongStateError: It has not been started, or has ended.
@@ -250,9 +250,7 @@ class Training:
         return self._changed(caller, work)
 
     def resume(self, caller: Caller, training_session_id: str) -> TrainingSession:
-        """Resume after a pause; the open round's deadline restarts.
-
-        Where it is running already, nothing changes.
+        """Resume a paused training session; the open round's deadline restarts. Idempotent.
 
         Raises:
             WrongStateError: It has not been started, or has ended.
@@ -280,12 +278,10 @@ class Training:
         return self._changed(caller, work)
 
     def cancel(self, caller: Caller, training_session_id: str, reason: str) -> TrainingSession:
-        """End it; its versions stay, its pending updates are rejected.
-
-        Where it is cancelled already, nothing changes.
+        """Cancel a training session: its versions are kept, its pending updates are rejected. Idempotent.
 
         Raises:
-            WrongStateError: It has ended by itself.
+            WrongStateError: It has completed or failed.
         """
         _text("reason", reason, 0, 500, is_name=False)
 
@@ -358,7 +354,7 @@ class Training:
             return training_sessions.list_rounds(session, training_session_id, request)
 
     def participation(self, training_session_id: str, round_number: int) -> Participation:
-        """Return a round, and the selected devices of which it holds no update, by id.
+        """Return a round, and its selected devices that sent no update, ordered by id.
 
         Raises:
             RoundNotFoundError: There is no such round.
@@ -430,10 +426,10 @@ class Training:
 def require_found(
     training_session: TrainingSession | None, training_session_id: str
 ) -> TrainingSession:
-    """Return a training session that was looked up.
+    """Return the result of a lookup, if a training session was found.
 
     Raises:
-        TrainingSessionNotFoundError: There is none of this id.
+        TrainingSessionNotFoundError: There is no training session of this id.
     """
     if training_session is None:
         raise TrainingSessionNotFoundError(f"no training session {training_session_id[:64]!r}")
@@ -454,7 +450,7 @@ def _require_state(training_session: TrainingSession, wanted: TrainingSessionSta
 
 
 def _check_architecture(architecture: Mapping[str, str]) -> None:
-    """Refuse a description that leaves no room in the header of a version."""
+    """Refuse a description that is too large for a version's header."""
     size_bytes = sent_bytes(architecture)
     if size_bytes > MAX_ARCHITECTURE_BYTES:
         raise InvalidRequestError(
@@ -464,7 +460,7 @@ def _check_architecture(architecture: Mapping[str, str]) -> None:
 
 
 def _text(name: str, value: str, least: int, most: int, *, is_name: bool = True) -> None:
-    """Refuse a text that is too short or too long, a name that does not fit a line."""
+    """Refuse a text that is too short or too long, or a name with control characters or line breaks."""
     if not least <= len(value) <= most:
         raise InvalidRequestError(
             f"{name}: got {len(value)} characters, want {least} to {most}", field=name

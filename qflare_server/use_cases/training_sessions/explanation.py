@@ -1,8 +1,8 @@
-"""What a training session waits for, why, and what to do: computed here for every surface that says so.
+"""Notices: why a training session is waiting, and the remedy.
 
-Command line, dashboard, log, metrics and watches print the notices of `Explanations` as they are. A round that is
-collecting updates is no trouble by itself; it becomes one when too few devices can take part, when a device reports a
-failure, when it has missed its quorum, or when half of its time has passed without enough updates.
+Command line, dashboard, log, metrics and watches print the notices of `Explanations` unchanged. A round that is
+collecting updates gets a notice only when too few devices can take part, when a device reports a failure, when the
+round has missed its quorum, or when half of its time has passed without enough updates.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,13 +34,13 @@ ENROLL: Final = "enroll more devices, or create a training session with a smalle
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that a training session waits for.
+    """Reason why a training session is waiting.
 
     Attributes:
-        code: Kind of the notice: a lower-case word that stays the same.
-        text: What and why, one sentence without a period.
-        remedy: What to do about it.
-        device_ids: Devices that the notice names, with their full ids.
+        code: Kind of the notice: a stable lower-case word.
+        text: The reason, one sentence without a period.
+        remedy: Action for the administrator.
+        device_ids: Full ids of the devices that the notice names.
     """
 
     code: str
@@ -133,7 +133,7 @@ class Explanations:
         return Notice(code, text, "; ".join(remedies) or WORK, named)
 
     def _silent_s(self, item: MissingDevice, now: datetime) -> float | None:
-        """Return for how long a device has been silent, infinite if it has never called, None if it is not silent."""
+        """Return a silent device's seconds since its last call: infinite without a call, None if it is not silent."""
         if item.last_seen_at is None:
             return float("inf")
         silent_s = (now - item.last_seen_at).total_seconds()
@@ -143,7 +143,7 @@ class Explanations:
         return silent_s if silent_s > usual_s else None
 
     def _seen(self, silent: Sequence[MissingDevice], now: datetime) -> Iterator[str]:
-        """Say when silent devices were last seen, those of the same minute together."""
+        """Yield when silent devices were last seen, grouped by minute."""
         groups: dict[str, list[str]] = {}
         for item in silent:
             silent_s = self._silent_s(item, now)
@@ -203,7 +203,7 @@ def _name(device_id: str) -> str:
 
 
 def _names(ids: Sequence[str]) -> str:
-    """Return names as a list in a sentence, the first five of many."""
+    """Return names as a list for a sentence, shortened to the first five."""
     names = [_name(device_id) for device_id in ids[:MAX_NAMED]]
     if len(ids) > MAX_NAMED:
         return f"{', '.join(names)} and {len(ids) - MAX_NAMED} more"

@@ -1,4 +1,4 @@
-"""Task assignment: what a device does next."""
+"""Task assignment for devices."""
 
 from dataclasses import dataclass
 
@@ -85,7 +85,7 @@ class Tasks:
         return NextTask(delay, done=done)
 
     def _task(self, session: Session, found: OpenRound, delay: float, evaluator: str) -> NextTask:
-        """Return the task of an open round: to measure its base version first, where that is due."""
+        """Return the task of an open round: an evaluation of its base version first, if one is due."""
         key = (found.training_session_id, found.base_version)
         facts = self._facts.get(key)
         if facts is None:
@@ -110,7 +110,7 @@ class Tasks:
 def _read_facts(
     session: Session, training_session_id: str, version: int
 ) -> tuple[str, training_pb2.TrainingConfig]:
-    """Return the immutable parts of a version and its training session: the digest and the configuration."""
+    """Return a version's digest and its training session's configuration; both are immutable."""
     base = global_models.get_model(session, training_session_id, version)
     training_session = training_sessions.get_session(session, training_session_id)
     assert base is not None

@@ -30,7 +30,7 @@ GIVEN_UP = frozenset({RoundState.FAILED.value, RoundState.CANCELLED.value})
 RECENT_VERSIONS = 3
 MAX_ROUNDS = 1000
 EXPLAIN_S = 2.0
-"""Time between two looks at what a training session waits for, in seconds."""
+"""Interval between two computations of a training session's notices, in seconds."""
 
 
 class Kind(StrEnum):
@@ -139,17 +139,17 @@ class Watching:
         known_round: int | None = None,
         duration_s: float | None = None,
     ) -> Iterator[SessionEvent]:
-        """Yield what happens to a training session, a snapshot first, until it has ended or time is over.
+        """Yield a snapshot and then the events of a training session, until it has ended or the time limit is reached.
 
         Args:
             training_session_id: Training session.
             gone: Set when the caller has disconnected.
-            known_round: Round up to which the caller knows what happened; None means all that has happened.
-            duration_s: Longest time; None means what the configuration allows.
+            known_round: Last round whose events the caller has received; None means all past events.
+            duration_s: Time limit in seconds; None means the configured limit.
 
         Raises:
             TrainingSessionNotFoundError: There is no such training session.
-            DrainingError: The coordinator shuts down.
+            DrainingError: The coordinator is shutting down.
         """
         limit_s = self._limit_s(duration_s)
         with self._place(gone):

@@ -1,9 +1,9 @@
 """Update acceptance: admits received updates in batches, one transaction each.
 
-Requests that are ready at the same time are written by one of them in one transaction: the round is locked once, and
-update, payload and audit rows go in together, so that durable updates cost a fraction of a commit each. Whether an
-update is accepted is decided under the round's lock; an update that was accepted before gets its first receipt again,
-whatever the state of its round.
+Updates that are ready at the same time are written by one thread in one transaction: the round is locked once, and
+update, payload and audit rows are inserted together, so that a durable update costs a fraction of a commit. Acceptance
+is decided under the round's lock. An update that was accepted before gets its first receipt again, whatever the state
+of its round.
 """
 
 import threading
@@ -79,7 +79,7 @@ class Acceptance:
     """Writes updates in batches; the calling threads take turns as the batch leader.
 
     Attributes:
-        window: Counts the updates that are about to be ready: a batch waits briefly for them.
+        window: Counts the updates in flight; a batch waits briefly for them.
     """
 
     def __init__(self, context: Context) -> None:
@@ -95,9 +95,9 @@ class Acceptance:
         """Write an update durably and return its receipt.
 
         Raises:
-            DuplicateUpdateError: The device has contributed something else, or the id is taken.
-            RoundNotOpenError: The round takes no update.
-            QflareError: Or another of its kind: why the update is not accepted.
+            DuplicateUpdateError: The device has sent a different update, or the id is taken.
+            RoundNotOpenError: The round does not accept updates.
+            QflareError: Or another subclass: the update is refused.
         """
         entry = _Entry(caller, submission, received)
         with self._lock:
@@ -120,9 +120,9 @@ class Acceptance:
         raise StoreUnavailableError("the database did not commit in time")
 
     def preview(self, session: Session, submission: Submission) -> UpdateReceipt | None:
-        """Return the receipt of an update that is accepted already; refuse one that would not be accepted.
+        """Return the receipt of an accepted update; refuse an update that would not be accepted.
 
-        Spares a device the upload of a large payload in vain; the final decision is made after the upload.
+        This avoids futile uploads of large payloads; the final decision is made after the upload.
         """
         statement, facts = submission.statement, submission.facts
         number = None if is_asynchronous(facts.config) else statement.round_number
@@ -162,13 +162,13 @@ class Acceptance:
             self._context.wake()
 
     def _decide(self, session: Session, batch: Sequence[_Entry], at: datetime) -> bool:
-        """Answer every update of a batch and write those that are accepted; return whether a round closed."""
+        """Decide every update of a batch and write the accepted ones; return whether a round closed."""
 
         def key(entry: _Entry) -> tuple[str, int]:
             statement = entry.submission.statement
             return statement.training_session_id, statement.round_number
 
-        for entry in batch:  # the transaction may be run again
+        for entry in batch:  # the transaction may be retried
             entry.accepted, entry.error = None, None
         states = devices.states_of(session, {item.submission.device.device_id for item in batch})
         ordered = sorted(batch, key=key)
@@ -258,7 +258,7 @@ class _Admission:
         )
 
     def admit(self, entry: _Entry) -> bool:
-        """Give an update its receipt or its error; return whether it has to be written."""
+        """Set an update's receipt or error; return whether it has to be written."""
         statement = entry.submission.statement
         known = self._by_id.get(statement.update_id) or self._by_device.get(
             (statement.device_id, statement.base_version)
@@ -318,8 +318,8 @@ class _Admission:
 class _BufferedAdmission(_Admission):
     """Admission control for asynchronous sessions, where updates of older versions count in the open round.
 
-    A device contributes once from a version, to the round of its task or to a later one. While a full buffer is
-    being aggregated no round is open: the device is asked to resend, not to retrain.
+    A device contributes once per base version, to the round of its task or to a later one. While a full buffer is
+    being aggregated no round is open, and the device is told to resend, not to retrain.
     An update trained from a rolled-back version is refused.
     """
 
@@ -360,7 +360,7 @@ def refuse_device(state: str | None) -> QflareError | None:
 def refuse_round(
     places: RoundCapacity, base_version: int, at: datetime, count: int
 ) -> QflareError | None:
-    """Return why a round takes no update, None if it does."""
+    """Return why a round does not accept updates, None if it does."""
     if places.session_state != TrainingSessionState.RUNNING.value:
         return RoundNotOpenError(f"the training session is {places.session_state}")
     if places.state != RoundState.OPEN.value or count >= places.target:
@@ -375,7 +375,7 @@ def refuse_round(
 def _insert(session: Session, places: RoundCapacity, taken: Sequence[_Entry], at: datetime) -> None:
     """Write accepted updates with their payloads and audit entries.
 
-    Devices of embedding programs make no call that would show their presence: it is recorded here.
+    Devices of embedding programs make no calls, so their last-seen times are recorded here.
     """
     insert_received(session, [entry.received for entry in taken if entry.received is not None], at)
     updates.insert_updates(session, [_row(entry, at) for entry in taken])

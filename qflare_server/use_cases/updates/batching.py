@@ -12,7 +12,7 @@ class BatchWindow:
     ``commit_delay`` with ``commit_siblings``).
 
     Args:
-        longest_s: Seconds that `wait` lasts at most.
+        longest_s: Maximum duration of `wait`, in seconds.
     """
 
     def __init__(self, longest_s: float) -> None:

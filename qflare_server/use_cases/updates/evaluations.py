@@ -2,9 +2,9 @@
 
 Constructor: ``Evaluations(context)``.
 
-A report counts as many examples as the training session allows: as `evaluation.max_example_count` says, otherwise as
-many as the device's own updates stated, so no device weighs more in evaluation than in training. The signed
-statement is kept as evidence.
+A report's example count is capped at `evaluation.max_example_count` or, if that is unset, at the count stated by the
+device's own updates, so no device weighs more in evaluation than in training. The signed statement is kept as
+evidence.
 """
 
 from dataclasses import dataclass
@@ -72,15 +72,15 @@ class Evaluations:
     def report(
         self, caller: Caller, contributor: Contributor, envelope: security_pb2.SignedEnvelope
     ) -> None:
-        """Record what a device measured, and the means on the version; the same report again changes nothing.
+        """Record a device's evaluation and update the version's mean metrics. Idempotent.
 
         Raises:
             InvalidRequestError: The statement is malformed, of another deployment or device, or a metric or the
                 example count is out of range or reserved.
-            InvalidSignatureError: It is not signed by the device's current key.
+            InvalidSignatureError: The report is not signed with the device's current key.
             NotSelectedError: The device was not asked to measure the version, or is not active.
             GlobalModelNotFoundError: There is no such version.
-            DuplicateEvaluationError: The device has reported something else of the version.
+            DuplicateEvaluationError: The device has sent a different report for the version.
         """
         evaluation = self._check(contributor, envelope)
 
@@ -93,7 +93,7 @@ class Evaluations:
     def _check(
         self, contributor: Contributor, envelope: security_pb2.SignedEnvelope
     ) -> _Evaluation:
-        """Check everything but the database's side of a report."""
+        """Check everything about a report that needs no transaction."""
         stated = _parse(envelope.payload)
         if (stated.realm, stated.device_id) != (self._context.config.realm, contributor.device_id):
             raise InvalidRequestError("statement: of another realm or device", field=FIELD)
@@ -112,7 +112,7 @@ class Evaluations:
     def _record(
         self, session: Session, caller: Caller, evaluation: _Evaluation, at: datetime
     ) -> bool:
-        """Write a report and what follows from it; return whether a round closed that waited for it."""
+        """Store a report with its consequences; return whether it closed a waiting round."""
         statement = evaluation.statement
         named = statement.training_session_id, statement.version
         training_session = training_sessions.lock_session(session, statement.training_session_id)
@@ -173,7 +173,7 @@ def _open(
     try:
         return open_evaluation(envelope, key)
     except StatementError as error:
-        if error.__cause__ is not None:  # the envelope, not what it says
+        if error.__cause__ is not None:  # the envelope, not its content
             raise InvalidSignatureError("the evaluation's signature does not verify") from error
         raise InvalidRequestError(f"statement: {error}", field=FIELD) from error
 
@@ -183,7 +183,7 @@ def _weight(
     policy: training_pb2.EvaluationPolicy,
     statement: security_pb2.EvaluationStatement,
 ) -> int:
-    """Return the examples that a report counts as."""
+    """Return a report's example count after the cap."""
     cap = policy.max_example_count or evaluations.largest_example_count(
         session, statement.training_session_id, statement.device_id
     )
@@ -191,7 +191,7 @@ def _weight(
 
 
 def _group(policy: training_pb2.EvaluationPolicy, device: Device) -> str:
-    """Return the group that a device's results count in, empty without groups."""
+    """Return the group of a device's results, empty without groups."""
     attribute = policy.group_by
     if not attribute:
         return ""

@@ -1,6 +1,6 @@
-"""Failure reports: a device says that its work on a round failed, with a kind and a short text.
+"""Failure reports: a device reports that its work on a round failed, with a kind and a short text.
 
-One row per device and round is kept, whatever the number of reports: the latest, and how many there were.
+One row per device and round is kept: the latest report and the number of reports.
 """
 
 from sqlalchemy.orm import Session
@@ -29,20 +29,20 @@ class Failures:
         kind: str,
         text: str,
     ) -> None:
-        """Record that a device failed in the current round; of a round that is over nothing is recorded.
+        """Record a device's failure in the current round; reports for earlier rounds are ignored.
 
         Args:
             caller: For the audit log.
             device_id: The calling device.
-            training_session_id: It takes part in it.
-            round_number: The round that it works on, 0 for the current one.
+            training_session_id: Training session of the device.
+            round_number: Round of the failed work, 0 for the current one.
             kind: Class of the failure, such as OutOfMemoryError.
-            text: What the device's program says about it; may be empty.
+            text: Error text of the device's program; may be empty.
 
         Raises:
             TrainingSessionNotFoundError: There is no such training session.
             RoundNotOpenError: The round has not been opened.
-            PermissionDeniedError: Or one of its kind: the device is not active.
+            PermissionDeniedError: Or a subclass: the device is not active.
         """
 
         def work(session: Session) -> None:

@@ -1,6 +1,6 @@
 """Validation of update headers against round and device, before the payload is read.
 
-What a round expects never changes once it is open, and is read once.
+A round's expectations are immutable once it is open, and are read once.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ REMEMBERED_KEYS = 4096
 
 @dataclass(frozen=True)
 class Contributor:
-    """The device that makes the call, as its credential says."""
+    """The calling device, identified by its credential."""
 
     device_id: str
     key_id: str | None
@@ -109,7 +109,7 @@ class SubmissionValidator:
         """Check everything that can be checked without the payload.
 
         Raises:
-            InvalidRequestError: Or one of its kind: the header is not what it has to be.
+            InvalidRequestError: Or a subclass: the header is invalid.
             RoundNotOpenError: The round has not been opened.
             StaleBaseVersionError: The base version is not the round's.
         """
@@ -205,16 +205,16 @@ def read_facts(session: Session, training_session_id: str, number: int) -> Round
 
 
 def require_identity(context: Context, device_id: str, key_id: str, key: PublicKey) -> None:
-    """Check that signed evidence shows that a key is the calling device's.
+    """Check that signed evidence binds a key to the calling device.
 
     Args:
-        context: The coordinator's parts.
-        device_id: Who calls.
-        key_id: Id of its key, as the device's row names it.
-        key: The key itself.
+        context: The coordinator's components.
+        device_id: The calling device.
+        key_id: Key id in the device's row.
+        key: The key.
 
     Raises:
-        InvalidSignatureError: The row holds another key, or nothing that was signed says that the key is its.
+        InvalidSignatureError: The row holds another key, or no signed evidence binds the key to the device.
     """
     try:
         context.identities.require(device_id, key.key_id)
@@ -253,7 +253,7 @@ def _parse(payload: bytes) -> security_pb2.UpdateStatement:
 def _check_statement(
     realm: str, device: Contributor, statement: security_pb2.UpdateStatement
 ) -> None:
-    """Check what can be checked without looking anything up."""
+    """Check the fields that need no lookup."""
     if statement.realm != realm:
         raise InvalidRequestError(
             f"realm: got {statement.realm[:64]!r}, want {realm!r}", field=f"{STATEMENT}realm"
@@ -265,7 +265,7 @@ def _check_statement(
 
 
 def _check_binding(statement: security_pb2.UpdateStatement) -> None:
-    """Check that the signature will vouch for the bytes as they travel: no verifier takes another update later."""
+    """Check that the signature binds the bytes on the wire, so that a later verifier accepts no other update."""
     if not DIGEST.fullmatch(statement.payload_digest):
         raise InvalidRequestError(
             "payload_digest: want 64 hex digits", field=f"{STATEMENT}payload_digest"
@@ -287,7 +287,7 @@ def _check_sealing(
     statement: security_pb2.UpdateStatement,
     facts: RoundFacts,
 ) -> None:
-    """Refuse an update that is not sealed where its training session asks for that, and the other way round."""
+    """Require a sealed update if, and only if, the training session asks for sealing."""
     wanted = facts.config.transfer.sealed
     if statement.sealed != wanted or header.HasField("sealed") != wanted:
         words = {True: "sealed", False: "not sealed"}
@@ -299,7 +299,7 @@ def _check_sealing(
 
 
 def _check_layout(statement: security_pb2.UpdateStatement, facts: RoundFacts) -> None:
-    """Check that the payload has the layout that the round expects."""
+    """Check the payload's layout against the round's."""
     wanted = facts.manifest
     if statement.layout_digest != wanted.layout_digest:
         raise InvalidManifestError(
@@ -314,7 +314,7 @@ def _check_layout(statement: security_pb2.UpdateStatement, facts: RoundFacts) ->
 
 
 def _require_chunk_digests(expected: ExpectedPayload) -> None:
-    """Refuse a payload of several chunks that can only be checked once all of it has come."""
+    """Require chunk digests for a payload of several chunks, so that each is checked on arrival."""
     count = expected.wire_chunk_count
     if count > 1 and not expected.chunk_digests:
         raise DigestMismatchError(

@@ -1,9 +1,9 @@
 """Upload of a device's update: checked as it streams, durable before it is acknowledged.
 
-The steps, and which of them hold a transaction open (`docs/protocol.md` describes them from the device's side):
+The steps and their transactions (`docs/protocol.md` describes the device's side):
 
 1. The header is checked (`updates.submission`): statement, round, device, signature. The payload is not read yet.
-2. The payload is received. No transaction is open meanwhile.
+2. The payload is received, without an open transaction.
 3. One short transaction takes a slot in the round and writes everything (`updates.acceptance`). Only then is the
    update acknowledged.
 """
@@ -68,7 +68,7 @@ STORE_FAILURES: Final = (
     StorageFullError,
     StoreUnavailableError,
 )
-"""Failures to write what has arrived: writing it again would fail the same way."""
+"""Permanent failures to store received data: a retry would fail the same way."""
 
 
 class Uploads:
@@ -95,14 +95,14 @@ class Uploads:
         Args:
             caller: For the audit log.
             device: The calling device.
-            header: As received.
-            chunks: Indices and bytes, in order; consumed as they are needed.
-            has_arrived: Whether all chunks are at hand. Such an update is accepted within milliseconds, so a batch
+            header: The header as received.
+            chunks: Indices and bytes, in order; consumed lazily.
+            has_arrived: Whether all chunks are in memory. Such an update is ready within milliseconds, so a batch
                 waits for it.
 
         Raises:
             InvalidRequestError: Or a subclass: the header or the payload is invalid.
-            RoundNotOpenError: The round takes no update.
+            RoundNotOpenError: The round does not accept updates.
             StaleBaseVersionError: The base version is not the round's.
             DuplicateUpdateError: The device sent a different update for this round.
         """
@@ -138,7 +138,7 @@ class Uploads:
 
     @contextmanager
     def _late_counted(self, submission: Submission) -> Iterator[None]:
-        """Count the device where its update is refused in the block because the round has closed."""
+        """Count the device as late if its update is refused in the block because the round has closed."""
         try:
             yield
         except (RoundNotOpenError, StaleBaseVersionError):
@@ -167,7 +167,7 @@ class Uploads:
     def _accepted_before(
         self, device: Contributor, header: coordinator_service_pb2.UpdateHeader
     ) -> UpdateReceipt | None:
-        """Return the receipt of a statement that was accepted under a key or algorithm that no longer counts."""
+        """Return the receipt of a statement accepted under a key or algorithm that is no longer valid."""
         payload = header.statement.payload
         update_id = security_pb2.UpdateStatement.FromString(payload).update_id
         with self._context.database.read() as session:
@@ -208,7 +208,7 @@ class Uploads:
             self._places.release()
 
     def _open_small(self, submission: Submission) -> Receiver | UpdateReceipt:
-        """Begin a small upload; one that is accepted already needs no key that is still held."""
+        """Begin a small upload; an accepted one gets its receipt even if its sealing key has been deleted."""
         try:
             return self._receiver(submission)
         except SealKeyNotAcceptedError:
@@ -221,7 +221,7 @@ class Uploads:
     def _fill_large(
         self, receiver: Receiver, chunks: Iterator[tuple[int, bytes]]
     ) -> ReceivedPayload:
-        """Receive the chunks; an invalid upload is abandoned, so that a valid one may follow."""
+        """Receive the chunks; an invalid upload is abandoned, so that a valid one can follow."""
         try:
             return _fill(receiver, chunks)
         except InvalidRequestError:
@@ -229,7 +229,7 @@ class Uploads:
             raise
 
     def _open(self, submission: Submission) -> Receiver | UpdateReceipt:
-        """Begin a large upload or continue it; refuse it here if it could not be accepted."""
+        """Begin or resume a large upload; refuse one that could not be accepted."""
         try:
             with self._context.database.read() as session:
                 known = self._acceptance.preview(session, submission)
@@ -257,7 +257,7 @@ class Uploads:
     def _receiver(
         self, submission: Submission, found: payloads.UnfinishedUpload | None = None
     ) -> Receiver:
-        """Return the receiver of the payload, which continues an interrupted upload."""
+        """Return the receiver of the payload; it resumes an interrupted upload."""
         context, executor, expected = self._context, self._executor, submission.expected
         payload_id = "" if found is None else found.payload_id
         first_chunk = 0 if found is None else context.store.stored_count(payload_id)
@@ -301,7 +301,7 @@ class Uploads:
 
 
 class _EndedEarlyError(Exception):
-    """The stream ended before the payload did: gRPC may say so of a connection that broke, so what came is kept."""
+    """The stream ended before the payload: possibly a broken connection, so the received chunks are kept."""
 
 
 def _require_complete(receiver: Receiver) -> None:
@@ -310,10 +310,10 @@ def _require_complete(receiver: Receiver) -> None:
 
 
 def _fill(receiver: Receiver, chunks: Iterator[tuple[int, bytes]]) -> ReceivedPayload:
-    """Receive the chunks up to the end of the stream, where it is known that no more come than belong to the payload.
+    """Receive the chunks up to the end of the stream, and check that none follows the payload.
 
-    Chunks of an upload that was interrupted, by the device, its connection or the coordinator, are kept for its
-    continuation; those of an invalid one are not.
+    Chunks of an upload interrupted by the device, its connection or the coordinator are kept for resumption; those of
+    an invalid upload are not.
     """
     try:
         for index, chunk in chunks:

@@ -1,7 +1,7 @@
 """Model downloads, streamed in bounded memory.
 
-The chunks of versions that many devices ask for at once are kept in a small cache, so that a hundred downloads of
-one version read it once.
+Chunks of versions requested by many devices at once are kept in a small cache, so that a hundred downloads of one
+version read it once.
 """
 
 import threading
@@ -45,7 +45,7 @@ from qflare_server.storage.tables import RiskLevel, UpdateState
 
 MAX_LINKS = 1000
 MAX_LINK_BYTES: Final = 2**19
-"""Most bytes of statements in a header, beside a layout and digests of up to `MAX_DESCRIPTION_BYTES`."""
+"""Maximum bytes of statements in a header, besides layout and digests of up to `MAX_DESCRIPTION_BYTES`."""
 CACHE_BYTES = 96 * 2**20
 
 
@@ -75,9 +75,9 @@ MAX_CACHED_BATCHES: Final = 64
 
 
 class _ChunkCache:
-    """The batches of chunks that were read last, within bounds of bytes and number; thread-safe.
+    """LRU cache of chunk batches, bounded in bytes and number; thread-safe.
 
-    Versions of small models would otherwise be kept by the thousand: each costs more than its bytes.
+    The bound on the number matters for small models: each batch costs more memory than its bytes.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -137,14 +137,14 @@ class Deliveries:
             training_session_id: Training session.
             version: Version; None means the latest.
             released: Without a version: the latest released one.
-            known_version: Statements of the versions after it come along.
-            encoding: Number of `qflare.v1.Encoding`, 0 for full precision: how floating tensors are to come.
+            known_version: Version the caller knows; statements of the later ones are included.
+            encoding: Number of `qflare.v1.Encoding` for floating tensors, 0 for full precision.
 
         Raises:
-            InvalidRequestError: Devices do not get the version in that encoding.
+            InvalidRequestError: The version is not available in that encoding.
             TrainingSessionNotFoundError: There is no such training session.
             GlobalModelNotFoundError: There is no such version.
-            PayloadPrunedError: Its bytes are no longer kept.
+            PayloadPrunedError: Its payload has been pruned.
         """
         form = encoding or Encoding.FULL_PRECISION
         with self._context.database.read() as session:
@@ -176,11 +176,11 @@ class Deliveries:
     def wrapped_for(
         self, delivery: Delivery, device_id: str | None
     ) -> security_pb2.SealedPayloadHeader | None:
-        """Return what a device needs to open a sealed version; None where it is not sealed.
+        """Return the wrapped key of a sealed version for a device; None if the version is not sealed.
 
         Args:
             delivery: The version.
-            device_id: Who asks; None for a caller that is no device.
+            device_id: The calling device; None for other callers.
 
         Raises:
             NoKemKeyError: The caller has no KEM key.
@@ -198,7 +198,7 @@ class Deliveries:
         return wrap_key(self._context, payload.payload_id, payload.seal, kem_public_key)
 
     def _require_own(self, device_id: str, kem_public_key: bytes | None) -> None:
-        """Check that signed evidence shows that a KEM key is a device's, before anything is sealed to it."""
+        """Check that signed evidence binds a KEM key to a device before anything is sealed to it."""
         if kem_public_key is None:
             raise NoKemKeyError
         try:
@@ -211,12 +211,12 @@ class Deliveries:
     def opened(
         self, caller: Caller, delivery: Delivery, first_chunk: int
     ) -> Iterator[tuple[int, bytes]]:
-        """Yield the chunks of what is in a version, for an administrator; opening a sealed one is audited.
+        """Yield the plaintext chunks of a version for an administrator; opening a sealed version is audited.
 
         Raises:
             TooManyRequestsError: Too many large downloads are under way.
             InvalidRequestError: The version has no such chunk.
-            SealedPayloadLostError: It does not open.
+            SealedPayloadLostError: The sealed payload does not open.
         """
         if delivery.payload.seal is None:
             return self.chunks(delivery, first_chunk)
@@ -244,7 +244,7 @@ class Deliveries:
         self._context.database.write(lambda session: audit.record(session, caller, event, at))
 
     def chunks(self, delivery: Delivery, first_chunk: int) -> Iterator[tuple[int, bytes]]:
-        """Yield indices and bytes of a version's chunks as they are kept, from the first wanted on.
+        """Yield indices and bytes of a version's chunks as stored, starting at `first_chunk`.
 
         Raises:
             TooManyRequestsError: Too many large downloads are under way.
@@ -332,7 +332,7 @@ class Deliveries:
 
 
 def _require_encoding(model: GlobalModel, encoding: int) -> None:
-    """Refuse an encoding other than full precision and that in which devices get a version."""
+    """Refuse an encoding other than full precision and the version's download encoding."""
     if encoding not in {Encoding.FULL_PRECISION, model.download_encoding}:
         wanted = Encoding(model.download_encoding or Encoding.FULL_PRECISION).name
         raise InvalidRequestError(

@@ -25,7 +25,7 @@ from qflare_server.training.config import download_encoding, require_trainable
 from qflare_server.use_cases.training_sessions.administration import Training, checked
 
 MAX_METADATA_BYTES: Final = 65_536
-"""Most metadata of a model's file, in bytes of UTF-8."""
+"""Maximum size of a model file's metadata, in bytes of UTF-8."""
 
 
 class InitialModels:
@@ -43,16 +43,16 @@ class InitialModels:
         config: training_pb2.TrainingConfig,
         layout: tensor_pb2.Manifest | None,
     ) -> training_pb2.TrainingConfig:
-        """Check what a training session would be created with, and create nothing.
+        """Validate the parameters of a training session without creating it.
 
         Args:
             name: 1 to 200 characters.
             model_type: At most 100 characters.
-            config: What is left out takes its default.
-            layout: Of the initial model; None to leave that open.
+            config: Configuration; unset fields take their defaults.
+            layout: Layout of the initial model; None skips its checks.
 
         Returns:
-            The configuration with every default filled in, but for a seed, which is drawn when it is created.
+            The configuration with every default filled in, except the seed, which is drawn at creation.
 
         Raises:
             InvalidRequestError: A field is out of range.
@@ -72,7 +72,7 @@ class InitialModels:
         header: admin_service_pb2.InitialModelHeader,
         chunks: Iterator[tuple[int, bytes]],
     ) -> GlobalModel:
-        """Take in a model and publish it as version 0; where the training session has this very model, change nothing.
+        """Store a model and publish it as version 0. Idempotent for the same model.
 
         Raises:
             InvalidManifestError: The manifest is no layout, has no floating tensor, or none that the training
@@ -80,7 +80,7 @@ class InitialModels:
             InvalidUpdateError: The bytes are not what the manifest says, or hold NaN or infinity, or a number
                 beyond the range of the download encoding.
             InvalidRequestError: The metadata of its file is too long.
-            DigestMismatchError: The bytes are not those of the digest.
+            DigestMismatchError: The bytes do not match the digest.
             WrongStateError: The training session has been started, or has an initial model.
         """
         metadata = _file_metadata(header.metadata)
@@ -137,8 +137,8 @@ def checked_layout(
     """Return the layout of an initial model, if devices can train it under a configuration.
 
     Args:
-        settings: Bounds of this coordinator.
-        config: Of the training session, with every default filled in.
+        settings: Configuration of this coordinator.
+        config: Configuration of the training session, with every default filled in.
         message: The layout.
 
     Raises:
@@ -154,7 +154,7 @@ def checked_layout(
 
 
 def _parse(settings: ServerConfig, message: tensor_pb2.Manifest) -> Manifest:
-    """Return the layout that a message states, within the bounds of this coordinator and of devices."""
+    """Parse a layout and check it against the limits of this coordinator and of devices."""
     devices_take = ManifestLimits()
     limits = ManifestLimits(
         min(settings.max_tensors, devices_take.max_tensors),
@@ -170,10 +170,10 @@ def _parse(settings: ServerConfig, message: tensor_pb2.Manifest) -> Manifest:
 
 
 def _same(known: GlobalModel, chunks: Iterator[tuple[int, bytes]]) -> GlobalModel:
-    """Return version 0 if the chunks of an upload are its bytes.
+    """Return version 0 if the chunks of an upload match its bytes.
 
     Raises:
-        WrongStateError: They are not.
+        WrongStateError: They differ.
     """
     chunk_count = -(-known.size_bytes // CHUNK_BYTES)
     leaves = [merkle.leaf_hash(data) for _, data in islice(chunks, chunk_count + 1)]
@@ -183,10 +183,10 @@ def _same(known: GlobalModel, chunks: Iterator[tuple[int, bytes]]) -> GlobalMode
 
 
 def _file_metadata(entries: Iterable[admin_service_pb2.FileMetadata]) -> dict[str, str]:
-    """Return the metadata of a model's file that is kept.
+    """Return the metadata of a model's file to store.
 
     Raises:
-        InvalidRequestError: It is too long, since every version has a copy; or has a NUL, which databases do not store.
+        InvalidRequestError: It is too long (every version has a copy), or holds a NUL, which databases do not store.
     """
     own = own_metadata({entry.name: entry.value for entry in entries})
     size_bytes = sum(len(name.encode()) + len(value.encode()) for name, value in own.items())
@@ -203,7 +203,7 @@ def _file_metadata(entries: Iterable[admin_service_pb2.FileMetadata]) -> dict[st
 
 
 def _require_smaller(manifest: Manifest, encoding: Encoding) -> None:
-    """Refuse a download encoding that would only store the same bytes twice."""
+    """Refuse a download encoding that does not make the model smaller."""
     if encoding is Encoding.FULL_PRECISION:
         return
     if download_manifest(manifest, encoding) == manifest:

@@ -1,4 +1,4 @@
-"""Verification of versions for people: signature, parent, contributors and place in the audit log; it only reads."""
+"""Read-only verification of versions for the dashboard: signature, parent, contributors and audit-log entry."""
 
 import threading
 from collections import OrderedDict
@@ -34,7 +34,7 @@ SHOWN_UPDATES: Final = 100
 
 
 class Link(NamedTuple):
-    """A version of a lineage; `problem` says what its statement fails, empty if it verifies."""
+    """A version of a lineage; `problem` is the reason why its statement does not verify, empty if it does."""
 
     model: GlobalModel
     problem: str
@@ -46,8 +46,8 @@ class Check:
 
     Attributes:
         name: What is checked.
-        detail: Against what, or what is wrong.
-        passed: None where there is nothing to check yet.
+        detail: The expected value, or the fault found.
+        passed: None if the check is not possible yet.
     """
 
     name: str
@@ -69,7 +69,7 @@ class VersionProof:
 class Lineage:
     """Verifies versions against the keys of this coordinator; thread-safe.
 
-    A verified signature is remembered by the bytes that it covers.
+    Verified signatures are cached by the bytes that they cover.
     """
 
     def __init__(self, context: Context, keys: ServerKeys) -> None:
@@ -91,7 +91,7 @@ class Lineage:
             return Page([self._link(session, row) for row in page.rows], page.next_token)
 
     def prove(self, training_session_id: str, version: int, *, with_log: bool) -> VersionProof:
-        """Return a version and what shows where it comes from.
+        """Return a version with the proof of its origin.
 
         Args:
             training_session_id: Training session.

@@ -1,7 +1,7 @@
 """Describe, release and roll back model versions.
 
-Versions only rise: a rollback publishes a new one that shares the payload of the older one, so that lineage stays a
-chain and no byte is copied.
+Version numbers only increase: a rollback publishes a new version that shares the older one's payload, so that lineage
+stays a chain and no bytes are copied.
 """
 
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ class Promotion:
     def release(
         self, caller: Caller, training_session_id: str, version: int, reason: str
     ) -> GlobalModel:
-        """Release a version, whatever the gate says; doing it again changes nothing.
+        """Release a version, overriding the gate. Idempotent.
 
         Raises:
             TrainingSessionNotFoundError: There is no such training session.
@@ -133,14 +133,14 @@ class Promotion:
     ) -> Rollback:
         """Make an older version the base of the next round.
 
-        Where the latest version is a rollback to it already, that one is the answer and nothing changes.
+        Idempotent: if the latest version already is a rollback to it, that version is returned.
 
         Raises:
             TrainingSessionNotFoundError: There is no such training session.
             WrongStateError: It has not been started.
             GlobalModelNotFoundError: There is no such version.
             InvalidRequestError: It is the latest version.
-            PayloadPrunedError: Its bytes are no longer kept.
+            PayloadPrunedError: Its payload has been pruned.
         """
         _check_reason(reason)
 
@@ -225,7 +225,7 @@ def _rolled_back(
 def _draft(
     session: Session, training_session: TrainingSession, version: int, at: datetime
 ) -> VersionDraft:
-    """Return a version with the content of an older one; its privacy budget stays spent.
+    """Return a version with the content of an older one; privacy budget already spent is not refunded.
 
     Raises:
         QflareError: As `Promotion.roll_back`.
