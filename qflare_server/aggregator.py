@@ -1,10 +1,9 @@
 """Aggregation functions for programs that embed the coordinator.
 
-Functions of the process, on the database and the use cases of the coordinator (`serving.embedded` says which
-database and how it is opened). Weights are raw little-endian float32, of one length for all devices; the average is
-weighted by `metadata["samples_count"]`. Underneath is a training session `in-process-N` like any other: durable,
-audited, its versions signed, visible over gRPC; but it is no device's task, and closes a round when
-`aggregate_models` says so.
+Module-level functions on the coordinator's database and use cases (`serving.embedded` documents the database and how it
+is opened). Weights are raw little-endian float32, of one length for all devices; the average is weighted by
+`metadata["samples_count"]`. They use a regular training session `in-process-N`: durable, audited, with signed versions,
+and visible over gRPC. It is never assigned to enrolled devices, and only `aggregate_models` closes its rounds.
 
 A refusal returns False or None and logs its reason as a WARNING; every other failure raises.
 
@@ -71,14 +70,14 @@ def store_model_update(
 ) -> bool:
     """Store a device's weights for the open round, durably.
 
-    False if the device is unknown or not active, has contributed to this round already, or if the weights are of
-    another length than the first ones were, or not finite.
+    Returns False if the device is unknown or not active or has contributed to this round already, or if the weights
+    are not finite or differ in length from the first ones.
 
     Args:
-        device_id: Of a registered device.
+        device_id: Id of a registered device.
         model_weights: Little-endian float32.
         metadata: `samples_count` (a whole number from 1, the weight; 1 if absent), `loss`, `accuracy`, `epochs`
-            and `training_time` in seconds (also as `local_...`); other entries are not kept.
+            and `training_time` in seconds (also as `local_...`); other entries are ignored.
     """
     with refused(logger, "store_model_update") as refusal:
         contribution = _contribution(device_id, model_weights, metadata)
@@ -95,11 +94,10 @@ def store_model_update(
 def aggregate_models(min_updates: int = 2) -> bytes | None:
     """Close the open round and return the weighted average of its updates.
 
-    None if fewer than `min_updates` (at least one) are pending, or if none of them could be used.
+    Returns None if fewer than `min_updates` (at least one) are pending, or if none of them is usable.
 
     Raises:
-        RuntimeError: The round is closed but could not be published; the log says why. It is tried again on the
-            next call.
+        RuntimeError: The round is closed but could not be published; the log has the reason. The next call retries.
     """
     embedded = current()
     number = embedded.in_process.close_round(min_updates)
@@ -162,8 +160,8 @@ def get_model_updates_for_device(device_id: str, limit: int = 100) -> list[dict[
     """Return a device's contributions, newest first, without the weights.
 
     Args:
-        device_id: Of any device.
-        limit: At most so many, 1 to 1,000.
+        device_id: Id of any device.
+        limit: Maximum number of contributions, 1 to 1,000.
 
     Raises:
         ValueError: The limit is out of range.
@@ -176,21 +174,21 @@ def get_model_updates_for_device(device_id: str, limit: int = 100) -> list[dict[
 def validate_model_update(
     device_id: str, model_weights: Weights, metadata: Mapping[str, Any] | None = None
 ) -> bool:
-    """Return whether `store_model_update` would take this; stores nothing."""
+    """Return whether `store_model_update` would accept this; stores nothing."""
     with refused(logger, "validate_model_update") as refusal:
         current().in_process.check(_contribution(device_id, model_weights, metadata))
     return not refusal
 
 
 def clear_pending_updates() -> bool:
-    """Reject the pending updates, so that their devices may contribute again; False if that may not be."""
+    """Reject the pending updates, so that their devices may contribute again; return False if refused."""
     with refused(logger, "clear_pending_updates") as refusal:
         current().in_process.discard_round(CALLER)
     return not refusal
 
 
 def reset_aggregation_state() -> bool:
-    """Reset: no pending updates, no global model, any length. Earlier data stays in the database."""
+    """Reset to no pending updates, no global model and any vector length. Earlier data stays in the database."""
     with refused(logger, "reset_aggregation_state") as refusal:
         current().in_process.end(CALLER)
     return not refusal

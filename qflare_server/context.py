@@ -13,13 +13,13 @@ from qflare_server.storage.database import Database
 from qflare_server.storage.payload_store import PayloadStore
 
 Clock = Callable[[], datetime]
-"""Gives the time in UTC."""
+"""Returns the time in UTC."""
 
 
 Decapsulate = Callable[[str, bytes], bytes]
-"""Takes a key id and an encapsulation, gives 32 bytes.
+"""Decapsulation: takes a key id and an encapsulation, returns 32 bytes.
 
-Raises `UnsealError`, `UnknownKeyError` where the key is not held or no longer accepted.
+Raises `UnsealError`, or `UnknownKeyError` if the key is not held or no longer accepted.
 """
 
 
@@ -44,21 +44,21 @@ class SignatureVerifier(Protocol):
 
 
 class UnprovenKeyError(ValueError):
-    """Nothing that was signed shows that a key is a device's."""
+    """No signed evidence binds a key to a device."""
 
 
 class IdentityProver(Protocol):
-    """Decides by signed evidence which keys are a device's."""
+    """Verifies by signed evidence that keys belong to devices."""
 
     def require(self, device_id: str, key_id: str) -> None:
-        """Check that a signature key, or the KEM key that came with one, is a device's.
+        """Check that a signature key, or the KEM key introduced with one, belongs to a device.
 
         Raises:
-            UnprovenKeyError: Nothing that was signed shows that it is.
+            UnprovenKeyError: No signed evidence binds the key to the device.
         """
 
     def problems(self, named: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], str]:
-        """Return, by ids of device and key, why keys are not shown to be their devices'."""
+        """Return the reasons why keys are unproven, by device id and key id."""
 
 
 NOTHING: Final[AbstractContextManager[None]] = nullcontext()
@@ -79,7 +79,7 @@ class Telemetry:
     def call_handled(
         self, method: str, kind: str, code: str, duration_s: float, reason: str
     ) -> None:
-        """Called when a call has been answered; `reason` is the machine word of its error, empty where it is OK."""
+        """Called when a call has ended; `reason` is the error's machine word, empty on success."""
 
     def bytes_received(self, count: int) -> None:
         """Called with the payload size of an accepted update."""
@@ -98,19 +98,19 @@ class Telemetry:
     def span(
         self, name: str, *, links: Sequence[str] = (), **attributes: Any
     ) -> AbstractContextManager[None]:
-        """Return a block that is one step of the way of an update.
+        """Return a context manager for a trace span of one step of an update's processing.
 
         Args:
             name: Name of the step.
-            links: Ids of the updates that the step goes on with.
-            attributes: Facts about it; an `update_id` makes it known under that id.
+            links: Ids of the updates whose spans this one links to.
+            attributes: Span attributes; an `update_id` registers the span under that id.
         """
         del name, links, attributes
         return NOTHING
 
 
 def utc_now() -> datetime:
-    """Return the time: the one place that reads the clock."""
+    """Return the current time; the only function that reads the clock."""
     return datetime.now(UTC)
 
 
@@ -119,7 +119,7 @@ class UnknownKeyError(ValueError):
 
 
 EXPIRY_WARNING: Final = timedelta(days=60)
-"""How long before a keyset expires the warnings begin: time for the holders of offline root keys to meet."""
+"""Warning period before a keyset's expiry; long enough for the holders of offline root keys to meet."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class KeysetStatus:
 
     Attributes:
         version: Its version.
-        expires_at: When devices stop trusting it: its expiry, or that of the root document if that is earlier.
+        expires_at: Its expiry or that of the root document, whichever is earlier.
     """
 
     version: int
@@ -151,16 +151,16 @@ class Context:
     signatures: SignatureVerifier = field(kw_only=True)
     """Verifies signatures over updates."""
     identities: IdentityProver = field(kw_only=True)
-    """Decides whose keys are: a row of the database alone makes no key a device's."""
+    """Verifies that keys belong to devices; a database row alone proves nothing."""
     wake: Callable[[], None]
-    """Tells the aggregation worker that there may be something to do; only a hint."""
+    """Wakes the aggregation worker; only a hint."""
     telemetry: Telemetry = field(default_factory=Telemetry)
     """Receives telemetry events."""
     state_key: bytes = field(default=b"", repr=False)
-    """32 random bytes that replicas share and no database holds; keys of stored secrets are derived from it."""
+    """32 random bytes shared by replicas, never stored in the database; keys of stored secrets derive from it."""
     earlier_state_keys: Sequence[bytes] = field(default=(), repr=False)
-    """State keys before it, the latest first: what was stored under them is still opened."""
+    """Previous state keys, latest first, used only to open stored secrets."""
     decapsulate: Decapsulate | None = field(default=None, repr=False)
-    """Recovers a secret that was encapsulated to an accepted session KEM key; None where there is none."""
+    """Recovers a secret encapsulated to an accepted session KEM key; None without server keys."""
     keyset_status: Callable[[], KeysetStatus] | None = None
-    """Returns the keyset in force; None where there is none."""
+    """Returns the keyset in force; None without server keys."""

@@ -40,7 +40,7 @@ class InvalidRequestError(QflareError):
 
     @classmethod
     def raise_for(cls, violations: Sequence[tuple[str, str]]) -> None:
-        """Raise the error of a request in which fields are wrong; do nothing if there is none.
+        """Raise an error for the violations of a request; do nothing if there are none.
 
         Args:
             violations: Path and description of every such field.
@@ -55,7 +55,7 @@ class InvalidRequestError(QflareError):
 
 
 class InvalidManifestError(InvalidRequestError):
-    """Names, element types or shapes are not those of the base model, or no layout at all."""
+    """Names, element types or shapes differ from the base model's, or the layout is invalid."""
 
     reason = "INVALID_MANIFEST"
 
@@ -67,23 +67,23 @@ class InvalidUpdateError(InvalidRequestError):
 
 
 class DigestMismatchError(InvalidRequestError):
-    """Bytes do not match the digest that was stated for them."""
+    """Bytes do not match their stated digest."""
 
     reason = "DIGEST_MISMATCH"
 
 
 class InvalidSignatureError(InvalidRequestError):
-    """A signature does not verify, or signs something else."""
+    """A signature does not verify, or covers something else."""
 
     reason = "INVALID_SIGNATURE"
 
 
 class AlgorithmNotAcceptedError(InvalidRequestError):
-    """The signature algorithm is not one that this coordinator accepts of devices.
+    """The signature algorithm is not accepted for devices.
 
     Args:
         got: Name of the key's algorithm.
-        accepted: Names of those that are accepted; also sent in the metadata, separated by commas.
+        accepted: Names of the accepted algorithms; also sent in the metadata, separated by commas.
     """
 
     reason = "ALGORITHM_NOT_ACCEPTED"
@@ -95,19 +95,19 @@ class AlgorithmNotAcceptedError(InvalidRequestError):
 
 
 class InvalidSealError(InvalidRequestError):
-    """A sealed payload does not open: its header, its key or a segment is not what it has to be."""
+    """A sealed payload does not open: its header, its key or a segment is invalid."""
 
     reason = "INVALID_SEAL"
 
 
 class SealingMismatchError(InvalidRequestError):
-    """The payload is sealed and the training session takes none that are, or the other way round."""
+    """The payload is sealed but the training session does not use sealing, or the reverse."""
 
     reason = "SEALING_MISMATCH"
 
 
 class UpdateTooLargeError(InvalidRequestError):
-    """The payload is over a static bound: a retry can never succeed."""
+    """The payload exceeds a static limit: a retry can never succeed."""
 
     reason = "UPDATE_TOO_LARGE"
 
@@ -149,7 +149,7 @@ class DeviceSuspendedError(PermissionDeniedError):
 
 
 class NotFoundError(QflareError):
-    """What was asked for does not exist, or the caller may not know of it."""
+    """The requested object does not exist, or the caller may not access it."""
 
     reason = "NOT_FOUND"
 
@@ -191,7 +191,7 @@ class UpdateNotFoundError(NotFoundError):
 
 
 class AuditEntryNotFoundError(NotFoundError):
-    """No such audit entry, or none in the tree that was asked for."""
+    """No such audit entry, or none in the requested tree."""
 
     reason = "AUDIT_ENTRY_NOT_FOUND"
 
@@ -203,7 +203,7 @@ class PayloadPrunedError(NotFoundError):
 
 
 class AlreadyExistsError(QflareError):
-    """It exists already and differs."""
+    """The object exists already and differs."""
 
     reason = "ALREADY_EXISTS"
 
@@ -221,25 +221,25 @@ class DuplicateUpdateError(AlreadyExistsError):
 
 
 class DuplicateEvaluationError(AlreadyExistsError):
-    """The device has reported something else of this version."""
+    """The device has sent a different report for this version."""
 
     reason = "DUPLICATE_EVALUATION"
 
 
 class FailedPreconditionError(QflareError):
-    """The state of the coordinator does not allow this."""
+    """The state of the coordinator does not allow the call."""
 
     reason = "FAILED_PRECONDITION"
 
 
 class WrongStateError(FailedPreconditionError):
-    """The life cycle does not allow this step from where it is."""
+    """The current state does not allow this transition."""
 
     reason = "WRONG_STATE"
 
 
 class RoundNotOpenError(FailedPreconditionError):
-    """The round takes no update."""
+    """The round does not accept updates."""
 
     reason = "ROUND_NOT_OPEN"
 
@@ -274,11 +274,11 @@ class StaleBaseVersionError(FailedPreconditionError):
 
 
 class TooManyRequestsError(QflareError):
-    """A dynamic bound is reached; the same call may succeed later.
+    """A dynamic limit is reached; a retry may succeed later.
 
     Args:
-        message: Which bound.
-        retry_after_s: When to try again, in seconds; sent as `google.rpc.RetryInfo`.
+        message: The limit.
+        retry_after_s: Delay before a retry, in seconds; sent as `google.rpc.RetryInfo`.
     """
 
     reason = "TOO_MANY_REQUESTS"
@@ -290,7 +290,7 @@ class TooManyRequestsError(QflareError):
 
 
 class StorageFullError(TooManyRequestsError):
-    """The coordinator has no room left to store anything."""
+    """The coordinator's storage is full."""
 
     reason = "STORAGE_FULL"
 
@@ -299,19 +299,19 @@ class StorageFullError(TooManyRequestsError):
 
 
 class StalledError(QflareError):
-    """The stream made no progress within its time."""
+    """The stream made no progress within its timeout."""
 
     reason = "STALLED"
 
 
 class DisconnectedError(QflareError):
-    """The caller went away in the middle of a stream."""
+    """The caller disconnected during a stream."""
 
     reason = "DISCONNECTED"
 
 
 class ConflictError(QflareError):
-    """Another call was faster: repeat the whole call."""
+    """Conflicting concurrent call; retry the whole call."""
 
     reason = "CONFLICT"
 

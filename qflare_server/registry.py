@@ -1,11 +1,11 @@
 """Device registry for programs that embed the coordinator.
 
-Functions of the process, on the database of the coordinator (`qflare_server.serving.embedded` says which and how it is
-opened): a device that is registered here may be listed, suspended or revoked by an administrator over gRPC, and the
-other way round.
+Module-level functions on the coordinator's database (`qflare_server.serving.embedded` documents the database and how it
+is opened). Devices are shared with the coordinator: an administrator can list, suspend or revoke a device registered
+here over gRPC, and these functions see devices enrolled there.
 
-A refusal is False or None, as in the in-memory registry that these functions replace, and is logged as a
-WARNING with its reason. Every other failure (database unreachable, disk full) raises. The dictionaries are
+A refusal returns False or None, as in the in-memory registry that these functions replace, and logs its reason as a
+WARNING. Every other failure (database unreachable, disk full) raises. The dictionaries are
 documented in `use_cases.in_process.records`. Call `close` at the end of the program.
 
     register_device("ward-3", {"metadata": {"device_type": "workstation"}})
@@ -54,12 +54,12 @@ REASON: Final = "by the program"
 
 
 def register_device(device_id: str, device_info: Mapping[str, Any] | None = None) -> bool:
-    """Register a device; False if there is one with this id, or if the information is not valid.
+    """Register a device; return False if the id is taken or the information is invalid.
 
     Args:
         device_id: 1 to 255 printable characters.
-        device_info: `metadata`, `public_keys` and `training_config` as in `use_cases.in_process.records`; anything may
-            be left out. A public key that is neither ML-DSA nor X-Wing is left out with a WARNING.
+        device_info: `metadata`, `public_keys` and `training_config` as in `use_cases.in_process.records`; all
+            optional. A public key that is neither ML-DSA nor X-Wing is skipped with a WARNING.
     """
 
     def work() -> None:
@@ -81,12 +81,12 @@ def get_device_info(device_id: str) -> dict[str, Any] | None:
 
 
 def update_device_status(device_id: str, status: str) -> bool:
-    """Change a device's status and record it as seen; False if the transition is not allowed.
+    """Change a device's status and record it as seen; return False if the transition is not allowed.
 
     Args:
-        device_id: Of a registered device.
-        status: `active` (or `training`, `approved`), `inactive`, `suspended` (or `pending`), or `revoked`, from
-            which there is no way back.
+        device_id: Id of a registered device.
+        status: `active` (or `training`, `approved`), `inactive`, `suspended` (or `pending`), or `revoked`, which
+            is permanent.
     """
 
     def work() -> None:
@@ -107,12 +107,12 @@ def update_device_status(device_id: str, status: str) -> bool:
 
 
 def update_device_keys(device_id: str, public_keys: Mapping[str, Any]) -> bool:
-    """Replace a device's public keys; False if there is no such device or a key is not valid.
+    """Replace a device's public keys; return False if the device is unknown or a key is invalid.
 
     Args:
-        device_id: Of a registered device that is not revoked.
-        public_keys: `sig_public_key` (ML-DSA) and `kem_public_key` (X-Wing) as bytes, base64 or hex; one that is
-            left out stays as it is. A new signature key counts as a rotation.
+        device_id: Id of a registered device that is not revoked.
+        public_keys: `sig_public_key` (ML-DSA) and `kem_public_key` (X-Wing) as bytes, base64 or hex; an
+            omitted key is unchanged. A new signature key counts as a rotation.
     """
 
     def work() -> None:
@@ -125,7 +125,7 @@ def update_device_keys(device_id: str, public_keys: Mapping[str, Any]) -> bool:
 
 
 def remove_device(device_id: str) -> bool:
-    """Make a device inactive; False if there is none or it is revoked. Its history stays."""
+    """Deactivate a device; return False if it is unknown or revoked. Its history is kept."""
     return _granted(
         "remove_device", lambda: current().devices.deactivate(CALLER, device_id, "removed")
     )
@@ -170,9 +170,10 @@ def get_registry_stats() -> dict[str, Any]:
 
 
 def check_device_health() -> dict[str, Any]:
-    """Return how many devices are `healthy` (active and heard of within a day), `unknown` (active only) and not.
+    """Return the number of devices by health, with `total_devices` and `last_check`.
 
-    Also `total_devices` and `last_check`; `unhealthy` are those in any other state.
+    A device is `healthy` if it is active and was seen within a day, `unknown` if it is active and was not, and
+    `unhealthy` if it is not active.
     """
     stats = get_registry_stats()
     healthy = min(current().known_devices.count_seen(HEALTHY_WITHIN_S), stats["active"])

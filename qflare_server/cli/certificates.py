@@ -114,8 +114,9 @@ def add(commands: Any) -> None:
     actions = certificates.add_subparsers(required=True, metavar="ACTION")
     make = actions.add_parser(
         "make",
-        help="make an authority, a server certificate and client certificates",
-        description="Make development certificates. Again in the same folder: keep the authority, renew the rest.",
+        help="create an authority, a server certificate and client certificates",
+        description="Create development certificates. A second run in the same folder keeps the authority and"
+        " renews the rest.",
         epilog="example: qflare-server certificates make --output certificates --host fl.example.org",
     )
     make.add_argument("--output", type=Path, required=True, help="folder")

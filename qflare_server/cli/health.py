@@ -21,12 +21,12 @@ def add(commands: Any) -> None:
         epilog="example: qflare-server health --address 127.0.0.1:50051",
     )
     health.add_argument("--address", type=address, help="default: the listening address")
-    health.add_argument("--service", default="", help="service name; empty asks for the whole")
+    health.add_argument("--service", default="", help="service name; default: the whole server")
     health.add_argument(
         "--ca",
         type=Path,
-        help="PEM file of certificate authorities; without it an --address is asked without TLS,"
-        " and the listening address as the settings say",
+        help="PEM file of certificate authorities; default: no TLS for an --address,"
+        " the configured TLS for the listening address",
     )
     health.add_argument("--certificate", type=Path, help="PEM chain of a client, for mutual TLS")
     health.add_argument("--key", type=Path, help="PEM key of that certificate")

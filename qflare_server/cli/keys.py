@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
         epilog="example: qflare-server bundle --address fl.example.org:443 --output bundle.json",
     )
     bundle.add_argument(
-        "--address", type=address, required=True, help="where devices reach the coordinator"
+        "--address", type=address, required=True, help="public address of the coordinator"
     )
     bundle.add_argument("--ca", type=Path, help="PEM file of the TLS certificate authority")
     bundle.add_argument("--output", type=Path, required=True, help="new 0600 file")
@@ -53,8 +53,8 @@ def add(commands: Any) -> None:
 def _add_init(commands: Any) -> None:
     init = commands.add_parser(
         "init",
-        help="make keys, database and the first admin token",
-        description="Make everything that a coordinator needs in its data folder; `serve` does the same"
+        help="create keys, database and the first admin token",
+        description="Create keys, database and the first admin token in the data folder; `serve` does the same"
         " for an empty folder.",
         epilog="examples:\n  qflare-server --data-dir /var/lib/qflare init\n"
         "  qflare-server init --root-threshold 2 --root-dir /media/a --root-dir /media/b --root-dir /media/c",
@@ -64,33 +64,33 @@ def _add_init(commands: Any) -> None:
         "--algorithm",
         dest="online_algorithm",
         choices=ONLINE_ALGORITHMS,
-        help="of online signature keys (default: QFLARE_ONLINE_ALGORITHM, else ml-dsa-65)",
+        help="algorithm of online signature keys (default: QFLARE_ONLINE_ALGORITHM, else ml-dsa-65)",
     )
     init.add_argument(
         "--root-algorithm",
         choices=ROOT_ALGORITHMS,
-        help="of root keys (default: QFLARE_ROOT_ALGORITHM, else ml-dsa-87)",
+        help="algorithm of root keys (default: QFLARE_ROOT_ALGORITHM, else ml-dsa-87)",
     )
-    init.add_argument("--root-count", type=whole(1, 8), help="root keys, each in a file of its own")
+    init.add_argument("--root-count", type=whole(1, 8), help="number of root keys, one file each")
     init.add_argument(
         "--root-threshold",
         type=whole(1, 8),
         default=1,
-        help="root keys that have to sign (default: 1)",
+        help="required root signatures (default: 1)",
     )
     init.add_argument(
         "--root-dir",
         type=Path,
         action="append",
         default=[],
-        help="folder for a root key; repeated, each key goes to another one",
+        help="folder for a root key; repeatable, one folder per key",
     )
     init.add_argument(
         "--root-passphrase-file",
         type=Path,
         action="append",
         default=[],
-        help="file with the passphrase of a root key, in the order of the keys; else a random one beside each",
+        help="passphrase file of a root key, repeatable in the order of the keys; default: a random one beside each",
     )
     init.set_defaults(run=run_init)
 
@@ -98,37 +98,37 @@ def _add_init(commands: Any) -> None:
 def _add_keys(commands: Any) -> None:
     keys = commands.add_parser("keys", help="rotate the coordinator's keys")
     actions = keys.add_subparsers(required=True, metavar="ACTION")
-    online = actions.add_parser("rotate", help="new online keys in a keyset that the root signs")
+    online = actions.add_parser("rotate", help="rotate the online keys")
     online.add_argument(
         "--stolen",
         action="store_true",
-        help="the key file was stolen: accept none of the present keys any more",
+        help="the key file was stolen: stop accepting every current key",
     )
     online.add_argument(
         "--algorithm",
         dest="online_algorithm",
         choices=ONLINE_ALGORITHMS,
-        help="of the next signature keys (default: QFLARE_ONLINE_ALGORITHM, else that of the present ones)",
+        help="algorithm of the next signature keys (default: QFLARE_ONLINE_ALGORITHM, else the current one)",
     )
     online.add_argument(
         "--without", action="append", default=[], metavar="KEY_ID", help="stop accepting this key"
     )
     offline_root.add_places(online)
     online.set_defaults(run=run_rotate)
-    root = actions.add_parser("rotate-root", help="new root keys, signed by the old and the new")
+    root = actions.add_parser("rotate-root", help="rotate the root keys")
     root.add_argument(
         "--algorithm",
         dest="root_algorithm",
         choices=ROOT_ALGORITHMS,
-        help="of the next root keys (default: QFLARE_ROOT_ALGORITHM, else that of the present ones)",
+        help="algorithm of the next root keys (default: QFLARE_ROOT_ALGORITHM, else the current one)",
     )
     root.add_argument(
-        "--root-count", type=whole(1, 8), help="root keys (default: as many as before)"
+        "--root-count", type=whole(1, 8), help="number of root keys (default: unchanged)"
     )
     root.add_argument(
         "--root-threshold",
         type=whole(1, 8),
-        help="root keys that have to sign (default: as before)",
+        help="required root signatures (default: unchanged)",
     )
     root.set_defaults(run=run_rotate_root)
     offline_root.add(actions)

@@ -62,7 +62,7 @@ EPILOG: Final = """\
 Settings come from QFLARE_* variables; flags override them. First steps:
 
   qflare-server serve                        run on SQLite in ./qflare-data
-  qflare-server token issue --count 3        rights to enroll three devices
+  qflare-server token issue --count 3        enrollment tokens for three devices
   qflare-server session create --name demo --model initial.safetensors --quorum 3 --start
 """
 
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code.
 
     Args:
-        argv: Arguments without the program name; None means those of the process, which is then protected.
+        argv: Arguments without the program name; None means those of the process, which also hardens the process.
     """
     if argv is None:
         protect_process()

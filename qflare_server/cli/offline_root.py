@@ -56,7 +56,7 @@ def _add_keyset(actions: Any) -> None:
     prepare.add_argument(
         "--algorithm",
         dest="online_algorithm",
-        help="of the signature keys (default: QFLARE_ONLINE_ALGORITHM, else that of the present ones)",
+        help="algorithm of the signature keys (default: QFLARE_ONLINE_ALGORITHM, else the current one)",
     )
     prepare.set_defaults(run=run_prepare)
     draft = actions.add_parser("draft", help="offline root, step 2: write the keyset to be signed")
@@ -78,7 +78,7 @@ def _add_keyset(actions: Any) -> None:
     add_places(sign)
     sign.add_argument("--output", type=Path, required=True, help="new file for the signed document")
     sign.set_defaults(run=run_sign)
-    publish = actions.add_parser("publish", help="offline root, step 4: bring it into force")
+    publish = actions.add_parser("publish", help="offline root, step 4: publish the signed keyset")
     publish.add_argument(
         "--signed",
         type=Path,
@@ -97,7 +97,7 @@ def _add_keyset(actions: Any) -> None:
 
 
 def _add_root(actions: Any) -> None:
-    make = actions.add_parser("make-root", help="make a root key, on the machine that will keep it")
+    make = actions.add_parser("make-root", help="generate a root key, on its holder's machine")
     make.add_argument("--root-key", type=Path, required=True, help="new file for the key")
     make.add_argument(
         "--root-passphrase-file", type=Path, help="its passphrase; else a random one beside it"
@@ -118,7 +118,7 @@ def _add_root(actions: Any) -> None:
         help="public half of a next root key, repeatable",
     )
     draft.add_argument(
-        "--root-threshold", type=whole(1, 8), default=1, help="keys that have to sign"
+        "--root-threshold", type=whole(1, 8), default=1, help="required root signatures"
     )
     draft.add_argument(
         "--days", type=whole(1, 3650), default=KEYSET_LIFETIME.days, help="life of the keyset"
@@ -127,7 +127,7 @@ def _add_root(actions: Any) -> None:
         "--root-days",
         type=whole(1, 36500),
         default=ROOT_LIFETIME.days,
-        help="life of the root document",
+        help="days until the root document expires",
     )
     draft.add_argument("--output", type=Path, required=True, help="new file for the root document")
     draft.add_argument("--keyset-output", type=Path, required=True, help="new file for the keyset")

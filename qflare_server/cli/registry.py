@@ -1,4 +1,4 @@
-"""`registry import`, `registry vouch`: devices from a JSON dump, and receipts for keys that came in that way before."""
+"""`registry import`, `registry vouch`: import devices from a JSON dump, and sign receipts for earlier imported keys."""
 
 import argparse
 import json
@@ -37,14 +37,14 @@ class ImportCounts:
 
 def add(commands: Any) -> None:
     """Add this module's parsers."""
-    registry = commands.add_parser("registry", help="bring devices in from an in-memory registry")
+    registry = commands.add_parser("registry", help="import devices from an in-memory registry")
     actions = registry.add_subparsers(required=True, metavar="ACTION")
     importing = actions.add_parser(
         "import",
         help="import a JSON dump of an in-memory registry; may be repeated",
         description="Import devices that this database does not have. The dump is what"
         " get_registered_devices() returned: an object of devices by id, or a list of devices with"
-        " their device_id. Safe while a coordinator serves; what is there already is skipped.",
+        " their device_id. Safe while a coordinator runs; existing devices are skipped.",
         epilog="example: qflare-server registry import registry.json",
     )
     importing.add_argument("file", type=Path, help="JSON")
@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     vouching = actions.add_parser(
         "vouch",
         help="sign receipts for keys that an embedding program registered before keys got receipts",
-        description="Without arguments, lists the keys that neither a receipt nor a rotation shows to be"
+        description="Without arguments, lists the keys that neither a receipt nor a rotation proves to be"
         " their device's: they cannot log in, and their updates are not folded. Compare each with what the"
         " program knows of its devices, then name those that you vouch for: a key that nobody remembers may"
         " be an intruder's. Recorded in the audit log at high risk.",

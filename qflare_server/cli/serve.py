@@ -31,10 +31,12 @@ def add(commands: Any) -> None:
         description="Run a coordinator until SIGTERM or SIGINT.",
         epilog="example: qflare-server --data-dir qflare-data serve --listen 127.0.0.1:50051",
     )
-    serve.add_argument("--listen", help="address, such as 127.0.0.1:50051; port 0 takes a free one")
+    serve.add_argument(
+        "--listen", help="address, such as 127.0.0.1:50051; port 0 selects a free port"
+    )
     serve.add_argument("--workers", type=whole(1, 64), help="processes that share the port")
     serve.add_argument(
-        "--dashboard", help="address of the web pages, such as 127.0.0.1:8080; without it none"
+        "--dashboard", help="address of the dashboard, such as 127.0.0.1:8080; default: none"
     )
     serve.set_defaults(run=run_serve)
 

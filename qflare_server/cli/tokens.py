@@ -27,18 +27,20 @@ def add(commands: Any) -> None:
         help="issue enrollment tokens",
         epilog="example: qflare-server token issue --count 10 --label ward-3 --output tokens.txt",
     )
-    issue.add_argument("--count", type=whole(1, 1000), default=1, help="how many (1 to 1000)")
-    issue.add_argument("--label", default="", help="what they are for")
     issue.add_argument(
-        "--group", action="append", default=[], help="group that new devices get; repeatable"
+        "--count", type=whole(1, 1000), default=1, help="number of tokens (1 to 1000)"
     )
-    issue.add_argument("--lifetime-s", type=seconds(1), help="seconds that they live")
-    issue.add_argument("--device", default="", help="device that lost its keys")
+    issue.add_argument("--label", default="", help="label of the tokens")
     issue.add_argument(
-        "--bundles", type=Path, help="write a bootstrap bundle for each into this folder"
+        "--group", action="append", default=[], help="group of the new devices; repeatable"
+    )
+    issue.add_argument("--lifetime-s", type=seconds(1), help="lifetime in seconds")
+    issue.add_argument("--device", default="", help="replace the keys of this device")
+    issue.add_argument(
+        "--bundles", type=Path, help="write a bootstrap bundle per token into this folder"
     )
     issue.add_argument(
-        "--address", type=address, help="where devices reach the coordinator, with --bundles"
+        "--address", type=address, help="public address of the coordinator, for --bundles"
     )
     issue.add_argument("--ca", type=Path, help="PEM file of the TLS certificate authority")
     issue.add_argument(
@@ -50,10 +52,10 @@ def add(commands: Any) -> None:
         help="issue an admin token",
         epilog="example: qflare-server token issue-admin --name alice --role operator --output a.token",
     )
-    admin.add_argument("--name", required=True, help="who it is for")
+    admin.add_argument("--name", required=True, help="name of the administrator")
     roles = sorted({Role.VIEWER, Role.OPERATOR, Role.ADMIN, Role.AUDITOR})
     admin.add_argument("--role", action="append", choices=roles, required=True, help="repeatable")
-    admin.add_argument("--lifetime-s", type=seconds(1), help="seconds that it lives")
+    admin.add_argument("--lifetime-s", type=seconds(1), help="lifetime in seconds")
     admin.add_argument(
         "--output", type=Path, help="write to this new 0600 file instead of printing"
     )

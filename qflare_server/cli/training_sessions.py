@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     create.set_defaults(run=run_create)
     validate = actions.add_parser(
         "validate",
-        help="check a configuration and a model, and create nothing",
+        help="validate a configuration and a model without creating anything",
         epilog="example: qflare-server session validate --config session.toml --model initial.safetensors",
     )
     validate.add_argument("--name", default="unnamed")

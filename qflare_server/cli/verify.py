@@ -15,11 +15,11 @@ from qflare_server.verification import Recomputation, recompute_version, verify_
 
 def add(commands: Any) -> None:
     """Add this module's parsers; `model verify` joins the other commands on models."""
-    audit = commands.add_parser("audit", help="verify the database, hand heads to a witness")
+    audit = commands.add_parser("audit", help="verify the database, write witness files")
     actions = audit.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser(
         "verify",
-        help="check a whole database against what was signed; exit code 1 if anything differs",
+        help="verify the database against signed evidence; exit code 1 on any finding",
         epilog="example: qflare-server audit verify --root-key-id 5f0c... --witness heads.txt",
     )
     check.add_argument(
@@ -29,11 +29,11 @@ def add(commands: Any) -> None:
         help="pinned id of a root key, from a bundle you trust; default: the ids in this data folder",
     )
     check.add_argument("--no-bytes", action="store_true", help="do not hash models and updates")
-    check.add_argument("--witness", type=Path, help="heads that were handed out before")
+    check.add_argument("--witness", type=Path, help="witness file with earlier heads")
     check.set_defaults(run=run_verify)
     witness = actions.add_parser(
         "witness",
-        help="sign the head of the audit log and append it to a file to keep elsewhere",
+        help="append a signed audit-log head to a witness file",
         epilog="example: qflare-server audit witness /mnt/elsewhere/heads.txt",
     )
     witness.add_argument("file", type=Path)
@@ -44,7 +44,7 @@ def add_model_verify(actions: Any) -> None:
     """Add `model verify`."""
     check = actions.add_parser(
         "verify",
-        help="make a version again from its kept updates and compare; exit code 1 if it differs",
+        help="recompute a version from its stored updates and compare; exit code 1 if it differs",
         epilog="example: qflare-server model verify SESSION --version 20",
     )
     check.add_argument("session", help="id")
