@@ -47,7 +47,7 @@ class PrivacyLedger:
         return sum(run.count for run in self.runs)
 
     def with_release(self, noise_multiplier: float, sampling_probability: float) -> "PrivacyLedger":
-        """Give the ledger with one more version."""
+        """Return the ledger with one more version."""
         last = self.runs[-1] if self.runs else None
         key = (noise_multiplier, sampling_probability)
         if last is not None and (last.noise_multiplier, last.sampling_probability) == key:
@@ -55,15 +55,15 @@ class PrivacyLedger:
         return PrivacyLedger((*self.runs, Releases(*key, 1)))
 
     def as_rows(self) -> list[list[float]]:
-        """Give JSON-ready rows; `from_rows` is the way back."""
+        """Return JSON-ready rows; `from_rows` is the inverse."""
         return [[run.noise_multiplier, run.sampling_probability, run.count] for run in self.runs]
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[float]]) -> Self:
-        """Read what `as_rows` gave.
+        """Read the output of `as_rows`.
 
         Raises:
-            ValueError: A row is not three numbers of their ranges.
+            ValueError: A row is not three numbers within their ranges.
         """
         runs = []
         for row in rows:
@@ -79,9 +79,9 @@ class PrivacySpent:
     """The guarantee that holds after a version.
 
     Attributes:
-        epsilon: Of all versions together.
-        delta: The delta it is stated at.
-        ledger: What it was computed from; persist it with the version.
+        epsilon: Epsilon of all versions together.
+        delta: The delta at which epsilon is stated.
+        ledger: Ledger from which epsilon is computed; persist it with the version.
     """
 
     epsilon: float
@@ -90,7 +90,7 @@ class PrivacySpent:
 
 
 def require_library() -> None:
-    """Refuse privacy where its accountant is not installed.
+    """Require the privacy accountant to be installed.
 
     Raises:
         StrategyConfigError: The message names the package.
@@ -114,7 +114,7 @@ def spent(ledger: PrivacyLedger, delta: float, accountant: str = "rdp") -> Priva
 
 @lru_cache(maxsize=64)
 def _epsilon(runs: tuple[Releases, ...], delta: float, accountant: str) -> float:
-    """Ask the library; remembered, since every version asks for its own figure and for that of the next."""
+    """Compute epsilon with the library; cached, because every version needs its own figure and the next one."""
     machine = _accountant(accountant)
     for run in runs:
         machine.compose(_event(run), run.count)
@@ -126,13 +126,13 @@ def spend(config: PrivacyConfig, ledger: PrivacyLedger) -> PrivacySpent:
 
     Args:
         config: The training session's privacy.
-        ledger: What was released so far.
+        ledger: The versions released so far.
 
     Returns:
         The guarantee after this version, with the ledger to persist in the transaction that publishes it.
 
     Raises:
-        PrivacyBudgetExceededError: The version must not be released; the ledger stays as it was.
+        PrivacyBudgetExceededError: The version must not be released; the ledger is unchanged.
     """
     following = ledger.with_release(config.noise_multiplier, config.sampling_probability)
     after = spent(following, config.delta, config.accountant)
@@ -145,7 +145,7 @@ def spend(config: PrivacyConfig, ledger: PrivacyLedger) -> PrivacySpent:
 
 
 def _accountant(name: str) -> Any:
-    """Make the library's accountant; imported here because the coordinator runs without it."""
+    """Create the library's accountant; imported here because the library is optional."""
     if name == "rdp":
         from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415
 
@@ -156,7 +156,7 @@ def _accountant(name: str) -> Any:
 
 
 def _event(run: Releases) -> Any:
-    """Describe one version in the library's words."""
+    """Return the privacy event of one version, as the library represents it."""
     import dp_accounting  # noqa: PLC0415
 
     gaussian = dp_accounting.GaussianDpEvent(run.noise_multiplier)

@@ -1,8 +1,8 @@
 """Streaming aggregation: each update is added to one float64 vector on arrival and is not kept.
 
 Memory is eight bytes for each element of the model, whatever the number of updates. The bytes depend on the order of
-acceptance only: each element is added up on its own, in that order, so neither block size nor threads nor the
-grouping into calls changes a bit. After a crash the same updates are folded again.
+acceptance only: each element is summed separately, in that order, so block size, threads and the grouping into calls
+do not change a bit. After a crash the same updates are folded again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ PIECE: Final = 32_768
 """Elements read and added at once: input, scratch and total are 640 KiB, which a second-level cache holds. An update
 is added while it is still there from being read."""
 BATCH: Final = 16
-"""Updates folded in one sweep over the accumulator: a piece of it stays in cache while theirs pass."""
+"""Updates folded in one sweep over the accumulator: each of its pieces stays in cache for all of them."""
 
 
 def add_scaled(total: Vector, values: NDArray[np.floating], factor: float, scratch: Vector) -> None:
@@ -94,7 +94,7 @@ def fold_pieces(
         addends: In order of acceptance.
         base: The base version.
         first: Number of the first piece.
-        stride: Pieces to step on; other threads take those between.
+        stride: Distance between pieces; other threads fold the pieces between.
     """
     scratch = np.empty(min(PIECE, total.size))
     needs_base = any(addend.subtracts_base for addend in addends)
@@ -111,7 +111,7 @@ def fold_pieces(
 
 
 class Accumulator:
-    """An aggregation by a fold rule. Not safe for use from several threads at once."""
+    """An aggregation by a fold rule. Not thread-safe."""
 
     def __init__(
         self,
@@ -157,16 +157,16 @@ class Accumulator:
         self._base_factor = 0.0
 
     def add(self, contribution: Contribution) -> None:
-        """Take one update in."""
+        """Add one update."""
         self.extend([contribution])
 
     def extend(self, contributions: Sequence[Contribution]) -> None:
-        """Take updates in, in order; the bytes are those of adding one by one, in less time.
+        """Add updates in order; faster than adding them one by one, with the same bytes.
 
-        An exception, from a reader or here, leaves the accumulator unusable: begin again with a fresh one.
+        An exception, from a reader or here, leaves the accumulator unusable: start again with a new one.
 
         Raises:
-            ValueError: An update was taken in before.
+            ValueError: An update was added before.
         """
         for start in range(0, len(contributions), BATCH):
             self._take(contributions[start : start + BATCH])
@@ -201,7 +201,7 @@ class Accumulator:
         return replace(judgement, coefficient=coefficient, weight=weight)
 
     def _sweep(self, addends: Sequence[Addend]) -> None:
-        """Fold one batch; with several threads each takes every so many pieces."""
+        """Fold one batch; with several threads, each folds every n-th piece."""
         count, base = self._thread_count, self._assessor.base
         if count == 1:
             fold_pieces(self._total, addends, base, 0, 1)
@@ -216,21 +216,21 @@ class Accumulator:
 
     @property
     def release(self) -> Release:
-        """What makes the version of the updates taken in so far."""
+        """Finalization of the updates added so far."""
         judgements = tuple(self._judgements.values())
         return Release(self._assessor, judgements, self._noise_seed, self._digests)
 
     def judgement_of(self, update_id: str) -> UpdateAssessment:
-        """Return the assessment of an update that was taken in."""
+        """Return the assessment of an added update."""
         return self._judgements[update_id]
 
     @property
     def outcome(self) -> Outcome:
-        """The facts of the updates taken in so far."""
+        """Outcome of the updates added so far."""
         return self.release.outcome
 
     def finish(self) -> Iterator[VersionSlice]:
-        """Give the version slice by slice. May be called again, and gives the same.
+        """Yield the version slice by slice. Repeated calls yield the same slices.
 
         Raises:
             NotEnoughUpdatesError: Too few updates were accepted.

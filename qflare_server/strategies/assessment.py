@@ -1,4 +1,4 @@
-"""Assessment of single updates: norm and cosine as far as the strategy needs them, then its screens."""
+"""Assessment of single updates: norm and cosine where the strategy needs them, then its screens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class Assessor:
         element_count: `n`.
         base: The base version.
         prior: State persisted with the base version.
-        recorded: Judgements of an earlier run by update id; with them nothing is judged again.
+        recorded: Judgements of an earlier run by update id; if given, nothing is judged again.
         excluded: Reasons by update id of updates that are refused without being measured.
         revision: Number of the rules to aggregate by (`types.REVISION`).
     """
@@ -65,7 +65,7 @@ class Assessor:
         reason = excluded if norm is None else excess_of(norm)
         factor, rejection = (0.0, reason) if reason else self._screen(facts)
         if reason and self.strategy.privacy and self.revision > 1:
-            rejection = ""  # clipped to nothing: a refusal would tell of this device
+            rejection = ""  # clipped to zero: a refusal would disclose a fact about this device
         judgement = UpdateAssessment(
             update_id=facts.update_id,
             factor=factor,
@@ -78,7 +78,7 @@ class Assessor:
         return facts, judgement
 
     def recall(self, contribution: Contribution) -> UpdateAssessment | None:
-        """Give the recorded judgement, or None when this run judges for itself.
+        """Return the recorded judgement, or None if this run has no record.
 
         Raises:
             ValueError: There is a record, but not of this update.
@@ -90,7 +90,7 @@ class Assessor:
         return self.recorded[contribution.update_id]
 
     def _measure(self, contribution: Contribution) -> tuple[float | None, float | None]:
-        """Give norm and cosine; None for what nothing asks for."""
+        """Return norm and cosine; None for those that are not needed."""
         direction = self.prior.vectors.get(DIRECTION)
         if self.strategy.needs_direction and direction is not None:
             return cosine_of(contribution, self.base, direction, self.element_count)
@@ -113,7 +113,7 @@ class Assessor:
 
 
 def excess_of(norm: float) -> str:
-    """Give the reason to refuse a delta that is too long to be compared with others; empty for any other."""
+    """Return the reason to refuse a delta that is too long to be compared with others; empty otherwise."""
     if norm <= LARGEST_NORM:
         return ""
     return f"norm {norm:.6g} exceeds {LARGEST_NORM:g}, the longest that float64 compares"

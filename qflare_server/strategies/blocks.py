@@ -5,9 +5,9 @@ norm or a dot product, `GRAM_BLOCK` for a Gram matrix), and the blocks' figures 
 from arrays of one shape, so the budget, the slice size and the number of threads never change a bit.
 
 The Gram matrix is a product of the BLAS library, held to one thread of its own: the bytes then do not depend on its
-thread settings, and products this small only lose by threads that wait for a busy core. Another kind of processor may
-still differ in the last bits. Coefficients derived from it are recorded in the outcome, so a version can be recomputed
-anywhere from the record.
+thread settings, and products this small are slower with threads that wait for a busy core. Another kind of processor
+may still differ in the last bits. Coefficients derived from it are recorded in the outcome, so a version can be
+recomputed anywhere from the record.
 """
 
 from collections import deque
@@ -32,12 +32,12 @@ BLOCK = 65_536
 GRAM_BLOCK = 8_192
 """Elements in one product of a Gram matrix: 100 updates of them are 6.6 MB of float64. A divisor of `BLOCK`."""
 _READ_AHEAD = 4
-"""Products from one read, so that readers are not called for crumbs."""
+"""Products computed from one read, so that readers are not called for tiny ranges."""
 _READ_AHEAD_BYTES = 16 * 1024 * 1024
 
 
 def blocks(element_count: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """Give the bounds of consecutive blocks; the last may be shorter."""
+    """Yield the bounds of consecutive blocks; the last may be shorter."""
     for start in range(0, element_count, size):
         yield start, min(start + size, element_count)
 
@@ -119,7 +119,7 @@ def gram_matrix(
 
     Returns:
         A symmetric float64 array of shape (k, k). The products of an update longer than `LARGEST_NORM` may be
-        infinite or NaN; those of the others are not touched by it. Memory for each thread: at most 8,192 elements of
+        infinite or NaN; those of the others are unaffected. Memory for each thread: at most 8,192 elements of
         every update in float64, and as many again, or up to 16 MiB, as read.
     """
     count = len(cohort)
@@ -177,10 +177,10 @@ T = TypeVar("T")
 def in_order(
     work: Callable[[int, int], T], ranges: Iterable[tuple[int, int]], thread_count: int
 ) -> Iterator[tuple[int, int, T]]:
-    """Give `(start, stop, work(start, stop))` for each range, in order.
+    """Yield `(start, stop, work(start, stop))` for each range, in order.
 
-    With one thread everything runs on the caller's. With more, at most one range more than there are threads is under
-    way, so memory stays bounded however slowly the results are taken.
+    With one thread, everything runs in the caller's thread. With more, at most one range more than the threads is in
+    progress, so memory stays bounded even if results are consumed slowly.
 
     Args:
         work: Safe to call from several threads at once when there are several.

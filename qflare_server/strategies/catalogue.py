@@ -85,7 +85,7 @@ RULES: Final[Mapping[str, RuleFactory]] = {
     "bulyan": lambda config: Bulyan(config.byzantine_count),
     "geometric_median": _geometric,
 }
-"""The rules that come with QFLARE, by name."""
+"""Built-in rules by name."""
 
 _NAMED_OPTIMIZERS: Final = {
     "fedavgm": "momentum",
@@ -96,7 +96,7 @@ _NAMED_OPTIMIZERS: Final = {
 
 
 def _optimizer_name(config: StrategyConfig) -> str:
-    """Choose the server optimizer: the one in the name, or the one asked for."""
+    """Choose the server optimizer: the one that the name implies, or the configured one."""
     named = _NAMED_OPTIMIZERS.get(config.name, "")
     if named and config.optimizer and config.optimizer != named:
         raise StrategyConfigError(
@@ -117,7 +117,7 @@ def _momentum(config: StrategyConfig) -> ServerOptimizer:
 
 
 def _second_moment(config: StrategyConfig) -> float:
-    """Start `v` where asked, or at the paper's tau squared."""
+    """Return the first value of `v`: the configured one, or the paper's tau squared."""
     return config.tau**2 if config.initial_second_moment < 0 else config.initial_second_moment
 
 
@@ -161,7 +161,7 @@ _OPTIMIZERS: Final[Mapping[str, Callable[[StrategyConfig], ServerOptimizer]]] = 
 
 
 def _screens(config: StrategyConfig) -> tuple[Screen, ...]:
-    """Refusals first, clipping last, so that a bound sees the delta as it came."""
+    """Return the screens: refusals first, clipping last, so that bounds apply to the unclipped delta."""
     screens: list[Screen] = []
     if config.asynchronous:
         screens.append(StalenessBound(config.max_staleness))
@@ -175,7 +175,7 @@ def _screens(config: StrategyConfig) -> tuple[Screen, ...]:
 
 
 def _privacy(config: StrategyConfig) -> CentralPrivacy | None:
-    """Fill in what the configuration leaves to the quorum."""
+    """Return the privacy, with defaults derived from the quorum."""
     chosen = config.privacy
     if chosen is None:
         return None
@@ -223,7 +223,7 @@ def build(config: StrategyConfig, given: Collection[str] | None = None) -> Strat
 
 
 def rebuild(config: StrategyConfig) -> Strategy:
-    """Put the strategy of a stored training session together, which an earlier release may have created.
+    """Build the strategy of a stored training session, which an earlier release may have created.
 
     Raises:
         StrategyConfigError: Something is unknown, out of range or contradictory; the message is the reason.

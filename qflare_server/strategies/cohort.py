@@ -1,7 +1,7 @@
 """Aggregation by cohort rules, slice by slice: memory is bounded by a budget, whatever the model and the cohort.
 
-Updates are only noted on arrival; their readers are used at the end. A pass for statistics runs over fixed
-blocks (see `blocks`); the pass that combines runs over slices as long as the budget allows. A rule gives each element
+Updates are only registered on arrival and read at the end. A pass for statistics runs over fixed
+blocks (see `blocks`); the combining pass runs over slices as long as the budget allows. A rule computes each element
 from its own column, so the slice length never changes a bit.
 """
 
@@ -39,7 +39,7 @@ _LARGEST_SLICE: Final = 262_144
 
 
 def slice_elements(update_count: int, budget_bytes: int, thread_count: int = 1) -> int:
-    """Give the slice length at which one slice of every update stays within the budget.
+    """Return the slice length at which one slice of every update stays within the budget.
 
     Args:
         update_count: Updates that are read side by side.
@@ -55,7 +55,7 @@ Assessed: TypeAlias = tuple[Facts, UpdateAssessment]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One update that takes part: where it is read, its delta's factor and the rule's coefficient."""
+    """One participating update: its reader, its delta's factor and the rule's coefficient."""
 
     contribution: Contribution
     factor: float
@@ -63,7 +63,7 @@ class Row:
 
 
 class CohortAggregation:
-    """An aggregation by a cohort rule. Not safe for use from several threads at once."""
+    """An aggregation by a cohort rule. Not thread-safe."""
 
     def __init__(
         self,
@@ -110,10 +110,10 @@ class CohortAggregation:
         self._decided: tuple[UpdateAssessment, ...] | None = None
 
     def add(self, contribution: Contribution) -> None:
-        """Note one update; it is read when the aggregation is finished.
+        """Register one update; it is read when the aggregation is finished.
 
         Raises:
-            ValueError: The update was taken in before.
+            ValueError: The update was added before.
         """
         if contribution.update_id in self._contributions:
             raise ValueError(f"update {contribution.update_id} was taken in before")
@@ -121,7 +121,7 @@ class CohortAggregation:
         self._decided = None
 
     def extend(self, contributions: Sequence[Contribution]) -> None:
-        """Note updates in order."""
+        """Register updates in order."""
         for contribution in contributions:
             self.add(contribution)
 
@@ -179,7 +179,7 @@ class CohortAggregation:
         return judged, gram[np.ix_(kept, kept)]
 
     def _rows(self) -> tuple[Row, ...]:
-        """Give the updates that take part."""
+        """Return the participating updates."""
         return tuple(
             Row(self._contributions[entry.update_id], entry.factor, entry.coefficient)
             for entry in self._judgements()
@@ -188,17 +188,17 @@ class CohortAggregation:
 
     @property
     def release(self) -> Release:
-        """What makes the version of the updates taken in so far."""
+        """Finalization of the updates added so far."""
         digests = {entry.update_id: entry.digest for entry in self._contributions.values()}
         return Release(self._assessor, self._judgements(), self._noise_seed, digests)
 
     @property
     def outcome(self) -> Outcome:
-        """The facts of the updates taken in so far; reads the updates when the rule's plan needs to."""
+        """Outcome of the updates added so far; reads the updates if the rule's plan needs them."""
         return self.release.outcome
 
     def finish(self) -> Iterator[VersionSlice]:
-        """Give the version slice by slice. May be called again, and gives the same.
+        """Yield the version slice by slice. Repeated calls yield the same slices.
 
         Raises:
             NotEnoughUpdatesError: Too few updates were accepted.
@@ -208,7 +208,7 @@ class CohortAggregation:
         return self._slices(release, self._rows())
 
     def _slices(self, release: Release, rows: tuple[Row, ...]) -> Iterator[VersionSlice]:
-        """Read and combine slices, on several threads if there are, and give them in order."""
+        """Read and combine slices, in parallel if there are several threads, and yield them in order."""
         length = slice_elements(len(rows), self._budget_bytes, self._thread_count)
         bounds = blocks(self._assessor.element_count, length)
 
@@ -281,7 +281,7 @@ def _matrix(
     slices: Sequence[NDArray[np.floating]],
     base: Vector | None,
 ) -> NDArray[np.floating]:
-    """Stack a slice of every scaled delta, or of the updates as they are when `base` is None.
+    """Stack a slice of every scaled delta, or of the unchanged updates when `base` is None.
 
     Float32 when that holds every value exactly, because the rules are twice as fast on it.
     """

@@ -60,14 +60,14 @@ class StrategyConfig:
         tau: Degree of adaptivity, above zero.
         initial_second_moment: Where `v` starts, zero or above; negative stands for `tau ** 2`.
         bias_correction: Of `adam`.
-        proximal_mu: Told to the devices, zero or above.
+        proximal_mu: Sent to the devices, zero or above.
         byzantine_count: Hostile updates that Krum, Multi-Krum and Bulyan withstand, the papers' f.
         selected_count: Updates Multi-Krum averages; 0 stands for `n - f - 2`.
         trimmed_fraction: Share of the updates `trimmed_mean` cuts off at either end, within [0, 0.5).
         smoothing: Smallest distance of the geometric median, above zero.
         max_iterations: Of the geometric median, one or more.
         max_staleness: Of `fedbuff`, zero or more.
-        clip_norm: L2 bound to scale deltas down to; 0 for none. Privacy brings its own.
+        clip_norm: L2 bound to scale deltas down to; 0 for none. Privacy has its own.
         max_norm: L2 bound above which updates are refused; 0 for none.
         min_cosine: Smallest cosine to the previous aggregate, within [-1, 1); -1 for none.
         asynchronous: Whether the session accepts updates against older versions.
@@ -104,7 +104,7 @@ class StrategyConfig:
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, object]) -> Self:
-        """Read a configuration; what is absent keeps its default.
+        """Read a configuration; absent fields keep their defaults.
 
         Raises:
             StrategyConfigError: A field is unknown or of another type than its default.

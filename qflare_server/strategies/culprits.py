@@ -27,9 +27,9 @@ def first_excess(
     Elements that leave the range without the update as well, by the momentum of earlier versions, do not count.
 
     Args:
-        release: Of the aggregation that the update was taken into.
+        release: Finalization of the aggregation that includes the update.
         contribution: The update.
-        judgement: What the aggregation made of it: its factor counts, its share does not.
+        judgement: Its assessment; only the factor is used, not the share.
         fits: Of the model.
 
     Returns:
@@ -48,7 +48,7 @@ def first_excess(
 
 
 def _whole(made: VersionSlice, fits: Fits) -> NDArray[np.bool_]:
-    """Say of each element whether its weight fits and its state is finite."""
+    """Return for each element whether its weight fits and its state is finite."""
     whole = fits(made.start, made.weights)
     for vector in made.vectors.values():
         whole = whole & np.isfinite(vector)

@@ -5,7 +5,7 @@ They are independent of gRPC and of the database; the caller translates them.
 
 
 class StrategyError(Exception):
-    """Base class; the message states what was got and what was wanted."""
+    """Base class; the message states the value found and the value required."""
 
 
 class StrategyConfigError(StrategyError, ValueError):
@@ -17,7 +17,7 @@ class NotEnoughUpdatesError(StrategyError):
 
 
 class PrivacyBudgetExceededError(StrategyError):
-    """Releasing this version would spend more privacy than the training session may spend."""
+    """Releasing this version would exceed the privacy budget of the training session."""
 
 
 class StrategyContractError(StrategyError, AssertionError):

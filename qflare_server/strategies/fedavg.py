@@ -14,7 +14,7 @@ Weighting = Literal["examples", "uniform"]
 
 @dataclass(frozen=True, slots=True)
 class WeightedMean(FoldRule):
-    """Average the deltas by example count, or each as one.
+    """Average of the deltas, weighted by example count or equally.
 
     FedProx is the same on the coordinator's side; its proximal term belongs to the device.
 
@@ -25,7 +25,7 @@ class WeightedMean(FoldRule):
     weighting: Weighting = "examples"
 
     def share(self, facts: Facts) -> tuple[float, float]:
-        """Give the example count, or one, as coefficient and weight."""
+        """Return the example count, or one, as coefficient and weight."""
         weight = float(facts.example_count) if self.weighting == "examples" else 1.0
         return weight, weight
 
@@ -43,7 +43,7 @@ class BufferedMean(FoldRule):
     weighting: Weighting = "uniform"
 
     def share(self, facts: Facts) -> tuple[float, float]:
-        """Give the scaled coefficient and the unscaled weight."""
+        """Return the scaled coefficient and the unscaled weight."""
         weight = float(facts.example_count) if self.weighting == "examples" else 1.0
         return weight / sqrt(1.0 + facts.staleness), weight
 

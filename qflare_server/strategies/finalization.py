@@ -1,4 +1,4 @@
-"""Finalization: noise, server optimizer step, and the state that the next version starts from."""
+"""Finalization: noise, server optimizer step, and the initial state of the next version."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Release:
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def require_enough(self) -> None:
-        """Refuse a version from too few updates, or from weights that add up to zero.
+        """Reject too few updates, or weights that add up to zero.
 
         Raises:
             NotEnoughUpdatesError: The message says how many were accepted and how many are needed.
@@ -110,7 +110,7 @@ class Release:
         return self.step(start, stop, aggregate)
 
     def step(self, start: int, stop: int, aggregate: Vector) -> VersionSlice:
-        """Take the server step, without noise. What leaves float64 becomes infinite or NaN.
+        """Take the server step, without noise. Overflow of float64 gives infinity or NaN.
 
         Args:
             start: First element.
@@ -131,7 +131,7 @@ class Release:
         return VersionSlice(start=start, stop=stop, weights=weights, vectors=vectors)
 
     def _vectors(self, start: int, stop: int) -> dict[str, Vector]:
-        """Read the optimizer's state vectors, or make their first values."""
+        """Read the optimizer's state vectors, or create them with their initial values."""
         vectors = {}
         for name, value in self.assessor.strategy.optimizer.initial_vectors.items():
             reader = self.assessor.prior.vectors.get(name)

@@ -21,7 +21,7 @@ a hostile update of size 1e9 matters with a coefficient of 1e-12."""
 def distances_to_mean(
     gram: NDArray[np.float64], coefficients: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Give every update's distance to the weighted mean, from inner products.
+    """Return every update's distance to the weighted mean, from inner products.
 
     Args:
         gram: Shape (k, k).
@@ -33,7 +33,7 @@ def distances_to_mean(
 
 
 def _length(gram: NDArray[np.float64], coefficients: NDArray[np.float64]) -> float:
-    """Give the norm of a combination of the updates."""
+    """Return the norm of a combination of the updates."""
     return sqrt(max(0.0, float(coefficients @ gram @ coefficients)))
 
 

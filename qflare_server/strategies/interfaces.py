@@ -4,7 +4,7 @@
 
 * A **screen** refuses an update or scales it down, from the facts of that update alone.
 * A **rule** turns the updates into one aggregate delta. A *fold rule* is a weighted mean whose coefficients depend
-  on each update's own facts, so the coordinator folds updates in as they arrive and forgets them. A *cohort rule*
+  on each update's own facts, so the coordinator folds each update on arrival and does not keep it. A *cohort rule*
   needs all updates at once and works slice by slice.
 * A **server optimizer** makes the version from the base version and the aggregate, element by element, and
   keeps named state vectors from version to version.
@@ -28,7 +28,7 @@ NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 class Screen(ABC):
-    """A safeguard that looks at one update at a time.
+    """A safeguard that judges each update separately.
 
     Attributes:
         needs_norm: Whether `judge` reads `Facts.norm`.
@@ -41,7 +41,7 @@ class Screen(ABC):
 
     @abstractmethod
     def judge(self, facts: Facts, scalars: Mapping[str, float]) -> tuple[float, str]:
-        """Give a factor within [0, 1] for the delta, and the reason for refusing it or an empty text.
+        """Return a factor within [0, 1] for the delta, and the reason for refusing it or an empty text.
 
         Args:
             facts: The update's facts.
@@ -60,15 +60,15 @@ class FoldRule(ABC):
 
     @abstractmethod
     def share(self, facts: Facts) -> tuple[float, float]:
-        """Give the coefficient and the weight of one update, both finite and zero or more.
+        """Return the coefficient and the weight of one update, both finite and zero or more.
 
-        They depend on this update's facts only: that is what lets updates be folded as they come.
+        They depend on this update's facts only, so updates can be folded on arrival.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """What a cohort rule plans from.
+    """Input of a cohort rule's plan.
 
     Attributes:
         facts: Of the accepted updates, `k` of them, in acceptance order.
@@ -97,7 +97,7 @@ class CohortRule(ABC):
 
     @abstractmethod
     def plan(self, cohort: Cohort) -> tuple[float, ...]:
-        """Give each update's coefficient in the aggregate, before any element is seen.
+        """Return each update's coefficient in the aggregate, before any element is read.
 
         An update with coefficient zero takes no part and is not read again.
 
@@ -107,9 +107,9 @@ class CohortRule(ABC):
 
 
 class SliceRule(CohortRule):
-    """A cohort rule that is no linear combination: it looks at the values of each element side by side.
+    """A cohort rule that is no linear combination: it compares the values of each element across updates.
 
-    Its plan says only who takes part: one or zero.
+    Its plan gives one to each participating update and zero to the others.
 
     Attributes:
         translation_equivariant: Whether adding one vector to every update adds it to the aggregate. The
@@ -119,7 +119,7 @@ class SliceRule(CohortRule):
     translation_equivariant: ClassVar[bool] = False
 
     def plan(self, cohort: Cohort) -> tuple[float, ...]:
-        """Let everyone take part."""
+        """Include every update."""
         return (1.0,) * len(cohort.facts)
 
     @abstractmethod
@@ -150,7 +150,7 @@ class ServerOptimizer(ABC):
         return NOTHING
 
     def advance(self, scalars: Mapping[str, float]) -> Mapping[str, float]:
-        """Give this version's numbers from those of the base version; called once, before any `step`."""
+        """Return this version's numbers from those of the base version; called once, before any `step`."""
         return scalars
 
     @abstractmethod
@@ -161,7 +161,7 @@ class ServerOptimizer(ABC):
         vectors: Mapping[str, Vector],
         scalars: Mapping[str, float],
     ) -> tuple[Vector, Mapping[str, Vector]]:
-        """Give the version's weights and state vectors for some elements, each from its own inputs only.
+        """Return the version's weights and state vectors for some elements, each from its own inputs only.
 
         Args:
             base: Weights of the base version, shape (m,). Not to be written into.

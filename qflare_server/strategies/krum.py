@@ -1,7 +1,7 @@
 """Distance-based rules: Krum, Multi-Krum, Bulyan.
 
-All distances come from the Gram matrix, `|a - b|^2 = <a, a> + <b, b> - 2 <a, b>`, which one pass over the updates
-gives; nothing here reads the elements again to choose. Relative to the longer of two deltas a distance is exact to
+All distances come from the Gram matrix, `|a - b|^2 = <a, a> + <b, b> - 2 <a, b>`, which takes one pass over the
+updates; selection does not read the elements again. Relative to the longer of two deltas a distance is exact to
 about 1e-8, so updates that close to each other are equals; ties fall to the smaller update id.
 """
 
@@ -18,7 +18,7 @@ from qflare_server.strategies.types import Facts, Vector
 
 
 def squared_distances(gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give all squared distances from inner products, shape (k, k), zero or more."""
+    """Return all squared distances from inner products, shape (k, k), zero or more."""
     squares = np.diagonal(gram)
     distances = squares[:, None] + squares[None, :] - 2.0 * gram
     np.fill_diagonal(distances, 0.0)
@@ -49,7 +49,7 @@ def _ranked(scores: NDArray[np.float64], facts: Sequence[Facts]) -> list[int]:
 
 
 def _chosen(cohort: Cohort, indices: Sequence[int], coefficient: float) -> tuple[float, ...]:
-    """Give the coefficient to the chosen ones and zero to the others."""
+    """Return the coefficient to the chosen ones and zero to the others."""
     chosen = set(indices)
     return tuple(coefficient if index in chosen else 0.0 for index in range(len(cohort.facts)))
 
@@ -78,7 +78,7 @@ class Krum(CohortRule):
 
     @property
     def minimum_count(self) -> int:
-        """Give 2f + 3, the bound of the paper's proposition 4.2."""
+        """Return 2f + 3, the bound of the paper's proposition 4.2."""
         return 2 * self.byzantine_count + 3
 
     def plan(self, cohort: Cohort) -> tuple[float, ...]:
@@ -129,7 +129,7 @@ class Bulyan(SliceRule):
 
     @property
     def minimum_count(self) -> int:
-        """Give 4f + 3, the paper's bound."""
+        """Return 4f + 3, the paper's bound."""
         return 4 * self.byzantine_count + 3
 
     def plan(self, cohort: Cohort) -> tuple[float, ...]:
@@ -170,7 +170,7 @@ def mean_around_middle(ordered: NDArray[np.floating], kept: int) -> Vector:
 def _in_run(
     ordered: NDArray[np.floating], kept: int, first: NDArray[np.intp], row: int
 ) -> NDArray[np.floating]:
-    """Give each column's one value of its run whose row number is `row` modulo `kept`.
+    """Return each column's one value of its run whose row number is `row` modulo `kept`.
 
     A run holds exactly one such row, so all of them together are the run, without a gather.
     """

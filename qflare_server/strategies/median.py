@@ -25,7 +25,7 @@ _NETWORK_ROWS: Final = 12
 
 @lru_cache(maxsize=_NETWORK_ROWS)
 def exchanges(count: int) -> tuple[tuple[int, int], ...]:
-    """Give the compare-exchange pairs of Batcher's merge exchange for any number of keys.
+    """Return the compare-exchange pairs of Batcher's merge exchange for any number of keys.
 
     Source: Knuth, The Art of Computer Programming, volume 3, algorithm 5.2.2M.
     """
@@ -58,7 +58,7 @@ def _by_network(tile: NDArray[np.floating]) -> NDArray[np.floating]:
 def ordered_tiles(
     matrix: NDArray[np.floating],
 ) -> Iterator[tuple[int, int, NDArray[np.floating]]]:
-    """Give the columns tile by tile, each column in ascending order; the matrix may be overwritten.
+    """Yield the columns tile by tile, each column in ascending order; the matrix may be overwritten.
 
     Args:
         matrix: Shape (s, m), finite.
@@ -77,9 +77,9 @@ def ordered_tiles(
 
 
 def middle(ordered: NDArray[np.floating]) -> Vector:
-    """Give the median of each ordered column: the middle one, or the mean of the middle two.
+    """Return the median of each ordered column: the middle one, or the mean of the middle two.
 
-    Minus zero becomes zero, because an order of equal values must not reach the bytes.
+    Minus zero becomes zero, because the order of equal values must not affect the bytes.
     """
     count = ordered.shape[0]
     low = ordered[(count - 1) // 2].astype(np.float64)
@@ -124,11 +124,11 @@ class TrimmedMean(SliceRule):
 
     @property
     def minimum_count(self) -> int:
-        """Below one half, something always remains."""
+        """One update: below one half, at least one value always remains."""
         return 1
 
     def combine(self, matrix: NDArray[np.floating]) -> Vector:
-        """Add up what remains of every column, smallest first."""
+        """Average the remaining values of every column, added smallest first."""
         count = matrix.shape[0]
         cut = int(self.fraction * count)
         result: Vector = np.zeros(matrix.shape[1])

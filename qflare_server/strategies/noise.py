@@ -1,7 +1,7 @@
 """Gaussian noise with random access, reproducible after a restart.
 
-Element i of a version always gets the same noise, whatever is asked for around it, so that a crash between computing
-and publishing releases the same noise a second time instead of a second sample. `BoundNoise` makes it:
+Element i of a version always gets the same noise, whatever range is requested. After a crash between computing and
+publishing, the same noise is released again instead of a second sample. `BoundNoise` makes it:
 
 * Its key is derived by HKDF from a secret seed, the version, the purpose and the updates that are aggregated, so that a
   version made again from other updates, as after a restored backup, has noise of its own.
@@ -13,12 +13,12 @@ and publishing releases the same noise a second time instead of a second sample.
   stands for a great many of them. For models of float64 this alone is no proof, so private training sessions refuse
   them.
 
-The seed is as sensitive as the updates: who knows it can subtract the noise. A future scipy may compute other last
-bits, which the rounding shows rarely: record its version where bytes must repeat for years.
+The seed is as sensitive as the updates: anyone who knows it can subtract the noise. A future scipy may compute other
+last bits, which rarely survive the rounding: record its version if bytes must repeat for years.
 
-`VersionNoise` is how noise was made before (revision 1): the key knew only seed and version, the generator was Philox
-4x64-10 (Salmon et al. 2011) under numpy's ziggurat, which is not cryptographic. It is kept to recompute the versions of
-those days.
+`VersionNoise` is the noise of revision 1: the key depends on seed and version only, the generator is Philox
+4x64-10 (Salmon et al. 2011) under numpy's ziggurat, which is not cryptographic. It is kept to recompute
+versions of revision 1.
 """
 
 from collections.abc import Sequence
@@ -41,17 +41,17 @@ _BOUND_DOMAIN: Final = b"qflare/strategies/noise/v2"
 _SAMPLES_PER_BLOCK: Final = 2
 """A block of AES is two words of 64 bits."""
 _AT_ONCE: Final = 262_144
-"""Samples made at once: 2 MiB of keystream, and as much of each intermediate result."""
+"""Samples generated at once: 2 MiB of keystream, and as much of each intermediate result."""
 
 
 class Noise(Protocol):
     """The noise of one version."""
 
     def gaussian(self, purpose: str, start: int, stop: int, stddev: float) -> Vector:
-        """Give the noise of elements `start <= i < stop`.
+        """Return the noise of elements `start <= i < stop`.
 
         Args:
-            purpose: What it is for; two purposes never share a sample.
+            purpose: Purpose of the noise; two purposes never share a sample.
             start: First element.
             stop: One past the last element.
             stddev: Standard deviation, zero or more.
@@ -61,11 +61,11 @@ class Noise(Protocol):
         """
 
     def rounded(self, values: Vector) -> Vector:
-        """Round what noise was added to, in float64, to the numbers that are released."""
+        """Round noisy float64 values to the numbers that are released."""
 
 
 class BoundNoise:
-    """Noise that is bound to what it is added to.
+    """Noise bound to the updates that are aggregated.
 
     Args:
         seed: The training session's secret, at least `MINIMUM_SEED_BYTES` random bytes.
@@ -83,7 +83,7 @@ class BoundNoise:
         self._occasion = sha256(_framed(fields)).digest()
 
     def gaussian(self, purpose: str, start: int, stop: int, stddev: float) -> Vector:
-        """Give the noise of elements `start <= i < stop`; see `Noise`."""
+        """Return the noise of elements `start <= i < stop`; see `Noise`."""
         info = _framed((_BOUND_DOMAIN, purpose.encode(), self._occasion))
         key, samples = hkdf_expand(self._seed, info), np.empty(stop - start)
         for first in range(start, stop, _AT_ONCE):
@@ -99,7 +99,7 @@ class BoundNoise:
 
 
 def _words(key: bytes, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """Give words `start <= i < stop` of the keystream of AES-256 in counter mode."""
+    """Return words `start <= i < stop` of the keystream of AES-256 in counter mode."""
     first = start // _SAMPLES_PER_BLOCK
     cipher = Cipher(algorithms.AES256(key), modes.CTR(first.to_bytes(16, "big")))
     skipped = start - first * _SAMPLES_PER_BLOCK
@@ -130,11 +130,11 @@ class VersionNoise:
     version: int
 
     def gaussian(self, purpose: str, start: int, stop: int, stddev: float) -> Vector:
-        """Give the noise of elements `start <= i < stop`; see `Noise`."""
+        """Return the noise of elements `start <= i < stop`; see `Noise`."""
         return gaussian_slice(noise_key(self.seed, self.version, purpose), start, stop, stddev)
 
     def rounded(self, values: Vector) -> Vector:
-        """Round nothing."""
+        """Return the values unchanged."""
         return values
 
 
@@ -144,7 +144,7 @@ def _check_seed(seed: bytes) -> None:
 
 
 def _framed(fields: Sequence[bytes]) -> bytes:
-    """Join fields so that no two lists of them give the same bytes."""
+    """Join fields unambiguously: different lists give different bytes."""
     return b"".join(len(part).to_bytes(4, "big") + part for part in fields)
 
 
@@ -173,7 +173,7 @@ def _block(key: bytes, number: int, count: int) -> Vector:
 
 
 def gaussian_slice(key: bytes, start: int, stop: int, stddev: float) -> Vector:
-    """Give the noise of elements `start <= i < stop` in revision 1.
+    """Return the noise of elements `start <= i < stop` in revision 1.
 
     Args:
         key: From `noise_key`.

@@ -1,8 +1,8 @@
 """Plug-in rules from other distributions, found by entry point.
 
 A distribution declares, in group `qflare.strategies`, a name and a callable that takes the `StrategyConfig` and gives a
-`FoldRule` or a `CohortRule`; numbers of its own come in `config.options`. The names of QFLARE's own rules cannot be
-taken. Loading an entry point runs its code with the coordinator's rights: install only what you trust, and run
+`FoldRule` or a `CohortRule`; its own numeric settings are in `config.options`. The names of QFLARE's own rules cannot
+be taken. Loading an entry point runs its code with the coordinator's rights: install only what you trust, and run
 `testkit` on it.
 """
 
@@ -21,7 +21,7 @@ RuleFactory = Callable[[StrategyConfig], Rule]
 
 
 def installed_names() -> tuple[str, ...]:
-    """Give the names of the rules that other distributions bring, in order."""
+    """Return the names of the rules of other distributions, in order."""
     return tuple(sorted(entry_points(group=GROUP).names))
 
 

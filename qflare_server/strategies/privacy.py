@@ -1,9 +1,9 @@
 """Central differential privacy: clipping, size of the noise, and the adaptive clipping bound.
 
 The guarantee is per device and per version: a released aggregate is the sum of clipped deltas plus Gaussian noise,
-over a *fixed* denominator (the expected number of updates, not the number that came), so adding or removing one
-device changes the sum by at most the clipping bound. Whether devices are sampled, and what all versions together
-cost, is the accountant's matter (`accounting`).
+over a *fixed* denominator (the expected number of updates, not the number received), so adding or removing one
+device changes the sum by at most the clipping bound. The sampling of devices and the total cost
+of all versions are covered by `accounting`.
 
 Sources: McMahan et al. 2018, arXiv:1710.06963, section 3 (fixed denominator); Andrew et al. 2021,
 arXiv:1905.03871, Algorithm 1 (adaptive clipping).
@@ -19,7 +19,7 @@ from qflare_server.strategies.types import UpdateAssessment
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveBound:
-    """How the clipping bound follows a quantile of the norms.
+    """Adaptive clipping bound that follows a quantile of the norms.
 
     Attributes:
         quantile: Share of norms that should lie within the bound, the paper's gamma.
@@ -32,7 +32,7 @@ class AdaptiveBound:
     count_stddev: float
 
     def next_bound(self, bound: float, noisy_fraction: float) -> float:
-        """Give `bound * exp(-learning_rate * (noisy_fraction - quantile))`."""
+        """Return `bound * exp(-learning_rate * (noisy_fraction - quantile))`."""
         return bound * exp(-self.learning_rate * (noisy_fraction - self.quantile))
 
 
@@ -43,9 +43,9 @@ class CentralPrivacy:
     Attributes:
         clip_norm: The clipping bound, or the first one when it adapts.
         noise_multiplier: Standard deviation of the noise over the sensitivity, of the whole release: the sum and,
-            when the bound adapts, the count together. This is what the accountant is given.
+            when the bound adapts, the count together. The accountant uses this value.
         expected_update_count: The fixed denominator.
-        adaptive: How the bound moves, or None.
+        adaptive: Adaptation of the bound, or None.
     """
 
     clip_norm: float
@@ -55,7 +55,7 @@ class CentralPrivacy:
 
     @property
     def screen(self) -> NormClip | AdaptiveClip:
-        """The clipping this needs."""
+        """The clipping screen."""
         return AdaptiveClip(self.clip_norm) if self.adaptive else NormClip(self.clip_norm)
 
     @property
@@ -76,11 +76,11 @@ class CentralPrivacy:
         return float(own**-0.5)
 
     def bound(self, scalars: Mapping[str, float]) -> float:
-        """Give the clipping bound of the version being made."""
+        """Return the clipping bound of the version being made."""
         return scalars.get(CLIP_BOUND, self.clip_norm) if self.adaptive else self.clip_norm
 
     def noise_stddev(self, scalars: Mapping[str, float]) -> float:
-        """Give the standard deviation of the noise in each element of the aggregate."""
+        """Return the standard deviation of the noise in each element of the aggregate."""
         return self.sum_noise_multiplier * self.bound(scalars) / self.expected_update_count
 
     def next_scalars(
@@ -104,13 +104,13 @@ class CentralPrivacy:
 
 
 def heuristic_count_stddev(expected_update_count: int) -> float:
-    """Give the paper's recommendation for sigma_b, a twentieth of the updates (section 4.1)."""
+    """Return the paper's recommendation for sigma_b, a twentieth of the updates (section 4.1)."""
     return expected_update_count / 20.0
 
 
 def smallest_noise_multiplier(count_stddev: float) -> float:
-    """Give the bound the noise multiplier must stay below: `2 * sigma_b`.
+    """Return the bound the noise multiplier must stay below: `2 * sigma_b`.
 
-    From it on the count alone would spend the whole budget.
+    At or above it, the count alone would spend the whole budget.
     """
     return 2.0 * count_stddev

@@ -13,7 +13,7 @@ CLIP_BOUND = "clip_bound"
 
 
 def clip_factor(norm: float, bound: float) -> float:
-    """Give `min(1, bound / norm)`; one for a zero vector."""
+    """Return `min(1, bound / norm)`; one for a zero vector."""
     return 1.0 if norm <= bound else bound / norm
 
 
@@ -31,13 +31,13 @@ class NormClip(Screen):
     max_norm: float
 
     def judge(self, facts: Facts, scalars: Mapping[str, float]) -> tuple[float, str]:  # noqa: ARG002
-        """Give `min(1, bound / norm)`."""
+        """Return `min(1, bound / norm)`."""
         return clip_factor(facts.norm, self.max_norm), ""
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveClip(Screen):
-    """Scale a delta down to the bound that the base version left behind.
+    """Scale a delta down to the bound stored with the base version.
 
     Source: Andrew et al. 2021, arXiv:1905.03871, Algorithm 1.
     """
@@ -46,7 +46,7 @@ class AdaptiveClip(Screen):
     initial_bound: float
 
     def judge(self, facts: Facts, scalars: Mapping[str, float]) -> tuple[float, str]:
-        """Give `min(1, bound / norm)` for the current bound."""
+        """Return `min(1, bound / norm)` for the current bound."""
         return clip_factor(facts.norm, scalars.get(CLIP_BOUND, self.initial_bound)), ""
 
 

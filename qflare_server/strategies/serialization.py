@@ -16,7 +16,7 @@ _FIELDS = tuple(item.name for item in fields(UpdateAssessment))
 
 
 def outcome_to_data(outcome: Outcome) -> dict[str, Any]:
-    """Give an outcome as data that JSON holds without loss: floats keep every bit, NaN becomes null."""
+    """Return an outcome as data that JSON represents without loss: floats keep every bit, NaN becomes null."""
     return {
         "strategy": outcome.strategy,
         "judgements": [_row(entry) for entry in outcome.judgements],
@@ -33,10 +33,10 @@ def _row(entry: UpdateAssessment) -> dict[str, Any]:
 
 
 def outcome_from_data(data: Mapping[str, Any]) -> Outcome:
-    """Read what `outcome_to_data` gave.
+    """Read the output of `outcome_to_data`.
 
     Raises:
-        ValueError: Something is missing or of another type.
+        ValueError: A field is missing or of another type.
     """
     try:
         return Outcome(
@@ -65,5 +65,5 @@ def _judgements(rows: Sequence[Mapping[str, Any]]) -> tuple[UpdateAssessment, ..
 
 
 def by_update(outcome: Outcome) -> dict[str, UpdateAssessment]:
-    """Give the judgements by update id, as `begin` takes them."""
+    """Return the judgements by update id, as `begin` takes them."""
     return {entry.update_id: entry for entry in outcome.judgements}

@@ -1,13 +1,13 @@
 """Server optimizers: the step from the aggregate delta to the version.
 
-The adaptive three follow Reddi et al. 2021 (arXiv:2003.00295), Algorithm 2, in which the aggregate delta plays the
-part of a negative gradient:
+The adaptive three follow Reddi et al. 2021 (arXiv:2003.00295), Algorithm 2, in which the aggregate delta is used as
+a negative gradient:
 
     m_t = beta1 * m_(t-1) + (1 - beta1) * delta_t
     w_t = w_(t-1) + eta * m_t / (sqrt(v_t) + tau)
 
-and differ in `v_t`. The paper has no bias correction and starts `v` at tau squared or above; both can be
-chosen otherwise, because other implementations do. All arithmetic is elementwise in float64.
+and differ in `v_t`. The paper has no bias correction and starts `v` at tau squared or above; both are
+configurable, because other implementations differ. All arithmetic is elementwise in float64.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class PlainStep(ServerOptimizer):
         vectors: Mapping[str, Vector],  # noqa: ARG002 - the contract's signature
         scalars: Mapping[str, float],  # noqa: ARG002 - the contract's signature
     ) -> tuple[Vector, Mapping[str, Vector]]:
-        """Give `base + learning_rate * aggregate`."""
+        """Return `base + learning_rate * aggregate`."""
         if self.learning_rate == 1.0:
             return base + aggregate, {}
         return base + self.learning_rate * aggregate, {}
@@ -94,11 +94,11 @@ class AdagradStep(ServerOptimizer):
         return {"m": 0.0, "v": self.initial_second_moment}
 
     def second_moment(self, previous: Vector, squared: Vector) -> Vector:
-        """Give `v_t` from `v_(t-1)` and the squared aggregate."""
+        """Return `v_t` from `v_(t-1)` and the squared aggregate."""
         return previous + squared
 
     def rate(self, scalars: Mapping[str, float]) -> float:  # noqa: ARG002 - Adam needs the step count
-        """Give the learning rate of this version."""
+        """Return the learning rate of this version."""
         return self.learning_rate
 
     def step(
@@ -161,7 +161,7 @@ class AdamStep(AdagradStep):
         return {**scalars, "step_count": scalars["step_count"] + 1.0}
 
     def rate(self, scalars: Mapping[str, float]) -> float:
-        """Give the learning rate, corrected for the zero start of the moments if asked."""
+        """Return the learning rate, corrected for the zero start of the moments if asked."""
         if not self.bias_correction:
             return self.learning_rate
         count = scalars["step_count"]

@@ -19,15 +19,15 @@ DIRECTION = "direction"
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """What turns the updates of a round into a version. Pure: it holds settings, no data.
+    """Strategy that turns the updates of a round into a version. Pure: it holds settings, no data.
 
     Attributes:
         name: The rule's name, for lineage.
         rule: How updates become one aggregate.
-        screens: Asked in this order; the first refusal decides, factors multiply.
+        screens: Applied in this order; the first refusal decides, factors multiply.
         optimizer: How the aggregate becomes a version.
         privacy: Noise, or None. Its clipping is the last of the screens.
-        device_settings: Numbers every device is told with its task, such as `proximal_mu`.
+        device_settings: Numbers sent to every device with its task, such as `proximal_mu`.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Strategy:
 
     @property
     def folds(self) -> bool:
-        """Whether updates can be folded as they come and need not be read again at the end."""
+        """Whether updates can be folded on arrival and need not be read again at the end."""
         return isinstance(self.rule, FoldRule)
 
     @property
@@ -60,12 +60,12 @@ class Strategy:
 
     @property
     def initial_vectors(self) -> Mapping[str, float]:
-        """State vectors the engine persists with every version, and the value they start from."""
+        """State vectors the engine persists with every version, with their initial values."""
         vectors = dict(self.optimizer.initial_vectors)
         return {**vectors, DIRECTION: 0.0} if self.needs_direction else vectors
 
     @property
     def initial_scalars(self) -> Mapping[str, float]:
-        """Numbers the engine persists with every version, and what they start from."""
+        """Numbers the engine persists with every version, with their initial values."""
         privacy = self.privacy.initial_scalars if self.privacy else NOTHING
         return {**self.optimizer.initial_scalars, **privacy}

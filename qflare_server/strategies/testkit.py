@@ -3,9 +3,9 @@
     check_strategy(build(StrategyConfig(name="my_rule", quorum=8)))
 
 runs a strategy on made-up updates and raises `StrategyContractError` at the first promise it breaks. Every strategy
-promises: bytes that do not depend on slices, threads or the readers' dtype; bytes that a restart from persisted
-state repeats; no writing into what it reads; finite results from finite updates. What only most rules promise
-is chosen by `Promises`.
+guarantees: bytes that do not depend on slices, threads or the readers' dtype; bytes that a restart from persisted
+state repeats; no writes to its inputs; finite results from finite updates. Guarantees that only most rules make
+are selected by `Promises`.
 
 Nothing here needs a test framework.
 """
@@ -38,7 +38,7 @@ _TOLERANCE: Final = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Promises:
-    """What a strategy promises beyond what all of them do.
+    """Guarantees of a strategy beyond those that every strategy makes.
 
     Attributes:
         permutation: The order of acceptance changes the result by no more than rounding.
@@ -54,7 +54,7 @@ class Promises:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Made-up updates of a made-up model.
+    """Synthetic updates of a synthetic model.
 
     Attributes:
         base: Float32 weights of the base version, shape (n,).
@@ -67,7 +67,7 @@ class Sample:
     example_counts: tuple[int, ...]
 
     def contributions(self, *, wide: bool = False) -> list[Contribution]:
-        """Give the updates in order, read as float32 or float64."""
+        """Return the updates in order, read as float32 or float64."""
         return [
             Contribution(f"update-{index:03}", count, reader_of(_typed(delta, wide=wide)))
             for index, (delta, count) in enumerate(
@@ -78,14 +78,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class MadeVersion:
-    """A version a strategy made: weights, state vectors and facts."""
+    """A version made by a strategy: weights, state vectors and outcome."""
 
     weights: Vector
     vectors: Mapping[str, Vector]
     outcome: Outcome
 
     def prior(self, version: int) -> Prior:
-        """Give what the next version starts from, after a round trip through bytes."""
+        """Return what the next version starts from, after a round trip through bytes."""
         stored = {name: np.frombuffer(vector.tobytes()) for name, vector in self.vectors.items()}
         return Prior(
             scalars={name: float(repr(value)) for name, value in self.outcome.scalars.items()},
@@ -109,7 +109,7 @@ def _typed(values: NDArray[np.float32], *, wide: bool) -> NDArray[np.floating]:
 
 
 def reader_of(values: NDArray[np.floating]) -> Reader:
-    """Give a reader of an array in memory; what it gives cannot be written into."""
+    """Return a reader of an array in memory; its slices are read-only."""
     values = values.view()
     values.setflags(write=False)
 
@@ -122,7 +122,7 @@ def reader_of(values: NDArray[np.floating]) -> Reader:
 def sample(
     update_count: int = 11, element_count: int = 70_001, seed: int = 0, spread: float = 0.1
 ) -> Sample:
-    """Make updates around one direction, none like another.
+    """Create distinct updates around one direction.
 
     Args:
         update_count: `k`; enough for the strategy's rule.
@@ -195,7 +195,7 @@ def check_slicing(strategy: Strategy, data: Sample) -> None:
     """Check that slice length, threads and the readers' dtype never change a bit.
 
     Raises:
-        StrategyContractError: The message says what changed the bytes.
+        StrategyContractError: The message names what changed the bytes.
     """
     plain = make_version(strategy, data.base, data.contributions())
     small = RunOptions(budget_bytes=1)
@@ -230,7 +230,7 @@ def check_crash_exactness(strategy: Strategy, data: Sample, version_count: int =
 
 
 def _rotated(data: Sample, by: int) -> list[Contribution]:
-    """Give every version another order of updates."""
+    """Return the updates in order, rotated by a number of places."""
     updates = data.contributions()
     return updates[by % len(updates) :] + updates[: by % len(updates)]
 

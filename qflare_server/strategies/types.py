@@ -27,7 +27,7 @@ that it can be recomputed where later ones differ:
    the integers, and were among the contributors where it was the rule that left them out.
 2. Only updates with a share in the aggregate count; a private version keeps the integers of its base, and its noise is
    bound to the updates in it (`noise.BoundNoise`). Full weights become deltas before they are scaled and added up, so
-   that what nobody changed stays the same to the last bit.
+   that elements that no update changes stay the same to the last bit.
 """
 
 Vector: TypeAlias = NDArray[np.float64]
@@ -37,10 +37,9 @@ Reader: TypeAlias = Callable[[int, int], NDArray[np.floating]]
 """`read(start, stop)` gives elements `start <= i < stop` as a float32 or float64 array of one dimension.
 
 The same bounds give the same values on every call, at any bounds and in any order. The caller never writes into
-the array, so a view is fine; the array must not change afterwards (no buffer that the next call fills again).
-It is
-called with short slices (down to 1,024 elements, usually 32 Ki) at ascending positions in each pass; a reader over
-larger chunks keeps the chunk it is in. With `thread_count` one it is called by one thread only.
+the array, so a view is fine; the array must not change afterwards (no buffer that the next call reuses).
+It is called with short slices (down to 1,024 elements, usually 32 Ki) at ascending positions in each pass; a reader
+over larger chunks keeps the chunk it is in. With `thread_count` one it is called by one thread only.
 """
 
 
@@ -55,7 +54,7 @@ class Contribution:
         staleness: Versions published between the update's base version and the current one, zero or more.
         norm: L2 norm of the delta, when it is known from receiving; computed by one more pass if needed.
             Hand in a figure computed by `blocks.norm_of`, or the bytes depend on who computed it.
-        digest: Names everything that its device signed; what the noise of a private version is bound to.
+        digest: Digest of everything that its device signed; the noise of a private version is bound to it.
         full_weights: Whether `read` gives weights trained from the *current* base version, not a delta. An
             update against an older version must be handed in as a delta.
     """
@@ -69,7 +68,7 @@ class Contribution:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse facts that no update can have."""
+        """Reject impossible values."""
         if self.example_count < 0:
             raise ValueError(f"example count {self.example_count} of {self.update_id} is negative")
         if self.staleness < 0:
@@ -82,7 +81,7 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a rule or a screen may know of one update without reading it.
+    """Facts about one update that a rule or a screen may use without reading its elements.
 
     Attributes:
         update_id: As in the contribution.
@@ -106,10 +105,10 @@ class UpdateAssessment:
 
     Attributes:
         update_id: As in the contribution.
-        factor: What the screens scaled the delta by, `0 <= factor <= 1`; below one when it was clipped.
-        coefficient: What the scaled delta is multiplied by in the aggregate's numerator. For a rule that is
+        factor: Factor by which the screens scaled the delta, `0 <= factor <= 1`; below one when it was clipped.
+        coefficient: Factor of the scaled delta in the aggregate's numerator. For a rule that is
             not a linear combination (median, trimmed mean, Bulyan) one if the update took part, else zero.
-        weight: What the update adds to the aggregate's denominator; for a cohort rule its coefficient.
+        weight: Summand of the update in the aggregate's denominator; for a cohort rule its coefficient.
         rejection: Why a screen refused the update; empty when it was accepted.
         norm: L2 norm of the delta, NaN when it was not needed.
         cosine: As in `Facts`.
@@ -130,7 +129,7 @@ class UpdateAssessment:
 
     @property
     def contributes(self) -> bool:
-        """Whether the aggregate holds anything of the update: it was accepted and the rule gave it a share."""
+        """Whether the update has a share in the aggregate: it was accepted and the rule gave it a share."""
         return self.accepted and (self.coefficient != 0.0 or self.weight != 0.0)
 
 
@@ -138,8 +137,8 @@ class UpdateAssessment:
 class Outcome:
     """The facts of a finished aggregation, enough to recompute it from the same updates.
 
-    They speak of single updates. Where a session has central privacy its guarantee covers the versions and the
-    scalars, not these facts: keep the rest from everyone who is not trusted with the updates themselves.
+    The facts describe single updates. The guarantee of central privacy covers the versions and the scalars, not the
+    other facts: disclose those only to parties that are trusted with the updates themselves.
 
     Attributes:
         strategy: Name of the rule.
@@ -164,7 +163,7 @@ class Outcome:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Ids of the updates that were accepted and that the rule gave no share."""
+        """Ids of the accepted updates that have no share in the aggregate."""
         return tuple(
             entry.update_id for entry in self.judgements if entry.accepted and not entry.contributes
         )
@@ -185,8 +184,8 @@ class Prior:
 
     Attributes:
         scalars: `Outcome.scalars` of the base version; empty for version 0.
-        vectors: One reader for each state vector the base version persisted, float64 exactly as it was
-            given; empty for version 0.
+        vectors: One reader for each state vector the base version persisted, float64, exactly as
+            persisted; empty for version 0.
         version: Number of the version that is being made; addresses the noise.
     """
 
@@ -213,16 +212,16 @@ class VersionSlice:
 
 
 class Aggregation(Protocol):
-    """One aggregation under way: updates are added in acceptance order, then it is finished once."""
+    """An aggregation in progress: updates are added in acceptance order, then it is finished once."""
 
     def add(self, contribution: Contribution) -> None:
-        """Take one update in."""
+        """Add one update."""
 
     def extend(self, contributions: Sequence[Contribution]) -> None:
-        """Take updates in, in order, to the same bytes; a fold is faster for several than one by one."""
+        """Add updates in order, with the same bytes; a fold is faster for several than one by one."""
 
     def finish(self) -> Iterator[VersionSlice]:
-        """Give the finished version slice by slice, in order, covering every element once.
+        """Yield the finished version slice by slice, in order, covering every element once.
 
         Raises:
             NotEnoughUpdatesError: Too few updates were accepted.
@@ -230,4 +229,4 @@ class Aggregation(Protocol):
 
     @property
     def outcome(self) -> Outcome:
-        """The facts; complete once `finish` has given its first slice."""
+        """The facts; complete once `finish` has yielded its first slice."""

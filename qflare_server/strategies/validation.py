@@ -73,7 +73,7 @@ _NEW_BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "smoothing": (1e-60, 1e60),
     "max_iterations": (1, 1e6),
 }
-"""Beyond these no version would come out, or only after days."""
+"""Beyond these bounds, no version would be produced, or only after days."""
 
 
 def check_ranges(config: StrategyConfig) -> None:
@@ -129,11 +129,11 @@ _RULE_SETTINGS: Final[Mapping[str, frozenset[str]]] = {
     "bulyan": frozenset({"byzantine_count"}),
 }
 _SETTINGS: Final = frozenset().union(*_RULE_SETTINGS.values(), *_OPTIMIZER_SETTINGS.values())
-"""What only some rules or optimizers read."""
+"""Settings that only some rules or optimizers read."""
 
 
 def check_bounds(config: StrategyConfig) -> None:
-    """Refuse numbers in range with which no version would come out; for new training sessions only.
+    """Reject numbers in range with which no version would be produced; for new training sessions only.
 
     Raises:
         StrategyConfigError: The message gives the setting, its bounds and the value.
@@ -157,7 +157,7 @@ def check_new(
         is_built_in: Whether the rule is one of QFLARE's, whose settings are known.
 
     Raises:
-        StrategyConfigError: A setting has no effect, or would tell of single devices in spite of the privacy.
+        StrategyConfigError: A setting has no effect, or would disclose facts about single devices despite the privacy.
     """
     used = _RULE_SETTINGS.get(config.name, frozenset()) | _OPTIMIZER_SETTINGS[optimizer]
     unused = sorted(_SETTINGS.intersection(given) - used)
@@ -176,13 +176,13 @@ def check_new(
 
 
 def ineffective(config: StrategyConfig) -> str:
-    """Say why a rule does nothing beyond a plain mean at the quorum of its training session.
+    """Return why a rule has no effect beyond a plain mean at the quorum of its training session.
 
     Args:
         config: That passed the checks.
 
     Returns:
-        The reason and what to do about it; empty where the rule has an effect.
+        The reason and the remedy; empty if the rule has an effect.
     """
     quorum, name = config.quorum, config.name
     closing = f"rounds close from {quorum} updates on"
@@ -257,7 +257,7 @@ def _check_weighting(config: StrategyConfig, rule: FoldRule | CohortRule) -> Non
 
 
 def _check_hidden(config: StrategyConfig, rule: FoldRule | CohortRule) -> None:
-    """Secure aggregation shows the coordinator a sum, so nothing may look at a single update."""
+    """Reject parts that read single updates under secure aggregation, which shows the coordinator only a sum."""
     if isinstance(rule, CohortRule) or rule.needs_norm:
         raise StrategyConfigError(
             f"{config.name} looks at single updates, which secure aggregation hides"
