@@ -26,7 +26,7 @@ M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 
-def message(kind: type[M], **fields: Any) -> M:
+def message(kind: type[M], /, **fields: Any) -> M:
     """Return a message with these fields.
 
     Raises:

@@ -415,7 +415,8 @@ class Client:
             QflareClientError: The call failed.
         """
         arguments.instance("task", task, Task)
-        request = messages.ReportFailureRequest(
+        request = arguments.message(
+            messages.ReportFailureRequest,
             training_session_id=task.training_session_id,
             round_number=task.round_number,
             kind=kind,

@@ -82,7 +82,12 @@ def add(commands: Any) -> None:
         "--issuer-ca", dest="issuer_ca_file", help="PEM certificate authorities of the provider"
     )
     entering.set_defaults(offline=run_login)
-    leaving = commands.add_parser("logout", help="forget the tokens of login, and revoke them")
+    leaving = commands.add_parser(
+        "logout",
+        help="revoke and forget the tokens of login",
+        epilog="example:\n  qflare-admin logout",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     leaving.set_defaults(offline=run_logout)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from qflare.command_line import address, report_failure, seconds
@@ -74,6 +73,8 @@ def server_name(pem: bytes) -> str:
     Raises:
         ValueError: It is not a certificate.
     """
+    from cryptography import x509  # noqa: PLC0415  # a sixth of the start, and TLS only
+
     certificate = x509.load_pem_x509_certificate(pem)
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

@@ -116,6 +116,8 @@ def test_calls_of_a_client(stage: Stage) -> None:
     session = {"training_session_id": stage.session_id}
     strike(client.submit, submission)
     strike(client.report_evaluation, work)
+    failure = {"task": task, "kind": "OutOfMemory", "text": "", "timeout_s": None}
+    strike(client.report_failure, failure)
     strike(client.send_kept, {"task": None, "timeout_s": None})
     strike(client.get_task, {**session, "trains_only": False, "timeout_s": None})
     strike(client.download_base, {"task": task, "timeout_s": None})
@@ -216,7 +218,7 @@ def test_all_public_names_are_tried() -> None:
     assert methods - {"close"} == {
         *("submit", "report_evaluation", "send_kept", "get_task", "download_base", "download"),
         *("require_release", "privacy_epsilon", "lineage", "evidence", "audit_head"),
-        *("rotate_keys", "heartbeat", "contribution_proof"),
+        *("rotate_keys", "heartbeat", "contribution_proof", "report_failure"),
     }
 
 

@@ -11,14 +11,13 @@ from tests.integration.conftest import Deployment
 from tests.integration.dashboard.test_browser import (
     WIDTHS,
     Screen,
-    browser,
     database_url,
     every_page,
     screen,
     train,
 )
 
-__all__ = ["Browser", "Deployment", "browser", "database_url", "screen"]
+__all__ = ["Browser", "Deployment", "database_url", "screen"]
 
 
 @pytest.mark.parametrize("look", ["light", "dark"])

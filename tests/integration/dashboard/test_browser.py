@@ -20,23 +20,12 @@ from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.roles import Role
 from qflare_server.use_cases.devices.administration import Profile
 from tests.integration.conftest import Deployment
-from tests.support.chromium import find, started
 
 HOSTILE = (
     "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">" * 2
 )
 expect.set_options(timeout=15_000)  # three refreshes
 WIDTHS = {"phone": (360, 740), "tablet": (820, 1100), "desk": (1280, 900)}
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Yield a running Chromium."""
-    program = find()
-    if program is None:
-        pytest.skip("no Chromium: `make tools`, or install chromium")
-    with started(program, tmp_path_factory.mktemp("chromium")) as running:
-        yield running
 
 
 @pytest.fixture

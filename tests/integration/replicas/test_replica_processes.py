@@ -144,7 +144,9 @@ def test_a_token_revoked_at_one_replica_in_mid_upload_is_refused_by_the_other(
     first, second = replicas.start(), replicas.start()
     revoked = parts.use_cases.tokens.issue_admin(SYSTEM, "alice", [Role.ADMIN])
     with administrator(parts, first) as admin, grpc.insecure_channel(second.address) as channel:
-        created = admin("CreateTrainingSession", name="x").training_session
+        created = admin(
+            "CreateTrainingSession", name="x", config={"rounds": {"quorum": 1}}
+        ).training_session
         half, go_on = threading.Event(), threading.Event()
         call = AdminServiceStub(channel).UploadInitialModel.future(
             model_messages(created.training_session_id, half, go_on),

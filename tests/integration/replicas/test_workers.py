@@ -134,13 +134,17 @@ def test_sigterm_drains_every_worker(
 
 
 def test_a_second_coordinator_does_not_share_the_port_in_silence(
-    replicas: Replicas, tmp_path: Path, database_url: str
+    parts: Application, replicas: Replicas, tmp_path: Path, database_url: str
 ) -> None:
     coordinator = replicas.start(worker_count=WORKERS)
     command = [sys.executable, "-m", "qflare_server", "--data-dir", str(tmp_path / "other")]
     done = subprocess.run(
         [*command, "serve", "--listen", coordinator.address, "--workers", str(WORKERS)],
-        env={**os.environ, "QFLARE_DATABASE_URL": database_url},
+        env={
+            **os.environ,
+            "QFLARE_DATABASE_URL": database_url,
+            "QFLARE_KEY_DIR": str(parts.config.key_dir or parts.config.data_dir / "keys"),
+        },
         capture_output=True,
         text=True,
         timeout=WAIT_S,

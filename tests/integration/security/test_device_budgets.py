@@ -123,6 +123,12 @@ class Assault:
         signed = sign_envelope(key, SigningContext.EVALUATION, statement)
         self._send("ReportEvaluation", pb.ReportEvaluationRequest(statement=signed))
 
+    def _ReportFailure(self, number: int) -> None:
+        request = pb.ReportFailureRequest(
+            training_session_id=self._session_id, round_number=1 + number % 2, kind=f"Kind{number}"
+        )
+        self._send("ReportFailure", request)
+
     def _Heartbeat(self, number: int) -> None:
         profile = device_pb2.DeviceProfile(device_type=f"type-{number}")
         self._send("Heartbeat", pb.HeartbeatRequest(profile=profile))
