@@ -19,6 +19,8 @@ MAX_PENDING: Final = 1000
 """Calls of one method that may wait inside gRPC; beyond it gRPC cancels some calls, and beyond twice the number all."""
 MAX_ANSWER_BYTES: Final = 4 * 2**20
 """Longest message that a gRPC peer takes by default; no answer is longer, whatever it is about."""
+MAX_METADATA_BYTES: Final = 16_384
+"""Largest metadata of a call as HPACK counts it: 32 bytes for each entry beside names and values."""
 MAX_PING_STRIKES: Final = 2
 HANDSHAKE_S: Final = 10
 RESERVED_FILES: Final = 256
@@ -35,6 +37,9 @@ def channel_options(config: ServerConfig) -> dict[str, int]:
     return {
         "grpc.max_receive_message_length": config.max_message_bytes,
         "grpc.max_send_message_length": max(config.max_message_bytes, MAX_ANSWER_BYTES),
+        # between the soft and the absolute limit, gRPC refuses calls at random: make them one
+        "grpc.max_metadata_size": MAX_METADATA_BYTES,
+        "grpc.absolute_max_metadata_size": MAX_METADATA_BYTES,
         "grpc.so_reuseport": 1 if config.workers > 1 else 0,
         "grpc.max_concurrent_streams": config.max_streams_per_connection,
         "grpc.max_allowed_incoming_connections": connection_bound(config),

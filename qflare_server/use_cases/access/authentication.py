@@ -27,8 +27,8 @@ from qflare_server.use_cases.access.roles import ACCESS, ADMINISTRATIVE, Role
 
 SECRET_BYTES = 32
 MAX_TOKEN_CHARACTERS = 200
-MAX_JWT_CHARACTERS = 6000
-"""Longest token of an identity provider: the headers of a call take 8 KiB."""
+MAX_JWT_CHARACTERS = 12_000
+"""Longest token of an identity provider: the metadata of a call takes 16 KiB."""
 JWT_PREFIX = "eyJ"
 """How a JWT begins: base64 of a JSON object; no token of a coordinator does."""
 MAX_REMEMBERED = 50_000

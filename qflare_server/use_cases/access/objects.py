@@ -11,16 +11,13 @@ object that it may not access is reported as not found.
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Final
 
-from google.protobuf.message import DecodeError
-
-from qflare.crypto.signing import MAX_MESSAGE_BYTES
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
     GlobalModelNotFoundError,
-    InvalidRequestError,
     PermissionDeniedError,
     TrainingSessionNotFoundError,
     UpdateNotFoundError,
@@ -29,6 +26,7 @@ from qflare_server.storage.epochs import Epochs
 from qflare_server.storage.repository import global_models, updates
 from qflare_server.training.selection import Relation, find_relation
 from qflare_server.use_cases.access.authentication import Principal
+from qflare_server.use_cases.access.statements import parse_statement
 
 MAX_REMEMBERED: Final = 50_000
 
@@ -132,31 +130,16 @@ def own_session(access: ObjectAccess, device_id: str, message: Any) -> None:
     access.require_relation(device_id, message.training_session_id)
 
 
-def signed_session(statement: type[Any], payload_of: Callable[[Any], bytes]) -> Rule:
+def signed_session(kind: type[Any], envelope_field: str) -> Rule:
     """Return a rule: the device must take part in the training session named by its signed statement."""
+    envelope_of = attrgetter(envelope_field)
 
     def rule(access: ObjectAccess, device_id: str, message: Any) -> None:
-        access.require_relation(device_id, _session_of(statement, payload_of(message)))
+        payload = envelope_of(message).payload
+        statement = parse_statement(kind, payload, f"{envelope_field}.payload")
+        access.require_relation(device_id, statement.training_session_id)
 
     return rule
-
-
-def _session_of(statement: type[Any], payload: bytes) -> str:
-    """Return the training session that a statement names.
-
-    Raises:
-        InvalidRequestError: The statement is malformed.
-    """
-    if not 0 < len(payload) <= MAX_MESSAGE_BYTES:
-        raise InvalidRequestError(
-            f"statement: got {len(payload)} bytes, want 1 to {MAX_MESSAGE_BYTES}", field="statement"
-        )
-    try:
-        return str(statement.FromString(payload).training_session_id)
-    except DecodeError as error:
-        raise InvalidRequestError(
-            f"statement: not one of {statement.DESCRIPTOR.name}", field="statement"
-        ) from error
 
 
 def visible_version(access: ObjectAccess, device_id: str, message: Any) -> None:
@@ -231,12 +214,10 @@ RULES: Final[dict[str, Rule]] = {
     _COORDINATOR + "RotateKeys": own_only,
     _COORDINATOR + "GetTask": any_or_own_session,
     _COORDINATOR + "GetGlobalModel": visible_version,
-    _COORDINATOR + "SubmitUpdate": signed_session(
-        security_pb2.UpdateStatement, lambda message: message.header.statement.payload
-    ),
+    _COORDINATOR + "SubmitUpdate": signed_session(security_pb2.UpdateStatement, "header.statement"),
     _COORDINATOR + "GetUpload": own_only,
     _COORDINATOR + "ReportEvaluation": signed_session(
-        security_pb2.EvaluationStatement, lambda message: message.statement.payload
+        security_pb2.EvaluationStatement, "statement"
     ),
     _COORDINATOR + "ReportFailure": own_session,
     _COORDINATOR + "Heartbeat": own_only,

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from google.protobuf.message import DecodeError
 from sqlalchemy.orm import Session
 
 from qflare.crypto import signing
 from qflare.crypto.envelope import open_envelope
 from qflare.crypto.sealing import KemPublicKey
 from qflare.crypto.signing import InvalidKeyError, PublicKey, SigningContext, algorithm_of
-from qflare.protocol.constraints import find_violations
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -35,6 +33,7 @@ from qflare_server.storage.tables import RiskLevel
 from qflare_server.use_cases.access.authentication import Principal
 from qflare_server.use_cases.access.failed_attempts import FailedAttempts
 from qflare_server.use_cases.access.rate_limits import hourly_budget
+from qflare_server.use_cases.access.statements import parse_statement
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms, insert_key, key_columns
 
 ROTATED: Final = "rotated"
@@ -149,13 +148,12 @@ class KeyRotations:
 
 
 def _read(envelope: security_pb2.SignedEnvelope) -> tuple[security_pb2.KeyRotation, _Keys]:
+    rotation = parse_statement(security_pb2.KeyRotation, envelope.payload, "rotation.payload")
     try:
-        rotation = security_pb2.KeyRotation.FromString(envelope.payload)
-        InvalidRequestError.raise_for(find_violations(rotation, "rotation.payload."))
         keys = _Keys(
             PublicKey.from_proto(rotation.signature_key), KemPublicKey.from_proto(rotation.kem_key)
         )
-    except (DecodeError, InvalidKeyError) as error:
+    except InvalidKeyError as error:
         raise InvalidRequestError("rotation: malformed", field="rotation") from error
     return rotation, keys
 

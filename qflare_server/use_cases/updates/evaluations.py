@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from google.protobuf.message import DecodeError
 from sqlalchemy.orm import Session
 
 from qflare.crypto.signing import InvalidKeyError, PublicKey, algorithm_of
 from qflare.evidence.statements import StatementError, digest_of, open_evaluation
 from qflare.evidence.verification import EVALUATION_REPORTED
-from qflare.protocol.constraints import find_violations
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -45,10 +43,10 @@ from qflare_server.training.evaluation import (
 )
 from qflare_server.training.reported_metrics import check_example_count, check_metrics
 from qflare_server.training.rounds import close_if_complete
+from qflare_server.use_cases.access.statements import parse_statement
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
 from qflare_server.use_cases.updates.submission import Contributor, require_identity
 
-MAX_STATEMENT_BYTES: Final = 65_536
 MAX_GROUP: Final = 100
 FIELD: Final = "statement"
 
@@ -94,7 +92,9 @@ class Evaluations:
         self, contributor: Contributor, envelope: security_pb2.SignedEnvelope
     ) -> _Evaluation:
         """Check everything about a report that needs no transaction."""
-        stated = _parse(envelope.payload)
+        stated = parse_statement(
+            security_pb2.EvaluationStatement, envelope.payload, f"{FIELD}.payload"
+        )
         if (stated.realm, stated.device_id) != (self._context.config.realm, contributor.device_id):
             raise InvalidRequestError("statement: of another realm or device", field=FIELD)
         check_metrics(dict(stated.metrics))
@@ -141,19 +141,6 @@ class Evaluations:
         if awaits_evaluation(session, training_session.id, config, statement.version):
             return False
         return close_if_complete(session, training_session.id, training_session.current_round, at)
-
-
-def _parse(payload: bytes) -> security_pb2.EvaluationStatement:
-    if not 0 < len(payload) <= MAX_STATEMENT_BYTES:
-        raise InvalidRequestError(
-            f"statement: got {len(payload)} bytes, want 1 to {MAX_STATEMENT_BYTES}", field=FIELD
-        )
-    try:
-        statement = security_pb2.EvaluationStatement.FromString(payload)
-    except DecodeError as error:
-        raise InvalidRequestError("statement: not an EvaluationStatement", field=FIELD) from error
-    InvalidRequestError.raise_for(find_violations(statement, f"{FIELD}.payload."))
-    return statement
 
 
 def _key(contributor: Contributor) -> PublicKey:

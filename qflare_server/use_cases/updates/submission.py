@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from google.protobuf.message import DecodeError
 from sqlalchemy.orm import Session
 
 from qflare.crypto.sealed_payloads import WRAPPED_KEY_BYTES, SealContext, check_header
 from qflare.crypto.sealing import UnsealError
 from qflare.crypto.signing import InvalidSignatureError as BadSignatureError
 from qflare.crypto.signing import PublicKey, algorithm_of
-from qflare.protocol.constraints import find_violations
 from qflare.tensors import Manifest
 from qflare.tensors.elements import ElementRule
 from qflare.tensors.encodings import Encoding, encoding_rules, wire_manifest
@@ -36,12 +34,14 @@ from qflare_server.errors import (
 )
 from qflare_server.payloads.expected import ExpectedPayload, SealedArrival
 from qflare_server.storage.repository import global_models, training_sessions
+from qflare_server.use_cases.access.statements import parse_statement
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
 
-MAX_STATEMENT_BYTES = 65_536
 DIGEST = re.compile(r"[0-9a-f]{64}")
-STATEMENT = "header.statement.payload."
-"""Path of the fields of an update statement in a request."""
+PAYLOAD = "header.statement.payload"
+"""Path of an update statement in a request."""
+STATEMENT = f"{PAYLOAD}."
+"""Path of its fields."""
 REMEMBERED_ROUNDS = 64
 REMEMBERED_KEYS = 4096
 
@@ -114,7 +114,7 @@ class SubmissionValidator:
             StaleBaseVersionError: The base version is not the round's.
         """
         payload = header.statement.payload
-        statement = _parse(payload)
+        statement = parse_statement(security_pb2.UpdateStatement, payload, PAYLOAD)
         _check_statement(self._context.config.realm, device, statement)
         facts = self._facts(statement.training_session_id, statement.round_number)
         _check_against_round(statement, facts)
@@ -230,24 +230,6 @@ def _key(algorithm: int | None, data: bytes | None) -> PublicKey:
     if algorithm is None or data is None:
         raise InvalidSignatureError("key_id: the device has no key")
     return PublicKey(algorithm_of(algorithm), data)
-
-
-def _parse(payload: bytes) -> security_pb2.UpdateStatement:
-    if not 0 < len(payload) <= MAX_STATEMENT_BYTES:
-        raise InvalidRequestError(
-            f"statement: got {len(payload)} bytes, want 1 to {MAX_STATEMENT_BYTES}",
-            field="header.statement.payload",
-        )
-    try:
-        statement = security_pb2.UpdateStatement.FromString(payload)
-    except DecodeError as error:
-        raise InvalidRequestError(
-            "statement: not an UpdateStatement", field="header.statement.payload"
-        ) from error
-    violations = find_violations(statement, STATEMENT)
-    if violations:
-        InvalidRequestError.raise_for(violations)
-    return statement
 
 
 def _check_statement(

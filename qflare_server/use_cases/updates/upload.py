@@ -50,8 +50,14 @@ from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.training.retention import discard_uploads
 from qflare_server.training.rounds import is_over
+from qflare_server.use_cases.access.statements import parse_statement
 from qflare_server.use_cases.updates.acceptance import Acceptance
-from qflare_server.use_cases.updates.submission import Contributor, Submission, SubmissionValidator
+from qflare_server.use_cases.updates.submission import (
+    PAYLOAD,
+    Contributor,
+    Submission,
+    SubmissionValidator,
+)
 
 MAX_UPLOADS_OF_DEVICE: Final = 8
 FINAL_REFUSALS: Final = (
@@ -169,7 +175,7 @@ class Uploads:
     ) -> UpdateReceipt | None:
         """Return the receipt of a statement accepted under a key or algorithm that is no longer valid."""
         payload = header.statement.payload
-        update_id = security_pb2.UpdateStatement.FromString(payload).update_id
+        update_id = parse_statement(security_pb2.UpdateStatement, payload, PAYLOAD).update_id
         with self._context.database.read() as session:
             known = updates.find_accepted(session, update_id)
         mine = (device.device_id, hashlib.sha256(payload).hexdigest())

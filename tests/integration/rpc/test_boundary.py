@@ -52,6 +52,19 @@ def test_a_wrong_credential_is_unauthenticated(deployment: Deployment, token: st
     refused(lambda: get(deployment, "none", token), Code.UNAUTHENTICATED, "UNAUTHENTICATED")
 
 
+@pytest.mark.parametrize(
+    ("size", "code"),
+    [(15_500, Code.UNAUTHENTICATED), (17_000, Code.RESOURCE_EXHAUSTED)],
+)
+def test_large_metadata_is_answered_alike_each_time(
+    deployment: Deployment, size: int, code: grpc.StatusCode
+) -> None:
+    for _ in range(20):
+        with pytest.raises(grpc.RpcError) as caught:
+            get(deployment, "none", "x" * size)
+        assert caught.value.code() is code
+
+
 def test_a_role_that_may_not_is_denied(deployment: Deployment) -> None:
     viewer = (("authorization", f"Bearer {deployment.issue_admin(Role.VIEWER)}"),)
 

@@ -27,6 +27,8 @@ MAX_ANSWERS: Final = 3
 TIMEOUT_S: Final = 30.0
 WATCH_S: Final = 0.2
 """A watch that is taken answers only when something happens."""
+SHOWN_BYTES: Final = 100
+"""Bytes of a request that a failure shows: enough to know it; its seed and number make it again."""
 MANY: Final = int(os.environ.get("QFLARE_TEST_FUZZ_MESSAGES", "50000"))
 """Messages for each database."""
 PARTS: Final = 5
@@ -74,7 +76,7 @@ class Fuzzer:
             code, text = self._send(path, method, data)
             self.codes[code] += 1
             if code in FAULTS:
-                faults.append((path, data, text))
+                faults.append((path, data[:SHOWN_BYTES], text))
         return faults
 
     def _request(self, method: MethodDescriptor) -> bytes:
