@@ -86,10 +86,16 @@ class Reach:
         return self._device.submit(draft)
 
     def _ReportEvaluation(self) -> Any:
-        statement = security_pb2.EvaluationStatement(
-            realm="qflare", training_session_id=self._session_id
-        )
         key = self._device.identity.keys.signing
+        statement = security_pb2.EvaluationStatement(
+            realm="qflare",
+            training_session_id=self._session_id,
+            version_digest="0" * 64,
+            evaluation_nonce="0" * 64,
+            device_id=self._device.identity.device_id,
+            key_id=key.public.key_id,
+            example_count=1,
+        )
         signed = sign_envelope(key, SigningContext.EVALUATION, statement)
         request = pb.ReportEvaluationRequest(statement=signed)
         return self._device.stub.ReportEvaluation(request, metadata=self._device.metadata)
