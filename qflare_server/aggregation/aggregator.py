@@ -123,7 +123,12 @@ class Aggregator:
 
     def _rests(self, item: RoundInProgress) -> bool:
         until = self._resting.get((item.training_session_id, item.number))
-        return until is not None and self._context.clock() < until
+        return until is not None and self._is_within(until, REST_S)
+
+    def _is_within(self, until: datetime, span_s: float, *, least_s: float = 0.0) -> bool:
+        """Return whether the time left is above a minimum, and not above the span, as after a clock is set back."""
+        left_s = (until - self._context.clock()).total_seconds()
+        return least_s < left_s <= span_s
 
     def close(self) -> None:
         """Release the leases, so that another coordinator can continue at once."""
@@ -134,11 +139,11 @@ class Aggregator:
         """Return whether this coordinator works on a training session, taking or renewing the lease."""
         if self._only is not None:
             return training_session_id == self._only
-        now = self._context.clock()
-        life = timedelta(seconds=self._context.config.lease_s)
+        life_s = self._context.config.lease_s
         until = self._leases.get(training_session_id)
-        if until is not None and until - now > life / 2:
+        if until is not None and self._is_within(until, life_s, least_s=life_s / 2):
             return True
+        now, life = self._context.clock(), timedelta(seconds=life_s)
         name = f"aggregate:{training_session_id}"
         try:
             taken = self._context.database.write(

@@ -23,6 +23,7 @@ from qflare_server.errors import StorageDamagedError, StoreUnavailableError
 from qflare_server.storage.epochs import EpochReader, Epochs
 from qflare_server.storage.error_translation import POSTGRES_RETRY, domain_errors
 from qflare_server.storage.group_commit import WRITE_ATTEMPTS, GroupWriter, T
+from qflare_server.storage.steady_clock import SteadyClock
 from qflare_server.storage.training_configs import INFO_KEY, ParsedConfigs
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Database:
         self._writer = GroupWriter(engine, self._info) if self.is_sqlite else None
         self._damage: StorageDamagedError | None = None
         self._server_time: tuple[datetime, float] | None = None
+        self._steady_clock = SteadyClock()
 
     def epochs(self) -> Epochs:
         """Return the counters of changes that invalidate caches.
@@ -128,10 +130,10 @@ class Database:
 
         Deadlines and leases written by one coordinator are read by others, whose own clocks may differ by minutes.
         `check` queries the server once a second; in between, the monotonic clock of the process extrapolates. On SQLite
-        this is the clock of the machine.
+        this is the clock of the machine, without its jumps.
         """
         if self.is_sqlite:
-            return datetime.now(UTC)
+            return self._steady_clock()
         if self._server_time is None:
             self.check()
         assert self._server_time is not None

@@ -138,3 +138,52 @@ def test_mapped_classes_are_named_for_their_tables_only() -> None:
         ]
 
     assert faults == []
+
+
+WALL_CLOCKS = {
+    "qflare/ids.py": "ids are ordered by time; no duration is measured",
+    "qflare_client/__main__.py": "the moment for which a bundle is verified",
+    "qflare_client/access/login.py": "rest of a token's life, then measured by the monotonic clock",
+    "qflare_client/admin/login.py": "rest of the life of a provider's token",
+    "qflare_client/trust/keyset.py": "expiry of trust documents by the device's own clock",
+    "qflare_server/cli/certificates.py": "validity of the certificates that a command makes",
+    "qflare_server/cli/keys.py": "issue times of the documents that a command signs",
+    "qflare_server/cli/offline_root.py": "issue times of the documents that a command signs",
+    "qflare_server/context.py": "the function for commands that no coordinator runs",
+    "qflare_server/keys/setup.py": "issue times of the first trust documents",
+    "qflare_server/storage/backups.py": "the name of a backup",
+    "qflare_server/storage/steady_clock.py": "the clock of the coordinator, without jumps",
+}
+"""Modules that read the clock of the machine, and for what: never to measure a wait, a lease or an interval, because
+that clock can be set at any time. The coordinator's own time is `Context.clock`."""
+CLOCK_READS = {"now", "utcnow", "today", "time", "time_ns", "localtime", "gmtime"}
+
+
+def reads_wall_clock(tree: ast.Module) -> bool:
+    """Return whether a module calls or names what reads the clock of the machine."""
+    return any(
+        (
+            isinstance(node, ast.Attribute)
+            and node.attr in CLOCK_READS
+            and isinstance(node.value, ast.Name)
+            and node.value.id in {"time", "datetime", "date"}
+        )
+        or (isinstance(node, ast.Name) and node.id == "utc_now")
+        or (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "time"
+            and any(alias.name in CLOCK_READS for alias in node.names)
+        )
+        for node in ast.walk(tree)
+    )
+
+
+def test_no_other_module_reads_the_clock_of_the_machine() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("qflare", "qflare_client", "qflare_server")
+        for path in (ROOT / folder).rglob("*.py")
+        if "_pb2" not in path.name and reads_wall_clock(ast.parse(path.read_text()))
+    }
+
+    assert found == WALL_CLOCKS.keys()

@@ -20,12 +20,16 @@ _REPLICAS = Rows(Replica, REPLICAS)
 def acquire(session: Session, name: str, holder: str, now: datetime, until: datetime) -> bool:
     """Take or renew a lease; False while another coordinator holds it.
 
-    A lease only saves duplicate work; correctness must not depend on it.
+    A lease only saves duplicate work; correctness must not depend on it. One that ends more than two lives from now
+    was written before the clock was set back, and has expired.
     """
+    is_free = or_(
+        LEASES.c.holder == holder,
+        LEASES.c.expires_at <= now,
+        LEASES.c.expires_at > until + (until - now),
+    )
     taken = session.execute(
-        update(LEASES)
-        .where(LEASES.c.name == name, or_(LEASES.c.holder == holder, LEASES.c.expires_at <= now))
-        .values(holder=holder, expires_at=until)
+        update(LEASES).where(LEASES.c.name == name, is_free).values(holder=holder, expires_at=until)
     )
     if taken.rowcount:  # type: ignore[attr-defined]  # a CursorResult has it
         return True

@@ -30,6 +30,7 @@ from tests.support.use_cases import (
 )
 
 WAIT_S = 30.0
+HOUR_S = 3600.0
 PAGE = PageRequest(1000)
 LARGE = 300_000  # elements: two chunks of float32
 
@@ -351,6 +352,23 @@ def test_round_that_could_not_be_aggregated_is_tried_again(
     assert core.weights(training_session_id, 1) == vector(1.0, LARGE)["w"].tobytes()
 
 
+def test_failed_round_does_not_rest_until_a_clock_that_was_set_back_has_caught_up(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
+    training_session_id = core.start(vector(0.0, LARGE), rounds=policy(1))
+    core.submit("device-0", training_session_id, vector(1.0, LARGE))
+    (update,) = core.updates(training_session_id, 1)
+    kept = core.store.read(update.payload_id, 0, 10)
+    core.store.delete([update.payload_id])
+    core.settle()
+    core.store.append(update.payload_id, 0, kept)
+
+    clock.advance(-HOUR_S)
+    core.settle()
+
+    assert core.weights(training_session_id, 1) == vector(1.0, LARGE)["w"].tobytes()
+
+
 def test_deadline_of_a_round_that_another_works_on_is_not_ours(make_core: MakeCore) -> None:
     first, second = make_core(name="first"), make_core(name="second")
     training_session_id = first.start(rounds=policy(1))
@@ -524,6 +542,37 @@ def test_lease_keeps_the_second_from_working_until_it_expires(
     second.settle()
 
     assert (during, len(first.versions(training_session_id))) == (1, 2)
+
+
+def test_lease_from_before_the_clock_was_set_back_has_expired(
+    make_core: MakeCore, clock: FakeClock
+) -> None:
+    first, second = make_core(name="first"), make_core(name="second")
+    first.add_devices(1)
+    training_session_id = first.start(rounds=policy(1))
+    first.aggregator.run_once()
+    first.submit("device-0", training_session_id)
+
+    clock.advance(-HOUR_S)
+    second.settle()
+
+    assert len(second.versions(training_session_id)) == 2
+
+
+def test_leader_renews_its_lease_after_the_clock_was_set_back(
+    make_core: MakeCore, clock: FakeClock
+) -> None:
+    first, second = make_core(name="first"), make_core(name="second")
+    first.add_devices(1)
+    training_session_id = first.start(rounds=policy(1))
+    first.aggregator.run_once()
+    clock.advance(-HOUR_S)
+    first.aggregator.run_once()
+    first.submit("device-0", training_session_id)
+
+    second.settle()
+
+    assert len(second.versions(training_session_id)) == 1
 
 
 def test_lease_given_back_lets_the_second_go_on_at_once(make_core: MakeCore) -> None:

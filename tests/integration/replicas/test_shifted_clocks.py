@@ -25,18 +25,6 @@ from tests.support.processes import CoordinatorProcess, DeviceThread
 pytestmark = pytest.mark.slow
 
 DEADLINE_S = 5
-LIBRARY = "libfaketimeMT.so.1"
-ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="session")
-def faketime() -> str:
-    """Return the path of libfaketime."""
-    places = [ROOT / ".tools", *Path("/usr/lib").glob("*/faketime"), Path("/usr/lib64/faketime")]
-    for place in places:
-        if (place / LIBRARY).exists():
-            return str(place / LIBRARY)
-    pytest.skip("libfaketime is not installed: `make tools`")
 
 
 @pytest.fixture
