@@ -26,7 +26,7 @@ def machine_time() -> datetime:
 
 
 def elapsed_s() -> float:
-    """Return seconds since an arbitrary moment, including those in which the machine was suspended if it counts them."""
+    """Return seconds since an arbitrary moment; where the system counts them, also those of a suspended machine."""
     boot_time = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if boot_time is None else time.clock_gettime(boot_time)
 
