@@ -35,7 +35,7 @@ def open_database(config: ServerConfig) -> Database:
     if config.auto_migrate or (is_sqlite and is_empty(engine)):
         upgrade(engine)
     require_current(engine)
-    return Database(engine, timeout_s=max(30.0, config.database_timeout_s))
+    return Database(engine, timeout_s=config.database_timeout_s)
 
 
 def open_store(config: ServerConfig, database: Database) -> PayloadStore:

@@ -108,12 +108,30 @@ class BoundedCursor(psycopg2.extensions.cursor):
         """Run a statement."""
         _connection_of(self).bounded(lambda: super(BoundedCursor, self).execute(query, vars))
 
+    def executemany(self, query: Any, vars_list: Any) -> None:
+        """Run a statement for each of several sets of parameters; the limit holds for all of them together."""
+        _connection_of(self).bounded(
+            lambda: super(BoundedCursor, self).executemany(query, vars_list)
+        )
+
+    def fetchone(self) -> tuple[Any, ...] | None:
+        """Return the next row; a named cursor fetches it from the server."""
+        if self.name is None:
+            return super().fetchone()
+        return _connection_of(self).bounded(lambda: super(BoundedCursor, self).fetchone())
+
     def fetchmany(self, size: int | None = None) -> list[tuple[Any, ...]]:
         """Return the next rows; a named cursor fetches them from the server."""
         wanted = self.arraysize if size is None else size
         if self.name is None:
             return super().fetchmany(wanted)
         return _connection_of(self).bounded(lambda: super(BoundedCursor, self).fetchmany(wanted))
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        """Return the remaining rows; a named cursor fetches them from the server."""
+        if self.name is None:
+            return super().fetchall()
+        return _connection_of(self).bounded(lambda: super(BoundedCursor, self).fetchall())
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
         """Run a COPY."""

@@ -16,7 +16,7 @@ class Line:
         address: Where it listens, host:port.
 
     Args:
-        target: Where it leads, host:port.
+        target: Where it leads: host:port, or the path of a Unix socket.
         bytes_per_s: Most bytes that it carries upwards in a second; 0 means as many as come.
         when_carried: Told after every piece how many bytes went upwards so far.
     """
@@ -28,8 +28,7 @@ class Line:
         bytes_per_s: int = 0,
         when_carried: Callable[["Line", int], None] | None = None,
     ) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+        self._target = target
         self._bytes_per_s = bytes_per_s
         self._when_carried = when_carried or (lambda *_: None)
         self._ended = threading.Event()
@@ -75,7 +74,7 @@ class Line:
         while True:
             try:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
+                far = self._connect()
             except OSError:
                 return
             with self._lock:
@@ -84,6 +83,14 @@ class Line:
                 threading.Thread(
                     target=self._carry, args=(source, sink, upwards), daemon=True
                 ).start()
+
+    def _connect(self) -> socket.socket:
+        if self._target.startswith("/"):
+            far = socket.socket(socket.AF_UNIX)
+            far.connect(self._target)
+            return far
+        host, _, port = self._target.rpartition(":")
+        return socket.create_connection((host, int(port)))
 
     def _carry(self, source: socket.socket, sink: socket.socket, upwards: bool) -> None:
         with suppress(OSError):

@@ -225,3 +225,17 @@ def fresh_database(url: str, *, template: str = "template0") -> Iterator[str]:
     finally:
         with contextlib.suppress(OperationalError):  # the test may have stopped the server
             execute(url, f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+
+def address_of(url: str) -> str:
+    """Return where the server of a URL listens: host:port, or the path of its Unix socket."""
+    parsed = make_url(url)
+    host, port = parsed.query.get("host") or parsed.host or "127.0.0.1", parsed.port or 5432
+    return f"{host}/.s.PGSQL.{port}" if str(host).startswith("/") else f"{host}:{port}"
+
+
+def over(address: str, url: str) -> str:
+    """Return the URL of the same database by way of another address, host:port."""
+    host, _, port = address.rpartition(":")
+    direct = driver_url(url).difference_update_query(["host"]).set(host=host, port=int(port))
+    return direct.render_as_string(hide_password=False)

