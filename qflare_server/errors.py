@@ -328,6 +328,22 @@ class StorageDamagedError(QflareError):
     reason = "STORAGE_DAMAGED"
 
 
+class DamagedPayloadError(StorageDamagedError):
+    """Stored bytes of a payload are missing, or are not those that were received.
+
+    Args:
+        payload_id: The payload.
+        problem: Which bytes, and what they are.
+    """
+
+    reason = "PAYLOAD_DAMAGED"
+
+    def __init__(self, payload_id: str, problem: str) -> None:
+        super().__init__(f"payload {payload_id}: {problem}")
+        self.payload_id = payload_id
+        self.problem = problem
+
+
 class StoreUnavailableError(QflareError):
     """The database cannot be reached."""
 

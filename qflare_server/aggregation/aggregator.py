@@ -8,6 +8,7 @@ Scheduling belongs to `AggregationWorker`.
 """
 
 import logging
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -28,6 +29,7 @@ from qflare_server.aggregation.row_integrity import record_refusals
 from qflare_server.context import Context
 from qflare_server.errors import (
     ConflictError,
+    DamagedPayloadError,
     InvalidUpdateError,
     StorageFullError,
     StoreUnavailableError,
@@ -60,6 +62,7 @@ logger = logging.getLogger(__name__)
 COALESCE_S: Final = 0.003  # updates that come together are folded together
 REST_S: Final = 5.0  # before a round that failed for a reason of its own is tried again
 MAX_DOUBLINGS: Final = 10
+THREADS: Final = min(4, os.cpu_count() or 1)  # that fold a large model; each takes up to 100 MB
 
 Key = tuple[str, int]
 
@@ -89,6 +92,7 @@ class Aggregator:
         self._folds: dict[Key, RoundFold] = {}
         self._leases: dict[str, datetime] = {}
         self._resting: dict[Key, datetime] = {}
+        self._damaged: set[Key] = set()  # rounds with bytes that are not those that were received
         self._journal = ReleaseJournal(context.config.data_dir / FILE)
         self._reconciled: set[str] = set()
 
@@ -99,6 +103,7 @@ class Aggregator:
         current = {(item.training_session_id, item.number) for item in rounds}
         self._folds = {key: fold for key, fold in self._folds.items() if key in current}
         self._resting = {key: until for key, until in self._resting.items() if key in current}
+        self._damaged &= current
         results = [
             self._advance(item)
             for item in rounds
@@ -177,11 +182,20 @@ class Aggregator:
             return self._context.database.write(
                 lambda session: self._end_untrainable(session, item, problem)
             )
+        except DamagedPayloadError as error:
+            self._folds.pop(key, None)
+            self._damaged.add(key)
+            self._rest(key)
+            logger.warning("round not aggregated: session=%s round=%d: %s", *key, error)
+            return False
         except Exception:
             self._folds.pop(key, None)
-            self._resting[key] = self._context.clock() + timedelta(seconds=REST_S)
+            self._rest(key)
             logger.exception("round not aggregated: session=%s round=%d", *key)
             return False
+
+    def _rest(self, key: Key) -> None:
+        self._resting[key] = self._context.clock() + timedelta(seconds=REST_S)
 
     def _advance_round(self, item: RoundInProgress) -> bool:
         fold = self._fold(item)
@@ -200,7 +214,13 @@ class Aggregator:
             with self._context.database.read() as session:
                 plan = read_plan(session, *key, item.base_version)
             seed = noise_seed(self._context, plan.config, key[0], plan.privacy_state)
-            self._folds[key] = RoundFold(self._context, plan, noise_seed=seed)
+            self._folds[key] = RoundFold(
+                self._context,
+                plan,
+                noise_seed=seed,
+                thread_count=THREADS,
+                refuses_damaged=key in self._damaged,
+            )
         return self._folds[key]
 
     def _take(self, fold: RoundFold, item: RoundInProgress) -> bool:

@@ -1,7 +1,12 @@
 """The fold of a round: aggregates accepted updates as they arrive and writes the version.
 
-Memory holds the strategy's accumulator and a few bytes of facts per update; payloads are read in ranges. After a crash
-everything is read and folded again, in the same order, to the same bytes.
+Memory holds the strategy's total, where that is not large, and a few bytes of facts per update; payloads are read in
+slices of the vector, which several threads share. After a crash everything is read and folded again, in the same
+order, to the same bytes.
+
+Every chunk that is read from the payload store is hashed again and compared with its digest. An update with missing or
+altered chunks is refused as one is whose row is not what was signed, and the aggregation begins again without it; but
+first the round rests, and they are read once more (`Aggregator`).
 
 Integer and boolean tensors are not averaged: they are copied from the contributor with the largest example count,
 the earliest of equals. Contributors are the updates that have a share in the version: those that a safeguard refused
@@ -17,6 +22,7 @@ form can show are not lost but add up from round to round.
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -43,8 +49,12 @@ from qflare_server.aggregation.outcome import with_refusals
 from qflare_server.aggregation.plan import RoundPlan
 from qflare_server.aggregation.row_integrity import RowIntegrity
 from qflare_server.context import Context
-from qflare_server.errors import GlobalModelNotFoundError, InvalidUpdateError
-from qflare_server.payloads.reader import PayloadBytes
+from qflare_server.errors import (
+    DamagedPayloadError,
+    GlobalModelNotFoundError,
+    InvalidUpdateError,
+)
+from qflare_server.payloads.reader import PayloadBytes, check_chunks, check_digests
 from qflare_server.payloads.sealed_receiver import version_seal_context
 from qflare_server.payloads.writer import PayloadWriter, VersionWriter
 from qflare_server.storage.payload_records import (
@@ -56,6 +66,7 @@ from qflare_server.storage.payload_records import (
 )
 from qflare_server.storage.repository import global_models, payloads, updates
 from qflare_server.storage.repository.updates import AcceptedUpdate
+from qflare_server.storage.tables import EVIDENCE_REASON
 from qflare_server.strategies import (
     REVISION,
     Accumulator,
@@ -77,8 +88,10 @@ from qflare_server.training.strategy import is_asynchronous, stored_strategy
 
 logger = logging.getLogger(__name__)
 
-FOLD_AHEAD: Final = 8  # chunks read at once where an update is folded by itself
-COHORT_AHEAD: Final = 1  # and where a hundred are open side by side
+AHEAD: Final = 8  # chunks read at once of a payload that is read from end to end
+SLICE_AHEAD: Final = 1  # and where slices are read, or a hundred updates are open side by side
+BASE_CHUNKS: Final = 48  # kept of a payload that several threads read, each at a slice of its own
+THREADED_ELEMENTS: Final = 2**20  # models beyond are folded by several threads
 BATCH: Final = 64
 
 
@@ -126,9 +139,10 @@ class RoundFold:
         context: The coordinator's parts.
         plan: The round's aggregation plan.
         noise_seed: The training session's secret, needed with differential privacy.
-        thread_count: Threads that share the arithmetic.
+        thread_count: Threads that share the arithmetic of a large model.
         recorded: Judgements of an earlier run by update id (`aggregation.outcome`), to recompute the version from.
         revision: Number of the rules to aggregate by; to recompute a version, those that it was made by.
+        refuses_damaged: Whether updates with missing or altered chunks are refused; otherwise the error is raised.
     """
 
     def __init__(
@@ -140,6 +154,7 @@ class RoundFold:
         thread_count: int = 1,
         recorded: Mapping[str, UpdateAssessment] | None = None,
         revision: int = REVISION,
+        refuses_damaged: bool = True,
     ) -> None:
         self.plan = plan
         self.last_sequence = 0
@@ -153,14 +168,20 @@ class RoundFold:
             carries=is_asynchronous(plan.config),
             recorded=recorded,
         )
+        self._refuses_damaged = refuses_damaged
         self._context = context
         self._noise_seed = noise_seed
-        self._thread_count = thread_count
+        self._is_large = float_count(plan.manifest) > THREADED_ELEMENTS
+        self._thread_count = thread_count if self._is_large else 1
+        self._opened = _Opened()
         self._recorded = recorded
         self._sent: dict[int, Reader] = {}
+        for stored in (plan.base, *plan.vectors.values()):
+            check_digests(stored)
         self._download = download_encoding(plan.config)
         self._strategy = stored_strategy(plan.config)
-        self._ahead = FOLD_AHEAD if self._strategy.folds else COHORT_AHEAD
+        in_slices = self._is_large or not self._strategy.folds
+        self._ahead = SLICE_AHEAD if in_slices else AHEAD
         self._encoding = Encoding.from_number(plan.config.transfer.update_encoding)
         self._wire = wire_manifest(
             plan.manifest, self._encoding, plan.config.transfer.top_k_fraction or 1.0
@@ -188,8 +209,9 @@ class RoundFold:
         return self._reader(stored, VectorLayout(manifest or self.plan.manifest))
 
     def _reader(self, stored: StoredPayload, layout: VectorLayout) -> Reader:
-        source = PayloadBytes(self._context, stored, None, FOLD_AHEAD)
-        return VectorReader(layout, source.read).read
+        kept = BASE_CHUNKS if self._is_large else 0
+        source = PayloadBytes(self._context, stored, None, AHEAD, kept)
+        return _by_thread(lambda: VectorReader(layout, source.read).read)
 
     def _prior(self) -> Prior:
         count = float_count(self.plan.manifest)
@@ -209,7 +231,41 @@ class RoundFold:
         self.taken += [(update.update_id, update.statement_digest) for update in batch]
         if batch:
             self.last_sequence = batch[-1].acceptance_sequence
-        self._take([update for update in batch if update.update_id not in refused])
+        try:
+            self._take([update for update in batch if update.update_id not in refused])
+        except DamagedPayloadError as error:
+            self._leave_out_damaged(error)
+
+    def _leave_out_damaged(self, error: DamagedPayloadError) -> None:
+        """Refuse the updates whose stored bytes are damaged, and begin again without them.
+
+        Raises:
+            DamagedPayloadError: No update is to blame, or none is to be refused yet.
+        """
+        while True:
+            found = self._damaged() if self._refuses_damaged else {}
+            if not found:
+                raise error
+            self.refusals |= found
+            self._begin({})
+            try:
+                for batch in self._taken_again():
+                    self._take(batch)
+            except DamagedPayloadError as another:
+                error = another
+            else:
+                return
+
+    def _damaged(self) -> dict[str, str]:
+        """Return the reasons, by id, to refuse the updates with missing or altered chunks."""
+        found = {}
+        for update in (update for batch in self._taken_again() for update in batch):
+            try:
+                check_chunks(self._context, _stored(update))
+            except DamagedPayloadError as error:
+                found[update.update_id] = EVIDENCE_REASON + error.problem
+                logger.warning("update not folded: %s: %s", update.update_id, error.problem)
+        return found
 
     def _take(self, batch: Sequence[AcceptedUpdate]) -> None:
         if all(update.location == "row" for update in batch):
@@ -251,8 +307,8 @@ class RoundFold:
         return tuple(digest for update_id, digest in self.taken if update_id not in without)
 
     def _contribution(self, update: AcceptedUpdate) -> Contribution:
-        source = self._source(update)
-        read: Reader = VectorReader(self._layout, source.read).read
+        check_digests(_stored(update))
+        read = self._update_reader(update)
         staleness = self.plan.base_version - update.base_version
         full = self.plan.config.transfer.update_kind != training_pb2.UPDATE_KIND_DELTA
         if full and (staleness or self._download is not Encoding.FULL_PRECISION):
@@ -271,16 +327,18 @@ class RoundFold:
         most = self.plan.config.safeguards.max_example_count
         return min(update.example_count, most) if most else update.example_count
 
+    def _update_reader(self, update: AcceptedUpdate) -> Reader:
+        """Return the reader of an update: of a large model safe for several threads, and without its bytes."""
+        if not self._is_large:
+            return VectorReader(self._layout, self._source(update).read).read
+        if not self._strategy.folds:
+            source = self._source(update)
+            return _by_thread(lambda: VectorReader(self._layout, source.read).read)
+        fact = replace(update, data=None)
+        return self._opened.reader(lambda: VectorReader(self._layout, self._source(fact).read).read)
+
     def _source(self, update: AcceptedUpdate) -> PayloadBytes:
-        stored = StoredPayload(
-            update.payload_id,
-            update.size_bytes,
-            update.payload_digest,
-            update.chunk_digests,
-            update.location == "row",
-            seal_of(update.sealed_header, update.sealed_key, None),
-        )
-        return PayloadBytes(self._context, stored, update.data, self._ahead)
+        return PayloadBytes(self._context, _stored(update), update.data, self._ahead)
 
     def _sent_reader(self, version: int) -> Reader:
         """Return the reader of a version as devices got it, for updates that were trained from it."""
@@ -325,7 +383,15 @@ class RoundFold:
             NotEnoughUpdatesError: The strategy accepted too few updates.
             NonFiniteError: The version would hold NaN or infinity, and no single update is to blame.
             InvalidUpdateError: It would, in the form in which devices get it.
+            DamagedPayloadError: Stored bytes are missing or altered, and not (only) those of updates to be refused.
         """
+        while True:
+            try:
+                return self._write_without_culprits(executor, at)
+            except DamagedPayloadError as error:
+                self._leave_out_damaged(error)
+
+    def _write_without_culprits(self, executor: ThreadPoolExecutor, at: datetime) -> WrittenVersion:
         try:
             return self._write(executor, at)
         except (NonFiniteError, InvalidUpdateError) as error:
@@ -434,7 +500,7 @@ class RoundFold:
         if largest is None:
             raise NotEnoughUpdatesError("needs 1 accepted update, got 0")
         if plan.config.privacy.noise_multiplier and self.revision > 1:
-            source, wire = PayloadBytes(self._context, plan.base, None, FOLD_AHEAD), plan.manifest
+            source, wire = PayloadBytes(self._context, plan.base, None, AHEAD), plan.manifest
         else:
             source, wire = self._source(largest), self._wire
         offsets = {spec.name: offset for spec, offset in integer_ranges(plan.manifest, wire)}
@@ -454,14 +520,54 @@ def _difference(read: Reader, base: Reader) -> Reader:
     return difference
 
 
+def _stored(update: AcceptedUpdate) -> StoredPayload:
+    return StoredPayload(
+        update.payload_id,
+        update.size_bytes,
+        update.payload_digest,
+        update.chunk_digests,
+        update.location == "row",
+        seal_of(update.sealed_header, update.sealed_key, None),
+    )
+
+
+class _Opened(threading.local):
+    """The reader that a thread has open: of all updates of a fold, one at a time."""
+
+    opened_by: Callable[[], Reader] | None = None
+    read: Reader
+
+    def reader(self, open_reader: Callable[[], Reader]) -> Reader:
+        """Return a reader that is opened when it is read, and closed when another one is."""
+
+        def read(start: int, stop: int) -> np.ndarray[Any, Any]:
+            if self.opened_by is not open_reader:
+                self.read, self.opened_by = open_reader(), open_reader
+            return self.read(start, stop)
+
+        return read
+
+
+def _by_thread(open_reader: Callable[[], Reader]) -> Reader:
+    """Return a reader that each thread opens for itself: decoders keep state."""
+    return _Opened().reader(open_reader)
+
+
+class _Last(threading.local):
+    """The slice that a thread has read last."""
+
+    bounds: tuple[int, int] | None = None
+    values: np.ndarray[Any, Any]
+
+
 def _held(read: Reader) -> Reader:
     """Return a reader that keeps the slice that was read last: a cohort asks for the same one in turn."""
-    last: list[tuple[int, int, np.ndarray[Any, Any]]] = []
+    last = _Last()
 
     def held(start: int, stop: int) -> np.ndarray[Any, Any]:
-        if not last or last[0][:2] != (start, stop):
-            last[:] = [(start, stop, read(start, stop))]
-        return last[0][2]
+        if last.bounds != (start, stop):
+            last.values, last.bounds = read(start, stop), (start, stop)
+        return last.values
 
     return held
 

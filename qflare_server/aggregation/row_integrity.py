@@ -10,8 +10,8 @@ It is checked where signatures are required (`ServerConfig.require_signatures`),
 programs, which vouch for their updates themselves. In all rounds the updates are of one origin, devices' or in-process:
 a row of the other is not folded.
 
-It does not read payloads from the payload store (their digests are checked, and the bytes of payloads that lie in
-rows).
+It checks the digests of payloads, and the bytes of those that lie in rows. The bytes of others are compared with these
+digests when they are read from the payload store (`fold`).
 """
 
 import hashlib

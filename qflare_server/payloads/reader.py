@@ -1,8 +1,10 @@
 """Random access to stored payloads, sealed or not, in bounded memory."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Final
 
+from qflare.crypto import merkle
 from qflare.crypto.sealed_payloads import (
     PLAINTEXT_BYTES,
     PayloadKey,
@@ -12,72 +14,135 @@ from qflare.crypto.sealed_payloads import (
 from qflare.crypto.sealing import UnsealError
 from qflare.tensors import CHUNK_BYTES, rechunk
 from qflare_server.context import Context
-from qflare_server.errors import PayloadPrunedError, SealedPayloadLostError
+from qflare_server.errors import DamagedPayloadError, PayloadPrunedError, SealedPayloadLostError
 from qflare_server.payloads.keys import restore_key
-from qflare_server.storage.payload_records import Seal, StoredPayload
+from qflare_server.storage.payload_records import Seal, StoredPayload, split_digests
 from qflare_server.storage.payload_store import READ_CHUNKS
 from qflare_server.storage.repository import payloads as rows
 
-
-@dataclass(frozen=True)
-class _Range:
-    """Consecutive pieces of a payload, each but the last of `piece_bytes`; the first begins at offset `start`."""
-
-    start: int
-    pieces: Sequence[bytes]
-    piece_bytes: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + (len(self.pieces) - 1) * self.piece_bytes + len(self.pieces[-1])
-
-    def view(self, offset: int, length: int) -> memoryview:
-        """Return bytes of the payload; copies only if they span several pieces."""
-        number, within = divmod(offset - self.start, self.piece_bytes)
-        first = memoryview(self.pieces[number])[within : within + length]
-        if len(first) == length:
-            return first
-        parts, missing = [first], length - len(first)
-        while missing:
-            number += 1
-            parts.append(memoryview(self.pieces[number])[:missing])
-            missing -= len(parts[-1])
-        return memoryview(b"".join(parts))
+SMALLEST_CACHE: Final = 4
+"""Pieces kept at least: a top-k update is read alternately in its indices and in its values."""
 
 
 class PayloadBytes:
-    """Random access to the plaintext of a payload; caches the last two ranges. Used by one thread.
+    """Random access to the plaintext of a payload; thread-safe.
 
-    Two ranges, because a top-k update is read alternately in its indices and in its values.
+    Every chunk that is read from the payload store is hashed and compared with its digest. The pieces that were read
+    last are kept.
+
+    Args:
+        context: The coordinator's parts.
+        stored: The payload.
+        data: Its stored bytes, where its row was read with them.
+        ahead: Pieces that are read at once at least.
+        kept: Pieces to keep; 0 means twice `ahead`.
     """
 
     def __init__(
-        self, context: Context, stored: StoredPayload, data: bytes | None, ahead: int
+        self,
+        context: Context,
+        stored: StoredPayload,
+        data: bytes | None,
+        ahead: int,
+        kept: int = 0,
     ) -> None:
+        self._context = context
+        self._stored = stored
         self._contents = Contents(context, stored)
+        self._leaves = [] if stored.in_row else split_digests(stored.chunk_digests)
         self._ahead = ahead
-        self._ranges: list[_Range] = []
+        self._kept = max(SMALLEST_CACHE, kept or 2 * ahead)
+        self._pieces: dict[int, bytes] = {}  # the one that was used last comes last
+        self._lock = threading.Lock()
         if data:
-            (held,) = self._contents.open([data])
-            self._ranges.append(_Range(0, [held], len(held)))
+            (self._pieces[0],) = self._contents.open([data])
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Return `length` bytes from `offset` on."""
+        """Return `length` bytes from `offset` on; copies only if they span several pieces.
+
+        Raises:
+            DamagedPayloadError: A chunk is missing or altered.
+            SealedPayloadLostError: A piece cannot be opened.
+        """
         if not length:
             return memoryview(b"")
-        for held in self._ranges:
-            if held.start <= offset and offset + length <= held.stop:
-                return held.view(offset, length)
-        held = self._load(offset, length)
-        self._ranges = [held, *self._ranges[:1]]
-        return held.view(offset, length)
+        first, within = divmod(offset, self._contents.piece_bytes)
+        last = (offset + length - 1) // self._contents.piece_bytes
+        pieces = self._held(first, last)
+        if first == last:
+            return memoryview(pieces[0])[within : within + length]
+        views = [memoryview(piece) for piece in pieces]
+        views[0] = views[0][within:]
+        views[-1] = views[-1][: length - sum(len(view) for view in views[:-1])]
+        return memoryview(b"".join(views))
 
-    def _load(self, offset: int, length: int) -> _Range:
-        piece_bytes = self._contents.piece_bytes
-        first = offset // piece_bytes
-        last = (offset + length - 1) // piece_bytes
-        pieces = self._contents.read(first, max(self._ahead, last - first + 1))
-        return _Range(first * piece_bytes, pieces, piece_bytes)
+    def _held(self, first: int, last: int) -> list[bytes]:
+        with self._lock:
+            for number in range(first, last + 1):
+                if number not in self._pieces:
+                    self._load(number, last)
+                self._pieces[number] = self._pieces.pop(number)
+            found = [self._pieces[number] for number in range(first, last + 1)]
+            for number in list(self._pieces)[: -max(self._kept, len(found))]:
+                del self._pieces[number]
+            return found
+
+    def _load(self, first: int, last: int) -> None:
+        """Read the pieces from `first` on up to the next one that is kept."""
+        end = max(last + 1, first + self._ahead)
+        stop = next((number for number in range(first, end) if number in self._pieces), end)
+        chunks = self._chunks(first, stop - first)
+        for number, piece in enumerate(self._contents.open(chunks, first), first):
+            self._pieces[number] = piece
+
+    def verify(self, first: int, count: int) -> None:
+        """Read consecutive chunks and compare them with their digests.
+
+        Raises:
+            DamagedPayloadError: A chunk is missing or altered.
+        """
+        self._chunks(first, count)
+
+    def _chunks(self, first: int, count: int) -> list[bytes]:
+        """Read stored chunks and compare them with their digests."""
+        try:
+            chunks = read_range(self._context, self._stored, first, count)
+        except PayloadPrunedError as error:
+            problem = f"chunks are missing from chunk {first} on"
+            raise DamagedPayloadError(self._stored.payload_id, problem) from error
+        for number, (chunk, leaf) in enumerate(zip(chunks, self._leaves[first:], strict=False)):
+            if merkle.leaf_hash(chunk) != leaf:
+                problem = f"chunk {first + number} is not the one that was received"
+                raise DamagedPayloadError(self._stored.payload_id, problem)
+        return chunks
+
+
+def check_digests(stored: StoredPayload) -> None:
+    """Check that the chunk digests of a payload in the payload store are those that its digest covers.
+
+    Raises:
+        DamagedPayloadError: They are not.
+    """
+    leaves = split_digests(stored.chunk_digests)
+    if stored.in_row:
+        return
+    if len(leaves) != stored.chunk_count or merkle.root(leaves).hex() != stored.digest:
+        problem = "its chunk digests are not those of its payload digest"
+        raise DamagedPayloadError(stored.payload_id, problem)
+
+
+def check_chunks(context: Context, stored: StoredPayload) -> None:
+    """Read a payload in the payload store, and compare all of it with its digests.
+
+    Raises:
+        DamagedPayloadError: Chunks are missing or altered.
+    """
+    if stored.in_row:
+        return
+    check_digests(stored)
+    source = PayloadBytes(context, stored, None, READ_CHUNKS)
+    for first in range(0, stored.chunk_count, READ_CHUNKS):
+        source.verify(first, min(READ_CHUNKS, stored.chunk_count - first))
 
 
 def read_range(context: Context, stored: StoredPayload, first: int, count: int) -> list[bytes]:

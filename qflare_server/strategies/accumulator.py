@@ -1,12 +1,14 @@
-"""Streaming aggregation: each update is added to one float64 vector on arrival and is not kept.
+"""Streaming aggregation: each update is added to one float64 vector, the total, and is not kept.
 
-Memory is eight bytes for each element of the model, whatever the number of updates. The bytes depend on the order of
-acceptance only: each element is summed separately, in that order, so block size, threads and the grouping into calls
-do not change a bit. After a crash the same updates are folded again.
+A total of up to `RESIDENT_BYTES` stays in memory, and each update is added on arrival. Of a larger model only the
+factors of the updates are kept; the version is made slice by slice: of each slice a total is summed over all updates,
+which are read once more for it. Memory is then a few slices for each thread, whatever the model.
+
+The bytes depend on the order of acceptance only: each element is summed separately, in that order, so slices, threads
+and the grouping into calls do not change a bit. After a crash the same updates are folded again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qflare_server.strategies.assessment import Assessor
-from qflare_server.strategies.blocks import blocks
+from qflare_server.strategies.blocks import SLICE, blocks, in_order
 from qflare_server.strategies.finalization import Release
 from qflare_server.strategies.interfaces import FoldRule
 from qflare_server.strategies.strategy import Strategy
@@ -30,10 +32,11 @@ from qflare_server.strategies.types import (
 )
 
 PIECE: Final = 32_768
-"""Elements read and added at once: input, scratch and total are 640 KiB, which a second-level cache holds. An update
-is added while it is still there from being read."""
+"""Elements added at once: input, scratch and total are 640 KiB, which a second-level cache holds."""
 BATCH: Final = 16
-"""Updates folded in one sweep over the accumulator: each of its pieces stays in cache for all of them."""
+"""Updates folded in one sweep over the total."""
+RESIDENT_BYTES: Final = 256 * 1024 * 1024
+"""Largest total that is held in memory from the first update to the last."""
 
 
 def add_scaled(total: Vector, values: NDArray[np.floating], factor: float, scratch: Vector) -> None:
@@ -84,30 +87,27 @@ class Addend:
     subtracts_base: bool = False
 
 
-def fold_pieces(
-    total: Vector, addends: Sequence[Addend], base: Reader, first: int, stride: int
-) -> None:
-    """Fold every update into every `stride`-th piece of the total, beginning with piece `first`.
+def fold_slice(total: Vector, addends: Sequence[Addend], base: Reader, start: int) -> None:
+    """Fold every update into one slice of the total.
 
     Args:
-        total: Float64, shape (n,); changed in place.
-        addends: In order of acceptance.
+        total: The slice; float64, shape (m,); changed in place.
+        addends: In order of acceptance. Of each, the whole slice is read at once, and only once.
         base: The base version.
-        first: Number of the first piece.
-        stride: Distance between pieces; other threads fold the pieces between.
+        start: Element of the vector that the slice begins with.
     """
+    stop = start + total.size
     scratch = np.empty(min(PIECE, total.size))
     needs_base = any(addend.subtracts_base for addend in addends)
-    for begin in range(first * PIECE, total.size, stride * PIECE):
-        end = min(begin + PIECE, total.size)
-        piece = total[begin:end]
-        origin = base(begin, end).astype(np.float64, copy=False) if needs_base else scratch
-        for addend in addends:
-            values = addend.read(begin, end)
+    origin = base(start, stop).astype(np.float64, copy=False) if needs_base else scratch
+    for addend in addends:
+        values = addend.read(start, stop)
+        for first, last in blocks(total.size, PIECE):
+            piece, part = total[first:last], values[first:last]
             if addend.subtracts_base:
-                add_scaled_delta(piece, values, origin, addend.factor, scratch)
+                add_scaled_delta(piece, part, origin[first:last], addend.factor, scratch)
             else:
-                add_scaled(piece, values, addend.factor, scratch)
+                add_scaled(piece, part, addend.factor, scratch)
 
 
 class Accumulator:
@@ -125,6 +125,8 @@ class Accumulator:
         recorded: Mapping[str, UpdateAssessment] | None = None,
         excluded: Mapping[str, str] | None = None,
         revision: int = REVISION,
+        resident_bytes: int | None = None,
+        slice_elements: int | None = None,
     ) -> None:
         """Start with no update.
 
@@ -139,6 +141,8 @@ class Accumulator:
             recorded: Judgements of an earlier run, to recompute it from.
             excluded: Reasons by update id of updates that are refused without being measured.
             revision: Number of the rules to aggregate by.
+            resident_bytes: Largest total that is held in memory; None means `RESIDENT_BYTES`.
+            slice_elements: Elements that a thread folds at once; None means `SLICE`.
 
         Raises:
             TypeError: The rule does not fold.
@@ -147,11 +151,21 @@ class Accumulator:
             raise TypeError(f"{strategy.name} needs all updates at once and cannot fold")
         self._rule = strategy.rule
         self._assessor = Assessor(
-            strategy, element_count, base, prior or Prior(), recorded, excluded or {}, revision
+            strategy,
+            element_count,
+            base,
+            prior or Prior(),
+            recorded,
+            excluded or {},
+            revision,
+            thread_count,
         )
         self._noise_seed = noise_seed
-        self._total = np.zeros(element_count)
+        self._slice_elements = slice_elements or SLICE
         self._thread_count = thread_count
+        limit = RESIDENT_BYTES if resident_bytes is None else resident_bytes
+        self._total = np.zeros(element_count) if 8 * element_count <= limit else None
+        self._addends: list[Addend] = []  # where there is no total
         self._judgements: dict[str, UpdateAssessment] = {}
         self._digests: dict[str, str] = {}
         self._base_factor = 0.0
@@ -187,8 +201,10 @@ class Accumulator:
             addends.append(Addend(contribution.read, factor, exact))
             if contribution.full_weights and not exact:
                 self._base_factor += factor
-        if addends:
-            self._sweep(addends)
+        if self._total is None:
+            self._addends += addends
+        elif addends:
+            self._sweep(self._total, addends)
 
     def _judge(self, contribution: Contribution) -> UpdateAssessment:
         recalled = self._assessor.recall(contribution)
@@ -200,19 +216,28 @@ class Accumulator:
         coefficient, weight = self._rule.share(facts)
         return replace(judgement, coefficient=coefficient, weight=weight)
 
-    def _sweep(self, addends: Sequence[Addend]) -> None:
-        """Fold one batch; with several threads, each folds every n-th piece."""
-        count, base = self._thread_count, self._assessor.base
-        if count == 1:
-            fold_pieces(self._total, addends, base, 0, 1)
+    def _sweep(self, total: Vector, addends: Sequence[Addend]) -> None:
+        """Fold one batch into the total, slice by slice, side by side if there are several threads."""
+
+        def work(start: int, stop: int) -> None:
+            fold_slice(total[start:stop], addends, self._assessor.base, start)
+
+        for _ in in_order(work, blocks(total.size, self._slice_elements), self._thread_count):
+            pass
+
+    def _totals(self) -> Iterator[tuple[int, int, Vector]]:
+        """Yield the slices of the total with their bounds, in order; sums them up if they are not in memory."""
+        if self._total is not None:
+            yield 0, self._total.size, self._total
             return
-        with ThreadPoolExecutor(count) as pool:
-            jobs = [
-                pool.submit(fold_pieces, self._total, addends, base, number, count)
-                for number in range(count)
-            ]
-            for job in jobs:
-                job.result()
+
+        def work(start: int, stop: int) -> Vector:
+            total = np.zeros(stop - start)
+            fold_slice(total, self._addends, self._assessor.base, start)
+            return total
+
+        ranges = blocks(self._assessor.element_count, self._slice_elements)
+        yield from in_order(work, ranges, self._thread_count)
 
     @property
     def release(self) -> Release:
@@ -241,8 +266,11 @@ class Accumulator:
 
     def _slices(self, release: Release) -> Iterator[VersionSlice]:
         weight_sum = release.weight_sum
-        for start, stop in blocks(self._total.size):
-            aggregate = self._total[start:stop]
-            if self._base_factor:
-                aggregate = aggregate - self._base_factor * self._assessor.wide_base(start, stop)
-            yield release.version_slice(start, stop, aggregate / weight_sum)
+        for begin, end, total in self._totals():
+            for first, last in blocks(end - begin):
+                aggregate, start, stop = total[first:last], begin + first, begin + last
+                if self._base_factor:
+                    aggregate = aggregate - self._base_factor * self._assessor.wide_base(
+                        start, stop
+                    )
+                yield release.version_slice(start, stop, aggregate / weight_sum)

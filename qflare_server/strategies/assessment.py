@@ -31,6 +31,7 @@ class Assessor:
         recorded: Judgements of an earlier run by update id; if given, nothing is judged again.
         excluded: Reasons by update id of updates that are refused without being measured.
         revision: Number of the rules to aggregate by (`types.REVISION`).
+        thread_count: Threads that share a pass over an update.
     """
 
     strategy: Strategy
@@ -40,6 +41,7 @@ class Assessor:
     recorded: Mapping[str, UpdateAssessment] | None = None
     excluded: Mapping[str, str] = field(default_factory=dict)
     revision: int = REVISION
+    thread_count: int = 1
 
     @property
     def scalars(self) -> Mapping[str, float]:
@@ -93,12 +95,14 @@ class Assessor:
         """Return norm and cosine; None for those that are not needed."""
         direction = self.prior.vectors.get(DIRECTION)
         if self.strategy.needs_direction and direction is not None:
-            return cosine_of(contribution, self.base, direction, self.element_count)
+            return cosine_of(
+                contribution, self.base, direction, self.element_count, self.thread_count
+            )
         if not self.strategy.needs_norm:
             return None, None
         if contribution.norm is not None:
             return contribution.norm, None
-        return norm_of(contribution, self.base, self.element_count), None
+        return norm_of(contribution, self.base, self.element_count, self.thread_count), None
 
     def _screen(self, facts: Facts) -> tuple[float, str]:
         """Apply the screens in order: the product of their factors, or the first refusal."""

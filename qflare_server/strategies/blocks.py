@@ -13,6 +13,7 @@ recomputed anywhere from the record.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from math import fsum, inf, sqrt
 from typing import Final, TypeVar
 
@@ -31,6 +32,11 @@ BLOCK = 65_536
 
 GRAM_BLOCK = 8_192
 """Elements in one product of a Gram matrix: 100 updates of them are 6.6 MB of float64. A divisor of `BLOCK`."""
+
+SLICE = 2 * 1024 * 1024
+"""Elements that a pass reads of an update at once: 8 MiB of float32, a whole number of chunks where a payload begins
+with them. A multiple of `BLOCK`."""
+
 _READ_AHEAD = 4
 """Products computed from one read, so that readers are not called for tiny ranges."""
 _READ_AHEAD_BYTES = 16 * 1024 * 1024
@@ -66,39 +72,69 @@ def _exact_sum(parts: Iterable[float]) -> float:
         return inf
 
 
-def norm_of(contribution: Contribution, base: Reader, element_count: int) -> float:
-    """Compute the L2 norm of a delta by one pass over it; infinite where its square exceeds float64."""
-    return sqrt(
-        _exact_sum(
-            squared_norm(delta_of(contribution, base, start, stop))
-            for start, stop in blocks(element_count)
-        )
-    )
+def norm_of(
+    contribution: Contribution, base: Reader, element_count: int, thread_count: int = 1
+) -> float:
+    """Compute the L2 norm of a delta by one pass over it; infinite where its square exceeds float64.
+
+    Args:
+        contribution: The update.
+        base: The base version.
+        element_count: `n`.
+        thread_count: Threads that share the work; readers are called from all of them.
+    """
+
+    def work(start: int, stop: int) -> list[float]:
+        delta = delta_of(contribution, base, start, stop)
+        return [squared_norm(delta[first:last]) for first, last in blocks(delta.size)]
+
+    slices = in_order(work, blocks(element_count, SLICE), thread_count)
+    return sqrt(_exact_sum(square for _, _, squares in slices for square in squares))
 
 
 def cosine_of(
-    contribution: Contribution, base: Reader, direction: Reader, element_count: int
+    contribution: Contribution,
+    base: Reader,
+    direction: Reader,
+    element_count: int,
+    thread_count: int = 1,
 ) -> tuple[float, float | None]:
     """Compute a delta's norm and its cosine to a direction by one pass.
+
+    Args:
+        contribution: The update.
+        base: The base version.
+        direction: Of the previous aggregate.
+        element_count: `n`.
+        thread_count: Threads that share the work; readers are called from all of them.
 
     Returns:
         The norm, infinite where its square exceeds float64; and the cosine within [-1, 1], None when either vector is
         zero or too long to be compared.
     """
-    own: list[float] = []
-    other: list[float] = []
-    dots: list[float] = []
-    for start, stop in blocks(element_count):
+
+    def work(start: int, stop: int) -> list[tuple[float, float, float]]:
         delta = delta_of(contribution, base, start, stop)
         towards = direction(start, stop).astype(np.float64, copy=False)
-        own.append(squared_norm(delta))
-        other.append(squared_norm(towards))
-        with np.errstate(over="ignore", invalid="ignore"):
-            dots.append(float(np.add.reduce(delta * towards)))
-    norm, length = sqrt(_exact_sum(own)), sqrt(_exact_sum(other))
+        return [
+            _products_of(delta[first:last], towards[first:last])
+            for first, last in blocks(delta.size)
+        ]
+
+    slices = in_order(work, blocks(element_count, SLICE), thread_count)
+    products = [entry for _, _, entries in slices for entry in entries]
+    norm = sqrt(_exact_sum(entry[0] for entry in products))
+    length = sqrt(_exact_sum(entry[1] for entry in products))
     if not (0.0 < norm <= LARGEST_NORM and 0.0 < length <= LARGEST_NORM):
         return norm, None
-    return norm, max(-1.0, min(1.0, fsum(dots) / norm / length))
+    return norm, max(-1.0, min(1.0, fsum(entry[2] for entry in products) / norm / length))
+
+
+def _products_of(delta: Vector, towards: Vector) -> tuple[float, float, float]:
+    """Return the squared norms of two blocks and their dot product."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        dot = float(np.add.reduce(delta * towards))
+    return squared_norm(delta), squared_norm(towards), dot
 
 
 def gram_matrix(
@@ -179,21 +215,23 @@ def in_order(
 ) -> Iterator[tuple[int, int, T]]:
     """Yield `(start, stop, work(start, stop))` for each range, in order.
 
-    With one thread, everything runs in the caller's thread. With more, at most one range more than the threads is in
-    progress, so memory stays bounded even if results are consumed slowly.
+    With one thread, or one range, everything runs in the caller's thread. With more, at most one range more than the
+    threads is in progress, so memory stays bounded even if results are consumed slowly.
 
     Args:
         work: Safe to call from several threads at once when there are several.
         ranges: Taken lazily.
         thread_count: One or more.
     """
-    if thread_count == 1:
-        for start, stop in ranges:
+    rest = iter(ranges)
+    begun = [*islice(rest, 1)], [*islice(rest, 1)]
+    if thread_count == 1 or not begun[1]:
+        for start, stop in chain(*begun, rest):
             yield start, stop, work(start, stop)
         return
     with ThreadPoolExecutor(thread_count) as pool:
         pending: deque[tuple[int, int, Future[T]]] = deque()
-        for start, stop in ranges:
+        for start, stop in chain(*begun, rest):
             pending.append((start, stop, pool.submit(work, start, stop)))
             if len(pending) > thread_count:
                 first, last, job = pending.popleft()

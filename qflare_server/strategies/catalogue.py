@@ -277,7 +277,8 @@ def begin(
         noise_seed: The training session's secret, needed when the strategy has privacy.
         thread_count: Threads that share the work. With more than one, readers are called from several threads
             at once; with one, by the caller's only.
-        budget_bytes: Memory for slices of a cohort rule. A fold takes eight bytes an element instead.
+        budget_bytes: Memory for slices of a cohort rule. A fold takes eight bytes an element of a model of up to
+            `accumulator.RESIDENT_BYTES`, and a few slices for each thread of a larger one.
         recorded: Judgements of an earlier run by update id (`by_update`), to recompute that version:
             nothing is judged or planned again.
         excluded: Reasons by update id of updates that are refused without being measured.

@@ -101,7 +101,14 @@ class CohortAggregation:
             raise TypeError(f"{strategy.name} folds; use an Accumulator")
         self._rule = strategy.rule
         self._assessor = Assessor(
-            strategy, element_count, base, prior or Prior(), recorded, excluded or {}, revision
+            strategy,
+            element_count,
+            base,
+            prior or Prior(),
+            recorded,
+            excluded or {},
+            revision,
+            thread_count,
         )
         self._noise_seed = noise_seed
         self._thread_count = thread_count

@@ -38,8 +38,9 @@ Reader: TypeAlias = Callable[[int, int], NDArray[np.floating]]
 
 The same bounds give the same values on every call, at any bounds and in any order. The caller never writes into
 the array, so a view is fine; the array must not change afterwards (no buffer that the next call reuses).
-It is called with short slices (down to 1,024 elements, usually 32 Ki) at ascending positions in each pass; a reader
-over larger chunks keeps the chunk it is in. With `thread_count` one it is called by one thread only.
+It is called with slices of 1,024 elements (a cohort of thousands) to 2 Mi (`blocks.SLICE`) at ascending positions in
+each pass; a reader over larger chunks keeps the chunk it is in. With `thread_count` one it is called by one thread
+only.
 """
 
 

@@ -131,11 +131,17 @@ def _repeat(
         with ThreadPoolExecutor(2) as executor:
             written = fold.write(executor, context.clock())
     except NotEnoughUpdatesError as error:
-        return (f"no version comes out: {error}",)
-    return (
+        return (*_refused(fold), f"no version comes out: {error}")
+    found = (
         *_compare(fold, statement, written),
         *_compare_vectors(context, model, written.vectors),
     )
+    return (*_refused(fold), *found) if found else ()
+
+
+def _refused(fold: RoundFold) -> list[str]:
+    """Describe the updates that are not folded because what is stored of them is not what was signed."""
+    return [f"update {update_id}: {reason}" for update_id, reason in sorted(fold.refusals.items())]
 
 
 def _compare_copy(

@@ -20,8 +20,11 @@ from qflare_server.serving.application import Application
 from qflare_server.storage.repository.audit import SYSTEM
 from tests.support.processes import Replicas
 
-PAYLOAD_BYTES = 192 * 2**20
+PAYLOAD_BYTES = 256 * 2**20
 """In one tensor."""
+
+COORDINATOR_BYTES = 400 * 2**20
+"""Less than the total of an aggregation of that tensor in float64, and more than slices, buffers and caches take."""
 
 DEVICE = """\
 import resource
@@ -88,7 +91,7 @@ def test_a_large_tensor_is_held_few_times(
     kind: training_pb2.UpdateKind.ValueType,
     device_copies: int,
 ) -> None:
-    """A device holds what it trains, and the base of a delta; a coordinator the running sum, in float64."""
+    """A device holds what it trains, and the base of a delta; a coordinator slices of it, whatever its size."""
     session_id = start_session(parts, kind)
     coordinator = replicas.start()
     assert coordinator.process is not None
@@ -109,7 +112,7 @@ def test_a_large_tensor_is_held_few_times(
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < (device_copies + 0.35) * PAYLOAD_BYTES
     grown_bytes = peak_bytes_of(coordinator.process.pid) - before
-    assert grown_bytes < 2.9 * PAYLOAD_BYTES
+    assert grown_bytes < COORDINATOR_BYTES
 
 
 Make = Callable[[], Array]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -109,6 +110,38 @@ def test_bytes_do_not_depend_on_threads_or_grouping(size: int, threads: int, cut
     accumulator = Accumulator(FEDAVG, size, reader_of(data.base), thread_count=threads)
     accumulator.extend(updates[:cut])
     accumulator.extend(updates[cut:])
+
+    made = np.concatenate([piece.weights for piece in accumulator.finish()])
+    assert made.tobytes() == expected.tobytes()
+
+
+@settings(max_examples=25)
+@given(
+    full=st.booleans(),
+    threads=st.sampled_from([1, 2, 4]),
+    length=st.sampled_from([1_000, BLOCK - 1, BLOCK, 2 * BLOCK]),
+    resident=st.sampled_from([0, 2**30]),
+    name=st.sampled_from(["fedavg", "fedadam"]),
+    clip_norm=st.sampled_from([0.0, 0.5]),
+)
+def test_bytes_do_not_depend_on_slices(
+    full: bool, threads: int, length: int, resident: int, name: str, clip_norm: float
+) -> None:
+    """A total in memory, or one slice of it at a time; cut anywhere, summed by any number of threads."""
+    data = sample(update_count=4, element_count=3 * BLOCK + 5)
+    strategy = build(StrategyConfig.from_mapping({"name": name, "clip_norm": clip_norm}))
+    updates = [replace(update, full_weights=full) for update in data.contributions()]
+    expected = make_version(strategy, data.base, updates).weights
+
+    accumulator = Accumulator(
+        strategy,
+        data.base.size,
+        reader_of(data.base),
+        thread_count=threads,
+        resident_bytes=resident,
+        slice_elements=length,
+    )
+    accumulator.extend(updates)
 
     made = np.concatenate([piece.weights for piece in accumulator.finish()])
     assert made.tobytes() == expected.tobytes()

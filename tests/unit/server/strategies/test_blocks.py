@@ -1,9 +1,13 @@
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
-from qflare_server.strategies.blocks import blocks, in_order
+from qflare_server.strategies import Contribution
+from qflare_server.strategies import blocks as module
+from qflare_server.strategies.blocks import BLOCK, blocks, cosine_of, in_order, norm_of
+from qflare_server.strategies.testkit import reader_of
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -43,3 +47,19 @@ def test_an_exception_reaches_the_caller(threads: int) -> None:
 
     with pytest.raises(ZeroDivisionError):
         list(in_order(work, blocks(10, 1), threads))
+
+
+@pytest.mark.parametrize("length", [BLOCK, 2 * BLOCK])
+def test_norms_and_cosines_do_not_depend_on_slices_and_threads(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random, size = np.random.default_rng(7), 5 * BLOCK + 3
+    update, base, direction = random.standard_normal((3, size), np.float32)
+    read, towards = reader_of(base), reader_of(direction)
+    contribution = Contribution("a", 1, reader_of(update), full_weights=True)
+    whole = norm_of(contribution, read, size), cosine_of(contribution, read, towards, size)
+    monkeypatch.setattr(module, "SLICE", length)
+
+    for threads in (1, 2, 4):
+        assert norm_of(contribution, read, size, threads) == whole[0]
+        assert cosine_of(contribution, read, towards, size, threads) == whole[1]
