@@ -294,7 +294,10 @@ def test_the_installed_wheel_serves_the_dashboard(
             )
             texts = [
                 urlopen(url + path, timeout=TIMEOUT_S).read().decode()
-                for path in ("login", "static/dashboard.css", "static/dashboard.js")
+                for path in (
+                    *("login", "static/dashboard.css"),
+                    *("static/dashboard.js", "static/keyboard.js"),
+                )
             ]
         finally:
             coordinator.terminate()

@@ -44,8 +44,14 @@ class Fleet:
             for index, kind in enumerate(types)
         ]
 
-    def create(self, name: str, rounds: int) -> str:
-        """Create and start a training session that every device is wanted in; return its id."""
+    def create(self, name: str, rounds: int, **changed: Any) -> str:
+        """Create and start a training session that every device is wanted in; return its id.
+
+        Args:
+            name: Of the training session.
+            rounds: How many.
+            changed: Fields of its configuration, over those that all sessions have.
+        """
         count = len(self.clients)
         config = training_pb2.TrainingConfig(
             total_rounds=rounds,
@@ -60,6 +66,7 @@ class Fleet:
                 bounds=[training_pb2.MetricBound(metric="accuracy", min_value=0.85)]
             ),
         )
+        config.MergeFrom(training_pb2.TrainingConfig(**changed))
         created = self.deployment.admin.CreateTrainingSession(
             admin_pb2.CreateTrainingSessionRequest(name=name, model_type="mlp", config=config),
             metadata=self.deployment.metadata,

@@ -106,8 +106,7 @@ class Plot:
     y_ticks: Sequence[Tick]
     lines: Sequence[Line] = ()
     bars: Sequence[Bar] = ()
-    limits: Sequence[Tick] = ()
-    limits_left: bool = True
+    limits: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,7 @@ class Chart:
         title: Title of the chart.
         summary: Text alternative for screen readers.
         legend: Names and classes of the series.
+        limits: Names of the lines across.
         columns: Headings of its table.
         rows: Rows of its table.
     """
@@ -132,6 +132,7 @@ class Chart:
     plots: Sequence[Plot]
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    limits: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,7 @@ def line_chart(
         ],
         [x_label, *(item.name for item in shown)],
         list(_rows(xs, shown, written)),
+        [item.name for item in limits],
     )
 
 
@@ -347,17 +349,8 @@ def _line_plot(
         ],
         y_ticks,
         lines,
-        limits=[Tick(up(item.value), item.name) for item in limits],
-        limits_left=_is_left_free(series[0].points, limits, up),
+        limits=[up(item.value) for item in limits],
     )
-
-
-def _is_left_free(points: Sequence[Point], limits: Sequence[Limit], up: Position) -> bool:
-    """Return whether a line is further from the first limit where it begins than where it ends."""
-    if not limits:
-        return True
-    first, last = (abs(up(points[place][1]) - up(limits[0].value)) for place in (0, -1))
-    return first >= last
 
 
 def _even_axis(
