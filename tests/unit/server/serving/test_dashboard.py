@@ -195,10 +195,11 @@ def test_the_release_gate_is_a_line_inside_the_drawing() -> None:
     )
 
     assert chart is not None
+    assert chart.limits == ["release gate: at least 90.0 %"]
     assert "Release gate: at least 90.0 %." in chart.summary
     for plot in chart.plots:
         (limit,) = plot.limits
-        assert plot.top <= limit.at < min(mark.y for mark in plot.lines[0].marks)
+        assert plot.top <= limit < min(mark.y for mark in plot.lines[0].marks)
 
 
 def test_small_lines_share_one_scale() -> None:
