@@ -175,10 +175,17 @@ class Task:
             message: The response.
             statement: Its verified task statement; empty if the response has none.
             defaults: The device's own settings.
+
+        Raises:
+            UnsupportedTaskError: This SDK does not know its kind.
         """
+        if message.kind not in _KINDS:
+            raise UnsupportedTaskError(
+                f"task kind: got number {message.kind}; if a later release made it, upgrade qflare"
+            )
         deadline = message.deadline_time
         return cls(
-            kind=_KINDS.get(message.kind, TaskKind.WAIT),
+            kind=_KINDS[message.kind],
             poll_delay_s=delay_s(message.poll_delay),
             training_session_id=message.training_session_id,
             round_number=message.round_number,

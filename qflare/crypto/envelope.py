@@ -17,6 +17,7 @@ from qflare.crypto.signing import (
     PublicKey,
     Signer,
     SigningContext,
+    algorithm_of,
     wire_algorithm,
 )
 from qflare.v1 import security_pb2
@@ -88,7 +89,7 @@ def open_envelope(
         key = trusted.get(signature.key_id)
         if key is None:
             continue
-        if int(signature.algorithm) != key.algorithm:
+        if algorithm_of(signature.algorithm) != key.algorithm:
             raise InvalidSignatureError("signature names another algorithm than its key has")
         key.verify(context, envelope.payload, signature.signature)
         signed_count += 1

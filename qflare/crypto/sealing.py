@@ -157,7 +157,10 @@ class KemPublicKey:
             InvalidKeyError: Unknown algorithm, malformed key, or a key id of another key.
         """
         if message.algorithm != _KEM_ID:
-            raise InvalidKeyError(f"unknown KEM algorithm {message.algorithm}")
+            raise InvalidKeyError(
+                f"unknown KEM algorithm {message.algorithm}"
+                "; if a later release made it, upgrade qflare"
+            )
         key = cls(message.data)
         if key.key_id != message.key_id:
             raise InvalidKeyError("key id does not belong to the key")

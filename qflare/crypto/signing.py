@@ -243,7 +243,9 @@ def algorithm_of(number: int) -> Algorithm:
     try:
         return Algorithm(number)
     except ValueError as error:
-        raise InvalidKeyError(f"unknown signature algorithm {number}") from error
+        raise InvalidKeyError(
+            f"unknown signature algorithm {number}; if a later release made it, upgrade qflare"
+        ) from error
 
 
 def wire_algorithm(algorithm: Algorithm) -> security_pb2.SignatureAlgorithm.ValueType:

@@ -101,7 +101,9 @@ class Entry:
 
     def _risk(self) -> int:
         if self.risk_level not in RISKS:
-            raise InvalidEntryError("audit entry has an unknown risk level")
+            raise InvalidEntryError(
+                "audit entry has an unknown risk level; if a later release made it, upgrade qflare"
+            )
         return RISKS.index(self.risk_level) + 1
 
     def _commitment(self) -> bytes:

@@ -235,7 +235,11 @@ def check_model_form(statement: security_pb2.ModelStatement) -> None:
     )
     check_metrics(statement.metrics)
     if statement.HasField("download"):
-        _require(statement.download.encoding in DOWNLOAD_ENCODINGS, "download.encoding is none")
+        _require(
+            statement.download.encoding in DOWNLOAD_ENCODINGS,
+            f"download.encoding {statement.download.encoding} is no download encoding"
+            "; if a later release made it, upgrade qflare",
+        )
         _require(statement.download.size_bytes >= 0, "download.size_bytes is negative")
         require_digests(statement.download, "payload_digest")
     _check_place(statement)

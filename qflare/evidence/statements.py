@@ -72,7 +72,7 @@ def open_statement(
     try:
         return kind.FromString(open_envelope(envelope, context, keys))
     except (ValueError, DecodeError) as error:
-        raise StatementError(f"{context} is not a signed statement") from error
+        raise StatementError(f"{context} is not a signed statement: {error}") from error
 
 
 def sign_update(
@@ -243,7 +243,7 @@ def open_rotation(
         kem_key = KemPublicKey.from_proto(message.kem_key)
         open_envelope(envelope, SigningContext.ROTATION, [current, following], threshold=2)
     except (ValueError, DecodeError) as error:
-        raise StatementError("rotation is not signed by both keys") from error
+        raise StatementError(f"rotation is not signed by both keys: {error}") from error
     require_equal("realm", message.realm, realm)
     require_equal("device_id", message.device_id, device_id)
     require_equal("previous_key_id", message.previous_key_id, current.key_id)

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
+from google.protobuf.message import DecodeError
+
 from qflare.crypto.envelope import open_envelope, sign_envelope
 from qflare.crypto.sealing import Decapsulate, KemPublicKey, open_sealed, seal
 from qflare.crypto.signing import (
@@ -38,6 +40,7 @@ from qflare.crypto.signing import (
 from qflare.crypto.symmetric import SECRET_BYTES, check_equal, hkdf_expand, mac
 from qflare.protocol.handshake import (
     NONCE_BYTES,
+    HandshakeError,
     KeyedDecapsulate,
     open_state,
     refusing,
@@ -129,9 +132,11 @@ class DeviceEnrollment:
         Raises:
             HandshakeError: It is not signed by a registrar key, or is for another realm or device.
         """
-        with refusing("receipt"):
+        try:
             payload = open_envelope(receipt, SigningContext.RECEIPT, registrar_keys)
             opened = security_pb2.EnrollmentReceipt.FromString(payload)
+        except (ValueError, DecodeError) as error:
+            raise HandshakeError(f"receipt is not valid: {error}") from error
         check_receipt_form(opened)
         named = (opened.realm, opened.signature_key_id, opened.kem_key_id)
         own = (self._realm, self._signature_key.key_id, self._kem_key.key_id)

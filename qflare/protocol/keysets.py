@@ -280,7 +280,7 @@ def _parse_root(envelope: security_pb2.SignedEnvelope) -> _Root:
         document = security_pb2.RootDocument.FromString(envelope.payload)
         keys = tuple(PublicKey.from_proto(key) for key in document.keys[: MAX_SIGNATURE_COUNT + 1])
     except (ValueError, DecodeError) as error:
-        raise KeysetError("root document is malformed") from error
+        raise KeysetError(f"root document is malformed: {error}") from error
     _require(document.version >= 1, "root document has no version")
     _require(len(keys) <= MAX_SIGNATURE_COUNT, "root document has too many keys")
     _check_distinct(key.key_id for key in keys)
@@ -294,12 +294,21 @@ def _parse_keyset(envelope: security_pb2.SignedEnvelope) -> _Online:
         _require(len(document.keys) <= MAX_KEY_COUNT, "keyset has too many keys")
         signature_keys, kem_keys = _sorted_keys(document.keys)
     except (ValueError, DecodeError) as error:
-        raise KeysetError("keyset is malformed") from error
+        raise KeysetError(f"keyset is malformed: {error}") from error
     _require(document.version >= 1, "keyset has no version")
     _require(kem_keys, f"keyset has no key for {KeyRole.SESSION_KEM.name}")
     for role in set(KeyRole) - {KeyRole.SESSION_KEM}:
         _require(signature_keys.get(role), f"keyset has no key for {role.name}")
     return _Online(envelope, document, signature_keys, kem_keys)
+
+
+def _role(number: int) -> KeyRole:
+    try:
+        return KeyRole(number)
+    except ValueError:
+        raise KeysetError(
+            f"unknown role {number} of a key; if a later release made it, upgrade qflare"
+        ) from None
 
 
 def _sorted_keys(
@@ -309,7 +318,7 @@ def _sorted_keys(
     signature_keys: dict[KeyRole, tuple[PublicKey, ...]] = {}
     kem_keys: tuple[KemPublicKey, ...] = ()
     for entry in entries:
-        role = KeyRole(entry.role)
+        role = _role(entry.role)
         wanted = "kem_key" if role is KeyRole.SESSION_KEM else "signature_key"
         _require(entry.WhichOneof("key") == wanted, f"key for {role.name} is of another sort")
         if role is KeyRole.SESSION_KEM:
@@ -331,7 +340,7 @@ def _open(
     try:
         open_envelope(envelope, context, keys, threshold)
     except ValueError as error:
-        raise KeysetError(f"{context} is not signed as it has to be") from error
+        raise KeysetError(f"{context} is not signed as it has to be: {error}") from error
 
 
 def _check_current(roots: tuple[_Root, ...], online: _Online, reference_time: datetime) -> None:

@@ -63,7 +63,10 @@ class Encoding(enum.IntEnum):
         try:
             return Encoding(number or Encoding.FULL_PRECISION)
         except ValueError:
-            raise InvalidManifestError(f"encoding: got number {number}, wanted 0 to 5") from None
+            raise InvalidManifestError(
+                f"encoding: got number {number}, wanted 0 to 5"
+                "; if a later release made it, upgrade qflare"
+            ) from None
 
 
 def top_k_count(fraction: float, element_count: int) -> int:

@@ -96,7 +96,10 @@ class DType(enum.IntEnum):
         for member in DType:
             if member == number:
                 return member
-        raise InvalidManifestError(f"dtype: got number {number}, wanted one of {_dtype_names()}")
+        raise InvalidManifestError(
+            f"dtype: got number {number}, wanted one of {_dtype_names()}"
+            "; if a later release made it, upgrade qflare"
+        )
 
     @staticmethod
     @cache

@@ -38,7 +38,11 @@ def read_bundle(path: Path) -> security_pb2.BootstrapBundle:
     """
     try:
         return json_format.Parse(path.read_text(encoding="utf-8"), security_pb2.BootstrapBundle())
-    except (OSError, ValueError, RecursionError, json_format.ParseError) as error:
+    except json_format.ParseError as error:
+        raise KeyStoreError(
+            f"bootstrap bundle {path}: {error}; if a later release made it, upgrade qflare"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise KeyStoreError(f"bootstrap bundle {path}: {error}") from error
 
 

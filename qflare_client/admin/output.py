@@ -39,11 +39,14 @@ def print_json_line(message: Message) -> None:
 
 
 def word(message: Message, field: str) -> str:
-    """Return an enum field in lowercase: active for DEVICE_STATE_ACTIVE."""
+    """Return an enum field in lowercase: active for DEVICE_STATE_ACTIVE; a later release's value by its number."""
     descriptor = message.DESCRIPTOR.fields_by_name[field]
     assert descriptor.enum_type is not None
     values = descriptor.enum_type.values_by_number
-    name = str(values[getattr(message, field)].name)
+    number = getattr(message, field)
+    if number not in values:
+        return f"unknown ({number})"
+    name = str(values[number].name)
     prefix = str(values[0].name).removesuffix("UNSPECIFIED")
     return name.removeprefix(prefix).lower()
 

@@ -167,9 +167,10 @@ class Download:
     def _take_header(self, header: messages.GlobalModelHeader) -> ModelVersion:
         if self._header is None or self._verified is None:
             verified = self._check_header(header)
-            if Encoding.from_number(header.encoding) is not self._encoding:
+            if (header.encoding or Encoding.FULL_PRECISION) != self._encoding:
                 raise CorruptModelError(
                     f"encoding: got number {header.encoding}, want {self._encoding.name}"
+                    "; if a later release made it, upgrade qflare"
                 )
             self._leaf_hashes = _leaf_hashes(
                 header, *_wire_form(verified.statement, self._encoding)

@@ -137,7 +137,10 @@ def _kind(transfer: training_pb2.TransferPolicy) -> training_pb2.UpdateKind.Valu
     known = (training_pb2.UPDATE_KIND_WEIGHTS, training_pb2.UPDATE_KIND_DELTA)
     kind = transfer.update_kind or training_pb2.UPDATE_KIND_WEIGHTS
     if kind not in known:
-        raise UnsupportedTaskError(f"update kind: got number {kind}, want one of {known}")
+        raise UnsupportedTaskError(
+            f"update kind: got number {kind}, want one of {known}"
+            "; if a later release made it, upgrade qflare"
+        )
     return kind
 
 

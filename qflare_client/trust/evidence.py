@@ -119,7 +119,9 @@ class Evidence:
         try:
             document = json.loads(text)
             if document["format"] != _FORMAT:
-                raise InvalidEvidenceError(f"format: want {_FORMAT}")
+                raise InvalidEvidenceError(
+                    f"format: want {_FORMAT}; if a later release made it, upgrade qflare"
+                )
             return cls(
                 realm=str(document["realm"]),
                 training_session_id=str(document["training_session_id"]),
@@ -130,7 +132,9 @@ class Evidence:
                 updates=[_update_from_dict(entry) for entry in document["updates"]],
             )
         except _MALFORMED as error:
-            raise InvalidEvidenceError(f"no file of evidence: {error!r}") from error
+            raise InvalidEvidenceError(
+                f"no file of evidence: {error!r}; if a later release made it, upgrade qflare"
+            ) from error
 
 
 def _update_to_dict(update: UpdateEvidence) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
 from sqlalchemy import select
 
 from qflare.crypto import merkle
@@ -394,3 +396,37 @@ def test_earlier_keysets_cannot_be_forged(deploy: Callable[..., Deployment]) -> 
 
     with pytest.raises(VerificationError, match="keyset"):
         trained.verify(bundle)
+
+
+def enums_in(kind: Descriptor, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every enum field of a message."""
+    for field in kind.fields:
+        if field.enum_type is not None:
+            yield (*path, field.name)
+        elif field.message_type is not None:
+            yield from enums_in(field.message_type, (*path, field.name))
+
+
+def set_unknown(message: Message, path: tuple[str, ...]) -> None:
+    """Set an enum field to an unknown number, wherever it is present."""
+    found = getattr(message, path[0])
+    if len(path) == 1:
+        setattr(message, path[0], 99)
+    elif isinstance(found, Message):
+        if message.HasField(path[0]):
+            set_unknown(found, path[1:])
+    else:
+        for one in found:
+            set_unknown(one, path[1:])
+
+
+@pytest.mark.parametrize("path", [*enums_in(Bundle.DESCRIPTOR)], ids=".".join)
+def test_a_bundle_of_a_later_release_is_refused_with_what_to_upgrade(
+    trained: Trained, bundle: Bundle, path: tuple[str, ...]
+) -> None:
+    exported = bundle.SerializeToString()
+    set_unknown(bundle, path)
+
+    if bundle.SerializeToString() != exported:
+        with pytest.raises(VerificationError, match="upgrade qflare"):
+            trained.verify(bundle)

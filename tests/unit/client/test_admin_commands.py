@@ -11,9 +11,10 @@ import pytest
 
 import qflare_client.admin
 from qflare.v1 import admin_service_pb2 as pb
+from qflare.v1 import device_pb2
 from qflare_client.admin.__main__ import exit_code, parser
 from qflare_client.admin.live import Screen
-from qflare_client.admin.output import seconds, size, table
+from qflare_client.admin.output import seconds, size, table, word
 from qflare_client.admin.profile import Profile, ProfileError
 from qflare_client.errors import (
     AuthenticationError,
@@ -153,3 +154,7 @@ def test_a_file_gets_lines_only() -> None:
     (line,) = stream.getvalue().splitlines()
     assert line.startswith("round    2  version 2")
     assert line.endswith("train_accuracy=0.5 (training data only)")
+
+
+def test_a_state_of_a_later_release_is_shown_by_its_number() -> None:
+    assert word(device_pb2.Device(state=99), "state") == "unknown (99)"  # type: ignore[arg-type]

@@ -1,7 +1,9 @@
 import hashlib
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from qflare.evidence.lineage import contribution_proof, contributors_digest, sig
 from qflare.evidence.statements import digest_of, sign_update
 from qflare.protocol.keysets import KeyRole
 from qflare.v1 import security_pb2
-from qflare_client.errors import InvalidEvidenceError
+from qflare_client.access.enrollment import read_bundle
+from qflare_client.errors import InvalidEvidenceError, KeyStoreError
 from qflare_client.trust.evidence import Evidence, UpdateEvidence, verify
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -280,3 +283,21 @@ def test_a_changed_file_is_refused_or_says_the_same(data: st.DataObject) -> None
         *check(given_evidence),
         *check(evidence(update_evidence("a", enrollment_receipt=None))),
     }
+
+
+def test_a_file_of_a_later_release_says_what_to_upgrade() -> None:
+    later = json.loads(evidence(update_evidence("a")).to_json())
+    later["updates"][0]["statement"]["signatures"][0]["algorithm"] = "SIGNATURE_ALGORITHM_OF_2030"
+
+    with pytest.raises(InvalidEvidenceError, match="upgrade qflare"):
+        Evidence.from_json(json.dumps(later))
+    with pytest.raises(InvalidEvidenceError, match="upgrade qflare"):
+        Evidence.from_json('{"format": "qflare-evidence-2"}')
+
+
+def test_a_bootstrap_bundle_of_a_later_release_says_what_to_upgrade(tmp_path: Path) -> None:
+    path = tmp_path / "bundle.json"
+    path.write_text('{"realm": "qflare", "of2030": true}')
+
+    with pytest.raises(KeyStoreError, match="upgrade qflare"):
+        read_bundle(path)

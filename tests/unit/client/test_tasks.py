@@ -62,8 +62,10 @@ def test_open_settings_are_the_devices_own() -> None:
     assert (config.local_epochs, config.batch_size, config.learning_rate) == (2, 64, 0.5)
 
 
-def test_an_unknown_kind_means_to_wait() -> None:
-    assert read(messages.GetTaskResponse(kind=99)).kind is TaskKind.WAIT  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", [0, 99])
+def test_an_unknown_kind_says_what_to_upgrade(kind: int) -> None:
+    with pytest.raises(UnsupportedTaskError, match="upgrade qflare"):
+        read(messages.GetTaskResponse(kind=kind))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
