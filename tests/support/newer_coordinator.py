@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import grpc
-from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
@@ -37,7 +36,7 @@ def enum_paths() -> Iterator[str]:
         yield from _enums_in(method.output_type, method.name)
 
 
-def _enums_in(kind: Descriptor, path: str) -> Iterator[str]:
+def _enums_in(kind: Any, path: str) -> Iterator[str]:
     for field in kind.fields:
         inner = f"{path}.{field.name}"
         if field.enum_type is not None:
@@ -104,7 +103,7 @@ class NewerCoordinator(grpc.GenericRpcHandler):
 
     def _answered(
         self,
-        method: MethodDescriptor,
+        method: Any,
         call: Callable[..., bytes],
         request: Any,
         metadata: Any,
@@ -113,23 +112,24 @@ class NewerCoordinator(grpc.GenericRpcHandler):
         try:
             return self._changed(method, call(request, metadata=metadata, timeout=60))
         except grpc.RpcError as error:
-            return _refuse(error, context)
+            _refuse(error, context)
 
     def _stream(
         self,
         name: str,
-        method: MethodDescriptor,
+        method: Any,
         metadata: Any,
         request: bytes,
         context: grpc.ServicerContext,
     ) -> Iterator[bytes]:
         try:
-            for answer in self._channel.unary_stream(name)(request, metadata=metadata, timeout=60):
+            call: Any = self._channel.unary_stream(name)
+            for answer in call(request, metadata=metadata, timeout=60):
                 yield self._changed(method, answer)
         except grpc.RpcError as error:
             _refuse(error, context)
 
-    def _changed(self, method: MethodDescriptor, data: bytes) -> bytes:
+    def _changed(self, method: Any, data: bytes) -> bytes:
         answer = GetMessageClass(method.output_type).FromString(data)
         for path in self._paths:
             prefix, _, rest = path.partition(".")
@@ -142,7 +142,7 @@ class NewerCoordinator(grpc.GenericRpcHandler):
         if names[0] == "!":
             self._sign_again(message, path, names[1:])
             return
-        field: FieldDescriptor = message.DESCRIPTOR.fields_by_name[names[0]]
+        field: Any = message.DESCRIPTOR.fields_by_name[names[0]]
         if len(names) == 1:
             setattr(message, field.name, UNKNOWN)
             self.change_count += 1
@@ -165,9 +165,7 @@ class NewerCoordinator(grpc.GenericRpcHandler):
             envelope.signatures.extend(signed.signatures)
 
 
-def _refuse(error: grpc.RpcError, context: grpc.ServicerContext) -> bytes:
+def _refuse(error: Any, context: grpc.ServicerContext) -> NoReturn:
     """Answer with the status of the real coordinator."""
-    assert isinstance(error, grpc.Call)
     context.set_trailing_metadata(tuple(error.trailing_metadata() or ()))
     context.abort(error.code(), error.details() or "")
-    return b""
