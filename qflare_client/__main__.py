@@ -337,6 +337,7 @@ def _status(options: argparse.Namespace) -> None:
         with _client(options) as client:
             heartbeat = client.heartbeat()
         facts |= {
+            "device_name": heartbeat.device_name,
             "device_state": heartbeat.device_state,
             "server_time": heartbeat.server_time.isoformat(),
         }

@@ -258,6 +258,10 @@ class InvalidArgumentError(QflareClientError, ValueError):
     """An argument of a call cannot be used or sent: of another type, out of range, text that is not Unicode."""
 
 
+class AmbiguousReferenceError(InvalidArgumentError):
+    """A name or the beginning of an id means several devices or training sessions; the message lists them."""
+
+
 class UnsupportedTaskError(QflareClientError):
     """The training session needs a feature that this version of the SDK lacks."""
 

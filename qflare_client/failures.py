@@ -35,6 +35,7 @@ _REMEDIES: Final[dict[type[Exception], str]] = {
     errors.KeyStoreError: "check owner and mode of the folder in --home (0700) and of its files (0600)",
     errors.ForkedError: "open the client in the process that uses it",
     errors.PrivacyError: "wait for the next round, or set a larger budget",
+    errors.AmbiguousReferenceError: "the whole id, or more characters of it",
     errors.UnsupportedTaskError: "upgrade the SDK on this device",
     errors.TaskFailedError: "mend the cause that the training function names",
     errors.TrainingFunctionError: "correct the function; it returns arrays by name, a count and metrics",

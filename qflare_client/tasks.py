@@ -74,12 +74,16 @@ class Heartbeat:
     device_state: str
     """State of the device, such as active or quarantined; `unknown` for a state that this SDK does not know."""
 
+    device_name: str
+    """Name of the device at the coordinator; empty from one that gives none."""
+
     @classmethod
     def from_proto(cls, answer: messages.HeartbeatResponse) -> Self:
         """Convert a response."""
         known = device_pb2.DeviceState.values()
         name = device_pb2.DeviceState.Name(answer.state) if answer.state in known else "unknown"
-        return cls(moment(answer.server_time), name.removeprefix("DEVICE_STATE_").lower())
+        state = name.removeprefix("DEVICE_STATE_").lower()
+        return cls(moment(answer.server_time), state, answer.device_name)
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,7 @@ class Token(_message.Message):
     REVOKE_TIME_FIELD_NUMBER: _builtins.int
     REVOKE_REASON_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    DEVICE_NAME_FIELD_NUMBER: _builtins.int
     token_id: _builtins.str
     """Id, 32 hex digits."""
     kind: Global___TokenKind.ValueType
@@ -172,6 +173,8 @@ class Token(_message.Message):
     """Device, administrator or label that it was issued for."""
     revoke_reason: _builtins.str
     """Why it was revoked."""
+    device_name: _builtins.str
+    """Present name of the device that it belongs to, or that enrolled with it. Empty without one."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Roles of an admin token."""
@@ -214,10 +217,11 @@ class Token(_message.Message):
         revoke_time: _timestamp_pb2.Timestamp | None = ...,
         revoke_reason: _builtins.str = ...,
         groups: _abc.Iterable[_builtins.str] | None = ...,
+        device_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_use_time", b"last_use_time", "revoke_time", b"revoke_time", "use_time", b"use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "groups", b"groups", "kind", b"kind", "last_use_time", b"last_use_time", "revoke_reason", b"revoke_reason", "revoke_time", b"revoke_time", "roles", b"roles", "subject", b"subject", "token_id", b"token_id", "use_time", b"use_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device_name", b"device_name", "expire_time", b"expire_time", "groups", b"groups", "kind", b"kind", "last_use_time", b"last_use_time", "revoke_reason", b"revoke_reason", "revoke_time", b"revoke_time", "roles", b"roles", "subject", b"subject", "token_id", b"token_id", "use_time", b"use_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -259,6 +263,8 @@ class AuditEntry(_message.Message):
     RISK_LEVEL_FIELD_NUMBER: _builtins.int
     DETAILS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    ACTOR_NAME_FIELD_NUMBER: _builtins.int
+    SUBJECT_NAME_FIELD_NUMBER: _builtins.int
     audit_id: _builtins.int
     """Number of the entry."""
     leaf_index: _builtins.int
@@ -275,6 +281,10 @@ class AuditEntry(_message.Message):
     """Authentication method of the caller: token, signature, none."""
     risk_level: Global___RiskLevel.ValueType
     """Risk level."""
+    actor_name: _builtins.str
+    """Present name of the actor, if that is a device. Not part of the entry's digest."""
+    subject_name: _builtins.str
+    """Present name of the subject, if that is a device. Not part of the entry's digest."""
     @_builtins.property
     def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Details by name."""
@@ -296,10 +306,12 @@ class AuditEntry(_message.Message):
         risk_level: Global___RiskLevel.ValueType = ...,
         details: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        actor_name: _builtins.str = ...,
+        subject_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_leaf_index", b"_leaf_index", "create_time", b"create_time", "leaf_index", b"leaf_index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_leaf_index", b"_leaf_index", "actor", b"actor", "audit_id", b"audit_id", "authentication_method", b"authentication_method", "create_time", b"create_time", "details", b"details", "event_type", b"event_type", "leaf_index", b"leaf_index", "peer_address", b"peer_address", "risk_level", b"risk_level", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_leaf_index", b"_leaf_index", "actor", b"actor", "actor_name", b"actor_name", "audit_id", b"audit_id", "authentication_method", b"authentication_method", "create_time", b"create_time", "details", b"details", "event_type", b"event_type", "leaf_index", b"leaf_index", "peer_address", b"peer_address", "risk_level", b"risk_level", "subject", b"subject", "subject_name", b"subject_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__leaf_index: _TypeAlias = _typing.Literal["leaf_index"]  # noqa: Y015
     _WhichOneofArgType__leaf_index: _TypeAlias = _typing.Literal["_leaf_index", b"_leaf_index"]  # noqa: Y015
@@ -804,22 +816,28 @@ class ListTrainingSessionsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Maximum number of entries per page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
     """Page token from the previous response. Empty means the first page."""
     state: _training_pb2.TrainingSessionState.ValueType
     """Only those in this state."""
+    reference: _builtins.str
+    """Only those that this may refer to: the training session with this id; else those with this name, and those whose id
+    begins with it, if it has 4 characters or more. Empty means any.
+    """
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         state: _training_pb2.TrainingSessionState.ValueType = ...,
+        reference: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "reference", b"reference", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1228,6 +1246,7 @@ class ListDevicesRequest(_message.Message):
     SEEN_AFTER_TIME_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Maximum number of entries per page, 1 to 1,000. 0 means 50."""
     page_token: _builtins.str
@@ -1238,6 +1257,10 @@ class ListDevicesRequest(_message.Message):
     """Only those of this type. Empty means any."""
     group: _builtins.str
     """Only those in this group. Empty means any."""
+    reference: _builtins.str
+    """Only those that this may refer to: the device with this id; else the one with this name, and those whose id begins
+    with it, if it has 4 characters or more. Empty means any.
+    """
     @_builtins.property
     def seen_after_time(self) -> _timestamp_pb2.Timestamp:
         """Only those last seen at or after this time. Absent means any."""
@@ -1256,10 +1279,11 @@ class ListDevicesRequest(_message.Message):
         seen_after_time: _timestamp_pb2.Timestamp | None = ...,
         capabilities: _abc.Iterable[_training_pb2.CapabilityFilter] | None = ...,
         group: _builtins.str = ...,
+        reference: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["seen_after_time", b"seen_after_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "device_type", b"device_type", "group", b"group", "page_size", b"page_size", "page_token", b"page_token", "seen_after_time", b"seen_after_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "device_type", b"device_type", "group", b"group", "page_size", b"page_size", "page_token", b"page_token", "reference", b"reference", "seen_after_time", b"seen_after_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1292,6 +1316,66 @@ class ListDevicesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListDevicesResponse: _TypeAlias = ListDevicesResponse  # noqa: Y015
+
+@_typing.final
+class RenameDeviceRequest(_message.Message):
+    """Renames a device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    """Device."""
+    name: _builtins.str
+    """New name: 1 to 64 printable characters without spaces, not first a hyphen, not a UUID; no other device has it."""
+    reason: _builtins.str
+    """Reason, recorded in the audit log; at most 500 characters."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "name", b"name", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenameDeviceRequest: _TypeAlias = RenameDeviceRequest  # noqa: Y015
+
+@_typing.final
+class RenameDeviceResponse(_message.Message):
+    """The device after the call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def device(self) -> _device_pb2.Device:
+        """State after the call."""
+
+    def __init__(
+        self,
+        *,
+        device: _device_pb2.Device | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenameDeviceResponse: _TypeAlias = RenameDeviceResponse  # noqa: Y015
 
 @_typing.final
 class SuspendDeviceRequest(_message.Message):

@@ -145,6 +145,11 @@ class AdminServiceStub(object):
                 request_serializer=qflare_dot_v1_dot_admin__service__pb2.ListDevicesRequest.SerializeToString,
                 response_deserializer=qflare_dot_v1_dot_admin__service__pb2.ListDevicesResponse.FromString,
                 _registered_method=True)
+        self.RenameDevice = channel.unary_unary(
+                '/qflare.v1.AdminService/RenameDevice',
+                request_serializer=qflare_dot_v1_dot_admin__service__pb2.RenameDeviceRequest.SerializeToString,
+                response_deserializer=qflare_dot_v1_dot_admin__service__pb2.RenameDeviceResponse.FromString,
+                _registered_method=True)
         self.SuspendDevice = channel.unary_unary(
                 '/qflare.v1.AdminService/SuspendDevice',
                 request_serializer=qflare_dot_v1_dot_admin__service__pb2.SuspendDeviceRequest.SerializeToString,
@@ -377,6 +382,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenameDevice(self, request, context):
+        """Change the name of a device.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SuspendDevice(self, request, context):
         """Suspend a device until it is reinstated, effective on its next call.
         """
@@ -580,6 +592,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListDevices,
                     request_deserializer=qflare_dot_v1_dot_admin__service__pb2.ListDevicesRequest.FromString,
                     response_serializer=qflare_dot_v1_dot_admin__service__pb2.ListDevicesResponse.SerializeToString,
+            ),
+            'RenameDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenameDevice,
+                    request_deserializer=qflare_dot_v1_dot_admin__service__pb2.RenameDeviceRequest.FromString,
+                    response_serializer=qflare_dot_v1_dot_admin__service__pb2.RenameDeviceResponse.SerializeToString,
             ),
             'SuspendDevice': grpc.unary_unary_rpc_method_handler(
                     servicer.SuspendDevice,
@@ -1203,6 +1220,33 @@ class AdminService(object):
             '/qflare.v1.AdminService/ListDevices',
             qflare_dot_v1_dot_admin__service__pb2.ListDevicesRequest.SerializeToString,
             qflare_dot_v1_dot_admin__service__pb2.ListDevicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenameDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qflare.v1.AdminService/RenameDevice',
+            qflare_dot_v1_dot_admin__service__pb2.RenameDeviceRequest.SerializeToString,
+            qflare_dot_v1_dot_admin__service__pb2.RenameDeviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

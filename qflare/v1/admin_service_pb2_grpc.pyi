@@ -77,6 +77,8 @@ class AdminServiceStub:
     """Get a device."""
     ListDevices: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListDevicesRequest, _admin_service_pb2.ListDevicesResponse]
     """List devices by id."""
+    RenameDevice: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RenameDeviceRequest, _admin_service_pb2.RenameDeviceResponse]
+    """Change the name of a device."""
     SuspendDevice: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SuspendDeviceRequest, _admin_service_pb2.SuspendDeviceResponse]
     """Suspend a device until it is reinstated, effective on its next call."""
     ReinstateDevice: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReinstateDeviceRequest, _admin_service_pb2.ReinstateDeviceResponse]
@@ -294,6 +296,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.ListDevicesResponse:
         """List devices by id."""
+
+    @_abc_1.abstractmethod
+    def RenameDevice(
+        self,
+        request: _admin_service_pb2.RenameDeviceRequest,
+        context: _grpc.ServicerContext,
+    ) -> _admin_service_pb2.RenameDeviceResponse:
+        """Change the name of a device."""
 
     @_abc_1.abstractmethod
     def SuspendDevice(

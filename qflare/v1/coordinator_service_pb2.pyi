@@ -938,10 +938,13 @@ class HeartbeatResponse(_message.Message):
     SERVER_TIME_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     KEYSET_VERSION_FIELD_NUMBER: _builtins.int
+    DEVICE_NAME_FIELD_NUMBER: _builtins.int
     state: _device_pb2.DeviceState.ValueType
     """State of the device."""
     keyset_version: _builtins.int
     """Current version of the keyset. A device with an older keyset fetches the current one."""
+    device_name: _builtins.str
+    """Name of the device."""
     @_builtins.property
     def server_time(self) -> _timestamp_pb2.Timestamp:
         """The coordinator's time."""
@@ -952,10 +955,11 @@ class HeartbeatResponse(_message.Message):
         server_time: _timestamp_pb2.Timestamp | None = ...,
         state: _device_pb2.DeviceState.ValueType = ...,
         keyset_version: _builtins.int = ...,
+        device_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["server_time", b"server_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keyset_version", b"keyset_version", "server_time", b"server_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_name", b"device_name", "keyset_version", b"keyset_version", "server_time", b"server_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -231,6 +231,7 @@ class Device(_message.Message):
     REPORTED_TYPE_FIELD_NUMBER: _builtins.int
     REPORTED_CAPABILITIES_FIELD_NUMBER: _builtins.int
     CONFIRM_TIME_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Id; a UUID for devices that enrolled over the network."""
     state: Global___DeviceState.ValueType
@@ -245,6 +246,10 @@ class Device(_message.Message):
     """Number of key rotations."""
     reported_type: _builtins.str
     """Device type that it last reported; informational only."""
+    name: _builtins.str
+    """Name, unique in the deployment: 1 to 64 printable characters without spaces. From the label of the enrollment token,
+    with a number if another device has it; a short form of the id without a label. Administrators can change it.
+    """
     @_builtins.property
     def profile(self) -> Global___DeviceProfile:
         """Profile. Device type and capabilities are the values used for selection: those stated in the signed enrollment, or
@@ -287,10 +292,11 @@ class Device(_message.Message):
         reported_type: _builtins.str = ...,
         reported_capabilities: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         confirm_time: _timestamp_pb2.Timestamp | None = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["confirm_time", b"confirm_time", "last_seen_time", b"last_seen_time", "profile", b"profile", "register_time", b"register_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm_time", b"confirm_time", "device_id", b"device_id", "groups", b"groups", "kem_key_id", b"kem_key_id", "key_rotation_count", b"key_rotation_count", "last_seen_time", b"last_seen_time", "profile", b"profile", "register_time", b"register_time", "reported_capabilities", b"reported_capabilities", "reported_type", b"reported_type", "signature_key_id", b"signature_key_id", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm_time", b"confirm_time", "device_id", b"device_id", "groups", b"groups", "kem_key_id", b"kem_key_id", "key_rotation_count", b"key_rotation_count", "last_seen_time", b"last_seen_time", "name", b"name", "profile", b"profile", "register_time", b"register_time", "reported_capabilities", b"reported_capabilities", "reported_type", b"reported_type", "signature_key_id", b"signature_key_id", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

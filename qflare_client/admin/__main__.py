@@ -29,6 +29,7 @@ from qflare_client.admin import (
     measurements,
     models,
     overview,
+    references,
     sessions,
     setup,
     tokens,
@@ -112,6 +113,7 @@ def _run(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in OVERRIDES}
     profile = login.refreshed(load(os.environ, given), profile_path(os.environ))
     with Admin(profile, timeout_s=options.timeout_s) as admin:
+        references.resolve(admin, options)
         options.run(admin, options)
 
 

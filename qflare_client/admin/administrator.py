@@ -21,6 +21,7 @@ from qflare.tensors import Array, Manifest, assemble
 from qflare.training_settings import SettingError, from_mapping, read_file
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import device_pb2, training_pb2
+from qflare_client.admin import references
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.live import ENDED, events
 from qflare_client.admin.measurements import history, series
@@ -38,7 +39,9 @@ Model: TypeAlias = Mapping[str, Array] | Path
 class Administrator:
     """One connection to a coordinator with the rights of an admin token; a context manager.
 
-    Every method raises `QflareClientError` if the coordinator refuses a call or cannot be reached.
+    Every method raises `QflareClientError` if the coordinator refuses a call or cannot be reached. Devices and
+    training sessions can be given by id, name, or the beginning of an id (4 characters or more); one that means several
+    is an `AmbiguousReferenceError`.
 
     Args:
         address: Coordinator, host:port.
@@ -153,7 +156,9 @@ class Administrator:
 
     def session(self, training_session_id: str) -> training_pb2.TrainingSession:
         """Return a training session."""
-        request = pb.GetTrainingSessionRequest(training_session_id=training_session_id)
+        request = pb.GetTrainingSessionRequest(
+            training_session_id=self._session_id(training_session_id)
+        )
         return _session(self._call("GetTrainingSession", request))
 
     def sessions(self) -> list[training_pb2.TrainingSession]:
@@ -164,23 +169,29 @@ class Administrator:
 
     def start(self, training_session_id: str) -> training_pb2.TrainingSession:
         """Start the first round; no effect while it is running."""
-        request = pb.StartTrainingSessionRequest(training_session_id=training_session_id)
+        request = pb.StartTrainingSessionRequest(
+            training_session_id=self._session_id(training_session_id)
+        )
         return _session(self._call("StartTrainingSession", request))
 
     def pause(self, training_session_id: str) -> training_pb2.TrainingSession:
         """Take no updates until `resume`; the open round keeps its updates."""
-        request = pb.PauseTrainingSessionRequest(training_session_id=training_session_id)
+        request = pb.PauseTrainingSessionRequest(
+            training_session_id=self._session_id(training_session_id)
+        )
         return _session(self._call("PauseTrainingSession", request))
 
     def resume(self, training_session_id: str) -> training_pb2.TrainingSession:
         """Continue after a pause."""
-        request = pb.ResumeTrainingSessionRequest(training_session_id=training_session_id)
+        request = pb.ResumeTrainingSessionRequest(
+            training_session_id=self._session_id(training_session_id)
+        )
         return _session(self._call("ResumeTrainingSession", request))
 
     def cancel(self, training_session_id: str, reason: str = "") -> training_pb2.TrainingSession:
         """End a training session; its versions are kept."""
         request = pb.CancelTrainingSessionRequest(
-            training_session_id=training_session_id, reason=reason
+            training_session_id=self._session_id(training_session_id), reason=reason
         )
         return _session(self._call("CancelTrainingSession", request))
 
@@ -193,7 +204,7 @@ class Administrator:
             training_session_id: Training session.
             for_s: How long at most, in seconds; None means until the end.
         """
-        yield from events(self._admin, training_session_id, for_s)
+        yield from events(self._admin, self._session_id(training_session_id), for_s)
 
     def wait(
         self, training_session_id: str, timeout_s: float | None = None
@@ -208,6 +219,7 @@ class Administrator:
             DeadlineExceededError: It has not ended in time.
         """
         until = None if timeout_s is None else time.monotonic() + timeout_s
+        training_session_id = self._session_id(training_session_id)
         while True:
             left_s = None if until is None else max(0.001, until - time.monotonic())
             for _event in self.watch(training_session_id, left_s):
@@ -220,24 +232,26 @@ class Administrator:
 
     def rounds(self, training_session_id: str) -> list[training_pb2.Round]:
         """Return all rounds, the latest first."""
-        request = pb.ListRoundsRequest(training_session_id=training_session_id)
+        request = pb.ListRoundsRequest(training_session_id=self._session_id(training_session_id))
         return self._list("ListRounds", request, "rounds")
 
     def updates(self, training_session_id: str, round_number: int) -> list[Any]:
         """Return the updates of a round."""
         request = pb.ListUpdatesRequest(
-            training_session_id=training_session_id, round_number=round_number
+            training_session_id=self._session_id(training_session_id), round_number=round_number
         )
         return self._list("ListUpdates", request, "updates")
 
     def versions(self, training_session_id: str) -> list[training_pb2.GlobalModel]:
         """Return all versions, without their bytes."""
-        request = pb.ListGlobalModelsRequest(training_session_id=training_session_id)
+        request = pb.ListGlobalModelsRequest(
+            training_session_id=self._session_id(training_session_id)
+        )
         return self._list("ListGlobalModels", request, "global_models")
 
     def metrics(self, training_session_id: str) -> dict[str, list[tuple[int, float]]]:
         """Return versions and values of every metric, oldest first; names with `train_` are training metrics."""
-        return series(history(self._admin, training_session_id), [])
+        return series(history(self._admin, self._session_id(training_session_id)), [])
 
     def download(self, training_session_id: str, version: int | None = None) -> dict[str, Array]:
         """Return the arrays of a version, checked against the digest that the coordinator signed.
@@ -249,7 +263,8 @@ class Administrator:
         Raises:
             CorruptModelError: The bytes do not match the digest.
         """
-        model, checked = download_model(self._admin, training_session_id, version)
+        session_id = self._session_id(training_session_id)
+        model, checked = download_model(self._admin, session_id, version)
         return assemble(Manifest.from_proto(model.manifest), checked)
 
     def release(
@@ -257,7 +272,9 @@ class Administrator:
     ) -> training_pb2.GlobalModel:
         """Release a version, whatever the release gate says."""
         request = pb.ReleaseGlobalModelRequest(
-            training_session_id=training_session_id, version=version, reason=reason
+            training_session_id=self._session_id(training_session_id),
+            version=version,
+            reason=reason,
         )
         model: training_pb2.GlobalModel = self._call("ReleaseGlobalModel", request).global_model
         return model
@@ -267,7 +284,9 @@ class Administrator:
     ) -> training_pb2.GlobalModel:
         """Make an earlier version the base of the next round; return the version that restores it."""
         request = pb.RollbackGlobalModelRequest(
-            training_session_id=training_session_id, version=version, reason=reason
+            training_session_id=self._session_id(training_session_id),
+            version=version,
+            reason=reason,
         )
         model: training_pb2.GlobalModel = self._call("RollbackGlobalModel", request).global_model
         return model
@@ -276,19 +295,38 @@ class Administrator:
         """Return all devices."""
         return self._list("ListDevices", pb.ListDevicesRequest(), "devices")
 
+    def device(self, device_id: str) -> device_pb2.Device:
+        """Return a device."""
+        return _device(
+            self._call("GetDevice", pb.GetDeviceRequest(device_id=self._device_id(device_id)))
+        )
+
+    def rename(self, device_id: str, name: str, reason: str = "") -> device_pb2.Device:
+        """Change the name of a device.
+
+        Args:
+            device_id: Device.
+            name: 1 to 64 printable characters without spaces, that no other device has.
+            reason: For the audit log.
+        """
+        request = pb.RenameDeviceRequest(
+            device_id=self._device_id(device_id), name=name, reason=reason
+        )
+        return _device(self._call("RenameDevice", request))
+
     def suspend(self, device_id: str, reason: str) -> device_pb2.Device:
         """Suspend a device until it is reinstated."""
-        request = pb.SuspendDeviceRequest(device_id=device_id, reason=reason)
+        request = pb.SuspendDeviceRequest(device_id=self._device_id(device_id), reason=reason)
         return _device(self._call("SuspendDevice", request))
 
     def reinstate(self, device_id: str, reason: str) -> device_pb2.Device:
         """End a suspension."""
-        request = pb.ReinstateDeviceRequest(device_id=device_id, reason=reason)
+        request = pb.ReinstateDeviceRequest(device_id=self._device_id(device_id), reason=reason)
         return _device(self._call("ReinstateDevice", request))
 
     def revoke(self, device_id: str, reason: str) -> device_pb2.Device:
         """Revoke a device permanently."""
-        request = pb.RevokeDeviceRequest(device_id=device_id, reason=reason)
+        request = pb.RevokeDeviceRequest(device_id=self._device_id(device_id), reason=reason)
         return _device(self._call("RevokeDevice", request))
 
     def issue_enrollment_tokens(
@@ -298,11 +336,17 @@ class Administrator:
 
         Args:
             count: 1 to 1000.
-            label: What they are for.
+            label: Becomes the name of the devices, from the second one on with a number.
             groups: Groups of the new devices.
         """
         request = pb.IssueEnrollmentTokensRequest(token_count=count, label=label, groups=groups)
         return [item.secret for item in self._call("IssueEnrollmentTokens", request).tokens]
+
+    def _session_id(self, reference: str) -> str:
+        return references.session_id(self._admin, reference)
+
+    def _device_id(self, reference: str) -> str:
+        return references.device_id(self._admin, reference)
 
     def _call(self, method: str, request: Any) -> Any:
         return self._admin.call(method, request)

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf.message import Message
 
@@ -10,6 +10,7 @@ from qflare.terminal import say
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.output import Column, facts, note, print_json, table
 
+REFERENCE: Final = "name, id, or beginning of its id (4 characters or more)"
 Run = Callable[[Admin, argparse.Namespace], None]
 
 
@@ -40,6 +41,16 @@ def add_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=_count, default=50, help="maximum number of entries; 0 means all (50)"
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names a device."""
+    parser.add_argument("device", metavar="DEVICE", help=REFERENCE)
+
+
+def add_session(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names a training session."""
+    parser.add_argument("session", metavar="SESSION", help=REFERENCE)
 
 
 def _count(text: str) -> int:

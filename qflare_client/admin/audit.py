@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qflare.command_line import whole
+from qflare.references import party
 from qflare.terminal import say
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.admin.arguments import add_command, add_limit, add_topic, choice, show, show_list
@@ -20,8 +21,8 @@ ENTRY: list[Column] = [
     ("time", lambda row: moment(row, "create_time")),
     ("risk", lambda row: word(row, "risk_level")),
     ("event", lambda row: row.event_type),
-    ("actor", lambda row: row.actor),
-    ("subject", lambda row: row.subject),
+    ("actor", lambda row: party(row.actor, row.actor_name)),
+    ("subject", lambda row: party(row.subject, row.subject_name)),
     ("from", lambda row: row.peer_address),
     ("details", lambda row: " ".join(f"{k}={v}" for k, v in sorted(row.details.items()))),
 ]
@@ -69,8 +70,8 @@ def add(commands: Any) -> None:
 def _add_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--since", type=parse_moment, help="ISO 8601 time")
     parser.add_argument("--until", type=parse_moment, help="ISO 8601 time")
-    parser.add_argument("--actor", default="", help="such as admin:alice or device:ID")
-    parser.add_argument("--subject", default="", help="such as training_session:ID")
+    parser.add_argument("--actor", default="", help="such as admin:alice or device:ward-3")
+    parser.add_argument("--subject", default="", help="such as training_session:digits")
     parser.add_argument("--event", default="", help="such as device.revoked")
     parser.add_argument("--risk", choices=sorted(RISKS), help="only entries of this risk level")
 

@@ -1,13 +1,15 @@
-"""Commands on devices: list, show, suspend, reinstate, revoke, set-groups, confirm, rekey."""
+"""Commands on devices: list, show, rename, suspend, reinstate, revoke, set-groups, confirm, rekey."""
 
 import argparse
 import uuid
 from typing import Any
 
+from qflare.references import short_id
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import device_pb2, training_pb2
 from qflare_client.admin.arguments import (
     add_command,
+    add_device,
     add_limit,
     add_topic,
     choice,
@@ -25,7 +27,8 @@ COMPARISONS = {
     "=": training_pb2.COMPARISON_EQUAL,
 }
 DEVICE: list[Column] = [
-    ("id", lambda row: row.device_id),
+    ("name", lambda row: row.name),
+    ("id", lambda row: short_id(row.device_id)),
     ("state", lambda row: word(row, "state")),
     ("type", lambda row: row.profile.device_type),
     ("groups", lambda row: ",".join(row.groups)),
@@ -35,7 +38,9 @@ DEVICE: list[Column] = [
     ("reason", lambda row: row.state_reason),
 ]
 DEVICE_FACTS: list[Column] = [
-    *DEVICE,
+    DEVICE[0],
+    ("id", lambda row: row.device_id),
+    *DEVICE[2:],
     ("signature key", lambda row: row.signature_key_id),
     ("kem key", lambda row: row.kem_key_id),
     ("key rotations", lambda row: row.key_rotation_count),
@@ -74,11 +79,12 @@ def add(commands: Any) -> None:
         help="NAME>=VALUE, NAME<=VALUE or NAME=VALUE; repeatable",
     )
     add_limit(listing)
-    shown = add_command(actions, "show", run_show, "show a device", "device show ID")
-    shown.add_argument("device", metavar="ID")
+    shown = add_command(actions, "show", run_show, "show a device", "device show ward-3")
+    add_device(shown)
+    _add_rename(actions)
     for name, text in CHANGES.items():
-        change = add_command(actions, name, run_change, text, f"device {name} ID --reason lost")
-        change.add_argument("device", metavar="ID")
+        change = add_command(actions, name, run_change, text, f"device {name} ward-3 --reason lost")
+        add_device(change)
         change.add_argument("--reason", default="", help="for the audit log")
         change.set_defaults(change=name)
     _add_groups(actions)
@@ -88,10 +94,25 @@ def add(commands: Any) -> None:
         "rekey",
         run_rekey,
         "issue a token for a device that lost its keys to enroll new ones",
-        "device rekey ID --output device.token",
+        "device rekey ward-3 --output device.token",
     )
-    rekey.add_argument("device", metavar="ID")
+    add_device(rekey)
     add_hand_over(rekey)
+
+
+def _add_rename(actions: Any) -> None:
+    rename = add_command(
+        actions,
+        "rename",
+        run_rename,
+        "change the name of a device",
+        "device rename 5f0c31aa ward-3",
+    )
+    add_device(rename)
+    rename.add_argument(
+        "name", help="new name: 1 to 64 printable characters without spaces, that no device has"
+    )
+    rename.add_argument("--reason", default="", help="for the audit log")
 
 
 def _add_groups(actions: Any) -> None:
@@ -100,9 +121,9 @@ def _add_groups(actions: Any) -> None:
         "set-groups",
         run_set_groups,
         "set the groups of a device",
-        "device set-groups ID --group ward-3 --group trial",
+        "device set-groups ward-3 --group cardiology --group trial",
     )
-    groups.add_argument("device", metavar="ID")
+    add_device(groups)
     groups.add_argument(
         "--group",
         action="append",
@@ -118,9 +139,9 @@ def _add_confirm(actions: Any) -> None:
         "confirm",
         run_confirm,
         "confirm the type and capabilities of a device for selection",
-        "device confirm ID --type phone --capability ram_mib=4096",
+        "device confirm ward-3 --type phone --capability ram_mib=4096",
     )
-    confirm.add_argument("device", metavar="ID")
+    add_device(confirm)
     confirm.add_argument(
         "--reported",
         action="store_true",
@@ -184,6 +205,15 @@ def run_show(admin: Admin, options: argparse.Namespace) -> None:
     show(options, answer, answer.device, DEVICE_FACTS)
 
 
+def run_rename(admin: Admin, options: argparse.Namespace) -> None:
+    """Change the name of a device."""
+    request = pb.RenameDeviceRequest(
+        device_id=options.device, name=options.name, reason=options.reason
+    )
+    answer = admin.call("RenameDevice", request)
+    show(options, answer, answer.device, DEVICE_FACTS)
+
+
 def run_change(admin: Admin, options: argparse.Namespace) -> None:
     """Suspend, reinstate or revoke a device."""
     method = f"{options.change.capitalize()}Device"
@@ -222,7 +252,7 @@ def run_rekey(admin: Admin, options: argparse.Namespace) -> None:
     check_bundle(options)
     request = pb.IssueEnrollmentTokensRequest(
         token_count=1,
-        label=f"rekey {options.device}"[:200],
+        label="rekey",
         device_id=options.device,
         request_id=uuid.uuid4().hex,
     )

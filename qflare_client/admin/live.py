@@ -15,7 +15,7 @@ from qflare.command_line import seconds as bounded_seconds
 from qflare.terminal import printable, say
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
-from qflare_client.admin.arguments import add_command
+from qflare_client.admin.arguments import add_command, add_session
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.output import (
     measured_on,
@@ -43,9 +43,9 @@ ENDED: Final = frozenset(
 def add(commands: Any) -> None:
     """Add the command."""
     watch = add_command(
-        commands, "watch", run_watch, "follow a training session until it ends", "watch ID"
+        commands, "watch", run_watch, "follow a training session until it ends", "watch digits"
     )
-    watch.add_argument("session", metavar="ID")
+    add_session(watch)
     watch.add_argument("--for-s", type=bounded_seconds(0), help="maximum time to watch, in seconds")
 
 

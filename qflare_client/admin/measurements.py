@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qflare.v1 import admin_service_pb2 as pb
-from qflare_client.admin.arguments import add_command, add_limit, add_topic, show_list
+from qflare_client.admin.arguments import add_command, add_limit, add_session, add_topic, show_list
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.output import Column, moment, note, optional, version_metrics
 
@@ -25,17 +25,19 @@ METRICS: list[Column] = [
 def add(commands: Any) -> None:
     """Add the commands of this topic."""
     actions = add_topic(commands, "metrics", "metrics of versions")
-    shown = add_command(actions, "show", run_show, "show metrics, oldest first", "metrics show ID")
-    shown.add_argument("session", metavar="ID")
+    shown = add_command(
+        actions, "show", run_show, "show metrics, oldest first", "metrics show digits"
+    )
+    add_session(shown)
     add_limit(shown)
     plot = add_command(
         actions,
         "plot",
         run_plot,
         "save a plot of metrics as PNG or SVG (needs qflare[plot])",
-        "metrics plot ID curve.svg --metric accuracy --metric loss",
+        "metrics plot digits curve.svg --metric accuracy --metric loss",
     )
-    plot.add_argument("session", metavar="ID")
+    add_session(plot)
     plot.add_argument("file", type=Path, help="ends in .png or .svg")
     plot.add_argument("--metric", action="append", default=[], help="default: all; repeatable")
     export = add_command(
@@ -43,9 +45,9 @@ def add(commands: Any) -> None:
         "export",
         run_export,
         "export metrics to TensorBoard or MLflow (needs qflare[tensorboard] or qflare[mlflow])",
-        "metrics export ID --tensorboard runs/digits",
+        "metrics export digits --tensorboard runs/digits",
     )
-    export.add_argument("session", metavar="ID")
+    add_session(export)
     target = export.add_mutually_exclusive_group(required=True)
     target.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder for event files")
     target.add_argument("--mlflow", metavar="URI", help="tracking server or folder")

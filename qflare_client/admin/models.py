@@ -10,7 +10,14 @@ from qflare.files import private_opener
 from qflare.tensors import Manifest
 from qflare.tensors.safetensors_files import export_safetensors, with_facts
 from qflare.v1 import admin_service_pb2 as pb
-from qflare_client.admin.arguments import add_command, add_limit, add_topic, show, show_list
+from qflare_client.admin.arguments import (
+    add_command,
+    add_limit,
+    add_session,
+    add_topic,
+    show,
+    show_list,
+)
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.output import Column, moment, note, optional, size, span, version_metrics
 from qflare_client.admin.sessions import ROUND
@@ -50,25 +57,27 @@ def add(commands: Any) -> None:
         "upload",
         run_upload,
         "upload the initial model from a .safetensors file",
-        "model upload ID initial.safetensors",
+        "model upload digits initial.safetensors",
     )
-    upload.add_argument("session", metavar="ID")
+    add_session(upload)
     upload.add_argument("file", type=Path)
     download = add_command(
         actions,
         "download",
         run_download,
         "download a version to a .safetensors file",
-        "model download ID final.safetensors --version 20",
+        "model download digits final.safetensors --version 20",
     )
-    download.add_argument("session", metavar="ID")
+    add_session(download)
     download.add_argument("file", type=Path)
     download.add_argument("--version", type=whole(0), help="default: the latest")
-    listing = add_command(actions, "list", run_list, "list versions", "model list ID")
-    listing.add_argument("session", metavar="ID")
+    listing = add_command(actions, "list", run_list, "list versions", "model list digits")
+    add_session(listing)
     add_limit(listing)
-    shown = add_command(actions, "show", run_show, "show a version", "model show ID --version 3")
-    shown.add_argument("session", metavar="ID")
+    shown = add_command(
+        actions, "show", run_show, "show a version", "model show digits --version 3"
+    )
+    add_session(shown)
     shown.add_argument("--version", type=whole(0), help="default: the latest")
     _add_changes(actions)
     _add_evidence(actions)
@@ -80,9 +89,9 @@ def _add_evidence(actions: Any) -> None:
         "evidence",
         run_evidence,
         "export a verification bundle of a version",
-        "model evidence ID version-3.bundle --version 3",
+        "model evidence digits version-3.bundle --version 3",
     )
-    evidence.add_argument("session", metavar="ID")
+    add_session(evidence)
     evidence.add_argument("file", type=Path, help="new file")
     evidence.add_argument("--version", type=whole(0), help="default: the latest")
 
@@ -92,8 +101,8 @@ def _add_changes(actions: Any) -> None:
         ("rollback", run_rollback, "make an older version the base of the next round"),
         ("release", run_release, "release a version, bypassing the release gate"),
     ):
-        change = add_command(actions, name, run, text, f"model {name} ID 3 --reason 'drift'")
-        change.add_argument("session", metavar="ID")
+        change = add_command(actions, name, run, text, f"model {name} digits 3 --reason 'drift'")
+        add_session(change)
         change.add_argument("version", type=whole(0))
         change.add_argument("--reason", default="", help="for the audit log")
 

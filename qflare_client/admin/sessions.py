@@ -7,6 +7,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from qflare.command_line import whole
+from qflare.references import short_id
 from qflare.terminal import printable, say
 from qflare.training_settings import add_flags, from_flags
 from qflare.v1 import admin_service_pb2 as pb
@@ -14,6 +15,7 @@ from qflare.v1 import training_pb2
 from qflare_client.admin.arguments import (
     add_command,
     add_limit,
+    add_session,
     add_topic,
     choice,
     show,
@@ -36,8 +38,8 @@ from qflare_client.admin.transfers import open_model, upload_model
 
 STATES = choice(training_pb2.TrainingSessionState, "TRAINING_SESSION_STATE_")
 SESSION: list[Column] = [
-    ("id", lambda row: row.training_session_id),
     ("name", lambda row: row.name),
+    ("id", lambda row: short_id(row.training_session_id)),
     ("state", lambda row: word(row, "state")),
     ("round", lambda row: f"{row.current_round}/{row.config.total_rounds}"),
     ("version", lambda row: row.current_version if row.current_version >= 0 else None),
@@ -46,7 +48,9 @@ SESSION: list[Column] = [
     ("created", lambda row: moment(row, "create_time")),
 ]
 SESSION_FACTS: list[Column] = [
-    *SESSION,
+    SESSION[0],
+    ("id", lambda row: row.training_session_id),
+    *SESSION[2:],
     ("reason", lambda row: row.state_reason),
     ("model type", lambda row: row.model_type),
     ("strategy", lambda row: row.config.strategy.name),
@@ -86,7 +90,8 @@ ROUND: list[Column] = [
 ]
 UPDATE: list[Column] = [
     ("sequence", lambda row: row.acceptance_sequence),
-    ("device", lambda row: row.device_id),
+    ("device", lambda row: row.device_name),
+    ("id", lambda row: short_id(row.device_id)),
     ("state", lambda row: word(row, "state")),
     ("base", lambda row: row.base_version),
     ("bytes", lambda row: row.size_bytes),
@@ -124,21 +129,21 @@ def add(commands: Any) -> None:
         "--state", choices=sorted(STATES), help="only training sessions in this state"
     )
     add_limit(listing)
-    shown = add_command(actions, "show", run_show, "show a training session", "session show ID")
-    shown.add_argument("session", metavar="ID")
+    shown = add_command(actions, "show", run_show, "show a training session", "session show digits")
+    add_session(shown)
     for name, text in CHANGES.items():
-        change = add_command(actions, name, run_change, text, f"session {name} ID")
-        change.add_argument("session", metavar="ID")
+        change = add_command(actions, name, run_change, text, f"session {name} digits")
+        add_session(change)
         change.set_defaults(change=name)
         if name == "cancel":
             change.add_argument("--reason", default="", help="for the audit log")
-    rounds = add_command(actions, "rounds", run_rounds, "list rounds", "session rounds ID")
-    rounds.add_argument("session", metavar="ID")
+    rounds = add_command(actions, "rounds", run_rounds, "list rounds", "session rounds digits")
+    add_session(rounds)
     add_limit(rounds)
     updates = add_command(
-        actions, "updates", run_updates, "list the updates of a round", "session updates ID 3"
+        actions, "updates", run_updates, "list the updates of a round", "session updates digits 3"
     )
-    updates.add_argument("session", metavar="ID")
+    add_session(updates)
     updates.add_argument("round", type=whole(1))
     add_limit(updates)
     aggregation = add_command(
@@ -146,9 +151,9 @@ def add(commands: Any) -> None:
         "aggregation",
         run_aggregation,
         "show the progress of the current round",
-        "session aggregation ID",
+        "session aggregation digits",
     )
-    aggregation.add_argument("session", metavar="ID")
+    add_session(aggregation)
 
 
 def _add_create(actions: Any) -> None:

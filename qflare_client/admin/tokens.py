@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from qflare.command_line import seconds, whole
 from qflare.files import make_private_folder
+from qflare.references import short_id
 from qflare.terminal import say
 from qflare.v1 import admin_service_pb2 as pb
 from qflare_client.access.enrollment import read_bundle
@@ -32,7 +33,8 @@ KINDS = choice(pb.TokenKind, "TOKEN_KIND_")
 TOKEN: list[Column] = [
     ("id", lambda row: row.token_id),
     ("kind", lambda row: word(row, "kind")),
-    ("subject", lambda row: row.subject),
+    ("subject", lambda row: short_id(row.subject)),
+    ("device", lambda row: row.device_name),
     ("roles", lambda row: ",".join(row.roles)),
     ("groups", lambda row: ",".join(row.groups)),
     ("created", lambda row: moment(row, "create_time")),
@@ -56,7 +58,7 @@ def add(commands: Any) -> None:
     issue.add_argument(
         "--count", type=whole(1, 1000), default=1, help="number of tokens, 1 to 1000"
     )
-    issue.add_argument("--label", default="", help="purpose of the tokens")
+    issue.add_argument("--label", default="", help="becomes the name of the device")
     issue.add_argument(
         "--group", action="append", default=[], help="group of new devices; repeatable"
     )

@@ -15,7 +15,7 @@ from qflare.tensors.safetensors_files import (
 from qflare.terminal import say
 from qflare.v1 import admin_service_pb2
 from qflare_server.cli import verify
-from qflare_server.cli.terminal import caller, progress
+from qflare_server.cli.terminal import REFERENCE, caller, progress
 from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
 from qflare_server.training.versions import manifest_of
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         help="make a .safetensors file the initial model of a training session",
         epilog="example: qflare-server model import SESSION initial.safetensors",
     )
-    importing.add_argument("session", help="id")
+    importing.add_argument("session", help=REFERENCE)
     importing.add_argument("file", type=Path)
     importing.set_defaults(run=run_import)
     exporting = actions.add_parser(
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
         help="write a version to a .safetensors file",
         epilog="example: qflare-server model export SESSION final.safetensors --version 20",
     )
-    exporting.add_argument("session", help="id")
+    exporting.add_argument("session", help=REFERENCE)
     exporting.add_argument("file", type=Path)
     exporting.add_argument("--version", type=whole(0), help="default: the latest")
     exporting.set_defaults(run=run_export)
@@ -48,9 +48,8 @@ def add(commands: Any) -> None:
 def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Import an initial model."""
     with open_application(config) as parts:
-        digest = upload_initial_model(
-            parts.use_cases.initial_models, arguments.session, arguments.file
-        )
+        session_id = parts.use_cases.training.find_id(arguments.session)
+        digest = upload_initial_model(parts.use_cases.initial_models, session_id, arguments.file)
     say(f"version 0 {digest}")
     return 0
 
@@ -75,7 +74,8 @@ def run_export(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Export a version."""
     with open_application(config) as parts:
         deliveries = parts.use_cases.deliveries
-        delivery = deliveries.find(arguments.session, arguments.version)
+        session_id = parts.use_cases.training.find_id(arguments.session)
+        delivery = deliveries.find(session_id, arguments.version)
         model = delivery.model
         opened_chunks = deliveries.opened(caller(), delivery, 0)
         chunks: Iterator[bytes] = (data for _, data in opened_chunks)

@@ -15,6 +15,7 @@ from qflare_server.config import ServerConfig
 from qflare_server.errors import AlreadyExistsError, ConflictError, QflareError
 from qflare_server.serving.application import open_application
 from qflare_server.storage.repository.audit import Caller
+from qflare_server.use_cases.devices.administration import Devices
 from qflare_server.use_cases.devices.vouching import Vouching
 from qflare_server.use_cases.in_process.devices import KnownDevice, KnownDevices
 from qflare_server.use_cases.in_process.records import read_record
@@ -82,18 +83,20 @@ def run_vouch(config: ServerConfig, arguments: argparse.Namespace) -> int:
     with open_application(config) as parts:
         vouching = Vouching(parts.context)
         if not arguments.key_id:
-            _list_unvouched(vouching)
+            _list_unvouched(vouching, parts.use_cases.devices)
             return 0
         count = vouching.vouch(caller(), arguments.key_id)
     say(f"vouched for: {count}  had a receipt: {len(set(arguments.key_id)) - count}")
     return 0
 
 
-def _list_unvouched(vouching: Vouching) -> None:
+def _list_unvouched(vouching: Vouching, devices: Devices) -> None:
     keys = vouching.unvouched()
+    names = devices.names_of(row.device_id for row in keys)
     for row in keys:
+        named = f"{names[row.device_id]} ({row.device_id})"
         state = "in use" if row.retired_at is None else "retired"
-        say(f"{row.key_id}  {state}  since {row.created_at:%F %T} UTC  device {row.device_id}")
+        say(f"{row.key_id}  {state}  since {row.created_at:%F %T} UTC  device {named}")
     say(f"keys without a receipt: {len(keys)}")
 
 

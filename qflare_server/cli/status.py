@@ -5,12 +5,15 @@ import json
 from datetime import datetime
 from typing import Any
 
+from qflare.references import short_id
 from qflare.terminal import say
 from qflare_server.cli.terminal import table
 from qflare_server.config import ServerConfig
 from qflare_server.context import KeysetStatus
 from qflare_server.serving.application import open_application
 from qflare_server.storage.paging import PageRequest
+from qflare_server.storage.records import Device
+from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.training.objective import objective_of
 
 
@@ -30,6 +33,7 @@ def run_status(config: ServerConfig, arguments: argparse.Namespace) -> int:
     with open_application(config) as parts:
         sessions = parts.use_cases.training.list(PageRequest(100)).rows
         by_state, by_type = parts.use_cases.devices.counts()
+        devices = parts.use_cases.devices.list(PageRequest(100), DeviceFilter()).rows
         keyset, now = parts.keys.status(), parts.context.clock()
     rows = [
         {
@@ -48,7 +52,11 @@ def run_status(config: ServerConfig, arguments: argparse.Namespace) -> int:
     if arguments.json:
         facts = {
             "training_sessions": rows,
-            "devices": {"by_state": by_state, "by_type": by_type},
+            "devices": {
+                "by_state": by_state,
+                "by_type": by_type,
+                "listed": [{"id": row.id, "name": row.name, "state": row.state} for row in devices],
+            },
             "keyset": {
                 "version": keyset.version,
                 "expires_at": keyset.expires_at.isoformat(),
@@ -58,9 +66,22 @@ def run_status(config: ServerConfig, arguments: argparse.Namespace) -> int:
         say(json.dumps(facts, indent=2))
         return 0
     say(table(rows))
+    say()
+    if devices:
+        say(table([_device(row) for row in devices]))
     say("devices:", ", ".join(f"{count} {state}" for state, count in by_state.items()) or "none")
     say(_keyset_line(keyset, now))
     return 0
+
+
+def _device(row: Device) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "id": short_id(row.id),
+        "state": row.state,
+        "type": row.device_type or None,
+        "last seen": f"{row.last_seen_at:%F %T} UTC" if row.last_seen_at else None,
+    }
 
 
 def _keyset_line(keyset: KeysetStatus, now: datetime) -> str:

@@ -11,6 +11,7 @@ from qflare_server.storage.repository.audit import Caller
 
 Item = TypeVar("Item")
 BAR_WIDTH: Final = 30
+REFERENCE: Final = "name, id, or beginning of its id (4 characters or more)"
 MAX_NAME: Final = 200
 """Longest name of an operating system's user in the audit log."""
 

@@ -10,7 +10,7 @@ from qflare.command_line import address, seconds, whole
 from qflare.files import make_private_folder
 from qflare.terminal import say
 from qflare_server.cli.certificates import read_authorities
-from qflare_server.cli.terminal import caller
+from qflare_server.cli.terminal import REFERENCE, caller
 from qflare_server.config import ServerConfig
 from qflare_server.keys.setup import bootstrap_bundle, write_bootstrap
 from qflare_server.serving.application import Application, open_application
@@ -30,12 +30,14 @@ def add(commands: Any) -> None:
     issue.add_argument(
         "--count", type=whole(1, 1000), default=1, help="number of tokens (1 to 1000)"
     )
-    issue.add_argument("--label", default="", help="label of the tokens")
+    issue.add_argument("--label", default="", help="becomes the name of the device")
     issue.add_argument(
         "--group", action="append", default=[], help="group of the new devices; repeatable"
     )
     issue.add_argument("--lifetime-s", type=seconds(1), help="lifetime in seconds")
-    issue.add_argument("--device", default="", help="replace the keys of this device")
+    issue.add_argument(
+        "--device", default="", help=f"replace the keys of this device: its {REFERENCE}"
+    )
     issue.add_argument(
         "--bundles", type=Path, help="write a bootstrap bundle per token into this folder"
     )
@@ -65,12 +67,14 @@ def add(commands: Any) -> None:
 def run_issue(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Issue enrollment tokens."""
     with open_application(config) as parts:
+        named = arguments.device
+        device_id = parts.use_cases.devices.find_id(named) if named else ""
         issued = parts.use_cases.tokens.issue_enrollment(
             caller(),
             count=arguments.count,
             label=arguments.label,
             lifetime_s=arguments.lifetime_s,
-            device_id=arguments.device,
+            device_id=device_id,
             groups=arguments.group,
         )
         if arguments.bundles is not None:

@@ -11,7 +11,7 @@ from qflare.terminal import complain, say
 from qflare.training_settings import add_flags, from_flags
 from qflare.v1 import training_pb2
 from qflare_server.cli.models import upload_initial_model
-from qflare_server.cli.terminal import caller
+from qflare_server.cli.terminal import REFERENCE, caller
 from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
 from qflare_server.training.strategy import warnings_of
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
     validate.set_defaults(run=run_validate)
     for word in ("start", "pause", "resume", "cancel"):
         action = actions.add_parser(word, help=f"{word} a training session")
-        action.add_argument("session", help="id")
+        action.add_argument("session", help=REFERENCE)
         action.set_defaults(run=run_transition, transition=word)
 
 
@@ -101,9 +101,10 @@ def run_transition(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Start, pause, resume or cancel a training session."""
     with open_application(config) as parts:
         training = parts.use_cases.training
+        session_id = training.find_id(arguments.session)
         if arguments.transition == "cancel":
-            row = training.cancel(caller(), arguments.session, "cancelled by command")
+            row = training.cancel(caller(), session_id, "cancelled by command")
         else:
-            row = getattr(training, arguments.transition)(caller(), arguments.session)
-    say(f"{row.id} {row.state}")
+            row = getattr(training, arguments.transition)(caller(), session_id)
+    say(f"{row.name} ({row.id}) {row.state}")
     return 0

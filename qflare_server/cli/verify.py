@@ -6,6 +6,7 @@ from typing import Any
 
 from qflare.command_line import key_id, report_failure, whole
 from qflare.terminal import say
+from qflare_server.cli.terminal import REFERENCE
 from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
@@ -47,7 +48,7 @@ def add_model_verify(actions: Any) -> None:
         help="recompute a version from its stored updates and compare; exit code 1 if it differs",
         epilog="example: qflare-server model verify SESSION --version 20",
     )
-    check.add_argument("session", help="id")
+    check.add_argument("session", help=REFERENCE)
     check.add_argument("--version", type=whole(0), help="default: the latest")
     check.set_defaults(run=run_recompute)
 
@@ -93,7 +94,8 @@ def run_witness(config: ServerConfig, arguments: argparse.Namespace) -> int:
 def run_recompute(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Recompute a version."""
     with open_application(config) as parts:
-        result = recompute_version(parts.context, arguments.session, arguments.version)
+        session_id = parts.use_cases.training.find_id(arguments.session)
+        result = recompute_version(parts.context, session_id, arguments.version)
     say(_verdict(result))
     if result.recomputed and not result.differences:
         return 0

@@ -171,13 +171,13 @@ class Maintenance:
     def _explain(self) -> None:
         """Log what running training sessions wait for, each notice once for as long as it lasts."""
         found = {
-            (row.id, item.code, *item.device_ids): item
+            (row.id, item.code, *item.device_ids): (row, item)
             for row, notices in self._use_cases.explanations.list_running()
             for item in notices
         }
         for key in sorted(found.keys() - self._said):
-            item = found[key]
-            logger.warning("session=%s: %s; try: %s", key[0], item.text, item.remedy)
+            row, item = found[key]
+            logger.warning("session=%s %s: %s; try: %s", row.name, row.id, item.text, item.remedy)
         self._said = set(found)
 
     def _rewrap(self) -> None:

@@ -176,9 +176,9 @@ class _Room:
         )
 
 
-def fitting_count(rows: Sequence[Iterable[Any]]) -> int:
-    """Return how many of the first rows fit into `MAX_PAGE_BYTES`."""
-    sizes = accumulate(sum(map(sent_bytes, row)) for row in rows)
+def fitting_count(rows: Sequence[Iterable[Any]], extra_bytes: int = 0) -> int:
+    """Return how many of the first rows fit into `MAX_PAGE_BYTES`, with `extra_bytes` beside each row's columns."""
+    sizes = accumulate(extra_bytes + sum(map(sent_bytes, row)) for row in rows)
     return sum(size <= MAX_PAGE_BYTES for size in sizes)
 
 

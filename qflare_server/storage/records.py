@@ -158,6 +158,7 @@ class Device(NamedTuple):
     """One enrolled participant."""
 
     id: str
+    name: str
     state: str
     state_reason: str
     device_type: str

@@ -32,11 +32,11 @@ _TIME: Final = {
 }
 _SALT: Final = {"sqlite": "randomblob(16)", "postgresql": "decode(md5(i::text), 'hex')"}
 _DEVICES: Final = """
-INSERT INTO devices (id, state, state_reason, device_type, hardware_info, network_info,
+INSERT INTO devices (id, name, state, state_reason, device_type, hardware_info, network_info,
   capabilities, local_epochs, batch_size, learning_rate, key_rotation_count, registered_at,
   last_seen_at)
 {numbers}
-SELECT {uuid}, CASE WHEN i % 10 = 0 THEN 'suspended' ELSE 'active' END, '',
+SELECT {uuid}, 'device-' || i, CASE WHEN i % 10 = 0 THEN 'suspended' ELSE 'active' END, '',
   CASE i % 4 WHEN 0 THEN 'phone' WHEN 1 THEN 'gateway' WHEN 2 THEN 'hospital' ELSE 'car' END,
   '{{"cpu": "arm64"}}', '{{}}', '{{"ram_mib": 4096}}', 1, 32, 0.01, 0, {time}, {time} FROM n
 """

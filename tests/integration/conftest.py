@@ -62,19 +62,22 @@ class Deployment:
         tokens = self.coordinator.use_cases.tokens
         return tokens.issue_admin(Caller(), "tester", list(roles)).secret
 
-    def bundle(self, groups: Sequence[str] = ()) -> security_pb2.BootstrapBundle:
-        """Return a bootstrap bundle with a fresh enrollment token, which puts a device into groups."""
-        issued = self.coordinator.use_cases.tokens.issue_enrollment(Caller(), groups=groups)[0]
+    def bundle(self, groups: Sequence[str] = (), label: str = "") -> security_pb2.BootstrapBundle:
+        """Return a bootstrap bundle with a fresh enrollment token, which puts a device into groups and names it."""
+        tokens = self.coordinator.use_cases.tokens
+        issued = tokens.issue_enrollment(Caller(), groups=groups, label=label)[0]
         return bootstrap_bundle(
             self.coordinator.parts.keys.trust,
             self.coordinator.address,
             enrollment_token=issued.secret,
         )
 
-    def device(self, name: str, groups: Sequence[str] = (), **enrollment: Any) -> Client:
+    def device(
+        self, name: str, groups: Sequence[str] = (), *, label: str = "", **enrollment: Any
+    ) -> Client:
         """Enroll a device and return its client."""
         home = self.folder / name
-        enroll(self.bundle(groups), home=home, **enrollment)
+        enroll(self.bundle(groups, label or name), home=home, **enrollment)
         client = Client(home=home)
         self._clients.append(client)
         return client

@@ -1,7 +1,7 @@
 """AdminService."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from grpc import ServicerContext
@@ -14,8 +14,8 @@ from qflare_server.serving.rpc.encoding import audit, devices, status, training,
 from qflare_server.serving.rpc.repeatable import RepeatableCalls
 from qflare_server.serving.rpc.streams import chunks_of, split_header
 from qflare_server.storage.paging import PageRequest
-from qflare_server.storage.records import Device
-from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.records import AuditLog, Device
+from qflare_server.storage.repository.audit import AuditFilter, device_of
 from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.audit.evidence import audit_evidence
@@ -153,7 +153,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         state = values.state_name(
             "TRAINING_SESSION_STATE_", request.state, training_pb2.TrainingSessionState
         )
-        page = self._use_cases.training.list(_page(request), state)
+        page = self._use_cases.training.list(_page(request), state, request.reference)
         return pb.ListTrainingSessionsResponse(
             training_sessions=[training.training_session(row) for row in page.rows],
             next_page_token=page.next_token,
@@ -198,8 +198,9 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         page = self._use_cases.training.list_updates(
             request.training_session_id, request.round_number, _page(request)
         )
+        names = self._use_cases.devices.names_of(row.device_id for row in page.rows)
         return pb.ListUpdatesResponse(
-            updates=[versions.model_update(row) for row in page.rows],
+            updates=[versions.model_update(row, names) for row in page.rows],
             next_page_token=page.next_token,
         )
 
@@ -238,12 +239,25 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             seen_after=values.moment(request, "seen_after_time"),
             capabilities=devices.conditions(request.capabilities),
             group=request.group,
+            reference=request.reference,
         )
         page = self._use_cases.devices.list(_page(request), wanted)
         groups = self._use_cases.devices.groups_of([row.id for row in page.rows])
         return pb.ListDevicesResponse(
             devices=[devices.device(row, groups.get(row.id, ())) for row in page.rows],
             next_page_token=page.next_token,
+        )
+
+    def RenameDevice(
+        self, request: pb.RenameDeviceRequest, context: ServicerContext
+    ) -> pb.RenameDeviceResponse:
+        """Change the name of a device."""
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.devices.rename(
+                caller, request.device_id, request.name, request.reason
+            ),
+            lambda found: pb.RenameDeviceResponse(device=devices.device(*found)),
         )
 
     def SuspendDevice(
@@ -337,8 +351,12 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         """List tokens."""
         kind = values.state_name("TOKEN_KIND_", request.kind, pb.TokenKind)
         page = self._use_cases.tokens.list(_page(request), kind)
+        names = self._use_cases.devices.names_of(
+            row.device_id for row in page.rows if row.device_id
+        )
         return pb.ListTokensResponse(
-            tokens=[devices.token(row) for row in page.rows], next_page_token=page.next_token
+            tokens=[devices.token(row, names) for row in page.rows],
+            next_page_token=page.next_token,
         )
 
     def RevokeToken(
@@ -365,7 +383,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         )
         page = self._use_cases.audit.list(_page(request), wanted)
         return pb.ListAuditEntriesResponse(
-            entries=[audit.audit_entry(row) for row in page.rows],
+            entries=self._audit_entries(page.rows),
             next_page_token=page.next_token,
         )
 
@@ -482,7 +500,12 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             risk_level=values.state_name("RISK_LEVEL_", request.risk_level, pb.RiskLevel),
         )
         for batch in self._use_cases.audit_export.batches(wanted, request.after_audit_id):
-            yield pb.ExportAuditEntriesResponse(entries=[audit.audit_entry(row) for row in batch])
+            yield pb.ExportAuditEntriesResponse(entries=self._audit_entries(batch))
+
+    def _audit_entries(self, rows: Sequence[AuditLog]) -> list[pb.AuditEntry]:
+        devices_named = {device_of(party) for row in rows for party in (row.actor, row.subject)}
+        names = self._use_cases.devices.names_of(devices_named - {""})
+        return [audit.audit_entry(row, names) for row in rows]
 
     def GetCoordinatorStatus(
         self, request: pb.GetCoordinatorStatusRequest, context: ServicerContext

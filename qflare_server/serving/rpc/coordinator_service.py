@@ -144,6 +144,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
             server_time=values.timestamp(beat.server_time),
             state=devices.device_state(beat.state),
             keyset_version=self._use_cases.enrollment.keyset_version,
+            device_name=beat.device_name,
         )
 
     def GetLineage(

@@ -1,7 +1,7 @@
 """Statements on the audit log."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -15,6 +15,7 @@ from qflare_server.storage import tables
 from qflare_server.storage.paging import Order, Page, PageRequest, earlier, read_page
 from qflare_server.storage.prepared import PreparedInsert
 from qflare_server.storage.records import AuditLog, Rows
+from qflare_server.storage.repository.device_names import NAME_BYTES, names_of
 from qflare_server.storage.tables import RiskLevel
 
 AUDIT = tables.AuditLog.__table__
@@ -100,6 +101,7 @@ def record(session: Session, caller: Caller, event: Event, at: datetime) -> None
 def record_all(session: Session, events: Sequence[tuple[Caller, Event]], at: datetime) -> None:
     """Write entries in order, in the transaction of the changes that they record."""
     salts = os.urandom(SALT_BYTES * len(events))
+    names = names_of(session, (item for _, event in events if (item := device_of(event.subject))))
     rows = [
         {
             "event_type": event.event_type,
@@ -108,13 +110,25 @@ def record_all(session: Session, events: Sequence[tuple[Caller, Event]], at: dat
             "peer_address": caller.peer_address,
             "authentication_method": caller.authentication_method,
             "risk_level": event.risk_level.value,
-            "details": event.details,
+            "details": _with_name(event, names),
             "salt": salts[number * SALT_BYTES : (number + 1) * SALT_BYTES],
             "created_at": at,
         }
         for number, (caller, event) in enumerate(events)
     ]
     _INSERT.run(session, rows)
+
+
+def device_of(party: str) -> str:
+    """Return the device id of an actor or a subject `device:ID`; empty if it is no device."""
+    kind, _, device_id = party.partition(":")
+    return device_id if kind == "device" else ""
+
+
+def _with_name(event: Event, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the details of an event, with the name that its device has now."""
+    name = names.get(device_of(event.subject))
+    return event.details if name is None else {"device_name": name, **event.details}
 
 
 def count_by_risk(session: Session, since: datetime) -> dict[str, int]:
@@ -157,5 +171,6 @@ def list_entries(session: Session, request: PageRequest, wanted: AuditFilter) ->
         (datetime, int),
         lambda row: (row.created_at.isoformat(), row.id),
         lambda key: earlier(AUDIT.c.created_at, AUDIT.c.id, key),
+        extra_bytes=2 * NAME_BYTES,
     )
     return read_page(partial(_ROWS.all, session), query, request, order, "audit", wanted)

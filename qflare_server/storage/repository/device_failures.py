@@ -23,6 +23,7 @@ class MissingDevice:
     """A device without an update in a round; `kind` and `text` describe its failure, None without one."""
 
     device_id: str
+    name: str
     last_seen_at: datetime | None
     kind: str | None
     text: str | None
@@ -76,7 +77,13 @@ def list_missing(
     )
     query = (
         _participants(
-            select(DEVICES.c.id, DEVICES.c.last_seen_at, FAILURES.c.kind, FAILURES.c.text),
+            select(
+                DEVICES.c.id,
+                DEVICES.c.name,
+                DEVICES.c.last_seen_at,
+                FAILURES.c.kind,
+                FAILURES.c.text,
+            ),
             training_session_id,
             round_number,
             is_drawn=is_drawn,

@@ -8,14 +8,18 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, bindparam, case, exists, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from qflare_server.errors import ConflictError
 from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_rounds, bump_security
 from qflare_server.storage.paging import Order, Page, PageRequest, read_page
 from qflare_server.storage.prepared import OneOf, PreparedStatement
 from qflare_server.storage.records import Device, DeviceKey, Rows
+from qflare_server.storage.repository.device_names import free_name, wanted_name
 from qflare_server.storage.repository.membership import shares_group
+from qflare_server.storage.repository.references import is_meant
 from qflare_server.storage.tables import DeviceState
 
 DEVICES = tables.Device.__table__
@@ -25,7 +29,13 @@ _DEVICES = Rows(Device, DEVICES)
 _KEYS = Rows(DeviceKey, KEYS)
 _DEVICE = _DEVICES.select.where(DEVICES.c.id == bindparam("device"))
 _KEY = _KEYS.select.where(KEYS.c.key_id == bindparam("key"))
-_INSERT_DEVICE = insert(DEVICES)
+_INSERT_DEVICE = {
+    dialect.__name__.rpartition(".")[2]: dialect.insert(DEVICES)
+    .on_conflict_do_nothing(index_elements=["name"])
+    .returning(DEVICES.c.id)
+    for dialect in (postgresql, sqlite)
+}
+_NAME_ATTEMPTS: Final = 100
 _INSERT_KEY = insert(KEYS)
 DECISIVE: Final = ("state", "signature_key_id", "device_type", "capabilities", "confirmed_at")
 """Columns of a device that decide about the authorization of its calls."""
@@ -44,11 +54,33 @@ class DeviceFilter:
     capabilities: tuple[tuple[str, str, float], ...] = ()
     """Name, comparison (at_least, at_most or equal) and value; all must hold."""
     group: str = ""
+    reference: str = ""
+    """Id, beginning of an id, or name."""
 
 
-def insert_device(session: Session, values: Mapping[str, Any]) -> None:
-    """Insert a device; the caller has checked that the id is free."""
-    session.connection().execute(_INSERT_DEVICE, dict(values))
+def insert_device(session: Session, values: Mapping[str, Any], *, label: str = "") -> str:
+    """Insert a device under a free name and return the name; the caller has checked that the id is free.
+
+    Args:
+        session: The transaction.
+        values: Columns without the name.
+        label: Becomes the name, with a number if another device has it; empty means that the id becomes the name.
+
+    Raises:
+        ConflictError: Concurrent calls took every name that was free.
+    """
+    wanted = wanted_name(label, values["id"])
+    statement = _INSERT_DEVICE[session.get_bind().dialect.name]
+    for _ in range(_NAME_ATTEMPTS):
+        name = free_name(session, wanted)
+        if session.connection().execute(statement, {**values, "name": name}).first() is not None:
+            return name
+    raise ConflictError("every free name of the device was taken at this moment; repeat the call")
+
+
+def rename_device(session: Session, device_id: str, name: str) -> None:
+    """Change the name of a device; the caller has checked that it is free."""
+    session.execute(update(DEVICES).where(DEVICES.c.id == device_id).values(name=name))
 
 
 def get_device(session: Session, device_id: str) -> Device | None:
@@ -237,6 +269,8 @@ def list_devices(session: Session, request: PageRequest, wanted: DeviceFilter) -
                 DEVICE_GROUPS.c.group_name == wanted.group,
             )
         )
+    if wanted.reference:
+        query = query.where(is_meant(session, DEVICES, wanted.reference))
     for name, comparison, value in wanted.capabilities:
         query = query.where(_COMPARE[comparison](_capability(session, name), value))
     order = Order[Device](

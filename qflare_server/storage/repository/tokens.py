@@ -14,6 +14,7 @@ from qflare_server.storage.epochs import bump_security
 from qflare_server.storage.paging import Order, Page, PageRequest, earlier, read_page
 from qflare_server.storage.prepared import PreparedStatement
 from qflare_server.storage.records import Rows, UserToken
+from qflare_server.storage.repository.device_names import NAME_BYTES
 from qflare_server.storage.tables import TokenKind
 
 TOKENS = tables.UserToken.__table__
@@ -188,6 +189,7 @@ def list_tokens(session: Session, request: PageRequest, kind: str) -> Page[UserT
         (datetime, str),
         lambda row: (row.created_at.isoformat(), row.id),
         lambda key: earlier(TOKENS.c.created_at, TOKENS.c.id, key),
+        extra_bytes=NAME_BYTES,
     )
     return read_page(partial(_ROWS.all, session), query, request, order, "tokens", kind)
 

@@ -16,6 +16,7 @@ from qflare_server.storage.paging import Order, Page, PageRequest, earlier, read
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
 from qflare_server.storage.records import Round, Rows, TrainingSession
 from qflare_server.storage.repository.membership import is_open_to
+from qflare_server.storage.repository.references import is_meant
 from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState
 from qflare_server.storage.training_configs import parsed_config
 
@@ -107,16 +108,20 @@ def update_session(session: Session, training_session_id: str, values: Mapping[s
     session.execute(update(SESSIONS).where(SESSIONS.c.id == training_session_id).values(**values))
 
 
-def list_sessions(session: Session, request: PageRequest, state: str) -> Page[TrainingSession]:
-    """Return training sessions in one state, or in all states if `state` is empty; newest first."""
+def list_sessions(
+    session: Session, request: PageRequest, state: str = "", reference: str = ""
+) -> Page[TrainingSession]:
+    """Return training sessions, newest first: those in one state and those that a reference may mean, if given."""
     query = _SESSIONS.select.order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.id.desc())
     if state:
         query = query.where(SESSIONS.c.state == state)
+    if reference:
+        query = query.where(is_meant(session, SESSIONS, reference))
 
     def read(limited: Select[Any]) -> list[TrainingSession]:
         return [_with_config(session, row) for row in _SESSIONS.all(session, limited)]
 
-    return read_page(read, query, request, _NEWEST_SESSION, "sessions", state)
+    return read_page(read, query, request, _NEWEST_SESSION, "sessions", state, reference)
 
 
 WARNINGS_BYTES: Final = 2048

@@ -13,6 +13,7 @@ from qflare_server.storage import tables
 from qflare_server.storage.paging import Order, Page, PageRequest, read_page
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
 from qflare_server.storage.records import ModelUpdate, Rows
+from qflare_server.storage.repository.device_names import NAME_BYTES
 from qflare_server.storage.repository.round_capacity import RoundCapacity
 from qflare_server.storage.tables import UpdateOrigin, UpdateState
 
@@ -318,6 +319,7 @@ def list_updates(
         (int,),
         lambda row: [row.acceptance_sequence],
         lambda key: UPDATES.c.acceptance_sequence > key[0],
+        extra_bytes=NAME_BYTES,
     )
     scope = ("updates", training_session_id, round_number)
     return read_page(partial(_ROWS.all, session), query, request, order, *scope)

@@ -13,6 +13,7 @@ from qflare_server.storage.tables.types import Base, one_of
 class Device(Base):
     """One enrolled device.
 
+    `name` is for people: from the label of its enrollment token, or chosen by an administrator.
     The public keys are null for devices that an embedding program registered without keys. Selection uses `device_type`
     and `capabilities`, stated at enrollment or confirmed by an administrator at `confirmed_at`. `reported_type` and
     `reported_capabilities` come from heartbeats; null before the first.
@@ -21,6 +22,7 @@ class Device(Base):
     __tablename__ = "devices"
 
     id: Mapped[str] = mapped_column(String(255), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
     state: Mapped[str] = mapped_column(String(16))
     state_reason: Mapped[str] = mapped_column(String(500), default="")
     device_type: Mapped[str] = mapped_column(String(100), default="")
@@ -44,6 +46,7 @@ class Device(Base):
 
     __table_args__ = (
         one_of("state", DeviceState),
+        UniqueConstraint("name"),
         UniqueConstraint("signature_key_id"),
         Index(None, "state", "last_seen_at"),
         Index(None, "state", "id"),

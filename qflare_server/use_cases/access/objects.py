@@ -188,6 +188,7 @@ _ADMINISTRATIVE: Final = (
     "GetAggregationStatus",
     "GetDevice",
     "ListDevices",
+    "RenameDevice",
     "SuspendDevice",
     "ReinstateDevice",
     "RevokeDevice",

@@ -68,6 +68,7 @@ ACCESS: Final[dict[str, frozenset[Role]]] = {
     _ADMIN + "GetAggregationStatus": _READ,
     _ADMIN + "GetDevice": _READ,
     _ADMIN + "ListDevices": _READ,
+    _ADMIN + "RenameDevice": _OPERATE,
     _ADMIN + "SuspendDevice": _OPERATE,
     _ADMIN + "ReinstateDevice": _OPERATE,
     _ADMIN + "RevokeDevice": _ADMINISTER,

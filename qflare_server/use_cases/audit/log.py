@@ -16,6 +16,7 @@ from qflare_server.storage.paging import Page, PageRequest, fitting_count
 from qflare_server.storage.records import AuditLog
 from qflare_server.storage.repository import audit, audit_tree, views
 from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.repository.device_names import NAME_BYTES
 from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of, head_of
 
 
@@ -174,7 +175,7 @@ class AuditExport:
         while True:
             with self._context.database.read() as session:
                 batch = views.audit_after(session, after_id, wanted, BATCH)
-            shown = batch[: max(1, fitting_count(batch))]
+            shown = batch[: max(1, fitting_count(batch, 2 * NAME_BYTES))]
             if shown:
                 yield shown
                 after_id = shown[-1].id

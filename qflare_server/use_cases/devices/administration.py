@@ -1,13 +1,14 @@
-"""Device administration: list, suspend, reinstate and revoke devices."""
+"""Device administration: list, rename, suspend, reinstate and revoke devices."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy.orm import Session
 
+from qflare.references import ManyMeantError
 from qflare_server.context import Context
 from qflare_server.errors import (
     AlreadyExistsError,
@@ -17,7 +18,14 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.paging import Page, PageRequest
 from qflare_server.storage.records import Device
-from qflare_server.storage.repository import audit, devices, membership, tokens
+from qflare_server.storage.repository import (
+    audit,
+    device_names,
+    devices,
+    membership,
+    references,
+    tokens,
+)
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.storage.repository.idempotent_calls import run_once
@@ -32,6 +40,7 @@ MAX_DEVICE_TYPE = 100
 MAX_DEVICE_ID = 255
 MAX_REASON = 500
 MAX_LEARNING_RATE = 1e6
+A_NAME: Final = "1 to 64 printable characters without spaces, not first a hyphen, and not a UUID"
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ class Beat:
 
     server_time: datetime
     state: str
+    device_name: str
 
 
 class Devices:
@@ -220,6 +230,53 @@ class Devices:
 
         return self._once(caller, device_id, work)
 
+    def rename(self, caller: Caller, device_id: str, name: str, reason: str) -> GroupedDevice:
+        """Change the name of a device.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            InvalidRequestError: The name is too long, not one printable word, or has the form of an id.
+            AlreadyExistsError: Another device has this name.
+        """
+        if not device_names.is_name(name):
+            raise InvalidRequestError(f"name: want {A_NAME}", field="name")
+        _check_reason(reason)
+
+        def work(session: Session) -> Device:
+            device = _require_device(devices.lock_device(session, device_id))
+            if device.name == name:
+                return device
+            if device_names.is_taken(session, name):
+                raise AlreadyExistsError(f"another device has the name {name!r}")
+            devices.rename_device(session, device_id, name)
+            details = {"from": device.name, "reason": reason}
+            event = Event("device.renamed", f"device:{device_id}", RiskLevel.MEDIUM, details)
+            audit.record(session, caller, event, self._context.clock())
+            return device._replace(name=name)
+
+        return self._once(caller, device_id, work)
+
+    def names_of(self, device_ids: Iterable[str]) -> Mapping[str, str]:
+        """Return the names of devices; unknown ids are left out."""
+        with self._context.database.read() as session:
+            return device_names.names_of(session, device_ids)
+
+    def find_id(self, reference: str) -> str:
+        """Return the id of the device that a person refers to by id, beginning of an id, or name.
+
+        Raises:
+            DeviceNotFoundError: There is no such device.
+            InvalidRequestError: There are several; the message lists them.
+        """
+        try:
+            with self._context.database.read() as session:
+                device_id = references.find_device_id(session, reference)
+        except ManyMeantError as error:
+            raise InvalidRequestError(str(error), field="reference") from error
+        if device_id is None:
+            raise DeviceNotFoundError
+        return device_id
+
     def groups_of(self, device_ids: Sequence[str]) -> Mapping[str, Sequence[str]]:
         """Return the groups of devices; devices without any are left out."""
         with self._context.database.read() as session:
@@ -277,7 +334,7 @@ class Devices:
         if profile is not None and not _is_reported(device, profile):
             self._profile_changes.take(device_id)
             device = self.update_reported(caller, device_id, profile)
-        return Beat(self._context.clock(), device.state)
+        return Beat(self._context.clock(), device.state, device.name)
 
     def mark_inactive(self, before_s: float) -> int:
         """Mark devices inactive that have not called for `before_s` seconds; return their number."""

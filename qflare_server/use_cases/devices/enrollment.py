@@ -62,8 +62,8 @@ class EnrollmentResult:
 class _Plan:
     """The effect of a valid application, computed before the transaction that applies it.
 
-    `device` is the device whose keys are replaced; None for a new device, which gets `groups`. `done` is set if the
-    application was already applied.
+    `device` is the device whose keys are replaced; None for a new device, which gets `groups` and a name from `label`.
+    `done` is set if the application was already applied.
     """
 
     token_id: str
@@ -71,6 +71,7 @@ class _Plan:
     device: Device | None = None
     done: EnrollmentResult | None = None
     groups: Sequence[str] = ()
+    label: str = ""
 
 
 class Enrollment:
@@ -157,7 +158,7 @@ class Enrollment:
             if not tokens.consume(session, plan.token_id, at):
                 return False
             if plan.device is None:
-                _insert_device(session, plan.device_id, key_columns(application) | profile, at)
+                _insert_device(session, plan, key_columns(application) | profile, at)
                 if plan.groups:
                     membership.set_groups(session, plan.device_id, plan.groups)
             else:
@@ -188,7 +189,8 @@ class Enrollment:
             if devices.get_key(session, application.signature_key.key_id) is not None:
                 raise RefusedError("the signature key is known already")
             if token.device_id is None:
-                return _Plan(token.id, str(uuid.uuid4()), groups=token.device_groups or ())
+                groups = token.device_groups or ()
+                return _Plan(token.id, str(uuid.uuid4()), groups=groups, label=token.subject)
             device = devices.get_device(session, token.device_id)
             if device is None or device.state == DeviceState.REVOKED.value:
                 raise RefusedError("the device is revoked")
@@ -280,14 +282,14 @@ def _enrolled_profile(
     return security_pb2.EnrolledProfile(device_type=named["device_type"], capabilities=numbers)
 
 
-def _insert_device(session: Session, device_id: str, columns: dict[str, Any], at: datetime) -> None:
+def _insert_device(session: Session, plan: _Plan, columns: dict[str, Any], at: datetime) -> None:
     row = {
-        "id": device_id,
+        "id": plan.device_id,
         "state": DeviceState.ACTIVE.value,
         "registered_at": at,
         "last_seen_at": at,
     }
-    devices.insert_device(session, row | columns)
+    devices.insert_device(session, row | columns, label=plan.label)
 
 
 def _replace_lost_keys(

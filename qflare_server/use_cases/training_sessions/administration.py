@@ -7,6 +7,7 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
+from qflare.references import ManyMeantError
 from qflare.tensors import Manifest
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
@@ -23,6 +24,7 @@ from qflare_server.storage.repository import (
     audit,
     global_models,
     membership,
+    references,
     training_sessions,
     updates,
     views,
@@ -342,10 +344,28 @@ class Training:
             remaining = max(0.0, (current.deadline_at - self._context.clock()).total_seconds())
         return Progress(training_session, current, pending, latest, remaining)
 
-    def list(self, request: PageRequest, state: str = "") -> Page[TrainingSession]:
-        """Return training sessions, newest first."""
+    def list(
+        self, request: PageRequest, state: str = "", reference: str = ""
+    ) -> Page[TrainingSession]:
+        """Return training sessions, newest first: those in one state and those that a reference may mean, if given."""
         with self._context.database.read() as session:
-            return training_sessions.list_sessions(session, request, state)
+            return training_sessions.list_sessions(session, request, state, reference)
+
+    def find_id(self, reference: str) -> str:
+        """Return the id of the training session that a person refers to by id, beginning of an id, or name.
+
+        Raises:
+            TrainingSessionNotFoundError: There is no such training session.
+            InvalidRequestError: There are several; the message lists them.
+        """
+        try:
+            with self._context.database.read() as session:
+                session_id = references.find_session_id(session, reference)
+        except ManyMeantError as error:
+            raise InvalidRequestError(str(error), field="reference") from error
+        if session_id is None:
+            raise TrainingSessionNotFoundError
+        return session_id
 
     def list_rounds(self, training_session_id: str, request: PageRequest) -> Page[Round]:
         """Return the rounds of a training session, newest first."""

@@ -23,8 +23,6 @@ from qflare_server.training.rounds import MISSED_QUORUM
 
 MAX_LOOKED_AT: Final = 100
 MAX_NAMED: Final = 5
-UUID_LENGTH: Final = 36
-SHORT_ID: Final = 8
 LEAST_SILENCE_S: Final = 60.0
 WORK: Final = "wait for them, or look at their logs"
 RUN: Final = "check that they run and reach the coordinator, or suspend them"
@@ -40,13 +38,15 @@ class Notice:
         code: Kind of the notice: a stable lower-case word.
         text: The reason, one sentence without a period.
         remedy: Action for the administrator.
-        device_ids: Full ids of the devices that the notice names.
+        device_ids: Ids of the devices that the notice is about.
+        device_names: Their names, in the same order.
     """
 
     code: str
     text: str
     remedy: str
     device_ids: Sequence[str] = ()
+    device_names: Sequence[str] = ()
 
 
 class Explanations:
@@ -128,9 +128,15 @@ class Explanations:
         code = "device_failed" if failed else "device_silent" if silent else "round_waits"
         remedies = [MEND] if failed else []
         remedies += [RUN] if silent else []
-        named = [item.device_id for item in (*failed, *silent, *working)]
+        about = (*failed, *silent, *working)
         text = f"{what}: {', '.join(parts)}" if parts else what
-        return Notice(code, text, "; ".join(remedies) or WORK, named)
+        return Notice(
+            code,
+            text,
+            "; ".join(remedies) or WORK,
+            [item.device_id for item in about],
+            [item.name for item in about],
+        )
 
     def _silent_s(self, item: MissingDevice, now: datetime) -> float | None:
         """Return a silent device's seconds since its last call: infinite without a call, None if it is not silent."""
@@ -149,9 +155,9 @@ class Explanations:
             silent_s = self._silent_s(item, now)
             assert silent_s is not None
             when = "never seen" if item.last_seen_at is None else f"last seen {_ago(silent_s)} ago"
-            groups.setdefault(when, []).append(item.device_id)
-        for when, ids in groups.items():
-            yield f"{_names(ids)} {'was' if len(ids) == 1 else 'were'} {when}"
+            groups.setdefault(when, []).append(item.name)
+        for when, names in groups.items():
+            yield f"{_list(names)} {'was' if len(names) == 1 else 'were'} {when}"
 
 
 def _not_started(row: TrainingSession) -> Notice:
@@ -189,24 +195,19 @@ def _is_half_over(current: Round, now: datetime) -> bool:
 
 def _failure(item: MissingDevice) -> str:
     told = f": {item.text}" if item.text else ""
-    return f"{_name(item.device_id)} reported {item.kind}{told}"
+    return f"{item.name} reported {item.kind}{told}"
 
 
 def _working(working: Sequence[MissingDevice]) -> Iterator[str]:
     if working:
-        ids = [item.device_id for item in working]
-        yield f"{_names(ids)} {'is' if len(ids) == 1 else 'are'} at work"
+        names = [item.name for item in working]
+        yield f"{_list(names)} {'is' if len(names) == 1 else 'are'} at work"
 
 
-def _name(device_id: str) -> str:
-    return device_id[:SHORT_ID] if len(device_id) == UUID_LENGTH else device_id
-
-
-def _names(ids: Sequence[str]) -> str:
+def _list(names: Sequence[str]) -> str:
     """Return names as a list for a sentence, shortened to the first five."""
-    names = [_name(device_id) for device_id in ids[:MAX_NAMED]]
-    if len(ids) > MAX_NAMED:
-        return f"{', '.join(names)} and {len(ids) - MAX_NAMED} more"
+    if len(names) > MAX_NAMED:
+        return f"{', '.join(names[:MAX_NAMED])} and {len(names) - MAX_NAMED} more"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

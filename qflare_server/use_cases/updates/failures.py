@@ -7,7 +7,13 @@ from sqlalchemy.orm import Session
 
 from qflare_server.context import Context
 from qflare_server.errors import RoundNotOpenError, TrainingSessionNotFoundError
-from qflare_server.storage.repository import audit, device_failures, devices, training_sessions
+from qflare_server.storage.repository import (
+    audit,
+    device_failures,
+    device_names,
+    devices,
+    training_sessions,
+)
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.tables import RiskLevel
 from qflare_server.use_cases.updates.acceptance import refuse_device
@@ -63,7 +69,8 @@ class Failures:
             )
             if is_first:
                 subject = f"training_session:{training_session_id}"
-                details = {"round": number, "kind": kind}
+                name = device_names.names_of(session, [device_id]).get(device_id, "")
+                details = {"device_name": name, "round": number, "kind": kind}
                 event = Event("device.failed", subject, RiskLevel.MEDIUM, details)
                 audit.record(session, caller, event, at)
 

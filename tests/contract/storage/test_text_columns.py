@@ -13,6 +13,7 @@ from qflare_server.serving.coordinator import replica_name
 from qflare_server.storage import tables
 from qflare_server.storage.repository import leases
 from qflare_server.storage.repository.audit import Caller
+from qflare_server.storage.repository.device_names import MAX_NAME as MAX_DEVICE_NAME
 from qflare_server.training.config import MAX_ATTRIBUTE, MAX_STRATEGY_NAME
 from qflare_server.use_cases.access.failed_attempts import FailedAttempts
 from qflare_server.use_cases.access.tokens import MAX_LABEL, Tokens
@@ -46,6 +47,7 @@ LONGEST: Final[dict[str, int]] = {
     "device_groups.group_name": 63,
     "device_keys.retired_reason": max(len(LOST_KEYS), len("replaced in-process")),
     "devices.device_type": 100,
+    "devices.name": MAX_DEVICE_NAME,
     "devices.id": MAX_DEVICE_ID,
     "devices.reported_type": 100,
     "devices.state": longest(tables.DeviceState),

@@ -1,7 +1,8 @@
 """A database that an earlier version of the program has filled keeps everything when it is upgraded."""
 
+import uuid
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import pytest
@@ -290,6 +291,36 @@ def test_updates_from_before_have_an_origin_and_versions_say_nothing_of_it(engin
     }
     assert origins == {SESSION: "device", "in-process-1": "in_process"}
     assert {row["in_process_count"] for row in rows_of(engine, "global_models")} == {None}
+
+
+def test_devices_from_before_are_named_after_their_tokens(engine: Engine) -> None:
+    ids = [f"5f0c31aa-7d5e-4f5e-9d22-4d90f5cc31{number}" for number in range(60, 65)]
+    labels = ["ward 3", "ward 3", ids[0], "", None]
+    devices, tokens = (reflected(engine)[name] for name in ("devices", "user_tokens"))
+    with engine.begin() as connection:
+        for device_id, label in zip(ids, labels, strict=True):
+            connection.execute(insert(devices).values(id=device_id, **DEVICE))
+            if label is not None:
+                for used_at, subject in ((AT, label), (AT + timedelta(days=1), "rekey")):
+                    connection.execute(
+                        insert(tokens).values(
+                            **OLD["user_tokens"][0]
+                            | {"id": uuid.uuid4().hex, "token_hash": uuid.uuid4().hex}
+                            | {"subject": subject, "device_id": device_id, "used_at": used_at}
+                        )
+                    )
+
+    schema.upgrade(engine)
+
+    names = {row["id"]: row["name"] for row in rows_of(engine, "devices")}
+    assert [names[device_id] for device_id in ids] == [
+        "ward-3",
+        "ward-3-2",
+        "5f0c31aa",
+        "5f0c31aa-2",
+        "5f0c31aa-3",
+    ]
+    assert [names["enrolled"], names["program"]] == ["enrolled", "program"]
 
 
 def test_sessions_and_devices_from_before_are_in_no_group(engine: Engine) -> None:

@@ -111,7 +111,8 @@ def test_every_move_is_audited_with_both_states(core: CoordinatorHarness) -> Non
     core.devices.suspend(ALICE, "device-0", "looks odd")
 
     (entry,) = entries(core, "device.suspended")
-    assert entry.details == {"from": "active", "reason": "looks odd"}
+    told = {"device_name": "device-0", "from": "active", "reason": "looks odd"}
+    assert entry.details == told
     assert (entry.subject, entry.risk_level) == ("device:device-0", "high")
 
 

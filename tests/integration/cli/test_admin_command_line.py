@@ -89,8 +89,8 @@ def test_a_download_cut_short_leaves_no_file(finished: str, tmp_path: Path) -> N
 
 def test_tables_are_for_people(finished: str, shell: Shell) -> None:
     listed = shell("session", "list")
-    assert listed.splitlines()[0].startswith("id ")
-    assert finished in listed
+    assert listed.splitlines()[0].split()[:2] == ["name", "id"]
+    assert finished[:8] in listed
     assert "completed" in listed
     rounds = shell("session", "rounds", finished).splitlines()
     assert len(rounds) == 3
@@ -172,7 +172,7 @@ def test_devices_are_listed_suspended_and_reinstated(deployment: Any, shell: She
     assert device["profile"]["device_type"] == "phone"
     device_id = device["device_id"]
     assert "suspended" in shell("device", "suspend", device_id, "--reason", "lost")
-    assert device_id in shell("device", "list", "--state", "suspended")
+    assert device_id[:8] in shell("device", "list", "--state", "suspended")
     assert "active" in shell("device", "reinstate", device_id)
     assert "revoked" in shell("device", "revoke", device_id)
 
@@ -185,7 +185,7 @@ def test_devices_are_put_into_groups_and_confirmed(deployment: Any, shell: Shell
     assert "trial,ward-3" in shell(
         "device", "set-groups", device_id, "--group", "ward-3", "--group", "trial"
     )
-    assert device_id in shell("device", "list", "--group", "trial")
+    assert device_id[:8] in shell("device", "list", "--group", "trial")
     shown = json.loads(
         shell("device", "confirm", device_id, "--capability", "ram_mib=1024", "--json")
     )["device"]
@@ -196,7 +196,45 @@ def test_devices_are_put_into_groups_and_confirmed(deployment: Any, shell: Shell
     assert shown["profile"]["device_type"] == "server"
     assert shown["profile"]["capabilities"] == {"ram_mib": 4096}
     shell("device", "set-groups", device_id)
-    assert device_id not in shell("device", "list", "--group", "trial")
+    assert device_id[:8] not in shell("device", "list", "--group", "trial")
+
+
+def test_devices_go_by_their_names_and_by_the_beginning_of_their_ids(
+    deployment: Any, shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = deployment.device("ward 3"), deployment.device("ward 3b", label="ward 3")
+
+    listed = shell("device", "list").splitlines()
+
+    assert {line.split()[0] for line in listed} == {"name", "ward-3", "ward-3-2"}
+    assert second.device_id in shell("device", "show", "ward-3-2")
+    assert first.heartbeat().device_name == "ward-3"
+    assert "theatre" in shell("device", "rename", first.device_id[:6], "theatre")
+    assert "suspended" in shell("device", "suspend", "theatre", "--reason", "test")
+    assert "device:theatre" in shell("audit", "list", "--subject", "device:theatre")
+    assert main(["device", "show", "ward-3"]) == 1
+    assert "no device with the id or the name 'ward-3'" in capsys.readouterr().err
+    assert main(["device", "rename", "theatre", "ward-3-2"]) == 1
+    assert "another device has the name 'ward-3-2'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("deployment")
+def test_training_sessions_go_by_their_names_and_by_the_beginning_of_their_ids(
+    shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [
+        shell("session", "create", "--name", name, "--rounds", "1", "--quorum", "1").strip()
+        for name in ("digits", "letters", "letters")
+    ]
+
+    assert ids[0] in shell("session", "show", "digits")
+    assert ids[1] in shell("session", "show", ids[1][:12])
+    assert main(["session", "show", "letters"]) == 2
+    said = capsys.readouterr().err
+    assert "several training sessions: 'letters' may be letters" in said
+    assert ids[1] in said
+    assert ids[2] in said
+    assert "try: the whole id" in said
 
 
 def test_tokens_and_training_sessions_are_for_groups(shell: Shell) -> None:

@@ -92,6 +92,7 @@ class Filled:
             tables.Device,
             lambda number: {
                 "id": f"{number:03}{WIDE * 252}",
+                "name": f"{number:03}{WIDE * 61}",
                 "state_reason": WIDE * 500,
                 "device_type": WIDE * 100,
                 "reported_type": WIDE * 100,
@@ -255,6 +256,7 @@ def check_single_answers(filled: Filled) -> None:
     for method in ("SuspendDevice", "ReinstateDevice", "RevokeDevice"):
         wanted = getattr(admin_pb2, f"{method}Request")(device_id=device_id, reason=reason)
         filled.call(method, wanted)
+    filled.call("RenameDevice", admin_pb2.RenameDeviceRequest(device_id=device_id, name=WIDE * 64))
 
 
 def check_exports(filled: Filled) -> None:
@@ -380,6 +382,7 @@ def test_every_answer_of_no_fixed_size_is_filled_here() -> None:
         "ExportAuditEntriesResponse",
         "ExportVerificationBundleResponse",
         "GetDeviceResponse",
+        "RenameDeviceResponse",
         "SuspendDeviceResponse",
         "ReinstateDeviceResponse",
         "RevokeDeviceResponse",

@@ -89,6 +89,7 @@ def steps(deployment: Deployment) -> list[tuple[str, dict[str, Any]]]:
         ("CancelTrainingSession", {"training_session_id": waiting, "reason": "test"}),
         ("ReleaseGlobalModel", {"training_session_id": trained, "version": 1, "reason": "test"}),
         ("RollbackGlobalModel", {"training_session_id": trained, "version": 0, "reason": "test"}),
+        ("RenameDevice", {**device, "name": "ward-3"}),
         ("SuspendDevice", device),
         ("ReinstateDevice", device),
         ("SetDeviceGroups", {**device, "groups": ["ward-3"]}),

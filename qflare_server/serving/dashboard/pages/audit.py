@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from qflare.references import party
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages.overview import audit_counts, risk_slices
 from qflare_server.storage.records import AuditLog
-from qflare_server.storage.repository.audit import AuditFilter
+from qflare_server.storage.repository.audit import AuditFilter, device_of
 from qflare_server.storage.tables import RiskLevel
 
 ROWS: Final = 25
@@ -40,8 +41,10 @@ def build(visit: PageContext) -> Mapping[str, Any]:
         subject=visit.text("subject"),
     )
     page = visit.use_cases.audit.list(visit.rows(ROWS), wanted)
+    parties = {device_of(party) for row in page.rows for party in (row.actor, row.subject)}
+    names = visit.use_cases.devices.names_of(parties - {""})
     return {
-        "rows": [_row(row, visit) for row in page.rows],
+        "rows": [_row(row, visit, names) for row in page.rows],
         "next_token": page.next_token,
         "first": not visit.text("page"),
         "wanted": wanted,
@@ -49,15 +52,15 @@ def build(visit: PageContext) -> Mapping[str, Any]:
     }
 
 
-def _row(row: AuditLog, visit: PageContext) -> EventRow:
+def _row(row: AuditLog, visit: PageContext, names: Mapping[str, str]) -> EventRow:
     details = [(str(name), str(value)) for name, value in sorted(row.details.items())]
     return EventRow(
         number=row.id,
         at=moment(row.created_at, visit.at),
         risk=row.risk_level,
         event_type=row.event_type,
-        actor=row.actor,
-        subject=row.subject,
+        actor=party(row.actor, names.get(device_of(row.actor), "")),
+        subject=party(row.subject, names.get(device_of(row.subject), "")),
         peer_address=row.peer_address,
         brief=", ".join(f"{name} {_cut(value)}" for name, value in details if value),
         details=details,

@@ -28,6 +28,7 @@ class DeviceRow:
     """A device in the list."""
 
     device_id: str
+    device_name: str
     state: str
     state_reason: str
     device_type: str
@@ -88,6 +89,7 @@ def build_device(visit: PageContext) -> Mapping[str, Any]:
 def _row(device: Device, visit: PageContext) -> DeviceRow:
     return DeviceRow(
         device_id=device.id,
+        device_name=device.name,
         state=device.state,
         state_reason=device.state_reason,
         device_type=device.device_type,

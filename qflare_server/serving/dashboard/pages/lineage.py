@@ -91,4 +91,5 @@ def build_version(visit: PageContext) -> Mapping[str, Any]:
         "statement": proof.statement,
         "published": moment(proof.model.created_at, visit.at),
         "has_next": number < owner.current_version,
+        "names": visit.use_cases.devices.names_of(item.device_id for item in proof.updates),
     }

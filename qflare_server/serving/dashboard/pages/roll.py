@@ -22,6 +22,7 @@ class Place:
     """A device in a running round: `state` is `sent`, `rejected`, `waiting` or `silent`."""
 
     device_id: str
+    device_name: str
     device_type: str
     state: str
     after: str
@@ -33,9 +34,11 @@ def roll(owner: TrainingSession, row: Round | None, visit: PageContext) -> Seque
     if row is None or row.state != RoundState.OPEN.value:
         return []
     page = visit.use_cases.training.list_updates(owner.id, row.number, PageRequest(SHOWN))
+    names = visit.use_cases.devices.names_of(item.device_id for item in page.rows)
     sent = [
         Place(
             item.device_id,
+            names.get(item.device_id, item.device_id),
             "",
             "rejected" if item.state == UpdateState.REJECTED.value else "sent",
             formatting.duration((item.accepted_at - row.opened_at).total_seconds()),
@@ -71,6 +74,7 @@ def _absent(device: Device, visit: PageContext) -> Place:
     is_silent = seen is None or visit.at - seen > SILENT
     return Place(
         device.id,
+        device.name,
         device.device_type,
         "silent" if is_silent else "waiting",
         "",

@@ -71,6 +71,7 @@ class UpdateRow:
     """An update in a list."""
 
     device_id: str
+    device_name: str
     is_in_process: bool
     state: str
     state_reason: str
@@ -179,20 +180,24 @@ def build_round(visit: PageContext) -> Mapping[str, Any]:
     found = visit.use_cases.training.participation(training_session_id, number)
     page = visit.use_cases.training.list_updates(training_session_id, number, visit.rows(50))
     owner = visit.use_cases.training.get(training_session_id)
+    names = visit.use_cases.devices.names_of(
+        [*(row.device_id for row in page.rows), *found.absent_ids]
+    )
     return {
         "session": session_row(owner, visit),
         "roll": roll(owner, found.round, visit),
         "round": round_row(found.round, visit),
-        "updates": [_update_row(row, found.round.opened_at) for row in page.rows],
-        "absent": found.absent_ids,
+        "updates": [_update_row(row, found.round.opened_at, names) for row in page.rows],
+        "absent": [(item, names.get(item, item)) for item in found.absent_ids],
         "next_token": page.next_token,
         "first": not visit.text("page"),
     }
 
 
-def _update_row(row: ModelUpdate, opened_at: datetime) -> UpdateRow:
+def _update_row(row: ModelUpdate, opened_at: datetime, names: Mapping[str, str]) -> UpdateRow:
     return UpdateRow(
         device_id=row.device_id,
+        device_name=names.get(row.device_id, row.device_id),
         is_in_process=row.origin == UpdateOrigin.IN_PROCESS.value,
         state=row.state,
         state_reason=row.state_reason,

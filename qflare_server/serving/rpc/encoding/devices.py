@@ -1,6 +1,7 @@
 """Encoding of devices and tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from qflare.v1 import admin_service_pb2, device_pb2, training_pb2
 from qflare_server.serving.rpc.encoding.values import _numbers, _texts, state_name, timestamp
@@ -12,6 +13,7 @@ def device(row: Device, groups: Sequence[str] = ()) -> device_pb2.Device:
     """Encode a device with its groups."""
     message = device_pb2.Device(
         device_id=row.id,
+        name=row.name,
         state=device_state(row.state),
         state_reason=row.state_reason,
         signature_key_id=row.signature_key_id or "",
@@ -39,8 +41,10 @@ def device(row: Device, groups: Sequence[str] = ()) -> device_pb2.Device:
     return message
 
 
-def token(row: UserToken) -> admin_service_pb2.Token:
-    """Encode a token without its secret."""
+def token(
+    row: UserToken, names: Mapping[str, str] = MappingProxyType({})
+) -> admin_service_pb2.Token:
+    """Encode a token without its secret, with the present name of its device."""
     return admin_service_pb2.Token(
         token_id=row.id,
         kind=admin_service_pb2.TokenKind.Value(f"TOKEN_KIND_{row.kind.upper()}"),
@@ -53,6 +57,7 @@ def token(row: UserToken) -> admin_service_pb2.Token:
         revoke_time=timestamp(row.revoked_at),
         revoke_reason=row.revoked_reason,
         groups=row.device_groups or (),
+        device_name=names.get(row.device_id or "", ""),
     )
 
 

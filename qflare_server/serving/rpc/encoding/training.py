@@ -104,7 +104,11 @@ def notices(found: Iterable[Notice]) -> list[training_pb2.Notice]:
     """Encode what a training session waits for."""
     return [
         training_pb2.Notice(
-            code=item.code, text=item.text, remedy=item.remedy, device_ids=item.device_ids
+            code=item.code,
+            text=item.text,
+            remedy=item.remedy,
+            device_ids=item.device_ids,
+            device_names=item.device_names,
         )
         for item in found
     ]

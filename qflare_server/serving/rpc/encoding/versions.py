@@ -1,5 +1,7 @@
 """Encoding of global models, updates and receipts."""
 
+from collections.abc import Mapping
+
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import coordinator_service_pb2, security_pb2, tensor_pb2, training_pb2
 from qflare_server.serving.rpc.encoding import values
@@ -61,13 +63,14 @@ def _download(row: GlobalModel) -> training_pb2.EncodedPayload | None:
     )
 
 
-def model_update(row: ModelUpdate) -> training_pb2.ModelUpdate:
-    """Encode an update."""
+def model_update(row: ModelUpdate, names: Mapping[str, str]) -> training_pb2.ModelUpdate:
+    """Encode an update, with the present name of its device."""
     return training_pb2.ModelUpdate(
         update_id=row.id,
         training_session_id=row.training_session_id,
         round_number=row.round_number,
         device_id=row.device_id,
+        device_name=names.get(row.device_id, ""),
         base_version=row.base_version,
         payload_digest=row.payload_digest,
         size_bytes=row.size_bytes,
