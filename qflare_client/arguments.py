@@ -116,6 +116,17 @@ def text(what: str, value: object, *, is_secret: bool = False) -> str:
     return value
 
 
+def texts(what: str, value: object) -> tuple[str, ...]:
+    """Return texts that can be sent; see `text`.
+
+    Raises:
+        InvalidArgumentError: It is no list or tuple of such texts.
+    """
+    if not isinstance(value, list | tuple):
+        raise InvalidArgumentError(f"{what}: got {type(value).__name__}, want a list of str")
+    return tuple(text(f"{what}[{index}]", item) for index, item in enumerate(value))
+
+
 def tensors(what: str, value: object) -> Mapping[str, Array]:
     """Return a mapping of names to arrays.
 

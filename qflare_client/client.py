@@ -39,6 +39,7 @@ from qflare_client.models.lineage import (
     read_lineage,
     read_statements,
 )
+from qflare_client.models.local_tensors import LocalTensors
 from qflare_client.models.outbox import Outbox
 from qflare_client.models.privacy_ledger import PrivacyLedger
 from qflare_client.models.sender import UpdateSender
@@ -80,6 +81,8 @@ class Client:
             connection, inside the authenticated login.
         error_feedback: Accumulate the elements that top-k updates omit, and add them to the next update.
         keep_updates: Keep finished updates in the key store, at full size, until they are accepted or refused.
+        local_tensors: Patterns of the names of tensors that never leave this device, as of `fnmatch`, beside those of
+            the training session; a version that holds one is not trained from.
 
     Every method raises `InvalidArgumentError` for arguments that cannot be used, such as a version below 0, before
     anything is sent.
@@ -108,11 +111,13 @@ class Client:
         require_pq_tls: bool = False,
         error_feedback: bool = True,
         keep_updates: bool = True,
+        local_tensors: Sequence[str] = (),
     ) -> None:
         flags = (insecure, proof_of_possession, require_pq_tls, error_feedback, keep_updates)
         for value, name in zip(flags, _FLAGS, strict=True):
             arguments.flag(name, value)
         arguments.check_callable("progress", progress, is_optional=True)
+        own_patterns = arguments.texts("local_tensors", local_tensors)
         policy = arguments.optional("retry", retry, RetryPolicy) or RetryPolicy()
         self._progress = progress or silent
         known = arguments.optional("defaults", defaults, TrainingDefaults)
@@ -132,6 +137,7 @@ class Client:
             self._trust = Trust.load(self._store, self._open_calls)
             self._versions = AcceptedVersions(self._store)
             self._ledger = PrivacyLedger(self._store)
+            self._local = LocalTensors(self._store, own_patterns)
             outbox = Outbox(self._store) if keep_updates else None
             self._login = Login(
                 self._open_calls,
@@ -286,7 +292,18 @@ class Client:
         )
         check_base(task, model.digest)
         check_sealing(task, model.statement)
+        self._local.require_absent(model.manifest)
         return model
+
+    def local_tensors(self, training_session_id: str) -> dict[str, Array]:
+        """Return the tensors of a training session that stay on this device, as they were trained last.
+
+        They are kept after the training session ends. Empty before the first training.
+
+        Args:
+            training_session_id: Training session.
+        """
+        return self._local.read(_session_id(training_session_id))
 
     def submit(
         self,
@@ -309,7 +326,7 @@ class Client:
             base: The version that the task names.
             arrays: The trained tensors: names and shapes of the base version's. Numbers are rounded to its floating
                 types and converted to its integer types, where they are in range; do not modify them before the call
-                returns.
+                returns. Local tensors are kept on the device, instead of those kept before.
             example_count: Number of local examples, 1 to 2^40.
             metrics: Metrics by name, finite.
             privacy: Clips the delta and adds noise before it leaves the device; None sends it unchanged.
@@ -324,6 +341,8 @@ class Client:
             QflareClientError: The call failed.
         """
         _check_submission(task, base, privacy, timeout_s)
+        if isinstance(arrays, Mapping):
+            arrays = self._local.keep(task, arrays)
         contribution = Contribution(base, arrays, example_count, {} if metrics is None else metrics)
         return self._sender.submit(task, contribution, privacy, timeout_s)
 

@@ -50,7 +50,10 @@ from qflare_client.tasks import Task, TaskKind, TrainingTask
 TrainFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask], tuple[Mapping[str, Array], int, Mapping[str, float]]
 ]
-"""Maps a copy of the global model's arrays and the settings to (trained arrays, example count, metrics)."""
+"""Maps a copy of the global model's arrays and the settings to (trained arrays, example count, metrics).
+
+The tensors that stay on the device (`transfer.local_tensors`) are among the arrays from the second training on; at the
+first the function begins with its own."""
 
 EvaluateFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask], tuple[int, Mapping[str, float]]
@@ -246,6 +249,7 @@ class _Loop:
             return
         with span("qflare.device.train"), self._failures_reported(task):
             given, base = self._handed_over(task, base)
+            given |= self._client.local_tensors(task.training_session_id)
             arrays, example_count, metrics = _returned(
                 self._train(given, task.config), "training", _TRAINED
             )
@@ -264,7 +268,7 @@ class _Loop:
         if is_needed or base.manifest.size_bytes < _LARGE_BYTES or needs_base(task.transfer):
             return _copy(base), base
         self._held = None
-        return base.arrays, replace(base, arrays={})
+        return dict(base.arrays), replace(base, arrays={})
 
     def _measure(self, task: Task) -> float:
         if self._evaluate is None:
@@ -273,7 +277,8 @@ class _Loop:
         if self._client.lifetime.is_ending():
             return 0.0
         with self._failures_reported(task):
-            result = self._evaluate(_copy(model), task.config)
+            given = _copy(model) | self._client.local_tensors(task.training_session_id)
+            result = self._evaluate(given, task.config)
             example_count, metrics = _returned(result, "evaluation", _EVALUATED)
         self._bounds.seen()
         self._client.report_evaluation(task, example_count, metrics)

@@ -653,6 +653,7 @@ class TransferPolicy(_message.Message):
     PAYLOAD_RETENTION_FIELD_NUMBER: _builtins.int
     RETAINED_ROUNDS_FIELD_NUMBER: _builtins.int
     DOWNLOAD_ENCODING_FIELD_NUMBER: _builtins.int
+    LOCAL_TENSORS_FIELD_NUMBER: _builtins.int
     update_kind: Global___UpdateKind.ValueType
     """Kind of tensors in updates."""
     update_encoding: Global___Encoding.ValueType
@@ -669,6 +670,12 @@ class TransferPolicy(_message.Message):
     """Encoding of version downloads: ENCODING_NONE, ENCODING_FLOAT16 or ENCODING_BFLOAT16. Updates are relative to the
     downloaded form of the base version and state this encoding as base_encoding.
     """
+    @_builtins.property
+    def local_tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Partial sharing: patterns of the names of tensors that stay on each device and are part of no version, such as
+        "*.bn*". Shell-style: * any characters, ? one character, [seq] one of these; upper and lower case differ.
+        """
+
     def __init__(
         self,
         *,
@@ -679,10 +686,11 @@ class TransferPolicy(_message.Message):
         payload_retention: Global___PayloadRetention.ValueType = ...,
         retained_rounds: _builtins.int = ...,
         download_encoding: Global___Encoding.ValueType = ...,
+        local_tensors: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["download_encoding", b"download_encoding", "payload_retention", b"payload_retention", "retained_rounds", b"retained_rounds", "sealed", b"sealed", "top_k_fraction", b"top_k_fraction", "update_encoding", b"update_encoding", "update_kind", b"update_kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["download_encoding", b"download_encoding", "local_tensors", b"local_tensors", "payload_retention", b"payload_retention", "retained_rounds", b"retained_rounds", "sealed", b"sealed", "top_k_fraction", b"top_k_fraction", "update_encoding", b"update_encoding", "update_kind", b"update_kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,24 +17,21 @@ algorithm 2 (error feedback).
 """
 
 import hashlib
-import json
 import logging
-import struct
 import threading
 from collections.abc import Callable, Mapping
 from typing import Final
 
 import numpy as np
 
-from qflare.tensors import Array, DType, Manifest, TensorSpec, assemble, chunks
+from qflare.tensors import Array, DType, Manifest, TensorSpec
 from qflare.tensors.encodings import INDEX_SUFFIX, VALUE_SUFFIX, narrow
 from qflare_client.errors import KeyStoreError
 from qflare_client.keystore.store import KeyStore
+from qflare_client.models.array_files import arrays_of, encode, facts_of
 
 _log = logging.getLogger(__name__)
 
-_LENGTH: Final = struct.Struct(">I")
-_DIGEST_BYTES: Final = hashlib.sha256().digest_size
 _PENDING: Final = ".pending"
 
 Residual = dict[str, Array]
@@ -183,12 +180,12 @@ class ErrorFeedback:
         data = self._load(name)
         if data is None:
             return {}
-        facts = _facts(data)
+        facts = facts_of(data)
         wanted = (training_session_id, layout.layout_digest)
         if (facts.get("training_session_id"), facts.get("layout_digest")) != wanted:
             _log.warning("error-feedback residual dropped: damaged or of another layout")
             return {}
-        return assemble(layout, [memoryview(data)[_payload_start(data) : -_DIGEST_BYTES]])
+        return arrays_of(data, layout)
 
     def _load(self, name: str) -> bytes | None:
         try:
@@ -204,38 +201,17 @@ def _name(training_session_id: str) -> str:
 
 
 def _encode(training_session_id: str, update_id: str, residual: Residual) -> bytes:
-    """Return the bytes of a file: a header, the payload, and the SHA-256 of both."""
-    manifest = Manifest.from_arrays(residual)
     facts = {
         "training_session_id": training_session_id,
         "update_id": update_id,
-        "layout_digest": manifest.layout_digest,
+        "layout_digest": Manifest.from_arrays(residual).layout_digest,
     }
-    header = json.dumps(facts).encode()
-    body = bytearray(_LENGTH.pack(len(header)) + header)
-    for chunk in chunks(residual, manifest):
-        body += chunk
-    body += hashlib.sha256(body).digest()
-    return bytes(body)
-
-
-def _payload_start(data: bytes) -> int:
-    (length,) = _LENGTH.unpack_from(data)
-    return int(_LENGTH.size + length)
+    return encode(facts, residual)
 
 
 def _update_id(data: bytes, training_session_id: str) -> str:
     """Return the id of the update that a file belongs to; empty if it is damaged or of another training session."""
-    facts = _facts(data)
+    facts = facts_of(data)
     return (
         str(facts["update_id"]) if facts.get("training_session_id") == training_session_id else ""
     )
-
-
-def _facts(data: bytes) -> dict[str, str]:
-    """Return the header of a file; empty if it is damaged."""
-    view = memoryview(data)
-    if hashlib.sha256(view[:-_DIGEST_BYTES]).digest() != view[-_DIGEST_BYTES:]:
-        return {}
-    facts: dict[str, str] = json.loads(data[_LENGTH.size : _payload_start(data)])
-    return facts

@@ -15,6 +15,7 @@ from qflare.tensors import DType, Manifest
 from qflare.tensors import InvalidManifestError as BadManifestError
 from qflare.tensors.download_encodings import DOWNLOAD_ENCODINGS
 from qflare.tensors.encodings import Encoding, wire_manifest
+from qflare.tensors.local_tensors import is_local
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidManifestError, InvalidRequestError
 from qflare_server.training.groups import checked_groups
@@ -408,6 +409,13 @@ def require_trainable(
     except BadManifestError as error:
         raise _unusable(f"updates as {encoding.name.lower()}: {error}") from error
     _require_describable(manifest, wire)
+    local = next(
+        (spec.name for spec in manifest.tensors if is_local(spec.name, policy.local_tensors)), None
+    )
+    if local is not None:
+        raise _unusable(
+            f"tensor {local!r} matches transfer.local_tensors: it stays on each device, so leave it out of the model"
+        )
     if wire.size_bytes > max_payload_bytes:
         raise _unusable(
             f"updates as {encoding.name.lower()}: got {wire.size_bytes} bytes, want at most {max_payload_bytes}"

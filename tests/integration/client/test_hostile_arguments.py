@@ -130,6 +130,7 @@ def test_calls_of_a_client(stage: Stage) -> None:
     strike(client.lineage, {**session, "first_version": 0, "last_version": None, "timeout_s": None})
     strike(client.evidence, {**session, "receipts": ()})
     strike(client.audit_head, {"timeout_s": None})
+    strike(client.local_tensors, session)
     strike(client.rotate_keys, {"algorithm": None})
     strike(base.save, {"path": Path("/nowhere/model.safetensors")}, OSError)
 
@@ -218,7 +219,7 @@ def test_all_public_names_are_tried() -> None:
     assert methods - {"close"} == {
         *("submit", "report_evaluation", "send_kept", "get_task", "download_base", "download"),
         *("require_release", "privacy_epsilon", "lineage", "evidence", "audit_head"),
-        *("rotate_keys", "heartbeat", "contribution_proof", "report_failure"),
+        *("rotate_keys", "heartbeat", "contribution_proof", "report_failure", "local_tensors"),
     }
 
 
