@@ -118,7 +118,7 @@ def test_a_model_with_a_local_tensor_is_refused(deployment: Any) -> None:
         deployment.session(SHARED | {"bn1.mean": np.zeros(2, np.float32)}, transfer=NORMS)
 
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "'bn1.mean' matches transfer.local_tensors" in caught.value.details()
+    assert "'bn1.mean' matches transfer.local_tensors" in str(caught.value.details())
     assert info_of(caught.value).reason == "INVALID_MANIFEST"
 
 
