@@ -19,6 +19,7 @@ from qflare_server.aggregation.fold import BATCH, RoundFold, WrittenVersion
 from qflare_server.aggregation.outcome import read_outcome
 from qflare_server.aggregation.plan import read_plan
 from qflare_server.context import Context
+from qflare_server.errors import DamagedPayloadError
 from qflare_server.storage.database import Database
 from qflare_server.storage.payload_records import ReceivedPayload, content_digest_of
 from qflare_server.storage.payload_store import PayloadStore
@@ -101,15 +102,19 @@ def recompute_version(
         return dataclasses.replace(result, differences=(problem,))
 
     def run(recorded: Mapping[str, UpdateAssessment] | None) -> tuple[str, ...]:
-        fold = RoundFold(
-            _without_writing(context),
-            plan,
-            noise_seed=seed,
-            thread_count=thread_count,
-            recorded=recorded,
-            revision=int(model.strategy_state.get("revision", 1)),
-        )
-        return _repeat(context, model, statement, fold, folded)
+        try:
+            fold = RoundFold(
+                _without_writing(context),
+                plan,
+                noise_seed=seed,
+                thread_count=thread_count,
+                recorded=recorded,
+                revision=int(model.strategy_state.get("revision", 1)),
+                refuses_damaged=False,
+            )
+            return _repeat(context, model, statement, fold, folded)
+        except DamagedPayloadError as error:
+            return (_damage(error, folded),)
 
     found = run(None)
     record = read_outcome(context, model) if found else None
@@ -131,17 +136,19 @@ def _repeat(
         with ThreadPoolExecutor(2) as executor:
             written = fold.write(executor, context.clock())
     except NotEnoughUpdatesError as error:
-        return (*_refused(fold), f"no version comes out: {error}")
-    found = (
+        return (f"no version comes out: {error}",)
+    return (
         *_compare(fold, statement, written),
         *_compare_vectors(context, model, written.vectors),
     )
-    return (*_refused(fold), *found) if found else ()
 
 
-def _refused(fold: RoundFold) -> list[str]:
-    """Describe the updates that are not folded because what is stored of them is not what was signed."""
-    return [f"update {update_id}: {reason}" for update_id, reason in sorted(fold.refusals.items())]
+def _damage(error: DamagedPayloadError, folded: Sequence[AcceptedUpdate]) -> str:
+    """Describe stored bytes that no version can be recomputed from."""
+    for update in folded:
+        if update.payload_id == error.payload_id:
+            return f"payload: made of update {update.update_id}, of which {error.problem}"
+    return f"payload: made of {error}"
 
 
 def _compare_copy(

@@ -231,4 +231,5 @@ def test_a_version_of_a_payload_that_was_altered_later_is_told_apart(
 
     again = recompute_version(core.context, session_id, 1)
 
-    assert again.differences[0].startswith(f"update {ids[1]}: {EVIDENCE_REASON}chunk 1 is not")
+    problem = "chunk 1 is not the one that was received"
+    assert again.differences == (f"payload: made of update {ids[1]}, of which {problem}",)
