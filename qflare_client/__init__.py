@@ -67,6 +67,7 @@ from qflare_client.errors import (
 from qflare_client.loop import RunSummary, run
 from qflare_client.models.download import GlobalModel, ProgressHook
 from qflare_client.models.lineage import Version
+from qflare_client.models.relay import SignedUpdate
 from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.retry import RetryPolicy
@@ -127,6 +128,7 @@ __all__ = [
     "RunSummary",
     "SealKeyNotAcceptedError",
     "SealingMismatchError",
+    "SignedUpdate",
     "StaleBaseVersionError",
     "Task",
     "TaskFailedError",

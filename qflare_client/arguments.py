@@ -6,7 +6,7 @@ What it does not do: know what an argument means, or check what only the coordin
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, TypeVar
 
@@ -21,6 +21,7 @@ LONGEST_TIMEOUT_S: Final = 1e9
 """Longest deadline of a call, in seconds: thirty years."""
 
 MAX_INT64: Final = 2**63 - 1
+MAX_VERSION: Final = 2**31 - 1
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -52,6 +53,18 @@ def instance(what: str, value: object, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise InvalidArgumentError(f"{what}: got {type(value).__name__}, want {kind.__name__}")
     return value
+
+
+def instances(what: str, values: object, kind: type[Any]) -> None:
+    """Check that a list holds values of one type only.
+
+    Raises:
+        InvalidArgumentError: It is no list, or holds another value.
+    """
+    if not isinstance(values, Sequence):
+        raise InvalidArgumentError(f"{what}: got {type(values).__name__}, want a list")
+    for value in values:
+        instance(what, value, kind)
 
 
 def address(value: object) -> str:
@@ -220,3 +233,15 @@ def not_negative(what: str, value: object, at_most: float = LONGEST_TIMEOUT_S) -
     if not 0.0 <= converted <= at_most:
         raise InvalidArgumentError(f"{what}: got {value!r:.200}, want 0 to {at_most:g}")
     return converted
+
+
+def session_id(value: object, absent: str | None = None) -> str:
+    """Return the id of a training session; None stands for `absent` where there is such a value."""
+    if value is None and absent is not None:
+        return absent
+    return text("training_session_id", value)
+
+
+def version(what: str, value: object) -> int | None:
+    """Return a version, or None."""
+    return None if value is None else whole(what, value, 0, MAX_VERSION)

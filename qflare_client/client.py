@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from qflare.crypto.signing import Algorithm
 from qflare.tensors import Array
@@ -23,7 +23,7 @@ from qflare.v1 import device_pb2, security_pb2, training_pb2
 from qflare_client import arguments
 from qflare_client.access.login import Login
 from qflare_client.access.rotation import pending_identity, rotate, settle
-from qflare_client.errors import InvalidArgumentError, RejectedError
+from qflare_client.errors import InvalidArgumentError, QflareClientError, RejectedError
 from qflare_client.keystore.identity import Identity
 from qflare_client.keystore.passphrase import secret_coding
 from qflare_client.keystore.store import KeyStore
@@ -42,8 +42,14 @@ from qflare_client.models.lineage import (
 from qflare_client.models.local_tensors import LocalTensors
 from qflare_client.models.outbox import Outbox
 from qflare_client.models.privacy_ledger import PrivacyLedger
+from qflare_client.models.relay import SignedUpdate, submit_all
 from qflare_client.models.sender import UpdateSender
-from qflare_client.models.submission import Contribution, feedback_for, make_evaluation
+from qflare_client.models.submission import (
+    Contribution,
+    check_submission,
+    feedback_for,
+    make_evaluation,
+)
 from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.caller import Calls
@@ -57,7 +63,6 @@ from qflare_client.trust.keyset import Trust
 
 _PQ_GROUP = "X25519MLKEM768"
 _FLAGS = ("insecure", "proof_of_possession", "require_pq_tls", "error_feedback", "keep_updates")
-_MAX_VERSION = 2**31 - 1
 
 
 class Client:
@@ -218,7 +223,7 @@ class Client:
         """
         request = arguments.message(
             messages.GetTaskRequest,
-            training_session_id=_session_id(training_session_id, ""),
+            training_session_id=arguments.session_id(training_session_id, ""),
             trains_only=arguments.flag("trains_only", trains_only),
         )
         answer = self._calls.unary(self._stub.GetTask, request, timeout_s=timeout_s)
@@ -258,8 +263,8 @@ class Client:
         encoding = arguments.instance("encoding", encoding, Encoding)
         request = arguments.message(
             messages.GetGlobalModelRequest,
-            training_session_id=_session_id(training_session_id),
-            version=_version("version", version),
+            training_session_id=arguments.session_id(training_session_id),
+            version=arguments.version("version", version),
             released=arguments.flag("released", released) and version is None,
             encoding=training_pb2.Encoding.ValueType(encoding),
         )
@@ -303,7 +308,7 @@ class Client:
         Args:
             training_session_id: Training session.
         """
-        return self._local.read(_session_id(training_session_id))
+        return self._local.read(arguments.session_id(training_session_id))
 
     def submit(
         self,
@@ -340,11 +345,16 @@ class Client:
             DuplicateUpdateError: The round already has a different update of this device.
             QflareClientError: The call failed.
         """
-        _check_submission(task, base, privacy, timeout_s)
+        check_submission(task, base, privacy, timeout_s)
+        contribution = self._contribution(task, base, arrays, example_count, metrics)
+        return self._sender.submit(task, contribution, privacy, timeout_s)
+
+    def _contribution(
+        self, task: Task, base: GlobalModel, arrays: Any, example_count: int, metrics: Any
+    ) -> Contribution:
         if isinstance(arrays, Mapping):
             arrays = self._local.keep(task, arrays)
-        contribution = Contribution(base, arrays, example_count, {} if metrics is None else metrics)
-        return self._sender.submit(task, contribution, privacy, timeout_s)
+        return Contribution(base, arrays, example_count, {} if metrics is None else metrics)
 
     def send_kept(
         self, task: Task | None = None, *, timeout_s: float | None = None
@@ -364,6 +374,55 @@ class Client:
         """
         arguments.optional("task", task, Task)
         return self._sender.send_kept(task, timeout_s)
+
+    def sign_update(
+        self,
+        task: Task,
+        base: GlobalModel,
+        arrays: Mapping[str, Array],
+        example_count: int,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        privacy: LocalPrivacy | None = None,
+    ) -> SignedUpdate:
+        """Sign a small update that another device sends with many others: a gateway or a simulator.
+
+        The update is not kept on this device: keep the result until it is settled. A private release counts at once.
+
+        Args:
+            task: The task, of kind TRAIN.
+            base: The version that the task names.
+            arrays: The trained tensors, as for `submit`.
+            example_count: Number of local examples, 1 to 2^40.
+            metrics: Metrics by name, finite.
+            privacy: Clips the delta and adds noise before it leaves the device; None sends it unchanged.
+
+        Raises:
+            TrainingFunctionError: Arrays, example count or metrics cannot be sent, or the payload exceeds 256 KiB.
+            QflareClientError: As `submit`.
+        """
+        check_submission(task, base, privacy, None)
+        contribution = self._contribution(task, base, arrays, example_count, metrics)
+        return self._sender.sign(task, contribution, privacy)
+
+    def submit_all(
+        self, updates: Sequence[SignedUpdate], *, timeout_s: float | None = None
+    ) -> list[Receipt | QflareClientError]:
+        """Send signed updates of any devices, up to 256 in a call; each is accepted or refused on its own.
+
+        Args:
+            updates: What `sign_update` of these devices returned.
+            timeout_s: Deadline of each attempt, in seconds; None means the client's.
+
+        Returns:
+            For each update, in order, its receipt, once it is durable, or the error that `submit` would have raised.
+            Send an update again if the error is an `UnavailableError`.
+
+        Raises:
+            QflareClientError: A call failed; repeat all of them: accepted updates get the same receipts.
+        """
+        arguments.instances("updates", updates, SignedUpdate)
+        return submit_all(self._calls, updates, timeout_s)
 
     def require_release(self, task: Task, privacy: LocalPrivacy) -> None:
         """Check, before training, that local privacy allows an update for a task.
@@ -503,9 +562,9 @@ class Client:
         return read_lineage(
             self._calls,
             self._trust,
-            _session_id(training_session_id),
-            arguments.whole("first_version", first_version, 0, _MAX_VERSION),
-            _version("last_version", last_version),
+            arguments.session_id(training_session_id),
+            arguments.whole("first_version", first_version, 0, arguments.MAX_VERSION),
+            arguments.version("last_version", last_version),
             timeout_s,
         )
 
@@ -536,11 +595,8 @@ class Client:
         Raises:
             QflareClientError: A call failed, or its answer does not verify.
         """
-        _session_id(training_session_id)
-        if not isinstance(receipts, Sequence):
-            raise InvalidArgumentError(f"receipts: got {type(receipts).__name__}, want a list")
-        for receipt in receipts:
-            arguments.instance("receipts", receipt, Receipt)
+        arguments.session_id(training_session_id)
+        arguments.instances("receipts", receipts, Receipt)
         statements = read_statements(self._calls, self._trust, training_session_id)
         updates = [self.contribution_proof(receipt) for receipt in receipts]
         return Evidence(self.realm, training_session_id, self._trust.bundle, statements, updates)
@@ -569,22 +625,3 @@ class Client:
         arguments.optional("algorithm", algorithm, Algorithm)
         with self._rotation_lock:
             return rotate(self._calls, self._store, self._login, algorithm).key_rotation_count
-
-
-def _session_id(value: object, absent: str | None = None) -> str:
-    """Return the id of a training session; None stands for `absent` where there is such a value."""
-    if value is None and absent is not None:
-        return absent
-    return arguments.text("training_session_id", value)
-
-
-def _version(what: str, value: object) -> int | None:
-    return None if value is None else arguments.whole(what, value, 0, _MAX_VERSION)
-
-
-def _check_submission(task: object, base: object, privacy: object, timeout_s: object) -> None:
-    arguments.instance("task", task, Task)
-    arguments.instance("base", base, GlobalModel)
-    arguments.optional("privacy", privacy, LocalPrivacy)
-    if timeout_s is not None:
-        arguments.positive("timeout_s", timeout_s)

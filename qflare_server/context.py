@@ -81,6 +81,9 @@ class Telemetry:
     ) -> None:
         """Called when a call has ended; `reason` is the error's machine word, empty on success."""
 
+    def update_relayed(self, reason: str) -> None:
+        """Called with the outcome of an update that came with others; `reason` is empty for an accepted one."""
+
     def bytes_received(self, count: int) -> None:
         """Called with the payload size of an accepted update."""
 

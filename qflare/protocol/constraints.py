@@ -191,7 +191,7 @@ def _submessage_check(
 def _list_check(field: FieldDescriptor, constraint: constraints_pb2.Constraint) -> _FieldCheck:
     name, required = field.name, constraint.required
     most = constraint.max_items or DEFAULT_MAX_ITEMS
-    descend = _value_check(field, constraint)
+    descend = None if constraint.checked_by_method else _value_check(field, constraint)
 
     def check(message: Any, path: str, found: _Violations) -> None:
         items = getattr(message, name)
@@ -200,7 +200,7 @@ def _list_check(field: FieldDescriptor, constraint: constraints_pb2.Constraint) 
                 found.add(path + name, "required")
         elif len(items) > most:
             found.add(path + name, f"got {len(items)} elements, want at most {most}")
-        else:
+        elif descend is not None:
             for number, item in enumerate(items):
                 descend(item, f"{path}{name}[{number}]", found)
 

@@ -96,6 +96,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdateRequest.SerializeToString,
                 response_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdateResponse.FromString,
                 _registered_method=True)
+        self.SubmitUpdates = channel.unary_unary(
+                '/qflare.v1.CoordinatorService/SubmitUpdates',
+                request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdatesRequest.SerializeToString,
+                response_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdatesResponse.FromString,
+                _registered_method=True)
         self.GetUpload = channel.unary_unary(
                 '/qflare.v1.CoordinatorService/GetUpload',
                 request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.GetUploadRequest.SerializeToString,
@@ -218,6 +223,14 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SubmitUpdates(self, request, context):
+        """Upload many small updates of any devices at once, as gateways and simulators do. Each update is authenticated by its
+        own signature and accepted or refused on its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetUpload(self, request, context):
         """Get the position from which to resume an interrupted upload.
         """
@@ -319,6 +332,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.SubmitUpdate,
                     request_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdateRequest.FromString,
                     response_serializer=qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdateResponse.SerializeToString,
+            ),
+            'SubmitUpdates': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitUpdates,
+                    request_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdatesRequest.FromString,
+                    response_serializer=qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdatesResponse.SerializeToString,
             ),
             'GetUpload': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUpload,
@@ -638,6 +656,33 @@ class CoordinatorService(object):
             '/qflare.v1.CoordinatorService/SubmitUpdate',
             qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdateRequest.SerializeToString,
             qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitUpdates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qflare.v1.CoordinatorService/SubmitUpdates',
+            qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdatesRequest.SerializeToString,
+            qflare_dot_v1_dot_coordinator__service__pb2.SubmitUpdatesResponse.FromString,
             options,
             channel_credentials,
             insecure,

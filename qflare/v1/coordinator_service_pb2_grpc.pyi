@@ -48,6 +48,10 @@ class CoordinatorServiceStub:
     """Download a version: a header, then the chunks. The first message may also contain the first chunk."""
     SubmitUpdate: _grpc.StreamUnaryMultiCallable[_coordinator_service_pb2.SubmitUpdateRequest, _coordinator_service_pb2.SubmitUpdateResponse]
     """Upload an update: a header, then the chunks. The first message may also contain the first chunk."""
+    SubmitUpdates: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.SubmitUpdatesRequest, _coordinator_service_pb2.SubmitUpdatesResponse]
+    """Upload many small updates of any devices at once, as gateways and simulators do. Each update is authenticated by its
+    own signature and accepted or refused on its own.
+    """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetUploadRequest, _coordinator_service_pb2.GetUploadResponse]
     """Get the position from which to resume an interrupted upload."""
     ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ReportEvaluationRequest, _coordinator_service_pb2.ReportEvaluationResponse]
@@ -157,6 +161,16 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.SubmitUpdateResponse:
         """Upload an update: a header, then the chunks. The first message may also contain the first chunk."""
+
+    @_abc_1.abstractmethod
+    def SubmitUpdates(
+        self,
+        request: _coordinator_service_pb2.SubmitUpdatesRequest,
+        context: _grpc.ServicerContext,
+    ) -> _coordinator_service_pb2.SubmitUpdatesResponse:
+        """Upload many small updates of any devices at once, as gateways and simulators do. Each update is authenticated by its
+        own signature and accepted or refused on its own.
+        """
 
     @_abc_1.abstractmethod
     def GetUpload(

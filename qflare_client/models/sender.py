@@ -41,6 +41,7 @@ from qflare_client.models.outbox import (
     Outbox,
 )
 from qflare_client.models.privacy_ledger import PrivacyLedger
+from qflare_client.models.relay import SignedUpdate, require_small, signed_update
 from qflare_client.models.sealed_update import SealedPayload
 from qflare_client.models.submission import (
     Contribution,
@@ -50,7 +51,7 @@ from qflare_client.models.submission import (
     make_statement,
     sign_statement,
 )
-from qflare_client.models.upload import Payload, Receipt, Upload
+from qflare_client.models.upload import OutgoingPayload, Payload, Receipt, Upload
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.caller import Calls
 from qflare_client.tasks import Task
@@ -140,15 +141,47 @@ class UpdateSender:
                 return outcome
             raise outcome
         self._forget(task.training_session_id)
+        return self._send(self._released(task, contribution, privacy), timeout_s)
+
+    def sign(
+        self, task: Task, contribution: Contribution, privacy: LocalPrivacy | None
+    ) -> SignedUpdate:
+        """Return the signed update for a task, to be sent by another device; it is not kept here.
+
+        Args:
+            task: The task, of kind TRAIN.
+            contribution: Result of training from its base version.
+            privacy: Clips the delta and adds noise before it leaves the device; None sends it unchanged.
+
+        Raises:
+            TrainingFunctionError: It cannot be sent, or is too large to travel with others.
+            PrivacyError: Local privacy does not allow it.
+        """
+        check_base(task, contribution.base.digest)
+        update = self._released(task, contribution, privacy, require_small)
+        envelope = sign_statement(self._identity().keys.signing, update.statement)
+        if self._feedback is not None and update.residual is not None:
+            self._feedback.stage(update.session_id, update.statement.update_id, update.residual)
+        return signed_update(envelope, update.sealed or update.payload)
+
+    def _released(
+        self,
+        task: Task,
+        contribution: Contribution,
+        privacy: LocalPrivacy | None,
+        check: Callable[[OutgoingPayload], None] = lambda _: None,
+    ) -> _Update:
+        """Return the update for a task, and record a private release once `check` has not refused the payload."""
         contribution = checked(contribution)
         # What numpy does not warn of ends in values that the checks refuse.
         with np.errstate(all="ignore"):
             if privacy is not None:
                 contribution = self._protected(task, contribution, privacy)
             update = self._make(task, contribution)
+        check(update.sealed or update.payload)
         if privacy is not None:
             self._ledger.record(task, privacy)
-        return self._send(update, timeout_s)
+        return update
 
     def send_kept(
         self, task: Task | None, timeout_s: float | None

@@ -23,7 +23,7 @@ from qflare.tensors import Array, InvalidManifestError, InvalidPayloadError
 from qflare.tensors.encodings import Encoding, encode, wire_manifest
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, training_pb2
-from qflare_client.arguments import number, text, whole
+from qflare_client.arguments import instance, number, optional, positive, text, whole
 from qflare_client.errors import (
     InvalidArgumentError,
     TrainingFunctionError,
@@ -35,6 +35,7 @@ from qflare_client.models.download import GlobalModel
 from qflare_client.models.error_feedback import ErrorFeedback, corrected, selectable, subtract_sent
 from qflare_client.models.fitting import fitted
 from qflare_client.models.upload import Payload
+from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.caller import Calls
 from qflare_client.tasks import Task
 
@@ -264,6 +265,19 @@ def checked_example_count(example_count: object) -> int:
         return whole("example count", example_count, 1, MAX_EXAMPLE_COUNT)
     except InvalidArgumentError as error:
         raise TrainingFunctionError(str(error)) from error
+
+
+def check_submission(task: object, base: object, privacy: object, timeout_s: object) -> None:
+    """Check the arguments of a submission, except for the contribution.
+
+    Raises:
+        InvalidArgumentError: One is of another type, or out of range.
+    """
+    instance("task", task, Task)
+    instance("base", base, GlobalModel)
+    optional("privacy", privacy, LocalPrivacy)
+    if timeout_s is not None:
+        positive("timeout_s", timeout_s)
 
 
 def checked(contribution: Contribution) -> Contribution:

@@ -25,6 +25,7 @@ from qflare_server.use_cases.training_sessions.tasks import Tasks
 from qflare_server.use_cases.training_sessions.watching import Watching
 from qflare_server.use_cases.updates.evaluations import Evaluations
 from qflare_server.use_cases.updates.failures import Failures
+from qflare_server.use_cases.updates.relayed import RelayedUpdates
 from qflare_server.use_cases.updates.upload import Uploads
 from qflare_server.use_cases.versions.download import Deliveries
 from qflare_server.use_cases.versions.initial_model import InitialModels
@@ -43,6 +44,7 @@ class UseCases:
     login: Login
     tasks: Tasks
     uploads: Uploads
+    relayed: RelayedUpdates
     evaluations: Evaluations
     failures: Failures
     explanations: Explanations
@@ -75,15 +77,17 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
     presence = Presence(context.config, context.database)
     training = Training(context)
     oidc = open_oidc(context)
+    access, uploads = ObjectAccess(context), Uploads(context, executor)
     authentication = Authentication(context, presence, oidc.tokens if oidc else None)
     return UseCases(
         authentication=authentication,
-        objects=ObjectAccess(context),
+        objects=access,
         enrollment=Enrollment(context, keys),
         key_rotations=KeyRotations(context, keys),
         login=Login(context, keys),
         tasks=Tasks(context, presence),
-        uploads=Uploads(context, executor),
+        uploads=uploads,
+        relayed=RelayedUpdates(context, uploads, access, presence),
         evaluations=Evaluations(context),
         failures=Failures(context),
         explanations=Explanations(context),

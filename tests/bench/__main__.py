@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.bench import (
     aggregation,
     lists,
+    relayed,
     rounds,
     sealed_transfers,
     security,
@@ -24,6 +25,7 @@ from tests.bench.report import facts, problem_of, render, replace_section
 Measurement = Callable[[Laboratory], Iterator[Figure]]
 MEASUREMENTS: dict[str, Measurement] = {
     "updates": small_operations.updates,
+    "relayed-updates": relayed.relayed_updates,
     "latencies": small_operations.latencies,
     "idle-polls": small_operations.idle_polls,
     "uploads": transfers.uploads,

@@ -112,6 +112,11 @@ class CompositeTelemetry(Telemetry):
         for hearer in self._hearers:
             hearer.call_handled(method, kind, code, duration_s, reason)
 
+    def update_relayed(self, reason: str) -> None:
+        """Forward the event."""
+        for hearer in self._hearers:
+            hearer.update_relayed(reason)
+
     def bytes_received(self, count: int) -> None:
         """Forward the event."""
         for hearer in self._hearers:

@@ -171,7 +171,11 @@ class Metrics(Telemetry):
         self._handled.labels(*labels, _camel(code)).inc()
         self._handling.labels(*labels).observe(duration_s)
         if method == SUBMIT:
-            self._updates.labels(reason.lower() or "accepted").inc()
+            self.update_relayed(reason)
+
+    def update_relayed(self, reason: str) -> None:
+        """Count the outcome of an update."""
+        self._updates.labels(reason.lower() or "accepted").inc()
 
     def bytes_received(self, count: int) -> None:
         """Count payload bytes."""

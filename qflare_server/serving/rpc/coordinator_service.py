@@ -6,9 +6,12 @@ from grpc import ServicerContext
 
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import coordinator_service_pb2_grpc, security_pb2
+from qflare_server.errors import QflareError
 from qflare_server.serving.rpc.call import current_call
 from qflare_server.serving.rpc.encoding import devices, values, versions
+from qflare_server.serving.rpc.status import refusal_of
 from qflare_server.serving.rpc.streams import chunks_of, rest_of, split_header
+from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.devices.enrollment import profile_of
 from qflare_server.use_cases.training_sessions.tasks import NextTask
@@ -48,6 +51,12 @@ def _task_response(task: NextTask) -> pb.GetTaskResponse:
         transfer=task.config.transfer,
         task=security_pb2.SignedEnvelope.FromString(task.round.task or b""),
     )
+
+
+def _update_outcome(outcome: UpdateReceipt | QflareError) -> pb.UpdateOutcome:
+    if isinstance(outcome, QflareError):
+        return pb.UpdateOutcome(refusal=refusal_of(outcome))
+    return pb.UpdateOutcome(receipt=versions.receipt(outcome))
 
 
 class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceServicer):
@@ -101,6 +110,15 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
             has_arrived=is_whole,
         )
         return versions.receipt(accepted)
+
+    def SubmitUpdates(
+        self, request: pb.SubmitUpdatesRequest, context: ServicerContext
+    ) -> pb.SubmitUpdatesResponse:
+        """Upload many small updates."""
+        outcomes = self._use_cases.relayed.submit(
+            current_call().caller, _contributor(), request.updates
+        )
+        return pb.SubmitUpdatesResponse(outcomes=[_update_outcome(each) for each in outcomes])
 
     def GetUpload(
         self, request: pb.GetUploadRequest, context: ServicerContext

@@ -11,6 +11,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
+from qflare.v1 import coordinator_service_pb2
 from qflare_server import errors
 
 DOMAIN: Final = "qflare"
@@ -56,7 +57,7 @@ def describe(error: BaseException, request_id: str) -> status_pb2.Status:
         error = errors.QflareError("internal error")
         code = Code.INTERNAL.value[0]
     text = shortened(str(error), MAX_TEXT_BYTES)
-    metadata = {key: shortened(value, MAX_VALUE_BYTES) for key, value in error.metadata.items()}
+    metadata = _metadata_of(error)
     details: list[Any] = [
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata),
         error_details_pb2.RequestInfo(request_id=request_id),
@@ -69,6 +70,25 @@ def describe(error: BaseException, request_id: str) -> status_pb2.Status:
     if isinstance(error, errors.TooManyRequestsError):
         details.extend(_quota_details(error, text))
     return status_pb2.Status(code=code, message=text, details=[_packed(item) for item in details])
+
+
+def refusal_of(error: errors.QflareError) -> coordinator_service_pb2.UpdateRefusal:
+    """Return a refusal as it is sent within a response."""
+    delay = None
+    if isinstance(error, errors.TooManyRequestsError):
+        delay = Duration()
+        delay.FromMilliseconds(int(error.retry_after_s * 1000))
+    return coordinator_service_pb2.UpdateRefusal(
+        code=status_of(error).value[0],
+        reason=error.reason,
+        message=shortened(str(error), MAX_TEXT_BYTES),
+        metadata=_metadata_of(error),
+        retry_delay=delay,
+    )
+
+
+def _metadata_of(error: errors.QflareError) -> dict[str, str]:
+    return {key: shortened(value, MAX_VALUE_BYTES) for key, value in error.metadata.items()}
 
 
 def shortened(text: str, most_bytes: int) -> str:

@@ -331,3 +331,30 @@ def states_of(session: Session, device_ids: Iterable[str]) -> dict[str, str]:
 
 
 _STATES = PreparedStatement(select(DEVICES.c.id, DEVICES.c.state).where(OneOf(DEVICES.c.id, "ids")))
+
+
+class Signer(NamedTuple):
+    """The current signature key of a device, and its state."""
+
+    device_id: str
+    state: str
+    key_id: str | None
+    key_algorithm: int | None
+    public_key: bytes | None
+
+
+def signers_of(session: Session, device_ids: Iterable[str]) -> dict[str, Signer]:
+    """Return the current keys of devices by device id; unknown ids are left out."""
+    rows = _SIGNERS.rows(session, {"ids": list(device_ids)})
+    return {row[0]: Signer(*row) for row in rows}
+
+
+_SIGNERS = PreparedStatement(
+    select(
+        DEVICES.c.id,
+        DEVICES.c.state,
+        DEVICES.c.signature_key_id,
+        DEVICES.c.signature_algorithm,
+        DEVICES.c.signature_public_key,
+    ).where(OneOf(DEVICES.c.id, "ids"))
+)

@@ -142,6 +142,14 @@ def signed_session(kind: type[Any], envelope_field: str) -> Rule:
     return rule
 
 
+def signed_by_each(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
+    """Allow every device that may call the method to carry updates of others.
+
+    The method authorizes each update on its own: the device that signed it must take part in the training session
+    that its statement names (`require_relation`), once the signature is verified.
+    """
+
+
 def visible_version(access: ObjectAccess, device_id: str, message: Any) -> None:
     """Allow a device that takes part in the training session and may see the requested version."""
     session_id = message.training_session_id
@@ -216,6 +224,7 @@ RULES: Final[dict[str, Rule]] = {
     _COORDINATOR + "GetTask": any_or_own_session,
     _COORDINATOR + "GetGlobalModel": visible_version,
     _COORDINATOR + "SubmitUpdate": signed_session(security_pb2.UpdateStatement, "header.statement"),
+    _COORDINATOR + "SubmitUpdates": signed_by_each,
     _COORDINATOR + "GetUpload": own_only,
     _COORDINATOR + "ReportEvaluation": signed_session(
         security_pb2.EvaluationStatement, "statement"

@@ -41,6 +41,7 @@ ACCESS: Final[dict[str, frozenset[Role]]] = {
     _COORDINATOR + "GetTask": _DEVICE,
     _COORDINATOR + "GetGlobalModel": _VERIFY,
     _COORDINATOR + "SubmitUpdate": _DEVICE,
+    _COORDINATOR + "SubmitUpdates": _DEVICE,
     _COORDINATOR + "GetUpload": _DEVICE,
     _COORDINATOR + "ReportEvaluation": _DEVICE,
     _COORDINATOR + "ReportFailure": _DEVICE,

@@ -7,6 +7,7 @@ of its round.
 """
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -65,10 +66,14 @@ class _Entry:
     received: ReceivedPayload | None
     answered: threading.Event = field(default_factory=threading.Event)
     leads: bool = False
+    abandoned: bool = False
+    """Nobody waits for it any more; its batch may still be written."""
     accepted: UpdateReceipt | None = None
     error: BaseException | None = None
 
     def result(self) -> UpdateReceipt:
+        if self.abandoned:
+            raise StoreUnavailableError("the database did not commit in time")
         if self.error is not None:
             raise self.error
         assert self.accepted is not None
@@ -99,16 +104,31 @@ class Acceptance:
             RoundNotOpenError: The round does not accept updates.
             QflareError: Or another subclass: the update is refused.
         """
-        entry = _Entry(caller, submission, received)
+        (result,) = self.accept_all(caller, [(submission, received)])
+        if isinstance(result, QflareError):
+            raise result
+        return result
+
+    def accept_all(
+        self, caller: Caller, items: Sequence[tuple[Submission, ReceivedPayload]]
+    ) -> list[UpdateReceipt | QflareError]:
+        """Write updates durably, each on its own merits; return the receipt or the refusal of each, in order."""
+        entries = [_Entry(caller, submission, received) for submission, received in items]
         with self._lock:
-            self._waiting.append(entry)
-            entry.leads = not self._led
-            self._led = True
-        if not entry.leads and not entry.answered.wait(4 * self._context.config.database_timeout_s):
+            self._waiting.extend(entries)
+            if entries and not self._led:
+                self._led = entries[0].leads = True
+        deadline = time.monotonic() + 4 * self._context.config.database_timeout_s
+        for entry in entries:  # every one, since each may have to lead the batch that waits for it
+            self._await(entry, deadline)
+        return [_refusal_or_receipt(entry) for entry in entries]
+
+    def _await(self, entry: _Entry, deadline: float) -> None:
+        """Wait until an update is decided, leading its batch if its turn comes."""
+        if not entry.leads and not entry.answered.wait(max(0.0, deadline - time.monotonic())):
             self._give_up(entry)
         if entry.leads:
             self._lead()
-        return entry.result()
 
     def _give_up(self, entry: _Entry) -> None:
         """Leave the queue on a timeout, unless the thread has just become the leader."""
@@ -117,7 +137,7 @@ class Acceptance:
                 return
             if entry in self._waiting:
                 self._waiting.remove(entry)
-        raise StoreUnavailableError("the database did not commit in time")
+            entry.abandoned = True
 
     def preview(self, session: Session, submission: Submission) -> UpdateReceipt | None:
         """Return the receipt of an accepted update; refuse an update that would not be accepted.
@@ -208,6 +228,13 @@ class Acceptance:
                 session, places, ruling.count, ruling.example_count, at, closed=closed
             )
         return closed
+
+
+def _refusal_or_receipt(entry: _Entry) -> UpdateReceipt | QflareError:
+    try:
+        return entry.result()
+    except QflareError as error:
+        return error
 
 
 class _Admission:

@@ -5,7 +5,7 @@ A round's expectations are immutable once it is open, and are read once.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -113,9 +113,44 @@ class SubmissionValidator:
             RoundNotOpenError: The round has not been opened.
             StaleBaseVersionError: The base version is not the round's.
         """
-        payload = header.statement.payload
-        statement = parse_statement(security_pb2.UpdateStatement, payload, PAYLOAD)
+        statement = parse_update(header)
         _check_statement(self._context.config.realm, device, statement)
+        return self._check_parsed(device, header, statement)
+
+    def check_signed(
+        self,
+        device: Contributor,
+        header: coordinator_service_pb2.UpdateHeader,
+        statement: security_pb2.UpdateStatement,
+        authorize: Callable[[str, str], object],
+    ) -> Submission:
+        """Check an update that nothing but its signature authenticates.
+
+        The signature is verified first: before it, nothing that the statement names is looked up.
+
+        Args:
+            device: The device that the statement names.
+            header: The header as received.
+            statement: The statement in it.
+            authorize: Called with device and training session; raises where the device takes no part in it.
+
+        Raises:
+            InvalidSignatureError: The update is not signed by the device's current key.
+            QflareError: As `check`, or what `authorize` raises.
+        """
+        _check_statement(self._context.config.realm, device, statement)
+        if not header.statement.signatures:
+            raise InvalidSignatureError("signatures: got 0, want 1")
+        self._check_signature(device, statement, header.statement)
+        authorize(statement.device_id, statement.training_session_id)
+        return self._check_parsed(device, header, statement)
+
+    def _check_parsed(
+        self,
+        device: Contributor,
+        header: coordinator_service_pb2.UpdateHeader,
+        statement: security_pb2.UpdateStatement,
+    ) -> Submission:
         facts = self._facts(statement.training_session_id, statement.round_number)
         _check_against_round(statement, facts)
         _check_sealing(header, statement, facts)
@@ -130,6 +165,7 @@ class SubmissionValidator:
         )
         expected.check(self._context.config.max_payload_bytes)
         _require_chunk_digests(expected)
+        payload = header.statement.payload
         return Submission(
             statement,
             payload,
@@ -168,6 +204,17 @@ class SubmissionValidator:
     def _read_facts(self, training_session_id: str, number: int) -> RoundFacts:
         with self._context.database.read() as session:
             return read_facts(session, training_session_id, number)
+
+
+def parse_update(
+    header: coordinator_service_pb2.UpdateHeader,
+) -> security_pb2.UpdateStatement:
+    """Return the statement of an update's header.
+
+    Raises:
+        InvalidRequestError: It is malformed.
+    """
+    return parse_statement(security_pb2.UpdateStatement, header.statement.payload, PAYLOAD)
 
 
 def read_facts(session: Session, training_session_id: str, number: int) -> RoundFacts:

@@ -10,7 +10,7 @@ The steps and their transactions (`docs/protocol.md` describes the device's side
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final
@@ -78,13 +78,18 @@ STORE_FAILURES: Final = (
 
 
 class Uploads:
-    """Update submission use cases."""
+    """Update submission use cases.
+
+    Attributes:
+        headers: Validates update headers.
+        acceptance: Accepts received updates.
+    """
 
     def __init__(self, context: Context, executor: ThreadPoolExecutor) -> None:
         self._context = context
         self._executor = executor
-        self._headers = SubmissionValidator(context)
-        self._acceptance = Acceptance(context)
+        self.headers = SubmissionValidator(context)
+        self.acceptance = Acceptance(context)
         self._places = threading.BoundedSemaphore(context.config.max_uploads)
 
     def submit(
@@ -113,13 +118,13 @@ class Uploads:
             DuplicateUpdateError: The device sent a different update for this round.
         """
         telemetry = self._context.telemetry
-        with self._acceptance.window.announced() as received_all:
+        with self.acceptance.window.announced() as received_all:
             if not has_arrived:
                 received_all()
             try:
-                submission = self._headers.check(device, header)
+                submission = self.headers.check(device, header)
             except (InvalidSignatureError, AlgorithmNotAcceptedError):
-                known = self._accepted_before(device, header)
+                known = self.accepted_before(device, header)
                 if known is None:
                     raise
                 return known
@@ -148,8 +153,17 @@ class Uploads:
         try:
             yield
         except (RoundNotOpenError, StaleBaseVersionError):
-            self._context.database.write(lambda session: self._record_late(session, submission))
+            self.record_late([submission])
             raise
+
+    def record_late(self, submissions: Sequence[Submission]) -> None:
+        """Count the devices of refused updates as late, where the round has closed."""
+
+        def work(session: Session) -> None:
+            for submission in submissions:
+                self._record_late(session, submission)
+
+        self._context.database.write(work)
 
     def _record_late(self, session: Session, submission: Submission) -> None:
         statement = submission.statement
@@ -164,13 +178,13 @@ class Uploads:
     ) -> UpdateReceipt:
         """Write an update; abandon the upload if it is refused permanently."""
         try:
-            return self._acceptance.accept(caller, submission, received)
+            return self.acceptance.accept(caller, submission, received)
         except FINAL_REFUSALS:
             if received.data is None:
                 discard_uploads(self._context, [received.payload_id])
             raise
 
-    def _accepted_before(
+    def accepted_before(
         self, device: Contributor, header: coordinator_service_pb2.UpdateHeader
     ) -> UpdateReceipt | None:
         """Return the receipt of a statement accepted under a key or algorithm that is no longer valid."""
@@ -199,10 +213,7 @@ class Uploads:
     ) -> tuple[ReceivedPayload | None, UpdateReceipt | None]:
         """Receive the payload: a small one directly, a large one in an upload slot."""
         if submission.expected.wire_size_bytes <= self._context.config.inline_payload_bytes:
-            receiver_or_known = self._open_small(submission)
-            if isinstance(receiver_or_known, UpdateReceipt):
-                return None, receiver_or_known
-            return _fill(receiver_or_known, chunks), None
+            return self.receive_small(submission, chunks)
         if not self._places.acquire(blocking=False):
             raise TooManyRequestsError("too many large uploads at once", retry_after_s=0.2)
         try:
@@ -213,13 +224,26 @@ class Uploads:
         finally:
             self._places.release()
 
+    def receive_small(
+        self, submission: Submission, chunks: Iterable[tuple[int, bytes]]
+    ) -> tuple[ReceivedPayload | None, UpdateReceipt | None]:
+        """Receive a small payload into memory; one of both results is None.
+
+        Raises:
+            InvalidUpdateError: Or a subclass: the payload is not the one that was stated.
+        """
+        receiver_or_known = self._open_small(submission)
+        if isinstance(receiver_or_known, UpdateReceipt):
+            return None, receiver_or_known
+        return _fill(receiver_or_known, chunks), None
+
     def _open_small(self, submission: Submission) -> Receiver | UpdateReceipt:
         """Begin a small upload; an accepted one gets its receipt even if its sealing key has been deleted."""
         try:
             return self._receiver(submission)
         except SealKeyNotAcceptedError:
             with self._context.database.read() as session:
-                known = self._acceptance.preview(session, submission)
+                known = self.acceptance.preview(session, submission)
             if known is None:
                 raise
             return known
@@ -238,7 +262,7 @@ class Uploads:
         """Begin or resume a large upload; refuse one that could not be accepted."""
         try:
             with self._context.database.read() as session:
-                known = self._acceptance.preview(session, submission)
+                known = self.acceptance.preview(session, submission)
         except FINAL_REFUSALS:
             found = self._unfinished(submission)
             if found is not None:
@@ -315,7 +339,7 @@ def _require_complete(receiver: Receiver) -> None:
         raise _EndedEarlyError(f"chunks: got {receiver.next_index}, want more")
 
 
-def _fill(receiver: Receiver, chunks: Iterator[tuple[int, bytes]]) -> ReceivedPayload:
+def _fill(receiver: Receiver, chunks: Iterable[tuple[int, bytes]]) -> ReceivedPayload:
     """Receive the chunks up to the end of the stream, and check that none follows the payload.
 
     Chunks of an upload interrupted by the device, its connection or the coordinator are kept for resumption; those of

@@ -53,7 +53,7 @@ def sqlite_database(sqlite_config: ServerConfig) -> Iterator[Database]:
 
 @pytest.fixture
 def postgres_database(postgres_url: str) -> Iterator[Database]:
-    config = ServerConfig(database_url=postgres_url, database_timeout_s=2.0)
+    config = ServerConfig(database_url=postgres_url, database_timeout_s=10.0)
     opened = Database(make_engine(config))
     yield opened
     opened.close()

@@ -22,6 +22,7 @@ from qflare_client import (
     QflareClientError,
     Receipt,
     RetryPolicy,
+    SignedUpdate,
     Task,
     TaskKind,
     Tls,
@@ -115,6 +116,12 @@ def test_calls_of_a_client(stage: Stage) -> None:
     work = {"task": task, "example_count": 1, "metrics": {"loss": 1.0}, "timeout_s": None}
     session = {"training_session_id": stage.session_id}
     strike(client.submit, submission)
+    strike(
+        client.sign_update, {name: submission[name] for name in submission if name != "timeout_s"}
+    )
+    update = client.sign_update(task, base, arrays, 1)
+    strike(client.submit_all, {"updates": [update], "timeout_s": None})
+    strike(SignedUpdate.from_bytes, {"data": update.to_bytes()})
     strike(client.report_evaluation, work)
     failure = {"task": task, "kind": "OutOfMemory", "text": "", "timeout_s": None}
     strike(client.report_failure, failure)
@@ -220,6 +227,7 @@ def test_all_public_names_are_tried() -> None:
         *("submit", "report_evaluation", "send_kept", "get_task", "download_base", "download"),
         *("require_release", "privacy_epsilon", "lineage", "evidence", "audit_head"),
         *("rotate_keys", "heartbeat", "contribution_proof", "report_failure", "local_tensors"),
+        *("sign_update", "submit_all"),
     }
 
 

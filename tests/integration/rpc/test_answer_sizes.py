@@ -46,6 +46,7 @@ FIXED: Final = {
     "GetAuditHeadResponse": "one statement, and digests by the height of a tree",
     "GetUploadResponse": "one receipt",
     "SubmitUpdateResponse": "one receipt",
+    "SubmitUpdatesResponse": "256 receipts, or refusals of at most a kilobyte",
 }
 """Answers with bytes or repeated fields that no caller and no administrator can make longer."""
 

@@ -19,7 +19,7 @@ from qflare_client import Client, QflareClientError
 from qflare_client.rpc.retry import RetryPolicy
 from qflare_server.storage.tables import Base
 from qflare_server.use_cases.access.login import MAX_TOKENS_OF_DEVICE
-from tests.support.raw_device import RawDevice
+from tests.support.raw_device import Draft, RawDevice
 
 Deploy = Callable[..., Any]
 PER_HOUR: Final = 4
@@ -33,6 +33,7 @@ ROUNDS: Final = training_pb2.RoundPolicy(quorum=2, deadline=Duration(seconds=600
 COORDINATOR: Final = pb.DESCRIPTOR.services_by_name["CoordinatorService"]
 LARGE: Final = {"w": np.zeros(2**17, np.float32)}
 """More than is stored with its row, so that an upload of it can be unfinished."""
+SMALL: Final = {"w": np.zeros(4, np.float32)}
 
 
 class Assault:
@@ -96,14 +97,26 @@ class Assault:
         list(self._send("GetGlobalModel", request))
 
     def _SubmitUpdate(self, number: int) -> None:
-        draft = self._device.draft(self._task, LARGE)
+        self._device.submit(self._spoiled(number, LARGE))
+
+    def _SubmitUpdates(self, number: int) -> None:
+        drafts = [self._spoiled(number + step, SMALL) for step in range(4)]
+        updates = [
+            pb.SmallUpdate(header=self._device.header(draft), payload=draft.payload)
+            for draft in drafts
+        ]
+        self._send("SubmitUpdates", pb.SubmitUpdatesRequest(updates=updates))
+
+    def _spoiled(self, number: int, arrays: dict[str, Any]) -> Draft:
+        """Return one of three kinds of updates, the first of which can be accepted once."""
+        draft = self._device.draft(self._task, arrays)
         if number % 3 == 0:
             draft.statement.example_count = number + 1
         elif number % 3 == 1:
-            draft.payload = draft.payload[: 2**19]
+            draft.payload = draft.payload[: len(draft.payload) // 2]
         else:
             draft.statement.task_nonce = f"{number:064x}"
-        self._device.submit(draft)
+        return draft
 
     def _GetUpload(self, _number: int) -> None:
         update_id = self._device.draft(self._task, LARGE).statement.update_id
@@ -171,7 +184,8 @@ def file_count(folder: Path) -> int:
 
 @pytest.mark.parametrize("method", [method.name for method in COORDINATOR.methods])
 def test_rows_and_files_of_one_device_are_bounded(deployment: Any, method: str) -> None:
-    session_id = deployment.session(LARGE, rounds=ROUNDS, total_rounds=2)
+    arrays = SMALL if method == "SubmitUpdates" else LARGE
+    session_id = deployment.session(arrays, rounds=ROUNDS, total_rounds=2)
     folder = deployment.coordinator.config.data_dir
     with impatient(deployment, "greedy") as client:
         assault = Assault(RawDevice(client, deployment.devices_stub), session_id)

@@ -20,7 +20,7 @@ from qflare_client import Client
 from qflare_server.storage.tables import Upload
 from qflare_server.use_cases.access.objects import RULES, names_nothing, own_only
 from qflare_server.use_cases.access.roles import ACCESS, Role
-from tests.support.raw_device import RawDevice, reason_of
+from tests.support.raw_device import Draft, RawDevice, reason_of
 
 Deploy = Callable[..., Any]
 ROUNDS = training_pb2.RoundPolicy(quorum=1, deadline=Duration(seconds=60))
@@ -37,10 +37,15 @@ def enrolled(deployment: Any, name: str, *groups: str, **enrollment: Any) -> Raw
 
 
 def refused(call: Callable[[], Any]) -> str:
-    """Return the machine word with which a call is refused."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    return reason_of(caught.value)
+    """Return the machine word with which a call is refused, or its only update where it carries updates."""
+    try:
+        answer = call()
+    except grpc.RpcError as error:
+        return reason_of(error)
+    assert isinstance(answer, pb.SubmitUpdatesResponse), "the call is not refused"
+    (outcome,) = answer.outcomes
+    assert outcome.HasField("refusal")
+    return str(outcome.refusal.reason)
 
 
 def download(device: RawDevice, session_id: str, **wanted: Any) -> list[Any]:
@@ -79,11 +84,20 @@ class Reach:
         request = pb.GetLineageRequest(training_session_id=self._session_id)
         return self._device.stub.GetLineage(request, metadata=self._device.metadata)
 
-    def _SubmitUpdate(self) -> Any:
+    def _draft(self) -> Draft:
         draft = self._insider.draft(self._insider.task(self._session_id), ZEROS)
         draft.statement.device_id = self._device.identity.device_id
         draft.statement.key_id = self._device.identity.keys.signing.public.key_id
-        return self._device.submit(draft)
+        return draft
+
+    def _SubmitUpdate(self) -> Any:
+        return self._device.submit(self._draft())
+
+    def _SubmitUpdates(self) -> Any:
+        draft = self._draft()
+        update = pb.SmallUpdate(header=self._device.header(draft), payload=draft.payload)
+        request = pb.SubmitUpdatesRequest(updates=[update])
+        return self._device.stub.SubmitUpdates(request, metadata=self._device.metadata)
 
     def _ReportEvaluation(self) -> Any:
         key = self._device.identity.keys.signing
@@ -137,12 +151,16 @@ def test_whoever_is_outside_reaches_nothing_by_any_method(deployment: Any) -> No
     for method in walked():
         if method not in {
             "SubmitUpdate",
+            "SubmitUpdates",
             "ReportEvaluation",
         }:  # the insider's own are accepted below
             own(method)
         reason = refused(partial(foreign, method))
         assert reason.endswith("_NOT_FOUND"), method
-        if method != "SubmitUpdate":  # its header follows from a task, which there is none of
+        if method not in {
+            "SubmitUpdate",
+            "SubmitUpdates",
+        }:  # its header follows from a task, which there is none of
             assert refused(partial(missing, method)) == reason, (
                 method
             )  # nobody learns what there is
