@@ -210,7 +210,9 @@ demo: $(INSTALLED) ## ten devices train a model on handwritten digits with a coo
 strategies: $(INSTALLED) ## compare the strategies on handwritten digits; writes docs/strategies.md and its pictures
 	PYTHONPATH=examples/digits OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python examples/strategies/compare.py
 
-pictures: $(INSTALLED) tools ## take the dashboard screenshots in docs/images from a real training session
+pictures: $(INSTALLED) tools ## make the pictures in docs/images from training sessions that it runs
+	$(BIN)/python examples/digits/demo.py --output build/demo
+	cp build/demo/accuracy.png docs/images/demo-accuracy.png
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m docs.make_pictures
 
 architecture: $(INSTALLED) ## generate the pictures and tables of docs/architecture.md from the code

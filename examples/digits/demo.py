@@ -17,17 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-import matplotlib as mpl
-import numpy as np
 from data import load
+from matplotlib import pyplot as plt
 from model import Weights, fit, initial_weights, measure
+from plots import BLUE, ORANGE, name_ends, percent, save
 
 from qflare.tensors import Manifest, assemble, chunks
 from qflare.tensors.safetensors_files import export_safetensors
 from qflare.v1 import admin_service_pb2, admin_service_pb2_grpc
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -202,9 +199,13 @@ class Demo:
         for command in ("session show", "model list", "metrics show"):
             print(f"  {admin} {command} {session_id}")
         print(f"  {admin} device list\n  {admin} audit list\n")
-        if shutil.which("grpcurl", path=os.pathsep.join([os.environ.get("PATH", ""), str(TOOLS)])):
+        grpcurl = shutil.which("grpcurl") or shutil.which("grpcurl", path=TOOLS)
+        if grpcurl is not None:
             print(f"grpcurl:\n\n  export QFLARE_TOKEN=$(cat {token})")
-            call = "grpcurl -plaintext -expand-headers -H 'authorization: Bearer ${QFLARE_TOKEN}'"
+            program = "grpcurl" if shutil.which("grpcurl") else os.path.relpath(grpcurl)
+            call = (
+                f"{program} -plaintext -expand-headers -H 'authorization: Bearer ${{QFLARE_TOKEN}}'"
+            )
             print(f"  {call} {LATER} qflare.v1.AdminService/ListTrainingSessions\n")
 
 
@@ -236,17 +237,26 @@ def _table(federated: list[dict[str, float]], central: list[dict[str, float]]) -
 
 
 def _plot(path: Path, federated: list[dict[str, float]], central: list[dict[str, float]]) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, metric in zip(axes, ("accuracy", "loss"), strict=True):
-        for name, history, style in (("federated", federated, "o-"), ("central", central, "--")):
-            axis.plot([entry[metric] for entry in history], style, label=name, markersize=3)
-        axis.set(xlabel="version", ylabel=metric, xticks=np.arange(0, len(federated), 5))
-        axis.grid(alpha=0.3)
-        axis.legend()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.9))
+    versions = range(len(federated))
+    for axis, metric, distance in zip(axes, ("accuracy", "loss"), (0.07, 0.16), strict=True):
+        ends = []
+        for name, history, color in (("federated", federated, BLUE), ("central", central, ORANGE)):
+            values = [entry[metric] for entry in history]
+            axis.plot(versions, values, color=color)
+            ends.append((versions[-1], values[-1], name, color))
+        name_ends(axis, ends, distance)
+        axis.set(title=metric, xlabel="version", ylim=(0, None), xlim=(0, versions[-1]))
+        axis.set_xticks(range(0, len(federated), 5))
     axes[0].set_ylim(0, 1)
-    figure.suptitle("Handwritten digits on held-out scans: federated and central training")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axes[0].yaxis.set_major_formatter(lambda value, _: percent(value))
+    found = [f"{history[-1]['accuracy']:.1%}" for history in (federated, central)]
+    figure.suptitle(
+        f"On held-out scans, federated training ends at {found[0]}, central training at {found[1]}",
+        x=0.01,
+        ha="left",
+    )
+    save(figure, path)
 
 
 def main() -> int:

@@ -2,7 +2,11 @@
 
 # ruff: noqa: PLC0415 - the example's modules are on the path in these tests only
 
+from itertools import pairwise
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import ROOT
 
@@ -49,3 +53,16 @@ def test_a_buffer_is_ahead_of_rounds_that_wait_for_slow_devices() -> None:
     buffer = list(Buffer(fleet, buffered, 5, 20).run(12.0))
 
     assert buffer[-1][1] > waiting[-1][1] + 0.2
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=8))
+def test_labels_are_apart_and_in_order(places: list[float]) -> None:
+    from plots import apart
+
+    moved = apart(places, 0.1)
+
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    shown = [moved[index] for index in order]
+    assert all(later - earlier > 0.0999 for earlier, later in pairwise(shown))
+    assert sum(moved) == pytest.approx(sum(places), abs=1e-6)

@@ -1,0 +1,80 @@
+"""What the demo prints at its end can be typed as it is."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+from urllib.request import urlopen
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.support.manual_pages import free_port
+
+TIMEOUT_S: Final = 120
+
+
+def typed(line: str, folder: Path, environ: dict[str, str]) -> str:
+    """Type a line as printed; return what it writes."""
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, (line, done.stderr)
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_that_the_demo_prints_open_dashboard_and_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    demo = [sys.executable, str(ROOT / "examples" / "digits" / "demo.py")]
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    done = subprocess.run(
+        [*demo, "--output", "out", "--devices", "2", "--rounds", "1"],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    printed = done.stdout.split("Restart the coordinator on this database:")[1]
+    for port in ("50051", "8080"):
+        printed = printed.replace(f"127.0.0.1:{port}", f"127.0.0.1:{free_port()}")
+    url = re.findall(r"open (http://\S+)", printed)[0]
+    serve = next(line for line in printed.splitlines() if " serve " in line).strip().rstrip("&")
+    calls = [line.strip() for line in printed.splitlines() if line.startswith("  qflare-admin ")]
+    token = re.findall(r"token in (\S+)", printed)[0]
+
+    with subprocess.Popen(
+        ["bash", "-c", f"exec {serve}"],
+        cwd=tmp_path,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as coordinator:
+        try:
+            assert coordinator.stdout is not None
+            for line in coordinator.stdout:
+                if line.startswith("dashboard on "):
+                    break
+            assert "Admin token" in urlopen(url, timeout=TIMEOUT_S).read().decode()
+            assert (tmp_path / token).read_text().startswith("qfa1.")
+            assert len(calls) == 5
+            for call in calls:
+                assert typed(call, tmp_path, environ)
+            grpcurl = [line for line in printed.splitlines() if "grpcurl -plaintext" in line]
+            assert bool(grpcurl) == ("grpcurl:" in printed)
+            for line in grpcurl:
+                call = f"export QFLARE_TOKEN=$(cat {token}); {line.strip()}"
+                assert "training_sessions" in typed(call, tmp_path, environ)
+        finally:
+            coordinator.terminate()
