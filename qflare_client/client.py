@@ -29,6 +29,7 @@ from qflare_client.keystore.passphrase import secret_coding
 from qflare_client.keystore.store import KeyStore
 from qflare_client.models.accepted_versions import AcceptedVersions
 from qflare_client.models.download import GlobalModel, ProgressHook, silent
+from qflare_client.models.error_feedback import ErrorFeedback
 from qflare_client.models.lineage import (
     Version,
     check_base,
@@ -46,8 +47,8 @@ from qflare_client.models.relay import SignedUpdate, submit_all
 from qflare_client.models.sender import UpdateSender
 from qflare_client.models.submission import (
     Contribution,
+    acceptance_of,
     check_submission,
-    feedback_for,
     make_evaluation,
 )
 from qflare_client.models.upload import Receipt
@@ -142,7 +143,6 @@ class Client:
             self._trust = Trust.load(self._store, self._open_calls)
             self._versions = AcceptedVersions(self._store)
             self._ledger = PrivacyLedger(self._store)
-            self._local = LocalTensors(self._store, own_patterns)
             outbox = Outbox(self._store) if keep_updates else None
             self._login = Login(
                 self._open_calls,
@@ -160,7 +160,9 @@ class Client:
             raise
         self._calls = self._open_calls.authenticated(self._login)
         self._stub = transport.stub
-        self._feedback = feedback_for(self._store, self._calls) if error_feedback else None
+        is_accepted = acceptance_of(self._calls)
+        self._feedback = ErrorFeedback(self._store, is_accepted) if error_feedback else None
+        self._local = LocalTensors(self._store, own_patterns, is_accepted)
         self._sender = UpdateSender(
             self._calls,
             self._trust,
@@ -169,6 +171,7 @@ class Client:
             self._progress,
             outbox,
             self._feedback,
+            self._local,
         )
         self._rotation_lock = threading.Lock()
 
@@ -303,10 +306,13 @@ class Client:
     def local_tensors(self, training_session_id: str) -> dict[str, Array]:
         """Return the tensors of a training session that stay on this device, as they were trained last.
 
-        They are kept after the training session ends. Empty before the first training.
+        Those of the last accepted update, kept after the training session ends. Empty before the first one.
 
         Args:
             training_session_id: Training session.
+
+        Raises:
+            QflareClientError: It is unknown whether the last update was accepted, and the coordinator is unreachable.
         """
         return self._local.read(arguments.session_id(training_session_id))
 
@@ -331,7 +337,7 @@ class Client:
             base: The version that the task names.
             arrays: The trained tensors: names and shapes of the base version's. Numbers are rounded to its floating
                 types and converted to its integer types, where they are in range; do not modify them before the call
-                returns. Local tensors are kept on the device, instead of those kept before.
+                returns. Local tensors stay on the device, and take effect when the update is accepted.
             example_count: Number of local examples, 1 to 2^40.
             metrics: Metrics by name, finite.
             privacy: Clips the delta and adds noise before it leaves the device; None sends it unchanged.
@@ -352,9 +358,11 @@ class Client:
     def _contribution(
         self, task: Task, base: GlobalModel, arrays: Any, example_count: int, metrics: Any
     ) -> Contribution:
+        local: Mapping[str, Array] = {}
         if isinstance(arrays, Mapping):
-            arrays = self._local.keep(task, arrays)
-        return Contribution(base, arrays, example_count, {} if metrics is None else metrics)
+            arrays, local = self._local.split(task, arrays)
+        given = {} if metrics is None else metrics
+        return Contribution(base, arrays, example_count, given, local)
 
     def send_kept(
         self, task: Task | None = None, *, timeout_s: float | None = None

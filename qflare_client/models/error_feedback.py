@@ -16,11 +16,8 @@ Sources: Stich et al. 2018, arXiv:1809.07599, algorithm 1 (memory); Karimireddy 
 algorithm 2 (error feedback).
 """
 
-import hashlib
-import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Final
 
 import numpy as np
 
@@ -28,11 +25,7 @@ from qflare.tensors import Array, DType, Manifest, TensorSpec
 from qflare.tensors.encodings import INDEX_SUFFIX, VALUE_SUFFIX, narrow
 from qflare_client.errors import KeyStoreError
 from qflare_client.keystore.store import KeyStore
-from qflare_client.models.array_files import arrays_of, encode, facts_of
-
-_log = logging.getLogger(__name__)
-
-_PENDING: Final = ".pending"
+from qflare_client.models.staged_arrays import StagedArrays
 
 Residual = dict[str, Array]
 
@@ -94,8 +87,7 @@ class ErrorFeedback:
     """
 
     def __init__(self, store: KeyStore, is_accepted: Callable[[str], bool]) -> None:
-        self._store = store
-        self._is_accepted = is_accepted
+        self._staged = StagedArrays(store, "residual", is_accepted)
         self._lock = threading.Lock()
         self._held: dict[str, tuple[str, Residual]] = {}
 
@@ -106,13 +98,14 @@ class ErrorFeedback:
             QflareClientError: It is unknown whether an update was accepted, and the coordinator is unreachable.
             KeyStoreError: The residual of a settled update cannot be written.
         """
-        self._settle(training_session_id)
+        if self._staged.settle(training_session_id):
+            self._drop(training_session_id)
         layout = residual_manifest(base)
         with self._lock:
             held = self._held.get(training_session_id)
         if held is not None and held[0] == layout.layout_digest:
             return held[1]
-        found = self._read(_name(training_session_id), training_session_id, layout)
+        found = self._staged.read(training_session_id, layout)
         if found:
             with self._lock:
                 self._held[training_session_id] = layout.layout_digest, found
@@ -124,8 +117,7 @@ class ErrorFeedback:
         Raises:
             KeyStoreError: It cannot be written.
         """
-        name = _name(training_session_id) + _PENDING
-        self._store.write_secret(name, _encode(training_session_id, update_id, residual))
+        self._staged.stage(training_session_id, update_id, residual)
 
     def commit(self, training_session_id: str, residual: Residual) -> None:
         """Commit the staged residual after its update was accepted.
@@ -133,7 +125,8 @@ class ErrorFeedback:
         Raises:
             KeyStoreError: It cannot be written.
         """
-        self._promote(training_session_id)
+        if not self._staged.commit(training_session_id):
+            raise KeyStoreError("no residual is staged for the accepted update")
         digest = Manifest.from_arrays(residual).layout_digest
         with self._lock:
             self._held[training_session_id] = digest, residual
@@ -144,74 +137,14 @@ class ErrorFeedback:
         Raises:
             KeyStoreError: It cannot be written.
         """
-        if self._load(_name(training_session_id) + _PENDING) is None:
-            return
-        with self._lock:
-            self._held.pop(training_session_id, None)
-        self._promote(training_session_id)
+        if self._staged.commit(training_session_id):
+            self._drop(training_session_id)
 
     def forget(self, training_session_id: str) -> None:
         """Delete the residual of a training session that has ended."""
+        self._drop(training_session_id)
+        self._staged.forget(training_session_id)
+
+    def _drop(self, training_session_id: str) -> None:
         with self._lock:
             self._held.pop(training_session_id, None)
-        name = _name(training_session_id)
-        self._store.delete(name + _PENDING)
-        self._store.delete(name)
-
-    def _promote(self, training_session_id: str) -> None:
-        name = _name(training_session_id)
-        self._store.rename(name + _PENDING, name)
-
-    def _settle(self, training_session_id: str) -> None:
-        """Determine whether an update without a receipt was accepted."""
-        name = _name(training_session_id) + _PENDING
-        data = self._load(name)
-        if data is None:
-            return
-        update_id = _update_id(data, training_session_id)
-        if update_id and self._is_accepted(update_id):
-            with self._lock:
-                self._held.pop(training_session_id, None)
-            self._promote(training_session_id)
-            return
-        self._store.delete(name)
-
-    def _read(self, name: str, training_session_id: str, layout: Manifest) -> Residual:
-        data = self._load(name)
-        if data is None:
-            return {}
-        facts = facts_of(data)
-        wanted = (training_session_id, layout.layout_digest)
-        if (facts.get("training_session_id"), facts.get("layout_digest")) != wanted:
-            _log.warning("error-feedback residual dropped: damaged or of another layout")
-            return {}
-        return arrays_of(data, layout)
-
-    def _load(self, name: str) -> bytes | None:
-        try:
-            return self._store.read_secret(name)
-        except KeyStoreError as error:
-            _log.warning("error-feedback residual dropped, it cannot be read: %s", error)
-            return None
-
-
-def _name(training_session_id: str) -> str:
-    """Return the file name of a training session's residual; text from the coordinator never becomes a path."""
-    return "residual-" + hashlib.sha256(training_session_id.encode()).hexdigest()[:32]
-
-
-def _encode(training_session_id: str, update_id: str, residual: Residual) -> bytes:
-    facts = {
-        "training_session_id": training_session_id,
-        "update_id": update_id,
-        "layout_digest": Manifest.from_arrays(residual).layout_digest,
-    }
-    return encode(facts, residual)
-
-
-def _update_id(data: bytes, training_session_id: str) -> str:
-    """Return the id of the update that a file belongs to; empty if it is damaged or of another training session."""
-    facts = facts_of(data)
-    return (
-        str(facts["update_id"]) if facts.get("training_session_id") == training_session_id else ""
-    )

@@ -3,27 +3,22 @@
 Which tensors these are is said by patterns of the training session (`transfer.local_tensors`) and of the device itself.
 The device's own patterns bind the coordinator too: a version that holds such a tensor is not trained from.
 
-Invariants: the tensors are written durably before the update of the same training is sent, so a device that restarts
-goes on with what it trained last. A damaged file is dropped with a warning; the training function then begins with its
-own initial values, as it does the first time.
+Invariants: the tensors are written durably before the update of the same training is sent, and take effect when that
+update is accepted, so what is local and what is shared never drift apart, whatever crashes. A damaged file is dropped
+with a warning; the training function then begins with its own initial values, as it does the first time.
 """
 
-import hashlib
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qflare.tensors import Array, InvalidManifestError, Manifest
 from qflare.tensors.local_tensors import is_local
-from qflare.v1 import tensor_pb2
-from qflare_client.errors import KeyStoreError, PrivacyError, TrainingFunctionError
+from qflare_client.errors import PrivacyError, TrainingFunctionError
 from qflare_client.keystore.store import KeyStore
-from qflare_client.models.array_files import arrays_of, encode, facts_of
+from qflare_client.models.staged_arrays import StagedArrays
 from qflare_client.tasks import Task
-
-_log = logging.getLogger(__name__)
 
 
 class LocalTensors:
@@ -32,10 +27,13 @@ class LocalTensors:
     Args:
         store: Key store of the device.
         patterns: The device's own patterns.
+        is_accepted: Returns whether the coordinator has accepted an update, given by its id.
     """
 
-    def __init__(self, store: KeyStore, patterns: Sequence[str]) -> None:
-        self._store = store
+    def __init__(
+        self, store: KeyStore, patterns: Sequence[str], is_accepted: Callable[[str], bool]
+    ) -> None:
+        self._staged = StagedArrays(store, "local", is_accepted)
         self._patterns = tuple(patterns)
 
     def require_absent(self, manifest: Manifest) -> None:
@@ -50,12 +48,13 @@ class LocalTensors:
                     f"tensor {spec.name!r} is part of the version, but stays on this device (local_tensors)"
                 )
 
-    def keep(self, task: Task, arrays: Mapping[Any, Any]) -> Mapping[Any, Any]:
-        """Keep those of the trained tensors that stay on the device, and return the others.
+    def split(
+        self, task: Task, arrays: Mapping[Any, Any]
+    ) -> tuple[Mapping[Any, Any], dict[str, Array]]:
+        """Return the trained tensors that travel, and those that stay on the device.
 
         Raises:
-            TrainingFunctionError: They cannot be kept, because of their names, shapes or element types.
-            KeyStoreError: They cannot be written.
+            TrainingFunctionError: Those that stay cannot be kept, because of their shapes or element types.
         """
         patterns = (*self._patterns, *task.transfer.local_tensors)
         local = {
@@ -63,49 +62,34 @@ class LocalTensors:
             for name, array in arrays.items()
             if isinstance(name, str) and is_local(name, patterns)
         }
-        if not local:
-            return arrays
-        self.write(task.training_session_id, local)
-        return {name: array for name, array in arrays.items() if name not in local}
-
-    def write(self, training_session_id: str, arrays: Mapping[str, Array]) -> None:
-        """Keep the local tensors of a training session durably, instead of those kept before.
-
-        Raises:
-            TrainingFunctionError: They cannot be kept, because of their names, shapes or element types.
-            KeyStoreError: They cannot be written.
-        """
         try:
-            manifest = Manifest.from_arrays(arrays)
+            Manifest.from_arrays(local)
         except InvalidManifestError as error:
             raise TrainingFunctionError(f"local tensors: {error}") from error
-        facts = {
-            "training_session_id": training_session_id,
-            "manifest": manifest.to_proto().SerializeToString().hex(),
-        }
-        self._store.write_secret(_name(training_session_id), encode(facts, arrays))
+        return {name: array for name, array in arrays.items() if name not in local}, local
+
+    def stage(self, training_session_id: str, update_id: str, arrays: Mapping[str, Array]) -> None:
+        """Write local tensors, which take effect when an update is accepted; call this before sending the update.
+
+        Raises:
+            KeyStoreError: They cannot be written.
+        """
+        if arrays:
+            self._staged.stage(training_session_id, update_id, arrays)
+
+    def accept(self, training_session_id: str) -> None:
+        """Put the staged tensors, if any, into effect after their update was accepted.
+
+        Raises:
+            KeyStoreError: They cannot be written.
+        """
+        self._staged.commit(training_session_id)
 
     def read(self, training_session_id: str) -> dict[str, Array]:
-        """Return the local tensors of a training session; empty if there are none."""
-        try:
-            data = self._store.read_secret(_name(training_session_id))
-        except KeyStoreError as error:
-            _log.warning("local tensors dropped, they cannot be read: %s", error)
-            return {}
-        if data is None:
-            return {}
-        facts = facts_of(data)
-        if facts.get("training_session_id") != training_session_id:
-            _log.warning("local tensors dropped: damaged")
-            return {}
-        message = tensor_pb2.Manifest.FromString(bytes.fromhex(facts["manifest"]))
-        return arrays_of(data, Manifest.from_proto(message))
+        """Return the local tensors of a training session; empty if there are none.
 
-    def forget(self, training_session_id: str) -> None:
-        """Delete the local tensors of a training session."""
-        self._store.delete(_name(training_session_id))
-
-
-def _name(training_session_id: str) -> str:
-    """Return the file name of a training session's tensors; text from the coordinator never becomes a path."""
-    return "local-" + hashlib.sha256(training_session_id.encode()).hexdigest()[:32]
+        Raises:
+            QflareClientError: It is unknown whether an update was accepted, and the coordinator is unreachable.
+        """
+        self._staged.settle(training_session_id)
+        return self._staged.read(training_session_id)

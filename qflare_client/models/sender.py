@@ -33,6 +33,7 @@ from qflare_client.keystore.identity import Identity
 from qflare_client.models.download import ProgressHook
 from qflare_client.models.error_feedback import ErrorFeedback
 from qflare_client.models.lineage import check_base
+from qflare_client.models.local_tensors import LocalTensors
 from qflare_client.models.outbox import (
     DamagedUpdateError,
     KeptPayload,
@@ -72,12 +73,14 @@ class _Update:
         payload: The plaintext payload.
         sealed: The sealed payload; None if the update is not sealed.
         residual: Residual of a top-k update; None if it is not kept, or is in the key store only.
+        local: The trained tensors that stay on the device; empty if there are none, or in the key store only.
     """
 
     statement: security_pb2.UpdateStatement
     payload: Payload | KeptPayload
     sealed: SealedPayload | KeptSegments | None
     residual: dict[str, Array] | None = field(default=None, repr=False)
+    local: Mapping[str, Array] = field(default_factory=dict, repr=False)
 
     @property
     def session_id(self) -> str:
@@ -95,6 +98,7 @@ class UpdateSender:
         progress: Called with the number of sent bytes.
         outbox: Keeps updates until they are settled; None keeps none.
         feedback: Error feedback for top-k updates; None discards their residuals.
+        local: Tensors that stay on the device.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class UpdateSender:
         progress: ProgressHook,
         outbox: Outbox | None,
         feedback: ErrorFeedback | None,
+        local: LocalTensors,
     ) -> None:
         self._calls = calls
         self._trust = trust
@@ -114,6 +119,7 @@ class UpdateSender:
         self._progress = progress
         self._outbox = outbox
         self._feedback = feedback
+        self._local = local
 
     def submit(
         self,
@@ -162,6 +168,7 @@ class UpdateSender:
         envelope = sign_statement(self._identity().keys.signing, update.statement)
         if self._feedback is not None and update.residual is not None:
             self._feedback.stage(update.session_id, update.statement.update_id, update.residual)
+        self._local.stage(update.session_id, update.statement.update_id, update.local)
         return signed_update(envelope, update.sealed or update.payload)
 
     def _released(
@@ -247,7 +254,8 @@ class UpdateSender:
         sealed = None
         if task.transfer.sealed:
             sealed = SealedPayload(payload, statement, self._trust.session_key())
-        return _Update(statement, payload, sealed, residual if feedback is not None else None)
+        kept = residual if feedback is not None else None
+        return _Update(statement, payload, sealed, kept, contribution.local)
 
     def _send(self, update: _Update, timeout_s: float | None) -> Receipt:
         """Send an update for the first time."""
@@ -256,6 +264,7 @@ class UpdateSender:
             receipt, update = self._upload(update, envelope, timeout_s, resumes=False)
         if self._feedback is not None and update.residual is not None:
             self._feedback.commit(update.session_id, update.residual)
+        self._local.accept(update.session_id)
         self._forget(update.session_id)
         return receipt
 
@@ -275,6 +284,7 @@ class UpdateSender:
                 receipt, update = self._upload(update, envelope, timeout_s, resumes=True)
         if self._feedback is not None:
             self._feedback.accept(update.session_id)
+        self._local.accept(update.session_id)
         self._forget(update.session_id)
         return receipt
 
@@ -328,6 +338,7 @@ class UpdateSender:
         envelope = sign_statement(self._identity().keys.signing, update.statement)
         if self._feedback is not None and update.residual is not None:
             self._feedback.stage(update.session_id, update.statement.update_id, update.residual)
+        self._local.stage(update.session_id, update.statement.update_id, update.local)
         if self._outbox is None:
             return envelope, update
         try:

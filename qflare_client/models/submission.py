@@ -3,8 +3,8 @@
 It does not retry or resume uploads (see `qflare_client.models.upload`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -30,9 +30,8 @@ from qflare_client.errors import (
     UnsupportedTaskError,
 )
 from qflare_client.keystore.identity import Identity
-from qflare_client.keystore.store import KeyStore
 from qflare_client.models.download import GlobalModel
-from qflare_client.models.error_feedback import ErrorFeedback, corrected, selectable, subtract_sent
+from qflare_client.models.error_feedback import corrected, selectable, subtract_sent
 from qflare_client.models.fitting import fitted
 from qflare_client.models.upload import Payload
 from qflare_client.privacy import LocalPrivacy
@@ -62,15 +61,18 @@ class Contribution:
     metrics: Mapping[str, float]
     """Metrics by name, finite."""
 
+    local: Mapping[str, Array] = field(default_factory=dict)
+    """The trained tensors that stay on the device."""
 
-def feedback_for(store: KeyStore, calls: Calls) -> ErrorFeedback:
-    """Return the error feedback of a device."""
+
+def acceptance_of(calls: Calls) -> Callable[[str], bool]:
+    """Return a function that asks the coordinator whether it has accepted an update, given by its id."""
 
     def is_accepted(update_id: str) -> bool:
         request = messages.GetUploadRequest(update_id=update_id)
         return calls.unary(calls.transport.stub.GetUpload, request).HasField("receipt")
 
-    return ErrorFeedback(store, is_accepted)
+    return is_accepted
 
 
 def is_sparse(transfer: training_pb2.TransferPolicy) -> bool:

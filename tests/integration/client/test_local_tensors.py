@@ -10,9 +10,11 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from qflare.tensors import Array
+from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import training_pb2
-from qflare_client import Client, PrivacyError, TrainingFunctionError, run
+from qflare_client import Client, PrivacyError, RejectedError, TrainingFunctionError, run
 from qflare_client.tasks import TrainingTask
+from tests.integration.client.test_device import wait_for_training
 from tests.support.raw_device import info_of
 
 Deploy = Callable[..., Any]
@@ -102,6 +104,41 @@ def test_evaluations_get_the_local_tensors(deployment: Any) -> None:
 
     assert given
     assert given[-1] == {"head.weight", "bn1.count"}
+
+
+def test_local_tensors_of_a_refused_update_do_not_take_effect(deployment: Any) -> None:
+    session_id = deployment.session(SHARED, rounds=ROUNDS, total_rounds=9, transfer=NORMS)
+    model = Model()
+    with deployment.device("ward") as client:
+        task = client.get_task(session_id)
+        base = client.download_base(task)
+        client.submit(task, base, *model(dict(base.arrays), task.config))
+        task = wait_for_training(client, session_id)
+        base = client.download_base(task)
+        given = dict(base.arrays) | client.local_tensors(session_id)
+        trained = model(given, task.config)
+        deployment.admin.CancelTrainingSession(
+            admin_pb2.CancelTrainingSessionRequest(training_session_id=session_id),
+            metadata=deployment.metadata,
+        )
+        with pytest.raises(RejectedError):
+            client.submit(task, base, *trained)
+
+        assert client.local_tensors(session_id)["bn1.count"].tolist() == [1]
+
+
+def test_local_tensors_take_effect_when_only_the_receipt_was_lost(deployment: Any) -> None:
+    session_id = deployment.session(SHARED, rounds=ROUNDS, total_rounds=9, transfer=NORMS)
+    home = Path(deployment.folder / "ward")
+    with deployment.device("ward") as client:
+        task = client.get_task(session_id)
+        base = client.download_base(task)
+        client.submit(task, base, *Model()(dict(base.arrays), task.config))
+    (path,) = home.glob("local-*")
+    path.rename(path.with_name(path.name + ".pending"))  # as a crash before the receipt leaves it
+
+    with Client(home=home) as client:
+        assert client.local_tensors(session_id)["bn1.count"].tolist() == [1]
 
 
 def test_a_damaged_file_is_dropped(deployment: Any) -> None:
