@@ -22,6 +22,7 @@ WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130
 ENDED_AT_ONCE: Final = 1
 """Exit code after a second signal."""
+_STANDARD_ERROR: Final = 2
 _PR_SET_DUMPABLE: Final = 4  # sys/prctl.h of Linux
 
 
@@ -126,9 +127,40 @@ def seconds(least: float, most: float = 315_360_000.0) -> Callable[[str], float]
 
 
 def protect_process() -> None:
-    """Restrict new files to the user and disable core dumps, so that secrets do not leak to disk."""
+    """Restrict new files to the user and disable core dumps, so that secrets do not leak to disk.
+
+    Standard streams that the caller has closed are opened on the null device.
+    """
     os.umask(0o077)
     disable_core_dumps()
+    _occupy_standard_streams()
+
+
+def _occupy_standard_streams() -> None:
+    """Open closed standard streams: the next file would get the number of one, and output would be written into it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return what failed and on which file, in one line."""
+    if error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, FileNotFoundError) and not _has_working_directory():
+        return "the working directory no longer exists"
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109  # only whether there is one
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def disable_core_dumps() -> None:

@@ -4,7 +4,7 @@ import errno
 import logging
 from typing import Final
 
-from qflare.command_line import report_failure
+from qflare.command_line import describe_os_error, report_failure
 from qflare_client import errors
 
 logger = logging.getLogger(__name__)
@@ -96,5 +96,5 @@ def explain(error: Exception) -> tuple[str, str] | None:
 
 def _cause(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return describe_os_error(error)
     return str(error) or type(error).__name__

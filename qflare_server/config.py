@@ -70,7 +70,7 @@ class ServerConfig:
     """Migrate the database schema at startup; an empty SQLite file is always migrated."""
 
     listen: str = "127.0.0.1:50051"
-    """Address of the gRPC server; port 0 selects a free port."""
+    """Address of the gRPC server: host:port, where port 0 selects a free port, unix:PATH or unix-abstract:NAME."""
     health_listen: str = ""
     """Address of a separate plaintext listener for the gRPC health service, such as 0.0.0.0:50052, for Kubernetes
     probes and load balancers; empty means none.
@@ -467,6 +467,8 @@ def _contradictions(config: ServerConfig) -> list[str]:
             f"QFLARE_LISTEN: {config.listen} can be reached from outside; set a server certificate"
         )
     problems += _malformed_addresses(config)
+    if config.workers > 1 and config.listen.startswith(UNIX_SOCKETS):
+        problems.append("QFLARE_WORKERS: several workers cannot share a Unix socket, want 1")
     problems += _unknown_algorithms(config)
     problems.extend(_contradictions_of_dashboard(config))
     problems.extend(_contradictions_of_metrics(config))
@@ -485,7 +487,11 @@ def _malformed_addresses(config: ServerConfig) -> list[str]:
     for name in ("listen", "health_listen", "metrics_listen"):
         address: str = getattr(config, name)
         optional = name != "listen"
-        if (optional and not address) or address.startswith("unix:"):
+        if optional and not address:
+            continue
+        if name != "metrics_listen" and address.startswith(UNIX_SOCKETS):
+            if address.endswith(":"):
+                problems.append(f"QFLARE_{name.upper()}: got {address!r}, want a path after it")
             continue
         try:
             _host_and_port(address)

@@ -8,6 +8,7 @@ import errno
 import sys
 from dataclasses import dataclass
 
+from qflare.command_line import describe_os_error
 from qflare_server import errors
 
 INSTALL = "pip install 'qflare[server]'"
@@ -103,5 +104,5 @@ def _by_number(error: Exception) -> str | None:
 
 def _cause(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return describe_os_error(error)
     return str(error) or type(error).__name__

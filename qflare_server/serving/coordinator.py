@@ -21,7 +21,7 @@ from qflare.v1 import (
 )
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.worker import AggregationWorker
-from qflare_server.config import WORKER_VARIABLE, ServerConfig
+from qflare_server.config import UNIX_SOCKETS, WORKER_VARIABLE, ServerConfig
 from qflare_server.context import Clock, Telemetry
 from qflare_server.serving.application import Application
 from qflare_server.serving.dashboard import open_dashboard
@@ -141,6 +141,8 @@ class Coordinator:
     @property
     def address(self) -> str:
         """Address for clients on this machine."""
+        if self.config.listen.startswith(UNIX_SOCKETS):
+            return self.config.listen
         host, _, _ = self.config.listen.rpartition(":")
         return f"{'localhost' if host in {'0.0.0.0', '[::]'} else host}:{self.port}"  # noqa: S104
 

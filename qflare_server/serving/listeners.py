@@ -4,18 +4,23 @@ A port that cannot be bound is a configuration error that names the setting and 
 `grpc.health.v1`, for probes without TLS or without a client certificate.
 """
 
+import os
 import socket
+from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from qflare_server.config import ConfigError, ServerConfig
+from qflare_server.config import UNIX_SOCKETS, ConfigError, ServerConfig
 from qflare_server.serving.rpc.dispatcher import Dispatcher
 from qflare_server.serving.rpc.limits import channel_options
 from qflare_server.serving.rpc.validation import RequestValidation
 
 _MAX_REQUEST_BYTES: Final = 4096
+MAX_SOCKET_PATH_BYTES: Final = 107
+"""Longest path of a Unix socket on Linux, without the final NUL byte."""
 
 
 def bind(
@@ -29,6 +34,8 @@ def bind(
     Raises:
         ConfigError: The address cannot be bound; states the setting and the reason.
     """
+    if address.startswith("unix:"):
+        _require_free_socket(setting, address)
     try:
         if credentials is None:
             port = server.add_insecure_port(address)
@@ -48,10 +55,41 @@ def _cannot_bind(setting: str, address: str, reason: str) -> ConfigError:
     )
 
 
+def _socket_path(address: str) -> Path:
+    """Return the path of a `unix:` address, as gRPC reads it: percent-decoded, with or without `//`."""
+    name = address.removeprefix("unix:")
+    return Path(unquote(name.removeprefix("//") if name.startswith("///") else name))
+
+
+def _require_free_socket(setting: str, address: str) -> None:
+    """Refuse a socket on which a program listens; gRPC would remove it and take its place without a word.
+
+    Raises:
+        ConfigError: Another program listens there.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(_socket_path(address)))
+        except (OSError, ValueError):
+            return
+    raise _cannot_bind(setting, address, "another program listens there")
+
+
+def _reason_of_socket(path: Path) -> str:
+    length = len(os.fsencode(path))
+    if length > MAX_SOCKET_PATH_BYTES:
+        return f"its path has {length} bytes, want at most {MAX_SOCKET_PATH_BYTES}"
+    if path.exists() and not path.is_socket():
+        return "a file that is no socket is in the way"
+    return "its folder is missing or not writable"
+
+
 def _reason(address: str) -> str:
     """Return the reason why an address cannot be bound, which gRPC does not report."""
     if address.startswith("unix:"):
-        return "its folder is missing or not writable, or the path is too long"
+        return _reason_of_socket(_socket_path(address))
+    if address.startswith(UNIX_SOCKETS):
+        return "the name is in use or too long"
     host, _, port = address.rpartition(":")
     try:
         found = socket.getaddrinfo(

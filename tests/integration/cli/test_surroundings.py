@@ -1,8 +1,10 @@
 """The whole way of a new user, from the first start to the audit, in folders of every legal name."""
 
 import os
+import socket
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from qflare_client import Client, run
 from qflare_client.__main__ import main as client_main
 from qflare_client.admin.__main__ import main as admin_main
 from qflare_server.cli.main import main as server_main
-from qflare_server.config import ServerConfig
+from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.serving.coordinator import Coordinator
 
 FOLDERS = {
@@ -35,14 +37,14 @@ def add_one(arrays: dict[str, Array], _: object) -> tuple[dict[str, Array], int,
     return {name: array + 1 for name, array in arrays.items()}, 1, {}
 
 
-def walk(capsys: pytest.CaptureFixture[str], here: Path, data: str) -> None:
+def walk(
+    capsys: pytest.CaptureFixture[str], here: Path, data: str, listen: str = "127.0.0.1:0"
+) -> None:
     """Go the whole way with the data folder `data` and everything else beside it."""
     server = [f"--data-dir={data}"]
     save_file({"w": np.zeros(4, np.float32)}, here / "initial.safetensors")
     assert server_main([*server, "init"]) == 0
-    config = ServerConfig.from_env(
-        {"QFLARE_DATA_DIR": data, "QFLARE_LISTEN": "127.0.0.1:0"}
-    ).checked()
+    config = ServerConfig.from_env({"QFLARE_DATA_DIR": data, "QFLARE_LISTEN": listen}).checked()
     assert config.data_dir == Path(data)
     coordinator = Coordinator(config)
     coordinator.start()
@@ -69,6 +71,17 @@ def walk(capsys: pytest.CaptureFixture[str], here: Path, data: str) -> None:
     finally:
         coordinator.stop(0.5)
     assert server_main([*server, "audit", "verify"]) == 0
+
+
+SOCKETS = {
+    "relative": "unix:socket",
+    "dot": "unix:./socket",
+    "space": "unix:a b",
+    "percent": "unix:a%20b%25",
+    "unicode": "unix:dätä-数据",
+    "abstract": "unix-abstract:qflare-test",
+}
+"""Listening addresses, relative to the working directory."""
 
 
 @pytest.fixture
@@ -102,3 +115,68 @@ def test_a_question_mark_in_the_data_folder_is_refused_with_the_reason(
 ) -> None:
     assert server_main([f"--data-dir={here / 'a?b'}", "init"]) != 0
     assert "question mark" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("listen", SOCKETS.values(), ids=SOCKETS.keys())
+def test_unix_sockets(here: Path, capsys: pytest.CaptureFixture[str], listen: str) -> None:
+    walk(capsys, here, "data", listen)
+
+
+@pytest.mark.parametrize("prefix", ["unix:", "unix://"])
+def test_unix_sockets_with_an_absolute_path(
+    capsys: pytest.CaptureFixture[str], here: Path, prefix: str
+) -> None:
+    with TemporaryDirectory() as short:
+        walk(capsys, here, "data", f"{prefix}{short}/socket")
+
+
+def coordinator_on(listen: str) -> Coordinator:
+    return Coordinator(
+        ServerConfig.from_env({"QFLARE_DATA_DIR": "data", "QFLARE_LISTEN": listen}).checked()
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_a_socket_that_a_killed_coordinator_left_is_replaced() -> None:
+    assert server_main(["--data-dir=data", "init"]) == 0
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind("socket")
+        killed.listen()
+
+    coordinator = coordinator_on("unix:socket")
+    coordinator.start()
+    try:
+        assert server_main(["health", "--address=unix:socket"]) == 0
+    finally:
+        coordinator.stop(0)
+
+
+def test_a_socket_in_use_is_left_to_its_program(here: Path) -> None:
+    assert server_main(["--data-dir=data", "init"]) == 0
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind("socket")
+        other.listen()
+
+        with pytest.raises(ConfigError, match="another program listens there"):
+            coordinator_on("unix:socket")
+
+        assert (here / "socket").is_socket()
+
+
+@pytest.mark.parametrize(
+    ("listen", "reason"),
+    [
+        ("unix:" + "a" * 200, "200 bytes, want at most 107"),
+        ("unix:file", "a file that is no socket is in the way"),
+        ("unix:none/socket", "its folder is missing"),
+        ("unix:", "want a path"),
+    ],
+)
+def test_sockets_that_cannot_be_are_refused_with_the_reason(
+    here: Path, listen: str, reason: str
+) -> None:
+    assert server_main(["--data-dir=data", "init"]) == 0
+    (here / "file").touch()
+
+    with pytest.raises(ConfigError, match=reason):
+        coordinator_on(listen)

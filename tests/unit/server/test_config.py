@@ -138,7 +138,8 @@ def test_open_address_needs_a_certificate(listen: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "listen", ["127.0.0.1:1", "localhost:1", "127.8.0.1:1", "[::1]:1", "unix:/run/q"]
+    "listen",
+    ["127.0.0.1:1", "localhost:1", "127.8.0.1:1", "[::1]:1", "unix:/run/q", "unix-abstract:q"],
 )
 def test_loopback_needs_none(listen: str) -> None:
     assert read(LISTEN=listen).is_loopback
