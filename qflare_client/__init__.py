@@ -68,6 +68,7 @@ from qflare_client.loop import RunSummary, run
 from qflare_client.models.download import GlobalModel, ProgressHook
 from qflare_client.models.lineage import Version
 from qflare_client.models.relay import SignedUpdate
+from qflare_client.models.scaffold import Scaffold
 from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.retry import RetryPolicy
@@ -126,6 +127,7 @@ __all__ = [
     "RolledBackModelError",
     "RoundNotOpenError",
     "RunSummary",
+    "Scaffold",
     "SealKeyNotAcceptedError",
     "SealingMismatchError",
     "SignedUpdate",

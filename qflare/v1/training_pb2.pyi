@@ -397,7 +397,7 @@ class StrategyConfig(_message.Message):
     UNIFORM_WEIGHTS_FIELD_NUMBER: _builtins.int
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the strategy: fedavg, fedavgm, fedprox, fedadam, fedyogi, fedadagrad, median, trimmed_mean, krum,
+    """Name of the strategy: fedavg, fedavgm, fedprox, scaffold, fedadam, fedyogi, fedadagrad, median, trimmed_mean, krum,
     multi_krum, bulyan, geometric_median, fedbuff, or a name that an installed package registers. Empty means fedavg.
     """
     uniform_weights: _builtins.bool

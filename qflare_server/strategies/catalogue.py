@@ -46,6 +46,20 @@ def _mean(config: StrategyConfig) -> Rule:
     return WeightedMean(_weighting(config, usual))
 
 
+def _controlled(config: StrategyConfig) -> Rule:
+    return WeightedMean(_weighting(config, "uniform"))
+
+
+def _device_settings(config: StrategyConfig) -> dict[str, float]:
+    """Return the numbers that devices are told with their tasks."""
+    settings = {"proximal_mu": config.proximal_mu} if config.proximal_mu else {}
+    return (
+        {**settings, "control_share": config.control_share}
+        if config.name == "scaffold"
+        else settings
+    )
+
+
 def _buffered(config: StrategyConfig) -> Rule:
     return BufferedMean(_weighting(config, "uniform"))
 
@@ -73,6 +87,7 @@ def _weighting(config: StrategyConfig, usual: Weighting) -> Weighting:
 RULES: Final[Mapping[str, RuleFactory]] = {
     "fedavg": _mean,
     "fedprox": _mean,
+    "scaffold": _controlled,
     "fedavgm": _mean,
     "fedadam": _mean,
     "fedyogi": _mean,
@@ -239,7 +254,7 @@ def rebuild(config: StrategyConfig) -> Strategy:
         screens=(*screens, privacy.screen) if privacy else screens,
         optimizer=_OPTIMIZERS[_optimizer_name(config)](config),
         privacy=privacy,
-        device_settings={"proximal_mu": config.proximal_mu} if config.proximal_mu else {},
+        device_settings=_device_settings(config),
     )
 
 

@@ -47,7 +47,7 @@ class StrategyConfig:
     """Strategy of a training session.
 
     Attributes:
-        name: `fedavg`, `fedprox`, `fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`, `fedbuff`, `median`,
+        name: `fedavg`, `fedprox`, `scaffold`, `fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`, `fedbuff`, `median`,
             `trimmed_mean`, `krum`, `multi_krum`, `bulyan`, `geometric_median`, or the name of an entry point.
         quorum: Updates a round closes with; for `fedbuff` the size of the buffer. One or more.
         weighting: `examples` or `uniform`; empty stands for the rule's usual one (`examples`, and `uniform`
@@ -61,6 +61,7 @@ class StrategyConfig:
         initial_second_moment: Where `v` starts, zero or above; negative stands for `tau ** 2`.
         bias_correction: Of `adam`.
         proximal_mu: Sent to the devices, zero or above.
+        control_share: Of `scaffold`, sent to the devices: updates of a round over all devices, within (0, 1].
         byzantine_count: Hostile updates that Krum, Multi-Krum and Bulyan withstand, the papers' f.
         selected_count: Updates Multi-Krum averages; 0 stands for `n - f - 2`.
         trimmed_fraction: Share of the updates `trimmed_mean` cuts off at either end, within [0, 0.5).
@@ -88,6 +89,7 @@ class StrategyConfig:
     initial_second_moment: float = -1.0
     bias_correction: bool = False
     proximal_mu: float = 0.0
+    control_share: float = 1.0
     byzantine_count: int = 0
     selected_count: int = 0
     trimmed_fraction: float = 0.1

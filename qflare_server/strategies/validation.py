@@ -42,6 +42,7 @@ _RANGES: Final[dict[str, tuple[_Test, str]]] = {
     "tau": (_positive, "above 0"),
     "initial_second_moment": (lambda _: True, "finite"),
     "proximal_mu": (_not_negative, "0 or above"),
+    "control_share": (lambda value: 0 < value <= 1, "within (0, 1]"),
     "byzantine_count": (_not_negative, "0 or above"),
     "selected_count": (_not_negative, "0 or above"),
     "trimmed_fraction": (lambda value: 0 <= value < 0.5, "within [0, 0.5)"),  # noqa: PLR2004 - a half
@@ -106,6 +107,8 @@ def check_combination(config: StrategyConfig, rule: FoldRule | CohortRule) -> No
         _check_cohort(config, rule)
     _check_rhythm(config)
     _check_weighting(config, rule)
+    if config.name == "scaffold":
+        _check_controls(config)
     if config.secure_aggregation:
         _check_hidden(config, rule)
     if config.privacy is not None:
@@ -122,6 +125,7 @@ _OPTIMIZER_SETTINGS: Final[Mapping[str, frozenset[str]]] = {
 }
 _RULE_SETTINGS: Final[Mapping[str, frozenset[str]]] = {
     "fedbuff": frozenset({"max_staleness"}),
+    "scaffold": frozenset({"control_share"}),
     "trimmed_mean": frozenset({"trimmed_fraction"}),
     "geometric_median": frozenset({"smoothing", "max_iterations"}),
     "krum": frozenset({"byzantine_count"}),
@@ -235,7 +239,10 @@ def _check_rhythm(config: StrategyConfig) -> None:
         raise StrategyConfigError(
             "fedbuff buffers updates of an asynchronous session; set asynchronous"
         )
-    if config.asynchronous and config.name in {"fedavg", "fedprox"} | _SYNCHRONOUS_OPTIMIZERS:
+    if (
+        config.asynchronous
+        and config.name in {"fedavg", "fedprox", "scaffold"} | _SYNCHRONOUS_OPTIMIZERS
+    ):
         raise StrategyConfigError(
             f"{config.name} gives a stale update full weight; an asynchronous session takes fedbuff "
             "with the optimizer of your choice"
@@ -254,6 +261,23 @@ def _check_weighting(config: StrategyConfig, rule: FoldRule | CohortRule) -> Non
         raise StrategyConfigError(
             f"{config.name} counts every update as one: a device could lie about its example count"
         )
+
+
+def _check_controls(config: StrategyConfig) -> None:
+    """Reject settings under which the coordinator's control variate is not the mean of the devices' own."""
+    if config.weighting == "examples":
+        raise StrategyConfigError("scaffold counts every update as one; leave weighting uniform")
+    if config.optimizer not in {"", "plain"} or config.server_learning_rate not in {0.0, 1.0}:
+        raise StrategyConfigError(
+            "scaffold adds the mean of the updates as it is: no optimizer may scale the control variates in it"
+        )
+    for name, idle in (("clip_norm", 0.0), ("max_norm", 0.0), ("min_cosine", -1.0)):
+        if getattr(config, name) != idle:
+            raise StrategyConfigError(
+                f"{name} would scale or refuse control variates that their device already counts as sent"
+            )
+    if config.privacy is not None:
+        raise StrategyConfigError("privacy clips updates, and scaffold's hold control variates")
 
 
 def _check_hidden(config: StrategyConfig, rule: FoldRule | CohortRule) -> None:

@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from qflare.tensors import DType, Manifest
 from qflare.tensors import InvalidManifestError as BadManifestError
+from qflare.tensors.control_variates import CONTROL, LOCAL_PATTERN, missing_control
 from qflare.tensors.download_encodings import DOWNLOAD_ENCODINGS
 from qflare.tensors.encodings import Encoding, wire_manifest
 from qflare.tensors.local_tensors import is_local
@@ -77,6 +78,8 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     del done.groups[:]
     done.groups.extend(groups)
     done.strategy.name = done.strategy.name or "fedavg"
+    if done.strategy.name == "scaffold":
+        _complete_controls(done.transfer)
     if len(done.strategy.name) > MAX_STRATEGY_NAME:
         raise InvalidRequestError(
             f"strategy.name: longer than {MAX_STRATEGY_NAME} characters",
@@ -247,6 +250,18 @@ def _complete_transfer(policy: training_pb2.TransferPolicy) -> None:
     policy.retained_rounds = policy.retained_rounds or 1
 
 
+def _complete_controls(policy: training_pb2.TransferPolicy) -> None:
+    """Let the devices' control variates of SCAFFOLD stay on them, and the coordinator's travel exactly."""
+    for name in ("update_encoding", "download_encoding"):
+        if getattr(policy, name) != training_pb2.ENCODING_NONE:
+            raise InvalidRequestError(
+                f"transfer.{name}: scaffold wants ENCODING_NONE: rounded control variates drift apart",
+                field=f"config.transfer.{name}",
+            )
+    if LOCAL_PATTERN not in policy.local_tensors:
+        policy.local_tensors.append(LOCAL_PATTERN)
+
+
 def _complete_download(policy: training_pb2.TransferPolicy) -> None:
     policy.download_encoding = policy.download_encoding or training_pb2.ENCODING_NONE
     if policy.download_encoding == training_pb2.ENCODING_NONE:
@@ -415,6 +430,12 @@ def require_trainable(
     if local is not None:
         raise _unusable(
             f"tensor {local!r} matches transfer.local_tensors: it stays on each device, so leave it out of the model"
+        )
+    uncontrolled = missing_control(manifest) if config.strategy.name == "scaffold" else None
+    if uncontrolled is not None:
+        raise _unusable(
+            f"tensor {uncontrolled!r} has no control variate {CONTROL + uncontrolled!r} of its shape and type, which "
+            "scaffold needs: add them with qflare_client.Scaffold.initial"
         )
     if wire.size_bytes > max_payload_bytes:
         raise _unusable(
