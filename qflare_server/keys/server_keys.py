@@ -152,12 +152,26 @@ class ServerKeys:
             KeyStoreError: No accepted key of the role is held.
             StatementError: No verifier would accept the payload.
         """
+        return self._sign(role, CONTEXTS[role], payload)
+
+    def sign_request(self, payload: bytes) -> security_pb2.SignedEnvelope:
+        """Sign a request to a helper for secure aggregation with the current task key.
+
+        Raises:
+            KeyStoreError: No accepted task key is held.
+            StatementError: The helper would not accept the payload.
+        """
+        return self._sign(security_pb2.KEY_ROLE_TASK, SigningContext.UNMASKING_REQUEST, payload)
+
+    def _sign(
+        self, role: Role, context: SigningContext, payload: bytes
+    ) -> security_pb2.SignedEnvelope:
         trust = self._current()
         for key_id in trust.key_ids(role):
             signer = self._held_keys.signers.get(key_id)
             if signer is not None:
-                check_form(CONTEXTS[role], payload)
-                return sign_envelope(signer, CONTEXTS[role], payload)
+                check_form(context, payload)
+                return sign_envelope(signer, context, payload)
         raise KeyStoreError("no key of this role is held: copy the key file to this replica")
 
     def decapsulate(self, key_id: str, encapsulation: bytes) -> bytes:

@@ -34,6 +34,7 @@ from qflare_server.storage.repository.idempotent_calls import run_once
 from qflare_server.storage.tables import ENDED, RiskLevel, RoundState, TrainingSessionState
 from qflare_server.storage.training_configs import to_json
 from qflare_server.training.config import complete, deadline_s, is_one_line
+from qflare_server.training.masking import require_helpers
 from qflare_server.training.premises import PremisesChangedError, repeat
 from qflare_server.training.privacy import require_affordable
 from qflare_server.training.retention import prune_payloads
@@ -93,6 +94,7 @@ class Training:
         """
         _check_architecture(architecture)
         done = checked(name, model_type, config)
+        require_helpers(self._context, done)
         at = self._context.clock()
         training_session_id = str(uuid.uuid4())
 
