@@ -80,6 +80,9 @@ class Helpers(Protocol):
             HelperRefusedError: While iterating: it refused.
         """
 
+    def close(self) -> None:
+        """Cancel the calls; later ones fail."""
+
 
 NOTHING: Final[AbstractContextManager[None]] = nullcontext()
 

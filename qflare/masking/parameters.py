@@ -123,19 +123,24 @@ class MaskingParameters:
         return self.bits // 8
 
     @property
+    def modulus(self) -> int:
+        """Size of the ring: 2^bits."""
+        return 1 << self.bits
+
+    @property
     def limit(self) -> int:
         """Largest magnitude of a quantized element."""
-        return (2 ** (self.bits - 1) - 1) // self.max_cohort
+        return (self.modulus // 2 - 1) // self.max_cohort
 
     @cached_property
     def scale(self) -> int:
         """Levels of quantization in a change of 1: floor((2^(bits - 1) - 1) / (max_cohort * clip))."""
-        return int(Fraction(2 ** (self.bits - 1) - 1) / (self.max_cohort * Fraction(self.clip)))
+        return int(Fraction(self.modulus // 2 - 1) / (self.max_cohort * Fraction(self.clip)))
 
     @property
     def digit_bits(self) -> int:
         """Bits of a digit of a slot value, 1 or more."""
-        return ((2**self.bits - 1) // self.max_cohort + 1).bit_length() - 1
+        return ((self.modulus - 1) // self.max_cohort + 1).bit_length() - 1
 
     @property
     def weight_digits(self) -> int:

@@ -107,6 +107,11 @@ class UnmaskHeader(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     KEYSET_FIELD_NUMBER: _builtins.int
     EARLIER_KEYSETS_FIELD_NUMBER: _builtins.int
+    CHECK_ONLY_FIELD_NUMBER: _builtins.int
+    check_only: _builtins.bool
+    """Only check the updates: the response is the list of refused updates, which may be empty. Nothing is answered or
+    recorded.
+    """
     @_builtins.property
     def request(self) -> _security_pb2.SignedEnvelope:
         """Signed UnmaskingRequest."""
@@ -130,10 +135,11 @@ class UnmaskHeader(_message.Message):
         task: _security_pb2.SignedEnvelope | None = ...,
         keyset: _security_pb2.KeysetBundle | None = ...,
         earlier_keysets: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
+        check_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["keyset", b"keyset", "request", b"request", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["earlier_keysets", b"earlier_keysets", "keyset", b"keyset", "request", b"request", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check_only", b"check_only", "earlier_keysets", b"earlier_keysets", "keyset", b"keyset", "request", b"request", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,6 +258,38 @@ class RefusedMembers(_message.Message):
 Global___RefusedMembers: _TypeAlias = RefusedMembers  # noqa: Y015
 
 @_typing.final
+class UnmaskAnswer(_message.Message):
+    """Answer of a helper to a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWER_FIELD_NUMBER: _builtins.int
+    LATEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answer(self) -> _security_pb2.SignedEnvelope:
+        """Signed UnmaskingAnswer for the requested updates."""
+
+    @_builtins.property
+    def latest(self) -> _security_pb2.SignedEnvelope:
+        """Signed UnmaskingAnswer with the highest counter; the same one, unless the request is a repeated one. A counter below
+        one that the coordinator has seen shows that the helper's database was restored from a backup.
+        """
+
+    def __init__(
+        self,
+        *,
+        answer: _security_pb2.SignedEnvelope | None = ...,
+        latest: _security_pb2.SignedEnvelope | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "latest", b"latest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "latest", b"latest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmaskAnswer: _TypeAlias = UnmaskAnswer  # noqa: Y015
+
+@_typing.final
 class UnmaskResponse(_message.Message):
     """Response of Unmask: the answer followed by chunks, or the refused updates."""
 
@@ -263,8 +301,8 @@ class UnmaskResponse(_message.Message):
     chunk: _builtins.bytes
     """Next chunk of the sum of the masks: 1 MiB, except for the last."""
     @_builtins.property
-    def answer(self) -> _security_pb2.SignedEnvelope:
-        """Signed UnmaskingAnswer."""
+    def answer(self) -> Global___UnmaskAnswer:
+        """Answer."""
 
     @_builtins.property
     def refused(self) -> Global___RefusedMembers:
@@ -273,7 +311,7 @@ class UnmaskResponse(_message.Message):
     def __init__(
         self,
         *,
-        answer: _security_pb2.SignedEnvelope | None = ...,
+        answer: Global___UnmaskAnswer | None = ...,
         refused: Global___RefusedMembers | None = ...,
         chunk: _builtins.bytes = ...,
     ) -> None: ...

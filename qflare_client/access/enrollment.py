@@ -154,6 +154,7 @@ def _enroll(
         certificate_authorities=bundle.certificate_authorities,
         receipt=envelope.SerializeToString().hex(),
         keys=keys,
+        helper_key_ids=tuple(bundle.helper_key_ids),
     )
     identity.save(store)
     return identity

@@ -14,6 +14,7 @@ from qflare_server.context import Clock, Context, Telemetry
 from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.signature_cache import SignatureCache
+from qflare_server.serving.helpers import HelperFolder
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine, normalize_url
 from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
@@ -97,6 +98,7 @@ class Application:
             keyset_status=keys.status,
             signatures=SignatureCache(),
             identities=DeviceIdentities(database, keys.realm, keys),
+            helpers=HelperFolder(config, keys.sign_request),
         )
         use_cases = build_use_cases(context, keys, executor)
         return cls(config, database, keys, context, use_cases, executor, wake)
@@ -104,6 +106,8 @@ class Application:
     def close(self) -> None:
         """Finish pending work and close all parts."""
         self.executor.shutdown()
+        if self.context.helpers is not None:
+            self.context.helpers.close()
         self.context.store.close()
         self.database.close()
 

@@ -427,7 +427,12 @@ def require_trainable(
         raise _unusable(f"updates as {encoding}: {error}") from error
     _require_describable(manifest, wire)
     local = next(
-        (spec.name for spec in manifest.tensors if is_local(spec.name, policy.local_tensors)), None
+        (
+            spec.name
+            for spec in manifest.tensors
+            if is_local(spec.name, config.transfer.local_tensors)
+        ),
+        None,
     )
     if local is not None:
         raise _unusable(

@@ -37,6 +37,7 @@ from qflare_server.errors import (
 from qflare_server.payloads.expected import ExpectedPayload, SealedArrival
 from qflare_server.storage.repository import global_models, training_sessions
 from qflare_server.training.masking import is_masked, update_manifest
+from qflare_server.use_cases.access.statements import parse_statement
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
