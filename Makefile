@@ -184,7 +184,7 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## lint the files in deploy/
 	else echo '*** systemd-analyze is not installed: checking deploy/systemd is LEFT OUT.'; fi
 
 type: $(INSTALLED) ## run mypy --strict
-	$(BIN)/mypy qflare qflare_client qflare_server migrations tests $(wildcard docs examples)
+	$(BIN)/mypy qflare qflare_client qflare_helper qflare_server migrations tests $(wildcard docs examples)
 
 test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## run all tests except the slow ones, on SQLite and PostgreSQL
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)

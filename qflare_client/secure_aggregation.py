@@ -4,8 +4,8 @@
     client = Client(home="device", secure_aggregation=policy)
 
 A client with a policy refuses every training task that asks for less: one without secure aggregation, one with a
-smaller minimum of updates in a sum, one whose masks would be known to no pinned helper, or one that wants other metrics. Its
-evaluations state one example, and only metrics of `evaluation_metrics`, because evaluations are not masked.
+smaller minimum of updates in a sum, one whose masks would be known to no pinned helper, or one that wants other
+metrics. Its evaluations state one example and only metrics of `evaluation_metrics`, because nothing masks them.
 """
 
 import re

@@ -176,7 +176,7 @@ def run_init(options: argparse.Namespace) -> int:
 
 def run_serve(options: argparse.Namespace) -> int:
     """Serve until a signal."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     tls = read_tls(options.tls_certificate, options.tls_key, options.tls_client_ca)
@@ -192,8 +192,7 @@ def run_serve(options: argparse.Namespace) -> int:
         on_signals((signal.SIGTERM, signal.SIGINT), stop.set)
         server.start()
         say(f"helper {server.identity.helper_id}")
-        say(f"serving on {options.listen.rpartition(':')[0]}:{server.port}")
-        sys.stdout.flush()
+        say(f"serving on {options.listen.rpartition(':')[0]}:{server.port}", flush=True)
         stop.wait()
         server.stop()
     return 0

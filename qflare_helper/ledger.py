@@ -1,8 +1,8 @@
 """Ledger of a helper: every answer that it gave, and what must not be used again.
 
 One SQLite file. An answer, the ids of its updates, the hashes of their seeds and the devices of the round are written
-in one transaction, synchronized to disk, before the answer is sent: after a crash at any time, a set that was answered is
-known to be. Answers are numbered without gaps, and each names the digest of the one before.
+in one transaction, synchronized to disk, before the answer is sent: after a crash at any time, a set that was answered
+is known to be. Answers are numbered without gaps, and each names the digest of the one before.
 
 Thread-safe: each call opens its own connection; writers take turns.
 """

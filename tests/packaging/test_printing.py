@@ -17,7 +17,7 @@ DRAWING = {
 TEMPLATES = "qflare_client/project/template/"
 MODULES = sorted(
     path
-    for package in ("qflare", "qflare_client", "qflare_server")
+    for package in ("qflare", "qflare_client", "qflare_helper", "qflare_server")
     for path in (ROOT / package).rglob("*.py")
     if not path.name.endswith(("_pb2.py", "_pb2_grpc.py"))
 )

@@ -17,7 +17,7 @@ from tests.support.helpers import HelperProcess
 
 TIMEOUT_S: Final = 30
 
-WEIGHTS: Final = {
+WEIGHTS: Final[dict[str, np.ndarray]] = {
     "w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4),
     "steps": np.arange(3, dtype=np.int64),
     "b": np.zeros(5, np.float64),
