@@ -549,6 +549,7 @@ def _difference(read: Reader, base: Reader) -> Reader:
 
 
 def stored_payload(update: AcceptedUpdate) -> StoredPayload:
+    """Return the stored payload of an update."""
     return StoredPayload(
         update.payload_id,
         update.size_bytes,

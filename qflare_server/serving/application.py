@@ -103,6 +103,11 @@ class Application:
         use_cases = build_use_cases(context, keys, executor)
         return cls(config, database, keys, context, use_cases, executor, wake)
 
+    @property
+    def helper_key_ids(self) -> list[str]:
+        """Ids of the helpers for secure aggregation that bootstrap bundles name, sorted."""
+        return [] if self.context.helpers is None else sorted(self.context.helpers.documents())
+
     def close(self) -> None:
         """Finish pending work and close all parts."""
         self.executor.shutdown()

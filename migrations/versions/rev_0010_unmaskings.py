@@ -3,8 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0009"
-down_revision = "0008"
+revision = "0010"
+down_revision = "0009"
 branch_labels = None
 depends_on = None
 
@@ -19,7 +19,7 @@ def upgrade() -> None:
         sa.Column("helper_id", sa.String(length=64), nullable=False),
         sa.Column("counter", sa.BigInteger(), nullable=False),
         sa.Column("answer", sa.LargeBinary(), nullable=False),
-        sa.Column("payload_id", sa.String(length=36), nullable=False),
+        sa.Column("payload_id", sa.String(length=32), nullable=False),
         sa.Column("refused", sa.JSON(), nullable=False),
         sa.CheckConstraint("counter > 0", name=op.f("ck_unmaskings_counter")),
         sa.ForeignKeyConstraint(
