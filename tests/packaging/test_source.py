@@ -9,7 +9,16 @@ from pathlib import Path
 from qflare_server.storage.tables import Base
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = ("qflare", "qflare_client", "qflare_server", "migrations", "docs", "examples", "deploy")
+PROGRAM = (
+    "qflare",
+    "qflare_client",
+    "qflare_server",
+    "qflare_simulation",
+    "migrations",
+    "docs",
+    "examples",
+    "deploy",
+)
 TEXTS = {".py", ".md", ".html", ".sh", ".yaml"}
 CALLED_BY_LIBRARIES = {
     "accept",
