@@ -171,7 +171,7 @@ class Uploads:
     ) -> list[UpdateReceipt | QflareError]:
         """Accept updates that are in memory, in their order and in one transaction.
 
-        Each is checked as by `submit`, whose signatures the configuration may not require. For programs that run many devices in this process; large payloads are written
+        Each is checked as by `submit`. For programs that run many devices in this process; large payloads are written
         one after the other.
 
         Returns:
