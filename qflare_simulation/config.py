@@ -13,6 +13,7 @@ simulated starts for real with the same file.
 """
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -199,11 +200,17 @@ class SimulationConfig:
         """Return the settings of the training session as it is simulated.
 
         The seed decides the selection. Virtual devices stand for those that would qualify, so that groups, device types
-        and capabilities are left out, and so is sealing, which changes no value.
+        and capabilities are left out, and so is sealing, which changes no value. Without a number of updates, a round needs
+        a majority of the devices that are asked.
         """
         config = training_pb2.TrainingConfig()
         config.CopyFrom(self.training)
         config.selection.seed = config.selection.seed or self.seed + 1
+        if not (
+            config.rounds.quorum or config.rounds.device_count or config.selection.device_count
+        ):
+            share = config.selection.fraction or 1.0
+            config.rounds.device_count = max(1, math.ceil(self.devices * share))
         config.ClearField("groups")
         config.selection.ClearField("device_types")
         config.selection.ClearField("capabilities")

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig
 from qflare_server.errors import QflareError
 from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.setup import initialize
+from qflare_server.keys.setup import SetupOptions, initialize
 from qflare_server.serving.application import Application
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import late_updates, training_sessions
@@ -38,6 +39,8 @@ from qflare_simulation.worker import Brief, Failed, Trained, device_id
 
 ADMIN: Final = Caller("system", "", "simulation")
 REALM: Final = "simulation"
+LIFETIME: Final = timedelta(days=36_500)
+"""Of the keys: a database that was simulated in an earlier time is read today."""
 REGISTERED_AT_ONCE: Final = 500
 MAX_FAILURE_TEXT: Final = 200
 
@@ -55,7 +58,9 @@ class SimulatedCoordinator:
         keys = KeyFolder.from_config(config)
         if not keys.is_empty():
             raise SimulationError(f"{folder}: holds a coordinator already; choose an empty folder")
-        initialize(keys, REALM, START)
+        initialize(
+            keys, REALM, START, SetupOptions(keyset_lifetime=LIFETIME, root_lifetime=LIFETIME)
+        )
         self.clock = VirtualClock()
         opened = Application.open(config, self.clock)
         context = dataclasses.replace(opened.context, draw_random=_SeededBytes(seed).draw)
