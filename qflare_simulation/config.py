@@ -200,8 +200,8 @@ class SimulationConfig:
         """Return the settings of the training session as it is simulated.
 
         The seed decides the selection. Virtual devices stand for those that would qualify, so that groups, device types
-        and capabilities are left out, and so is sealing, which changes no value. Without a number of updates, a round needs
-        a majority of the devices that are asked.
+        and capabilities are left out, and so is sealing, which changes no value. Without a number of updates, a round
+        needs a majority of the devices that are asked.
         """
         config = training_pb2.TrainingConfig()
         config.CopyFrom(self.training)
