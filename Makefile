@@ -37,7 +37,7 @@ install: $(INSTALLED) ## create the virtual environment with coordinator, device
 $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit("QFLARE needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,hsm,oidc,admin,plot,tensorboard,mlflow,otel,demo,test,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,hsm,oidc,admin,plot,tensorboard,mlflow,otel,simulation,demo,test,dev]'
 	@touch $@
 
 # Tests compare the strategies with those of Flower, whose pinned dependencies conflict with ours.
@@ -184,7 +184,7 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## lint the files in deploy/
 	else echo '*** systemd-analyze is not installed: checking deploy/systemd is LEFT OUT.'; fi
 
 type: $(INSTALLED) ## run mypy --strict
-	$(BIN)/mypy qflare qflare_client qflare_helper qflare_server migrations tests $(wildcard docs examples)
+	$(BIN)/mypy qflare qflare_client qflare_helper qflare_server qflare_simulation migrations tests $(wildcard docs examples)
 
 test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## run all tests except the slow ones, on SQLite and PostgreSQL
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)

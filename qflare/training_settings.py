@@ -1,8 +1,9 @@
 """Settings of a training session as people write them: files, `KEY=VALUE` and the flags of both command lines.
 
 A setting is named by its path in `qflare.v1.TrainingConfig`, such as `rounds.quorum`, or an entry of a map below it. A
-file is a `TrainingConfig` in JSON (protobuf's JSON mapping) or, named `.toml`, the same fields in TOML. What a flag or
-`--set` says overrides the file. Values are not checked here beyond their type: `session validate` does so.
+file is a `TrainingConfig` in JSON (protobuf's JSON mapping) or, named `.toml`, the same fields in TOML. Its table
+`simulation` belongs to `qflare-simulate` and is skipped here. What a flag or `--set` says overrides the file. Values
+are not checked here beyond their type: `session validate` does so.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 from qflare.command_line import seconds, whole
 from qflare.v1 import training_pb2
 
+SIMULATION: Final = "simulation"
+"""Table of a file that holds settings of `qflare-simulate`, which a real session has no use for."""
 DURATION: Final = "google.protobuf.Duration"
 _TRUE_OR_FALSE: Final = {"true": True, "yes": True, "false": False, "no": False}
 _FLOATS: Final = {FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT}
@@ -138,6 +141,7 @@ def read_file(path: Path, config: training_pb2.TrainingConfig) -> None:
         fields = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
         if not isinstance(fields, dict):
             raise SettingError(f"{path}: got {type(fields).__name__}", "an object of fields")  # noqa: TRY301
+        fields.pop(SIMULATION, None)
         json_format.ParseDict(fields, config)
     except SettingError:
         raise

@@ -1,5 +1,6 @@
 """Dependencies of every use case: configuration, database, payload store, signer, clock, telemetry."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -186,6 +187,8 @@ class Context:
     """32 random bytes shared by replicas, never stored in the database; keys of stored secrets derive from it."""
     earlier_state_keys: Sequence[bytes] = field(default=(), repr=False)
     """Previous state keys, latest first, used only to open stored secrets."""
+    draw_random: Callable[[int], bytes] = field(default=os.urandom, repr=False)
+    """Draws random bytes for noise, nonces and ids of training sessions; only a simulation replaces it."""
     decapsulate: Decapsulate | None = field(default=None, repr=False)
     """Recovers a secret encapsulated to an accepted session KEM key; None without server keys."""
     keyset_status: Callable[[], KeysetStatus] | None = None

@@ -10,7 +10,6 @@ The guarantee covers the weights, not what devices report. Metrics reported with
 such a session. Example counts and participation are not secret. Results of federated evaluation get no noise.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -152,7 +151,7 @@ def noise_seed(
     known = open_seed(context, training_session_id, state)
     if known is not None:
         return known
-    seed = os.urandom(SECRET_BYTES)
+    seed = context.draw_random(SECRET_BYTES)
     at = context.clock()
 
     def work(session: Session) -> bytes:

@@ -4,7 +4,6 @@ Every function but `sign_task` runs in the caller's transaction, which holds the
 `sign_task` runs before that transaction.
 """
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -29,6 +28,7 @@ IN_PROCESS_PREFIX: Final = "in-process-"
 """Prefix of the ids of embedding programs' training sessions, whose rounds are not assigned to devices."""
 
 NOBODY: Final = -1
+NONCE_BYTES: Final = 32
 
 MISSED_QUORUM: Final = "missed its quorum"
 """Prefix of the reason of a round whose deadline passed without a quorum."""
@@ -88,7 +88,7 @@ def sign_task(
         round_number=number,
         base_version=base_version,
         base_digest=base_digest,
-        task_nonce=secrets.token_hex(32),
+        task_nonce=context.draw_random(NONCE_BYTES).hex(),
         deadline_time=timestamp_of(deadline_at),
         config_digest=config_digest(config),
         device_training=config.device_training,

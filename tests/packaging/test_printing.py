@@ -12,12 +12,19 @@ DRAWING = {
     "qflare_client/terminal.py": "draws a progress bar over itself",
     "qflare_client/admin/live.py": "draws a line over itself",
     "qflare_server/cli/terminal.py": "draws a progress bar over itself",
+    "qflare_simulation/terminal.py": "draws a line over itself",
 }
 """Modules that write to a terminal themselves, and why; each passes what it draws through `printable`."""
-TEMPLATES = "qflare_client/project/template/"
+TEMPLATES = ("qflare_client/project/template/", "qflare_simulation/template/")
 MODULES = sorted(
     path
-    for package in ("qflare", "qflare_client", "qflare_helper", "qflare_server")
+    for package in (
+        "qflare",
+        "qflare_client",
+        "qflare_helper",
+        "qflare_server",
+        "qflare_simulation",
+    )
     for path in (ROOT / package).rglob("*.py")
     if not path.name.endswith(("_pb2.py", "_pb2_grpc.py"))
 )

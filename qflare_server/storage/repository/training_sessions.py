@@ -6,7 +6,20 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final, cast
 
-from sqlalchemy import Float, Select, and_, bindparam, exists, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Float,
+    Select,
+    and_,
+    bindparam,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import Session
 
@@ -220,19 +233,39 @@ def list_rounds(session: Session, training_session_id: str, request: PageRequest
     )
 
 
-_IS_SELECTED = or_(
-    ROUNDS.c.selected_count == 0,
-    exists().where(
-        SELECTED.c.training_session_id == ROUNDS.c.training_session_id,
-        SELECTED.c.round_number == ROUNDS.c.number,
-        SELECTED.c.device_id == bindparam("device"),
+def _is_asked(device: Any) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions that a device, as a column or a parameter, has a task in an open round."""
+    is_selected = or_(
+        ROUNDS.c.selected_count == 0,
+        exists().where(
+            SELECTED.c.training_session_id == ROUNDS.c.training_session_id,
+            SELECTED.c.round_number == ROUNDS.c.number,
+            SELECTED.c.device_id == device,
+        ),
+    )
+    has_contributed = exists().where(
+        UPDATES.c.training_session_id == ROUNDS.c.training_session_id,
+        UPDATES.c.round_number == ROUNDS.c.number,
+        UPDATES.c.device_id == device,
+        UPDATES.c.base_version == ROUNDS.c.base_version,
+    )
+    return (
+        SESSIONS.c.state == TrainingSessionState.RUNNING.value,
+        ROUNDS.c.state == RoundState.OPEN.value,
+        ROUNDS.c.deadline_at > bindparam("at"),
+        ROUNDS.c.task.is_not(None),
+        is_open_to(SESSIONS.c.id, device),
+        is_selected,
+        ~has_contributed,
+    )
+
+
+_CURRENT_ROUND = SESSIONS.join(
+    ROUNDS,
+    and_(
+        ROUNDS.c.training_session_id == SESSIONS.c.id,
+        ROUNDS.c.number == SESSIONS.c.current_round,
     ),
-)
-_HAS_CONTRIBUTED = exists().where(
-    UPDATES.c.training_session_id == ROUNDS.c.training_session_id,
-    UPDATES.c.round_number == ROUNDS.c.number,
-    UPDATES.c.device_id == bindparam("device"),
-    UPDATES.c.base_version == ROUNDS.c.base_version,
 )
 _IS_ACTIVE = exists().where(
     DEVICES.c.id == bindparam("device"), DEVICES.c.state == DeviceState.ACTIVE.value
@@ -246,25 +279,8 @@ _OPEN_ROUND = (
         ROUNDS.c.task,
         ROUNDS.c.accepted_count >= ROUNDS.c.target,
     )
-    .select_from(
-        SESSIONS.join(
-            ROUNDS,
-            and_(
-                ROUNDS.c.training_session_id == SESSIONS.c.id,
-                ROUNDS.c.number == SESSIONS.c.current_round,
-            ),
-        )
-    )
-    .where(
-        SESSIONS.c.state == TrainingSessionState.RUNNING.value,
-        ROUNDS.c.state == RoundState.OPEN.value,
-        ROUNDS.c.deadline_at > bindparam("at"),
-        ROUNDS.c.task.is_not(None),
-        _IS_ACTIVE,
-        is_open_to(SESSIONS.c.id, bindparam("device")),
-        _IS_SELECTED,
-        ~_HAS_CONTRIBUTED,
-    )
+    .select_from(_CURRENT_ROUND)
+    .where(_IS_ACTIVE, *_is_asked(bindparam("device")))
     .order_by(sql_cast(ROUNDS.c.accepted_count, Float) / ROUNDS.c.target, ROUNDS.c.opened_at)
     .limit(1)
 )
@@ -286,6 +302,23 @@ def find_open_round(
         parameters["session"] = training_session_id
     rows = query.rows(session, parameters)
     return OpenRound(*rows[0]) if rows else None
+
+
+_ASKED = PreparedStatement(
+    select(DEVICES.c.id)
+    .select_from(_CURRENT_ROUND.join(DEVICES, true()))
+    .where(
+        SESSIONS.c.id == bindparam("session"),
+        DEVICES.c.state == DeviceState.ACTIVE.value,
+        *_is_asked(DEVICES.c.id),
+    )
+)
+
+
+def list_asked(session: Session, training_session_id: str, at: datetime) -> set[str]:
+    """Return the devices that `find_open_round` gives the open round of a training session."""
+    parameters = {"session": training_session_id, "at": at}
+    return {row[0] for row in _ASKED.rows(session, parameters)}
 
 
 _SELECTED_AMONG = PreparedStatement(

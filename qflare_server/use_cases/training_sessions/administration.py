@@ -96,7 +96,7 @@ class Training:
         done = checked(name, model_type, config)
         require_helpers(self._context, done)
         at = self._context.clock()
-        training_session_id = str(uuid.uuid4())
+        training_session_id = str(uuid.UUID(bytes=self._context.draw_random(16), version=4))
 
         def work(session: Session) -> TrainingSession:
             training_sessions.insert_session(

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy.orm import Session
@@ -29,6 +30,7 @@ from qflare_server.errors import (
     InvalidUpdateError,
     NotFoundError,
     PermissionDeniedError,
+    QflareError,
     RoundNotOpenError,
     SealKeyNotAcceptedError,
     StaleBaseVersionError,
@@ -75,6 +77,23 @@ STORE_FAILURES: Final = (
     StoreUnavailableError,
 )
 """Permanent failures to store received data: a retry would fail the same way."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An update of which every byte is in memory."""
+
+    device: Contributor
+    header: coordinator_service_pb2.UpdateHeader
+    chunks: Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """An update that lacks nothing but its place in the round."""
+
+    submission: Submission
+    received: ReceivedPayload
 
 
 class Uploads:
@@ -146,6 +165,56 @@ class Uploads:
                     accepted = self._accept(caller, submission, received)
         telemetry.bytes_received(received.size_bytes)
         return accepted
+
+    def submit_all(
+        self, caller: Caller, arrivals: Sequence[Arrival]
+    ) -> list[UpdateReceipt | QflareError]:
+        """Accept updates that are in memory, in their order and in one transaction.
+
+        Each is checked as by `submit`. For programs that run many devices in this process; large payloads are written
+        one after the other.
+
+        Returns:
+            The receipt or the refusal of each.
+        """
+        outcomes = [self._take(arrival) for arrival in arrivals]
+        taken = [
+            (outcome.submission, outcome.received)
+            for outcome in outcomes
+            if isinstance(outcome, _Taken)
+        ]
+        answers = iter(self.acceptance.accept_all(caller, taken))
+        return [
+            self._settled(next(answers), outcome) if isinstance(outcome, _Taken) else outcome
+            for outcome in outcomes
+        ]
+
+    def _take(self, arrival: Arrival) -> "_Taken | UpdateReceipt | QflareError":
+        """Check an update and receive its payload."""
+        try:
+            submission = self.headers.check(arrival.device, arrival.header)
+            received, known = self._receive(submission, iter(enumerate(arrival.chunks)))
+        except _EndedEarlyError as error:
+            return InvalidUpdateError(str(error))
+        except QflareError as error:
+            return error
+        if known is not None:
+            return known
+        assert received is not None
+        return _Taken(submission, received)
+
+    def _settled(
+        self, answer: UpdateReceipt | QflareError, taken: "_Taken"
+    ) -> UpdateReceipt | QflareError:
+        """Count an update that was decided, and discard the payload of one that was refused."""
+        submission, received = taken.submission, taken.received
+        if isinstance(answer, RoundNotOpenError | StaleBaseVersionError):
+            self.record_late([submission])
+        if isinstance(answer, FINAL_REFUSALS) and received.data is None:
+            discard_uploads(self._context, [received.payload_id])
+        if isinstance(answer, UpdateReceipt):
+            self._context.telemetry.bytes_received(received.size_bytes)
+        return answer
 
     @contextmanager
     def _late_counted(self, submission: Submission) -> Iterator[None]:

@@ -238,4 +238,8 @@ def judge(core: CoordinatorHarness, case: Case, session_id: str, hostile_id: str
     if case.strategy in ROBUST and not case.optimizer:
         before = downloaded(core, case, session_id, ROUNDS - 1)
         moved = downloaded(core, case, session_id, ROUNDS) - before
-        assert np.all(np.abs(moved - 0.25) < 0.11 + 0.02 * np.abs(before).max()), moved
+        slack = 0.01 + 0.02 * np.abs(before).max()
+        least = (
+            0.0 if case.encoding is Encoding.TOP_K else 0.15
+        )  # a change that is not sent is none
+        assert np.all((moved > least - slack) & (moved < 0.35 + slack)), moved

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
@@ -414,3 +416,55 @@ def test_a_journal_that_cannot_be_read_or_written_stops_no_training(
     run_round(core, training_session_id)
 
     assert owner_of(core, training_session_id).current_version == 1
+
+
+OTHER_REASONS = (
+    "payload_digest",
+    "contributors_digest",
+    "parent_digest",
+    "config_digest",
+    "create_time",
+    "training_session_id",
+)
+"""Fields of a version's statement that differ between any two sessions: by noise, ids and times."""
+
+
+def public_facts(core: CoordinatorHarness, value: float, count: int) -> Any:
+    """Return what is published of a version beside its noisy weights, if one of two updates is of this content."""
+    base = {"steps": np.array([5], np.int64), **vector(0.0, 300)}
+    session_id = core.start(
+        base, privacy=policy(), rounds=training_pb2.RoundPolicy(quorum=2), total_rounds=3
+    )
+    mine = {"steps": np.array([count], np.int64), **vector(value, 300)}
+    theirs = {"steps": np.array([7], np.int64), **vector(0.5, 300)}
+    core.submit("device-0", session_id, mine, loss=min(value, 1e30), seen=count)
+    core.submit("device-1", session_id, theirs, loss=0.5)
+    core.settle()
+    (_, version) = core.versions(session_id)
+    statement = security_pb2.ModelStatement.FromString(version.statement)
+    for name in OTHER_REASONS:
+        statement.ClearField(name)  # type: ignore[arg-type]
+    row = core.round(session_id, 1)
+    states = [item.state for item in core.updates(session_id, 1)]
+    counts = (row.accepted_count, row.rejected_count, row.example_count, version.metrics)
+    return statement, counts, states, core.weights(session_id, 1)[:8]
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    value=st.sampled_from([3.4e38, -3.4e38, 1e20, 1e-45, -0.0, 0.0, 1.0, 1e3]),
+    count=st.sampled_from([0, -1, 8, 2**62]),
+)
+def test_nothing_published_beside_the_noisy_weights_depends_on_an_update(
+    core: CoordinatorHarness, value: float, count: int
+) -> None:
+    """What a device sends is told apart by no count, metric, integer, refusal or field of the statement.
+
+    Participation and example counts are not secret (`docs/strategies.md`).
+    """
+    assert public_facts(core, value, count) == public_facts(core, 0.5, 7)

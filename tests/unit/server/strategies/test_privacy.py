@@ -92,6 +92,22 @@ def test_seed_version_purpose_and_updates_each_change_the_noise(noise: Noise, pu
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
 
 
+DIGESTS = st.lists(st.text("0a:,", min_size=0, max_size=3), max_size=4)
+
+
+@given(one=DIGESTS, other=DIGESTS, version=st.integers(1, 3), number=st.integers(1, 3))
+def test_no_two_sets_of_updates_share_their_noise(
+    one: list[str], other: list[str], version: int, number: int
+) -> None:
+    """However their digests are cut, joined or repeated: the difference of two versions keeps both noises."""
+    first = BoundNoise(SEED, version, one).gaussian("aggregate", 0, 64, 1.0)
+    second = BoundNoise(SEED, number, other).gaussian("aggregate", 0, 64, 1.0)
+
+    is_same = (version, sorted(one)) == (number, sorted(other))
+    assert np.array_equal(first, second) == is_same
+    assert is_same or not np.intersect1d(first, second).size
+
+
 @pytest.mark.parametrize(
     ("noise", "expected"),
     [

@@ -1,0 +1,39 @@
+"""Simulation of federated training: thousands of virtual devices on one machine, through the coordinator's own code.
+
+    from qflare_simulation import ready, simulate, train
+
+    data, evaluate = ready("digits", devices=100, partition="dirichlet")
+    history = simulate(train, data, {"total_rounds": 10}, evaluate=evaluate)
+    print(history)
+
+`docs/simulation.md` describes it.
+"""
+
+from qflare_simulation import partition
+from qflare_simulation.config import SimulationConfig
+from qflare_simulation.data import READY, Dataset, Examples, FederatedData, evaluate, load, train
+from qflare_simulation.errors import SimulationError, TrainingFailedError
+from qflare_simulation.history import History, compare
+from qflare_simulation.programs import ready, run_file
+from qflare_simulation.simulation import simulate
+from qflare_simulation.tables import COLUMNS
+
+__all__ = [
+    "COLUMNS",
+    "READY",
+    "Dataset",
+    "Examples",
+    "FederatedData",
+    "History",
+    "SimulationConfig",
+    "SimulationError",
+    "TrainingFailedError",
+    "compare",
+    "evaluate",
+    "load",
+    "partition",
+    "ready",
+    "run_file",
+    "simulate",
+    "train",
+]

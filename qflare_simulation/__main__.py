@@ -1,0 +1,164 @@
+"""The `qflare-simulate` command: init, run, compare.
+
+Exit codes: 0 success, 1 failure (the message states the cause and the remedy), 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Final
+
+import qflare
+from qflare.command_line import INTERRUPTED, ArgumentParser, report_failure, whole
+from qflare.terminal import say, show_uncaught
+from qflare_server.errors import QflareError
+from qflare_simulation.errors import SimulationError
+from qflare_simulation.history import History, compare
+from qflare_simulation.programs import run_file
+from qflare_simulation.terminal import Progress
+
+PROGRAM: Final = "qflare-simulate"
+DESCRIPTION: Final = (
+    "Simulate federated training on one machine, through the coordinator's own code."
+)
+EPILOG: Final = """examples:
+  qflare-simulate init digits
+  qflare-simulate run digits/config.toml --plot curves.png --model final.safetensors
+  qflare-simulate compare digits/config.toml robust.toml --plot both.png
+"""
+REMEDY: Final = "docs/simulation.md describes every setting"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    root = ArgumentParser(
+        prog=PROGRAM,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    root.add_argument("--version", action="version", version=qflare.__version__)
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+    _add_init(commands)
+    _add_run(commands)
+    _add_compare(commands)
+    return root
+
+
+def _add_init(commands: Any) -> None:
+    init = commands.add_parser("init", help="write an example: config.toml and train.py")
+    init.add_argument("folder", type=Path, help="new or empty folder")
+    init.set_defaults(run=_init)
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="simulate one configuration")
+    run.add_argument("config", type=Path, help="settings, .toml or .json")
+    _add_overrides(run)
+    run.add_argument("--folder", type=Path, help="new folder to keep the coordinator's database in")
+    run.add_argument("--plot", type=Path, metavar="FILE", help="curves as .png or .svg")
+    run.add_argument("--model", type=Path, metavar="FILE", help="last version as .safetensors")
+    run.add_argument("--export", type=Path, metavar="DIR", help="every table of the history")
+    run.add_argument(
+        "--format", choices=["csv", "parquet"], default="csv", help="of --export (csv)"
+    )
+    run.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder for event files")
+    run.add_argument("--mlflow", metavar="URI", help="tracking server or folder")
+    run.add_argument("--experiment", default="qflare", help="MLflow experiment (qflare)")
+    run.set_defaults(run=_run)
+
+
+def _add_compare(commands: Any) -> None:
+    several = commands.add_parser(
+        "compare", help="simulate several configurations and draw one metric of all in one picture"
+    )
+    several.add_argument("configs", type=Path, nargs="+", metavar="config")
+    _add_overrides(several)
+    several.add_argument("--plot", type=Path, metavar="FILE", required=True, help=".png or .svg")
+    several.add_argument("--metric", default="test_accuracy", help="metric to draw (test_accuracy)")
+    several.set_defaults(run=_compare)
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--devices", type=whole(1), help="number of virtual devices")
+    command.add_argument("--seed", type=whole(0), help="seed of everything that is drawn")
+    command.add_argument(
+        "--workers", type=whole(-1, 1024), help="processes; 0: one a processor, -1: none"
+    )
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    wanted = {name: getattr(options, name) for name in ("devices", "seed", "workers")}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _init(options: argparse.Namespace) -> None:
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if any(options.folder.iterdir()):
+        raise SimulationError(f"{options.folder} is not empty; name a new folder")
+    with as_file(files("qflare_simulation") / "template") as template:
+        for name in ("config.toml", "train.py"):
+            shutil.copyfile(template / name, options.folder / name)
+    say(f"next: {PROGRAM} run {options.folder / 'config.toml'}")
+
+
+def _simulated(path: Path, options: argparse.Namespace, folder: Path | None = None) -> History:
+    progress = Progress(path.stem)
+    try:
+        return run_file(path, folder=folder, notice=progress, **_overrides(options))
+    finally:
+        progress.close()
+
+
+def _run(options: argparse.Namespace) -> None:
+    done = _simulated(options.config, options, options.folder)
+    for line in str(done).splitlines():
+        say(line)
+    if options.plot:
+        done.plot(options.plot)
+    if options.model:
+        done.save_model(options.model)
+    if options.export:
+        done.export(options.export, options.format)
+    if options.tensorboard:
+        done.tensorboard(options.tensorboard)
+    if options.mlflow:
+        done.mlflow(options.mlflow, options.experiment)
+    if options.folder:
+        say(f"training session: {done.session_id}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    done = [_simulated(path, options) for path in options.configs]
+    compare(done, options.plot, options.metric)
+    for item in done:
+        final = item.final().get(options.metric)
+        say(f"{item.name}: {options.metric} {'none' if final is None else f'{final:.4f}'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code.
+
+    Args:
+        argv: Arguments without the program name; None means those of the process.
+    """
+    sys.excepthook = show_uncaught
+    try:
+        options = parser().parse_args(argv)
+        options.run(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (SimulationError, QflareError, OSError) as error:
+        report_failure(PROGRAM, str(error), REMEDY)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

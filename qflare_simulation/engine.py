@@ -1,0 +1,311 @@
+"""The course of a simulation: an event loop in virtual time around the coordinator's own use cases.
+
+A device that gets a task at a time answers at a later one, drawn from the configuration; nothing waits in between.
+Devices train in the order of their answers, a bounded number ahead of the virtual time, so that a thousand slow devices
+cost as little memory as ten. An update that could not arrive before its round closes is never computed.
+"""
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+from qflare_server.errors import QflareError
+from qflare_server.storage.records import Round, TrainingSession
+from qflare_server.storage.tables import ENDED, RoundState
+from qflare_server.training.strategy import is_asynchronous
+from qflare_simulation import worker
+from qflare_simulation.clock import after
+from qflare_simulation.config import SimulationConfig
+from qflare_simulation.coordinator import SimulatedCoordinator
+from qflare_simulation.errors import SimulationError, TrainingFailedError
+from qflare_simulation.pool import Pool
+from qflare_simulation.worker import Brief, Failed, Trained
+
+BATCH: Final = 64
+CHUNK: Final = 16
+MAX_AHEAD_BYTES: Final = 64 * 2**20
+MAX_IDLE_ROUNDS: Final = 100
+Notice = Callable[[int, int, int, int], None]
+"""Called with version, rounds in all, updates of the open round, and its target."""
+
+
+class Job(NamedTuple):
+    """A device under way, ordered by the time of its answer.
+
+    Attributes:
+        at: When it answers, or is heard of again.
+        order: Tells jobs of one time apart.
+        device: Its index.
+        round_number: The round of its task.
+        base_version: Version that it trains from.
+        is_lost: Whether it never answers.
+    """
+
+    at: datetime
+    order: int
+    device: int
+    round_number: int
+    base_version: int
+    is_lost: bool
+
+
+@dataclass
+class Counts:
+    """What became of the tasks of one round."""
+
+    asked: int = 0
+    lost: int = 0
+    late: int = 0
+    failed: int = 0
+    refused: int = 0
+
+
+@dataclass
+class Course:
+    """What a simulation saw that no database row holds.
+
+    Attributes:
+        counts: By number of the round.
+        evaluations: Metrics by version.
+        refusals: Reasons of refused updates, with how often.
+    """
+
+    counts: dict[int, Counts] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    refusals: dict[str, int] = field(default_factory=dict)
+
+    def of(self, number: int) -> Counts:
+        """Return the counts of a round."""
+        return self.counts.setdefault(number, Counts())
+
+
+class Engine:
+    """Runs one training session to its end.
+
+    Args:
+        coordinator: With a training session that has been started.
+        pool: Where devices train.
+        config: The configuration.
+        notice: Called as the simulation proceeds.
+    """
+
+    def __init__(
+        self,
+        coordinator: SimulatedCoordinator,
+        pool: Pool,
+        config: SimulationConfig,
+        notice: Notice,
+        *,
+        evaluates: bool,
+    ) -> None:
+        self.course = Course()
+        self._coordinator = coordinator
+        self._pool = pool
+        self._config = config
+        self._notice = notice
+        self._evaluates = evaluates and config.evaluate_every > 0
+        self._idle = set(range(config.devices))
+        self._asked = dict.fromkeys(range(config.devices), 0)
+        self._under_way: list[Job] = []
+        self._order = 0
+        self._results: dict[int, tuple[Callable[[], Any], int]] = {}
+        self._briefs: dict[tuple[int, int], Brief] = {}
+        self._measuring: list[tuple[int, Callable[[], dict[str, float]]]] = []
+        self._measured = -1
+        self._idle_rounds = 0
+
+    def run(self) -> None:
+        """Run until the training session ends.
+
+        Raises:
+            TrainingFailedError: Too many devices failed in one round.
+            SimulationError: The training session makes no progress.
+        """
+        while True:
+            owner, current = self._coordinator.state()
+            self._publish_seen(owner)
+            if owner.state in ENDED:
+                break
+            self._notice(
+                owner.current_version,
+                owner.config.total_rounds,
+                current.accepted_count,
+                current.target,
+            )
+            self._step(owner, current)
+        for version, result in self._measuring:
+            self.course.evaluations[version] = result()
+
+    def _step(self, owner: TrainingSession, current: Round) -> None:
+        """Take the next event: tasks for idle devices, answers, or the deadline."""
+        if current.state != RoundState.OPEN.value:
+            self._coordinator.aggregate()
+            return
+        self._assign(current)
+        due = self._due(current)
+        if not due:
+            self._pass_deadline(current)
+            return
+        self._take(owner, current, due)
+
+    def _assign(self, current: Round) -> None:
+        """Give the task of a round to the idle devices that were not asked for it yet."""
+        candidates = [i for i in sorted(self._idle) if self._asked[i] != current.number]
+        if not candidates:
+            return
+        for device in candidates:
+            self._asked[device] = current.number
+        devices = self._coordinator.asked(candidates)
+        if not devices:
+            return
+        key = current.number, current.base_version
+        if key not in self._briefs:
+            self._briefs[key] = self._coordinator.brief(current)
+        self.course.of(current.number).asked += len(devices)
+        for device in devices:
+            self._idle.discard(device)
+            heapq.heappush(self._under_way, self._job(device, current))
+
+    def _job(self, device: int, current: Round) -> Job:
+        config, self._order = self._config, self._order + 1
+        traits = random.Random(f"{config.seed}:device:{device}")  # noqa: S311 - repeatable on purpose
+        is_slow = traits.random() < config.straggler_share
+        draw = random.Random(f"{config.seed}:{device}:{current.number}:{current.base_version}")  # noqa: S311
+        is_lost = draw.random() < config.drop_out
+        seconds = config.duration_s * math.exp(draw.gauss(0.0, config.duration_spread))
+        seconds *= config.straggler_factor if is_slow else 1.0
+        at = after(self._coordinator.clock(), seconds)
+        return Job(at, self._order, device, current.number, current.base_version, is_lost)
+
+    def _due(self, current: Round) -> list[Job]:
+        """Return the next answers, as many as may arrive before anything else happens."""
+        taken: list[Job] = []
+        left = max(1, current.target - current.accepted_count)
+        while self._under_way and len(taken) < min(BATCH, left):
+            job = self._under_way[0]
+            if job.at >= current.deadline_at or (taken and job.at != taken[0].at):
+                break
+            taken.append(heapq.heappop(self._under_way))
+        return taken
+
+    def _take(self, owner: TrainingSession, current: Round, due: Sequence[Job]) -> None:
+        self._coordinator.clock.advance(due[-1].at)
+        self._idle.update(job.device for job in due)
+        answering = [job for job in due if self._answers(owner, current, job)]
+        self._compute(answering, owner, current)
+        self._submit(current, [(job, self._result(job)) for job in answering])
+        self._drop_briefs(current)
+
+    def _answers(self, owner: TrainingSession, current: Round, job: Job) -> bool:
+        """Return whether a device's update may still count; count it otherwise."""
+        if job.is_lost:
+            self.course.of(job.round_number).lost += 1
+        elif job.round_number != current.number and not is_asynchronous(owner.config):
+            self.course.of(job.round_number).late += 1
+            self._coordinator.record_late(job.device, job.round_number)
+        else:
+            return True
+        self._results.pop(job.order, None)
+        return False
+
+    def _compute(self, due: Sequence[Job], owner: TrainingSession, current: Round) -> None:
+        """Start the training of devices that answer now or next."""
+        if all(job.order in self._results for job in due):
+            return
+        model_bytes = max(1, self._model_bytes(current))
+        most = max(len(due), min(2 * BATCH * self._pool.size, MAX_AHEAD_BYTES // model_bytes))
+        ahead = heapq.nsmallest(most - len(due), self._under_way)
+        waiting = [
+            job
+            for job in (*due, *ahead)
+            if job.order not in self._results
+            and not job.is_lost
+            and (job.round_number == current.number or is_asynchronous(owner.config))
+        ]
+        by_round: dict[tuple[int, int], list[Job]] = {}
+        for job in waiting:
+            by_round.setdefault((job.round_number, job.base_version), []).append(job)
+        size = max(1, min(CHUNK, MAX_AHEAD_BYTES // model_bytes))
+        for key, jobs in by_round.items():
+            for start in range(0, len(jobs), size):
+                self._start(self._briefs[key], jobs[start : start + size])
+
+    def _start(self, brief: Brief, jobs: Sequence[Job]) -> None:
+        result = self._pool.submit(worker.train_all, brief, [job.device for job in jobs])
+        for position, job in enumerate(jobs):
+            self._results[job.order] = result, position
+
+    def _result(self, job: Job) -> Trained | Failed:
+        result, position = self._results.pop(job.order)
+        found: Trained | Failed = result()[position]
+        return found
+
+    def _model_bytes(self, current: Round) -> int:
+        return self._coordinator.size_bytes(current.base_version)
+
+    def _submit(self, current: Round, answers: Sequence[tuple[Job, Trained | Failed]]) -> None:
+        for job, answer in answers:
+            if isinstance(answer, Failed):
+                self._fail(job, answer)
+        updates = [(job, answer) for job, answer in answers if isinstance(answer, Trained)]
+        receipts = self._coordinator.submit([(job.device, answer) for job, answer in updates])
+        for (job, _), receipt in zip(updates, receipts, strict=True):
+            if isinstance(receipt, QflareError):
+                self.course.of(job.round_number).refused += 1
+                self.course.refusals[receipt.reason] = (
+                    self.course.refusals.get(receipt.reason, 0) + 1
+                )
+            else:
+                self._idle_rounds = 0
+        if current.accepted_count + len(updates) >= current.target:
+            self._coordinator.aggregate()
+
+    def _fail(self, job: Job, failed: Failed) -> None:
+        counts = self.course.of(job.round_number)
+        counts.failed += 1
+        self._coordinator.report_failure(job.device, job.round_number, failed)
+        most = self._config.failure_share * counts.asked
+        if counts.failed > most and self._config.failure_share < 1:
+            raise TrainingFailedError(
+                f"{counts.failed} of {counts.asked} trainings of round {job.round_number} failed, "
+                f"at most {most:g} may; a device raised:\n{failed.text.rstrip()}"
+            )
+
+    def _pass_deadline(self, current: Round) -> None:
+        """Wait for the deadline, and let the coordinator do what is due then."""
+        self._idle_rounds += not current.accepted_count
+        if self._idle_rounds > MAX_IDLE_ROUNDS:
+            raise SimulationError(
+                f"no device answered in {MAX_IDLE_ROUNDS} rounds: a deadline below "
+                "simulation.duration_s, or simulation.drop_out too high"
+            )
+        self._coordinator.clock.advance(current.deadline_at)
+        self._coordinator.aggregate()
+
+    def _publish_seen(self, owner: TrainingSession) -> None:
+        """Start the evaluation of versions that were published since."""
+        for version in range(self._measured + 1, owner.current_version + 1):
+            is_last = version == owner.config.total_rounds or owner.state in ENDED
+            due = version % max(1, self._config.evaluate_every) == 0 or is_last
+            if self._evaluates and due:
+                brief = self._coordinator.version_brief(version)
+                self._measuring.append((version, self._pool.submit(worker.evaluate, brief)))
+            self._measured = version
+        if len(self._measuring) > 1:  # an evaluation that is done holds no file any more
+            version, result = self._measuring.pop(0)
+            self.course.evaluations[version] = result()
+
+    def _drop_briefs(self, current: Round) -> None:
+        """Forget versions that no device trains from any more."""
+        oldest = min((job.base_version for job in self._under_way), default=current.base_version)
+        measured = min((version for version, _ in self._measuring), default=oldest)
+        self._coordinator.forget(min(oldest, measured, current.base_version))
+        self._briefs = {
+            key: brief
+            for key, brief in self._briefs.items()
+            if key[1] >= min(oldest, current.base_version)
+        }

@@ -1,0 +1,75 @@
+"""Pool of processes in which virtual devices train."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Self
+
+from loky import ProcessPoolExecutor
+from loky.process_executor import TerminatedWorkerError
+
+from qflare_simulation import worker
+from qflare_simulation.errors import SimulationError
+from qflare_simulation.worker import Programs
+
+
+class Pool:
+    """Runs functions of `worker` in processes, or in this one; a context manager.
+
+    Args:
+        programs: What the devices run. It may hold functions of a notebook.
+        workers: Number of processes; 0 means one for each processor, -1 none.
+    """
+
+    def __init__(self, programs: Programs, workers: int) -> None:
+        self.size = workers or os.cpu_count() or 1
+        self._executor = None
+        if workers < 0:
+            self.size = 1
+            worker.start(programs)
+        else:
+            self._executor = ProcessPoolExecutor(
+                self.size, initializer=worker.start, initargs=(programs,)
+            )
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """Start a function; returns what waits for its result and returns it."""
+        if self._executor is None:
+            return _Later(function, arguments)
+        future: Future[Any] = self._executor.submit(function, *arguments)
+
+        def result() -> Any:
+            try:
+                return future.result()
+            except TerminatedWorkerError as error:
+                raise SimulationError(
+                    "a process of the pool died, probably for want of memory: "
+                    "use fewer simulation.workers"
+                ) from error
+
+        return result
+
+    def __enter__(self) -> Self:
+        """Return this pool."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the processes; work that was not waited for is abandoned."""
+        if self._executor is None:
+            worker.close()
+        else:
+            self._executor.shutdown(wait=True, kill_workers=True)
+
+
+class _Later:
+    """A call in this process, made when its result is asked for."""
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._call = function, arguments
+        self._result: list[Any] = []
+
+    def __call__(self) -> Any:
+        if not self._result:
+            function, arguments = self._call
+            self._result.append(function(*arguments))
+        return self._result[0]

@@ -1,0 +1,116 @@
+"""Runs a simulation from its first model to its history."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qflare.tensors import Manifest, assemble
+from qflare.v1 import tensor_pb2
+from qflare_simulation import tables
+from qflare_simulation.config import SimulationConfig
+from qflare_simulation.coordinator import REALM, SimulatedCoordinator, opened, require_simulable
+from qflare_simulation.engine import Course, Engine, Notice
+from qflare_simulation.errors import SimulationError
+from qflare_simulation.history import History
+from qflare_simulation.pool import Pool
+from qflare_simulation.worker import EvaluateFunction, Programs, TrainFunction
+
+
+def _silent(version: int, rounds: int, accepted: int, target: int) -> None:
+    del version, rounds, accepted, target
+
+
+def simulate(
+    train: TrainFunction,
+    data: Sequence[Any],
+    config: SimulationConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    model: Mapping[str, NDArray[Any]] | None = None,
+    evaluate: EvaluateFunction | None = None,
+    test: Any = None,
+    folder: str | Path | None = None,
+    notice: Notice = _silent,
+) -> History:
+    """Train one model on virtual devices, through the coordinator's own code, and return what happened.
+
+    The same arguments give the same model, to the byte, and the same tables, on any number of processes, if the
+    training function draws its random numbers from numpy's or Python's global generators, PyTorch's, or from a seed
+    that it derives from its task.
+
+    Args:
+        train: Maps (arrays, task, data of the device) to (arrays, example count, metrics). A real device runs
+            `qflare_client.run(client, lambda arrays, task: train(arrays, task, data))`.
+        data: The data of each device, by index; there are as many devices. A `FederatedData` may also hold test
+            data and the first model.
+        config: A `SimulationConfig`, the settings as a mapping, or the path of a file.
+        model: Tensors of version 0; None means those of the data.
+        evaluate: Maps (arrays, task, test data) to (example count, metrics); None evaluates no version.
+        test: Test data; None means that of the data.
+        folder: Empty or new folder to keep the coordinator's database in; None keeps none.
+        notice: Called with version, rounds, accepted updates and target as the simulation proceeds.
+
+    Raises:
+        SimulationError: The configuration or the model cannot be simulated.
+        TrainingFailedError: Too many devices failed in one round; the message holds the first traceback.
+    """
+    chosen = _with_devices(SimulationConfig.from_value(config), data)
+    require_simulable(chosen.training)
+    first = model if model is not None else getattr(data, "model", None)
+    if not first:
+        raise SimulationError("model: got none, want the tensors of version 0 by name")
+    arrays = {name: np.ascontiguousarray(array) for name, array in first.items()}
+    held_out = test if test is not None else getattr(data, "test", None)
+    programs = Programs(train, evaluate, data, held_out, chosen.seed, REALM)
+    is_kept = folder is not None
+    with _folder(folder) as home, opened(home, chosen.seed, is_kept=is_kept) as coordinator:
+        coordinator.register(chosen.devices)
+        coordinator.create(chosen, arrays)
+        with Pool(programs, chosen.workers) as pool:
+            engine = Engine(coordinator, pool, chosen, notice, evaluates=evaluate is not None)
+            engine.run()
+        return _history(coordinator, chosen, engine.course, home if is_kept else None)
+
+
+def _with_devices(config: SimulationConfig, data: Sequence[Any]) -> SimulationConfig:
+    """Return a configuration with as many devices as there are data."""
+    if not len(data):
+        raise SimulationError("data: got none, want those of at least one device")
+    return config.with_devices(len(data))
+
+
+@contextmanager
+def _folder(folder: str | Path | None) -> Iterator[Path]:
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="qflare-simulation-") as temporary:
+        yield Path(temporary)
+
+
+def _history(
+    coordinator: SimulatedCoordinator, config: SimulationConfig, course: Course, home: Path | None
+) -> History:
+    owner, _ = coordinator.state()
+    path, manifest = coordinator.download(owner.current_version)
+    layout = Manifest.from_proto(tensor_pb2.Manifest.FromString(manifest))
+    read = tables.read(coordinator.application.database, owner.id, course.evaluations)
+    return History(
+        config=config,
+        tables=read,
+        model=assemble(layout, [path.read_bytes()]),
+        version=owner.current_version,
+        state=owner.state,
+        reason=owner.state_reason,
+        virtual_s=coordinator.clock.elapsed_s,
+        refusals=course.refusals,
+        counts={number: asdict(counts) for number, counts in sorted(course.counts.items())},
+        session_id=owner.id,
+        folder=home,
+    )

@@ -1,0 +1,206 @@
+"""One virtual device at work: trains, encodes its update and states it, with the code of the device SDK.
+
+It runs in a process of the pool. A process holds the data of all devices once, and the arrays of the version under way.
+"""
+
+import hashlib
+import random
+import sys
+import traceback
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from qflare.tensors import CHUNK_BYTES, Array, Manifest, assemble
+from qflare.tensors.encodings import Encoding
+from qflare.v1 import coordinator_service_pb2 as messages
+from qflare.v1 import security_pb2, tensor_pb2
+from qflare_client import TrainingTask
+from qflare_client.models.download import GlobalModel
+from qflare_client.models.submission import (
+    Contribution,
+    checked,
+    make_payload,
+    make_statement,
+)
+from qflare_client.tasks import Task, TrainingDefaults
+from qflare_simulation.clock import START
+
+TrainFunction: TypeAlias = Callable[
+    [dict[str, Array], TrainingTask, Any], tuple[Mapping[str, Array], int, Mapping[str, float]]
+]
+"""Maps a copy of the version's arrays, the task and the device's data to (arrays, example count, metrics)."""
+
+EvaluateFunction: TypeAlias = Callable[
+    [dict[str, Array], TrainingTask, Any], tuple[int, Mapping[str, float]]
+]
+"""Maps a copy of a version's arrays, the task and the test data to (example count, metrics)."""
+
+MAX_TEXT: Final = 4000
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What the devices run, and on what."""
+
+    train: TrainFunction
+    evaluate: EvaluateFunction | None
+    data: Sequence[Any]
+    test: Any
+    seed: int
+    realm: str
+
+
+class Brief(NamedTuple):
+    """The work of a round, the same for all its devices.
+
+    Attributes:
+        statement: The serialized task statement, as devices get it.
+        model: File with the payload of the base version.
+        manifest: Its serialized layout.
+    """
+
+    statement: bytes
+    model: str
+    manifest: bytes
+
+
+class Trained(NamedTuple):
+    """An update, ready to be sent."""
+
+    statement: bytes
+    chunk_digests: bytes
+    chunks: list[bytes]
+
+
+class Failed(NamedTuple):
+    """A training function that raised."""
+
+    kind: str
+    text: str
+
+
+_PROGRAMS: list[Programs] = []
+"""Of this process; set once when it starts."""
+
+
+def start(programs: Programs) -> None:
+    """Take what the devices of this process run."""
+    _PROGRAMS[:] = [programs]
+    threadpool_limits(1)
+
+
+def device_id(index: int) -> str:
+    """Return the id of a virtual device, so that the order of ids is that of indices."""
+    return f"device-{index:07d}"
+
+
+def train_all(brief: Brief, devices: Sequence[int]) -> list[Trained | Failed]:
+    """Train devices one after the other; returns an update or a failure of each."""
+    return [_train(brief, index) for index in devices]
+
+
+def evaluate(brief: Brief) -> dict[str, float]:
+    """Return the metrics of a version on the test data."""
+    programs = _PROGRAMS[0]
+    assert programs.evaluate is not None
+    task = _task(brief.statement)
+    _seed(programs.seed, 0, task.base_version)
+    arrays = {name: array.copy() for name, array in _model(brief).arrays.items()}
+    _, metrics = programs.evaluate(arrays, task.config, programs.test)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _train(brief: Brief, index: int) -> Trained | Failed:
+    programs = _PROGRAMS[0]
+    task, base = _task(brief.statement), _model(brief)
+    _seed(programs.seed, index + 1, task.round_number)
+    try:
+        given = {name: array.copy() for name, array in base.arrays.items()}
+        arrays, example_count, metrics = programs.train(given, task.config, programs.data[index])
+        contribution = checked(Contribution(base, arrays, example_count, metrics))
+        payload = make_payload(contribution, task.transfer)
+        statement = make_statement(
+            task, contribution, payload, realm=programs.realm, device_id=device_id(index)
+        )
+        statement.update_id = _update_id(programs.seed, index, task)
+        statement.create_time.FromDatetime(START)
+    except Exception as error:  # noqa: BLE001 - whatever a training function raises is a failure of its device
+        return Failed(type(error).__name__[:64], traceback.format_exc()[-MAX_TEXT:])
+    chunks = [bytes(chunk) for chunk in payload.chunks_from(0)]
+    return Trained(statement.SerializeToString(deterministic=True), payload.chunk_digests, chunks)
+
+
+def _update_id(seed: int, index: int, task: Task) -> str:
+    """Return an id that equal runs share, since the noise of differential privacy depends on statements."""
+    label = f"update:{seed}:{index}:{task.round_number}:{task.base_version}"
+    return str(uuid.UUID(bytes=hashlib.sha256(label.encode()).digest()[:16], version=4))
+
+
+def _seed(seed: int, device: int, number: int) -> None:
+    """Seed the global generators, so that a training depends on nothing that ran before it in this process."""
+    state = zlib.crc32(f"{seed}:{device}:{number}".encode())
+    random.seed(state)
+    np.random.seed(state)  # noqa: NPY002 - training functions may use it
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(state)
+
+
+@lru_cache(maxsize=8)
+def _task(payload: bytes) -> Task:
+    statement = security_pb2.TaskStatement.FromString(payload)
+    message = messages.GetTaskResponse(
+        kind=messages.TASK_KIND_TRAIN,
+        training_session_id=statement.training_session_id,
+        round_number=statement.round_number,
+        base_version=statement.base_version,
+        base_digest=statement.base_digest,
+        deadline_time=statement.deadline_time,
+        device_training=statement.device_training,
+        transfer=statement.transfer,
+    )
+    return Task.from_proto(message, statement, TrainingDefaults())
+
+
+@lru_cache(maxsize=2)
+def _model(brief: Brief) -> GlobalModel:
+    """Return the base version of a brief, as the device SDK has it after a download."""
+    task = _task(brief.statement)
+    manifest = Manifest.from_proto(tensor_pb2.Manifest.FromString(brief.manifest))
+    return GlobalModel(
+        training_session_id=task.training_session_id,
+        version=task.base_version,
+        digest=task.base_digest,
+        arrays=assemble(manifest, _chunks(Path(brief.model))),
+        manifest=manifest,
+        metrics={},
+        model_type="",
+        architecture={},
+        released=False,
+        statement=security_pb2.ModelStatement(),
+        envelope=security_pb2.SignedEnvelope(),
+        encoding=Encoding.from_number(task.transfer.download_encoding),
+    )
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def close() -> None:
+    """Forget what the devices run; for simulations that train in their own process."""
+    with suppress(IndexError):
+        _PROGRAMS.pop()
+    _task.cache_clear()
+    _model.cache_clear()
