@@ -14,7 +14,8 @@ from qflare.v1 import admin_service_pb2_grpc
 from qflare_client.admin.profile import Profile, ProfileError
 from qflare_client.errors import UnavailableError
 from qflare_client.rpc.retry import Patience, RetryPolicy
-from qflare_client.rpc.transport import Tls, Transport
+from qflare_client.rpc.tls import Tls
+from qflare_client.rpc.transport import Transport
 
 PAGE_SIZE = 1000
 RETRY: Final = RetryPolicy(total_time_s=3.0)
