@@ -73,7 +73,7 @@ from qflare_client.models.scaffold import Scaffold
 from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.retry import RetryPolicy
-from qflare_client.rpc.transport import Tls
+from qflare_client.rpc.tls import Tls
 from qflare_client.secure_aggregation import SecureAggregation
 from qflare_client.tasks import (
     Heartbeat,

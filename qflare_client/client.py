@@ -57,7 +57,8 @@ from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.caller import Calls
 from qflare_client.rpc.lifetime import Lifetime
 from qflare_client.rpc.retry import RetryPolicy
-from qflare_client.rpc.transport import Tls, Transport, trusting
+from qflare_client.rpc.tls import Tls, trusting
+from qflare_client.rpc.transport import Transport
 from qflare_client.secure_aggregation import SecureAggregation, require_pinned
 from qflare_client.tasks import Heartbeat, Task, TaskKind, TrainingDefaults
 from qflare_client.trust.audit_head import AuditHead, read_head

@@ -7,7 +7,7 @@ heartbeat.
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,7 +50,25 @@ class Relation:
 def find_relation(session: Session, training_session_id: str, device_id: str) -> Relation | None:
     """Return a device's eligibility for a training session, None if it is not eligible or either does not exist."""
     standing = membership.find_standing(session, training_session_id, device_id)
-    if standing is None or not standing.in_groups:
+    return None if standing is None else _relation(session, training_session_id, standing)
+
+
+def find_relations(
+    session: Session, training_session_id: str, device_ids: Collection[str]
+) -> dict[str, Relation]:
+    """Return the eligibility of devices for a training session by device id; those that are not are left out."""
+    standings = membership.find_standings(session, training_session_id, device_ids)
+    found = {
+        device_id: _relation(session, training_session_id, standing)
+        for device_id, standing in standings.items()
+    }
+    return {device_id: relation for device_id, relation in found.items() if relation is not None}
+
+
+def _relation(
+    session: Session, training_session_id: str, standing: membership.Standing
+) -> Relation | None:
+    if not standing.in_groups:
         return None
     policy = parsed_config(session, training_session_id, standing.config).selection
     if not meets(policy, standing):

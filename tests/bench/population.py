@@ -111,6 +111,7 @@ def _token(
 def _device(device_id: str, key: SigningKey, now: datetime) -> dict[str, Any]:
     return {
         "id": device_id,
+        "name": f"bench-{device_id}",
         "state": DeviceState.ACTIVE.value,
         "device_type": "bench",
         "hardware_info": {},

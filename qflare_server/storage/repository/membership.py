@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, bindparam, delete, exists, insert, or_, select
+from sqlalchemy import ColumnElement, bindparam, delete, exists, insert, or_, select, true
 from sqlalchemy.orm import Session
 
 from qflare_server.storage.epochs import bump_rounds, bump_security
@@ -141,13 +141,25 @@ _STANDING: Final = (
         ),
     )
     .select_from(SESSIONS)
-    .join(DEVICES, DEVICES.c.id == bindparam("device"))
+    .join(DEVICES, true())
     .where(SESSIONS.c.id == bindparam("session"))
+)
+_OF_ONE: Final = _STANDING.where(DEVICES.c.id == bindparam("device"))
+_OF_MANY: Final = PreparedStatement(
+    _STANDING.add_columns(DEVICES.c.id).where(OneOf(DEVICES.c.id, "ids"))
 )
 
 
 def find_standing(session: Session, training_session_id: str, device_id: str) -> Standing | None:
     """Return the relation of a device to a training session; None if either does not exist."""
     wanted = {"session": training_session_id, "device": device_id}
-    row = session.execute(_STANDING, wanted).one_or_none()
+    row = session.execute(_OF_ONE, wanted).one_or_none()
     return None if row is None else Standing(*row)
+
+
+def find_standings(
+    session: Session, training_session_id: str, device_ids: Collection[str]
+) -> dict[str, Standing]:
+    """Return the relations of devices to a training session by device id; unknown devices are left out."""
+    wanted = {"session": training_session_id, "ids": list(device_ids)}
+    return {row[-1]: Standing(*row[:-1]) for row in _OF_MANY.rows(session, wanted)}

@@ -10,7 +10,7 @@ versions only if the session does not sample devices, or has sampled this one. I
 object that it may not access is reported as not found.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from operator import attrgetter
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.epochs import Epochs
 from qflare_server.storage.repository import global_models, updates
-from qflare_server.training.selection import Relation, find_relation
+from qflare_server.training.selection import Relation, find_relation, find_relations
 from qflare_server.use_cases.access.authentication import Principal
 from qflare_server.use_cases.access.statements import parse_statement
 
@@ -70,6 +70,21 @@ class ObjectAccess:
             raise TrainingSessionNotFoundError
         return relation
 
+    def look_up(self, training_session_id: str, device_ids: Collection[str]) -> None:
+        """Look up the relations of devices to a training session in one query, for `require_relation`."""
+        epochs = self._context.database.epochs()
+        missing = [
+            device_id
+            for device_id in device_ids
+            if self._known.get((device_id, training_session_id), (None,))[0] != epochs
+        ]
+        if not missing:
+            return
+        with self._context.database.read() as session:
+            found = find_relations(session, training_session_id, missing)
+        for device_id, relation in found.items():
+            self._remember((device_id, training_session_id), epochs, relation)
+
     def require_own_update(self, device_id: str, update_id: str) -> None:
         """Check that an accepted update belongs to a device.
 
@@ -95,11 +110,14 @@ class ObjectAccess:
             return known[1]
         with self._context.database.read() as session:
             relation = find_relation(session, training_session_id, device_id)
+        if relation is not None:  # do not cache unknown ids
+            self._remember(key, epochs, relation)
+        return relation
+
+    def _remember(self, key: tuple[str, str], epochs: Epochs, relation: Relation) -> None:
         if len(self._known) >= MAX_REMEMBERED:
             self._known.clear()
-        if relation is not None:  # do not cache unknown ids
-            self._known[key] = (epochs, relation)
-        return relation
+        self._known[key] = (epochs, relation)
 
 
 Rule = Callable[[ObjectAccess, str, Any], None]

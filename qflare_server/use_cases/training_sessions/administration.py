@@ -48,7 +48,10 @@ MAX_ARCHITECTURE_BYTES: Final = 2**19
 
 
 def checked(
-    name: str, model_type: str, config: training_pb2.TrainingConfig
+    name: str,
+    model_type: str,
+    config: training_pb2.TrainingConfig,
+    architecture: Mapping[str, str] | None = None,
 ) -> training_pb2.TrainingConfig:
     """Validate a configuration and return it with every default filled in.
 
@@ -58,6 +61,7 @@ def checked(
     """
     _text("name", name, 1, 200)
     _text("model_type", model_type, 0, 100)
+    _check_architecture(architecture or {})
     done = complete(config)
     add_device_settings(done, build_strategy(done))
     require_affordable(done)
@@ -92,8 +96,7 @@ class Training:
             InvalidRequestError: A field is out of range.
             StrategyRefusedError: The strategy's settings contradict each other.
         """
-        _check_architecture(architecture)
-        done = checked(name, model_type, config)
+        done = checked(name, model_type, config, architecture)
         require_helpers(self._context, done)
         at = self._context.clock()
         training_session_id = str(uuid.UUID(bytes=self._context.draw_random(16), version=4))

@@ -45,6 +45,8 @@ class _Item:
 
     update: coordinator_service_pb2.SmallUpdate
     statement: security_pb2.UpdateStatement | None = None
+    device: Contributor | None = None
+    signature: bytes = b""
     submission: Submission | None = None
     received: ReceivedPayload | None = None
     outcome: Outcome | None = None
@@ -90,7 +92,10 @@ class RelayedUpdates:
         items = [_Item(update) for update in updates]
         _each(items, _parse)
         signers = self._find_signers(items)
-        _each(items, partial(self._check, _Allowance(self._unsigned, carrier.device_id), signers))
+        allowance = _Allowance(self._unsigned, carrier.device_id)
+        _each(items, partial(self._authenticate, allowance, signers))
+        self._look_up_relations(items)
+        _each(items, partial(self._check, signers))
         _each(items, self._receive)
         self._accept(caller, items)
         self._record_late(items)
@@ -106,32 +111,47 @@ class RelayedUpdates:
         with self._context.database.read() as session:
             return devices.signers_of(session, named)
 
-    def _check(self, allowance: "_Allowance", signers: Mapping[str, Signer], item: _Item) -> None:
-        """Verify signature and header of an update."""
+    def _authenticate(
+        self, allowance: "_Allowance", signers: Mapping[str, Signer], item: _Item
+    ) -> None:
+        """Verify the signature of an update, unless it was accepted under an earlier key of its device."""
         statement, header = item.statement, item.update.header
         assert statement is not None
         allowance.require()
-        signer = signers.get(statement.device_id)
-        device = _contributor(statement.device_id, signer)
+        item.device = _contributor(statement.device_id, signers.get(statement.device_id))
         try:
-            item.submission = self._uploads.headers.check_signed(
-                device, header, statement, self._authorize
-            )
+            item.signature = self._uploads.headers.authenticate(item.device, header, statement)
         except (InvalidSignatureError, AlgorithmNotAcceptedError):
-            item.outcome = self._uploads.accepted_before(device, header)
+            item.outcome = self._uploads.accepted_before(item.device, header)
             if item.outcome is None:
                 allowance.spend()
                 raise
-            return
-        if signer is not None and signer.state == DeviceState.INACTIVE.value:
+
+    def _look_up_relations(self, items: Sequence[_Item]) -> None:
+        """Look up which devices take part in the training sessions, for all authentic updates at once."""
+        named: dict[str, set[str]] = {}
+        for item in items:
+            if item.outcome is None and item.statement is not None:
+                members = named.setdefault(item.statement.training_session_id, set())
+                members.add(item.statement.device_id)
+        for training_session_id, device_ids in named.items():
+            self._access.look_up(training_session_id, device_ids)
+
+    def _check(self, signers: Mapping[str, Signer], item: _Item) -> None:
+        """Check the header of an authentic update."""
+        statement, device = item.statement, item.device
+        assert statement is not None
+        assert device is not None
+        self._of_devices.take(device.device_id)
+        self._access.require_relation(device.device_id, statement.training_session_id)
+        item.submission = self._uploads.headers.check_authenticated(
+            device, item.update.header, statement, item.signature
+        )
+        if signers[device.device_id].state == DeviceState.INACTIVE.value:
             self._context.database.write(
                 lambda session: devices.reactivate(session, device.device_id)
             )
         self._presence.note(device.device_id, self._context.clock())
-
-    def _authorize(self, device_id: str, training_session_id: str) -> None:
-        self._of_devices.take(device_id)
-        self._access.require_relation(device_id, training_session_id)
 
     def _receive(self, item: _Item) -> None:
         """Check the payload of an update."""

@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from sqlalchemy.orm import Session
 
@@ -120,48 +120,68 @@ class SubmissionValidator:
         """
         statement = parse_update(header)
         _check_statement(self._context.config.realm, device, statement)
-        return self._check_parsed(device, header, statement)
+        return self._check_parsed(
+            device,
+            header,
+            statement,
+            partial(self._check_signature, device, statement, header.statement),
+        )
 
-    def check_signed(
+    def authenticate(
         self,
         device: Contributor,
         header: coordinator_service_pb2.UpdateHeader,
         statement: security_pb2.UpdateStatement,
-        authorize: Callable[[str, str], object],
-    ) -> Submission:
-        """Check an update that nothing but its signature authenticates.
-
-        The signature is verified first: before it, nothing that the statement names is looked up.
+    ) -> bytes:
+        """Verify an update that nothing but its signature authenticates, before anything that it names is looked up.
 
         Args:
-            device: The device that the statement names.
+            device: The device that the statement names, with its current key.
             header: The header as received.
             statement: The statement in it.
-            authorize: Called with device and training session; raises where the device takes no part in it.
+
+        Returns:
+            The signature, for `check_authenticated`.
 
         Raises:
+            InvalidRequestError: The statement is of another realm.
             InvalidSignatureError: The update is not signed by the device's current key.
-            QflareError: As `check`, or what `authorize` raises.
         """
         _check_statement(self._context.config.realm, device, statement)
-        if not header.statement.signatures:
+        signature = None
+        if header.statement.signatures:
+            signature = self._check_signature(device, statement, header.statement)
+        if signature is None:
             raise InvalidSignatureError("signatures: got 0, want 1")
-        self._check_signature(device, statement, header.statement)
-        authorize(statement.device_id, statement.training_session_id)
-        return self._check_parsed(device, header, statement)
+        return signature
+
+    def check_authenticated(
+        self,
+        device: Contributor,
+        header: coordinator_service_pb2.UpdateHeader,
+        statement: security_pb2.UpdateStatement,
+        signature: bytes,
+    ) -> Submission:
+        """Check the rest of an update that `authenticate` has verified.
+
+        Raises:
+            QflareError: As `check`.
+        """
+        return self._check_parsed(device, header, statement, lambda: signature)
 
     def _check_parsed(
         self,
         device: Contributor,
         header: coordinator_service_pb2.UpdateHeader,
         statement: security_pb2.UpdateStatement,
+        find_signature: Callable[[], bytes | None],
     ) -> Submission:
         facts = self._facts(statement.training_session_id, statement.round_number)
         _check_against_round(statement, facts)
         _check_masking(statement, facts)
         _check_sealing(header, statement, facts)
         _check_layout(statement, facts)
-        signature = self._check_signature(device, statement, header.statement)
+        signature = find_signature()
         expected = ExpectedPayload(
             facts.manifest,
             statement.payload_digest,
