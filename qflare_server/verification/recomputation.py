@@ -232,7 +232,7 @@ def _compare_vectors(
     return problems
 
 
-class _ReadingDatabase(Database):
+class ReadingDatabase(Database):
     """A read-only database."""
 
     def __init__(self, database: Database) -> None:
@@ -279,6 +279,6 @@ class _ReadingStore:
 def _without_writing(context: Context) -> Context:
     return dataclasses.replace(
         context,
-        database=_ReadingDatabase(context.database),
+        database=ReadingDatabase(context.database),
         store=cast("PayloadStore", _ReadingStore(context.store)),
     )
