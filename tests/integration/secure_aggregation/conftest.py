@@ -39,7 +39,7 @@ class SecureDeployment:
     def session(
         self,
         quorum: int = 3,
-        rounds: int = 1,
+        round_count: int = 1,
         *,
         arrays: dict[str, np.ndarray] | None = None,
         policy: dict[str, Any] | None = None,
@@ -60,7 +60,7 @@ class SecureDeployment:
         )
         return self.deployment.session(
             WEIGHTS if arrays is None else arrays,
-            total_rounds=rounds,
+            total_rounds=round_count,
             secure_aggregation=training_pb2.SecureAggregationPolicy(**(settings | (policy or {}))),
             **config,
         )
@@ -94,6 +94,16 @@ def wait_for_version(client: Client, session_id: str, version: int) -> GlobalMod
         except NotFoundError:
             threading.Event().wait(0.02)
     raise AssertionError("no version was published")
+
+
+def wait_for_round(client: Client, session_id: str, number: int) -> None:
+    """Wait until a round is open to a device."""
+    end = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        if client.get_task(session_id).round_number == number:
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError("the round was not opened")
 
 
 @pytest.fixture

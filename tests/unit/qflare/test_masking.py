@@ -1,0 +1,133 @@
+"""Quantization, masks and sealed seeds of secure aggregation."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qflare.crypto.sealing import KemKey, UnsealError
+from qflare.masking.masks import Mask
+from qflare.masking.parameters import InvalidMaskingError, MaskingParameters
+from qflare.masking.quantization import Quantizer, mean_change, quantize_slots, slot_totals
+from qflare.masking.seeds import open_seed, seal_seed
+from qflare.v1 import security_pb2
+
+BITS = st.sampled_from([16, 32, 64])
+
+
+@st.composite
+def cohorts(draw: st.DrawFn) -> tuple[MaskingParameters, list[int], list[np.ndarray]]:
+    """Draw parameters, and the weights and changes of a cohort that may be larger than the clip."""
+    bits = draw(BITS)
+    count = draw(st.integers(1, 6))
+    clip = draw(st.sampled_from([0.01, 1.0, 7.5, 40.0]))
+    most = draw(st.sampled_from([1, 7, 1000, 2**40]))
+    parameters = MaskingParameters(
+        bits, clip, count + draw(st.integers(0, 20)), most, {"loss": 3.0}
+    )
+    weights = [draw(st.integers(1, most)) for _ in range(count)]
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    changes = [random.standard_normal(50) * draw(st.floats(0, 100)) for _ in range(count)]
+    return parameters, weights, changes
+
+
+@settings(max_examples=60, deadline=None)
+@given(cohorts())
+def test_the_unmasked_sum_is_exact_to_the_bound_of_quantization(
+    cohort: tuple[MaskingParameters, list[int], list[np.ndarray]],
+) -> None:
+    parameters, weights, changes = cohort
+    total = np.zeros(50 + parameters.slot_count, parameters.dtype)
+    wanted, means = np.zeros(50), 0.0
+    for index, (weight, change) in enumerate(zip(weights, changes, strict=True)):
+        norm = float(np.linalg.norm(change))
+        vector = np.concatenate(
+            [
+                Quantizer(parameters, weight, norm).quantize(change),
+                quantize_slots(parameters, weight, {"loss": index / 2 - 1}),
+            ]
+        )
+        Mask(bytes([index]) * 32).add_to(vector, 0)
+        total += vector
+        wanted += weight * change * (min(1.0, parameters.clip / norm) if norm else 1.0)
+        means += weight * max(-3.0, min(3.0, index / 2 - 1))
+    negative = np.zeros_like(total)
+    for index in range(len(weights)):
+        Mask(bytes([index]) * 32).add_to(negative, 0)
+    total -= negative
+    weight_sum, found = slot_totals(parameters, total[50:])
+    assert weight_sum == sum(weights)
+    assert abs(found["loss"] - means / weight_sum) < 1e-6
+    got = mean_change(parameters, total[:50], weight_sum)
+    bound = len(weights) * parameters.max_weight / (parameters.scale * weight_sum)
+    assert np.abs(got - wanted / weight_sum).max() <= bound * 1.0001 + 1e-9 * parameters.clip
+
+
+@settings(max_examples=40, deadline=None)
+@given(BITS, st.integers(0, 3000), st.integers(1, 3000))
+def test_any_range_of_a_mask_is_the_same_bytes(bits: int, start: int, length: int) -> None:
+    itemsize, whole = bits // 8, Mask(b"s" * 32).read(0, 48_000)
+    values = np.zeros(length, f"<u{itemsize}")
+    Mask(b"s" * 32).add_to(values, start)
+    assert values.tobytes() == whole[start * itemsize : (start + length) * itemsize]
+
+
+@settings(max_examples=60, deadline=None)
+@given(BITS, st.integers(1, 1000), st.integers(1, 2**40), st.integers(0, 4))
+def test_digits_of_a_full_cohort_never_wrap(
+    bits: int, cohort: int, weight: int, metric_count: int
+) -> None:
+    metrics = {f"m{index}": 1.0 for index in range(metric_count)}
+    parameters = MaskingParameters(bits, 1e-6, cohort, weight, metrics)
+    slots = quantize_slots(parameters, weight, dict.fromkeys(metrics, 1.0))
+    total = (slots.astype(object) * cohort) % parameters.modulus
+    assert slot_totals(parameters, total.astype(parameters.dtype)) == (weight * cohort, metrics)
+
+
+@pytest.mark.parametrize(
+    ("bits", "clip", "cohort", "weight", "field"),
+    [
+        (8, 1.0, 2, 1, "bits"),
+        (32, 0.0, 2, 1, "clip"),
+        (32, float("nan"), 2, 1, "clip"),
+        (32, 1.0, 0, 1, "max_cohort"),
+        (32, 1.0, 2, 0, "max_weight"),
+        (16, 1.0, 40_000, 1, "bits"),
+        (32, 1e10, 2, 1, "bits"),
+    ],
+)
+def test_parameters_without_room_are_refused(
+    bits: int, clip: float, cohort: int, weight: int, field: str
+) -> None:
+    with pytest.raises(InvalidMaskingError) as caught:
+        MaskingParameters(bits, clip, cohort, weight, {})
+    assert caught.value.field == field
+
+
+def test_a_seed_opens_for_its_update_alone() -> None:
+    key, seed = KemKey.generate(), b"x" * 32
+    statement = security_pb2.UpdateStatement(realm="r", training_session_id="s", round_number=1)
+    statement.update_id, statement.device_id, statement.payload_digest = "u", "d", "p"
+    statement.masking.task_digest = "t"
+    sealed = seal_seed(seed, "h" * 64, key.public, statement)
+    assert open_seed(sealed, key, statement) == seed
+    changes = {
+        "realm": "x",
+        "training_session_id": "x",
+        "round_number": 2,
+        "update_id": "x",
+        "device_id": "x",
+        "payload_digest": "x",
+    }
+    for field, value in changes.items():
+        other = security_pb2.UpdateStatement()
+        other.CopyFrom(statement)
+        setattr(other, field, value)
+        with pytest.raises(UnsealError):
+            open_seed(sealed, key, other)
+    other.CopyFrom(statement)
+    other.masking.task_digest = "x"
+    with pytest.raises(UnsealError):
+        open_seed(sealed, key, other)
+    with pytest.raises(UnsealError):
+        open_seed(sealed, KemKey.generate(), statement)
