@@ -59,13 +59,26 @@ class ServerConfig:
     """Settings of a coordinator. `from_env` reads them from the environment; command-line flags override them."""
 
     data_dir: Path = Path("qflare-data")
-    """Folder of the SQLite database, the payload file and the key store."""
+    """Folder of the SQLite database, the payloads and the key store."""
     database_url: str = field(default="", repr=False)
     """SQLAlchemy URL, sqlite:///FILE or postgresql://...; empty means an SQLite file in data_dir."""
     database_pool_size: int = 24
     """Connections to the database, 1 to 1000."""
     database_timeout_s: float = 10.0
     """Seconds to wait for a connection, a lock or a commit."""
+    payload_store: str = ""
+    """Where new large payloads are stored: files, object or database. Empty means files with an SQLite database,
+    database with PostgreSQL. Payloads that exist stay where they are until `qflare-server payloads move`.
+    """
+    payload_dir: Path | None = None
+    """Folder of the payload store files, on a local disk; default: the folder payloads in data_dir."""
+    payload_url: str = ""
+    """Bucket and prefix of the payload store object, such as s3://bucket/qflare, gs://bucket/qflare or
+    az://container/qflare. Credentials and endpoint come from the environment of the cloud's own tools, such as
+    AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL, or from the machine's identity, never from this URL.
+    """
+    payload_timeout_s: float = 30.0
+    """Seconds that one request to the payload store object may take, repetitions included."""
     auto_migrate: bool = False
     """Migrate the database schema at startup; an empty SQLite file is always migrated."""
 
@@ -419,6 +432,7 @@ def _out_of_range(config: ServerConfig) -> list[str]:
     ranges: dict[str, tuple[float, float]] = {
         "database_pool_size": (1, 1000),
         "database_timeout_s": (0.1, 600),
+        "payload_timeout_s": (1, 600),
         "workers": (1, 64),
         "rpc_threads": (4, 512),
         "anonymous_threads": (1, 128),

@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 from qflare.crypto.signing import PublicKey
 from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
+from qflare_server.errors import PayloadStoreNotConfiguredError
 from qflare_server.storage.database import Database
 from qflare_server.storage.payload_store import PayloadStore
 
@@ -170,3 +171,30 @@ class Context:
     """Recovers a secret encapsulated to an accepted session KEM key; None without server keys."""
     keyset_status: Callable[[], KeysetStatus] | None = None
     """Returns the keyset in force; None without server keys."""
+    other_stores: Mapping[str, PayloadStore] = field(default_factory=dict)
+    """Payload stores that are configured beside `store`, which takes all new payloads; by name."""
+
+    @property
+    def store_names(self) -> frozenset[str]:
+        """Names of the configured payload stores."""
+        return frozenset({self.store.name, *self.other_stores})
+
+    def store_of(self, name: str | None) -> PayloadStore:
+        """Return the payload store of a payload whose row names it.
+
+        Raises:
+            PayloadStoreNotConfiguredError: It is not configured.
+        """
+        if name == self.store.name:
+            return self.store
+        try:
+            return self.other_stores[name or ""]
+        except KeyError:
+            raise PayloadStoreNotConfiguredError(
+                f"the payload store {name} is not configured: see QFLARE_PAYLOAD_URL"
+            ) from None
+
+    @property
+    def stores(self) -> tuple[PayloadStore, ...]:
+        """All configured payload stores, the one for new payloads first."""
+        return (self.store, *self.other_stores.values())

@@ -345,9 +345,15 @@ class DamagedPayloadError(StorageDamagedError):
 
 
 class StoreUnavailableError(QflareError):
-    """The database cannot be reached."""
+    """The database or the payload store cannot be reached."""
 
     reason = "STORE_UNAVAILABLE"
+
+
+class PayloadStoreNotConfiguredError(StoreUnavailableError):
+    """A payload is in a payload store that the coordinator's settings do not name."""
+
+    reason = "PAYLOAD_STORE_NOT_CONFIGURED"
 
 
 class IdentityProviderUnavailableError(QflareError):

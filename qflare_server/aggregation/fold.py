@@ -528,6 +528,7 @@ def _stored(update: AcceptedUpdate) -> StoredPayload:
         update.chunk_digests,
         update.location == "row",
         seal_of(update.sealed_header, update.sealed_key, None),
+        update.store,
     )
 
 

@@ -16,7 +16,14 @@ from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine, normalize_url
-from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.storage.payload_store import (
+    DATABASE,
+    FILES,
+    PayloadFile,
+    PayloadFolder,
+    PayloadStore,
+    PayloadTable,
+)
 from qflare_server.storage.schema import is_empty, require_current, require_unicode, upgrade
 from qflare_server.use_cases import UseCases, build_use_cases
 
@@ -38,8 +45,23 @@ def open_database(config: ServerConfig) -> Database:
     return Database(engine, timeout_s=config.database_timeout_s)
 
 
-def open_store(config: ServerConfig, database: Database) -> PayloadStore:
-    """Open the payload store that belongs to a database."""
+def open_stores(config: ServerConfig, database: Database) -> list[PayloadStore]:
+    """Open the configured payload stores, that of new payloads first.
+
+    The store `files` is opened beside another one only if its folder exists, `object` only if it has a URL.
+
+    Raises:
+        StoreUnavailableError: A store cannot be opened.
+    """
+    chosen = config.payload_store or (FILES if database.is_sqlite else DATABASE)
+    opened: dict[str, PayloadStore] = {DATABASE: _open_chunk_rows(config, database)}
+    folder = config.payload_dir or config.data_dir / "payloads"
+    if chosen == FILES or folder.is_dir():
+        opened[FILES] = PayloadFolder(folder)
+    return [opened.pop(chosen), *opened.values()]
+
+
+def _open_chunk_rows(config: ServerConfig, database: Database) -> PayloadStore:
     if not database.is_sqlite:
         return PayloadTable(database.engine)
     path = Path(normalize_url(config.database_url).database or "").with_suffix(".payloads")
@@ -78,7 +100,7 @@ class Application:
         disable_core_dumps()
         database = open_database(config)
         clock = clock or database.clock
-        store = open_store(config, database)
+        store, *others = open_stores(config, database)
         executor = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="payload-writer")
         keys = ServerKeys.load(config, database, clock)
         wake = threading.Event()
@@ -97,6 +119,7 @@ class Application:
             keyset_status=keys.status,
             signatures=SignatureCache(),
             identities=DeviceIdentities(database, keys.realm, keys),
+            other_stores={other.name: other for other in others},
         )
         use_cases = build_use_cases(context, keys, executor)
         return cls(config, database, keys, context, use_cases, executor, wake)
@@ -104,7 +127,8 @@ class Application:
     def close(self) -> None:
         """Finish pending work and close all parts."""
         self.executor.shutdown()
-        self.context.store.close()
+        for store in self.context.stores:
+            store.close()
         self.database.close()
 
 

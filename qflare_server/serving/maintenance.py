@@ -120,7 +120,8 @@ class Maintenance:
 
     def _check(self) -> None:
         self._context.database.check()
-        self._context.store.check()
+        for store in self._context.stores:
+            store.check()
 
     def _sequence(self) -> None:
         self._sequencer.run_once()

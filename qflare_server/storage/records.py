@@ -227,6 +227,7 @@ class Payload(NamedTuple):
     digest: str
     chunk_digests: bytes
     location: str
+    store: str | None
     sealed_header: bytes | None
     sealed_key: bytes | None
     content_digests: bytes | None

@@ -5,12 +5,12 @@ written to the payload store (`storage.payload_store`) beforehand. A chunk that 
 the table `uploads` records it until a payload row refers to it or it is swept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import bindparam, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -22,6 +22,8 @@ UPLOADS = tables.Upload.__table__
 CHUNKS = tables.PayloadChunk.__table__
 _ROWS = Rows(Payload, PAYLOADS)
 _ROW = _ROWS.select.where(PAYLOADS.c.id == bindparam("payload"))
+DATABASE: Final = "database"
+"""Name of the payload store whose chunks are rows."""
 LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """`touched_at` of an abandoned upload."""
 
@@ -33,6 +35,7 @@ _INSERT_PAYLOAD = PreparedInsert(
         "digest",
         "chunk_digests",
         "location",
+        "store",
         "data",
         "sealed_header",
         "sealed_key",
@@ -43,7 +46,7 @@ _INSERT_PAYLOAD = PreparedInsert(
 
 
 def insert_payloads(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows of payloads; a payload without `data` has its chunks in the payload store."""
+    """Insert rows of payloads; a payload without `data` has its chunks in the payload store `store`."""
     _INSERT_PAYLOAD.run(
         session,
         [{**row, "location": "store" if row["data"] is None else "row"} for row in rows],
@@ -57,6 +60,14 @@ def read_data(session: Session, payload_id: str) -> bytes | None:
     ).scalar_one_or_none()
 
 
+def store_of(session: Session, payload_id: str) -> str | None:
+    """Return the payload store of a payload; None if its bytes are in its row, or if it was pruned."""
+    query = select(PAYLOADS.c.store).where(
+        PAYLOADS.c.id == payload_id, PAYLOADS.c.location == "store"
+    )
+    return session.execute(query).scalar_one_or_none()
+
+
 def get_payload(session: Session, payload_id: str) -> Payload | None:
     """Return a payload, without the bytes stored in its row."""
     return _ROWS.one(session, _ROW, {"payload": payload_id})
@@ -66,6 +77,7 @@ def begin_upload(
     session: Session,
     *,
     payload_id: str,
+    store: str,
     at: datetime,
     update_id: str | None = None,
     device_id: str | None = None,
@@ -76,6 +88,7 @@ def begin_upload(
     session.execute(
         insert(UPLOADS).values(
             payload_id=payload_id,
+            store=store,
             update_id=update_id,
             device_id=device_id,
             statement_digest=statement_digest,
@@ -86,14 +99,27 @@ def begin_upload(
     )
 
 
+class ChunkSet(NamedTuple):
+    """The chunks of a payload in one payload store."""
+
+    payload_id: str
+    store: str
+
+
 @dataclass(frozen=True)
 class UnfinishedUpload:
     """An unfinished upload."""
 
     payload_id: str
+    store: str
     device_id: str | None
     statement_digest: str
     sealed_key: bytes | None
+
+    @property
+    def chunks(self) -> ChunkSet:
+        """Its chunks."""
+        return ChunkSet(self.payload_id, self.store)
 
 
 def find_upload(session: Session, update_id: str) -> UnfinishedUpload | None:
@@ -101,6 +127,7 @@ def find_upload(session: Session, update_id: str) -> UnfinishedUpload | None:
     row = session.execute(
         select(
             UPLOADS.c.payload_id,
+            UPLOADS.c.store,
             UPLOADS.c.device_id,
             UPLOADS.c.statement_digest,
             UPLOADS.c.sealed_key,
@@ -109,62 +136,70 @@ def find_upload(session: Session, update_id: str) -> UnfinishedUpload | None:
     return None if row is None else UnfinishedUpload(*row)
 
 
-def uploads_of(session: Session, device_id: str) -> list[str]:
-    """Return the payload ids of a device's unfinished uploads, the least recently touched first."""
+def uploads_of(session: Session, device_id: str) -> list[ChunkSet]:
+    """Return the chunks of a device's unfinished uploads, the least recently touched first."""
     query = (
-        select(UPLOADS.c.payload_id)
+        select(UPLOADS.c.payload_id, UPLOADS.c.store)
         .where(UPLOADS.c.device_id == device_id)
         .order_by(UPLOADS.c.touched_at, UPLOADS.c.payload_id)
     )
-    return list(session.scalars(query))
+    return [ChunkSet(*row) for row in session.execute(query)]
 
 
-def touch_upload(session: Session, payload_id: str, at: datetime) -> None:
-    """Keep an unfinished upload from expiring; does nothing to an abandoned one."""
-    session.execute(
-        update(UPLOADS)
-        .where(UPLOADS.c.payload_id == payload_id, UPLOADS.c.touched_at > LONG_AGO)
-        .values(touched_at=at)
-    )
+def _is(chunks: ChunkSet) -> ColumnElement[bool]:
+    return and_(UPLOADS.c.payload_id == chunks.payload_id, UPLOADS.c.store == chunks.store)
 
 
-def give_up_uploads(session: Session, payload_ids: Sequence[str]) -> None:
-    """Abandon uploads: they cannot be resumed or finished, and their chunks are swept."""
-    session.execute(
-        update(UPLOADS)
-        .where(UPLOADS.c.payload_id.in_(payload_ids))
-        .values(update_id=None, device_id=None, touched_at=LONG_AGO)
-    )
-
-
-def finish_upload(session: Session, payload_id: str) -> bool:
-    """Delete the record of an upload whose payload has a row; False if it was abandoned, and chunks may be gone."""
+def touch_upload(session: Session, chunks: ChunkSet, at: datetime) -> bool:
+    """Keep an unfinished upload from expiring; does nothing to an abandoned one, and returns False."""
     result = session.execute(
-        delete(UPLOADS).where(UPLOADS.c.payload_id == payload_id, UPLOADS.c.touched_at > LONG_AGO)
+        update(UPLOADS).where(_is(chunks), UPLOADS.c.touched_at > LONG_AGO).values(touched_at=at)
     )
     return bool(result.rowcount)  # type: ignore[attr-defined]  # a CursorResult has it
 
 
-def has_every_chunk(session: Session, payload_id: str, chunk_count: int) -> bool:
-    """Return whether all chunks of an upload are in the database; True on SQLite, whose chunks are in a separate file.
+def give_up_uploads(session: Session, abandoned: Sequence[ChunkSet]) -> None:
+    """Abandon uploads: they cannot be resumed or finished, and their chunks are swept."""
+    for chunks in abandoned:
+        session.execute(
+            update(UPLOADS)
+            .where(_is(chunks))
+            .values(update_id=None, device_id=None, touched_at=LONG_AGO)
+        )
 
-    PostgreSQL makes a chunk visible only after its commit is on disk, so a visible chunk is durable.
+
+def finish_upload(session: Session, chunks: ChunkSet) -> bool:
+    """Delete the record of an upload whose payload has a row; False if it was abandoned, and chunks may be gone."""
+    result = session.execute(delete(UPLOADS).where(_is(chunks), UPLOADS.c.touched_at > LONG_AGO))
+    return bool(result.rowcount)  # type: ignore[attr-defined]  # a CursorResult has it
+
+
+def has_every_chunk(session: Session, chunks: ChunkSet, chunk_count: int) -> bool:
+    """Return whether all chunks of an upload are in the table of chunks; True if they are not kept in it.
+
+    PostgreSQL makes a chunk visible only after its commit is on disk, so a visible chunk is durable. Other stores
+    have confirmed that the payload is whole and durable (`PayloadStore.complete`) before the transaction begins.
     """
-    if session.get_bind().dialect.name != "postgresql":
+    if chunks.store != DATABASE or session.get_bind().dialect.name != "postgresql":
         return True
+    payload_id = chunks.payload_id
     query = select(func.count()).select_from(CHUNKS).where(CHUNKS.c.payload_id == payload_id)
     return session.execute(query).scalar_one() == chunk_count
 
 
-def end_upload(session: Session, payload_id: str) -> None:
+def end_upload(session: Session, chunks: ChunkSet) -> None:
     """Delete the record of an upload whose chunks are deleted."""
-    session.execute(delete(UPLOADS).where(UPLOADS.c.payload_id == payload_id))
+    session.execute(delete(UPLOADS).where(_is(chunks)))
 
 
-def expired_uploads(session: Session, before: datetime, limit: int) -> list[str]:
-    """Return payload ids of uploads last touched before a time, abandoned ones included."""
-    query = select(UPLOADS.c.payload_id).where(UPLOADS.c.touched_at < before).limit(limit)
-    return list(session.scalars(query))
+def expired_uploads(
+    session: Session, before: datetime, stores: Collection[str], limit: int
+) -> list[ChunkSet]:
+    """Return chunks in some stores of uploads last touched before a time, abandoned ones included."""
+    query = select(UPLOADS.c.payload_id, UPLOADS.c.store).where(
+        UPLOADS.c.touched_at < before, UPLOADS.c.store.in_(stores)
+    )
+    return [ChunkSet(*row) for row in session.execute(query.limit(limit))]
 
 
 def mark_pruned(session: Session, payload_ids: Sequence[str], at: datetime) -> None:

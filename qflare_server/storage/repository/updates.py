@@ -54,6 +54,7 @@ class AcceptedUpdate:
     payload_digest: str
     chunk_digests: bytes
     location: str
+    store: str | None
     data: bytes | None
     sealed_header: bytes | None
     sealed_key: bytes | None
@@ -172,6 +173,7 @@ _FOLDABLE = PreparedStatement(
         PAYLOADS.c.digest,
         PAYLOADS.c.chunk_digests,
         PAYLOADS.c.location,
+        PAYLOADS.c.store,
         PAYLOADS.c.data,
         PAYLOADS.c.sealed_header,
         PAYLOADS.c.sealed_key,
@@ -337,10 +339,10 @@ def list_of_device(
 
 def settled_payloads(
     session: Session, training_session_id: str, kept_rounds: Sequence[int], limit: int
-) -> list[tuple[str, bool]]:
-    """Return payload ids, and whether each is in the store, of non-pending updates outside of some rounds."""
+) -> list[tuple[str, str | None]]:
+    """Return ids, and stores if any, of the payloads of non-pending updates outside of some rounds."""
     query = (
-        select(PAYLOADS.c.id, PAYLOADS.c.location == "store")
+        select(PAYLOADS.c.id, PAYLOADS.c.store)
         .join(UPDATES, UPDATES.c.payload_id == PAYLOADS.c.id)
         .where(
             UPDATES.c.training_session_id == training_session_id,
@@ -350,4 +352,4 @@ def settled_payloads(
         )
         .limit(limit)
     )
-    return [(row[0], bool(row[1])) for row in session.execute(query)]
+    return [(row[0], row[1]) for row in session.execute(query)]

@@ -267,6 +267,7 @@ def _shared(session: Session, payload_id: str) -> ReceivedPayload:
         stored.chunk_digests,
         None,
         stored.seal,
+        stored.store,
     )
 
 
