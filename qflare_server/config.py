@@ -321,6 +321,11 @@ class ServerConfig:
         return " ".join(f"{item.name}={getattr(self, item.name)}" for item in shown)
 
     @property
+    def payload_folder(self) -> Path:
+        """Folder of the payload store `files`."""
+        return self.payload_dir or self.data_dir / "payloads"
+
+    @property
     def accepted_algorithms(self) -> tuple[str, ...]:
         """Accepted signature algorithms of devices."""
         return _listed(self.device_algorithms)
@@ -489,6 +494,10 @@ def _contradictions(config: ServerConfig) -> list[str]:
     problems.extend(_contradictions_of_oidc(config))
     if config.log_level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         problems.append(f"QFLARE_LOG_LEVEL: got {config.log_level}")
+    if config.payload_store not in {"", "files", "object", "database"}:
+        problems.append(
+            f"QFLARE_PAYLOAD_STORE: got {config.payload_store!r}, want files, object or database"
+        )
     if config.log_format not in {"text", "json"}:
         problems.append(f"QFLARE_LOG_FORMAT: got {config.log_format}, want text or json")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,62}", config.realm):

@@ -55,9 +55,8 @@ def open_stores(config: ServerConfig, database: Database) -> list[PayloadStore]:
     """
     chosen = config.payload_store or (FILES if database.is_sqlite else DATABASE)
     opened: dict[str, PayloadStore] = {DATABASE: _open_chunk_rows(config, database)}
-    folder = config.payload_dir or config.data_dir / "payloads"
-    if chosen == FILES or folder.is_dir():
-        opened[FILES] = PayloadFolder(folder)
+    if chosen == FILES or config.payload_folder.is_dir():
+        opened[FILES] = PayloadFolder(config.payload_folder)
     return [opened.pop(chosen), *opened.values()]
 
 

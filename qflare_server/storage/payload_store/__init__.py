@@ -1,7 +1,7 @@
 """Payload stores: the chunks of large payloads, apart from the rows that refer to them."""
 
 from qflare_server.storage.payload_store.database import PayloadFile, PayloadTable
-from qflare_server.storage.payload_store.files import PayloadFolder
+from qflare_server.storage.payload_store.files import MARKER, PayloadFolder
 from qflare_server.storage.payload_store.interface import (
     DATABASE,
     FILES,
@@ -14,6 +14,7 @@ from qflare_server.storage.payload_store.interface import (
 __all__ = [
     "DATABASE",
     "FILES",
+    "MARKER",
     "OBJECT",
     "READ_CHUNKS",
     "STORE_NAMES",
