@@ -12,7 +12,7 @@ from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.errors import PayloadStoreNotConfiguredError
 from qflare_server.storage.database import Database
-from qflare_server.storage.payload_store import PayloadStore
+from qflare_server.storage.payload_store import PayloadStore, StoreCatalog
 
 Clock = Callable[[], datetime]
 """Returns the time in UTC."""
@@ -172,7 +172,7 @@ class Context:
     keyset_status: Callable[[], KeysetStatus] | None = None
     """Returns the keyset in force; None without server keys."""
     other_stores: Mapping[str, PayloadStore] = field(default_factory=dict)
-    """Payload stores that are configured beside `store`, which takes all new payloads; by name."""
+    """Payload stores by name that are configured beside `store`, which takes all new payloads."""
 
     @property
     def store_names(self) -> frozenset[str]:
@@ -196,5 +196,7 @@ class Context:
 
     @property
     def stores(self) -> tuple[PayloadStore, ...]:
-        """All configured payload stores, the one for new payloads first."""
-        return (self.store, *self.other_stores.values())
+        """All open payload stores, the one for new payloads first."""
+        others = self.other_stores
+        opened = others.opened if isinstance(others, StoreCatalog) else others.values()
+        return (self.store, *opened)

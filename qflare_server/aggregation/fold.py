@@ -61,6 +61,7 @@ from qflare_server.storage.payload_records import (
     Download,
     ReceivedPayload,
     StoredPayload,
+    chunks_of,
     describe,
     seal_of,
 )
@@ -528,7 +529,7 @@ def _stored(update: AcceptedUpdate) -> StoredPayload:
         update.chunk_digests,
         update.location == "row",
         seal_of(update.sealed_header, update.sealed_key, None),
-        update.store,
+        chunks_of(update.chunks_id, update.store),
     )
 
 

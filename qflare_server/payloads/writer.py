@@ -138,6 +138,6 @@ def received_chunks(context: Context, received: ReceivedPayload) -> Iterator[byt
         received.digest,
         received.chunk_digests,
         in_row=False,
-        store=received.store,
+        chunks=received.chunks,
     )
     yield from read_chunks(context, stored)

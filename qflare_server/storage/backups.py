@@ -294,8 +294,8 @@ class _Reference(NamedTuple):
 def _references(connection: Connection) -> list[_Reference]:
     """Return the chunks that the rows refer to; in a schema before payload stores, all are rows."""
     columns = {column["name"] for column in inspect(connection).get_columns("payloads")}
-    store = "store" if "store" in columns else f"'{DATABASE}'"
-    whole = f"SELECT id, {store}, size_bytes FROM payloads WHERE location = 'store'"  # noqa: S608
+    store, chunks_id = ("store", "chunks_id") if "store" in columns else (f"'{DATABASE}'", "id")
+    whole = f"SELECT {chunks_id}, {store}, size_bytes FROM payloads WHERE location = 'store'"  # noqa: S608
     unfinished = f"SELECT payload_id, {store}, NULL FROM uploads"  # noqa: S608
     return [
         _Reference(*row) for query in (whole, unfinished) for row in connection.execute(text(query))

@@ -121,7 +121,7 @@ def _seal_columns(seal: Seal | None) -> Mapping[str, bytes | None]:
 class StoredPayload:
     """Reference to a stored payload, sufficient to read it outside a transaction.
 
-    `store` names the payload store of its chunks; None if they are in its row.
+    `chunks` are its chunks in a payload store; None if they are in its row.
     """
 
     payload_id: str
@@ -130,7 +130,7 @@ class StoredPayload:
     chunk_digests: bytes
     in_row: bool
     seal: Seal | None = None
-    store: str | None = None
+    chunks: rows.ChunkSet | None = None
 
     @property
     def chunk_count(self) -> int:
@@ -153,8 +153,13 @@ def describe(payload: Payload | None) -> StoredPayload:
         payload.chunk_digests,
         payload.location == "row",
         seal_of(payload.sealed_header, payload.sealed_key, payload.content_digests),
-        payload.store,
+        chunks_of(payload.chunks_id, payload.store),
     )
+
+
+def chunks_of(chunks_id: str | None, store: str | None) -> rows.ChunkSet | None:
+    """Return the chunks of a payload from its columns; None if its bytes are in its row."""
+    return None if chunks_id is None or store is None else rows.ChunkSet(chunks_id, store)
 
 
 def content_digest_of(payload: Payload) -> str:

@@ -9,6 +9,7 @@ again.
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from sqlalchemy.orm import Session
@@ -43,11 +44,10 @@ def prune_payloads(context: Context, training_session_id: str) -> None:
         if not due:
             return False
         payloads.mark_pruned(session, [item for item, _ in due], context.clock())
-        for payload_id, store in due:
-            if store is not None:
-                payloads.begin_upload(
-                    session, payload_id=payload_id, store=store, at=payloads.LONG_AGO
-                )
+        for chunks in (item for _, item in due if item is not None):
+            payloads.begin_upload(
+                session, payload_id=chunks.payload_id, store=chunks.store, at=payloads.LONG_AGO
+            )
         return len(due) == PRUNE_BATCH
 
     while context.database.write(work):
@@ -88,3 +88,20 @@ def discard_uploads(context: Context, uploads: Sequence[payloads.ChunkSet]) -> N
         if chunks.store in context.store_names:
             context.store_of(chunks.store).delete([chunks.payload_id])
             context.database.write(partial(payloads.end_upload, chunks=chunks))
+
+
+def sweep_orphans(context: Context) -> int:
+    """Delete chunks that no row refers to, as after a restore of an earlier database; return the number of payloads.
+
+    Lists every payload store, so it runs rarely.
+    """
+    count = 0
+    for store in context.stores:
+        ids = iter(store.payload_ids())
+        while batch := list(islice(ids, PRUNE_BATCH)):
+            count += context.database.write(
+                partial(payloads.claim_orphans, store=store.name, payload_ids=batch)
+            )
+    if count:
+        sweep(context)
+    return count

@@ -222,7 +222,7 @@ class CoordinatorHarness:
         self.database = database
         self.clock = clock
         self.key = key
-        self.store, *others = open_stores(config, database) if store is None else [store]
+        self.store, others = open_stores(config, database) if store is None else (store, {})
         self.executor = ThreadPoolExecutor(4)
         self.woken = threading.Event()
         self.context = Context(
@@ -236,7 +236,7 @@ class CoordinatorHarness:
             decapsulate=lambda _key_id, encapsulation: KEM_KEY.decapsulate(encapsulation),
             signatures=SignatureCache(),
             identities=DeviceIdentities(database, config.realm, OneKeySigner(key)),
-            other_stores={other.name: other for other in others},
+            other_stores=others,
         )
         self.devices = Devices(self.context)
         self.training = Training(self.context)

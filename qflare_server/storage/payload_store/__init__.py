@@ -1,5 +1,6 @@
 """Payload stores: the chunks of large payloads, apart from the rows that refer to them."""
 
+from qflare_server.storage.payload_store.catalog import StoreCatalog
 from qflare_server.storage.payload_store.database import PayloadFile, PayloadTable
 from qflare_server.storage.payload_store.files import MARKER, PayloadFolder
 from qflare_server.storage.payload_store.interface import (
@@ -22,4 +23,5 @@ __all__ = [
     "PayloadFolder",
     "PayloadStore",
     "PayloadTable",
+    "StoreCatalog",
 ]

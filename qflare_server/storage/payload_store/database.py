@@ -97,8 +97,11 @@ class PayloadFile:
         self._file = FileIdentity(path)
 
     def identity(self) -> str:
-        """Return the empty text: the chunks are with the rows."""
+        """Return the empty text: the chunks belong to the rows."""
         return ""
+
+    def adopt(self, identity: str) -> None:
+        """Do nothing: the chunks belong to the rows."""
 
     @_noticing_damage
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
@@ -191,8 +194,11 @@ class PayloadTable:
         self._engine = engine
 
     def identity(self) -> str:
-        """Return the empty text: the chunks are with the rows."""
+        """Return the empty text: the chunks belong to the rows."""
         return ""
+
+    def adopt(self, identity: str) -> None:
+        """Do nothing: the chunks belong to the rows."""
 
     @domain_errors()
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:

@@ -23,7 +23,6 @@ from qflare_server.errors import (
     StoreUnavailableError,
 )
 from qflare_server.storage.file_identity import FileIdentity
-from qflare_server.storage.ids import unique_name
 from qflare_server.storage.payload_store.interface import FILES
 
 PARTIAL: Final = ".partial"
@@ -82,15 +81,20 @@ class PayloadFolder:
     @_domain_errors
     def _open(self) -> None:
         make_private_folder(self._folder)
-        marker = self._folder / MARKER
-        if not marker.exists():
-            with suppress(FileExistsError), new_file(marker, replace=False) as file:
-                file.write(unique_name(128).encode())
-        self._identity = marker.read_text(encoding="ascii")
 
+    @_domain_errors
     def identity(self) -> str:
         """Return the name in the folder's marker file."""
-        return self._identity
+        try:
+            return (self._folder / MARKER).read_text(encoding="ascii", errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    @_domain_errors
+    def adopt(self, identity: str) -> None:
+        """Write the folder's marker file."""
+        with suppress(FileExistsError), new_file(self._folder / MARKER, replace=False) as file:
+            file.write(identity.encode())
 
     def _whole(self, payload_id: str) -> Path:
         if _ID.fullmatch(payload_id) is None:

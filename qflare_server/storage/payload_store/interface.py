@@ -32,7 +32,10 @@ class PayloadStore(Protocol):
         """Least bytes of a batch that is written at a reasonable cost; 0 if any size will do."""
 
     def identity(self) -> str:
-        """Return the random name that was given to this folder or bucket when it was first used; empty for rows."""
+        """Return the name that the deployment gave to this folder or bucket; empty if it has none yet."""
+
+    def adopt(self, identity: str) -> None:
+        """Give a folder or bucket a name; does nothing if it has one."""
 
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
         """Write consecutive chunks; they are durable when this returns. Existing chunks are replaced."""

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, and_, bindparam, delete, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    union_all,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -20,12 +30,21 @@ from qflare_server.storage.records import Payload, Rows
 PAYLOADS = tables.Payload.__table__
 UPLOADS = tables.Upload.__table__
 CHUNKS = tables.PayloadChunk.__table__
+PLACES = tables.PayloadPlace.__table__
 _ROWS = Rows(Payload, PAYLOADS)
 _ROW = _ROWS.select.where(PAYLOADS.c.id == bindparam("payload"))
 DATABASE: Final = "database"
 """Name of the payload store whose chunks are rows."""
 LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """`touched_at` of an abandoned upload."""
+
+
+class ChunkSet(NamedTuple):
+    """Chunks in a payload store; `payload_id` is their id in it."""
+
+    payload_id: str
+    store: str
+
 
 _INSERT_PAYLOAD = PreparedInsert(
     PAYLOADS,
@@ -36,6 +55,7 @@ _INSERT_PAYLOAD = PreparedInsert(
         "chunk_digests",
         "location",
         "store",
+        "chunks_id",
         "data",
         "sealed_header",
         "sealed_key",
@@ -49,7 +69,14 @@ def insert_payloads(session: Session, rows: Sequence[Mapping[str, Any]]) -> None
     """Insert rows of payloads; a payload without `data` has its chunks in the payload store `store`."""
     _INSERT_PAYLOAD.run(
         session,
-        [{**row, "location": "store" if row["data"] is None else "row"} for row in rows],
+        [
+            {
+                **row,
+                "location": "store" if row["data"] is None else "row",
+                "chunks_id": row["id"] if row["data"] is None else None,
+            }
+            for row in rows
+        ],
     )
 
 
@@ -60,12 +87,13 @@ def read_data(session: Session, payload_id: str) -> bytes | None:
     ).scalar_one_or_none()
 
 
-def store_of(session: Session, payload_id: str) -> str | None:
-    """Return the payload store of a payload; None if its bytes are in its row, or if it was pruned."""
-    query = select(PAYLOADS.c.store).where(
+def chunks_of(session: Session, payload_id: str) -> ChunkSet | None:
+    """Return the chunks of a payload; None if its bytes are in its row, or if it was pruned."""
+    query = select(PAYLOADS.c.chunks_id, PAYLOADS.c.store).where(
         PAYLOADS.c.id == payload_id, PAYLOADS.c.location == "store"
     )
-    return session.execute(query).scalar_one_or_none()
+    row = session.execute(query).one_or_none()
+    return None if row is None else ChunkSet(*row)
 
 
 def get_payload(session: Session, payload_id: str) -> Payload | None:
@@ -97,13 +125,6 @@ def begin_upload(
             touched_at=at,
         )
     )
-
-
-class ChunkSet(NamedTuple):
-    """The chunks of a payload in one payload store."""
-
-    payload_id: str
-    store: str
 
 
 @dataclass(frozen=True)
@@ -237,3 +258,73 @@ def replace_key(session: Session, payload_id: str, stored_key: bytes) -> None:
         .where(PAYLOADS.c.id == payload_id, PAYLOADS.c.sealed_key.is_not(None))
         .values(sealed_key=stored_key)
     )
+
+
+def place_identity(session: Session, store: str) -> str:
+    """Return the name of the folder or bucket of a payload store; empty before its first use."""
+    query = select(PLACES.c.identity).where(PLACES.c.store == store)
+    return session.execute(query).scalar_one_or_none() or ""
+
+
+def record_place(session: Session, store: str, identity: str, at: datetime) -> None:
+    """Record the name of the folder or bucket of a payload store."""
+    session.execute(insert(PLACES).values(store=store, identity=identity, created_at=at))
+
+
+def has_payloads(session: Session, store: str) -> bool:
+    """Return whether a row refers to chunks in a payload store."""
+    query = select(PAYLOADS.c.id).where(PAYLOADS.c.store == store, PAYLOADS.c.location == "store")
+    return session.execute(query.limit(1)).first() is not None
+
+
+def in_stores(
+    session: Session, stores: Collection[str] | None, after: str, limit: int
+) -> Sequence[Payload]:
+    """Return payloads whose chunks are in some payload stores, or in any, by id from after one."""
+    query = _ROWS.select.where(PAYLOADS.c.location == "store", PAYLOADS.c.id > after)
+    if stores is not None:
+        query = query.where(PAYLOADS.c.store.in_(stores))
+    return _ROWS.all(session, query.order_by(PAYLOADS.c.id).limit(limit))
+
+
+def named_stores(session: Session) -> list[str]:
+    """Return the payload stores that rows refer to."""
+    query = select(PAYLOADS.c.store).where(PAYLOADS.c.location == "store").distinct()
+    return [name for name in session.scalars(query) if name is not None]
+
+
+def move(session: Session, original: ChunkSet, copy: ChunkSet) -> bool:
+    """Refer to a copy of a payload's chunks instead of the original; leave the one that is not needed to be swept.
+
+    Returns:
+        False if the copy was abandoned, or the payload was pruned or moved meanwhile.
+    """
+    if not finish_upload(session, copy):
+        return False
+    moved = session.execute(
+        update(PAYLOADS)
+        .where(PAYLOADS.c.chunks_id == original.payload_id, PAYLOADS.c.location == "store")
+        .values(store=copy.store, chunks_id=copy.payload_id)
+    )
+    is_moved = bool(moved.rowcount)  # type: ignore[attr-defined]  # a CursorResult has it
+    left = original if is_moved else copy
+    begin_upload(session, payload_id=left.payload_id, store=left.store, at=LONG_AGO)
+    return is_moved
+
+
+def claim_orphans(session: Session, store: str, payload_ids: Collection[str]) -> int:
+    """Leave those chunks in a payload store to be swept that no row refers to; return the number of payloads.
+
+    Chunks are written after a row of `uploads` names them, so chunks that were listed before cannot be of an upload
+    whose row is still to come.
+    """
+    named = union_all(
+        select(PAYLOADS.c.chunks_id).where(
+            PAYLOADS.c.chunks_id.in_(payload_ids), PAYLOADS.c.location == "store"
+        ),
+        select(UPLOADS.c.payload_id).where(UPLOADS.c.payload_id.in_(payload_ids)),
+    )
+    orphans = set(payload_ids) - set(session.scalars(named))
+    for payload_id in sorted(orphans):
+        begin_upload(session, payload_id=payload_id, store=store, at=LONG_AGO)
+    return len(orphans)
