@@ -119,13 +119,13 @@ class PayloadMover:
             )
         )
         try:
-            moved = self._copy(row, original, copy) and write(
-                lambda session: payloads.move(session, original, copy)
-            )
-        except BaseException:
+            is_whole = self._copy(row, original, copy)
+        except Exception:
             with suppress(QflareError):  # otherwise the next sweep deletes it
                 discard_uploads(self._context, [copy])
             raise
+        # After a failure of this transaction, which of the two the row refers to is unknown: both stay for the sweep.
+        moved = is_whole and write(lambda session: payloads.move(session, original, copy))
         discard_uploads(self._context, [original if moved else copy])
         return moved
 
