@@ -67,18 +67,11 @@ class ServerConfig:
     database_timeout_s: float = 10.0
     """Seconds to wait for a connection, a lock or a commit."""
     payload_store: str = ""
-    """Where new large payloads are stored: files, object or database. Empty means files with an SQLite database,
+    """Where new large payloads are stored: files or database. Empty means files with an SQLite database,
     database with PostgreSQL. Payloads that exist stay where they are until `qflare-server payloads move`.
     """
     payload_dir: Path | None = None
     """Folder of the payload store files, on a local disk; default: the folder payloads in data_dir."""
-    payload_url: str = ""
-    """Bucket and prefix of the payload store object, such as s3://bucket/qflare, gs://bucket/qflare or
-    az://container/qflare. Credentials and endpoint come from the environment of the cloud's own tools, such as
-    AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL, or from the machine's identity, never from this URL.
-    """
-    payload_timeout_s: float = 30.0
-    """Seconds that one request to the payload store object may take, repetitions included."""
     auto_migrate: bool = False
     """Migrate the database schema at startup; an empty SQLite file is always migrated."""
 
@@ -437,7 +430,6 @@ def _out_of_range(config: ServerConfig) -> list[str]:
     ranges: dict[str, tuple[float, float]] = {
         "database_pool_size": (1, 1000),
         "database_timeout_s": (0.1, 600),
-        "payload_timeout_s": (1, 600),
         "workers": (1, 64),
         "rpc_threads": (4, 512),
         "anonymous_threads": (1, 128),
@@ -494,9 +486,9 @@ def _contradictions(config: ServerConfig) -> list[str]:
     problems.extend(_contradictions_of_oidc(config))
     if config.log_level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         problems.append(f"QFLARE_LOG_LEVEL: got {config.log_level}")
-    if config.payload_store not in {"", "files", "object", "database"}:
+    if config.payload_store not in {"", "files", "database"}:
         problems.append(
-            f"QFLARE_PAYLOAD_STORE: got {config.payload_store!r}, want files, object or database"
+            f"QFLARE_PAYLOAD_STORE: got {config.payload_store!r}, want files or database"
         )
     if config.log_format not in {"text", "json"}:
         problems.append(f"QFLARE_LOG_FORMAT: got {config.log_format}, want text or json")

@@ -191,7 +191,7 @@ class Context:
             return self.other_stores[name or ""]
         except KeyError:
             raise PayloadStoreNotConfiguredError(
-                f"the payload store {name} is not configured: see QFLARE_PAYLOAD_URL"
+                f"the payload store {name} is not configured"
             ) from None
 
     @property

@@ -369,7 +369,7 @@ class PayloadStoreMismatchError(QflareError):
     def __init__(self, store: str, *, is_empty: bool) -> None:
         what = "lacks the payloads of this database" if is_empty else "belongs to another database"
         super().__init__(f"the payload store {store} {what}")
-        self.remedy = "check QFLARE_PAYLOAD_DIR or QFLARE_PAYLOAD_URL, and that the disk is mounted"
+        self.remedy = "check QFLARE_PAYLOAD_DIR, and that the disk is mounted"
 
 
 class PayloadStoreConflictError(QflareError):
@@ -389,7 +389,7 @@ class PayloadStoreConflictError(QflareError):
             f"this coordinator stores payloads in {store}, the one at {address} on the same database {where}"
         )
         self.remedy = (
-            "QFLARE_PAYLOAD_STORE object or database for coordinators on several machines, the same for all;"
+            "QFLARE_PAYLOAD_STORE=database for coordinators on several machines, the same for all;"
             " to change it, stop all of them, and wait a minute after a crash"
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from qflare.command_line import disable_core_dumps
 from qflare_server.config import ServerConfig
-from qflare_server.context import Clock, Context, Telemetry, utc_now
+from qflare_server.context import Clock, Context, Telemetry
 from qflare_server.errors import PayloadStoreMismatchError, StoreUnavailableError
 from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.keys.server_keys import ServerKeys
@@ -98,7 +99,7 @@ def _require_own(database: Database, store: PayloadStore) -> None:
         is_used = payloads.has_payloads(session, store.name)
     found = store.identity()
     if not known and not found:
-        known = database.write(partial(_name_place, store=store.name))
+        known = database.write(partial(_name_place, store=store.name, at=database.clock()))
     if known and not found and not is_used:
         store.adopt(known)
         found = store.identity()
@@ -106,11 +107,11 @@ def _require_own(database: Database, store: PayloadStore) -> None:
         raise PayloadStoreMismatchError(store.name, is_empty=not found)
 
 
-def _name_place(session: Session, store: str) -> str:
+def _name_place(session: Session, store: str, at: datetime) -> str:
     known = payloads.place_identity(session, store)
     if not known:
         known = secrets.token_hex(16)
-        payloads.record_place(session, store, known, utc_now())
+        payloads.record_place(session, store, known, at)
     return known
 
 

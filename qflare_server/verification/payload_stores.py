@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from qflare.crypto import merkle
 from qflare_server.context import Context
-from qflare_server.errors import PayloadPrunedError, QflareError
-from qflare_server.payloads.reader import read_chunks
-from qflare_server.storage.payload_records import describe, split_digests
+from qflare_server.errors import QflareError
+from qflare_server.payloads.reader import check_chunks
+from qflare_server.storage.payload_records import describe
 from qflare_server.storage.records import Payload
 from qflare_server.storage.repository import payloads
 
@@ -54,15 +53,9 @@ def _still_there(context: Context, payload_id: str) -> bool:
 
 
 def _problem(context: Context, row: Payload) -> str:
-    wanted = split_digests(row.chunk_digests)
-    if merkle.root(wanted).hex() != row.digest:
-        return "the digests of its chunks do not match its digest"
+    stored = describe(row)
     try:
-        for index, chunk in enumerate(read_chunks(context, describe(row))):
-            if merkle.leaf_hash(chunk) != wanted[index]:
-                return f"chunk {index} is altered"
-    except PayloadPrunedError:
-        return "chunks are missing"
+        check_chunks(context, stored)
     except QflareError as error:
         return str(error)
     return ""
