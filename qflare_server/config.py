@@ -481,15 +481,12 @@ def _contradictions(config: ServerConfig) -> list[str]:
     if config.workers > 1 and config.listen.startswith(UNIX_SOCKETS):
         problems.append("QFLARE_WORKERS: several workers cannot share a Unix socket, want 1")
     problems += _unknown_algorithms(config)
+    problems += _unknown_store(config)
     problems.extend(_contradictions_of_dashboard(config))
     problems.extend(_contradictions_of_metrics(config))
     problems.extend(_contradictions_of_oidc(config))
     if config.log_level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         problems.append(f"QFLARE_LOG_LEVEL: got {config.log_level}")
-    if config.payload_store not in {"", "files", "database"}:
-        problems.append(
-            f"QFLARE_PAYLOAD_STORE: got {config.payload_store!r}, want files or database"
-        )
     if config.log_format not in {"text", "json"}:
         problems.append(f"QFLARE_LOG_FORMAT: got {config.log_format}, want text or json")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,62}", config.realm):
@@ -530,6 +527,12 @@ def _unknown_algorithms(config: ServerConfig) -> list[str]:
     if not config.accepted_algorithms:
         problems.append("QFLARE_DEVICE_ALGORITHMS: want one or more")
     return problems
+
+
+def _unknown_store(config: ServerConfig) -> list[str]:
+    if config.payload_store in {"", "files", "database"}:
+        return []
+    return [f"QFLARE_PAYLOAD_STORE: got {config.payload_store!r}, want files or database"]
 
 
 def _contradictions_of_dashboard(config: ServerConfig) -> list[str]:

@@ -211,7 +211,7 @@ class Uploads:
         if isinstance(answer, RoundNotOpenError | StaleBaseVersionError):
             self.record_late([submission])
         if isinstance(answer, FINAL_REFUSALS) and received.data is None:
-            discard_uploads(self._context, [received.payload_id])
+            discard_uploads(self._context, [received.chunks])
         if isinstance(answer, UpdateReceipt):
             self._context.telemetry.bytes_received(received.size_bytes)
         return answer
