@@ -234,6 +234,7 @@ def _copy_database(config: ServerConfig, engine: Engine, made: Path) -> None:
                 )
             else:
                 references = _dump(engine, made / DUMP)
+            _require_stores(config, engine, references, stores)
             missing = _copy_payloads(references, stores)
             if not missing:
                 break
@@ -257,13 +258,12 @@ def _local_stores(
     stores: dict[str, _Copied] = {}
     if engine.dialect.name == "sqlite":
         file = Path(engine.url.database or "").with_suffix(".payloads")
-        if not file.exists():
-            raise BackupError(f"{file} is missing", "qflare-server restore, of the latest backup")
         timeout_s = config.database_timeout_s
-        stores[DATABASE] = _Copied(
-            PayloadFile(file, timeout_s=timeout_s),
-            PayloadFile(made / PAYLOADS, timeout_s=timeout_s),
-        )
+        if file.exists():
+            stores[DATABASE] = _Copied(
+                PayloadFile(file, timeout_s=timeout_s),
+                PayloadFile(made / PAYLOADS, timeout_s=timeout_s),
+            )
     folder = config.payload_folder
     if folder.is_dir():
         make_private_folder(made / FOLDER)
@@ -275,6 +275,22 @@ def _local_stores(
         for store in stores.values():
             store.original.close()
             store.copy.close()
+
+
+def _require_stores(
+    config: ServerConfig,
+    engine: Engine,
+    references: Sequence["_Reference"],
+    stores: Mapping[str, _Copied],
+) -> None:
+    """Refuse to back up rows whose payloads should be on a disk of this machine, but are not there."""
+    local = {FILES: config.payload_folder}
+    if engine.dialect.name == "sqlite":
+        local[DATABASE] = Path(engine.url.database or "").with_suffix(".payloads")
+    for name in {each.store for each in references if each.size_bytes is not None} - set(stores):
+        if name in local:
+            remedy = "qflare-server restore, of the latest backup"
+            raise BackupError(f"{local[name]} is missing", remedy)
 
 
 class _Reference(NamedTuple):
@@ -417,7 +433,8 @@ def restore(config: ServerConfig, key_folder: Path, source: Path) -> Manifest:
     }
     if manifest.dialect == "sqlite":
         file = Path(url.database or "")
-        places |= {PAYLOADS: file.with_suffix(".payloads"), ROWS: file}
+        places |= {PAYLOADS: file.with_suffix(".payloads")} if PAYLOADS in manifest.files else {}
+        places |= {ROWS: file}
     places |= {
         path: config.payload_folder / Path(path).name
         for path in manifest.files
