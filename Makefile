@@ -57,7 +57,7 @@ $(AUDIT_INSTALLED): Makefile
 	$(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit==$(PIP_AUDIT_VERSION)'
 	@touch $@
 
-tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.faketime $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## install grpcurl, ghz, SoftHSM, promtool, libfaketime, Chromium and an OpenID Connect provider
+tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.faketime $(TOOLS)/.pgbouncer $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## install grpcurl, ghz, SoftHSM, promtool, libfaketime, PgBouncer, Chromium and an OpenID Connect provider
 
 $(TOOLS)/.grpcurl: .ci/tools/go.mod .ci/tools/go.sum
 	$(call go_build,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl)
@@ -98,6 +98,13 @@ $(TOOLS)/.faketime:
 		&& dpkg-deb -x libfaketime_*.deb . && cp usr/lib/*/faketime/libfaketimeMT.so.1 ..; then rm -rf usr; touch ../.faketime; \
 	else echo '*** libfaketime is not available: tests of wrong clocks are LEFT OUT.'; fi
 
+$(TOOLS)/.pgbouncer:
+	@mkdir -p $(TOOLS)/pgbouncer
+	@if command -v pgbouncer >/dev/null || test -x /usr/sbin/pgbouncer; then touch $@; \
+	elif cd $(TOOLS)/pgbouncer && { $(download_pgbouncer) || { apt-get update && $(download_pgbouncer); }; } >apt.log 2>&1 \
+		&& for package in *.deb; do dpkg-deb -x "$$package" . || exit 1; done; then touch ../.pgbouncer; \
+	else echo '*** PgBouncer is not available: testing the coordinator behind it is LEFT OUT.'; fi
+
 # Includes a font and the libraries that this machine lacks. Unpacked only, not installed on the system.
 $(TOOLS)/.chromium:
 	@mkdir -p $(TOOLS)/chromium
@@ -110,6 +117,8 @@ $(TOOLS)/.chromium:
 
 download_chromium = packages=$$(apt-get --simulate --no-install-recommends install chromium-headless-shell \
 	fontconfig-config fonts-inter | awk '$$1 == "Inst" {print $$2}') && test -n "$$packages" && apt-get download $$packages
+
+download_pgbouncer = apt-get download pgbouncer libc-ares2 libevent-2.1-7
 
 # $(1): program, $(2): package. Builds in our own Go module, because its go directive makes TLS offer X25519MLKEM768;
 # `go install PACKAGE@VERSION` would use the directive of the program's module. Without Go, reports what is left out.
@@ -184,7 +193,7 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## lint the files in deploy/
 	else echo '*** systemd-analyze is not installed: checking deploy/systemd is LEFT OUT.'; fi
 
 type: $(INSTALLED) ## run mypy --strict
-	$(BIN)/mypy qflare qflare_client qflare_server qflare_simulation migrations tests $(wildcard docs examples)
+	$(BIN)/mypy qflare qflare_client qflare_helper qflare_server qflare_simulation migrations tests $(wildcard docs examples)
 
 test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## run all tests except the slow ones, on SQLite and PostgreSQL
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)

@@ -32,6 +32,7 @@ from qflare_client.errors import (
     DuplicateUpdateError,
     FailedPreconditionError,
     ForkedError,
+    InsufficientTaskError,
     InvalidArgumentError,
     InvalidEnrollmentTokenError,
     InvalidEvidenceError,
@@ -72,7 +73,8 @@ from qflare_client.models.scaffold import Scaffold
 from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.retry import RetryPolicy
-from qflare_client.rpc.transport import Tls
+from qflare_client.rpc.tls import Tls
+from qflare_client.secure_aggregation import SecureAggregation
 from qflare_client.tasks import (
     Heartbeat,
     Task,
@@ -102,6 +104,7 @@ __all__ = [
     "ForkedError",
     "GlobalModel",
     "Heartbeat",
+    "InsufficientTaskError",
     "InvalidArgumentError",
     "InvalidEnrollmentTokenError",
     "InvalidEvidenceError",
@@ -130,6 +133,7 @@ __all__ = [
     "Scaffold",
     "SealKeyNotAcceptedError",
     "SealingMismatchError",
+    "SecureAggregation",
     "SignedUpdate",
     "StaleBaseVersionError",
     "Task",

@@ -43,7 +43,7 @@ from qflare_client.keystore.identity import read_facts
 from qflare_client.loop import RunSummary, run
 from qflare_client.models.upload import Receipt
 from qflare_client.project import create_project
-from qflare_client.rpc.transport import Tls
+from qflare_client.rpc.tls import Tls
 from qflare_client.terminal import ProgressBar
 from qflare_client.trust.verification import verify_file
 

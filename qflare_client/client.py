@@ -49,6 +49,7 @@ from qflare_client.models.submission import (
     Contribution,
     acceptance_of,
     check_submission,
+    checked_metrics,
     make_evaluation,
 )
 from qflare_client.models.upload import Receipt
@@ -56,7 +57,9 @@ from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.caller import Calls
 from qflare_client.rpc.lifetime import Lifetime
 from qflare_client.rpc.retry import RetryPolicy
-from qflare_client.rpc.transport import Tls, Transport, trusting
+from qflare_client.rpc.tls import Tls, trusting
+from qflare_client.rpc.transport import Transport
+from qflare_client.secure_aggregation import SecureAggregation, require_pinned
 from qflare_client.tasks import Heartbeat, Task, TaskKind, TrainingDefaults
 from qflare_client.trust.audit_head import AuditHead, read_head
 from qflare_client.trust.evidence import Evidence, UpdateEvidence
@@ -89,6 +92,7 @@ class Client:
         keep_updates: Keep finished updates in the key store, at full size, until they are accepted or refused.
         local_tensors: Patterns of the names of tensors that never leave this device, as of `fnmatch`, beside those of
             the training session; a version that holds one is not trained from.
+        secure_aggregation: What tasks must require of secure aggregation; None trains for every signed task.
 
     Every method raises `InvalidArgumentError` for arguments that cannot be used, such as a version below 0, before
     anything is sent.
@@ -118,12 +122,16 @@ class Client:
         error_feedback: bool = True,
         keep_updates: bool = True,
         local_tensors: Sequence[str] = (),
+        secure_aggregation: SecureAggregation | None = None,
     ) -> None:
         flags = (insecure, proof_of_possession, require_pq_tls, error_feedback, keep_updates)
         for value, name in zip(flags, _FLAGS, strict=True):
             arguments.flag(name, value)
         arguments.check_callable("progress", progress, is_optional=True)
         own_patterns = arguments.texts("local_tensors", local_tensors)
+        self._secure_aggregation = arguments.optional(
+            "secure_aggregation", secure_aggregation, SecureAggregation
+        )
         policy = arguments.optional("retry", retry, RetryPolicy) or RetryPolicy()
         self._progress = progress or silent
         known = arguments.optional("defaults", defaults, TrainingDefaults)
@@ -222,6 +230,7 @@ class Client:
 
         Raises:
             VerificationError: The task is not signed by the coordinator, or contradicts the response that contains it.
+            InsufficientTaskError: It asks for less than the device's policy for secure aggregation.
             QflareClientError: The call failed.
         """
         request = arguments.message(
@@ -230,12 +239,23 @@ class Client:
             trains_only=arguments.flag("trains_only", trains_only),
         )
         answer = self._calls.unary(self._stub.GetTask, request, timeout_s=timeout_s)
-        statement = security_pb2.TaskStatement()
+        statement, masking = security_pb2.TaskStatement(), None
         if answer.kind == messages.TASK_KIND_TRAIN:
             statement = self._trust.open_task(answer)
+            masking = self._trust.masking_of(answer)
         if answer.kind == messages.TASK_KIND_DONE and training_session_id and self._feedback:
             self._feedback.forget(training_session_id)
-        return Task.from_proto(answer, statement, self._defaults)
+        task = Task.from_proto(answer, statement, self._defaults, masking)
+        self._require_secure(task)
+        return task
+
+    def _require_secure(self, task: Task) -> None:
+        """Refuse a training task that asks for less than the device's policy for secure aggregation."""
+        if task.kind is not TaskKind.TRAIN:
+            return
+        require_pinned(task.masking, self._login.identity.helper_key_ids)
+        if self._secure_aggregation is not None:
+            self._secure_aggregation.require(task)
 
     def download(
         self,
@@ -346,6 +366,7 @@ class Client:
         Raises:
             TrainingFunctionError: Arrays, example count or metrics cannot be sent.
             PrivacyError: Local privacy does not allow an update for this task.
+            InsufficientTaskError: The task asks for less than the device's policy for secure aggregation.
             RoundNotOpenError: The round no longer accepts updates.
             StaleBaseVersionError: The round has another base version.
             DuplicateUpdateError: The round already has a different update of this device.
@@ -358,6 +379,7 @@ class Client:
     def _contribution(
         self, task: Task, base: GlobalModel, arrays: Any, example_count: int, metrics: Any
     ) -> Contribution:
+        self._require_secure(task)
         local: Mapping[str, Array] = {}
         if isinstance(arrays, Mapping):
             arrays, local = self._local.split(task, arrays)
@@ -477,11 +499,14 @@ class Client:
 
         Raises:
             TrainingFunctionError: Example count or metrics cannot be sent.
+            InsufficientTaskError: The device's policy for secure aggregation lets no metric leave.
             NotSelectedError: This device was not selected to evaluate the version.
             DuplicateUpdateError: It has already reported a different evaluation of the version.
             QflareClientError: The call failed.
         """
         arguments.instance("task", task, Task)
+        if self._secure_aggregation is not None:
+            example_count, metrics = 1, self._secure_aggregation.disclosed(checked_metrics(metrics))
         request = make_evaluation(self._login.identity, task, example_count, metrics)
         self._calls.unary(self._stub.ReportEvaluation, request, timeout_s=timeout_s)
 

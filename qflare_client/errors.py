@@ -38,6 +38,7 @@ QflareClientError
     - PrivacyBudgetExceededError  the update would exceed the epsilon budget
   + InvalidArgumentError       an argument is invalid; a ValueError as well
   + UnsupportedTaskError       the training session needs a feature that this SDK lacks
+  + InsufficientTaskError      the task asks for less than the device's policy for secure aggregation
   + TrainingFunctionError      the training function returned something unusable
   + TaskFailedError            raised by a training function to tell administrators why it failed
 ```
@@ -264,6 +265,10 @@ class AmbiguousReferenceError(InvalidArgumentError):
 
 class UnsupportedTaskError(QflareClientError):
     """The training session needs a feature that this version of the SDK lacks."""
+
+
+class InsufficientTaskError(QflareClientError):
+    """The task asks for less than the device's policy for secure aggregation; nothing was trained or sent."""
 
 
 class TrainingFunctionError(QflareClientError):

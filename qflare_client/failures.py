@@ -51,6 +51,12 @@ _REMEDIES: Final[dict[type[Exception], str]] = {
 }
 """Remedies by exception class, looked up along the bases."""
 
+_INSTALL: Final = {
+    "torch": "pip install torch --index-url https://download.pytorch.org/whl/cpu (without a GPU), or pip install torch",
+    "sklearn": "pip install scikit-learn",
+}
+"""Remedies for modules whose package has another name or a smaller variant."""
+
 _BY_FIELD: Final = {
     "config.rounds.quorum": "--quorum N, or --devices N for a majority of N devices",
 }
@@ -81,7 +87,9 @@ def report(program: str, error: Exception) -> None:
 def explain(error: Exception) -> tuple[str, str] | None:
     """Return cause and remedy of an error; None for a bug of the program."""
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed", f"pip install {error.name}"
+        return f"{error.name} is not installed", _INSTALL.get(
+            error.name or "", f"pip install {error.name}"
+        )
     own = getattr(error, "remedy", "")
     if own:
         return str(error), own

@@ -12,6 +12,7 @@ from typing import Final, Self
 
 import numpy as np
 
+from qflare.evidence.unmasking import Masking
 from qflare.tensors import Array, DType, InvalidManifestError
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
@@ -154,6 +155,9 @@ class Task:
     nonce: str
     """Value that the update or the evaluation has to repeat; empty unless TRAIN or EVALUATE."""
 
+    masking: Masking | None = None
+    """Masking that the signed task requires; None for none."""
+
     @property
     def download_encoding(self) -> Encoding:
         """Encoding in which to download the version.
@@ -172,6 +176,7 @@ class Task:
         message: messages.GetTaskResponse,
         statement: security_pb2.TaskStatement,
         defaults: TrainingDefaults,
+        masking: Masking | None = None,
     ) -> "Task":
         """Convert a response to GetTask.
 
@@ -179,6 +184,7 @@ class Task:
             message: The response.
             statement: Its verified task statement; empty if the response has none.
             defaults: The device's own settings.
+            masking: Verified masking of the task; None for none.
 
         Raises:
             UnsupportedTaskError: This SDK does not know its kind.
@@ -199,6 +205,7 @@ class Task:
             config=_training_task(message, defaults),
             transfer=message.transfer,
             nonce=statement.task_nonce or message.evaluation_nonce,
+            masking=masking,
         )
 
 

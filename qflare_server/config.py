@@ -204,6 +204,15 @@ class ServerConfig:
     max_poll_s: float = 300.0
     """Maximum poll delay of a device."""
 
+    helper_dir: Path | None = None
+    """Folder with the bundles of the helpers for secure aggregation: JSON files that `qflare-helper init` writes. They
+    are read again when they change.
+    """
+    helper_timeout_s: float = 120.0
+    """Deadline of one request to a helper, in seconds."""
+    helper_wait_s: float = 600.0
+    """Seconds after the closing of a round within which its helpers must answer; otherwise the round fails."""
+
     worker_poll_s: float = 0.25
     """Seconds between database polls of an idle aggregation worker."""
     lease_s: float = 15.0
@@ -451,6 +460,7 @@ def _out_of_range(config: ServerConfig) -> list[str]:
         "max_tensors": (1, 10**6),
         "inline_payload_bytes": (0, 2**20),
         "upload_batch_bytes": (2**20, 2**28),
+        "helper_timeout_s": (0.1, 86_400),
     }
     problems = []
     for item in fields(config):

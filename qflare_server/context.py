@@ -1,14 +1,14 @@
 """Dependencies of every use case: configuration, database, payload store, signer, clock, telemetry."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol
 
 from qflare.crypto.signing import PublicKey
-from qflare.v1 import security_pb2
+from qflare.v1 import helper_service_pb2, security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.errors import PayloadStoreNotConfiguredError
 from qflare_server.storage.database import Database
@@ -61,6 +61,29 @@ class IdentityProver(Protocol):
 
     def problems(self, named: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], str]:
         """Return the reasons why keys are unproven, by device id and key id."""
+
+
+class Helpers(Protocol):
+    """The helpers for secure aggregation that this coordinator knows."""
+
+    def documents(self) -> Mapping[str, security_pb2.SignedEnvelope]:
+        """Return the signed documents by helper id."""
+
+    def sign_request(self, payload: bytes) -> security_pb2.SignedEnvelope:
+        """Sign an `UnmaskingRequest` with the task key."""
+
+    def unmask(
+        self, helper_id: str, parts: Iterator[helper_service_pb2.UnmaskRequest]
+    ) -> Iterator[helper_service_pb2.UnmaskResponse]:
+        """Call a helper.
+
+        Raises:
+            HelperUnavailableError: While iterating: it is unknown, cannot be reached or did not answer in time.
+            HelperRefusedError: While iterating: it refused.
+        """
+
+    def close(self) -> None:
+        """Cancel the calls; later ones fail."""
 
 
 NOTHING: Final[AbstractContextManager[None]] = nullcontext()
@@ -171,6 +194,8 @@ class Context:
     """Recovers a secret encapsulated to an accepted session KEM key; None without server keys."""
     keyset_status: Callable[[], KeysetStatus] | None = None
     """Returns the keyset in force; None without server keys."""
+    helpers: Helpers | None = None
+    """Helpers for secure aggregation; None where there are none, as in commands that only read."""
     other_stores: Mapping[str, PayloadStore] = field(default_factory=dict)
     """Payload stores by name that are configured beside `store`, which takes all new payloads."""
 

@@ -400,6 +400,18 @@ class IdentityProviderUnavailableError(QflareError):
     reason = "IDENTITY_PROVIDER_UNAVAILABLE"
 
 
+class HelperUnavailableError(QflareError):
+    """A helper for secure aggregation cannot be reached, or does not answer in time."""
+
+    reason = "HELPER_UNAVAILABLE"
+
+
+class HelperRefusedError(QflareError):
+    """A helper for secure aggregation refused a request, or its answer does not verify."""
+
+    reason = "HELPER_REFUSED"
+
+
 class DrainingError(QflareError):
     """The coordinator is shutting down."""
 

@@ -11,10 +11,12 @@
 
 from qflare_simulation import partition
 from qflare_simulation.config import SimulationConfig
+from qflare_simulation.coordinator import open_coordinator
 from qflare_simulation.data import READY, Dataset, Examples, FederatedData, evaluate, load, train
 from qflare_simulation.errors import SimulationError, TrainingFailedError
 from qflare_simulation.history import History, compare
 from qflare_simulation.programs import ready, run_file
+from qflare_simulation.replay import ReplayedRound, replay
 from qflare_simulation.simulation import simulate
 from qflare_simulation.tables import COLUMNS
 
@@ -25,14 +27,17 @@ __all__ = [
     "Examples",
     "FederatedData",
     "History",
+    "ReplayedRound",
     "SimulationConfig",
     "SimulationError",
     "TrainingFailedError",
     "compare",
     "evaluate",
     "load",
+    "open_coordinator",
     "partition",
     "ready",
+    "replay",
     "run_file",
     "simulate",
     "train",

@@ -1,4 +1,4 @@
-"""The `qflare-simulate` command: init, run, compare.
+"""The `qflare-simulate` command: init, run, compare, replay, export.
 
 Exit codes: 0 success, 1 failure (the message states the cause and the remedy), 2 wrong usage, 130 interrupted.
 """
@@ -15,10 +15,17 @@ from typing import Any, Final
 import qflare
 from qflare.command_line import INTERRUPTED, ArgumentParser, report_failure, whole
 from qflare.terminal import say, show_uncaught
+from qflare_server.config import ConfigError
 from qflare_server.errors import QflareError
+from qflare_server.keys.secret_files import KeyStoreError
+from qflare_server.storage.schema import SchemaError
+from qflare_simulation import tables
+from qflare_simulation.config import SimulationConfig
+from qflare_simulation.coordinator import open_coordinator
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.history import History, compare
-from qflare_simulation.programs import run_file
+from qflare_simulation.programs import find_evaluation, run_file
+from qflare_simulation.replay import replay, table
 from qflare_simulation.terminal import Progress
 
 PROGRAM: Final = "qflare-simulate"
@@ -30,6 +37,7 @@ EPILOG: Final = """examples:
   qflare-simulate run digits/config.toml --plot curves.png --model final.safetensors
   qflare-simulate compare digits/config.toml robust.toml --plot both.png
 """
+FAILURES: Final = (SimulationError, QflareError, ConfigError, KeyStoreError, SchemaError, OSError)
 REMEDY: Final = "docs/simulation.md describes every setting"
 
 
@@ -46,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     _add_init(commands)
     _add_run(commands)
     _add_compare(commands)
+    _add_replay(commands)
+    _add_export(commands)
     return root
 
 
@@ -81,6 +91,44 @@ def _add_compare(commands: Any) -> None:
     several.add_argument("--plot", type=Path, metavar="FILE", required=True, help=".png or .svg")
     several.add_argument("--metric", default="test_accuracy", help="metric to draw (test_accuracy)")
     several.set_defaults(run=_compare)
+
+
+def _add_replay(commands: Any) -> None:
+    again = commands.add_parser(
+        "replay", help="what other settings would have made of the rounds of a training session"
+    )
+    _add_database(again)
+    again.add_argument("--strategy", default="", help="another rule, with its default parameters")
+    again.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="another setting, such as rounds.quorum=8; repeatable",
+    )
+    again.add_argument(
+        "--config",
+        type=Path,
+        help="configuration of a simulation whose evaluation and data measure the versions",
+    )
+    again.set_defaults(run=_replay)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export", help="write the history of a training session as CSV or Parquet"
+    )
+    _add_database(export)
+    export.add_argument("folder", type=Path, help="where the tables are written")
+    export.add_argument("--format", choices=["csv", "parquet"], default="csv", help="(csv)")
+    export.set_defaults(run=_export)
+
+
+def _add_database(command: argparse.ArgumentParser) -> None:
+    command.add_argument("session", help="id, beginning of an id, or name of a training session")
+    command.add_argument("--data-dir", type=Path, help="folder of the coordinator or a simulation")
+    command.add_argument("--database-url", help="sqlite:///FILE or postgresql://...")
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:
@@ -140,6 +188,32 @@ def _compare(options: argparse.Namespace) -> None:
         say(f"{item.name}: {options.metric} {'none' if final is None else f'{final:.4f}'}")
 
 
+def _replay(options: argparse.Namespace) -> None:
+    evaluate, test = None, None
+    if options.config:
+        evaluate, test = find_evaluation(SimulationConfig.read(options.config))
+    with open_coordinator(options.data_dir, options.database_url) as parts:
+        session_id = parts.use_cases.training.find_id(options.session)
+        rounds = replay(
+            parts.context,
+            session_id,
+            strategy=options.strategy,
+            settings=options.settings,
+            evaluate=evaluate,
+            test=test,
+        )
+    for line in table(rounds):
+        say(line)
+
+
+def _export(options: argparse.Namespace) -> None:
+    with open_coordinator(options.data_dir, options.database_url) as parts:
+        session_id = parts.use_cases.training.find_id(options.session)
+        found = tables.read(parts.database, session_id)
+    for path in tables.write(options.folder, found, options.format):
+        say(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code.
 
@@ -154,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (SimulationError, QflareError, OSError) as error:
+    except FAILURES as error:
         report_failure(PROGRAM, str(error), REMEDY)
         return 1
     return 0

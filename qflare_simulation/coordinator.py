@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +21,7 @@ from qflare_server.config import ServerConfig
 from qflare_server.errors import QflareError
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.setup import SetupOptions, initialize
-from qflare_server.serving.application import Application
+from qflare_server.serving.application import Application, open_application
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import late_updates, training_sessions
 from qflare_server.storage.repository.audit import Caller
@@ -38,9 +39,11 @@ from qflare_simulation.errors import SimulationError
 from qflare_simulation.worker import Brief, Failed, Trained, device_id
 
 ADMIN: Final = Caller("system", "", "simulation")
-REALM: Final = "simulation"
+REALM: Final = ServerConfig.realm
 LIFETIME: Final = timedelta(days=36_500)
 """Of the keys: a database that was simulated in an earlier time is read today."""
+MARKER: Final = "simulated"
+"""File in the folder of a simulated coordinator, whose devices sign nothing."""
 REGISTERED_AT_ONCE: Final = 500
 MAX_FAILURE_TEXT: Final = 200
 
@@ -67,7 +70,8 @@ class SimulatedCoordinator:
         use_cases = build_use_cases(context, opened.keys, opened.executor)
         self._application = dataclasses.replace(opened, context=context, use_cases=use_cases)
         self._use_cases = use_cases
-        self._aggregator = Aggregator(context, opened.executor, REALM)
+        self._aggregator = Aggregator(context, opened.executor, "simulation")
+        (folder / MARKER).touch()
         self._folder = folder / "versions"
         self._folder.mkdir()
         self.session_id = ""
@@ -247,6 +251,29 @@ def opened(folder: Path, seed: int, *, is_kept: bool) -> Iterator[SimulatedCoord
         yield coordinator
     finally:
         coordinator.close()
+
+
+@contextmanager
+def open_coordinator(
+    data_dir: str | Path | None = None, database_url: str | None = None
+) -> Iterator[Application]:
+    """Open the parts of a coordinator, real or simulated, to read its history or to replay its rounds.
+
+    Args:
+        data_dir: Its data folder; None means that of `QFLARE_*`.
+        database_url: Its database; None means that of `QFLARE_*` or of the folder.
+
+    Raises:
+        ConfigError: A setting is not valid.
+        KeyStoreError: The keys cannot be read.
+        SchemaError: The database has another schema, or is none.
+    """
+    flags = {"data_dir": data_dir and Path(data_dir), "database_url": database_url}
+    config = ServerConfig.from_env(os.environ, **flags)
+    if (config.data_dir / MARKER).exists():
+        config = dataclasses.replace(config, require_signatures=False)
+    with open_application(config) as parts:
+        yield parts
 
 
 def require_simulable(config: training_pb2.TrainingConfig) -> None:

@@ -52,14 +52,29 @@ def run_file(
     """
     config = replace(SimulationConfig.read(path), **changes)
     data = find_data(config)
-    is_ready = config.data in READY
     train = find(config.train, "train") if config.train else ready_data.train
-    evaluate = ready_data.evaluate if is_ready else None
-    if config.evaluate:
-        evaluate = find(config.evaluate, "evaluate")
+    evaluate = _evaluation(config)
     more = {} if notice is None else {"notice": notice}
     model = find_model(config.model) if config.model else None
     return simulate(train, data, config, model=model, evaluate=evaluate, folder=folder, **more)
+
+
+def _evaluation(config: SimulationConfig) -> EvaluateFunction | None:
+    if config.evaluate:
+        return find(config.evaluate, "evaluate")
+    return ready_data.evaluate if config.data in READY else None
+
+
+def find_evaluation(config: SimulationConfig) -> tuple[EvaluateFunction, Any]:
+    """Return the function that measures versions, and its test data.
+
+    Raises:
+        SimulationError: The configuration names none.
+    """
+    evaluate = _evaluation(config)
+    if evaluate is None:
+        raise SimulationError("simulation.evaluate: got none, want PATH:FUNCTION")
+    return evaluate, getattr(find_data(config), "test", None)
 
 
 def find_data(config: SimulationConfig) -> Sequence[Any]:

@@ -103,6 +103,9 @@ class SigningContext(StrEnum):
     EVALUATION = "qflare/v1/evaluation"
     MODEL = "qflare/v1/model"
     TREE_HEAD = "qflare/v1/sth"
+    HELPER = "qflare/v1/helper"
+    UNMASKING_REQUEST = "qflare/v1/unmasking-request"
+    UNMASKING_ANSWER = "qflare/v1/unmasking-answer"
     SELF_TEST = "qflare/v1/self-test"
 
 

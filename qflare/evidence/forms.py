@@ -21,6 +21,7 @@ from qflare.evidence.statements import (
     check_task_form,
     check_update_form,
 )
+from qflare.evidence.unmasking import check_answer_form, check_request_form
 from qflare.protocol.enrollment import check_receipt_form
 from qflare.protocol.keysets import check_document_form
 from qflare.v1 import security_pb2
@@ -72,5 +73,7 @@ FORMS: Final[Mapping[SigningContext, Callable[[bytes], None]]] = {
     SigningContext.EVALUATION: _parsed(security_pb2.EvaluationStatement, check_evaluation_form),
     SigningContext.MODEL: _parsed(security_pb2.ModelStatement, check_model_form),
     SigningContext.TREE_HEAD: _parsed(security_pb2.TreeHead, check_head_form),
+    SigningContext.UNMASKING_REQUEST: _parsed(security_pb2.UnmaskingRequest, check_request_form),
+    SigningContext.UNMASKING_ANSWER: _parsed(security_pb2.UnmaskingAnswer, check_answer_form),
 }
 """The check of each kind of statement that is signed once and read by others later."""

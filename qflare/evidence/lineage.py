@@ -248,6 +248,19 @@ def check_model_form(statement: security_pb2.ModelStatement) -> None:
         unmixed = (0, statement.contributor_count)
         _require(statement.in_process_count in unmixed, "in_process_count is neither all nor none")
     _check_sealing(statement)
+    _check_unmasking(statement)
+
+
+def _check_unmasking(statement: security_pb2.ModelStatement) -> None:
+    """Check the answers of helpers that a version with secure aggregation names."""
+    if not statement.HasField("unmasking"):
+        return
+    require_digests(statement.unmasking, "task_digest")
+    digests = statement.unmasking.answer_digests
+    _require(
+        1 <= len({*digests}) == len(digests), "an answer of a helper is missing or named twice"
+    )
+    _require(statement.contributor_count > 1, "the sum of one update is that update")
 
 
 def _check_place(statement: security_pb2.ModelStatement) -> None:

@@ -22,7 +22,7 @@ from qflare.crypto import merkle
 from qflare.crypto.envelope import add_signature, open_envelope, sign_envelope
 from qflare.crypto.sealing import KemPublicKey
 from qflare.crypto.signing import PublicKey, Signer, SigningContext
-from qflare.v1 import security_pb2
+from qflare.v1 import security_pb2, training_pb2
 
 MAX_METRIC_COUNT: Final = 64
 """Most metrics of a statement."""
@@ -355,6 +355,7 @@ def check_update_form(statement: security_pb2.UpdateStatement) -> None:
     _require(statement.size_bytes >= 0, "size_bytes is negative")
     _require(statement.example_count >= 1, "example_count is below 1")
     check_metrics(statement.metrics)
+    check_masking_form(statement)
     if statement.sealed:
         require_digests(statement, "sealed_header_digest")
         return
@@ -363,6 +364,25 @@ def check_update_form(statement: security_pb2.UpdateStatement) -> None:
         statement.wire_digest == statement.payload_digest,
         "payload is not sealed but travels as another",
     )
+
+
+def check_masking_form(statement: security_pb2.UpdateStatement) -> None:
+    """Raise a `StatementError` unless an update is masked entirely or not at all.
+
+    A masked update states no example count and no metric in the clear.
+    """
+    if statement.encoding != training_pb2.ENCODING_MASKED:
+        _require(not statement.HasField("masking"), "masking: the payload is not masked")
+        return
+    masking = statement.masking
+    require_digests(masking, "task_digest")
+    _require(masking.seeds, "masking: there is no seed")
+    for seed in masking.seeds:
+        require_digests(seed, "helper_id", "kem_key_id")
+    _require(statement.kind == training_pb2.UPDATE_KIND_DELTA, "masking: want a delta")
+    _require(statement.example_count == 1, "masking: the example count is not masked")
+    _require(not statement.metrics, "masking: metrics are not masked")
+    _require(not statement.sealed, "masking: a masked payload is not sealed")
 
 
 def check_evaluation_form(statement: security_pb2.EvaluationStatement) -> None:

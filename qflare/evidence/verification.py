@@ -17,6 +17,10 @@
 ``update``
     Every signed update is by a key of its device, for this training session and round, and from a
     version of this lineage; the log says that it was accepted.
+``unmasking``
+    A version with secure aggregation comes with its signed task and the signed answer of every helper of that task;
+    task and answers are those that the version names, every update was masked for the task, and the answers are for
+    exactly these updates.
 ``evaluation``
     Every evaluation is by a key of its device, of which there is one, and of this version; the log
     says that it was reported.
@@ -50,6 +54,7 @@ from qflare.evidence.statements import (
     open_update,
     require_equal,
 )
+from qflare.evidence.unmasking import verify_transcript
 from qflare.protocol.keysets import KeyRole, TrustedKeyset
 from qflare.v1 import security_pb2, verification_pb2
 
@@ -104,6 +109,8 @@ class Report:
         device_count: Devices that made those.
         pruned_count: Updates whose bytes are no longer kept.
         evaluation_count: Evaluations of the version whose signature was checked.
+        helper_ids: Helpers of secure aggregation whose answers were checked; empty without it. Compare them with the
+            ids of helpers that you trust.
         missing: What could not be checked, in words; empty when everything was.
     """
 
@@ -123,6 +130,7 @@ class Report:
     device_count: int
     pruned_count: int
     evaluation_count: int
+    helper_ids: tuple[str, ...]
     missing: tuple[str, ...]
 
 
@@ -254,8 +262,9 @@ class _Verification:
         signed = [update for update in self._bundle.updates if update.HasField("statement")]
         for update in signed:
             _step("update", partial(self._check_update, update, chain, keys, entries))
+        helpers = _step("unmasking", lambda: self._check_unmasking(chain[-1], ever[KeyRole.TASK]))
         _step("evaluation", lambda: self._check_evaluations(chain[-1], keys, entries))
-        return self._report(trusted, chain, head, len(signed))
+        return self._report(trusted, chain, head, len(signed), helpers)
 
     def _follow(self) -> tuple[TrustedKeyset, dict[KeyRole, tuple[PublicKey, ...]]]:
         pinned = security_pb2.BootstrapBundle(
@@ -337,6 +346,29 @@ class _Verification:
             raise ValueError(f"the log does not say that update {statement.update_id} was accepted")
         self._devices.add(statement.device_id)
 
+    def _check_unmasking(
+        self, made: ModelVersion, task_keys: tuple[PublicKey, ...]
+    ) -> tuple[str, ...]:
+        """Check the transcript of secure aggregation; return the ids of the helpers, empty without it."""
+        statement = made.statement
+        stated = [
+            security_pb2.UpdateStatement.FromString(update.statement.payload)
+            for update in self._bundle.updates
+            if update.HasField("statement")
+        ]
+        if not statement.HasField("unmasking"):
+            if self._bundle.HasField("unmasking") or any(
+                item.HasField("masking") for item in stated
+            ):
+                raise ValueError(
+                    "updates are masked, but the version does not name how the sum was unmasked"
+                )
+            return ()
+        if len(stated) != statement.contributor_count:
+            raise ValueError("a masked update has no signed statement")
+        digests = [update.statement_digest for update in self._bundle.updates]
+        return verify_transcript(self._bundle.unmasking, statement, task_keys, stated, digests)
+
     def _check_evaluations(
         self, made: ModelVersion, keys: ProvenKeys, entries: Mapping[tuple[str, str], Entry]
     ) -> None:
@@ -360,6 +392,7 @@ class _Verification:
         chain: list[ModelVersion],
         head: security_pb2.TreeHead,
         signed_count: int,
+        helpers: tuple[str, ...],
     ) -> Report:
         made = chain[-1]
         contributor_count = len(self._bundle.updates)
@@ -390,6 +423,7 @@ class _Verification:
             device_count=len(self._devices),
             pruned_count=pruned_count,
             evaluation_count=len(self._bundle.evaluations),
+            helper_ids=helpers,
             missing=tuple(missing),
         )
 

@@ -1,7 +1,7 @@
 """Control variates of SCAFFOLD as tensors: the coordinator's travel with the model, a device's own stay on it.
 
-For each floating-point tensor ``w``, the model holds ``scaffold.control.w``, the coordinator's control variate `c`, and
-a device keeps ``scaffold.local.w``, its own `c_i`, of the same shape and element type.
+For each floating-point tensor, the model holds the coordinator's control variate, the paper's c, and a device keeps its
+own, the paper's c_i, of the same shape and element type. Their names are the tensor's after `CONTROL` and `LOCAL`.
 
 Source: Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", arXiv:1910.06378,
 Algorithm 1.

@@ -45,7 +45,10 @@ _MAX_SCALE = np.finfo(np.float32).max / 128  # -128 is in the wire's int8 too
 
 
 class Encoding(enum.IntEnum):
-    """Encoding of floating tensors; the value is the number of the proto enum `qflare.v1.Encoding`."""
+    """Encoding of floating tensors; the value is the number of the proto enum `qflare.v1.Encoding`.
+
+    ENCODING_MASKED of the enum is none of these: a masked update is one vector (`qflare.masking.parameters`).
+    """
 
     FULL_PRECISION = 1
     FLOAT16 = 2

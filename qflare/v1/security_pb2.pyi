@@ -405,6 +405,7 @@ class BootstrapBundle(_message.Message):
     THRESHOLD_FIELD_NUMBER: _builtins.int
     ENROLLMENT_TOKEN_FIELD_NUMBER: _builtins.int
     CERTIFICATE_AUTHORITIES_FIELD_NUMBER: _builtins.int
+    HELPER_KEY_IDS_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     address: _builtins.str
@@ -419,6 +420,12 @@ class BootstrapBundle(_message.Message):
     def root_key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of the root keys of version 1 of the root document, 64 lower-case hex digits each."""
 
+    @_builtins.property
+    def helper_key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Key ids of the helpers that devices accept for secure aggregation, 64 hex digits each. Empty means that the
+        device's own policy decides.
+        """
+
     def __init__(
         self,
         *,
@@ -428,10 +435,11 @@ class BootstrapBundle(_message.Message):
         threshold: _builtins.int = ...,
         enrollment_token: _builtins.str = ...,
         certificate_authorities: _builtins.str = ...,
+        helper_key_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "certificate_authorities", b"certificate_authorities", "enrollment_token", b"enrollment_token", "realm", b"realm", "root_key_ids", b"root_key_ids", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "certificate_authorities", b"certificate_authorities", "enrollment_token", b"enrollment_token", "helper_key_ids", b"helper_key_ids", "realm", b"realm", "root_key_ids", b"root_key_ids", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -983,6 +991,7 @@ class TaskStatement(_message.Message):
     CONFIG_DIGEST_FIELD_NUMBER: _builtins.int
     DEVICE_TRAINING_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
+    MASKING_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -1009,6 +1018,10 @@ class TaskStatement(_message.Message):
     def transfer(self) -> _training_pb2.TransferPolicy:
         """Encoding and sealing of payloads; equal to that of the response that contains the statement."""
 
+    @_builtins.property
+    def masking(self) -> Global___MaskingTask:
+        """Masking of updates. Absent without secure aggregation."""
+
     def __init__(
         self,
         *,
@@ -1022,14 +1035,317 @@ class TaskStatement(_message.Message):
         config_digest: _builtins.str = ...,
         device_training: _training_pb2.DeviceTraining | None = ...,
         transfer: _training_pb2.TransferPolicy | None = ...,
+        masking: Global___MaskingTask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "device_training", b"device_training", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "device_training", b"device_training", "masking", b"masking", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_version", b"base_version", "config_digest", b"config_digest", "deadline_time", b"deadline_time", "device_training", b"device_training", "realm", b"realm", "round_number", b"round_number", "task_nonce", b"task_nonce", "training_session_id", b"training_session_id", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_version", b"base_version", "config_digest", b"config_digest", "deadline_time", b"deadline_time", "device_training", b"device_training", "masking", b"masking", "realm", b"realm", "round_number", b"round_number", "task_nonce", b"task_nonce", "training_session_id", b"training_session_id", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TaskStatement: _TypeAlias = TaskStatement  # noqa: Y015
+
+@_typing.final
+class MaskingTask(_message.Message):
+    """Masking that a task requires of an update."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    MAX_WEIGHT_FIELD_NUMBER: _builtins.int
+    HELPERS_FIELD_NUMBER: _builtins.int
+    max_weight: _builtins.int
+    """Largest weight of an update. Devices state the smaller of it and their number of examples; 1 gives all updates the
+    same weight.
+    """
+    @_builtins.property
+    def policy(self) -> _training_pb2.SecureAggregationPolicy:
+        """Secure aggregation settings of the training session."""
+
+    @_builtins.property
+    def helpers(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedEnvelope]:
+        """Signed HelperDocuments, in the order of the policy's helpers."""
+
+    def __init__(
+        self,
+        *,
+        policy: _training_pb2.SecureAggregationPolicy | None = ...,
+        max_weight: _builtins.int = ...,
+        helpers: _abc.Iterable[Global___SignedEnvelope] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["helpers", b"helpers", "max_weight", b"max_weight", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskingTask: _TypeAlias = MaskingTask  # noqa: Y015
+
+@_typing.final
+class HelperDocument(_message.Message):
+    """Keys of a helper for secure aggregation. Sent in an envelope signed by its signature key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REALM_FIELD_NUMBER: _builtins.int
+    SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
+    SIGNATURE_KEY_FIELD_NUMBER: _builtins.int
+    KEM_KEY_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    realm: _builtins.str
+    """Name of the deployment."""
+    sequence_number: _builtins.int
+    """Number of the document, from 1; increases with each KEM key."""
+    @_builtins.property
+    def signature_key(self) -> Global___PublicKey:
+        """Signature key; its id is the id of the helper."""
+
+    @_builtins.property
+    def kem_key(self) -> Global___KemPublicKey:
+        """KEM key to which devices seal the seeds of their masks."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Creation time."""
+
+    def __init__(
+        self,
+        *,
+        realm: _builtins.str = ...,
+        sequence_number: _builtins.int = ...,
+        signature_key: Global___PublicKey | None = ...,
+        kem_key: Global___KemPublicKey | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "kem_key", b"kem_key", "signature_key", b"signature_key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "kem_key", b"kem_key", "realm", b"realm", "sequence_number", b"sequence_number", "signature_key", b"signature_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HelperDocument: _TypeAlias = HelperDocument  # noqa: Y015
+
+@_typing.final
+class SealedSeed(_message.Message):
+    """Seed of a mask, sealed to a helper."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELPER_ID_FIELD_NUMBER: _builtins.int
+    KEM_KEY_ID_FIELD_NUMBER: _builtins.int
+    SEALED_SEED_FIELD_NUMBER: _builtins.int
+    helper_id: _builtins.str
+    """Id of the helper, 64 hex digits."""
+    kem_key_id: _builtins.str
+    """Id of the KEM key, 64 hex digits."""
+    sealed_seed: _builtins.bytes
+    """HPKE encapsulation and ciphertext of the seed, 1168 bytes."""
+    def __init__(
+        self,
+        *,
+        helper_id: _builtins.str = ...,
+        kem_key_id: _builtins.str = ...,
+        sealed_seed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["helper_id", b"helper_id", "kem_key_id", b"kem_key_id", "sealed_seed", b"sealed_seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealedSeed: _TypeAlias = SealedSeed  # noqa: Y015
+
+@_typing.final
+class UpdateMasking(_message.Message):
+    """Masking of an update."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_DIGEST_FIELD_NUMBER: _builtins.int
+    SEEDS_FIELD_NUMBER: _builtins.int
+    task_digest: _builtins.str
+    """Digest of the task statement, 64 hex digits."""
+    @_builtins.property
+    def seeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealedSeed]:
+        """Sealed seed for each helper of the task, in the same order."""
+
+    def __init__(
+        self,
+        *,
+        task_digest: _builtins.str = ...,
+        seeds: _abc.Iterable[Global___SealedSeed] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seeds", b"seeds", "task_digest", b"task_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateMasking: _TypeAlias = UpdateMasking  # noqa: Y015
+
+@_typing.final
+class UnmaskingRequest(_message.Message):
+    """Request of a coordinator for the sum of the masks of a closed round. Sent in an envelope signed by a task key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REALM_FIELD_NUMBER: _builtins.int
+    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    HELPER_ID_FIELD_NUMBER: _builtins.int
+    TASK_DIGEST_FIELD_NUMBER: _builtins.int
+    MEMBERS_DIGEST_FIELD_NUMBER: _builtins.int
+    MEMBER_COUNT_FIELD_NUMBER: _builtins.int
+    LAST_COUNTER_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    realm: _builtins.str
+    """Name of the deployment."""
+    training_session_id: _builtins.str
+    """Training session."""
+    round_number: _builtins.int
+    """Round."""
+    helper_id: _builtins.str
+    """Id of the helper, 64 hex digits."""
+    task_digest: _builtins.str
+    """Digest of the round's task statement, 64 hex digits."""
+    members_digest: _builtins.str
+    """Merkle root over the sorted digests of the updates' statements, 64 hex digits."""
+    member_count: _builtins.int
+    """Number of updates."""
+    last_counter: _builtins.int
+    """Highest counter of this helper's answers that the coordinator has accepted; 0 for none."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Creation time."""
+
+    def __init__(
+        self,
+        *,
+        realm: _builtins.str = ...,
+        training_session_id: _builtins.str = ...,
+        round_number: _builtins.int = ...,
+        helper_id: _builtins.str = ...,
+        task_digest: _builtins.str = ...,
+        members_digest: _builtins.str = ...,
+        member_count: _builtins.int = ...,
+        last_counter: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "helper_id", b"helper_id", "last_counter", b"last_counter", "member_count", b"member_count", "members_digest", b"members_digest", "realm", b"realm", "round_number", b"round_number", "task_digest", b"task_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmaskingRequest: _TypeAlias = UnmaskingRequest  # noqa: Y015
+
+@_typing.final
+class UnmaskingAnswer(_message.Message):
+    """Answer of a helper: commits to the sum of the masks of one set of updates. Sent in an envelope signed by the helper's
+    signature key.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REALM_FIELD_NUMBER: _builtins.int
+    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    HELPER_ID_FIELD_NUMBER: _builtins.int
+    TASK_DIGEST_FIELD_NUMBER: _builtins.int
+    MEMBERS_DIGEST_FIELD_NUMBER: _builtins.int
+    MEMBER_COUNT_FIELD_NUMBER: _builtins.int
+    BITS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    MASK_DIGEST_FIELD_NUMBER: _builtins.int
+    COUNTER_FIELD_NUMBER: _builtins.int
+    PREVIOUS_DIGEST_FIELD_NUMBER: _builtins.int
+    COUNTED_MEMBER_COUNT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    realm: _builtins.str
+    """Name of the deployment."""
+    training_session_id: _builtins.str
+    """Training session."""
+    round_number: _builtins.int
+    """Round."""
+    helper_id: _builtins.str
+    """Id of the helper, 64 hex digits."""
+    task_digest: _builtins.str
+    """Digest of the round's task statement, 64 hex digits."""
+    members_digest: _builtins.str
+    """Merkle root over the sorted digests of the updates' statements, 64 hex digits; equals contributors_digest of the
+    version.
+    """
+    member_count: _builtins.int
+    """Number of updates."""
+    bits: _builtins.int
+    """Bits of an element: 16, 32 or 64."""
+    size_bytes: _builtins.int
+    """Size of the sum of the masks in bytes."""
+    mask_digest: _builtins.str
+    """Merkle root over the 1 MiB chunks of the sum of the masks, 64 hex digits."""
+    counter: _builtins.int
+    """Number of this answer, consecutive from 1."""
+    previous_digest: _builtins.str
+    """Digest of the helper's previous answer, 64 hex digits. Empty for the first."""
+    counted_member_count: _builtins.int
+    """Number of updates of devices that the helper's policy counts; equals member_count without a roster."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Creation time."""
+
+    def __init__(
+        self,
+        *,
+        realm: _builtins.str = ...,
+        training_session_id: _builtins.str = ...,
+        round_number: _builtins.int = ...,
+        helper_id: _builtins.str = ...,
+        task_digest: _builtins.str = ...,
+        members_digest: _builtins.str = ...,
+        member_count: _builtins.int = ...,
+        bits: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        mask_digest: _builtins.str = ...,
+        counter: _builtins.int = ...,
+        previous_digest: _builtins.str = ...,
+        counted_member_count: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "counted_member_count", b"counted_member_count", "counter", b"counter", "create_time", b"create_time", "helper_id", b"helper_id", "mask_digest", b"mask_digest", "member_count", b"member_count", "members_digest", b"members_digest", "previous_digest", b"previous_digest", "realm", b"realm", "round_number", b"round_number", "size_bytes", b"size_bytes", "task_digest", b"task_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmaskingAnswer: _TypeAlias = UnmaskingAnswer  # noqa: Y015
+
+@_typing.final
+class ModelUnmasking(_message.Message):
+    """Evidence of secure aggregation in the statement of a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_DIGEST_FIELD_NUMBER: _builtins.int
+    ANSWER_DIGESTS_FIELD_NUMBER: _builtins.int
+    task_digest: _builtins.str
+    """Digest of the round's task statement, 64 hex digits."""
+    @_builtins.property
+    def answer_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digest of each helper's signed UnmaskingAnswer, 64 hex digits, in the order of the policy's helpers."""
+
+    def __init__(
+        self,
+        *,
+        task_digest: _builtins.str = ...,
+        answer_digests: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_digests", b"answer_digests", "task_digest", b"task_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelUnmasking: _TypeAlias = ModelUnmasking  # noqa: Y015
 
 @_typing.final
 class UpdateStatement(_message.Message):
@@ -1078,6 +1394,7 @@ class UpdateStatement(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     BASE_ENCODING_FIELD_NUMBER: _builtins.int
+    MASKING_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -1124,6 +1441,12 @@ class UpdateStatement(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Creation time on the device."""
 
+    @_builtins.property
+    def masking(self) -> Global___UpdateMasking:
+        """Masking. Absent unless the encoding is ENCODING_MASKED; then example_count is 1 and there are no metrics, because
+        weight and metrics are masked.
+        """
+
     def __init__(
         self,
         *,
@@ -1148,10 +1471,11 @@ class UpdateStatement(_message.Message):
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         base_encoding: _training_pb2.Encoding.ValueType = ...,
+        masking: Global___UpdateMasking | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "masking", b"masking"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_encoding", b"base_encoding", "base_version", b"base_version", "create_time", b"create_time", "device_id", b"device_id", "encoding", b"encoding", "example_count", b"example_count", "key_id", b"key_id", "kind", b"kind", "layout_digest", b"layout_digest", "metrics", b"metrics", "payload_digest", b"payload_digest", "realm", b"realm", "round_number", b"round_number", "sealed", b"sealed", "sealed_header_digest", b"sealed_header_digest", "size_bytes", b"size_bytes", "task_nonce", b"task_nonce", "training_session_id", b"training_session_id", "update_id", b"update_id", "wire_digest", b"wire_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_encoding", b"base_encoding", "base_version", b"base_version", "create_time", b"create_time", "device_id", b"device_id", "encoding", b"encoding", "example_count", b"example_count", "key_id", b"key_id", "kind", b"kind", "layout_digest", b"layout_digest", "masking", b"masking", "metrics", b"metrics", "payload_digest", b"payload_digest", "realm", b"realm", "round_number", b"round_number", "sealed", b"sealed", "sealed_header_digest", b"sealed_header_digest", "size_bytes", b"size_bytes", "task_nonce", b"task_nonce", "training_session_id", b"training_session_id", "update_id", b"update_id", "wire_digest", b"wire_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1294,6 +1618,7 @@ class ModelStatement(_message.Message):
     SEALED_HEADER_DIGEST_FIELD_NUMBER: _builtins.int
     SEALED_VERSION_FIELD_NUMBER: _builtins.int
     IN_PROCESS_COUNT_FIELD_NUMBER: _builtins.int
+    UNMASKING_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -1358,6 +1683,10 @@ class ModelStatement(_message.Message):
     def download(self) -> _training_pb2.EncodedPayload:
         """Encoded payload that devices download. Absent if they download the payload itself."""
 
+    @_builtins.property
+    def unmasking(self) -> Global___ModelUnmasking:
+        """Secure aggregation. Absent in other versions."""
+
     def __init__(
         self,
         *,
@@ -1388,10 +1717,11 @@ class ModelStatement(_message.Message):
         sealed_header_digest: _builtins.str = ...,
         sealed_version: _builtins.int | None = ...,
         in_process_count: _builtins.int | None = ...,
+        unmasking: Global___ModelUnmasking | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_in_process_count", b"_in_process_count", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "in_process_count", b"in_process_count", "rollback_version", b"rollback_version", "sealed_version", b"sealed_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_in_process_count", b"_in_process_count", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "in_process_count", b"in_process_count", "rollback_version", b"rollback_version", "sealed_version", b"sealed_version", "unmasking", b"unmasking"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_in_process_count", b"_in_process_count", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "base_version", b"base_version", "code_version", b"code_version", "config_digest", b"config_digest", "contributor_count", b"contributor_count", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "in_process_count", b"in_process_count", "layout_digest", b"layout_digest", "metrics", b"metrics", "parent_digest", b"parent_digest", "payload_digest", b"payload_digest", "realm", b"realm", "rollback_version", b"rollback_version", "round_number", b"round_number", "sealed", b"sealed", "sealed_header_digest", b"sealed_header_digest", "sealed_version", b"sealed_version", "size_bytes", b"size_bytes", "strategy_name", b"strategy_name", "training_session_id", b"training_session_id", "version", b"version", "weight_sum", b"weight_sum", "wire_digest", b"wire_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon", b"_epsilon", "_in_process_count", b"_in_process_count", "_rollback_version", b"_rollback_version", "_sealed_version", b"_sealed_version", "base_version", b"base_version", "code_version", b"code_version", "config_digest", b"config_digest", "contributor_count", b"contributor_count", "contributors_digest", b"contributors_digest", "create_time", b"create_time", "delta", b"delta", "download", b"download", "epsilon", b"epsilon", "example_count", b"example_count", "in_process_count", b"in_process_count", "layout_digest", b"layout_digest", "metrics", b"metrics", "parent_digest", b"parent_digest", "payload_digest", b"payload_digest", "realm", b"realm", "rollback_version", b"rollback_version", "round_number", b"round_number", "sealed", b"sealed", "sealed_header_digest", b"sealed_header_digest", "sealed_version", b"sealed_version", "size_bytes", b"size_bytes", "strategy_name", b"strategy_name", "training_session_id", b"training_session_id", "unmasking", b"unmasking", "version", b"version", "weight_sum", b"weight_sum", "wire_digest", b"wire_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
     _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015

@@ -168,6 +168,8 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """As int8, with one float32 scale per tensor."""
     ENCODING_TOP_K: _Encoding.ValueType  # 5
     """The largest elements of each tensor, with their indices; only for deltas."""
+    ENCODING_MASKED: _Encoding.ValueType  # 6
+    """Quantized and masked for secure aggregation; only for deltas. docs/protocol.md specifies the layout."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """Encoding of the floating-point tensors of a payload. Integer tensors are always sent unchanged."""
@@ -184,6 +186,8 @@ ENCODING_INT8: Encoding.ValueType  # 4
 """As int8, with one float32 scale per tensor."""
 ENCODING_TOP_K: Encoding.ValueType  # 5
 """The largest elements of each tensor, with their indices; only for deltas."""
+ENCODING_MASKED: Encoding.ValueType  # 6
+"""Quantized and masked for secure aggregation; only for deltas. docs/protocol.md specifies the layout."""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 class _MissedQuorumAction:
@@ -365,6 +369,26 @@ PRIVACY_ACCOUNTANT_RDP: PrivacyAccountant.ValueType  # 1
 PRIVACY_ACCOUNTANT_PLD: PrivacyAccountant.ValueType  # 2
 """Privacy loss distributions: tighter, slower."""
 Global___PrivacyAccountant: _TypeAlias = PrivacyAccountant  # noqa: Y015
+
+class _SecureAggregationMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SecureAggregationModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SecureAggregationMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SECURE_AGGREGATION_MODE_UNSPECIFIED: _SecureAggregationMode.ValueType  # 0
+    """Not set: no secure aggregation. The coordinator reads single updates."""
+    SECURE_AGGREGATION_MODE_HELPER: _SecureAggregationMode.ValueType  # 1
+    """Devices mask their updates; helpers give the coordinator the sum of the masks, and so the sum of the updates."""
+
+class SecureAggregationMode(_SecureAggregationMode, metaclass=_SecureAggregationModeEnumTypeWrapper):
+    """Mode of secure aggregation."""
+
+SECURE_AGGREGATION_MODE_UNSPECIFIED: SecureAggregationMode.ValueType  # 0
+"""Not set: no secure aggregation. The coordinator reads single updates."""
+SECURE_AGGREGATION_MODE_HELPER: SecureAggregationMode.ValueType  # 1
+"""Devices mask their updates; helpers give the coordinator the sum of the masks, and so the sum of the updates."""
+Global___SecureAggregationMode: _TypeAlias = SecureAggregationMode  # noqa: Y015
 
 @_typing.final
 class StrategyConfig(_message.Message):
@@ -821,6 +845,84 @@ class PrivacyPolicy(_message.Message):
 Global___PrivacyPolicy: _TypeAlias = PrivacyPolicy  # noqa: Y015
 
 @_typing.final
+class MaskedMetric(_message.Message):
+    """Training metric that devices send masked. A version states its weighted mean."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, without the prefix train_."""
+    bound: _builtins.float
+    """Largest magnitude; values are clipped to it. Above 0."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        bound: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskedMetric: _TypeAlias = MaskedMetric  # noqa: Y015
+
+@_typing.final
+class SecureAggregationPolicy(_message.Message):
+    """Secure aggregation: the coordinator gets the sum of the updates of a round, not the single updates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    BITS_FIELD_NUMBER: _builtins.int
+    CLIP_FIELD_NUMBER: _builtins.int
+    MAX_COHORT_FIELD_NUMBER: _builtins.int
+    MIN_COHORT_FIELD_NUMBER: _builtins.int
+    HELPERS_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    mode: Global___SecureAggregationMode.ValueType
+    """Mode. If it is not set, no other field may be."""
+    bits: _builtins.int
+    """Bits of an element of a masked update: 16, 32 or 64. 0 means 32."""
+    clip: _builtins.float
+    """L2 norm to which devices clip the change of their weights before they quantize it; above 0."""
+    max_cohort: _builtins.int
+    """Maximum number of updates in a sum; at least rounds.target. 0 means rounds.target."""
+    min_cohort: _builtins.int
+    """Minimum number of updates in a sum; 2 or more, at most rounds.quorum. 0 means rounds.quorum."""
+    @_builtins.property
+    def helpers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Key ids of the helpers, 1 to 3. All must answer for a version; one that does not collude with the coordinator
+        suffices to hide single updates.
+        """
+
+    @_builtins.property
+    def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___MaskedMetric]:
+        """Training metrics that devices send, masked. Others do not leave the devices."""
+
+    def __init__(
+        self,
+        *,
+        mode: Global___SecureAggregationMode.ValueType = ...,
+        bits: _builtins.int = ...,
+        clip: _builtins.float = ...,
+        max_cohort: _builtins.int = ...,
+        min_cohort: _builtins.int = ...,
+        helpers: _abc.Iterable[_builtins.str] | None = ...,
+        metrics: _abc.Iterable[Global___MaskedMetric] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "clip", b"clip", "helpers", b"helpers", "max_cohort", b"max_cohort", "metrics", b"metrics", "min_cohort", b"min_cohort", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecureAggregationPolicy: _TypeAlias = SecureAggregationPolicy  # noqa: Y015
+
+@_typing.final
 class Objective(_message.Message):
     """Metric by which versions are compared."""
 
@@ -1064,6 +1166,7 @@ class TrainingConfig(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
+    SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
     total_rounds: _builtins.int
     """Number of rounds; 1 or more. 0 means 10."""
     @_builtins.property
@@ -1114,6 +1217,10 @@ class TrainingConfig(_message.Message):
     def objective(self) -> Global___Objective:
         """Metric by which versions are compared."""
 
+    @_builtins.property
+    def secure_aggregation(self) -> Global___SecureAggregationPolicy:
+        """Secure aggregation."""
+
     def __init__(
         self,
         *,
@@ -1130,10 +1237,11 @@ class TrainingConfig(_message.Message):
         evaluation: Global___EvaluationPolicy | None = ...,
         groups: _abc.Iterable[_builtins.str] | None = ...,
         objective: Global___Objective | None = ...,
+        secure_aggregation: Global___SecureAggregationPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "selection", b"selection", "strategy", b"strategy", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "secure_aggregation", b"secure_aggregation", "selection", b"selection", "strategy", b"strategy", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "groups", b"groups", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "selection", b"selection", "strategy", b"strategy", "total_rounds", b"total_rounds", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "groups", b"groups", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "secure_aggregation", b"secure_aggregation", "selection", b"selection", "strategy", b"strategy", "total_rounds", b"total_rounds", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -206,6 +206,7 @@ class VerificationBundle(_message.Message):
     DEVICE_KEYS_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
     EVALUATIONS_FIELD_NUMBER: _builtins.int
+    UNMASKING_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -250,6 +251,10 @@ class VerificationBundle(_message.Message):
     def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
         """Signed EvaluationStatements of this version, one per device."""
 
+    @_builtins.property
+    def unmasking(self) -> Global___UnmaskingTranscript:
+        """Transcript of secure aggregation. Absent for versions without."""
+
     def __init__(
         self,
         *,
@@ -265,11 +270,42 @@ class VerificationBundle(_message.Message):
         device_keys: _abc.Iterable[Global___DeviceKeyEvidence] | None = ...,
         entries: _abc.Iterable[Global___AuditEvidence] | None = ...,
         evaluations: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
+        unmasking: Global___UnmaskingTranscript | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "head", b"head", "keyset", b"keyset"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "head", b"head", "keyset", b"keyset", "unmasking", b"unmasking"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device_keys", b"device_keys", "earlier_keysets", b"earlier_keysets", "entries", b"entries", "evaluations", b"evaluations", "head", b"head", "keyset", b"keyset", "realm", b"realm", "statements", b"statements", "training_session_id", b"training_session_id", "updates", b"updates", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device_keys", b"device_keys", "earlier_keysets", b"earlier_keysets", "entries", b"entries", "evaluations", b"evaluations", "head", b"head", "keyset", b"keyset", "realm", b"realm", "statements", b"statements", "training_session_id", b"training_session_id", "unmasking", b"unmasking", "updates", b"updates", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VerificationBundle: _TypeAlias = VerificationBundle  # noqa: Y015
+
+@_typing.final
+class UnmaskingTranscript(_message.Message):
+    """Transcript of the secure aggregation of a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def task(self) -> _security_pb2.SignedEnvelope:
+        """The round's signed TaskStatement."""
+
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
+        """Signed UnmaskingAnswer of each helper, in the order of the task."""
+
+    def __init__(
+        self,
+        *,
+        task: _security_pb2.SignedEnvelope | None = ...,
+        answers: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmaskingTranscript: _TypeAlias = UnmaskingTranscript  # noqa: Y015

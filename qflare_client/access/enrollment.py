@@ -25,7 +25,8 @@ from qflare_client.keystore.passphrase import secret_coding
 from qflare_client.keystore.store import KeyStore
 from qflare_client.rpc.caller import Calls
 from qflare_client.rpc.retry import RetryPolicy
-from qflare_client.rpc.transport import Tls, Transport, trusting
+from qflare_client.rpc.tls import Tls, trusting
+from qflare_client.rpc.transport import Transport
 from qflare_client.tasks import TrainingDefaults
 from qflare_client.trust.keyset import Trust
 
@@ -154,6 +155,7 @@ def _enroll(
         certificate_authorities=bundle.certificate_authorities,
         receipt=envelope.SerializeToString().hex(),
         keys=keys,
+        helper_key_ids=tuple(bundle.helper_key_ids),
     )
     identity.save(store)
     return identity

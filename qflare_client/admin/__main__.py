@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 import qflare
@@ -111,8 +112,8 @@ def _run(options: argparse.Namespace) -> None:
         options.offline(options)
         return
     given = {name: getattr(options, name) for name in OVERRIDES}
-    profile = login.refreshed(load(os.environ, given), profile_path(os.environ))
-    with Admin(profile, timeout_s=options.timeout_s) as admin:
+    renew = partial(login.refreshed, path=profile_path(os.environ))
+    with Admin(load(os.environ, given), timeout_s=options.timeout_s, renew=renew) as admin:
         references.resolve(admin, options)
         options.run(admin, options)
 

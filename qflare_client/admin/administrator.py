@@ -12,8 +12,10 @@ Answers are messages of `qflare.v1`, whose stubs are typed; models are NumPy arr
 something is made once, however often it is sent.
 """
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -24,8 +26,9 @@ from qflare.v1 import device_pb2, training_pb2
 from qflare_client.admin import references
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.live import ENDED, events
+from qflare_client.admin.login import refreshed
 from qflare_client.admin.measurements import history, series
-from qflare_client.admin.profile import Profile
+from qflare_client.admin.profile import Profile, load, profile_path, read_profile
 from qflare_client.admin.transfers import download_model, open_model, upload_model
 from qflare_client.errors import DeadlineExceededError, InvalidRequestError
 
@@ -78,6 +81,27 @@ class Administrator:
             insecure=insecure,
         )
         self._admin = Admin(profile, timeout_s=timeout_s)
+
+    @classmethod
+    def from_profile(cls, path: Path | None = None, *, timeout_s: float = 30.0) -> Self:
+        """Connect as the commands of `qflare-admin` do, with its profile.
+
+        A token of `qflare-admin login` is refreshed before it expires, and the profile gets the new one.
+
+        Args:
+            path: The profile; None means the one that QFLARE_PROFILE names or the default one, with the token of
+                QFLARE_TOKEN in place of its own.
+            timeout_s: Deadline of one call, in seconds.
+
+        Raises:
+            ProfileError: The profile lacks an address or a token, or others can read it.
+            LoginError: Raised by every method: the provider has ended the log-in.
+        """
+        profile = load(os.environ, {}) if path is None else read_profile(path)
+        renew = partial(refreshed, path=profile_path(os.environ) if path is None else path)
+        made = cls.__new__(cls)
+        made._admin = Admin(profile, timeout_s=timeout_s, renew=renew)  # noqa: SLF001 - of this class
+        return made
 
     def __enter__(self) -> Self:
         """Return this connection."""

@@ -6,7 +6,7 @@ Streams are sent once. Errors are those of `qflare_client.errors`.
 
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -14,7 +14,8 @@ from qflare.v1 import admin_service_pb2_grpc
 from qflare_client.admin.profile import Profile, ProfileError
 from qflare_client.errors import UnavailableError
 from qflare_client.rpc.retry import Patience, RetryPolicy
-from qflare_client.rpc.transport import Tls, Transport
+from qflare_client.rpc.tls import Tls
+from qflare_client.rpc.transport import Transport
 
 PAGE_SIZE = 1000
 RETRY: Final = RetryPolicy(total_time_s=3.0)
@@ -26,18 +27,27 @@ class Admin:
     Args:
         profile: Address, TLS settings and token.
         timeout_s: Deadline of one call, in seconds.
+        renew: Called before each call with the profile; returns it with a token that is still valid, such as
+            `login.refreshed`. Its errors are raised by the call.
 
     Raises:
         ProfileError: The profile lacks an address or a token, or names an unreadable file.
     """
 
-    def __init__(self, profile: Profile, *, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        *,
+        timeout_s: float = 30.0,
+        renew: Callable[[Profile], Profile] | None = None,
+    ) -> None:
         if not profile.address:
             raise ProfileError(
                 "no address: run qflare-admin profile set, or give --address",
                 remedy="qflare-admin --address HOST:PORT, or qflare-admin profile set --address HOST:PORT",
             )
-        self._metadata = (("authorization", f"Bearer {profile.secret()}"),)
+        self._profile, self._renew = profile, renew
+        self._held_metadata = _credentials(profile)
         self._transport = Transport(
             profile.address, tls=_tls(profile), insecure=profile.insecure, timeout_s=timeout_s
         )
@@ -50,6 +60,15 @@ class Admin:
     def __exit__(self, *_: object) -> None:
         """Close the channel."""
         self._transport.close()
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """The credentials of a call."""
+        if self._renew is not None:
+            profile = self._renew(self._profile)
+            if profile.token != self._profile.token:
+                self._profile, self._held_metadata = profile, _credentials(profile)
+        return self._held_metadata
 
     def call(self, method: str, request: Any) -> Any:
         """Return the answer to a unary call; it is repeated for some seconds where the coordinator cannot be reached.
@@ -115,6 +134,10 @@ class Admin:
             request.page_token = page.next_page_token
             if not page.next_page_token or (limit and len(getattr(whole, field)) >= limit):
                 return whole
+
+
+def _credentials(profile: Profile) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {profile.secret()}"),)
 
 
 def _tls(profile: Profile) -> Tls | None:

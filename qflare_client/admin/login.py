@@ -134,17 +134,17 @@ def refreshed(profile: Profile, path: Path) -> Profile:
 
     Args:
         profile: With a token of `run_login`; with any other, such as that of QFLARE_TOKEN, it is returned unchanged.
-        path: Of the profile's file, which gets the new tokens.
+        path: Of the profile's file, which gets the new tokens. If another process has refreshed them, those are taken.
 
     Raises:
-        LoginError: The provider has ended the log-in.
+        LoginError: The provider has ended the log-in, or the file has none and the token has expired.
         ProviderAwayError: The provider cannot be reached, and the token has expired.
     """
-    if not _is_due(profile, EARLY_S) or profile.token != read_profile(path).token:
+    if not _is_due(profile, EARLY_S):
         return profile
     with _locked(path):
         stored = read_profile(path)
-        if stored.token != profile.token and not _is_due(stored, EARLY_S):
+        if stored.token and stored.refresh_token and not _is_due(stored, EARLY_S):
             return replace(profile, token=stored.token, refresh_token=stored.refresh_token)
         try:
             fresh = _refresh(stored)
@@ -163,6 +163,8 @@ def _is_due(profile: Profile, early_s: float) -> bool:
 
 
 def _refresh(profile: Profile) -> Profile:
+    if not profile.refresh_token:
+        raise LoginError("logged out")
     tls = _trust(profile)
     form = {
         "grant_type": "refresh_token",

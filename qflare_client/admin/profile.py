@@ -149,8 +149,8 @@ def load(environ: Mapping[str, str], overrides: Mapping[str, object]) -> Profile
     profile = read_profile(profile_path(environ))
     token = environ.get(TOKEN_VARIABLE)
     if token:
-        profile = replace(profile, token=token)
+        profile = replace(profile, token=token, refresh_token="")
     given = {name: value for name, value in overrides.items() if value}
     if "token_file" in given:
-        profile = replace(profile, token="")
+        profile = replace(profile, token="", refresh_token="")
     return replace(profile, **given)  # type: ignore[arg-type]  # argparse gives each its own type

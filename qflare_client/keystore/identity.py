@@ -88,6 +88,9 @@ class Identity:
     keys: DeviceKeys = field(repr=False)
     """Private keys of the device."""
 
+    helper_key_ids: tuple[str, ...] = ()
+    """Key ids of the helpers for secure aggregation that the bootstrap bundle names; empty for none."""
+
     def save(self, store: KeyStore) -> None:
         """Store the keys, then the public facts.
 
@@ -105,6 +108,7 @@ class Identity:
             "key_rotation_count": self.key_rotation_count,
             "certificate_authorities": self.certificate_authorities,
             "receipt": self.receipt,
+            "helper_key_ids": list(self.helper_key_ids),
             "signature_algorithm": algorithm_names([self.keys.algorithm])[0],
             "signature_key_id": self.keys.signing.public.key_id,
             "kem_key_id": self.keys.kem.public.key_id,
@@ -131,6 +135,7 @@ class Identity:
                 certificate_authorities=str(facts["certificate_authorities"]),
                 receipt=str(facts["receipt"]),
                 keys=keys,
+                helper_key_ids=tuple(map(str, facts.get("helper_key_ids", ()))),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise KeyStoreError(f"{store.home / _DOCUMENT} is damaged: {error}") from error

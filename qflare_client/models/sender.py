@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from qflare.evidence.unmasking import Masking
 from qflare.ids import new_update_id
 from qflare.tensors import Array
 from qflare.v1 import coordinator_service_pb2 as messages
@@ -34,6 +35,7 @@ from qflare_client.models.download import ProgressHook
 from qflare_client.models.error_feedback import ErrorFeedback
 from qflare_client.models.lineage import check_base
 from qflare_client.models.local_tensors import LocalTensors
+from qflare_client.models.masked_update import mask_update, seal_seeds
 from qflare_client.models.outbox import (
     DamagedUpdateError,
     KeptPayload,
@@ -242,6 +244,8 @@ class UpdateSender:
         return replace(contribution, arrays=arrays)
 
     def _make(self, task: Task, contribution: Contribution) -> _Update:
+        if task.masking is not None:
+            return self._make_masked(task, task.masking, contribution)
         feedback = self._feedback if is_sparse(task.transfer) else None
         known: Mapping[str, Array] = {}
         if feedback is not None:
@@ -256,6 +260,22 @@ class UpdateSender:
             sealed = SealedPayload(payload, statement, self._trust.session_key())
         kept = residual if feedback is not None else None
         return _Update(statement, payload, sealed, kept, contribution.local)
+
+    def _make_masked(self, task: Task, masking: Masking, contribution: Contribution) -> _Update:
+        masked = mask_update(
+            masking,
+            contribution.base.manifest,
+            contribution.arrays,
+            contribution.base.arrays,
+            contribution.example_count,
+            contribution.metrics,
+        )
+        identity = self._identity()
+        statement = make_statement(
+            task, contribution, masked.payload, realm=identity.realm, device_id=identity.device_id
+        )
+        seal_seeds(masking, masked.seeds, statement)
+        return _Update(statement, masked.payload, None, None, contribution.local)
 
     def _send(self, update: _Update, timeout_s: float | None) -> Receipt:
         """Send an update for the first time."""

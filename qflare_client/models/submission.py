@@ -178,12 +178,18 @@ def make_statement(
         payload_digest=payload.digest,
         wire_digest=payload.digest,
         kind=_kind(task.transfer),
-        encoding=training_pb2.Encoding.ValueType(_encoding(task.transfer)),
+        encoding=_wire_encoding(task),
         base_encoding=training_pb2.Encoding.ValueType(contribution.base.encoding),
         example_count=checked_example_count(contribution.example_count),
         metrics=checked_metrics(contribution.metrics),
         create_time=now,
     )
+
+
+def _wire_encoding(task: Task) -> training_pb2.Encoding.ValueType:
+    if task.masking is not None:
+        return training_pb2.ENCODING_MASKED
+    return training_pb2.Encoding.ValueType(_encoding(task.transfer))
 
 
 def sign_statement(

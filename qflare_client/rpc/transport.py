@@ -14,9 +14,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final, Self, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf import any_pb2
@@ -33,7 +31,9 @@ from qflare_client.errors import (
     UnavailableError,
     error_from_answer,
 )
+from qflare_client.rpc.diagnosis import endpoint, refusal
 from qflare_client.rpc.lifetime import TICK_S, Bounds, Lifetime
+from qflare_client.rpc.tls import Tls
 from qflare_client.rpc.tracing import trace_metadata
 from qflare_client.times import delay_s
 
@@ -53,6 +53,11 @@ _TLS_FAULTS: Final = {
     "Failed to create security handshaker": "the certificates or the key of this device cannot be used",
 }
 """gRPC's error texts for TLS handshakes that fail permanently, and their meanings."""
+
+_CLOSED: Final = re.compile(
+    r"Socket closed|Connection reset|Broken pipe|failed to connect to all addresses"
+)
+"""gRPC's error texts for a connection that the other side may have closed instead of a TLS handshake."""
 
 _HTTP_REFUSAL: Final = re.compile(r"http2 header with status: (4\d\d)")
 """gRPC's error text for a response that is not gRPC, such as a proxy's."""
@@ -75,69 +80,6 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # Clients in one process would otherwise share one connection and its flow control.
     ("grpc.use_local_subchannel_pool", 1),
 )
-
-
-@dataclass(frozen=True)
-class Tls:
-    """TLS settings: trusted authorities, and the client certificate for mutual TLS."""
-
-    certificate_authorities: bytes | None = None
-    """PEM certificate authorities of the coordinator; None means those of the system."""
-
-    certificate_chain: bytes | None = None
-    """PEM certificate chain of this device; None means no client certificate."""
-
-    private_key: bytes | None = None
-    """PEM key of the client certificate."""
-
-    server_name: str = ""
-    """Name in the coordinator's certificate; empty means the host of the address."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is no PEM file's content.
-
-        Raises:
-            InvalidArgumentError: A field has another type.
-        """
-        for name in ("certificate_authorities", "certificate_chain", "private_key"):
-            arguments.optional(name, getattr(self, name), bytes)
-        arguments.text("server_name", self.server_name)
-
-    @classmethod
-    def from_files(
-        cls,
-        ca_file: Path | None = None,
-        certificate_file: Path | None = None,
-        key_file: Path | None = None,
-        server_name: str = "",
-    ) -> Self:
-        """Read the PEM files.
-
-        Raises:
-            InvalidArgumentError: An argument is no path.
-            OSError: A file cannot be read.
-        """
-        ca, chain, key = (
-            None if file is None else arguments.path("a file", file).read_bytes()
-            for file in (ca_file, certificate_file, key_file)
-        )
-        return cls(ca, chain, key, server_name)
-
-
-def trusting(tls: Tls | None, certificate_authorities: str) -> Tls | None:
-    """Return TLS settings with the authorities of a bootstrap bundle as the default.
-
-    Args:
-        tls: The caller's settings; None for none.
-        certificate_authorities: PEM certificates; empty for none.
-
-    Raises:
-        InvalidArgumentError: `tls` has another type.
-    """
-    tls = arguments.optional("tls", tls, Tls)
-    if not certificate_authorities or (tls is not None and tls.certificate_authorities is not None):
-        return tls
-    return replace(tls or Tls(), certificate_authorities=certificate_authorities.encode())
 
 
 class Transport:
@@ -173,7 +115,8 @@ class Transport:
         self.transfer_timeout_s = arguments.positive("transfer_timeout_s", transfer_timeout_s)
         self.lifetime = Lifetime()
         self._process_id = os.getpid()
-        self._channel = _open_channel(address, tls, insecure=insecure)
+        self._tls = None if insecure or (tls is None and is_loopback(address)) else tls or Tls()
+        self._channel = _open_channel(address, self._tls)
         self.stub = CoordinatorServiceStub(self._channel)
 
     @property
@@ -275,10 +218,21 @@ class Transport:
         try:
             yield
         except grpc.RpcError as error:
+            self._require_admission(error)
             raise _translate(error, resumable=resumable) from None
         except ValueError:
             self._require_open()  # gRPC raises this if the channel was closed meanwhile
             raise
+
+    def _require_admission(self, error: Any) -> None:
+        """Refuse to go on if the coordinator closes connections because of their certificate, or for want of TLS."""
+        text = error.details() or ""
+        where = endpoint(self.address)
+        is_closed = error.code() is grpc.StatusCode.UNAVAILABLE and _CLOSED.search(text)
+        wait = self.lifetime.wait
+        reason = refusal(*where, self._tls, wait) if is_closed and where else None
+        if reason:
+            raise TlsError(f"TLS: {reason} ({text})") from None
 
     def _require_open(self) -> None:
         if self.lifetime.is_closed:
@@ -375,11 +329,10 @@ def _details(metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[any_pb2.An
             yield from status_pb2.Status.FromString(value).details
 
 
-def _open_channel(address: str, tls: Tls | None, *, insecure: bool) -> grpc.Channel:
+def _open_channel(address: str, tls: Tls | None) -> grpc.Channel:
     options: list[tuple[str, str | int]] = [*_CHANNEL_OPTIONS, *proxy_options(address)]
-    if insecure or (tls is None and is_loopback(address)):
+    if tls is None:
         return grpc.insecure_channel(address, options=options)
-    tls = tls or Tls()
     credentials = grpc.ssl_channel_credentials(
         tls.certificate_authorities, tls.private_key, tls.certificate_chain
     )

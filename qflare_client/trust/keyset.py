@@ -32,6 +32,7 @@ from qflare.evidence.statements import (
     open_task,
     require_equal,
 )
+from qflare.evidence.unmasking import Masking, masking_of
 from qflare.protocol.keysets import (
     MAX_ROOT_COUNT,
     ExpiredKeysetError,
@@ -246,6 +247,15 @@ class Trust:
             for field in _TASK_FIELDS:
                 require_equal(field, getattr(answer, field), getattr(statement, field))
         return statement
+
+    def masking_of(self, answer: messages.GetTaskResponse) -> Masking | None:
+        """Return the masking that a verified task requires; None for none.
+
+        Raises:
+            InvalidStatementError: It is malformed, or names documents of other helpers.
+        """
+        with _checked():
+            return masking_of(answer.task)
 
     def open_model(
         self, envelope: security_pb2.SignedEnvelope, training_session_id: str

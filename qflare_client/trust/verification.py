@@ -80,6 +80,11 @@ def _sentences(report: Report, model: Path | None) -> Iterator[str]:
             f"{report.signed_count} of them are signed by {report.device_count} devices, "
             "with keys that they enrolled or rotated to"
         )
+    if report.helper_ids:
+        yield (
+            "the coordinator got only the sum of these updates, with the signed answers of "
+            f"helper {', '.join(report.helper_ids)}"
+        )
     if model is not None:
         yield f"{model} is version {report.version}, byte by byte"
     for gap in report.missing:

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from qflare.evidence.statements import StatementError
 from qflare.tensors import InvalidManifestError, InvalidPayloadError
 from qflare_server.aggregation.fold import BATCH, RoundFold
+from qflare_server.aggregation.masked_fold import open_fold
 from qflare_server.aggregation.plan import RoundPlan, read_plan
 from qflare_server.aggregation.publication import (
     Publication,
@@ -30,6 +31,8 @@ from qflare_server.context import Context
 from qflare_server.errors import (
     ConflictError,
     DamagedPayloadError,
+    HelperRefusedError,
+    HelperUnavailableError,
     InvalidUpdateError,
     StorageFullError,
     StoreUnavailableError,
@@ -60,6 +63,10 @@ from qflare_server.training.rounds import (
 logger = logging.getLogger(__name__)
 
 COALESCE_S: Final = 0.003  # updates that come together are folded together
+ASKERS: Final = 4
+"""Threads that ask helpers for secure aggregation, one for each round that waits for them."""
+HELPER_REST_S: Final = 2.0
+"""Seconds before a helper that did not answer is asked again."""
 REST_S: Final = 5.0  # before a round that failed for a reason of its own is tried again
 MAX_DOUBLINGS: Final = 10
 THREADS: Final = min(4, os.cpu_count() or 1)  # that fold a large model; each takes up to 100 MB
@@ -95,6 +102,7 @@ class Aggregator:
         self._damaged: set[Key] = set()  # rounds with bytes that are not those that were received
         self._journal = ReleaseJournal(context.config.data_dir / FILE)
         self._reconciled: set[str] = set()
+        self._asking: ThreadPoolExecutor | None = None
 
     def run_once(self) -> bool:
         """Run one pass; return whether another may follow at once."""
@@ -136,7 +144,11 @@ class Aggregator:
         return least_s < left_s <= span_s
 
     def close(self) -> None:
-        """Release the leases, so that another coordinator can continue at once."""
+        """Release the leases, so that another coordinator can continue at once; end requests to helpers."""
+        if self._asking is not None:
+            if self._context.helpers is not None:
+                self._context.helpers.close()
+            self._asking.shutdown(cancel_futures=True)
         if self._leases:
             self._context.database.write(lambda session: leases.release(session, self._holder))
 
@@ -188,6 +200,8 @@ class Aggregator:
             self._rest(key)
             logger.warning("round not aggregated: session=%s round=%d: %s", *key, error)
             return False
+        except HelperUnavailableError as error:
+            return self._wait_for_helper(item, str(error))
         except Exception:
             self._folds.pop(key, None)
             self._rest(key)
@@ -196,6 +210,21 @@ class Aggregator:
 
     def _rest(self, key: Key) -> None:
         self._resting[key] = self._context.clock() + timedelta(seconds=REST_S)
+
+    def _wait_for_helper(self, item: RoundInProgress, problem: str) -> bool:
+        """Ask the helpers of a closed round again after a rest, or give the round up when it has waited too long."""
+        key, now = (item.training_session_id, item.number), self._context.clock()
+        self._folds.pop(key, None)
+        logger.warning("helper for secure aggregation: session=%s round=%d: %s", *key, problem)
+        waited = timedelta(0) if item.closed_at is None else now - item.closed_at
+        if waited < timedelta(seconds=self._context.config.helper_wait_s):
+            self._resting[key] = now + timedelta(seconds=HELPER_REST_S)
+            return False
+        fold = self._fold(item)
+        while self._take(fold, item):
+            pass
+        self._folds.pop(key, None)
+        return self._give_up(item, fold, f"no version could be made: {problem}")
 
     def _advance_round(self, item: RoundInProgress) -> bool:
         fold = self._fold(item)
@@ -206,7 +235,13 @@ class Aggregator:
             return more
         if more or fold.last_sequence < item.accepted_count:
             return more
-        return self._publish(item, fold)
+        return fold.is_ready() and self._publish(item, fold)
+
+    def _askers(self) -> ThreadPoolExecutor:
+        """Return the threads that ask helpers for secure aggregation."""
+        if self._asking is None:
+            self._asking = ThreadPoolExecutor(ASKERS, "ask-helper")
+        return self._asking
 
     def _fold(self, item: RoundInProgress) -> RoundFold:
         key = (item.training_session_id, item.number)
@@ -214,9 +249,10 @@ class Aggregator:
             with self._context.database.read() as session:
                 plan = read_plan(session, *key, item.base_version)
             seed = noise_seed(self._context, plan.config, key[0], plan.privacy_state)
-            self._folds[key] = RoundFold(
+            self._folds[key] = open_fold(
                 self._context,
                 plan,
+                asker=self._askers,
                 noise_seed=seed,
                 thread_count=THREADS,
                 refuses_damaged=key in self._damaged,
@@ -293,7 +329,12 @@ class Aggregator:
             return self._ended(
                 item, write(lambda session: self._exhaust(session, item, reason, fold))
             )
-        except (NotEnoughUpdatesError, InvalidPayloadError, InvalidUpdateError) as error:
+        except (
+            NotEnoughUpdatesError,
+            InvalidPayloadError,
+            InvalidUpdateError,
+            HelperRefusedError,
+        ) as error:
             return self._give_up(item, fold, f"no version could be made: {error}")
         except StatementError as error:
             logger.exception("version not published: no device would take its statement")

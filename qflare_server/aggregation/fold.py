@@ -34,7 +34,7 @@ import numpy as np
 from qflare.crypto.sealed_payloads import SealContext
 from qflare.tensors import CHUNK_BYTES, Manifest, NonFiniteError
 from qflare.tensors.download_encodings import download_manifest
-from qflare.tensors.encodings import Encoding, wire_manifest
+from qflare.tensors.encodings import Encoding
 from qflare.tensors.manifest import DType, TensorSpec
 from qflare.tensors.vectors import (
     VectorLayout,
@@ -44,7 +44,7 @@ from qflare.tensors.vectors import (
     integer_ranges,
     write_payload,
 )
-from qflare.v1 import training_pb2
+from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.outcome import with_refusals
 from qflare_server.aggregation.plan import RoundPlan
 from qflare_server.aggregation.row_integrity import RowIntegrity
@@ -66,6 +66,7 @@ from qflare_server.storage.payload_records import (
     seal_of,
 )
 from qflare_server.storage.repository import global_models, payloads, updates
+from qflare_server.storage.repository.unmaskings import StoredUnmasking
 from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.storage.tables import EVIDENCE_REASON
 from qflare_server.strategies import (
@@ -83,6 +84,7 @@ from qflare_server.strategies import (
     outcome_to_data,
 )
 from qflare_server.training.config import download_encoding
+from qflare_server.training.masking import update_manifest
 from qflare_server.training.objective import objective_of
 from qflare_server.training.reported_metrics import TRAINING, Means
 from qflare_server.training.strategy import is_asynchronous, stored_strategy
@@ -183,12 +185,32 @@ class RoundFold:
         self._strategy = stored_strategy(plan.config)
         in_slices = self._is_large or not self._strategy.folds
         self._ahead = SLICE_AHEAD if in_slices else AHEAD
-        self._encoding = Encoding.from_number(plan.config.transfer.update_encoding)
-        self._wire = wire_manifest(
-            plan.manifest, self._encoding, plan.config.transfer.top_k_fraction or 1.0
-        )
-        self._layout = VectorLayout(plan.manifest, self._encoding, self._wire)
+        self._wire = update_manifest(plan.config, plan.manifest)
+        self._layout = self._update_layout()
         self._begin({})
+
+    def _update_layout(self) -> VectorLayout:
+        """Return where the elements of the model are in an update."""
+        encoding = Encoding.from_number(self.plan.config.transfer.update_encoding)
+        return VectorLayout(self.plan.manifest, encoding, self._wire)
+
+    def is_ready(self) -> bool:
+        """Return whether the version can be written once all updates are taken; True unless others are asked."""
+        return True
+
+    @property
+    def unmaskings(self) -> Sequence[StoredUnmasking]:
+        """Answers of helpers for secure aggregation; empty without it."""
+        return ()
+
+    def unmasking(self) -> security_pb2.ModelUnmasking | None:
+        """Return the answers of helpers as the version's statement names them; None without secure aggregation."""
+        return None
+
+    @property
+    def extra_payloads(self) -> Sequence[ReceivedPayload]:
+        """Payloads to store with the version besides its own and its strategy's."""
+        return ()
 
     def _begin(self, excluded: Mapping[str, str]) -> None:
         """Begin the aggregation, with the reasons of updates that are refused beforehand."""
@@ -262,7 +284,7 @@ class RoundFold:
         found = {}
         for update in (update for batch in self._taken_again() for update in batch):
             try:
-                check_chunks(self._context, _stored(update))
+                check_chunks(self._context, stored_payload(update))
             except DamagedPayloadError as error:
                 found[update.update_id] = EVIDENCE_REASON + error.problem
                 logger.warning("update not folded: %s: %s", update.update_id, error.problem)
@@ -308,7 +330,7 @@ class RoundFold:
         return tuple(digest for update_id, digest in self.taken if update_id not in without)
 
     def _contribution(self, update: AcceptedUpdate) -> Contribution:
-        check_digests(_stored(update))
+        check_digests(stored_payload(update))
         read = self._update_reader(update)
         staleness = self.plan.base_version - update.base_version
         full = self.plan.config.transfer.update_kind != training_pb2.UPDATE_KIND_DELTA
@@ -339,7 +361,7 @@ class RoundFold:
         return self._opened.reader(lambda: VectorReader(self._layout, self._source(fact).read).read)
 
     def _source(self, update: AcceptedUpdate) -> PayloadBytes:
-        return PayloadBytes(self._context, _stored(update), update.data, self._ahead)
+        return PayloadBytes(self._context, stored_payload(update), update.data, self._ahead)
 
     def _sent_reader(self, version: int) -> Reader:
         """Return the reader of a version as devices got it, for updates that were trained from it."""
@@ -504,7 +526,13 @@ class RoundFold:
             source, wire = PayloadBytes(self._context, plan.base, None, AHEAD), plan.manifest
         else:
             source, wire = self._source(largest), self._wire
-        offsets = {spec.name: offset for spec, offset in integer_ranges(plan.manifest, wire)}
+        return self._integers_from(source, wire)
+
+    def _integers_from(
+        self, source: PayloadBytes, wire: Manifest
+    ) -> Callable[[TensorSpec], Iterator[bytes]]:
+        """Return what reads integer tensors' bytes from a payload with a layout."""
+        offsets = {spec.name: offset for spec, offset in integer_ranges(self.plan.manifest, wire)}
 
         def read(spec: TensorSpec) -> Iterator[bytes]:
             for start in range(0, spec.size_bytes, CHUNK_BYTES):
@@ -521,7 +549,8 @@ def _difference(read: Reader, base: Reader) -> Reader:
     return difference
 
 
-def _stored(update: AcceptedUpdate) -> StoredPayload:
+def stored_payload(update: AcceptedUpdate) -> StoredPayload:
+    """Return the stored payload of an update."""
     return StoredPayload(
         update.payload_id,
         update.size_bytes,

@@ -19,7 +19,13 @@ from qflare_server.aggregation.row_integrity import record_refusals
 from qflare_server.context import Context
 from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.records import Round, TrainingSession
-from qflare_server.storage.repository import audit, training_sessions, updates, views
+from qflare_server.storage.repository import (
+    audit,
+    training_sessions,
+    unmaskings,
+    updates,
+    views,
+)
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import LEFT_OUT_REASON, RoundState, TrainingSessionState
 from qflare_server.strategies import Outcome
@@ -68,6 +74,7 @@ class Publication:
         for payload in self.payloads:
             payload.insert(session, now)
         training_session = publish(session, training_session, self.version, now)
+        self._record_unmaskings(session, now)
         if self.allowance is not None:
             state = with_ledger(training_session.privacy_state, self.allowance.after)
             training_sessions.update_session(session, training_session.id, {"privacy_state": state})
@@ -75,6 +82,25 @@ class Publication:
         self._settle(session, training_session, current, draft, now)
         self._go_on(session, training_session, current, now)
         return True
+
+    def _record_unmaskings(self, session: Session, now: datetime) -> None:
+        """Store the answers of helpers for secure aggregation, each with an entry in the audit log."""
+        plan, answers = self.fold.plan, self.fold.unmaskings
+        if not answers:
+            return
+        unmaskings.insert_unmaskings(session, plan.training_session_id, plan.number, answers)
+        statement = self.version.statement.unmasking
+        for answer, digest in zip(answers, statement.answer_digests, strict=True):
+            details = {
+                "round": plan.number,
+                "helper_id": answer.helper_id,
+                "counter": answer.counter,
+                "answer_digest": digest,
+                "members": len(self.version.draft.contributors),
+                "refused": len(answer.refused),
+            }
+            subject = f"training_session:{plan.training_session_id}"
+            audit.record(session, SYSTEM, Event("round.unmasked", subject, details=details), now)
 
     def _still_holds(self, training_session: TrainingSession, current: Round) -> bool:
         if current.state != RoundState.CLOSED.value:
@@ -202,7 +228,7 @@ def prepare_publication(
         if _last_reason(plan, allowance)
         else sign_following_task(context, plan, draft.version, version.digest)
     )
-    payloads = [*written.vectors.values(), record]
+    payloads = [*written.vectors.values(), record, *fold.extra_payloads]
     return Publication(context, fold, outcome, version, payloads, task, allowance)
 
 
@@ -233,6 +259,7 @@ def _draft(
             "outcome": record.payload_id,
             "revision": fold.revision,
         },
+        unmasking=fold.unmasking(),
         epsilon=None if spent is None else spent.epsilon,
         delta=None if spent is None else spent.delta,
     )

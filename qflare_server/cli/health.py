@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from qflare.command_line import address, report_failure, seconds
 from qflare.terminal import say
 from qflare_server.config import ServerConfig
+from qflare_server.errors import InvalidRequestError
 
 
 def add(commands: Any) -> None:
@@ -59,6 +60,8 @@ def _health_channel(config: ServerConfig, arguments: argparse.Namespace) -> grpc
         # Trust only its own certificate: the process on the port must hold the matching key.
         authorities = config.tls_certificate_file.read_bytes()
         options = [("grpc.ssl_target_name_override", server_name(authorities))]
+    if (arguments.key is None) != (arguments.certificate is None):
+        raise InvalidRequestError("--certificate and --key belong together: got one of them")
     if authorities is None:
         return grpc.insecure_channel(address)
     key = arguments.key and arguments.key.read_bytes()

@@ -261,7 +261,10 @@ def run_bundle(config: ServerConfig, arguments: argparse.Namespace) -> int:
     with open_application(config) as parts:
         certificates = read_authorities(arguments.ca)
         bundle = bootstrap_bundle(
-            parts.keys.trust, arguments.address, certificate_authorities=certificates
+            parts.keys.trust,
+            arguments.address,
+            certificate_authorities=certificates,
+            helper_key_ids=parts.helper_key_ids,
         )
         write_bootstrap(arguments.output, bundle)
     say(f"wrote {arguments.output}")

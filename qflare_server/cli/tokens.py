@@ -97,6 +97,7 @@ def _write_bundles(
             address,
             enrollment_token=item.secret,
             certificate_authorities=certificates,
+            helper_key_ids=parts.helper_key_ids,
         )
         write_bootstrap(arguments.bundles / f"{item.token.id}.json", bundle)
     say(f"wrote {len(issued)} bundles to {arguments.bundles}")

@@ -17,6 +17,7 @@ import os
 import secrets
 import stat
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,6 +33,7 @@ _SALT_BYTES: Final = 16
 _HEADER_BYTES: Final = len(_MAGIC) + _COST.size + _SALT_BYTES
 _MAX_FILE_BYTES: Final = 2**20
 _ROOT_USER: Final = 0
+_ONE_AT_A_TIME: Final = threading.Lock()
 
 
 class KeyStoreError(Exception):
@@ -47,6 +49,10 @@ class KeyStoreError(Exception):
         self.remedy = (
             remedy or "docs/deploy/keys.md, which says where keys are and who may read them"
         )
+
+
+class OutOfMemoryError(KeyStoreError):
+    """A key cannot be derived from its passphrase for lack of memory; a later attempt may succeed."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +81,28 @@ class Cost:
         return self
 
     def key(self, passphrase: bytes, salt: bytes) -> bytes:
-        """Derive the key of a file, 32 bytes; takes a quarter of a second by default."""
-        return Argon2id(
+        """Derive the key of a file, 32 bytes; takes a quarter of a second by default.
+
+        Derivations of a process follow each other, so that their memory is that of one.
+
+        Raises:
+            OutOfMemoryError: There is no memory for it now.
+        """
+        function = Argon2id(
             salt=salt,
             length=SECRET_BYTES,
             iterations=self.iterations,
             lanes=self.lanes,
             memory_cost=self.memory_kib,
-        ).derive(passphrase)
+        )
+        with _ONE_AT_A_TIME:
+            try:
+                return function.derive(passphrase)
+            except MemoryError as error:
+                raise OutOfMemoryError(
+                    f"no memory for the passphrase of a key file: it takes {self.memory_kib} KiB",
+                    remedy="more memory for this process",
+                ) from error
 
 
 DEFAULT_COST: Final = Cost()

@@ -29,7 +29,7 @@ from qflare_server.context import Clock, KeysetStatus
 from qflare_server.errors import QflareError
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.ring import KeyProvider, KeyRing, Role
-from qflare_server.keys.secret_files import KeyStoreError
+from qflare_server.keys.secret_files import KeyStoreError, OutOfMemoryError
 from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError
 from qflare_server.keys.trust_store import (
     newest_versions,
@@ -152,12 +152,26 @@ class ServerKeys:
             KeyStoreError: No accepted key of the role is held.
             StatementError: No verifier would accept the payload.
         """
+        return self._sign(role, CONTEXTS[role], payload)
+
+    def sign_request(self, payload: bytes) -> security_pb2.SignedEnvelope:
+        """Sign a request to a helper for secure aggregation with the current task key.
+
+        Raises:
+            KeyStoreError: No accepted task key is held.
+            StatementError: The helper would not accept the payload.
+        """
+        return self._sign(security_pb2.KEY_ROLE_TASK, SigningContext.UNMASKING_REQUEST, payload)
+
+    def _sign(
+        self, role: Role, context: SigningContext, payload: bytes
+    ) -> security_pb2.SignedEnvelope:
         trust = self._current()
         for key_id in trust.key_ids(role):
             signer = self._held_keys.signers.get(key_id)
             if signer is not None:
-                check_form(CONTEXTS[role], payload)
-                return sign_envelope(signer, CONTEXTS[role], payload)
+                check_form(context, payload)
+                return sign_envelope(signer, context, payload)
         raise KeyStoreError("no key of this role is held: copy the key file to this replica")
 
     def decapsulate(self, key_id: str, encapsulation: bytes) -> bytes:
@@ -224,10 +238,10 @@ class ServerKeys:
 
     def _current(self) -> Trust:
         now = self._clock()
-        if now - self._looked_at < LOOK_INTERVAL:
+        if abs(now - self._looked_at) < LOOK_INTERVAL:  # the clock may have been set back
             return self._trust
         with self._lock:
-            if now - self._looked_at >= LOOK_INTERVAL:
+            if abs(now - self._looked_at) >= LOOK_INTERVAL:
                 self._looked_at = now
                 self._look()
                 self._warn()
@@ -241,11 +255,12 @@ class ServerKeys:
                 return
             found = read_published(self._database, self._trust)
             registrars = self._read_registrars()
+            if found.keyset.version > self._trust.keyset.version:
+                self._hold(found)
         except (KeyStoreError, QflareError, DecodeError) as error:
             logger.error("cannot follow the published keyset: %s", error)  # noqa: TRY400 - no fault of ours
             return
         if found.keyset.version > self._trust.keyset.version:
-            self._hold(found)
             self._registrars = registrars
             self._trust = found
             logger.info("keyset in force: version=%d", found.keyset.version)
@@ -255,6 +270,8 @@ class ServerKeys:
             return
         try:
             self._held_keys = _HeldKeys(self._provide(self._reread()))
+        except OutOfMemoryError:
+            raise  # a later look may succeed
         except KeyStoreError as error:
             logger.error("cannot read the key file again: %s", error)  # noqa: TRY400 - no fault of ours
         if not self._held_keys.covers(trust):

@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -190,7 +190,12 @@ def ensure_initialized(
 
 
 def bootstrap_bundle(
-    trust: Trust, address: str, *, enrollment_token: str = "", certificate_authorities: str = ""
+    trust: Trust,
+    address: str,
+    *,
+    enrollment_token: str = "",
+    certificate_authorities: str = "",
+    helper_key_ids: Collection[str] = (),
 ) -> security_pb2.BootstrapBundle:
     """Return the bootstrap bundle of a device; a secret if it contains a token."""
     return security_pb2.BootstrapBundle(
@@ -200,6 +205,7 @@ def bootstrap_bundle(
         threshold=trust.first_threshold(),
         enrollment_token=enrollment_token,
         certificate_authorities=certificate_authorities,
+        helper_key_ids=sorted(helper_key_ids),
     )
 
 

@@ -21,6 +21,7 @@ from qflare_server.errors import PayloadStoreMismatchError, StoreUnavailableErro
 from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.signature_cache import SignatureCache
+from qflare_server.serving.helpers import HelperFolder
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine, normalize_url
 from qflare_server.storage.payload_store import (
@@ -174,15 +175,23 @@ class Application:
             signatures=SignatureCache(),
             identities=DeviceIdentities(database, keys.realm, keys),
             other_stores=others,
+            helpers=HelperFolder(config, keys.sign_request),
         )
         use_cases = build_use_cases(context, keys, executor)
         return cls(config, database, keys, context, use_cases, executor, wake)
+
+    @property
+    def helper_key_ids(self) -> list[str]:
+        """Ids of the helpers for secure aggregation that bootstrap bundles name, sorted."""
+        return [] if self.context.helpers is None else sorted(self.context.helpers.documents())
 
     def close(self) -> None:
         """Finish pending work and close all parts."""
         self.executor.shutdown()
         for store in self.context.stores:
             store.close()
+        if self.context.helpers is not None:
+            self.context.helpers.close()
         self.database.close()
 
 

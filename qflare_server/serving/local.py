@@ -55,8 +55,12 @@ class LocalCoordinator:
     def bundle(self, label: str = "") -> security_pb2.BootstrapBundle:
         """Return what one device needs to enroll: address, root key ids and a one-time token; a secret."""
         issued = self._coordinator.use_cases.tokens.issue_enrollment(Caller(), label=label)[0]
+        parts = self._coordinator.parts
         return bootstrap_bundle(
-            self._coordinator.parts.keys.trust, self.address, enrollment_token=issued.secret
+            parts.keys.trust,
+            self.address,
+            enrollment_token=issued.secret,
+            helper_key_ids=parts.helper_key_ids,
         )
 
     def __enter__(self) -> Self:

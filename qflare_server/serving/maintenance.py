@@ -18,7 +18,14 @@ from qflare_server.context import Context
 from qflare_server.errors import PayloadStoreConflictError, QflareError
 from qflare_server.payloads.keys import rewrap
 from qflare_server.storage.payload_store import FILES, PayloadStore
-from qflare_server.storage.repository import devices, idempotent_calls, leases, tokens
+from qflare_server.storage.repository import (
+    device_failures,
+    devices,
+    idempotent_calls,
+    late_updates,
+    leases,
+    tokens,
+)
 from qflare_server.training.retention import prune_ended, sweep, sweep_orphans
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
@@ -33,6 +40,8 @@ ORPHAN_TICK: Final = 1800
 EXPLAIN_TICKS: Final = 10
 TOKEN_BATCH: Final = 1000
 CALL_MEMORY: Final = timedelta(days=1)
+FACTS_KEPT: Final = timedelta(days=60)
+"""How long it is kept which devices were late for a round or failed in it."""
 """How long calls with a request id are remembered."""
 
 
@@ -189,6 +198,12 @@ class Maintenance:
         """Delete expired rows in short transactions until none is left."""
         now = self._context.clock()
 
+        def delete_late(session: Session) -> int:
+            return late_updates.delete_old(session, now - FACTS_KEPT, TOKEN_BATCH)
+
+        def delete_failures(session: Session) -> int:
+            return device_failures.delete_old(session, now - FACTS_KEPT, TOKEN_BATCH)
+
         def delete_nonces(session: Session) -> int:
             return tokens.delete_expired_nonces(session, now, TOKEN_BATCH)
 
@@ -198,7 +213,7 @@ class Maintenance:
         self._context.database.write(
             lambda session: idempotent_calls.delete_old(session, now - CALL_MEMORY)
         )
-        for delete in (delete_nonces, delete_tokens):
+        for delete in (delete_nonces, delete_tokens, delete_late, delete_failures):
             while not self._stop.is_set():
                 if self._context.database.write(delete) < TOKEN_BATCH:
                     break

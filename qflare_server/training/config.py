@@ -15,11 +15,12 @@ from qflare.tensors import DType, Manifest
 from qflare.tensors import InvalidManifestError as BadManifestError
 from qflare.tensors.control_variates import CONTROL, LOCAL_PATTERN, missing_control
 from qflare.tensors.download_encodings import DOWNLOAD_ENCODINGS
-from qflare.tensors.encodings import Encoding, wire_manifest
+from qflare.tensors.encodings import Encoding
 from qflare.tensors.local_tensors import is_local
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidManifestError, InvalidRequestError
 from qflare_server.training.groups import checked_groups
+from qflare_server.training.masking import complete_masking, update_manifest
 from qflare_server.training.objective import DEFAULT_METRIC, resolved_goal
 from qflare_server.training.reported_metrics import MAX_EXAMPLES, MAX_METRIC_NAME, is_reserved
 
@@ -88,6 +89,7 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     for name, value in done.strategy.parameters.items():
         _within(f"strategy.parameters[{name[:100]}]", value, -LARGEST, LARGEST)
     _check_reach(done)
+    complete_masking(done)
     return done
 
 
@@ -417,15 +419,20 @@ def require_trainable(
     Raises:
         InvalidManifestError: Its updates cannot be encoded or are too long, or privacy cannot cover its types.
     """
-    policy = config.transfer
-    encoding = Encoding.from_number(policy.update_encoding)
+    number = config.transfer.update_encoding
+    encoding = training_pb2.Encoding.Name(number).removeprefix("ENCODING_").lower()
     try:
-        wire = wire_manifest(manifest, encoding, policy.top_k_fraction or 1.0)
+        wire = update_manifest(config, manifest)
     except BadManifestError as error:
-        raise _unusable(f"updates as {encoding.name.lower()}: {error}") from error
+        raise _unusable(f"updates as {encoding}: {error}") from error
     _require_describable(manifest, wire)
     local = next(
-        (spec.name for spec in manifest.tensors if is_local(spec.name, policy.local_tensors)), None
+        (
+            spec.name
+            for spec in manifest.tensors
+            if is_local(spec.name, config.transfer.local_tensors)
+        ),
+        None,
     )
     if local is not None:
         raise _unusable(
@@ -439,7 +446,7 @@ def require_trainable(
         )
     if wire.size_bytes > max_payload_bytes:
         raise _unusable(
-            f"updates as {encoding.name.lower()}: got {wire.size_bytes} bytes, want at most {max_payload_bytes}"
+            f"updates as {encoding}: got {wire.size_bytes} bytes, want at most {max_payload_bytes}"
         )
     wide = next((spec.name for spec in manifest.tensors if spec.dtype is DType.FLOAT64), None)
     if config.privacy.noise_multiplier and wide is not None:

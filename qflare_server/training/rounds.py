@@ -20,6 +20,7 @@ from qflare_server.storage.repository import audit, global_models, training_sess
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import RiskLevel, RoundState, TrainingSessionState, UpdateOrigin
 from qflare_server.training.config import deadline_s
+from qflare_server.training.masking import masking_task
 from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.selection import select_devices
 
@@ -76,6 +77,9 @@ def sign_task(
         number: Of the round, the training session's next.
         base_version: Version that devices train from.
         base_digest: Digest of that version.
+
+    Raises:
+        HelperUnavailableError: A helper for secure aggregation is not known here.
     """
     deadline_at = context.clock() + timedelta(seconds=deadline_s(config))
     statement = security_pb2.TaskStatement(
@@ -89,6 +93,7 @@ def sign_task(
         config_digest=config_digest(config),
         device_training=config.device_training,
         transfer=config.transfer,
+        masking=masking_task(context, config),
     )
     if is_in_process(training_session_id):
         return RoundTask(statement, None, deadline_at)

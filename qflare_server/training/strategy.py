@@ -16,6 +16,7 @@ from qflare_server.strategies import (
 )
 from qflare_server.strategies.catalogue import RULES, rebuild
 from qflare_server.strategies.validation import ineffective
+from qflare_server.training.masking import is_masked
 
 _DERIVED: Final = frozenset(
     {
@@ -139,6 +140,7 @@ def _strategy_config(config: training_pb2.TrainingConfig) -> StrategyConfig:
         optimizer=chosen.optimizer,
         weighting="uniform" if chosen.uniform_weights else "",
         asynchronous=is_asynchronous(config),
+        secure_aggregation=is_masked(config),
         privacy=privacy_config(config),
         options=options,
         **{**values, **known},

@@ -59,6 +59,8 @@ class VersionDraft:
     """Version that the payload of a rollback was sealed for; None for other versions or unsealed payloads."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Metadata of an initial model's file; later versions take it from version 0."""
+    unmasking: security_pb2.ModelUnmasking | None = None
+    """Answers of helpers for secure aggregation; None without it."""
     shares_payload: bool = False
     """Whether the rows of its payloads already exist, as for a rollback."""
     publish_duration_s: float = 0.0
@@ -148,6 +150,8 @@ def _statement(
     )
     if draft.download is not None:
         statement.download.CopyFrom(draft.download.statement())
+    if draft.unmasking is not None:
+        statement.unmasking.CopyFrom(draft.unmasking)
     seal = draft.payload.seal
     if seal is not None:
         statement.sealed = True

@@ -16,10 +16,11 @@ from sqlalchemy.orm import Session
 from qflare.evidence.lineage import contributors_digest
 from qflare.v1 import security_pb2
 from qflare_server.aggregation.fold import BATCH, RoundFold, WrittenVersion
+from qflare_server.aggregation.masked_fold import open_fold
 from qflare_server.aggregation.outcome import read_outcome
 from qflare_server.aggregation.plan import read_plan
 from qflare_server.context import Context
-from qflare_server.errors import DamagedPayloadError
+from qflare_server.errors import DamagedPayloadError, HelperRefusedError, InvalidUpdateError
 from qflare_server.storage.database import Database
 from qflare_server.storage.payload_records import ReceivedPayload, content_digest_of
 from qflare_server.storage.payload_store import PayloadStore
@@ -103,7 +104,7 @@ def recompute_version(
 
     def run(recorded: Mapping[str, UpdateAssessment] | None) -> tuple[str, ...]:
         try:
-            fold = RoundFold(
+            fold = open_fold(
                 _without_writing(context),
                 plan,
                 noise_seed=seed,
@@ -135,7 +136,7 @@ def _repeat(
     try:
         with ThreadPoolExecutor(2) as executor:
             written = fold.write(executor, context.clock())
-    except NotEnoughUpdatesError as error:
+    except (NotEnoughUpdatesError, HelperRefusedError, InvalidUpdateError) as error:
         return (f"no version comes out: {error}",)
     return (
         *_compare(fold, statement, written),
@@ -206,10 +207,15 @@ def _compare(
         "weight_sum": (outcome.weight_sum, statement.weight_sum),
         "example_count": (fold.totals().example_count, statement.example_count),
         "metrics": (fold.metrics(), dict(statement.metrics)),
+        "unmasking": (fold.unmasking(), _unmasking(statement)),
     }
     return [
         f"{name}: got {got}, published {want}" for name, (got, want) in pairs.items() if got != want
     ]
+
+
+def _unmasking(statement: security_pb2.ModelStatement) -> security_pb2.ModelUnmasking | None:
+    return statement.unmasking if statement.HasField("unmasking") else None
 
 
 def _compare_vectors(
@@ -226,7 +232,7 @@ def _compare_vectors(
     return problems
 
 
-class _ReadingDatabase(Database):
+class ReadingDatabase(Database):
     """A read-only database."""
 
     def __init__(self, database: Database) -> None:
@@ -276,6 +282,6 @@ class _ReadingStore:
 def _without_writing(context: Context) -> Context:
     return dataclasses.replace(
         context,
-        database=_ReadingDatabase(context.database),
+        database=ReadingDatabase(context.database),
         store=cast("PayloadStore", _ReadingStore(context.store)),
     )

@@ -18,7 +18,13 @@ DRAWING = {
 TEMPLATES = ("qflare_client/project/template/", "qflare_simulation/template/")
 MODULES = sorted(
     path
-    for package in ("qflare", "qflare_client", "qflare_server", "qflare_simulation")
+    for package in (
+        "qflare",
+        "qflare_client",
+        "qflare_helper",
+        "qflare_server",
+        "qflare_simulation",
+    )
     for path in (ROOT / package).rglob("*.py")
     if not path.name.endswith(("_pb2.py", "_pb2_grpc.py"))
 )

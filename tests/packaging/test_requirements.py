@@ -77,7 +77,13 @@ def test_every_package_is_listed() -> None:
 
     found = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for top in ("qflare", "qflare_client", "qflare_server", "qflare_simulation")
+        for top in (
+            "qflare",
+            "qflare_client",
+            "qflare_helper",
+            "qflare_server",
+            "qflare_simulation",
+        )
         for path in (ROOT / top).rglob("__init__.py")
     }
     schemas = {"qflare.protos", "qflare.protos.qflare.v1"}

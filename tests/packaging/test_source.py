@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = (
     "qflare",
     "qflare_client",
+    "qflare_helper",
     "qflare_server",
     "qflare_simulation",
     "migrations",

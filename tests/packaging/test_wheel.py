@@ -81,7 +81,14 @@ def server(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_tracked_file_of_the_packages_and_no_other(wheel: Path) -> None:
     places = {"protos": "qflare/protos", "migrations": "qflare_server/migrations"}
     places |= {
-        name: name for name in ("qflare", "qflare_client", "qflare_server", "qflare_simulation")
+        name: name
+        for name in (
+            "qflare",
+            "qflare_client",
+            "qflare_helper",
+            "qflare_server",
+            "qflare_simulation",
+        )
     }
     wanted = {
         f"{target}/{path.relative_to(ROOT / source).as_posix()}"

@@ -14,7 +14,7 @@ from typing import Final
 import grimp
 
 ROOT: Final = Path(__file__).parents[2]
-PACKAGES: Final = ("qflare_simulation", "qflare_server", "qflare_client", "qflare")
+PACKAGES: Final = ("qflare_simulation", "qflare_server", "qflare_client", "qflare_helper", "qflare")
 CONTRACT_PREFIX: Final = "importlinter:contract:"
 
 Arrow = tuple[str, str]

@@ -62,7 +62,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> pb.CreateTrainingSessionResponse:
         layout = request.manifest if request.HasField("manifest") else None
         config = self._use_cases.initial_models.validate(
-            request.name, request.model_type, request.config, layout
+            request.name, request.model_type, request.config, layout, dict(request.architecture)
         )
         return pb.CreateTrainingSessionResponse(
             training_session=training.validated(request, config)

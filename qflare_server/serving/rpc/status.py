@@ -38,6 +38,8 @@ STATUS: Final[dict[type[BaseException], grpc.StatusCode]] = {
     errors.StorageDamagedError: Code.DATA_LOSS,
     errors.StoreUnavailableError: Code.UNAVAILABLE,
     errors.IdentityProviderUnavailableError: Code.UNAVAILABLE,
+    errors.HelperUnavailableError: Code.UNAVAILABLE,
+    errors.HelperRefusedError: Code.FAILED_PRECONDITION,
     errors.DrainingError: Code.UNAVAILABLE,
 }
 

@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, insert, select, update
+from sqlalchemy import Select, delete, func, insert, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
 from qflare_server.storage.repository.membership import is_open_to
-from qflare_server.storage.tables import DeviceState
+from qflare_server.storage.tables import DeviceState, RoundState
 
 FAILURES = tables.DeviceFailure.__table__
 DEVICES = tables.Device.__table__
 SELECTED = tables.RoundDevice.__table__
 UPDATES = tables.ModelUpdate.__table__
+ROUNDS = tables.Round.__table__
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,25 @@ def record_failure(
     values = {"kind": kind, "text": text, "reported_at": at, "report_count": 1}
     session.execute(insert(FAILURES).values(**named, **values))
     return True
+
+
+def delete_old(session: Session, before: datetime, limit: int) -> int:
+    """Delete failures in rounds that are over, reported before a time; at most so many rows; return how many."""
+    keys = tuple_(FAILURES.c.training_session_id, FAILURES.c.round_number, FAILURES.c.device_id)
+    old = (
+        select(*keys.clauses)
+        .join(
+            ROUNDS,
+            (ROUNDS.c.training_session_id == FAILURES.c.training_session_id)
+            & (ROUNDS.c.number == FAILURES.c.round_number),
+        )
+        .where(FAILURES.c.reported_at < before, ROUNDS.c.state != RoundState.OPEN.value)
+        .limit(limit)
+    )
+    found = [tuple(row) for row in session.execute(old)]
+    if found:
+        session.execute(delete(FAILURES).where(keys.in_(found)))
+    return len(found)
 
 
 def list_missing(

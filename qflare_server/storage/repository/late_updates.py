@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -29,3 +29,13 @@ def record_late(
         .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number == round_number)
         .values(late_count=ROUNDS.c.late_count + 1)
     )
+
+
+def delete_old(session: Session, before: datetime, limit: int) -> int:
+    """Delete what was recorded before a time, at most so many rows; return how many. The counts of rounds stay."""
+    keys = tuple_(LATE.c.training_session_id, LATE.c.round_number, LATE.c.device_id)
+    old = select(*keys.clauses).where(LATE.c.refused_at < before).limit(limit)
+    found = [tuple(row) for row in session.execute(old)]
+    if found:
+        session.execute(delete(LATE).where(keys.in_(found)))
+    return len(found)

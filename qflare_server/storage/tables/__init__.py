@@ -14,6 +14,7 @@ from qflare_server.storage.tables.results import (
     Evaluation,
     GlobalModel,
     ModelUpdate,
+    Unmasking,
 )
 from qflare_server.storage.tables.states import (
     ENDED,
@@ -78,6 +79,7 @@ __all__ = [
     "TrainingSessionGroup",
     "TrainingSessionState",
     "TrustDocument",
+    "Unmasking",
     "UpdateOrigin",
     "UpdateState",
     "Upload",

@@ -150,6 +150,35 @@ class GlobalModel(Base):
     )
 
 
+class Unmasking(Base):
+    """Answer of one helper for one round with secure aggregation.
+
+    `answer` is the signed envelope, `payload_id` the sum of the masks, `position` the helper's place in the task.
+    `refused` maps the ids of updates that the helper could not use to reasons. Rows are written with the version.
+    """
+
+    __tablename__ = "unmaskings"
+
+    training_session_id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    round_number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    helper_id: Mapped[str] = mapped_column(String(64))
+    counter: Mapped[int] = mapped_column(BigInteger)
+    answer: Mapped[bytes]
+    payload_id: Mapped[str] = mapped_column(ForeignKey("payloads.id"))
+    refused: Mapped[dict[str, Any]]
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["training_session_id", "round_number"],
+            ["rounds.training_session_id", "rounds.number"],
+        ),
+        CheckConstraint("counter > 0", name="counter"),
+        UniqueConstraint("helper_id", "counter"),
+        Index(None, "payload_id"),
+    )
+
+
 class Evaluation(Base):
     """Metrics of one version, measured by one device on its held-out data.
 

@@ -22,6 +22,8 @@ from qflare_server.storage.repository import (
     evaluations,
     evidence,
     global_models,
+    training_sessions,
+    unmaskings,
 )
 from qflare_server.storage.repository.evidence import UpdateOfVersion
 from qflare_server.storage.tables import UpdateOrigin
@@ -64,6 +66,7 @@ class Evidence:
         yield from self._lineage(model)
         shown: set[str] = set()
         yield from self._updates(model, head, shown)
+        yield from self._unmasking(model)
         yield from self._evaluations(model, head, shown)
 
     def _model(self, training_session_id: str, version: int | None) -> GlobalModel:
@@ -120,6 +123,23 @@ class Evidence:
             yield from (Bundle(entries=found) for found in entries)
             shown |= devices
             after = rows[-1].acceptance_sequence
+
+    def _unmasking(self, model: GlobalModel) -> Iterator[Bundle]:
+        """Yield the transcript of secure aggregation, if the version has one."""
+        statement = security_pb2.ModelStatement.FromString(model.statement)
+        if not statement.HasField("unmasking"):
+            return
+        with self._context.database.read() as session:
+            current = training_sessions.get_round(
+                session, model.training_session_id, model.round_number
+            )
+            rows = unmaskings.of_round(session, model.training_session_id, model.round_number)
+        transcript = verification_pb2.UnmaskingTranscript(
+            answers=[_envelope(row.answer) for row in rows]
+        )
+        if current is not None and current.task is not None:
+            transcript.task.CopyFrom(_envelope(current.task))
+        yield Bundle(unmasking=transcript)
 
     def _evaluations(
         self, model: GlobalModel, head: SignedHead, shown: set[str]

@@ -34,6 +34,7 @@ from qflare_server.storage.repository.idempotent_calls import run_once
 from qflare_server.storage.tables import ENDED, RiskLevel, RoundState, TrainingSessionState
 from qflare_server.storage.training_configs import to_json
 from qflare_server.training.config import complete, deadline_s, is_one_line
+from qflare_server.training.masking import require_helpers
 from qflare_server.training.premises import PremisesChangedError, repeat
 from qflare_server.training.privacy import require_affordable
 from qflare_server.training.retention import prune_payloads
@@ -47,7 +48,10 @@ MAX_ARCHITECTURE_BYTES: Final = 2**19
 
 
 def checked(
-    name: str, model_type: str, config: training_pb2.TrainingConfig
+    name: str,
+    model_type: str,
+    config: training_pb2.TrainingConfig,
+    architecture: Mapping[str, str] | None = None,
 ) -> training_pb2.TrainingConfig:
     """Validate a configuration and return it with every default filled in.
 
@@ -57,6 +61,7 @@ def checked(
     """
     _text("name", name, 1, 200)
     _text("model_type", model_type, 0, 100)
+    _check_architecture(architecture or {})
     done = complete(config)
     add_device_settings(done, build_strategy(done))
     require_affordable(done)
@@ -91,8 +96,8 @@ class Training:
             InvalidRequestError: A field is out of range.
             StrategyRefusedError: The strategy's settings contradict each other.
         """
-        _check_architecture(architecture)
-        done = checked(name, model_type, config)
+        done = checked(name, model_type, config, architecture)
+        require_helpers(self._context, done)
         at = self._context.clock()
         training_session_id = str(uuid.UUID(bytes=self._context.draw_random(16), version=4))
 

@@ -15,9 +15,11 @@ from qflare.crypto.sealed_payloads import WRAPPED_KEY_BYTES, SealContext, check_
 from qflare.crypto.sealing import UnsealError
 from qflare.crypto.signing import InvalidSignatureError as BadSignatureError
 from qflare.crypto.signing import PublicKey, algorithm_of
+from qflare.evidence.statements import StatementError, StatementMismatchError, check_masking_form
+from qflare.evidence.unmasking import Masking, check_masked_update, masking_of
 from qflare.tensors import Manifest
 from qflare.tensors.elements import ElementRule
-from qflare.tensors.encodings import Encoding, encoding_rules, wire_manifest
+from qflare.tensors.encodings import Encoding, encoding_rules
 from qflare.v1 import coordinator_service_pb2, security_pb2, tensor_pb2, training_pb2
 from qflare_server.context import Context, UnprovenKeyError
 from qflare_server.errors import (
@@ -34,6 +36,7 @@ from qflare_server.errors import (
 )
 from qflare_server.payloads.expected import ExpectedPayload, SealedArrival
 from qflare_server.storage.repository import global_models, training_sessions
+from qflare_server.training.masking import is_masked, update_manifest
 from qflare_server.use_cases.access.statements import parse_statement
 from qflare_server.use_cases.devices.keys import AcceptedAlgorithms
 
@@ -71,6 +74,8 @@ class RoundFacts:
     config: training_pb2.TrainingConfig
     selected_count: int
     """Devices selected; 0 means every eligible device."""
+    masking: Masking | None = None
+    """Masking that the round's signed task requires; None for none."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,7 @@ class SubmissionValidator:
     ) -> Submission:
         facts = self._facts(statement.training_session_id, statement.round_number)
         _check_against_round(statement, facts)
+        _check_masking(statement, facts)
         _check_sealing(header, statement, facts)
         _check_layout(statement, facts)
         signature = find_signature()
@@ -256,19 +262,31 @@ def read_facts(session: Session, training_session_id: str, number: int) -> Round
         raise GlobalModelNotFoundError
     manifest = Manifest.from_proto(tensor_pb2.Manifest.FromString(base.manifest))
     config = training_session.config
-    encoding = Encoding.from_number(config.transfer.update_encoding)
-    top_k_fraction = config.transfer.top_k_fraction or 1.0
     return RoundFacts(
         training_session.id,
         number,
         current.base_version,
         base.digest,
         current.nonce,
-        wire_manifest(manifest, encoding, top_k_fraction),
-        encoding_rules(manifest, encoding),
+        update_manifest(config, manifest),
+        _element_rules(config, manifest),
         config,
         current.selected_count,
+        _masking(current.task),
     )
+
+
+def _element_rules(
+    config: training_pb2.TrainingConfig, manifest: Manifest
+) -> Mapping[str, ElementRule]:
+    """Return the rules for the elements of an update; any number is an element of a masked one."""
+    if is_masked(config):
+        return {}
+    return encoding_rules(manifest, Encoding.from_number(config.transfer.update_encoding))
+
+
+def _masking(task: bytes | None) -> Masking | None:
+    return None if task is None else masking_of(security_pb2.SignedEnvelope.FromString(task))
 
 
 def require_identity(context: Context, device_id: str, key_id: str, key: PublicKey) -> None:
@@ -329,6 +347,24 @@ def _check_binding(statement: security_pb2.UpdateStatement) -> None:
         raise InvalidRequestError(
             "wire_digest: not the payload digest", field=f"{STATEMENT}wire_digest"
         )
+
+
+def _check_masking(statement: security_pb2.UpdateStatement, facts: RoundFacts) -> None:
+    """Require the masking of the round's task if, and only if, it has one.
+
+    Raises:
+        InvalidRequestError: Names the field.
+    """
+    try:
+        check_masking_form(statement)
+        if facts.masking is not None:
+            check_masked_update(statement, facts.masking)
+    except StatementMismatchError as error:
+        raise InvalidRequestError(
+            f"{error.field}: not that of the round's task", field=f"{STATEMENT}masking"
+        ) from error
+    except StatementError as error:
+        raise InvalidRequestError(str(error), field=f"{STATEMENT}masking") from error
 
 
 def _check_sealing(

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 
 from sqlalchemy.orm import Session
@@ -62,6 +63,8 @@ from qflare_server.use_cases.updates.submission import (
 )
 
 MAX_UPLOADS_OF_DEVICE: Final = 8
+LATE_FOR: Final = timedelta(days=30)
+"""How long after a round's deadline a late update is counted; the record of who was late is kept for longer."""
 FINAL_REFUSALS: Final = (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -239,7 +242,7 @@ class Uploads:
         named = statement.training_session_id, statement.round_number
         current = training_sessions.lock_round(session, *named)
         at = self._context.clock()
-        if current is not None and is_over(current, at):
+        if current is not None and is_over(current, at) and at - current.deadline_at < LATE_FOR:
             late_updates.record_late(session, *named, statement.device_id, at)
 
     def _accept(

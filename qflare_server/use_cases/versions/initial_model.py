@@ -42,6 +42,7 @@ class InitialModels:
         model_type: str,
         config: training_pb2.TrainingConfig,
         layout: tensor_pb2.Manifest | None,
+        architecture: Mapping[str, str] | None = None,
     ) -> training_pb2.TrainingConfig:
         """Validate the parameters of a training session without creating it.
 
@@ -50,6 +51,7 @@ class InitialModels:
             model_type: At most 100 characters.
             config: Configuration; unset fields take their defaults.
             layout: Layout of the initial model; None skips its checks.
+            architecture: Free text by name.
 
         Returns:
             The configuration with every default filled in, except the seed, which is drawn at creation.
@@ -60,7 +62,7 @@ class InitialModels:
             InvalidManifestError: Devices could not train the model under the configuration.
             UpdateTooLargeError: The model is larger than this coordinator takes.
         """
-        done = checked(name, model_type, config)
+        done = checked(name, model_type, config, architecture)
         if layout is not None:
             checked_layout(self._context.config, done, layout)
         done.selection.seed = config.selection.seed

@@ -79,6 +79,7 @@ LONGEST: Final[dict[str, int]] = {
     "training_sessions.state": longest(tables.TrainingSessionState),
     "training_sessions.state_reason": 500,
     "trust_documents.kind": len("keyset"),
+    "unmaskings.helper_id": DIGEST,
     "user_tokens.kind": longest(tables.TokenKind),
     "user_tokens.revoked_reason": MAX_LABEL,
     "user_tokens.subject": max(MAX_DEVICE_ID, MAX_LABEL),

@@ -34,7 +34,8 @@ from qflare_client.keystore.store import KeyStore
 from qflare_client.models.upload import Payload, Upload
 from qflare_client.rpc import lifetime
 from qflare_client.rpc.caller import Attempts, Calls
-from qflare_client.rpc.transport import Tls, Transport
+from qflare_client.rpc.tls import Tls
+from qflare_client.rpc.transport import Transport
 from tests.integration.client.conftest import Scripted, fail
 from tests.integration.client.test_transfers import (
     STATEMENT,

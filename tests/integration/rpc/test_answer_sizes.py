@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
+import grpc
 import numpy as np
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -283,6 +284,24 @@ def largest_manifest() -> Manifest:
         TensorSpec(f"{number:04}{'n' * 252}", DType.FLOAT32, (1,) * 32) for number in range(7700)
     )
     return Manifest(tuple(specs))
+
+
+@pytest.mark.parametrize("validate_only", [True, False])
+def test_a_description_that_is_too_large_is_refused(
+    deploy: Callable[..., Deployment], validate_only: bool
+) -> None:
+    deployment = deploy()
+    request = admin_pb2.CreateTrainingSessionRequest(
+        name="test",
+        architecture={f"{n:03}": "a" * 4096 for n in range(MAX_ARCHITECTURE_BYTES // 4096)},
+        config=training_pb2.TrainingConfig(rounds=training_pb2.RoundPolicy(quorum=1)),
+        validate_only=validate_only,
+    )
+
+    with pytest.raises(grpc.RpcError) as refused:
+        deployment.admin.CreateTrainingSession(request, metadata=deployment.metadata)
+
+    assert "architecture" in (refused.value.details() or "")
 
 
 def test_a_download_begins_with_all_that_a_version_has(deploy: Callable[..., Deployment]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
@@ -13,8 +14,10 @@ from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client import QflareClientError, TaskFailedError, TrainingTask, run
 from qflare_client.admin.__main__ import main
+from qflare_server.context import utc_now
 from qflare_server.serving.maintenance import Maintenance
 from qflare_server.serving.observability.database_metrics import DatabaseCollector
+from qflare_server.storage.repository import device_failures
 from qflare_server.storage.tables import DeviceFailure
 from qflare_server.use_cases.access.roles import Role
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
@@ -24,6 +27,7 @@ from tests.support.visitor import Visitor
 Deploy = Callable[..., Any]
 Trained = tuple[Mapping[str, Array], int, Mapping[str, float]]
 SECRET = "patient 4711 has 38.5"
+START = datetime(2020, 1, 1, tzinfo=UTC)
 ROUNDS = training_pb2.RoundPolicy(quorum=1)
 
 
@@ -187,3 +191,17 @@ def test_a_report_that_is_no_kind_and_short_text_is_refused(
     assert reason_of(refused.value) == "INVALID_REQUEST"
     with deployment.coordinator.parts.context.database.read() as session:
         assert session.query(DeviceFailure).count() == 0
+
+
+def test_old_failures_are_deleted_once_their_round_is_over(deploy: Deploy) -> None:
+    deployment = deploy()
+    session_id = deployment.session(rounds=ROUNDS)
+    fail(deployment, session_id, out_of_memory)
+    write, later = deployment.coordinator.parts.database.write, utc_now() + timedelta(days=60)
+
+    assert write(lambda session: device_failures.delete_old(session, later, 1000)) == 0
+    request = admin_pb2.CancelTrainingSessionRequest(training_session_id=session_id)
+    deployment.admin.CancelTrainingSession(request, metadata=deployment.metadata)
+
+    assert write(lambda session: device_failures.delete_old(session, START, 1000)) == 0
+    assert write(lambda session: device_failures.delete_old(session, later, 1000)) == 1

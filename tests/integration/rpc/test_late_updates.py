@@ -1,6 +1,7 @@
 """Updates that come after their round has closed are refused, and counted where an administrator sees them."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,12 @@ import pytest
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import training_pb2
 from qflare_client import Client, RejectedError, Task, TaskKind
+from qflare_server.context import utc_now
+from qflare_server.storage.repository import late_updates
 
 Deploy = Callable[..., Any]
+OLD = utc_now() - timedelta(days=60)
+LATER = utc_now() + timedelta(days=60)
 
 
 def rounds_of(deployment: Any, session_id: str) -> list[training_pb2.Round]:
@@ -47,6 +52,11 @@ def test_late_updates_are_counted_once_for_each_device(deploy: Deploy, size: int
 
     first = rounds_of(deployment, session_id)[0]
     assert (first.accepted_count, first.late_count) == (2, 2)
+    write = deployment.coordinator.parts.database.write
+    assert write(lambda session: late_updates.delete_old(session, OLD, 1000)) == 0
+    assert write(lambda session: late_updates.delete_old(session, LATER, 1)) == 1
+    assert write(lambda session: late_updates.delete_old(session, LATER, 1000)) == 1
+    assert rounds_of(deployment, session_id)[0].late_count == 2
 
 
 def test_an_update_to_a_paused_session_is_not_late(deploy: Deploy) -> None:

@@ -14,10 +14,13 @@ from joserfc import jwt
 from joserfc.jwk import RSAKey
 
 from qflare.v1 import admin_service_pb2 as pb
+from qflare_server.cli.main import main
 from qflare_server.config import ConfigError, ServerConfig
+from qflare_server.errors import UnauthenticatedError
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import AuditFilter
-from qflare_server.use_cases.access.oidc_tokens import values_at
+from qflare_server.use_cases.access.oidc_provider import INTERVAL_S, OidcProvider
+from qflare_server.use_cases.access.oidc_tokens import OidcTokens, values_at
 from tests.integration.conftest import Deployment
 from tests.support.identity_provider import RESOURCE, IdentityProvider, device_tokens
 
@@ -173,6 +176,64 @@ def test_a_flood_of_unknown_keys_asks_the_provider_once_at_most(
 
     assert provider.requests(JWKS) - before <= 1
     assert code(deployment, "ListDevices", good) is grpc.StatusCode.OK
+
+
+def test_a_new_key_of_the_provider_is_fetched_and_the_old_one_is_no_longer_accepted(
+    deploy: Deploy, tmp_path: Path
+) -> None:
+    provider = IdentityProvider()
+    try:
+        clock = [1000.0]
+        deployment = deploy(**provider.settings(tmp_path))
+        held = OidcProvider(deployment.config, monotonic=lambda: clock[0])
+        tokens = OidcTokens(deployment.coordinator.parts.context, held)
+        before = provider.sign(provider.claims(sub="before"))
+        late = provider.sign(provider.claims(sub="late"))
+        assert tokens.identify(before).name == "oidc:127.0.0.1:before"
+
+        provider.rotate_key("second")
+        after = provider.sign(provider.claims(sub="after"))
+
+        with pytest.raises(UnauthenticatedError):
+            tokens.identify(after)
+        clock[0] += INTERVAL_S
+        assert tokens.identify(after).name == "oidc:127.0.0.1:after"
+        for token in (before, late):
+            with pytest.raises(UnauthenticatedError):
+                tokens.identify(token)
+    finally:
+        provider.stop()
+
+
+def test_a_provider_with_a_private_authority_is_trusted_by_its_certificate_only(
+    deploy: Deploy, tmp_path: Path
+) -> None:
+    certificates = tmp_path / "certificates"
+    assert main(["certificates", "make", "--output", str(certificates)]) == 0
+    provider = IdentityProvider(certificates=certificates)
+    try:
+        assert provider.issuer.startswith("https://")
+        provider.set_roles("alice", "fl-viewers")
+        token = device_tokens(provider, "alice")["id_token"]
+
+        deployment = deploy(**provider.settings(tmp_path, oidc_ca_file=certificates / "ca.pem"))
+        assert code(deployment, "ListDevices", token) is grpc.StatusCode.OK
+    finally:
+        provider.stop()
+
+
+def test_a_provider_of_an_unknown_authority_is_not_believed(deploy: Deploy, tmp_path: Path) -> None:
+    certificates = tmp_path / "certificates"
+    assert main(["certificates", "make", "--output", str(certificates)]) == 0
+    provider = IdentityProvider(certificates=certificates)
+    try:
+        deployment = deploy(**provider.settings(tmp_path))
+        token = provider.sign(provider.claims())
+
+        assert code(deployment, "ListDevices", token) is grpc.StatusCode.UNAVAILABLE
+        assert provider.requests(JWKS) == 0
+    finally:
+        provider.stop()
 
 
 def test_an_outage_of_the_provider_concerns_its_users_only(deploy: Deploy, tmp_path: Path) -> None:

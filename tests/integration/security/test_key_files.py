@@ -241,3 +241,25 @@ class TestBootstrapBundle:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert json.loads(path.read_text())["rootKeyIds"] == trust.root_key_ids()
         assert json_format.Parse(path.read_text(), security_pb2.BootstrapBundle()) == bundle
+
+
+OUT_OF_MEMORY = """
+import resource
+from qflare_server.keys.secret_files import Cost, KeyStoreError, OutOfMemoryError
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+try:
+    Cost(memory_kib=2**20).key(b"passphrase", b"salt" * 4)
+except OutOfMemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells and bounds the memory of a process"
+)
+def test_missing_memory_for_a_passphrase_is_an_error_with_a_remedy() -> None:
+    command = [sys.executable, "-c", OUT_OF_MEMORY]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "it takes 1048576 KiB" in done.stdout, done.stderr

@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,18 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from google.rpc import error_details_pb2, status_pb2
 
 from qflare.v1 import coordinator_service_pb2, coordinator_service_pb2_grpc
-from qflare_client import Client, Tls, UnavailableError, VerificationError, enroll
+from qflare_client import (
+    Client,
+    InvalidArgumentError,
+    Tls,
+    TlsError,
+    UnavailableError,
+    VerificationError,
+    enroll,
+)
+from qflare_client.rpc.diagnosis import refusal
 from qflare_client.rpc.retry import RetryPolicy
+from qflare_client.rpc.transport import Transport
 from qflare_server.cli.certificates import Authority, issue
 from qflare_server.cli.main import main
 from qflare_server.context import utc_now
@@ -358,6 +368,120 @@ def test_mutual_tls_serves_a_device_with_a_certificate(
     tls = trusting(certificates, client=True)
     with enrolled(deployment, tmp_path, tls, deployment.coordinator.address) as client:
         assert client.heartbeat().device_state == "active"
+
+
+def test_a_device_keeps_the_authorities_of_its_bundle_beside_its_certificate(
+    serve_tls: Deploy, certificates: Path, tmp_path: Path
+) -> None:
+    authority = (certificates / "ca.pem").read_text()
+    deployment = serve_tls(tls_client_ca_file=certificates / "ca.pem")
+    bundle = deployment.bundle()
+    bundle.certificate_authorities = authority
+    bundle.address = localhost(deployment)
+    own = Tls.from_files(None, certificates / "device.pem", certificates / "device.key")
+
+    facts = enroll(bundle, home=tmp_path / "device", tls=own, retry=ONE_ATTEMPT)
+
+    assert facts.certificate_authorities == authority
+    for _restart in range(2):
+        with Client(home=tmp_path / "device", tls=own, retry=ONE_ATTEMPT) as client:
+            assert client.heartbeat().device_state == "active"
+
+
+def localhost(deployment: Deployment) -> str:
+    """Return the coordinator's address with the name that its certificate holds."""
+    return f"localhost:{deployment.coordinator.address.rpartition(':')[2]}"
+
+
+def foreign(certificates: Path, folder: Path) -> Tls:
+    """Return the settings of a device with a certificate of another authority."""
+    main(["certificates", "make", "--output", str(folder), "--client", "device"])
+    return Tls.from_files(
+        certificates / "ca.pem", folder / "device.pem", folder / "device.key", "localhost"
+    )
+
+
+def expired(certificates: Path, folder: Path) -> Tls:
+    """Return the settings of a device with a certificate that has expired."""
+    authority, usage = Authority.ensure(certificates, utc_now()), ExtendedKeyUsageOID.CLIENT_AUTH
+    folder.mkdir()
+    long_ago = utc_now() - timedelta(days=3)
+    issue(authority, folder, "device", (), usage, long_ago, timedelta(days=1))
+    return Tls.from_files(
+        certificates / "ca.pem", folder / "device.pem", folder / "device.key", "localhost"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        (lambda made, _folder: trusting(made), "only connections with a client certificate"),
+        (foreign, "refuses the client certificate"),
+        (expired, "refuses the client certificate"),
+        (lambda _made, _folder: None, "the coordinator speaks TLS at this address"),
+    ],
+    ids=["none", "foreign", "expired", "plaintext"],
+)
+def test_a_permanent_refusal_ends_at_once_with_its_cause(
+    serve_tls: Deploy,
+    certificates: Path,
+    tmp_path: Path,
+    settings: Callable[[Path, Path], Tls | None],
+    cause: str,
+) -> None:
+    deployment = serve_tls(tls_client_ca_file=certificates / "ca.pem")
+    tls = settings(certificates, tmp_path / "other")
+
+    with pytest.raises(TlsError, match=cause) as refusal:  # with the patience of a minute
+        enroll(
+            deployment.bundle(),
+            home=tmp_path / "device",
+            address=localhost(deployment),
+            tls=tls,
+            insecure=tls is None,
+        )
+
+    assert refusal.value.retry_after_s is None
+
+
+def test_a_coordinator_that_is_away_is_no_permanent_refusal(certificates: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    tls = trusting(certificates, client=True)
+
+    assert refusal("127.0.0.1", port, tls, threading.Event().wait) is None
+    with (
+        closing(Transport(f"localhost:{port}", tls=tls)) as line,
+        pytest.raises(UnavailableError) as away,
+    ):
+        line.unary(line.stub.GetKeyset, coordinator_service_pb2.GetKeysetRequest())
+    assert not isinstance(away.value, TlsError)
+
+
+def test_a_coordinator_that_serves_is_no_permanent_refusal(
+    serve_tls: Deploy, certificates: Path
+) -> None:
+    deployment = serve_tls(tls_client_ca_file=certificates / "ca.pem")
+    port = int(deployment.coordinator.address.rpartition(":")[2])
+    tls = trusting(certificates, client=True)
+
+    assert refusal("localhost", port, tls, threading.Event().wait) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"certificate_chain": b"chain"},
+        {"private_key": b"key"},
+        {"certificate_authorities": b""},
+        {"certificate_chain": b"", "private_key": b""},
+    ],
+)
+def test_halves_and_empty_files_are_refused_before_a_connection(
+    settings: dict[str, Any],
+) -> None:
+    with pytest.raises(InvalidArgumentError):
+        Tls(**settings)
 
 
 def test_mutual_tls_refuses_a_device_without_a_certificate(

@@ -223,9 +223,7 @@ def test_the_database_of_a_simulation_verifies(
     digits: History, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert digits.folder is not None
-    monkeypatch.setattr(
-        os, "environ", {"QFLARE_REALM": "simulation", "QFLARE_REQUIRE_SIGNATURES": "false"}
-    )
+    monkeypatch.setattr(os, "environ", {"QFLARE_REQUIRE_SIGNATURES": "false"})
 
     code = server(["--data-dir", str(digits.folder), "audit", "verify"])
 

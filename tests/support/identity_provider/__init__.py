@@ -9,10 +9,18 @@ from collections.abc import Mapping
 from html import unescape
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
+from ssl import SSLContext, create_default_context
 from typing import Any, Final
 from urllib.error import HTTPError
 from urllib.parse import urlencode, urljoin
-from urllib.request import HTTPCookieProcessor, HTTPRedirectHandler, Request, build_opener, urlopen
+from urllib.request import (
+    HTTPCookieProcessor,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    Request,
+    build_opener,
+    urlopen,
+)
 
 import pytest
 from joserfc import jwt
@@ -32,17 +40,27 @@ class IdentityProvider:
     Args:
         lifetime_s: Of its tokens, in seconds.
         port: 0 takes a free one.
+        certificates: Folder of `qflare-server certificates make`, to serve https.
     """
 
-    def __init__(self, lifetime_s: int = 3600, port: int = 0) -> None:
+    def __init__(
+        self, lifetime_s: int = 3600, port: int = 0, certificates: Path | None = None
+    ) -> None:
         node = shutil.which("node")
         if node is None or not (INSTALLED / "node_modules" / "oidc-provider").is_dir():
             pytest.skip("needs Node.js and `make .tools/.identity-provider`")
         self.key = RSAKey.generate_key(2048, {"kid": "test", "use": "sig", "alg": "RS256"})
-        keys = json.dumps({"keys": [self.key.as_dict(private=True)]})
+        self.tls: SSLContext | None = None
+        pem = {}
+        if certificates is not None:
+            pem = {
+                "key": (certificates / "server.key").read_text(),
+                "cert": (certificates / "server.pem").read_text(),
+            }
+            self.tls = create_default_context(cafile=certificates / "ca.pem")
         program = [node, str(FOLDER / "provider.mjs"), str(INSTALLED)]
         self._process = subprocess.Popen(
-            [*program, str(lifetime_s), str(port), keys],
+            [*program, str(lifetime_s), str(port), self._jwks(), json.dumps(pem) if pem else ""],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -76,11 +94,34 @@ class IdentityProvider:
 
     def set_roles(self, name: str, *roles: str) -> None:
         """Set what the roles claim of a user says."""
-        _json(f"{self.issuer}/test/roles", json.dumps({name: roles}).encode())
+        self.ask("/test/roles", json.dumps({name: roles}).encode())
+
+    def rotate_key(self, key_id: str) -> None:
+        """Sign with a new key from now on, and publish no other."""
+        self.key = RSAKey.generate_key(2048, {"kid": key_id, "use": "sig", "alg": "RS256"})
+        self.ask("/test/keys", self._jwks().encode())
+
+    def keep_pace(self, interval_s: int) -> None:
+        """Say how often the device flow may poll; answer the first poll, and any that is too early, with slow_down."""
+        self.ask("/test/pace", json.dumps({"interval": interval_s, "hurried": 0}).encode())
+
+    @property
+    def hurried_count(self) -> int:
+        """How often slow_down was answered."""
+        return int(self.ask("/test/pace")["hurried"])
+
+    def ask(self, path: str, data: bytes | None = None) -> dict[str, Any]:
+        """Return the JSON of a path; with data, post it."""
+        with urlopen(Request(self.issuer + path, data), timeout=30, context=self.tls) as answer:
+            values: dict[str, Any] = json.loads(answer.read())
+            return values
+
+    def _jwks(self) -> str:
+        return json.dumps({"keys": [self.key.as_dict(private=True)]})
 
     def requests(self, path: str) -> int:
         """Return how often a path was asked for."""
-        return int(_json(f"{self.issuer}/test/requests").get(path, 0))
+        return int(self.ask("/test/requests").get(path, 0))
 
     def claims(self, **changed: Any) -> dict[str, Any]:
         """Return the claims of an administrator's ID token; None leaves a claim out."""
@@ -98,7 +139,9 @@ class IdentityProvider:
 
     def sign(self, claims: Mapping[str, Any], **header: Any) -> str:
         """Return a token that this provider's key signs."""
-        token: str = jwt.encode({"alg": "RS256", "kid": "test", **header}, dict(claims), self.key)
+        token: str = jwt.encode(
+            {"alg": "RS256", "kid": self.key.kid, **header}, dict(claims), self.key
+        )
         return token
 
     def stop(self) -> None:
@@ -121,7 +164,8 @@ class User:
         self._provider = provider
         self._name = name
         policy = DefaultCookiePolicy(rfc2965=False)
-        self._opener = build_opener(_Stops, HTTPCookieProcessor(CookieJar(policy)))
+        cookies = HTTPCookieProcessor(CookieJar(policy))
+        self._opener = build_opener(_Stops, cookies, HTTPSHandler(context=provider.tls))
 
     def follow(self, url: str) -> str:
         """Open a page and send its forms until the provider asks nothing more; return where it then sends the user.
@@ -169,8 +213,8 @@ def device_tokens(
 ) -> dict[str, Any]:
     """Return the tokens that a user gets by the device authorization grant."""
     wanted = {"resource": resource} if resource else {}
-    begun = _json(
-        f"{provider.issuer}/device/auth",
+    begun = provider.ask(
+        "/device/auth",
         urlencode({"client_id": client_id, "scope": "openid", **wanted}).encode(),
     )
     User(provider, name).follow(begun["verification_uri_complete"])
@@ -180,15 +224,9 @@ def device_tokens(
         "device_code": begun["device_code"],
         **wanted,
     }
-    return _json(f"{provider.issuer}/token", urlencode(form).encode())
+    return provider.ask("/token", urlencode(form).encode())
 
 
 def _attribute(tag: str, name: str) -> str:
     found = re.search(rf'\b{name}="([^"]*)"', tag)
     return unescape(found[1]) if found else ""
-
-
-def _json(url: str, data: bytes | None = None) -> dict[str, Any]:
-    with urlopen(Request(url, data), timeout=30) as answer:
-        values: dict[str, Any] = json.loads(answer.read())
-        return values

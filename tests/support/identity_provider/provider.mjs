@@ -1,20 +1,24 @@
 // An OpenID Connect provider for tests, on a free loopback port: accounts are whatever name is typed, their roles are
-// set with PUT /test/roles, and GET /test/requests counts what was asked. Prints its issuer when it serves.
+// set with PUT /test/roles, GET /test/requests counts what was asked, PUT /test/keys replaces its keys, and PUT
+// /test/pace makes polls of the device flow that come too early an error. Prints its issuer when it serves. Arguments:
+// folder of its package, lifetime of tokens in seconds, port, keys, and with https {key, cert} in PEM.
 import { createServer } from 'node:http';
+import { createServer as createTlsServer } from 'node:https';
 import { createRequire } from 'node:module';
 import { pathToFileURL } from 'node:url';
 
 const require = createRequire(`${process.argv[2]}/`);
-const { Provider } = await import(pathToFileURL(require.resolve('oidc-provider')));
+const { Provider, errors } = await import(pathToFileURL(require.resolve('oidc-provider')));
 const lifetime = Number(process.argv[3] ?? 3600);
 
 const roles = {};
 const requests = {};
-const server = createServer();
+const tls = process.argv[6] ? JSON.parse(process.argv[6]) : null;
+const server = tls ? createTlsServer(tls) : createServer();
 await new Promise((resolve) => server.listen(Number(process.argv[4] ?? 0), '127.0.0.1', resolve));
-const issuer = `http://127.0.0.1:${server.address().port}`;
+const issuer = `${tls ? 'https' : 'http'}://127.0.0.1:${server.address().port}`;
 
-const provider = new Provider(issuer, {
+const settings = {
   clients: [
     {
       client_id: 'dashboard',
@@ -44,7 +48,6 @@ const provider = new Provider(issuer, {
   claims: { openid: ['sub', 'realm_access'] },
   conformIdTokenClaims: false,
   cookies: { keys: ['test'] },
-  jwks: JSON.parse(process.argv[5]),
   features: {
     deviceFlow: { enabled: true },
     revocation: { enabled: true },
@@ -68,17 +71,51 @@ const provider = new Provider(issuer, {
   pkce: { required: () => true },
   ttl: { IdToken: lifetime, AccessToken: lifetime, DeviceCode: 600, Grant: 3600, Interaction: 3600,
     RefreshToken: 3600, Session: 3600, AuthorizationCode: 60 },
-});
+};
 
-const handle = provider.callback();
+const pace = { interval: 0, hurried: 0, polledAt: 0 };
+async function keepPace(ctx, next) {
+  const isPoll = ctx.path === '/token' && pace.interval > 0;
+  const early = isPoll && Date.now() - pace.polledAt < pace.interval * 1000 - 200;
+  if (isPoll) pace.polledAt = Date.now();
+  if (early || (isPoll && pace.hurried === 0)) {
+    // The first poll is one too early, whenever it comes; RFC 8628 lets the client then wait five seconds more.
+    pace.hurried += 1;
+    pace.interval += early ? 0 : 5;
+    const error = new errors.SlowDown();
+    ctx.status = error.statusCode;
+    ctx.body = { error: error.error, error_description: error.error_description };
+    return;
+  }
+  await next();
+  if (ctx.path === '/device/auth' && pace.interval > 0 && ctx.body) ctx.body.interval = pace.interval;
+}
+
+let handle;
+function serveWith(jwks) {
+  const provider = new Provider(issuer, { ...settings, jwks });
+  provider.use(keepPace);
+  handle = provider.callback();
+}
+serveWith(JSON.parse(process.argv[5]));
+
+function received(request, response, use) {
+  let text = '';
+  request.on('data', (part) => { text += part; });
+  request.on('end', () => { use(JSON.parse(text)); response.end('{}'); });
+}
 server.on('request', (request, response) => {
   const path = request.url.split('?')[0];
   if (path === '/test/requests') {
     response.end(JSON.stringify(requests));
   } else if (path === '/test/roles') {
-    let text = '';
-    request.on('data', (part) => { text += part; });
-    request.on('end', () => { Object.assign(roles, JSON.parse(text)); response.end('{}'); });
+    received(request, response, (values) => Object.assign(roles, values));
+  } else if (path === '/test/keys') {
+    received(request, response, serveWith);
+  } else if (path === '/test/pace' && request.method === 'GET') {
+    response.end(JSON.stringify(pace));
+  } else if (path === '/test/pace') {
+    received(request, response, (values) => Object.assign(pace, values));
   } else {
     requests[path] = (requests[path] ?? 0) + 1;
     handle(request, response);

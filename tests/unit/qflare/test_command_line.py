@@ -59,7 +59,7 @@ def test_a_signal_stops_a_program_whatever_it_interrupts(body: str, code: int) -
 def test_handlers_stand_where_they_are_known_to_take_no_lock() -> None:
     found = {
         path.relative_to(ROOT).as_posix()
-        for package in ("qflare", "qflare_client", "qflare_server")
+        for package in ("qflare", "qflare_client", "qflare_helper", "qflare_server")
         for path in (ROOT / package).rglob("*.py")
         if "signal.signal(" in path.read_text()
     }

@@ -105,7 +105,9 @@ def test_a_failure_is_reported_in_printable_characters() -> None:
     assert text.split("\n")[1] == "p: forged"
 
 
-@pytest.mark.parametrize("module", ["qflare_client", "qflare_client.admin", "qflare_server"])
+@pytest.mark.parametrize(
+    "module", ["qflare_client", "qflare_client.admin", "qflare_helper", "qflare_server"]
+)
 def test_an_uncaught_error_is_shown_in_printable_characters(module: str) -> None:
     script = f"""
         import sys

@@ -1,0 +1,69 @@
+"""Masks: key streams of AES-256-CTR, added to updates in a ring.
+
+The mask of a seed is the key stream under the key HKDF-Expand(seed, "qflare/v1/mask") with a counter that begins at 0,
+read as little-endian integers. Any range of it can be made alone.
+"""
+
+import os
+from typing import Final
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from qflare.crypto.symmetric import SECRET_BYTES, hkdf_expand
+from qflare.tensors import Array
+
+SEED_BYTES: Final = SECRET_BYTES
+"""Length of a seed."""
+
+SLICE_BYTES: Final = 2**18
+"""Bytes of a mask that are made at once; they stay in a second-level cache."""
+
+_LABEL: Final = b"qflare/v1/mask"
+_BLOCK_BYTES: Final = 16
+_ZEROS: Final = bytes(SLICE_BYTES + _BLOCK_BYTES)
+
+
+def new_seed() -> bytes:
+    """Return a random seed, 32 bytes. One seed masks one update."""
+    return os.urandom(SEED_BYTES)
+
+
+class Mask:
+    """Mask of a seed.
+
+    Args:
+        seed: 32 bytes.
+    """
+
+    __slots__ = ("_key",)
+
+    def __init__(self, seed: bytes) -> None:
+        if len(seed) != SEED_BYTES:
+            raise ValueError(f"seed has {len(seed)} bytes, want {SEED_BYTES}")
+        self._key = algorithms.AES(hkdf_expand(seed, _LABEL))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return bytes of the mask.
+
+        Args:
+            offset: 0 or more.
+            length: At most `SLICE_BYTES`.
+        """
+        block, skipped = divmod(offset, _BLOCK_BYTES)
+        mode = modes.CTR(block.to_bytes(_BLOCK_BYTES))
+        stream = Cipher(self._key, mode).encryptor().update(_ZEROS[: skipped + length])
+        return stream[skipped:] if skipped else stream
+
+    def add_to(self, values: Array, first: int) -> None:
+        """Add the mask to elements of a vector, in place, modulo 2^bits.
+
+        Args:
+            values: Unsigned little-endian integers, one dimension.
+            first: Index of the first one in the vector.
+        """
+        step = SLICE_BYTES // values.itemsize
+        for start in range(0, len(values), step):
+            part = values[start : start + step]
+            data = self.read((first + start) * values.itemsize, part.nbytes)
+            np.add(part, np.frombuffer(data, values.dtype), out=part)

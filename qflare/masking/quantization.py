@@ -1,0 +1,131 @@
+"""Quantization of updates to a ring, and back from a sum.
+
+An update's change is clipped to an L2 norm, multiplied by `scale * weight / max_weight` and rounded stochastically:
+`floor(x + u)` with `u` uniform in [0, 1). The error of an element is below one level, and its mean is zero. Negative
+numbers are in two's complement.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from math import isfinite
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qflare.masking.parameters import METRIC_BITS, MaskingParameters
+from qflare.tensors import Array
+
+_LEVELS = 2**METRIC_BITS - 1
+
+
+class Quantizer:
+    """Quantizes the change of one update. Not thread-safe.
+
+    Args:
+        parameters: Of the training session.
+        weight: Weight of the update, 1 to `max_weight`.
+        norm: L2 norm of the change, finite.
+    """
+
+    def __init__(self, parameters: MaskingParameters, weight: int, norm: float) -> None:
+        _check_weight(parameters, weight)
+        if not (isfinite(norm) and norm >= 0):
+            raise ValueError(f"norm: got {norm}, want a finite number")
+        clipped = min(1.0, parameters.clip / norm) if norm else 1.0
+        self._parameters = parameters
+        self._factor = parameters.scale * clipped * (weight / parameters.max_weight)
+        self._random = np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(16))))
+
+    def quantize(self, change: NDArray[np.floating]) -> Array:
+        """Return elements of the change in the ring; shape and order stay.
+
+        Args:
+            change: Finite, one dimension.
+        """
+        scaled = change.astype(np.float64)
+        np.multiply(scaled, self._factor, out=scaled)
+        np.add(scaled, self._random.random(scaled.shape), out=scaled)
+        np.floor(scaled, out=scaled)
+        limit = self._parameters.limit
+        # Rounding of the multiplication may exceed the limit by a level; a sum would then wrap.
+        levels = np.clip(scaled.astype(np.int64), -limit, limit)
+        return levels.view(np.uint64).astype(self._parameters.dtype)
+
+
+def quantize_slots(
+    parameters: MaskingParameters, weight: int, metrics: Mapping[str, float]
+) -> Array:
+    """Return the slots of an update in the ring.
+
+    Args:
+        parameters: Of the training session.
+        weight: 1 to `max_weight`.
+        metrics: Every metric of the parameters; others are ignored.
+
+    Raises:
+        KeyError: A metric is missing.
+    """
+    _check_weight(parameters, weight)
+    digits = _digits(weight, parameters.weight_digits, parameters.digit_bits)
+    for name, bound in parameters.metrics.items():
+        value = _level(metrics[name], bound) * weight
+        digits += _digits(value, parameters.metric_digits, parameters.digit_bits)
+    return np.array(digits, parameters.dtype)
+
+
+def slot_totals(parameters: MaskingParameters, slots: Array) -> tuple[int, dict[str, float]]:
+    """Return the sum of the weights, and the weighted mean of each metric, from the slots of a sum.
+
+    Raises:
+        ValueError: The slots are those of no sum of updates.
+    """
+    numbers = [int(value) for value in slots]
+    if len(numbers) != parameters.slot_count:
+        raise ValueError(f"slots: got {len(numbers)}, want {parameters.slot_count}")
+    weight = _value(numbers[: parameters.weight_digits], parameters.digit_bits)
+    if not 1 <= weight <= parameters.max_cohort * parameters.max_weight:
+        raise ValueError(
+            "the sum of the weights is out of range: an update does not keep the layout"
+        )
+    means = {}
+    start = parameters.weight_digits
+    for name, bound in parameters.metrics.items():
+        value = _value(numbers[start : start + parameters.metric_digits], parameters.digit_bits)
+        start += parameters.metric_digits
+        if value > weight * _LEVELS:
+            raise ValueError(f"metric {name}: its sum is out of range")
+        means[name] = (2 * (value / (weight * _LEVELS)) - 1) * bound
+    return weight, means
+
+
+def mean_change(
+    parameters: MaskingParameters, total: Array, weight_sum: int
+) -> NDArray[np.float64]:
+    """Return the weighted mean of the changes from elements of their sum.
+
+    Args:
+        parameters: Of the training session.
+        total: Elements of the sum in the ring.
+        weight_sum: Sum of the weights, 1 or more.
+    """
+    signed = total.view(f"<i{parameters.itemsize}").astype(np.float64)
+    factor = parameters.max_weight / (parameters.scale * weight_sum)
+    return signed * factor
+
+
+def _check_weight(parameters: MaskingParameters, weight: int) -> None:
+    if not 1 <= weight <= parameters.max_weight:
+        raise ValueError(f"weight: got {weight}, want 1 to {parameters.max_weight}")
+
+
+def _level(value: float, bound: float) -> int:
+    clipped = min(max(value, -bound), bound)
+    return round((clipped / bound + 1) / 2 * _LEVELS)
+
+
+def _digits(value: int, count: int, bits: int) -> list[int]:
+    return [value >> (bits * place) & (2**bits - 1) for place in range(count)]
+
+
+def _value(digits: Sequence[int], bits: int) -> int:
+    return sum(digit << (bits * place) for place, digit in enumerate(digits))

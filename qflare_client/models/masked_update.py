@@ -1,0 +1,117 @@
+"""Masked updates: the change of the weights is quantized, masked, and its seed sealed to the helpers of the task.
+
+A seed masks one payload and is not kept: the payload with its sealed seed is kept until the coordinator settles it, so
+that a repeated upload sends the same bytes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qflare.evidence.unmasking import Masking
+from qflare.masking.masks import SLICE_BYTES, Mask, new_seed
+from qflare.masking.parameters import TENSOR
+from qflare.masking.quantization import Quantizer, quantize_slots
+from qflare.masking.seeds import seal_seed
+from qflare.tensors import Array, Manifest
+from qflare.tensors.vectors import float_count
+from qflare.v1 import security_pb2, training_pb2
+from qflare_client.errors import TrainingFunctionError
+from qflare_client.models.upload import Payload
+
+_PIECE = SLICE_BYTES // 8
+"""Elements of a change that are worked on at once, in float64."""
+
+
+@dataclass(frozen=True)
+class MaskedPayload:
+    """The masked payload of an update, and the seeds of its masks, one for each helper."""
+
+    payload: Payload
+    seeds: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return "MaskedPayload(...)"
+
+
+def mask_update(
+    masking: Masking,
+    manifest: Manifest,
+    arrays: Mapping[str, Array],
+    base: Mapping[str, Array],
+    example_count: int,
+    metrics: Mapping[str, float],
+) -> MaskedPayload:
+    """Quantize and mask an update.
+
+    Args:
+        masking: Required by the task.
+        manifest: Layout of the model.
+        arrays: The trained tensors, finite.
+        base: The tensors of the base version.
+        example_count: Number of local examples.
+        metrics: Metrics by name; those that the task does not name stay on the device.
+
+    Raises:
+        TrainingFunctionError: A value is not finite, or a metric that the task names is missing.
+    """
+    parameters = masking.parameters
+    missing = sorted(parameters.metrics.keys() - metrics.keys())
+    if missing:
+        raise TrainingFunctionError(f"metrics: {missing[0]!r} is missing, which the task requires")
+    weight = min(example_count, parameters.max_weight)
+    norm = _norm(manifest, arrays, base)
+    layout = parameters.manifest(manifest)
+    vector = np.empty(layout.tensors[0].element_count, parameters.dtype)
+    quantizer, position = Quantizer(parameters, weight, norm), 0
+    for piece in _changes(manifest, arrays, base):
+        vector[position : position + len(piece)] = quantizer.quantize(piece)
+        position += len(piece)
+    assert position == float_count(manifest)
+    vector[position:] = quantize_slots(parameters, weight, metrics)
+    seeds = tuple(new_seed() for _ in masking.helpers)
+    for seed in seeds:
+        Mask(seed).add_to(vector, 0)
+    return MaskedPayload(Payload(layout, {TENSOR: vector}), seeds)
+
+
+def seal_seeds(
+    masking: Masking, seeds: tuple[bytes, ...], statement: security_pb2.UpdateStatement
+) -> None:
+    """Complete the statement of a masked update with its sealed seeds.
+
+    Args:
+        masking: Required by the task.
+        seeds: In the order of the helpers.
+        statement: Complete except for masking, key id and signature; changed in place.
+    """
+    statement.kind = training_pb2.UPDATE_KIND_DELTA
+    statement.encoding = training_pb2.ENCODING_MASKED
+    statement.example_count = 1
+    statement.metrics.clear()
+    statement.masking.task_digest = masking.task_digest
+    for helper, seed in zip(masking.helpers, seeds, strict=True):
+        sealed = seal_seed(seed, helper.helper_id, helper.kem_key, statement)
+        statement.masking.seeds.append(sealed)
+
+
+def _changes(
+    manifest: Manifest, arrays: Mapping[str, Array], base: Mapping[str, Array]
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the change of the floating-point tensors in pieces, in the order of the manifest."""
+    for spec in manifest.tensors:
+        if not spec.dtype.is_float:
+            continue
+        trained, origin = arrays[spec.name].reshape(-1), base[spec.name].reshape(-1)
+        for start in range(0, spec.element_count, _PIECE):
+            piece = trained[start : start + _PIECE].astype(np.float64)
+            yield piece - origin[start : start + _PIECE].astype(np.float64)
+
+
+def _norm(manifest: Manifest, arrays: Mapping[str, Array], base: Mapping[str, Array]) -> float:
+    total = sum(float(np.dot(piece, piece)) for piece in _changes(manifest, arrays, base))
+    if not np.isfinite(total):
+        raise TrainingFunctionError("trained arrays: the change is not finite")
+    return float(np.sqrt(total))

@@ -1,0 +1,128 @@
+"""A device's policy for secure aggregation: what a task must require, whatever the coordinator says.
+
+    policy = SecureAggregation(min_cohort=5, helper_key_ids={"3f..."}, metrics={"loss"})
+    client = Client(home="device", secure_aggregation=policy)
+
+A client with a policy refuses every training task that asks for less: one without secure aggregation, one with a
+smaller minimum of updates in a sum, one whose masks would be known to no pinned helper, or one that wants other
+metrics. Its evaluations state one example and only metrics of `evaluation_metrics`, because nothing masks them.
+"""
+
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from qflare.evidence.unmasking import Masking
+from qflare_client import arguments
+from qflare_client.errors import InsufficientTaskError, InvalidArgumentError
+from qflare_client.tasks import Task
+
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_MAX_COHORT: Final = 1_000_000
+
+
+@dataclass(frozen=True)
+class SecureAggregation:
+    """What a device requires of secure aggregation."""
+
+    min_cohort: int
+    """Fewest updates in a sum with this device's, 2 or more."""
+
+    helper_key_ids: Collection[str]
+    """Key ids of trusted helpers, 64 hex digits each, one or more. At least one helper of a task must be among them:
+    one that does not collude with the coordinator suffices."""
+
+    metrics: Collection[str] = frozenset()
+    """Training metrics that may leave the device, masked."""
+
+    evaluation_metrics: Collection[str] = frozenset()
+    """Metrics that may leave the device with evaluations, not masked. Without any, evaluation tasks are refused."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that require nothing.
+
+        Raises:
+            InvalidArgumentError: A field is out of range, or no helper is named.
+        """
+        arguments.whole("min_cohort", self.min_cohort, 2, _MAX_COHORT)
+        for name in ("helper_key_ids", "metrics", "evaluation_metrics"):
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        if not self.helper_key_ids or not all(map(_DIGEST.fullmatch, self.helper_key_ids)):
+            raise InvalidArgumentError("helper_key_ids: want key ids of 64 hex digits, one or more")
+
+    @classmethod
+    def from_file(cls, path: Path | str) -> Self:
+        """Read a policy from a TOML file with the fields of this class.
+
+        Raises:
+            InvalidArgumentError: The file cannot be read, or has an unknown or invalid entry.
+        """
+        path = arguments.path("path", path)
+        try:
+            entries: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise InvalidArgumentError(f"{path} cannot be read: {error}") from error
+        unknown = sorted(entries.keys() - cls.__dataclass_fields__.keys())
+        missing = sorted({"min_cohort", "helper_key_ids"} - entries.keys())
+        if unknown or missing:
+            raise InvalidArgumentError(
+                f"{path}: {'unknown' if unknown else 'missing'} entry {(unknown or missing)[0]}"
+            )
+        return cls(**entries)
+
+    def require(self, task: Task) -> None:
+        """Refuse a training task that asks for less than this policy.
+
+        Raises:
+            InsufficientTaskError: It does; the message says in what.
+        """
+        masking = task.masking
+        if masking is None:
+            raise InsufficientTaskError(
+                "the task has no secure aggregation, which this device requires"
+            )
+        if masking.min_cohort < self.min_cohort:
+            raise InsufficientTaskError(
+                f"the task allows sums of {masking.min_cohort} updates; this device requires {self.min_cohort}"
+            )
+        if not any(helper.helper_id in self.helper_key_ids for helper in masking.helpers):
+            raise InsufficientTaskError("no helper of the task is one that this device trusts")
+        wanted = sorted(masking.parameters.metrics.keys() - set(self.metrics))
+        if wanted:
+            raise InsufficientTaskError(
+                f"the task wants metric {wanted[0][:100]!r}, which may not leave this device"
+            )
+
+    def disclosed(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return those metrics of an evaluation that may leave the device.
+
+        Raises:
+            InsufficientTaskError: None may.
+        """
+        allowed = {
+            name: value for name, value in metrics.items() if name in self.evaluation_metrics
+        }
+        if not allowed:
+            raise InsufficientTaskError("no metric of the evaluation may leave this device")
+        return allowed
+
+
+def require_pinned(masking: Masking | None, helper_key_ids: Collection[str]) -> None:
+    """Refuse a task with secure aggregation whose helpers a bootstrap bundle does not name.
+
+    Raises:
+        InsufficientTaskError: None of them is pinned.
+    """
+    if masking is None or not helper_key_ids:
+        return
+    if not any(helper.helper_id in helper_key_ids for helper in masking.helpers):
+        raise InsufficientTaskError("no helper of the task is one that the bootstrap bundle names")
+
+
+def _texts(name: str, value: object) -> frozenset[str]:
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise InvalidArgumentError(f"{name}: got {type(value).__name__}, want a collection of str")
+    return frozenset(arguments.text(name, item) for item in value)

@@ -1,0 +1,153 @@
+"""gRPC service of a helper: takes requests apart, and turns refusals into statuses.
+
+Errors other than refusals are logged with a traceback and sent as INTERNAL without details.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any, Final, NoReturn
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2
+
+from qflare.v1 import helper_service_pb2 as messages
+from qflare.v1 import helper_service_pb2_grpc
+from qflare_helper import errors
+from qflare_helper.identity import HelperIdentity
+from qflare_helper.ledger import Ledger
+from qflare_helper.unmasking import Unmasking
+
+logger = logging.getLogger(__name__)
+
+DOMAIN: Final = "qflare"
+DETAILS_KEY: Final = "grpc-status-details-bin"
+MAX_CALL_S: Final = 600.0
+"""Longest duration of one call in seconds."""
+
+CODES: Final[dict[type[errors.HelperError], grpc.StatusCode]] = {
+    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UntrustedKeysetError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.PolicyError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.SmallCohortError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.OverlapError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.RolledBackError: grpc.StatusCode.DATA_LOSS,
+    errors.BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.StoreError: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class HelperServicer(helper_service_pb2_grpc.HelperServiceServicer):
+    """Serves one helper.
+
+    Args:
+        identity: Keys of the helper.
+        ledger: Its ledger.
+        unmasking: Answers requests.
+        max_calls: Most requests in progress.
+    """
+
+    def __init__(
+        self, identity: HelperIdentity, ledger: Ledger, unmasking: Unmasking, max_calls: int
+    ) -> None:
+        self._identity = identity
+        self._ledger = ledger
+        self._unmasking = unmasking
+        self._places = threading.BoundedSemaphore(max_calls)
+
+    def GetHelper(  # noqa: N802 - the name of the method
+        self, request: messages.GetHelperRequest, context: grpc.ServicerContext
+    ) -> messages.GetHelperResponse:
+        """Return the document and the counter."""
+        del request
+        try:
+            return messages.GetHelperResponse(
+                document=self._identity.bundle.document, counter=self._ledger.counter()
+            )
+        except errors.HelperError as error:
+            _abort(context, error)
+
+    def Unmask(  # noqa: N802
+        self, request_iterator: Iterator[messages.UnmaskRequest], context: grpc.ServicerContext
+    ) -> Iterator[messages.UnmaskResponse]:
+        """Answer a request."""
+        timer = threading.Timer(MAX_CALL_S, context.cancel)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield from self._answered(request_iterator, context)
+        finally:
+            timer.cancel()
+
+    def _answered(
+        self, parts: Iterator[messages.UnmaskRequest], context: grpc.ServicerContext
+    ) -> Iterator[messages.UnmaskResponse]:
+        if not self._places.acquire(blocking=False):
+            _abort(context, errors.BusyError("too many requests are in progress"))
+        try:
+            yield from self._unmask(parts)
+        except errors.HelperError as error:
+            logger.warning("refused: %s: %s", error.reason, error)
+            _abort(context, error)
+        except grpc.RpcError:
+            raise
+        except Exception as error:
+            if not context.is_active():
+                raise
+            logger.exception("request failed")
+            context.abort(grpc.StatusCode.INTERNAL, "internal error")
+            raise AssertionError from error
+        finally:
+            self._places.release()
+
+    def _unmask(self, parts: Iterator[messages.UnmaskRequest]) -> Iterator[messages.UnmaskResponse]:
+        first = next(parts, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise errors.InvalidRequestError("the first part of a request is its header")
+        try:
+            answer = self._unmasking.answer(first.header, _members(parts))
+        except errors.RefusedMembersError as error:
+            yield _refused(error.reasons)
+            return
+        if answer is None:
+            yield _refused({})
+            return
+        yield messages.UnmaskResponse(
+            answer=messages.UnmaskAnswer(answer=answer.envelope, latest=answer.latest)
+        )
+        for chunk in answer.chunks:
+            yield messages.UnmaskResponse(chunk=chunk)
+
+
+def _members(parts: Iterator[messages.UnmaskRequest]) -> Iterator[messages.UnmaskMember]:
+    for part in parts:
+        if part.WhichOneof("part") != "member":
+            raise errors.InvalidRequestError("after the header of a request come updates")
+        yield part.member
+
+
+def _refused(reasons: dict[str, str]) -> messages.UnmaskResponse:
+    for update_id, reason in reasons.items():
+        logger.warning("update refused: %s: %s", update_id, reason)
+    members = [
+        messages.RefusedMember(update_id=update_id, reason=reason)
+        for update_id, reason in reasons.items()
+    ]
+    return messages.UnmaskResponse(refused=messages.RefusedMembers(members=members))
+
+
+def _abort(context: grpc.ServicerContext, error: errors.HelperError) -> NoReturn:
+    """End a call with the status of a refusal and its reason."""
+    code = CODES[type(error)]
+    text = (
+        "the helper's database cannot be used"
+        if code is grpc.StatusCode.UNAVAILABLE
+        else str(error)
+    )
+    detail: Any = AnyMessage()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
+    status = status_pb2.Status(code=code.value[0], message=text, details=[detail])
+    context.set_trailing_metadata(((DETAILS_KEY, status.SerializeToString()),))
+    context.abort(code, text)
+    raise AssertionError

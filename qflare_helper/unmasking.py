@@ -1,0 +1,404 @@
+"""Answers to coordinators: verifies a request and its updates, and adds up the masks.
+
+A request passes these checks, in this order, before anything is recorded: the keyset follows from the pinned roots and
+is not older than one seen before; request and task are signed by task keys, for this realm, this helper and one round;
+the policy allows the training session; every update is signed by a key that a registrar's receipt or a rotation proves
+to be its device's, and was masked for exactly this task; no device is twice in the set; every seed opens and was not
+used before; there are as many updates as the request says, with the digest that it says, and not too few.
+
+Only then the sum of the masks is computed, the set is recorded, and the answer is sent. Memory is a slice of a mask and
+a hundred bytes per update; the sum is in a temporary file.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from qflare.crypto import merkle
+from qflare.crypto.signing import PublicKey
+from qflare.crypto.symmetric import UnsealError
+from qflare.evidence.device_keys import ProvenKeys
+from qflare.evidence.lineage import contributors_digest
+from qflare.evidence.statements import (
+    StatementError,
+    digest_of,
+    open_task,
+    open_update,
+    require_equal,
+)
+from qflare.evidence.unmasking import (
+    Masking,
+    check_masked_update,
+    masking_of,
+    open_request,
+    sign_answer,
+)
+from qflare.evidence.verification import follow_keysets
+from qflare.masking.masks import SLICE_BYTES, Mask
+from qflare.masking.seeds import open_seed
+from qflare.protocol.constraints import find_violations
+from qflare.protocol.keysets import KeyRole, TrustedKeyset
+from qflare.tensors import CHUNK_BYTES
+from qflare.times import timestamp_of
+from qflare.v1 import helper_service_pb2, security_pb2
+from qflare_helper.errors import (
+    InvalidRequestError,
+    OverlapError,
+    PolicyError,
+    RefusedMembersError,
+    RolledBackError,
+    SmallCohortError,
+    UntrustedKeysetError,
+)
+from qflare_helper.identity import HelperIdentity
+from qflare_helper.ledger import AnsweredSet, Ledger, LedgerMember
+from qflare_helper.policy import Policy, read_policy
+
+MAX_REFUSED: Final = 1000
+"""Most refused updates that a response names; the others are named when the request is repeated."""
+
+_SEED_TAG: Final = b"qflare/v1/used-seed"
+
+Member = helper_service_pb2.UnmaskMember
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A verified update of a set."""
+
+    update_id: str
+    device_id: str
+    digest: str
+    counts: bool
+    seed: bytes | None
+    problem: str = ""
+
+    def ledger_member(self) -> LedgerMember:
+        assert self.seed is not None
+        digest = hashlib.sha256(_SEED_TAG + self.seed).digest()
+        return LedgerMember(self.update_id, self.device_id, digest)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A signed answer, the latest one of this helper, and the sum of the masks in chunks."""
+
+    envelope: security_pb2.SignedEnvelope
+    latest: security_pb2.SignedEnvelope
+    chunks: Iterator[bytes]
+
+
+class Unmasking:
+    """Answers requests. Thread-safe.
+
+    Args:
+        identity: Keys of the helper.
+        ledger: Its ledger.
+        folder: Folder of its policy and of temporary files.
+        max_vector_bytes: Largest masked update.
+    """
+
+    def __init__(
+        self, identity: HelperIdentity, ledger: Ledger, folder: Path, max_vector_bytes: int
+    ) -> None:
+        self._identity = identity
+        self._ledger = ledger
+        self._folder = folder
+        self._max_vector_bytes = max_vector_bytes
+
+    def answer(
+        self, header: helper_service_pb2.UnmaskHeader, members: Iterator[Member]
+    ) -> Answer | None:
+        """Answer a request; None for a request that is only checked.
+
+        Args:
+            header: First part of the request.
+            members: The updates, consumed once.
+
+        Raises:
+            HelperError: A subclass: it is refused.
+        """
+        call = _Call(self._identity, self._ledger, read_policy(self._folder), header)
+        call.check_header()
+        opened = call.open_members(members)
+        size_bytes = call.size_bytes
+        if size_bytes > self._max_vector_bytes:
+            raise PolicyError(
+                f"masked updates have {size_bytes} bytes, want at most {self._max_vector_bytes}"
+            )
+        if header.check_only:
+            return None
+        file, digest = _add_masks(opened, size_bytes, call.masking.parameters.dtype, self._folder)
+        try:
+            envelope = call.record(opened, digest)
+            latest = self._ledger.latest()
+        except BaseException:
+            file.close()
+            raise
+        return Answer(envelope, latest or envelope, _chunks(file))
+
+
+class _Call:
+    """One request being checked."""
+
+    masking: Masking
+    size_bytes: int
+
+    def __init__(
+        self,
+        identity: HelperIdentity,
+        ledger: Ledger,
+        policy: Policy,
+        header: helper_service_pb2.UnmaskHeader,
+    ) -> None:
+        self._identity = identity
+        self._ledger = ledger
+        self._policy = policy
+        self._header = header
+        self._at = datetime.now(UTC)
+        self.size_bytes = 0
+
+    def check_header(self) -> None:
+        """Check keyset, request, task and policy."""
+        trusted, ever = self._follow()
+        realm = self._identity.pinned.realm
+        try:
+            task_keys = trusted.signature_keys(KeyRole.TASK, self._at)
+            self._request = open_request(self._header.request, task_keys, realm)
+            task = open_task(self._header.task, ever[KeyRole.TASK], realm)
+            masking = masking_of(self._header.task)
+            if masking is None:
+                raise StatementError("the task requires no masking")
+            require_equal("task_digest", self._request.task_digest, masking.task_digest)
+            require_equal("helper_id", self._request.helper_id, self._identity.helper_id)
+            for field in ("training_session_id", "round_number"):
+                require_equal(field, getattr(self._request, field), getattr(task, field))
+        except (ValueError, DecodeError) as error:
+            raise InvalidRequestError(f"request: {error}"[:300]) from error
+        _check_constraints(self._request)
+        self.masking = masking
+        self._task = task
+        self._registrars = ever[KeyRole.REGISTRAR]
+        self._policy.require_session(task.training_session_id)
+        self._require_place()
+        self._require_counter()
+
+    def _follow(self) -> tuple[TrustedKeyset, dict[KeyRole, tuple[PublicKey, ...]]]:
+        """Verify the keysets from the pinned roots to the one in force."""
+        header = self._header
+        try:
+            trusted, ever = follow_keysets(
+                TrustedKeyset.bootstrap(self._identity.pinned),
+                header.earlier_keysets,
+                header.keyset,
+                self._at,
+            )
+        except (ValueError, DecodeError) as error:
+            raise UntrustedKeysetError(f"keyset: {error}"[:300]) from error
+        digest = digest_of(header.keyset.keyset.payload)
+        if not self._ledger.require_keyset(trusted.keyset_version, digest):
+            raise UntrustedKeysetError("keyset: it is older than one that was seen before")
+        return trusted, ever
+
+    def _require_place(self) -> None:
+        """Find this helper among those of the task."""
+        ids = [helper.helper_id for helper in self.masking.helpers]
+        if self._identity.helper_id not in ids:
+            raise InvalidRequestError("the task names other helpers")
+        self._place = ids.index(self._identity.helper_id)
+
+    def _require_counter(self) -> None:
+        counter = self._ledger.counter()
+        if self._request.last_counter > counter:
+            raise RolledBackError(
+                f"this helper has given {counter} answers, and the coordinator has seen "
+                f"{self._request.last_counter}: its database was restored from a backup"
+            )
+
+    def open_members(self, members: Iterator[Member]) -> list[_Opened]:
+        """Verify the updates and open their seeds.
+
+        Raises:
+            RefusedMembersError: Some seeds cannot be used.
+            InvalidRequestError: An update does not verify, or the set is not the requested one.
+            SmallCohortError: There are too few.
+            OverlapError: A device is twice in the set.
+        """
+        opened: list[_Opened] = []
+        for member in members:
+            opened.append(self._open(member))
+            if len(opened) > self._request.member_count:
+                raise InvalidRequestError("there are more updates than the request says")
+        self._check_set(opened)
+        self._refuse_unusable(opened)
+        return opened
+
+    def _check_set(self, opened: Sequence[_Opened]) -> None:
+        try:
+            digest = contributors_digest(item.digest for item in opened)
+        except StatementError as error:
+            raise InvalidRequestError(str(error)) from error
+        wanted = (self._request.member_count, self._request.members_digest)
+        if (len(opened), digest) != wanted:
+            raise InvalidRequestError("the updates are not those of the request")
+        least = max(self._policy.min_cohort, self.masking.min_cohort)
+        if sum(item.counts for item in opened) < least:
+            raise SmallCohortError(
+                f"{sum(item.counts for item in opened)} counted updates, want at least {least}"
+            )
+        if len(opened) > self.masking.parameters.max_cohort:
+            raise InvalidRequestError(
+                "there are more updates than the task allows: a sum would wrap"
+            )
+        for field in ("device_id", "update_id"):
+            if len({getattr(item, field) for item in opened}) != len(opened):
+                raise OverlapError(f"{field} is twice in the set")
+
+    def _refuse_unusable(self, opened: Sequence[_Opened]) -> None:
+        reasons = {item.update_id: item.problem for item in opened if item.problem}
+        usable = [item.ledger_member() for item in opened if item.seed is not None]
+        reused = "its seed was used for another update"
+        reasons |= dict.fromkeys(self._ledger.used_seeds(usable), reused)
+        seen: set[bytes] = set()
+        for member in usable:
+            if member.seed_hash in seen:
+                reasons.setdefault(member.update_id, reused)
+            seen.add(member.seed_hash)
+        if reasons:
+            raise RefusedMembersError(dict(list(reasons.items())[:MAX_REFUSED]))
+
+    def _open(self, member: Member) -> _Opened:
+        """Verify one update; a seed that does not open is its problem, everything else the coordinator's."""
+        try:
+            stated = security_pb2.UpdateStatement.FromString(member.statement.payload)
+            keys, shown = self._device_keys(member)
+            statement = open_update(member.statement, keys.get(stated.device_id, stated.key_id))
+            _check_constraints(statement)
+            for field in (
+                "realm",
+                "training_session_id",
+                "round_number",
+                "task_nonce",
+                "base_version",
+                "base_digest",
+            ):
+                require_equal(field, getattr(statement, field), getattr(self._task, field))
+            check_masked_update(statement, self.masking)
+            self._require_size(statement.size_bytes)
+        except (ValueError, DecodeError) as error:
+            raise InvalidRequestError(f"update: {error}"[:300]) from error
+        counts = self._policy.counts(shown)
+        return self._with_seed(statement, digest_of(member.statement.payload), counts=counts)
+
+    def _device_keys(self, member: Member) -> tuple[ProvenKeys, list[str]]:
+        """Prove the keys of a device; return them with their ids."""
+        keys = ProvenKeys(self._identity.pinned.realm, self._registrars)
+        device_ids = {evidence.device_id for evidence in member.device_keys}
+        if len(device_ids) != 1:
+            raise StatementError("an update comes with keys of no device, or of several")
+        return keys, [keys.add(evidence).key.key_id for evidence in member.device_keys]
+
+    def _require_size(self, size_bytes: int) -> None:
+        self.size_bytes = self.size_bytes or size_bytes
+        require_equal("size_bytes", size_bytes, self.size_bytes)
+        if size_bytes < 1 or size_bytes % self.masking.parameters.itemsize:
+            raise StatementError("size_bytes is not that of a masked update")
+
+    def _with_seed(
+        self, statement: security_pb2.UpdateStatement, digest: str, *, counts: bool
+    ) -> _Opened:
+        sealed = statement.masking.seeds[self._place]
+        key = self._identity.kem_keys.get(sealed.kem_key_id)
+        seed, problem = None, ""
+        try:
+            if key is None:
+                problem = "its seed is sealed to a key that this helper no longer has"
+            else:
+                seed = open_seed(sealed, key, statement)
+        except UnsealError:
+            problem = "its seed does not open, or belongs to another update"
+        return _Opened(statement.update_id, statement.device_id, digest, counts, seed, problem)
+
+    def record(self, opened: Sequence[_Opened], mask_digest: str) -> security_pb2.SignedEnvelope:
+        """Record the set and return its answer, the earlier one if it was answered before."""
+        request = self._request
+        wanted = AnsweredSet(
+            request.training_session_id,
+            request.round_number,
+            request.task_digest,
+            request.members_digest,
+        )
+
+        def sign(counter: int, previous_digest: str) -> security_pb2.SignedEnvelope:
+            answer = security_pb2.UnmaskingAnswer(
+                realm=request.realm,
+                training_session_id=request.training_session_id,
+                round_number=request.round_number,
+                helper_id=request.helper_id,
+                task_digest=request.task_digest,
+                members_digest=request.members_digest,
+                member_count=request.member_count,
+                bits=self.masking.parameters.bits,
+                size_bytes=self.size_bytes,
+                mask_digest=mask_digest,
+                counter=counter,
+                previous_digest=previous_digest,
+                counted_member_count=sum(item.counts for item in opened),
+                create_time=timestamp_of(self._at),
+            )
+            return sign_answer(self._identity.signing, answer)
+
+        return self._ledger.record(wanted, [item.ledger_member() for item in opened], sign)
+
+
+def _check_constraints(
+    message: security_pb2.UpdateStatement | security_pb2.UnmaskingRequest,
+) -> None:
+    for violation in find_violations(message):
+        raise InvalidRequestError(f"{violation.field}: {violation.description}"[:300])
+
+
+def _add_masks(
+    opened: Sequence[_Opened], size_bytes: int, dtype: np.dtype[np.unsignedinteger], folder: Path
+) -> tuple[BinaryIO, str]:
+    """Write the sum of the masks to a temporary file; return it with the Merkle root over its chunks."""
+    masks = [Mask(item.seed) for item in opened if item.seed is not None]
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `_chunks` closes it
+    tree = merkle.CompactTree()
+    try:
+        for offset in range(0, size_bytes, CHUNK_BYTES):
+            chunk = _sum_of(masks, offset, min(CHUNK_BYTES, size_bytes - offset), dtype)
+            tree.append(merkle.leaf_hash(chunk))
+            file.write(chunk)
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file, tree.root().hex()
+
+
+def _sum_of(
+    masks: Sequence[Mask], offset: int, length: int, dtype: np.dtype[np.unsignedinteger]
+) -> bytes:
+    """Return bytes of the sum of masks; each slice stays in cache for all of them."""
+    total = np.zeros(length // dtype.itemsize, dtype)
+    step = SLICE_BYTES // dtype.itemsize
+    first = offset // dtype.itemsize
+    for start in range(0, len(total), step):
+        part = total[start : start + step]
+        for mask in masks:
+            mask.add_to(part, first + start)
+    return total.tobytes()
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk

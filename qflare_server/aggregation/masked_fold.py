@@ -1,0 +1,342 @@
+"""The fold of a round with secure aggregation: masked updates are added up in a ring, and the sum is unmasked.
+
+Memory beyond that of an unmasked fold is one vector of the ring. Addition in a ring has no order, so the sum is the
+same whatever the order of the updates. When the round has closed, the helpers of the round's task are asked for the
+sum of the masks, in a thread of their own: a helper that is slow does not delay other rounds. From the unmasked sum
+comes the weighted mean of the changes, which the strategy takes as the one contribution of the round.
+
+Integer tensors keep the values of the base version: which update has the most examples is not known.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+from typing import Any, Final
+
+import numpy as np
+
+from qflare.evidence.lineage import contributors_digest
+from qflare.evidence.statements import StatementError
+from qflare.evidence.unmasking import Masking, masking_of
+from qflare.masking.quantization import mean_change, slot_totals
+from qflare.tensors import CHUNK_BYTES
+from qflare.tensors.manifest import TensorSpec
+from qflare.tensors.vectors import VectorLayout, float_count
+from qflare.v1 import security_pb2
+from qflare_server.aggregation.fold import (
+    AHEAD,
+    RoundFold,
+    Totals,
+    WrittenVersion,
+    stored_payload,
+)
+from qflare_server.aggregation.outcome import with_refusals
+from qflare_server.aggregation.plan import RoundPlan
+from qflare_server.aggregation.unmasking import (
+    HelperRequests,
+    MaskSum,
+    RefusedUpdatesError,
+    answer_digests,
+    check_stored,
+    opened_task,
+)
+from qflare_server.context import Context
+from qflare_server.errors import HelperRefusedError, InvalidUpdateError
+from qflare_server.payloads.reader import PayloadBytes, check_digests
+from qflare_server.storage.payload_records import ReceivedPayload, describe
+from qflare_server.storage.repository import payloads, training_sessions, unmaskings, updates
+from qflare_server.storage.repository.unmaskings import StoredUnmasking
+from qflare_server.storage.repository.updates import AcceptedUpdate
+from qflare_server.strategies import (
+    Contribution,
+    NotEnoughUpdatesError,
+    Outcome,
+    UpdateAssessment,
+)
+from qflare_server.training.masking import is_masked, parameters_of
+from qflare_server.training.reported_metrics import TRAINING
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS: Final = 4
+"""Most sets of updates that helpers are asked for in one round, each smaller than the one before."""
+
+SUM: Final = "sum"
+"""Name of the contribution that the strategy gets."""
+
+Add = Callable[[Any, Any, Any], Any]
+
+
+def open_fold(
+    context: Context,
+    plan: RoundPlan,
+    *,
+    asker: Callable[[], ThreadPoolExecutor] | None = None,
+    **settings: Any,
+) -> RoundFold:
+    """Return the fold of a round.
+
+    Args:
+        context: The coordinator's parts.
+        plan: The round's aggregation plan.
+        asker: Returns the threads that ask helpers; None asks in the caller's thread when the version is written.
+        settings: As of `RoundFold`.
+    """
+    if is_masked(plan.config):
+        return MaskedRoundFold(context, plan, asker=asker, **settings)
+    return RoundFold(context, plan, **settings)
+
+
+class MaskedRoundFold(RoundFold):
+    """Aggregates one round with secure aggregation; not thread-safe.
+
+    Args:
+        context: The coordinator's parts.
+        plan: The round's aggregation plan.
+        asker: Returns the threads that ask helpers; None asks in the caller's thread.
+        settings: As of `RoundFold`.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        plan: RoundPlan,
+        *,
+        asker: Callable[[], ThreadPoolExecutor] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._parameters = parameters_of(plan.config)
+        super().__init__(context, plan, **settings)
+        self._asker = asker
+        self._element_count = float_count(plan.manifest)
+        self._pending: Future[None] | None = None
+        self._stored: Sequence[StoredUnmasking] = ()
+        self._payloads: tuple[ReceivedPayload, ...] = ()
+        self._masking: Masking | None = None
+        self._weight_sum = 0
+        self._means: Mapping[str, float] = {}
+
+    def _begin(self, excluded: Mapping[str, str]) -> None:
+        super()._begin(excluded)
+        count = float_count(self.plan.manifest) + self._parameters.slot_count
+        self._sum = np.zeros(count, self._parameters.dtype)
+        self._digests: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
+
+    def _update_layout(self) -> VectorLayout:
+        return VectorLayout(self._wire)
+
+    @property
+    def unmaskings(self) -> Sequence[StoredUnmasking]:
+        """Answers of the helpers, after `write`."""
+        return self._stored
+
+    @property
+    def extra_payloads(self) -> Sequence[ReceivedPayload]:
+        """Sums of masks that are not stored yet."""
+        return self._payloads
+
+    def _take(self, batch: Sequence[AcceptedUpdate]) -> None:
+        for update in batch:
+            self._fold_in(update, np.add)
+            self._digests[update.update_id] = update.statement_digest
+
+    def _fold_in(self, update: AcceptedUpdate, operation: Add) -> None:
+        """Add an update to the sum, or subtract it."""
+        check_digests(stored_payload(update))
+        source, size_bytes = self._source(update), self._sum.nbytes
+        for offset in range(0, size_bytes, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, size_bytes - offset)
+            self._apply(offset, source.read(offset, length), operation)
+
+    def _apply(self, offset: int, data: Any, operation: Add) -> None:
+        start = offset // self._sum.itemsize
+        values = np.frombuffer(data, self._sum.dtype)
+        part = self._sum[start : start + len(values)]
+        operation(part, values, part)
+
+    def _subtract(self, offset: int, data: Any) -> None:
+        self._apply(offset, data, np.subtract)
+
+    def is_ready(self) -> bool:
+        """Return whether the helpers have answered or failed, which `write` tells; the first call asks them."""
+        if self._asker is None:
+            return True
+        if self._pending is None:
+            self._pending = self._asker().submit(self._ask)
+            self._pending.add_done_callback(lambda _: self._context.wake())
+        return self._pending.done()
+
+    def _ask(self) -> None:
+        """Ask the helpers in a thread of its own, with threads for the writes of a large sum."""
+        with ThreadPoolExecutor(2, "mask-writer") as writers:
+            self._unmask(writers)
+
+    def _unmask(self, executor: ThreadPoolExecutor) -> None:
+        """Unmask the sum with the stored answers of the round or, if there are none, by asking its helpers.
+
+        Raises:
+            NotEnoughUpdatesError: Fewer updates are left than a sum must have.
+        """
+        with self._context.database.read() as session:
+            number, session_id = self.plan.number, self.plan.training_session_id
+            current = training_sessions.get_round(session, session_id, number)
+            stored = unmaskings.of_round(session, session_id, number)
+        if current is None:
+            raise HelperRefusedError("the round is missing")
+        task = opened_task(current.task)
+        self._masking = self._masking_of(task)
+        if stored:
+            self._use_stored(stored)
+        else:
+            at = current.closed_at or self._context.clock()
+            self._ask_until_accepted(executor, task, self._masking, at)
+        self._read_totals()
+
+    def _masking_of(self, task: security_pb2.SignedEnvelope) -> Masking:
+        try:
+            masking = masking_of(task)
+        except StatementError as error:
+            raise HelperRefusedError(f"the signed task of the round: {error}") from error
+        if masking is None or masking.parameters != self._parameters:
+            raise HelperRefusedError("the signed task of the round has another masking")
+        return masking
+
+    def _ask_until_accepted(
+        self,
+        executor: ThreadPoolExecutor,
+        task: security_pb2.SignedEnvelope,
+        masking: Masking,
+        at: datetime,
+    ) -> None:
+        for _ in range(MAX_ATTEMPTS):
+            self._require_cohort()
+            requests = HelperRequests(
+                self._context,
+                executor,
+                self.plan,
+                task,
+                masking,
+                self._digests,
+                self._sum.nbytes,
+                at,
+            )
+            try:
+                answers = requests.ask_all(self._subtract)
+            except RefusedUpdatesError as error:
+                self._leave_out(error.reasons)
+            else:
+                self._keep(answers)
+                return
+        raise HelperRefusedError("helpers refuse other updates each time")
+
+    def _keep(self, answers: Sequence[MaskSum]) -> None:
+        self._stored = [answer.stored(self._refused) for answer in answers]
+        self._payloads = tuple(answer.payload for answer in answers)
+
+    def _use_stored(self, stored: Sequence[StoredUnmasking]) -> None:
+        """Unmask with the answers that the version was made with."""
+        assert self._masking is not None
+        self._leave_out(dict(stored[0].refused))
+        members, plan = contributors_digest(self._digests.values()), self.plan
+        answers = check_stored(
+            stored, self._masking, plan.training_session_id, plan.number, members
+        )
+        for row, answer in zip(stored, answers, strict=True):
+            with self._context.database.read() as session:
+                payload = describe(payloads.get_payload(session, row.payload_id))
+            if (payload.digest, payload.size_bytes) != (answer.mask_digest, self._sum.nbytes):
+                raise HelperRefusedError(f"the sum of helper {answer.helper_id} is another one")
+            source = PayloadBytes(self._context, payload, None, AHEAD)
+            for offset in range(0, self._sum.nbytes, CHUNK_BYTES):
+                length = min(CHUNK_BYTES, self._sum.nbytes - offset)
+                self._subtract(offset, source.read(offset, length))
+        self._stored = stored
+
+    def _require_cohort(self) -> None:
+        least, most = self.plan.config.secure_aggregation.min_cohort, self._parameters.max_cohort
+        if not least <= len(self._digests) <= most:
+            raise NotEnoughUpdatesError(
+                f"secure aggregation needs {least} to {most} updates, got {len(self._digests)}"
+            )
+
+    def _leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Take updates out of the sum again."""
+        wanted, after = set(reasons) & set(self._digests), 0
+        while wanted:
+            with self._context.database.read() as session:
+                batch = updates.accepted_after(
+                    session, self.plan.training_session_id, self.plan.number, after, 64
+                )
+            if not batch:
+                raise NotEnoughUpdatesError("a refused update is missing")
+            after = batch[-1].acceptance_sequence
+            for update in batch:
+                if update.update_id in wanted:
+                    self._fold_in(update, np.subtract)
+                    del self._digests[update.update_id]
+                    self._refused[update.update_id] = reasons[update.update_id]
+                    wanted.discard(update.update_id)
+
+    def _read_totals(self) -> None:
+        try:
+            self._weight_sum, self._means = slot_totals(
+                self._parameters, self._sum[self._element_count :]
+            )
+        except ValueError as error:
+            raise InvalidUpdateError(f"the unmasked sum: {error}") from error
+
+    def write(self, executor: ThreadPoolExecutor, at: datetime) -> WrittenVersion:
+        """Write the version's payload from the unmasked sum, as `RoundFold.write`.
+
+        Raises:
+            NotEnoughUpdatesError: Too few updates are left.
+            HelperUnavailableError: A helper did not answer.
+            HelperRefusedError: A helper refused, or an answer does not verify.
+            InvalidUpdateError: The sum is that of no updates, or leaves the range of the model.
+        """
+        if self._pending is None:
+            self._unmask(executor)
+        else:
+            self._pending.result()
+
+        def read(start: int, stop: int) -> np.ndarray[Any, Any]:
+            return mean_change(self._parameters, self._sum[start:stop], self._weight_sum)
+
+        members = contributors_digest(self._digests.values())
+        self._aggregation.add(Contribution(SUM, self._weight_sum, read, digest=members))
+        return self._write(executor, at)
+
+    def totals(self) -> Totals:
+        """Return the sum of the weights; nothing is known of single updates."""
+        return Totals(example_count=self._weight_sum)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the weighted means of the masked metrics, prefixed `train_`."""
+        return {TRAINING + name: mean for name, mean in sorted(self._means.items())}
+
+    @property
+    def outcome(self) -> Outcome:
+        """Facts of the aggregation; every update in the sum counts alike, because weights are hidden."""
+        inner = self._aggregation.outcome
+        judgements = [
+            UpdateAssessment(update_id, 1.0, 1.0, 1.0)
+            for update_id, _ in self.taken
+            if update_id in self._digests
+        ]
+        judged = Outcome(inner.strategy, tuple(judgements), inner.weight_sum, inner.scalars)
+        order = [update_id for update_id, _ in self.taken]
+        return with_refusals(judged, order, self.refusals | self._refused)
+
+    def unmasking(self) -> security_pb2.ModelUnmasking:
+        """Return the answers as the version's statement names them."""
+        assert self._masking is not None
+        return security_pb2.ModelUnmasking(
+            task_digest=self._masking.task_digest, answer_digests=answer_digests(self._stored)
+        )
+
+    def _integers(self) -> Callable[[TensorSpec], Iterator[bytes]]:
+        return self._integers_from(
+            PayloadBytes(self._context, self.plan.base, None, AHEAD), self.plan.manifest
+        )

@@ -1,0 +1,322 @@
+"""Requests to helpers for secure aggregation: the sum of the masks of a round's updates.
+
+A helper gets the signed task of the round, the signed statement of every update and the evidence of the devices' keys;
+no payload. Its answer is checked against the request, and the sum against the answer, before the sum is used. Updates
+whose seed a helper cannot open are left out, and the request is repeated without them.
+
+With several helpers each of them first checks all updates without an answer: an update that only the last helper
+refuses would otherwise change a set that the others have already answered.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from qflare.evidence.lineage import contributors_digest
+from qflare.evidence.statements import StatementError, digest_of
+from qflare.evidence.unmasking import Helper, Masking, check_answer, open_answer
+from qflare.masking.parameters import DTYPES
+from qflare.tensors import Manifest, TensorSpec
+from qflare.times import timestamp_of
+from qflare.v1 import helper_service_pb2, security_pb2
+from qflare_server.aggregation.plan import RoundPlan
+from qflare_server.context import Context, Helpers
+from qflare_server.errors import HelperRefusedError, HelperUnavailableError, InvalidUpdateError
+from qflare_server.keys.device_identities import key_evidence
+from qflare_server.payloads.writer import PayloadWriter
+from qflare_server.storage.payload_records import ReceivedPayload
+from qflare_server.storage.repository import evidence, unmaskings, updates
+from qflare_server.storage.repository.unmaskings import StoredUnmasking
+
+logger = logging.getLogger(__name__)
+
+BATCH: Final = 64
+MAX_REASON: Final = 200
+
+Request = helper_service_pb2.UnmaskRequest
+Subtract = Callable[[int, bytes], None]
+"""`subtract(offset, data)` subtracts bytes of a sum of masks, at an offset in bytes."""
+
+
+class RefusedUpdatesError(Exception):
+    """A helper cannot use the seeds of some updates.
+
+    Attributes:
+        reasons: Reasons by update id.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(f"{len(reasons)} updates refused")
+        self.reasons = dict(reasons)
+
+
+@dataclass(frozen=True)
+class MaskSum:
+    """Verified answer of one helper, with the written sum of the masks."""
+
+    answer: security_pb2.UnmaskingAnswer
+    envelope: security_pb2.SignedEnvelope
+    payload: ReceivedPayload
+
+    def stored(self, refused: Mapping[str, str]) -> StoredUnmasking:
+        """Return the row of the answer."""
+        return StoredUnmasking(
+            self.answer.helper_id,
+            self.answer.counter,
+            self.envelope.SerializeToString(),
+            self.payload.payload_id,
+            refused,
+        )
+
+
+class HelperRequests:
+    """Requests for one set of updates of a round.
+
+    Args:
+        context: The coordinator's parts.
+        executor: Runs the writes of large payloads.
+        plan: Of the round.
+        task: The round's signed task.
+        masking: What it requires.
+        digests: Statement digests by update id, of the updates in the sum.
+        size_bytes: Size of a masked update.
+        at: When the round closed.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        executor: ThreadPoolExecutor,
+        plan: RoundPlan,
+        task: security_pb2.SignedEnvelope,
+        masking: Masking,
+        digests: Mapping[str, str],
+        size_bytes: int,
+        at: datetime,
+    ) -> None:
+        self._context = context
+        self._executor = executor
+        self._plan = plan
+        self._task = task
+        self._masking = masking
+        self._digests = digests
+        self._size_bytes = size_bytes
+        self._at = at
+
+    def ask_all(self, subtract: Subtract) -> list[MaskSum]:
+        """Ask every helper of the task.
+
+        Args:
+            subtract: Gets each sum while it arrives, before its digest is checked; after an exception everything that
+                it got is worthless.
+
+        Raises:
+            RefusedUpdatesError: No helper has answered; it may be asked again without these updates.
+            HelperUnavailableError: A helper does not answer; the same request may be repeated.
+            HelperRefusedError: A helper refused the set, or an answer does not verify.
+        """
+        helpers = self._masking.helpers
+        if len(helpers) > 1:
+            for helper in helpers:
+                self._call(helper, is_check=True)
+        return [self._ask(helper, subtract) for helper in helpers]
+
+    def _ask(self, helper: Helper, subtract: Subtract) -> MaskSum:
+        request, parts = self._call(helper, is_check=False)
+        first = next(parts, None)
+        if first is None or first.WhichOneof("part") != "answer":
+            raise HelperRefusedError(f"helper {helper.helper_id}: its response has no answer")
+        answer = self._checked(helper, request, first.answer)
+        spec = TensorSpec("mask", DTYPES[answer.bits], (answer.size_bytes * 8 // answer.bits,))
+        writer = PayloadWriter(self._context, self._executor, Manifest((spec,)), self._at)
+        offset = 0
+        try:
+            for part in parts:
+                data = part.chunk
+                if not data or offset + len(data) > answer.size_bytes:
+                    raise HelperRefusedError(f"helper {helper.helper_id}: its sum is too long")
+                subtract(offset, data)
+                writer.feed(data)
+                offset += len(data)
+            payload = writer.finish()
+        except InvalidUpdateError as error:
+            raise HelperRefusedError(f"helper {helper.helper_id}: its sum: {error}") from error
+        if payload.content_digest != answer.mask_digest:
+            raise HelperRefusedError(f"helper {helper.helper_id}: its sum is not what it signed")
+        return MaskSum(answer, first.answer.answer, payload)
+
+    def _call(
+        self, helper: Helper, *, is_check: bool
+    ) -> tuple[security_pb2.UnmaskingRequest, Iterator[helper_service_pb2.UnmaskResponse]]:
+        """Call a helper; for a check, return after its response.
+
+        Raises:
+            RefusedUpdatesError: The helper cannot use some updates.
+        """
+        helpers = self._context.helpers
+        if helpers is None:
+            raise HelperUnavailableError("no helper is known here")
+        request = self._request(helper)
+        parts = helpers.unmask(helper.helper_id, self._parts(helpers, request, is_check=is_check))
+        first = next(parts, None)
+        if first is not None and first.WhichOneof("part") == "refused":
+            reasons = {
+                member.update_id: f"helper: {member.reason}"[:MAX_REASON]
+                for member in first.refused.members
+                if member.update_id in self._digests
+            }
+            for update_id, reason in reasons.items():
+                logger.warning("update refused by a helper: %s: %s", update_id, reason)
+            if reasons:
+                raise RefusedUpdatesError(reasons)
+            if is_check:
+                return request, iter(())
+        return request, _resumed(first, parts)
+
+    def _request(self, helper: Helper) -> security_pb2.UnmaskingRequest:
+        with self._context.database.read() as session:
+            last_counter = unmaskings.last_counter(session, helper.helper_id)
+        return security_pb2.UnmaskingRequest(
+            realm=self._context.config.realm,
+            training_session_id=self._plan.training_session_id,
+            round_number=self._plan.number,
+            helper_id=helper.helper_id,
+            task_digest=self._masking.task_digest,
+            members_digest=contributors_digest(self._digests.values()),
+            member_count=len(self._digests),
+            last_counter=last_counter,
+            create_time=timestamp_of(self._context.clock()),
+        )
+
+    def _checked(
+        self,
+        helper: Helper,
+        request: security_pb2.UnmaskingRequest,
+        response: helper_service_pb2.UnmaskAnswer,
+    ) -> security_pb2.UnmaskingAnswer:
+        """Return a helper's answer, verified.
+
+        Raises:
+            HelperRefusedError: It is not signed by the helper, is for another request, or its counter went back.
+        """
+        try:
+            answer = open_answer(response.answer, helper.key)
+            latest = open_answer(response.latest, helper.key)
+            check_answer(answer, request, self._masking, self._size_bytes)
+        except StatementError as error:
+            raise HelperRefusedError(f"helper {helper.helper_id}: its answer: {error}") from error
+        if latest.counter < max(answer.counter, request.last_counter):
+            raise HelperRefusedError(
+                f"helper {helper.helper_id}: its counter went back from {request.last_counter} to "
+                f"{latest.counter}: its database was restored from a backup"
+            )
+        return answer
+
+    def _parts(
+        self, helpers: Helpers, request: security_pb2.UnmaskingRequest, *, is_check: bool
+    ) -> Iterator[Request]:
+        with self._context.database.read() as session:
+            roots = [_envelope(data) for data in evidence.trust_documents(session, "root")]
+            keysets = [_envelope(data) for data in evidence.trust_documents(session, "keyset")]
+        header = helper_service_pb2.UnmaskHeader(
+            request=helpers.sign_request(request.SerializeToString(deterministic=True)),
+            task=self._task,
+            keyset=security_pb2.KeysetBundle(roots=roots, keyset=keysets[-1] if keysets else None),
+            earlier_keysets=keysets[:-1],
+            check_only=is_check,
+        )
+        yield Request(header=header)
+        yield from (Request(member=member) for member in self._members())
+
+    def _members(self) -> Iterator[helper_service_pb2.UnmaskMember]:
+        """Yield the updates, read in batches."""
+        after, plan = 0, self._plan
+        while True:
+            with self._context.database.read() as session:
+                batch = updates.accepted_after(
+                    session, plan.training_session_id, plan.number, after, BATCH
+                )
+                wanted = [update for update in batch if update.update_id in self._digests]
+                keys = evidence.keys_of(session, {update.device_id for update in wanted})
+            for update in wanted:
+                statement = security_pb2.SignedEnvelope(payload=update.statement or b"")
+                statement.signatures.add().ParseFromString(update.signature or b"")
+                shown = [key_evidence(key) for key in keys if key.device_id == update.device_id]
+                yield helper_service_pb2.UnmaskMember(statement=statement, device_keys=shown)
+            if len(batch) < BATCH:
+                return
+            after = batch[-1].acceptance_sequence
+
+
+def opened_task(
+    task: bytes | None,
+) -> security_pb2.SignedEnvelope:
+    """Return the signed task of a round with secure aggregation.
+
+    Raises:
+        HelperRefusedError: There is none.
+    """
+    try:
+        envelope = security_pb2.SignedEnvelope.FromString(task or b"")
+    except DecodeError as error:
+        raise HelperRefusedError("the signed task of the round is damaged") from error
+    if not envelope.signatures:
+        raise HelperRefusedError("the signed task of the round is missing")
+    return envelope
+
+
+def check_stored(
+    stored: Sequence[StoredUnmasking],
+    masking: Masking,
+    training_session_id: str,
+    round_number: int,
+    members_digest: str,
+) -> list[security_pb2.UnmaskingAnswer]:
+    """Verify the stored answers of a round, and return them in the order of the task's helpers.
+
+    Raises:
+        HelperRefusedError: They are not what the helpers signed for this set.
+    """
+    if len(stored) != len(masking.helpers):
+        raise HelperRefusedError("an answer of a helper is missing")
+    answers = []
+    for row, helper in zip(stored, masking.helpers, strict=True):
+        try:
+            answer = open_answer(security_pb2.SignedEnvelope.FromString(row.answer), helper.key)
+        except (StatementError, DecodeError) as error:
+            raise HelperRefusedError(f"the answer of helper {helper.helper_id}: {error}") from error
+        got = (
+            answer.training_session_id,
+            answer.round_number,
+            answer.task_digest,
+            answer.members_digest,
+        )
+        if got != (training_session_id, round_number, masking.task_digest, members_digest):
+            raise HelperRefusedError(
+                f"the answer of helper {helper.helper_id} is for other updates"
+            )
+        answers.append(answer)
+    return answers
+
+
+def answer_digests(stored: Sequence[StoredUnmasking]) -> list[str]:
+    """Return the digests of signed answers, as a version's statement names them."""
+    return [digest_of(_envelope(row.answer).payload) for row in stored]
+
+
+def _resumed(
+    first: helper_service_pb2.UnmaskResponse | None,
+    parts: Iterator[helper_service_pb2.UnmaskResponse],
+) -> Iterator[helper_service_pb2.UnmaskResponse]:
+    if first is not None:
+        yield first
+        yield from parts
+
+
+def _envelope(data: bytes) -> security_pb2.SignedEnvelope:
+    return security_pb2.SignedEnvelope.FromString(data)

@@ -1,0 +1,196 @@
+"""Rules of secure aggregation in a training session: settings, the masking in tasks, the layout of updates.
+
+`complete_masking` fills in the settings' defaults and refuses what contradicts sums of masked updates: everything that
+reads single updates, and everything that would carry a number of a single device in the clear.
+"""
+
+from typing import Final
+
+from qflare.evidence.statements import StatementError
+from qflare.evidence.unmasking import MAX_HELPER_COUNT, MIN_COHORT, open_helper
+from qflare.masking.parameters import (
+    DEFAULT_BITS,
+    InvalidMaskingError,
+    MaskingParameters,
+)
+from qflare.tensors import Manifest
+from qflare.tensors.encodings import Encoding, wire_manifest
+from qflare.v1 import security_pb2, training_pb2
+from qflare_server.context import Context
+from qflare_server.errors import HelperUnavailableError, InvalidRequestError
+
+MEANS: Final = frozenset({"fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"})
+"""Strategies whose aggregate is a mean of the updates by their weights, which a sum gives."""
+
+_ROOM_BYTES: Final = 16_384
+"""Of a task statement's 65,536 bytes, those left to everything but settings of devices and documents of helpers."""
+
+
+def is_masked(config: training_pb2.TrainingConfig) -> bool:
+    """Return whether a training session has secure aggregation."""
+    return bool(config.secure_aggregation.mode)
+
+
+def max_weight(config: training_pb2.TrainingConfig) -> int:
+    """Return the largest weight of a masked update."""
+    return 1 if config.strategy.uniform_weights else int(config.safeguards.max_example_count)
+
+
+def parameters_of(config: training_pb2.TrainingConfig) -> MaskingParameters:
+    """Return the masking parameters of a complete configuration with secure aggregation."""
+    return MaskingParameters.of(config.secure_aggregation, max_weight(config))
+
+
+def update_manifest(config: training_pb2.TrainingConfig, manifest: Manifest) -> Manifest:
+    """Return the layout of an update of a model on the wire."""
+    if is_masked(config):
+        return parameters_of(config).manifest(manifest)
+    encoding = Encoding.from_number(config.transfer.update_encoding)
+    return wire_manifest(manifest, encoding, config.transfer.top_k_fraction or 1.0)
+
+
+def complete_masking(config: training_pb2.TrainingConfig) -> None:
+    """Fill in the defaults of secure aggregation in a configuration that is complete otherwise.
+
+    Raises:
+        InvalidRequestError: A setting is out of range, or contradicts another one.
+    """
+    policy = config.secure_aggregation
+    if not policy.mode:
+        if policy != training_pb2.SecureAggregationPolicy():
+            raise _refusal(
+                "mode", "got none with other settings, want SECURE_AGGREGATION_MODE_HELPER"
+            )
+        if config.transfer.update_encoding == training_pb2.ENCODING_MASKED:
+            raise _refused(
+                "transfer.update_encoding", "masked updates need secure_aggregation.mode"
+            )
+        return
+    policy.bits = policy.bits or DEFAULT_BITS
+    policy.max_cohort = policy.max_cohort or config.rounds.target
+    policy.min_cohort = policy.min_cohort or config.rounds.quorum
+    _check_cohort(config)
+    _check_contradictions(config)
+    _check_names(policy)
+    try:
+        parameters_of(config)
+    except InvalidMaskingError as error:
+        raise InvalidRequestError(
+            f"secure_aggregation.{error}", field=f"config.secure_aggregation.{error.field}"
+        ) from error
+    config.transfer.update_kind = training_pb2.UPDATE_KIND_DELTA
+    config.transfer.update_encoding = training_pb2.ENCODING_MASKED
+
+
+def _check_cohort(config: training_pb2.TrainingConfig) -> None:
+    policy, rounds = config.secure_aggregation, config.rounds
+    if not MIN_COHORT <= policy.min_cohort <= rounds.quorum:
+        raise _refusal(
+            "min_cohort",
+            f"got {policy.min_cohort}, want {MIN_COHORT} to rounds.quorum {rounds.quorum}: the sum of fewer tells too "
+            "much of each, and a round with a quorum must make a version",
+        )
+    if policy.max_cohort < rounds.target:
+        raise _refusal(
+            "max_cohort",
+            f"got {policy.max_cohort}, want at least rounds.target {rounds.target}: a larger sum would wrap",
+        )
+
+
+def _check_contradictions(config: training_pb2.TrainingConfig) -> None:
+    """Refuse settings that read single updates, or that masked updates cannot have."""
+    transfer, safeguards = config.transfer, config.safeguards
+    if config.strategy.name not in MEANS:
+        raise _refused(
+            "strategy.name",
+            f"{config.strategy.name[:100]} looks at single updates, which secure aggregation hides; it gives only "
+            f"their sum, enough for {', '.join(sorted(MEANS))}",
+        )
+    if transfer.update_encoding not in (training_pb2.ENCODING_NONE, training_pb2.ENCODING_MASKED):
+        raise _refused(
+            "transfer.update_encoding",
+            "masked updates have an encoding of their own, set by secure_aggregation.bits; elements that devices "
+            "select or scale differently cannot be summed under masks",
+        )
+    if transfer.sealed:
+        raise _refused(
+            "transfer.sealed", "sealed payloads are not supported together with secure aggregation"
+        )
+    if safeguards.quarantine_rejections:
+        raise _refused(
+            "safeguards.quarantine_rejections",
+            "counts updates that safeguards reject, which secure aggregation hides",
+        )
+    if not config.strategy.uniform_weights and not safeguards.max_example_count:
+        raise _refused(
+            "safeguards.max_example_count",
+            "empty; state the largest weight of an update, or set strategy.uniform_weights: the scale of masked "
+            "updates depends on it",
+        )
+
+
+def _check_names(policy: training_pb2.SecureAggregationPolicy) -> None:
+    if not 1 <= len({*policy.helpers}) == len(policy.helpers) <= MAX_HELPER_COUNT:
+        raise _refusal(
+            "helpers",
+            f"got {len(policy.helpers)}, want 1 to {MAX_HELPER_COUNT} different helper ids",
+        )
+
+
+def require_helpers(context: Context, config: training_pb2.TrainingConfig) -> None:
+    """Check that this coordinator knows the helpers of a new training session.
+
+    Raises:
+        InvalidRequestError: It does not know one.
+    """
+    if not is_masked(config):
+        return
+    known = {} if context.helpers is None else context.helpers.documents()
+    for helper_id in config.secure_aggregation.helpers:
+        if helper_id not in known:
+            raise _refusal(
+                "helpers",
+                f"helper {helper_id[:64]} is unknown here; put its bundle into the folder that QFLARE_HELPER_DIR names",
+            )
+    parameters, labels = config.device_training.parameters, config.device_training.labels
+    settings = training_pb2.DeviceTraining(parameters=parameters, labels=labels).ByteSize()
+    documents = sum(known[name].ByteSize() for name in config.secure_aggregation.helpers)
+    if settings + documents > 65_536 - _ROOM_BYTES:
+        raise _refusal(
+            "helpers",
+            f"documents of the helpers and device_training take {settings + documents} bytes, want at most "
+            f"{65_536 - _ROOM_BYTES}: a signed task holds both",
+        )
+
+
+def masking_task(
+    context: Context, config: training_pb2.TrainingConfig
+) -> security_pb2.MaskingTask | None:
+    """Return the masking of a round's task; None without secure aggregation.
+
+    Raises:
+        HelperUnavailableError: The bundle of a helper is missing or not usable.
+    """
+    if not is_masked(config):
+        return None
+    known = {} if context.helpers is None else context.helpers.documents()
+    policy = config.secure_aggregation
+    documents = []
+    for helper_id in policy.helpers:
+        if helper_id not in known:
+            raise HelperUnavailableError(f"no bundle of helper {helper_id} in QFLARE_HELPER_DIR")
+        try:
+            helper = open_helper(known[helper_id], context.config.realm)
+        except StatementError as error:
+            raise HelperUnavailableError(f"bundle of helper {helper_id}: {error}") from error
+        assert helper.helper_id == helper_id
+        documents.append(known[helper_id])
+    return security_pb2.MaskingTask(policy=policy, max_weight=max_weight(config), helpers=documents)
+
+
+def _refusal(name: str, reason: str) -> InvalidRequestError:
+    return _refused(f"secure_aggregation.{name}", reason)
+
+
+def _refused(name: str, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name}: {reason}", field=f"config.{name}")

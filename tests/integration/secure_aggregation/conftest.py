@@ -1,0 +1,120 @@
+"""A coordinator with real helper processes, and devices that train by a rule."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+
+from qflare.v1 import training_pb2
+from qflare_client import Client, GlobalModel, NotFoundError
+from qflare_server.keys.setup import bootstrap_bundle
+from tests.integration.conftest import Deployment
+from tests.support.helpers import HelperProcess
+
+TIMEOUT_S: Final = 30
+
+WEIGHTS: Final[dict[str, np.ndarray]] = {
+    "w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4),
+    "steps": np.arange(3, dtype=np.int64),
+    "b": np.zeros(5, np.float64),
+}
+
+
+class SecureDeployment:
+    """A coordinator with helpers.
+
+    Attributes:
+        deployment: The coordinator.
+        helpers: Running helpers.
+    """
+
+    def __init__(self, deployment: Deployment, helpers: list[HelperProcess]) -> None:
+        self.deployment = deployment
+        self.helpers = helpers
+
+    def session(
+        self,
+        quorum: int = 3,
+        rounds: int = 1,
+        *,
+        arrays: dict[str, np.ndarray] | None = None,
+        policy: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> str:
+        """Create and start a training session with secure aggregation; return its id."""
+        settings: dict[str, Any] = {
+            "mode": training_pb2.SECURE_AGGREGATION_MODE_HELPER,
+            "clip": 100.0,
+            "helpers": [helper.helper_id for helper in self.helpers],
+            "metrics": [training_pb2.MaskedMetric(name="loss", bound=10.0)],
+        }
+        config.setdefault("rounds", training_pb2.RoundPolicy(quorum=quorum))
+        config.setdefault("safeguards", training_pb2.SafeguardPolicy(max_example_count=1000))
+        config.setdefault(
+            "transfer",
+            training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL),
+        )
+        return self.deployment.session(
+            WEIGHTS if arrays is None else arrays,
+            total_rounds=rounds,
+            secure_aggregation=training_pb2.SecureAggregationPolicy(**(settings | (policy or {}))),
+            **config,
+        )
+
+
+def trained(arrays: dict[str, np.ndarray], index: int) -> dict[str, np.ndarray]:
+    """Return what device `index` makes of a version."""
+    random = np.random.default_rng(index)
+    return {
+        name: values + random.standard_normal(values.shape).astype(values.dtype)
+        for name, values in arrays.items()
+    }
+
+
+def contribute(client: Client, session_id: str, index: int) -> tuple[dict[str, np.ndarray], Any]:
+    """Let a device take part in the open round; return its change and its receipt."""
+    task = client.get_task(session_id)
+    base = client.download_base(task)
+    arrays = trained(base.arrays, index)
+    receipt = client.submit(task, base, arrays, 100 * (index + 1), {"loss": 0.5 * index, "x": 1.0})
+    change = {name: arrays[name].astype(float) - base.arrays[name] for name in arrays}
+    return change, receipt
+
+
+def wait_for_version(client: Client, session_id: str, version: int) -> GlobalModel:
+    """Return a version once it is published."""
+    end = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        try:
+            return client.download(session_id, version)
+        except NotFoundError:
+            threading.Event().wait(0.02)
+    raise AssertionError("no version was published")
+
+
+@pytest.fixture
+def secure(
+    deploy: Callable[..., Deployment], tmp_path: Path
+) -> Iterator[Callable[..., SecureDeployment]]:
+    """Return a function that starts a coordinator with some helpers."""
+    running: list[HelperProcess] = []
+
+    def start(helper_count: int = 1, min_cohort: int = 2, **settings: Any) -> SecureDeployment:
+        folder = tmp_path / "helpers"
+        deployment = deploy(helper_dir=folder, worker_poll_s=0.02, **settings)
+        pinned = bootstrap_bundle(deployment.coordinator.parts.keys.trust, "localhost:1")
+        helpers = []
+        for index in range(helper_count):
+            helper = HelperProcess(tmp_path / f"helper-{index}", pinned, folder, min_cohort)
+            helper.start()
+            running.append(helper)
+            helpers.append(helper)
+        return SecureDeployment(deployment, helpers)
+
+    yield start
+    for helper in running:
+        helper.stop()
