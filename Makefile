@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all check \
-	audit bench demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
+	audit bench bench-fleet demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -174,12 +174,13 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## lint the files in deploy/
 	$(BIN)/hadolint deploy/docker/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/*.yaml
 	$(BIN)/kubernetes-validate --strict --quiet \
-		$(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/*.yaml))
+		$(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes*/*.yaml))
 	@mkdir -p build/deploy
 	@if command -v kubectl >/dev/null; then \
-		kubectl kustomize deploy/kubernetes >build/deploy/kubernetes.yaml \
-		&& $(BIN)/kubernetes-validate --strict --quiet build/deploy/kubernetes.yaml; \
-	else echo '*** kubectl is not installed: rendering deploy/kubernetes is LEFT OUT.'; fi
+		for base in kubernetes kubernetes-autoscaling; do \
+			kubectl kustomize deploy/$$base >build/deploy/$$base.yaml \
+			&& $(BIN)/kubernetes-validate --strict --quiet build/deploy/$$base.yaml || exit 1; done; \
+	else echo '*** kubectl is not installed: rendering deploy/kubernetes and its autoscaling is LEFT OUT.'; fi
 	@sed 's#/etc/prometheus/#$(CURDIR)/deploy/prometheus/#' deploy/prometheus/prometheus.yaml >build/deploy/prometheus.yaml
 	@export PATH="$$PATH:$(CURDIR)/$(TOOLS)"; if command -v promtool >/dev/null; then \
 		promtool check config build/deploy/prometheus.yaml \
@@ -212,6 +213,9 @@ audit: $(AUDIT_INSTALLED) ## check every pinned dependency for known vulnerabili
 
 bench: $(INSTALLED) ## run the benchmarks and print the table of docs/benchmarks.md
 	$(BIN)/python -m tests.bench
+
+bench-fleet: $(INSTALLED) ## simulate a fleet on two coordinators and PostgreSQL; FLEET_ARGS='--devices 1000000'
+	$(BIN)/python -m tests.bench.fleet $(FLEET_ARGS)
 
 demo: $(INSTALLED) ## ten devices train a model on handwritten digits with a coordinator on SQLite
 	$(BIN)/python examples/digits/demo.py
