@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all check \
-	audit bench demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
+	audit bench bench-fleet demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,7 +57,7 @@ $(AUDIT_INSTALLED): Makefile
 	$(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit==$(PIP_AUDIT_VERSION)'
 	@touch $@
 
-tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.faketime $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## install grpcurl, ghz, SoftHSM, promtool, libfaketime, Chromium and an OpenID Connect provider
+tools: $(TOOLS)/.grpcurl $(TOOLS)/.ghz $(TOOLS)/.softhsm $(TOOLS)/.promtool $(TOOLS)/.faketime $(TOOLS)/.pgbouncer $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## install grpcurl, ghz, SoftHSM, promtool, libfaketime, PgBouncer, Chromium and an OpenID Connect provider
 
 $(TOOLS)/.grpcurl: .ci/tools/go.mod .ci/tools/go.sum
 	$(call go_build,grpcurl,github.com/fullstorydev/grpcurl/cmd/grpcurl)
@@ -98,6 +98,13 @@ $(TOOLS)/.faketime:
 		&& dpkg-deb -x libfaketime_*.deb . && cp usr/lib/*/faketime/libfaketimeMT.so.1 ..; then rm -rf usr; touch ../.faketime; \
 	else echo '*** libfaketime is not available: tests of wrong clocks are LEFT OUT.'; fi
 
+$(TOOLS)/.pgbouncer:
+	@mkdir -p $(TOOLS)/pgbouncer
+	@if command -v pgbouncer >/dev/null || test -x /usr/sbin/pgbouncer; then touch $@; \
+	elif cd $(TOOLS)/pgbouncer && { $(download_pgbouncer) || { apt-get update && $(download_pgbouncer); }; } >apt.log 2>&1 \
+		&& for package in *.deb; do dpkg-deb -x "$$package" . || exit 1; done; then touch ../.pgbouncer; \
+	else echo '*** PgBouncer is not available: testing the coordinator behind it is LEFT OUT.'; fi
+
 # Includes a font and the libraries that this machine lacks. Unpacked only, not installed on the system.
 $(TOOLS)/.chromium:
 	@mkdir -p $(TOOLS)/chromium
@@ -110,6 +117,8 @@ $(TOOLS)/.chromium:
 
 download_chromium = packages=$$(apt-get --simulate --no-install-recommends install chromium-headless-shell \
 	fontconfig-config fonts-inter | awk '$$1 == "Inst" {print $$2}') && test -n "$$packages" && apt-get download $$packages
+
+download_pgbouncer = apt-get download pgbouncer libc-ares2 libevent-2.1-7
 
 # $(1): program, $(2): package. Builds in our own Go module, because its go directive makes TLS offer X25519MLKEM768;
 # `go install PACKAGE@VERSION` would use the directive of the program's module. Without Go, reports what is left out.
@@ -165,12 +174,13 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## lint the files in deploy/
 	$(BIN)/hadolint deploy/docker/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/*.yaml
 	$(BIN)/kubernetes-validate --strict --quiet \
-		$(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/*.yaml))
+		$(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes*/*.yaml))
 	@mkdir -p build/deploy
 	@if command -v kubectl >/dev/null; then \
-		kubectl kustomize deploy/kubernetes >build/deploy/kubernetes.yaml \
-		&& $(BIN)/kubernetes-validate --strict --quiet build/deploy/kubernetes.yaml; \
-	else echo '*** kubectl is not installed: rendering deploy/kubernetes is LEFT OUT.'; fi
+		for base in kubernetes kubernetes-autoscaling; do \
+			kubectl kustomize deploy/$$base >build/deploy/$$base.yaml \
+			&& $(BIN)/kubernetes-validate --strict --quiet build/deploy/$$base.yaml || exit 1; done; \
+	else echo '*** kubectl is not installed: rendering deploy/kubernetes and its autoscaling is LEFT OUT.'; fi
 	@sed 's#/etc/prometheus/#$(CURDIR)/deploy/prometheus/#' deploy/prometheus/prometheus.yaml >build/deploy/prometheus.yaml
 	@export PATH="$$PATH:$(CURDIR)/$(TOOLS)"; if command -v promtool >/dev/null; then \
 		promtool check config build/deploy/prometheus.yaml \
@@ -203,6 +213,9 @@ audit: $(AUDIT_INSTALLED) ## check every pinned dependency for known vulnerabili
 
 bench: $(INSTALLED) ## run the benchmarks and print the table of docs/benchmarks.md
 	$(BIN)/python -m tests.bench
+
+bench-fleet: $(INSTALLED) ## simulate a fleet on two coordinators and PostgreSQL; FLEET_ARGS='--devices 1000000'
+	$(BIN)/python -m tests.bench.fleet $(FLEET_ARGS)
 
 demo: $(INSTALLED) ## ten devices train a model on handwritten digits with a coordinator on SQLite
 	$(BIN)/python examples/digits/demo.py

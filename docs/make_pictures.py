@@ -58,7 +58,7 @@ HERO_SCALE: Final = 1.5
 HERO: Final = """<!doctype html><style>
 body {{ margin: 0; background: linear-gradient(120deg, #dfe8f5, #eef1f6 55%, #e3ecea); }}
 img {{ position: absolute; display: block; box-shadow: 0 14px 44px rgb(23 32 43 / 24%); }}
-.desk {{ left: 36px; top: 36px; width: 1040px; height: 900px; border-radius: 12px; }}
+.desk {{ left: 36px; top: 36px; width: 1040px; height: 940px; border-radius: 12px; }}
 .phone {{ left: 1048px; top: 150px; width: 330px; border: 7px solid #0b0f14; border-radius: 34px; }}
 </style><img class="desk" src="{desk}"><img class="phone" src="{phone}">"""
 
@@ -109,6 +109,7 @@ def take(
     token = deployment.coordinator.use_cases.tokens.issue_admin(
         Caller(), "operator", [Role.VIEWER, Role.AUDITOR]
     ).secret
+    hero(browser, url, token, session_id, target)
     pages = page_paths(deployment, session_id)
     for look, (width, height) in SCREENS.items():
         page = screen(browser, width, height, look)
@@ -120,7 +121,6 @@ def take(
             page.goto(url + path)
             shoot(page, target / f"dashboard-{name}-{look}.png", whole=whole)
         page.context.close()
-    hero(browser, url, token, session_id, target)
 
 
 def page_paths(deployment: Deployment, session_id: str) -> dict[str, str]:
@@ -177,7 +177,7 @@ def save(picture: bytes, path: Path) -> None:
 def hero(browser: Browser, url: str, token: str, session_id: str, target: Path) -> None:
     """Take the picture for the README: the page of a training session on a desktop and on a phone."""
     shown = {}
-    for name, size, look in (("desk", (1040, 900), "light"), ("phone", (330, 700), "dark")):
+    for name, size, look in (("desk", (1040, 940), "light"), ("phone", (330, 700), "dark")):
         page = screen(browser, *size, look, HERO_SCALE)
         page.goto(url)
         log_in(page, token)
@@ -187,7 +187,7 @@ def hero(browser: Browser, url: str, token: str, session_id: str, target: Path) 
         page.wait_for_load_state("networkidle")
         shown[name] = "data:image/png;base64," + b64encode(page.screenshot()).decode()
         page.context.close()
-    page = screen(browser, 1428, 972, "light", HERO_SCALE)
+    page = screen(browser, 1428, 1012, "light", HERO_SCALE)
     page.set_content(HERO.format(**shown), wait_until="load")
     save(page.screenshot(), target / "dashboard-hero.png")
     page.context.close()

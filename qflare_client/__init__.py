@@ -72,6 +72,7 @@ from qflare_client.models.relay import SignedUpdate
 from qflare_client.models.scaffold import Scaffold
 from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
+from qflare_client.pulling import PulledTask
 from qflare_client.rpc.retry import RetryPolicy
 from qflare_client.rpc.tls import Tls
 from qflare_client.secure_aggregation import SecureAggregation
@@ -121,6 +122,7 @@ __all__ = [
     "PrivacyError",
     "ProgressHook",
     "ProxyRefusedError",
+    "PulledTask",
     "QflareClientError",
     "Receipt",
     "RejectedError",

@@ -35,7 +35,7 @@ from qflare.crypto.signing import (
     algorithm_names,
 )
 from qflare.files import private_opener
-from qflare.terminal import LogFormatter, say, show_uncaught
+from qflare.terminal import LogFormatter, printable, say, show_uncaught
 from qflare_client.access.enrollment import enroll, read_bundle
 from qflare_client.client import Client
 from qflare_client.failures import report
@@ -290,7 +290,8 @@ def _enroll(options: argparse.Namespace) -> None:
         algorithm=options.algorithm,
         server_algorithms=options.server_algorithm or ONLINE_ALGORITHMS,
     )
-    say(f"enrolled as {facts.device_id} in realm {facts.realm}")
+    named = f"{printable(facts.device_name)} ({facts.device_id})"
+    say(f"enrolled as {named if facts.device_name else facts.device_id} in realm {facts.realm}")
 
 
 def _rotate(options: argparse.Namespace) -> None:

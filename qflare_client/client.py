@@ -10,7 +10,7 @@ The client handles login, token refresh, retries, resumption and verification; t
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -54,6 +54,7 @@ from qflare_client.models.submission import (
 )
 from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
+from qflare_client.pulling import PulledTask, pull
 from qflare_client.rpc.caller import Calls
 from qflare_client.rpc.lifetime import Lifetime
 from qflare_client.rpc.retry import RetryPolicy
@@ -256,6 +257,30 @@ class Client:
         require_pinned(task.masking, self._login.identity.helper_key_ids)
         if self._secure_aggregation is not None:
             self._secure_aggregation.require(task)
+
+    def tasks(
+        self,
+        training_session_id: str | None = None,
+        *,
+        stop: threading.Event | None = None,
+        patience_s: float = 900.0,
+    ) -> Iterator[PulledTask]:
+        """Return an iterator over training tasks: it waits for each, and ends with the training session.
+
+        Each task has the `arrays` to train from, the settings `config`, and `submit`; a task that is left without a
+        submission is not given again. `qflare_client.run` is the same with a callback.
+
+        Args:
+            training_session_id: Training session; None means any, and then only `stop` ends the iterator.
+            stop: Ends the iterator: pauses and retries immediately, calls in flight after 5 s.
+            patience_s: How long the coordinator may be unreachable before its error is raised, in seconds.
+
+        Raises:
+            InvalidArgumentError: An argument cannot be used.
+            QflareClientError: While iterating: the coordinator refused this device, could not be reached for
+                `patience_s`, or sent something that does not verify.
+        """
+        return pull(self, training_session_id, stop, patience_s)
 
     def download(
         self,

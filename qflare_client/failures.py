@@ -58,6 +58,7 @@ _INSTALL: Final = {
 """Remedies for modules whose package has another name or a smaller variant."""
 
 _BY_FIELD: Final = {
+    "model": "a .safetensors file of arrays that this program supports",
     "config.rounds.quorum": "--quorum N, or --devices N for a majority of N devices",
 }
 """Remedies for fields that have an option on the command line."""

@@ -59,13 +59,19 @@ class ServerConfig:
     """Settings of a coordinator. `from_env` reads them from the environment; command-line flags override them."""
 
     data_dir: Path = Path("qflare-data")
-    """Folder of the SQLite database, the payload file and the key store."""
+    """Folder of the SQLite database, the payloads and the key store."""
     database_url: str = field(default="", repr=False)
     """SQLAlchemy URL, sqlite:///FILE or postgresql://...; empty means an SQLite file in data_dir."""
     database_pool_size: int = 24
     """Connections to the database, 1 to 1000."""
     database_timeout_s: float = 10.0
     """Seconds to wait for a connection, a lock or a commit."""
+    payload_store: str = ""
+    """Where new large payloads are stored: files or database. Empty means files with an SQLite database,
+    database with PostgreSQL. Payloads that exist stay where they are until `qflare-server payloads move`.
+    """
+    payload_dir: Path | None = None
+    """Folder of the payload store files, on a local disk; default: the folder payloads in data_dir."""
     auto_migrate: bool = False
     """Migrate the database schema at startup; an empty SQLite file is always migrated."""
 
@@ -317,6 +323,11 @@ class ServerConfig:
         return " ".join(f"{item.name}={getattr(self, item.name)}" for item in shown)
 
     @property
+    def payload_folder(self) -> Path:
+        """Folder of the payload store `files`."""
+        return self.payload_dir or self.data_dir / "payloads"
+
+    @property
     def accepted_algorithms(self) -> tuple[str, ...]:
         """Accepted signature algorithms of devices."""
         return _listed(self.device_algorithms)
@@ -480,6 +491,7 @@ def _contradictions(config: ServerConfig) -> list[str]:
     if config.workers > 1 and config.listen.startswith(UNIX_SOCKETS):
         problems.append("QFLARE_WORKERS: several workers cannot share a Unix socket, want 1")
     problems += _unknown_algorithms(config)
+    problems += _unknown_store(config)
     problems.extend(_contradictions_of_dashboard(config))
     problems.extend(_contradictions_of_metrics(config))
     problems.extend(_contradictions_of_oidc(config))
@@ -525,6 +537,12 @@ def _unknown_algorithms(config: ServerConfig) -> list[str]:
     if not config.accepted_algorithms:
         problems.append("QFLARE_DEVICE_ALGORITHMS: want one or more")
     return problems
+
+
+def _unknown_store(config: ServerConfig) -> list[str]:
+    if config.payload_store in {"", "files", "database"}:
+        return []
+    return [f"QFLARE_PAYLOAD_STORE: got {config.payload_store!r}, want files or database"]
 
 
 def _contradictions_of_dashboard(config: ServerConfig) -> list[str]:

@@ -10,8 +10,9 @@ from typing import Any, Final, Protocol
 from qflare.crypto.signing import PublicKey
 from qflare.v1 import helper_service_pb2, security_pb2
 from qflare_server.config import ServerConfig
+from qflare_server.errors import PayloadStoreNotConfiguredError
 from qflare_server.storage.database import Database
-from qflare_server.storage.payload_store import PayloadStore
+from qflare_server.storage.payload_store import PayloadStore, StoreCatalog
 
 Clock = Callable[[], datetime]
 """Returns the time in UTC."""
@@ -195,3 +196,32 @@ class Context:
     """Returns the keyset in force; None without server keys."""
     helpers: Helpers | None = None
     """Helpers for secure aggregation; None where there are none, as in commands that only read."""
+    other_stores: Mapping[str, PayloadStore] = field(default_factory=dict)
+    """Payload stores by name that are configured beside `store`, which takes all new payloads."""
+
+    @property
+    def store_names(self) -> frozenset[str]:
+        """Names of the configured payload stores."""
+        return frozenset({self.store.name, *self.other_stores})
+
+    def store_of(self, name: str | None) -> PayloadStore:
+        """Return the payload store of a payload whose row names it.
+
+        Raises:
+            PayloadStoreNotConfiguredError: It is not configured.
+        """
+        if name == self.store.name:
+            return self.store
+        try:
+            return self.other_stores[name or ""]
+        except KeyError:
+            raise PayloadStoreNotConfiguredError(
+                f"the payload store {name} is not configured"
+            ) from None
+
+    @property
+    def stores(self) -> tuple[PayloadStore, ...]:
+        """All open payload stores, the one for new payloads first."""
+        others = self.other_stores
+        opened = others.opened if isinstance(others, StoreCatalog) else others.values()
+        return (self.store, *opened)

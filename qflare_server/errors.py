@@ -345,9 +345,53 @@ class DamagedPayloadError(StorageDamagedError):
 
 
 class StoreUnavailableError(QflareError):
-    """The database cannot be reached."""
+    """The database or the payload store cannot be reached."""
 
     reason = "STORE_UNAVAILABLE"
+
+
+class PayloadStoreNotConfiguredError(StoreUnavailableError):
+    """A payload is in a payload store that the coordinator's settings do not name."""
+
+    reason = "PAYLOAD_STORE_NOT_CONFIGURED"
+
+
+class PayloadStoreMismatchError(QflareError):
+    """A payload store is not the one that the database's rows refer to. Raised at start, never sent over the wire.
+
+    Args:
+        store: Name of the payload store.
+        is_empty: Whether it holds nothing.
+    """
+
+    reason = "PAYLOAD_STORE_MISMATCH"
+
+    def __init__(self, store: str, *, is_empty: bool) -> None:
+        what = "lacks the payloads of this database" if is_empty else "belongs to another database"
+        super().__init__(f"the payload store {store} {what}")
+        self.remedy = "check QFLARE_PAYLOAD_DIR, and that the disk is mounted"
+
+
+class PayloadStoreConflictError(QflareError):
+    """Another coordinator on the database stores new payloads elsewhere. Raised at start, never sent over the wire.
+
+    Args:
+        store: Payload store of this coordinator.
+        address: Address of the other coordinator.
+        theirs: Its payload store.
+    """
+
+    reason = "PAYLOAD_STORE_CONFLICT"
+
+    def __init__(self, store: str, address: str, theirs: str) -> None:
+        where = f"in {theirs}" if theirs != store else f"in {theirs}, but in another place"
+        super().__init__(
+            f"this coordinator stores payloads in {store}, the one at {address} on the same database {where}"
+        )
+        self.remedy = (
+            "QFLARE_PAYLOAD_STORE=database for coordinators on several machines, the same for all;"
+            " to change it, stop all of them, and wait a minute after a crash"
+        )
 
 
 class IdentityProviderUnavailableError(QflareError):

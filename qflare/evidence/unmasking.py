@@ -106,12 +106,18 @@ def masking_of(envelope: security_pb2.SignedEnvelope) -> Masking | None:
     task = security_pb2.TaskStatement.FromString(envelope.payload)
     masked = task.transfer.update_encoding == training_pb2.ENCODING_MASKED
     if masked != task.HasField("masking"):
-        raise StatementError("a task has masking without masked updates, or the reverse")
+        raise StatementError(
+            "a task has masking without masked updates, or the reverse"
+            "; if a later release made it, upgrade qflare"
+        )
     if not masked:
         return None
     policy = task.masking.policy
     if policy.mode != training_pb2.SECURE_AGGREGATION_MODE_HELPER:
-        raise StatementError(f"secure aggregation: got mode {policy.mode}, want HELPER")
+        raise StatementError(
+            f"secure aggregation: got mode {policy.mode}, want HELPER"
+            "; if a later release made it, upgrade qflare"
+        )
     require_equal("update_kind", task.transfer.update_kind, training_pb2.UPDATE_KIND_DELTA)
     try:
         parameters = MaskingParameters.of_task(task.masking)

@@ -214,8 +214,11 @@ class RegisterResponse(_message.Message):
 
     RECEIPT_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_NAME_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Id of the device, as in the receipt."""
+    device_name: _builtins.str
+    """Name of the device."""
     @_builtins.property
     def receipt(self) -> _security_pb2.SignedEnvelope:
         """An EnrollmentReceipt, signed by the registrar key."""
@@ -225,10 +228,11 @@ class RegisterResponse(_message.Message):
         *,
         receipt: _security_pb2.SignedEnvelope | None = ...,
         device_id: _builtins.str = ...,
+        device_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "receipt", b"receipt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "device_name", b"device_name", "receipt", b"receipt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

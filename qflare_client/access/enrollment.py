@@ -146,16 +146,17 @@ def _enroll(
     bundle: security_pb2.BootstrapBundle,
     profile: device_pb2.DeviceProfile,
 ) -> Identity:
-    envelope, receipt = _exchange(calls, trust, keys, bundle, profile)
+    answer, receipt = _exchange(calls, trust, keys, bundle, profile)
     identity = Identity(
         realm=bundle.realm,
         address=calls.transport.address,
         device_id=receipt.device_id,
         key_rotation_count=receipt.key_rotation_count,
         certificate_authorities=bundle.certificate_authorities,
-        receipt=envelope.SerializeToString().hex(),
+        receipt=answer.receipt.SerializeToString().hex(),
         keys=keys,
         helper_key_ids=tuple(bundle.helper_key_ids),
+        device_name=answer.device_name,
     )
     identity.save(store)
     return identity
@@ -167,7 +168,7 @@ def _exchange(
     keys: DeviceKeys,
     bundle: security_pb2.BootstrapBundle,
     profile: device_pb2.DeviceProfile,
-) -> tuple[security_pb2.SignedEnvelope, security_pb2.EnrollmentReceipt]:
+) -> tuple[messages.RegisterResponse, security_pb2.EnrollmentReceipt]:
     enrollment = DeviceEnrollment(
         realm=bundle.realm,
         enrollment_token=bundle.enrollment_token,
@@ -183,8 +184,6 @@ def _exchange(
     try:
         confirmation = enrollment.confirm(challenge)
         answer = calls.unary(stub.Register, messages.RegisterRequest(confirmation=confirmation))
-        return answer.receipt, enrollment.accept(
-            answer.receipt, trust.signature_keys(KeyRole.REGISTRAR)
-        )
+        return answer, enrollment.accept(answer.receipt, trust.signature_keys(KeyRole.REGISTRAR))
     except HandshakeError as error:
         raise VerificationError(f"enrollment: {error}") from error

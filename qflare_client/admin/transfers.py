@@ -49,7 +49,7 @@ def open_model(source: Path | Mapping[str, Array]) -> InitialModel:
         return InitialModel(manifest, chunks(source, manifest))
     except (InvalidManifestError, InvalidPayloadError) as error:
         name = source if isinstance(source, Path) else "model"
-        raise InvalidRequestError(f"{name}: {error}") from error
+        raise InvalidRequestError(f"{name}: {error}", metadata={"field": "model"}) from error
 
 
 def upload_model(

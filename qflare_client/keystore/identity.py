@@ -91,6 +91,9 @@ class Identity:
     helper_key_ids: tuple[str, ...] = ()
     """Key ids of the helpers for secure aggregation that the bootstrap bundle names; empty for none."""
 
+    device_name: str = ""
+    """Name of the device when it enrolled; for people, not signed. Empty from a coordinator that gave none."""
+
     def save(self, store: KeyStore) -> None:
         """Store the keys, then the public facts.
 
@@ -105,6 +108,7 @@ class Identity:
             "realm": self.realm,
             "address": self.address,
             "device_id": self.device_id,
+            "device_name": self.device_name,
             "key_rotation_count": self.key_rotation_count,
             "certificate_authorities": self.certificate_authorities,
             "receipt": self.receipt,
@@ -136,6 +140,7 @@ class Identity:
                 receipt=str(facts["receipt"]),
                 keys=keys,
                 helper_key_ids=tuple(map(str, facts.get("helper_key_ids", ()))),
+                device_name=str(facts.get("device_name", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise KeyStoreError(f"{store.home / _DOCUMENT} is damaged: {error}") from error

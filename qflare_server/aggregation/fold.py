@@ -61,6 +61,7 @@ from qflare_server.storage.payload_records import (
     Download,
     ReceivedPayload,
     StoredPayload,
+    chunks_of,
     describe,
     seal_of,
 )
@@ -557,6 +558,7 @@ def stored_payload(update: AcceptedUpdate) -> StoredPayload:
         update.chunk_digests,
         update.location == "row",
         seal_of(update.sealed_header, update.sealed_key, None),
+        chunks_of(update.chunks_id, update.store),
     )
 
 

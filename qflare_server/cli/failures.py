@@ -51,6 +51,7 @@ REMEDIES: dict[type[Exception], str] = {
 """Remedies by class; the first match applies, from the most specific to the most general."""
 
 BY_FIELD: dict[str, str] = {
+    "model": "a .safetensors file of arrays that this program supports",
     "reference": "the whole id, or more characters of it",
     "config.rounds.quorum": "--quorum N, or --devices N for a majority of N devices",
 }

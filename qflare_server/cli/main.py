@@ -44,6 +44,7 @@ COMMANDS: Final = {
     "status": "status",
     "registry": "registry",
     "audit": "verify",
+    "payloads": "payloads",
 }
 """Module of each command, in the order of the help text."""
 FLAGS: Final = (

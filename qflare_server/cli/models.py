@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from qflare.command_line import whole
+from qflare.tensors import InvalidPayloadError
+from qflare.tensors.manifest import InvalidManifestError
 from qflare.tensors.safetensors_files import (
+    SafetensorsFile,
     export_safetensors,
     import_safetensors,
     own_metadata,
@@ -17,6 +20,7 @@ from qflare.v1 import admin_service_pb2
 from qflare_server.cli import verify
 from qflare_server.cli.terminal import REFERENCE, caller, progress
 from qflare_server.config import ServerConfig
+from qflare_server.errors import InvalidRequestError
 from qflare_server.serving.application import open_application
 from qflare_server.training.versions import manifest_of
 
@@ -54,9 +58,22 @@ def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def open_model(path: Path) -> SafetensorsFile:
+    """Open a .safetensors file.
+
+    Raises:
+        InvalidRequestError: It is no model, or holds what no model may.
+        OSError: It cannot be read.
+    """
+    try:
+        return import_safetensors(path)
+    except (InvalidManifestError, InvalidPayloadError) as error:
+        raise InvalidRequestError(f"{path}: {error}", field="model") from error
+
+
 def upload_initial_model(initial_models: Any, training_session_id: str, path: Path) -> str:
     """Upload a .safetensors file as version 0 and return its digest."""
-    opened_file = import_safetensors(path)
+    opened_file = open_model(path)
     manifest = opened_file.manifest
     header = admin_service_pb2.InitialModelHeader(
         training_session_id=training_session_id,

@@ -6,11 +6,10 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from qflare.tensors.safetensors_files import import_safetensors
 from qflare.terminal import complain, say
 from qflare.training_settings import add_flags, from_flags
 from qflare.v1 import training_pb2
-from qflare_server.cli.models import upload_initial_model
+from qflare_server.cli.models import open_model, upload_initial_model
 from qflare_server.cli.terminal import REFERENCE, caller
 from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
@@ -91,7 +90,7 @@ def _check(
     """Return the configuration with all defaults but the seed, which is drawn when the training session is created."""
     done = checked(arguments.name, arguments.model_type, wanted)
     if arguments.model is not None:
-        layout = import_safetensors(arguments.model).manifest.to_proto()
+        layout = open_model(arguments.model).manifest.to_proto()
         checked_layout(config, done, layout)
     done.selection.seed = wanted.selection.seed
     return done

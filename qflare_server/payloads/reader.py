@@ -157,10 +157,25 @@ def read_range(context: Context, stored: StoredPayload, first: int, count: int) 
             data = rows.read_data(session, stored.payload_id)
         chunks = [] if data is None else [data][first : first + wanted]
     else:
-        chunks = context.store.read(stored.payload_id, first, wanted)
+        chunks = _read(context, stored.chunks, first, wanted)
+        if len(chunks) != wanted:
+            chunks = _read_moved(context, stored, first, wanted)
     if len(chunks) != wanted:
         raise PayloadPrunedError
     return chunks
+
+
+def _read_moved(context: Context, stored: StoredPayload, first: int, count: int) -> list[bytes]:
+    """Return chunks of a payload that may have been moved to another payload store since its row was read."""
+    with context.database.read() as session:
+        found = rows.chunks_of(session, stored.payload_id)
+    return [] if found == stored.chunks else _read(context, found, first, count)
+
+
+def _read(context: Context, chunks: rows.ChunkSet | None, first: int, count: int) -> list[bytes]:
+    if chunks is None:
+        return []
+    return context.store_of(chunks.store).read(chunks.payload_id, first, count)
 
 
 def read_chunks(context: Context, stored: StoredPayload, first: int = 0) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ thread while the next batch arrives. `payloads.reader` reads payloads back.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 from typing import Final
 
 from qflare.crypto import merkle
@@ -14,12 +15,13 @@ from qflare_server.context import Context
 from qflare_server.errors import (
     ConflictError,
     DigestMismatchError,
+    InvalidRequestError,
     InvalidUpdateError,
 )
 from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.storage.ids import payload_name
 from qflare_server.storage.payload_records import ReceivedPayload, Seal, split_digests
-from qflare_server.storage.payload_store import READ_CHUNKS
+from qflare_server.storage.payload_store import READ_CHUNKS, PayloadStore
 from qflare_server.storage.repository import payloads as rows
 
 TOUCH_SHARE: Final = 0.25  # share of the expiry time after which an upload is touched again
@@ -34,6 +36,7 @@ class Receiver:
         expected: Layout, size and digests of the payload; already checked.
         payload_id: Id of an upload to resume; empty starts a new one.
         first_chunk: Number of chunks already in the payload store.
+        store: Payload store of an upload to resume; None means that of new payloads.
     """
 
     def __init__(
@@ -44,15 +47,18 @@ class Receiver:
         *,
         payload_id: str = "",
         first_chunk: int = 0,
+        store: PayloadStore | None = None,
     ) -> None:
         self._context = context
+        self._store = context.store if store is None else store
         self._executor = executor
         self._expected = expected
-        self._size_bytes = expected.wire_size_bytes
+        self._size_bytes = self._kept_bytes = expected.wire_size_bytes
         self._chunk_count = expected.wire_chunk_count
         self._wanted = split_digests(expected.chunk_digests)
         self._finite = FiniteCheck(expected.manifest, expected.rules)
         self._leaves: list[bytes] = []
+        self._has_lost_chunks = False
         self._batch: list[bytes] = []
         self._batch_bytes = 0
         self._stored = first_chunk
@@ -65,6 +71,23 @@ class Receiver:
         self._resumed_at = self.next_index
 
     @property
+    def chunks(self) -> rows.ChunkSet:
+        """The payload's chunks in the payload store."""
+        return rows.ChunkSet(self.payload_id, self._store.name)
+
+    @property
+    def _store_name(self) -> str | None:
+        return self._store.name if self.is_large else None
+
+    def begin(self, at: datetime) -> None:
+        """Record that the chunks of a payload of the coordinator's own are being written, so that they can be swept."""
+        self._context.database.write(
+            lambda session: rows.begin_upload(
+                session, payload_id=self.payload_id, store=self._store.name, at=at
+            )
+        )
+
+    @property
     def next_index(self) -> int:
         """Index of the next chunk."""
         return len(self._leaves)
@@ -75,13 +98,18 @@ class Receiver:
         return self.next_index == self._chunk_count
 
     def _replay(self, count: int) -> None:
-        """Verify the chunks that an interrupted upload left in the store, without writing them again."""
-        for first in range(0, count, READ_CHUNKS):
-            stored = self._context.store.read(
-                self.payload_id, first, min(READ_CHUNKS, count - first)
-            )
-            for chunk in stored:
-                self._check(len(self._leaves), chunk)
+        """Verify the chunks that an interrupted upload left in the store, without writing them again.
+
+        A crash may have damaged the last ones. The store forgets those, and the device sends them again.
+        """
+        try:
+            for first in range(0, count, READ_CHUNKS):
+                stored = self._store.read(self.payload_id, first, min(READ_CHUNKS, count - first))
+                for chunk in stored:
+                    self._check(len(self._leaves), chunk)
+        except InvalidRequestError:
+            self._store.truncate(self.payload_id, self.next_index)
+        self._has_lost_chunks = self.next_index < count
         self._stored = self.next_index
 
     def add(self, index: int, chunk: bytes) -> None:
@@ -90,9 +118,12 @@ class Receiver:
         Raises:
             InvalidUpdateError: The chunk is out of order, has the wrong size, or holds NaN or infinity.
             DigestMismatchError: The chunk's digest does not match the stated one.
+            ConflictError: The store has lost earlier chunks; the upload can be resumed.
         """
         if index < self._resumed_at:
             return
+        if self._has_lost_chunks and index > self.next_index:
+            raise ConflictError("stored chunks of the upload are damaged; ask where to go on")
         self._check(index, chunk)
         self._keep(chunk)
 
@@ -100,7 +131,8 @@ class Receiver:
         """Add a chunk to the batch, and write the batch if it is full."""
         self._batch.append(chunk)
         self._batch_bytes += len(chunk)
-        full = self._batch_bytes >= self._context.config.upload_batch_bytes
+        batch_bytes = max(self._context.config.upload_batch_bytes, self._store.batch_bytes)
+        full = self._batch_bytes >= batch_bytes
         if self.is_large and (full or self.is_complete):
             self._flush()
 
@@ -139,8 +171,7 @@ class Receiver:
         batch, first = self._batch, self._stored
         self._stored += len(batch)
         self._batch, self._batch_bytes = [], 0
-        append = self._context.store.append
-        self._pending = self._executor.submit(append, self.payload_id, first, batch)
+        self._pending = self._executor.submit(self._store.append, self.payload_id, first, batch)
 
     def _touch(self) -> None:
         """Keep a slow upload from expiring."""
@@ -149,7 +180,7 @@ class Receiver:
         if (at - self._touched_at).total_seconds() > expiry_s * TOUCH_SHARE:
             self._touched_at = at
             self._context.database.write(
-                lambda session: rows.touch_upload(session, self.payload_id, at)
+                lambda session: rows.touch_upload(session, self.chunks, at)
             )
 
     def _wait(self) -> None:
@@ -163,6 +194,7 @@ class Receiver:
         Raises:
             InvalidUpdateError: Chunks are missing.
             DigestMismatchError: The payload is not the one that was stated.
+            ConflictError: The store has lost chunks; the upload can be resumed.
         """
         digest = self._whole_digest()
         seal = self._seal()
@@ -173,6 +205,7 @@ class Receiver:
             chunk_digests=b"".join(self._leaves),
             data=self._last_batch(),
             seal=seal,
+            store=self._store_name,
         )
 
     def _whole_digest(self) -> str:
@@ -181,6 +214,9 @@ class Receiver:
             raise InvalidUpdateError(f"chunks: got {self.next_index}, want {self._chunk_count}")
         digest = merkle.root(self._leaves).hex()
         if self._expected.wire_digest and digest != self._expected.wire_digest:
+            if self._resumed_at and not self._wanted:  # what a crash left may be to blame
+                self._store.truncate(self.payload_id, 0)
+                raise ConflictError("stored chunks of the upload are damaged; send it again")
             raise DigestMismatchError("payload: digest does not match the stated one")
         return digest
 
@@ -197,8 +233,7 @@ class Receiver:
         if not self.is_large:
             return b"".join(self._batch)
         self.keep()
-        if self._context.store.stored_count(self.payload_id) != self._chunk_count:
-            raise ConflictError("chunks of the upload are missing; send it again")
+        self._store.complete(self.payload_id, self._kept_bytes)
         return None
 
     def keep(self) -> None:

@@ -26,6 +26,7 @@ from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.keys import restore_key, store_key, take_key
 from qflare_server.payloads.receiver import Receiver
 from qflare_server.storage.payload_records import ReceivedPayload, Seal
+from qflare_server.storage.payload_store import PayloadStore
 
 
 class OpeningReceiver(Receiver):
@@ -39,6 +40,7 @@ class OpeningReceiver(Receiver):
         first_chunk: Number of chunks already in the payload store.
         stored_key: Stored content key of an upload to resume; empty unwraps the key in the device's header, which
             needs the coordinator's KEM key.
+        store: Payload store of an upload to resume; None means that of new payloads.
 
     Raises:
         InvalidSealError: The header or its wrapped key is invalid, or a stored segment cannot be opened.
@@ -54,6 +56,7 @@ class OpeningReceiver(Receiver):
         payload_id: str = "",
         first_chunk: int = 0,
         stored_key: bytes = b"",
+        store: PayloadStore | None = None,
     ) -> None:
         arrival = expected.sealed
         assert arrival is not None
@@ -67,7 +70,12 @@ class OpeningReceiver(Receiver):
         self._content = PieceHasher()
         self._hashing: Future[None] | None = None
         super().__init__(
-            context, executor, expected, payload_id=payload_id, first_chunk=first_chunk
+            context,
+            executor,
+            expected,
+            payload_id=payload_id,
+            first_chunk=first_chunk,
+            store=store,
         )
         self.stored_key = stored_key or store_key(context, self.payload_id, key)
 
@@ -157,6 +165,7 @@ class SealingReceiver(Receiver):
             chunk_digests=b"".join(self._segments),
             data=self._last_batch(),
             seal=Seal(key.header, stored_key, b"".join(self._leaves)),
+            store=self._store_name,
         )
 
 

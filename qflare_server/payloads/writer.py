@@ -14,7 +14,6 @@ from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.reader import read_chunks
 from qflare_server.payloads.sealed_receiver import receiver_of
 from qflare_server.storage.payload_records import Download, ReceivedPayload, StoredPayload
-from qflare_server.storage.repository import payloads
 
 
 class PayloadWriter:
@@ -31,10 +30,7 @@ class PayloadWriter:
         self._receiver = receiver_of(context, executor, ExpectedPayload(manifest), seal_context)
         self._rest = bytearray()
         if self._receiver.is_large:
-            payload_id = self._receiver.payload_id
-            context.database.write(
-                lambda session: payloads.begin_upload(session, payload_id=payload_id, at=at)
-            )
+            self._receiver.begin(at)
 
     def feed(self, data: bytes) -> None:
         """Add the next bytes.
@@ -142,5 +138,6 @@ def received_chunks(context: Context, received: ReceivedPayload) -> Iterator[byt
         received.digest,
         received.chunk_digests,
         in_row=False,
+        chunks=received.chunks,
     )
     yield from read_chunks(context, stored)

@@ -147,7 +147,12 @@ class Coordinator:
         return f"{'localhost' if host in {'0.0.0.0', '[::]'} else host}:{self.port}"  # noqa: S104
 
     def start(self) -> None:
-        """Serve."""
+        """Serve.
+
+        Raises:
+            PayloadStoreConflictError: Another coordinator on the database stores new payloads elsewhere.
+        """
+        self._housekeeping.join()
         self.observability.start(self.parts.context)
         self._server.start()
         self._worker.start()

@@ -3,18 +3,21 @@
 Maintenance never runs in the thread of a call.
 """
 
+import hashlib
 import logging
+import socket
 import threading
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final, Protocol
 
 from sqlalchemy.orm import Session
 
 import qflare
 from qflare_server.context import Context
-from qflare_server.errors import QflareError
+from qflare_server.errors import PayloadStoreConflictError, QflareError
 from qflare_server.payloads.keys import rewrap
+from qflare_server.storage.payload_store import FILES, PayloadStore
 from qflare_server.storage.repository import (
     device_failures,
     devices,
@@ -23,14 +26,17 @@ from qflare_server.storage.repository import (
     leases,
     tokens,
 )
-from qflare_server.training.retention import prune_ended, sweep
+from qflare_server.training.retention import prune_ended, sweep, sweep_orphans
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
+from qflare_server.use_cases.status import REPLICA_MEMORY_S
 
 logger = logging.getLogger(__name__)
 
 TICK_S: Final = 1.0
 MINUTE_TICKS: Final = 60
+HOUR_TICKS: Final = 3600
+ORPHAN_TICK: Final = 1800
 EXPLAIN_TICKS: Final = 10
 TOKEN_BATCH: Final = 1000
 CALL_MEMORY: Final = timedelta(days=1)
@@ -44,6 +50,16 @@ class SetHealthy(Protocol):
 
     def __call__(self, *, healthy: bool) -> None:
         """Set the state."""
+
+
+def _place_of(store: PayloadStore) -> str:
+    """Return a text that two processes share if they store new payloads in the same place, 32 characters at most.
+
+    A folder counts as shared on one machine only.
+    """
+    host = socket.gethostname() if store.name == FILES else ""
+    digest = hashlib.sha256(f"{store.identity()} {host}".encode()).hexdigest()
+    return f"{store.name} {digest[:16]}"
 
 
 class Maintenance:
@@ -73,6 +89,7 @@ class Maintenance:
         self._replica_id = replica_id
         self._address = address
         self._set_healthy = set_healthy
+        self._payload_store = _place_of(context.store)
         self._started_at = context.clock()
         self._ticks = 0
         self._said: set[tuple[str, ...]] = set()
@@ -114,6 +131,8 @@ class Maintenance:
         if self._ticks % MINUTE_TICKS == 1:
             for chore in (self._expire, self._prune, self._sweep, self._deactivate, self._rewrap):
                 self._attempt(chore)
+        if self._ticks % HOUR_TICKS == ORPHAN_TICK:
+            self._attempt(self._sweep_orphans)
 
     def _attempt(self, chore: Callable[[], None]) -> bool:
         """Run a task; a failed task is retried at its next interval."""
@@ -129,7 +148,8 @@ class Maintenance:
 
     def _check(self) -> None:
         self._context.database.check()
-        self._context.store.check()
+        for store in self._context.stores:
+            store.check()
 
     def _sequence(self) -> None:
         self._sequencer.run_once()
@@ -137,17 +157,38 @@ class Maintenance:
     def _flush(self) -> None:
         self._use_cases.presence.flush(self._context.clock())
 
+    def join(self) -> None:
+        """Record that this process is about to serve.
+
+        Raises:
+            PayloadStoreConflictError: Another coordinator stores new payloads elsewhere.
+        """
+        now = self._context.clock()
+        memory_s = max(REPLICA_MEMORY_S, 3 * self._context.config.last_seen_interval_s)
+        since = now - timedelta(seconds=memory_s)
+
+        def work(session: Session) -> None:
+            others = leases.with_other_stores(session, self._replica_id, self._payload_store, since)
+            if others:
+                theirs = others[0].payload_store.partition(" ")[0]
+                raise PayloadStoreConflictError(self._context.store.name, others[0].address, theirs)
+            self._record(session, now)
+
+        self._context.database.write(work)
+
     def _announce(self) -> None:
         now = self._context.clock()
-        self._context.database.write(
-            lambda session: leases.announce(
-                session,
-                self._replica_id,
-                self._address,
-                qflare.__version__,
-                self._started_at,
-                now,
-            )
+        self._context.database.write(lambda session: self._record(session, now))
+
+    def _record(self, session: Session, now: datetime) -> None:
+        leases.announce(
+            session,
+            self._replica_id,
+            self._address,
+            qflare.__version__,
+            self._payload_store,
+            self._started_at,
+            now,
         )
 
     def _retire(self) -> None:
@@ -182,6 +223,11 @@ class Maintenance:
 
     def _sweep(self) -> None:
         sweep(self._context)
+
+    def _sweep_orphans(self) -> None:
+        count = sweep_orphans(self._context)
+        if count:
+            logger.warning("deleted %d payloads that no row refers to", count)
 
     def _explain(self) -> None:
         """Log what running training sessions wait for, each notice once for as long as it lasts."""

@@ -4,12 +4,14 @@
 
     backup.json               what the backup holds: schema, program, and size and SHA-256 of every file
     database/qflare.db        rows of an SQLite database
-    database/qflare.payloads  large payloads of an SQLite database
+    database/qflare.payloads  large payloads of the store `database` beside an SQLite database
+    payloads/                 large payloads of the store `files`
     database/qflare.dump      a PostgreSQL database, in the custom format of pg_dump
     keys/                     the key folder
 
 A backup appears under its name when it is complete. The rows are one snapshot. Chunks of payloads never change, so they
 are copied after the snapshot that refers to them; if retention deletes some during the copy, a new snapshot is taken.
+Payloads of the store `object` are not copied: a bucket is copied with the tools of its provider, after the backup.
 """
 
 import hashlib
@@ -19,15 +21,15 @@ import shutil
 import sqlite3
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import psycopg2.extensions
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, inspect, text
 
 import qflare
 from qflare.files import make_private_folder, new_file, synchronize_folder
@@ -35,13 +37,22 @@ from qflare.tensors import CHUNK_BYTES
 from qflare_server.config import ServerConfig
 from qflare_server.errors import StorageDamagedError
 from qflare_server.storage.engine import make_engine, normalize_url
-from qflare_server.storage.payload_store import READ_CHUNKS, PayloadFile
+from qflare_server.storage.payload_store import (
+    DATABASE,
+    FILES,
+    MARKER,
+    READ_CHUNKS,
+    PayloadFile,
+    PayloadFolder,
+    PayloadStore,
+)
 from qflare_server.storage.schema import current_revision, is_empty, require_known
 
 FORMAT: Final = 1
 MANIFEST: Final = "backup.json"
 ROWS: Final = "database/qflare.db"
 PAYLOADS: Final = "database/qflare.payloads"
+FOLDER: Final = "payloads"
 DUMP: Final = "database/qflare.dump"
 KEYS: Final = "keys"
 LOGS: Final = ("-wal", "-shm", "-journal")
@@ -161,10 +172,7 @@ def _fill(config: ServerConfig, key_folder: Path, made: Path) -> Manifest:
         for _attempt in range(SNAPSHOT_ATTEMPTS):
             keys = _contents(key_folder)
             at = datetime.now(UTC)
-            if engine.dialect.name == "sqlite":
-                _copy_sqlite(Path(engine.url.database or ""), made, config.database_timeout_s)
-            else:
-                _dump(engine, made / DUMP)
+            _copy_database(config, engine, made)
             if keys == _contents(key_folder):
                 break
         else:
@@ -214,19 +222,20 @@ def _describe(path: Path) -> StoredFile:
     return StoredFile(path.stat().st_size, digest)
 
 
-def _copy_sqlite(source: Path, made: Path, timeout_s: float) -> None:
-    """Copy an SQLite database and the payloads that the copy refers to."""
-    payloads = source.with_suffix(".payloads")
-    if not payloads.exists():
-        raise BackupError(f"{payloads} is missing", "qflare-server restore, of the latest backup")
-    with (
-        closing(PayloadFile(payloads, timeout_s=timeout_s)) as stored,
-        closing(PayloadFile(made / PAYLOADS, timeout_s=timeout_s)) as copies,
-    ):
+def _copy_database(config: ServerConfig, engine: Engine, made: Path) -> None:
+    """Copy a snapshot of the rows, and the payloads in local stores that it refers to."""
+    is_sqlite = engine.dialect.name == "sqlite"
+    with _local_stores(config, engine, made) as stores:
         missing = ""
         for _attempt in range(SNAPSHOT_ATTEMPTS):
-            _copy_rows(source, made / ROWS, timeout_s)
-            missing = _copy_payloads(made / ROWS, stored, copies)
+            if is_sqlite:
+                references = _copy_rows(
+                    Path(engine.url.database or ""), made / ROWS, config.database_timeout_s
+                )
+            else:
+                references = _dump(engine, made / DUMP)
+            _require_stores(config, engine, references, stores)
+            missing = _copy_payloads(references, stores)
             if not missing:
                 break
         else:
@@ -234,8 +243,83 @@ def _copy_sqlite(source: Path, made: Path, timeout_s: float) -> None:
     Path(f"{made / PAYLOADS}-journal").unlink(missing_ok=True)
 
 
-def _copy_rows(source: Path, target: Path, timeout_s: float) -> None:
-    """Write one snapshot of a database into one file, without a write-ahead log."""
+class _Copied(NamedTuple):
+    """A payload store and its copy."""
+
+    original: PayloadStore
+    copy: PayloadStore
+
+
+@contextmanager
+def _local_stores(
+    config: ServerConfig, engine: Engine, made: Path
+) -> Iterator[Mapping[str, _Copied]]:
+    """Open the payload stores on this machine's disks, and an empty copy of each."""
+    stores: dict[str, _Copied] = {}
+    if engine.dialect.name == "sqlite":
+        file = Path(engine.url.database or "").with_suffix(".payloads")
+        timeout_s = config.database_timeout_s
+        if file.exists():
+            stores[DATABASE] = _Copied(
+                PayloadFile(file, timeout_s=timeout_s),
+                PayloadFile(made / PAYLOADS, timeout_s=timeout_s),
+            )
+    folder = config.payload_folder
+    if folder.is_dir():
+        make_private_folder(made / FOLDER)
+        _put(folder / MARKER, made / FOLDER / MARKER)
+        stores[FILES] = _Copied(PayloadFolder(folder), PayloadFolder(made / FOLDER))
+    try:
+        yield stores
+    finally:
+        for store in stores.values():
+            store.original.close()
+            store.copy.close()
+
+
+def _require_stores(
+    config: ServerConfig,
+    engine: Engine,
+    references: Sequence["_Reference"],
+    stores: Mapping[str, _Copied],
+) -> None:
+    """Refuse to back up rows whose payloads should be on a disk of this machine, but are not there."""
+    local = {FILES: config.payload_folder}
+    if engine.dialect.name == "sqlite":
+        local[DATABASE] = Path(engine.url.database or "").with_suffix(".payloads")
+    for name in {each.store for each in references if each.size_bytes is not None} - set(stores):
+        if name in local:
+            remedy = "qflare-server restore, of the latest backup"
+            raise BackupError(f"{local[name]} is missing", remedy)
+
+
+class _Reference(NamedTuple):
+    """Chunks that a snapshot refers to.
+
+    Attributes:
+        payload_id: Payload.
+        store: Payload store.
+        size_bytes: Size of a payload; None for chunks of an unfinished upload.
+    """
+
+    payload_id: str
+    store: str
+    size_bytes: int | None
+
+
+def _references(connection: Connection) -> list[_Reference]:
+    """Return the chunks that the rows refer to; in a schema before payload stores, all are rows."""
+    columns = {column["name"] for column in inspect(connection).get_columns("payloads")}
+    store, chunks_id = ("store", "chunks_id") if "store" in columns else (f"'{DATABASE}'", "id")
+    whole = f"SELECT {chunks_id}, {store}, size_bytes FROM payloads WHERE location = 'store'"  # noqa: S608
+    unfinished = f"SELECT payload_id, {store}, NULL FROM uploads"  # noqa: S608
+    return [
+        _Reference(*row) for query in (whole, unfinished) for row in connection.execute(text(query))
+    ]
+
+
+def _copy_rows(source: Path, target: Path, timeout_s: float) -> list[_Reference]:
+    """Write one snapshot of a database into one file, without a write-ahead log; return what it refers to."""
     target.unlink(missing_ok=True)
     os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     with (
@@ -244,42 +328,50 @@ def _copy_rows(source: Path, target: Path, timeout_s: float) -> None:
     ):
         reader.backup(writer)  # all pages in one step: one snapshot
         writer.execute("PRAGMA journal_mode=DELETE")
+    engine = create_engine(f"sqlite:///{target}", poolclass=NullPool)
+    with engine.connect() as connection:
+        return _references(connection)
 
 
-def _copy_payloads(rows: Path, stored: PayloadFile, copies: PayloadFile) -> str:
+def _copy_payloads(references: Sequence[_Reference], stores: Mapping[str, _Copied]) -> str:
     """Copy the chunks that a snapshot refers to; return the id of a payload that lacks some, empty if none does."""
-    with closing(sqlite3.connect(rows)) as reader:
-        wanted = dict(
-            reader.execute("SELECT id, size_bytes FROM payloads WHERE location = 'store'")
-        )
-        unfinished = [
-            payload_id for (payload_id,) in reader.execute("SELECT payload_id FROM uploads")
-        ]
-    copies.delete([each for each in copies.payload_ids() if each not in wanted])
-    for payload_id, size_bytes in wanted.items():
-        if _copy_payload(payload_id, stored, copies) < -(-size_bytes // CHUNK_BYTES):
-            return str(payload_id)
-    for payload_id in unfinished:
-        _copy_payload(payload_id, stored, copies)
+    wanted = {(each.store, each.payload_id) for each in references if each.size_bytes is not None}
+    for name, (_, copy) in stores.items():
+        copy.delete([each for each in copy.payload_ids() if (name, each) not in wanted])
+    for reference in references:
+        if reference.store not in stores:
+            continue
+        count = _copy_payload(reference.payload_id, *stores[reference.store])
+        if reference.size_bytes is None:
+            continue
+        if count < -(-reference.size_bytes // CHUNK_BYTES):
+            return reference.payload_id
+        stores[reference.store].copy.complete(reference.payload_id, reference.size_bytes)
     return ""
 
 
-def _copy_payload(payload_id: str, stored: PayloadFile, copies: PayloadFile) -> int:
+def _copy_payload(payload_id: str, original: PayloadStore, copy: PayloadStore) -> int:
     """Copy the chunks of a payload that are not copied yet; return how many the copy has."""
-    count = copies.stored_count(payload_id)
-    while chunks := stored.read(payload_id, count, READ_CHUNKS):
-        copies.append(payload_id, count, chunks)
+    count = copy.stored_count(payload_id)
+    while chunks := original.read(payload_id, count, READ_CHUNKS):
+        copy.append(payload_id, count, chunks)
         count += len(chunks)
     return count
 
 
-def _dump(engine: Engine, target: Path) -> None:
-    """Write a snapshot of a PostgreSQL database's schema with pg_dump."""
-    with engine.connect() as connection:
-        schema = connection.execute(text("SELECT quote_ident(current_schema())")).scalar_one()
+def _dump(engine: Engine, target: Path) -> list[_Reference]:
+    """Write a snapshot of a PostgreSQL database's schema with pg_dump; return the chunks outside that it refers to."""
     target.unlink(missing_ok=True)
     options = ("--format=custom", "--no-owner", "--no-privileges", "--no-password")
-    _run(engine, "pg_dump", *options, f"--schema={schema}", f"--file={target}")
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        # The snapshot lasts as long as this transaction, which waits for pg_dump.
+        connection.execute(text("SET LOCAL idle_in_transaction_session_timeout TO 0"))
+        schema = connection.execute(text("SELECT quote_ident(current_schema())")).scalar_one()
+        snapshot = connection.execute(text("SELECT pg_export_snapshot()")).scalar_one()
+        words = (f"--schema={schema}", f"--snapshot={snapshot}", f"--file={target}")
+        references = _references(connection)
+        _run(engine, "pg_dump", *options, *words)
+    return references
 
 
 def _load(engine: Engine, source: Path) -> None:
@@ -341,7 +433,13 @@ def restore(config: ServerConfig, key_folder: Path, source: Path) -> Manifest:
     }
     if manifest.dialect == "sqlite":
         file = Path(url.database or "")
-        places |= {PAYLOADS: file.with_suffix(".payloads"), ROWS: file}
+        places |= {PAYLOADS: file.with_suffix(".payloads")} if PAYLOADS in manifest.files else {}
+        places |= {ROWS: file}
+    places |= {
+        path: config.payload_folder / Path(path).name
+        for path in manifest.files
+        if path.startswith(f"{FOLDER}/")
+    }
     _require_vacant(places, manifest, key_folder)
     if manifest.dialect == "postgresql":
         _require_empty(config)

@@ -19,6 +19,7 @@ from qflare_server.storage.prepared import sqlalchemy_error
 
 IDLE_SINCE: Final = "qflare_idle_since"
 PING_AFTER_S: Final = 30.0
+_IN_MEMORY: Final = ":memory:"
 
 
 def normalize_url(text: str) -> URL:
@@ -29,13 +30,13 @@ def normalize_url(text: str) -> URL:
     """
     try:
         url = make_url(text)
-    except exc.ArgumentError as error:
+    except (exc.ArgumentError, ValueError) as error:  # ValueError: a port that is no number
         raise ValueError("database URL: not a URL") from error
     if url.drivername in {"postgres", "postgresql"}:
         url = url.set(drivername="postgresql+psycopg2")
     if url.drivername not in {"sqlite", "postgresql+psycopg2"}:
         raise ValueError(f"database URL: got {url.drivername}, want sqlite or postgresql")
-    if url.drivername == "sqlite" and not url.database:
+    if url.drivername == "sqlite" and (not url.database or url.database == _IN_MEMORY):
         raise ValueError("database URL: an SQLite database needs a file")
     return url
 
@@ -44,7 +45,7 @@ def make_engine(config: ServerConfig) -> Engine:
     """Build an engine with the settings of its dialect. Does not connect; creates the folder of an SQLite file."""
     url = normalize_url(config.database_url)
     if url.drivername == "sqlite":
-        if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
+        if url.database and not url.database.startswith("file:"):
             make_private_file(Path(url.database))
         engine = create_engine(
             url,

@@ -34,7 +34,7 @@ class Seal:
 
 @dataclass(frozen=True)
 class ReceivedPayload:
-    """A complete, verified payload; `data` is None if its chunks are in the payload store.
+    """A complete, verified payload; `data` is None if its chunks are in the payload store `store`.
 
     Size and digests are those of the stored bytes: of the segments if the payload is sealed.
     """
@@ -45,6 +45,13 @@ class ReceivedPayload:
     chunk_digests: bytes
     data: bytes | None
     seal: Seal | None = None
+    store: str | None = None
+
+    @property
+    def chunks(self) -> rows.ChunkSet:
+        """Its chunks in the payload store; `data` is None."""
+        assert self.store is not None
+        return rows.ChunkSet(self.payload_id, self.store)
 
     @property
     def content_size_bytes(self) -> int:
@@ -75,6 +82,7 @@ def insert_received(session: Session, payloads: Sequence[ReceivedPayload], at: d
             "size_bytes": payload.size_bytes,
             "digest": payload.digest,
             "chunk_digests": payload.chunk_digests,
+            "store": payload.store,
             "data": payload.data,
             **_seal_columns(payload.seal),
             "created_at": at,
@@ -90,9 +98,9 @@ def insert_received(session: Session, payloads: Sequence[ReceivedPayload], at: d
 def _finish_upload(session: Session, payload: ReceivedPayload) -> None:
     """Delete the row of an upload whose chunks are complete, in the transaction that refers to them."""
     chunk_count = len(payload.chunk_digests) // HASH_BYTES
-    if not rows.has_every_chunk(session, payload.payload_id, chunk_count):
+    if not rows.has_every_chunk(session, payload.chunks, chunk_count):
         raise ConflictError("chunks of the upload are missing; send it again")
-    if not rows.finish_upload(session, payload.payload_id):
+    if not rows.finish_upload(session, payload.chunks):
         raise ConflictError("the upload was abandoned; send it again")
 
 
@@ -111,7 +119,10 @@ def _seal_columns(seal: Seal | None) -> Mapping[str, bytes | None]:
 
 @dataclass(frozen=True)
 class StoredPayload:
-    """Reference to a stored payload, sufficient to read it outside a transaction."""
+    """Reference to a stored payload, sufficient to read it outside a transaction.
+
+    `chunks` are its chunks in a payload store; None if they are in its row.
+    """
 
     payload_id: str
     size_bytes: int
@@ -119,6 +130,7 @@ class StoredPayload:
     chunk_digests: bytes
     in_row: bool
     seal: Seal | None = None
+    chunks: rows.ChunkSet | None = None
 
     @property
     def chunk_count(self) -> int:
@@ -141,7 +153,13 @@ def describe(payload: Payload | None) -> StoredPayload:
         payload.chunk_digests,
         payload.location == "row",
         seal_of(payload.sealed_header, payload.sealed_key, payload.content_digests),
+        chunks_of(payload.chunks_id, payload.store),
     )
+
+
+def chunks_of(chunks_id: str | None, store: str | None) -> rows.ChunkSet | None:
+    """Return the chunks of a payload from its columns; None if its bytes are in its row."""
+    return None if chunks_id is None or store is None else rows.ChunkSet(chunks_id, store)
 
 
 def content_digest_of(payload: Payload) -> str:

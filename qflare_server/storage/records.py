@@ -227,6 +227,8 @@ class Payload(NamedTuple):
     digest: str
     chunk_digests: bytes
     location: str
+    store: str | None
+    chunks_id: str | None
     sealed_header: bytes | None
     sealed_key: bytes | None
     content_digests: bytes | None
@@ -270,6 +272,7 @@ class Replica(NamedTuple):
     id: str
     address: str
     version: str
+    payload_store: str
     started_at: datetime
     seen_at: datetime
 

@@ -9,6 +9,7 @@ again.
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from sqlalchemy.orm import Session
@@ -43,8 +44,10 @@ def prune_payloads(context: Context, training_session_id: str) -> None:
         if not due:
             return False
         payloads.mark_pruned(session, [item for item, _ in due], context.clock())
-        for payload_id in (item for item, in_store in due if in_store):
-            payloads.begin_upload(session, payload_id=payload_id, at=payloads.LONG_AGO)
+        for chunks in (item for _, item in due if item is not None):
+            payloads.begin_upload(
+                session, payload_id=chunks.payload_id, store=chunks.store, at=payloads.LONG_AGO
+            )
         return len(due) == PRUNE_BATCH
 
     while context.database.write(work):
@@ -61,23 +64,44 @@ def prune_ended(context: Context) -> None:
 
 
 def sweep(context: Context) -> int:
-    """Delete the chunks of all expired uploads; return the number of uploads."""
+    """Delete the chunks of all expired uploads; return the number of uploads.
+
+    Chunks in a payload store that is not configured stay until it is.
+    """
     before = context.clock() - timedelta(seconds=context.config.upload_expiry_s)
     count = 0
     while True:
         with context.database.read() as session:
-            expired = payloads.expired_uploads(session, before, PRUNE_BATCH)
+            expired = payloads.expired_uploads(session, before, context.store_names, PRUNE_BATCH)
         discard_uploads(context, expired)
         count += len(expired)
         if len(expired) < PRUNE_BATCH:
             return count
 
 
-def discard_uploads(context: Context, payload_ids: Sequence[str]) -> None:
+def discard_uploads(context: Context, uploads: Sequence[payloads.ChunkSet]) -> None:
     """Abandon uploads and delete their chunks at once; after a crash in between, the next sweep deletes them."""
-    if not payload_ids:
+    if not uploads:
         return
-    context.database.write(lambda session: payloads.give_up_uploads(session, payload_ids))
-    for payload_id in payload_ids:
-        context.store.delete([payload_id])
-        context.database.write(partial(payloads.end_upload, payload_id=payload_id))
+    context.database.write(lambda session: payloads.give_up_uploads(session, uploads))
+    for chunks in uploads:
+        if chunks.store in context.store_names:
+            context.store_of(chunks.store).delete([chunks.payload_id])
+            context.database.write(partial(payloads.end_upload, chunks=chunks))
+
+
+def sweep_orphans(context: Context) -> int:
+    """Delete chunks that no row refers to, as after a restore of an earlier database; return the number of payloads.
+
+    Lists every payload store, so it runs rarely.
+    """
+    count = 0
+    for store in context.stores:
+        ids = iter(store.payload_ids())
+        while batch := list(islice(ids, PRUNE_BATCH)):
+            count += context.database.write(
+                partial(payloads.claim_orphans, store=store.name, payload_ids=batch)
+            )
+    if count:
+        sweep(context)
+    return count

@@ -77,7 +77,7 @@ class Overview:
             database=self.database_health(),
             queues=waiting,
             stored=kept,
-            payload_store_bytes=self._context.store.size_bytes(),
+            payload_store_bytes=sum(store.size_bytes() for store in self._context.stores),
             free_bytes=self._free_bytes(),
             device_counts=device_counts,
             session_counts=session_counts,

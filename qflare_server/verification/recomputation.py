@@ -263,6 +263,9 @@ class _ReadingStore:
         """Count chunks; only their digests are needed."""
         self._counts[payload_id] = first_index + len(chunks)
 
+    def complete(self, payload_id: str, size_bytes: int) -> None:
+        """Do nothing: nothing is written."""
+
     def stored_count(self, payload_id: str) -> int:
         """Return the number of chunks counted, or of those stored."""
         written = self._counts.get(payload_id)

@@ -44,6 +44,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "proofs": security.proofs,
     "audit-appends": security.audit_appends,
     "folding": aggregation.folding,
+    "sliced": aggregation.sliced,
     "robust": aggregation.robust,
     "lists": lists.first_pages,
 }

@@ -1,5 +1,6 @@
 """Folding and combining updates: how fast beside memory and numpy, and in how much memory."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from tests.bench.figures import MB, Figure, megabytes, milliseconds, percent, th
 Vectors = list[NDArray[np.float32]]
 RULES = ("median", "trimmed_mean", "krum")
 PEAK_GOAL_BYTES = 500 * MB
+FASTER = 1.5
+"""How many times as fast two threads are as one, at least."""
 REPEATED = 3
 """How often the same bytes are folded as so many updates."""
 NUMPY: dict[str, Callable[[NDArray[np.float32]], object]] = {
@@ -94,6 +97,46 @@ def folding(lab: Laboratory) -> Iterator[Figure]:
                 ">= 30%",
                 bound_s / seconds >= 0.3,
             )
+
+
+def sliced(lab: Laboratory) -> Iterator[Figure]:
+    """FedAvg over updates in memory slice by slice, as of models whose total is not held: two threads beside one."""
+    vectors = _updates(3, lab.times(400, 50) * MB)
+    count, base = vectors[0].size, np.zeros(vectors[0].size, np.float32)
+    strategy = build(StrategyConfig(name="fedavg", quorum=len(vectors)))
+
+    def make(threads: int) -> None:
+        accumulator = Accumulator(
+            strategy, count, _reader(base), thread_count=threads, resident_bytes=0
+        )
+        accumulator.extend(
+            [
+                Contribution(str(number), 100 + number, _hashed(vector), full_weights=True)
+                for number, vector in enumerate(vectors)
+            ]
+        )
+        for _ in accumulator.finish():
+            pass
+
+    seconds = {threads: _best(lab.times(5, 3), partial(make, threads)) for threads in (1, 2)}
+    yield Figure(
+        f"FedAvg by slices, {len(vectors)} x {vectors[0].nbytes / MB:.0f} MB, hashed, two threads",
+        throughput(sum(vector.nbytes for vector in vectors), seconds[2]),
+        f"one thread: {throughput(sum(vector.nbytes for vector in vectors), seconds[1])}",
+        f"{seconds[1] / seconds[2]:.1f} x",
+        ">= 1.5 x",
+        seconds[1] / seconds[2] >= FASTER,
+    )
+
+
+def _hashed(vector: NDArray[np.float32]) -> Reader:
+    """Return a reader that hashes what it reads, as the coordinator does."""
+
+    def read(start: int, stop: int) -> NDArray[np.float32]:
+        hashlib.sha256(vector[start:stop].data).digest()
+        return vector[start:stop]
+
+    return read
 
 
 def robust(lab: Laboratory) -> Iterator[Figure]:

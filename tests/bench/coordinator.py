@@ -131,7 +131,7 @@ class Laboratory:
                 database.close()
             arguments = ("-m", "qflare_server", "serve")
             with ServerProcess(arguments, environment, config.data_dir / "log") as process:
-                yield from _with_administrator(config, process)
+                yield from with_administrator(config, process)
 
     @contextlib.contextmanager
     def sink(self, model_bytes: int = 10_000) -> Iterator[ServerProcess]:
@@ -141,7 +141,8 @@ class Laboratory:
             yield process
 
 
-def _with_administrator(config: ServerConfig, process: ServerProcess) -> Iterator["Coordinator"]:
+def with_administrator(config: ServerConfig, process: ServerProcess) -> Iterator["Coordinator"]:
+    """Yield a running coordinator with its administrator, while its database is open here."""
     database = Database(make_engine(config))
     options = (("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),)
     try:

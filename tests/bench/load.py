@@ -137,6 +137,23 @@ async def _closed_loop(address: str, calls: Sequence[Call], in_flight: int) -> L
         return Latencies(seconds, time.perf_counter() - begun, _refused(opened))
 
 
+def side_by_side(
+    addresses: Sequence[str], calls: Sequence[Sequence[Call]], in_flight: int
+) -> Latencies:
+    """Load several servers at the same time, each with its own calls, so many at once on each."""
+    begun = time.perf_counter()
+    done = asyncio.run(_side_by_side(addresses, calls, in_flight))
+    joined = Latencies.joined(done)
+    return Latencies(joined.seconds, time.perf_counter() - begun, joined.refused_count)
+
+
+async def _side_by_side(
+    addresses: Sequence[str], calls: Sequence[Sequence[Call]], in_flight: int
+) -> list[Latencies]:
+    loops = (_closed_loop(*pair, in_flight) for pair in zip(addresses, calls, strict=True))
+    return list(await asyncio.gather(*loops))
+
+
 def _refused(opened: Sequence[Connection]) -> int:
     return sum(connection.refused_count for connection in opened)
 

@@ -11,6 +11,7 @@ import yaml
 
 import qflare
 from qflare_server.config import ServerConfig
+from qflare_server.serving.observability.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
@@ -115,3 +116,19 @@ def test_no_deployment_dumps_core() -> None:
     assert "LimitCORE=0\n" in (ROOT / "deploy/systemd/qflare.service").read_text()
     assert compose["services"]["coordinator"]["ulimits"] == {"core": 0}
     assert "--ulimit core=0" in (ROOT / "docs/deploy/docker.md").read_text()
+
+
+def test_the_autoscaler_scales_the_deployment_by_a_metric_that_the_coordinator_has() -> None:
+    folder = ROOT / "deploy/kubernetes-autoscaling"
+    scaler = yaml.safe_load((folder / "horizontalpodautoscaler.yaml").read_text())["spec"]
+    base = yaml.safe_load((ROOT / "deploy/kubernetes/deployment.yaml").read_text())
+    overlay = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    resource, pods_metric = scaler["metrics"]
+    name = pods_metric["pods"]["metric"]["name"]
+
+    assert scaler["scaleTargetRef"]["name"] == base["metadata"]["name"]
+    assert scaler["minReplicas"] == base["spec"]["replicas"]
+    assert "path: /spec/replicas" in overlay["patches"][0]["patch"]
+    assert resource["resource"]["name"] == "cpu"
+    assert f"`{name}`" in (ROOT / "docs/observability.md").read_text()
+    assert Metrics().registry.get_sample_value(name) == 0

@@ -40,7 +40,12 @@ class Fleet:
         self._training = [training.take(part) for part in parts]
         self._held_back = [held_back.take(part) for part in tests]
         self.clients = [
-            deployment.device(f"device-{index}", device_type=kind, capabilities={"cores": 4})
+            deployment.device(
+                f"device-{index}",
+                label=f"{kind}-{1 + types[:index].count(kind)}",
+                device_type=kind,
+                capabilities={"cores": 4},
+            )
             for index, kind in enumerate(types)
         ]
 

@@ -47,6 +47,10 @@ def _enums_in(kind: Any, path: str) -> Iterator[str]:
                 yield from _enums_in(SIGNED[inner][0].DESCRIPTOR, f"{inner}.!")
 
 
+ADDED: Final = "GetTask.task.masking"
+"""What most tasks lack, and a later release may state."""
+
+
 class NewerCoordinator(grpc.GenericRpcHandler):
     """Forwards every call; sets one enum field of the answers, named by `path`, to an unknown number.
 
@@ -147,11 +151,14 @@ class NewerCoordinator(grpc.GenericRpcHandler):
             setattr(message, field.name, UNKNOWN)
             self.change_count += 1
             return
-        is_list = not hasattr(getattr(message, field.name), "DESCRIPTOR")
-        if is_list or message.HasField(field.name):
-            found = getattr(message, field.name)
+        found = getattr(message, field.name)
+        is_list = not hasattr(found, "DESCRIPTOR")
+        place = f"{path}.{field.name}"
+        if is_list and not found and place.startswith(ADDED):
+            found.add()
+        if is_list or message.HasField(field.name) or place.startswith(ADDED):
             for one in list(found) if is_list else [found]:
-                self._change(one, f"{path}.{field.name}", names[1:])
+                self._change(one, place, names[1:])
 
     def _sign_again(self, envelope: Any, path: str, names: list[str]) -> None:
         kind, context = SIGNED[path]

@@ -26,10 +26,11 @@ from qflare_server.config import ServerConfig
 from qflare_server.context import Context, StatementSigner
 from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.keys.signature_cache import SignatureCache
+from qflare_server.serving.application import open_stores
 from qflare_server.storage.database import Database
 from qflare_server.storage.group_commit import Work
 from qflare_server.storage.paging import PageRequest
-from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.storage.payload_store import PayloadStore
 from qflare_server.storage.records import GlobalModel, ModelUpdate, Round
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.repository.updates import UpdateReceipt
@@ -129,6 +130,14 @@ class CrashingStore:
         self._inner.append(payload_id, first_index, chunks)
         self._fuse.step()
 
+    def complete(self, payload_id: str, size_bytes: int) -> None:
+        self._fuse.step()
+        self._inner.complete(payload_id, size_bytes)
+        self._fuse.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
     def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
         self._fuse.step()
         return self._inner.read(payload_id, first_index, count)
@@ -213,7 +222,7 @@ class CoordinatorHarness:
         self.database = database
         self.clock = clock
         self.key = key
-        self.store = open_store(config, database) if store is None else store
+        self.store, others = open_stores(config, database) if store is None else (store, {})
         self.executor = ThreadPoolExecutor(4)
         self.woken = threading.Event()
         self.context = Context(
@@ -227,6 +236,7 @@ class CoordinatorHarness:
             decapsulate=lambda _key_id, encapsulation: KEM_KEY.decapsulate(encapsulation),
             signatures=SignatureCache(),
             identities=DeviceIdentities(database, config.realm, OneKeySigner(key)),
+            other_stores=others,
         )
         self.devices = Devices(self.context)
         self.training = Training(self.context)
@@ -239,7 +249,8 @@ class CoordinatorHarness:
     def close(self) -> None:
         """Close what this process has opened; the database is the test's."""
         self.executor.shutdown()
-        self.store.close()
+        for store in self.context.stores:
+            store.close()
 
     def add_devices(self, count: int) -> list[str]:
         names = [f"device-{number}" for number in range(count)]
@@ -371,13 +382,6 @@ def with_quorum(config: training_pb2.TrainingConfig) -> training_pb2.TrainingCon
 def completed(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig:
     """Return a configuration as it is stored, with the quorum of `with_quorum`."""
     return complete(with_quorum(config))
-
-
-def open_store(config: ServerConfig, database: Database) -> PayloadStore:
-    """Open the payload store that belongs to a database."""
-    if not database.is_sqlite:
-        return PayloadTable(database.engine)
-    return PayloadFile(config.data_dir / "test.payloads", timeout_s=config.database_timeout_s)
 
 
 def vector(value: float, size: int = 3) -> dict[str, np.ndarray[Any, Any]]:

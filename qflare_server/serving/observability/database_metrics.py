@@ -74,7 +74,7 @@ class DatabaseCollector(Collector):
         age_s = 0.0
         if waiting.oldest_closed_at is not None:
             age_s = max(0.0, (now - waiting.oldest_closed_at).total_seconds())
-        store_bytes = self._context.store.size_bytes()
+        store_bytes = sum(store.size_bytes() for store in self._context.stores)
         yield _gauge("qflare_rounds_open", "Rounds that take updates", waiting.open_round_count)
         yield _gauge("qflare_rounds_closed", "Rounds without version", waiting.closed_round_count)
         yield _gauge("qflare_oldest_closed_round_seconds", "Longest wait for a version", age_s)

@@ -14,6 +14,7 @@ from prometheus_client import (
     PROCESS_COLLECTOR,
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     generate_latest,
 )
@@ -50,6 +51,11 @@ class Metrics(Telemetry):
         self._started = Counter("grpc_server_started", "Calls that came in", **make)  # type: ignore[arg-type]
         self._received = Counter("grpc_server_msg_received", "Messages received", **make)  # type: ignore[arg-type]
         self._sent = Counter("grpc_server_msg_sent", "Messages sent", **make)  # type: ignore[arg-type]
+        self._in_flight = Gauge(
+            "qflare_calls_in_flight",
+            "Calls that are being answered; those that wait for a thread are not counted",
+            registry=self.registry,
+        )
         self._handling = Histogram(
             "grpc_server_handling_seconds",
             "Time from a call to its answer",
@@ -154,6 +160,7 @@ class Metrics(Telemetry):
     def call_started(self, method: str, kind: str) -> None:
         """Count a call."""
         self._started.labels(*_labels(method, kind)).inc()
+        self._in_flight.inc()
 
     def message_received(self, method: str, kind: str) -> None:
         """Count a message."""
@@ -167,6 +174,7 @@ class Metrics(Telemetry):
         self, method: str, kind: str, code: str, duration_s: float, reason: str
     ) -> None:
         """Count a response, and the outcome of a submitted update."""
+        self._in_flight.dec()
         labels = _labels(method, kind)
         self._handled.labels(*labels, _camel(code)).inc()
         self._handling.labels(*labels).observe(duration_s)

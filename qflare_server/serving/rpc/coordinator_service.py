@@ -228,7 +228,12 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
     ) -> pb.RegisterResponse:
         """Finish an enrollment."""
         enrolled = self._use_cases.enrollment.register(current_call().caller, request.confirmation)
-        return pb.RegisterResponse(receipt=enrolled.receipt, device_id=enrolled.device_id)
+        names = self._use_cases.devices.names_of([enrolled.device_id])
+        return pb.RegisterResponse(
+            receipt=enrolled.receipt,
+            device_id=enrolled.device_id,
+            device_name=names.get(enrolled.device_id, ""),
+        )
 
     def BeginAuthentication(
         self, request: pb.BeginAuthenticationRequest, context: ServicerContext

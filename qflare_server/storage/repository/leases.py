@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
-from sqlalchemy import delete, insert, or_, select, update
+from sqlalchemy import delete, insert, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -45,18 +45,39 @@ def release(session: Session, holder: str) -> None:
 
 
 def announce(
-    session: Session, replica_id: str, address: str, version: str, started: datetime, now: datetime
+    session: Session,
+    replica_id: str,
+    address: str,
+    version: str,
+    payload_store: str,
+    started: datetime,
+    now: datetime,
 ) -> None:
-    """Record that a replica is serving."""
+    """Record that a replica is serving, and where it stores new payloads."""
     values = {
         "address": address[:MAX_ADDRESS],
         "version": version,
+        "payload_store": payload_store,
         "started_at": started,
         "seen_at": now,
     }
     changed = session.execute(update(REPLICAS).where(REPLICAS.c.id == replica_id).values(**values))
     if not changed.rowcount:  # type: ignore[attr-defined]  # a DML result has it
         session.execute(insert(REPLICAS).values(id=replica_id, **values))
+
+
+def with_other_stores(
+    session: Session, replica_id: str, payload_store: str, seen_since: datetime
+) -> Sequence[Replica]:
+    """Return other replicas seen since a time that store new payloads elsewhere; replicas start one after the other."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text("LOCK TABLE replicas IN SHARE ROW EXCLUSIVE MODE"))
+    query = _REPLICAS.select.where(
+        REPLICAS.c.id != replica_id,
+        REPLICAS.c.seen_at >= seen_since,
+        REPLICAS.c.payload_store != payload_store,
+    )
+    return _REPLICAS.all(session, query.order_by(REPLICAS.c.id).limit(MAX_REPLICAS))
 
 
 def retire(session: Session, replica_id: str) -> None:

@@ -5,12 +5,22 @@ written to the payload store (`storage.payload_store`) beforehand. A chunk that 
 the table `uploads` records it until a payload row refers to it or it is swept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import bindparam, delete, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    union_all,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -20,10 +30,21 @@ from qflare_server.storage.records import Payload, Rows
 PAYLOADS = tables.Payload.__table__
 UPLOADS = tables.Upload.__table__
 CHUNKS = tables.PayloadChunk.__table__
+PLACES = tables.PayloadPlace.__table__
 _ROWS = Rows(Payload, PAYLOADS)
 _ROW = _ROWS.select.where(PAYLOADS.c.id == bindparam("payload"))
+DATABASE: Final = "database"
+"""Name of the payload store whose chunks are rows."""
 LONG_AGO: Final = datetime(2000, 1, 1, tzinfo=UTC)
 """`touched_at` of an abandoned upload."""
+
+
+class ChunkSet(NamedTuple):
+    """Chunks in a payload store; `payload_id` is their id in it."""
+
+    payload_id: str
+    store: str
+
 
 _INSERT_PAYLOAD = PreparedInsert(
     PAYLOADS,
@@ -33,6 +54,8 @@ _INSERT_PAYLOAD = PreparedInsert(
         "digest",
         "chunk_digests",
         "location",
+        "store",
+        "chunks_id",
         "data",
         "sealed_header",
         "sealed_key",
@@ -43,10 +66,17 @@ _INSERT_PAYLOAD = PreparedInsert(
 
 
 def insert_payloads(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows of payloads; a payload without `data` has its chunks in the payload store."""
+    """Insert rows of payloads; a payload without `data` has its chunks in the payload store `store`."""
     _INSERT_PAYLOAD.run(
         session,
-        [{**row, "location": "store" if row["data"] is None else "row"} for row in rows],
+        [
+            {
+                **row,
+                "location": "store" if row["data"] is None else "row",
+                "chunks_id": row["id"] if row["data"] is None else None,
+            }
+            for row in rows
+        ],
     )
 
 
@@ -55,6 +85,15 @@ def read_data(session: Session, payload_id: str) -> bytes | None:
     return session.execute(
         select(PAYLOADS.c.data).where(PAYLOADS.c.id == payload_id)
     ).scalar_one_or_none()
+
+
+def chunks_of(session: Session, payload_id: str) -> ChunkSet | None:
+    """Return the chunks of a payload; None if its bytes are in its row, or if it was pruned."""
+    query = select(PAYLOADS.c.chunks_id, PAYLOADS.c.store).where(
+        PAYLOADS.c.id == payload_id, PAYLOADS.c.location == "store"
+    )
+    row = session.execute(query).one_or_none()
+    return None if row is None else ChunkSet(*row)
 
 
 def get_payload(session: Session, payload_id: str) -> Payload | None:
@@ -66,6 +105,7 @@ def begin_upload(
     session: Session,
     *,
     payload_id: str,
+    store: str,
     at: datetime,
     update_id: str | None = None,
     device_id: str | None = None,
@@ -76,6 +116,7 @@ def begin_upload(
     session.execute(
         insert(UPLOADS).values(
             payload_id=payload_id,
+            store=store,
             update_id=update_id,
             device_id=device_id,
             statement_digest=statement_digest,
@@ -91,9 +132,15 @@ class UnfinishedUpload:
     """An unfinished upload."""
 
     payload_id: str
+    store: str
     device_id: str | None
     statement_digest: str
     sealed_key: bytes | None
+
+    @property
+    def chunks(self) -> ChunkSet:
+        """Its chunks."""
+        return ChunkSet(self.payload_id, self.store)
 
 
 def find_upload(session: Session, update_id: str) -> UnfinishedUpload | None:
@@ -101,6 +148,7 @@ def find_upload(session: Session, update_id: str) -> UnfinishedUpload | None:
     row = session.execute(
         select(
             UPLOADS.c.payload_id,
+            UPLOADS.c.store,
             UPLOADS.c.device_id,
             UPLOADS.c.statement_digest,
             UPLOADS.c.sealed_key,
@@ -109,62 +157,70 @@ def find_upload(session: Session, update_id: str) -> UnfinishedUpload | None:
     return None if row is None else UnfinishedUpload(*row)
 
 
-def uploads_of(session: Session, device_id: str) -> list[str]:
-    """Return the payload ids of a device's unfinished uploads, the least recently touched first."""
+def uploads_of(session: Session, device_id: str) -> list[ChunkSet]:
+    """Return the chunks of a device's unfinished uploads, the least recently touched first."""
     query = (
-        select(UPLOADS.c.payload_id)
+        select(UPLOADS.c.payload_id, UPLOADS.c.store)
         .where(UPLOADS.c.device_id == device_id)
         .order_by(UPLOADS.c.touched_at, UPLOADS.c.payload_id)
     )
-    return list(session.scalars(query))
+    return [ChunkSet(*row) for row in session.execute(query)]
 
 
-def touch_upload(session: Session, payload_id: str, at: datetime) -> None:
-    """Keep an unfinished upload from expiring; does nothing to an abandoned one."""
-    session.execute(
-        update(UPLOADS)
-        .where(UPLOADS.c.payload_id == payload_id, UPLOADS.c.touched_at > LONG_AGO)
-        .values(touched_at=at)
-    )
+def _is(chunks: ChunkSet) -> ColumnElement[bool]:
+    return and_(UPLOADS.c.payload_id == chunks.payload_id, UPLOADS.c.store == chunks.store)
 
 
-def give_up_uploads(session: Session, payload_ids: Sequence[str]) -> None:
-    """Abandon uploads: they cannot be resumed or finished, and their chunks are swept."""
-    session.execute(
-        update(UPLOADS)
-        .where(UPLOADS.c.payload_id.in_(payload_ids))
-        .values(update_id=None, device_id=None, touched_at=LONG_AGO)
-    )
-
-
-def finish_upload(session: Session, payload_id: str) -> bool:
-    """Delete the record of an upload whose payload has a row; False if it was abandoned, and chunks may be gone."""
+def touch_upload(session: Session, chunks: ChunkSet, at: datetime) -> bool:
+    """Keep an unfinished upload from expiring; does nothing to an abandoned one, and returns False."""
     result = session.execute(
-        delete(UPLOADS).where(UPLOADS.c.payload_id == payload_id, UPLOADS.c.touched_at > LONG_AGO)
+        update(UPLOADS).where(_is(chunks), UPLOADS.c.touched_at > LONG_AGO).values(touched_at=at)
     )
     return bool(result.rowcount)  # type: ignore[attr-defined]  # a CursorResult has it
 
 
-def has_every_chunk(session: Session, payload_id: str, chunk_count: int) -> bool:
-    """Return whether all chunks of an upload are in the database; True on SQLite, whose chunks are in a separate file.
+def give_up_uploads(session: Session, abandoned: Sequence[ChunkSet]) -> None:
+    """Abandon uploads: they cannot be resumed or finished, and their chunks are swept."""
+    for chunks in abandoned:
+        session.execute(
+            update(UPLOADS)
+            .where(_is(chunks))
+            .values(update_id=None, device_id=None, touched_at=LONG_AGO)
+        )
 
-    PostgreSQL makes a chunk visible only after its commit is on disk, so a visible chunk is durable.
+
+def finish_upload(session: Session, chunks: ChunkSet) -> bool:
+    """Delete the record of an upload whose payload has a row; False if it was abandoned, and chunks may be gone."""
+    result = session.execute(delete(UPLOADS).where(_is(chunks), UPLOADS.c.touched_at > LONG_AGO))
+    return bool(result.rowcount)  # type: ignore[attr-defined]  # a CursorResult has it
+
+
+def has_every_chunk(session: Session, chunks: ChunkSet, chunk_count: int) -> bool:
+    """Return whether all chunks of an upload are in the table of chunks; True if they are not kept in it.
+
+    PostgreSQL makes a chunk visible only after its commit is on disk, so a visible chunk is durable. Other stores
+    have confirmed that the payload is whole and durable (`PayloadStore.complete`) before the transaction begins.
     """
-    if session.get_bind().dialect.name != "postgresql":
+    if chunks.store != DATABASE or session.get_bind().dialect.name != "postgresql":
         return True
+    payload_id = chunks.payload_id
     query = select(func.count()).select_from(CHUNKS).where(CHUNKS.c.payload_id == payload_id)
     return session.execute(query).scalar_one() == chunk_count
 
 
-def end_upload(session: Session, payload_id: str) -> None:
+def end_upload(session: Session, chunks: ChunkSet) -> None:
     """Delete the record of an upload whose chunks are deleted."""
-    session.execute(delete(UPLOADS).where(UPLOADS.c.payload_id == payload_id))
+    session.execute(delete(UPLOADS).where(_is(chunks)))
 
 
-def expired_uploads(session: Session, before: datetime, limit: int) -> list[str]:
-    """Return payload ids of uploads last touched before a time, abandoned ones included."""
-    query = select(UPLOADS.c.payload_id).where(UPLOADS.c.touched_at < before).limit(limit)
-    return list(session.scalars(query))
+def expired_uploads(
+    session: Session, before: datetime, stores: Collection[str], limit: int
+) -> list[ChunkSet]:
+    """Return chunks in some stores of uploads last touched before a time, abandoned ones included."""
+    query = select(UPLOADS.c.payload_id, UPLOADS.c.store).where(
+        UPLOADS.c.touched_at < before, UPLOADS.c.store.in_(stores)
+    )
+    return [ChunkSet(*row) for row in session.execute(query.limit(limit))]
 
 
 def mark_pruned(session: Session, payload_ids: Sequence[str], at: datetime) -> None:
@@ -202,3 +258,73 @@ def replace_key(session: Session, payload_id: str, stored_key: bytes) -> None:
         .where(PAYLOADS.c.id == payload_id, PAYLOADS.c.sealed_key.is_not(None))
         .values(sealed_key=stored_key)
     )
+
+
+def place_identity(session: Session, store: str) -> str:
+    """Return the name of the folder or bucket of a payload store; empty before its first use."""
+    query = select(PLACES.c.identity).where(PLACES.c.store == store)
+    return session.execute(query).scalar_one_or_none() or ""
+
+
+def record_place(session: Session, store: str, identity: str, at: datetime) -> None:
+    """Record the name of the folder or bucket of a payload store."""
+    session.execute(insert(PLACES).values(store=store, identity=identity, created_at=at))
+
+
+def has_payloads(session: Session, store: str) -> bool:
+    """Return whether a row refers to chunks in a payload store."""
+    query = select(PAYLOADS.c.id).where(PAYLOADS.c.store == store, PAYLOADS.c.location == "store")
+    return session.execute(query.limit(1)).first() is not None
+
+
+def in_stores(
+    session: Session, stores: Collection[str] | None, after: str, limit: int
+) -> Sequence[Payload]:
+    """Return payloads whose chunks are in some payload stores, or in any, by id from after one."""
+    query = _ROWS.select.where(PAYLOADS.c.location == "store", PAYLOADS.c.id > after)
+    if stores is not None:
+        query = query.where(PAYLOADS.c.store.in_(stores))
+    return _ROWS.all(session, query.order_by(PAYLOADS.c.id).limit(limit))
+
+
+def named_stores(session: Session) -> list[str]:
+    """Return the payload stores that rows refer to."""
+    query = select(PAYLOADS.c.store).where(PAYLOADS.c.location == "store").distinct()
+    return [name for name in session.scalars(query) if name is not None]
+
+
+def move(session: Session, original: ChunkSet, copy: ChunkSet) -> bool:
+    """Refer to a copy of a payload's chunks instead of the original; leave the one that is not needed to be swept.
+
+    Returns:
+        False if the copy was abandoned, or the payload was pruned or moved meanwhile.
+    """
+    if not finish_upload(session, copy):
+        return False
+    moved = session.execute(
+        update(PAYLOADS)
+        .where(PAYLOADS.c.chunks_id == original.payload_id, PAYLOADS.c.location == "store")
+        .values(store=copy.store, chunks_id=copy.payload_id)
+    )
+    is_moved = bool(moved.rowcount)  # type: ignore[attr-defined]  # a CursorResult has it
+    left = original if is_moved else copy
+    begin_upload(session, payload_id=left.payload_id, store=left.store, at=LONG_AGO)
+    return is_moved
+
+
+def claim_orphans(session: Session, store: str, payload_ids: Collection[str]) -> int:
+    """Leave those chunks in a payload store to be swept that no row refers to; return the number of payloads.
+
+    Chunks are written after a row of `uploads` names them, so chunks that were listed before cannot be of an upload
+    whose row is still to come.
+    """
+    named = union_all(
+        select(PAYLOADS.c.chunks_id).where(
+            PAYLOADS.c.chunks_id.in_(payload_ids), PAYLOADS.c.location == "store"
+        ),
+        select(UPLOADS.c.payload_id).where(UPLOADS.c.payload_id.in_(payload_ids)),
+    )
+    orphans = set(payload_ids) - set(session.scalars(named))
+    for payload_id in sorted(orphans):
+        begin_upload(session, payload_id=payload_id, store=store, at=LONG_AGO)
+    return len(orphans)

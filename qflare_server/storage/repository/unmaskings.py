@@ -75,4 +75,4 @@ def of_round(
 def last_counter(session: Session, helper_id: str) -> int:
     """Return the highest counter of a helper's stored answers; 0 for none."""
     query = select(func.max(UNMASKINGS.c.counter)).where(UNMASKINGS.c.helper_id == helper_id)
-    return session.scalar(query) or 0
+    return int(session.execute(query).scalar_one() or 0)

@@ -14,6 +14,7 @@ from qflare_server.storage.paging import Order, Page, PageRequest, read_page
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
 from qflare_server.storage.records import ModelUpdate, Rows
 from qflare_server.storage.repository.device_names import NAME_BYTES
+from qflare_server.storage.repository.payloads import ChunkSet
 from qflare_server.storage.repository.round_capacity import RoundCapacity
 from qflare_server.storage.tables import UpdateOrigin, UpdateState
 
@@ -54,6 +55,8 @@ class AcceptedUpdate:
     payload_digest: str
     chunk_digests: bytes
     location: str
+    store: str | None
+    chunks_id: str | None
     data: bytes | None
     sealed_header: bytes | None
     sealed_key: bytes | None
@@ -172,6 +175,8 @@ _FOLDABLE = PreparedStatement(
         PAYLOADS.c.digest,
         PAYLOADS.c.chunk_digests,
         PAYLOADS.c.location,
+        PAYLOADS.c.store,
+        PAYLOADS.c.chunks_id,
         PAYLOADS.c.data,
         PAYLOADS.c.sealed_header,
         PAYLOADS.c.sealed_key,
@@ -337,10 +342,10 @@ def list_of_device(
 
 def settled_payloads(
     session: Session, training_session_id: str, kept_rounds: Sequence[int], limit: int
-) -> list[tuple[str, bool]]:
-    """Return payload ids, and whether each is in the store, of non-pending updates outside of some rounds."""
+) -> list[tuple[str, ChunkSet | None]]:
+    """Return ids, and chunks in a store if any, of the payloads of settled updates outside of some rounds."""
     query = (
-        select(PAYLOADS.c.id, PAYLOADS.c.location == "store")
+        select(PAYLOADS.c.id, PAYLOADS.c.chunks_id, PAYLOADS.c.store)
         .join(UPDATES, UPDATES.c.payload_id == PAYLOADS.c.id)
         .where(
             UPDATES.c.training_session_id == training_session_id,
@@ -350,4 +355,6 @@ def settled_payloads(
         )
         .limit(limit)
     )
-    return [(row[0], bool(row[1])) for row in session.execute(query)]
+    return [
+        (row[0], ChunkSet(row[1], row[2]) if row[2] else None) for row in session.execute(query)
+    ]

@@ -6,7 +6,7 @@ Every constraint and index is named, states have CHECK constraints, times are UT
 
 from qflare_server.storage.tables.audit import AuditHead, AuditLog, AuditNode, TrustDocument
 from qflare_server.storage.tables.devices import Device, DeviceGroup, DeviceKey, UserToken
-from qflare_server.storage.tables.payloads import Payload, PayloadChunk, Upload
+from qflare_server.storage.tables.payloads import Payload, PayloadChunk, PayloadPlace, Upload
 from qflare_server.storage.tables.replicas import Epoch, IdempotentCall, Lease, Replica, UsedNonce
 from qflare_server.storage.tables.results import (
     EVIDENCE_REASON,
@@ -68,6 +68,7 @@ __all__ = [
     "ModelUpdate",
     "Payload",
     "PayloadChunk",
+    "PayloadPlace",
     "Replica",
     "RiskLevel",
     "Round",

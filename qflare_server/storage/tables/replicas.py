@@ -19,13 +19,14 @@ class Lease(Base):
 
 
 class Replica(Base):
-    """A running coordinator process on this database."""
+    """A running coordinator process on this database; `payload_store` identifies where it stores new payloads."""
 
     __tablename__ = "replicas"
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     address: Mapped[str] = mapped_column(String(255))
     version: Mapped[str] = mapped_column(String(64))
+    payload_store: Mapped[str] = mapped_column(String(32), default="")
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
 

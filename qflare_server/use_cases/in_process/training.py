@@ -35,7 +35,6 @@ from qflare_server.storage.repository import (
     audit,
     devices,
     global_models,
-    payloads,
     training_sessions,
     updates,
 )
@@ -240,10 +239,7 @@ class InProcess:
         expected.check(self._context.config.max_payload_bytes)
         receiver = Receiver(self._context, self._executor, expected)
         if receiver.is_large:
-            at, payload_id = self._context.clock(), receiver.payload_id
-            self._context.database.write(
-                lambda session: payloads.begin_upload(session, payload_id=payload_id, at=at)
-            )
+            receiver.begin(self._context.clock())
         try:
             for index, chunk in enumerate(rechunk([contribution.data])):
                 receiver.add(index, chunk)

@@ -214,7 +214,7 @@ class Uploads:
         if isinstance(answer, RoundNotOpenError | StaleBaseVersionError):
             self.record_late([submission])
         if isinstance(answer, FINAL_REFUSALS) and received.data is None:
-            discard_uploads(self._context, [received.payload_id])
+            discard_uploads(self._context, [received.chunks])
         if isinstance(answer, UpdateReceipt):
             self._context.telemetry.bytes_received(received.size_bytes)
         return answer
@@ -253,7 +253,7 @@ class Uploads:
             return self.acceptance.accept(caller, submission, received)
         except FINAL_REFUSALS:
             if received.data is None:
-                discard_uploads(self._context, [received.payload_id])
+                discard_uploads(self._context, [received.chunks])
             raise
 
     def accepted_before(
@@ -278,7 +278,9 @@ class Uploads:
             found = payloads.find_upload(session, update_id)
         if found is None or found.device_id != device.device_id:
             return 0, None
-        return self._context.store.stored_count(found.payload_id), None
+        if found.store not in self._context.store_names:
+            return 0, None
+        return self._context.store_of(found.store).stored_count(found.payload_id), None
 
     def _receive(
         self, submission: Submission, chunks: Iterator[tuple[int, bytes]]
@@ -327,7 +329,7 @@ class Uploads:
         try:
             return _fill(receiver, chunks)
         except InvalidRequestError:
-            discard_uploads(self._context, [receiver.payload_id])
+            discard_uploads(self._context, [receiver.chunks])
             raise
 
     def _open(self, submission: Submission) -> Receiver | UpdateReceipt:
@@ -338,7 +340,7 @@ class Uploads:
         except FINAL_REFUSALS:
             found = self._unfinished(submission)
             if found is not None:
-                discard_uploads(self._context, [found.payload_id])
+                discard_uploads(self._context, [found.chunks])
             raise
         if known is not None:
             return known
@@ -350,11 +352,19 @@ class Uploads:
         return self._receiver(submission, found)
 
     def _unfinished(self, submission: Submission) -> payloads.UnfinishedUpload | None:
-        """Return the interrupted upload of this update; None if there is none."""
+        """Return the interrupted upload of this update; None if there is none.
+
+        One in a payload store that is not configured any more is abandoned: the upload begins again.
+        """
         with self._context.database.read() as session:
             found = payloads.find_upload(session, submission.statement.update_id)
         mine = (submission.device.device_id, submission.statement_digest)
-        return found if found and (found.device_id, found.statement_digest) == mine else None
+        if found is None or (found.device_id, found.statement_digest) != mine:
+            return None
+        if found.store not in self._context.store_names:
+            discard_uploads(self._context, [found.chunks])
+            return None
+        return found
 
     def _receiver(
         self, submission: Submission, found: payloads.UnfinishedUpload | None = None
@@ -362,10 +372,16 @@ class Uploads:
         """Return the receiver of the payload; it resumes an interrupted upload."""
         context, executor, expected = self._context, self._executor, submission.expected
         payload_id = "" if found is None else found.payload_id
-        first_chunk = 0 if found is None else context.store.stored_count(payload_id)
+        store = context.store if found is None else context.store_of(found.store)
+        first_chunk = 0 if found is None else store.stored_count(payload_id)
         if expected.sealed is None:
             return Receiver(
-                context, executor, expected, payload_id=payload_id, first_chunk=first_chunk
+                context,
+                executor,
+                expected,
+                payload_id=payload_id,
+                first_chunk=first_chunk,
+                store=store,
             )
         return OpeningReceiver(
             context,
@@ -374,6 +390,7 @@ class Uploads:
             payload_id=payload_id,
             first_chunk=first_chunk,
             stored_key=b"" if found is None else found.sealed_key or b"",
+            store=store,
         )
 
     def _remember(self, submission: Submission, receiver: Receiver) -> None:
@@ -384,13 +401,14 @@ class Uploads:
         sealed_key = receiver.stored_key if isinstance(receiver, OpeningReceiver) else None
         device_id = submission.device.device_id
 
-        def work(session: Session) -> list[str]:
+        def work(session: Session) -> list[payloads.ChunkSet]:
             earlier = payloads.uploads_of(session, device_id)
             abandoned = earlier[: max(0, len(earlier) - MAX_UPLOADS_OF_DEVICE + 1)]
             payloads.give_up_uploads(session, abandoned)
             payloads.begin_upload(
                 session,
                 payload_id=receiver.payload_id,
+                store=receiver.chunks.store,
                 at=self._context.clock(),
                 update_id=submission.statement.update_id,
                 device_id=device_id,

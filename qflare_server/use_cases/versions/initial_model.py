@@ -19,7 +19,7 @@ from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.sealed_receiver import receiver_of, version_seal_context
 from qflare_server.payloads.writer import VersionWriter, received_chunks
 from qflare_server.storage.records import GlobalModel
-from qflare_server.storage.repository import global_models, payloads
+from qflare_server.storage.repository import global_models
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.training.config import download_encoding, require_trainable
 from qflare_server.use_cases.training_sessions.administration import Training, checked
@@ -98,12 +98,7 @@ class InitialModels:
         seal_context = version_seal_context(self._context, config, training_session.id, 0)
         receiver = receiver_of(self._context, self._executor, expected, seal_context)
         if receiver.is_large:
-            at = self._context.clock()
-            self._context.database.write(
-                lambda session: payloads.begin_upload(
-                    session, payload_id=receiver.payload_id, at=at
-                )
-            )
+            receiver.begin(self._context.clock())
         try:
             for index, chunk in chunks:
                 receiver.add(index, chunk)

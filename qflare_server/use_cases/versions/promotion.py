@@ -267,6 +267,7 @@ def _shared(session: Session, payload_id: str) -> ReceivedPayload:
         stored.chunk_digests,
         None,
         stored.seal,
+        None if stored.chunks is None else stored.chunks.store,
     )
 
 

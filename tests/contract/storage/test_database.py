@@ -6,9 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sqlalchemy import create_engine, event, exc, func, insert, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
@@ -432,7 +436,30 @@ def test_url_gets_its_driver(given: str, driver: str) -> None:
     assert normalize_url(given).drivername == driver
 
 
-@pytest.mark.parametrize("given", ["mysql://host/db", "sqlite://", "no url", ""])
+@pytest.mark.parametrize(
+    "given",
+    ["mysql://host/db", "sqlite://", "sqlite:///:memory:", "postgresql://[::1/db", "no url", ""],
+)
 def test_url_of_no_use_is_refused(given: str) -> None:
     with pytest.raises(ValueError, match="database URL"):
         normalize_url(given)
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_url_keeps_a_percent_encoded_password_and_host(password: str, database: str) -> None:
+    given_url = f"postgresql://me:{quote(password, safe='')}@[::1]:5432/{quote(database, safe='')}"
+
+    url = normalize_url(given_url)
+
+    assert (url.password, url.host, url.port) == (password, "::1", 5432)
+
+
+@pytest.mark.parametrize("name", ["a b.db", "ü.db", "a%20b.db", "sub/x.db", "a#b.db", "%C3%BC.db"])
+def test_sqlite_files_have_the_percent_decoded_name_of_the_url(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = make_engine(ServerConfig(database_url=f"sqlite:///{name}"))
+    with engine.connect():
+        assert (tmp_path / unquote(name)).exists()
+    engine.dispose()

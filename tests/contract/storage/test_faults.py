@@ -389,26 +389,30 @@ def test_a_damaged_payload_file_is_a_typed_error_and_stays_unhealthy(tmp_path: P
 def test_chunks_count_as_stored_up_to_the_first_that_is_missing(
     core: CoordinatorHarness, missing: int
 ) -> None:
-    core.store.append("p", 0, [b"a", b"b", b"c", b"d"])
+    store = core.context.store_of("database")
+    store.append("p", 0, [b"a", b"b", b"c", b"d"])
     drop_chunk(core, "p", missing)
 
-    assert core.store.stored_count("p") == missing
+    assert store.stored_count("p") == missing
 
 
 def drop_chunk(core: CoordinatorHarness, payload_id: str, index: int) -> None:
     """Delete one chunk behind the coordinator's back."""
-    engine = core.store._engine  # type: ignore[attr-defined]
+    store = core.context.store_of("database")
+    engine = store._engine  # type: ignore[attr-defined]
     chunk = delete(PayloadChunk).where(
         PayloadChunk.payload_id == payload_id, PayloadChunk.chunk_index == index
     )
-    lock = getattr(core.store, "_lock", nullcontext())  # a file has one connection for all threads
+    lock = getattr(store, "_lock", nullcontext())  # a file has one connection for all threads
     with lock, engine.begin() as connection:
         connection.execute(chunk)
 
 
 def test_an_update_whose_chunk_was_lost_on_the_way_is_not_acknowledged_and_goes_on(
-    large: CoordinatorHarness,
+    make_core: MakeCore,
 ) -> None:
+    large = make_core(payload_store="database", inline_payload_bytes=0, upload_batch_bytes=2**20)
+    large.add_devices(1)
     session_id = large.start(vector(0.0, BIG), rounds=training_pb2.RoundPolicy(quorum=1))
     draft = large.draft("device-0", session_id, vector(1.0, BIG))
 

@@ -1,7 +1,7 @@
 """Chunks are durable when they are written, read back whole or not at all, and none is left behind for ever."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine, func, select
 from sqlalchemy.exc import ProgrammingError
 
+from qflare.tensors import CHUNK_BYTES
 from qflare.v1 import training_pb2
 from qflare_server.errors import (
     ConflictError,
@@ -26,7 +27,7 @@ from qflare_server.storage.payload_records import describe
 from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
 from qflare_server.storage.repository import payloads
 from qflare_server.storage.repository.audit import SYSTEM
-from qflare_server.storage.tables import ModelUpdate, Payload, PayloadChunk, Upload
+from qflare_server.storage.tables import ModelUpdate, Payload, Upload
 from qflare_server.training import retention
 from qflare_server.training.retention import sweep
 from tests.conftest import FakeClock
@@ -34,20 +35,66 @@ from tests.contract.conftest import MakeCore
 from tests.support.use_cases import CoordinatorHarness, vector
 
 BIG = 700_000  # elements: three chunks of float32
+STORES = (("sqlite", "files"), ("sqlite", "database"), ("postgresql", "database"))
 WAIT_S = 30.0
 ONE = training_pb2.RoundPolicy(quorum=1)
 
 
+@pytest.fixture(params=STORES, ids="-".join)
+def placement(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Return the names of the database and of the payload store under test."""
+    database, store = request.param
+    return database, store
+
+
 @pytest.fixture
-def store(core: CoordinatorHarness) -> PayloadStore:
-    return core.store
+def database_url(request: pytest.FixtureRequest, placement: tuple[str, str]) -> str:
+    """Return the URL of a migrated database of the test's own."""
+    name = "sqlite_url" if placement[0] == "sqlite" else "postgres_url"
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+def store_name(placement: tuple[str, str]) -> str:
+    """Return the name of the store under test."""
+    return placement[1]
+
+
+@pytest.fixture
+def make_store(make_core: MakeCore, store_name: str) -> Callable[[], PayloadStore]:
+    """Return a function that opens the store as another process would."""
+    return lambda: make_core(payload_store=store_name).store
+
+
+@pytest.fixture
+def core(make_core: MakeCore, store_name: str) -> CoordinatorHarness:
+    """Return a coordinator with four devices."""
+    made = make_core(payload_store=store_name)
+    made.add_devices(4)
+    return made
+
+
+@pytest.fixture
+def large(make_core: MakeCore, store_name: str) -> CoordinatorHarness:
+    """Return a coordinator with four devices that puts every payload into the payload store."""
+    made = make_core(payload_store=store_name, inline_payload_bytes=0, upload_batch_bytes=2**20)
+    made.add_devices(4)
+    return made
+
+
+@pytest.fixture
+def store(make_store: Callable[[], PayloadStore]) -> PayloadStore:
+    return make_store()
 
 
 def chunk_count(core: CoordinatorHarness) -> int:
-    """Return the number of chunks, wherever the store keeps them."""
-    engine = core.store._engine  # type: ignore[attr-defined]
-    with engine.connect() as connection:
-        return int(connection.execute(select(func.count()).select_from(PayloadChunk)).scalar_one())
+    """Return the number of chunks in the store."""
+    return sum(core.store.stored_count(payload_id) for payload_id in core.store.payload_ids())
+
+
+def full(letter: bytes) -> bytes:
+    """Return a chunk that is not the last one of its payload."""
+    return letter * CHUNK_BYTES
 
 
 def test_full_disk_is_told_and_recovers(tmp_path: Path) -> None:
@@ -95,11 +142,11 @@ def test_broken_copy_is_an_error_of_the_database(postgres_url: str) -> None:
 
 
 def test_chunks_read_back_in_order(store: PayloadStore) -> None:
-    store.append("p", 0, [b"a", b"bb"])
+    store.append("p", 0, [full(b"a"), full(b"b")])
     store.append("p", 2, [b"ccc"])
 
-    assert store.read("p", 0, 10) == [b"a", b"bb", b"ccc"]
-    assert store.read("p", 1, 1) == [b"bb"]
+    assert store.read("p", 0, 10) == [full(b"a"), full(b"b"), b"ccc"]
+    assert store.read("p", 1, 1) == [full(b"b")]
     assert store.read("p", 3, 5) == []
 
 
@@ -111,18 +158,62 @@ def test_payloads_are_apart(store: PayloadStore) -> None:
 
 
 def test_chunk_that_is_written_again_replaces_the_first(store: PayloadStore) -> None:
-    store.append("p", 0, [b"a", b"b", b"c"])
+    store.append("p", 0, [full(b"a"), full(b"b"), b"c"])
 
-    store.append("p", 1, [b"B", b"C"])
+    store.append("p", 1, [full(b"B"), b"C"])
 
-    assert store.read("p", 0, 10) == [b"a", b"B", b"C"]
+    assert store.read("p", 0, 10) == [full(b"a"), full(b"B"), b"C"]
 
 
 def test_stored_count_is_that_of_the_chunks(store: PayloadStore) -> None:
     before = store.stored_count("p")
-    store.append("p", 0, [b"a", b"b"])
+    store.append("p", 0, [full(b"a"), b"b"])
 
     assert (before, store.stored_count("p")) == (0, 2)
+
+
+def test_whole_payload_is_complete_and_stays_it(store: PayloadStore) -> None:
+    store.append("p", 0, [full(b"a"), b"b"])
+
+    store.complete("p", CHUNK_BYTES + 1)
+    store.complete("p", CHUNK_BYTES + 1)
+
+    assert store.read("p", 0, 10) == [full(b"a"), b"b"]
+    assert (store.stored_count("p"), list(store.payload_ids())) == (2, ["p"])
+
+
+@pytest.mark.parametrize("pieces", [[], [full(b"a")]])
+def test_payload_that_lacks_chunks_is_not_complete(
+    store: PayloadStore, pieces: list[bytes]
+) -> None:
+    if pieces:
+        store.append("p", 0, pieces)
+
+    with pytest.raises(ConflictError):
+        store.complete("p", CHUNK_BYTES + 1)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_truncated_payload_goes_on_where_it_was_cut(store: PayloadStore, whole: bool) -> None:
+    store.append("p", 0, [full(b"a"), full(b"b"), b"c"])
+    if whole:
+        store.complete("p", 2 * CHUNK_BYTES + 1)
+
+    store.truncate("p", 1)
+    cut = store.stored_count("p")
+    store.append("p", 1, [full(b"B"), b"C"])
+    store.complete("p", 2 * CHUNK_BYTES + 1)
+
+    assert cut == 1
+    assert store.read("p", 0, 10) == [full(b"a"), full(b"B"), b"C"]
+
+
+def test_payloads_are_listed(store: PayloadStore) -> None:
+    store.append("p", 0, [full(b"a"), b"b"])
+    store.append("q", 0, [b"b"])
+    store.complete("q", 1)
+
+    assert sorted(store.payload_ids()) == ["p", "q"]
 
 
 def test_deleted_payloads_are_gone_and_unknown_ones_do_no_harm(store: PayloadStore) -> None:
@@ -143,23 +234,34 @@ def test_store_says_how_much_room_it_takes(store: PayloadStore) -> None:
     assert store.size_bytes() > before
 
 
-def test_chunks_are_there_for_another_process(
-    core: CoordinatorHarness, make_core: MakeCore
-) -> None:
-    core.store.append("p", 0, [b"a"])
+def test_chunks_are_there_for_another_process(make_store: Callable[[], PayloadStore]) -> None:
+    first, second = make_store(), make_store()
 
-    assert make_core().store.read("p", 0, 1) == [b"a"]
+    first.append("p", 0, [b"a"])
+
+    assert second.read("p", 0, 1) == [b"a"]
+    assert second.identity() == first.identity()
 
 
 @given(
-    chunks=st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=6),
-    first=st.integers(0, 5),
+    batches=st.lists(st.integers(1, 3), max_size=3),
+    last=st.binary(min_size=1, max_size=300),
+    first=st.integers(0, 9),
 )
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_chunks_read_back(store: PayloadStore, chunks: list[bytes], first: int) -> None:
-    store.append("p", 0, chunks)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_chunks_read_back(
+    store: PayloadStore, batches: list[int], last: bytes, first: int
+) -> None:
+    chunks: list[bytes] = []
+    for size in batches:
+        batch = [full(bytes([len(chunks) + number])) for number in range(size)]
+        store.append("p", len(chunks), batch)
+        chunks += batch
+    store.append("p", len(chunks), [last])
+    chunks.append(last)
 
     assert store.read("p", first, len(chunks)) == chunks[first:]
+    store.complete("p", sum(len(chunk) for chunk in chunks))
 
     store.delete(["p"])
 
@@ -171,13 +273,13 @@ def test_threads_write_payloads_side_by_side(store: PayloadStore) -> None:
     def write(number: int) -> None:
         barrier.wait(WAIT_S)
         for index in range(4):
-            store.append(f"p{number}", index, [bytes([number, index])])
+            store.append(f"p{number}", index, [full(bytes([16 * number + index]))])
 
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(write, range(count)))
 
     for number in range(count):
-        wanted = [bytes([number, index]) for index in range(4)]
+        wanted = [full(bytes([16 * number + index])) for index in range(4)]
         assert store.read(f"p{number}", 0, 10) == wanted
 
 
@@ -312,7 +414,8 @@ def test_upload_that_is_swept_under_way_is_not_accepted(
 def give_up(core: CoordinatorHarness) -> None:
     """Sweep as if every unfinished upload had expired."""
     with core.database.read() as session:
-        found = list(session.scalars(select(Upload.payload_id)))
+        query = select(Upload.payload_id, Upload.store)
+        found = [payloads.ChunkSet(*row) for row in session.execute(query)]
     core.database.write(lambda session: payloads.give_up_uploads(session, found))
     sweep(core.context)
 
@@ -339,7 +442,9 @@ def test_chunks_of_a_crash_before_the_row_are_swept(
     large: CoordinatorHarness, clock: FakeClock
 ) -> None:
     large.database.write(
-        lambda session: payloads.begin_upload(session, payload_id="lost", at=clock())
+        lambda session: payloads.begin_upload(
+            session, payload_id="lost", store=large.store.name, at=clock()
+        )
     )
     large.store.append("lost", 0, [b"a"])
     clock.advance(large.config.upload_expiry_s + 1)

@@ -64,6 +64,10 @@ LONGEST: Final[dict[str, int]] = {
     "model_updates.state": longest(tables.UpdateState),
     "model_updates.state_reason": 500,
     "payloads.location": len("store"),
+    "payloads.store": len("database"),
+    "uploads.store": len("database"),
+    "payload_places.store": len("database"),
+    "replicas.payload_store": 32,
     "replicas.address": leases.MAX_ADDRESS,
     "replicas.id": 64,
     "replicas.version": 40,
@@ -95,6 +99,8 @@ def fixed_length(column: str) -> int | None:
         return UUID
     if name in {"payload_id", "download_payload_id", "family_id"} or column in {
         "payloads.id",
+        "payloads.chunks_id",
+        "payload_places.identity",
         "user_tokens.id",
     }:
         return HEX_16
@@ -135,6 +141,7 @@ def test_the_longest_values_are_stored(core: CoordinatorHarness, character: str)
             replica_name(character * 64, 65_535, "12"),
             character * 300,
             "1.0.0",
+            "x" * 32,
             START,
             START,
         )

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sqlalchemy import func, select
 
 from qflare.tensors import payload_digest
 from qflare.v1 import training_pb2
@@ -17,7 +16,7 @@ from qflare_server.errors import (
     RoundNotOpenError,
 )
 from qflare_server.storage.repository.audit import SYSTEM
-from qflare_server.storage.tables import ModelUpdate, PayloadChunk, Upload
+from qflare_server.storage.tables import ModelUpdate, Upload
 from qflare_server.use_cases.updates.upload import MAX_UPLOADS_OF_DEVICE
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
@@ -149,12 +148,8 @@ def test_wrong_large_updates_do_not_use_up_the_device_s_share(
 
 def unfinished(core: CoordinatorHarness) -> tuple[int, int]:
     """Return the number of unfinished uploads, and of chunks that the store holds."""
-    engine = core.store._engine  # type: ignore[attr-defined]
-    with engine.connect() as connection:
-        chunk_count = connection.execute(
-            select(func.count()).select_from(PayloadChunk)
-        ).scalar_one()
-    return core.count(Upload), chunk_count
+    ids = core.store.payload_ids()
+    return core.count(Upload), sum(core.store.stored_count(payload_id) for payload_id in ids)
 
 
 def test_a_device_with_many_unfinished_uploads_abandons_the_oldest(

@@ -52,6 +52,7 @@ def test_from_enrollment_to_evidence(deployment: Any, capsys: pytest.CaptureFixt
 
     shown = capsys.readouterr().out
     assert "enrolled as " in shown
+    assert '"device_name": "' in shown
     assert "2 updates accepted" in shown
     assert "round 2: update accepted, number 1 of the round" in shown
     assert '"device_state": "active"' in shown

@@ -138,6 +138,7 @@ def test_calls_of_a_client(stage: Stage) -> None:
     strike(client.evidence, {**session, "receipts": ()})
     strike(client.audit_head, {"timeout_s": None})
     strike(client.local_tensors, session)
+    strike(client.tasks, {**session, "stop": None, "patience_s": 1.0})
     strike(client.rotate_keys, {"algorithm": None})
     strike(base.save, {"path": Path("/nowhere/model.safetensors")}, OSError)
 
@@ -227,7 +228,7 @@ def test_all_public_names_are_tried() -> None:
         *("submit", "report_evaluation", "send_kept", "get_task", "download_base", "download"),
         *("require_release", "privacy_epsilon", "lineage", "evidence", "audit_head"),
         *("rotate_keys", "heartbeat", "contribution_proof", "report_failure", "local_tensors"),
-        *("sign_update", "submit_all"),
+        *("sign_update", "submit_all", "tasks"),
     }
 
 

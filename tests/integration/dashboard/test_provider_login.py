@@ -6,7 +6,9 @@ from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
 
 import pytest
+from playwright.sync_api import Browser, expect
 
+from qflare_server.cli.main import main
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository.audit import AuditFilter
 from tests.integration.conftest import Deployment
@@ -69,6 +71,52 @@ def test_a_user_logs_in_and_out(deployment: Deployment, provider: IdentityProvid
     assert [row.actor for row in events(deployment, "dashboard.logged_in")] == [NAME]
     assert browser.ask("POST", "/logout").code == 303
     assert [row.actor for row in events(deployment, "dashboard.logged_out")] == [NAME]
+
+
+def test_a_person_logs_in_with_a_browser(
+    deployment: Deployment, provider: IdentityProvider, browser: Browser
+) -> None:
+    """The strict session cookie has to survive the way over the provider's own pages."""
+    provider.set_roles("carol", "fl-viewers")
+    assert deployment.coordinator.dashboard is not None
+    url = deployment.coordinator.dashboard.url
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(url)
+
+    page.get_by_role("link", name="log in with your organization's account").click()
+    page.locator("input[name=login]").fill("carol")
+    page.locator("input[name=password]").fill("any")
+    page.locator("form button[type=submit]").click()
+    page.locator("form button[type=submit]").click()
+
+    expect(page.get_by_role("heading", name="Overview", level=1)).to_be_visible(timeout=20_000)
+    expect(page.locator(".who")).to_contain_text("oidc:127.0.0.1:carol")
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_label("Admin token")).to_be_visible()
+    page.goto(url)
+    expect(page.get_by_label("Admin token")).to_be_visible()
+    context.close()
+
+
+def test_a_user_logs_in_with_a_provider_of_a_private_authority(
+    deploy: Deploy, tmp_path: Path
+) -> None:
+    certificates = tmp_path / "certificates"
+    assert main(["certificates", "make", "--output", str(certificates)]) == 0
+    provider = IdentityProvider(certificates=certificates)
+    try:
+        settings = provider.settings(tmp_path, oidc_ca_file=certificates / "ca.pem")
+        deployment = deploy(dashboard="127.0.0.1:0", **settings)
+        provider.set_roles("alice", "fl-viewers")
+        browser = visitor(deployment)
+
+        answer = browser.get(return_of(browser, User(provider, "alice")))
+
+        assert answer.code == 200
+        assert [row.actor for row in events(deployment, "dashboard.logged_in")] == [NAME]
+    finally:
+        provider.stop()
 
 
 def test_a_request_carries_state_nonce_and_challenge(

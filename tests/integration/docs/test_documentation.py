@@ -23,6 +23,15 @@ NOT_RUN: Final = {
     ("README.md", "make demo"): "minutes of training, and these tests themselves",
     ("README.md", "python3 -m venv .venv"): "tests/packaging/test_readme.py types the whole page",
     ("docs/getting-started.md", "python3 -m venv .venv"): "tests/packaging/test_wheel.py installs",
+    ("docs/simulation.md", "pip install"): "the development install has it",
+    (
+        "docs/simulation.md",
+        "qflare-admin session create",
+    ): "needs a coordinator; test_config.py reads the file as a real session does",
+    (
+        "docs/devices.md",
+        "with Client(home=home) as client:\n    for task in",
+    ): "test_pulled_tasks.py runs this loop",
     ("docs/devices.md", "# torch_device.py"): "PyTorch is no part of the development install",
     ("docs/operations.md", "createuser"): "needs a PostgreSQL and its client programs",
     ("docs/benchmarks.md", "make bench"): "takes an hour",

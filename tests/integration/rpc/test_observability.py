@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client.parser import text_string_to_metric_families
 
 from qflare.tensors import Array
+from qflare.v1 import coordinator_service_pb2 as pb
 from qflare_client import TrainingTask, run
 
 Deploy = Callable[..., Any]
@@ -62,6 +63,15 @@ def test_calls_are_counted_under_the_well_known_names(trained: Any) -> None:
     assert value(samples, "grpc_server_msg_received_total", **labels) >= 2
     assert value(samples, "grpc_server_msg_sent_total", **labels) == 2
     assert value(samples, "grpc_server_handling_seconds_count", **labels) == 2
+
+
+def test_every_call_that_begins_to_be_answered_ends(trained: Any) -> None:
+    with pytest.raises(grpc.RpcError):
+        trained.devices_stub.GetTask(pb.GetTaskRequest())
+    with pytest.raises(grpc.RpcError):
+        trained.channel.unary_unary("/qflare.v1.CoordinatorService/Unknown")(b"")
+
+    assert value(scrape(trained), "qflare_calls_in_flight") == 0
 
 
 def test_updates_are_counted_by_outcome(trained: Any) -> None:

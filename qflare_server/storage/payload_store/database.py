@@ -1,8 +1,7 @@
-"""Payload store: the chunks of large payloads, apart from the rows that refer to them.
+"""Payload store `database`: chunks as rows.
 
-A payload store writes batches of chunks and reads ranges of them. On PostgreSQL both use binary COPY. On SQLite the
-chunks are in a database file of their own with large pages, so that a large upload is not written twice, through a
-write-ahead log, and does not delay small commits.
+On PostgreSQL they are written and read by binary COPY. On SQLite they are in a database file of their own with large
+pages, so that a large upload is not written twice, through a write-ahead log, and does not delay small commits.
 """
 
 import struct
@@ -11,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from sqlalchemy import (
     Connection,
+    Delete,
     Dialect,
     Engine,
     LargeBinary,
@@ -34,12 +34,11 @@ from qflare_server.errors import StorageDamagedError
 from qflare_server.storage.engine import make_private_file
 from qflare_server.storage.error_translation import domain_errors
 from qflare_server.storage.file_identity import FileIdentity
+from qflare_server.storage.payload_store.interface import DATABASE, require_chunks
 from qflare_server.storage.prepared import sqlalchemy_error
 from qflare_server.storage.tables import PayloadChunk
 
 CHUNKS = PayloadChunk.__table__
-READ_CHUNKS: Final = 8
-"""Most chunks of one read; bounds its memory and the time that it holds the lock."""
 COPY_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
 COPY_TRAILER: Final = struct.pack(">h", -1)
 _RANGE: Final = (  # built once: a cohort of a hundred updates is read in thousands of ranges
@@ -51,35 +50,6 @@ _RANGE: Final = (  # built once: a cohort of a hundred updates is read in thousa
     )
     .order_by(CHUNKS.c.chunk_index)
 )
-
-
-class PayloadStore(Protocol):
-    """Storage of the chunks of large payloads.
-
-    All methods raise StoreUnavailableError while the store's database cannot be reached, and StorageFullError when
-    the disk is full.
-    """
-
-    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
-        """Write consecutive chunks; they are durable when this returns. Existing chunks are replaced."""
-
-    def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
-        """Return up to `count` chunks in order, fewer at the end of the payload."""
-
-    def stored_count(self, payload_id: str) -> int:
-        """Return the number of consecutive chunks from the first."""
-
-    def delete(self, payload_ids: Sequence[str]) -> None:
-        """Delete all chunks of payloads; unknown ids are ignored."""
-
-    def size_bytes(self) -> int:
-        """Return the bytes that the store takes up on disk."""
-
-    def check(self) -> None:
-        """Check that the store is intact; cheap, called once a second."""
-
-    def close(self) -> None:
-        """Close the store's connections."""
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -108,6 +78,9 @@ class PayloadFile:
     twice.
     """
 
+    name: Final = DATABASE
+    batch_bytes: Final = 0
+
     def __init__(self, path: Path, *, timeout_s: float) -> None:
         self._lock = threading.Lock()
         self.damage: StorageDamagedError | None = None
@@ -122,6 +95,13 @@ class PayloadFile:
         with self._lock, self._engine.begin() as connection:
             CHUNKS.create(connection, checkfirst=True)
         self._file = FileIdentity(path)
+
+    def identity(self) -> str:
+        """Return the empty text: the chunks belong to the rows."""
+        return ""
+
+    def adopt(self, identity: str) -> None:
+        """Do nothing: the chunks belong to the rows."""
 
     @_noticing_damage
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
@@ -146,6 +126,16 @@ class PayloadFile:
         """Return the number of consecutive chunks from the first."""
         with self._lock, self._engine.connect() as connection:
             return _stored_count(connection, payload_id)
+
+    def complete(self, payload_id: str, size_bytes: int) -> None:
+        """Check that all chunks are stored."""
+        require_chunks(self.stored_count(payload_id), size_bytes)
+
+    @_noticing_damage
+    def truncate(self, payload_id: str, count: int) -> None:
+        """Delete the chunks from number `count` on."""
+        with self._lock, self._engine.begin() as connection:
+            connection.execute(_delete_from(payload_id, count))
 
     @_noticing_damage
     def payload_ids(self) -> list[str]:
@@ -197,8 +187,18 @@ def _configure_payload_file(connection: Any, _entry: object) -> None:
 class PayloadTable:
     """Payload store in the table `payload_chunks` of a PostgreSQL database, written and read by binary COPY."""
 
+    name: Final = DATABASE
+    batch_bytes: Final = 0
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+
+    def identity(self) -> str:
+        """Return the empty text: the chunks belong to the rows."""
+        return ""
+
+    def adopt(self, identity: str) -> None:
+        """Do nothing: the chunks belong to the rows."""
 
     @domain_errors()
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
@@ -256,6 +256,22 @@ class PayloadTable:
         with self._engine.connect() as connection:
             return _stored_count(connection, payload_id)
 
+    def complete(self, payload_id: str, size_bytes: int) -> None:
+        """Check that all chunks are stored."""
+        require_chunks(self.stored_count(payload_id), size_bytes)
+
+    @domain_errors()
+    def truncate(self, payload_id: str, count: int) -> None:
+        """Delete the chunks from number `count` on."""
+        with self._engine.begin() as connection:
+            connection.execute(_delete_from(payload_id, count))
+
+    @domain_errors()
+    def payload_ids(self) -> list[str]:
+        """Return the ids of all payloads that have chunks."""
+        with self._engine.connect() as connection:
+            return list(connection.scalars(select(CHUNKS.c.payload_id).distinct()))
+
     @domain_errors()
     def delete(self, payload_ids: Sequence[str]) -> None:
         """Delete all chunks of payloads, one payload per transaction."""
@@ -275,6 +291,10 @@ class PayloadTable:
 
     def close(self) -> None:
         """Do nothing: the engine belongs to `Database`."""
+
+
+def _delete_from(payload_id: str, count: int) -> Delete:
+    return delete(CHUNKS).where(CHUNKS.c.payload_id == payload_id, CHUNKS.c.chunk_index >= count)
 
 
 def _run_copy(cursor: Any, query: Any, file: Any, dialect: Dialect) -> None:

@@ -1,0 +1,242 @@
+"""Payload store `files`: one file per payload in one folder of a local disk.
+
+A payload is written in order to `ID.partial`, which is synchronized and renamed to `ID` when it is whole. What a crash
+leaves in a partial file is verified when its upload is resumed, and deleted otherwise. Ids come from the coordinator,
+never from a caller, and are checked before they become a name.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+from qflare.files import make_private_folder, new_file, synchronize_folder
+from qflare.tensors import CHUNK_BYTES
+from qflare_server.errors import (
+    ConflictError,
+    StorageDamagedError,
+    StorageFullError,
+    StoreUnavailableError,
+)
+from qflare_server.storage.file_identity import FileIdentity
+from qflare_server.storage.payload_store.interface import FILES
+
+PARTIAL: Final = ".partial"
+MARKER: Final = "store-identity"
+_ID: Final = re.compile(r"[0-9A-Za-z_]{1,64}")
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_MAX_VECTOR: Final = min(1024, os.sysconf("SC_IOV_MAX"))
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _domain_errors(method: Method) -> Method:
+    """Translate errors of the operating system; record damage, which `check` reports from then on."""
+
+    @wraps(method)
+    def guarded(self: "PayloadFolder", *arguments: Any) -> Any:
+        try:
+            return method(self, *arguments)
+        except OSError as error:
+            translated = _translate(error)
+            if isinstance(translated, StorageDamagedError):
+                self.damage = translated
+            raise translated from error
+
+    return cast("Method", guarded)
+
+
+def _translate(error: OSError) -> Exception:
+    if error.errno in _FULL:
+        return StorageFullError()
+    if error.errno == errno.EIO:
+        return StorageDamagedError("the disk of the payload folder is damaged: restore a backup")
+    said = error.strerror or type(error).__name__
+    return StoreUnavailableError(f"the payload folder cannot be used: {said}")
+
+
+class PayloadFolder:
+    """Payload store in a folder; several processes of one machine may share it.
+
+    Args:
+        folder: Created with mode 0700 if it is missing.
+
+    Raises:
+        StoreUnavailableError: The folder cannot be created or read.
+    """
+
+    name: Final = FILES
+    batch_bytes: Final = 0
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.damage: StorageDamagedError | None = None
+        self._open()
+        self._place = FileIdentity(folder)
+
+    @_domain_errors
+    def _open(self) -> None:
+        make_private_folder(self._folder)
+
+    @_domain_errors
+    def identity(self) -> str:
+        """Return the name in the folder's marker file."""
+        try:
+            return (self._folder / MARKER).read_text(encoding="ascii", errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    @_domain_errors
+    def adopt(self, identity: str) -> None:
+        """Write the folder's marker file."""
+        with suppress(FileExistsError), new_file(self._folder / MARKER, replace=False) as file:
+            file.write(identity.encode())
+
+    def _whole(self, payload_id: str) -> Path:
+        if _ID.fullmatch(payload_id) is None:
+            raise ValueError(f"payload id: got {payload_id!r}")
+        return self._folder / payload_id
+
+    def _partial(self, payload_id: str) -> Path:
+        return self._whole(payload_id).with_suffix(PARTIAL)
+
+    @_domain_errors
+    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+        """Write consecutive chunks, and synchronize them."""
+        path = self._partial(payload_id)
+        if self._whole(payload_id).exists():
+            path = self._whole(payload_id)
+        with _opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:
+            before = os.fstat(descriptor).st_size
+            try:
+                _write(descriptor, chunks, first_index * CHUNK_BYTES)
+                os.fdatasync(descriptor)
+            except OSError:
+                with suppress(OSError):  # half a chunk is of no use
+                    os.ftruncate(descriptor, before)
+                raise
+        self._place.require()
+
+    @_domain_errors
+    def complete(self, payload_id: str, size_bytes: int) -> None:
+        """Synchronize the file, give it its final name, and synchronize the folder."""
+        path = self._partial(payload_id)
+        with suppress(FileNotFoundError), _opened(path, os.O_RDWR) as descriptor:
+            _require_size(descriptor, size_bytes)
+            os.fsync(descriptor)
+            path.rename(self._whole(payload_id))
+        try:
+            with _opened(self._whole(payload_id), os.O_RDONLY) as descriptor:
+                _require_size(descriptor, size_bytes)
+        except FileNotFoundError:
+            raise ConflictError("chunks of the upload are missing; send it again") from None
+        synchronize_folder(self._folder)
+        self._place.require()
+
+    @_domain_errors
+    def truncate(self, payload_id: str, count: int) -> None:
+        """Shorten the file."""
+        with suppress(FileNotFoundError):
+            self._whole(payload_id).rename(self._partial(payload_id))
+        with suppress(FileNotFoundError), _opened(self._partial(payload_id), os.O_WRONLY) as file:
+            size = min(os.fstat(file).st_size, count * CHUNK_BYTES)
+            os.ftruncate(file, size)
+
+    @_domain_errors
+    def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
+        """Return up to `count` chunks in order."""
+        chunks: list[bytes] = []
+        with suppress(FileNotFoundError), self._reading(payload_id) as descriptor:
+            for index in range(first_index, first_index + count):
+                chunk = os.pread(descriptor, CHUNK_BYTES, index * CHUNK_BYTES)
+                if not chunk:
+                    break
+                chunks.append(chunk)
+        return chunks
+
+    @contextmanager
+    def _reading(self, payload_id: str) -> Iterator[int]:
+        """Open a payload's file, under whichever name it has."""
+        whole, partial = self._whole(payload_id), self._partial(payload_id)
+        for path in (whole, partial):
+            with suppress(FileNotFoundError), _opened(path, os.O_RDONLY) as descriptor:
+                yield descriptor
+                return
+        with _opened(whole, os.O_RDONLY) as descriptor:  # renamed in between
+            yield descriptor
+
+    @_domain_errors
+    def stored_count(self, payload_id: str) -> int:
+        """Return the number of chunks that the length of the file comes to."""
+        for path in (self._whole(payload_id), self._partial(payload_id), self._whole(payload_id)):
+            with suppress(FileNotFoundError):
+                return -(-path.stat().st_size // CHUNK_BYTES)
+        return 0
+
+    @_domain_errors
+    def payload_ids(self) -> list[str]:
+        """Return the ids of all payloads, unfinished ones included."""
+        with os.scandir(self._folder) as entries:
+            names = {entry.name.removesuffix(PARTIAL) for entry in entries}
+        return sorted(name for name in names if name != MARKER and _ID.fullmatch(name))
+
+    @_domain_errors
+    def delete(self, payload_ids: Sequence[str]) -> None:
+        """Delete the files of payloads."""
+        for payload_id in payload_ids:
+            self._partial(payload_id).unlink(missing_ok=True)
+            self._whole(payload_id).unlink(missing_ok=True)
+
+    @_domain_errors
+    def size_bytes(self) -> int:
+        """Return the size of all files."""
+        total = 0
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    total += entry.stat(follow_symlinks=False).st_size
+        return total
+
+    def check(self) -> None:
+        """Check that the folder is still in its place and that its disk has reported no damage.
+
+        Raises:
+            StorageDamagedError: The disk has reported an error since the process started.
+            StoreUnavailableError: The folder was deleted, replaced or unmounted.
+        """
+        if self.damage is not None:
+            raise self.damage
+        self._place.require()
+
+    def close(self) -> None:
+        """Do nothing: no file stays open between calls."""
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write(descriptor: int, chunks: Sequence[bytes], offset: int) -> None:
+    """Write all chunks, however few bytes the system takes at a time."""
+    left = [memoryview(chunk) for chunk in chunks]
+    while left:
+        written = os.pwritev(descriptor, left[:_MAX_VECTOR], offset)
+        offset += written
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if written:
+            left[0] = left[0][written:]
+
+
+def _require_size(descriptor: int, size_bytes: int) -> None:
+    if os.fstat(descriptor).st_size != size_bytes:
+        raise ConflictError("chunks of the upload are missing; send it again")
