@@ -40,7 +40,7 @@ class LyingCoordinator:
         self.members = [
             Member(
                 statement=security_pb2.SignedEnvelope(
-                    payload=update.statement,
+                    payload=update.statement or b"",
                     signatures=[security_pb2.Signature.FromString(update.signature or b"")],
                 ),
                 device_keys=[
