@@ -152,6 +152,8 @@ class ServerKeys:
             KeyStoreError: No accepted key of the role is held.
             StatementError: No verifier would accept the payload.
         """
+        if role not in CONTEXTS:
+            raise KeyStoreError("keys of this role sign nothing")
         return self._sign(role, CONTEXTS[role], payload)
 
     def sign_request(self, payload: bytes) -> security_pb2.SignedEnvelope:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[2]
+PROGRAMS: Final = Path(sys.executable).parent
 PORTS: Final = ("50051", "8080")
 MARK: Final = "@@@"
 TIMEOUT_S: Final = 300
@@ -70,8 +71,14 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def run_page(text: str, folder: Path, path: str) -> list[str]:
+def run_page(text: str, folder: Path, path: str, programs: Path = PROGRAMS) -> list[str]:
     """Run a page and return what each of its shell blocks printed.
+
+    Args:
+        text: The page.
+        folder: Where it is run.
+        path: Folder of further programs.
+        programs: Folder of Python and the commands of QFLARE.
 
     Raises:
         AssertionError: A command failed; the message holds all that was printed.
@@ -89,7 +96,7 @@ def run_page(text: str, folder: Path, path: str) -> list[str]:
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=folder,
-        env=environment(folder, path),
+        env=environment(folder, path, programs),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -102,11 +109,11 @@ def run_page(text: str, folder: Path, path: str) -> list[str]:
     return [part.strip("\n") for part in printed.split(MARK)[1:]]
 
 
-def environment(folder: Path, path: str) -> dict[str, str]:
+def environment(folder: Path, path: str, programs: Path = PROGRAMS) -> dict[str, str]:
     """Return an environment with nothing of the person who runs the tests in it."""
     kept = {name: os.environ[name] for name in ("LANG", "TMPDIR") if name in os.environ}
     return kept | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), path, os.defpath]),
+        "PATH": os.pathsep.join([str(programs), path, os.defpath]),
         "HOME": str(folder),
         "PYTHONPATH": str(folder),
         "PYTHONWARNINGS": "ignore",

@@ -12,6 +12,8 @@ from docs import make_training_settings
 from qflare_client.project import create_project
 from tests.support.manual_pages import FILE, ROOT, blocks, run_page
 
+TYPED: Final = ("docs/notebooks.md", "docs/operations.md")
+"""Pages that tests/packaging/test_journeys.py runs in an environment of their own."""
 ELSEWHERE: Final = {"docs/administration.md": "test_administration_page.py"}
 PAGES: Final = sorted(
     str(page.relative_to(ROOT))
@@ -75,7 +77,9 @@ def runnable(page: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if runs(runnable(page))])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in TYPED and runs(runnable(page))]
+)
 def test_every_block_of_the_page_runs(page: str, grpcurl: str, tmp_path: Path) -> None:
     run_page(runnable(page), tmp_path, str(Path(grpcurl).parent))
 
