@@ -21,7 +21,7 @@ from qflare_server.errors import PayloadStoreMismatchError, StoreUnavailableErro
 from qflare_server.keys.device_identities import DeviceIdentities
 from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.signature_cache import SignatureCache
-from qflare_server.serving.helpers import HelperFolder
+from qflare_server.serving.helper_folder import HelperFolder
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine, normalize_url
 from qflare_server.storage.payload_store import (
