@@ -172,6 +172,10 @@ class _OverlaidStore:
         self._added.add(payload_id)
         self._above.append(payload_id, first_index, chunks)
 
+    def complete(self, payload_id: str, size_bytes: int) -> None:
+        """Finish a payload of the upper store."""
+        self._above.complete(payload_id, size_bytes)
+
     def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
         """Return chunks of the store that has them."""
         return self._of(payload_id).read(payload_id, first_index, count)
@@ -321,6 +325,7 @@ def _stored(payload: ReceivedPayload) -> StoredPayload:
         payload.chunk_digests,
         in_row=False,
         seal=payload.seal,
+        chunks=payload.chunks,
     )
 
 
