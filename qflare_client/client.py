@@ -181,6 +181,7 @@ class Client:
             outbox,
             self._feedback,
             self._local,
+            self._secure_aggregation,
         )
         self._rotation_lock = threading.Lock()
 

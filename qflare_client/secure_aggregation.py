@@ -5,7 +5,8 @@
 
 A client with a policy refuses every training task that asks for less: one without secure aggregation, one with a
 smaller minimum of updates in a sum, one whose masks would be known to no pinned helper, or one that wants other
-metrics. Its evaluations state one example and only metrics of `evaluation_metrics`, because nothing masks them.
+metrics. Updates that were kept before the policy was set are dropped unless they are masked for a pinned helper.
+Evaluations state one example and only metrics of `evaluation_metrics`, because nothing masks them.
 """
 
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from qflare.evidence.unmasking import Masking
+from qflare.v1 import security_pb2
 from qflare_client import arguments
 from qflare_client.errors import InsufficientTaskError, InvalidArgumentError
 from qflare_client.tasks import Task
@@ -95,6 +97,10 @@ class SecureAggregation:
             raise InsufficientTaskError(
                 f"the task wants metric {wanted[0][:100]!r}, which may not leave this device"
             )
+
+    def allows_kept(self, statement: security_pb2.UpdateStatement) -> bool:
+        """Return whether an update that was made before may still leave the device: masked, for a trusted helper."""
+        return any(seed.helper_id in self.helper_key_ids for seed in statement.masking.seeds)
 
     def disclosed(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return those metrics of an evaluation that may leave the device.

@@ -57,6 +57,7 @@ from qflare_client.models.submission import (
 from qflare_client.models.upload import OutgoingPayload, Payload, Receipt, Upload
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.rpc.caller import Calls
+from qflare_client.secure_aggregation import SecureAggregation
 from qflare_client.tasks import Task
 from qflare_client.trust.keyset import Trust
 
@@ -101,6 +102,7 @@ class UpdateSender:
         outbox: Keeps updates until they are settled; None keeps none.
         feedback: Error feedback for top-k updates; None discards their residuals.
         local: Tensors that stay on the device.
+        policy: The device's policy for secure aggregation; None sends every kept update.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class UpdateSender:
         outbox: Outbox | None,
         feedback: ErrorFeedback | None,
         local: LocalTensors,
+        policy: SecureAggregation | None,
     ) -> None:
         self._calls = calls
         self._trust = trust
@@ -122,6 +125,7 @@ class UpdateSender:
         self._outbox = outbox
         self._feedback = feedback
         self._local = local
+        self._policy = policy
 
     def submit(
         self,
@@ -206,6 +210,10 @@ class UpdateSender:
         """
         outcomes: list[Receipt | RejectedError] = []
         for kept in self._kept(task):
+            if self._policy is not None and not self._policy.allows_kept(kept.statement):
+                _log.warning("kept update dropped: less than this device's policy requires")
+                self._forget(kept.statement.training_session_id)
+                continue
             try:
                 outcomes.append(self._send_again(kept, timeout_s))
             except _MAY_PASS:

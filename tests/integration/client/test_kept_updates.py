@@ -19,6 +19,7 @@ from qflare_client import (
     Receipt,
     RetryPolicy,
     RoundNotOpenError,
+    SecureAggregation,
     Task,
     TrainingTask,
     UnavailableError,
@@ -98,6 +99,18 @@ def changed(arrays: dict[str, Array]) -> dict[str, Array]:
 def bench(deploy: Deploy, relay: Callable[[str], Any], tmp_path: Path) -> Bench:
     deployment = deploy(upload_batch_bytes=CHUNK_BYTES)
     return Bench(deployment, relay(deployment.coordinator.address), tmp_path / "device")
+
+
+def test_a_policy_for_secure_aggregation_drops_what_was_kept_without_masks(bench: Bench) -> None:
+    session_id = bench.deployment.session({"w": np.zeros(SMALL, np.float32)}, rounds=ONE_DEVICE)
+    leave_unsent(bench, session_id)
+    bench.mend()
+    policy = SecureAggregation(min_cohort=2, helper_key_ids={"0" * 64})
+    with bench.client(secure_aggregation=policy) as client:
+        assert client.send_kept() == []
+        assert bench.files == []
+    with bench.client() as client:
+        assert client.get_task(session_id).round_number == 1, "nothing was accepted"
 
 
 def leave_unsent(bench: Bench, session_id: str, **settings: Any) -> Task:
