@@ -35,7 +35,7 @@ from qflare_server.use_cases.access.authentication import (
     KnownCaller,
     sole_value,
 )
-from qflare_server.use_cases.access.login import AUTHORIZATION, BEARER
+from qflare_server.use_cases.access.login import AUTHORIZATION, bearer_of
 from qflare_server.use_cases.access.rate_limits import RateLimiter
 
 logger = logging.getLogger(__name__)
@@ -369,10 +369,7 @@ def _traceparent(metadata: Any) -> str:
 
 
 def _bearer(metadata: Any) -> str | None:
-    value = sole_value(metadata, AUTHORIZATION)
-    if not isinstance(value, str) or not value.startswith(BEARER):
-        return None
-    return value.removeprefix(BEARER)
+    return bearer_of(sole_value(metadata, AUTHORIZATION))
 
 
 def _tls_group(context: grpc.ServicerContext) -> str:

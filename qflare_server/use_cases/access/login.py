@@ -57,7 +57,7 @@ from qflare_server.use_cases.access.rate_limits import hourly_budget
 ACCESS_PREFIX: Final = "qfx1"
 REFRESH_PREFIX: Final = "qfr1"
 AUTHORIZATION: Final = "authorization"
-BEARER: Final = "Bearer "
+_BEARER: Final = "bearer"
 NONCE_MEMORY: Final = timedelta(minutes=5)
 MAX_TOKENS_OF_DEVICE: Final = 128
 """Maximum access and refresh tokens stored per device, used ones included."""
@@ -379,9 +379,16 @@ def _public_key(device: LoginKey | None) -> PublicKey:
         raise RefusedError("the stored key of the device is not valid") from error
 
 
+def bearer_of(value: object) -> str | None:
+    """Return the token of an authorization value; None if it has another scheme, in any case (RFC 9110, 11.1)."""
+    scheme, _, token = value.partition(" ") if isinstance(value, str) else ("", "", "")
+    return token.strip(" ") if scheme.lower() == _BEARER else None
+
+
 def _credentials(metadata: Iterable[tuple[str, str | bytes]] | None) -> tuple[str, bytes]:
     """Return the access token and the proof of possession from a call's metadata."""
-    bearer, proof = (sole_value(metadata, key) for key in (AUTHORIZATION, METADATA_KEY))
-    if not isinstance(bearer, str) or not isinstance(proof, bytes):
+    value, proof = (sole_value(metadata, key) for key in (AUTHORIZATION, METADATA_KEY))
+    token = bearer_of(value)
+    if token is None or not isinstance(proof, bytes):
         raise HandshakeError("the call carries no proof of possession")
-    return bearer.removeprefix(BEARER), proof
+    return token, proof

@@ -65,6 +65,29 @@ def test_large_metadata_is_answered_alike_each_time(
         assert caught.value.code() is code
 
 
+@pytest.mark.parametrize("scheme", ["bearer ", "BEARER ", "Bearer  "])
+def test_the_scheme_of_a_credential_is_written_in_any_case(
+    deployment: Deployment, scheme: str
+) -> None:
+    metadata = (("authorization", scheme + deployment.admin_token),)
+
+    deployment.admin.ListDevices(admin_pb2.ListDevicesRequest(), metadata=metadata, timeout=20)
+
+
+@pytest.mark.parametrize("value", ["Basic {}", "Bearer", "Bearer{}", " Bearer {}", "{}"])
+def test_a_credential_of_another_scheme_is_unauthenticated(
+    deployment: Deployment, value: str
+) -> None:
+    metadata = (("authorization", value.format(deployment.admin_token)),)
+    refused(
+        lambda: deployment.admin.ListDevices(
+            admin_pb2.ListDevicesRequest(), metadata=metadata, timeout=20
+        ),
+        Code.UNAUTHENTICATED,
+        "UNAUTHENTICATED",
+    )
+
+
 def test_a_role_that_may_not_is_denied(deployment: Deployment) -> None:
     viewer = (("authorization", f"Bearer {deployment.issue_admin(Role.VIEWER)}"),)
 
