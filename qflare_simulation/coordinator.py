@@ -277,7 +277,7 @@ def open_coordinator(
 
 
 def require_simulable(config: training_pb2.TrainingConfig) -> None:
-    """Refuse settings that need keys of devices.
+    """Refuse settings that need keys of devices, or what devices keep between rounds.
 
     Raises:
         SimulationError: Names the setting.
@@ -290,4 +290,12 @@ def require_simulable(config: training_pb2.TrainingConfig) -> None:
     if config.transfer.local_tensors:
         raise SimulationError(
             "transfer.local_tensors: virtual devices keep nothing between rounds; leave it out"
+        )
+    if config.strategy.name == "scaffold":
+        raise SimulationError(
+            "strategy.name: scaffold's devices keep control variates, and virtual devices keep nothing between rounds"
+        )
+    if config.HasField("secure_aggregation"):
+        raise SimulationError(
+            "secure_aggregation: masks are sealed to helpers, and a simulation has none; leave it out"
         )
