@@ -203,8 +203,10 @@ test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) ## run the PostgreSQL tests; Pos
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) -k postgresql $(PYTEST_ARGS)
 
 test-all: $(INSTALLED) $(FLOWER_INSTALLED) tools ## run all tests with all tools; a skipped test is a failure
-	QFLARE_REQUIRE_ALL=1 $(BIN)/python -m pytest -m alone $(PYTEST_ARGS)
-	QFLARE_REQUIRE_ALL=1 $(PYTEST) -m 'not alone' $(PYTEST_ARGS)
+	@failed=0; \
+	QFLARE_REQUIRE_ALL=1 $(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || failed=1; \
+	QFLARE_REQUIRE_ALL=1 $(PYTEST) -m 'not alone' $(PYTEST_ARGS) || failed=1; \
+	exit $$failed
 
 check: check-protos lint lint-deploy type test-all ## run everything that CI runs
 
