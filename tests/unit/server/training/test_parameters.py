@@ -28,6 +28,7 @@ OPTIMIZERS = {"momentum", "beta1", "beta2", "tau", "initial_second_moment", "bia
 OF_ANY_RULE = {"server_learning_rate", "proximal_mu"}
 OF_RULES = {
     "byzantine_count",
+    "control_share",
     "selected_count",
     "trimmed_fraction",
     "smoothing",
