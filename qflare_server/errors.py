@@ -356,7 +356,7 @@ class PayloadStoreNotConfiguredError(StoreUnavailableError):
     reason = "PAYLOAD_STORE_NOT_CONFIGURED"
 
 
-class PayloadStoreMismatchError(QflareError):
+class PayloadStoreMismatchError(FailedPreconditionError):
     """A payload store is not the one that the database's rows refer to. Raised at start, never sent over the wire.
 
     Args:
@@ -372,7 +372,7 @@ class PayloadStoreMismatchError(QflareError):
         self.remedy = "check QFLARE_PAYLOAD_DIR, and that the disk is mounted"
 
 
-class PayloadStoreConflictError(QflareError):
+class PayloadStoreConflictError(FailedPreconditionError):
     """Another coordinator on the database stores new payloads elsewhere. Raised at start, never sent over the wire.
 
     Args:
