@@ -65,7 +65,9 @@ def inserted(
     """Insert a device with its key, as whoever writes to the database can."""
     made = SimulatedDevice(device_id=device_id or str(uuid.uuid4()))
     at = coordinator.context.clock()
-    row = Device(id=made.device_id, name=made.device_id, state="active", registered_at=at, last_seen_at=at)
+    row = Device(
+        id=made.device_id, name=made.device_id, state="active", registered_at=at, last_seen_at=at
+    )
     row.hardware_info = row.network_info = row.capabilities = {}
     coordinator.context.database.write(lambda session: session.add(row))
     insert_key(coordinator, made, 1, statement)
