@@ -126,14 +126,13 @@ class Evidence:
 
     def _unmasking(self, model: GlobalModel) -> Iterator[Bundle]:
         """Yield the transcript of secure aggregation, if the version has one."""
-        statement = security_pb2.ModelStatement.FromString(model.statement)
-        if not statement.HasField("unmasking"):
-            return
         with self._context.database.read() as session:
             current = training_sessions.get_round(
                 session, model.training_session_id, model.round_number
             )
             rows = unmaskings.of_round(session, model.training_session_id, model.round_number)
+        if not rows:
+            return
         transcript = verification_pb2.UnmaskingTranscript(
             answers=[_envelope(row.answer) for row in rows]
         )

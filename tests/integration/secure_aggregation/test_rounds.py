@@ -101,7 +101,7 @@ def test_a_helper_that_was_down_answers_later(secure: SecureStart) -> None:
 
 
 def test_a_round_whose_helper_stays_away_fails_and_another_one_opens(secure: SecureStart) -> None:
-    made = secure(helper_wait_s=0.0)
+    made = secure(helper_wait_s=4.0)
     session_id = made.session(quorum=2)
     made.helpers[0].kill()
     clients = [made.deployment.device(f"device-{index}") for index in range(2)]
