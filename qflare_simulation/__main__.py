@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import qflare
-from qflare.command_line import INTERRUPTED, ArgumentParser, report_failure, whole
+from qflare.command_line import (
+    INTERRUPTED,
+    ArgumentParser,
+    protect_process,
+    report_failure,
+    whole,
+)
 from qflare.terminal import say, show_uncaught
 from qflare_server.config import ConfigError
 from qflare_server.errors import QflareError
@@ -218,8 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code.
 
     Args:
-        argv: Arguments without the program name; None means those of the process.
+        argv: Arguments without the program name; None means those of the process, which is then protected.
     """
+    if argv is None:
+        protect_process()  # replay and export open a coordinator's data folder
     sys.excepthook = show_uncaught
     try:
         options = parser().parse_args(argv)

@@ -1,4 +1,4 @@
-"""Processes that hold keys dump no core: the three programs, and programs that embed the coordinator."""
+"""Processes that hold keys dump no core: all programs, and programs that embed the coordinator."""
 
 import os
 import subprocess
@@ -64,5 +64,6 @@ def test_a_program_that_embeds_the_coordinator_dumps_no_core(tmp_path: Path) -> 
     assert report(EMBEDDING, tmp_path) == "0 0 0"
 
 
-def test_the_three_programs_are_looked_at() -> None:
-    assert sorted(PROGRAMS) == ["qflare-admin", "qflare-client", "qflare-server"]
+def test_all_programs_are_looked_at() -> None:
+    names = ["admin", "client", "helper", "server", "simulate"]
+    assert sorted(PROGRAMS) == [f"qflare-{name}" for name in names]
