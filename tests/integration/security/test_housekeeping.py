@@ -37,6 +37,7 @@ def pile_up(coordinator: Coordinator) -> None:
         {
             "payload_id": payload_name(),
             "update_id": str(uuid.uuid4()),
+            "store": "database",
             "created_at": old,
             "touched_at": old,
         }
