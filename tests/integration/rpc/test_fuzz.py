@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.descriptor import MethodDescriptor
 
 from qflare.crypto.envelope import sign_envelope
-from qflare.crypto.signing import SigningContext
+from qflare.crypto.signing import MAX_MESSAGE_BYTES, SigningContext
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare_server.use_cases.access.roles import Role
 from tests.integration.conftest import Deployment
@@ -96,7 +96,11 @@ class Fuzzer:
         if self._random.random() < 0.8:
             self._maker.spoil(draft.statement)
             key = self._device.identity.keys.signing
-            header.statement.CopyFrom(sign_envelope(key, SigningContext.UPDATE, draft.statement))
+            if draft.statement.ByteSize() <= MAX_MESSAGE_BYTES:
+                signed = sign_envelope(key, SigningContext.UPDATE, draft.statement)
+                header.statement.CopyFrom(signed)
+            else:  # nobody can sign this; the coordinator has to refuse it all the same
+                header.statement.payload = draft.statement.SerializeToString()
         return pb.SubmitUpdateRequest(header=header, chunk=pb.Chunk(data=draft.payload))
 
     def _task(self) -> pb.GetTaskResponse:
