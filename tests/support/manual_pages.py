@@ -26,7 +26,7 @@ TIMEOUT_S: Final = 300
 BLOCK: Final = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE: Final = re.compile(r"# ([\w.]+\.py)\n")
 VOLATILE: Final = re.compile(
-    r"[0-9a-f]{8}-[0-9a-f-]{27}|qf[a-z]1\.[0-9a-f]{32}\.[\w-]+|\b[0-9a-f]{16,}\b"
+    r"[0-9a-f]{8}-[0-9a-f-]{27}|qf[a-z]1\.[0-9a-f]{32}\.[\w-]+|\b[0-9a-f]{16,}\b|\b[0-9a-f]{8}\b"
     r"|\d{4}-\d\d-\d\dT[\d:.]+Z|\d+(?:\.\d+)?s\b|:\d+\b|[A-Za-z0-9+/]{60,}=*|\b\d{4,}\b"
 )
 FLEETING: Final = frozenset(

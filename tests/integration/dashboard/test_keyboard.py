@@ -97,8 +97,10 @@ def test_j_and_k_move_between_entries_and_u_goes_up(screen: Screen, page: Page) 
 
     assert visited == ["Version 2", "Version 1", "Version 0", "Version 0", "Version 1"]
     expect(page.get_by_role("heading", level=1)).to_contain_text("Version 1")
+    page.wait_for_load_state()  # the heading is there before the keys are
     page.keyboard.press("u")
     expect(page.get_by_role("heading", level=1)).to_have_text("Lineage")
+    page.wait_for_load_state()
     page.keyboard.press("u")
     expect(page.get_by_role("heading", level=1)).to_contain_text("running")
 

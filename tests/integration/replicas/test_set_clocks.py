@@ -66,7 +66,7 @@ def coordinator(
     process = CoordinatorProcess(tmp_path / "coordinator", database_url, settings=clock.variables)
     process.start()
     yield process
-    process.stop()
+    process.kill()  # a set clock of libfaketime can hold timed waits of native threads, on which a stop relies
 
 
 def rounds_of(parts: Application, session_id: str) -> list[Round]:
