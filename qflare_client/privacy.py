@@ -32,7 +32,7 @@ _PAIRS_AT_ONCE: Final = 131_072
 
 
 class NormalSource(Protocol):
-    """Standard normal samples; `numpy.random.Generator` is one, for tests."""
+    """Standard normal samples; `numpy.random.Generator` is one, for tests and simulations."""
 
     def standard_normal(self, size: tuple[int, ...], /) -> NDArray[np.float64]:
         """Return independent samples of a shape."""
@@ -131,7 +131,8 @@ class LocalPrivacy:
         Args:
             weights: Trained tensors by name.
             base: The same tensors of the base version.
-            generator: Source of the noise; by default the system's cryptographic generator. Only tests pass one.
+            generator: Source of the noise; by default the system's cryptographic generator. Only tests and simulations
+                pass one.
 
         Returns:
             Tensors of the same names, shapes and dtypes. Tensors of other than floating-point types are unchanged and

@@ -14,7 +14,8 @@ from qflare_simulation.config import SimulationConfig
 from qflare_simulation.coordinator import open_coordinator
 from qflare_simulation.data import READY, Dataset, Examples, FederatedData, evaluate, load, train
 from qflare_simulation.errors import SimulationError, TrainingFailedError
-from qflare_simulation.history import History, compare
+from qflare_simulation.history import Best, History, compare
+from qflare_simulation.kinds import DeviceKind
 from qflare_simulation.programs import ready, run_file
 from qflare_simulation.replay import ReplayedRound, replay
 from qflare_simulation.simulation import simulate
@@ -23,7 +24,9 @@ from qflare_simulation.tables import COLUMNS
 __all__ = [
     "COLUMNS",
     "READY",
+    "Best",
     "Dataset",
+    "DeviceKind",
     "Examples",
     "FederatedData",
     "History",

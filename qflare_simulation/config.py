@@ -22,7 +22,9 @@ from typing import Any, Final, Self
 
 from qflare.training_settings import SIMULATION, SettingError, from_mapping, read_file
 from qflare.v1 import training_pb2
+from qflare_client.privacy import LocalPrivacy
 from qflare_simulation.errors import SimulationError
+from qflare_simulation.kinds import DeviceKind, checked_kinds, dealt
 
 PARTITIONS: Final = ("iid", "dirichlet", "shards", "column")
 MAX_DEVICES: Final = 1_000_000
@@ -71,7 +73,16 @@ class SimulationConfig:
     """Share of failed trainings in a round above which the simulation stops; 1 never stops it."""
 
     evaluate_every: int = 1
-    """Versions between two evaluations; 0 evaluates none."""
+    """Versions between two evaluations on test data; 0 evaluates none."""
+
+    held_out: float = 0.0
+    """Share of each device's examples that it does not train on, and measures versions on, 0 to below 1."""
+
+    local_privacy: LocalPrivacy | None = None
+    """Local differential privacy of every device, a table with the fields of `qflare_client.LocalPrivacy`."""
+
+    kinds: tuple[DeviceKind, ...] = ()
+    """Kinds of devices, tables with the fields of `DeviceKind`; without any, every device qualifies."""
 
     data: str = "digits"
     """Ready data set, or `PATH:FUNCTION` that returns one or a sequence with the data of each device."""
@@ -110,6 +121,9 @@ class SimulationConfig:
         self._number("alpha", 1e-6, 1e6)
         for share in ("straggler_share", "drop_out", "failure_share"):
             self._number(share, 0.0, 1.0)
+        self._number("held_out", 0.0, 0.99)
+        object.__setattr__(self, "kinds", checked_kinds(self.kinds))
+        object.__setattr__(self, "local_privacy", _privacy(self.local_privacy))
         if self.partition not in PARTITIONS:
             raise SimulationError(
                 f"simulation.partition: got {self.partition!r}, want one of {', '.join(PARTITIONS)}"
@@ -199,9 +213,9 @@ class SimulationConfig:
     def session_config(self) -> training_pb2.TrainingConfig:
         """Return the settings of the training session as it is simulated.
 
-        The seed decides the selection. Virtual devices stand for those that would qualify, so that groups, device types
-        and capabilities are left out, and so is sealing, which changes no value. Without a number of updates, a round
-        needs a majority of the devices that are asked.
+        The seed decides the selection. Without `kinds`, virtual devices stand for those that would qualify, so that
+        groups, device types and capabilities are left out. So is sealing, which changes no value. Without a number of
+        updates, a round needs a majority of the devices that are asked.
         """
         config = training_pb2.TrainingConfig()
         config.CopyFrom(self.training)
@@ -211,11 +225,27 @@ class SimulationConfig:
         ):
             share = config.selection.fraction or 1.0
             config.rounds.device_count = max(1, math.ceil(self.devices * share))
-        config.ClearField("groups")
-        config.selection.ClearField("device_types")
-        config.selection.ClearField("capabilities")
+        if not self.kinds:
+            config.ClearField("groups")
+            config.selection.ClearField("device_types")
+            config.selection.ClearField("capabilities")
         config.transfer.ClearField("sealed")
         return config
+
+    def device_kinds(self) -> list[DeviceKind]:
+        """Return the kind of each device, by index."""
+        return dealt(self.kinds, self.devices, self.seed)
+
+
+def _privacy(value: object) -> LocalPrivacy | None:
+    if value is None or isinstance(value, LocalPrivacy):
+        return value
+    if not isinstance(value, Mapping):
+        raise SimulationError(f"simulation.local_privacy: got {value!r}, want a table")
+    try:
+        return LocalPrivacy(**value)
+    except (TypeError, ValueError) as error:
+        raise SimulationError(f"simulation.local_privacy: {error}") from error
 
 
 def _beside(folder: Path, text: object) -> str:

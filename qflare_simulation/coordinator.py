@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +13,8 @@ from typing import Any, Final
 from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
+from qflare.crypto.signing import SigningKey
+from qflare.evidence.statements import sign_evaluation
 from qflare.tensors import Manifest, chunks
 from qflare.tensors.download_encodings import widened
 from qflare.tensors.encodings import Encoding
@@ -26,16 +29,19 @@ from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import late_updates, training_sessions
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.repository.updates import UpdateReceipt
+from qflare_server.training.evaluation import find_last_measurement, find_measurement
 from qflare_server.training.versions import manifest_of
 from qflare_server.use_cases import build_use_cases
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
 from qflare_server.use_cases.devices.administration import Profile
-from qflare_server.use_cases.in_process.devices import KnownDevice, KnownDevices
+from qflare_server.use_cases.in_process.devices import KnownDevice, KnownDevices, PublicKeys
 from qflare_server.use_cases.updates.submission import Contributor
 from qflare_server.use_cases.updates.upload import Arrival
 from qflare_simulation.clock import START, VirtualClock
 from qflare_simulation.config import SimulationConfig
 from qflare_simulation.errors import SimulationError
+from qflare_simulation.kinds import DeviceKind
+from qflare_simulation.memory import DeviceMemory
 from qflare_simulation.worker import Brief, Failed, Trained, device_id
 
 ADMIN: Final = Caller("system", "", "simulation")
@@ -53,6 +59,7 @@ class SimulatedCoordinator:
 
     Attributes:
         clock: The virtual time.
+        devices: Folder of what devices keep between rounds.
         session_id: The training session, once it is created.
     """
 
@@ -74,6 +81,9 @@ class SimulatedCoordinator:
         (folder / MARKER).touch()
         self._folder = folder / "versions"
         self._folder.mkdir()
+        self.devices = folder / "devices"
+        self.devices.mkdir()
+        self._keys: dict[int, SigningKey] = {}
         self.session_id = ""
         self._size_bytes = 0
         self._is_kept = is_kept
@@ -83,12 +93,32 @@ class SimulatedCoordinator:
         """The parts of the coordinator."""
         return self._application
 
-    def register(self, count: int) -> None:
-        """Register devices by index."""
+    def register(self, config: SimulationConfig) -> None:
+        """Register the devices by index: with their kinds, and with keys if they sign evaluations.
+
+        Raises:
+            SimulationError: The coordinator refuses a kind of devices.
+        """
+        kinds = config.device_kinds()
+        if config.training.evaluation.every_rounds:
+            self._keys = {index: SigningKey.generate() for index in range(config.devices)}
         known = KnownDevices(self._application.context)
-        for start in range(0, count, REGISTERED_AT_ONCE):
-            indices = range(start, min(count, start + REGISTERED_AT_ONCE))
-            known.add_many(ADMIN, [KnownDevice(device_id(index), Profile()) for index in indices])
+        try:
+            for start in range(0, config.devices, REGISTERED_AT_ONCE):
+                indices = range(start, min(config.devices, start + REGISTERED_AT_ONCE))
+                known.add_many(ADMIN, [self._known(index, kinds[index]) for index in indices])
+            for index, kind in enumerate(kinds):
+                if kind.groups:
+                    name = device_id(index)
+                    self._use_cases.devices.set_groups(ADMIN, name, kind.groups, "simulated")
+        except QflareError as error:
+            raise SimulationError(f"simulation.kinds: {error}") from error
+
+    def _known(self, index: int, kind: DeviceKind) -> KnownDevice:
+        key = self._keys.get(index)
+        keys = PublicKeys() if key is None else PublicKeys(key.public)
+        profile = Profile(kind.device_type, capabilities=dict(kind.capabilities))
+        return KnownDevice(device_id(index), profile, keys)
 
     def create(self, config: SimulationConfig, model: Mapping[str, NDArray[Any]]) -> None:
         """Create the training session with its first model, and start it.
@@ -169,13 +199,74 @@ class SimulatedCoordinator:
                     file.write(piece)
         return path, manifest.to_proto().SerializeToString(deterministic=True)
 
-    def version_brief(self, version: int) -> Brief:
-        """Return what it takes to evaluate a version."""
-        path, manifest = self.download(version)
+    def version_brief(self, version: int, *, as_devices_get_it: bool = False) -> Brief:
+        """Return what it takes to evaluate a version.
+
+        Args:
+            version: The version.
+            as_devices_get_it: In the encoding in which devices download versions, instead of full precision.
+        """
+        found = self._use_cases.deliveries.find(self.session_id, version)
+        with self._application.database.read() as session:
+            owner = training_sessions.get_session(session, self.session_id)
+        assert owner is not None
+        transfer = owner.config.transfer
+        encoding = Encoding.FULL_PRECISION
+        if as_devices_get_it:
+            encoding = Encoding.from_number(transfer.download_encoding)
+        path, manifest = self.download(version, encoding)
         statement = security_pb2.TaskStatement(
-            realm=REALM, training_session_id=self.session_id, base_version=version
+            realm=REALM,
+            training_session_id=self.session_id,
+            base_version=version,
+            base_digest=found.model.digest,
+            transfer=transfer,
         )
         return Brief(statement.SerializeToString(deterministic=True), str(path), manifest)
+
+    def evaluations(
+        self, devices: Iterable[int], version: int, *, is_last: bool
+    ) -> list[tuple[int, str]]:
+        """Return which of these devices are to measure a version, each with the nonce of its evaluation.
+
+        Args:
+            devices: Indices.
+            version: The version.
+            is_last: Whether the training session has ended with it.
+        """
+        context, asked = self._application.context, []
+        with self._application.database.read() as session:
+            owner = training_sessions.get_session(session, self.session_id)
+            assert owner is not None
+            for index in devices:
+                name = device_id(index)
+                if is_last:
+                    task = find_last_measurement(context, session, owner, name, self.clock())
+                else:
+                    task = find_measurement(context, session, owner, version, name)
+                if task is not None:
+                    asked.append((index, task.nonce))
+        return asked
+
+    def report_evaluation(self, index: int, statement: security_pb2.EvaluationStatement) -> None:
+        """Sign a device's evaluation and report it.
+
+        Raises:
+            SimulationError: The coordinator refuses it.
+        """
+        key, name = self._keys[index], device_id(index)
+        public = key.public
+        statement.key_id = public.key_id
+        contributor = Contributor(name, public.key_id, public.algorithm, public.data)
+        caller = Caller(f"device:{name}", "", "simulation")
+        try:
+            self._use_cases.evaluations.report(caller, contributor, sign_evaluation(key, statement))
+        except QflareError as error:
+            raise SimulationError(f"the coordinator refuses an evaluation: {error}") from error
+
+    def keep(self, index: int, update_id: str) -> None:
+        """Let what a device staged with an update take effect, because the update was accepted."""
+        DeviceMemory(self.devices, index).accept(update_id)
 
     def size_bytes(self, version: int) -> int:
         """Return the size of a version."""
@@ -215,6 +306,7 @@ class SimulatedCoordinator:
 
     def close(self) -> None:
         """Complete the audit log of a database that is kept, and close every part."""
+        shutil.rmtree(self.devices, ignore_errors=True)
         if self._is_kept:
             AuditSequencer(self._application.context).run_once()
         self._aggregator.close()
@@ -277,24 +369,11 @@ def open_coordinator(
 
 
 def require_simulable(config: training_pb2.TrainingConfig) -> None:
-    """Refuse settings that need keys of devices, or what devices keep between rounds.
+    """Refuse settings that need other programs than coordinator and devices.
 
     Raises:
         SimulationError: Names the setting.
     """
-    if config.evaluation.every_rounds:
-        raise SimulationError(
-            "evaluation.every_rounds: reports of devices are signed, and virtual devices have no keys; "
-            "use simulation.evaluate, which measures versions on test data"
-        )
-    if config.transfer.local_tensors:
-        raise SimulationError(
-            "transfer.local_tensors: virtual devices keep nothing between rounds; leave it out"
-        )
-    if config.strategy.name == "scaffold":
-        raise SimulationError(
-            "strategy.name: scaffold's devices keep control variates, and virtual devices keep nothing between rounds"
-        )
     if config.HasField("secure_aggregation"):
         raise SimulationError(
             "secure_aggregation: masks are sealed to helpers, and a simulation has none; leave it out"

@@ -27,12 +27,15 @@ class FederatedData(Sequence[Any]):
         at: Returns the data of the device of an index.
         test: Data that versions are evaluated on; None without.
         model: First model of a ready data set; empty without.
+        held_out: What each device measures versions on, by index, None for a device that measures none; None if no
+            device does.
     """
 
     devices: int
     at: Callable[[int], Any]
     test: Any = None
     model: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    held_out: Sequence[Any] | None = None
 
     def __len__(self) -> int:
         """Return the number of devices."""
@@ -69,10 +72,15 @@ class Dataset:
         held = max(1, int(len(order) * TEST_SHARE))
         kept = np.sort(order[held:])
         indices = [kept[part] for part in self._parts(config, kept)]
+        own = None
+        if config.held_out:
+            split = [_split(part, config) for part in indices]
+            indices = [trained for trained, _ in split]
+            own = _HeldOut(_Parts(self.inputs, self.labels, [measured for _, measured in split]))
         parts = _Parts(self.inputs, self.labels, indices)
         test = Examples(self.inputs[order[:held]], self.labels[order[:held]])
         model = first_model(self.inputs.shape[1], int(self.labels.max()) + 1)
-        return FederatedData(len(indices), parts.at, test, model)
+        return FederatedData(len(indices), parts.at, test, model, own)
 
     def _parts(self, config: SimulationConfig, kept: NDArray[Any]) -> list[partition.Indices]:
         labels, devices, seed = self.labels[kept], config.devices, config.seed
@@ -100,6 +108,30 @@ class _Parts(NamedTuple):
     def at(self, device: int) -> Examples:
         chosen = self.indices[device]
         return Examples(self.inputs[chosen], self.labels[chosen])
+
+
+class _HeldOut(Sequence[Any]):
+    """What each device measures versions on; None where there is nothing."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return len(self._parts.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._parts.at(index) if len(self._parts.indices[index]) else None
+
+
+def _split(
+    part: partition.Indices, config: SimulationConfig
+) -> tuple[partition.Indices, partition.Indices]:
+    """Return what a device trains on and what it holds out: nothing if it has one example."""
+    if len(part) <= 1:
+        return part, part[:0]
+    shuffled = np.random.default_rng([config.seed, int(part[0])]).permutation(part)
+    count = min(len(part) - 1, max(1, round(config.held_out * len(part))))
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
 
 
 def load(name: str) -> Dataset:

@@ -8,11 +8,14 @@ cost as little memory as ten. An update that could not arrive before its round c
 import heapq
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
+from qflare_client.privacy import LocalPrivacy, gaussian_epsilon
 from qflare_server.errors import QflareError
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.tables import ENDED, RoundState
@@ -23,7 +26,7 @@ from qflare_simulation.config import SimulationConfig
 from qflare_simulation.coordinator import SimulatedCoordinator
 from qflare_simulation.errors import SimulationError, TrainingFailedError
 from qflare_simulation.pool import Pool
-from qflare_simulation.worker import Brief, Failed, Trained
+from qflare_simulation.worker import Brief, Failed, Programs, Trained
 
 BATCH: Final = 64
 CHUNK: Final = 16
@@ -55,13 +58,23 @@ class Job(NamedTuple):
 
 @dataclass
 class Counts:
-    """What became of the tasks of one round."""
+    """What became of the tasks of one round.
+
+    Attributes:
+        asked: Devices that got the task.
+        lost: Devices that never answered.
+        late: Devices that answered after it had closed.
+        failed: Devices whose training raised.
+        refused: Updates that the coordinator refused.
+        spent: Devices that had no local privacy budget left.
+    """
 
     asked: int = 0
     lost: int = 0
     late: int = 0
     failed: int = 0
     refused: int = 0
+    spent: int = 0
 
 
 @dataclass
@@ -72,15 +85,62 @@ class Course:
         counts: By number of the round.
         evaluations: Metrics by version.
         refusals: Reasons of refused updates, with how often.
+        local_epsilon: Largest epsilon that a device has spent by local privacy; None without.
     """
 
     counts: dict[int, Counts] = field(default_factory=dict)
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     refusals: dict[str, int] = field(default_factory=dict)
+    local_epsilon: float | None = None
 
     def of(self, number: int) -> Counts:
         """Return the counts of a round."""
         return self.counts.setdefault(number, Counts())
+
+
+class Budgets:
+    """What devices have released under local privacy: as the device SDK's ledger, one release for each update.
+
+    Args:
+        privacy: Of every device; None for none.
+    """
+
+    def __init__(self, privacy: LocalPrivacy | None) -> None:
+        self._privacy = privacy
+        self._released: Counter[int] = Counter()
+
+    def has_room(self, device: int) -> bool:
+        """Return whether a device may release another update."""
+        privacy = self._privacy
+        if privacy is None or privacy.max_epsilon is None:
+            return True
+        return _epsilon(privacy, self._released[device] + 1) <= privacy.max_epsilon
+
+    def charge(self, device: int) -> None:
+        """Charge an update to a device."""
+        if self._privacy is not None:
+            self._released[device] += 1
+
+    def epsilon(self) -> float | None:
+        """Return the largest epsilon that a device has spent; None without local privacy."""
+        if self._privacy is None:
+            return None
+        return _epsilon(self._privacy, max(self._released.values(), default=0))
+
+
+@lru_cache(maxsize=1024)
+def _epsilon(privacy: LocalPrivacy, releases: int) -> float:
+    if releases and privacy.is_without_noise:
+        return math.inf
+    return gaussian_epsilon(math.sqrt(releases * privacy.cost), privacy.delta)
+
+
+def _evaluators(config: SimulationConfig, programs: Programs) -> frozenset[int]:
+    """Return the devices that measure versions: all that hold something out."""
+    held_out = programs.held_out
+    if held_out is None or not config.training.evaluation.every_rounds:
+        return frozenset()
+    return frozenset(index for index in range(config.devices) if held_out[index] is not None)
 
 
 class Engine:
@@ -91,6 +151,7 @@ class Engine:
         pool: Where devices train.
         config: The configuration.
         notice: Called as the simulation proceeds.
+        programs: What the pool runs.
     """
 
     def __init__(
@@ -99,15 +160,18 @@ class Engine:
         pool: Pool,
         config: SimulationConfig,
         notice: Notice,
-        *,
-        evaluates: bool,
+        programs: Programs,
     ) -> None:
         self.course = Course()
         self._coordinator = coordinator
         self._pool = pool
         self._config = config
         self._notice = notice
-        self._evaluates = evaluates and config.evaluate_every > 0
+        self._programs = programs
+        has_test = programs.test is not None or programs.held_out is None
+        self._evaluates = programs.evaluate is not None and has_test and config.evaluate_every > 0
+        self._evaluators = _evaluators(config, programs)
+        self._budgets = Budgets(programs.privacy)
         self._idle = set(range(config.devices))
         self._asked = dict.fromkeys(range(config.devices), 0)
         self._under_way: list[Job] = []
@@ -139,6 +203,8 @@ class Engine:
             self._step(owner, current)
         for version, result in self._measuring:
             self.course.evaluations[version] = result()
+        self._evaluate(owner.current_version, range(self._config.devices), is_last=True)
+        self.course.local_epsilon = self._budgets.epsilon()
 
     def _step(self, owner: TrainingSession, current: Round) -> None:
         """Take the next event: tasks for idle devices, answers, or the deadline."""
@@ -166,9 +232,52 @@ class Engine:
         if key not in self._briefs:
             self._briefs[key] = self._coordinator.brief(current)
         self.course.of(current.number).asked += len(devices)
+        self._evaluate(current.base_version, devices, is_last=False)
         for device in devices:
             self._idle.discard(device)
             heapq.heappush(self._under_way, self._job(device, current))
+
+    def _evaluate(self, version: int, devices: Iterable[int], *, is_last: bool) -> None:
+        """Let the devices that are asked measure a version on what they hold out; it takes no virtual time.
+
+        Raises:
+            TrainingFailedError: Too many of them failed.
+        """
+        candidates = [
+            index
+            for index in devices
+            if index in self._evaluators and not self._is_lost(index, "evaluation", version)
+        ]
+        asked = (
+            self._coordinator.evaluations(candidates, version, is_last=is_last)
+            if candidates
+            else []
+        )
+        if not asked:
+            return
+        brief = self._coordinator.version_brief(version, as_devices_get_it=True)
+        results = [
+            self._pool.submit(worker.measure_all, brief, asked[start : start + CHUNK])
+            for start in range(0, len(asked), CHUNK)
+        ]
+        answers = [answer for result in results for answer in result()]
+        failures = [answer for answer in answers if isinstance(answer, Failed)]
+        share = self._config.failure_share
+        if share < 1 and len(failures) > share * len(asked):
+            raise TrainingFailedError(
+                f"{len(failures)} of {len(asked)} evaluations of version {version} failed, at most "
+                f"{share * len(asked):g} may; a device raised:\n{failures[0].text.rstrip()}"
+            )
+        for (index, _), answer in zip(asked, answers, strict=True):
+            if isinstance(answer, Failed):
+                self._coordinator.report_failure(index, 0, answer)
+            else:
+                self._coordinator.report_evaluation(index, answer)
+
+    def _is_lost(self, device: int, *what: object) -> bool:
+        """Return whether a device drops out of something."""
+        label = ":".join(str(part) for part in (self._config.seed, device, *what))
+        return random.Random(label).random() < self._config.drop_out  # noqa: S311 - repeatable on purpose
 
     def _job(self, device: int, current: Round) -> Job:
         config, self._order = self._config, self._order + 1
@@ -204,8 +313,11 @@ class Engine:
         """Return whether a device's update may still count; count it otherwise."""
         if job.is_lost:
             self.course.of(job.round_number).lost += 1
+        elif not self._budgets.has_room(job.device):
+            self.course.of(job.round_number).spent += 1
         elif job.round_number != current.number and not is_asynchronous(owner.config):
             self.course.of(job.round_number).late += 1
+            self._budgets.charge(job.device)  # the device has sent it
             self._coordinator.record_late(job.device, job.round_number)
         else:
             return True
@@ -224,6 +336,7 @@ class Engine:
             for job in (*due, *ahead)
             if job.order not in self._results
             and not job.is_lost
+            and self._budgets.has_room(job.device)
             and (job.round_number == current.number or is_asynchronous(owner.config))
         ]
         by_round: dict[tuple[int, int], list[Job]] = {}
@@ -252,15 +365,19 @@ class Engine:
             if isinstance(answer, Failed):
                 self._fail(job, answer)
         updates = [(job, answer) for job, answer in answers if isinstance(answer, Trained)]
+        for job, _ in updates:
+            self._budgets.charge(job.device)
         receipts = self._coordinator.submit([(job.device, answer) for job, answer in updates])
-        for (job, _), receipt in zip(updates, receipts, strict=True):
+        for (job, update), receipt in zip(updates, receipts, strict=True):
             if isinstance(receipt, QflareError):
                 self.course.of(job.round_number).refused += 1
                 self.course.refusals[receipt.reason] = (
                     self.course.refusals.get(receipt.reason, 0) + 1
                 )
-            else:
-                self._idle_rounds = 0
+                continue
+            self._idle_rounds = 0
+            if update.kept:
+                self._coordinator.keep(job.device, update.kept)
         if current.accepted_count + len(updates) >= current.target:
             self._coordinator.aggregate()
 
@@ -281,7 +398,8 @@ class Engine:
         if self._idle_rounds > MAX_IDLE_ROUNDS:
             raise SimulationError(
                 f"no device answered in {MAX_IDLE_ROUNDS} rounds: a deadline below "
-                "simulation.duration_s, or simulation.drop_out too high"
+                "simulation.duration_s, simulation.drop_out too high, or the budget of "
+                "simulation.local_privacy spent"
             )
         self._coordinator.clock.advance(current.deadline_at)
         self._coordinator.aggregate()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -17,6 +17,27 @@ from qflare_simulation.config import SimulationConfig
 from qflare_simulation.errors import SimulationError
 
 SHOWN: Final = ("round", "state", "selected", "accepted", "late", "failed", "rejected")
+
+
+Tables: TypeAlias = Mapping[str, Sequence[tabular.Row]]
+"""Rows by table."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best version of a training session by its objective.
+
+    Attributes:
+        version: Its number.
+        metric: Metric of the objective.
+        value: Its value.
+        data: What it was measured on: held out (by devices), test data, or training data only.
+    """
+
+    version: int
+    metric: str
+    value: float
+    data: str
 
 
 @dataclass(frozen=True)
@@ -35,10 +56,12 @@ class History:
         counts: Of each round: devices asked, lost, late, failed, and updates refused.
         session_id: Id of the training session, for `replay`.
         folder: Folder of the coordinator's database; None if it was temporary.
+        best: The best version by the session's objective; None if nothing was measured.
+        local_epsilon: Largest epsilon that a device has spent by local privacy; None without.
     """
 
     config: SimulationConfig = field(repr=False)
-    tables: Mapping[str, Sequence[tabular.Row]] = field(repr=False)
+    tables: Tables = field(repr=False)
     model: Mapping[str, NDArray[Any]] = field(repr=False)
     version: int
     state: str
@@ -48,6 +71,8 @@ class History:
     counts: Mapping[int, Mapping[str, int]] = field(repr=False)
     session_id: str
     folder: Path | None = None
+    best: Best | None = None
+    local_epsilon: float | None = None
 
     @property
     def name(self) -> str:
@@ -55,10 +80,14 @@ class History:
         return self.config.name
 
     def metrics(self) -> dict[str, list[tuple[int, float]]]:
-        """Return version and value of each metric of versions; those on test data are named `test_...`."""
+        """Return version and value of each metric of versions.
+
+        Those on test data are named `test_...`, means of the devices' trainings `train_...`, and means of what devices
+        measured on held-out data have plain names.
+        """
         series: dict[str, list[tuple[int, float]]] = {}
         for row in self.tables["metrics"]:
-            if row["source"] != "update":
+            if row["source"] in {"version", "test"}:
                 name = f"test_{row['name']}" if row["source"] == "test" else row["name"]
                 series.setdefault(name, []).append((row["version"], row["value"]))
         return series
@@ -188,7 +217,13 @@ class History:
     def __str__(self) -> str:
         """Return the table and a line on the end."""
         ended = f"{self.state} at version {self.version} after {self.virtual_s:.0f} virtual seconds"
-        return f"{self.table()}\n{ended}{': ' + self.reason if self.reason else ''}"
+        lines = [self.table(), f"{ended}{': ' + self.reason if self.reason else ''}"]
+        if self.best is not None:
+            shown = f"{self.best.metric} {self.best.value:.4f} ({self.best.data})"
+            lines.append(f"best version {self.best.version}: {shown}")
+        if self.local_epsilon is not None:
+            lines.append(f"local privacy: epsilon {self.local_epsilon:.4g} of a device")
+        return "\n".join(lines)
 
 
 def compare(histories: Sequence[History], path: str | Path, metric: str = "test_accuracy") -> None:
@@ -224,4 +259,4 @@ def _needed(module: str, extra: str) -> Any:
         raise SimulationError(str(error)) from error
 
 
-__all__ = ["History", "compare"]
+__all__ = ["Best", "History", "Tables", "compare"]

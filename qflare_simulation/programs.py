@@ -24,7 +24,8 @@ def ready(name: str, **settings: Any) -> tuple[FederatedData, EvaluateFunction]:
 
     Args:
         name: digits, iris, wine or breast_cancer.
-        **settings: `devices`, `partition`, `alpha`, `shards`, `column` and `seed`, as in `SimulationConfig`.
+        **settings: `devices`, `partition`, `alpha`, `shards`, `column`, `held_out` and `seed`, as in
+            `SimulationConfig`.
 
     Raises:
         SimulationError: There is no such data set, or it cannot be divided so.
@@ -54,7 +55,7 @@ def run_file(
     data = find_data(config)
     train = find(config.train, "train") if config.train else ready_data.train
     evaluate = _evaluation(config)
-    more = {} if notice is None else {"notice": notice}
+    more: dict[str, Any] = {} if notice is None else {"notice": notice}
     model = find_model(config.model) if config.model else None
     return simulate(train, data, config, model=model, evaluate=evaluate, folder=folder, **more)
 

@@ -11,13 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qflare.tensors import Manifest, assemble
-from qflare.v1 import tensor_pb2
+from qflare.tensors.control_variates import CONTROL
+from qflare.v1 import tensor_pb2, training_pb2
+from qflare_client import Scaffold
+from qflare_server.storage.records import TrainingSession
+from qflare_server.training.objective import objective_of
 from qflare_simulation import tables
 from qflare_simulation.config import SimulationConfig
 from qflare_simulation.coordinator import REALM, SimulatedCoordinator, opened, require_simulable
 from qflare_simulation.engine import Course, Engine, Notice
 from qflare_simulation.errors import SimulationError
-from qflare_simulation.history import History
+from qflare_simulation.history import Best, History
 from qflare_simulation.pool import Pool
 from qflare_simulation.worker import EvaluateFunction, Programs, TrainFunction
 
@@ -34,6 +38,7 @@ def simulate(
     model: Mapping[str, NDArray[Any]] | None = None,
     evaluate: EvaluateFunction | None = None,
     test: Any = None,
+    held_out: Sequence[Any] | None = None,
     folder: str | Path | None = None,
     notice: Notice = _silent,
 ) -> History:
@@ -49,9 +54,12 @@ def simulate(
         data: The data of each device, by index; there are as many devices. A `FederatedData` may also hold test
             data and the first model.
         config: A `SimulationConfig`, the settings as a mapping, or the path of a file.
-        model: Tensors of version 0; None means those of the data.
-        evaluate: Maps (arrays, task, test data) to (example count, metrics); None evaluates no version.
+        model: Tensors of version 0; None means those of the data. SCAFFOLD's control variates are added.
+        evaluate: Maps (arrays, task, data) to (example count, metrics); None evaluates no version. It measures versions
+            on the test data and, in a training session with federated evaluation, on what each device holds out.
         test: Test data; None means that of the data.
+        held_out: What each device measures versions on, by index, None for a device that measures none; None means that
+            of the data.
         folder: Empty or new folder to keep the coordinator's database in; None keeps none.
         notice: Called with version, rounds, accepted updates and target as the simulation proceeds.
 
@@ -61,20 +69,68 @@ def simulate(
     """
     chosen = _with_devices(SimulationConfig.from_value(config), data)
     require_simulable(chosen.training)
-    first = model if model is not None else getattr(data, "model", None)
-    if not first:
-        raise SimulationError("model: got none, want the tensors of version 0 by name")
-    arrays = {name: np.ascontiguousarray(array) for name, array in first.items()}
-    held_out = test if test is not None else getattr(data, "test", None)
-    programs = Programs(train, evaluate, data, held_out, chosen.seed, REALM)
+    arrays = _first(model if model is not None else getattr(data, "model", None), chosen.training)
+    shared = test if test is not None else getattr(data, "test", None)
+    own = held_out if held_out is not None else getattr(data, "held_out", None)
+    _require_evaluation(chosen, evaluate, own)
     is_kept = folder is not None
     with _folder(folder) as home, opened(home, chosen.seed, is_kept=is_kept) as coordinator:
-        coordinator.register(chosen.devices)
+        coordinator.register(chosen)
         coordinator.create(chosen, arrays)
+        programs = Programs(
+            train=train,
+            evaluate=evaluate,
+            data=data,
+            test=shared,
+            held_out=own,
+            privacy=chosen.local_privacy,
+            seed=chosen.seed,
+            realm=REALM,
+            home=coordinator.devices,
+        )
         with Pool(programs, chosen.workers) as pool:
-            engine = Engine(coordinator, pool, chosen, notice, evaluates=evaluate is not None)
+            engine = Engine(coordinator, pool, chosen, notice, programs)
             engine.run()
         return _history(coordinator, chosen, engine.course, home if is_kept else None)
+
+
+def _first(
+    model: Mapping[str, NDArray[Any]] | None, config: training_pb2.TrainingConfig
+) -> dict[str, NDArray[Any]]:
+    """Return the tensors of version 0, with control variates of zero where SCAFFOLD needs them."""
+    if not model:
+        raise SimulationError("model: got none, want the tensors of version 0 by name")
+    arrays = {name: np.ascontiguousarray(array) for name, array in model.items()}
+    if config.strategy.name == "scaffold" and not any(name.startswith(CONTROL) for name in arrays):
+        return Scaffold.initial(arrays)
+    return arrays
+
+
+def _require_evaluation(
+    config: SimulationConfig, evaluate: EvaluateFunction | None, held_out: Sequence[Any] | None
+) -> None:
+    """Refuse a configuration whose devices are to measure versions and cannot.
+
+    Raises:
+        SimulationError: There is no function, or no data.
+    """
+    if config.held_out and held_out is None:
+        raise SimulationError(
+            "simulation.held_out: divides the examples of a data set; pass held_out for data of devices"
+        )
+    if not config.training.evaluation.every_rounds:
+        return
+    if evaluate is None:
+        raise SimulationError("evaluation.every_rounds: want an evaluation function")
+    if held_out is None:
+        raise SimulationError(
+            "evaluation.every_rounds: devices hold out nothing to measure versions on: set "
+            "simulation.held_out, or pass held_out"
+        )
+    if len(held_out) != config.devices:
+        raise SimulationError(
+            f"held_out: got {len(held_out)}, want one for each of {config.devices}"
+        )
 
 
 def _with_devices(config: SimulationConfig, data: Sequence[Any]) -> SimulationConfig:
@@ -113,4 +169,26 @@ def _history(
         counts={number: asdict(counts) for number, counts in sorted(course.counts.items())},
         session_id=owner.id,
         folder=home,
+        best=_best(owner, course),
+        local_epsilon=course.local_epsilon,
     )
+
+
+def _best(owner: TrainingSession, course: Course) -> Best | None:
+    """Return the best version by the session's objective, measured on held-out data where there are measurements.
+
+    The coordinator compares versions by what devices hold out. Without federated evaluation it has their training
+    metrics only, and the test data of the simulation decides instead.
+    """
+    objective = objective_of(owner.config)
+    if not objective.is_held_out:
+        best: Best | None = None
+        for version, metrics in sorted(course.evaluations.items()):
+            value = metrics.get(objective.metric)
+            if value is not None and objective.prefers(value, best.value if best else None):
+                best = Best(version, objective.metric, value, "test data")
+        if best is not None:
+            return best
+    if owner.best_version is None or owner.best_value is None:
+        return None
+    return Best(owner.best_version, objective.metric, owner.best_value, objective.data)

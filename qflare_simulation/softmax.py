@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qflare_client import TrainingTask, proximal_gradient
+from qflare.tensors.control_variates import CONTROL
+from qflare_client import Scaffold, TrainingTask, proximal_gradient
 
 
 class Examples(NamedTuple):
@@ -27,14 +28,33 @@ def first_model(features: int, classes: int) -> dict[str, NDArray[Any]]:
 def train(
     arrays: dict[str, NDArray[Any]], task: TrainingTask, data: Examples
 ) -> tuple[dict[str, NDArray[Any]], int, dict[str, float]]:
-    """Train by stochastic gradient descent, with the proximal term if the session has one."""
+    """Train by stochastic gradient descent, with the proximal term or control variates if the session has them."""
+    if CONTROL + "weight" in arrays:
+        scaffold = Scaffold(arrays, task)
+        weights = scaffold.weights
+        steps = _descend(weights, task, data, scaffold.correction)
+        return scaffold.trained(weights, steps), len(data.labels), measure(weights, data)
+    _descend(arrays, task, data, {})
+    return arrays, len(data.labels), measure(arrays, data)
+
+
+def _descend(
+    arrays: dict[str, NDArray[Any]],
+    task: TrainingTask,
+    data: Examples,
+    correction: Mapping[str, NDArray[Any]],
+) -> int:
+    """Train in place and return the number of steps."""
     base = {name: array.copy() for name, array in arrays.items()}
     order = np.random.default_rng(task.round_number)
+    steps = 0
     for _ in range(task.local_epochs):
         shuffled = order.permutation(len(data.labels))
         for start in range(0, len(shuffled), task.batch_size):
-            _step(arrays, base, task, data, shuffled[start : start + task.batch_size])
-    return arrays, len(data.labels), measure(arrays, data)
+            chosen = shuffled[start : start + task.batch_size]
+            _step(arrays, base, task, data, chosen, correction)
+            steps += 1
+    return steps
 
 
 def _step(
@@ -43,6 +63,7 @@ def _step(
     task: TrainingTask,
     data: Examples,
     chosen: NDArray[Any],
+    correction: Mapping[str, NDArray[Any]],
 ) -> None:
     inputs, labels = data.inputs[chosen], data.labels[chosen]
     error = _probabilities(arrays, inputs)
@@ -51,6 +72,8 @@ def _step(
     if task.proximal_mu:
         for name, pull in proximal_gradient(arrays, base, task.proximal_mu).items():
             gradient[name] = gradient[name] + pull
+    for name, added in correction.items():
+        gradient[name] = gradient[name] + added
     for name, slope in gradient.items():
         arrays[name] -= np.float32(task.learning_rate) * slope.astype(np.float32)
 

@@ -66,7 +66,7 @@ COLUMNS: Final[Mapping[str, Mapping[str, str]]] = {
         "aggregated_s": "when its version was published; empty if none",
     },
     "metrics": {
-        "source": "update, version (means of the updates and evaluations of devices) or test (a simulation's own)",
+        "source": "update, evaluation (of a device), version (means of both) or test (a simulation's own)",
         "round": "round of the update, or that made the version",
         "version": "version that was measured, or that the update was trained from",
         "device": "id of the device; empty for versions",
@@ -129,6 +129,7 @@ class _Reader:
         self._selections = list(history.selections(session, identity))
         self._late = list(history.late(session, identity))
         self._failures = list(history.failures(session, identity))
+        self._evaluations = list(history.evaluations(session, identity))
 
     def tables(self) -> dict[str, list[Row]]:
         makers: dict[str, Callable[[], Iterator[Sequence[Any]]]] = {
@@ -212,6 +213,11 @@ class _Reader:
                     name,
                     value,
                 )
+        made_in = {row["version"]: row["round_number"] for row in self._versions}
+        for row in self._evaluations:
+            named = made_in.get(row["version"], 0), row["version"], row["device_id"]
+            for name, value in sorted(row["metrics"].items()):
+                yield "evaluation", *named, name, value
         for row in self._versions:
             own = self._measured.get(row["version"], {})
             for source, values in (("version", row["metrics"]), ("test", own)):

@@ -11,7 +11,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -28,11 +28,16 @@ from qflare_client.models.download import GlobalModel
 from qflare_client.models.submission import (
     Contribution,
     checked,
-    make_payload,
+    is_sparse,
+    make_evaluation_statement,
+    make_payload_with_residual,
     make_statement,
 )
+from qflare_client.models.upload import Payload
+from qflare_client.privacy import LocalPrivacy
 from qflare_client.tasks import Task, TrainingDefaults
 from qflare_simulation.clock import START
+from qflare_simulation.memory import DeviceMemory
 
 TrainFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask, Any], tuple[Mapping[str, Array], int, Mapping[str, float]]
@@ -49,14 +54,29 @@ MAX_TEXT: Final = 4000
 
 @dataclass(frozen=True)
 class Programs:
-    """What the devices run, and on what."""
+    """What the devices run, and on what.
+
+    Attributes:
+        train: The training function.
+        evaluate: Measures versions, on test data and on what devices hold out.
+        data: The training data of each device.
+        test: Test data; None for none.
+        held_out: What each device measures versions on, None for a device that measures none.
+        privacy: Local privacy of every device.
+        seed: Seed of trainings and of noise.
+        realm: Name of the deployment.
+        home: Folder of what devices keep between rounds.
+    """
 
     train: TrainFunction
     evaluate: EvaluateFunction | None
     data: Sequence[Any]
     test: Any
+    held_out: Sequence[Any] | None
+    privacy: LocalPrivacy | None
     seed: int
     realm: str
+    home: Path
 
 
 class Brief(NamedTuple):
@@ -74,15 +94,23 @@ class Brief(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """An update, ready to be sent."""
+    """An update, ready to be sent.
+
+    Attributes:
+        statement: Its serialized statement.
+        chunk_digests: Digests of its chunks.
+        chunks: Its payload.
+        kept: Id of the update if the device keeps something with it, empty otherwise.
+    """
 
     statement: bytes
     chunk_digests: bytes
     chunks: list[bytes]
+    kept: str
 
 
 class Failed(NamedTuple):
-    """A training function that raised."""
+    """A training or evaluation function that raised."""
 
     kind: str
     text: str
@@ -123,20 +151,93 @@ def _train(brief: Brief, index: int) -> Trained | Failed:
     programs = _PROGRAMS[0]
     task, base = _task(brief.statement), _model(brief)
     _seed(programs.seed, index + 1, task.round_number)
+    memory = DeviceMemory(programs.home, index)
+    update_id = _update_id(programs.seed, index, task)
     try:
-        given = {name: array.copy() for name, array in base.arrays.items()}
-        arrays, example_count, metrics = programs.train(given, task.config, programs.data[index])
-        contribution = checked(Contribution(base, arrays, example_count, metrics))
-        payload = make_payload(contribution, task.transfer)
+        contribution = _contribution(programs, memory, task, base, index)
+        payload, is_kept = _payload(memory, task, contribution, update_id)
         statement = make_statement(
             task, contribution, payload, realm=programs.realm, device_id=device_id(index)
         )
-        statement.update_id = _update_id(programs.seed, index, task)
+        statement.update_id = update_id
         statement.create_time.FromDatetime(START)
     except Exception as error:  # noqa: BLE001 - whatever a training function raises is a failure of its device
-        return Failed(type(error).__name__[:64], traceback.format_exc()[-MAX_TEXT:])
-    chunks = [bytes(chunk) for chunk in payload.chunks_from(0)]
-    return Trained(statement.SerializeToString(deterministic=True), payload.chunk_digests, chunks)
+        return _failed(error)
+    return Trained(
+        statement.SerializeToString(deterministic=True),
+        payload.chunk_digests,
+        [bytes(chunk) for chunk in payload.chunks_from(0)],
+        update_id if is_kept else "",
+    )
+
+
+def _contribution(
+    programs: Programs, memory: DeviceMemory, task: Task, base: GlobalModel, index: int
+) -> Contribution:
+    """Train, split off what stays on the device, and protect the rest as the device's local privacy says."""
+    given = {name: array.copy() for name, array in base.arrays.items()}
+    given |= memory.local.read(task.training_session_id)
+    arrays, example_count, metrics = programs.train(given, task.config, programs.data[index])
+    shared, local = memory.local.split(task, arrays)
+    contribution = checked(Contribution(base, shared, example_count, metrics, local))
+    if programs.privacy is None:
+        return contribution
+    noise = np.random.default_rng([programs.seed, index, task.round_number, task.base_version])
+    protected = programs.privacy.protect(contribution.arrays, base.arrays, noise)
+    return replace(contribution, arrays=protected)
+
+
+def _payload(
+    memory: DeviceMemory, task: Task, contribution: Contribution, update_id: str
+) -> tuple[Payload, bool]:
+    """Encode an update and stage what the device keeps with it; return whether there is anything."""
+    session_id, has_residual = task.training_session_id, is_sparse(task.transfer)
+    known: Mapping[str, Array] = {}
+    if has_residual:
+        known = memory.feedback.residual(session_id, contribution.base.manifest)
+    payload, residual = make_payload_with_residual(contribution, task.transfer, known)
+    if has_residual:
+        memory.feedback.stage(session_id, update_id, residual)
+    memory.local.stage(session_id, update_id, contribution.local)
+    return payload, has_residual or bool(contribution.local)
+
+
+def measure_all(
+    brief: Brief, devices: Sequence[tuple[int, str]]
+) -> list[security_pb2.EvaluationStatement | Failed]:
+    """Measure a version on what devices hold out, one after the other.
+
+    Args:
+        brief: The version.
+        devices: Index of each device, and the nonce of its evaluation.
+
+    Returns:
+        A statement, not signed, or a failure of each device.
+    """
+    return [_measured(brief, index, nonce) for index, nonce in devices]
+
+
+def _measured(brief: Brief, index: int, nonce: str) -> security_pb2.EvaluationStatement | Failed:
+    programs = _PROGRAMS[0]
+    assert programs.evaluate is not None
+    assert programs.held_out is not None
+    task = replace(_task(brief.statement), nonce=nonce)
+    _seed(programs.seed, index + 1, task.base_version)
+    try:
+        given = {name: array.copy() for name, array in _model(brief).arrays.items()}
+        given |= DeviceMemory(programs.home, index).local.read(task.training_session_id)
+        result = programs.evaluate(given, task.config, programs.held_out[index])
+        statement = make_evaluation_statement(
+            task, *result, realm=programs.realm, device_id=device_id(index)
+        )
+    except Exception as error:  # noqa: BLE001 - as of a training function
+        return _failed(error)
+    statement.create_time.FromDatetime(START)
+    return statement
+
+
+def _failed(error: Exception) -> Failed:
+    return Failed(type(error).__name__[:64], "".join(traceback.format_exception(error))[-MAX_TEXT:])
 
 
 def _update_id(seed: int, index: int, task: Task) -> str:

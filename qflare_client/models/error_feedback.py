@@ -24,8 +24,7 @@ import numpy as np
 from qflare.tensors import Array, DType, Manifest, TensorSpec
 from qflare.tensors.encodings import INDEX_SUFFIX, VALUE_SUFFIX, narrow
 from qflare_client.errors import KeyStoreError
-from qflare_client.keystore.store import KeyStore
-from qflare_client.models.staged_arrays import StagedArrays
+from qflare_client.models.staged_arrays import SecretFiles, StagedArrays
 
 Residual = dict[str, Array]
 
@@ -86,7 +85,7 @@ class ErrorFeedback:
         is_accepted: Returns whether the coordinator has accepted an update, given by its id.
     """
 
-    def __init__(self, store: KeyStore, is_accepted: Callable[[str], bool]) -> None:
+    def __init__(self, store: SecretFiles, is_accepted: Callable[[str], bool]) -> None:
         self._staged = StagedArrays(store, "residual", is_accepted)
         self._lock = threading.Lock()
         self._held: dict[str, tuple[str, Residual]] = {}

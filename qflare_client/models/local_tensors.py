@@ -16,8 +16,7 @@ import numpy as np
 from qflare.tensors import Array, InvalidManifestError, Manifest
 from qflare.tensors.local_tensors import is_local
 from qflare_client.errors import PrivacyError, TrainingFunctionError
-from qflare_client.keystore.store import KeyStore
-from qflare_client.models.staged_arrays import StagedArrays
+from qflare_client.models.staged_arrays import SecretFiles, StagedArrays
 from qflare_client.tasks import Task
 
 
@@ -31,7 +30,7 @@ class LocalTensors:
     """
 
     def __init__(
-        self, store: KeyStore, patterns: Sequence[str], is_accepted: Callable[[str], bool]
+        self, store: SecretFiles, patterns: Sequence[str], is_accepted: Callable[[str], bool]
     ) -> None:
         self._staged = StagedArrays(store, "local", is_accepted)
         self._patterns = tuple(patterns)

@@ -12,12 +12,11 @@ import json
 import logging
 import struct
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 from qflare.tensors import Array, Manifest, assemble, chunks
 from qflare.v1 import tensor_pb2
 from qflare_client.errors import KeyStoreError
-from qflare_client.keystore.store import KeyStore
 
 _log = logging.getLogger(__name__)
 
@@ -26,16 +25,32 @@ _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 _PENDING: Final = ".pending"
 
 
+class SecretFiles(Protocol):
+    """Files by name that hold secrets; a `KeyStore` is one."""
+
+    def read_secret(self, name: str, /) -> bytes | None:
+        """Return the content of a file; None if there is none."""
+
+    def write_secret(self, name: str, secret: bytes, /) -> None:
+        """Write a file, replacing it at once."""
+
+    def rename(self, name: str, following: str, /) -> None:
+        """Give a file another name, replacing a file of that name."""
+
+    def delete(self, name: str, /) -> None:
+        """Delete a file if it exists."""
+
+
 class StagedArrays:
     """One kind of arrays of a device, by training session.
 
     Args:
-        store: Key store of the device.
+        store: Key store of the device, or files in its place.
         kind: Kind of arrays, the beginning of the files' names.
         is_accepted: Returns whether the coordinator has accepted an update, given by its id.
     """
 
-    def __init__(self, store: KeyStore, kind: str, is_accepted: Callable[[str], bool]) -> None:
+    def __init__(self, store: SecretFiles, kind: str, is_accepted: Callable[[str], bool]) -> None:
         self._store = store
         self._kind = kind
         self._is_accepted = is_accepted

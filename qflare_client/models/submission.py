@@ -215,25 +215,38 @@ def make_evaluation(
     Raises:
         TrainingFunctionError: The example count or a metric cannot be sent.
     """
-    now = Timestamp()
-    now.GetCurrentTime()
-    statement = security_pb2.EvaluationStatement(
-        realm=identity.realm,
-        training_session_id=task.training_session_id,
-        version=task.base_version,
-        version_digest=task.base_digest,
-        evaluation_nonce=task.nonce,
-        device_id=identity.device_id,
-        key_id=identity.keys.signing.public.key_id,
-        example_count=checked_example_count(example_count),
-        metrics=checked_metrics(metrics),
-        create_time=now,
+    statement = make_evaluation_statement(
+        task, example_count, metrics, realm=identity.realm, device_id=identity.device_id
     )
+    statement.key_id = identity.keys.signing.public.key_id
     try:
         signed = sign_evaluation(identity.keys.signing, statement)
     except StatementError as error:
         raise TrainingFunctionError(f"evaluation: {error}") from error
     return messages.ReportEvaluationRequest(statement=signed)
+
+
+def make_evaluation_statement(
+    task: Task, example_count: object, metrics: object, *, realm: str, device_id: str
+) -> security_pb2.EvaluationStatement:
+    """Return the statement of an evaluation of the version that a task names, without the signing key.
+
+    Raises:
+        TrainingFunctionError: The example count or a metric cannot be sent.
+    """
+    now = Timestamp()
+    now.GetCurrentTime()
+    return security_pb2.EvaluationStatement(
+        realm=realm,
+        training_session_id=task.training_session_id,
+        version=task.base_version,
+        version_digest=task.base_digest,
+        evaluation_nonce=task.nonce,
+        device_id=device_id,
+        example_count=checked_example_count(example_count),
+        metrics=checked_metrics(metrics),
+        create_time=now,
+    )
 
 
 def checked_metrics(metrics: object) -> dict[str, float]:

@@ -19,6 +19,7 @@ VERSIONS = tables.GlobalModel.__table__
 SELECTED = tables.RoundDevice.__table__
 LATE = tables.LateUpdate.__table__
 FAILED = tables.DeviceFailure.__table__
+EVALUATIONS = tables.Evaluation.__table__
 _AT_ONCE = 1000
 
 
@@ -60,6 +61,17 @@ def failures(session: Session, training_session_id: str) -> Iterator[Row]:
     """Yield the failures that devices have reported, one for each device and round."""
     wanted = select(FAILED).where(FAILED.c.training_session_id == training_session_id)
     return _rows(session, wanted.order_by(FAILED.c.round_number, FAILED.c.device_id))
+
+
+def evaluations(session: Session, training_session_id: str) -> Iterator[Row]:
+    """Yield the evaluations of versions by devices, without signatures."""
+    left_out = {"statement", "signature", "key_id"}
+    columns = [column for column in EVALUATIONS.c if column.name not in left_out]
+    wanted = select(*columns).where(
+        EVALUATIONS.c.training_session_id == training_session_id,
+        EVALUATIONS.c.statement.is_not(None),
+    )
+    return _rows(session, wanted.order_by(EVALUATIONS.c.version, EVALUATIONS.c.device_id))
 
 
 def _rows(session: Session, wanted: Select[Any]) -> Iterator[Row]:

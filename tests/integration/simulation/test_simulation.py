@@ -180,9 +180,6 @@ def test_a_session_that_cannot_advance_ends() -> None:
 @pytest.mark.parametrize(
     ("settings", "model", "message"),
     [
-        ({"evaluation.every_rounds": 1}, MODEL, "virtual devices have no keys"),
-        ({"transfer.local_tensors": ["bn*"]}, MODEL, "keep nothing between rounds"),
-        ({"strategy.name": "scaffold"}, MODEL, "keep control variates"),
         ({"secure_aggregation.helpers": ["0" * 64]}, MODEL, "a simulation has none"),
         ({"strategy.name": "none"}, MODEL, "the coordinator refuses"),
         ({}, {}, "model: got none"),
