@@ -20,7 +20,7 @@ from sqlalchemy import Engine, exc, text
 from sqlalchemy.orm import Session
 
 from qflare_server.errors import StorageDamagedError, StoreUnavailableError
-from qflare_server.storage.epochs import EpochReader, Epochs
+from qflare_server.storage.epochs import EpochReader, Epochs, are_changed
 from qflare_server.storage.error_translation import POSTGRES_RETRY, domain_errors
 from qflare_server.storage.group_commit import WRITE_ATTEMPTS, GroupWriter, T
 from qflare_server.storage.steady_clock import SteadyClock
@@ -47,7 +47,9 @@ class Database:
         self._timeout_s = timeout_s
         self._epochs = EpochReader(engine)
         self._info = {INFO_KEY: ParsedConfigs()}
-        self._writer = GroupWriter(engine, self._info) if self.is_sqlite else None
+        self._writer = (
+            GroupWriter(engine, self._info, self._epochs.invalidate) if self.is_sqlite else None
+        )
         self._damage: StorageDamagedError | None = None
         self._server_time: tuple[datetime, float] | None = None
         self._steady_clock = SteadyClock()
@@ -59,6 +61,14 @@ class Database:
             StoreUnavailableError: The database cannot be reached.
         """
         return self._epochs.read()
+
+    def recent_epochs(self) -> Epochs:
+        """Return the counters from memory: all changes of this process, those of others within `epochs.MAX_AGE_S`.
+
+        Raises:
+            StoreUnavailableError: They are older than that, and the database cannot be reached.
+        """
+        return self._epochs.recent()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -89,16 +99,21 @@ class Database:
     def _write_alone(self, work: Callable[[Session], T]) -> T:
         for attempt in range(1, WRITE_ATTEMPTS + 1):
             try:
-                with (
-                    Session(self.engine, autoflush=False, info=self._info) as session,
-                    session.begin(),
-                ):
-                    return work(session)
+                return self._attempt(work)
             except exc.DBAPIError as error:
                 code = getattr(error.orig, "pgcode", None)
                 if code not in POSTGRES_RETRY or attempt == WRITE_ATTEMPTS:
                     raise
         raise AssertionError("unreachable")
+
+    def _attempt(self, work: Callable[[Session], T]) -> T:
+        with Session(self.engine, autoflush=False, info=self._info) as session:
+            try:
+                with session.begin():
+                    return work(session)
+            finally:  # the commit may have succeeded even if its response was lost
+                if are_changed(session):
+                    self._epochs.invalidate()
 
     def check(self) -> None:
         """Check that the database can be read and written. Called once a second for the health service.

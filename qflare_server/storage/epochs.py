@@ -2,11 +2,16 @@
 
 Every call reads them, so the read bypasses the session: one statement on a dedicated connection, outside any
 transaction. It takes a few microseconds on SQLite and one round trip on PostgreSQL; concurrent calls share one read.
+Polls, which are most calls of a large fleet, accept a snapshot: it contains every change committed by this process, and
+lacks a change of another process for at most `MAX_AGE_S`.
 Reading SQLite's shared memory directly would be cheaper still, but a process that closes any descriptor of that file
 drops all its locks on it (sqlite.org/howtocorrupt.html, section 2.2).
 """
 
+import math
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +23,9 @@ from qflare_server.storage.tables import Epoch
 
 EPOCHS = Epoch.__table__
 ROW: Final = 1
+MAX_AGE_S: Final = 1.0
+"""Longest use of a snapshot, in seconds: how late polls notice a change that another process has committed."""
+_CHANGED: Final = "epochs_changed"
 _READ: Final = "SELECT security, rounds FROM epochs WHERE id = 1"
 
 
@@ -43,7 +51,13 @@ def bump_rounds(session: Session) -> None:
     _bump(session, "rounds")
 
 
+def are_changed(session: Session) -> bool:
+    """Return whether a transaction has counted a change."""
+    return _CHANGED in session.info
+
+
 def _bump(session: Session, column: str) -> None:
+    session.info[_CHANGED] = True
     changed = session.execute(
         update(EPOCHS).where(EPOCHS.c.id == ROW).values({column: EPOCHS.c[column] + 1})
     )
@@ -52,15 +66,43 @@ def _bump(session: Session, column: str) -> None:
 
 
 class EpochReader:
-    """Reads the committed counters; thread-safe."""
+    """Reads the committed counters; thread-safe.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: Of the database.
+        monotonic: Monotonic clock, in seconds.
+    """
+
+    def __init__(self, engine: Engine, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
+        self._monotonic = monotonic
         self._lock = threading.Lock()
         self._connection: Any = None
         self._known = Epochs(0, 0)
         self._begun_count = 0
         self._read_number = 0  # number of the read that returned `_known`
+        self._snapshot = Epochs(0, 0), -math.inf  # counters, and when their read began
+        self._changed_at = -math.inf
+
+    @property
+    def read_count(self) -> int:
+        """Number of reads of the database so far."""
+        return self._begun_count
+
+    def recent(self) -> Epochs:
+        """Return counters that lack no change of this process, and changes of others for at most `MAX_AGE_S`.
+
+        Raises:
+            StoreUnavailableError: The snapshot is too old, and the database cannot be reached.
+        """
+        known, began_at = self._snapshot
+        if began_at > self._changed_at and self._monotonic() - began_at <= MAX_AGE_S:
+            return known
+        return self.read()
+
+    def invalidate(self) -> None:
+        """Discard the snapshot, because a change has been committed; a read in progress may not have seen it."""
+        self._changed_at = self._monotonic()
 
     def read(self) -> Epochs:
         """Return the current counters; zeros before the first change.
@@ -73,7 +115,9 @@ class EpochReader:
             if self._read_number > begun_count:  # that read began after this call
                 return self._known
             self._begun_count += 1
+            began_at = self._monotonic()
             self._known = self._read_again()
+            self._snapshot = self._known, began_at
             self._read_number = self._begun_count
             return self._known
 

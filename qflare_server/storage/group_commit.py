@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Engine, exc
 from sqlalchemy.orm import Session
 
 from qflare_server.errors import StorageFullError, StoreUnavailableError
+from qflare_server.storage.epochs import are_changed
 from qflare_server.storage.file_identity import FileIdentity
 
 GROUP_LIMIT: Final = 128  # units of work per commit; past a few dozen the fsync no longer dominates
@@ -20,6 +21,7 @@ WRITE_ATTEMPTS: Final = 8
 
 T = TypeVar("T")
 Work = Callable[[Session], Any]
+Outcome = tuple[Future[Any], Any, BaseException | None]
 
 
 class GroupWriter:
@@ -28,10 +30,15 @@ class GroupWriter:
     Args:
         engine: Of an SQLite database.
         info: Copied into the `info` of every session.
+        invalidate: Called after the commit of a group that has changed the epochs, before its futures are done.
     """
 
-    def __init__(self, engine: Engine, info: Mapping[str, Any]) -> None:
+    def __init__(
+        self, engine: Engine, info: Mapping[str, Any], invalidate: Callable[[], None]
+    ) -> None:
         self._info = dict(info)
+        self._invalidate = invalidate
+        self._epochs_changed = False
         self._engine = engine.execution_options(qflare_write=True)
         self._connection: Connection | None = None
         self._file: FileIdentity | None = None
@@ -98,17 +105,8 @@ class GroupWriter:
 
     def _commit(self, group: list[tuple[Work, Future[Any]]]) -> None:
         """Run a group in one transaction; no future is done before the transaction is durable."""
-        outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
         try:
-            connection = self._connected()
-            with connection.begin():
-                if len(group) == 1:  # its failure may undo the whole transaction
-                    outcomes.append((group[0][1], self._done(connection, group[0][0]), None))
-                else:
-                    for work, future in group:
-                        outcomes.append((future, *self._done_in_savepoint(connection, work)))
-                _require_transaction(connection)
-            self.require_file()
+            outcomes = self._committed(group)
         except Exception as error:  # noqa: BLE001 - passed on to every waiting caller
             self._disconnect()
             for _work, future in group:
@@ -120,11 +118,31 @@ class GroupWriter:
             else:
                 future.set_exception(failure)
 
+    def _committed(self, group: list[tuple[Work, Future[Any]]]) -> list[Outcome]:
+        """Run a group in one transaction and return each future with its result or failure, once durable."""
+        outcomes: list[Outcome] = []
+        self._epochs_changed = False
+        try:
+            connection = self._connected()
+            with connection.begin():
+                if len(group) == 1:  # its failure may undo the whole transaction
+                    outcomes.append((group[0][1], self._done(connection, group[0][0]), None))
+                else:
+                    for work, future in group:
+                        outcomes.append((future, *self._done_in_savepoint(connection, work)))
+                _require_transaction(connection)
+        finally:  # a commit that reports a failure may have succeeded
+            if self._epochs_changed:
+                self._invalidate()
+        self.require_file()
+        return outcomes
+
     def _done(self, connection: Connection, work: Work) -> Any:
         """Run one unit of work in a session of its own."""
         with Session(connection, autoflush=False, info=self._info) as session:
             result = work(session)
             session.flush()
+            self._epochs_changed |= are_changed(session)
             return result
 
     def _done_in_savepoint(

@@ -1,7 +1,8 @@
 """Bearer-token authentication. Tokens are checked on every call, so a revocation takes effect immediately.
 
 Lookups are cached while the database's counter of security changes is unchanged. A call costs one small read, and a
-revocation by one replica takes effect on the next call at every other.
+revocation by one replica takes effect on the next call at every other. Polls (`POLLS`) cost no read: the
+process that revoked a token refuses its polls at once, every other process within `storage.epochs.MAX_AGE_S`.
 """
 
 import hashlib
@@ -35,6 +36,8 @@ MAX_REMEMBERED = 50_000
 MAY_CALL = frozenset(
     {DeviceState.ACTIVE.value, DeviceState.QUARANTINED.value, DeviceState.INACTIVE.value}
 )
+POLLS = frozenset({"/qflare.v1.CoordinatorService/GetTask"})
+"""Methods whose callers are admitted by a snapshot of the counters: their response gives no access to anything."""
 ANONYMOUS = frozenset({Role.ANYONE})
 
 
@@ -153,7 +156,9 @@ class Authentication:
         Raises:
             QflareError: As `admit`.
         """
-        return _authorized(self._identify(token_hash), method)
+        database = self._context.database
+        epochs = database.recent_epochs() if method in POLLS else database.epochs()
+        return _authorized(self._identify(token_hash, epochs.security), method)
 
     def admit_user(self, method: str, principal: Principal) -> Principal:
         """Authorize a user whom the identity provider has authenticated; return the principal.
@@ -201,11 +206,11 @@ class Authentication:
         if bearer and self._users is not None and bearer.startswith(JWT_PREFIX):
             return KnownCaller(self._users.identify(bearer).name, is_device=False)
         if bearer and len(bearer) <= MAX_TOKEN_CHARACTERS:
-            self._find(hash_secret(bearer))
+            self._find(hash_secret(bearer), self._context.database.epochs().security)
         return self.recognize(bearer)
 
-    def _identify(self, token_hash: str) -> Principal:
-        found = self._find(token_hash)
+    def _identify(self, token_hash: str, epoch: int) -> Principal:
+        found = self._find(token_hash, epoch)
         now = self._context.clock()
         if found is None or found.revoked_at is not None:
             if found is not None and found.device_state == DeviceState.REVOKED.value:
@@ -220,9 +225,8 @@ class Authentication:
             raise UnauthenticatedError
         return self._device(found)
 
-    def _find(self, token_hash: str) -> Credential | None:
+    def _find(self, token_hash: str, epoch: int) -> Credential | None:
         """Return a credential; a cached one is valid until the counter of security changes moves."""
-        epoch = self._context.database.epochs().security
         known = self._known.get(token_hash)
         if known is not None and known[0] == epoch:
             return known[1]

@@ -65,7 +65,22 @@ class ObjectAccess:
         Raises:
             TrainingSessionNotFoundError: The training session does not exist, or the device takes no part in it.
         """
-        relation = self._relation(device_id, training_session_id)
+        epochs = self._context.database.epochs()
+        return self._require(device_id, training_session_id, epochs)
+
+    def require_recent_relation(self, device_id: str, training_session_id: str) -> Relation:
+        """Return the relation of a device to a training session as polls see it: from memory.
+
+        A change by another coordinator is seen within `storage.epochs.MAX_AGE_S`.
+
+        Raises:
+            TrainingSessionNotFoundError: As `require_relation`.
+        """
+        epochs = self._context.database.recent_epochs()
+        return self._require(device_id, training_session_id, epochs)
+
+    def _require(self, device_id: str, training_session_id: str, epochs: Epochs) -> Relation:
+        relation = self._relation(device_id, training_session_id, epochs)
         if relation is None:
             raise TrainingSessionNotFoundError
         return relation
@@ -102,9 +117,10 @@ class ObjectAccess:
             model = global_models.get_model(session, training_session_id, version)
             return model is not None and model.released
 
-    def _relation(self, device_id: str, training_session_id: str) -> Relation | None:
+    def _relation(
+        self, device_id: str, training_session_id: str, epochs: Epochs
+    ) -> Relation | None:
         key = (device_id, training_session_id)
-        epochs = self._context.database.epochs()
         known = self._known.get(key)
         if known is not None and known[0] == epochs:
             return known[1]
@@ -140,7 +156,7 @@ def administrators_only(_access: ObjectAccess, _device_id: str, _message: Any) -
 def any_or_own_session(access: ObjectAccess, device_id: str, message: Any) -> None:
     """Allow a participating device, if the message names a training session; else the method selects one of its own."""
     if message.training_session_id:
-        access.require_relation(device_id, message.training_session_id)
+        access.require_recent_relation(device_id, message.training_session_id)
 
 
 def own_session(access: ObjectAccess, device_id: str, message: Any) -> None:

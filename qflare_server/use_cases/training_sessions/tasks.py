@@ -48,7 +48,8 @@ class Tasks:
     ) -> NextTask:
         """Return the device's next task, in one read.
 
-        The absence of work is cached until work appears: an idle poll costs one small read.
+        The absence of work is cached until work appears: an idle poll costs no read. Work that another coordinator
+        makes is noticed within `storage.epochs.MAX_AGE_S`.
 
         Args:
             device_id: The calling device.
@@ -60,7 +61,7 @@ class Tasks:
         """
         delay = self._presence.poll_delay_s()
         key = (device_id, training_session_id, trains_only)
-        epochs = self._context.database.epochs()
+        epochs = self._context.database.recent_epochs()
         idle = self._idle.get(key)
         if idle is not None and idle[0] == epochs:
             return NextTask(delay, done=idle[1])

@@ -1,6 +1,8 @@
-"""Two coordinators on one database: what one is told the other knows on its next call."""
+"""Two coordinators on one database: what one is told the other knows on its next call, or poll of a little later."""
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -12,7 +14,15 @@ from qflare.tensors import Array
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import coordinator_service_pb2 as device_calls
 from qflare.v1 import training_pb2
-from qflare_client import Client, DeviceRevokedError, DeviceSuspendedError, TrainingTask, run
+from qflare_client import (
+    Client,
+    DeviceRevokedError,
+    DeviceSuspendedError,
+    TaskKind,
+    TrainingTask,
+    run,
+)
+from qflare_server.storage.epochs import MAX_AGE_S
 
 Deploy = Callable[..., Any]
 ONE_DEVICE = training_pb2.RoundPolicy(quorum=1, deadline=Duration(seconds=60))
@@ -51,8 +61,25 @@ def test_a_device_revoked_at_one_is_refused_by_the_other_at_once(
     pair: tuple[Any, Any], at_second: Client
 ) -> None:
     call(pair[0], "RevokeDevice", device_id=at_second.device_id, reason="stolen")
-    with at_second, pytest.raises(DeviceRevokedError):
-        at_second.get_task()
+    with at_second:
+        with pytest.raises(DeviceRevokedError):
+            at_second.heartbeat()
+        with pytest.raises(DeviceRevokedError):
+            at_second.get_task()
+
+
+def test_polls_of_a_device_revoked_at_one_are_refused_by_the_other_within_the_bound(
+    pair: tuple[Any, Any], at_second: Client
+) -> None:
+    """Nothing but polls is sent, so that nothing else tells the other coordinator."""
+    call(pair[0], "RevokeDevice", device_id=at_second.device_id, reason="stolen")
+    until = time.monotonic() + MAX_AGE_S
+    with at_second:
+        while time.monotonic() < until:  # each has no task for it, or refuses it
+            with suppress(DeviceRevokedError):
+                assert at_second.get_task().kind is TaskKind.WAIT
+        with pytest.raises(DeviceRevokedError):
+            at_second.get_task()
 
 
 def test_a_suspension_and_its_end_are_known_at_once(
@@ -61,8 +88,11 @@ def test_a_suspension_and_its_end_are_known_at_once(
     call(pair[0], "SuspendDevice", device_id=at_second.device_id)
     with at_second:
         with pytest.raises(DeviceSuspendedError):
+            at_second.heartbeat()
+        with pytest.raises(DeviceSuspendedError):
             at_second.get_task()
         call(pair[0], "ReinstateDevice", device_id=at_second.device_id)
+        at_second.heartbeat()
         at_second.get_task()
 
 

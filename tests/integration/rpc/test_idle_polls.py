@@ -1,0 +1,212 @@
+"""Polls of devices that have nothing to do: no query, and every change is seen in time, whoever makes it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from sqlalchemy import event
+
+from qflare.v1 import admin_service_pb2 as pb
+from qflare.v1 import training_pb2
+from qflare_client import (
+    Client,
+    DeviceRevokedError,
+    DeviceSuspendedError,
+    NotFoundError,
+    TaskKind,
+)
+from qflare_server.storage.epochs import MAX_AGE_S
+from tests.support.steady_time import SteadyTime
+
+Deploy = Callable[..., Any]
+Pair = tuple[Any, Any]
+ONE_DEVICE = training_pb2.RoundPolicy(quorum=1, deadline=Duration(seconds=60))
+CALL_THREADS = ("device-", "anonymous-", "Thread-")
+POLLS = 50
+
+
+@pytest.fixture
+def steady_time() -> SteadyTime:
+    return SteadyTime()
+
+
+@pytest.fixture
+def pair(deploy: Deploy, steady_time: SteadyTime) -> Pair:
+    """Return two coordinators on one database; the snapshots of the first age as the test says."""
+    first, second = deploy(lease_s=1.0), deploy(lease_s=1.0)
+    first.coordinator.parts.database._epochs._monotonic = steady_time
+    return first, second
+
+
+@contextmanager
+def counted_queries(deployment: Any) -> Iterator[list[str]]:
+    """Give the statements that threads of calls send to the database, and reads of the counts of changes."""
+    database = deployment.coordinator.parts.database
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_others: Any) -> None:
+        if threading.current_thread().name.startswith(CALL_THREADS):
+            statements.append(statement)
+
+    event.listen(database.engine, "before_cursor_execute", note)
+    reads = database._epochs.read_count
+    try:
+        yield statements
+    finally:
+        event.remove(database.engine, "before_cursor_execute", note)
+        statements += ["epochs"] * (database._epochs.read_count - reads)
+
+
+def call(deployment: Any, method: str, /, **fields: Any) -> Any:
+    request = getattr(pb, f"{method}Request")(**fields)
+    return getattr(deployment.admin, method)(request, metadata=deployment.metadata)
+
+
+def finish(client: Client, session_id: str) -> None:
+    """Do a device's task, so that it has nothing more to do until the version is there."""
+    task = client.get_task(session_id)
+    base = client.download_base(task)
+    client.submit(task, base, base.arrays, example_count=1)
+
+
+@pytest.mark.parametrize("names_session", [False, True])
+def test_an_idle_poll_sends_no_query(pair: Pair, names_session: bool) -> None:
+    first, _ = pair
+    with first.device("a") as client:
+        session_id = first.session(rounds=ONE_DEVICE, start=False)
+        asked = session_id if names_session else None
+        assert client.get_task(asked).kind is TaskKind.WAIT
+        with counted_queries(first) as queries:
+            kinds = {client.get_task(asked).kind for _ in range(POLLS)}
+        assert kinds == {TaskKind.WAIT}
+        assert queries == []
+
+
+def test_what_another_process_does_costs_one_read_for_each_second(
+    pair: Pair, steady_time: SteadyTime
+) -> None:
+    first, second = pair
+    with first.device("a") as client:
+        client.get_task()
+        second.device("b").close()
+        steady_time.advance(MAX_AGE_S)
+        client.get_task()
+        with counted_queries(first) as queries:
+            for _ in range(POLLS):
+                client.get_task()
+        assert queries == []
+
+
+class Change:
+    """A change that a waiting device has to be told of: made at a coordinator, seen by the client of the first."""
+
+    def __init__(self, first: Any, client: Client) -> None:
+        self.first = first
+        self.client = client
+        self.session_id = first.session(rounds=ONE_DEVICE, start=False)
+        assert client.get_task().kind is TaskKind.WAIT
+        assert client.get_task(self.session_id).kind is TaskKind.WAIT
+
+    def new_training_session(self, by: Any) -> Callable[[], None]:
+        call(by, "StartTrainingSession", training_session_id=self.session_id)
+        return lambda: self.expect(TaskKind.TRAIN)
+
+    def canceled_training_session(self, by: Any) -> Callable[[], None]:
+        call(by, "CancelTrainingSession", training_session_id=self.session_id)
+        return lambda: self.expect(TaskKind.DONE, named_only=True)
+
+    def revocation(self, by: Any) -> Callable[[], None]:
+        call(by, "RevokeDevice", device_id=self.client.device_id, reason="stolen")
+        return lambda: self.expect_refusal(DeviceRevokedError)
+
+    def suspension(self, by: Any) -> Callable[[], None]:
+        call(by, "SuspendDevice", device_id=self.client.device_id)
+        return lambda: self.expect_refusal(DeviceSuspendedError)
+
+    def expect(self, kind: TaskKind, *, named_only: bool = False) -> None:
+        assert self.client.get_task(self.session_id).kind is kind
+        if not named_only:
+            assert self.client.get_task().kind is kind
+
+    def expect_refusal(self, error: type[Exception]) -> None:
+        for asked in (None, self.session_id):
+            with pytest.raises(error):
+                self.client.get_task(asked)
+
+
+@pytest.mark.parametrize("by_other", [False, True], ids=["own-process", "other-process"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Change.new_training_session,
+        Change.canceled_training_session,
+        Change.revocation,
+        Change.suspension,
+    ],
+)
+def test_a_poll_sees_each_change(
+    pair: Pair,
+    steady_time: SteadyTime,
+    make: Callable[[Change, Any], Callable[[], None]],
+    by_other: bool,
+) -> None:
+    first, second = pair
+    with first.device("a") as client:
+        check = make(Change(first, client), second if by_other else first)
+        if by_other:
+            steady_time.advance(MAX_AGE_S)
+        check()
+
+
+def test_a_poll_sees_a_new_version(pair: Pair, steady_time: SteadyTime) -> None:
+    """Whichever of the two coordinators publishes it."""
+    first, second = pair
+    rounds = training_pb2.RoundPolicy(quorum=2, deadline=Duration(seconds=60))
+    first.device("b").close()
+    with first.device("a") as waiting:
+        session_id = first.session(rounds=rounds)
+        finish(waiting, session_id)
+        assert waiting.get_task(session_id).kind is TaskKind.WAIT
+        watch = pb.WatchTrainingSessionRequest(training_session_id=session_id)
+        events = first.admin.WatchTrainingSession(watch, metadata=first.metadata, timeout=60)
+        next(events)
+        with Client(home=first.folder / "b", address=second.coordinator.address) as other:
+            finish(other, session_id)
+        opened = pb.TRAINING_SESSION_EVENT_KIND_ROUND_OPENED
+        next(one for one in events if one.kind == opened)
+        events.cancel()
+        steady_time.advance(MAX_AGE_S)
+        assert waiting.get_task(session_id).round_number == 2
+
+
+def test_a_device_that_leaves_a_group_loses_its_training_session(
+    pair: Pair, steady_time: SteadyTime
+) -> None:
+    first, second = pair
+    with first.device("a", groups=["ward"]) as client:
+        session_id = first.session(rounds=ONE_DEVICE, start=False, groups=["ward"])
+        client.get_task(session_id)
+        call(second, "SetDeviceGroups", device_id=client.device_id, groups=[])
+        steady_time.advance(MAX_AGE_S)
+        with pytest.raises(NotFoundError):
+            client.get_task(session_id)
+
+
+def test_only_polls_may_be_behind(pair: Pair) -> None:
+    """A device that another process has revoked may get WAIT for a while, and nothing else at all."""
+    first, second = pair
+    with first.device("a") as client:
+        session_id = first.session(rounds=ONE_DEVICE)
+        task = client.get_task(session_id)
+        finish(client, session_id)
+        call(second, "RevokeDevice", device_id=client.device_id, reason="stolen")
+        for refused in (
+            client.heartbeat,
+            lambda: client.download(session_id),
+            lambda: client.report_failure(task, "OutOfMemory"),
+        ):
+            with pytest.raises(DeviceRevokedError):
+                refused()
