@@ -51,10 +51,9 @@ def refusal(host: str, port: int, tls: Tls | None, wait: Callable[[float], bool]
     reason = REQUIRED if tls is None or tls.certificate_chain is None else NOT_ACCEPTED
     try:
         for _ in range(ATTEMPTS):
-            with socket.create_connection((host, port), timeout=TIMEOUT_S) as plain:
-                if tls is None:
-                    return SPEAKS_TLS if _speaks_tls(plain) else None
-                is_refused = _is_refused(plain, tls, tls.server_name or host)
+            if tls is None:
+                return SPEAKS_TLS if _speaks_tls(host, port) else None
+            is_refused = _is_refused(host, port, tls)
             if is_refused is None or wait(PAUSE_S):
                 return None
             if is_refused:
@@ -64,17 +63,17 @@ def refusal(host: str, port: int, tls: Tls | None, wait: Callable[[float], bool]
     return reason
 
 
-def _speaks_tls(plain: socket.socket) -> bool:
+def _speaks_tls(host: str, port: int) -> bool:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent
     try:
-        context.wrap_socket(plain).close()
+        _connected(context, host, port).close()
     except ssl.SSLError as error:
         return "_ALERT_" in (error.reason or "")
     return True
 
 
-def _is_refused(plain: socket.socket, tls: Tls, server_name: str) -> bool | None:
+def _is_refused(host: str, port: int, tls: Tls) -> bool | None:
     """Return whether the server refuses the certificate: False if it closes the connection without a word."""
     context = ssl.create_default_context(cadata=_text(tls.certificate_authorities))
     context.set_alpn_protocols(["h2"])
@@ -82,11 +81,38 @@ def _is_refused(plain: socket.socket, tls: Tls, server_name: str) -> bool | None
         with _readable(tls.certificate_chain) as chain, _readable(tls.private_key) as key:
             context.load_cert_chain(chain, key, password="")
     try:
-        with context.wrap_socket(plain, server_hostname=server_name) as stream:
+        with _connected(context, host, port, tls.server_name or host) as stream:
             return None if stream.recv(1) else False
     except ssl.SSLError as error:
         name = error.reason or ""
         return True if "_ALERT_" in name and name.endswith(_ALERTS) else None
+
+
+def _connected(
+    context: ssl.SSLContext, host: str, port: int, server_name: str | None = None
+) -> ssl.SSLSocket:
+    """Return a connection whose TLS handshake is complete; raise OSError if none of the host's addresses answers.
+
+    The socket is wrapped before it connects: of a connection that the peer has reset already, `wrap_socket` loses
+    the socket without closing it.
+    """
+    unreachable = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM
+    ):
+        with socket.socket(family, kind, protocol) as plain:
+            plain.settimeout(TIMEOUT_S)
+            stream = context.wrap_socket(plain, server_hostname=server_name)
+        try:
+            stream.connect(address)
+        except BaseException as error:
+            stream.close()
+            if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):
+                raise
+            unreachable = error
+        else:
+            return stream
+    raise unreachable
 
 
 def _text(authorities: bytes | None) -> str | None:
