@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/.installed
 PROTOC_INSTALLED := $(PROTOC_VENV)/.installed
 FLOWER_VENV := .venv-flower
 FLOWER_INSTALLED := $(FLOWER_VENV)/.installed
+MOTO_VENV := .venv-moto
+MOTO_INSTALLED := $(MOTO_VENV)/.installed
 AUDIT_VENV := .venv-audit
 AUDIT_INSTALLED := $(AUDIT_VENV)/.installed
 
@@ -16,6 +18,7 @@ AUDIT_INSTALLED := $(AUDIT_VENV)/.installed
 GRPCIO_TOOLS_VERSION := 1.75.1
 MYPY_PROTOBUF_VERSION := 5.1.0
 FLOWER_VERSION := 1.41.0
+MOTO_VERSION := 5.2.2
 PIP_AUDIT_VERSION := 2.10.1
 
 MESSAGE_PROTOS := $(wildcard protos/qflare/v1/*.proto)
@@ -37,13 +40,19 @@ install: $(INSTALLED) ## create the virtual environment with coordinator, device
 $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit("QFLARE needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,hsm,oidc,admin,plot,tensorboard,mlflow,otel,simulation,demo,test,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,hsm,oidc,object-store,admin,plot,tensorboard,mlflow,otel,simulation,demo,test,dev]'
 	@touch $@
 
 # Tests compare the strategies with those of Flower, whose pinned dependencies conflict with ours.
 $(FLOWER_INSTALLED): Makefile
 	test -x $(FLOWER_VENV)/bin/python || "$(PYTHON)" -m venv $(FLOWER_VENV)
 	$(FLOWER_VENV)/bin/python -m pip install --quiet 'flwr==$(FLOWER_VERSION)'
+	@touch $@
+
+# An S3 server for the tests of the payload store `object`. Its dependencies conflict with ours.
+$(MOTO_INSTALLED): Makefile
+	test -x $(MOTO_VENV)/bin/python || "$(PYTHON)" -m venv $(MOTO_VENV)
+	$(MOTO_VENV)/bin/python -m pip install --quiet 'moto[s3,server]==$(MOTO_VERSION)'
 	@touch $@
 
 $(PROTOC_INSTALLED): Makefile
@@ -196,13 +205,13 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## lint the files in deploy/
 type: $(INSTALLED) ## run mypy --strict
 	$(BIN)/mypy qflare qflare_client qflare_helper qflare_server qflare_simulation migrations tests $(wildcard docs examples)
 
-test: $(INSTALLED) $(FLOWER_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## run all tests except the slow ones, on SQLite and PostgreSQL
+test: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## run all tests except the slow ones, on SQLite and PostgreSQL
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
-test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) ## run the PostgreSQL tests; PostgreSQL is required
+test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) ## run the PostgreSQL tests; PostgreSQL is required
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) -k postgresql $(PYTEST_ARGS)
 
-test-all: $(INSTALLED) $(FLOWER_INSTALLED) tools ## run all tests with all tools; a skipped test is a failure
+test-all: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) tools ## run all tests with all tools; a skipped test is a failure
 	@failed=0; \
 	QFLARE_REQUIRE_ALL=1 $(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || failed=1; \
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) -m 'not alone' $(PYTEST_ARGS) || failed=1; \
@@ -260,6 +269,6 @@ check-wheel: $(INSTALLED) ## build, install in a clean environment, and test
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) tests/packaging $(PYTEST_ARGS)
 
 clean: ## delete generated files and environments
-	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(AUDIT_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(MOTO_VENV) $(AUDIT_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .import_linter_cache .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

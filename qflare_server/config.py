@@ -67,11 +67,25 @@ class ServerConfig:
     database_timeout_s: float = 10.0
     """Seconds to wait for a connection, a lock or a commit."""
     payload_store: str = ""
-    """Where new large payloads are stored: files or database. Empty means files with an SQLite database,
+    """Where new large payloads are stored: files, database or object. Empty means files with an SQLite database,
     database with PostgreSQL. Payloads that exist stay where they are until `qflare-server payloads move`.
     """
     payload_dir: Path | None = None
     """Folder of the payload store files, on a local disk; default: the folder payloads in data_dir."""
+    object_store_url: str = ""
+    """Bucket of the payload store object: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX. Needs
+    `qflare[object-store]`.
+    """
+    object_store_endpoint: str = ""
+    """URL of the service for a store other than the provider's own: https, or http on loopback."""
+    object_store_region: str = ""
+    """Region of an S3 bucket; empty means AWS_REGION, or us-east-1."""
+    object_store_credentials_file: Path | None = None
+    """File with the credentials of the object store, readable by its owner only; without it, they come from the
+    provider's environment variables or from the instance.
+    """
+    object_store_timeout_s: float = 30.0
+    """Seconds for one attempt of a request to the object store, and until which a failed request is repeated."""
     auto_migrate: bool = False
     """Migrate the database schema at startup; an empty SQLite file is always migrated."""
 
@@ -439,6 +453,7 @@ def _out_of_range(config: ServerConfig) -> list[str]:
     ranges: dict[str, tuple[float, float]] = {
         "database_pool_size": (1, 1000),
         "database_timeout_s": (0.1, 600),
+        "object_store_timeout_s": (0.1, 240),
         "workers": (1, 64),
         "rpc_threads": (4, 512),
         "anonymous_threads": (1, 128),
@@ -491,7 +506,7 @@ def _contradictions(config: ServerConfig) -> list[str]:
     if config.workers > 1 and config.listen.startswith(UNIX_SOCKETS):
         problems.append("QFLARE_WORKERS: several workers cannot share a Unix socket, want 1")
     problems += _unknown_algorithms(config)
-    problems += _unknown_store(config)
+    problems += _contradictions_of_store(config)
     problems.extend(_contradictions_of_dashboard(config))
     problems.extend(_contradictions_of_metrics(config))
     problems.extend(_contradictions_of_oidc(config))
@@ -539,10 +554,37 @@ def _unknown_algorithms(config: ServerConfig) -> list[str]:
     return problems
 
 
-def _unknown_store(config: ServerConfig) -> list[str]:
-    if config.payload_store in {"", "files", "database"}:
+def _contradictions_of_store(config: ServerConfig) -> list[str]:
+    problems = []
+    if config.payload_store not in {"", "files", "database", "object"}:
+        got = config.payload_store
+        problems.append(f"QFLARE_PAYLOAD_STORE: got {got!r}, want files, database or object")
+    if config.payload_store == "object" and not config.object_store_url:
+        problems.append("QFLARE_PAYLOAD_STORE=object needs QFLARE_OBJECT_STORE_URL")
+    problems += _malformed_bucket(config.object_store_url)
+    if config.object_store_endpoint and not _is_safe_url(config.object_store_endpoint):
+        problems.append(
+            "QFLARE_OBJECT_STORE_ENDPOINT: want an https URL, or http on loopback, without user, query and fragment"
+        )
+    return problems
+
+
+def _malformed_bucket(text: str) -> list[str]:
+    """Return what is wrong with the URL of a bucket; it is not repeated, as it may contain a secret by mistake."""
+    wanted = "want s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
+    if not text or re.fullmatch(
+        r"(s3|gs|az)://[a-z0-9][a-z0-9._-]{2,221}(/[\w.=-]+)*/?", text, re.ASCII
+    ):
         return []
-    return [f"QFLARE_PAYLOAD_STORE: got {config.payload_store!r}, want files or database"]
+    return [f"QFLARE_OBJECT_STORE_URL: {wanted}"]
+
+
+def _is_safe_url(text: str) -> bool:
+    """Return whether a URL of a service protects what is sent to it, and contains no credentials."""
+    url = urlsplit(text)
+    if not url.hostname or url.username is not None or url.query or url.fragment:
+        return False
+    return url.scheme == "https" or (url.scheme == "http" and _is_loopback_host(url.hostname))
 
 
 def _contradictions_of_dashboard(config: ServerConfig) -> list[str]:

@@ -356,6 +356,33 @@ class PayloadStoreNotConfiguredError(StoreUnavailableError):
     reason = "PAYLOAD_STORE_NOT_CONFIGURED"
 
 
+class ObjectStoreUnavailableError(StoreUnavailableError):
+    """The object store of payloads does not answer, or answers with an error, however often a request is repeated."""
+
+    reason = "OBJECT_STORE_UNAVAILABLE"
+    remedy = "check QFLARE_OBJECT_STORE_URL and the settings beside it, and that the store can be reached"
+
+
+class ObjectStoreThrottledError(ObjectStoreUnavailableError):
+    """The object store refuses requests because there are too many."""
+
+    reason = "OBJECT_STORE_THROTTLED"
+
+
+class ObjectStoreDeniedError(ObjectStoreUnavailableError):
+    """The object store refuses the coordinator's credentials: they expired, are wrong, or lack a permission."""
+
+    reason = "OBJECT_STORE_DENIED"
+    remedy = "renew the credentials; docs/operations.md lists the permissions that they need"
+
+
+class BucketMissingError(ObjectStoreUnavailableError):
+    """The bucket of the object store does not exist."""
+
+    reason = "OBJECT_STORE_BUCKET_MISSING"
+    remedy = "check QFLARE_OBJECT_STORE_URL; the coordinator creates no bucket"
+
+
 class PayloadStoreMismatchError(FailedPreconditionError):
     """A payload store is not the one that the database's rows refer to. Raised at start, never sent over the wire.
 
@@ -369,7 +396,11 @@ class PayloadStoreMismatchError(FailedPreconditionError):
     def __init__(self, store: str, *, is_empty: bool) -> None:
         what = "lacks the payloads of this database" if is_empty else "belongs to another database"
         super().__init__(f"the payload store {store} {what}")
-        self.remedy = "check QFLARE_PAYLOAD_DIR, and that the disk is mounted"
+        self.remedy = (
+            "check QFLARE_OBJECT_STORE_URL"
+            if store == "object"
+            else "check QFLARE_PAYLOAD_DIR, and that the disk is mounted"
+        )
 
 
 class PayloadStoreConflictError(FailedPreconditionError):
@@ -389,7 +420,7 @@ class PayloadStoreConflictError(FailedPreconditionError):
             f"this coordinator stores payloads in {store}, the one at {address} on the same database {where}"
         )
         self.remedy = (
-            "QFLARE_PAYLOAD_STORE=database for coordinators on several machines, the same for all;"
+            "QFLARE_PAYLOAD_STORE=database or object for coordinators on several machines, the same for all;"
             " to change it, stop all of them, and wait a minute after a crash"
         )
 

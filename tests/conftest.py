@@ -7,11 +7,12 @@ migrations made. `QFLARE_REQUIRE_ALL=1` turns every skip into a failure.
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,6 +22,7 @@ from qflare_server.config import ServerConfig
 from qflare_server.storage import schema
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine
+from tests.support import object_store
 from tests.support.postgresql import PostgresServer, fresh_database, installed_prefix
 from tests.support.signatures import SignatureWatch, watch_signatures
 
@@ -155,6 +157,26 @@ def database(server_config: ServerConfig) -> Iterator[Database]:
     opened = Database(make_engine(server_config))
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def object_store_endpoint() -> Iterator[str]:
+    """Yield the URL of an S3 server with the bucket `qflare-tests`."""
+    given = os.environ.get("QFLARE_TEST_S3_URL")
+    if given:
+        yield given
+        return
+    if not object_store.PYTHON.is_file():
+        pytest.skip(f"{object_store.PYTHON} is no interpreter: make .venv-moto/.installed")
+    with object_store.moto_server() as url:
+        yield url
+
+
+@pytest.fixture
+def object_settings(object_store_endpoint: str, tmp_path: Path) -> dict[str, Any]:
+    """Return the settings of a coordinator with a place of the test's own in an object store."""
+    url = f"s3://{object_store.BUCKET}/{uuid.uuid4().hex}"
+    return object_store.bucket_settings(object_store_endpoint, url, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ class Failure:
 REMEDIES: dict[type[Exception], str] = {
     errors.StoreUnavailableError: DATABASE,
     errors.StorageDamagedError: "qflare-server restore, into another folder, of the latest backup",
-    errors.StorageFullError: "free space on the disk of the database",
+    errors.StorageFullError: "free space on the disk of the database, or in the payload store",
     errors.ConflictError: "the same command again",
     errors.NotFoundError: "qflare-server status, which lists training sessions and devices with their ids",
     errors.AlreadyExistsError: "another name or id, or leave what exists as it is",

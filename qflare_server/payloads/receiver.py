@@ -133,6 +133,8 @@ class Receiver:
         self._batch_bytes += len(chunk)
         batch_bytes = max(self._context.config.upload_batch_bytes, self._store.batch_bytes)
         full = self._batch_bytes >= batch_bytes
+        if self.is_large:
+            self._touch()
         if self.is_large and (full or self.is_complete):
             self._flush()
 
@@ -167,14 +169,13 @@ class Receiver:
     def _flush(self) -> None:
         """Write the batch in the background, once the previous one is written: at most two are in memory."""
         self._wait()
-        self._touch()
         batch, first = self._batch, self._stored
         self._stored += len(batch)
         self._batch, self._batch_bytes = [], 0
         self._pending = self._executor.submit(self._store.append, self.payload_id, first, batch)
 
     def _touch(self) -> None:
-        """Keep a slow upload from expiring."""
+        """Keep a slow upload from expiring, however long a batch takes to fill."""
         at = self._context.clock()
         expiry_s = self._context.config.upload_expiry_s
         if (at - self._touched_at).total_seconds() > expiry_s * TOUCH_SHARE:

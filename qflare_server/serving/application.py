@@ -15,10 +15,11 @@ from typing import Final
 from sqlalchemy.orm import Session
 
 from qflare.command_line import disable_core_dumps
-from qflare_server.config import ServerConfig
+from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.context import Clock, Context, Telemetry
 from qflare_server.errors import PayloadStoreMismatchError, StoreUnavailableError
 from qflare_server.keys.device_identities import DeviceIdentities
+from qflare_server.keys.secret_files import read_secret
 from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.signature_cache import SignatureCache
 from qflare_server.serving.helper_folder import HelperFolder
@@ -27,6 +28,7 @@ from qflare_server.storage.engine import make_engine, normalize_url
 from qflare_server.storage.payload_store import (
     DATABASE,
     FILES,
+    OBJECT,
     PayloadFile,
     PayloadFolder,
     PayloadStore,
@@ -62,12 +64,15 @@ def open_stores(config: ServerConfig, database: Database) -> tuple[PayloadStore,
 
     Raises:
         PayloadStoreMismatchError: A folder or bucket is not that of this database.
+        ConfigError: The extra of the object store is not installed, or its credentials cannot be used.
         StoreUnavailableError: The store of new payloads cannot be opened.
     """
     openers: dict[str, Callable[[], PayloadStore]] = {
         DATABASE: partial(_open_chunk_rows, config, database),
         FILES: partial(_open_own, database, partial(PayloadFolder, config.payload_folder)),
     }
+    if config.object_store_url:
+        openers[OBJECT] = partial(_open_own, database, partial(_open_bucket, config))
     store = openers.pop(config.payload_store or (FILES if database.is_sqlite else DATABASE))()
     others = StoreCatalog(openers)
     with database.read() as session:
@@ -80,6 +85,31 @@ def open_stores(config: ServerConfig, database: Database) -> tuple[PayloadStore,
         except StoreUnavailableError as error:
             logger.warning("the payload store %s has payloads, but cannot be used: %s", name, error)
     return store, others
+
+
+def _open_bucket(config: ServerConfig) -> PayloadStore:
+    """Open the bucket of the payload store `object`; the library is imported here, where it is needed.
+
+    Raises:
+        ConfigError: The extra is not installed, or a setting cannot be used.
+    """
+    try:
+        from qflare_server.storage.payload_store.bucket import Bucket, BucketSettings  # noqa: PLC0415
+        from qflare_server.storage.payload_store.objects import PayloadBucket  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            f"QFLARE_OBJECT_STORE_URL needs {error.name}",
+            remedy="pip install 'qflare[object-store]'",
+        ) from error
+    file = config.object_store_credentials_file
+    settings = BucketSettings(
+        url=config.object_store_url,
+        endpoint=config.object_store_endpoint,
+        region=config.object_store_region,
+        timeout_s=config.object_store_timeout_s,
+        read_credentials=None if file is None else partial(read_secret, file),
+    )
+    return PayloadBucket(Bucket(settings))
 
 
 def _open_own(database: Database, open_store: Callable[[], PayloadStore]) -> PayloadStore:

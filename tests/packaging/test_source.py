@@ -162,6 +162,7 @@ WALL_CLOCKS = {
     "qflare_server/context.py": "the function for commands that no coordinator runs",
     "qflare_server/keys/setup.py": "issue times of the first trust documents",
     "qflare_server/storage/backups.py": "the name of a backup",
+    "qflare_server/storage/payload_store/bucket.py": "when obstore asks for credentials again, by its own clock",
     "qflare_server/storage/steady_clock.py": "the clock of the coordinator, without jumps",
 }
 """Modules that read the clock of the machine, and for what: never to measure a wait, a lease or an interval, because

@@ -35,7 +35,14 @@ from tests.contract.conftest import MakeCore
 from tests.support.use_cases import CoordinatorHarness, vector
 
 BIG = 700_000  # elements: three chunks of float32
-STORES = (("sqlite", "files"), ("sqlite", "database"), ("postgresql", "database"))
+STORES = (
+    ("sqlite", "files"),
+    ("sqlite", "database"),
+    ("postgresql", "database"),
+    ("sqlite", "object"),
+)
+ROWS_DECIDE = pytest.mark.parametrize("placement", STORES[:3], indirect=True, ids="-".join)
+"""For tests of what rows say about payloads, to which an object store would add nothing but time."""
 WAIT_S = 30.0
 ONE = training_pb2.RoundPolicy(quorum=1)
 
@@ -55,29 +62,32 @@ def database_url(request: pytest.FixtureRequest, placement: tuple[str, str]) -> 
 
 
 @pytest.fixture
-def store_name(placement: tuple[str, str]) -> str:
-    """Return the name of the store under test."""
-    return placement[1]
+def placed(request: pytest.FixtureRequest, placement: tuple[str, str]) -> dict[str, Any]:
+    """Return the settings of the store under test."""
+    if placement[1] == "object":
+        settings: dict[str, Any] = request.getfixturevalue("object_settings")
+        return settings
+    return {"payload_store": placement[1]}
 
 
 @pytest.fixture
-def make_store(make_core: MakeCore, store_name: str) -> Callable[[], PayloadStore]:
+def make_store(make_core: MakeCore, placed: dict[str, Any]) -> Callable[[], PayloadStore]:
     """Return a function that opens the store as another process would."""
-    return lambda: make_core(payload_store=store_name).store
+    return lambda: make_core(**placed).store
 
 
 @pytest.fixture
-def core(make_core: MakeCore, store_name: str) -> CoordinatorHarness:
+def core(make_core: MakeCore, placed: dict[str, Any]) -> CoordinatorHarness:
     """Return a coordinator with four devices."""
-    made = make_core(payload_store=store_name)
+    made = make_core(**placed)
     made.add_devices(4)
     return made
 
 
 @pytest.fixture
-def large(make_core: MakeCore, store_name: str) -> CoordinatorHarness:
+def large(make_core: MakeCore, placed: dict[str, Any]) -> CoordinatorHarness:
     """Return a coordinator with four devices that puts every payload into the payload store."""
-    made = make_core(payload_store=store_name, inline_payload_bytes=0, upload_batch_bytes=2**20)
+    made = make_core(**placed, inline_payload_bytes=0, upload_batch_bytes=2**20)
     made.add_devices(4)
     return made
 
@@ -283,6 +293,7 @@ def test_threads_write_payloads_side_by_side(store: PayloadStore) -> None:
         assert store.read(f"p{number}", 0, 10) == wanted
 
 
+@ROWS_DECIDE
 def test_small_payload_lies_in_its_row(core: CoordinatorHarness) -> None:
     training_session_id = core.start()
 
@@ -480,6 +491,7 @@ def locations(core: CoordinatorHarness, training_session_id: str, count: int) ->
     return found
 
 
+@ROWS_DECIDE
 @pytest.mark.parametrize(
     ("setting", "transfer", "kept"),
     [
@@ -500,6 +512,7 @@ def test_payloads_are_kept_as_the_session_says(
     assert locations(large, training_session_id, 4) == kept
 
 
+@ROWS_DECIDE
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("end", ["completed", "cancelled"])
 @pytest.mark.parametrize(
@@ -548,6 +561,7 @@ def test_pruned_payloads_are_swept_and_versions_stay(large: CoordinatorHarness) 
         assert large.weights(training_session_id, version) == wanted
 
 
+@ROWS_DECIDE
 def test_pruned_payload_says_so(large: CoordinatorHarness) -> None:
     training_session_id = run_rounds(large, 1, training_pb2.PAYLOAD_RETENTION_NONE)
     (update,) = large.updates(training_session_id, 1)
@@ -560,6 +574,7 @@ def test_pruned_payload_says_so(large: CoordinatorHarness) -> None:
         assert payload.pruned_at is not None
 
 
+@ROWS_DECIDE
 def test_pruning_keeps_up_with_rounds_of_many_updates(
     core: CoordinatorHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,68 @@
+"""An object store for tests: moto's S3 server, SeaweedFS, or one that `QFLARE_TEST_S3_URL` names.
+
+moto is in an environment of its own, because its dependencies conflict with ours: `make .venv-moto/.installed` makes
+it, and `QFLARE_TEST_MOTO_PYTHON` names the interpreter of another one.
+"""
+
+import os
+import re
+import subprocess
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).parents[2]
+PYTHON: Final = Path(os.environ.get("QFLARE_TEST_MOTO_PYTHON", ROOT / ".venv-moto/bin/python"))
+BUCKET: Final = "qflare-tests"
+KEY_ID: Final = os.environ.get("AWS_ACCESS_KEY_ID", "AKIATESTKEYIDENTIFIER")
+SECRET: Final = os.environ.get("AWS_SECRET_ACCESS_KEY", "test-secret-access-key")
+STOP_S: Final = 30
+_RUNNING: Final = re.compile(rb"Running on (http://\S+)")
+
+
+@contextmanager
+def moto_server() -> Iterator[str]:
+    """Yield the URL of an S3 server that has an empty bucket."""
+    command = [str(PYTHON), "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert process.stderr is not None
+        said = process.stderr
+        found = next(filter(None, map(_RUNNING.search, said)), None)
+        reader = threading.Thread(target=said.read, daemon=True)
+        reader.start()
+        try:
+            assert found is not None, "moto's server did not start"
+            url = found[1].decode()
+            request(f"{url}/{BUCKET}", "PUT")
+            yield url
+        finally:
+            process.terminate()
+            reader.join(STOP_S)
+
+
+def request(url: str, method: str) -> None:
+    """Send a request without a signature."""
+    with urllib.request.urlopen(urllib.request.Request(url, method=method)):
+        pass
+
+
+def credentials_file(folder: Path, *, secret: str = SECRET) -> Path:
+    """Write a file with credentials; return its path."""
+    path = folder / "object-store-credentials"
+    path.touch(mode=0o600)
+    path.write_text(f"[default]\naws_access_key_id = {KEY_ID}\naws_secret_access_key = {secret}\n")
+    return path
+
+
+def bucket_settings(endpoint: str, url: str, folder: Path) -> dict[str, Any]:
+    """Return the settings of a coordinator that puts new payloads into a bucket."""
+    return {
+        "payload_store": "object",
+        "object_store_url": url,
+        "object_store_endpoint": endpoint,
+        "object_store_region": os.environ.get("AWS_REGION", "us-east-1"),
+        "object_store_credentials_file": credentials_file(folder),
+    }
