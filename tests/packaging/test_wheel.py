@@ -1,6 +1,7 @@
 """The wheel and the source distribution hold what they must, and work in environments of their own."""
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -59,12 +60,13 @@ def wheel(dist: Path) -> Path:
     return path
 
 
-def install(folder: Path, requirement: str) -> Path:
+def install(folder: Path, requirement: str, *options: str) -> Path:
     """Make an environment with nothing but a requirement; return its folder of programs."""
     venv.create(folder, with_pip=True)
     constraints = ROOT / ".ci" / "constraints.txt"
     binaries = folder / "bin"
-    run(binaries / "pip", "install", "--quiet", "-c", constraints, requirement, cwd=folder)
+    command = (binaries / "pip", "install", "--quiet", *options, "-c", constraints)
+    run(*command, requirement, cwd=folder)
     return binaries
 
 
@@ -313,3 +315,19 @@ def test_the_installed_wheel_serves_the_dashboard(
 
     assert "Admin token" in texts[0]
     assert all(texts)
+
+
+def test_three_commands_lead_from_the_wheel_to_a_simulated_result(
+    wheel: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    # Compiling all of pandas and scikit-learn would take longer than the rest of the test.
+    folder = tmp_path_factory.mktemp("simulation")
+    binaries = install(folder, f"{wheel}[simulation]", "--no-compile")
+    said = run(binaries / "qflare-simulate", "init", "digits", cwd=tmp_path)
+    done = run(binaries / "qflare-simulate", "run", "digits/config.toml", cwd=tmp_path)
+
+    assert "next: qflare-simulate run digits/config.toml" in said
+    assert "completed at version 20" in done
+    best = re.search(r"best version \d+: accuracy (\d\.\d+) \(test data\)", done)
+    assert best is not None, done
+    assert float(best[1]) > 0.8
