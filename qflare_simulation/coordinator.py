@@ -50,6 +50,8 @@ LIFETIME: Final = timedelta(days=36_500)
 """Of the keys: a database that was simulated in an earlier time is read today."""
 MARKER: Final = "simulated"
 """File in the folder of a simulated coordinator, whose devices sign nothing."""
+DEVICES: Final = "devices"
+"""Folder of what devices keep between rounds, in that of the coordinator."""
 REGISTERED_AT_ONCE: Final = 500
 MAX_FAILURE_TEXT: Final = 200
 
@@ -81,7 +83,7 @@ class SimulatedCoordinator:
         (folder / MARKER).touch()
         self._folder = folder / "versions"
         self._folder.mkdir()
-        self.devices = folder / "devices"
+        self.devices = folder / DEVICES
         self.devices.mkdir()
         self._keys: dict[int, SigningKey] = {}
         self.session_id = ""

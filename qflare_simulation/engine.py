@@ -135,6 +135,17 @@ def _epsilon(privacy: LocalPrivacy, releases: int) -> float:
     return gaussian_epsilon(math.sqrt(releases * privacy.cost), privacy.delta)
 
 
+def _stragglers(config: SimulationConfig) -> frozenset[int]:
+    """Return the devices that are always slow."""
+    if not config.straggler_share:
+        return frozenset()
+    return frozenset(
+        device
+        for device in range(config.devices)
+        if random.Random(f"{config.seed}:device:{device}").random() < config.straggler_share  # noqa: S311 - repeatable on purpose
+    )
+
+
 def _evaluators(config: SimulationConfig, programs: Programs) -> frozenset[int]:
     """Return the devices that measure versions: all that hold something out."""
     held_out = programs.held_out
@@ -172,6 +183,7 @@ class Engine:
         self._evaluates = programs.evaluate is not None and has_test and config.evaluate_every > 0
         self._evaluators = _evaluators(config, programs)
         self._budgets = Budgets(programs.privacy)
+        self._stragglers = _stragglers(config)
         self._idle = set(range(config.devices))
         self._asked = dict.fromkeys(range(config.devices), 0)
         self._under_way: list[Job] = []
@@ -281,12 +293,12 @@ class Engine:
 
     def _job(self, device: int, current: Round) -> Job:
         config, self._order = self._config, self._order + 1
-        traits = random.Random(f"{config.seed}:device:{device}")  # noqa: S311 - repeatable on purpose
-        is_slow = traits.random() < config.straggler_share
-        draw = random.Random(f"{config.seed}:{device}:{current.number}:{current.base_version}")  # noqa: S311
-        is_lost = draw.random() < config.drop_out
-        seconds = config.duration_s * math.exp(draw.gauss(0.0, config.duration_spread))
-        seconds *= config.straggler_factor if is_slow else 1.0
+        is_lost, seconds = False, config.duration_s
+        if config.drop_out or config.duration_spread:
+            draw = random.Random(f"{config.seed}:{device}:{current.number}:{current.base_version}")  # noqa: S311
+            is_lost = draw.random() < config.drop_out
+            seconds *= math.exp(draw.gauss(0.0, config.duration_spread))
+        seconds *= config.straggler_factor if device in self._stragglers else 1.0
         at = after(self._coordinator.clock(), seconds)
         return Job(at, self._order, device, current.number, current.base_version, is_lost)
 

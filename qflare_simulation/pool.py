@@ -31,6 +31,8 @@ class Pool:
             self._executor = ProcessPoolExecutor(
                 self.size, initializer=worker.start, initargs=(programs,)
             )
+            for _ in range(self.size):
+                self._executor.submit(worker.is_ready)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         """Start a function; returns what waits for its result and returns it."""

@@ -18,7 +18,13 @@ from qflare_server.storage.records import TrainingSession
 from qflare_server.training.objective import objective_of
 from qflare_simulation import tables
 from qflare_simulation.config import SimulationConfig
-from qflare_simulation.coordinator import REALM, SimulatedCoordinator, opened, require_simulable
+from qflare_simulation.coordinator import (
+    DEVICES,
+    REALM,
+    SimulatedCoordinator,
+    opened,
+    require_simulable,
+)
 from qflare_simulation.engine import Course, Engine, Notice
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.history import Best, History
@@ -74,9 +80,7 @@ def simulate(
     own = held_out if held_out is not None else getattr(data, "held_out", None)
     _require_evaluation(chosen, evaluate, own)
     is_kept = folder is not None
-    with _folder(folder) as home, opened(home, chosen.seed, is_kept=is_kept) as coordinator:
-        coordinator.register(chosen)
-        coordinator.create(chosen, arrays)
+    with _folder(folder) as home:
         programs = Programs(
             train=train,
             evaluate=evaluate,
@@ -86,12 +90,18 @@ def simulate(
             privacy=chosen.local_privacy,
             seed=chosen.seed,
             realm=REALM,
-            home=coordinator.devices,
+            home=home / DEVICES,
         )
-        with Pool(programs, chosen.workers) as pool:
+        # The processes of the pool start while the coordinator makes its keys and its database.
+        with (
+            Pool(programs, chosen.workers) as pool,
+            opened(home, chosen.seed, is_kept=is_kept) as coordinator,
+        ):
+            coordinator.register(chosen)
+            coordinator.create(chosen, arrays)
             engine = Engine(coordinator, pool, chosen, notice, programs)
             engine.run()
-        return _history(coordinator, chosen, engine.course, home if is_kept else None)
+            return _history(coordinator, chosen, engine.course, home if is_kept else None)
 
 
 def _first(

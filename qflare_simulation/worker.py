@@ -126,6 +126,11 @@ def start(programs: Programs) -> None:
     threadpool_limits(1)
 
 
+def is_ready() -> bool:
+    """Return whether this process has started."""
+    return bool(_PROGRAMS)
+
+
 def device_id(index: int) -> str:
     """Return the id of a virtual device, so that the order of ids is that of indices."""
     return f"device-{index:07d}"

@@ -296,11 +296,10 @@ class RoundFold:
         else:  # one large update in memory at a time
             for update in batch:
                 self._aggregation.add(self._contribution(update))
-        facts = [replace(update, data=None) for update in batch]
         if self._strategy.folds:
-            self._count(facts, {item.update_id: self._judgement(item) for item in facts})
-        else:
-            self._waiting += facts  # who contributes is known when all are there
+            self._count(batch, {item.update_id: self._judgement(item) for item in batch})
+        else:  # who contributes is known when all are there
+            self._waiting += [replace(update, data=None) for update in batch]
 
     def _judgement(self, update: AcceptedUpdate) -> UpdateAssessment:
         assert isinstance(self._aggregation, Accumulator)

@@ -14,6 +14,7 @@ from tests.bench import (
     rounds,
     sealed_transfers,
     security,
+    simulation,
     small_operations,
     transfers,
 )
@@ -47,6 +48,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "sliced": aggregation.sliced,
     "robust": aggregation.robust,
     "lists": lists.first_pages,
+    "simulation": simulation.simulation,
 }
 
 
