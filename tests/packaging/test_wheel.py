@@ -65,8 +65,8 @@ def install(folder: Path, requirement: str, *options: str) -> Path:
     venv.create(folder, with_pip=True)
     constraints = ROOT / ".ci" / "constraints.txt"
     binaries = folder / "bin"
-    command = (binaries / "pip", "install", "--quiet", *options, "-c", constraints)
-    run(*command, requirement, cwd=folder)
+    pip: list[str | Path] = [binaries / "pip", "install", "--quiet", *options]
+    run(*pip, "-c", constraints, requirement, cwd=folder)
     return binaries
 
 
