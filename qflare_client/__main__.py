@@ -222,6 +222,12 @@ def _add_run(commands: Any) -> None:
         metavar="SECONDS",
         help="longest tolerated outage",
     )
+    parser.add_argument(
+        "--on-failure",
+        choices=("stop", "continue"),
+        default="stop",
+        help="whether a failed training or evaluation ends the command (%(default)s)",
+    )
     _add_connection(parser)
 
 
@@ -313,6 +319,7 @@ def _run(options: argparse.Namespace) -> None:
             stop=stop,
             patience_s=options.patience,
             on_receipt=_say_receipt,
+            on_failure=options.on_failure,
         )
     say(_summary(summary))
 
@@ -324,9 +331,10 @@ def _say_receipt(receipt: Receipt) -> None:
 
 
 def _summary(summary: RunSummary) -> str:
+    failed = f"{summary.failure_count} failures, " if summary.failure_count else ""
     return (
         f"{summary.update_count} updates accepted, {summary.late_count} too late, "
-        f"{summary.evaluation_count} evaluations, last version {summary.last_version}"
+        f"{summary.evaluation_count} evaluations, {failed}last version {summary.last_version}"
     )
 
 

@@ -88,6 +88,19 @@ def flag(what: str, value: object) -> bool:
     return bool(value) if isinstance(value, np.bool_) else instance(what, value, bool)
 
 
+def one_of(what: str, value: object, choices: tuple[T, ...]) -> T:
+    """Return a value that is one of several.
+
+    Raises:
+        InvalidArgumentError: It is not.
+    """
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    wanted = " or ".join(map(repr, choices))
+    raise InvalidArgumentError(f"{what}: got {value!r:.100}, want {wanted}")
+
+
 def check_callable(what: str, value: object, *, is_optional: bool = False) -> None:
     """Check that a value can be called.
 

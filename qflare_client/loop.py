@@ -12,7 +12,8 @@ the coordinator ends the loop after `patience_s`, counted once for the loop and 
 outage and a restart, and is sent before any other work; if a round closes while the device is training, only that
 round's work is lost.
 
-It does not catch what the training function raises.
+What a training or evaluation function raises is reported to the coordinator. By the setting `on_failure`, the loop then
+ends with the exception, or logs it and continues after a pause that doubles with each failure in a row.
 """
 
 import logging
@@ -22,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from qflare.tensors import Array
 from qflare_client import arguments
@@ -60,6 +61,9 @@ EvaluateFunction: TypeAlias = Callable[
 ]
 """Maps a copy of a version's arrays and the settings to (example count, metrics)."""
 
+OnFailure: TypeAlias = Literal["stop", "continue"]
+"""Whether a failure of a function ends the loop."""
+
 _TRAINED: Final = ("arrays by name", "example count", "metrics by name")
 _EVALUATED: Final = ("example count", "metrics by name")
 
@@ -72,8 +76,15 @@ _MAX_KIND = 64
 _MAX_REASON = 200
 _LEAST_LATE_DELAY_S = 0.02
 _MOST_LATE_DELAY_S = 5.0
+_LEAST_FAILURE_DELAY_S = 1.0
+_MOST_FAILURE_DELAY_S = 256.0
+_ON_FAILURE: Final[tuple[OnFailure, ...]] = ("stop", "continue")
 _LARGE_BYTES: Final = 64 * 2**20
 """Size from which a version is rather downloaded again, after a failed round, than held twice."""
+
+
+class _WorkFailedError(Exception):
+    """A function failed, which was reported and logged; the loop continues."""
 
 
 @dataclass
@@ -92,6 +103,9 @@ class RunSummary:
     last_version: int = -1
     """Highest downloaded version; -1 for none."""
 
+    failure_count: int = 0
+    """Number of failed trainings and evaluations after which the loop continued."""
+
 
 def run(
     client: Client,
@@ -103,6 +117,7 @@ def run(
     patience_s: float = 900.0,
     privacy: LocalPrivacy | None = None,
     on_receipt: Callable[[Receipt], None] | None = None,
+    on_failure: OnFailure = "stop",
 ) -> RunSummary:
     """Participate until the training session ends or `stop` is set.
 
@@ -116,6 +131,9 @@ def run(
         patience_s: How long the coordinator may be unreachable before its error is raised, in seconds.
         privacy: Clips the delta and adds noise before it leaves the device; None sends it unchanged.
         on_receipt: Called with the receipt of each accepted update.
+        on_failure: After an exception of `train` or `evaluate`, or a result that cannot be sent, which is reported to
+            the coordinator in either case: "stop" raises it; "continue" logs it and asks for the next task after a
+            pause of 1 s, twice as long after each failure in a row, 256 s at most.
 
     Closing the client, from any thread, ends the loop as well.
 
@@ -133,8 +151,18 @@ def run(
     arguments.check_callable("train", train)
     arguments.check_callable("evaluate", evaluate, is_optional=True)
     arguments.check_callable("on_receipt", on_receipt, is_optional=True)
+    arguments.one_of("on_failure", on_failure, _ON_FAILURE)
     with lifetime.bounded(stop, patience_s) as bounds:
-        loop = _Loop(client, train, evaluate, training_session_id, privacy, on_receipt, bounds)
+        loop = _Loop(
+            client,
+            train,
+            evaluate,
+            training_session_id,
+            privacy,
+            on_receipt,
+            bounds,
+            continues=on_failure == "continue",
+        )
         while not (loop.is_done or lifetime.is_ending()):
             try:
                 pause_s = loop.step()
@@ -176,6 +204,8 @@ class _Loop:
         privacy: LocalPrivacy | None,
         on_receipt: Callable[[Receipt], None] | None,
         bounds: Bounds,
+        *,
+        continues: bool,
     ) -> None:
         self.summary = RunSummary()
         self.is_done = False
@@ -188,6 +218,8 @@ class _Loop:
         self._privacy = privacy
         self._held: GlobalModel | None = None
         self._late_in_a_row = 0
+        self._continues = continues
+        self._failed_in_a_row = 0
 
     def step(self) -> float:
         """Send kept updates, fetch a task, execute it, and return the pause before the next poll in seconds."""
@@ -214,7 +246,7 @@ class _Loop:
         try:
             if task.kind is TaskKind.TRAIN:
                 self._take_part(task)
-                self._late_in_a_row = 0
+                self._late_in_a_row = self._failed_in_a_row = 0
                 return 0.0
             if task.kind is TaskKind.EVALUATE:
                 return self._measure(task)
@@ -231,6 +263,11 @@ class _Loop:
             self._late_in_a_row += 1
             backoff_s = _LEAST_LATE_DELAY_S * 2.0 ** min(self._late_in_a_row, 10)
             return max(task.poll_delay_s, min(backoff_s, _MOST_LATE_DELAY_S))
+        except _WorkFailedError:
+            pause_s = _LEAST_FAILURE_DELAY_S * 2.0 ** min(self._failed_in_a_row, 10)
+            self._failed_in_a_row += 1
+            self.summary.failure_count += 1
+            return max(task.poll_delay_s, min(pause_s, _MOST_FAILURE_DELAY_S))
         return max(task.poll_delay_s, _LEAST_POLL_DELAY_S)
 
     def _take_part(self, task: Task) -> None:
@@ -255,9 +292,11 @@ class _Loop:
             )
             del given  # what was trained may be other arrays
         self._bounds.seen()
-        self._accepted(
-            self._client.submit(task, base, arrays, example_count, metrics, privacy=self._privacy)
-        )
+        with self._failures_reported(task, TrainingFunctionError):
+            receipt = self._client.submit(
+                task, base, arrays, example_count, metrics, privacy=self._privacy
+            )
+        self._accepted(receipt)
 
     def _handed_over(self, task: Task, base: GlobalModel) -> tuple[dict[str, Array], GlobalModel]:
         """Return arrays for a training function, and what stays of the version beside them.
@@ -281,22 +320,37 @@ class _Loop:
             result = self._evaluate(given, task.config)
             example_count, metrics = _returned(result, "evaluation", _EVALUATED)
         self._bounds.seen()
-        self._client.report_evaluation(task, example_count, metrics)
+        with self._failures_reported(task, TrainingFunctionError):
+            self._client.report_evaluation(task, example_count, metrics)
+        self._failed_in_a_row = 0
         self.summary.evaluation_count += 1
         return 0.0
 
     @contextmanager
-    def _failures_reported(self, task: Task) -> Iterator[None]:
-        """Report what the block raises by its class and, of `TaskFailedError` alone, its text; then raise it again."""
+    def _failures_reported(
+        self, task: Task, failure: type[Exception] = Exception
+    ) -> Iterator[None]:
+        """Report what the block raises by its class and, of `TaskFailedError` alone, its text; then raise it again.
+
+        Args:
+            task: The task that the block works on.
+            failure: Class of the exceptions that are failures of a function.
+
+        Raises:
+            _WorkFailedError: In place of the failure, if the loop continues.
+        """
         try:
             yield
-        except Exception as error:
+        except failure as error:
             kind, text = _described(error)
             try:
                 self._client.report_failure(task, kind, text, timeout_s=_REPORT_TIMEOUT_S)
             except QflareClientError as unsent:
                 _log.warning("failure not reported: %s", unsent)
-            raise
+            if not self._continues:
+                raise
+            _log.exception("round %d: failed, the loop continues", task.round_number)
+            raise _WorkFailedError from error
 
     def _model(self, task: Task) -> GlobalModel:
         held = self._held

@@ -390,7 +390,8 @@ class Engine:
             self._idle_rounds = 0
             if update.kept:
                 self._coordinator.keep(job.device, update.kept)
-        if current.accepted_count + len(updates) >= current.target:
+        has_failed = len(updates) < len(answers)
+        if has_failed or current.accepted_count + len(updates) >= current.target:
             self._coordinator.aggregate()
 
     def _fail(self, job: Job, failed: Failed) -> None:

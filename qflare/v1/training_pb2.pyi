@@ -346,6 +346,34 @@ METRIC_SOURCE_TRAINING: MetricSource.ValueType  # 2
 """Training data, as devices report it with their updates: no measure of how well a model generalizes."""
 Global___MetricSource: _TypeAlias = MetricSource  # noqa: Y015
 
+class _FailureAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FailureActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailureAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FAILURE_ACTION_UNSPECIFIED: _FailureAction.ValueType  # 0
+    """Not set; the same as FAILURE_ACTION_END_ROUND."""
+    FAILURE_ACTION_END_ROUND: _FailureAction.ValueType  # 1
+    """With a quorum, the round closes and makes a version. Without one, it fails, its updates are rejected, and a new
+    round starts from the same base version; if it is round total_rounds or later, the training session fails.
+    """
+    FAILURE_ACTION_END_SESSION: _FailureAction.ValueType  # 2
+    """The round fails, its updates are rejected, and the training session fails."""
+
+class FailureAction(_FailureAction, metaclass=_FailureActionEnumTypeWrapper):
+    """Action when too many devices of a round fail."""
+
+FAILURE_ACTION_UNSPECIFIED: FailureAction.ValueType  # 0
+"""Not set; the same as FAILURE_ACTION_END_ROUND."""
+FAILURE_ACTION_END_ROUND: FailureAction.ValueType  # 1
+"""With a quorum, the round closes and makes a version. Without one, it fails, its updates are rejected, and a new
+round starts from the same base version; if it is round total_rounds or later, the training session fails.
+"""
+FAILURE_ACTION_END_SESSION: FailureAction.ValueType  # 2
+"""The round fails, its updates are rejected, and the training session fails."""
+Global___FailureAction: _TypeAlias = FailureAction  # noqa: Y015
+
 class _PrivacyAccountant:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -1148,6 +1176,50 @@ class EvaluationPolicy(_message.Message):
 Global___EvaluationPolicy: _TypeAlias = EvaluationPolicy  # noqa: Y015
 
 @_typing.final
+class FailurePolicy(_message.Message):
+    """Limit on the devices of a round that report a failure of their training or evaluation. A device counts once in a
+    round, and no longer once its update is accepted; devices that may not take part in the round do not count. With
+    neither limit, failures are only reported.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_FAILURES_FIELD_NUMBER: _builtins.int
+    MAX_FAILED_FRACTION_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    max_failures: _builtins.int
+    """Most devices that may fail in a round; with one more, action is taken. 0 means that the first failure is too many.
+    Absent means no limit.
+    """
+    max_failed_fraction: _builtins.float
+    """Largest share of the devices of a round that may fail, from 0 to below 1; above it, action is taken. Of the
+    selected devices in training sessions with a selection, else of all that may take part. Absent means no limit.
+    """
+    action: Global___FailureAction.ValueType
+    """Action when more devices fail."""
+    def __init__(
+        self,
+        *,
+        max_failures: _builtins.int | None = ...,
+        max_failed_fraction: _builtins.float | None = ...,
+        action: Global___FailureAction.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_failed_fraction", b"_max_failed_fraction", "_max_failures", b"_max_failures", "max_failed_fraction", b"max_failed_fraction", "max_failures", b"max_failures"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_failed_fraction", b"_max_failed_fraction", "_max_failures", b"_max_failures", "action", b"action", "max_failed_fraction", b"max_failed_fraction", "max_failures", b"max_failures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_failed_fraction: _TypeAlias = _typing.Literal["max_failed_fraction"]  # noqa: Y015
+    _WhichOneofArgType__max_failed_fraction: _TypeAlias = _typing.Literal["_max_failed_fraction", b"_max_failed_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__max_failures: _TypeAlias = _typing.Literal["max_failures"]  # noqa: Y015
+    _WhichOneofArgType__max_failures: _TypeAlias = _typing.Literal["_max_failures", b"_max_failures"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_failed_fraction) -> _WhichOneofReturnType__max_failed_fraction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_failures) -> _WhichOneofReturnType__max_failures | None: ...
+
+Global___FailurePolicy: _TypeAlias = FailurePolicy  # noqa: Y015
+
+@_typing.final
 class TrainingConfig(_message.Message):
     """Configuration of a training session."""
 
@@ -1167,6 +1239,7 @@ class TrainingConfig(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
     total_rounds: _builtins.int
     """Number of rounds; 1 or more. 0 means 10."""
     @_builtins.property
@@ -1221,6 +1294,10 @@ class TrainingConfig(_message.Message):
     def secure_aggregation(self) -> Global___SecureAggregationPolicy:
         """Secure aggregation."""
 
+    @_builtins.property
+    def failures(self) -> Global___FailurePolicy:
+        """Limit on failing devices. Absent means none."""
+
     def __init__(
         self,
         *,
@@ -1238,10 +1315,11 @@ class TrainingConfig(_message.Message):
         groups: _abc.Iterable[_builtins.str] | None = ...,
         objective: Global___Objective | None = ...,
         secure_aggregation: Global___SecureAggregationPolicy | None = ...,
+        failures: Global___FailurePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "secure_aggregation", b"secure_aggregation", "selection", b"selection", "strategy", b"strategy", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "failures", b"failures", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "secure_aggregation", b"secure_aggregation", "selection", b"selection", "strategy", b"strategy", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "groups", b"groups", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "secure_aggregation", b"secure_aggregation", "selection", b"selection", "strategy", b"strategy", "total_rounds", b"total_rounds", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "failures", b"failures", "groups", b"groups", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "secure_aggregation", b"secure_aggregation", "selection", b"selection", "strategy", b"strategy", "total_rounds", b"total_rounds", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

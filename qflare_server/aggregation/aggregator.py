@@ -42,6 +42,7 @@ from qflare_server.storage.repository import leases, training_sessions, updates
 from qflare_server.storage.repository.training_sessions import RoundInProgress
 from qflare_server.storage.tables import RoundState, TrainingSessionState
 from qflare_server.strategies import NotEnoughUpdatesError, PrivacyBudgetExceededError
+from qflare_server.training.failures import find_too_many
 from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed
 from qflare_server.training.quarantine import quarantine_repeaters
 from qflare_server.training.release_journal import (
@@ -53,10 +54,13 @@ from qflare_server.training.release_journal import (
 from qflare_server.training.retention import prune_payloads
 from qflare_server.training.rounds import (
     RoundTask,
+    end_for_failures,
     end_session,
     fail_round,
     handle_missed_quorum,
+    is_collecting,
     open_round,
+    opens_after_failures,
     opens_after_missed_quorum,
 )
 
@@ -232,7 +236,7 @@ class Aggregator:
         if item.state == RoundState.OPEN.value:
             if item.deadline_at <= self._context.clock():
                 return self._close_due(item)
-            return more
+            return self._end_failing(item, fold) or more
         if more or fold.last_sequence < item.accepted_count:
             return more
         return fold.is_ready() and self._publish(item, fold)
@@ -297,6 +301,29 @@ class Aggregator:
             else:
                 handle_missed_quorum(session, training_session, current, next_task, now)
             return True
+
+        return self._ended(item, self._context.database.write(work))
+
+    def _end_failing(self, item: RoundInProgress, fold: RoundFold) -> bool:
+        """End an open round in which too many devices failed; return whether it was ended."""
+        config = fold.plan.config
+        if not config.failures.action:
+            return False
+        with self._context.database.read() as session:
+            current = training_sessions.get_round(session, item.training_session_id, item.number)
+            if current is None or find_too_many(session, config, current) is None:
+                return False
+        next_task = self._sign_retry(fold.plan) if opens_after_failures(config, current) else None
+
+        def work(session: Session) -> bool:
+            locked = _lock(session, item)
+            if locked is None or not is_collecting(*locked):
+                return False
+            found = find_too_many(session, locked[0].config, locked[1])
+            if found is not None:
+                now = self._context.clock()
+                end_for_failures(session, *locked, found, next_task, now)
+            return found is not None
 
         return self._ended(item, self._context.database.write(work))
 

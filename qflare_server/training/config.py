@@ -66,6 +66,7 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     _complete_rounds(done)
     _complete_transfer(done.transfer)
     _complete_safeguards(done.safeguards)
+    _complete_failures(done)
     _check_device_training(done.device_training)
     _complete_evaluation(done.evaluation, done.rounds.quorum)
     _within("early_stop.patience_rounds", done.early_stop.patience_rounds, 0, 1_000_000)
@@ -291,6 +292,25 @@ def _complete_safeguards(policy: training_pb2.SafeguardPolicy) -> None:
     _within("safeguards.quarantine_rejections", policy.quarantine_rejections, 0, 1_000_000)
     if not policy.HasField("quarantine_window"):
         policy.quarantine_window.CopyFrom(Duration(seconds=DEFAULT_QUARANTINE_WINDOW_S))
+
+
+def _complete_failures(config: training_pb2.TrainingConfig) -> None:
+    """Default the action on too many failures; without a limit, there is nothing to act on."""
+    if not config.HasField("failures"):
+        return
+    policy = config.failures
+    _within("failures.max_failures", policy.max_failures, 0, MAX_DEVICES)
+    _within("failures.max_failed_fraction", policy.max_failed_fraction, 0, math.nextafter(1, 0))
+    has_limit = policy.HasField("max_failures") or policy.HasField("max_failed_fraction")
+    if policy.action and not has_limit:
+        raise InvalidRequestError(
+            "failures.action: set without a limit; set failures.max_failures or failures.max_failed_fraction",
+            field="config.failures.action",
+        )
+    if has_limit:
+        policy.action = policy.action or training_pb2.FAILURE_ACTION_END_ROUND
+    else:
+        config.ClearField("failures")
 
 
 def _complete_evaluation(policy: training_pb2.EvaluationPolicy, round_quorum: int) -> None:

@@ -20,6 +20,7 @@ from qflare_server.storage.repository import audit, global_models, training_sess
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import RiskLevel, RoundState, TrainingSessionState, UpdateOrigin
 from qflare_server.training.config import deadline_s
+from qflare_server.training.failures import TooManyFailed
 from qflare_server.training.masking import masking_task
 from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.selection import select_devices
@@ -202,6 +203,14 @@ def close_if_complete(
     return True
 
 
+def is_collecting(training_session: TrainingSession, current: Round) -> bool:
+    """Return whether a round is open in a running training session."""
+    return (
+        training_session.state == TrainingSessionState.RUNNING.value
+        and current.state == RoundState.OPEN.value
+    )
+
+
 def is_over(current: Round, at: datetime) -> bool:
     """Return whether a round accepts no more updates: it is closed, full, or past its deadline."""
     return (
@@ -242,6 +251,55 @@ def end_session(
         {"reason": reason},
     )
     audit.record(session, SYSTEM, event, now)
+
+
+def opens_after_failures(config: training_pb2.TrainingConfig, current: Round) -> bool:
+    """Return whether another round follows one in which too many devices failed, unless it makes a version."""
+    return (
+        config.failures.action == training_pb2.FAILURE_ACTION_END_ROUND
+        and current.number < config.total_rounds
+    )
+
+
+def end_for_failures(
+    session: Session,
+    training_session: TrainingSession,
+    current: Round,
+    found: TooManyFailed,
+    next_task: RoundTask | None,
+    now: datetime,
+) -> None:
+    """Apply the action of a round in which too many devices failed.
+
+    Args:
+        session: The transaction.
+        training_session: Locked.
+        current: The open round, locked.
+        found: The failures.
+        next_task: For the round that follows, from the same base version; None where `opens_after_failures` says that
+            none does.
+        now: The time.
+    """
+    config, reason = training_session.config, found.reason
+    details = {
+        "round": current.number,
+        "reason": reason,
+        "action": training_pb2.FailureAction.Name(config.failures.action),
+    }
+    subject = f"training_session:{training_session.id}"
+    event = Event("round.too_many_failures", subject, RiskLevel.MEDIUM, details)
+    audit.record(session, SYSTEM, event, now)
+    is_round_alone = config.failures.action == training_pb2.FAILURE_ACTION_END_ROUND
+    if is_round_alone and current.accepted_count >= current.quorum:
+        values = {"state": RoundState.CLOSED.value, "state_reason": reason, "closed_at": now}
+        training_sessions.update_round(session, training_session.id, current.number, values)
+        return
+    fail_round(session, training_session, current, reason, now)
+    if opens_after_failures(config, current):
+        assert next_task is not None
+        open_round(session, training_session, next_task, now)
+    else:
+        end_session(session, training_session, TrainingSessionState.FAILED, reason, now)
 
 
 def opens_after_missed_quorum(config: training_pb2.TrainingConfig) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, delete, func, insert, select, tuple_, update
+from sqlalchemy import Select, delete, exists, func, insert, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -129,6 +129,27 @@ def count_participants(
         select(func.count()), training_session_id, round_number, is_drawn=is_drawn
     )
     return int(session.execute(query).scalar_one())
+
+
+def count_failed(
+    session: Session, training_session_id: str, round_number: int, *, is_drawn: bool, limit: int
+) -> int:
+    """Return the number of devices of a round that failed and have no update in it, counted up to a limit."""
+    of_round = (
+        FAILURES.c.training_session_id == training_session_id,
+        FAILURES.c.round_number == round_number,
+    )
+    sent = exists().where(
+        UPDATES.c.training_session_id == training_session_id,
+        UPDATES.c.round_number == round_number,
+        UPDATES.c.device_id == DEVICES.c.id,
+    )
+    failed = select(FAILURES.c.device_id).where(*of_round)
+    query = _participants(
+        select(DEVICES.c.id), training_session_id, round_number, is_drawn=is_drawn
+    )
+    query = query.where(DEVICES.c.id.in_(failed), ~sent).limit(limit)
+    return int(session.execute(select(func.count()).select_from(query.subquery())).scalar_one())
 
 
 def _participants(

@@ -19,6 +19,7 @@ from qflare_server.storage.repository import device_failures, training_sessions
 from qflare_server.storage.repository.device_failures import MissingDevice
 from qflare_server.storage.tables import RoundState, TrainingSessionState
 from qflare_server.training.evaluation import awaits_evaluation
+from qflare_server.training.failures import TOO_MANY_FAILED
 from qflare_server.training.rounds import MISSED_QUORUM
 
 MAX_LOOKED_AT: Final = 100
@@ -27,6 +28,9 @@ LEAST_SILENCE_S: Final = 60.0
 WORK: Final = "wait for them, or look at their logs"
 RUN: Final = "check that they run and reach the coordinator, or suspend them"
 MEND: Final = "read their logs and mend the cause; they are asked again in this round"
+AVOID: Final = (
+    "read the logs of the devices that failed and mend the cause before the rounds run out"
+)
 ENROLL: Final = "enroll more devices, or create a training session with a smaller quorum"
 
 
@@ -84,6 +88,7 @@ class Explanations:
         before = training_sessions.get_round(session, row.id, row.current_round - 1)
         return [
             *_missed_before(before),
+            *_failed_before(before),
             *self._explain_round(session, row, current, self._context.clock()),
         ]
 
@@ -171,6 +176,12 @@ def _missed_before(before: Round | None) -> Iterator[Notice]:
     if before is not None and before.state_reason.startswith(MISSED_QUORUM):
         text = f"round {before.number} {before.state_reason}"
         yield Notice("missed_quorum", text, ENROLL)
+
+
+def _failed_before(before: Round | None) -> Iterator[Notice]:
+    if before is not None and before.state_reason.startswith(TOO_MANY_FAILED):
+        text = f"round {before.number} ended early: {before.state_reason}"
+        yield Notice("too_many_failures", text, AVOID)
 
 
 def _too_few(current: Round, count: int, *, is_drawn: bool) -> Notice:

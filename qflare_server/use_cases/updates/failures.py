@@ -51,7 +51,7 @@ class Failures:
             PermissionDeniedError: Or a subclass: the device is not active.
         """
 
-        def work(session: Session) -> None:
+        def work(session: Session) -> bool:
             training_session = training_sessions.lock_session(session, training_session_id)
             if training_session is None:
                 raise TrainingSessionNotFoundError
@@ -62,7 +62,7 @@ class Failures:
             if refusal is not None:
                 raise refusal
             if number != training_session.current_round:
-                return
+                return False
             at = self._context.clock()
             is_first = device_failures.record_failure(
                 session, training_session_id, number, device_id, kind=kind, text=text, at=at
@@ -73,5 +73,7 @@ class Failures:
                 details = {"device_name": name, "round": number, "kind": kind}
                 event = Event("device.failed", subject, RiskLevel.MEDIUM, details)
                 audit.record(session, caller, event, at)
+            return training_session.config.HasField("failures")
 
-        self._context.database.write(work)
+        if self._context.database.write(work):
+            self._context.wake()

@@ -205,3 +205,64 @@ def test_old_failures_are_deleted_once_their_round_is_over(deploy: Deploy) -> No
 
     assert write(lambda session: device_failures.delete_old(session, START, 1000)) == 0
     assert write(lambda session: device_failures.delete_old(session, later, 1000)) == 1
+
+
+def test_a_device_that_continues_reports_each_failure_and_takes_part_again(
+    deploy: Deploy, caplog: pytest.LogCaptureFixture
+) -> None:
+    deployment = deploy()
+    session_id = deployment.session(total_rounds=1, rounds=ROUNDS)
+    results: list[Any] = [None, ({"weight": "rubbish"}, 1, {})]
+
+    def train(arrays: Mapping[str, Array], _task: TrainingTask) -> Any:
+        return results.pop() if results else (arrays, 1, {})
+
+    summary = run(
+        deployment.device("ward"),
+        train,
+        training_session_id=session_id,
+        patience_s=20.0,
+        on_failure="continue",
+    )
+
+    assert (summary.failure_count, summary.update_count) == (2, 1)
+    assert caplog.text.count("failed, the loop continues") == 2
+    with deployment.coordinator.parts.context.database.read() as session:
+        (row,) = session.query(DeviceFailure).all()
+        assert (row.kind, row.report_count) == ("TrainingFunctionError", 2)
+
+
+def test_results_that_cannot_be_sent_are_reported(deploy: Deploy) -> None:
+    deployment = deploy()
+    session_id = deployment.session(rounds=ROUNDS)
+
+    fail(deployment, session_id, lambda _arrays, _task: ({}, 1, {}))
+
+    (found,) = notices_of(deployment, session_id)
+    assert found.text.endswith("reported TrainingFunctionError")
+
+
+def test_failing_devices_end_a_session_for_real(
+    deploy: Deploy, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deployment = deploy()
+    policy = training_pb2.FailurePolicy(
+        max_failures=0, action=training_pb2.FAILURE_ACTION_END_SESSION
+    )
+    session_id = deployment.session(rounds=ROUNDS, failures=policy)
+    watching = deployment.admin.WatchTrainingSession(
+        admin_pb2.WatchTrainingSessionRequest(training_session_id=session_id),
+        metadata=deployment.metadata,
+    )
+
+    fail(deployment, session_id, out_of_memory)
+
+    failed = training_pb2.TRAINING_SESSION_STATE_FAILED
+    next(event for event in watching if event.training_session.state == failed)
+    token = tmp_path / "token"
+    token.write_text(deployment.admin_token)
+    token.chmod(0o600)
+    address = deployment.coordinator.address
+    main(["--address", address, "--token-file", str(token), "session", "show", session_id])
+    shown = capsys.readouterr().out
+    assert "too many devices failed: at least 1 of 1, at most 0 may" in shown
