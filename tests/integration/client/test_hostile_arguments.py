@@ -193,6 +193,7 @@ def test_the_loop(stage: Stage) -> None:
         "patience_s": 1.0,
         "privacy": None,
         "on_receipt": None,
+        "on_failure": "stop",
     }
     strike(run, good)
 
