@@ -31,6 +31,7 @@ from qflare_server.serving.observability import Observability
 from qflare_server.serving.rpc.admin_service import AdminServicer
 from qflare_server.serving.rpc.coordinator_service import CoordinatorServicer
 from qflare_server.serving.rpc.dispatcher import Dispatcher
+from qflare_server.serving.rpc.idle_polls import IdlePolls
 from qflare_server.serving.rpc.interceptor import CallInterceptor
 from qflare_server.serving.rpc.limits import StreamLimits, Watchdog, channel_options
 from qflare_server.serving.rpc.object_access import ObjectAccessInterceptor
@@ -83,7 +84,8 @@ class Coordinator:
         self._boundary = CallInterceptor(
             config, self.use_cases.authentication, limits, self._watchdog, self.draining, telemetry
         )
-        self._dispatcher = Dispatcher(config, self._boundary, limits, telemetry)
+        polls = IdlePolls(self.parts.context, self.use_cases, self._boundary)
+        self._dispatcher = Dispatcher(config, self._boundary, limits, telemetry, polls.answer)
         self._server = self._build()
         self.port = self._bind()
         self.health_listener = (

@@ -70,6 +70,10 @@ class Database:
         """
         return self._epochs.recent()
 
+    def epochs_snapshot(self) -> Epochs | None:
+        """Return what `recent_epochs` returns without a read; None if that takes one."""
+        return self._epochs.snapshot()
+
     @contextmanager
     def read(self) -> Iterator[Session]:
         """Open a block of consistent reads; anything written in it is rolled back.

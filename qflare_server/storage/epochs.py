@@ -95,10 +95,13 @@ class EpochReader:
         Raises:
             StoreUnavailableError: The snapshot is too old, and the database cannot be reached.
         """
+        return self.snapshot() or self.read()
+
+    def snapshot(self) -> Epochs | None:
+        """Return what `recent` returns without a read; None if that takes one."""
         known, began_at = self._snapshot
-        if began_at > self._changed_at and self._monotonic() - began_at <= MAX_AGE_S:
-            return known
-        return self.read()
+        is_recent = began_at > self._changed_at and self._monotonic() - began_at <= MAX_AGE_S
+        return known if is_recent else None
 
     def invalidate(self) -> None:
         """Discard the snapshot, because a change has been committed; a read in progress may not have seen it."""

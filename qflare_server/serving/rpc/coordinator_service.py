@@ -24,7 +24,8 @@ def _contributor() -> Contributor:
     return Contributor(call.device_id, who.key_id, who.key_algorithm, who.public_key)
 
 
-def _task_response(task: NextTask) -> pb.GetTaskResponse:
+def task_response(task: NextTask) -> pb.GetTaskResponse:
+    """Encode a device's next task."""
     delay = values.duration(task.poll_delay_s)
     if task.measurement is not None:
         return pb.GetTaskResponse(
@@ -76,7 +77,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
             request.training_session_id,
             trains_only=request.trains_only,
         )
-        return _task_response(task)
+        return task_response(task)
 
     def GetGlobalModel(
         self, request: pb.GetGlobalModelRequest, context: ServicerContext

@@ -2,8 +2,9 @@
 
 gRPC uses the `Dispatcher` as its thread pool. An incoming call is classified by its method and by the last known owner
 of its token. It gets a thread when there is work: its message has arrived, a small update has arrived completely, or a
-large one has begun to transfer. A caller that sends nothing, or a byte per second, therefore occupies no thread, and
-unauthenticated callers, devices, administrators and probes never wait for each other's threads.
+large one has begun to transfer. A poll that memory answers (`idle_polls`) needs no thread at all. A caller that sends
+nothing, or a byte per second, therefore occupies no thread, and unauthenticated callers, devices, administrators and
+probes never wait for each other's threads.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Dispatcher:
         gatekeeper: Identifies devices and administrators.
         limits: Limits the streams per caller.
         telemetry: Sink for the calls that are refused without a thread.
+        answer: Answers a call from memory, without waiting, and returns whether it has; else the call gets a thread.
 
     Raises:
         RuntimeError: The version of grpcio is not supported.
@@ -76,8 +78,10 @@ class Dispatcher:
         gatekeeper: Gatekeeper,
         limits: StreamLimits,
         telemetry: Telemetry,
+        answer: Callable[[IncomingCall], bool] = lambda _call: False,
     ) -> None:
         check_grpcio()
+        self._answer = answer
         self._config = config
         self._gatekeeper = gatekeeper
         self._limits = limits
@@ -208,7 +212,8 @@ class Dispatcher:
         if table is self._strangers and call.moved_bytes > MAX_STRANGER_BYTES:
             self._refuse(call, TOO_LARGE)
             return
-        self._enqueue(pool_of(call), call)
+        if not self._answer(call):
+            self._enqueue(pool_of(call), call)
 
     def _is_ready(self, call: IncomingCall) -> bool:
         """Return whether a call is ready for a thread: its request is complete, or its stream has begun to transfer.

@@ -27,7 +27,6 @@ from qflare_server.serving.rpc.streams import END, MessageStream, Stopwatch
 DETAILS_KEY: Final = "grpc-status-details-bin"
 _NO_FLAGS: Final = 0
 _RECEIVING: Final[str] = _server._RECEIVE_MESSAGE_TOKEN  # noqa: SLF001  # see the module's text
-_RESPONDERS: Final = ("_unary_response_in_pool", "_stream_response_in_pool")
 _ARGUMENTS: Final = (
     "rpc_event",
     "state",
@@ -36,6 +35,11 @@ _ARGUMENTS: Final = (
     "request_deserializer",
     "response_serializer",
 )
+_INTERFACES: Final = {
+    "_unary_response_in_pool": _ARGUMENTS,
+    "_stream_response_in_pool": _ARGUMENTS,
+    "_status": ("rpc_event", "state", "serialized_response"),
+}
 
 
 def check_grpcio() -> None:
@@ -44,12 +48,10 @@ def check_grpcio() -> None:
     Raises:
         RuntimeError: It does not; the installed version of grpcio is not one that `setup.cfg` permits.
     """
-    for name in _RESPONDERS:
+    for name, wanted in _INTERFACES.items():
         found = tuple(inspect.signature(getattr(_server, name)).parameters)
-        if found != _ARGUMENTS:
-            raise RuntimeError(
-                f"grpcio {grpc.__version__}: {name} takes {found}, want {_ARGUMENTS}"
-            )
+        if found != wanted:
+            raise RuntimeError(f"grpcio {grpc.__version__}: {name} takes {found}, want {wanted}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,12 @@ class IncomingCall:
             None,
             self._counting if self.route.response_streaming else self._serialize,
         )
+
+    def reply(self, message: bytes) -> None:
+        """Answer a call with one message, without a thread, unless the call has ended."""
+        if not self.is_over:
+            _server._status(self._event, self._state, message)  # noqa: SLF001
+        self._release()
 
     def refuse(self, refusal: Refusal) -> None:
         """Refuse the call without a thread, unless it has ended."""

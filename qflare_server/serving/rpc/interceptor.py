@@ -61,6 +61,7 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     Attributes:
         running: The calls in flight, without health checks and reflection.
+        rates: Limits the call rate of each device.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self.running = RunningCalls()
         self._health_watches = HalfOpenCalls(MAX_HEALTH_WATCHES)
         self._log_lines = LogSampler(time.monotonic)
-        self._rates = RateLimiter(config.max_calls_per_second, time.monotonic)
+        self.rates = RateLimiter(config.max_calls_per_second, time.monotonic)
         self._wrapped: dict[str, tuple[Any, grpc.RpcMethodHandler[Any, Any]]] = {}
 
     def intercept_service(
@@ -107,6 +108,11 @@ class CallInterceptor(grpc.ServerInterceptor):
         wrapped = _rewrap(handler, route, self._behavior(handler, route))
         self._wrapped[method] = handler, wrapped
         return wrapped
+
+    @property
+    def must_see_all(self) -> bool:
+        """Whether every call has to be passed through here: to refuse it while draining, or to log it."""
+        return self._draining.is_set() or logger.isEnabledFor(logging.DEBUG)
 
     def recognize(self, metadata: Any) -> KnownCaller | None:
         """Return the last known owner of a call's token, from memory."""
@@ -259,7 +265,7 @@ class CallInterceptor(grpc.ServerInterceptor):
             raise errors.PermissionDeniedError("the connection did not negotiate X25519MLKEM768")
         call.principal = self._authentication.admit(call.method, _bearer(metadata))
         if call.principal.device_id is not None:
-            self._rates.take(call.principal.name)
+            self.rates.take(call.principal.name)
 
     def sample(self, line: str, call: Call, *facts: str) -> int | None:
         """Return the number of similar lines suppressed before this one; None if this line is to be suppressed too."""

@@ -31,26 +31,32 @@ class ObjectAccessInterceptor(grpc.ServerInterceptor):
 
     def __init__(self, objects: ObjectAccess) -> None:
         self._objects = objects
+        self._wrapped: dict[str, tuple[Any, grpc.RpcMethodHandler[Any, Any]]] = {}
 
     def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap the handler of one of our methods."""
+        """Wrap the handler of one of our methods, once: the interceptors around this one remember theirs by it."""
         found = continuation(handler_call_details)
         method = handler_call_details.method
         if found is None or audience_of(method) in _FOREIGN:
             return found
+        known = self._wrapped.get(method)
+        if known is not None and known[0] is found:
+            return known[1]
 
         def check(first_message: Any) -> None:
             self._objects.check(current_call().principal, method, first_message)
 
-        return replace_behavior(
+        wrapped = replace_behavior(
             found,
             lambda behavior: _checked(behavior, check),
             lambda behavior: _checked_stream(behavior, check),
         )
+        self._wrapped[method] = found, wrapped
+        return wrapped
 
 
 def _checked(behavior: Behavior, check: Check) -> Callable[[Any, grpc.ServicerContext], Any]:

@@ -113,6 +113,11 @@ class MessageStream:
         return len(self._held)
 
     @property
+    def first_held(self) -> bytes | None:
+        """The next message, which stays; None if none has been received."""
+        return self._held[0] if self._held else None
+
+    @property
     def ending(self) -> BaseException | None:
         """End of the stream: `END`, or the error that ended it; None while more messages may follow."""
         return self._ending

@@ -17,8 +17,10 @@ from qflare_server.errors import (
     DeviceRevokedError,
     DeviceSuspendedError,
     PermissionDeniedError,
+    QflareError,
     UnauthenticatedError,
 )
+from qflare_server.storage.epochs import Epochs
 from qflare_server.storage.repository import devices, tokens
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.repository.tokens import Credential
@@ -160,6 +162,26 @@ class Authentication:
         epochs = database.recent_epochs() if method in POLLS else database.epochs()
         return _authorized(self._identify(token_hash, epochs.security), method)
 
+    def admit_remembered(self, method: str, bearer: str | None, epochs: Epochs) -> Principal | None:
+        """Authorize a call from memory, as `admit` does; None if that takes a query, or refuses the call.
+
+        Args:
+            method: Full name of the method.
+            bearer: The token of the call.
+            epochs: Counters at which memory has to be current.
+        """
+        if not bearer or len(bearer) > MAX_TOKEN_CHARACTERS:
+            return None
+        known = self._known.get(hash_secret(bearer))
+        if known is None or known[0] != epochs.security:
+            return None
+        if known[1].device_state == DeviceState.INACTIVE.value:  # to be reactivated by a write
+            return None
+        try:
+            return _authorized(self._principal(known[1]), method)
+        except QflareError:
+            return None
+
     def admit_user(self, method: str, principal: Principal) -> Principal:
         """Authorize a user whom the identity provider has authenticated; return the principal.
 
@@ -210,7 +232,9 @@ class Authentication:
         return self.recognize(bearer)
 
     def _identify(self, token_hash: str, epoch: int) -> Principal:
-        found = self._find(token_hash, epoch)
+        return self._principal(self._find(token_hash, epoch))
+
+    def _principal(self, found: Credential | None) -> Principal:
         now = self._context.clock()
         if found is None or found.revoked_at is not None:
             if found is not None and found.device_state == DeviceState.REVOKED.value:

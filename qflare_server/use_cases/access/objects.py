@@ -79,6 +79,11 @@ class ObjectAccess:
         epochs = self._context.database.recent_epochs()
         return self._require(device_id, training_session_id, epochs)
 
+    def remembers(self, device_id: str, training_session_id: str, epochs: Epochs) -> bool:
+        """Return whether memory, current at some counters, has a relation of a device to a training session."""
+        known = self._known.get((device_id, training_session_id))
+        return known is not None and known[0] == epochs and known[1] is not None
+
     def _require(self, device_id: str, training_session_id: str, epochs: Epochs) -> Relation:
         relation = self._relation(device_id, training_session_id, epochs)
         if relation is None:

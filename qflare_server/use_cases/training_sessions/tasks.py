@@ -59,12 +59,12 @@ class Tasks:
         Raises:
             TrainingSessionNotFoundError: It asked for a training session that does not exist.
         """
-        delay = self._presence.poll_delay_s()
         key = (device_id, training_session_id, trains_only)
         epochs = self._context.database.recent_epochs()
-        idle = self._idle.get(key)
-        if idle is not None and idle[0] == epochs:
-            return NextTask(delay, done=idle[1])
+        idle = self.remembered(*key, epochs)
+        if idle is not None:
+            return idle
+        delay = self._presence.poll_delay_s()
         at = self._context.clock()
         with self._context.database.read() as session:
             found = training_sessions.find_open_round(session, device_id, training_session_id, at)
@@ -84,6 +84,15 @@ class Tasks:
             self._idle.clear()
         self._idle[key] = (epochs, done)
         return NextTask(delay, done=done)
+
+    def remembered(
+        self, device_id: str, training_session_id: str, trains_only: bool, epochs: Epochs
+    ) -> NextTask | None:
+        """Return that a device has no task, if memory, current at some counters, says so; None otherwise."""
+        idle = self._idle.get((device_id, training_session_id, trains_only))
+        if idle is None or idle[0] != epochs:
+            return None
+        return NextTask(self._presence.poll_delay_s(), done=idle[1])
 
     def _task(self, session: Session, found: OpenRound, delay: float, evaluator: str) -> NextTask:
         """Return the task of an open round: an evaluation of its base version first, if one is due."""

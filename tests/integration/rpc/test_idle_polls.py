@@ -1,15 +1,19 @@
 """Polls of devices that have nothing to do: no query, and every change is seen in time, whoever makes it."""
 
+import logging
 import threading
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from sqlalchemy import event
 
 from qflare.v1 import admin_service_pb2 as pb
+from qflare.v1 import coordinator_service_pb2 as device_calls
 from qflare.v1 import training_pb2
 from qflare_client import (
     Client,
@@ -18,7 +22,11 @@ from qflare_client import (
     NotFoundError,
     TaskKind,
 )
+from qflare_server.serving.rpc import interceptor
+from qflare_server.serving.rpc.incoming import IncomingCall
+from qflare_server.serving.rpc.thread_pools import FairPool
 from qflare_server.storage.epochs import MAX_AGE_S
+from tests.support.raw_device import RawDevice, reason_of
 from tests.support.steady_time import SteadyTime
 
 Deploy = Callable[..., Any]
@@ -210,3 +218,125 @@ def test_only_polls_may_be_behind(pair: Pair) -> None:
         ):
             with pytest.raises(DeviceRevokedError):
                 refused()
+
+
+@pytest.fixture
+def queued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the methods of the calls that a thread is asked to answer, as they come."""
+    methods: list[str] = []
+    put = FairPool.put
+
+    def note(pool: FairPool, call: IncomingCall) -> bool:
+        methods.append(call.route.method.rpartition("/")[2])
+        return put(pool, call)
+
+    monkeypatch.setattr(FairPool, "put", note)
+    return methods
+
+
+@pytest.fixture
+def raw(pair: Pair) -> RawDevice:
+    """Return a device at the first coordinator, which has asked for a task and has none."""
+    client = pair[0].device("raw")
+    raw = RawDevice(client, pair[0].devices_stub)
+    assert poll(raw).kind == device_calls.TASK_KIND_WAIT
+    return raw
+
+
+def poll(raw: RawDevice, *metadata: tuple[str, str], **fields: Any) -> Any:
+    request = device_calls.GetTaskRequest(**fields)
+    return raw.stub.GetTask(request, metadata=metadata or raw.metadata, timeout=60)
+
+
+def test_an_idle_poll_takes_no_thread(raw: RawDevice, queued: list[str]) -> None:
+    assert {poll(raw).kind for _ in range(POLLS)} == {device_calls.TASK_KIND_WAIT}
+    assert queued == []
+
+
+def test_a_poll_with_a_task_takes_a_thread(pair: Pair, raw: RawDevice, queued: list[str]) -> None:
+    pair[0].session(rounds=ONE_DEVICE)
+    queued.clear()
+    assert poll(raw).kind == device_calls.TASK_KIND_TRAIN
+    assert queued == ["GetTask"]
+
+
+def outcome(deployment: Any, metadata: Sequence[tuple[str, str]], data: bytes) -> Any:
+    """Return the response to the bytes of a poll, or the code and the reason of its refusal."""
+    send = deployment.channel.unary_unary("/qflare.v1.CoordinatorService/GetTask")
+    try:
+        return device_calls.GetTaskResponse.FromString(send(data, metadata=metadata, timeout=60))
+    except grpc.RpcError as error:
+        return error.code(), reason_of(error)
+
+
+def test_memory_and_the_general_path_give_the_same_answers(
+    pair: Pair, raw: RawDevice, queued: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever asks, and whatever: what memory does not know for certain it leaves to the general path."""
+    first, _ = pair
+    own = first.session(rounds=ONE_DEVICE, start=False)
+    ended = first.session(rounds=ONE_DEVICE, start=False)
+    call(first, "CancelTrainingSession", training_session_id=ended)
+    foreign = first.session(rounds=ONE_DEVICE, start=False, groups=["ward"])
+    revoked, suspended = (RawDevice(first.device(name), first.devices_stub) for name in "rs")
+    for other in (revoked, suspended):
+        poll(other)
+    call(first, "RevokeDevice", device_id=revoked.client.device_id, reason="stolen")
+    call(first, "SuspendDevice", device_id=suspended.client.device_id)
+    token = tuple(raw.metadata)
+    callers = [
+        token,
+        token * 2,
+        (),
+        (("authorization", "Bearer nonsense"),),
+        (("authorization", "Bearer " + "x" * 300),),
+        tuple(revoked.metadata),
+        tuple(suspended.metadata),
+        first.metadata,
+    ]
+    asked = ["", own, ended, foreign, str(uuid.uuid4()), "x" * 300, "a\0b"]
+    requests = [
+        device_calls.GetTaskRequest(training_session_id=text, trains_only=trains_only)
+        for text in asked
+        for trains_only in (False, True)
+    ]
+    messages = [request.SerializeToString() for request in requests]
+    messages += [b"\xff", b"\x0a\x02\xc3\x28"]
+    questions = [(token, data) for data in messages]
+    questions += [(metadata, messages[0]) for metadata in callers]
+    with caplog.at_level(logging.DEBUG, interceptor.logger.name):  # the general path logs each call
+        generally = [outcome(first, *question) for question in questions]
+    queued.clear()
+    from_memory = [outcome(first, *question) for question in questions]
+    assert from_memory == generally
+    answered = len([found for found in generally if not isinstance(found, tuple)])
+    assert queued.count("GetTask") <= len(questions) - answered
+
+
+def test_idle_polls_count_for_the_rate_of_their_device(deploy: Deploy) -> None:
+    deployment = deploy(max_calls_per_second=0.1)
+    raw = RawDevice(deployment.device("raw"), deployment.devices_stub)
+    found = [outcome(deployment, raw.metadata, b"") for _ in range(20)]
+    assert (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_REQUESTS") in found
+
+
+def test_a_draining_coordinator_answers_no_poll(pair: Pair, raw: RawDevice) -> None:
+    pair[0].coordinator.draining.set()
+    try:
+        code, _ = outcome(pair[0], raw.metadata, b"")
+    finally:
+        pair[0].coordinator.draining.clear()
+    assert code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_idle_polls_behind_a_proxy_are_proven(deploy: Deploy) -> None:
+    """Where calls have to prove possession of a key, a token alone gets no answer from memory either."""
+    deployment = deploy(require_pop=True)
+    deployment.device("a").close()
+    with Client(home=deployment.folder / "a", proof_of_possession=True) as client:
+        assert client.get_task().kind is TaskKind.WAIT
+        assert client.get_task().kind is TaskKind.WAIT
+        proven = client._login.metadata("/x", device_calls.GetTaskRequest())
+        token = [pair for pair in proven if pair[0] == "authorization"]
+        code, _ = outcome(deployment, token, b"")
+        assert code is grpc.StatusCode.UNAUTHENTICATED
