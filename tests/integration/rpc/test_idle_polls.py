@@ -260,7 +260,7 @@ def test_a_poll_with_a_task_takes_a_thread(pair: Pair, raw: RawDevice, queued: l
     assert queued == ["GetTask"]
 
 
-def outcome(deployment: Any, metadata: Sequence[tuple[str, str]], data: bytes) -> Any:
+def outcome(deployment: Any, metadata: Sequence[tuple[str, str | bytes]], data: bytes) -> Any:
     """Return the response to the bytes of a poll, or the code and the reason of its refusal."""
     send = deployment.channel.unary_unary("/qflare.v1.CoordinatorService/GetTask")
     try:
