@@ -18,7 +18,7 @@ import hmac
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from qflare.crypto.hashing import feed
+from qflare.crypto.hashing import LOCKED_BYTES, feed
 
 HASH_BYTES = 32
 """Length of every leaf, node and root hash."""
@@ -53,6 +53,8 @@ class Node(NamedTuple):
 
 def leaf_hash(data: bytes | memoryview) -> bytes:
     """Hash the content of one leaf: SHA-256(0x00 || data)."""
+    if len(data) < LOCKED_BYTES:
+        return hashlib.sha256(b"".join((_LEAF_PREFIX, data))).digest()
     digest = hashlib.sha256(_LEAF_PREFIX)
     feed(digest, data)
     return digest.digest()
@@ -131,10 +133,13 @@ def root(leaf_hashes: Iterable[bytes]) -> bytes:
     Raises:
         ProofError: A leaf hash is not 32 bytes.
     """
-    tree = CompactTree()
-    for leaf in leaf_hashes:
-        tree.append(leaf)
-    return tree.root()
+    level = list(leaf_hashes)
+    _check_hashes(level)
+    while len(level) > 1:  # pairs from the left; an odd one out belongs to the level above
+        pairs = zip(level[::2], level[1::2], strict=False)
+        joined = [node_hash(left, right) for left, right in pairs]
+        level = [*joined, level[-1]] if len(level) % 2 else joined
+    return bytes(level[0]) if level else EMPTY_ROOT
 
 
 def nodes_of(leaf_hashes: Sequence[bytes]) -> NodeGetter:
