@@ -8,7 +8,8 @@ TOOLS := .tools
 INSTALLED := $(VENV)/.installed
 PROTOC_INSTALLED := $(PROTOC_VENV)/.installed
 FLOWER_VENV := .venv-flower
-FLOWER_INSTALLED := $(FLOWER_VENV)/.installed
+FLOWER_OLDEST_VENV := .venv-flower-oldest
+FLOWER_INSTALLED := $(FLOWER_VENV)/.installed $(FLOWER_OLDEST_VENV)/.installed
 MOTO_VENV := .venv-moto
 MOTO_INSTALLED := $(MOTO_VENV)/.installed
 AUDIT_VENV := .venv-audit
@@ -17,7 +18,9 @@ AUDIT_INSTALLED := $(AUDIT_VENV)/.installed
 # Generated code requires at least the generator's protobuf runtime. Keep the generator old.
 GRPCIO_TOOLS_VERSION := 1.75.1
 MYPY_PROTOBUF_VERSION := 5.1.0
-FLOWER_VERSION := 1.41.0
+FLOWER_VERSION := 1.42.0
+FLOWER_OLDEST_VERSION := 1.40.0
+FLOWER_TEMPLATES_VERSION := 1.24.0
 MOTO_VERSION := 5.2.2
 PIP_AUDIT_VERSION := 2.10.1
 
@@ -29,7 +32,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all check \
+.PHONY: help install install-flower tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all check \
 	audit bench bench-fleet demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
@@ -43,11 +46,28 @@ $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,hsm,oidc,object-store,admin,plot,tensorboard,mlflow,otel,simulation,demo,test,dev]'
 	@touch $@
 
-# Tests compare the strategies with those of Flower, whose pinned dependencies conflict with ours.
-$(FLOWER_INSTALLED): Makefile
-	test -x $(FLOWER_VENV)/bin/python || "$(PYTHON)" -m venv $(FLOWER_VENV)
-	$(FLOWER_VENV)/bin/python -m pip install --quiet 'flwr==$(FLOWER_VERSION)'
+install-flower: $(FLOWER_INSTALLED) ## create the environments with two versions of Flower, for the tests of its apps
+
+# Flower and the device SDK beside it, with packages that conflict with those of $(VENV); the others are shared with it.
+# The last release of Flower that contains the templates of `flwr new` is unpacked beside the newest.
+$(FLOWER_VENV)/.installed: $(INSTALLED) Makefile
+	$(call install_flower,$(FLOWER_VENV),$(FLOWER_VERSION))
+	$(FLOWER_VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(FLOWER_VENV)/templates \
+		'flwr==$(FLOWER_TEMPLATES_VERSION)'
 	@touch $@
+
+$(FLOWER_OLDEST_VENV)/.installed: $(INSTALLED) Makefile
+	$(call install_flower,$(FLOWER_OLDEST_VENV),$(FLOWER_OLDEST_VERSION))
+	@touch $@
+
+# $(1): environment, $(2): version of flwr. pip warns of packages of $(VENV) that are not used there.
+define install_flower
+test -x $(1)/bin/python || "$(PYTHON)" -m venv $(1)
+@for folder in $(CURDIR)/$(VENV)/lib/python*/site-packages; do \
+	echo "import site; site.addsitedir('$$folder')" >"$(1)/lib/$$(basename "$$(dirname "$$folder")")/site-packages/shared.pth"; \
+done
+$(1)/bin/python -m pip install --quiet 'qflare[flower]' 'flwr==$(2)'
+endef
 
 # An S3 server for the tests of the payload store `object`. Its dependencies conflict with ours.
 $(MOTO_INSTALLED): Makefile
@@ -269,6 +289,6 @@ check-wheel: $(INSTALLED) ## build, install in a clean environment, and test
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) tests/packaging $(PYTEST_ARGS)
 
 clean: ## delete generated files and environments
-	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(MOTO_VENV) $(AUDIT_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(FLOWER_OLDEST_VENV) $(MOTO_VENV) $(AUDIT_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .import_linter_cache .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

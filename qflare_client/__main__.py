@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import tomllib
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ from qflare.files import private_opener
 from qflare.terminal import LogFormatter, printable, say, show_uncaught
 from qflare_client.access.enrollment import enroll, read_bundle
 from qflare_client.client import Client
+from qflare_client.errors import InvalidArgumentError
 from qflare_client.failures import report
 from qflare_client.keystore.identity import read_facts
 from qflare_client.loop import RunSummary, run
@@ -212,8 +214,26 @@ def _add_run(commands: Any) -> None:
         "Take part in training until the training session ends.",
         "mytraining:train --home device1 --evaluate mytraining:evaluate",
     )
-    parser.add_argument("train", type=_function, metavar="MODULE:FUNCTION", help="trains")
+    trainer = parser.add_mutually_exclusive_group(required=True)
+    trainer.add_argument(
+        "train", type=_function, nargs="?", metavar="MODULE:FUNCTION", help="trains"
+    )
+    trainer.add_argument(
+        "--flower-app", type=Path, metavar="FOLDER", help="Flower app whose ClientApp trains"
+    )
     parser.add_argument("--evaluate", type=_function, metavar="MODULE:FUNCTION", help="measures")
+    for name, text in (("run", "the app's own configuration"), ("node", "this device")):
+        parser.add_argument(
+            f"--{name}-config",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            type=_toml_pair,
+            help=f"of a Flower app: value of {text}, in TOML; repeatable",
+        )
+    parser.add_argument(
+        "--no-evaluation", action="store_true", help="of a Flower app: evaluate no version"
+    )
     parser.add_argument("--training-session", metavar="ID", help="training session; default: any")
     parser.add_argument(
         "--patience",
@@ -308,13 +328,14 @@ def _rotate(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    train, evaluate = _trainers(options)
     stop = threading.Event()
     on_signals((signal.SIGTERM,), stop.set)
     with _client(options) as client:
         summary = run(
             client,
-            options.train,
-            evaluate=options.evaluate,
+            train,
+            evaluate=evaluate,
             training_session_id=options.training_session,
             stop=stop,
             patience_s=options.patience,
@@ -322,6 +343,31 @@ def _run(options: argparse.Namespace) -> None:
             on_failure=options.on_failure,
         )
     say(_summary(summary))
+
+
+def _trainers(
+    options: argparse.Namespace,
+) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """Return the functions that train and evaluate."""
+    if options.flower_app is None:
+        if options.run_config or options.node_config or options.no_evaluation:
+            raise InvalidArgumentError(
+                "--run-config, --node-config and --no-evaluation are of --flower-app"
+            )
+        return options.train, options.evaluate
+    from qflare_client.flower import flower_device  # noqa: PLC0415 - an extra
+
+    device = flower_device(
+        options.flower_app,
+        home=options.home,
+        passphrase=_passphrase(options),
+        run_config=dict(options.run_config),
+        node_config=dict(options.node_config),
+    )
+    for sentence in device.ignored:
+        say(f"not carried over: {sentence}")
+    own = device.evaluate if device.evaluates and not options.no_evaluation else None
+    return device.train, options.evaluate or own
 
 
 def _say_receipt(receipt: Receipt) -> None:
@@ -407,6 +453,15 @@ def _passphrase(options: argparse.Namespace) -> str | None:
 def _capability(text: str) -> tuple[str, float]:
     name, _, number = text.partition("=")
     return name, float(number)
+
+
+def _toml_pair(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        want = 'KEY=VALUE with a value of TOML, such as 3, 0.1, true or "text"'
+        raise argparse.ArgumentTypeError(f"{text}: want {want}") from error
 
 
 def _algorithm(text: str) -> Algorithm:

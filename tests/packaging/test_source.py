@@ -155,6 +155,7 @@ WALL_CLOCKS = {
     "qflare_client/__main__.py": "the moment for which a bundle is verified",
     "qflare_client/access/login.py": "rest of a token's life, then measured by the monotonic clock",
     "qflare_client/admin/login.py": "rest of the life of a provider's token",
+    "qflare_client/flower/messages.py": "creation time that a message to a Flower app states",
     "qflare_client/trust/keyset.py": "expiry of trust documents by the device's own clock",
     "qflare_server/cli/certificates.py": "validity of the certificates that a command makes",
     "qflare_server/cli/keys.py": "issue times of the documents that a command signs",

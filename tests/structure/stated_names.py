@@ -41,6 +41,10 @@ FOREIGN: Final = frozenset(
         "torch.nn.Module",
         "asdict",  # dataclasses
         "F8_E4M3",  # safetensors
+        "Context.node_config",  # Flower
+        "Context.run_config",
+        "Context.state",
+        "client_fn",
         "v_t",  # of the formulas of Adam
     }
 )
