@@ -247,7 +247,7 @@ class Authentication:
             return Principal(f"admin:{found.subject}", roles, token_id=found.token_id)
         if found.kind != TokenKind.ACCESS.value or found.device_id is None:
             raise UnauthenticatedError
-        return self._device(found)
+        return self._device(found, now)
 
     def _find(self, token_hash: str, epoch: int) -> Credential | None:
         """Return a credential; a cached one is valid until the counter of security changes moves."""
@@ -262,7 +262,7 @@ class Authentication:
             self._known[token_hash] = (epoch, found)
         return found
 
-    def _device(self, found: Credential) -> Principal:
+    def _device(self, found: Credential, now: datetime) -> Principal:
         assert found.device_id is not None
         if found.device_state == DeviceState.REVOKED.value:
             raise DeviceRevokedError
@@ -270,7 +270,7 @@ class Authentication:
             raise DeviceSuspendedError
         if found.device_state == DeviceState.INACTIVE.value:
             self._reactivate(found.device_id)
-        self._presence.note(found.device_id, self._context.clock())
+        self._presence.note(found.device_id, now)
         return Principal(
             f"device:{found.device_id}",
             frozenset({Role.DEVICE}),
