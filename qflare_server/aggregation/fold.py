@@ -94,6 +94,7 @@ logger = logging.getLogger(__name__)
 AHEAD: Final = 8  # chunks read at once of a payload that is read from end to end
 SLICE_AHEAD: Final = 1  # and where slices are read, or a hundred updates are open side by side
 BASE_CHUNKS: Final = 48  # kept of a payload that several threads read, each at a slice of its own
+HELD_CHUNKS: Final = 128  # payloads of up to so many are kept whole: read and hashed once, not for every update
 THREADED_ELEMENTS: Final = 2**20  # models beyond are folded by several threads
 BATCH: Final = 64
 
@@ -232,7 +233,7 @@ class RoundFold:
         return self._reader(stored, VectorLayout(manifest or self.plan.manifest))
 
     def _reader(self, stored: StoredPayload, layout: VectorLayout) -> Reader:
-        kept = BASE_CHUNKS if self._is_large else 0
+        kept = _kept_chunks(stored.chunk_count) if self._is_large else 0
         source = PayloadBytes(self._context, stored, None, AHEAD, kept)
         return _by_thread(lambda: VectorReader(layout, source.read).read)
 
@@ -291,7 +292,7 @@ class RoundFold:
         return found
 
     def _take(self, batch: Sequence[AcceptedUpdate]) -> None:
-        if all(update.location == "row" for update in batch):
+        if self._is_large or all(update.location == "row" for update in batch):
             self._aggregation.extend([self._contribution(update) for update in batch])
         else:  # one large update in memory at a time
             for update in batch:
@@ -539,6 +540,11 @@ class RoundFold:
                 yield bytes(source.read(offsets[spec.name] + start, length))
 
         return read
+
+
+def _kept_chunks(chunk_count: int) -> int:
+    """Return how many chunks to keep of a payload that is read for every update of a round."""
+    return chunk_count if chunk_count <= HELD_CHUNKS else BASE_CHUNKS
 
 
 def _difference(read: Reader, base: Reader) -> Reader:

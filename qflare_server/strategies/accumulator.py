@@ -33,6 +33,8 @@ from qflare_server.strategies.types import (
 
 PIECE: Final = 32_768
 """Elements added at once: input, scratch and total are 640 KiB, which a second-level cache holds."""
+READ: Final = 262_144
+"""Elements read of an update at once: one chunk of float32, which is read without being copied. A multiple of `PIECE`."""
 BATCH: Final = 16
 """Updates folded in one sweep over the total."""
 RESIDENT_BYTES: Final = 256 * 1024 * 1024
@@ -92,22 +94,31 @@ def fold_slice(total: Vector, addends: Sequence[Addend], base: Reader, start: in
 
     Args:
         total: The slice; float64, shape (m,); changed in place.
-        addends: In order of acceptance. Of each, the whole slice is read at once, and only once.
+        addends: In order of acceptance. Of each, the slice is read once, in ascending parts of `READ` elements.
         base: The base version.
         start: Element of the vector that the slice begins with.
     """
-    stop = start + total.size
     scratch = np.empty(min(PIECE, total.size))
     needs_base = any(addend.subtracts_base for addend in addends)
-    origin = base(start, stop).astype(np.float64, copy=False) if needs_base else scratch
+    origin = _widened(base, start, total.size) if needs_base else scratch
     for addend in addends:
-        values = addend.read(start, stop)
-        for first, last in blocks(total.size, PIECE):
-            piece, part = total[first:last], values[first:last]
-            if addend.subtracts_base:
-                add_scaled_delta(piece, part, origin[first:last], addend.factor, scratch)
-            else:
-                add_scaled(piece, part, addend.factor, scratch)
+        for begin, end in blocks(total.size, READ):
+            values = addend.read(start + begin, start + end)
+            for first, last in blocks(end - begin, PIECE):
+                piece, part = total[begin + first : begin + last], values[first:last]
+                if addend.subtracts_base:
+                    subtrahend = origin[begin + first : begin + last]
+                    add_scaled_delta(piece, part, subtrahend, addend.factor, scratch)
+                else:
+                    add_scaled(piece, part, addend.factor, scratch)
+
+
+def _widened(read: Reader, start: int, count: int) -> Vector:
+    """Read elements as float64, part by part."""
+    wide = np.empty(count)
+    for first, last in blocks(count, READ):
+        wide[first:last] = read(start + first, start + last)
+    return wide
 
 
 class Accumulator:
