@@ -34,7 +34,7 @@ from qflare_server.strategies.types import (
 PIECE: Final = 32_768
 """Elements added at once: input, scratch and total are 640 KiB, which a second-level cache holds."""
 READ: Final = 262_144
-"""Elements read of an update at once: one chunk of float32, which is read without being copied. A multiple of `PIECE`."""
+"""Elements read of an update at once: one chunk of float32, which is not copied. A multiple of `PIECE`."""
 BATCH: Final = 16
 """Updates folded in one sweep over the total."""
 RESIDENT_BYTES: Final = 256 * 1024 * 1024
