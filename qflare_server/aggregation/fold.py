@@ -94,7 +94,7 @@ logger = logging.getLogger(__name__)
 AHEAD: Final = 8  # chunks read at once of a payload that is read from end to end
 SLICE_AHEAD: Final = 1  # and where slices are read, or a hundred updates are open side by side
 BASE_CHUNKS: Final = 48  # kept of a payload that several threads read, each at a slice of its own
-HELD_CHUNKS: Final = 128  # payloads of up to so many are kept whole: read and hashed once, not for every update
+HELD_CHUNKS: Final = 128  # payloads of up to so many are kept whole, and thus hashed once
 THREADED_ELEMENTS: Final = 2**20  # models beyond are folded by several threads
 BATCH: Final = 64
 
