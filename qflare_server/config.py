@@ -85,7 +85,9 @@ class ServerConfig:
     provider's environment variables or from the instance.
     """
     object_store_timeout_s: float = 30.0
-    """Seconds for one attempt of a request to the object store, and until which a failed request is repeated."""
+    """Seconds for one attempt of a request to the object store, 0.1 to 100; a failed request is repeated for
+    three times as long.
+    """
     auto_migrate: bool = False
     """Migrate the database schema at startup; an empty SQLite file is always migrated."""
 
@@ -453,7 +455,7 @@ def _out_of_range(config: ServerConfig) -> list[str]:
     ranges: dict[str, tuple[float, float]] = {
         "database_pool_size": (1, 1000),
         "database_timeout_s": (0.1, 600),
-        "object_store_timeout_s": (0.1, 240),
+        "object_store_timeout_s": (0.1, 100),
         "workers": (1, 64),
         "rpc_threads": (4, 512),
         "anonymous_threads": (1, 128),

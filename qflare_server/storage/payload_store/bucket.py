@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Credential
 
 MAX_RETRIES: Final = 5
+RETRY_FACTOR: Final = 3
+"""A failed request is repeated for so many times the time of one attempt."""
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 5.0
 CONNECT_S: Final = 5.0
@@ -74,7 +76,7 @@ class BucketSettings:
         url: `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX` or `az://CONTAINER/PREFIX`.
         endpoint: URL of the service; empty means the provider's own.
         region: Region of an S3 bucket; empty means that of the environment.
-        timeout_s: Seconds for one attempt of a request, and until which a failed request is repeated.
+        timeout_s: Seconds for one attempt of a request; a failed request is repeated for three times as long.
         read_credentials: Reads the credentials file; None means the environment or the instance.
     """
 
@@ -152,6 +154,18 @@ class Bucket:
                     raise
         return b""
 
+    def collect(self, folder: str) -> Sequence[ObjectInfo]:
+        """Return the objects below a folder, in the order of their names.
+
+        Repeats the request once if the answer breaks off, which obstore does not.
+        """
+        try:
+            return [*self.list(folder)]
+        except ObjectStoreUnavailableError as error:
+            if type(error) is not ObjectStoreUnavailableError:
+                raise
+        return [*self.list(folder)]
+
     def list(self, folder: str) -> Iterator[ObjectInfo]:
         """Yield the objects below a folder, in the order of their names."""
         with _typed_errors():
@@ -198,10 +212,7 @@ def _typed_errors() -> Iterator[None]:
     try:
         yield
     except (BaseError, OSError) as error:
-        translated = _translate(error)
-    else:
-        return
-    raise translated
+        raise _translate(error) from None
 
 
 def _status_of(error: Exception) -> int:
@@ -240,7 +251,7 @@ def _connect(settings: BucketSettings, timeout_s: float, max_retries: int) -> _S
     }
     retries: RetryConfig = {
         "max_retries": max_retries,
-        "retry_timeout": timedelta(seconds=timeout_s),
+        "retry_timeout": timedelta(seconds=RETRY_FACTOR * timeout_s),
         "backoff": {
             "init_backoff": timedelta(seconds=FIRST_PAUSE_S),
             "max_backoff": timedelta(seconds=LONGEST_PAUSE_S),

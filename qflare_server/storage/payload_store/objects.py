@@ -165,7 +165,7 @@ class PayloadBucket:
     def delete(self, payload_ids: Sequence[str]) -> None:
         """Delete the parts of payloads."""
         for payload_id in payload_ids:
-            found = list(self._bucket.list(_folder(payload_id)))
+            found = self._bucket.collect(_folder(payload_id))
             self._forget(payload_id)
             self._bucket.delete([each.key for each in found])
             self._count(-sum(each.size_bytes for each in found))
@@ -212,7 +212,7 @@ class PayloadBucket:
         """Return the parts of a payload, and remember them for reading."""
         found = (
             _parse(each.key.rpartition("/")[2], each.size_bytes)
-            for each in self._bucket.list(_folder(payload_id))
+            for each in self._bucket.collect(_folder(payload_id))
         )
         parts = tuple(sorted(part for part in found if part is not None))
         with self._lock:
