@@ -19,6 +19,9 @@ from qflare.v1.device_pb2 import DeviceProfile
 from qflare_client import TrainingTask, run
 from qflare_client.admin.__main__ import main
 from qflare_server.use_cases.access.roles import Role
+from qflare_simulation import SimulationConfig
+from qflare_simulation.__main__ import main as simulator
+from qflare_simulation.programs import find, find_data, find_model
 
 Deploy = Callable[..., Any]
 Shell = Callable[..., str]
@@ -359,3 +362,36 @@ def test_the_evidence_of_a_version_is_written(finished: str, shell: Shell, tmp_p
     bundle = verification_pb2.VerificationBundle.FromString(path.read_bytes())
     assert bundle.version == 1
     assert len(bundle.updates) == 1
+
+
+def test_a_simulation_s_file_starts_a_real_session(
+    deployment: Any, shell: Shell, tmp_path: Path
+) -> None:
+    folder = tmp_path / "digits"
+    assert simulator(["init", str(folder)]) == 0
+    config = folder / "config.toml"
+    kinds = "\n[[simulation.kinds]]\nshare = 0.5\ngroups = ['eu']\n"
+    privacy = "\n[simulation.local_privacy]\nclip_norm = 1.0\n"
+    config.write_text(config.read_text() + "held_out = 0.2\n" + privacy + kinds)
+    simulated = SimulationConfig.read(config)
+    save_file(find_model(simulated.model), tmp_path / "initial.safetensors")
+
+    device = deployment.device("a")  # before the round draws its devices
+    created = shell(
+        *("session", "create", "--name", "digits", "--config", config, "--start"),
+        *("--model", tmp_path / "initial.safetensors", "--set", "rounds.quorum=1"),
+        *("--set", "rounds.target=1", "--set", "total_rounds=2", "--set", "selection.fraction=1"),
+    )
+    session_id = created.split()[0]
+    data = find_data(simulated)
+    train = find(simulated.train, "train")
+    run(
+        device,
+        lambda arrays, task: train(arrays, task, data[0]),
+        training_session_id=session_id,
+    )
+
+    shown = json.loads(shell("session", "show", session_id, "--json"))["training_session"]
+    assert shown["state"] == "TRAINING_SESSION_STATE_COMPLETED"
+    assert shown["config"]["device_training"]["batch_size"] == 16
+    assert "simulation" not in json.dumps(shown["config"])

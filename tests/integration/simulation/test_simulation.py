@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from qflare_client import TrainingTask
 from qflare_server.cli.main import main as server
@@ -261,6 +264,24 @@ def test_tables_are_written(digits: History, tmp_path: Path) -> None:
         digits.export(tmp_path, "xml")
 
 
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """Return the scalars of event files by name and step, after the checksums of every record."""
+    found: dict[tuple[str, int], float] = {}
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            record = data[12 : 12 + length]
+            checks = struct.unpack("<I", data[8:12]) + struct.unpack(
+                "<I", data[12 + length : 16 + length]
+            )
+            assert checks == (masked_crc32c(data[:8]), masked_crc32c(record))
+            event = Event.FromString(record)
+            found |= {(item.tag, event.step): item.simple_value for item in event.summary.value}
+            data = data[16 + length :]
+    return found
+
+
 def test_curves_and_exports_are_written(digits: History, tmp_path: Path) -> None:
     digits.plot(tmp_path / "curves.png")
     digits.tensorboard(tmp_path / "events")
@@ -269,7 +290,11 @@ def test_curves_and_exports_are_written(digits: History, tmp_path: Path) -> None
     compare([digits, other], tmp_path / "both.svg")
 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert any((tmp_path / "events").iterdir())
+    assert scalars(tmp_path / "events") == {
+        (name, version): pytest.approx(value)
+        for name, values in digits.metrics().items()
+        for version, value in values
+    }
     assert (tmp_path / "model.safetensors").stat().st_size > 2600
     assert "other" in (tmp_path / "both.svg").read_text()
     with pytest.raises(SimulationError, match="the same"):
