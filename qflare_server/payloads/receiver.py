@@ -97,6 +97,15 @@ class Receiver:
         """Whether all chunks have arrived."""
         return self.next_index == self._chunk_count
 
+    def require_intact(self) -> None:
+        """Check that the store has not lost chunks of the interrupted upload that have not come again.
+
+        Raises:
+            ConflictError: It has; the upload can be resumed.
+        """
+        if self._has_lost_chunks and not self.is_complete:
+            raise ConflictError("stored chunks of the upload are damaged; ask where to go on")
+
     def _replay(self, count: int) -> None:
         """Verify the chunks that an interrupted upload left in the store, without writing them again.
 
@@ -122,8 +131,8 @@ class Receiver:
         """
         if index < self._resumed_at:
             return
-        if self._has_lost_chunks and index > self.next_index:
-            raise ConflictError("stored chunks of the upload are damaged; ask where to go on")
+        if index > self.next_index:
+            self.require_intact()
         self._check(index, chunk)
         self._keep(chunk)
 

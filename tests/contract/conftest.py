@@ -77,10 +77,10 @@ def make_core(
 
     def make(**settings: Any) -> CoordinatorHarness:
         name = settings.pop("name", f"core-{len(cores)}")
-        signer = settings.pop("signer", None)
+        parts = {part: settings.pop(part, None) for part in ("signer", "store")}
         config = replace(unsigned_config, **settings)
         core = CoordinatorHarness(
-            config, Database(make_engine(config)), clock, signing_key, name=name, signer=signer
+            config, Database(make_engine(config)), clock, signing_key, name=name, **parts
         )
         cores.append(core)
         return core

@@ -138,6 +138,14 @@ class PayloadFolder:
         self._place.require()
 
     @_domain_errors
+    def has_every_byte(self, payload_id: str, size_bytes: int) -> bool:
+        """Return whether a completed payload is there in its full size; cheap enough for a transaction."""
+        try:
+            return self._whole(payload_id).stat().st_size == size_bytes
+        except FileNotFoundError:
+            return False
+
+    @_domain_errors
     def truncate(self, payload_id: str, count: int) -> None:
         """Shorten the file."""
         with suppress(FileNotFoundError):

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from qflare_server.context import Context
 from qflare_server.errors import (
+    ConflictError,
     DeviceRevokedError,
     DeviceSuspendedError,
     DuplicateUpdateError,
@@ -30,6 +31,7 @@ from qflare_server.errors import (
     TrainingSessionNotFoundError,
 )
 from qflare_server.storage.payload_records import ReceivedPayload, insert_received
+from qflare_server.storage.payload_store import PayloadFolder
 from qflare_server.storage.prepared import together
 from qflare_server.storage.repository import (
     audit,
@@ -216,7 +218,7 @@ class Acceptance:
                 entry.error = TrainingSessionNotFoundError()
             return False
         ruling = _ruling(session, places, entries, states, at)
-        taken = [entry for entry in entries if ruling.admit(entry)]
+        taken = [entry for entry in entries if self._has_every_byte(entry) and ruling.admit(entry)]
         if not taken:
             return False
         closed = ruling.count >= places.target and not awaits_evaluation(
@@ -228,6 +230,22 @@ class Acceptance:
                 session, places, ruling.count, ruling.example_count, at, closed=closed
             )
         return closed
+
+    def _has_every_byte(self, entry: _Entry) -> bool:
+        """Check under the round's lock that the file of a large payload is whole; set the error if it is not.
+
+        The statements that insert the payload's row check chunks that are rows; a bucket has confirmed its object.
+        """
+        received = entry.received
+        if received is None or received.store is None:
+            return True
+        store = self._context.store_of(received.store)
+        if not isinstance(store, PayloadFolder) or store.has_every_byte(
+            received.payload_id, received.size_bytes
+        ):
+            return True
+        entry.error = ConflictError("bytes of the upload are missing; send it again")
+        return False
 
 
 def _refusal_or_receipt(entry: _Entry) -> UpdateReceipt | QflareError:

@@ -425,6 +425,7 @@ class _EndedEarlyError(Exception):
 
 
 def _require_complete(receiver: Receiver) -> None:
+    receiver.require_intact()
     if not receiver.is_complete:
         raise _EndedEarlyError(f"chunks: got {receiver.next_index}, want more")
 

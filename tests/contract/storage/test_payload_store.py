@@ -1,5 +1,6 @@
 """Chunks are durable when they are written, read back whole or not at all, and none is left behind for ever."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,12 @@ from qflare_server.payloads.reader import read_chunks
 from qflare_server.storage import records
 from qflare_server.storage.engine import normalize_url
 from qflare_server.storage.payload_records import describe
-from qflare_server.storage.payload_store import PayloadFile, PayloadStore, PayloadTable
+from qflare_server.storage.payload_store import (
+    PayloadFile,
+    PayloadFolder,
+    PayloadStore,
+    PayloadTable,
+)
 from qflare_server.storage.repository import payloads
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import ModelUpdate, Payload, Upload
@@ -32,7 +38,7 @@ from qflare_server.training import retention
 from qflare_server.training.retention import sweep
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
-from tests.support.use_cases import CoordinatorHarness, vector
+from tests.support.use_cases import CoordinatorHarness, Draft, vector
 
 BIG = 700_000  # elements: three chunks of float32
 STORES = (
@@ -420,6 +426,67 @@ def test_upload_that_is_swept_under_way_is_not_accepted(
         large.send(draft, stalling())
 
     assert large.count(ModelUpdate) == 0
+
+
+class LosingFolder(PayloadFolder):
+    """Folder on a disk that loses bytes of a payload right after the payload was complete.
+
+    Args:
+        folder: As of `PayloadFolder`.
+        kept_bytes: Size of the file that is left; None loses the file.
+    """
+
+    def __init__(self, folder: Path, kept_bytes: int | None) -> None:
+        super().__init__(folder)
+        self.loses_next = False
+        self._path = folder
+        self._kept_bytes = kept_bytes
+
+    def complete(self, payload_id: str, size_bytes: int) -> None:
+        super().complete(payload_id, size_bytes)
+        if not self.loses_next:
+            return
+        self.loses_next = False
+        if self._kept_bytes is None:
+            (self._path / payload_id).unlink()
+        else:
+            os.truncate(self._path / payload_id, self._kept_bytes)
+
+
+@pytest.mark.parametrize(
+    "placement", [("sqlite", "files"), ("postgresql", "files")], indirect=True, ids="-".join
+)
+@pytest.mark.parametrize("kept_bytes", [None, CHUNK_BYTES, 4 * BIG - 1])
+def test_no_receipt_for_an_update_that_has_lost_bytes_before_its_transaction(
+    make_core: MakeCore, tmp_path: Path, kept_bytes: int | None
+) -> None:
+    store = LosingFolder(tmp_path / "losing", kept_bytes)
+    core = make_core(store=store, inline_payload_bytes=0)
+    core.add_devices(1)
+    session_id = core.start(vector(0.5, BIG), rounds=ONE)
+    draft = core.draft("device-0", session_id, vector(1.0, BIG))
+    store.loses_next = True
+
+    with pytest.raises(ConflictError):
+        core.send(draft)
+    accepted = core.count(ModelUpdate), core.round(session_id).accepted_count
+    resume(core, draft)
+    core.settle()
+
+    assert accepted == (0, 0)
+    assert core.weights(session_id) == vector(1.0, BIG)["w"].tobytes()
+
+
+def resume(core: CoordinatorHarness, draft: Draft) -> None:
+    """Send the rest of an update, and ask once more where to go on if the coordinator finds stored bytes damaged."""
+    for final in (False, True):
+        following, _ = core.uploads.find(draft.device, draft.statement.update_id)
+        try:
+            core.send(draft, draft.chunks[following:])
+        except ConflictError:
+            assert not final
+        else:
+            return
 
 
 def give_up(core: CoordinatorHarness) -> None:
