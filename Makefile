@@ -34,6 +34,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install install-flower tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all check \
 	audit bench bench-fleet demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
+.PHONY: help install tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all check \
+	audit bench bench-fleet bench-soak demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -247,6 +249,9 @@ bench: $(INSTALLED) ## run the benchmarks and print the table of docs/benchmarks
 
 bench-fleet: $(INSTALLED) ## simulate a fleet on two coordinators and PostgreSQL; FLEET_ARGS='--devices 1000000'
 	$(BIN)/python -m tests.bench.fleet $(FLEET_ARGS)
+
+bench-soak: $(INSTALLED) ## watch a coordinator's memory for an hour of rounds; SOAK_ARGS='--database postgresql'
+	$(BIN)/python -m tests.bench.soak $(SOAK_ARGS)
 
 demo: $(INSTALLED) ## ten devices train a model on handwritten digits with a coordinator on SQLite
 	$(BIN)/python examples/digits/demo.py

@@ -82,6 +82,7 @@ from qflare_server.strategies import (
     by_update,
     first_excess,
     outcome_to_data,
+    whole,
 )
 from qflare_server.training.config import download_encoding
 from qflare_server.training.masking import update_manifest
@@ -420,14 +421,33 @@ class RoundFold:
         except (NonFiniteError, InvalidUpdateError) as error:
             culprits, problem = self._culprits(), str(error)
             if not culprits:
-                raise
-        self._begin(culprits)
-        for batch in self._taken_again():
-            self._take(batch)
+                return self._write_held(executor, at, error, {})
+        self._take_again(culprits)
         try:
             return self._write(executor, at)
         except NotEnoughUpdatesError as error:
             raise NotEnoughUpdatesError(f"{problem}; without the culprits {error}") from error
+        except (NonFiniteError, InvalidUpdateError) as error:
+            return self._write_held(executor, at, error, culprits)
+
+    def _write_held(
+        self,
+        executor: ThreadPoolExecutor,
+        at: datetime,
+        problem: Exception,
+        culprits: Mapping[str, str],
+    ) -> WrittenVersion:
+        """Write a version whose elements stay as they are where the optimizer's memory takes them out of range."""
+        if not self._strategy.optimizer.initial_vectors:
+            raise problem
+        logger.warning("elements held at their values in the base version: %s", problem)
+        self._take_again(culprits)
+        return self._write(executor, at, VectorRange(self.plan.manifest, self._download))
+
+    def _take_again(self, culprits: Mapping[str, str]) -> None:
+        self._begin(culprits)
+        for batch in self._taken_again():
+            self._take(batch)
 
     def _culprits(self) -> dict[str, str]:
         """Return the reasons, by id, to refuse the updates of which alone no version could be made.
@@ -468,12 +488,18 @@ class RoundFold:
                 and update.acceptance_sequence <= self.last_sequence
             ]
 
-    def _write(self, executor: ThreadPoolExecutor, at: datetime) -> WrittenVersion:
+    def _write(
+        self, executor: ThreadPoolExecutor, at: datetime, held: VectorRange | None = None
+    ) -> WrittenVersion:
+        """Write the version; with `held`, elements out of that range keep the base's values."""
         count = float_count(self.plan.manifest)
         vectors: dict[str, PayloadWriter] = {}
 
         def slices() -> Iterator[np.ndarray[Any, Any]]:
-            for piece in self._aggregation.finish():
+            for made in self._aggregation.finish():
+                piece = (
+                    self._aggregation.release.held(made, whole(made, held.fits)) if held else made
+                )
                 for name, values in piece.vectors.items():
                     if name not in vectors:
                         layout = vector_manifest(name, count)

@@ -15,7 +15,7 @@ names, and `testkit` the checks for a strategy of your own.
 from qflare_server.strategies.accumulator import Accumulator
 from qflare_server.strategies.catalogue import begin, build
 from qflare_server.strategies.config import PrivacyConfig, StrategyConfig
-from qflare_server.strategies.culprits import first_excess
+from qflare_server.strategies.culprits import first_excess, whole
 from qflare_server.strategies.errors import (
     NotEnoughUpdatesError,
     PrivacyBudgetExceededError,
@@ -78,4 +78,5 @@ __all__ = [
     "first_excess",
     "outcome_from_data",
     "outcome_to_data",
+    "whole",
 ]

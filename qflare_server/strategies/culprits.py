@@ -2,7 +2,8 @@
 
 Means are linear: if each update alone gives a version in range, so does their mean. When a version is out of range, the
 updates that are out of range alone are rejected, and the round is aggregated without them. When no single update is
-responsible, the model itself has diverged.
+responsible, what a server optimizer remembers of earlier updates is: those elements keep the base version's value, and
+the optimizer forgets them. Without such a memory the model itself has diverged.
 """
 
 from collections.abc import Callable
@@ -39,15 +40,15 @@ def first_excess(
     for start, stop in blocks(element_count):
         with np.errstate(over="ignore", invalid="ignore"):
             delta = delta_of(contribution, release.assessor.base, start, stop) * judgement.factor
-        exceeds = ~(np.abs(delta) <= LARGEST_NORM) | ~_whole(release.step(start, stop, delta), fits)
+        exceeds = ~(np.abs(delta) <= LARGEST_NORM) | ~whole(release.step(start, stop, delta), fits)
         if exceeds.any():
-            exceeds &= _whole(release.step(start, stop, np.zeros(stop - start)), fits)
+            exceeds &= whole(release.step(start, stop, np.zeros(stop - start)), fits)
         if exceeds.any():
             return start + int(np.argmax(exceeds))
     return None
 
 
-def _whole(made: VersionSlice, fits: Fits) -> NDArray[np.bool_]:
+def whole(made: VersionSlice, fits: Fits) -> NDArray[np.bool_]:
     """Return for each element whether its weight fits and its state is finite."""
     whole = fits(made.start, made.weights)
     for vector in made.vectors.values():

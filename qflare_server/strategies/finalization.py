@@ -1,10 +1,11 @@
 """Finalization: noise, server optimizer step, and the initial state of the next version."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qflare_server.strategies.assessment import Assessor
 from qflare_server.strategies.errors import NotEnoughUpdatesError
@@ -129,6 +130,22 @@ class Release:
         if strategy.needs_direction:
             vectors[DIRECTION] = aggregate
         return VersionSlice(start=start, stop=stop, weights=weights, vectors=vectors)
+
+    def held(self, piece: VersionSlice, fits: NDArray[np.bool_]) -> VersionSlice:
+        """Keep the base where an element is out of range, and start the optimizer's state of that element anew.
+
+        Args:
+            piece: From `step` or `version_slice`.
+            fits: Whether the model can hold each weight, shape (stop - start,).
+        """
+        base = self.assessor.wide_base(piece.start, piece.stop)
+        initial = self.assessor.strategy.optimizer.initial_vectors
+        vectors = {
+            name: np.where(fits, vector, initial.get(name, 0.0))
+            for name, vector in piece.vectors.items()
+        }
+        weights = np.where(fits, piece.weights, base)
+        return replace(piece, weights=weights, vectors=vectors)
 
     def _vectors(self, start: int, stop: int) -> dict[str, Vector]:
         """Read the optimizer's state vectors, or create them with their initial values."""

@@ -25,6 +25,7 @@ from tests.support.use_cases import CoordinatorHarness
 DEVICES = 8
 """As many as Bulyan needs to withstand one: four times the hostile ones, and three, and one more."""
 ROUNDS = 2
+LATER_ROUNDS = 20
 SIZE = 24
 DTYPES: dict[str, Any] = {
     "float16": np.float16,
@@ -48,6 +49,7 @@ MEANS: dict[str, dict[str, float]] = {
     "fedadam": {},
     "fedyogi": {},
     "fedadagrad": {},
+    "fedbuff": {},
 }
 OPTIMIZERS = ["", "momentum", "adam", "yogi", "adagrad"]
 MAGNITUDES = [1.7976931348623157e308, 1e306, 1e200, 1e155, 1e150, 3.4028234e38, 3.39e38, 65504.0]
@@ -243,3 +245,32 @@ def judge(core: CoordinatorHarness, case: Case, session_id: str, hostile_id: str
             0.0 if case.encoding is Encoding.TOP_K else 0.15
         )  # a change that is not sent is none
         assert np.all((moved > least - slack) & (moved < 0.35 + slack)), moved
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_an_optimizer_remembers_of_an_update_does_not_stop_later_rounds(
+    make_core: MakeCore, dtype: str
+) -> None:
+    """Momentum repeats an accepted update ten times over, which takes elements out of range long after it."""
+    core = make_core()
+    core.add_devices(DEVICES)
+    case = Case(
+        dtype,
+        "fedavgm",
+        "",
+        {},
+        training_pb2.UPDATE_KIND_DELTA,
+        Encoding.FULL_PRECISION,
+        Encoding.FULL_PRECISION,
+        MOST[dtype],
+        "alternating",
+        place=0,
+        examples=10,
+    )
+    config = {**case.config, "total_rounds": LATER_ROUNDS}
+    session_id = core.start(base(dtype), **config)
+    for number in range(1, LATER_ROUNDS + 1):
+        for device in range(DEVICES):
+            send(core, case, session_id, device, number)
+        core.settle()
+        check_round(core, case, session_id, number)
