@@ -1,5 +1,6 @@
 """Addresses of a coordinator, as clients are given them: host:port, or a name of gRPC's with its scheme."""
 
+import ipaddress
 import re
 from typing import Final
 
@@ -26,3 +27,11 @@ def require_address(address: str) -> str:
         return address
     hint = "[::1]:50051" if address.count(":") > 1 and "//" not in address else "localhost:50051"
     raise AddressError(f"address: got {address[:200]!r}, want host:port, such as {hint}")
+
+
+def is_loopback_host(host: str) -> bool:
+    """Return whether a host is localhost, in any case, or a loopback address; other names are not resolved."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

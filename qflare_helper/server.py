@@ -1,6 +1,5 @@
 """The gRPC server of a helper: its address, TLS, limits and health."""
 
-import ipaddress
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Final
 
 import grpc
 
+from qflare.addresses import is_loopback_host
 from qflare.v1 import helper_service_pb2_grpc
 from qflare_client.keystore.store import KeyStore
 from qflare_helper.errors import StoreError
@@ -128,11 +128,7 @@ def read_tls(
 
 def is_loopback(address: str) -> bool:
     """Return whether only this machine can reach an address, host:port."""
-    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback_host(address.rpartition(":")[0].removeprefix("[").removesuffix("]"))
 
 
 def _options(options: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -680,6 +680,6 @@ def _host_of(address: str) -> str:
 def _is_loopback_host(host: str) -> bool:
     """Return whether a host is localhost or a loopback address; other names are not resolved."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

@@ -8,7 +8,6 @@ call); gRPC's own retries are off, because a streaming call must be retried with
 It does not retry, authenticate or verify.
 """
 
-import ipaddress
 import os
 import re
 import threading
@@ -21,6 +20,7 @@ from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
+from qflare.addresses import is_loopback_host
 from qflare.v1.coordinator_service_pb2_grpc import CoordinatorServiceStub
 from qflare_client import arguments
 from qflare_client.errors import (
@@ -352,11 +352,7 @@ def is_loopback(address: str) -> bool:
         return True
     if address.startswith(("ipv4:", "ipv6:")):
         return all(is_loopback(one) for one in address[5:].split(","))
-    host = _host_of(address)
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback_host(_host_of(address))
 
 
 def _host_of(address: str) -> str:

@@ -4,7 +4,6 @@ The folder holds one JSON file per helper, a `HelperBundle`. A file that cannot 
 helper is then unknown, and no task names it. Files are read again when the folder or one of them changes.
 """
 
-import ipaddress
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any, Final
 import grpc
 from google.protobuf import json_format
 
+from qflare.addresses import is_loopback_host
 from qflare.evidence.statements import StatementError
 from qflare.evidence.unmasking import open_helper
 from qflare.v1 import helper_service_pb2, security_pb2
@@ -151,11 +151,7 @@ def _open_channel(bundle: helper_service_pb2.HelperBundle) -> grpc.Channel:
 
 
 def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback_host(address.rpartition(":")[0].removeprefix("[").removesuffix("]"))
 
 
 def _translated(helper_id: str, error: grpc.RpcError) -> Exception:

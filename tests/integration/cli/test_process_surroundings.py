@@ -41,6 +41,9 @@ WORKS = {
     "closed umask": f"umask 777; {PYTHON} -m qflare_server --data-dir closed init",
     "a working directory that is gone": 'DATA="$PWD/data"; mkdir gone; cd gone; rmdir ../gone;'
     f' {PYTHON} -m qflare_server --data-dir "$DATA" status',
+    "a working directory that cannot be written": 'DATA="$PWD/data"; OTHER="$PWD/other"; cd /proc;'
+    f' {PYTHON} -m qflare_server --data-dir "$DATA" status;'
+    f' {PYTHON} -m qflare_server --data-dir "$OTHER" init',
 }
 FAILS = {
     "a full disk": (f"{STATUS} >/dev/full", "No space left"),

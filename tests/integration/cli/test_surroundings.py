@@ -180,3 +180,35 @@ def test_sockets_that_cannot_be_are_refused_with_the_reason(
 
     with pytest.raises(ConfigError, match=reason):
         coordinator_on(listen)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "LOCALHOST",
+        "a_b.localhost",
+        "a-b.localhost",
+        "xn--bcher-kva.localhost",
+        "bücher.localhost",
+        "1.localhost",
+        "dns:///localhost",
+        "ipv4:127.0.0.1",
+    ],
+)
+def test_host_names_of_every_legal_form(here: Path, host: str) -> None:
+    """Names below localhost are the machine itself everywhere (RFC 6761, section 6.3)."""
+    assert server_main(["--data-dir=data", "init"]) == 0
+    coordinator = coordinator_on("127.0.0.1:0")
+    coordinator.start()
+    try:
+        address = f"{host}:{coordinator.address.rpartition(':')[2]}"
+        plain = [] if host in {"LOCALHOST", "ipv4:127.0.0.1"} else ["--insecure"]
+        assert server_main(["health", f"--address={address}"]) == 0
+        admin = ["--address", address, f"--token-file={here / 'data' / 'admin.token'}", *plain]
+        assert admin_main([*admin, "session", "list"]) == 0
+        issue = ["token", "issue", "--bundles=bundles", "--address", address]
+        assert server_main(["--data-dir=data", *issue]) == 0
+        (bundle,) = (here / "bundles").iterdir()
+        assert client_main(["enroll", str(bundle), "--home=device", *plain]) == 0
+    finally:
+        coordinator.stop(0)
