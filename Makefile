@@ -33,8 +33,6 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-flower tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all check \
-	audit bench bench-fleet demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
-.PHONY: help install tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all check \
 	audit bench bench-fleet bench-soak demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
