@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-import tempfile
+import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Final
 
 from qflare.tensors import Array
@@ -51,11 +53,10 @@ class FlowerDevice:
         self._node_config = user_config("node_config", node_config)
         self._weight_key = weight_key
         self._loaded: tuple[Any, Dialect] | None = None
-        self._temporary: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process needs; the app itself is imported there."""
-        return {**self.__dict__, "_loaded": None, "_temporary": None}
+        return {**self.__dict__, "_loaded": None}
 
     def load(self) -> None:
         """Import the app, if that has not been done.
@@ -168,10 +169,10 @@ def flower_device(
     source = read_project(Path(app)) if isinstance(app, str | Path) else app
     if not isinstance(source, FlowerProject | client_app_class()):
         raise InvalidArgumentError(f"app: got {type(app).__name__}, want a folder or a ClientApp")
-    temporary = None
-    if home is None:
-        temporary = tempfile.TemporaryDirectory(prefix="qflare-flower-")
-    folder = arguments.path("home", home) if temporary is None else Path(temporary.name)
+    is_temporary = home is None
+    folder = (
+        Path(mkdtemp(prefix="qflare-flower-")) if home is None else arguments.path("home", home)
+    )
     device = FlowerDevice(
         source,
         folder,
@@ -180,7 +181,8 @@ def flower_device(
         node_config or {},
         arguments.text("weight_key", weight_key),
     )
-    device._temporary = temporary  # noqa: SLF001 - deleted with the device
+    if is_temporary:
+        weakref.finalize(device, shutil.rmtree, folder, ignore_errors=True)
     device.load()
     return device
 

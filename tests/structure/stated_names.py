@@ -45,6 +45,9 @@ FOREIGN: Final = frozenset(
         "Context.run_config",
         "Context.state",
         "client_fn",
+        "flare.init",  # NVFLARE
+        "model.current_round",
+        "model.params",
         "v_t",  # of the formulas of Adam
     }
 )

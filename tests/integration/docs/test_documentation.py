@@ -14,7 +14,10 @@ from tests.support.manual_pages import FILE, ROOT, blocks, run_page
 
 TYPED: Final = ("docs/notebooks.md", "docs/operations.md")
 """Pages that tests/packaging/test_journeys.py runs in an environment of their own."""
-ELSEWHERE: Final = {"docs/administration.md": "test_administration_page.py"}
+ELSEWHERE: Final = {
+    "docs/administration.md": "test_administration_page.py",
+    "docs/migrating.md": "tests/integration/flower/test_migrating_page.py, with flwr",
+}
 PAGES: Final = sorted(
     str(page.relative_to(ROOT))
     for page in (ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md"))
