@@ -12,6 +12,8 @@ FLOWER_OLDEST_VENV := .venv-flower-oldest
 FLOWER_INSTALLED := $(FLOWER_VENV)/.installed $(FLOWER_OLDEST_VENV)/.installed
 MOTO_VENV := .venv-moto
 MOTO_INSTALLED := $(MOTO_VENV)/.installed
+FRAMEWORKS_VENV := .venv-frameworks
+FRAMEWORKS_INSTALLED := $(FRAMEWORKS_VENV)/.installed
 AUDIT_VENV := .venv-audit
 AUDIT_INSTALLED := $(AUDIT_VENV)/.installed
 
@@ -23,6 +25,9 @@ FLOWER_OLDEST_VERSION := 1.40.0
 FLOWER_TEMPLATES_VERSION := 1.24.0
 MOTO_VERSION := 5.2.2
 PIP_AUDIT_VERSION := 2.10.1
+# The package index of PyTorch's CPU wheels spares several gigabytes of GPU libraries:
+# make test-frameworks TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 
 MESSAGE_PROTOS := $(wildcard protos/qflare/v1/*.proto)
 SERVICE_PROTOS := $(wildcard protos/qflare/v1/*_service.proto)
@@ -32,11 +37,11 @@ PYTEST = $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-flower tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all check \
+.PHONY: help install install-flower tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all test-frameworks check \
 	audit bench bench-fleet bench-soak demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create the virtual environment with coordinator, device SDK and tools
 
@@ -73,6 +78,13 @@ endef
 $(MOTO_INSTALLED): Makefile
 	test -x $(MOTO_VENV)/bin/python || "$(PYTHON)" -m venv $(MOTO_VENV)
 	$(MOTO_VENV)/bin/python -m pip install --quiet 'moto[s3,server]==$(MOTO_VERSION)'
+	@touch $@
+
+$(FRAMEWORKS_INSTALLED): setup.cfg Makefile
+	test -x $(FRAMEWORKS_VENV)/bin/python || "$(PYTHON)" -m venv $(FRAMEWORKS_VENV)
+	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet --editable \
+		'.[server,lightning,transformers,keras,flax,test]'
 	@touch $@
 
 $(PROTOC_INSTALLED): Makefile
@@ -237,6 +249,10 @@ test-all: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) tools ## run all te
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) -m 'not alone' $(PYTEST_ARGS) || failed=1; \
 	exit $$failed
 
+# Deprecation warnings of the frameworks change with their releases, which are not pinned.
+test-frameworks: $(FRAMEWORKS_INSTALLED) ## test the adapters and examples of Lightning, Transformers, Keras and Flax; not part of CI
+	KERAS_BACKEND=jax $(FRAMEWORKS_VENV)/bin/python -m pytest tests/frameworks -m frameworks -W default $(PYTEST_ARGS)
+
 check: check-protos lint lint-deploy type test-all ## run everything that CI runs
 
 audit: $(AUDIT_INSTALLED) ## check every pinned dependency for known vulnerabilities; needs network access
@@ -292,6 +308,6 @@ check-wheel: $(INSTALLED) ## build, install in a clean environment, and test
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) tests/packaging $(PYTEST_ARGS)
 
 clean: ## delete generated files and environments
-	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(FLOWER_OLDEST_VENV) $(MOTO_VENV) $(AUDIT_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(FLOWER_OLDEST_VENV) $(MOTO_VENV) $(FRAMEWORKS_VENV) $(AUDIT_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .import_linter_cache .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

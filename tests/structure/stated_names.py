@@ -39,6 +39,13 @@ FOREIGN: Final = frozenset(
         "PREFIX.ID.SECRET",  # the form of a token
         "tests/test_compute_delta.py",  # TensorFlow Privacy
         "torch.nn.Module",
+        "Trainer.fit",  # Lightning
+        "lightning.Trainer",
+        "transformers.Trainer",  # Hugging Face
+        "PeftModel",
+        "peft.PeftModel",
+        "keras.Model",
+        "params.Dense_0.kernel",  # a leaf of a Flax model
         "asdict",  # dataclasses
         "F8_E4M3",  # safetensors
         "Context.node_config",  # Flower
