@@ -38,7 +38,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-flower tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all test-frameworks check \
-	audit bench bench-fleet bench-soak demo strategies pictures architecture structure load serve migrate migration build check-wheel clean
+	audit bench bench-fleet bench-soak demo demo-secure strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -269,6 +269,9 @@ bench-soak: $(INSTALLED) ## watch a coordinator's memory for an hour of rounds; 
 
 demo: $(INSTALLED) ## ten devices train a model on handwritten digits with a coordinator on SQLite
 	$(BIN)/python examples/digits/demo.py
+
+demo-secure: $(INSTALLED) ## the same with secure aggregation: a helper, and two devices that die in the first round
+	$(BIN)/python examples/digits/demo_secure.py
 
 strategies: $(INSTALLED) ## compare the strategies on handwritten digits; writes docs/strategies.md and its pictures
 	PYTHONPATH=examples/digits OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python examples/strategies/compare.py

@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 from data import load
@@ -43,13 +44,13 @@ class Demo:
         self.arguments = arguments
         self.folder: Path = arguments.output
         self.data_dir = self.folder / "coordinator"
+        self.environ = dict(os.environ)
         self.training, self.test = load()
 
     def server(self, *words: str) -> str:
         """Run a `qflare-server` command and return its output."""
         command = [str(BIN / "qflare-server"), "--data-dir", str(self.data_dir), *words]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
+        return program_output(command, self.environ)
 
     @contextmanager
     def coordinator(self) -> Iterator[str]:
@@ -61,6 +62,7 @@ class Demo:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            env=self.environ,
         )
         assert process.stdout is not None
         try:
@@ -74,7 +76,16 @@ class Demo:
         finally:
             process.terminate()
             process.wait(30)
+            process.stdout.close()
             log.close()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the training session but for the training on devices."""
+        return SETTINGS
+
+    def quorum(self) -> int:
+        """Return how many updates close a round."""
+        return int(self.arguments.devices)
 
     def initial_model(self) -> Path:
         """Write the initial weights to a .safetensors file."""
@@ -88,38 +99,45 @@ class Demo:
         """Create and start the training session; return its id."""
         config = self.folder / "config.json"
         settings = {"localEpochs": self.arguments.epochs, "batchSize": 16, "learningRate": 0.2}
-        config.write_text(json.dumps(SETTINGS | {"deviceTraining": settings}))
+        config.write_text(json.dumps(self.settings() | {"deviceTraining": settings}))
         return self.server(
             *("session", "create", "--name", "digits", "--model-type", "mlp"),
-            *("--rounds", str(self.arguments.rounds), "--quorum", str(self.arguments.devices)),
+            *("--rounds", str(self.arguments.rounds), "--quorum", str(self.quorum())),
             *("--config", str(config), "--model", str(self.initial_model()), "--start"),
         )
+
+    def issue_bundles(self, address: str) -> list[Path]:
+        """Issue a bootstrap bundle for each device."""
+        folder = self.folder / "bundles"
+        self.server(
+            *("token", "issue", "--count", str(self.arguments.devices), "--label", "demo"),
+            *("--bundles", str(folder), "--address", address),
+        )
+        return sorted(folder.glob("*.json"))
+
+    def start_device(
+        self, session_id: str, index: int, bundle: Path, *words: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a device process."""
+        # One arithmetic thread per device, since ten devices share this machine.
+        environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(HERE / "device.py"), "--bundle", str(bundle)]
+        command += ["--home", str(self.folder / f"device-{index}"), "--session", session_id]
+        command += ["--index", str(index), "--devices", str(self.arguments.devices)]
+        command += ["--alpha", str(self.arguments.alpha), *words]
+        with (self.folder / f"device-{index}.log").open("w") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environ)
 
     @contextmanager
     def devices(self, session_id: str, address: str) -> Iterator[list[subprocess.Popen[bytes]]]:
         """Issue a bundle for each device and start the device processes."""
-        bundles = self.folder / "bundles"
-        count = str(self.arguments.devices)
-        self.server(
-            *("token", "issue", "--count", count, "--label", "demo"),
-            *("--bundles", str(bundles), "--address", address),
-        )
-        processes = []
-        # One arithmetic thread per device, since ten devices share this machine.
-        environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        for index, bundle in enumerate(sorted(bundles.glob("*.json"))):
-            log = (self.folder / f"device-{index}.log").open("w")
-            command = [sys.executable, str(HERE / "device.py"), "--bundle", str(bundle)]
-            command += ["--home", str(self.folder / f"device-{index}"), "--session", session_id]
-            command += ["--index", str(index), "--devices", count]
-            command += ["--alpha", str(self.arguments.alpha)]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environ))
+        processes: list[subprocess.Popen[bytes]] = []
         try:
+            for index, bundle in enumerate(self.issue_bundles(address)):
+                processes.append(self.start_device(session_id, index, bundle))
             yield processes
         finally:
-            for process in processes:
-                process.terminate()
-                process.wait(30)
+            end_processes(processes)
 
     def watch(self, address: str, session_id: str) -> list[dict[str, float]]:
         """Follow the rounds; return accuracy and loss of every version on the test digits."""
@@ -207,6 +225,19 @@ class Demo:
                 f"{program} -plaintext -expand-headers -H 'authorization: Bearer ${{QFLARE_TOKEN}}'"
             )
             print(f"  {call} {LATER} qflare.v1.AdminService/ListTrainingSessions\n")
+
+
+def program_output(command: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Run a program to its end and return its output."""
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
+    return done.stdout.strip()
+
+
+def end_processes(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """End processes; those that have ended are left alone."""
+    for process in processes:
+        process.terminate()
+        process.wait(30)
 
 
 def _download(

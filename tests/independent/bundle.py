@@ -10,10 +10,12 @@ from datetime import UTC, datetime
 from qflare.v1 import security_pb2 as pb
 from qflare.v1 import verification_pb2
 from tests.independent.exchange import audit_leaf
+from tests.independent.unmasking import MASKED, check_transcript
 from tests.independent.verifier import (
     LOG,
     MODEL,
     REGISTRAR,
+    TASK,
     Keys,
     check_inclusion,
     key_id,
@@ -40,9 +42,9 @@ def check_bundle(
 ) -> Chain:
     """Check a bundle; return its versions."""
     realm, session_id = bundle.realm, bundle.training_session_id
-    registrars = _earlier_registrars(bundle, pinned, threshold)
+    ever = _earlier_keys(bundle, pinned, threshold)
     roles = open_keyset(bundle.keyset, realm, pinned, threshold, at)
-    registrars.update(roles[REGISTRAR])
+    registrars, task_keys = ({**ever[role], **roles[role]} for role in (REGISTRAR, TASK))
     chain = open_chain(bundle.statements, roles[MODEL], realm, session_id)
     require(chain[0][0].version == 0, "lineage does not begin at version 0")
     require(chain[-1][0].version == bundle.version, "lineage ends at another version")
@@ -62,14 +64,32 @@ def check_bundle(
     for update in bundle.updates:
         if update.HasField("statement"):
             _check_update(update, chain, keys, entries)
+    _check_masks(bundle, made, task_keys)
     _check_evaluations(bundle, chain[-1], keys, entries)
     return chain
 
 
-def _earlier_registrars(
+def _check_masks(
+    bundle: verification_pb2.VerificationBundle, made: pb.ModelStatement, task_keys: Keys
+) -> None:
+    payloads = {
+        update.statement_digest: update.statement.payload
+        for update in bundle.updates
+        if update.HasField("statement")
+    }
+    if made.HasField("unmasking"):
+        check_transcript(bundle.unmasking, made, task_keys, payloads)
+        return
+    require(not bundle.HasField("unmasking"), "transcript of a version without masks")
+    for payload in payloads.values():
+        encoding = pb.UpdateStatement.FromString(payload).encoding
+        require(encoding != MASKED, "masked update in a version without a transcript")
+
+
+def _earlier_keys(
     bundle: verification_pb2.VerificationBundle, pinned: Sequence[str], threshold: int
-) -> dict[str, pb.PublicKey]:
-    found: dict[str, pb.PublicKey] = {}
+) -> dict[int, dict[str, pb.PublicKey]]:
+    found: dict[int, dict[str, pb.PublicKey]] = {REGISTRAR: {}, TASK: {}}
     version = 0
     for envelope in bundle.earlier_keysets:
         keyset = pb.Keyset.FromString(envelope.payload)
@@ -78,7 +98,9 @@ def _earlier_registrars(
         roots = bundle.keyset.roots[: keyset.root_version]
         issued = keyset.issue_time.ToDatetime(tzinfo=UTC)
         documents = pb.KeysetBundle(roots=roots, keyset=envelope)
-        found.update(open_keyset(documents, bundle.realm, pinned, threshold, issued)[REGISTRAR])
+        roles = open_keyset(documents, bundle.realm, pinned, threshold, issued)
+        for role, keys in found.items():
+            keys.update(roles[role])
     return found
 
 

@@ -31,7 +31,7 @@ CHUNK_BYTES = 1_048_576
 PLAIN: dict[int, Any] = {1: MLDSA44PublicKey, 2: MLDSA65PublicKey, 3: MLDSA87PublicKey}
 HYBRID = 4
 ROLES = (1, 2, 3, 4, 5)
-SESSION_KEM, MODEL, REGISTRAR, LOG = 1, 2, 3, 4
+SESSION_KEM, MODEL, REGISTRAR, LOG, TASK = ROLES
 Keys = Mapping[str, pb.PublicKey]
 
 

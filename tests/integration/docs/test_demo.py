@@ -78,3 +78,25 @@ def test_the_commands_that_the_demo_prints_open_dashboard_and_command_line(tmp_p
                 assert "training_sessions" in typed(call, tmp_path, environ)
         finally:
             coordinator.terminate()
+
+
+@pytest.mark.slow
+def test_the_demo_of_secure_aggregation_trains_and_verifies(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    demo = [sys.executable, str(ROOT / "examples" / "digits" / "demo_secure.py")]
+    done = subprocess.run(
+        [*demo, "--output", "out", "--devices", "4", "--rounds", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert "2 of 4 sent an update" in done.stdout
+    assert "device 2 died before-sealing, device 3 after-sealing" in done.stdout
+    assert "2 sets of together 4 seeds" in done.stdout
+    assert "offline: verified: " in done.stdout
+    assert "2 answers with 4 updates verified" in done.stdout
+    shown = done.stdout.split("of a single device:")[1].splitlines()[1:3]
+    assert len({*shown}) == 2

@@ -25,6 +25,7 @@ PAGES: Final = sorted(
 )
 
 NOT_RUN: Final = {
+    ("docs/secure-aggregation.md", "make demo-secure"): "test_demo.py runs a short form of it",
     ("README.md", "make demo"): "minutes of training, and these tests themselves",
     ("README.md", "python3 -m venv .venv"): "tests/packaging/test_readme.py types the whole page",
     ("docs/getting-started.md", "python3 -m venv .venv"): "tests/packaging/test_wheel.py installs",

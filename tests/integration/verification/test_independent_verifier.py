@@ -141,9 +141,11 @@ def _check_model(
     assert np.allclose(model.arrays["bias"], 1.5 * ROUNDS)
 
 
-@pytest.mark.parametrize("name", ["verifier.py", "exchange.py", "bundle.py"])
+@pytest.mark.parametrize("name", ["verifier.py", "exchange.py", "bundle.py", "unmasking.py"])
 def test_the_verifier_shares_generated_messages_only(name: str) -> None:
-    allowed = {"qflare.v1", "tests.independent.verifier", "tests.independent.exchange"}
+    allowed = {"qflare.v1"} | {
+        f"tests.independent.{part}" for part in ("verifier", "exchange", "unmasking")
+    }
     tree = ast.parse((FOLDER / name).read_text())
     imported = {
         node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)

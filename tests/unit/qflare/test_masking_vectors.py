@@ -1,0 +1,161 @@
+"""The recorded vectors of secure aggregation: the product accepts them, and so does the independent verifier."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qflare.crypto.sealing import KemKey
+from qflare.crypto.signing import Provider, PublicKey
+from qflare.evidence.statements import StatementError, digest_of, open_update
+from qflare.evidence.unmasking import verify_transcript
+from qflare.masking.masks import Mask
+from qflare.masking.seeds import open_seed
+from qflare.v1 import security_pb2 as pb
+from qflare.v1 import training_pb2, verification_pb2
+from tests.independent import exchange, unmasking, verifier
+from tests.independent.verifier import RefusedError
+from tests.vectors.protocol import generate, masking
+
+FOLDER = Path(generate.__file__).parent
+MASKING = json.loads((FOLDER / "masking.json").read_text(encoding="utf-8"))
+UNMASKING = json.loads((FOLDER / "unmasking.json").read_text(encoding="utf-8"))
+Transcript = verification_pb2.UnmaskingTranscript
+
+
+def test_what_is_not_random_comes_out_the_same() -> None:
+    assert json.loads(json.dumps(masking.masking())) == MASKING
+
+
+@pytest.mark.parametrize("vector", MASKING["masks"])
+def test_a_mask_by_the_page(vector: dict[str, Any]) -> None:
+    wanted = bytes.fromhex(vector["bytes"])
+    stream = unmasking.mask(bytes.fromhex(vector["seed"]), vector["offset"] + len(wanted))
+    assert stream[vector["offset"] :] == wanted
+
+
+@pytest.mark.parametrize("vector", MASKING["parameters"])
+def test_parameters_and_slots_by_the_page(vector: dict[str, Any]) -> None:
+    policy = training_pb2.SecureAggregationPolicy.FromString(bytes.fromhex(vector["policy"]))
+    layout = unmasking.Layout(policy, vector["max_weight"])
+    assert (layout.limit, layout.scale) == (vector["limit"], vector["scale"])
+    assert layout.digit_bits == vector["digit_bits"]
+    slots = layout.elements(bytes.fromhex(vector["slots"]))
+    assert len(slots) == vector["slot_count"]
+    weight, metrics = layout.totals(slots)
+    assert weight == vector["weight"]
+    assert metrics == pytest.approx(vector["metrics"], abs=1e-5)
+
+
+def _layout() -> unmasking.Layout:
+    task = pb.TaskStatement.FromString(_transcript().task.payload)
+    return unmasking.Layout(task.masking.policy, task.masking.max_weight)
+
+
+def _transcript() -> Transcript:
+    return Transcript.FromString(bytes.fromhex(UNMASKING["transcript"]))
+
+
+def _update(vector: dict[str, Any]) -> tuple[pb.SignedEnvelope, pb.PublicKey]:
+    envelope = pb.SignedEnvelope.FromString(bytes.fromhex(vector["statement"]))
+    return envelope, pb.PublicKey.FromString(bytes.fromhex(vector["device_key"]))
+
+
+@pytest.mark.parametrize("vector", UNMASKING["updates"])
+def test_a_seed_opens_by_the_product_and_by_the_page(vector: dict[str, Any]) -> None:
+    envelope, key = _update(vector)
+    secret = bytes.fromhex(UNMASKING["helper_kem_seed"])
+    statement = open_update(envelope, PublicKey.from_proto(key))
+    ours = open_seed(statement.masking.seeds[0], KemKey(Provider.CRYPTOGRAPHY, secret), statement)
+    theirs = unmasking.open_seed(verifier.open_update(envelope, key), 0, exchange.KemKey(secret))
+    assert ours == theirs
+    payload = bytes.fromhex(vector["payload"])
+    assert verifier.payload_digest(payload) == statement.payload_digest
+    layout = _layout()
+    values = layout.unmasked(payload, [theirs])
+    norm = sum(value**2 for value in vector["change"]) ** 0.5
+    factor = layout.scale * min(1.0, 4.0 / norm) * vector["weight"] / layout.max_weight
+    for value, change in zip(values, vector["change"], strict=False):
+        assert abs(layout.signed(value) - change * factor) < 1
+    weight, metrics = layout.totals(values[len(vector["change"]) :])
+    assert weight == vector["weight"]
+    assert metrics["loss"] == pytest.approx(vector["loss"], abs=1e-5)
+    assert Mask(ours).read(0, 16) == unmasking.mask(theirs, 16)
+
+
+def test_the_sum_of_the_updates_by_the_page() -> None:
+    layout, count = _layout(), len(UNMASKING["updates"][0]["change"])
+    vectors = [layout.elements(bytes.fromhex(item["payload"])) for item in UNMASKING["updates"]]
+    masks = layout.elements(bytes.fromhex(UNMASKING["mask_sum"]))
+    modulus = 2**layout.bits
+    columns = zip(*vectors, masks, strict=True)
+    total = [(sum(column[:-1]) - column[-1]) % modulus for column in columns]
+    weight, metrics = layout.totals(total[count:])
+    assert weight == 1200
+    assert metrics["loss"] == pytest.approx((400 * 0.5 + 800 * 1.0) / 1200, abs=1e-5)
+    answer = pb.UnmaskingAnswer.FromString(_transcript().answers[0].payload)
+    digest = verifier.payload_digest(bytes.fromhex(UNMASKING["mask_sum"]))
+    assert digest == answer.mask_digest
+
+
+def _check_both(transcript: Transcript, made: pb.ModelStatement) -> None:
+    """Check a transcript with the product and by the page; both must agree."""
+    envelopes = [_update(vector)[0] for vector in UNMASKING["updates"]]
+    payloads = {digest_of(envelope.payload): envelope.payload for envelope in envelopes}
+    key = pb.PublicKey.FromString(bytes.fromhex(UNMASKING["task_key"]))
+    stated = [pb.UpdateStatement.FromString(payload) for payload in payloads.values()]
+    try:
+        verify_transcript(transcript, made, [PublicKey.from_proto(key)], stated, payloads)
+    except StatementError:
+        with pytest.raises(RefusedError):
+            unmasking.check_transcript(transcript, made, {key.key_id: key}, payloads)
+        raise
+    unmasking.check_transcript(transcript, made, {key.key_id: key}, payloads)
+
+
+def _made() -> pb.ModelStatement:
+    envelope = pb.SignedEnvelope.FromString(bytes.fromhex(UNMASKING["version"]))
+    return pb.ModelStatement.FromString(envelope.payload)
+
+
+def test_the_transcript_verifies_by_the_product_and_by_the_page() -> None:
+    _check_both(_transcript(), _made())
+
+
+def _other_task(transcript: Transcript, made: pb.ModelStatement) -> None:
+    transcript.task.payload += b"\x98\x06\x01"
+    made.unmasking.task_digest = digest_of(transcript.task.payload)
+
+
+def _unsigned_answer(transcript: Transcript, made: pb.ModelStatement) -> None:
+    transcript.answers[0].payload += b"\x98\x06\x01"
+    made.unmasking.answer_digests[0] = digest_of(transcript.answers[0].payload)
+
+
+CHANGES: list[Callable[[Transcript, pb.ModelStatement], object]] = [
+    _other_task,
+    _unsigned_answer,
+    lambda transcript, _: transcript.ClearField("answers"),
+    lambda transcript, _: transcript.task.ClearField("signatures"),
+    lambda transcript, _: transcript.answers.append(transcript.answers[0]),
+    lambda _, made: setattr(made, "round_number", 2),
+    lambda _, made: setattr(made, "base_version", -1),
+    lambda _, made: setattr(made, "config_digest", "0" * 64),
+    lambda _, made: setattr(made, "realm", "another"),
+    lambda _, made: setattr(made, "contributor_count", 1),
+    lambda _, made: setattr(made, "contributors_digest", "0" * 64),
+    lambda _, made: setattr(made.unmasking, "task_digest", "0" * 64),
+    lambda _, made: made.unmasking.ClearField("answer_digests"),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_transcript_is_refused_by_both(
+    change: Callable[[Transcript, pb.ModelStatement], object],
+) -> None:
+    transcript, made = _transcript(), _made()
+    change(transcript, made)
+    with pytest.raises(StatementError):
+        _check_both(transcript, made)
