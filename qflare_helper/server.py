@@ -9,13 +9,12 @@ from typing import Final
 import grpc
 
 from qflare.addresses import is_loopback_host
-from qflare.v1 import helper_service_pb2_grpc
 from qflare_client.keystore.store import KeyStore
 from qflare_helper.errors import StoreError
 from qflare_helper.identity import HelperIdentity
 from qflare_helper.ledger import Ledger
 from qflare_helper.policy import read_policy
-from qflare_helper.service import HelperServicer
+from qflare_helper.service import HelperServicer, handlers
 from qflare_helper.unmasking import Unmasking
 
 MAX_MESSAGE_BYTES: Final = 4 * 2**20
@@ -82,7 +81,7 @@ class HelperServer:
         servicer = HelperServicer(self.identity, self.ledger, unmasking, max_calls)
         self._threads = ThreadPoolExecutor(THREADS, "calls")
         self._server = grpc.server(self._threads, options=_options(OPTIONS))
-        helper_service_pb2_grpc.add_HelperServiceServicer_to_server(servicer, self._server)
+        self._server.add_generic_rpc_handlers((handlers(servicer),))
         self.port = self._bind(listen, tls)
 
     def _bind(self, listen: str, tls: ServerTls | None) -> int:

@@ -5,11 +5,12 @@ Errors other than refusals are logged with a traceback and sent as INTERNAL with
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from qflare.v1 import helper_service_pb2 as messages
@@ -118,6 +119,39 @@ class HelperServicer(helper_service_pb2_grpc.HelperServiceServicer):
         )
         for chunk in answer.chunks:
             yield messages.UnmaskResponse(chunk=chunk)
+
+
+def handlers(servicer: HelperServicer) -> grpc.GenericRpcHandler:
+    """Return the handlers of the methods.
+
+    gRPC answers INTERNAL to bytes that are no message. Here they are read as a message without content, which the
+    methods refuse like any other part that is out of place.
+    """
+    return grpc.method_handlers_generic_handler(
+        messages.DESCRIPTOR.services_by_name["HelperService"].full_name,
+        {
+            "GetHelper": grpc.unary_unary_rpc_method_handler(
+                servicer.GetHelper,
+                request_deserializer=_reader(messages.GetHelperRequest),
+                response_serializer=messages.GetHelperResponse.SerializeToString,
+            ),
+            "Unmask": grpc.stream_stream_rpc_method_handler(
+                servicer.Unmask,
+                request_deserializer=_reader(messages.UnmaskRequest),
+                response_serializer=messages.UnmaskResponse.SerializeToString,
+            ),
+        },
+    )
+
+
+def _reader(kind: type[Message]) -> Callable[[bytes], Message]:
+    def read(data: bytes) -> Message:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return kind()
+
+    return read
 
 
 def _members(parts: Iterator[messages.UnmaskRequest]) -> Iterator[messages.UnmaskMember]:

@@ -87,9 +87,10 @@ def test_the_demo_of_secure_aggregation_trains_and_verifies(tmp_path: Path) -> N
     done = subprocess.run(
         [*demo, "--output", "out", "--devices", "4", "--rounds", "2"],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=2 * TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 0, (done.stdout, done.stderr)

@@ -67,6 +67,14 @@ class LyingCoordinator:
         self, members: list[Member], *, task: Any = None, header: Any = None, **changes: Any
     ) -> list[messages.UnmaskResponse]:
         """Ask for a set; raises what the helper answers."""
+        parts = self.parts(members, task=task, header=header, **changes)
+        with grpc.insecure_channel(self._helper.address) as channel:
+            return list(HelperServiceStub(channel).Unmask(iter(parts), timeout=20))
+
+    def parts(
+        self, members: list[Member], *, task: Any = None, header: Any = None, **changes: Any
+    ) -> list[messages.UnmaskRequest]:
+        """Return the parts of a request."""
         request = self.request(members, **changes).SerializeToString(deterministic=True)
         made = header or messages.UnmaskHeader(
             request=self._parts.keys.sign_request(request),
@@ -75,9 +83,7 @@ class LyingCoordinator:
             earlier_keysets=self._keysets[:-1],
         )
         parts = [messages.UnmaskRequest(header=made)]
-        parts += [messages.UnmaskRequest(member=member) for member in members]
-        with grpc.insecure_channel(self._helper.address) as channel:
-            return list(HelperServiceStub(channel).Unmask(iter(parts), timeout=20))
+        return parts + [messages.UnmaskRequest(member=member) for member in members]
 
     def refusal(self, members: list[Member], **changes: Any) -> str:
         """Return the text of a refusal."""
