@@ -408,7 +408,8 @@ def test_work_is_repeated_after_a_deadlock(postgres_database: Database) -> None:
         for future in futures:
             future.result(WAIT_S)
 
-    assert len(runs) == 3
+    # Three, or more: what is repeated may take its first lock again before the other transaction wakes up.
+    assert len(runs) >= 3
 
 
 def test_pool_that_is_exhausted_is_unavailable(database_url: str) -> None:
