@@ -694,6 +694,83 @@ class ResumeTrainingSessionResponse(_message.Message):
 Global___ResumeTrainingSessionResponse: _TypeAlias = ResumeTrainingSessionResponse  # noqa: Y015
 
 @_typing.final
+class UpdateTrainingSessionRequest(_message.Message):
+    """Changes the rule by which rounds close. Absent values stay as they are; the result must be a configuration that
+    CreateTrainingSession accepts. The open round adopts it at once: it closes if it has the target, and its deadline is
+    counted from its opening. Of concurrent changes of the same value, the last one prevails. Training sessions with secure
+    aggregation cannot be changed, and quorum and target not with differential privacy.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    QUORUM_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    training_session_id: _builtins.str
+    """Training session that has not ended."""
+    quorum: _builtins.int
+    """Minimum number of updates for a version."""
+    target: _builtins.int
+    """Number of updates at which a round closes immediately."""
+    request_id: _builtins.str
+    """Idempotency key, at most 100 characters. The same call with the same key gets the first response again, for 24
+    hours.
+    """
+    @_builtins.property
+    def deadline(self) -> _duration_pb2.Duration:
+        """Time after opening at which a round closes if it has reached the quorum."""
+
+    def __init__(
+        self,
+        *,
+        training_session_id: _builtins.str = ...,
+        quorum: _builtins.int | None = ...,
+        target: _builtins.int | None = ...,
+        deadline: _duration_pb2.Duration | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_quorum", b"_quorum", "_target", b"_target", "deadline", b"deadline", "quorum", b"quorum", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quorum", b"_quorum", "_target", b"_target", "deadline", b"deadline", "quorum", b"quorum", "request_id", b"request_id", "target", b"target", "training_session_id", b"training_session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__quorum: _TypeAlias = _typing.Literal["quorum"]  # noqa: Y015
+    _WhichOneofArgType__quorum: _TypeAlias = _typing.Literal["_quorum", b"_quorum"]  # noqa: Y015
+    _WhichOneofReturnType__target: _TypeAlias = _typing.Literal["target"]  # noqa: Y015
+    _WhichOneofArgType__target: _TypeAlias = _typing.Literal["_target", b"_target"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quorum) -> _WhichOneofReturnType__quorum | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target) -> _WhichOneofReturnType__target | None: ...
+
+Global___UpdateTrainingSessionRequest: _TypeAlias = UpdateTrainingSessionRequest  # noqa: Y015
+
+@_typing.final
+class UpdateTrainingSessionResponse(_message.Message):
+    """The training session after the call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_SESSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def training_session(self) -> _training_pb2.TrainingSession:
+        """State after the call."""
+
+    def __init__(
+        self,
+        *,
+        training_session: _training_pb2.TrainingSession | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["training_session", b"training_session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["training_session", b"training_session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateTrainingSessionResponse: _TypeAlias = UpdateTrainingSessionResponse  # noqa: Y015
+
+@_typing.final
 class CancelTrainingSessionRequest(_message.Message):
     """Cancels a training session."""
 

@@ -70,6 +70,11 @@ class AdminServiceStub(object):
                 request_serializer=qflare_dot_v1_dot_admin__service__pb2.ResumeTrainingSessionRequest.SerializeToString,
                 response_deserializer=qflare_dot_v1_dot_admin__service__pb2.ResumeTrainingSessionResponse.FromString,
                 _registered_method=True)
+        self.UpdateTrainingSession = channel.unary_unary(
+                '/qflare.v1.AdminService/UpdateTrainingSession',
+                request_serializer=qflare_dot_v1_dot_admin__service__pb2.UpdateTrainingSessionRequest.SerializeToString,
+                response_deserializer=qflare_dot_v1_dot_admin__service__pb2.UpdateTrainingSessionResponse.FromString,
+                _registered_method=True)
         self.CancelTrainingSession = channel.unary_unary(
                 '/qflare.v1.AdminService/CancelTrainingSession',
                 request_serializer=qflare_dot_v1_dot_admin__service__pb2.CancelTrainingSessionRequest.SerializeToString,
@@ -267,6 +272,13 @@ class AdminServiceServicer(object):
 
     def ResumeTrainingSession(self, request, context):
         """Resume a paused training session. The open round gets a new deadline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateTrainingSession(self, request, context):
+        """Change quorum, target and deadline of the rounds of a training session, from the open round on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -517,6 +529,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ResumeTrainingSession,
                     request_deserializer=qflare_dot_v1_dot_admin__service__pb2.ResumeTrainingSessionRequest.FromString,
                     response_serializer=qflare_dot_v1_dot_admin__service__pb2.ResumeTrainingSessionResponse.SerializeToString,
+            ),
+            'UpdateTrainingSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateTrainingSession,
+                    request_deserializer=qflare_dot_v1_dot_admin__service__pb2.UpdateTrainingSessionRequest.FromString,
+                    response_serializer=qflare_dot_v1_dot_admin__service__pb2.UpdateTrainingSessionResponse.SerializeToString,
             ),
             'CancelTrainingSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelTrainingSession,
@@ -815,6 +832,33 @@ class AdminService(object):
             '/qflare.v1.AdminService/ResumeTrainingSession',
             qflare_dot_v1_dot_admin__service__pb2.ResumeTrainingSessionRequest.SerializeToString,
             qflare_dot_v1_dot_admin__service__pb2.ResumeTrainingSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateTrainingSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qflare.v1.AdminService/UpdateTrainingSession',
+            qflare_dot_v1_dot_admin__service__pb2.UpdateTrainingSessionRequest.SerializeToString,
+            qflare_dot_v1_dot_admin__service__pb2.UpdateTrainingSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

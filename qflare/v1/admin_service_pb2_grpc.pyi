@@ -39,6 +39,8 @@ class AdminServiceStub:
     """Pause a training session. No updates are accepted until it resumes; the open round keeps its updates."""
     ResumeTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ResumeTrainingSessionRequest, _admin_service_pb2.ResumeTrainingSessionResponse]
     """Resume a paused training session. The open round gets a new deadline."""
+    UpdateTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateTrainingSessionRequest, _admin_service_pb2.UpdateTrainingSessionResponse]
+    """Change quorum, target and deadline of the rounds of a training session, from the open round on."""
     CancelTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CancelTrainingSessionRequest, _admin_service_pb2.CancelTrainingSessionResponse]
     """Cancel a training session. Its versions are kept."""
     GetTrainingSession: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetTrainingSessionRequest, _admin_service_pb2.GetTrainingSessionResponse]
@@ -168,6 +170,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _admin_service_pb2.ResumeTrainingSessionResponse:
         """Resume a paused training session. The open round gets a new deadline."""
+
+    @_abc_1.abstractmethod
+    def UpdateTrainingSession(
+        self,
+        request: _admin_service_pb2.UpdateTrainingSessionRequest,
+        context: _grpc.ServicerContext,
+    ) -> _admin_service_pb2.UpdateTrainingSessionResponse:
+        """Change quorum, target and deadline of the rounds of a training session, from the open round on."""
 
     @_abc_1.abstractmethod
     def CancelTrainingSession(

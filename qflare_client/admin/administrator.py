@@ -15,6 +15,7 @@ something is made once, however often it is sent.
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -23,6 +24,7 @@ from qflare.tensors import Array, Manifest, assemble
 from qflare.training_settings import SettingError, from_mapping, read_file
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import device_pb2, training_pb2
+from qflare_client import arguments
 from qflare_client.admin import references
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.live import ENDED, events
@@ -211,6 +213,34 @@ class Administrator:
             training_session_id=self._session_id(training_session_id)
         )
         return _session(self._call("ResumeTrainingSession", request))
+
+    def update(
+        self,
+        training_session_id: str,
+        *,
+        quorum: int | None = None,
+        target: int | None = None,
+        deadline_s: float | None = None,
+    ) -> training_pb2.TrainingSession:
+        """Change the rule by which rounds close, from the open round on; None leaves a value as it is.
+
+        Args:
+            training_session_id: Id, beginning of the id, or name of a training session that has not ended.
+            quorum: Minimum number of updates for a version.
+            target: Number of updates at which a round closes immediately.
+            deadline_s: Time after opening at which a round closes if it has reached the quorum, in seconds.
+        """
+        request = pb.UpdateTrainingSessionRequest(
+            training_session_id=self._session_id(training_session_id)
+        )
+        if quorum is not None:
+            request.quorum = arguments.whole("quorum", quorum, 1)
+        if target is not None:
+            request.target = arguments.whole("target", target, 1)
+        if deadline_s is not None:
+            seconds = arguments.positive("deadline_s", deadline_s)
+            request.deadline.FromTimedelta(timedelta(seconds=seconds))
+        return _session(self._call("UpdateTrainingSession", request))
 
     def cancel(self, training_session_id: str, reason: str = "") -> training_pb2.TrainingSession:
         """End a training session; its versions are kept."""

@@ -1,12 +1,13 @@
-"""Commands on training sessions: create, list, show, start, pause, resume, cancel, rounds, updates."""
+"""Commands on training sessions: create, list, show, start, pause, resume, update, cancel, rounds, updates."""
 
 import argparse
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format
 
-from qflare.command_line import whole
+from qflare.command_line import seconds, whole
 from qflare.references import short_id
 from qflare.terminal import printable, say
 from qflare.training_settings import add_flags, from_flags
@@ -55,7 +56,9 @@ SESSION_FACTS: list[Column] = [
     ("model type", lambda row: row.model_type),
     ("strategy", lambda row: row.config.strategy.name),
     ("quorum", lambda row: row.config.rounds.quorum),
+    ("target", lambda row: _target(row.config.rounds)),
     ("deadline", lambda row: span(row.config.rounds, "deadline")),
+    ("failure limit", lambda row: _failure_limit(row.config)),
     ("groups", lambda row: ",".join(row.config.groups)),
     ("sealed", lambda row: row.config.transfer.sealed or None),
     ("epsilon spent", lambda row: optional(row, "epsilon_spent")),
@@ -63,6 +66,21 @@ SESSION_FACTS: list[Column] = [
     ("ended", lambda row: moment(row, "end_time")),
     ("warnings", lambda row: "; ".join(row.warnings)),
 ]
+
+
+def _target(rounds: training_pb2.RoundPolicy) -> int | None:
+    """Return the target of rounds where it is not the quorum."""
+    return rounds.target if rounds.target != rounds.quorum else None
+
+
+def _failure_limit(config: training_pb2.TrainingConfig) -> str | None:
+    """Return how many devices of a round may fail and what happens otherwise; None without a limit."""
+    policy, limits = config.failures, []
+    if policy.HasField("max_failures"):
+        limits.append(f"{policy.max_failures} devices")
+    if policy.HasField("max_failed_fraction"):
+        limits.append(f"{policy.max_failed_fraction:.0%} of the devices")
+    return f"{' and '.join(limits)}, else {word(policy, 'action')}" if limits else None
 
 
 def _took(row: Any) -> str | None:
@@ -137,6 +155,7 @@ def add(commands: Any) -> None:
         change.set_defaults(change=name)
         if name == "cancel":
             change.add_argument("--reason", default="", help="for the audit log")
+    _add_update(actions)
     rounds = add_command(actions, "rounds", run_rounds, "list rounds", "session rounds digits")
     add_session(rounds)
     add_limit(rounds)
@@ -154,6 +173,22 @@ def add(commands: Any) -> None:
         "session aggregation digits",
     )
     add_session(aggregation)
+
+
+def _add_update(actions: Any) -> None:
+    update = add_command(
+        actions,
+        "update",
+        run_update,
+        "change when rounds close, from the open round on",
+        "session update digits --quorum 8 --deadline-s 3600",
+    )
+    add_session(update)
+    update.add_argument("--quorum", type=whole(1), help="updates required for a version")
+    update.add_argument("--target", type=whole(1), help="updates at which a round closes at once")
+    update.add_argument(
+        "--deadline-s", type=seconds(0.001), help="maximum duration of a round in seconds"
+    )
 
 
 def _add_create(actions: Any) -> None:
@@ -258,6 +293,17 @@ def run_change(admin: Admin, options: argparse.Namespace) -> None:
     reason = {"reason": options.reason} if options.change == "cancel" else {}
     answer = _change(admin, options.change.capitalize(), options.session, **reason)
     show(options, answer, answer.training_session, SESSION)
+
+
+def run_update(admin: Admin, options: argparse.Namespace) -> None:
+    """Change when the rounds of a training session close."""
+    request = pb.UpdateTrainingSessionRequest(
+        training_session_id=options.session, quorum=options.quorum, target=options.target
+    )
+    if options.deadline_s is not None:
+        request.deadline.FromTimedelta(timedelta(seconds=options.deadline_s))
+    answer = admin.call("UpdateTrainingSession", request)
+    show(options, answer, answer.training_session, SESSION_FACTS)
 
 
 def _change(admin: Admin, change: str, session_id: str, **fields: str) -> Any:

@@ -43,6 +43,7 @@ from qflare_server.storage.repository.training_sessions import RoundInProgress
 from qflare_server.storage.tables import RoundState, TrainingSessionState
 from qflare_server.strategies import NotEnoughUpdatesError, PrivacyBudgetExceededError
 from qflare_server.training.failures import find_too_many
+from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed
 from qflare_server.training.quarantine import quarantine_repeaters
 from qflare_server.training.release_journal import (
@@ -198,6 +199,9 @@ class Aggregator:
             return self._context.database.write(
                 lambda session: self._end_untrainable(session, item, problem)
             )
+        except PremisesChangedError:
+            self._folds.pop(key, None)  # planned under a configuration that was replaced
+            return True
         except DamagedPayloadError as error:
             self._folds.pop(key, None)
             self._damaged.add(key)
@@ -239,7 +243,16 @@ class Aggregator:
             return self._end_failing(item, fold) or more
         if more or fold.last_sequence < item.accepted_count:
             return more
+        if self._is_outdated(fold):
+            self._drop(item.training_session_id)
+            return True
         return fold.is_ready() and self._publish(item, fold)
+
+    def _is_outdated(self, fold: RoundFold) -> bool:
+        """Return whether an administrator has replaced the configuration that a fold was planned under."""
+        with self._context.database.read() as session:
+            found = training_sessions.get_session(session, fold.plan.training_session_id)
+        return found is not None and found.config != fold.plan.config
 
     def _askers(self) -> ThreadPoolExecutor:
         """Return the threads that ask helpers for secure aggregation."""

@@ -105,6 +105,8 @@ class Publication:
     def _still_holds(self, training_session: TrainingSession, current: Round) -> bool:
         if current.state != RoundState.CLOSED.value:
             return False
+        if training_session.config != self.fold.plan.config:
+            return False  # an administrator changed the rule of the rounds
         if current.accepted_count != self.fold.last_sequence:
             return False
         if current.closed_at != self.version.draft.created_at:

@@ -129,16 +129,13 @@ def open_round(
     number, base_version = task.statement.round_number, task.statement.base_version
     _require_next(session, training_session, task.statement)
     selected = select_devices(session, training_session.id, config, number)
-    target = (
-        config.rounds.target if selected is None else min(config.rounds.target, len(selected) or 1)
-    )
     values = {
         "training_session_id": training_session.id,
         "number": number,
         "state": RoundState.OPEN.value,
         "base_version": base_version,
         "quorum": config.rounds.quorum,
-        "target": max(target, config.rounds.quorum),
+        "target": round_target(config, None if selected is None else len(selected)),
         "selected_count": _selected_count(selected),
         "nonce": task.statement.task_nonce,
         "opened_at": at,
@@ -157,6 +154,19 @@ def open_round(
     return number
 
 
+def round_target(config: training_pb2.TrainingConfig, selected_count: int | None) -> int:
+    """Return the number of updates at which a round closes.
+
+    Args:
+        config: Of the training session.
+        selected_count: How many devices the round has selected; None without selection.
+    """
+    target = config.rounds.target
+    if selected_count is not None:
+        target = min(target, selected_count or 1)
+    return max(target, config.rounds.quorum)
+
+
 def _require_next(
     session: Session, training_session: TrainingSession, statement: security_pb2.TaskStatement
 ) -> None:
@@ -164,6 +174,8 @@ def _require_next(
     stated = (statement.training_session_id, statement.round_number)
     if stated != (training_session.id, training_session.current_round + 1):
         raise PremisesChangedError("another round was opened meanwhile")
+    if statement.config_digest != config_digest(training_session.config):
+        raise PremisesChangedError("the configuration was changed meanwhile")
     base_digest = global_models.digest_of(session, training_session.id, statement.base_version)
     if base_digest != statement.base_digest:
         raise PremisesChangedError("the round's base version is another one")

@@ -21,6 +21,7 @@ from qflare_server.use_cases.devices.key_rotation import KeyRotations
 from qflare_server.use_cases.status import Overview
 from qflare_server.use_cases.training_sessions.administration import Training
 from qflare_server.use_cases.training_sessions.explanation import Explanations
+from qflare_server.use_cases.training_sessions.round_changes import RoundChanges
 from qflare_server.use_cases.training_sessions.tasks import Tasks
 from qflare_server.use_cases.training_sessions.watching import Watching
 from qflare_server.use_cases.updates.evaluations import Evaluations
@@ -53,6 +54,7 @@ class UseCases:
     tokens: Tokens
     repeated_calls: RepeatedCalls
     training: Training
+    round_changes: RoundChanges
     initial_models: InitialModels
     audit: Audit
     audit_export: AuditExport
@@ -96,6 +98,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         tokens=Tokens(context),
         repeated_calls=RepeatedCalls(context),
         training=training,
+        round_changes=RoundChanges(context),
         initial_models=InitialModels(context, executor, training),
         audit=Audit(context),
         audit_export=AuditExport(context),

@@ -29,8 +29,8 @@ from qflare_server.storage.repository import global_models, payloads, updates
 from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.strategies import NotEnoughUpdatesError, UpdateAssessment, by_update
 from qflare_server.training.privacy import open_seed
-from qflare_server.training.rounds import config_digest
 from qflare_server.training.versions import find_version
+from qflare_server.verification.configurations import read_configurations
 from qflare_server.verification.downloads import download_problem
 
 T = TypeVar("T")
@@ -83,6 +83,7 @@ def recompute_version(
     """
     with context.database.read() as session:
         training_session, model = find_version(session, training_session_id, version)
+        configurations = read_configurations(session, training_session.id)
     statement = security_pb2.ModelStatement.FromString(model.statement)
     result = Recomputation(model.version, statement.payload_digest)
     if not model.round_number:
@@ -90,13 +91,15 @@ def recompute_version(
     folded = _updates_of(context, model)
     pruned_count = sum(update.location == "none" for update in folded)
     result = dataclasses.replace(result, update_count=len(folded), pruned_count=pruned_count)
-    if config_digest(training_session.config) != statement.config_digest:
+    config = configurations.find(model.round_number, statement.config_digest)
+    if config is None:
         problem = "the configuration of the training session is not the one it was made with"
         return dataclasses.replace(result, differences=(problem,))
     if pruned_count:
         return result
     with context.database.read() as session:
         plan = read_plan(session, model.training_session_id, model.round_number, model.base_version)
+    plan = dataclasses.replace(plan, config=config)
     seed = noise_seed or open_seed(context, plan.training_session_id, plan.privacy_state)
     if plan.config.privacy.noise_multiplier and seed is None:
         problem = "noise: its seed does not open under this state key"

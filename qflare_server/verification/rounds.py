@@ -17,7 +17,7 @@ from qflare_server.keys.trust_store import SignerKeys
 from qflare_server.storage.records import Round
 from qflare_server.storage.repository import evidence, global_models, membership, views
 from qflare_server.storage.training_configs import from_json
-from qflare_server.training.rounds import config_digest
+from qflare_server.verification.configurations import Configurations, read_configurations
 from qflare_server.verification.findings import (
     Finding,
     Tally,
@@ -49,8 +49,8 @@ class RoundVerification:
     def _rounds(self, training_session_id: str) -> Iterator[Finding]:
         with self._context.database.read() as session:
             stored = evidence.stored_config(session, training_session_id)
+            configurations = read_configurations(session, training_session_id)
             open_to = list(membership.session_groups(session, training_session_id))
-        digest = "" if stored is None else _digest_of(stored)
         if stored is not None and open_to != _groups(stored):
             yield Finding(
                 "round", training_session_id, "its groups are not those of its configuration"
@@ -63,12 +63,12 @@ class RoundVerification:
         yield from faults(
             "round",
             rows,
-            lambda row: self._check(row, digest),
+            lambda row: self._check(row, configurations),
             lambda row: f"{training_session_id} round {row.number}",
             self._tally,
         )
 
-    def _check(self, row: Round, digest: str) -> None:
+    def _check(self, row: Round, configurations: Configurations) -> None:
         if row.task is None:
             self._tally.unchecked["rounds without a task"] += 1
             return
@@ -84,19 +84,14 @@ class RoundVerification:
                 "base_version": (row.base_version, statement.base_version),
                 "base": (base_digest, statement.base_digest),
                 "nonce": (row.nonce, statement.task_nonce),
-                "configuration": (digest, statement.config_digest),
+                "configuration": (
+                    True,
+                    configurations.find(row.number, statement.config_digest) is not None,
+                ),
             }
         )
         if changed:
             raise ValueError(f"not what was signed: {', '.join(changed)}")
-
-
-def _digest_of(stored: Mapping[str, Any]) -> str:
-    """Return the digest of a stored configuration; empty if it is invalid."""
-    try:
-        return config_digest(from_json(stored))
-    except (json_format.ParseError, TypeError, ValueError):
-        return ""
 
 
 def _groups(stored: Mapping[str, Any]) -> list[str]:

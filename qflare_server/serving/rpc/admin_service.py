@@ -20,6 +20,7 @@ from qflare_server.storage.repository.devices import DeviceFilter
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.audit.evidence import audit_evidence
 from qflare_server.use_cases.devices.administration import Profile
+from qflare_server.use_cases.training_sessions.round_changes import RoundChange
 
 
 def _page(request: Any) -> PageRequest:
@@ -114,6 +115,25 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             request,
             lambda caller: self._use_cases.training.resume(caller, request.training_session_id),
             lambda row: pb.ResumeTrainingSessionResponse(
+                training_session=training.training_session(row)
+            ),
+        )
+
+    def UpdateTrainingSession(
+        self, request: pb.UpdateTrainingSessionRequest, context: ServicerContext
+    ) -> pb.UpdateTrainingSessionResponse:
+        """Change quorum, target and deadline of the rounds."""
+        change = RoundChange(
+            request.quorum if request.HasField("quorum") else None,
+            request.target if request.HasField("target") else None,
+            request.deadline if request.HasField("deadline") else None,
+        )
+        return self._repeatable.answer(
+            request,
+            lambda caller: self._use_cases.round_changes.run(
+                caller, request.training_session_id, change
+            ),
+            lambda row: pb.UpdateTrainingSessionResponse(
                 training_session=training.training_session(row)
             ),
         )

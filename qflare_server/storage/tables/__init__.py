@@ -29,6 +29,7 @@ from qflare_server.storage.tables.states import (
 from qflare_server.storage.tables.training import (
     DeviceFailure,
     LateUpdate,
+    ReplacedConfig,
     Round,
     RoundDevice,
     TrainingSession,
@@ -69,6 +70,7 @@ __all__ = [
     "Payload",
     "PayloadChunk",
     "PayloadPlace",
+    "ReplacedConfig",
     "Replica",
     "RiskLevel",
     "Round",

@@ -57,6 +57,23 @@ class TrainingSessionGroup(Base):
     group_name: Mapped[str] = mapped_column(String(63), primary_key=True)
 
 
+class ReplacedConfig(Base):
+    """A configuration that a training session had until an administrator changed the rule of its rounds.
+
+    `last_round` is the number of the last round that was opened under it, 0 for none.
+    """
+
+    __tablename__ = "replaced_configs"
+
+    training_session_id: Mapped[str] = mapped_column(
+        ForeignKey("training_sessions.id"), primary_key=True
+    )
+    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    config: Mapped[dict[str, Any]]
+    last_round: Mapped[int]
+    replaced_at: Mapped[datetime]
+
+
 class Round(Base):
     """One collection of updates against one base version.
 

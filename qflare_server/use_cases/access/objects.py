@@ -220,6 +220,7 @@ _ADMINISTRATIVE: Final = (
     "StartTrainingSession",
     "PauseTrainingSession",
     "ResumeTrainingSession",
+    "UpdateTrainingSession",
     "CancelTrainingSession",
     "GetTrainingSession",
     "ListTrainingSessions",

@@ -54,6 +54,7 @@ ACCESS: Final[dict[str, frozenset[Role]]] = {
     _ADMIN + "StartTrainingSession": _OPERATE,
     _ADMIN + "PauseTrainingSession": _OPERATE,
     _ADMIN + "ResumeTrainingSession": _OPERATE,
+    _ADMIN + "UpdateTrainingSession": _OPERATE,
     _ADMIN + "CancelTrainingSession": _OPERATE,
     _ADMIN + "GetTrainingSession": _READ,
     _ADMIN + "ListTrainingSessions": _READ,

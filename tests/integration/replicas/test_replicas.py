@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,7 +23,9 @@ from qflare_client import (
     TrainingTask,
     run,
 )
+from qflare_client.admin.__main__ import main as admin
 from qflare_server.storage.epochs import MAX_AGE_S
+from qflare_server.verification import verify_database
 
 Deploy = Callable[..., Any]
 ONE_DEVICE = training_pb2.RoundPolicy(quorum=1, deadline=Duration(seconds=60))
@@ -157,6 +160,39 @@ def test_a_watcher_at_one_sees_what_happens_at_the_other(pair: tuple[Any, Any]) 
     run(client, add_one, training_session_id=session_id)
     kinds = {event.kind for event in watching}
     assert pb.TRAINING_SESSION_EVENT_KIND_VERSION_PUBLISHED in kinds
+
+
+def test_a_rule_changed_at_one_holds_at_both_and_verifies(
+    pair: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = pair
+    device = first.device("a")
+    rounds = training_pb2.RoundPolicy(quorum=3, target=3, deadline=Duration(seconds=600))
+    session_id = first.session(rounds=rounds, total_rounds=1)
+    watching = first.admin.WatchTrainingSession(
+        pb.WatchTrainingSessionRequest(training_session_id=session_id),
+        metadata=first.metadata,
+        timeout=60,
+    )
+    next(watching)
+    token = tmp_path / "token"
+    token.write_text(second.admin_token)
+    token.chmod(0o600)
+    command = ["--address", second.coordinator.address, "--token-file", str(token), "session"]
+
+    admin([*command, "update", session_id, "--quorum", "1", "--target", "1", "--deadline-s", "300"])
+
+    assert "5 min" in capsys.readouterr().out
+    shown = call(first, "GetTrainingSession", training_session_id=session_id)
+    changed = shown.training_session.config.rounds
+    assert (changed.quorum, changed.target, changed.deadline.seconds) == (1, 1, 300)
+    took = shown.round.deadline_time.seconds - shown.round.open_time.seconds
+    assert took == 300
+    run(device, add_one, training_session_id=session_id)
+    assert [item.global_model.version for item in watching if item.HasField("global_model")] == [1]
+    parts = first.coordinator.parts
+    parts.use_cases.audit.head(fresh=True)
+    assert verify_database(parts.context, parts.keys.root_key_ids).findings == ()
 
 
 def test_each_says_that_both_serve(pair: tuple[Any, Any]) -> None:

@@ -418,6 +418,7 @@ def test_every_answer_of_no_fixed_size_is_filled_here() -> None:
         "StartTrainingSessionResponse": "ListTrainingSessions",
         "PauseTrainingSessionResponse": "ListTrainingSessions",
         "ResumeTrainingSessionResponse": "ListTrainingSessions",
+        "UpdateTrainingSessionResponse": "ListTrainingSessions",
         "CancelTrainingSessionResponse": "ListTrainingSessions",
         "GetTrainingSessionResponse": "ListTrainingSessions",
         "WatchTrainingSessionResponse": "ListTrainingSessions and ListGlobalModels",

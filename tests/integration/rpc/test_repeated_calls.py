@@ -35,6 +35,7 @@ ANOTHER_BODY: Final[dict[str, dict[str, Any]]] = {
     "StartTrainingSession": {"training_session_id": "another"},
     "PauseTrainingSession": {"training_session_id": "another"},
     "ResumeTrainingSession": {"training_session_id": "another"},
+    "UpdateTrainingSession": {"training_session_id": "another"},
     "IssueEnrollmentTokens": {"label": "another"},
     "IssueAdminToken": {"name": "another"},
 }
@@ -86,6 +87,7 @@ def steps(deployment: Deployment) -> list[tuple[str, dict[str, Any]]]:
         ("StartTrainingSession", {"training_session_id": waiting}),
         ("PauseTrainingSession", {"training_session_id": waiting}),
         ("ResumeTrainingSession", {"training_session_id": waiting}),
+        ("UpdateTrainingSession", {"training_session_id": waiting, "target": 7}),
         ("CancelTrainingSession", {"training_session_id": waiting, "reason": "test"}),
         ("ReleaseGlobalModel", {"training_session_id": trained, "version": 1, "reason": "test"}),
         ("RollbackGlobalModel", {"training_session_id": trained, "version": 0, "reason": "test"}),

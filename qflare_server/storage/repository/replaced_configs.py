@@ -1,0 +1,48 @@
+"""Statements on the configurations that training sessions had before the rule of their rounds was changed."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import func, insert, select
+from sqlalchemy.orm import Session
+
+from qflare_server.storage import tables
+
+REPLACED = tables.ReplacedConfig.__table__
+
+
+class ReplacedConfig(NamedTuple):
+    """A stored configuration, and the last round that was opened under it."""
+
+    config: Mapping[str, Any]
+    last_round: int
+
+
+def insert_replaced(
+    session: Session,
+    training_session_id: str,
+    config: Mapping[str, Any],
+    last_round: int,
+    at: datetime,
+) -> None:
+    """Record the configuration that a training session had; its row is locked."""
+    count = select(func.count()).where(REPLACED.c.training_session_id == training_session_id)
+    values = {
+        "training_session_id": training_session_id,
+        "sequence": int(session.execute(count).scalar_one()) + 1,
+        "config": dict(config),
+        "last_round": last_round,
+        "replaced_at": at,
+    }
+    session.execute(insert(REPLACED).values(**values))
+
+
+def list_replaced(session: Session, training_session_id: str) -> Sequence[ReplacedConfig]:
+    """Return the replaced configurations of a training session, oldest first."""
+    query = (
+        select(REPLACED.c.config, REPLACED.c.last_round)
+        .where(REPLACED.c.training_session_id == training_session_id)
+        .order_by(REPLACED.c.sequence)
+    )
+    return [ReplacedConfig(*row) for row in session.execute(query)]
