@@ -37,11 +37,11 @@ PYTEST = $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-flower tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-all test-frameworks check \
+.PHONY: help install install-flower tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-s3 test-all test-frameworks check \
 	audit bench bench-fleet bench-soak demo demo-secure strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create the virtual environment with coordinator, device SDK and tools
 
@@ -242,6 +242,11 @@ test: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) $(TOOLS)/.grpcurl $(TOO
 
 test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) ## run the PostgreSQL tests; PostgreSQL is required
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) -k postgresql $(PYTEST_ARGS)
+
+test-s3: $(INSTALLED) ## run the tests of payload stores against QFLARE_TEST_S3_URL, an S3 endpoint with the bucket qflare-tests
+	@test -n "$(QFLARE_TEST_S3_URL)" || { echo 'usage: make test-s3 QFLARE_TEST_S3_URL=http://127.0.0.1:8333'; exit 2; }
+	QFLARE_TEST_S3_URL=$(QFLARE_TEST_S3_URL) QFLARE_REQUIRE_ALL=1 $(BIN)/python -m pytest -k object $(PYTEST_ARGS) \
+		tests/contract/storage/test_payload_store.py tests/contract/storage/test_payload_moves.py
 
 test-all: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) tools ## run all tests with all tools; a skipped test is a failure
 	@failed=0; \

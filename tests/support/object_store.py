@@ -1,4 +1,4 @@
-"""An object store for tests: moto's S3 server, SeaweedFS, or one that `QFLARE_TEST_S3_URL` names.
+"""An object store for tests: moto's S3 server, or the one at the endpoint in `QFLARE_TEST_S3_URL`.
 
 moto is in an environment of its own, because its dependencies conflict with ours: `make .venv-moto/.installed` makes
 it, and `QFLARE_TEST_MOTO_PYTHON` names the interpreter of another one.

@@ -33,7 +33,22 @@ from tests.support.use_cases import (
 
 BIG = 700_000  # elements: three chunks of float32
 POLICY = training_pb2.RoundPolicy(quorum=2)
-TO_AND_FRO = [("database", "files"), ("files", "database")]
+TO_AND_FRO = [
+    ("database", "files"),
+    ("files", "database"),
+    ("database", "object"),
+    ("object", "files"),
+]
+
+
+@pytest.fixture
+def make_core(request: pytest.FixtureRequest, make_core: MakeCore) -> MakeCore:
+    """Return a function that makes a coordinator, to which the object store is configured if the test names it."""
+    named = getattr(request.node, "callspec", None)
+    if named is None or "object" not in named.params.values():
+        return make_core
+    settings = request.getfixturevalue("object_settings")
+    return lambda **given: make_core(**(settings | given))
 
 
 def store_in(make_core: MakeCore, name: str) -> CoordinatorHarness:
@@ -240,7 +255,7 @@ def lose(store: PayloadStore, payload_id: str) -> None:
 
 
 @pytest.mark.parametrize("harm", [alter, lose])
-@pytest.mark.parametrize("name", ["files", "database"])
+@pytest.mark.parametrize("name", ["files", "database", "object"])
 def test_a_harmed_payload_is_found_and_stays_where_it_is(
     make_core: MakeCore, harm: Any, name: str
 ) -> None:
