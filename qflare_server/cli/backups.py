@@ -34,6 +34,8 @@ def run_backup(config: ServerConfig, arguments: argparse.Namespace) -> int:
     say(f"{arguments.folder}: {_summary(manifest)}")
     if config.key_passphrase_file is not None:
         say(f"not included: the passphrase in {config.key_passphrase_file}")
+    if config.object_store_url:
+        say(f"not included: the payloads in {config.object_store_url}")
     return 0
 
 

@@ -82,6 +82,20 @@ def test_a_backup_of_a_serving_coordinator_verifies_after_a_restore(
     assert "qflare-server audit verify" in capsys.readouterr().out
 
 
+def test_a_backup_says_that_it_has_no_payloads_of_a_bucket(
+    deploy: Callable[..., Deployment],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = deploy().coordinator.parts.context.config
+    monkeypatch.setenv("QFLARE_OBJECT_STORE_URL", "s3://bucket/prefix")
+
+    assert run(config, "backup", str(tmp_path / "backup")) == 0
+
+    assert "not included: the payloads in s3://bucket/prefix" in capsys.readouterr().out
+
+
 def test_a_backup_and_what_is_restored_are_private(
     deploy: Callable[..., Deployment], vacant: ServerConfig, tmp_path: Path
 ) -> None:
