@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -34,10 +35,12 @@ from qflare_server.storage.repository import (
     global_models,
     history,
     payloads,
+    replaced_configs,
     training_sessions,
     updates,
 )
 from qflare_server.storage.repository.updates import AcceptedUpdate
+from qflare_server.storage.training_configs import from_json
 from qflare_server.strategies import NotEnoughUpdatesError
 from qflare_server.training.strategy import build_strategy
 from qflare_server.verification.recomputation import ReadingDatabase
@@ -107,14 +110,34 @@ def replay(
         if owner is None:
             raise SimulationError(f"no training session {training_session_id[:64]!r}")
         rounds = [row for row in history.rounds(session, training_session_id) if row["closed_at"]]
-    config = _changed(owner.config, strategy, settings)
-    most = config.rounds.target if config.rounds.target != owner.config.rounds.target else 0
+        replaced = replaced_configs.list_replaced(session, training_session_id)
+    rules = [_in_force(row["closed_at"], replaced, owner.config) for row in rounds]
+    changed = [_changed(rule, strategy, settings) for rule in rules]
+    if not rounds:
+        _changed(owner.config, strategy, settings)
     with _scratch(context) as (reading, executor):
-        replayer = _Replayer(reading, executor, config, most, evaluate, test)
+        replayer = _Replayer(reading, executor, evaluate, test)
         return [
-            replayer.run(training_session_id, row["number"], row["base_version"], row["version"])
-            for row in rounds
+            replayer.run(
+                training_session_id,
+                (row["number"], row["base_version"], row["version"]),
+                config,
+                config.rounds.target if config.rounds.target != rule.rounds.target else 0,
+            )
+            for row, rule, config in zip(rounds, rules, changed, strict=True)
         ]
+
+
+def _in_force(
+    closed_at: datetime,
+    replaced: Sequence[replaced_configs.ReplacedConfig],
+    current: training_pb2.TrainingConfig,
+) -> training_pb2.TrainingConfig:
+    """Return the configuration under which a round closed; `replaced` is in the order of time."""
+    for row in replaced:
+        if closed_at < row.replaced_at:
+            return from_json(row.config)
+    return current
 
 
 def _changed(
@@ -202,40 +225,48 @@ class _Replayer:
         self,
         context: Context,
         executor: ThreadPoolExecutor,
-        config: training_pb2.TrainingConfig,
-        most: int,
         evaluate: EvaluateFunction | None,
         test: Any,
     ) -> None:
         self._context = context
         self._executor = executor
-        self._config = config
-        self._most = most
         self._evaluate = evaluate
         self._test = test
         self._scalars: Mapping[str, float] = {}
         self._vectors: Mapping[str, StoredPayload] = {}
 
     def run(
-        self, training_session_id: str, number: int, base_version: int, version: int | None
+        self,
+        training_session_id: str,
+        named: tuple[int, int, int | None],
+        config: training_pb2.TrainingConfig,
+        most: int,
     ) -> ReplayedRound:
-        """Replay a round."""
-        named = number, base_version, version
+        """Replay a round.
+
+        Args:
+            training_session_id: Its training session.
+            named: Its number, base version, and version if it made one.
+            config: The rule to replay it by.
+            most: Number of updates to take; 0 takes all.
+        """
+        number, base_version, _ = named
         with self._context.database.read() as session:
             try:
                 plan = read_plan(session, training_session_id, number, base_version)
             except QflareError as error:
                 return ReplayedRound(*named, str(error) or error.reason, 0)
-        accepted = self._accepted(training_session_id, number)
+        accepted = self._accepted(training_session_id, number, most)
         if any(update.location == "none" for update in accepted):
             return ReplayedRound(*named, "its updates were not kept", 0)
-        if len(accepted) < self._config.rounds.quorum:
-            missed = f"missed its quorum: got {len(accepted)}, want {self._config.rounds.quorum}"
+        if len(accepted) < config.rounds.quorum:
+            missed = f"missed its quorum: got {len(accepted)}, want {config.rounds.quorum}"
             return ReplayedRound(*named, missed, len(accepted))
-        return self._folded(plan, accepted, ReplayedRound(*named, "version", len(accepted)))
+        changed = dataclasses.replace(plan, config=config)
+        return self._folded(changed, accepted, ReplayedRound(*named, "version", len(accepted)))
 
-    def _accepted(self, training_session_id: str, number: int) -> list[AcceptedUpdate]:
-        """Return the updates of a round, without the bytes of those in rows."""
+    def _accepted(self, training_session_id: str, number: int, most: int) -> list[AcceptedUpdate]:
+        """Return the updates of a round, at most `most` unless that is 0, without the bytes of those in rows."""
         found: list[AcceptedUpdate] = []
         while True:
             after = found[-1].acceptance_sequence if found else 0
@@ -243,14 +274,13 @@ class _Replayer:
                 batch = updates.accepted_after(session, training_session_id, number, after, BATCH)
             found += [dataclasses.replace(update, data=None) for update in batch]
             if len(batch) < BATCH:
-                return found[: self._most] if self._most else found
+                return found[:most] if most else found
 
     def _folded(
         self, plan: RoundPlan, accepted: Sequence[AcceptedUpdate], draft: ReplayedRound
     ) -> ReplayedRound:
         changed = dataclasses.replace(
             plan,
-            config=self._config,
             strategy_state={"scalars": dict(self._scalars)},
             vectors=self._vectors,
         )

@@ -13,10 +13,11 @@ REPLACED = tables.ReplacedConfig.__table__
 
 
 class ReplacedConfig(NamedTuple):
-    """A stored configuration, and the last round that was opened under it."""
+    """A stored configuration, the last round that was opened under it, and when it was replaced."""
 
     config: Mapping[str, Any]
     last_round: int
+    replaced_at: datetime
 
 
 def insert_replaced(
@@ -41,7 +42,7 @@ def insert_replaced(
 def list_replaced(session: Session, training_session_id: str) -> Sequence[ReplacedConfig]:
     """Return the replaced configurations of a training session, oldest first."""
     query = (
-        select(REPLACED.c.config, REPLACED.c.last_round)
+        select(REPLACED.c.config, REPLACED.c.last_round, REPLACED.c.replaced_at)
         .where(REPLACED.c.training_session_id == training_session_id)
         .order_by(REPLACED.c.sequence)
     )

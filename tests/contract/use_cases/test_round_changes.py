@@ -15,6 +15,7 @@ from qflare_server.training.config import complete
 from qflare_server.training.rounds import config_digest
 from qflare_server.use_cases.training_sessions.round_changes import RoundChange, RoundChanges
 from qflare_server.verification.recomputation import recompute_version
+from qflare_simulation import replay
 from tests.conftest import FakeClock
 from tests.support.use_cases import CoordinatorHarness
 
@@ -60,6 +61,31 @@ def test_a_raised_quorum_waits_and_later_rounds_keep_it(
     assert core.round(session_id, 1).state == "published"
     following = core.round(session_id, 2)
     assert (following.quorum, following.target) == (3, 4)
+
+
+def test_each_round_is_replayed_under_the_rule_that_was_in_force(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
+    session_id = core.start(
+        rounds=policy(1),
+        transfer=training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL),
+    )
+    core.submit("device-0", session_id)
+    core.settle()
+    clock.advance(1)
+    change(core, session_id, quorum=2, target=2)
+    for name in ("device-0", "device-1"):
+        core.submit(name, session_id)
+    core.settle()
+
+    rounds = replay(core.context, session_id)
+    raised = replay(core.context, session_id, settings=["rounds.quorum=2"])
+
+    assert [(row.round, row.outcome, row.updates) for row in rounds] == [
+        (1, "version", 1),
+        (2, "version", 2),
+    ]
+    assert [row.outcome for row in raised] == ["missed its quorum: got 1, want 2", "version"]
 
 
 def test_a_lowered_target_closes_a_round_that_has_it(core: CoordinatorHarness) -> None:
