@@ -94,9 +94,7 @@ class Evaluations:
         if self._context.database.write(work):
             self._context.wake()
 
-    def _is_recorded(
-        self, contributor: Contributor, envelope: security_pb2.SignedEnvelope
-    ) -> bool:
+    def _is_recorded(self, contributor: Contributor, envelope: security_pb2.SignedEnvelope) -> bool:
         """Return whether a report was recorded under a key or algorithm that is no longer valid."""
         stated = parse_statement(
             security_pb2.EvaluationStatement, envelope.payload, f"{FIELD}.payload"
