@@ -67,6 +67,6 @@ class RefusedMembersError(HelperError):
 
 
 class StoreError(HelperError):
-    """The keys or the database of this helper cannot be used. Never sent; `qflare-helper` prints it."""
+    """The keys or the database of this helper cannot be used. The message is printed or logged, never sent."""
 
     reason = "STORE"

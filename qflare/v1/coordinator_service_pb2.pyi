@@ -594,7 +594,7 @@ class GlobalModelHeader(_message.Message):
     chunk_digests: _builtins.bytes
     """SHA-256 of 0x00 and the chunk as sent, for every chunk of the payload; concatenated, 32 bytes each."""
     encoding: _training_pb2.Encoding.ValueType
-    """Encoding of the floating-point tensors in the chunks, as requested."""
+    """Encoding of the floating-point tensors in the chunks, as requested; ENCODING_NONE if the request sets none."""
     @_builtins.property
     def global_model(self) -> _training_pb2.GlobalModel:
         """The version, with its manifest."""
@@ -605,7 +605,9 @@ class GlobalModelHeader(_message.Message):
 
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
-        """Statements of the versions between known_version and this one, in ascending order."""
+        """Statements of the versions between known_version and this one, in ascending order: the first 1,000 of them, or fewer
+        if they exceed 512 KiB.
+        """
 
     @_builtins.property
     def sealed(self) -> _security_pb2.SealedPayloadHeader:

@@ -35,9 +35,8 @@ class CoordinatorServiceStub(object):
     (SubmitUpdate). For an evaluation task, it evaluates the version (ReportEvaluation). Without a task, it waits for
     poll_delay. Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
 
-    All calls except Authenticate and RefreshToken are idempotent. Retry after UNAVAILABLE, ABORTED and, once its
-    RetryInfo has passed, RESOURCE_EXHAUSTED. Errors carry google.rpc.ErrorInfo with domain `qflare`; docs/protocol.md
-    lists the reasons.
+    All calls except Authenticate and RefreshToken are idempotent. Errors carry google.rpc.ErrorInfo with domain `qflare`;
+    docs/protocol.md lists the reasons, and says after which of them a call is retried.
     """
 
     def __init__(self, channel):
@@ -148,9 +147,8 @@ class CoordinatorServiceServicer(object):
     (SubmitUpdate). For an evaluation task, it evaluates the version (ReportEvaluation). Without a task, it waits for
     poll_delay. Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
 
-    All calls except Authenticate and RefreshToken are idempotent. Retry after UNAVAILABLE, ABORTED and, once its
-    RetryInfo has passed, RESOURCE_EXHAUSTED. Errors carry google.rpc.ErrorInfo with domain `qflare`; docs/protocol.md
-    lists the reasons.
+    All calls except Authenticate and RefreshToken are idempotent. Errors carry google.rpc.ErrorInfo with domain `qflare`;
+    docs/protocol.md lists the reasons, and says after which of them a call is retried.
     """
 
     def GetKeyset(self, request, context):
@@ -391,9 +389,8 @@ class CoordinatorService(object):
     (SubmitUpdate). For an evaluation task, it evaluates the version (ReportEvaluation). Without a task, it waits for
     poll_delay. Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
 
-    All calls except Authenticate and RefreshToken are idempotent. Retry after UNAVAILABLE, ABORTED and, once its
-    RetryInfo has passed, RESOURCE_EXHAUSTED. Errors carry google.rpc.ErrorInfo with domain `qflare`; docs/protocol.md
-    lists the reasons.
+    All calls except Authenticate and RefreshToken are idempotent. Errors carry google.rpc.ErrorInfo with domain `qflare`;
+    docs/protocol.md lists the reasons, and says after which of them a call is retried.
     """
 
     @staticmethod

@@ -22,9 +22,8 @@ class CoordinatorServiceStub:
     (SubmitUpdate). For an evaluation task, it evaluates the version (ReportEvaluation). Without a task, it waits for
     poll_delay. Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
 
-    All calls except Authenticate and RefreshToken are idempotent. Retry after UNAVAILABLE, ABORTED and, once its
-    RetryInfo has passed, RESOURCE_EXHAUSTED. Errors carry google.rpc.ErrorInfo with domain `qflare`; docs/protocol.md
-    lists the reasons.
+    All calls except Authenticate and RefreshToken are idempotent. Errors carry google.rpc.ErrorInfo with domain `qflare`;
+    docs/protocol.md lists the reasons, and says after which of them a call is retried.
     """
 
     def __init__(self, channel: _grpc.Channel) -> None: ...
@@ -77,9 +76,8 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     (SubmitUpdate). For an evaluation task, it evaluates the version (ReportEvaluation). Without a task, it waits for
     poll_delay. Calls after Authenticate carry the access token as metadata `authorization: Bearer TOKEN`.
 
-    All calls except Authenticate and RefreshToken are idempotent. Retry after UNAVAILABLE, ABORTED and, once its
-    RetryInfo has passed, RESOURCE_EXHAUSTED. Errors carry google.rpc.ErrorInfo with domain `qflare`; docs/protocol.md
-    lists the reasons.
+    All calls except Authenticate and RefreshToken are idempotent. Errors carry google.rpc.ErrorInfo with domain `qflare`;
+    docs/protocol.md lists the reasons, and says after which of them a call is retried.
     """
 
     @_abc_1.abstractmethod

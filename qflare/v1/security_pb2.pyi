@@ -127,7 +127,7 @@ class Signature(_message.Message):
     algorithm: Global___SignatureAlgorithm.ValueType
     """Algorithm of that key."""
     signature: _builtins.bytes
-    """The signature: 2420, 3309, 4627 or 3373 bytes for the algorithms in their order."""
+    """The signature: 2420, 3309, 4627, 3373 or 7856 bytes for the algorithms in their order."""
     def __init__(
         self,
         *,
@@ -185,7 +185,7 @@ class PublicKey(_message.Message):
     algorithm: Global___SignatureAlgorithm.ValueType
     """Algorithm."""
     data: _builtins.bytes
-    """The key: 1312, 1952, 2592 or 1984 bytes for the algorithms in their order."""
+    """The key: 1312, 1952, 2592, 1984 or 32 bytes for the algorithms in their order."""
     def __init__(
         self,
         *,
@@ -467,7 +467,7 @@ class EnrollmentRequest(_message.Message):
     device_profile: _builtins.bytes
     """A serialized DeviceProfile; may be empty."""
     nonce: _builtins.bytes
-    """32 random bytes; the same on a retry."""
+    """32 random bytes."""
     server_kem_key_id: _builtins.str
     """Id of the coordinator key to which the request is sealed."""
     @_builtins.property
@@ -610,7 +610,7 @@ class EnrollmentReceipt(_message.Message):
     keyset_version: _builtins.int
     """Version of the current keyset."""
     request_nonce: _builtins.bytes
-    """Nonce of the enrollment request, 32 bytes."""
+    """Nonce of the enrollment request, 32 bytes; of the first one, if the enrollment was repeated."""
     key_rotation_count: _builtins.int
     """Number of key rotations of the device; above 0 if it enrolled again after losing its keys."""
     in_process: _builtins.bool

@@ -137,7 +137,7 @@ class _UpdateKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UpdateKind
     UPDATE_KIND_WEIGHTS: _UpdateKind.ValueType  # 1
     """The trained weights."""
     UPDATE_KIND_DELTA: _UpdateKind.ValueType  # 2
-    """The trained weights minus the weights of the base version."""
+    """The trained weights minus the weights of the base version. Integer and boolean tensors are sent as trained."""
 
 class UpdateKind(_UpdateKind, metaclass=_UpdateKindEnumTypeWrapper):
     """Kind of tensors in an update."""
@@ -147,7 +147,7 @@ UPDATE_KIND_UNSPECIFIED: UpdateKind.ValueType  # 0
 UPDATE_KIND_WEIGHTS: UpdateKind.ValueType  # 1
 """The trained weights."""
 UPDATE_KIND_DELTA: UpdateKind.ValueType  # 2
-"""The trained weights minus the weights of the base version."""
+"""The trained weights minus the weights of the base version. Integer and boolean tensors are sent as trained."""
 Global___UpdateKind: _TypeAlias = UpdateKind  # noqa: Y015
 
 class _Encoding:

@@ -38,8 +38,10 @@ def task_response(task: NextTask) -> pb.GetTaskResponse:
             evaluation_nonce=task.measurement.nonce,
         )
     if task.round is None or task.config is None:
-        kind = pb.TASK_KIND_DONE if task.done else pb.TASK_KIND_WAIT
-        return pb.GetTaskResponse(kind=kind, poll_delay=delay)
+        kind = pb.TASK_KIND_DONE if task.ended_session_id else pb.TASK_KIND_WAIT
+        return pb.GetTaskResponse(
+            kind=kind, poll_delay=delay, training_session_id=task.ended_session_id
+        )
     return pb.GetTaskResponse(
         kind=pb.TASK_KIND_TRAIN,
         poll_delay=delay,

@@ -24,13 +24,16 @@ MAX_REMEMBERED_VERSIONS = 64
 
 @dataclass(frozen=True)
 class NextTask:
-    """A device's next task: a `measurement`, a `round` to contribute to, a wait of `poll_delay_s`, or `done`."""
+    """A device's next task: a `measurement`, a `round` to contribute to, a wait of `poll_delay_s`, or none any more.
+
+    The last is the case if `ended_session_id` names the requested training session.
+    """
 
     poll_delay_s: float
     round: OpenRound | None = None
     base_digest: str = ""
     config: training_pb2.TrainingConfig | None = None
-    done: bool = False
+    ended_session_id: str = ""
     measurement: Measurement | None = None
 
 
@@ -83,7 +86,7 @@ class Tasks:
         if len(self._idle) >= MAX_REMEMBERED:
             self._idle.clear()
         self._idle[key] = (epochs, done)
-        return NextTask(delay, done=done)
+        return NextTask(delay, ended_session_id=training_session_id if done else "")
 
     def remembered(
         self, device_id: str, training_session_id: str, trains_only: bool, epochs: Epochs
@@ -92,7 +95,8 @@ class Tasks:
         idle = self._idle.get((device_id, training_session_id, trains_only))
         if idle is None or idle[0] != epochs:
             return None
-        return NextTask(self._presence.poll_delay_s(), done=idle[1])
+        ended = training_session_id if idle[1] else ""
+        return NextTask(self._presence.poll_delay_s(), ended_session_id=ended)
 
     def _task(self, session: Session, found: OpenRound, delay: float, evaluator: str) -> NextTask:
         """Return the task of an open round: an evaluation of its base version first, if one is due."""

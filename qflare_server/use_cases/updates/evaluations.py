@@ -19,6 +19,7 @@ from qflare.evidence.verification import EVALUATION_REPORTED
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
+    AlgorithmNotAcceptedError,
     DuplicateEvaluationError,
     GlobalModelNotFoundError,
     InvalidRequestError,
@@ -80,13 +81,28 @@ class Evaluations:
             GlobalModelNotFoundError: There is no such version.
             DuplicateEvaluationError: The device has sent a different report for the version.
         """
-        evaluation = self._check(contributor, envelope)
+        try:
+            evaluation = self._check(contributor, envelope)
+        except (InvalidSignatureError, AlgorithmNotAcceptedError):
+            if self._is_recorded(contributor, envelope):
+                return
+            raise
 
         def work(session: Session) -> bool:
             return self._record(session, caller, evaluation, self._context.clock())
 
         if self._context.database.write(work):
             self._context.wake()
+
+    def _is_recorded(self, contributor: Contributor, envelope: security_pb2.SignedEnvelope) -> bool:
+        """Return whether a report was recorded under a key or algorithm that is no longer valid."""
+        stated = parse_statement(
+            security_pb2.EvaluationStatement, envelope.payload, f"{FIELD}.payload"
+        )
+        named = stated.training_session_id, stated.version, contributor.device_id
+        with self._context.database.read() as session:
+            known = evaluations.find_digest(session, *named)
+        return known == digest_of(envelope.payload)
 
     def _check(
         self, contributor: Contributor, envelope: security_pb2.SignedEnvelope

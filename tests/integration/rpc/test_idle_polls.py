@@ -260,6 +260,16 @@ def test_a_poll_with_a_task_takes_a_thread(pair: Pair, raw: RawDevice, queued: l
     assert queued == ["GetTask"]
 
 
+def test_the_end_of_a_session_is_told_with_its_id(pair: Pair, raw: RawDevice) -> None:
+    ended = [pair[0].session(rounds=ONE_DEVICE, start=False) for _ in range(2)]
+    for session_id in ended:
+        call(pair[0], "CancelTrainingSession", training_session_id=session_id)
+    for session_id in (*ended, *ended):  # the second time from memory
+        answer = poll(raw, training_session_id=session_id)
+        assert answer.kind == device_calls.TASK_KIND_DONE
+        assert answer.training_session_id == session_id
+
+
 def outcome(deployment: Any, metadata: Sequence[tuple[str, str | bytes]], data: bytes) -> Any:
     """Return the response to the bytes of a poll, or the code and the reason of its refusal."""
     send = deployment.channel.unary_unary("/qflare.v1.CoordinatorService/GetTask")

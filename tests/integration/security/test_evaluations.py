@@ -245,6 +245,22 @@ def test_a_device_measures_a_version_once(deployment: Any) -> None:
     assert device.task(session_id).kind == pb.TASK_KIND_TRAIN
 
 
+def test_a_recorded_evaluation_may_be_repeated_after_the_device_has_changed_its_keys(
+    deployment: Any,
+) -> None:
+    device = evaluator(deployment, "a")
+    session_id = session(deployment, 1)
+    first_version(session_id, [device])
+    statement = device.statement(device.asked(session_id))
+    device.report(statement)
+
+    assert device.client.rotate_keys() == 1
+
+    device.report(statement)
+    statement.metrics["accuracy"] = 1.0
+    assert refused(lambda: device.report(statement)) == "INVALID_SIGNATURE"
+
+
 def test_nobody_weighs_more_than_its_own_updates_said(deployment: Any) -> None:
     honest, liar = evaluator(deployment, "honest"), evaluator(deployment, "liar")
     session_id = session(deployment, 2)

@@ -13,7 +13,9 @@ import pytest
 from google.protobuf import json_format
 
 from qflare.crypto import envelope as envelopes
+from qflare.crypto import sealed_payloads, sealing, signature_libraries, signing
 from qflare.crypto.signing import InvalidSignatureError, PublicKey, SigningContext
+from qflare.evidence import statements, unmasking
 from qflare.evidence.checkpoints import checkpoint_line, parse_checkpoint_line
 from qflare.evidence.statements import (
     check_growth,
@@ -23,14 +25,33 @@ from qflare.evidence.statements import (
     open_tree_head,
     open_update,
 )
+from qflare.protocol import constraints, keysets
+from qflare.protocol import login as login_protocol
+from qflare.protocol.constraints import constraint_of
+from qflare.protocol.enrollment import MAX_TOKEN_CHARACTERS, EnrollmentServer
 from qflare.protocol.keysets import ExpiredKeysetError, KeyRole, TrustedKeyset
+from qflare.tensors import CHUNK_BYTES, ManifestLimits
+from qflare.tensors.manifest import MAX_NAME_BYTES, MAX_RANK
+from qflare.v1 import constraints_pb2, tensor_pb2
+from qflare.v1 import coordinator_service_pb2 as calls
 from qflare.v1 import security_pb2 as pb
-from qflare.v1 import tensor_pb2
 from qflare_client.errors import InvalidEvidenceError
+from qflare_client.models.upload import LONGEST_FIRST_CHUNK_BYTES
 from qflare_client.trust.evidence import Evidence, verify
+from qflare_helper import service as helper
 from qflare_server import errors
 from qflare_server.config import ServerConfig
-from qflare_server.serving.rpc import status
+from qflare_server.keys import trust_documents
+from qflare_server.serving import maintenance
+from qflare_server.serving.rpc import limits, status
+from qflare_server.serving.rpc.encoding import values
+from qflare_server.storage import paging
+from qflare_server.storage.repository import global_models, idempotent_calls
+from qflare_server.training import config as training_config
+from qflare_server.use_cases.access import authentication, login
+from qflare_server.use_cases.training_sessions import administration
+from qflare_server.use_cases.updates import upload
+from qflare_server.use_cases.versions import download
 from tests.independent import exchange, verifier
 from tests.independent.verifier import RefusedError
 from tests.vectors.protocol import documents, generate
@@ -38,7 +59,9 @@ from tests.vectors.protocol import documents, generate
 FOLDER = Path(generate.__file__).parent
 DOCUMENTS = FOLDER.parents[2] / "docs"
 PAGE = (DOCUMENTS / "protocol.md").read_text(encoding="utf-8")
+WORDS = " ".join(PAGE.split())
 SIZES = {1: (1312, 2420), 2: (1952, 3309), 3: (2592, 4627), 4: (1984, 3373)}
+KIB, MIB = 2**10, 2**20
 
 
 def load(name: str) -> dict[str, Any]:
@@ -57,11 +80,11 @@ def data(vector: dict[str, Any], name: str) -> bytes:
     return bytes.fromhex(vector[name])
 
 
-def rows(heading: str) -> list[list[str]]:
-    """Return the cells of the first table under a heading of the page."""
+def rows(heading: str, start: str = "| `") -> list[list[str]]:
+    """Return the cells of the first table under a heading of the page, of the lines with a beginning."""
     section = PAGE.split(f"\n## {heading}", 1)[1].split("\n## ", 1)[0]
     table = section[section.index("\n|") + 1 :].split("\n\n", 1)[0]
-    lines = [line for line in table.splitlines() if line.startswith("| `")]
+    lines = [line for line in table.splitlines() if line.startswith(start)]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -74,6 +97,163 @@ def test_the_page_lists_every_reason_with_its_status() -> None:
         if issubclass(kind, errors.QflareError)
     }
     assert sorted(listed) == sorted(wanted)
+
+
+def test_the_page_lists_every_refusal_of_a_helper_with_its_status() -> None:
+    listed = {reason.strip("`"): status.strip("`") for reason, status, _when in rows("17. ")}
+    assert listed == {kind.reason: code.name for kind, code in helper.CODES.items()}
+
+
+def test_the_page_states_the_sizes_of_every_algorithm() -> None:
+    section = PAGE.split("| algorithm | number |", 1)[1].split("\n\n", 1)[0]
+    listed = re.findall(r"\| (\d+) \| (\d+) \| (\d+) \|", section)
+    assert [tuple(map(int, row)) for row in listed] == [
+        (int(algorithm), sizes.public_bytes, sizes.signature_bytes)
+        for algorithm, sizes in sorted(signature_libraries.SIZES.items())
+    ]
+
+
+def default_of(kind: type[Any], name: str) -> Any:
+    """Return the default of an argument of a constructor."""
+    return inspect.signature(kind).parameters[name].default
+
+
+def bound_of(message: type[Any], field: str) -> constraints_pb2.Constraint:
+    """Return the constraint of a field."""
+    return constraint_of(message.DESCRIPTOR.fields_by_name[field])
+
+
+CONFIG = ServerConfig()
+NUMBERS: list[tuple[str, tuple[float, ...]]] = [
+    ("A message is at most {} bytes long", (signing.MAX_MESSAGE_BYTES,)),
+    (
+        "rejects a payload over {} bytes, more than {} signatures",
+        (signing.MAX_MESSAGE_BYTES, envelopes.MAX_SIGNATURE_COUNT),
+    ),
+    ("number {:d} (0x647A)", (pb.KEM_ALGORITHM_X_WING,)),
+    (
+        "public key {:d} bytes, encapsulation {:d} bytes, secret {} bytes",
+        (sealing.PUBLIC_KEY_BYTES, sealing.ENCAPSULATION_BYTES, sealing.SECRET_BYTES),
+    ),
+    ("at most {} tensors of at most {} dimensions", (ManifestLimits().max_tensors, MAX_RANK)),
+    ("unique, and 1 to {} bytes of UTF-8", (MAX_NAME_BYTES,)),
+    ("hashed in chunks of {} bytes", (CHUNK_BYTES,)),
+    ("up to {} documents in total", (keysets.MAX_ROOT_COUNT,)),
+    (
+        "at most {} documents with at most {} keys each",
+        (keysets.MAX_ROOT_COUNT, envelopes.MAX_SIGNATURE_COUNT),
+    ),
+    ("at most {} keys and no duplicates", (keysets.MAX_KEY_COUNT,)),
+    ("valid for {} seconds.", (default_of(EnrollmentServer, "lifetime").seconds,)),
+    (
+        "valid for {} seconds and for one login",
+        (default_of(login_protocol.LoginServer, "lifetime").seconds,),
+    ),
+    ("`protocol_version` {}", (login_protocol.PROTOCOL_VERSION,)),
+    ("may make {} logins", (CONFIG.max_device_records_per_hour,)),
+    ("and at most {} characters", (authentication.MAX_TOKEN_CHARACTERS,)),
+    ("the latest {} tokens", (login.MAX_TOKENS_OF_DEVICE,)),
+    (
+        "at most {} links and {} KiB of them",
+        (download.MAX_LINKS, download.MAX_LINK_BYTES / KIB),
+    ),
+    (
+        "at most {} metrics, with names of 1 to {} printable",
+        (statements.MAX_METRIC_COUNT, statements.MAX_METRIC_NAME_CHARACTERS),
+    ),
+    ("if the payload exceeds {} KiB", (LONGEST_FIRST_CHUNK_BYTES / KIB,)),
+    ("takes 1 to {} small updates", (bound_of(calls.SubmitUpdatesRequest, "updates").max_items,)),
+    ("`QFLARE_INLINE_PAYLOAD_BYTES`, {} KiB by default", (CONFIG.inline_payload_bytes / KIB,)),
+    ("Small payloads (up to {} KiB by default)", (CONFIG.inline_payload_bytes / KIB,)),
+    ("in a message of at most {} MiB", (CONFIG.max_message_bytes / MIB,)),
+    ("expires after one hour by default", (CONFIG.upload_expiry_s / 3600 == 1,)),
+    ("at most {} unfinished uploads", (upload.MAX_UPLOADS_OF_DEVICE,)),
+    (
+        "(at most {} characters) and an optional short text (at most {})",
+        tuple(bound_of(calls.ReportFailureRequest, name).max_length for name in ("kind", "text")),
+    ),
+    ("consists of a {}-byte header", (sealed_payloads.HEADER_BYTES,)),
+    (
+        'H("qflare/v1/seal", header, recipient key id))`, {:d} bytes',
+        (sealed_payloads.WRAPPED_KEY_BYTES,),
+    ),
+    ("split into pieces of {} bytes", (sealed_payloads.PLAINTEXT_BYTES,)),
+    ("lists the first {} invalid", (constraints.MAX_VIOLATIONS,)),
+    ("message over {} MiB and", (CONFIG.max_message_bytes / MIB,)),
+    ("metadata over {} KiB", (limits.MAX_METADATA_BYTES / KIB,)),
+    (
+        "texts are at most {} bytes, and metadata values at most {}",
+        (status.MAX_TEXT_BYTES, status.MAX_VALUE_BYTES),
+    ),
+    (
+        "for {} hours (the latest {} calls)",
+        (maintenance.CALL_MEMORY.total_seconds() / 3600, idempotent_calls.MAX_KEPT),
+    ),
+    ("No message of the coordinator exceeds {} MiB", (limits.MAX_ANSWER_BYTES / MIB,)),
+    (
+        "or about {} MiB, `GetLineage` after {} MiB of statements, and `GetKeyset` after {} MiB of root",
+        (
+            paging.MAX_PAGE_BYTES / MIB,
+            global_models.MAX_STATEMENTS_BYTES / MIB,
+            trust_documents.MAX_ROOTS_BYTES / MIB,
+        ),
+    ),
+    ("limited to {} MiB, and", (training_config.MAX_DESCRIPTION_BYTES / MIB,)),
+    ("of a training session to {} KiB", (administration.MAX_ARCHITECTURE_BYTES / KIB,)),
+    ("only if its header is at most {} MiB", (values.MAX_SHARED_BYTES / MIB,)),
+    ("1 to {} different ones", (unmasking.MAX_HELPER_COUNT,)),
+    ("`policy.min_cohort` is at least {}", (unmasking.MIN_COHORT,)),
+]
+LIMITS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "gRPC message": (
+        "{} MiB by default; a chunk is {} MiB",
+        (CONFIG.max_message_bytes / MIB, CHUNK_BYTES / MIB),
+    ),
+    "signed payload": ("{} bytes", (signing.MAX_MESSAGE_BYTES,)),
+    "signatures in an envelope": ("{}", (envelopes.MAX_SIGNATURE_COUNT,)),
+    "root documents, keys in a keyset": ("{}, {}", (keysets.MAX_ROOT_COUNT, keysets.MAX_KEY_COUNT)),
+    "metrics of a statement": (
+        "{}, with names of {} characters",
+        (statements.MAX_METRIC_COUNT, statements.MAX_METRIC_NAME_CHARACTERS),
+    ),
+    "tensors of a manifest": ("{}", (ManifestLimits().max_tensors,)),
+    "enrollment token": ("{} characters", (MAX_TOKEN_CHARACTERS,)),
+    "realm and device id in a hello": ("{} characters", (login_protocol.MAX_ID_CHARACTERS,)),
+    "payload of an update": (
+        "{} GiB by default (`QFLARE_MAX_PAYLOAD_BYTES`)",
+        (CONFIG.max_payload_bytes / 2**30,),
+    ),
+    "unfinished uploads of a device": ("{}", (upload.MAX_UPLOADS_OF_DEVICE,)),
+    "statements of one `GetLineage`": (
+        "{}, and {} MiB of statements and signatures; continue after the last one",
+        (download.MAX_LINKS, global_models.MAX_STATEMENTS_BYTES / MIB),
+    ),
+    "links of a header": (
+        "{}, and {} KiB of statements and signatures; `GetLineage` returns the others",
+        (download.MAX_LINKS, download.MAX_LINK_BYTES / KIB),
+    ),
+    "header of a sealed payload, wrapped keys in a message": (
+        "{} bytes, 1 of {:d} bytes",
+        (sealed_payloads.HEADER_BYTES, sealed_payloads.WRAPPED_KEY_BYTES),
+    ),
+}
+
+
+def stated(words: str, numbers: tuple[float, ...]) -> str:
+    """Return a sentence of the page with the numbers of the code; whole ones are written without a fraction."""
+    whole = [int(number) if number == int(number) else number for number in numbers]
+    return words.replace("{}", "{:,}").format(*whole)
+
+
+@pytest.mark.parametrize(("words", "numbers"), NUMBERS, ids=[words for words, _ in NUMBERS])
+def test_numbers_of_the_page_are_those_of_the_code(words: str, numbers: tuple[float, ...]) -> None:
+    assert all(numbers)
+    assert stated(words, numbers) in WORDS
+
+
+def test_limits_of_the_page_are_those_of_the_code() -> None:
+    listed = dict(rows("15. ", "| ")[1:])
+    assert listed == {name: stated(*limit) for name, limit in LIMITS.items()}
 
 
 def test_the_page_names_every_signing_context() -> None:
