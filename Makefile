@@ -10,6 +10,8 @@ PROTOC_INSTALLED := $(PROTOC_VENV)/.installed
 FLOWER_VENV := .venv-flower
 FLOWER_OLDEST_VENV := .venv-flower-oldest
 FLOWER_INSTALLED := $(FLOWER_VENV)/.installed $(FLOWER_OLDEST_VENV)/.installed
+NOTEBOOKS_VENV := .venv-notebooks
+NOTEBOOKS_INSTALLED := $(NOTEBOOKS_VENV)/.installed
 MOTO_VENV := .venv-moto
 MOTO_INSTALLED := $(MOTO_VENV)/.installed
 FRAMEWORKS_VENV := .venv-frameworks
@@ -23,6 +25,8 @@ MYPY_PROTOBUF_VERSION := 5.1.0
 FLOWER_VERSION := 1.42.0
 FLOWER_OLDEST_VERSION := 1.40.0
 FLOWER_TEMPLATES_VERSION := 1.24.0
+NBCLIENT_VERSION := 0.11.0
+IPYKERNEL_VERSION := 7.4.0
 MOTO_VERSION := 5.2.2
 PIP_AUDIT_VERSION := 2.10.1
 # The package index of PyTorch's CPU wheels spares several gigabytes of GPU libraries:
@@ -38,7 +42,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-flower tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-s3 test-all test-frameworks check \
-	audit bench bench-fleet bench-soak demo demo-secure strategies pictures architecture structure load serve migrate migration build check-wheel clean
+	audit bench bench-fleet bench-soak demo demo-secure notebooks strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,11 +58,13 @@ $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 install-flower: $(FLOWER_INSTALLED) ## create the environments with two versions of Flower, for the tests of its apps
 
 # Flower and the device SDK beside it, with packages that conflict with those of $(VENV); the others are shared with it.
-# The last release of Flower that contains the templates of `flwr new` is unpacked beside the newest.
+# The last release of Flower that contains the templates of `flwr new` is unpacked beside the newest. Jupyter's kernel
+# and its client run the notebook on Flower there.
 $(FLOWER_VENV)/.installed: $(INSTALLED) Makefile
 	$(call install_flower,$(FLOWER_VENV),$(FLOWER_VERSION))
 	$(FLOWER_VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(FLOWER_VENV)/templates \
 		'flwr==$(FLOWER_TEMPLATES_VERSION)'
+	$(call install_jupyter,$(FLOWER_VENV))
 	@touch $@
 
 $(FLOWER_OLDEST_VENV)/.installed: $(INSTALLED) Makefile
@@ -67,12 +73,28 @@ $(FLOWER_OLDEST_VENV)/.installed: $(INSTALLED) Makefile
 
 # $(1): environment, $(2): version of flwr. pip warns of packages of $(VENV) that are not used there.
 define install_flower
+$(call share_environment,$(1))
+$(1)/bin/python -m pip install --quiet 'qflare[flower]' 'flwr==$(2)'
+endef
+
+# $(1): environment that has the packages of $(VENV), unless it has other versions itself.
+define share_environment
 test -x $(1)/bin/python || "$(PYTHON)" -m venv $(1)
 @for folder in $(CURDIR)/$(VENV)/lib/python*/site-packages; do \
 	echo "import site; site.addsitedir('$$folder')" >"$(1)/lib/$$(basename "$$(dirname "$$folder")")/site-packages/shared.pth"; \
 done
-$(1)/bin/python -m pip install --quiet 'qflare[flower]' 'flwr==$(2)'
 endef
+
+# $(1): environment.
+define install_jupyter
+$(1)/bin/python -m pip install --quiet 'nbclient==$(NBCLIENT_VERSION)' 'ipykernel==$(IPYKERNEL_VERSION)'
+endef
+
+# The notebooks other than that on Flower, whose protobuf is too old for a coordinator.
+$(NOTEBOOKS_INSTALLED): $(INSTALLED) Makefile
+	$(call share_environment,$(NOTEBOOKS_VENV))
+	$(call install_jupyter,$(NOTEBOOKS_VENV))
+	@touch $@
 
 # An S3 server for the tests of the payload store `object`. Its dependencies conflict with ours.
 $(MOTO_INSTALLED): Makefile
@@ -237,7 +259,7 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## lint the files in deploy/
 type: $(INSTALLED) ## run mypy --strict
 	$(BIN)/mypy qflare qflare_client qflare_helper qflare_server qflare_simulation migrations tests $(wildcard docs examples)
 
-test: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## run all tests except the slow ones, on SQLite and PostgreSQL
+test: $(INSTALLED) $(FLOWER_INSTALLED) $(NOTEBOOKS_INSTALLED) $(MOTO_INSTALLED) $(TOOLS)/.grpcurl $(TOOLS)/.chromium $(TOOLS)/.identity-provider ## run all tests except the slow ones, on SQLite and PostgreSQL
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) ## run the PostgreSQL tests; PostgreSQL is required
@@ -248,7 +270,7 @@ test-s3: $(INSTALLED) ## run the tests of payload stores against QFLARE_TEST_S3_
 	QFLARE_TEST_S3_URL=$(QFLARE_TEST_S3_URL) QFLARE_REQUIRE_ALL=1 $(BIN)/python -m pytest -k object $(PYTEST_ARGS) \
 		tests/contract/storage/test_payload_store.py tests/contract/storage/test_payload_moves.py
 
-test-all: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) tools ## run all tests with all tools; a skipped test is a failure
+test-all: $(INSTALLED) $(FLOWER_INSTALLED) $(NOTEBOOKS_INSTALLED) $(MOTO_INSTALLED) tools ## run all tests with all tools; a skipped test is a failure
 	@failed=0; \
 	QFLARE_REQUIRE_ALL=1 $(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || failed=1; \
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) -m 'not alone' $(PYTEST_ARGS) || failed=1; \
@@ -277,6 +299,11 @@ demo: $(INSTALLED) ## ten devices train a model on handwritten digits with a coo
 
 demo-secure: $(INSTALLED) ## the same with secure aggregation: a helper, and two devices that die in the first round
 	$(BIN)/python examples/digits/demo_secure.py
+
+notebooks: $(NOTEBOOKS_INSTALLED) $(FLOWER_VENV)/.installed ## run the notebooks of examples/notebooks and write their outputs
+	$(NOTEBOOKS_VENV)/bin/python examples/notebooks/execute.py \
+		examples/notebooks/digits.ipynb examples/notebooks/robust_and_private.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(FLOWER_VENV)/bin/python examples/notebooks/execute.py examples/notebooks/flower.ipynb
 
 strategies: $(INSTALLED) ## compare the strategies on handwritten digits; writes docs/strategies.md and its pictures
 	PYTHONPATH=examples/digits OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python examples/strategies/compare.py
@@ -316,6 +343,6 @@ check-wheel: $(INSTALLED) ## build, install in a clean environment, and test
 	QFLARE_REQUIRE_ALL=1 $(PYTEST) tests/packaging $(PYTEST_ARGS)
 
 clean: ## delete generated files and environments
-	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(FLOWER_OLDEST_VENV) $(MOTO_VENV) $(FRAMEWORKS_VENV) $(AUDIT_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf build dist *.egg-info $(VENV) $(PROTOC_VENV) $(FLOWER_VENV) $(FLOWER_OLDEST_VENV) $(NOTEBOOKS_VENV) $(MOTO_VENV) $(FRAMEWORKS_VENV) $(AUDIT_VENV) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .import_linter_cache .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
