@@ -25,12 +25,16 @@ SLACK_S: Final = 1.0
 RETRY_CONNECT_S: Final = 1.0
 """Pause after a slow failed connect, during which calls fail at once instead of each waiting for a timeout."""
 SLOW_CONNECT_S: Final = 0.5
+IDLE_S: Final = 3.0
+"""Time without a wait after which a watchdog's thread ends, so that none outlives its engine."""
 
 T = TypeVar("T")
 
 
 class WaitWatchdog:
     """Shuts down the sockets of connections whose server has not answered in time; thread-safe.
+
+    Its thread runs while there are waits, and for `IDLE_S` after the last one.
 
     Args:
         limit_s: Longest wait for one answer, in seconds.
@@ -39,16 +43,15 @@ class WaitWatchdog:
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._waits: dict[int, tuple[float, BoundedConnection]] = {}
-        self._stopped = threading.Event()
         self._started = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def wait(self, connection: "BoundedConnection", call: Callable[[], T]) -> T:
         """Run a blocking call of the driver; past the limit it fails like a call on a reset connection."""
-        if self._thread is None:
-            self._start()
         key = id(connection)
         self._waits[key] = time.monotonic(), connection
+        if self._thread is None:  # after the entry: a thread that ends looks for entries last
+            self._start()
         try:
             return call()
         finally:
@@ -63,15 +66,24 @@ class WaitWatchdog:
                 self._thread.start()
 
     def _run(self) -> None:
-        while not self._stopped.wait(min(1.0, self._limit_s / 4)):
+        latest = time.monotonic()
+        while True:
+            time.sleep(min(1.0, self._limit_s / 4))
             now = time.monotonic()
             for key, entry in list(self._waits.items()):
+                latest = max(latest, now)
                 if now - entry[0] > self._limit_s and self._waits.get(key) is entry:
                     _shut(entry[1])
+            if now - latest > IDLE_S and self._ended():
+                return
 
-    def stop(self) -> None:
-        """End the thread."""
-        self._stopped.set()
+    def _ended(self) -> bool:
+        """Give the thread up; return False if there is a wait again."""
+        with self._started:
+            mine, self._thread = self._thread, None
+            if self._waits:
+                self._thread = mine
+            return self._thread is None
 
 
 def _shut(connection: "BoundedConnection") -> None:
