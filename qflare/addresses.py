@@ -29,7 +29,24 @@ def require_address(address: str) -> str:
     raise AddressError(f"address: got {address[:200]!r}, want host:port, such as {hint}")
 
 
-def is_loopback_host(host: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Return whether an address is on this machine: host:port, unix:path, or several as ipv4:IP:PORT,IP:PORT."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    if address.startswith(("ipv4:", "ipv6:")):
+        return all(is_loopback(one) for one in address[5:].split(","))
+    return _is_loopback_host(_host_of(address))
+
+
+def _host_of(address: str) -> str:
+    """Return the host of host:port; an IPv6 address with a port is in brackets."""
+    bracketed = re.fullmatch(r"\[([^]]*)\](?::\d+)?", address)
+    if bracketed is not None:
+        return bracketed[1]
+    return address.partition(":")[0] if address.count(":") == 1 else address
+
+
+def _is_loopback_host(host: str) -> bool:
     """Return whether a host is localhost, in any case, or a loopback address; other names are not resolved."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback

@@ -44,7 +44,7 @@ from qflare_client.models.download import GlobalModel
 from qflare_client.models.submission import needs_base
 from qflare_client.models.upload import Receipt
 from qflare_client.privacy import LocalPrivacy
-from qflare_client.rpc.lifetime import Bounds
+from qflare_client.rpc.lifetime import Bounds, Lifetime
 from qflare_client.rpc.tracing import span
 from qflare_client.tasks import Task, TaskKind, TrainingTask
 
@@ -163,21 +163,26 @@ def run(
             bounds,
             continues=on_failure == "continue",
         )
-        while not (loop.is_done or lifetime.is_ending()):
-            try:
-                pause_s = loop.step()
-                bounds.seen()
-            except UnavailableError as error:
-                if lifetime.is_ending():
-                    break
-                pause_s = _outage_pause_s(bounds, error)
-            except QflareClientError:
-                if lifetime.is_closed:
-                    break  # a client that is being closed may fail in any way
-                raise
-            if pause_s > 0:
-                lifetime.wait(pause_s * random.uniform(0.75, 1.25))  # noqa: S311  # no secret
+        _take_part(loop, lifetime, bounds)
     return loop.summary
+
+
+def _take_part(loop: "_Loop", lifetime: Lifetime, bounds: Bounds) -> None:
+    """Take steps until the training session or the lifetime ends."""
+    while not (loop.is_done or lifetime.is_ending()):
+        try:
+            pause_s = loop.step()
+            bounds.seen()
+        except UnavailableError as error:
+            if lifetime.is_ending():
+                break
+            pause_s = _outage_pause_s(bounds, error)
+        except QflareClientError:
+            if lifetime.is_closed:
+                break  # a client that is being closed may fail in any way
+            raise
+        if pause_s > 0:
+            lifetime.wait(pause_s * random.uniform(0.75, 1.25))  # noqa: S311  # no secret
 
 
 def _outage_pause_s(bounds: Bounds, error: UnavailableError) -> float:

@@ -8,7 +8,7 @@ from typing import Final
 
 import grpc
 
-from qflare.addresses import is_loopback_host
+from qflare.addresses import is_loopback
 from qflare_client.keystore.store import KeyStore
 from qflare_helper.errors import StoreError
 from qflare_helper.identity import HelperIdentity
@@ -123,11 +123,6 @@ def read_tls(
         return ServerTls(certificate_file.read_bytes(), key_file.read_bytes(), authorities)
     except OSError as error:
         raise StoreError(f"cannot read {error.filename}: {error.strerror}") from error
-
-
-def is_loopback(address: str) -> bool:
-    """Return whether only this machine can reach an address, host:port."""
-    return is_loopback_host(address.rpartition(":")[0].removeprefix("[").removesuffix("]"))
 
 
 def _options(options: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -109,12 +109,9 @@ def enroll(
     )
     accepted = _algorithms(server_algorithms)
     tls = trusting(tls, bundle.certificate_authorities)
-    transport = Transport(
-        bundle.address if address is None else address, tls=tls, insecure=insecure
-    )
-    coding = secret_coding(passphrase)
-    calls = Calls(transport, policy)
-    with closing(calls), KeyStore(home, coding) as store:
+    used = bundle.address if address is None else address
+    calls = Calls(Transport(used, tls=tls, insecure=insecure), policy)
+    with closing(calls), KeyStore(home, secret_coding(passphrase)) as store:
         if read_facts(home):
             return Identity.load(store)
         trust = Trust.begin(store, bundle, calls, accepted)

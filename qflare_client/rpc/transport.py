@@ -20,7 +20,7 @@ from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from qflare.addresses import is_loopback_host
+from qflare.addresses import is_loopback
 from qflare.v1.coordinator_service_pb2_grpc import CoordinatorServiceStub
 from qflare_client import arguments
 from qflare_client.errors import (
@@ -344,20 +344,3 @@ def _open_channel(address: str, tls: Tls | None) -> grpc.Channel:
 def proxy_options(address: str) -> list[tuple[str, int]]:
     """Return channel options that bypass the environment's proxy for addresses on this machine."""
     return [("grpc.enable_http_proxy", 0)] if is_loopback(address) else []
-
-
-def is_loopback(address: str) -> bool:
-    """Return whether an address is on this machine: host:port, unix:path, or several as ipv4:IP:PORT,IP:PORT."""
-    if address.startswith(("unix:", "unix-abstract:")):
-        return True
-    if address.startswith(("ipv4:", "ipv6:")):
-        return all(is_loopback(one) for one in address[5:].split(","))
-    return is_loopback_host(_host_of(address))
-
-
-def _host_of(address: str) -> str:
-    """Return the host of host:port; an IPv6 address with a port is in brackets."""
-    bracketed = re.fullmatch(r"\[([^]]*)\](?::\d+)?", address)
-    if bracketed is not None:
-        return bracketed[1]
-    return address.partition(":")[0] if address.count(":") == 1 else address

@@ -14,7 +14,7 @@ from typing import Any, Final
 import grpc
 from google.protobuf import json_format
 
-from qflare.addresses import is_loopback_host
+from qflare.addresses import is_loopback
 from qflare.evidence.statements import StatementError
 from qflare.evidence.unmasking import open_helper
 from qflare.v1 import helper_service_pb2, security_pb2
@@ -143,15 +143,11 @@ def _open_channel(bundle: helper_service_pb2.HelperBundle) -> grpc.Channel:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
-    if _is_loopback(bundle.address) and not bundle.certificate_authorities:
+    if is_loopback(bundle.address) and not bundle.certificate_authorities:
         return grpc.insecure_channel(bundle.address, options)
     authorities = bundle.certificate_authorities.encode() or None
     credentials = grpc.ssl_channel_credentials(root_certificates=authorities)
     return grpc.secure_channel(bundle.address, credentials, options)
-
-
-def _is_loopback(address: str) -> bool:
-    return is_loopback_host(address.rpartition(":")[0].removeprefix("[").removesuffix("]"))
 
 
 def _translated(helper_id: str, error: grpc.RpcError) -> Exception:

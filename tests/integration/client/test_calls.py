@@ -7,11 +7,12 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import ErrorInfo, RequestInfo, RetryInfo
 
+from qflare.addresses import is_loopback
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare_client import errors
 from qflare_client.rpc.caller import Calls, method_of
 from qflare_client.rpc.retry import RetryPolicy
-from qflare_client.rpc.transport import Metadata, Transport, is_loopback
+from qflare_client.rpc.transport import Metadata, Transport
 from tests.integration.client.conftest import Scripted, fail
 
 MakeCalls = Callable[..., Calls]
