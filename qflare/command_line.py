@@ -30,12 +30,60 @@ class ArgumentParser(argparse.ArgumentParser):
     """Argument parser that reports usage errors as a cause and a remedy, in printable characters only."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        super()._print_message(printable_lines(message), file)
+        if file is sys.stdout:  # argparse would be silent about what cannot be written
+            file.write(printable_lines(message))
+        else:
+            super()._print_message(printable_lines(message), file)
 
     def error(self, message: str) -> NoReturn:
         """Print the usage, report the error and exit with code 2."""
         self.print_usage(sys.stderr)
         self.exit(WRONG_USAGE, failure_text(self.prog, message, f"{self.prog} --help"))
+
+
+def run_program(
+    command: Callable[[], int | None],
+    report: Callable[[Exception], int],
+    failures: tuple[type[Exception], ...] = (Exception,),
+) -> int:
+    """Run a command, write all of its output, and return the exit code.
+
+    Output that cannot be written is a failure of the command. Nothing stays buffered: the interpreter would write it
+    at its end, fail again, and exit with a code of its own.
+
+    Args:
+        command: Returns its exit code; None stands for 0.
+        report: Reports a failure and returns its exit code.
+        failures: What is reported; other exceptions are raised.
+    """
+    try:
+        return _run_to_its_last_byte(command) or 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 0  # the reader has gone
+    except failures as error:
+        return report(error)
+    finally:
+        _discard_unwritten()
+
+
+def _run_to_its_last_byte(command: Callable[[], int | None]) -> int | None:
+    try:
+        code = command()
+    except SystemExit:  # of --help and --version
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
+
+
+def _discard_unwritten() -> None:
+    """Point standard output at the null device if what is buffered cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def on_signals(numbers: Iterable[signal.Signals], first: Callable[[], None]) -> None:

@@ -15,16 +15,17 @@ import tomllib
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import qflare
 from qflare.command_line import (
-    INTERRUPTED,
     ArgumentParser,
     address,
     on_signals,
     protect_process,
+    run_program,
     seconds,
     whole,
 )
@@ -79,22 +80,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         protect_process()
     sys.excepthook = show_uncaught
+    return run_program(partial(_run_command, arguments), _reported)
+
+
+def _run_command(arguments: Sequence[str] | None) -> None:
     options = parser().parse_args(arguments)
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(logging.BASIC_FORMAT))
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, handlers=[handler]
     )
-    try:
-        options.command(options)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:  # noqa: BLE001 - the one place where a command's failure is reported
-        report(_PROGRAM, error)
-        return 1
-    return 0
+    options.command(options)
+
+
+def _reported(error: Exception) -> int:
+    report(_PROGRAM, error)
+    return 1
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,12 +19,12 @@ from google.protobuf import json_format
 
 import qflare
 from qflare.command_line import (
-    INTERRUPTED,
     ArgumentParser,
     address,
     on_signals,
     protect_process,
     report_failure,
+    run_program,
     whole,
 )
 from qflare.evidence.unmasking import open_helper
@@ -42,6 +43,7 @@ from qflare_helper.server import HelperServer, read_tls
 
 PROGRAM: Final = "qflare-helper"
 PASSPHRASE_FILE_VARIABLE: Final = "QFLARE_PASSPHRASE_FILE"  # noqa: S105  # a name
+FAILURES: Final = (HelperError, QflareClientError, OSError)
 REMEDY: Final = "docs/secure-aggregation.md, or qflare-helper --help"
 
 _EXAMPLES = """\
@@ -67,15 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         protect_process()
     sys.excepthook = show_uncaught
+    return run_program(partial(_run, arguments), _reported, FAILURES)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
-    run: Callable[[argparse.Namespace], int] = options.run
-    try:
-        return run(options)
-    except (HelperError, QflareClientError, OSError) as error:
-        report_failure(PROGRAM, str(error), REMEDY)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return int(options.run(options))
+
+
+def _reported(error: Exception) -> int:
+    report_failure(PROGRAM, str(error), REMEDY)
+    return 1
 
 
 def parser() -> ArgumentParser:

@@ -4,20 +4,20 @@ Exit codes: 0 success, 1 failure (the message states the cause and the remedy), 
 """
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Final
 
 import qflare
 from qflare.command_line import (
-    INTERRUPTED,
     ArgumentParser,
     protect_process,
     report_failure,
+    run_program,
     whole,
 )
 from qflare.terminal import say, show_uncaught
@@ -229,17 +229,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         protect_process()  # replay and export open a coordinator's data folder
     sys.excepthook = show_uncaught
-    try:
-        options = parser().parse_args(argv)
-        options.run(options)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except FAILURES as error:
-        report_failure(PROGRAM, str(error), REMEDY)
-        return 1
-    return 0
+    return run_program(partial(_run_command, argv), _reported, FAILURES)
+
+
+def _run_command(argv: Sequence[str] | None) -> None:
+    options = parser().parse_args(argv)
+    options.run(options)
+
+
+def _reported(error: Exception) -> int:
+    report_failure(PROGRAM, str(error), REMEDY)
+    return 1
 
 
 if __name__ == "__main__":

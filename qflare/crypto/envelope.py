@@ -17,7 +17,6 @@ from qflare.crypto.signing import (
     PublicKey,
     Signer,
     SigningContext,
-    algorithm_of,
     wire_algorithm,
 )
 from qflare.v1 import security_pb2
@@ -89,7 +88,7 @@ def open_envelope(
         key = trusted.get(signature.key_id)
         if key is None:
             continue
-        if algorithm_of(signature.algorithm) != key.algorithm:
+        if signature.algorithm != wire_algorithm(key.algorithm):
             raise InvalidSignatureError("signature names another algorithm than its key has")
         key.verify(context, envelope.payload, signature.signature)
         signed_count += 1

@@ -14,11 +14,11 @@ from typing import Final
 
 import qflare
 from qflare.command_line import (
-    INTERRUPTED,
     WRONG_USAGE,
     ArgumentParser,
     address,
     protect_process,
+    run_program,
     seconds,
 )
 from qflare.terminal import show_uncaught
@@ -83,18 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         protect_process()
     sys.excepthook = show_uncaught
-    options = parser().parse_args(arguments)
-    try:
-        _run(options)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:  # noqa: BLE001 - the one place where a command's failure is reported
-        report(PROGRAM, error)
-        return exit_code(error)
-    return 0
+    return run_program(lambda: _run(parser().parse_args(arguments)), _reported)
+
+
+def _reported(error: Exception) -> int:
+    report(PROGRAM, error)
+    return exit_code(error)
 
 
 def exit_code(error: Exception) -> int:

@@ -11,15 +11,16 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import qflare
 from qflare.command_line import (
-    INTERRUPTED,
     ArgumentParser,
     protect_process,
     report_failure,
+    run_program,
 )
 from qflare.terminal import LogFormatter, show_uncaught
 from qflare_server.cli.failures import explain
@@ -143,19 +144,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         protect_process()
         argv = sys.argv[1:]
     sys.excepthook = show_uncaught
-    try:
-        arguments = parser(_modules(argv)).parse_args(argv)
-        flags = {name: getattr(arguments, name, None) for name in FLAGS}
-        config = ServerConfig.from_env(os.environ, **flags)
-        configure_logging(config)
-        return int(arguments.run(config, arguments))
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:  # noqa: BLE001 - the one place where a command's failure is reported
-        return _report(error)
+    return run_program(partial(_run, argv), _report)
+
+
+def _run(argv: Sequence[str]) -> int:
+    arguments = parser(_modules(argv)).parse_args(argv)
+    flags = {name: getattr(arguments, name, None) for name in FLAGS}
+    config = ServerConfig.from_env(os.environ, **flags)
+    configure_logging(config)
+    return int(arguments.run(config, arguments))
 
 
 def _report(error: Exception) -> int:

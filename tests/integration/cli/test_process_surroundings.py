@@ -15,6 +15,13 @@ from qflare_server.cli.main import main as server_main
 
 PYTHON = shlex.quote(sys.executable)
 STATUS = f"{PYTHON} -m qflare_server --data-dir data status"
+PROGRAMS = (
+    "qflare_server",
+    "qflare_client",
+    "qflare_client.admin",
+    "qflare_helper",
+    "qflare_simulation",
+)
 PROFILE = f"{PYTHON} -m qflare_client.admin profile set --address localhost:1 --token-file token"
 WORKS = {
     "closed input": f"{STATUS} <&-",
@@ -64,7 +71,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell(folder: Path, command: str) -> "subprocess.CompletedProcess[str]":
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("QFLARE_")}
+    """Run a command of bash, without the settings of whoever runs the tests."""
+    plain = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("QFLARE_", "PYTHON"))
+    }
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
@@ -92,6 +104,26 @@ def test_commands_name_cause_and_remedy(folder: Path, command: str, cause: str) 
     assert len(lines) == 2
     assert cause in lines[0]
     assert lines[1].startswith("try: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "buffering"),
+    [("--help", ""), ("--version", ""), ("--version", "PYTHONUNBUFFERED=1")],
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_output_is_written_or_its_failure_told(
+    folder: Path, program: str, words: str, buffering: str
+) -> None:
+    """Buffered output meets its reader or the disk only at the end."""
+    command = f"{buffering} {PYTHON} -m {program} {words}"
+
+    unread = shell(folder, f"set -o pipefail; {command} | true")
+    full = shell(folder, f"{command} >/dev/full")
+
+    assert (unread.returncode, unread.stderr) == (0, "")
+    assert full.returncode in {1, 2}
+    assert "No space left" in full.stderr.splitlines()[0]
+    assert len(full.stderr.splitlines()) == 2
 
 
 def test_files_are_private_whatever_the_umask(folder: Path) -> None:

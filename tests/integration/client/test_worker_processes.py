@@ -48,8 +48,8 @@ from qflare_client import Client
 client = Client(home=sys.argv[1])
 client.heartbeat()
 worker = os.fork()
-if worker:
-    print(worker, flush=True)
+if not worker:  # what it has inherited is released by now
+    print(os.getpid(), flush=True)
 sys.stdin.read()
 """
 

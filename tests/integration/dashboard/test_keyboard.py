@@ -113,6 +113,7 @@ def test_n_and_f_turn_the_pages_of_a_list(screen: Screen, page: Page) -> None:
 
     page.keyboard.press("n")
     expect(page.locator("tbody th a").get_by_text("device-050")).to_be_visible()
+    page.wait_for_load_state()  # the rows are there before the keys are
     page.keyboard.press("f")
 
     expect(page.locator("tbody th a").get_by_text("device-000")).to_be_visible()

@@ -104,6 +104,30 @@ def test_a_signature_under_anothers_name_is_refused() -> None:
     refused(renamed, FIRST.public, SECOND.public)
 
 
+@pytest.mark.parametrize("number", [-1, 0, 1, 3, 99, 2**31 - 1])
+def test_a_signature_of_another_or_an_unknown_algorithm_is_refused(number: int) -> None:
+    renamed = copy_of(ENVELOPE)
+    renamed.signatures[0].algorithm = security_pb2.SignatureAlgorithm.ValueType(number)
+
+    refused(renamed)
+
+
+def test_a_flipped_bit_in_what_stands_beside_the_signature_is_refused() -> None:
+    """All bits of the form: a draw of bits meets mostly the signature."""
+    sent = ENVELOPE.SerializeToString()
+    begin = sent.index(ENVELOPE.signatures[0].signature)
+    end = begin + len(ENVELOPE.signatures[0].signature)
+
+    for place in [*range(begin), *range(end, len(sent))]:
+        for bit in range(8):
+            flipped = sent[:place] + bytes([sent[place] ^ 1 << bit]) + sent[place + 1 :]
+            try:
+                received = security_pb2.SignedEnvelope.FromString(flipped)
+            except DecodeError:
+                continue
+            refused(received)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_flipped_bit_anywhere_is_refused(data: st.DataObject) -> None:
