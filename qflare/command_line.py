@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, NoReturn
 
 from qflare.addresses import AddressError, require_address
-from qflare.terminal import complain, printable, printable_lines
+from qflare.terminal import complain, discard_unwritten, flush_output, printable, say
 
 WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130
@@ -30,10 +30,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """Argument parser that reports usage errors as a cause and a remedy, in printable characters only."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if file is sys.stdout:  # argparse would be silent about what cannot be written
-            file.write(printable_lines(message))
-        else:
-            super()._print_message(printable_lines(message), file)
+        say(message.removesuffix("\n"), stream=file)  # argparse hides failures to write
 
     def error(self, message: str) -> NoReturn:
         """Print the usage, report the error and exit with code 2."""
@@ -65,25 +62,17 @@ def run_program(
     except failures as error:
         return report(error)
     finally:
-        _discard_unwritten()
+        discard_unwritten()
 
 
 def _run_to_its_last_byte(command: Callable[[], int | None]) -> int | None:
     try:
         code = command()
     except SystemExit:  # of --help and --version
-        sys.stdout.flush()
+        flush_output()
         raise
-    sys.stdout.flush()
+    flush_output()
     return code
-
-
-def _discard_unwritten() -> None:
-    """Point standard output at the null device if what is buffered cannot be written."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def on_signals(numbers: Iterable[signal.Signals], first: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ This module does not lay out tables or produce JSON, whose own escapes leave onl
 """
 
 import logging
+import os
 import sys
 import traceback
 from types import TracebackType
@@ -48,6 +49,23 @@ def say(*parts: object, stream: TextIO | None = None, flush: bool = False) -> No
 def complain(text: object) -> None:
     """Print lines of printable characters on standard error."""
     say(text, stream=sys.stderr)
+
+
+def flush_output() -> None:
+    """Write what is buffered for standard output.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    sys.stdout.flush()
+
+
+def discard_unwritten() -> None:
+    """Point standard output at the null device if what is buffered cannot be written."""
+    try:
+        flush_output()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_uncaught(
