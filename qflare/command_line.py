@@ -30,7 +30,12 @@ class ArgumentParser(argparse.ArgumentParser):
     """Argument parser that reports usage errors as a cause and a remedy, in printable characters only."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        say(message.removesuffix("\n"), stream=file)  # argparse hides failures to write
+        try:
+            say(message.removesuffix("\n"), stream=file)
+        except OSError:  # argparse would hide it for standard output, too
+            if file is not None and file.fileno() == _STANDARD_ERROR:
+                return
+            raise
 
     def error(self, message: str) -> NoReturn:
         """Print the usage, report the error and exit with code 2."""
