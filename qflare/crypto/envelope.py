@@ -13,10 +13,12 @@ from google.protobuf.message import Message
 
 from qflare.crypto.signing import (
     MAX_MESSAGE_BYTES,
+    InvalidKeyError,
     InvalidSignatureError,
     PublicKey,
     Signer,
     SigningContext,
+    algorithm_of,
     wire_algorithm,
 )
 from qflare.v1 import security_pb2
@@ -89,12 +91,20 @@ def open_envelope(
         if key is None:
             continue
         if signature.algorithm != wire_algorithm(key.algorithm):
-            raise InvalidSignatureError("signature names another algorithm than its key has")
+            raise InvalidSignatureError(_other_algorithm(signature.algorithm))
         key.verify(context, envelope.payload, signature.signature)
         signed_count += 1
     if signed_count < threshold:
         raise InvalidSignatureError(f"signed by {signed_count} trusted keys, want {threshold}")
     return envelope.payload
+
+
+def _other_algorithm(number: int) -> str:
+    try:
+        name = algorithm_of(number).name
+    except InvalidKeyError as error:
+        return str(error)
+    return f"signature names {name}, which is another algorithm than its key has"
 
 
 def _check_limits(envelope: security_pb2.SignedEnvelope) -> None:

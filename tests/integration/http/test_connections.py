@@ -125,7 +125,7 @@ def test_idle_connections_hold_nobody_up_and_are_ended(serve: Serve, count: int)
     thread_count = threading.active_count()
     with connected(server.port, count) as connections:
         assert max(answer_s(server.url) for _ in range(20)) < ANSWER_S
-        assert threading.active_count() == thread_count
+        assert threading.active_count() <= thread_count  # threads of earlier tests may end
         assert all(is_ended(connection) for connection in connections)
     assert answer_s(server.url) < ANSWER_S
 
