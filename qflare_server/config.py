@@ -31,6 +31,11 @@ OIDC_ALGORITHMS: Final = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
     *("ES256", "ES384", "ES512", "Ed25519", "EdDSA"),
 )
+WEBHOOK_EVENTS: Final = (
+    *("round.published", "training_session.ended"),
+    *("device.quarantined", "privacy.budget_nearly_spent"),
+)
+MAX_WEBHOOKS: Final = 8
 OIDC_ROLES: Final = ("viewer", "operator", "admin", "auditor")
 SERVICE_LINK: Final = re.compile(
     r"QFLARE_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
@@ -290,6 +295,24 @@ class ServerConfig:
     """
     oidc_ca_file: Path | None = None
     """PEM certificates of the authorities to trust for the provider; default: those of the system."""
+    webhook_urls: str = field(default="", repr=False)
+    """URLs that get signed messages on events, comma-separated, at most 8: https, or http on loopback; empty means
+    none.
+    """
+    webhook_secret_file: Path | None = None
+    """File with the secret that signs these messages, readable by its owner only: `whsec_` and 24 to 64 bytes in
+    base64. Up to 4 lines are up to 4 secrets, each of which signs.
+    """
+    webhook_events: str = ",".join(WEBHOOK_EVENTS)
+    """Types of these messages, comma-separated."""
+    webhook_ca_file: Path | None = None
+    """PEM certificates of the authorities to trust for webhooks; default: those of the system."""
+    webhook_timeout_s: float = 10.0
+    """Seconds for one attempt to deliver a message, 0.1 to 60."""
+    webhook_max_attempts: int = 100
+    """Failed attempts after which a message is dropped, 1 to 10000."""
+    webhook_max_age_s: float = 86_400.0
+    """Age of an event in seconds from which a failed attempt is the last one, 1 to 2592000."""
     traces_endpoint: str = ""
     """OTLP/HTTP endpoint for trace spans, such as http://localhost:4318/v1/traces; empty means none."""
 
@@ -378,6 +401,16 @@ class ServerConfig:
         """Values of the roles claim, each with the name of its role."""
         pairs = (entry.rpartition("=") for entry in _listed(self.oidc_roles))
         return tuple((value.strip(), role.strip()) for value, _, role in pairs)
+
+    @property
+    def webhook_receivers(self) -> tuple[str, ...]:
+        """URLs of the receivers of webhooks."""
+        return _listed(self.webhook_urls)
+
+    @property
+    def webhook_event_types(self) -> tuple[str, ...]:
+        """Types of messages that these get."""
+        return _listed(self.webhook_events)
 
     @property
     def metrics_address(self) -> tuple[str, int]:
@@ -478,6 +511,9 @@ def _out_of_range(config: ServerConfig) -> list[str]:
         "inline_payload_bytes": (0, 2**20),
         "upload_batch_bytes": (2**20, 2**28),
         "helper_timeout_s": (0.1, 86_400),
+        "webhook_timeout_s": (0.1, 60),
+        "webhook_max_attempts": (1, 10_000),
+        "webhook_max_age_s": (1, 2_592_000),
     }
     problems = []
     for item in fields(config):
@@ -512,6 +548,7 @@ def _contradictions(config: ServerConfig) -> list[str]:
     problems.extend(_contradictions_of_dashboard(config))
     problems.extend(_contradictions_of_metrics(config))
     problems.extend(_contradictions_of_oidc(config))
+    problems.extend(_contradictions_of_webhooks(config))
     if config.log_level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         problems.append(f"QFLARE_LOG_LEVEL: got {config.log_level}")
     if config.log_format not in {"text", "json"}:
@@ -656,6 +693,37 @@ def _contradictions_of_oidc(config: ServerConfig) -> list[str]:
             f"QFLARE_OIDC_ROLES: want VALUE=ROLE,..., with roles of {', '.join(OIDC_ROLES)}"
         )
     return problems
+
+
+def _contradictions_of_webhooks(config: ServerConfig) -> list[str]:
+    """Return what is wrong with the webhooks; a URL is not repeated, as it may contain a secret."""
+    problems = []
+    urls, kinds = config.webhook_receivers, config.webhook_event_types
+    if not kinds or not set(kinds) <= set(WEBHOOK_EVENTS):
+        problems.append(
+            f"QFLARE_WEBHOOK_EVENTS: got {config.webhook_events or 'none'}, want of {', '.join(WEBHOOK_EVENTS)}"
+        )
+    if not all(map(_is_receiver, urls)):
+        problems.append(
+            "QFLARE_WEBHOOK_URLS: want https URLs, or http on loopback, without user and fragment"
+        )
+    if len(urls) > MAX_WEBHOOKS or len(set(urls)) < len(urls):
+        problems.append(f"QFLARE_WEBHOOK_URLS: want at most {MAX_WEBHOOKS} different URLs")
+    if urls and config.webhook_secret_file is None:
+        problems.append("QFLARE_WEBHOOK_URLS needs QFLARE_WEBHOOK_SECRET_FILE")
+    return problems
+
+
+def _is_receiver(text: str) -> bool:
+    """Return whether a URL may get webhooks."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:
+        return False
+    if not text.isascii() or not text.isprintable() or " " in text:
+        return False
+    return _is_safe_url(parts._replace(query="").geturl())
 
 
 def _listed(text: str) -> tuple[str, ...]:

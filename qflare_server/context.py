@@ -123,6 +123,9 @@ class Telemetry:
     ) -> None:
         """Called when a round is published, with the time of collection and of publication."""
 
+    def webhook_attempted(self, outcome: str) -> None:
+        """Called after an attempt to deliver a webhook; the outcome is delivered, failed or dropped."""
+
     def span(
         self, name: str, *, links: Sequence[str] = (), **attributes: Any
     ) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
@@ -27,7 +27,12 @@ from qflare_server.storage.repository import (
     views,
 )
 from qflare_server.storage.repository.audit import SYSTEM, Event
-from qflare_server.storage.tables import LEFT_OUT_REASON, RoundState, TrainingSessionState
+from qflare_server.storage.tables import (
+    LEFT_OUT_REASON,
+    RiskLevel,
+    RoundState,
+    TrainingSessionState,
+)
 from qflare_server.strategies import Outcome
 from qflare_server.training.early_stopping import stop_reason
 from qflare_server.training.evaluation import summarize
@@ -36,6 +41,9 @@ from qflare_server.training.privacy import PrivacyCharge, ledger_rows, with_ledg
 from qflare_server.training.quarantine import quarantine_repeaters
 from qflare_server.training.rounds import RoundTask, end_session, open_round, sign_task
 from qflare_server.training.versions import SignedVersion, VersionDraft, publish, sign_version
+
+NEARLY_SPENT: Final = 0.9
+"""Share of the privacy budget from which it is nearly spent."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Publication:
             or not self._still_holds(training_session, current)
         ):
             return False
+        spent_before = training_session.epsilon_spent or 0.0
         for payload in self.payloads:
             payload.insert(session, now)
         training_session = publish(session, training_session, self.version, now)
@@ -80,6 +89,7 @@ class Publication:
             training_sessions.update_session(session, training_session.id, {"privacy_state": state})
         draft = self.version.draft
         self._settle(session, training_session, current, draft, now)
+        self._warn_of_budget(session, plan.training_session_id, spent_before, now)
         self._go_on(session, training_session, current, now)
         return True
 
@@ -174,6 +184,28 @@ class Publication:
         event = Event(
             "version.published", f"training_session:{training_session.id}", details=details
         )
+        audit.record(session, SYSTEM, event, now)
+
+    def _warn_of_budget(
+        self, session: Session, training_session_id: str, spent_before: float, now: datetime
+    ) -> None:
+        """Record once that the privacy budget of a training session is nearly spent."""
+        allowance, plan = self.allowance, self.fold.plan
+        if allowance is None:
+            return
+        budget = plan.config.privacy.epsilon_budget
+        bound = NEARLY_SPENT * budget
+        spent = allowance.after.epsilon
+        if spent_before >= bound or not (spent >= bound or allowance.is_last):
+            return
+        details = {
+            "round": plan.number,
+            "version": self.version.draft.version,
+            "epsilon": spent,
+            "epsilon_budget": budget,
+        }
+        subject = f"training_session:{training_session_id}"
+        event = Event("privacy.budget_nearly_spent", subject, RiskLevel.MEDIUM, details)
         audit.record(session, SYSTEM, event, now)
 
     def _go_on(

@@ -46,6 +46,7 @@ COMMANDS: Final = {
     "registry": "registry",
     "audit": "verify",
     "payloads": "payloads",
+    "webhooks": "webhooks",
 }
 """Module of each command, in the order of the help text."""
 FLAGS: Final = (

@@ -39,6 +39,7 @@ from qflare_server.serving.rpc.possession import PossessionInterceptor
 from qflare_server.serving.rpc.reflection import MethodPool
 from qflare_server.serving.rpc.validation import RequestValidation
 from qflare_server.serving.tls import tls_credentials
+from qflare_server.serving.webhooks import WebhookThreads
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Coordinator:
         context = self.parts.context
         aggregator = Aggregator(context, self.parts.executor, holder)
         self._worker = AggregationWorker(aggregator, context, self.parts.wake)
+        self._webhooks = WebhookThreads(context, holder)
         self._housekeeping = Maintenance(
             context,
             self.use_cases,
@@ -156,6 +158,7 @@ class Coordinator:
         """
         self._housekeeping.join()
         self.observability.start(self.parts.context)
+        self._webhooks.start()
         self._server.start()
         self._worker.start()
         self._housekeeping.start()
@@ -191,6 +194,7 @@ class Coordinator:
         self._server.stop(grace)
         self._boundary.running.wait_until_none(grace)
         self._server.stop(None).wait()
+        self._webhooks.stop()
         self._worker.stop(grace + 10.0)
         self._housekeeping.stop()
         self._watchdog.stop()

@@ -139,6 +139,11 @@ class CompositeTelemetry(Telemetry):
         for hearer in self._hearers:
             hearer.round_published(aggregated_count, rejected_count, collected_s, published_s)
 
+    def webhook_attempted(self, outcome: str) -> None:
+        """Forward the event."""
+        for hearer in self._hearers:
+            hearer.webhook_attempted(outcome)
+
     def span(
         self, name: str, *, links: Sequence[str] = (), **attributes: Any
     ) -> AbstractContextManager[None]:

@@ -100,6 +100,12 @@ class Metrics(Telemetry):
             buckets=PUBLISH_BUCKETS,
             registry=registry,
         )
+        self._webhooks = Counter(
+            "qflare_webhook_attempts",
+            "Attempts to deliver a webhook by outcome: delivered, failed, dropped",
+            labelnames=("outcome",),
+            registry=registry,
+        )
         self._query = Histogram(
             "qflare_database_query_seconds",
             "Time of one statement",
@@ -208,6 +214,10 @@ class Metrics(Telemetry):
         self._updates.labels("rejected").inc(rejected_count)
         self._collecting.observe(collected_s)
         self._publishing.observe(published_s)
+
+    def webhook_attempted(self, outcome: str) -> None:
+        """Count an attempt."""
+        self._webhooks.labels(outcome).inc()
 
 
 def _labels(method: str, kind: str) -> tuple[str, str, str]:

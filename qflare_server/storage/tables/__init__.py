@@ -7,7 +7,14 @@ Every constraint and index is named, states have CHECK constraints, times are UT
 from qflare_server.storage.tables.audit import AuditHead, AuditLog, AuditNode, TrustDocument
 from qflare_server.storage.tables.devices import Device, DeviceGroup, DeviceKey, UserToken
 from qflare_server.storage.tables.payloads import Payload, PayloadChunk, PayloadPlace, Upload
-from qflare_server.storage.tables.replicas import Epoch, IdempotentCall, Lease, Replica, UsedNonce
+from qflare_server.storage.tables.replicas import (
+    Epoch,
+    IdempotentCall,
+    Lease,
+    Replica,
+    UsedNonce,
+    WebhookCursor,
+)
 from qflare_server.storage.tables.results import (
     EVIDENCE_REASON,
     LEFT_OUT_REASON,
@@ -88,5 +95,6 @@ __all__ = [
     "UsedNonce",
     "UserToken",
     "UtcDateTime",
+    "WebhookCursor",
     "one_of",
 ]

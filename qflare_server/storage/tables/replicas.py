@@ -1,4 +1,4 @@
-"""Tables that coordinate several coordinators on one database: leases, replicas, epochs, idempotency, nonces."""
+"""Tables of several coordinators on one database: leases, replicas, epochs, webhooks, idempotency, nonces."""
 
 from datetime import datetime
 
@@ -42,6 +42,21 @@ class Epoch(Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     security: Mapped[int] = mapped_column(BigInteger, default=0)
     rounds: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class WebhookCursor(Base):
+    """How far a receiver of webhooks has come: `next_leaf` is the leaf index of the audit entry that it gets next.
+
+    `endpoint` is the SHA-256 digest of its URL, which may be a credential. `attempts` counts failed attempts at that
+    message, and `due_at` is the time of the following one.
+    """
+
+    __tablename__ = "webhook_cursors"
+
+    endpoint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    next_leaf: Mapped[int] = mapped_column(BigInteger)
+    attempts: Mapped[int] = mapped_column(default=0)
+    due_at: Mapped[datetime]
 
 
 class IdempotentCall(Base):
