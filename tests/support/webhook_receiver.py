@@ -75,6 +75,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
 
+    def do_CONNECT(self) -> None:
+        """Refuse to be a proxy, and keep what was asked for."""
+        self.server.received.put(Received(self.path, {}, b""))
+        self.send_response(502)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        self.close_connection = True
+
     def _trickle(self) -> None:
         try:
             while not self.server.released.wait(0.05):

@@ -1,7 +1,7 @@
 """Requests to the receiver of a webhook: signed, over https or to loopback, with one deadline for the whole request.
 
 The headers are those of Standard Webhooks 1.0: ``webhook-id``, ``webhook-timestamp`` and ``webhook-signature``, which
-is ``v1,`` and HMAC-SHA256 in base64 over ``ID.TIMESTAMP.BODY``, for each secret.
+is ``v1,`` and HMAC-SHA256 in base64 over id, timestamp and body, joined by full stops, for each secret.
 """
 
 import base64

@@ -22,8 +22,9 @@ from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import WebhookCursor
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
 from qflare_server.use_cases.webhooks.delivery import MAX_DELAY_S, Delivery
-from qflare_server.use_cases.webhooks.sender import Sender
-from tests.conftest import FakeClock
+from qflare_server.use_cases.webhooks.messages import probe_message
+from qflare_server.use_cases.webhooks.sender import DeliveryError, Sender
+from tests.conftest import START, FakeClock
 from tests.contract.aggregation.test_privacy import DELTA, NOISE, epsilon_of
 from tests.contract.conftest import MakeCore
 from tests.support.use_cases import (
@@ -45,6 +46,8 @@ from tests.support.webhook_receiver import (
 )
 
 TIMEOUT_S = 0.3
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""For what does not depend on the database."""
 
 
 class Outcomes(Telemetry):
@@ -176,12 +179,14 @@ def test_a_quarantined_device_is_named(hooked: CoordinatorHarness, hook: Receive
     assert content["data"] == {
         "audit_index": content["data"]["audit_index"],
         "device_id": "device-1",
+        "device_name": "device-1",
         "rejections": 1,
         "training_session_id": session_id,
         "training_session_name": "test",
     }
 
 
+@ON_SQLITE
 def test_a_changed_or_old_message_is_not_genuine(
     hooked: CoordinatorHarness, hook: Receiver, clock: FakeClock
 ) -> None:
@@ -197,6 +202,7 @@ def test_a_changed_or_old_message_is_not_genuine(
     assert not is_genuine(message, now, "whsec_" + "QUJD" * 11)
 
 
+@ON_SQLITE
 @pytest.mark.parametrize("answer", [500, 429, 404, 302, STALL, TRICKLE])
 def test_a_message_that_is_not_accepted_is_sent_again_before_later_ones(
     hooked: CoordinatorHarness, hook: Receiver, clock: FakeClock, answer: int
@@ -287,6 +293,7 @@ def test_a_new_receiver_gets_no_earlier_events_and_passes_over_others(
     assert json.loads(message.body)["data"]["state"] == "failed"
 
 
+@ON_SQLITE
 def test_the_certificate_of_a_receiver_is_verified(
     hooked: CoordinatorHarness, tmp_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -305,6 +312,7 @@ def test_the_certificate_of_a_receiver_is_verified(
         assert is_genuine(hook.next(), clock().timestamp())
 
 
+@ON_SQLITE
 def test_neither_the_secret_nor_the_path_of_a_url_is_logged(
     hooked: CoordinatorHarness, hook: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -321,6 +329,24 @@ def test_neither_the_secret_nor_the_path_of_a_url_is_logged(
     assert SECRET not in said
     assert SECRET.removeprefix("whsec_") not in said
     assert "path-credential" not in said
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "HTTP_PROXY"])
+def test_the_proxy_of_the_environment_is_used_but_not_for_this_machine(
+    hook: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with receiver() as proxy:
+        monkeypatch.setenv(name, proxy.url)
+        config = ServerConfig(webhook_secret_file=secret_file(tmp_path), webhook_timeout_s=5.0)
+        message = probe_message("qflare", "0", START)
+
+        Sender(config, hook.url).send(message, START)
+        with pytest.raises(DeliveryError):
+            Sender(config, "https://receiver.invalid/hook").send(message, START)
+
+        asked = [item.path for item in taken(proxy)]
+    assert asked == (["receiver.invalid:443"] if name == "HTTPS_PROXY" else [])
+    assert [item.path for item in taken(hook)] == ["/path-credential"]
 
 
 @pytest.mark.parametrize(
@@ -342,6 +368,7 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path) -> None:
         Sender(config, "http://127.0.0.1:1/")
 
 
+@ON_SQLITE
 def test_each_of_two_secrets_signs(
     hooked: CoordinatorHarness, hook: Receiver, tmp_path: Path, clock: FakeClock
 ) -> None:

@@ -21,6 +21,7 @@ def cancel_one(parts: Application) -> str:
     return session_id
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_killed_coordinator_delivers_after_its_restart(
     parts: Application, replicas: Replicas, tmp_path: Path
 ) -> None:
@@ -55,13 +56,14 @@ def test_a_killed_coordinator_delivers_after_its_restart(
     assert "path-credential" not in said
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_two_coordinators_deliver_each_message_once(
     parts: Application, replicas: Replicas, tmp_path: Path
 ) -> None:
     with receiver() as hook:
-        settings = {"webhook_urls": hook.url, "webhook_secret_file": secret_file(tmp_path)}
+        secret = secret_file(tmp_path)
         for _ in range(2):
-            replicas.start(**settings)
+            replicas.start(webhook_urls=hook.url, webhook_secret_file=secret)
         wanted = [cancel_one(parts) for _ in range(4)]
 
         found = [json.loads(hook.next().body)["data"]["training_session_id"] for _ in wanted]
