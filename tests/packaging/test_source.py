@@ -28,10 +28,13 @@ CALLED_BY_LIBRARIES = {
     "create_server",
     "data_received",
     "handle_events",
+    "http_open",
+    "https_open",
     "intercept_service",
     "on_response_complete",
     "process_bind_param",
     "process_result_value",
+    "redirect_request",
 }
 CALLED_BY_PROGRAMS = {"from_mapping"}
 MAX_NAME_CHARACTERS = 60
@@ -160,6 +163,7 @@ WALL_CLOCKS = {
     "qflare_server/cli/certificates.py": "validity of the certificates that a command makes",
     "qflare_server/cli/keys.py": "issue times of the documents that a command signs",
     "qflare_server/cli/offline_root.py": "issue times of the documents that a command signs",
+    "qflare_server/cli/webhooks.py": "the moment that a test message states",
     "qflare_server/context.py": "the function for commands that no coordinator runs",
     "qflare_server/keys/setup.py": "issue times of the first trust documents",
     "qflare_server/storage/backups.py": "the name of a backup",

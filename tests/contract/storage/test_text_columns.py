@@ -74,6 +74,7 @@ LONGEST: Final[dict[str, int]] = {
     "rounds.state": longest(tables.RoundState),
     "rounds.state_reason": 500,
     "training_session_groups.group_name": 63,
+    "webhook_cursors.endpoint": DIGEST,
     "training_sessions.model_type": 100,
     "training_sessions.name": 200,
     "training_sessions.state": longest(tables.TrainingSessionState),
