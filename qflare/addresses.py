@@ -35,7 +35,7 @@ def is_loopback(address: str) -> bool:
         return True
     if address.startswith(("ipv4:", "ipv6:")):
         return all(is_loopback(one) for one in address[5:].split(","))
-    return _is_loopback_host(_host_of(address))
+    return is_loopback_host(_host_of(address))
 
 
 def _host_of(address: str) -> str:
@@ -46,7 +46,7 @@ def _host_of(address: str) -> str:
     return address.partition(":")[0] if address.count(":") == 1 else address
 
 
-def _is_loopback_host(host: str) -> bool:
+def is_loopback_host(host: str) -> bool:
     """Return whether a host is localhost, in any case, or a loopback address; other names are not resolved."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
