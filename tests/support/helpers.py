@@ -10,6 +10,7 @@ from google.protobuf import json_format
 
 from qflare.evidence.unmasking import open_helper
 from qflare.v1 import helper_service_pb2, security_pb2
+from qflare_helper.__main__ import main
 
 
 class HelperProcess:
@@ -36,10 +37,9 @@ class HelperProcess:
         bundle_dir.mkdir(parents=True, exist_ok=True)
         bootstrap_file = home.parent / f"{home.name}-bootstrap.json"
         bootstrap_file.write_text(json_format.MessageToJson(bootstrap))
-        self.run(
-            *("init", "--bootstrap", str(bootstrap_file), "--address", "127.0.0.1:1"),
-            *("--min-cohort", str(min_cohort), "--output", str(self.bundle_file)),
-        )
+        words = ("init", "--bootstrap", str(bootstrap_file), "--address", "127.0.0.1:1")
+        policy = ("--min-cohort", str(min_cohort), "--output", str(self.bundle_file))
+        assert main(["--home", str(home), *words, *policy]) == 0
         self._realm = bootstrap.realm
 
     def run(self, *words: str, code: int = 0) -> str:
@@ -88,10 +88,21 @@ class HelperProcess:
         """Let it end by itself; one that has ended is left alone."""
         self._end(signal.SIGTERM)
 
+    def halt(self) -> None:
+        """Let it do nothing until `resume`; its connections stay open."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on after `halt`."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGCONT)
+
     def _end(self, number: signal.Signals) -> None:
         if self._process is None:
             return
         os.kill(self._process.pid, number)
+        os.kill(self._process.pid, signal.SIGCONT)  # one that was halted ends only when it goes on
         self._process.wait(30)
         assert self._process.stdout is not None
         self._process.stdout.close()

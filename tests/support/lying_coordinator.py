@@ -1,10 +1,13 @@
 """A coordinator that lies to devices: a proxy that alters signed tasks, and signs them anew with the task key."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from qflare.v1 import coordinator_service_pb2, security_pb2
 from tests.support.newer_coordinator import NewerCoordinator
+
+_REPEATED: Final = ("round_number", "base_version", "base_digest")
+"""An answer repeats these fields of its signed statement too."""
 
 Lie = Callable[[security_pb2.TaskStatement], object]
 Sign = Callable[[Any, bytes], security_pb2.SignedEnvelope]
@@ -32,6 +35,8 @@ class LyingCoordinator(NewerCoordinator):
         self.lie(task)
         payload = task.SerializeToString(deterministic=True)
         answer.transfer.CopyFrom(task.transfer)
+        for name in _REPEATED:
+            setattr(answer, name, getattr(task, name))
         if self.signs:
             answer.task.CopyFrom(self._sign(security_pb2.KEY_ROLE_TASK, payload))
         else:

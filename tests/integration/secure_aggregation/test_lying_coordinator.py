@@ -33,7 +33,7 @@ from tests.support.lying_coordinator import Lie, LyingCoordinator
 SecureStart = Callable[..., SecureDeployment]
 Member = messages.UnmaskMember
 Task = security_pb2.TaskStatement
-DEVICES: Final = 4
+DEVICES: Final = 5
 
 
 @pytest.fixture
