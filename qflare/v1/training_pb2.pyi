@@ -916,7 +916,9 @@ class SecureAggregationPolicy(_message.Message):
     bits: _builtins.int
     """Bits of an element of a masked update: 16, 32 or 64. 0 means 32."""
     clip: _builtins.float
-    """L2 norm to which devices clip the change of their weights before they quantize it; above 0."""
+    """L2 norm to which devices clip the change of their weights before they quantize it; above 0. With differential privacy
+    0 means privacy.clip_norm, and any other number is refused.
+    """
     max_cohort: _builtins.int
     """Maximum number of updates in a sum; at least rounds.target. 0 means rounds.target."""
     min_cohort: _builtins.int

@@ -11,6 +11,7 @@ Integer tensors keep the values of the base version: which update has the most e
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -301,8 +302,12 @@ class MaskedRoundFold(RoundFold):
         else:
             self._pending.result()
 
+        # Under privacy the strategy divides by a fixed number instead of the number of updates.
+        is_private = bool(self.plan.config.privacy.noise_multiplier)
+        divisor = self._parameters.max_weight if is_private else self._weight_sum
+
         def read(start: int, stop: int) -> np.ndarray[Any, Any]:
-            return mean_change(self._parameters, self._sum[start:stop], self._weight_sum)
+            return mean_change(self._parameters, self._sum[start:stop], divisor)
 
         members = contributors_digest(self._digests.values())
         self._aggregation.add(Contribution(SUM, self._weight_sum, read, digest=members))
@@ -325,7 +330,7 @@ class MaskedRoundFold(RoundFold):
             for update_id, _ in self.taken
             if update_id in self._digests
         ]
-        judged = Outcome(inner.strategy, tuple(judgements), inner.weight_sum, inner.scalars)
+        judged = replace(inner, judgements=tuple(judgements))
         order = [update_id for update_id, _ in self.taken]
         return with_refusals(judged, order, self.refusals | self._refused)
 

@@ -205,6 +205,7 @@ def _privacy(config: StrategyConfig) -> CentralPrivacy | None:
         noise_multiplier=chosen.noise_multiplier,
         expected_update_count=expected,
         adaptive=adaptive if chosen.adaptive_quantile else None,
+        rounding=chosen.rounding,
     )
 
 
@@ -248,10 +249,12 @@ def rebuild(config: StrategyConfig) -> Strategy:
     check_combination(config, rule)
     privacy = _privacy(config)
     screens = _screens(config)
+    if privacy is not None and not config.secure_aggregation:
+        screens = (*screens, privacy.screen)  # under secure aggregation the devices clip
     return Strategy(
         name=config.name,
         rule=rule,
-        screens=(*screens, privacy.screen) if privacy else screens,
+        screens=screens,
         optimizer=_OPTIMIZERS[_optimizer_name(config)](config),
         privacy=privacy,
         device_settings=_device_settings(config),

@@ -28,6 +28,7 @@ class PrivacyConfig:
         adaptive_learning_rate: Geometric step of the bound. Above zero.
         count_stddev: Noise in the count of norms within the bound; 0 stands for a twentieth of the updates.
         accountant: `rdp` (Renyi orders, cheap) or `pld` (privacy loss distributions, tighter).
+        rounding: Bound of the error by which a device rounds each element of its clipped delta; 0 for none.
     """
 
     clip_norm: float
@@ -40,6 +41,7 @@ class PrivacyConfig:
     adaptive_learning_rate: float = 0.2
     count_stddev: float = 0.0
     accountant: str = "rdp"
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,9 @@ class Release:
     def noise_stddev(self) -> float:
         """Standard deviation of the noise in each element of the aggregate."""
         privacy = self.assessor.strategy.privacy
-        return privacy.noise_stddev(self.assessor.scalars) if privacy else 0.0
+        if privacy is None:
+            return 0.0
+        return privacy.noise_stddev(self.assessor.scalars, self.assessor.element_count)
 
     @cached_property
     def _noise(self) -> Noise:

@@ -2,8 +2,9 @@
 
 The guarantee is per device and per version: a released aggregate is the sum of clipped deltas plus Gaussian noise,
 over a *fixed* denominator (the expected number of updates, not the number received), so adding or removing one
-device changes the sum by at most the clipping bound. The sampling of devices and the total cost
-of all versions are covered by `accounting`.
+device changes the sum by at most the clipping bound. Under secure aggregation the devices clip and then round each
+element, which adds at most the rounding error times the square root of the number of elements to that bound. The
+sampling of devices and the total cost of all versions are covered by `accounting`.
 
 Sources: McMahan et al. 2018, arXiv:1710.06963, section 3 (fixed denominator); Andrew et al. 2021,
 arXiv:1905.03871, Algorithm 1 (adaptive clipping).
@@ -11,7 +12,7 @@ arXiv:1905.03871, Algorithm 1 (adaptive clipping).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, sqrt
 
 from qflare_server.strategies.screening import CLIP_BOUND, AdaptiveClip, NormClip
 from qflare_server.strategies.types import UpdateAssessment
@@ -46,12 +47,14 @@ class CentralPrivacy:
             when the bound adapts, the count together. The accountant uses this value.
         expected_update_count: The fixed denominator.
         adaptive: Adaptation of the bound, or None.
+        rounding: Bound of the rounding error of each element of a clipped delta.
     """
 
     clip_norm: float
     noise_multiplier: float
     expected_update_count: int
     adaptive: AdaptiveBound | None = None
+    rounding: float = 0.0
 
     @property
     def screen(self) -> NormClip | AdaptiveClip:
@@ -79,9 +82,14 @@ class CentralPrivacy:
         """Return the clipping bound of the version being made."""
         return scalars.get(CLIP_BOUND, self.clip_norm) if self.adaptive else self.clip_norm
 
-    def noise_stddev(self, scalars: Mapping[str, float]) -> float:
+    def sensitivity(self, scalars: Mapping[str, float], element_count: int) -> float:
+        """Return the largest L2 norm of one device's share in the sum of so many elements."""
+        return self.bound(scalars) + self.rounding * sqrt(element_count)
+
+    def noise_stddev(self, scalars: Mapping[str, float], element_count: int) -> float:
         """Return the standard deviation of the noise in each element of the aggregate."""
-        return self.sum_noise_multiplier * self.bound(scalars) / self.expected_update_count
+        sensitivity = self.sensitivity(scalars, element_count)
+        return self.sum_noise_multiplier * sensitivity / self.expected_update_count
 
     def next_scalars(
         self, scalars: Mapping[str, float], judgements: Sequence[UpdateAssessment], noise: float

@@ -63,6 +63,7 @@ _PRIVACY_RANGES: Final[dict[str, tuple[_Test, str]]] = {
     "adaptive_quantile": (_decay, "within [0, 1)"),
     "adaptive_learning_rate": (_positive, "above 0"),
     "count_stddev": (_not_negative, "0 or above"),
+    "rounding": (_not_negative, "0 or above"),
 }
 
 
@@ -293,10 +294,9 @@ def _check_hidden(config: StrategyConfig, rule: FoldRule | CohortRule) -> None:
             raise StrategyConfigError(
                 f"{name} looks at single updates, which secure aggregation hides"
             )
-    if config.privacy is not None:
+    if config.privacy is not None and config.privacy.adaptive_quantile:
         raise StrategyConfigError(
-            "central privacy clips single updates, which secure aggregation hides; "
-            "clip and add noise on the devices"
+            "an adaptive clipping bound counts the norms of single updates, which secure aggregation hides"
         )
 
 

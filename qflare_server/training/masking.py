@@ -33,7 +33,12 @@ def is_masked(config: training_pb2.TrainingConfig) -> bool:
 
 def max_weight(config: training_pb2.TrainingConfig) -> int:
     """Return the largest weight of a masked update."""
-    return 1 if config.strategy.uniform_weights else int(config.safeguards.max_example_count)
+    return 1 if _is_uniform(config) else int(config.safeguards.max_example_count)
+
+
+def _is_uniform(config: training_pb2.TrainingConfig) -> bool:
+    """Return whether every update counts as one, as always under central privacy."""
+    return config.strategy.uniform_weights or bool(config.privacy.noise_multiplier)
 
 
 def parameters_of(config: training_pb2.TrainingConfig) -> MaskingParameters:
@@ -69,6 +74,8 @@ def complete_masking(config: training_pb2.TrainingConfig) -> None:
     policy.bits = policy.bits or DEFAULT_BITS
     policy.max_cohort = policy.max_cohort or config.rounds.target
     policy.min_cohort = policy.min_cohort or config.rounds.quorum
+    if config.privacy.noise_multiplier:
+        _complete_privacy(config)
     _check_cohort(config)
     _check_contradictions(config)
     _check_names(policy)
@@ -80,6 +87,28 @@ def complete_masking(config: training_pb2.TrainingConfig) -> None:
         ) from error
     config.transfer.update_kind = training_pb2.UPDATE_KIND_DELTA
     config.transfer.update_encoding = training_pb2.ENCODING_MASKED
+
+
+def _complete_privacy(config: training_pb2.TrainingConfig) -> None:
+    """Let devices clip to the norm that the noise is calibrated for, and refuse what no noise covers."""
+    policy, privacy = config.secure_aggregation, config.privacy
+    policy.clip = policy.clip or privacy.clip_norm
+    if policy.clip != privacy.clip_norm:
+        raise _refusal(
+            "clip",
+            f"got {policy.clip:g}, want privacy.clip_norm {privacy.clip_norm:g} or none: devices clip to the norm that "
+            "the noise is calibrated for",
+        )
+    if privacy.target_quantile:
+        raise _refused(
+            "privacy.target_quantile",
+            "an adaptive clipping norm follows the norms of single updates, which secure aggregation hides",
+        )
+    if policy.metrics:
+        raise _refusal(
+            "metrics",
+            "with differential privacy none can be sent: the noise covers only the weights",
+        )
 
 
 def _check_cohort(config: training_pb2.TrainingConfig) -> None:
@@ -121,7 +150,7 @@ def _check_contradictions(config: training_pb2.TrainingConfig) -> None:
             "safeguards.quarantine_rejections",
             "counts updates that safeguards reject, which secure aggregation hides",
         )
-    if not config.strategy.uniform_weights and not safeguards.max_example_count:
+    if not _is_uniform(config) and not safeguards.max_example_count:
         raise _refused(
             "safeguards.max_example_count",
             "empty; state the largest weight of an update, or set strategy.uniform_weights: the scale of masked "

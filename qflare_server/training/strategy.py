@@ -16,7 +16,7 @@ from qflare_server.strategies import (
 )
 from qflare_server.strategies.catalogue import RULES, rebuild
 from qflare_server.strategies.validation import ineffective
-from qflare_server.training.masking import is_masked
+from qflare_server.training.masking import is_masked, parameters_of
 
 _DERIVED: Final = frozenset(
     {
@@ -167,7 +167,8 @@ def _split(parameters: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, f
 def privacy_config(config: training_pb2.TrainingConfig) -> PrivacyConfig | None:
     """Return the central-privacy settings of a training session, None if it has none.
 
-    The fixed denominator of the mean is the number of updates at which a round closes.
+    The fixed denominator of the mean is the number of updates at which a round closes. Under secure aggregation an
+    element of an update is off by at most one level of quantization, which the noise covers too.
 
     Raises:
         StrategyConfigError: Privacy is asked for without noise.
@@ -185,6 +186,7 @@ def privacy_config(config: training_pb2.TrainingConfig) -> PrivacyConfig | None:
         expected_update_count=config.rounds.target,
         adaptive_quantile=policy.target_quantile,
         accountant=_accountant(policy),
+        rounding=1 / parameters_of(config).scale if is_masked(config) else 0.0,
     )
 
 

@@ -144,6 +144,12 @@ def test_a_device_refuses_less_than_its_policy(secure: SecureStart) -> None:
             task(session_id, **policy)
 
 
+PRIVACY: Final = {
+    "noise_multiplier": 4.0,
+    "clip_norm": 1.0,
+    "epsilon_budget": 10.0,
+    "delta": 1e-5,
+}
 CONTRADICTIONS: Final[list[tuple[str, dict[str, Any]]]] = [
     ("strategy.name", {"strategy": {"name": "median"}}),
     ("transfer.sealed", {"transfer": {"sealed": True}}),
@@ -162,6 +168,12 @@ CONTRADICTIONS: Final[list[tuple[str, dict[str, Any]]]] = [
     ("secure_aggregation.helpers", {"policy": {"helpers": []}}),
     ("secure_aggregation.helpers", {"policy": {"helpers": ["0" * 64]}}),
     ("secure_aggregation.mode", {"policy": {"mode": 0}}),
+    ("secure_aggregation.clip", {"privacy": PRIVACY, "policy": {"metrics": []}}),
+    ("secure_aggregation.metrics", {"privacy": PRIVACY, "policy": {"clip": 0.0}}),
+    (
+        "privacy.target_quantile",
+        {"privacy": {**PRIVACY, "target_quantile": 0.5}, "policy": {"clip": 0.0, "metrics": []}},
+    ),
 ]
 
 

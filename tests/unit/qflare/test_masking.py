@@ -63,6 +63,20 @@ def test_the_unmasked_sum_is_exact_to_the_bound_of_quantization(
     assert np.abs(got - wanted / weight_sum).max() <= bound * 1.0001 + 1e-9 * parameters.clip
 
 
+@settings(max_examples=60, deadline=None)
+@given(cohorts())
+def test_one_update_moves_a_sum_by_no_more_than_clip_and_rounding(
+    cohort: tuple[MaskingParameters, list[int], list[np.ndarray]],
+) -> None:
+    """The sensitivity that noise on a sum is calibrated for (`CentralPrivacy.sensitivity`)."""
+    parameters, weights, changes = cohort
+    bound = parameters.clip + np.sqrt(50) / parameters.scale
+    for weight, change in zip(weights, changes, strict=True):
+        levels = Quantizer(parameters, weight, float(np.linalg.norm(change))).quantize(change)
+        share = mean_change(parameters, levels, parameters.max_weight)
+        assert np.linalg.norm(share) <= bound * (1 + 1e-9)
+
+
 @settings(max_examples=40, deadline=None)
 @given(BITS, st.integers(0, 3000), st.integers(1, 3000))
 def test_any_range_of_a_mask_is_the_same_bytes(bits: int, start: int, length: int) -> None:

@@ -60,7 +60,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"clip_norm": 1.0, "secure_aggregation": True}, "clip_norm looks at single updates"),
     ({"max_norm": 1.0, "secure_aggregation": True}, "max_norm looks at single updates"),
     ({"min_cosine": 0.0, "secure_aggregation": True}, "min_cosine looks at single updates"),
-    ({"privacy": PRIVACY, "secure_aggregation": True}, "central privacy clips single updates"),
+    (
+        {
+            "quorum": 100,
+            "privacy": {**PRIVACY, "adaptive_quantile": 0.5},
+            "secure_aggregation": True,
+        },
+        "norms of single updates",
+    ),
     ({"name": "median", "privacy": PRIVACY}, "sensitivity is not bounded"),
     ({"name": "geometric_median", "privacy": PRIVACY}, "sensitivity is not bounded"),
     ({"name": "fedbuff", "asynchronous": True, "privacy": PRIVACY}, "several times"),
