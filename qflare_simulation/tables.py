@@ -149,7 +149,6 @@ class _Reader:
         return None if at is None else (at - self._start).total_seconds()
 
     def _round_rows(self) -> Iterator[Sequence[Any]]:
-        failed = [row["round_number"] for row in self._failures]
         for row in self._rounds:
             yield (
                 row["number"],
@@ -163,7 +162,7 @@ class _Reader:
                 row["accepted_count"],
                 row["rejected_count"],
                 row["late_count"],
-                failed.count(row["number"]),
+                row["failed_count"],
                 row["example_count"],
             )
 

@@ -1446,6 +1446,7 @@ class Round(_message.Message):
     PUBLISH_TIME_FIELD_NUMBER: _builtins.int
     PUBLISH_DURATION_FIELD_NUMBER: _builtins.int
     LATE_COUNT_FIELD_NUMBER: _builtins.int
+    FAILED_COUNT_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     round_number: _builtins.int
@@ -1468,6 +1469,8 @@ class Round(_message.Message):
     """Sum of the example counts of the accepted updates; after publication, of the updates in the version."""
     late_count: _builtins.int
     """Devices whose updates were refused because the round had closed."""
+    failed_count: _builtins.int
+    """Devices that reported a failed training or evaluation during the round, each once; also those that later sent an update."""
     @_builtins.property
     def open_time(self) -> _timestamp_pb2.Timestamp:
         """Opening time."""
@@ -1507,10 +1510,11 @@ class Round(_message.Message):
         publish_time: _timestamp_pb2.Timestamp | None = ...,
         publish_duration: _duration_pb2.Duration | None = ...,
         late_count: _builtins.int = ...,
+        failed_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "close_time", b"close_time", "deadline_time", b"deadline_time", "open_time", b"open_time", "publish_duration", b"publish_duration", "publish_time", b"publish_time", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "accepted_count", b"accepted_count", "base_version", b"base_version", "close_time", b"close_time", "deadline_time", b"deadline_time", "example_count", b"example_count", "late_count", b"late_count", "open_time", b"open_time", "publish_duration", b"publish_duration", "publish_time", b"publish_time", "rejected_count", b"rejected_count", "round_number", b"round_number", "selected_count", b"selected_count", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "accepted_count", b"accepted_count", "base_version", b"base_version", "close_time", b"close_time", "deadline_time", b"deadline_time", "example_count", b"example_count", "failed_count", b"failed_count", "late_count", b"late_count", "open_time", b"open_time", "publish_duration", b"publish_duration", "publish_time", b"publish_time", "rejected_count", b"rejected_count", "round_number", b"round_number", "selected_count", b"selected_count", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015

@@ -100,6 +100,7 @@ ROUND: list[Column] = [
     ("accepted", lambda row: row.accepted_count),
     ("rejected", lambda row: row.rejected_count),
     ("late", lambda row: row.late_count),
+    ("failed", lambda row: row.failed_count),
     ("examples", lambda row: row.example_count),
     ("opened", lambda row: moment(row, "open_time")),
     ("collecting", _took),

@@ -56,6 +56,7 @@ class Round(NamedTuple):
     accepted_count: int
     rejected_count: int
     late_count: int
+    failed_count: int
     example_count: int
     nonce: str
     task: bytes | None

@@ -40,7 +40,10 @@ def record_failure(
     text: str,
     at: datetime,
 ) -> bool:
-    """Record the latest failure of a device in a round, in one row; return whether it is the first."""
+    """Record the latest failure of a device in a round, in one row; return whether it is the first.
+
+    The first counts the device in its round. The caller holds the lock on the training session.
+    """
     named = {
         "training_session_id": training_session_id,
         "round_number": round_number,
@@ -57,11 +60,19 @@ def record_failure(
         return False
     values = {"kind": kind, "text": text, "reported_at": at, "report_count": 1}
     session.execute(insert(FAILURES).values(**named, **values))
+    session.execute(
+        update(ROUNDS)
+        .where(ROUNDS.c.training_session_id == training_session_id, ROUNDS.c.number == round_number)
+        .values(failed_count=ROUNDS.c.failed_count + 1)
+    )
     return True
 
 
 def delete_old(session: Session, before: datetime, limit: int) -> int:
-    """Delete failures in rounds that are over, reported before a time; at most so many rows; return how many."""
+    """Delete failures in rounds that are over, reported before a time; at most so many rows; return how many.
+
+    The counts of rounds stay.
+    """
     keys = tuple_(FAILURES.c.training_session_id, FAILURES.c.round_number, FAILURES.c.device_id)
     old = (
         select(*keys.clauses)

@@ -98,6 +98,7 @@ class Round(Base):
     accepted_count: Mapped[int] = mapped_column(default=0)
     rejected_count: Mapped[int] = mapped_column(default=0)
     late_count: Mapped[int] = mapped_column(default=0)
+    failed_count: Mapped[int] = mapped_column(default=0)
     example_count: Mapped[int] = mapped_column(BigInteger, default=0)
     nonce: Mapped[str] = mapped_column(String(64))
     task: Mapped[bytes | None]
@@ -150,7 +151,7 @@ class LateUpdate(Base):
 
 
 class DeviceFailure(Base):
-    """The latest failure that a device has reported of its work on a round."""
+    """The latest failure that a device has reported of its work on a round; `Round.failed_count` counts the devices."""
 
     __tablename__ = "device_failures"
 

@@ -8,7 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidRequestError
 from qflare_server.storage.paging import PageRequest
-from qflare_server.storage.repository import devices
+from qflare_server.storage.repository import devices, history
 from qflare_server.storage.repository.audit import SYSTEM, AuditFilter, list_entries
 from qflare_server.use_cases.devices.administration import Profile
 from qflare_server.use_cases.training_sessions.explanation import Explanations
@@ -76,6 +76,22 @@ def _audited(core: CoordinatorHarness, session_id: str) -> list[Any]:
     with core.database.read() as session:
         entries = list_entries(session, PageRequest(100), wanted).rows
     return [row.details for row in entries if session_id in row.subject]
+
+
+def test_rounds_count_each_device_that_failed_once(wards: CoordinatorHarness) -> None:
+    session_id = wards.start(rounds=policy(quorum=2, target=2))
+
+    fail(wards, session_id, 0, 0, 1, 3)
+    for number in (3, 4):
+        wards.submit(WARDS[number], session_id)
+    wards.settle()
+    Failures(wards.context).report(SYSTEM, WARDS[2], session_id, 1, kind="MemoryError", text="")
+    fail(wards, session_id, 0)
+
+    assert [wards.round(session_id, number).failed_count for number in (1, 2)] == [3, 1]
+    with wards.database.read() as session:
+        rounds = list(history.rounds(session, session_id))
+    assert [row["failed_count"] for row in rounds] == [3, 1]
 
 
 def test_a_round_with_a_quorum_makes_a_version(wards: CoordinatorHarness) -> None:

@@ -337,3 +337,18 @@ def test_sessions_and_devices_from_before_are_in_no_group(engine: Engine) -> Non
     assert (standing.in_groups, standing.was_selected, other.was_selected) == (True, True, False)
     assert (standing.device_type, standing.confirmed_at) == ("phone", None)
     assert groups == {}
+
+
+def test_rounds_from_before_count_the_failures_that_are_kept(engine: Engine) -> None:
+    schema.upgrade(engine, "0012")
+    failures = reflected(engine)["device_failures"]
+    told = {"kind": "MemoryError", "text": "", "report_count": 2, "reported_at": AT}
+    of_round = {"training_session_id": SESSION, "round_number": 1}
+    with engine.begin() as connection:
+        for device_id in ("enrolled", "program"):
+            connection.execute(insert(failures).values(device_id=device_id, **of_round, **told))
+
+    schema.upgrade(engine)
+
+    counts = {row["training_session_id"]: row["failed_count"] for row in rows_of(engine, "rounds")}
+    assert counts == {SESSION: 2, "in-process-1": 0}

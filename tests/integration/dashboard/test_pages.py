@@ -486,6 +486,7 @@ def test_a_column_that_says_nothing_is_not_shown(deployment: Deployment, session
     assert ">Took part<" in rounds
     assert ">Rejected<" not in rounds
     assert ">Late<" not in rounds
+    assert ">Failed<" not in rounds
 
 
 def test_a_selected_device_without_an_update_is_named(deployment: Deployment) -> None:

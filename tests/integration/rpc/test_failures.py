@@ -37,6 +37,13 @@ def notices_of(deployment: Any, session_id: str) -> list[training_pb2.Notice]:
     return list(answer.notices)
 
 
+def failed_counts(deployment: Any, session_id: str) -> list[int]:
+    """Return how many devices failed, by round."""
+    request = admin_pb2.ListRoundsRequest(training_session_id=session_id)
+    rounds = deployment.admin.ListRounds(request, metadata=deployment.metadata).rounds
+    return [row.failed_count for row in sorted(rounds, key=lambda row: row.round_number)]
+
+
 def out_of_memory(_arrays: Mapping[str, Array], _task: TrainingTask) -> Trained:
     raise MemoryError(SECRET)
 
@@ -125,6 +132,8 @@ def test_every_surface_says_the_same(
     request = admin_pb2.GetAggregationStatusRequest(training_session_id=session_id)
     status = deployment.admin.GetAggregationStatus(request, metadata=deployment.metadata)
     assert [item.text for item in status.notices] == [noticed.text]
+    assert status.round.failed_count == 1
+    assert failed_counts(deployment, session_id) == [1]
     assert noticed == notices_of(deployment, session_id)[0]
     _check_command_line(deployment, tmp_path, capsys, session_id, noticed)
     _check_dashboard(deployment, session_id, noticed.text)
@@ -138,10 +147,14 @@ def _check_command_line(
     token.write_text(deployment.admin_token)
     token.chmod(0o600)
     address = deployment.coordinator.address
-    main(["--address", address, "--token-file", str(token), "session", "show", session_id])
+    common = ["--address", address, "--token-file", str(token)]
+    main([*common, "session", "show", session_id])
     shown = capsys.readouterr().out
     assert f"! {noticed.text}" in shown
     assert f"try: {noticed.remedy}" in shown
+    main([*common, "session", "rounds", session_id])
+    names, values = (line.split() for line in capsys.readouterr().out.strip().splitlines())
+    assert values[names.index("failed")] == "1"
 
 
 def _check_dashboard(deployment: Any, session_id: str, text: str) -> None:
@@ -150,6 +163,9 @@ def _check_dashboard(deployment: Any, session_id: str, text: str) -> None:
     for path in ("/", f"/sessions/{session_id}"):
         assert text in visitor.get(path).text, path
     assert "Everything is in order" not in visitor.get("/").text
+    assert '<td data-label="Failed" class="n">1</td>' in visitor.get(f"/sessions/{session_id}").text
+    page = visitor.get(f"/sessions/{session_id}/rounds/1").text
+    assert "<dt>Reported a failure</dt><dd>1</dd>" in page
 
 
 def ignore(*, healthy: bool) -> None:
@@ -205,6 +221,7 @@ def test_old_failures_are_deleted_once_their_round_is_over(deploy: Deploy) -> No
 
     assert write(lambda session: device_failures.delete_old(session, START, 1000)) == 0
     assert write(lambda session: device_failures.delete_old(session, later, 1000)) == 1
+    assert failed_counts(deployment, session_id) == [1]
 
 
 def test_a_device_that_continues_reports_each_failure_and_takes_part_again(
@@ -230,6 +247,7 @@ def test_a_device_that_continues_reports_each_failure_and_takes_part_again(
     with deployment.coordinator.parts.context.database.read() as session:
         (row,) = session.query(DeviceFailure).all()
         assert (row.kind, row.report_count) == ("TrainingFunctionError", 2)
+    assert failed_counts(deployment, session_id) == [1]
 
 
 def test_results_that_cannot_be_sent_are_reported(deploy: Deploy) -> None:

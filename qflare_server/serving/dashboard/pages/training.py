@@ -57,6 +57,7 @@ class RoundRow:
     accepted_count: int
     rejected_count: int
     late_count: int
+    failed_count: int
     example_count: int
     collecting_s: float | None
     publishing_s: float | None
@@ -137,6 +138,7 @@ def round_row(row: Round, visit: PageContext) -> RoundRow:
         accepted_count=row.accepted_count,
         rejected_count=row.rejected_count,
         late_count=row.late_count,
+        failed_count=row.failed_count,
         example_count=row.example_count,
         collecting_s=collecting,
         publishing_s=publishing,

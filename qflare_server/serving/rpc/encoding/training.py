@@ -91,6 +91,7 @@ def training_round(row: Round | None) -> training_pb2.Round | None:
         accepted_count=row.accepted_count,
         rejected_count=row.rejected_count,
         late_count=row.late_count,
+        failed_count=row.failed_count,
         example_count=row.example_count,
         open_time=timestamp(row.opened_at),
         deadline_time=timestamp(row.deadline_at),

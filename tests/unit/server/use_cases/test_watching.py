@@ -53,6 +53,7 @@ def a_round(
         accepted_count=accepted,
         rejected_count=0,
         late_count=0,
+        failed_count=0,
         example_count=0,
         nonce="",
         task=None,
