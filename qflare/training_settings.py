@@ -145,7 +145,7 @@ def read_file(path: Path, config: training_pb2.TrainingConfig) -> None:
         json_format.ParseDict(fields, config)
     except SettingError:
         raise
-    except (ValueError, json_format.ParseError) as error:
+    except (ValueError, RecursionError, json_format.ParseError) as error:
         raise SettingError(f"{path}: {error}", "the fields of docs/training-settings.md") from error
 
 
@@ -270,7 +270,7 @@ def _items(field: FieldDescriptor, key: str, text: str) -> list[Any]:
         return [_value(field, key, item.strip()) for item in text.split(",") if item.strip()]
     try:
         items = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingError(f"{key}: got {text[:100]!r}", "a list in JSON") from error
     return items if isinstance(items, list) else [items]
 

@@ -460,7 +460,7 @@ def _toml_pair(text: str) -> tuple[str, Any]:
     key, _, value = text.partition("=")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         want = 'KEY=VALUE with a value of TOML, such as 3, 0.1, true or "text"'
         raise argparse.ArgumentTypeError(f"{text}: want {want}") from error
 

@@ -65,7 +65,7 @@ class SecureAggregation:
         path = arguments.path("path", path)
         try:
             entries: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InvalidArgumentError(f"{path} cannot be read: {error}") from error
         unknown = sorted(entries.keys() - cls.__dataclass_fields__.keys())
         missing = sorted({"min_cohort", "helper_key_ids"} - entries.keys())

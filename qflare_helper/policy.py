@@ -80,7 +80,7 @@ def read_policy(folder: Path) -> Policy:
     """
     try:
         entries = tomllib.loads((folder / FILE).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PolicyError(f"{FILE} cannot be read") from error
     unknown = sorted(entries.keys() - _KEYS)
     if unknown:

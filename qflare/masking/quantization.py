@@ -5,21 +5,29 @@ An update's change is clipped to an L2 norm, multiplied by `scale * weight / max
 numbers are in two's complement.
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import isfinite, nextafter
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qflare.masking.masks import SLICE_BYTES, Mask, new_seed
 from qflare.masking.parameters import METRIC_BITS, MaskingParameters
 from qflare.tensors import Array
+
+PIECE: Final = 2**13
+"""Elements that are worked on at once: their numbers in float64 stay in cache, and a scalar product of so few is not
+spread over threads, which costs more than it saves."""
 
 _LEVELS = 2**METRIC_BITS - 1
 
 
 class Quantizer:
     """Quantizes the change of one update. Not thread-safe.
+
+    The random numbers of the rounding are the key stream of AES-256-CTR under a fresh key, 32 bits per element: the
+    mean of the error is below 2^-32 of a level. Memory is that of two slices, whatever the size of the change.
 
     Args:
         parameters: Of the training session.
@@ -34,7 +42,12 @@ class Quantizer:
         clipped = min(1.0, parameters.clip / norm) if norm else 1.0
         self._parameters = parameters
         self._factor = parameters.scale * clipped * (weight / parameters.max_weight)
-        self._random = np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(16))))
+        self._limit = _float_below(parameters.limit)
+        self._random = Mask(new_seed())
+        self._position = 0
+        self._drawn: Array = np.empty(0, "<u4")
+        self._scaled = np.empty(PIECE, np.float64)
+        self._noise = np.empty(PIECE, np.float64)
 
     def quantize(self, change: NDArray[np.floating]) -> Array:
         """Return elements of the change in the ring; shape and order stay.
@@ -42,14 +55,40 @@ class Quantizer:
         Args:
             change: Finite, one dimension.
         """
-        scaled = change.astype(np.float64)
-        np.multiply(scaled, self._factor, out=scaled)
-        np.add(scaled, self._random.random(scaled.shape), out=scaled)
+        levels = np.empty(change.shape, self._parameters.dtype)
+        self.write(change, levels)
+        return levels
+
+    def write(self, change: NDArray[np.floating], levels: Array) -> None:
+        """Write elements of the change in the ring to an array.
+
+        Args:
+            change: Finite, one dimension.
+            levels: Of the same length, in the dtype of the ring.
+        """
+        signed = levels.view(f"<i{levels.itemsize}")
+        for start in range(0, len(change), PIECE):
+            part = change[start : start + PIECE]
+            self._write_piece(part, signed[start : start + PIECE])
+
+    def _write_piece(self, change: NDArray[np.floating], levels: Array) -> None:
+        scaled, noise = self._scaled[: len(change)], self._noise[: len(change)]
+        np.multiply(change, self._factor, out=scaled)
+        np.multiply(self._draw(len(change)), 2.0**-32, out=noise)
+        np.add(scaled, noise, out=scaled)
         np.floor(scaled, out=scaled)
-        limit = self._parameters.limit
         # Rounding of the multiplication may exceed the limit by a level; a sum would then wrap.
-        levels = np.clip(scaled.astype(np.int64), -limit, limit)
-        return levels.view(np.uint64).astype(self._parameters.dtype)
+        np.clip(scaled, -self._limit, self._limit, out=scaled)
+        np.copyto(levels, scaled, casting="unsafe")
+
+    def _draw(self, count: int) -> Array:
+        """Return random 32-bit numbers, `PIECE` at most."""
+        if len(self._drawn) < count:
+            data = self._random.read(self._position, SLICE_BYTES)
+            self._position += SLICE_BYTES
+            self._drawn = np.frombuffer(data, "<u4")
+        drawn, self._drawn = self._drawn[:count], self._drawn[count:]
+        return drawn
 
 
 def quantize_slots(
@@ -111,6 +150,12 @@ def mean_change(
     signed = total.view(f"<i{parameters.itemsize}").astype(np.float64)
     factor = parameters.max_weight / (parameters.scale * weight_sum)
     return signed * factor
+
+
+def _float_below(number: int) -> float:
+    """Return the largest float that is not above a whole number of 0 or more."""
+    value = float(number)
+    return value if value <= number else nextafter(value, 0.0)
 
 
 def _check_weight(parameters: MaskingParameters, weight: int) -> None:

@@ -252,7 +252,7 @@ def _expires_at(token: str) -> float:
         claims = token.split(".")[1]
         values = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
         return float(values["exp"])
-    except (IndexError, ValueError, KeyError, TypeError):
+    except (IndexError, ValueError, KeyError, TypeError, RecursionError):
         return 0.0
 
 

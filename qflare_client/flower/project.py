@@ -71,7 +71,7 @@ def read_project(folder: Path) -> FlowerProject:
     path = folder / _FILE
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArgumentError(f"{path}: {error}") from error
     app = _table(path, document, "tool", "flwr", "app")
     components = _table(path, app, "components")

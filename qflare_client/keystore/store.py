@@ -249,7 +249,7 @@ def read_document(home: Path, name: str) -> dict[str, Any]:
         return {}
     try:
         document = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KeyStoreError(f"{home / name} is damaged: {error}") from error
     if not isinstance(document, dict):
         raise KeyStoreError(f"{home / name} is damaged: no JSON object")

@@ -11,18 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qflare.evidence.unmasking import Masking
-from qflare.masking.masks import SLICE_BYTES, Mask, new_seed
+from qflare.masking.masks import Mask, new_seed
 from qflare.masking.parameters import TENSOR
-from qflare.masking.quantization import Quantizer, quantize_slots
+from qflare.masking.quantization import PIECE, Quantizer, quantize_slots
 from qflare.masking.seeds import seal_seed
 from qflare.tensors import Array, Manifest
 from qflare.tensors.vectors import float_count
 from qflare.v1 import security_pb2, training_pb2
 from qflare_client.errors import TrainingFunctionError
 from qflare_client.models.upload import Payload
-
-_PIECE = SLICE_BYTES // 8
-"""Elements of a change that are worked on at once, in float64."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def mask_update(
     vector = np.empty(layout.tensors[0].element_count, parameters.dtype)
     quantizer, position = Quantizer(parameters, weight, norm), 0
     for piece in _changes(manifest, arrays, base):
-        vector[position : position + len(piece)] = quantizer.quantize(piece)
+        quantizer.write(piece, vector[position : position + len(piece)])
         position += len(piece)
     assert position == float_count(manifest)
     vector[position:] = quantize_slots(parameters, weight, metrics)
@@ -100,14 +97,17 @@ def seal_seeds(
 def _changes(
     manifest: Manifest, arrays: Mapping[str, Array], base: Mapping[str, Array]
 ) -> Iterator[NDArray[np.float64]]:
-    """Yield the change of the floating-point tensors in pieces, in the order of the manifest."""
+    """Yield the change of the floating-point tensors in pieces that overwrite one another, in manifest order."""
+    buffer = np.empty(PIECE, np.float64)
     for spec in manifest.tensors:
         if not spec.dtype.is_float:
             continue
         trained, origin = arrays[spec.name].reshape(-1), base[spec.name].reshape(-1)
-        for start in range(0, spec.element_count, _PIECE):
-            piece = trained[start : start + _PIECE].astype(np.float64)
-            yield piece - origin[start : start + _PIECE].astype(np.float64)
+        for start in range(0, spec.element_count, PIECE):
+            piece = trained[start : start + PIECE]
+            change = buffer[: len(piece)]
+            np.subtract(piece, origin[start : start + PIECE], out=change, dtype=np.float64)
+            yield change
 
 
 def _norm(manifest: Manifest, arrays: Mapping[str, Array], base: Mapping[str, Array]) -> float:

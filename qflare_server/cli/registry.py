@@ -65,7 +65,10 @@ def add(commands: Any) -> None:
 
 def run_import(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Import a dump; 1 if any device was invalid."""
-    entries = read_dump(json.loads(arguments.file.read_text("utf-8")))
+    try:
+        entries = read_dump(json.loads(arguments.file.read_text("utf-8")))
+    except RecursionError as error:
+        raise ValueError(f"{arguments.file} is nested too deeply") from error
     with open_application(config) as parts:
         done = import_devices(KnownDevices(parts.context), caller(), entries)
     say(f"imported: {done.imported}  skipped: {done.skipped}  invalid: {done.invalid}")

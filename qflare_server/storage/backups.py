@@ -130,7 +130,7 @@ class Manifest:
                 f"{folder} is no backup: it has no {MANIFEST}",
                 "a folder that qflare-server backup wrote",
             ) from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise BackupError(f"{folder / MANIFEST} is damaged", "another backup") from error
 
 

@@ -145,3 +145,28 @@ def test_a_seed_opens_for_its_update_alone() -> None:
         open_seed(sealed, key, other)
     with pytest.raises(UnsealError):
         open_seed(sealed, KemKey.generate(), statement)
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_rounding_has_no_bias_and_never_leaves_the_limit(bits: int) -> None:
+    parameters = MaskingParameters(bits, 1.0, 7, 1, {})
+    count = 200_000
+    for level in (0.25, -0.75, 3.5, -parameters.limit / 3):
+        change = np.full(count, level / parameters.scale)
+        found = Quantizer(parameters, 1, 0.0).quantize(change).view(f"<i{bits // 8}")
+        error = found.astype(np.float64) - change * parameters.scale
+        assert abs(error.mean()) < 6 * 0.5 / count**0.5 + 1e-9 * abs(level)
+        assert np.abs(error).max() < 1 + 1e-9 * abs(level)
+    extreme = np.array([1.0, -1.0, 5.0, -5.0])
+    levels = Quantizer(parameters, 1, 0.0).quantize(extreme).view(f"<i{bits // 8}")
+    assert np.abs(levels.astype(object)).max() <= parameters.limit
+    assert (np.sign(levels) == np.sign(extreme)).all()
+    alone = MaskingParameters(bits, 1.0, 1, 1, {})
+    levels = Quantizer(alone, 1, 0.0).quantize(extreme).view(f"<i{bits // 8}")
+    assert (np.sign(levels) == np.sign(extreme)).all()
+
+
+def test_each_update_is_rounded_by_chance_of_its_own() -> None:
+    parameters, change = MaskingParameters(32, 1.0, 2, 1, {}), np.full(1000, 1e-10)
+    found = [Quantizer(parameters, 1, 1.0).quantize(change).tobytes() for _ in range(2)]
+    assert found[0] != found[1]
