@@ -136,7 +136,7 @@ class Publication:
         draft: VersionDraft,
         now: datetime,
     ) -> None:
-        """Record each update's outcome and mark the round as published."""
+        """Record which updates are rejected, and mark the round as published: all others are in its version."""
         fold, outcome = self.fold, self.outcome
         rejected = outcome.rejected
         left_out = dict.fromkeys(
@@ -144,9 +144,6 @@ class Publication:
         )
         updates.mark_rejected(session, rejected | left_out, now)
         record_refusals(session, training_session.id, current.number, fold.refusals, now)
-        updates.mark_aggregated(
-            session, training_session.id, current.number, fold.last_sequence, draft.version, now
-        )
         scores = {
             entry.update_id: entry.cosine
             for entry in outcome.judgements

@@ -1,13 +1,15 @@
 """Database rows as frozen values, usable outside the transaction that read them.
 
-The fields are the columns of the table of the same name, documented in `tables`. Mappings must not be modified.
+The fields are the columns of the table of the same name, documented in `tables`, or derived from other tables where
+their record says so. Mappings must not be modified.
 """
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from sqlalchemy import Executable, Select, Table, select
+from sqlalchemy import ColumnElement, Executable, Select, Table, select
 from sqlalchemy.orm import Session
 
 from qflare.v1 import training_pb2
@@ -64,6 +66,7 @@ class Round(NamedTuple):
     deadline_at: datetime
     closed_at: datetime | None
     published_at: datetime | None
+    pruned_at: datetime | None
 
 
 class GlobalModel(NamedTuple):
@@ -108,7 +111,10 @@ class GlobalModel(NamedTuple):
 
 
 class ModelUpdate(NamedTuple):
-    """One device's contribution to one round."""
+    """One device's contribution to one round.
+
+    `state`, `aggregated_version` and `aggregated_at` follow from the row of its round (`repository.updates`).
+    """
 
     id: str
     training_session_id: str
@@ -287,15 +293,24 @@ class Rows(Generic[R]):
     Args:
         record: Its fields are names of columns.
         table: Where the rows are.
+        derived: Expressions by the names of fields that are not the table's columns; the caller joins what they need.
 
     Attributes:
         columns: One for each field of the record.
         select: Selects every row; callers add conditions and order.
     """
 
-    def __init__(self, record: type[R], table: Table) -> None:
+    def __init__(
+        self,
+        record: type[R],
+        table: Table,
+        derived: Mapping[str, ColumnElement[Any]] = MappingProxyType({}),
+    ) -> None:
         self._record = record
-        self.columns: Final = [table.c[name] for name in record._fields]
+        self.columns: Final = [
+            derived[name].label(name) if name in derived else table.c[name]
+            for name in record._fields
+        ]
         self.select: Final[Select[Any]] = select(*self.columns)
 
     def all(

@@ -16,42 +16,46 @@ from sqlalchemy.orm import Session
 
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
-from qflare_server.storage.repository import payloads, training_sessions, updates
+from qflare_server.storage.repository import payloads, training_sessions
 
-PRUNE_BATCH: Final = 500
+PRUNE_BATCH: Final = 250
 
 
 def prune_payloads(context: Context, training_session_id: str) -> None:
     """Mark payloads beyond a training session's retention as pruned, in batches.
 
     Rounds count that made a version: the last `retained_rounds` of them are kept, or none. Only payloads of updates
-    whose round is over are pruned, never those of versions.
+    whose round is over are pruned, never those of versions. A round that was pruned is not looked at again.
     """
-
-    def work(session: Session) -> bool:
+    with context.database.read() as session:
         training_session = training_sessions.get_session(session, training_session_id)
         if training_session is None:
-            return False
+            return
         policy = training_session.config.transfer
         if policy.payload_retention == training_pb2.PAYLOAD_RETENTION_ALL:
-            return False
+            return
         kept: list[int] = []
         if policy.payload_retention != training_pb2.PAYLOAD_RETENTION_NONE:
             kept = training_sessions.last_published_rounds(
-                session, training_session.id, policy.retained_rounds
+                session, training_session_id, policy.retained_rounds
             )
-        due = updates.settled_payloads(session, training_session.id, kept, PRUNE_BATCH)
-        if not due:
-            return False
-        payloads.mark_pruned(session, [item for item, _ in due], context.clock())
-        for chunks in (item for _, item in due if item is not None):
-            payloads.begin_upload(
-                session, payload_id=chunks.payload_id, store=chunks.store, at=payloads.LONG_AGO
-            )
-        return len(due) == PRUNE_BATCH
+        due = training_sessions.unpruned_rounds(session, training_session_id, kept)
+    for number, accepted_count in due:
+        for last in [*range(PRUNE_BATCH, accepted_count, PRUNE_BATCH), accepted_count]:
+            context.database.write(partial(_prune, context, training_session_id, number, last))
 
-    while context.database.write(work):
-        pass
+
+def _prune(
+    context: Context, training_session_id: str, number: int, last: int, session: Session
+) -> None:
+    """Prune a batch of a round's updates, up to acceptance sequence `last`; note where it is the round's last batch."""
+    current = training_sessions.lock_round(session, training_session_id, number)
+    if current is None or current.pruned_at is not None:
+        return
+    at = context.clock()
+    payloads.prune_updates(session, training_session_id, number, last, PRUNE_BATCH, at)
+    if last == current.accepted_count:
+        training_sessions.update_round(session, training_session_id, number, {"pruned_at": at})
 
 
 def prune_ended(context: Context) -> None:

@@ -26,7 +26,7 @@ from qflare_server.keys.trust_store import SignerKeys
 from qflare_server.storage.payload_records import content_digest_of
 from qflare_server.storage.records import DeviceKey, GlobalModel, ModelUpdate, Payload
 from qflare_server.storage.repository import devices, evidence, payloads, updates
-from qflare_server.storage.tables import UpdateOrigin, UpdateState
+from qflare_server.storage.tables import UpdateOrigin
 from qflare_server.training.rounds import origin_of
 from qflare_server.verification.findings import (
     BATCH,
@@ -235,8 +235,6 @@ def _update_columns(
         columns["size_bytes"] = (row.size_bytes, statement.size_bytes)
     if row.signature is not None:
         columns["key_id"] = (row.key_id, statement.key_id)
-    if row.state == UpdateState.AGGREGATED.value:
-        columns["aggregated_version"] = (row.aggregated_version is not None, True)
     return columns
 
 

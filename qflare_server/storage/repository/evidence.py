@@ -18,6 +18,12 @@ from qflare_server.storage.records import (
     Round,
     Rows,
 )
+from qflare_server.storage.repository.updates import (
+    EVERY_UPDATE,
+    ROUND_OF,
+    UPDATE_ROWS,
+    in_version,
+)
 
 AUDIT = tables.AuditLog.__table__
 DOCUMENTS = tables.TrustDocument.__table__
@@ -36,7 +42,6 @@ _KEYS = Rows(DeviceKey, KEYS)
 _MODELS = Rows(GlobalModel, MODELS)
 _PAYLOADS = Rows(Payload, PAYLOADS)
 _ROUNDS = Rows(Round, ROUNDS)
-_UPDATES = Rows(ModelUpdate, UPDATES)
 
 _ENTRY: Final = (
     _ENTRIES.select.where(
@@ -82,11 +87,8 @@ def updates_of_version(
             PAYLOADS.c.location,
         )
         .join(PAYLOADS, PAYLOADS.c.id == UPDATES.c.payload_id)
-        .where(
-            UPDATES.c.training_session_id == training_session_id,
-            UPDATES.c.aggregated_version == version,
-            UPDATES.c.acceptance_sequence > after,
-        )
+        .join(ROUNDS, ROUND_OF)
+        .where(in_version(training_session_id, version), UPDATES.c.acceptance_sequence > after)
         .order_by(UPDATES.c.acceptance_sequence)
         .limit(limit)
     )
@@ -143,8 +145,8 @@ def downloads_after(session: Session, after: tuple[str, int], limit: int) -> Seq
 
 def updates_after(session: Session, after: str, limit: int) -> Sequence[ModelUpdate]:
     """Return updates of all training sessions after an id, by id."""
-    query = _UPDATES.select.where(UPDATES.c.id > after).order_by(UPDATES.c.id).limit(limit)
-    return _UPDATES.all(session, query)
+    query = EVERY_UPDATE.where(UPDATES.c.id > after).order_by(UPDATES.c.id).limit(limit)
+    return UPDATE_ROWS.all(session, query)
 
 
 def keys_after(session: Session, after: str, limit: int) -> Sequence[DeviceKey]:

@@ -10,6 +10,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
+from qflare_server.storage.repository.updates import ROUND_OF, UPDATE_ROWS
 
 Row: TypeAlias = dict[str, Any]
 
@@ -40,8 +41,9 @@ def versions(session: Session, training_session_id: str) -> Iterator[Row]:
 def updates(session: Session, training_session_id: str) -> Iterator[Row]:
     """Yield the accepted updates of a training session in the order of acceptance, without signatures."""
     left_out = {"statement", "signature", "key_id"}
-    columns = [column for column in UPDATES.c if column.name not in left_out]
-    wanted = select(*columns).where(UPDATES.c.training_session_id == training_session_id)
+    columns = [column for column in UPDATE_ROWS.columns if column.name not in left_out]
+    every = select(*columns).join_from(UPDATES, ROUNDS, ROUND_OF)
+    wanted = every.where(UPDATES.c.training_session_id == training_session_id)
     return _rows(session, wanted.order_by(UPDATES.c.round_number, UPDATES.c.acceptance_sequence))
 
 

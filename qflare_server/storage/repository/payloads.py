@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
+    Select,
     and_,
     bindparam,
     delete,
@@ -31,6 +32,7 @@ PAYLOADS = tables.Payload.__table__
 UPLOADS = tables.Upload.__table__
 CHUNKS = tables.PayloadChunk.__table__
 PLACES = tables.PayloadPlace.__table__
+UPDATES = tables.ModelUpdate.__table__
 _ROWS = Rows(Payload, PAYLOADS)
 _ROW = _ROWS.select.where(PAYLOADS.c.id == bindparam("payload"))
 DATABASE: Final = "database"
@@ -223,14 +225,38 @@ def expired_uploads(
     return [ChunkSet(*row) for row in session.execute(query.limit(limit))]
 
 
-def mark_pruned(session: Session, payload_ids: Sequence[str], at: datetime) -> None:
-    """Mark payloads as pruned, before their chunks are deleted, so that no reader finds half a payload.
+def prune_updates(
+    session: Session,
+    training_session_id: str,
+    round_number: int,
+    last: int,
+    count: int,
+    at: datetime,
+) -> None:
+    """Mark the payloads of `count` updates of a round as pruned, those up to acceptance sequence `last`.
 
-    The keys of sealed payloads are deleted at once, so that chunks that still exist cannot be opened.
+    They are marked before their chunks are deleted, so that no reader finds half a payload; the chunks are left to be
+    swept. The keys of sealed payloads are deleted at once, so that chunks that still exist cannot be opened.
     """
+    ids = select(UPDATES.c.payload_id).where(
+        UPDATES.c.training_session_id == training_session_id,
+        UPDATES.c.round_number == round_number,
+        UPDATES.c.acceptance_sequence > last - count,
+        UPDATES.c.acceptance_sequence <= last,
+    )
+    stored = select(PAYLOADS.c.chunks_id, PAYLOADS.c.store).where(
+        PAYLOADS.c.id.in_(ids), PAYLOADS.c.location == "store"
+    )
+    for chunks_id, store in session.execute(stored).all():
+        begin_upload(session, payload_id=chunks_id, store=store, at=LONG_AGO)
+    mark_pruned(session, ids, at)
+
+
+def mark_pruned(session: Session, payload_ids: Sequence[str] | Select[Any], at: datetime) -> None:
+    """Mark payloads, by ids or a query for ids, as pruned; the caller abandons their chunks."""
     session.execute(
         update(PAYLOADS)
-        .where(PAYLOADS.c.id.in_(payload_ids))
+        .where(PAYLOADS.c.id.in_(payload_ids), PAYLOADS.c.location != "none")
         .values(location="none", data=None, sealed_key=None, pruned_at=at)
     )
 

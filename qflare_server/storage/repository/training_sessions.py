@@ -1,6 +1,6 @@
 """Statements on training sessions, their rounds, and the devices selected."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -107,6 +107,23 @@ def last_published_rounds(session: Session, training_session_id: str, count: int
         .limit(count)
     )
     return list(session.scalars(query))
+
+
+def unpruned_rounds(
+    session: Session, training_session_id: str, kept: Collection[int]
+) -> list[tuple[int, int]]:
+    """Return the number and the accepted updates of each round that is over, not pruned, and not among some rounds."""
+    query = (
+        select(ROUNDS.c.number, ROUNDS.c.accepted_count)
+        .where(
+            ROUNDS.c.training_session_id == training_session_id,
+            ROUNDS.c.pruned_at.is_(None),
+            ROUNDS.c.number.not_in(kept),
+            ROUNDS.c.state.not_in((RoundState.OPEN.value, RoundState.CLOSED.value)),
+        )
+        .order_by(ROUNDS.c.number)
+    )
+    return [(row[0], row[1]) for row in session.execute(query)]
 
 
 def ended_since(session: Session, since: datetime) -> list[str]:

@@ -1,4 +1,9 @@
-"""Statements on updates."""
+"""Statements on updates.
+
+The row of an update does not say which version the update is in: its round does. A version is published only with all
+accepted updates of its round, so an update that was not rejected is in the version of its round as soon as the round
+has one. Publication thus writes one row, however many updates there are, and the rows of rejected updates.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import Integer, and_, bindparam, func, or_, select, update
+from sqlalchemy import ColumnElement, Integer, and_, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -14,12 +19,33 @@ from qflare_server.storage.paging import Order, Page, PageRequest, read_page
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
 from qflare_server.storage.records import ModelUpdate, Rows
 from qflare_server.storage.repository.device_names import NAME_BYTES
-from qflare_server.storage.repository.payloads import ChunkSet
 from qflare_server.storage.repository.round_capacity import RoundCapacity
-from qflare_server.storage.tables import UpdateOrigin, UpdateState
+from qflare_server.storage.tables import RoundState, UpdateOrigin, UpdateState
 
 UPDATES = tables.ModelUpdate.__table__
-_ROWS = Rows(ModelUpdate, UPDATES)
+ROUNDS = tables.Round.__table__
+MODELS = tables.GlobalModel.__table__
+ROUND_OF = and_(
+    ROUNDS.c.training_session_id == UPDATES.c.training_session_id,
+    ROUNDS.c.number == UPDATES.c.round_number,
+)
+"""Joins an update with its round."""
+_IS_REJECTED = UPDATES.c.state == UpdateState.REJECTED.value
+UPDATE_ROWS: Final = Rows(
+    ModelUpdate,
+    UPDATES,
+    {
+        "state": case(
+            (_IS_REJECTED, UpdateState.REJECTED.value),
+            (ROUNDS.c.version.is_not(None), UpdateState.AGGREGATED.value),
+            else_=UpdateState.PENDING.value,
+        ),
+        "aggregated_version": case((~_IS_REJECTED, ROUNDS.c.version)),
+        "aggregated_at": case((_IS_REJECTED, UPDATES.c.aggregated_at), else_=ROUNDS.c.published_at),
+    },
+)
+EVERY_UPDATE: Final = UPDATE_ROWS.select.join_from(UPDATES, ROUNDS, ROUND_OF)
+"""Selects every update; callers add conditions and order."""
 PAYLOADS = tables.Payload.__table__
 MAX_REASON: Final = 500
 """Most characters of the reason why an update was rejected."""
@@ -209,27 +235,6 @@ def accepted_after(
     return [AcceptedUpdate(*row) for row in _FOLDABLE.rows(session, wanted)]
 
 
-def mark_aggregated(
-    session: Session,
-    training_session_id: str,
-    round_number: int,
-    last_sequence: int,
-    version: int,
-    at: datetime,
-) -> None:
-    """Mark the pending updates of a round up to a sequence number as part of a version."""
-    session.execute(
-        update(UPDATES)
-        .where(
-            UPDATES.c.training_session_id == training_session_id,
-            UPDATES.c.round_number == round_number,
-            UPDATES.c.acceptance_sequence <= last_sequence,
-            UPDATES.c.state == UpdateState.PENDING.value,
-        )
-        .values(state=UpdateState.AGGREGATED.value, aggregated_version=version, aggregated_at=at)
-    )
-
-
 def mark_rejected(session: Session, rejected: Mapping[str, str], at: datetime) -> None:
     """Mark updates, by id, as rejected, each with its reason, cut to `MAX_REASON` characters."""
     if rejected:
@@ -274,27 +279,37 @@ def reject_round(
 
 def count_pending(session: Session, training_session_id: str) -> int:
     """Return the number of accepted updates of a training session that are in no version yet."""
-    query = select(func.count()).where(
-        UPDATES.c.training_session_id == training_session_id,
-        UPDATES.c.aggregated_version.is_(None),
-        UPDATES.c.state == UpdateState.PENDING.value,
+    query = select(func.coalesce(func.sum(ROUNDS.c.accepted_count), 0)).where(
+        ROUNDS.c.training_session_id == training_session_id,
+        ROUNDS.c.state.in_((RoundState.OPEN.value, RoundState.CLOSED.value)),
     )
-    return session.execute(query).scalar_one()
+    return int(session.execute(query).scalar_one())
 
 
 def get_update(session: Session, update_id: str) -> ModelUpdate | None:
     """Return an update."""
-    return _ROWS.one(session, _ROWS.select.where(UPDATES.c.id == update_id))
+    return UPDATE_ROWS.one(session, EVERY_UPDATE.where(UPDATES.c.id == update_id))
+
+
+def in_version(training_session_id: str, version: int) -> ColumnElement[bool]:
+    """Return the condition that an update, joined with its round by `ROUND_OF`, is in a version."""
+    number = select(MODELS.c.round_number).where(
+        MODELS.c.training_session_id == training_session_id, MODELS.c.version == version
+    )
+    return and_(
+        ROUNDS.c.training_session_id == training_session_id,
+        ROUNDS.c.number == number.scalar_subquery(),
+        ROUNDS.c.version == version,  # a version that repeats another one names its round too
+        ~_IS_REJECTED,
+    )
 
 
 def contributors(session: Session, training_session_id: str, version: int) -> Sequence[str]:
     """Return the statement digests of the updates in a version, in order of acceptance."""
     query = (
         select(UPDATES.c.statement_digest)
-        .where(
-            UPDATES.c.training_session_id == training_session_id,
-            UPDATES.c.aggregated_version == version,
-        )
+        .join(ROUNDS, ROUND_OF)
+        .where(in_version(training_session_id, version))
         .order_by(UPDATES.c.acceptance_sequence)
     )
     return session.scalars(query).all()
@@ -304,10 +319,10 @@ def count_of_origin(
     session: Session, training_session_id: str, version: int, origin: UpdateOrigin
 ) -> int:
     """Return the number of updates in a version that are of an origin."""
-    query = select(func.count()).where(
-        UPDATES.c.training_session_id == training_session_id,
-        UPDATES.c.aggregated_version == version,
-        UPDATES.c.origin == origin.value,
+    query = (
+        select(func.count())
+        .select_from(UPDATES.join(ROUNDS, ROUND_OF))
+        .where(in_version(training_session_id, version), UPDATES.c.origin == origin.value)
     )
     return session.execute(query).scalar_one()
 
@@ -316,7 +331,7 @@ def list_updates(
     session: Session, training_session_id: str, round_number: int, request: PageRequest
 ) -> Page[ModelUpdate]:
     """Return the updates of a round, in order of acceptance."""
-    query = _ROWS.select.where(
+    query = EVERY_UPDATE.where(
         UPDATES.c.training_session_id == training_session_id,
         UPDATES.c.round_number == round_number,
     ).order_by(UPDATES.c.acceptance_sequence)
@@ -327,34 +342,14 @@ def list_updates(
         extra_bytes=NAME_BYTES,
     )
     scope = ("updates", training_session_id, round_number)
-    return read_page(partial(_ROWS.all, session), query, request, order, *scope)
+    return read_page(partial(UPDATE_ROWS.all, session), query, request, order, *scope)
 
 
 def list_of_device(
     session: Session, training_session_id: str, device_id: str, limit: int
 ) -> Sequence[ModelUpdate]:
     """Return the updates of a device to a training session, newest first."""
-    query = _ROWS.select.where(
+    query = EVERY_UPDATE.where(
         UPDATES.c.device_id == device_id, UPDATES.c.training_session_id == training_session_id
     ).order_by(UPDATES.c.accepted_at.desc(), UPDATES.c.id)
-    return _ROWS.all(session, query.limit(limit))
-
-
-def settled_payloads(
-    session: Session, training_session_id: str, kept_rounds: Sequence[int], limit: int
-) -> list[tuple[str, ChunkSet | None]]:
-    """Return ids, and chunks in a store if any, of the payloads of settled updates outside of some rounds."""
-    query = (
-        select(PAYLOADS.c.id, PAYLOADS.c.chunks_id, PAYLOADS.c.store)
-        .join(UPDATES, UPDATES.c.payload_id == PAYLOADS.c.id)
-        .where(
-            UPDATES.c.training_session_id == training_session_id,
-            UPDATES.c.round_number.not_in(kept_rounds),
-            UPDATES.c.state != UpdateState.PENDING.value,
-            PAYLOADS.c.location != "none",
-        )
-        .limit(limit)
-    )
-    return [
-        (row[0], ChunkSet(row[1], row[2]) if row[2] else None) for row in session.execute(query)
-    ]
+    return UPDATE_ROWS.all(session, query.limit(limit))

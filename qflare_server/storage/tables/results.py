@@ -30,6 +30,9 @@ class ModelUpdate(Base):
     `statement` is the exact bytes that the device signed, `signature` its signature; null for updates of embedding
     programs, whose `origin` says so. `acceptance_sequence` counts from 1 within the round; updates are folded in this
     order.
+
+    The row of an update is written again only if the update is rejected, with `state` and the time in `aggregated_at`.
+    Every other update is in the version of its round once the round has one (`repository.updates`).
     """
 
     __tablename__ = "model_updates"
@@ -57,7 +60,6 @@ class ModelUpdate(Base):
     state_reason: Mapped[str] = mapped_column(String(500), default="")
     acceptance_sequence: Mapped[int] = mapped_column(BigInteger)
     validation_score: Mapped[float | None]
-    aggregated_version: Mapped[int | None]
     accepted_at: Mapped[datetime]
     aggregated_at: Mapped[datetime | None]
 
@@ -84,12 +86,6 @@ class ModelUpdate(Base):
         ),
         Index(None, "device_id", "accepted_at"),
         Index(None, "payload_id"),
-        Index(
-            "ix_model_updates_lineage",
-            "training_session_id",
-            "aggregated_version",
-            "acceptance_sequence",
-        ),
     )
 
 

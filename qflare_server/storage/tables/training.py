@@ -3,7 +3,15 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, ForeignKeyConstraint, Index, String
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    String,
+    text,
+)
 from sqlalchemy.orm import Mapped, mapped_column
 
 from qflare_server.storage.tables.states import RoundState, TrainingSessionState
@@ -79,7 +87,8 @@ class Round(Base):
 
     `task` is the signed task for the selected devices; null for the training session of an embedding program. Accepting
     an update locks the round's row; `accepted_count` is also the last acceptance sequence number. `selected_count` is 0
-    if every active device may take part, and -1 if no device was eligible.
+    if every active device may take part, and -1 if no device was eligible. `pruned_at` is set when the payloads of all
+    updates were pruned.
     """
 
     __tablename__ = "rounds"
@@ -106,11 +115,19 @@ class Round(Base):
     deadline_at: Mapped[datetime]
     closed_at: Mapped[datetime | None]
     published_at: Mapped[datetime | None]
+    pruned_at: Mapped[datetime | None]
 
     __table_args__ = (
         one_of("state", RoundState),
         Index(None, "state", "deadline_at"),
         Index(None, "published_at"),
+        Index(
+            "ix_rounds_unpruned",
+            "training_session_id",
+            "number",
+            sqlite_where=text("pruned_at IS NULL"),
+            postgresql_where=text("pruned_at IS NULL"),
+        ),
     )
 
 

@@ -16,6 +16,8 @@ from qflare.crypto.signing import Algorithm, SigningContext, SigningKey
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.aggregation.outcome import read_outcome
+from qflare_server.storage import records
+from qflare_server.storage.repository import updates
 from qflare_server.storage.tables import (
     EVIDENCE_REASON,
     AuditLog,
@@ -81,9 +83,9 @@ class Signed:
     def round_of(self, update_id: str, **values: Any) -> None:
         self.edit(ModelUpdate, ModelUpdate.id == update_id, **values)
 
-    def row(self, update_id: str) -> ModelUpdate:
+    def row(self, update_id: str) -> records.ModelUpdate:
         with self.core.database.read() as session:
-            row = session.get(ModelUpdate, update_id)
+            row = updates.get_update(session, update_id)
             assert row is not None
             return row
 

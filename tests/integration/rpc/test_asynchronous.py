@@ -7,7 +7,7 @@ import numpy as np
 
 from qflare.v1 import training_pb2
 from qflare_client import Client, Receipt, TrainingTask, run
-from qflare_server.storage.tables import ModelUpdate
+from qflare_server.storage.repository import updates
 from tests.integration.conftest import Deployment
 
 WAIT_S = 120.0
@@ -83,7 +83,7 @@ def test_a_slow_devices_work_counts_in_the_round_that_is_open_when_it_comes(
     use_cases = deployment.coordinator.use_cases
     assert use_cases.training.get(session_id).current_version == ROUNDS
     with deployment.coordinator.parts.database.read() as session:
-        update = session.get(ModelUpdate, first.update_id)
+        update = updates.get_update(session, first.update_id)
         assert update is not None
         assert (update.base_version, update.state) == (0, "aggregated")
         assert update.aggregated_version == HELD_AT + 1

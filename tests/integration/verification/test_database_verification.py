@@ -407,8 +407,9 @@ def test_a_deleted_update_is_found(trained: Trained, context: Context) -> None:
 
 
 def test_an_update_cannot_be_moved_out_of_its_version(trained: Trained, context: Context) -> None:
-    values = {"aggregated_version": 2}
-    with edited(context, UPDATES, UPDATES.c.round_number == 1, values):
+    with edited(context, UPDATES, UPDATES.c.round_number == 1, {"state": "rejected"}):
+        assert kinds(verify(trained, context)) == {"model"}
+    with edited(context, ROUNDS, ROUNDS.c.number == 1, {"version": None}):
         assert kinds(verify(trained, context)) == {"model"}
 
 
