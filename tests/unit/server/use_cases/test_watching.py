@@ -61,6 +61,7 @@ def a_round(
         deadline_at=AT,
         closed_at=None,
         published_at=None,
+        pruned_at=None,
     )
 
 
