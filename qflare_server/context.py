@@ -123,6 +123,9 @@ class Telemetry:
     ) -> None:
         """Called when a round is published, with the time of collection and of publication."""
 
+    def helper_asked(self, outcome: str, duration_s: float) -> None:
+        """Called after a request to a helper: answered, refused, updates_refused or unavailable."""
+
     def webhook_attempted(self, outcome: str) -> None:
         """Called after an attempt to deliver a webhook; the outcome is delivered, failed or dropped."""
 

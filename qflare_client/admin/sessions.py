@@ -61,6 +61,7 @@ SESSION_FACTS: list[Column] = [
     ("failure limit", lambda row: _failure_limit(row.config)),
     ("groups", lambda row: ",".join(row.config.groups)),
     ("sealed", lambda row: row.config.transfer.sealed or None),
+    ("secure aggregation", lambda row: _secure_aggregation(row.config.secure_aggregation)),
     ("epsilon spent", lambda row: optional(row, "epsilon_spent")),
     ("started", lambda row: moment(row, "start_time")),
     ("ended", lambda row: moment(row, "end_time")),
@@ -81,6 +82,14 @@ def _failure_limit(config: training_pb2.TrainingConfig) -> str | None:
     if policy.HasField("max_failed_fraction"):
         limits.append(f"{policy.max_failed_fraction:.0%} of the devices")
     return f"{' and '.join(limits)}, else {word(policy, 'action')}" if limits else None
+
+
+def _secure_aggregation(policy: training_pb2.SecureAggregationPolicy) -> str | None:
+    """Return the bounds of a sum of masked updates and the helpers; None without secure aggregation."""
+    if not policy.mode:
+        return None
+    helpers = ", ".join(short_id(helper_id) for helper_id in policy.helpers)
+    return f"{policy.min_cohort} to {policy.max_cohort} updates in a sum, {policy.bits} bits, helper {helpers}"
 
 
 def _took(row: Any) -> str | None:

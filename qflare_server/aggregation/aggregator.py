@@ -55,6 +55,7 @@ from qflare_server.training.release_journal import (
 from qflare_server.training.retention import prune_payloads
 from qflare_server.training.rounds import (
     RoundTask,
+    await_helper,
     end_for_failures,
     end_session,
     fail_round,
@@ -226,6 +227,7 @@ class Aggregator:
         logger.warning("helper for secure aggregation: session=%s round=%d: %s", *key, problem)
         waited = timedelta(0) if item.closed_at is None else now - item.closed_at
         if waited < timedelta(seconds=self._context.config.helper_wait_s):
+            self._context.database.write(lambda session: await_helper(session, item, problem, now))
             self._resting[key] = now + timedelta(seconds=HELPER_REST_S)
             return False
         fold = self._fold(item)

@@ -57,6 +57,7 @@ from qflare_server.strategies import (
 )
 from qflare_server.training.masking import is_masked, parameters_of
 from qflare_server.training.reported_metrics import TRAINING
+from qflare_server.training.rounds import HELPER_AWAITED
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class MaskedRoundFold(RoundFold):
         self._stored: Sequence[StoredUnmasking] = ()
         self._payloads: tuple[ReceivedPayload, ...] = ()
         self._masking: Masking | None = None
+        self._is_repeated = False
         self._weight_sum = 0
         self._means: Mapping[str, float] = {}
 
@@ -192,6 +194,7 @@ class MaskedRoundFold(RoundFold):
             self._use_stored(stored)
         else:
             at = current.closed_at or self._context.clock()
+            self._is_repeated = current.state_reason.startswith(HELPER_AWAITED)
             self._ask_until_accepted(executor, task, self._masking, at)
         self._read_totals()
 
@@ -222,10 +225,12 @@ class MaskedRoundFold(RoundFold):
                 self._digests,
                 self._sum.nbytes,
                 at,
+                is_repeated=self._is_repeated,
             )
             try:
                 answers = requests.ask_all(self._subtract)
             except RefusedUpdatesError as error:
+                self._is_repeated = False
                 self._leave_out(error.reasons)
             else:
                 self._keep(answers)

@@ -39,7 +39,13 @@ from qflare_server.training.evaluation import summarize
 from qflare_server.training.objective import HISTORY
 from qflare_server.training.privacy import PrivacyCharge, ledger_rows, with_ledger
 from qflare_server.training.quarantine import quarantine_repeaters
-from qflare_server.training.rounds import RoundTask, end_session, open_round, sign_task
+from qflare_server.training.rounds import (
+    HELPER_AWAITED,
+    RoundTask,
+    end_session,
+    open_round,
+    sign_task,
+)
 from qflare_server.training.versions import SignedVersion, VersionDraft, publish, sign_version
 
 NEARLY_SPENT: Final = 0.9
@@ -157,6 +163,8 @@ class Publication:
             "example_count": draft.example_count,
             "published_at": now,
         }
+        if current.state_reason.startswith(HELPER_AWAITED):
+            values["state_reason"] = ""
         training_sessions.update_round(session, training_session.id, current.number, values)
         judged = sorted(rejected.keys() - fold.refusals.keys())
         quarantine_repeaters(session, training_session, judged, now)

@@ -9,13 +9,16 @@ refuses would otherwise change a set that the others have already answered.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf.message import DecodeError
+from sqlalchemy.orm import Session
 
 from qflare.evidence.lineage import contributors_digest
 from qflare.evidence.statements import StatementError, digest_of
@@ -30,7 +33,8 @@ from qflare_server.errors import HelperRefusedError, HelperUnavailableError, Inv
 from qflare_server.keys.device_identities import key_evidence
 from qflare_server.payloads.writer import PayloadWriter
 from qflare_server.storage.payload_records import ReceivedPayload
-from qflare_server.storage.repository import evidence, unmaskings, updates
+from qflare_server.storage.repository import audit, evidence, unmaskings, updates
+from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.repository.unmaskings import StoredUnmasking
 
 logger = logging.getLogger(__name__)
@@ -86,6 +90,7 @@ class HelperRequests:
         digests: Statement digests by update id, of the updates in the sum.
         size_bytes: Size of a masked update.
         at: When the round closed.
+        is_repeated: Whether the same set was sent before, and a helper did not answer.
     """
 
     def __init__(
@@ -98,7 +103,10 @@ class HelperRequests:
         digests: Mapping[str, str],
         size_bytes: int,
         at: datetime,
+        *,
+        is_repeated: bool = False,
     ) -> None:
+        self._is_repeated = is_repeated
         self._context = context
         self._executor = executor
         self._plan = plan
@@ -120,11 +128,57 @@ class HelperRequests:
             HelperUnavailableError: A helper does not answer; the same request may be repeated.
             HelperRefusedError: A helper refused the set, or an answer does not verify.
         """
-        helpers = self._masking.helpers
+        helpers, answers = self._masking.helpers, []
+        if not self._is_repeated:
+            self._record_sent()
         if len(helpers) > 1:
             for helper in helpers:
-                self._call(helper, is_check=True)
-        return [self._ask(helper, subtract) for helper in helpers]
+                with self._told(helper):
+                    self._call(helper, is_check=True)
+        for helper in helpers:
+            with self._told(helper):
+                answers.append(self._ask(helper, subtract))
+        return answers
+
+    def _record_sent(self) -> None:
+        """Record in the audit log that the set is closed, and to which helpers it is sent."""
+        members: dict[str, Any] = {
+            "round": self._plan.number,
+            "members": len(self._digests),
+            "members_digest": contributors_digest(self._digests.values()),
+        }
+        sent = [members | {"helper_id": helper.helper_id} for helper in self._masking.helpers]
+        self._record("round.set_closed", members)
+        self._record("round.sent_to_helper", *sent)
+
+    def _record(self, event_type: str, *entries: dict[str, Any]) -> None:
+        subject, now = f"training_session:{self._plan.training_session_id}", self._context.clock()
+
+        def work(session: Session) -> None:
+            for details in entries:
+                audit.record(session, SYSTEM, Event(event_type, subject, details=details), now)
+
+        self._context.database.write(work)
+
+    @contextmanager
+    def _told(self, helper: Helper) -> Iterator[None]:
+        """Count the outcome of a request, and record a refusal in the audit log."""
+        details: dict[str, Any] = {"round": self._plan.number, "helper_id": helper.helper_id}
+        telemetry, started = self._context.telemetry, time.monotonic()
+        try:
+            yield
+        except RefusedUpdatesError as error:
+            telemetry.helper_asked("updates_refused", time.monotonic() - started)
+            self._record("round.updates_refused", details | {"updates": len(error.reasons)})
+            raise
+        except HelperRefusedError as error:
+            telemetry.helper_asked("refused", time.monotonic() - started)
+            self._record("round.helper_refused", details | {"reason": str(error)[:MAX_REASON]})
+            raise
+        except HelperUnavailableError:
+            telemetry.helper_asked("unavailable", time.monotonic() - started)
+            raise
+        telemetry.helper_asked("answered", time.monotonic() - started)
 
     def _ask(self, helper: Helper, subtract: Subtract) -> MaskSum:
         request, parts = self._call(helper, is_check=False)
@@ -148,6 +202,16 @@ class HelperRequests:
             raise HelperRefusedError(f"helper {helper.helper_id}: its sum: {error}") from error
         if payload.content_digest != answer.mask_digest:
             raise HelperRefusedError(f"helper {helper.helper_id}: its sum is not what it signed")
+        self._record(
+            "round.helper_answered",
+            {
+                "round": self._plan.number,
+                "helper_id": helper.helper_id,
+                "counter": answer.counter,
+                "answer_digest": digest_of(first.answer.answer.payload),
+                "members": answer.member_count,
+            },
+        )
         return MaskSum(answer, first.answer.answer, payload)
 
     def _call(

@@ -7,7 +7,7 @@ Every function but `sign_task` runs in the caller's transaction, which holds the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
@@ -18,6 +18,7 @@ from qflare_server.context import Context
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import audit, global_models, training_sessions, updates
 from qflare_server.storage.repository.audit import SYSTEM, Event
+from qflare_server.storage.repository.training_sessions import RoundInProgress
 from qflare_server.storage.tables import RiskLevel, RoundState, TrainingSessionState, UpdateOrigin
 from qflare_server.training.config import deadline_s
 from qflare_server.training.failures import TooManyFailed
@@ -33,6 +34,9 @@ NONCE_BYTES: Final = 32
 
 MISSED_QUORUM: Final = "missed its quorum"
 """Prefix of the reason of a round whose deadline passed without a quorum."""
+
+HELPER_AWAITED: Final = "waits for a helper: "
+"""Prefix of the reason of a closed round that a helper for secure aggregation has not answered."""
 
 
 def is_in_process(training_session_id: str) -> bool:
@@ -145,11 +149,12 @@ def open_round(
     training_sessions.insert_round(session, values)
     training_sessions.insert_selection(session, training_session.id, number, selected or [])
     training_sessions.update_session(session, training_session.id, {"current_round": number})
-    event = Event(
-        "round.opened",
-        f"training_session:{training_session.id}",
-        details={"round": number, "base_version": base_version},
-    )
+    details: dict[str, Any] = {"round": number, "base_version": base_version}
+    if config.secure_aggregation.mode:
+        details["min_cohort"] = config.secure_aggregation.min_cohort
+        details["helpers"] = list(config.secure_aggregation.helpers)
+    subject = f"training_session:{training_session.id}"
+    event = Event("round.opened", subject, details=details)
     audit.record(session, SYSTEM, event, at)
     return number
 
@@ -230,6 +235,23 @@ def is_over(current: Round, at: datetime) -> bool:
         or current.accepted_count >= current.target
         or current.deadline_at <= at
     )
+
+
+def await_helper(session: Session, item: RoundInProgress, problem: str, now: datetime) -> None:
+    """Note in a closed round why the sum of its masks is missing; the first time, record it in the audit log too."""
+    training_session_id, number = item.training_session_id, item.number
+    current = training_sessions.lock_round(session, training_session_id, number)
+    if current is None or current.state != RoundState.CLOSED.value:
+        return
+    reason = f"{HELPER_AWAITED}{problem}"[:500]
+    if not current.state_reason.startswith(HELPER_AWAITED):
+        subject = f"training_session:{training_session_id}"
+        details = {"round": number, "reason": problem[:200]}
+        event = Event("round.helper_unavailable", subject, RiskLevel.MEDIUM, details)
+        audit.record(session, SYSTEM, event, now)
+    if current.state_reason != reason:
+        values = {"state_reason": reason}
+        training_sessions.update_round(session, training_session_id, number, values)
 
 
 def fail_round(

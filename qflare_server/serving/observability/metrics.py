@@ -100,6 +100,18 @@ class Metrics(Telemetry):
             buckets=PUBLISH_BUCKETS,
             registry=registry,
         )
+        self._helper_requests = Counter(
+            "qflare_helper_requests",
+            "Requests to helpers for secure aggregation by outcome: answered, refused, updates_refused, unavailable",
+            labelnames=("outcome",),
+            registry=registry,
+        )
+        self._helper_answer = Histogram(
+            "qflare_helper_answer_seconds",
+            "Time from a request to a helper to its verified answer",
+            buckets=PUBLISH_BUCKETS,
+            registry=registry,
+        )
         self._webhooks = Counter(
             "qflare_webhook_attempts",
             "Attempts to deliver a webhook by outcome: delivered, failed, dropped",
@@ -214,6 +226,12 @@ class Metrics(Telemetry):
         self._updates.labels("rejected").inc(rejected_count)
         self._collecting.observe(collected_s)
         self._publishing.observe(published_s)
+
+    def helper_asked(self, outcome: str, duration_s: float) -> None:
+        """Count a request to a helper, and the time of an answer."""
+        self._helper_requests.labels(outcome).inc()
+        if outcome == "answered":
+            self._helper_answer.observe(duration_s)
 
     def webhook_attempted(self, outcome: str) -> None:
         """Count an attempt."""

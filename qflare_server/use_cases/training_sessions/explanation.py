@@ -2,7 +2,8 @@
 
 Command line, dashboard, log, metrics and watches print the notices of `Explanations` unchanged. A round that is
 collecting updates gets a notice only when too few devices can take part, when a device reports a failure, when the
-round has missed its quorum, or when half of its time has passed without enough updates.
+round has missed its quorum, or when half of its time has passed without enough updates. A closed round gets one when
+the helpers for secure aggregation do not answer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from qflare_server.storage.repository.device_failures import MissingDevice
 from qflare_server.storage.tables import RoundState, TrainingSessionState
 from qflare_server.training.evaluation import awaits_evaluation
 from qflare_server.training.failures import TOO_MANY_FAILED
-from qflare_server.training.rounds import MISSED_QUORUM
+from qflare_server.training.rounds import HELPER_AWAITED, MISSED_QUORUM
 
 MAX_LOOKED_AT: Final = 100
 MAX_NAMED: Final = 5
@@ -31,6 +32,12 @@ MEND: Final = "read their logs and mend the cause; they are asked again in this 
 AVOID: Final = (
     "read the logs of the devices that failed and mend the cause before the rounds run out"
 )
+ASK_HELPER: Final = (
+    "check that the helper runs and that this coordinator reaches it, or ask its operator"
+)
+HELPER_PATIENCE_S: Final = 5.0
+STEP_S: Final = 10.0
+"""Seconds between two texts of a notice that tells how long a helper has not answered."""
 ENROLL: Final = "enroll more devices, or create a training session with a smaller quorum"
 
 
@@ -83,6 +90,8 @@ class Explanations:
         if row.state != TrainingSessionState.RUNNING.value:
             return []
         current = training_sessions.get_round(session, row.id, row.current_round)
+        if current is not None and current.state == RoundState.CLOSED.value:
+            return list(_awaits_helper(row, current, self._context.clock()))
         if current is None or current.state != RoundState.OPEN.value:
             return []
         before = training_sessions.get_round(session, row.id, row.current_round - 1)
@@ -198,6 +207,26 @@ def _awaits(row: TrainingSession, current: Round) -> Notice:
     )
     remedy = "run devices with an evaluation function, or lower evaluation.quorum in the next one"
     return Notice("evaluation_awaited", text, remedy)
+
+
+def _awaits_helper(row: TrainingSession, current: Round, now: datetime) -> Iterator[Notice]:
+    """Explain a closed round with secure aggregation whose masks are not summed yet."""
+    policy = row.config.secure_aggregation
+    if not policy.mode or current.closed_at is None:
+        return
+    waited_s = (now - current.closed_at).total_seconds()
+    cause = current.state_reason.removeprefix(HELPER_AWAITED)
+    if cause == current.state_reason:
+        cause = ""
+        if waited_s < HELPER_PATIENCE_S:
+            return
+    helpers = _list([helper_id[:16] for helper_id in policy.helpers])
+    verb = "has" if len(policy.helpers) == 1 else "have"
+    text = (
+        f"round {current.number} is closed with {current.accepted_count} masked updates, and helper {helpers} {verb} "
+        f"not answered for {_ago(waited_s - waited_s % STEP_S) if waited_s >= STEP_S else 'some seconds'}"
+    )
+    yield Notice("helper_awaited", f"{text}: {cause}" if cause else text, ASK_HELPER)
 
 
 def _is_half_over(current: Round, now: datetime) -> bool:

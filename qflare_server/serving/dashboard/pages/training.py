@@ -1,6 +1,6 @@
 """Training pages: sessions, metric curves, rounds, and the participants of a round."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -67,6 +67,16 @@ class RoundRow:
     deadline: Moment | None
 
 
+MASKING_STAGES: Final = {
+    RoundState.OPEN.value: "takes masked updates",
+    RoundState.CLOSED.value: "asks the helpers for the sum of the masks",
+    RoundState.PUBLISHED.value: "unmasked: the sum is known, single updates are not",
+    RoundState.FAILED.value: "not unmasked",
+    RoundState.CANCELLED.value: "not unmasked",
+}
+"""Stage of secure aggregation by state of the round."""
+
+
 @dataclass(frozen=True)
 class UpdateRow:
     """An update in a list."""
@@ -83,6 +93,17 @@ class UpdateRow:
     size_bytes: int
     after_s: float
     score: float | None
+
+
+@dataclass(frozen=True)
+class MaskedRound:
+    """Secure aggregation of a round."""
+
+    stage: str
+    cohort_count: int
+    min_cohort: int
+    max_cohort: int
+    helper_ids: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -149,6 +170,20 @@ def round_row(row: Round, visit: PageContext) -> RoundRow:
     )
 
 
+def masked_round(owner: TrainingSession, row: Round) -> MaskedRound | None:
+    """Return the stage and the cohort of a round with secure aggregation; None without it."""
+    policy = owner.config.secure_aggregation
+    if not policy.mode:
+        return None
+    return MaskedRound(
+        MASKING_STAGES[row.state],
+        max(0, row.accepted_count - row.rejected_count),
+        policy.min_cohort,
+        policy.max_cohort,
+        [helper_id[:16] for helper_id in policy.helpers],
+    )
+
+
 def current(progress: Progress, visit: PageContext) -> CurrentRound | None:
     """Return the current round; None if there is none."""
     row = progress.round
@@ -189,6 +224,7 @@ def build_round(visit: PageContext) -> Mapping[str, Any]:
         "session": session_row(owner, visit),
         "roll": roll(owner, found.round, visit),
         "round": round_row(found.round, visit),
+        "masked": masked_round(owner, found.round),
         "updates": [_update_row(row, found.round.opened_at, names) for row in page.rows],
         "absent": [(item, names.get(item, item)) for item in found.absent_ids],
         "next_token": page.next_token,
