@@ -403,6 +403,20 @@ class PayloadStoreMismatchError(FailedPreconditionError):
         )
 
 
+class PayloadPlaceTakenError(StoreUnavailableError):
+    """The folder or bucket of a payload store is owned by another database, of which this one may be a copy.
+
+    Args:
+        store: Name of the payload store.
+    """
+
+    reason = "PAYLOAD_PLACE_TAKEN"
+    remedy = "stop what uses the other database, then: qflare-server payloads claim"
+
+    def __init__(self, store: str) -> None:
+        super().__init__(f"the payload store {store} belongs to another copy of this database")
+
+
 class PayloadStoreConflictError(FailedPreconditionError):
     """Another coordinator on the database stores new payloads elsewhere. Raised at start, never sent over the wire.
 

@@ -1,4 +1,4 @@
-"""`payloads move`, `payloads verify`: move large payloads between payload stores, and verify them."""
+"""`payloads move`, `verify` and `claim`: move and verify large payloads; take over a folder or bucket of them."""
 
 import argparse
 from collections import Counter
@@ -9,6 +9,7 @@ from qflare.terminal import say
 from qflare_server.config import ServerConfig
 from qflare_server.serving.application import open_application
 from qflare_server.storage.payload_store import STORE_NAMES
+from qflare_server.storage.place_ownership import claim
 from qflare_server.use_cases.payload_moves import PayloadMover
 from qflare_server.verification.payload_stores import verify_payloads
 
@@ -17,7 +18,9 @@ PROGRAM = "qflare-server payloads"
 
 def add(commands: Any) -> None:
     """Add this module's parsers."""
-    payloads = commands.add_parser("payloads", help="move or verify large models and updates")
+    payloads = commands.add_parser(
+        "payloads", help="move, verify or take over large models and updates"
+    )
     actions = payloads.add_subparsers(required=True, metavar="ACTION")
     move = actions.add_parser(
         "move",
@@ -32,6 +35,12 @@ def add(commands: Any) -> None:
         epilog="example: qflare-server payloads verify",
     )
     verify.set_defaults(run=run_verify)
+    takeover = actions.add_parser(
+        "claim",
+        help="make a restored or copied database the owner of its payload folder or bucket; stop the original first",
+        epilog="example: qflare-server payloads claim",
+    )
+    takeover.set_defaults(run=run_claim)
 
 
 def run_move(config: ServerConfig, arguments: argparse.Namespace) -> int:
@@ -70,6 +79,16 @@ def run_verify(config: ServerConfig, arguments: argparse.Namespace) -> int:
         remedy = "restore the payload store from a backup"
         report_failure(f"{PROGRAM} verify", f"{wrong} payloads are missing or altered", remedy)
     return 1 if wrong else 0
+
+
+def run_claim(config: ServerConfig, arguments: argparse.Namespace) -> int:
+    """Make the database the owner of the folders and buckets of its payload stores."""
+    del arguments
+    with open_application(config) as parts:
+        for store in parts.context.stores:
+            claim(parts.database, store)
+            say(f"{store.name}: owned by this database")
+    return 0
 
 
 def _mebibytes(size_bytes: int) -> str:

@@ -22,6 +22,7 @@ from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.storage.ids import payload_name
 from qflare_server.storage.payload_records import ReceivedPayload, Seal, split_digests
 from qflare_server.storage.payload_store import READ_CHUNKS, PayloadStore
+from qflare_server.storage.place_ownership import require_owner
 from qflare_server.storage.repository import payloads as rows
 
 TOUCH_SHARE: Final = 0.25  # share of the expiry time after which an upload is touched again
@@ -239,11 +240,13 @@ class Receiver:
 
         Raises:
             ConflictError: The store has lost chunks meanwhile; the upload can be resumed.
+            PayloadPlaceTakenError: Another database owns the folder or bucket.
         """
         if not self.is_large:
             return b"".join(self._batch)
         self.keep()
         self._store.complete(self.payload_id, self._kept_bytes)
+        require_owner(self._context.database, self._store)  # otherwise the owner deletes it
         return None
 
     def keep(self) -> None:

@@ -155,6 +155,7 @@ class Coordinator:
 
         Raises:
             PayloadStoreConflictError: Another coordinator on the database stores new payloads elsewhere.
+            PayloadPlaceTakenError: The folder or bucket of payloads belongs to another copy of this database.
         """
         self._housekeeping.join()
         self.observability.start(self.parts.context)

@@ -18,6 +18,7 @@ from qflare_server.context import Context
 from qflare_server.errors import PayloadStoreConflictError, QflareError
 from qflare_server.payloads.keys import rewrap
 from qflare_server.storage.payload_store import FILES, PayloadStore
+from qflare_server.storage.place_ownership import PlaceKeeper, require_owner
 from qflare_server.storage.repository import (
     device_failures,
     devices,
@@ -93,6 +94,7 @@ class Maintenance:
         self._started_at = context.clock()
         self._ticks = 0
         self._said: set[tuple[str, ...]] = set()
+        self._keepers: dict[str, PlaceKeeper] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
 
@@ -150,6 +152,9 @@ class Maintenance:
         self._context.database.check()
         for store in self._context.stores:
             store.check()
+            if store.name not in self._keepers:
+                self._keepers[store.name] = PlaceKeeper(self._context.database, store)
+            self._keepers[store.name].keep()
 
     def _sequence(self) -> None:
         self._sequencer.run_once()
@@ -162,7 +167,10 @@ class Maintenance:
 
         Raises:
             PayloadStoreConflictError: Another coordinator stores new payloads elsewhere.
+            PayloadPlaceTakenError: The folder or bucket belongs to another copy of this database.
         """
+        for store in self._context.stores:
+            require_owner(self._context.database, store)
         now = self._context.clock()
         memory_s = max(REPLICA_MEMORY_S, 3 * self._context.config.last_seen_interval_s)
         since = now - timedelta(seconds=memory_s)

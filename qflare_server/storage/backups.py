@@ -329,8 +329,17 @@ def _copy_rows(source: Path, target: Path, timeout_s: float) -> list[_Reference]
         reader.backup(writer)  # all pages in one step: one snapshot
         writer.execute("PRAGMA journal_mode=DELETE")
     engine = create_engine(f"sqlite:///{target}", poolclass=NullPool)
-    with engine.connect() as connection:
+    with engine.begin() as connection:
+        _forget_owners(connection)
         return _references(connection)
+
+
+def _forget_owners(connection: Connection) -> None:
+    """Let restored rows own no folder or bucket that is still in use (`storage.place_ownership`)."""
+    tables = inspect(connection)
+    columns = tables.get_columns("payload_places") if tables.has_table("payload_places") else []
+    if "owner" in {column["name"] for column in columns}:
+        connection.execute(text("UPDATE payload_places SET owner = NULL, next_owner = NULL"))
 
 
 def _copy_payloads(references: Sequence[_Reference], stores: Mapping[str, _Copied]) -> str:
@@ -448,6 +457,8 @@ def restore(config: ServerConfig, key_folder: Path, source: Path) -> Manifest:
     if manifest.dialect == "postgresql":
         with _engine(config) as engine:
             _load(engine, source / DUMP)
+            with engine.begin() as connection:
+                _forget_owners(connection)
     return manifest
 
 

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
+from qflare_server.storage.place_ownership import require_owner
 from qflare_server.storage.repository import payloads, training_sessions
 
 PRUNE_BATCH: Final = 250
@@ -84,9 +85,15 @@ def sweep(context: Context) -> int:
 
 
 def discard_uploads(context: Context, uploads: Sequence[payloads.ChunkSet]) -> None:
-    """Abandon uploads and delete their chunks at once; after a crash in between, the next sweep deletes them."""
+    """Abandon uploads and delete their chunks at once; after a crash in between, the next sweep deletes them.
+
+    Raises:
+        PayloadPlaceTakenError: Another database owns their folder or bucket; nothing is deleted.
+    """
     if not uploads:
         return
+    for name in {chunks.store for chunks in uploads} & context.store_names:
+        require_owner(context.database, context.store_of(name))
     context.database.write(lambda session: payloads.give_up_uploads(session, uploads))
     for chunks in uploads:
         if chunks.store in context.store_names:
@@ -103,6 +110,8 @@ def sweep_orphans(context: Context) -> int:
     for store in context.stores:
         ids = iter(store.payload_ids())
         while batch := list(islice(ids, PRUNE_BATCH)):
+            # Afterwards: what another database writes once it is the owner is not among them.
+            require_owner(context.database, store)
             count += context.database.write(
                 partial(payloads.claim_orphans, store=store.name, payload_ids=batch)
             )

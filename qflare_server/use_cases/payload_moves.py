@@ -18,6 +18,7 @@ from qflare_server.errors import ConflictError, QflareError
 from qflare_server.storage.ids import payload_name
 from qflare_server.storage.payload_records import chunks_of, split_digests
 from qflare_server.storage.payload_store import READ_CHUNKS
+from qflare_server.storage.place_ownership import require_owner
 from qflare_server.storage.records import Payload
 from qflare_server.storage.repository import leases, payloads
 from qflare_server.storage.repository.payloads import ChunkSet
@@ -66,6 +67,7 @@ class PayloadMover:
 
         Raises:
             ConflictError: Another process moves payloads.
+            PayloadPlaceTakenError: Another database owns the folder or bucket of a store.
             PayloadStoreNotConfiguredError: A payload is in a store that is not configured.
             StoreUnavailableError: A store cannot be reached.
             StorageFullError: The store is full.
@@ -75,8 +77,8 @@ class PayloadMover:
         try:
             with self._context.database.read() as session:
                 others = set(payloads.named_stores(session)) - {self._store.name}
-            for name in others:
-                self._context.store_of(name)
+            for name in others | {self._store.name}:
+                require_owner(self._context.database, self._context.store_of(name))
             sweep(self._context)
             self._run(others, report)
         finally:

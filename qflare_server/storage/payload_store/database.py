@@ -103,6 +103,13 @@ class PayloadFile:
     def adopt(self, identity: str) -> None:
         """Do nothing: the chunks belong to the rows."""
 
+    def owner(self) -> str:
+        """Return the empty text: the chunks belong to the rows."""
+        return ""
+
+    def replace_owner(self, before: str, after: str) -> None:
+        """Do nothing: the chunks belong to the rows."""
+
     @_noticing_damage
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
         """Write consecutive chunks durably in one transaction."""
@@ -198,6 +205,13 @@ class PayloadTable:
         return ""
 
     def adopt(self, identity: str) -> None:
+        """Do nothing: the chunks belong to the rows."""
+
+    def owner(self) -> str:
+        """Return the empty text: the chunks belong to the rows."""
+        return ""
+
+    def replace_owner(self, before: str, after: str) -> None:
         """Do nothing: the chunks belong to the rows."""
 
     @domain_errors()

@@ -27,6 +27,8 @@ from qflare_server.storage.payload_store.interface import FILES
 
 PARTIAL: Final = ".partial"
 MARKER: Final = "store-identity"
+OWNER: Final = "store-owner-"
+_OWNER: Final = re.compile(r"store-owner-[0-9]{12}")
 _ID: Final = re.compile(r"[0-9A-Za-z_]{1,64}")
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MAX_VECTOR: Final = min(1024, os.sysconf("SC_IOV_MAX"))
@@ -95,6 +97,46 @@ class PayloadFolder:
         """Write the folder's marker file."""
         with suppress(FileExistsError), new_file(self._folder / MARKER, replace=False) as file:
             file.write(identity.encode())
+
+    @_domain_errors
+    def owner(self) -> str:
+        """Return the content of the owner file with the largest number."""
+        return self._latest_owner()[1]
+
+    def _latest_owner(self) -> tuple[int, str]:
+        for _attempt in range(
+            2
+        ):  # the latest may be deleted, as an earlier one, after it was listed
+            paths = sorted(self._owner_files())
+            if not paths:
+                break
+            with suppress(FileNotFoundError):
+                text = paths[-1].read_text(encoding="ascii", errors="replace")
+                return int(paths[-1].name.removeprefix(OWNER)), text
+        return 0, ""
+
+    def _owner_files(self) -> list[Path]:
+        return [path for path in self._folder.glob(f"{OWNER}*") if _OWNER.fullmatch(path.name)]
+
+    @_domain_errors
+    def replace_owner(self, before: str, after: str) -> None:
+        """Create the owner file with the next number, then delete the earlier ones.
+
+        A second file of one name is refused, so that of two writers only one succeeds, and a writer that was frozen
+        meanwhile replaces nothing: the largest number counts.
+        """
+        number, found = self._latest_owner()
+        if found != before:
+            return
+        path = self._folder / f"{OWNER}{number + 1:012d}"
+        try:
+            with new_file(path, replace=False) as file:
+                file.write(after.encode())
+        except FileExistsError:
+            return
+        for earlier in self._owner_files():
+            if earlier.name < path.name:
+                earlier.unlink(missing_ok=True)
 
     def _whole(self, payload_id: str) -> Path:
         if _ID.fullmatch(payload_id) is None:

@@ -37,6 +37,12 @@ class PayloadStore(Protocol):
     def adopt(self, identity: str) -> None:
         """Give a folder or bucket a name; does nothing if it has one."""
 
+    def owner(self) -> str:
+        """Return the name of the database that may delete from this folder or bucket; empty if it has none."""
+
+    def replace_owner(self, before: str, after: str) -> None:
+        """Replace the owner's name; does nothing if it is not `before`, or if another is written at the same time."""
+
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
         """Write consecutive chunks; they are durable when this returns. Existing chunks are replaced."""
 

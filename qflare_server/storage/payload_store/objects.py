@@ -26,6 +26,8 @@ CHECK_S: Final = 10.0
 SIZE_S: Final = 300.0
 """Seconds for which the bytes that the bucket takes up are remembered; listing it costs a request per 1,000 parts."""
 _FOLDER: Final = "payloads"
+_OWNERS: Final = "owners"
+_OWNER: Final = re.compile(r"owners/[0-9]{12}")
 _KNOWN_PAYLOADS: Final = 1024
 _ID: Final = re.compile(r"[0-9A-Za-z_]{1,64}")
 _PART: Final = re.compile(r"([0-9]{8})-([0-9]{8})")
@@ -54,6 +56,10 @@ def _folder(payload_id: str) -> str:
     if _ID.fullmatch(payload_id) is None:
         raise ValueError(f"payload id: got {payload_id!r}")
     return f"{_FOLDER}/{payload_id}"
+
+
+def _owner_key(number: int) -> str:
+    return f"{_OWNERS}/{number:012d}"
 
 
 class PayloadBucket:
@@ -85,6 +91,35 @@ class PayloadBucket:
     def adopt(self, identity: str) -> None:
         """Write the bucket's marker object unless it has one."""
         self._bucket.create(MARKER_KEY, identity.encode())
+
+    def owner(self) -> str:
+        """Return the content of the owner object with the largest number."""
+        return self._latest_owner()[1]
+
+    def _latest_owner(self) -> tuple[int, str]:
+        for _attempt in range(
+            2
+        ):  # the latest may be deleted, as an earlier one, after it was listed
+            keys = [found.key for found in self._bucket.collect(_OWNERS)]
+            numbers = [int(key.rpartition("/")[2]) for key in keys if _OWNER.fullmatch(key)]
+            if not numbers:
+                break
+            data = self._bucket.get(_owner_key(max(numbers)))
+            if data is not None:
+                return max(numbers), data.decode("ascii", errors="replace")
+        return 0, ""
+
+    def replace_owner(self, before: str, after: str) -> None:
+        """Create the owner object with the next number, then delete the earlier ones.
+
+        The service refuses a second object of one name, so that of two writers only one succeeds, and a writer that was
+        frozen meanwhile replaces nothing: the largest number counts.
+        """
+        number, found = self._latest_owner()
+        if found != before or not self._bucket.create(_owner_key(number + 1), after.encode()):
+            return
+        earlier = [each.key for each in self._bucket.collect(_OWNERS)]
+        self._bucket.delete([key for key in earlier if key < _owner_key(number + 1)])
 
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
         """Write consecutive chunks as one part."""

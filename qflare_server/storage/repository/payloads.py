@@ -297,6 +297,39 @@ def record_place(session: Session, store: str, identity: str, at: datetime) -> N
     session.execute(insert(PLACES).values(store=store, identity=identity, created_at=at))
 
 
+def place_owners(session: Session, store: str) -> set[str]:
+    """Return the names under which this database may own the folder or bucket of a payload store."""
+    query = select(PLACES.c.owner, PLACES.c.next_owner).where(PLACES.c.store == store)
+    return {name for row in session.execute(query) for name in row if name}
+
+
+def begin_owner(session: Session, store: str, name: str, *, forced: bool) -> str:
+    """Record the name that is about to replace the owner's; return it.
+
+    Args:
+        session: Write transaction.
+        store: Payload store.
+        name: A new name.
+        forced: Use it even if another one is about to be written; otherwise that one is returned.
+    """
+    if not forced:
+        query = select(PLACES.c.next_owner).where(PLACES.c.store == store).with_for_update()
+        pending: str | None = session.execute(query).scalar_one_or_none()
+        if pending:
+            return pending
+    session.execute(update(PLACES).where(PLACES.c.store == store).values(next_owner=name))
+    return name
+
+
+def finish_owner(session: Session, store: str, name: str) -> None:
+    """Record that the folder or bucket of a payload store has the new name of its owner."""
+    session.execute(
+        update(PLACES)
+        .where(PLACES.c.store == store, PLACES.c.next_owner == name)
+        .values(owner=name, next_owner=None)
+    )
+
+
 def has_payloads(session: Session, store: str) -> bool:
     """Return whether a row refers to chunks in a payload store."""
     query = select(PAYLOADS.c.id).where(PAYLOADS.c.store == store, PAYLOADS.c.location == "store")

@@ -86,7 +86,8 @@ class Upload(Base):
 class PayloadPlace(Base):
     """The folder or bucket of a payload store: a random name, which a marker in it repeats.
 
-    It tells a folder that is not mounted, a wrong bucket and one of another deployment from the right one.
+    It tells a folder that is not mounted, a wrong bucket and one of another deployment from the right one. Its owner is
+    the database that may delete from it (`storage.place_ownership`); `next_owner` is about to replace it.
     """
 
     __tablename__ = "payload_places"
@@ -94,3 +95,5 @@ class PayloadPlace(Base):
     store: Mapped[str] = mapped_column(String(8), primary_key=True)
     identity: Mapped[str] = mapped_column(String(32))
     created_at: Mapped[datetime]
+    owner: Mapped[str | None] = mapped_column(String(32))
+    next_owner: Mapped[str | None] = mapped_column(String(32))

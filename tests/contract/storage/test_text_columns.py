@@ -102,6 +102,8 @@ def fixed_length(column: str) -> int | None:
         "payloads.id",
         "payloads.chunks_id",
         "payload_places.identity",
+        "payload_places.next_owner",
+        "payload_places.owner",
         "user_tokens.id",
     }:
         return HEX_16
