@@ -135,6 +135,11 @@ class CrashingStore:
         self._inner.complete(payload_id, size_bytes)
         self._fuse.step()
 
+    def replace_owner(self, before: str, after: str) -> None:
+        self._fuse.step()
+        self._inner.replace_owner(before, after)
+        self._fuse.step()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
