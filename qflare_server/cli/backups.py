@@ -43,6 +43,10 @@ def run_restore(config: ServerConfig, arguments: argparse.Namespace) -> int:
     """Restore a backup."""
     manifest = restore(config, key_directory(config), arguments.folder)
     say(f"restored the backup of {manifest.created_at}: {_summary(manifest)}")
+    if config.object_store_url:
+        say(
+            "next: stop the original, then: qflare-server payloads verify; qflare-server payloads claim"
+        )
     say("next: qflare-server audit verify, with the same --data-dir or QFLARE_DATABASE_URL")
     return 0
 

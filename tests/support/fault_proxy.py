@@ -27,6 +27,7 @@ class Fault:
         code: Error code in the answer.
         count: Requests that it happens to; -1 for all.
         methods: HTTP methods of those requests.
+        after: Requests of those methods that are carried out before.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Fault:
     code: str = ""
     count: int = -1
     methods: tuple[str, ...] = ("GET", "PUT", "POST", "HEAD", "DELETE")
+    after: int = 0
 
 
 class FaultProxy:
@@ -43,6 +45,8 @@ class FaultProxy:
         url: Where it listens.
         fault: What happens to requests; None carries them out.
         accepted_key_id: Access key that the server accepts; empty for any.
+        struck: Set when a fault happens to a request.
+        carried_out: Methods and paths of the requests that the server was given, in order.
 
     Args:
         target: URL of the server.
@@ -51,6 +55,8 @@ class FaultProxy:
     def __init__(self, target: str) -> None:
         self.fault: Fault | None = None
         self.accepted_key_id = ""
+        self.struck = threading.Event()
+        self.carried_out: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         self._server = _Server(self, target)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -72,7 +78,11 @@ class FaultProxy:
             fault = self.fault
             if fault is None or method not in fault.methods or fault.count == 0:
                 return None
+            if fault.after > 0:
+                fault.after -= 1
+                return None
             fault.count -= 1
+            self.struck.set()
             return fault
 
 
@@ -149,6 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         target = self.server.target
+        self.server.proxy.carried_out.append((self.command, self.path))
         with closing(HTTPConnection(target.hostname or "", target.port, timeout=TIMEOUT_S)) as near:
             near.request(self.command, self.path, body, dict(self.headers.items()))
             response = near.getresponse()

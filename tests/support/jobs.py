@@ -40,11 +40,12 @@ def prepare(
     *,
     quorum: int = DEVICES,
     deadline_s: int = 0,
+    rounds: int = ROUNDS,
 ) -> str:
     """Create and start a training session whose every update is kept; return its id."""
     weights = SMALL if weights is None else weights
     manifest = Manifest.from_arrays(weights)
-    config = training_pb2.TrainingConfig(total_rounds=ROUNDS)
+    config = training_pb2.TrainingConfig(total_rounds=rounds)
     config.rounds.quorum = quorum
     if deadline_s:
         config.rounds.deadline.seconds = deadline_s

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from qflare.v1 import training_pb2
+from qflare_server.aggregation.aggregator import REST_S
 from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.errors import (
     BucketMissingError,
@@ -21,6 +22,7 @@ from qflare_server.errors import (
     ObjectStoreUnavailableError,
     PayloadStoreConflictError,
     PayloadStoreMismatchError,
+    PayloadStoreNotConfiguredError,
     QflareError,
     StorageFullError,
 )
@@ -28,8 +30,9 @@ from qflare_server.serving.maintenance import Maintenance
 from qflare_server.storage.payload_store import bucket, objects
 from qflare_server.storage.payload_store.objects import PayloadBucket
 from qflare_server.storage.repository import payloads
-from qflare_server.training.retention import sweep
+from qflare_server.training.retention import sweep, sweep_orphans
 from qflare_server.verification.payload_stores import verify_payloads
+from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
 from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.identity import everything_stored
@@ -437,3 +440,98 @@ def test_retention_and_sweeps_wait_for_the_store(
     assert set(core.store.payload_ids()) == kept
     (update,) = core.updates(session_id, 1)
     assert update.payload_id not in kept
+
+
+def test_a_slow_store_is_waited_for_and_asked_again(
+    make_core: MakeCore, settings: dict[str, Any], proxy: FaultProxy
+) -> None:
+    core = make_core(**settings | {"object_store_timeout_s": 1.0})
+    core.add_devices(1)
+    session_id = start(core)
+    for version, method in enumerate(("PUT", "GET"), 1):
+        draft = core.draft("device-0", session_id, vector(float(version), BIG))
+        if method == "PUT":
+            proxy.fault = Fault("hang", count=1, methods=(method,))
+        core.send(draft)
+        if method == "GET":
+            proxy.fault = Fault("hang", count=1, methods=(method,))
+        core.settle()
+
+        assert proxy.fault is not None
+        assert proxy.fault.count == 0
+        assert core.weights(session_id, version) == weights_of(version)
+
+
+@pytest.mark.parametrize("harm", ["altered", "missing"])
+@pytest.mark.parametrize("rule", ["fedavg", "median"])
+def test_a_part_that_was_altered_or_is_missing_is_not_folded(
+    core: CoordinatorHarness,
+    clock: FakeClock,
+    settings: dict[str, Any],
+    object_store_endpoint: str,
+    rule: str,
+    harm: str,
+) -> None:
+    """The bytes are hashed again while they are folded, however long ago they were received."""
+    policy = training_pb2.RoundPolicy(quorum=3)
+    aggregation = training_pb2.AggregationConfig(strategy=rule)
+    session_id = core.start(vector(0.0, BIG), rounds=policy, aggregation=aggregation)
+    names = [
+        core.submit(f"device-{number}", session_id, vector(float(number), BIG)).update_id
+        for number in range(3)
+    ]
+    harmed = next(row for row in core.updates(session_id, 1) if row.id == names[1])
+    key = f"{harmed.payload_id}/00000002-00000001"
+    if harm == "altered":
+        (chunk,) = core.store.read(harmed.payload_id, 2, 1)
+        core.store.append(harmed.payload_id, 2, [bytes([chunk[0] ^ 1]) + chunk[1:]])
+    else:
+        place = settings["object_store_url"].removeprefix("s3://")
+        request(f"{object_store_endpoint}/{place}/payloads/{key}", "DELETE")
+
+    core.settle()
+    clock.advance(REST_S + 1)  # it was read once more before it is refused
+    core.settle()
+
+    states = {row.id: row.state for row in core.updates(session_id, 1)}
+    assert [states[name] for name in names] == ["aggregated", "rejected", "aggregated"]
+    assert core.weights(session_id, 1) == weights_of(1.0)
+
+
+def test_a_round_waits_for_a_store_that_is_not_configured_any_more(
+    make_core: MakeCore, core: CoordinatorHarness, settings: dict[str, Any], clock: FakeClock
+) -> None:
+    session_id = start(core)
+    core.submit("device-0", session_id, vector(1.0, BIG))
+    local = {"payload_store": "files", "inline_payload_bytes": 0}
+    without = make_core(**local)
+
+    with pytest.raises(PayloadStoreNotConfiguredError):
+        without.settle()
+    with pytest.raises(PayloadStoreNotConfiguredError):
+        without.weights(session_id, 0)
+    assert sweep_orphans(without.context) == 0
+    clock.advance(core.config.lease_s + 1)
+    switched = make_core(**(settings | local))
+    switched.settle()
+
+    assert switched.weights(session_id, 1) == weights_of(1.0)
+    assert {verdict.store: verdict.problem for verdict in verify_payloads(switched.context)} == {
+        "files": "",
+        "object": "",
+    }
+
+
+def test_orphans_are_swept_and_figures_are_those_of_the_bucket(core: CoordinatorHarness) -> None:
+    session_id = start(core)
+    core.submit("device-0", session_id, vector(1.0, BIG))
+    core.settle()
+    kept = core.store.size_bytes()
+    core.store.append("orphan", 0, [bytes(2**20), b"end"])
+
+    assert kept == 3 * len(weights_of(1.0))
+    assert core.store.size_bytes() == kept + 2**20 + 3
+    assert sweep_orphans(core.context) == 1
+    assert core.store.size_bytes() == kept
+    assert [verdict for verdict in verify_payloads(core.context) if verdict.problem] == []
+    assert core.weights(session_id, 1) == weights_of(1.0)

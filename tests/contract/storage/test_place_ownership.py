@@ -148,8 +148,7 @@ def test_a_copy_of_the_database_deletes_nothing_of_a_running_original(
         sweep_orphans(copy.context)
     with pytest.raises(PayloadPlaceTakenError):
         PayloadMover(copy.context, "database").run()
-    with pytest.raises(PayloadPlaceTakenError):
-        copy.submit("device-0", session_id, vector(3.0, BIG))
+
     assert problems(core) == []
     core.settle()
     assert core.weights(session_id, 2) == np.full(BIG, 5.5, "<f4").tobytes()

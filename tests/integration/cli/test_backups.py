@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,11 @@ from qflare.tensors import CHUNK_BYTES
 from qflare_client import TaskKind
 from qflare_server.cli.main import main
 from qflare_server.config import ServerConfig
+from qflare_server.errors import PayloadPlaceTakenError
 from qflare_server.serving.application import open_application
+from qflare_server.serving.coordinator import Coordinator
 from qflare_server.storage.backups import back_up, restore
+from qflare_server.storage.place_ownership import renew
 from qflare_server.verification import DatabaseReport, verify_database
 from tests.integration.conftest import Deployment
 from tests.support.finished_session import train
@@ -80,6 +84,49 @@ def test_a_backup_of_a_serving_coordinator_verifies_after_a_restore(
     assert report.findings == ()
     assert dict(report.checked) == dict(original.checked)
     assert "qflare-server audit verify" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("store", ["files", "database", "object"])
+def test_the_documented_restore_of_each_payload_store(
+    deploy: Callable[..., Deployment],
+    vacant: ServerConfig,
+    store: str,
+    object_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Back up, stop, restore, verify, claim, serve; the original, started again by mistake, is refused."""
+    settings = {**(object_settings if store == "object" else {}), "payload_store": store}
+    settings |= {"inline_payload_bytes": 0}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"QFLARE_{name.upper()}", str(value))
+    trained = train(deploy(**settings))
+    coordinator = trained.deployment.coordinator
+    config = coordinator.parts.context.config
+    coordinator.parts.use_cases.audit.head(fresh=True)
+    for place in coordinator.parts.context.stores:
+        renew(coordinator.parts.database, place)
+    assert run(config, "backup", str(tmp_path / "backup")) == 0
+
+    assert run(vacant, "restore", str(tmp_path / "backup")) == 0
+    assert run(vacant, "payloads", "verify") == 0
+    restored = replace(vacant, **settings, listen="127.0.0.1:0")
+    if store == "object":
+        with pytest.raises(PayloadPlaceTakenError):
+            Coordinator(restored).start()
+        assert run(vacant, "payloads", "move", "--to", "database") == 1
+        assert "payloads claim" in capsys.readouterr().err
+    assert run(vacant, "payloads", "claim") == 0
+    assert run(vacant, "audit", "verify", "--root-key-id", trained.pins[0]) == 0
+    assert run(vacant, "model", "verify", trained.session_id) == 0
+    again = Coordinator(restored)
+    again.start()
+    again.stop(0.5)
+    if store == "object":
+        with pytest.raises(PayloadPlaceTakenError):
+            coordinator._housekeeping.join()
+    assert verified(restored).findings == ()
 
 
 def test_a_backup_says_that_it_has_no_payloads_of_a_bucket(
