@@ -21,6 +21,8 @@ from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.jobs import enroll_devices, prepare, wait_for_end
 from tests.support.processes import DeviceThread, Replicas, trained
 
+pytestmark = pytest.mark.slow
+
 LARGE = {"w": np.zeros(PART_BYTES // 4 + 1000, np.float32)}  # two parts
 WAIT_S = 60.0
 
