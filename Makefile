@@ -240,20 +240,21 @@ lint-deploy: $(INSTALLED) $(TOOLS)/.promtool ## lint the files in deploy/
 		$(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes*/*.yaml))
 	@mkdir -p build/deploy
 	@if command -v kubectl >/dev/null; then \
-		for base in kubernetes kubernetes-autoscaling; do \
+		for base in kubernetes kubernetes-autoscaling kubernetes-helper; do \
 			kubectl kustomize deploy/$$base >build/deploy/$$base.yaml \
 			&& $(BIN)/kubernetes-validate --strict --quiet build/deploy/$$base.yaml || exit 1; done; \
-	else echo '*** kubectl is not installed: rendering deploy/kubernetes and its autoscaling is LEFT OUT.'; fi
+	else echo '*** kubectl is not installed: rendering deploy/kubernetes, its autoscaling and the helper is LEFT OUT.'; fi
 	@sed 's#/etc/prometheus/#$(CURDIR)/deploy/prometheus/#' deploy/prometheus/prometheus.yaml >build/deploy/prometheus.yaml
 	@export PATH="$$PATH:$(CURDIR)/$(TOOLS)"; if command -v promtool >/dev/null; then \
 		promtool check config build/deploy/prometheus.yaml \
 		&& promtool test rules tests/packaging/alerts.yaml; \
 	else echo '*** promtool is not installed: checking deploy/prometheus is LEFT OUT.'; fi
 	@if command -v systemd-analyze >/dev/null; then \
-		sed 's#/opt/qflare/bin/qflare-server.*#/bin/true#' deploy/systemd/qflare.service >build/deploy/qflare.service \
-		&& systemd-analyze verify build/deploy/qflare.service \
-		&& { systemd-analyze security --offline=true --threshold=20 build/deploy/qflare.service \
-			>build/deploy/exposure.txt || { cat build/deploy/exposure.txt; exit 1; }; }; \
+		for unit in qflare qflare-helper; do \
+			sed 's#/opt/qflare/bin/qflare-.*#/bin/true#' deploy/systemd/$$unit.service >build/deploy/$$unit.service \
+			&& systemd-analyze verify build/deploy/$$unit.service \
+			&& { systemd-analyze security --offline=true --threshold=20 build/deploy/$$unit.service \
+				>build/deploy/exposure.txt || { cat build/deploy/exposure.txt; exit 1; }; } || exit 1; done; \
 	else echo '*** systemd-analyze is not installed: checking deploy/systemd is LEFT OUT.'; fi
 
 type: $(INSTALLED) ## run mypy --strict

@@ -18,6 +18,7 @@ from typing import Any, Final
 from google.protobuf import json_format
 
 import qflare
+from qflare.addresses import is_loopback
 from qflare.command_line import (
     ArgumentParser,
     address,
@@ -156,6 +157,18 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument(
         "--max-calls", type=whole(1, 64), default=4, help="requests in progress; default: 4"
     )
+    serve.add_argument(
+        "--metrics-listen", help="address of Prometheus metrics over HTTP; default: none"
+    )
+    serve.add_argument(
+        "--metrics-insecure",
+        action="store_true",
+        help="serve metrics without TLS on an address that others can reach",
+    )
+    serve.add_argument(
+        "--health-listen",
+        help="address of the gRPC health service without TLS, for probes; default: none",
+    )
     serve.set_defaults(run=run_serve)
 
 
@@ -183,6 +196,9 @@ def run_serve(options: argparse.Namespace) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    metrics = options.metrics_listen
+    if metrics is not None and not (is_loopback(metrics) or options.metrics_insecure):
+        raise StoreError(f"{metrics} can be reached from outside: give --metrics-insecure, too")
     tls = read_tls(options.tls_certificate, options.tls_key, options.tls_client_ca)
     with _store(options) as store:
         server = HelperServer(
@@ -191,11 +207,17 @@ def run_serve(options: argparse.Namespace) -> int:
             tls,
             max_vector_bytes=options.max_vector_mib * 2**20,
             max_calls=options.max_calls,
+            metrics_listen=metrics,
+            health_listen=options.health_listen,
         )
         stop = threading.Event()
         on_signals((signal.SIGTERM, signal.SIGINT), stop.set)
         server.start()
         say(f"helper {server.identity.helper_id}")
+        if metrics is not None:
+            say(f"metrics on port {server.metrics_port}")
+        if options.health_listen is not None:
+            say(f"health on port {server.health_port}")
         say(f"serving on {options.listen.rpartition(':')[0]}:{server.port}", flush=True)
         stop.wait()
         server.stop()

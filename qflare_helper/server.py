@@ -8,22 +8,34 @@ from typing import Final
 
 import grpc
 
-from qflare.addresses import is_loopback
+from qflare.addresses import MAX_PORT, is_loopback
 from qflare_client.keystore.store import KeyStore
 from qflare_helper.errors import StoreError
 from qflare_helper.identity import HelperIdentity
 from qflare_helper.ledger import Ledger
+from qflare_helper.limits import MAX_STRANGERS, StallGuard
+from qflare_helper.monitoring import HelperMetrics, MetricsServer, health_handler
 from qflare_helper.policy import read_policy
 from qflare_helper.service import HelperServicer, handlers
 from qflare_helper.unmasking import Unmasking
 
 MAX_MESSAGE_BYTES: Final = 4 * 2**20
-THREADS: Final = 8
+SHORT_CALLS: Final = 8
+"""Threads beyond those of `Unmask`: for health, `GetHelper` and refusals."""
+
+MAX_CONNECTIONS: Final = 256
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 8_192),
+    ("grpc.absolute_max_metadata_size", 8_192),
     ("grpc.max_concurrent_streams", 16),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+    ("grpc.keepalive_time_ms", 120_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
 )
 
 
@@ -58,7 +70,9 @@ class HelperServer:
         listen: Address, host:port; port 0 takes a free one.
         tls: Certificate and key; without, only loopback addresses are served.
         max_vector_bytes: Largest masked update.
-        max_calls: Most requests in progress.
+        max_calls: Most verified requests in progress.
+        metrics_listen: Address for Prometheus, host:port; None for no metrics.
+        health_listen: Address of the health service without TLS; None for no separate one.
 
     Raises:
         StoreError: The keys or the ledger cannot be read, or the address cannot be served.
@@ -73,16 +87,29 @@ class HelperServer:
         *,
         max_vector_bytes: int = 8 * 2**30,
         max_calls: int = 4,
+        metrics_listen: str | None = None,
+        health_listen: str | None = None,
     ) -> None:
         self.identity = HelperIdentity.load(store)
         self.ledger = Ledger(store.home)
         read_policy(store.home)
         unmasking = Unmasking(self.identity, self.ledger, store.home, max_vector_bytes)
-        servicer = HelperServicer(self.identity, self.ledger, unmasking, max_calls)
-        self._threads = ThreadPoolExecutor(THREADS, "calls")
-        self._server = grpc.server(self._threads, options=_options(OPTIONS))
-        self._server.add_generic_rpc_handlers((handlers(servicer),))
+        self.metrics, self._guard = HelperMetrics(self.ledger), StallGuard()
+        servicer = HelperServicer(
+            self.identity, self.ledger, unmasking, self.metrics, self._guard, max_calls
+        )
+        count = max_calls + MAX_STRANGERS + SHORT_CALLS
+        self._threads = ThreadPoolExecutor(count, "calls")
+        self._server = grpc.server(
+            self._threads, options=_options(OPTIONS), maximum_concurrent_rpcs=count
+        )
+        health = health_handler(self.ledger)
+        self._server.add_generic_rpc_handlers((handlers(servicer), health))
         self.port = self._bind(listen, tls)
+        self._probes = None if health_listen is None else _Probes(health_listen, health)
+        self.health_port = 0 if self._probes is None else self._probes.port
+        self._scraped = None if metrics_listen is None else self._metrics_server(metrics_listen)
+        self.metrics_port = 0 if self._scraped is None else self._scraped.port
 
     def _bind(self, listen: str, tls: ServerTls | None) -> int:
         if tls is None and not is_loopback(listen):
@@ -96,13 +123,53 @@ class HelperServer:
         except RuntimeError as error:
             raise StoreError(f"cannot serve on {listen}") from error
 
+    def _metrics_server(self, listen: str) -> MetricsServer:
+        host, _, port = listen.rpartition(":")
+        if not port.isdecimal() or int(port) > MAX_PORT:
+            raise StoreError(f"metrics: got {listen[:200]}, want host:port")
+        return MetricsServer(self.metrics, (host.strip("[]"), int(port)))
+
     def start(self) -> None:
         """Serve."""
+        self._guard.start()
         self._server.start()
+        for part in (self._probes, self._scraped):
+            if part is not None:
+                part.start()
 
     def stop(self, grace_s: float = 10.0) -> None:
         """Refuse new calls, wait for the running ones, and end."""
         self._server.stop(grace_s).wait()
+        self._threads.shutdown()
+        self._guard.stop()
+        for part in (self._probes, self._scraped):
+            if part is not None:
+                part.stop()
+
+
+class _Probes:
+    """The health service on a port of its own, without TLS, for probes that have no certificate."""
+
+    def __init__(self, listen: str, health: grpc.GenericRpcHandler) -> None:
+        self._threads = ThreadPoolExecutor(SHORT_CALLS, "probes")
+        self._server = grpc.server(
+            self._threads,
+            [health],
+            options=_options(OPTIONS),
+            maximum_concurrent_rpcs=SHORT_CALLS,
+        )
+        try:
+            self.port = int(self._server.add_insecure_port(listen))
+        except RuntimeError as error:
+            raise StoreError(f"cannot serve health on {listen}") from error
+
+    def start(self) -> None:
+        """Serve."""
+        self._server.start()
+
+    def stop(self) -> None:
+        """End."""
+        self._server.stop(None).wait()
         self._threads.shutdown()
 
 

@@ -5,7 +5,8 @@ Errors other than refusals are logged with a traceback and sent as INTERNAL with
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -18,7 +19,9 @@ from qflare.v1 import helper_service_pb2_grpc
 from qflare_helper import errors
 from qflare_helper.identity import HelperIdentity
 from qflare_helper.ledger import Ledger
-from qflare_helper.unmasking import Unmasking
+from qflare_helper.limits import StallGuard, Strangers
+from qflare_helper.monitoring import HelperMetrics
+from qflare_helper.unmasking import Call, Unmasking
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +49,26 @@ class HelperServicer(helper_service_pb2_grpc.HelperServiceServicer):
         identity: Keys of the helper.
         ledger: Its ledger.
         unmasking: Answers requests.
-        max_calls: Most requests in progress.
+        metrics: Counts them.
+        guard: Ends calls that stall.
+        max_calls: Most verified requests in progress.
     """
 
     def __init__(
-        self, identity: HelperIdentity, ledger: Ledger, unmasking: Unmasking, max_calls: int
+        self,
+        identity: HelperIdentity,
+        ledger: Ledger,
+        unmasking: Unmasking,
+        metrics: HelperMetrics,
+        guard: StallGuard,
+        max_calls: int,
     ) -> None:
         self._identity = identity
         self._ledger = ledger
         self._unmasking = unmasking
+        self._metrics = metrics
+        self._guard = guard
+        self._strangers = Strangers()
         self._places = threading.BoundedSemaphore(max_calls)
 
     def GetHelper(  # noqa: N802 - the name of the method
@@ -84,11 +98,16 @@ class HelperServicer(helper_service_pb2_grpc.HelperServiceServicer):
     def _answered(
         self, parts: Iterator[messages.UnmaskRequest], context: grpc.ServicerContext
     ) -> Iterator[messages.UnmaskResponse]:
-        if not self._places.acquire(blocking=False):
-            _abort(context, errors.BusyError("too many requests are in progress"))
         try:
-            yield from self._unmask(parts)
+            leave = self._strangers.enter(context.peer())
+        except errors.BusyError as error:
+            self._metrics.ended(error.reason)
+            _abort(context, error)
+        try:
+            with self._guard.watch(parts, context.cancel) as paced:
+                yield from self._unmask(paced, leave)
         except errors.HelperError as error:
+            self._metrics.ended(error.reason)
             logger.warning("refused: %s: %s", error.reason, error)
             _abort(context, error)
         except grpc.RpcError:
@@ -100,25 +119,46 @@ class HelperServicer(helper_service_pb2_grpc.HelperServiceServicer):
             context.abort(grpc.StatusCode.INTERNAL, "internal error")
             raise AssertionError from error
         finally:
-            self._places.release()
+            leave()
 
-    def _unmask(self, parts: Iterator[messages.UnmaskRequest]) -> Iterator[messages.UnmaskResponse]:
+    def _unmask(
+        self, parts: Iterator[messages.UnmaskRequest], leave: Callable[[], None]
+    ) -> Iterator[messages.UnmaskResponse]:
+        """Answer a request; `leave` is called when it is known to be a coordinator's."""
         first = next(parts, None)
         if first is None or first.WhichOneof("part") != "header":
             raise errors.InvalidRequestError("the first part of a request is its header")
+        call = self._unmasking.open(first.header)
+        if not self._places.acquire(blocking=False):
+            raise errors.BusyError("too many requests are in progress")
+        leave()
+        started = time.monotonic()
+        self._metrics.in_progress.inc()
         try:
-            answer = self._unmasking.answer(first.header, _members(parts))
+            outcome = yield from self._verified(call, parts)
+        finally:
+            self._metrics.in_progress.dec()
+            self._places.release()
+        self._metrics.ended(outcome, time.monotonic() - started)
+
+    def _verified(
+        self, call: Call, parts: Iterator[messages.UnmaskRequest]
+    ) -> Generator[messages.UnmaskResponse, None, str]:
+        """Answer a verified request; return the outcome."""
+        try:
+            answer = self._unmasking.answer(call, _members(parts))
         except errors.RefusedMembersError as error:
             yield _refused(error.reasons)
-            return
+            return "updates_refused"
         if answer is None:
             yield _refused({})
-            return
+            return "checked"
         yield messages.UnmaskResponse(
             answer=messages.UnmaskAnswer(answer=answer.envelope, latest=answer.latest)
         )
         for chunk in answer.chunks:
             yield messages.UnmaskResponse(chunk=chunk)
+        return "answered"
 
 
 def handlers(servicer: HelperServicer) -> grpc.GenericRpcHandler:

@@ -113,27 +113,33 @@ class Unmasking:
         self._folder = folder
         self._max_vector_bytes = max_vector_bytes
 
-    def answer(
-        self, header: helper_service_pb2.UnmaskHeader, members: Iterator[Member]
-    ) -> Answer | None:
+    def open(self, header: helper_service_pb2.UnmaskHeader) -> "Call":
+        """Verify the first part of a request: it is a coordinator's, and this helper's policy allows it.
+
+        Raises:
+            HelperError: A subclass: it is refused.
+        """
+        call = Call(self._identity, self._ledger, read_policy(self._folder), header)
+        call.check_header()
+        return call
+
+    def answer(self, call: "Call", members: Iterator[Member]) -> Answer | None:
         """Answer a request; None for a request that is only checked.
 
         Args:
-            header: First part of the request.
+            call: The verified first part of the request.
             members: The updates, consumed once.
 
         Raises:
             HelperError: A subclass: it is refused.
         """
-        call = _Call(self._identity, self._ledger, read_policy(self._folder), header)
-        call.check_header()
         opened = call.open_members(members)
         size_bytes = call.size_bytes
         if size_bytes > self._max_vector_bytes:
             raise PolicyError(
                 f"masked updates have {size_bytes} bytes, want at most {self._max_vector_bytes}"
             )
-        if header.check_only:
+        if call.is_check:
             return None
         file, digest = _add_masks(opened, size_bytes, call.masking.parameters.dtype, self._folder)
         try:
@@ -145,7 +151,7 @@ class Unmasking:
         return Answer(envelope, latest or envelope, _chunks(file))
 
 
-class _Call:
+class Call:
     """One request being checked."""
 
     masking: Masking
@@ -164,6 +170,11 @@ class _Call:
         self._header = header
         self._at = datetime.now(UTC)
         self.size_bytes = 0
+
+    @property
+    def is_check(self) -> bool:
+        """Whether no answer is wanted."""
+        return self._header.check_only
 
     def check_header(self) -> None:
         """Check keyset, request, task and policy."""

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import qflare
+from qflare_helper.__main__ import parser
 from qflare_server.config import ServerConfig
 from qflare_server.serving.observability.metrics import Metrics
 
@@ -66,10 +67,10 @@ def test_every_image_is_pinned_to_an_exact_version() -> None:
 
 
 def test_our_own_image_has_the_version_of_this_release() -> None:
-    kustomization = yaml.safe_load((ROOT / "deploy/kubernetes/kustomization.yaml").read_text())
-    (image,) = kustomization["images"]
-
-    assert image["newTag"] == qflare.__version__
+    for folder in ("kubernetes", "kubernetes-helper"):
+        text = (ROOT / f"deploy/{folder}/kustomization.yaml").read_text()
+        (image,) = yaml.safe_load(text)["images"]
+        assert image["newTag"] == qflare.__version__
     assert OWN in [image for _, image in images()]
 
 
@@ -110,10 +111,50 @@ def test_the_port_that_is_probed_is_the_one_that_serves_health() -> None:
     assert {"name": "health", "containerPort": port} in container["ports"]
 
 
+def test_the_helper_has_one_replica_whose_probes_reach_the_health_port() -> None:
+    deployment = yaml.safe_load((ROOT / "deploy/kubernetes-helper/deployment.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (port,) = (item["containerPort"] for item in container["ports"] if item["name"] == "health")
+
+    assert deployment["spec"]["replicas"] == 1
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+    assert (
+        container["startupProbe"]["grpc"] == container["readinessProbe"]["grpc"] == {"port": port}
+    )
+    assert f"--health-listen=0.0.0.0:{port}" in container["args"]
+
+
+def commands_of_helpers() -> Iterator[list[str]]:
+    """Yield the arguments with which each deployment starts a helper."""
+    unit = (ROOT / "deploy/systemd/qflare-helper.service").read_text()
+    yield re.findall(r"^ExecStart=\S+ (.*)$", unit, re.MULTILINE)[0].split()
+    service = yaml.safe_load((ROOT / "deploy/compose/helper.yaml").read_text())["services"][
+        "helper"
+    ]
+    yield [*service["entrypoint"][1:], *service["command"]]
+    deployment = yaml.safe_load((ROOT / "deploy/kubernetes-helper/deployment.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    yield pod["containers"][0]["args"]
+    (script,) = pod["initContainers"][0]["args"]
+    yield script.partition("|| qflare-helper ")[2].split()
+
+
+@pytest.mark.parametrize("arguments", list(commands_of_helpers()))
+def test_every_option_of_a_helper_exists(arguments: list[str]) -> None:
+    options = parser().parse_args(arguments)
+
+    assert options.home
+    assert getattr(options, "metrics_listen", None) or options.bootstrap
+
+
 def test_no_deployment_dumps_core() -> None:
     compose = yaml.safe_load((ROOT / "deploy/compose/compose.yaml").read_text())
 
-    assert "LimitCORE=0\n" in (ROOT / "deploy/systemd/qflare.service").read_text()
+    helper = yaml.safe_load((ROOT / "deploy/compose/helper.yaml").read_text())
+
+    for unit in ("qflare", "qflare-helper"):
+        assert "LimitCORE=0\n" in (ROOT / f"deploy/systemd/{unit}.service").read_text()
+    assert helper["services"]["helper"]["ulimits"] == {"core": 0}
     assert compose["services"]["coordinator"]["ulimits"] == {"core": 0}
     assert "--ulimit core=0" in (ROOT / "docs/deploy/docker.md").read_text()
 

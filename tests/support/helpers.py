@@ -32,7 +32,7 @@ class HelperProcess:
     ) -> None:
         self.home = home
         self.bundle_file = bundle_dir / f"{home.name}.json"
-        self._port = 0
+        self._port = self.metrics_port = self.health_port = 0
         self._process: subprocess.Popen[str] | None = None
         bundle_dir.mkdir(parents=True, exist_ok=True)
         bootstrap_file = home.parent / f"{home.name}-bootstrap.json"
@@ -59,18 +59,26 @@ class HelperProcess:
         """Where it serves."""
         return f"127.0.0.1:{self._port}"
 
-    def start(self) -> None:
-        """Start it and wait until it serves; its bundle names its port afterwards."""
+    def start(self, *options: str) -> None:
+        """Start it and wait until it serves; its bundle names its port afterwards.
+
+        Args:
+            options: Further options of `serve`.
+        """
         command = [sys.executable, "-m", "qflare_helper", "--home", str(self.home)]
         with (self.home.parent / f"{self.home.name}.log").open("a") as log:
             self._process = subprocess.Popen(
-                [*command, "serve", "--listen", f"127.0.0.1:{self._port}"],
+                [*command, "serve", "--listen", f"127.0.0.1:{self._port}", *options],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
             )
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            if line.startswith("metrics on port "):
+                self.metrics_port = int(line.rpartition(" ")[2])
+            if line.startswith("health on port "):
+                self.health_port = int(line.rpartition(" ")[2])
             if line.startswith("serving on "):
                 self._port = int(line.rpartition(":")[2])
                 break
