@@ -39,6 +39,7 @@ from qflare.crypto.signing import (
 from qflare.files import private_opener
 from qflare.terminal import LogFormatter, printable, say, show_uncaught
 from qflare_client.access.enrollment import enroll, read_bundle
+from qflare_client.analytics import Analytics
 from qflare_client.client import Client
 from qflare_client.errors import InvalidArgumentError
 from qflare_client.failures import report
@@ -249,6 +250,20 @@ def _add_run(commands: Any) -> None:
         default="stop",
         help="whether a failed training or evaluation ends the command (%(default)s)",
     )
+    parser.add_argument(
+        "--analytics",
+        action="append",
+        default=[],
+        metavar="COLUMN=MODULE:FUNCTION",
+        type=_column,
+        help="returns the values of a column for federated analytics; repeatable",
+    )
+    parser.add_argument(
+        "--analytics-policy",
+        type=Path,
+        metavar="FILE",
+        help="which queries this device answers (TOML, see docs/analytics.md)",
+    )
     _add_connection(parser)
 
 
@@ -330,9 +345,14 @@ def _rotate(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     train, evaluate = _trainers(options)
+    if bool(options.analytics) != (options.analytics_policy is not None):
+        raise InvalidArgumentError("--analytics and --analytics-policy are given together")
+    policy = None
+    if options.analytics_policy is not None:
+        policy = Analytics.from_file(options.analytics_policy)
     stop = threading.Event()
     on_signals((signal.SIGTERM,), stop.set)
-    with _client(options) as client:
+    with _client(options, policy) as client:
         summary = run(
             client,
             train,
@@ -342,6 +362,7 @@ def _run(options: argparse.Namespace) -> None:
             patience_s=options.patience,
             on_receipt=_say_receipt,
             on_failure=options.on_failure,
+            analytics=dict(options.analytics),
         )
     say(_summary(summary))
 
@@ -379,6 +400,11 @@ def _say_receipt(receipt: Receipt) -> None:
 
 def _summary(summary: RunSummary) -> str:
     failed = f"{summary.failure_count} failures, " if summary.failure_count else ""
+    answered = summary.answer_count or summary.refused_query_count
+    if answered:
+        failed += (
+            f"{summary.answer_count} queries answered, {summary.refused_query_count} refused, "
+        )
     return (
         f"{summary.update_count} updates accepted, {summary.late_count} too late, "
         f"{summary.evaluation_count} evaluations, {failed}last version {summary.last_version}"
@@ -430,7 +456,7 @@ def _verify(options: argparse.Namespace) -> None:
         say(f"verified: {sentence}")
 
 
-def _client(options: argparse.Namespace) -> Client:
+def _client(options: argparse.Namespace, analytics: Analytics | None = None) -> Client:
     return Client(
         home=options.home,
         address=options.address,
@@ -438,6 +464,7 @@ def _client(options: argparse.Namespace) -> Client:
         tls=_tls(options),
         insecure=options.insecure,
         progress=ProgressBar(),
+        analytics=analytics,
     )
 
 
@@ -496,6 +523,14 @@ def _function(text: str) -> Callable[..., Any]:
     if not callable(function):
         raise argparse.ArgumentTypeError(f"{text} is not a function")
     return function
+
+
+def _column(text: str) -> tuple[str, Callable[..., Any]]:
+    """Import the function of a column given as column=module:function."""
+    column, equals, function = text.partition("=")
+    if not (column and equals):
+        raise argparse.ArgumentTypeError(f"{text}: want COLUMN=MODULE:FUNCTION")
+    return column, _function(function)
 
 
 def _where(error: Exception) -> str:

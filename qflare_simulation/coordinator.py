@@ -380,3 +380,7 @@ def require_simulable(config: training_pb2.TrainingConfig) -> None:
         raise SimulationError(
             "secure_aggregation: masks are sealed to helpers, and a simulation has none; leave it out"
         )
+    if config.HasField("analytics"):
+        raise SimulationError(
+            "analytics: devices answer queries by functions of their own, and simulated ones have none; leave it out"
+        )

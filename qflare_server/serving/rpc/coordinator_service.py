@@ -78,6 +78,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
             current_call().device_id,
             request.training_session_id,
             trains_only=request.trains_only,
+            answers_queries=request.answers_queries,
         )
         return task_response(task)
 

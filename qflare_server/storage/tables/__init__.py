@@ -34,6 +34,7 @@ from qflare_server.storage.tables.states import (
     UpdateState,
 )
 from qflare_server.storage.tables.training import (
+    QUERY_MODEL_TYPE,
     DeviceFailure,
     LateUpdate,
     ReplacedConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "EVIDENCE_REASON",
     "LEFT_OUT_REASON",
     "NAMING",
+    "QUERY_MODEL_TYPE",
     "AuditHead",
     "AuditLog",
     "AuditNode",

@@ -43,11 +43,16 @@ class Tasks:
     def __init__(self, context: Context, presence: Presence) -> None:
         self._context = context
         self._presence = presence
-        self._idle: dict[tuple[str, str, bool], tuple[Epochs, bool]] = {}
+        self._idle: dict[tuple[str, str, bool, bool], tuple[Epochs, bool]] = {}
         self._facts: dict[tuple[str, int], tuple[str, training_pb2.TrainingConfig]] = {}
 
     def next_task(
-        self, device_id: str, training_session_id: str, *, trains_only: bool = False
+        self,
+        device_id: str,
+        training_session_id: str,
+        *,
+        trains_only: bool = False,
+        answers_queries: bool = False,
     ) -> NextTask:
         """Return the device's next task, in one read.
 
@@ -58,11 +63,12 @@ class Tasks:
             device_id: The calling device.
             training_session_id: The requested training session; empty means any.
             trains_only: Whether the device does not evaluate.
+            answers_queries: Whether it answers queries of federated analytics.
 
         Raises:
             TrainingSessionNotFoundError: It asked for a training session that does not exist.
         """
-        key = (device_id, training_session_id, trains_only)
+        key = (device_id, training_session_id, trains_only, answers_queries)
         epochs = self._context.database.recent_epochs()
         idle = self.remembered(*key, epochs)
         if idle is not None:
@@ -70,7 +76,9 @@ class Tasks:
         delay = self._presence.poll_delay_s()
         at = self._context.clock()
         with self._context.database.read() as session:
-            found = training_sessions.find_open_round(session, device_id, training_session_id, at)
+            found = training_sessions.find_open_round(
+                session, device_id, training_session_id, at, answers_queries=answers_queries
+            )
             if found is not None:
                 return self._task(session, found, delay, "" if trains_only else device_id)
             done = _is_over(session, training_session_id)
@@ -89,10 +97,15 @@ class Tasks:
         return NextTask(delay, ended_session_id=training_session_id if done else "")
 
     def remembered(
-        self, device_id: str, training_session_id: str, trains_only: bool, epochs: Epochs
+        self,
+        device_id: str,
+        training_session_id: str,
+        trains_only: bool,
+        answers_queries: bool,
+        epochs: Epochs,
     ) -> NextTask | None:
         """Return that a device has no task, if memory, current at some counters, says so; None otherwise."""
-        idle = self._idle.get((device_id, training_session_id, trains_only))
+        idle = self._idle.get((device_id, training_session_id, trains_only, answers_queries))
         if idle is None or idle[0] != epochs:
             return None
         ended = training_session_id if idle[1] else ""
