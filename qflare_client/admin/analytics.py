@@ -24,7 +24,7 @@ from qflare_client.admin.arguments import add_command, add_session, add_topic
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.output import note
 from qflare_client.admin.transfers import download_model, upload_model
-from qflare_client.errors import FailedPreconditionError, InvalidRequestError
+from qflare_client.errors import CorruptModelError, FailedPreconditionError, InvalidRequestError
 
 RESULT_VERSION: Final = 1
 """Version that is the result of a query."""
@@ -195,11 +195,14 @@ def read_result(admin: Admin, training_session_id: str) -> QueryResult:
         state = training_pb2.TrainingSessionState.Name(session.state)
         word = state.removeprefix("TRAINING_SESSION_STATE_").lower()
         raise FailedPreconditionError(f"there is no result yet: the query is {word}")
-    query = Query.from_proto(session.config.analytics)
     model, chunks = download_model(admin, training_session_id, RESULT_VERSION)
-    mean = np.frombuffer(b"".join(chunks), "<f4").astype(np.float64)
-    count = session.config.rounds.target
-    table = result_of(query, mean * count, _stddev(session.config, query))
+    data, count = b"".join(chunks), session.config.rounds.target
+    try:
+        query = Query.from_proto(session.config.analytics)
+        mean = np.frombuffer(data, "<f4").astype(np.float64)
+        table = result_of(query, mean * count, _stddev(session.config, query))
+    except ValueError as error:
+        raise CorruptModelError(f"the result is not that of the query: {error}") from error
     return QueryResult(session, query, model, table)
 
 
@@ -218,7 +221,7 @@ def run_create(admin: Admin, options: argparse.Namespace) -> None:
     if options.json:
         say(json.dumps({"training_session_id": session.training_session_id}))
     else:
-        say(session.training_session_id)
+        say(printable(session.training_session_id))
 
 
 def run_show(admin: Admin, options: argparse.Namespace) -> None:
