@@ -1,6 +1,7 @@
 """Mutated requests to every method: whatever a caller sends, no call ends in INTERNAL or UNKNOWN."""
 
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,8 +24,11 @@ from tests.support.raw_device import RawDevice
 Code = grpc.StatusCode
 WEIGHTS: Final = {"w": np.zeros(4, np.float32)}
 FAULTS: Final = frozenset({Code.INTERNAL, Code.UNKNOWN})
+REFUSALS: Final = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED})
+REFUSED_PAUSE_S: Final = 0.1
+PAUSE: Final = threading.Event()
 MAX_ANSWERS: Final = 3
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 60.0
 WATCH_S: Final = 0.2
 """A watch that is taken answers only when something happens."""
 SHOWN_BYTES: Final = 100
@@ -104,11 +108,11 @@ class Fuzzer:
         return pb.SubmitUpdateRequest(header=header, chunk=pb.Chunk(data=draft.payload))
 
     def _task(self) -> pb.GetTaskResponse:
-        """Ask for a task, again while gRPC refuses the stream.
+        """Ask for a task, again while the coordinator or gRPC refuses the stream.
 
         Calls that the fuzz gives up reset their streams, and gRPC's server refuses new streams
         of a connection that reset many (REFUSED_STREAM of RFC 9113, section 8.7: not processed,
-        may be repeated).
+        may be repeated). Where they hold all places of their class, the coordinator does.
         """
         deadline = time.monotonic() + TIMEOUT_S
         while True:
@@ -116,8 +120,9 @@ class Fuzzer:
                 return self._device.task(self._session_id)
             except grpc.RpcError as error:
                 refused: Any = error
-                if refused.code() is not Code.UNAVAILABLE or time.monotonic() > deadline:
+                if refused.code() not in REFUSALS or time.monotonic() > deadline:
                     raise
+            PAUSE.wait(REFUSED_PAUSE_S)
 
     def _send(
         self, path: str, method: MethodDescriptor, data: bytes
