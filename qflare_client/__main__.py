@@ -61,9 +61,9 @@ _EXAMPLES = """\
 examples:
   qflare-client init first-project
   qflare-client enroll bundle.json --home device1 --device-type hospital_server
-  qflare-client run mytraining:train --home device1 --training-session ID
+  qflare-client run mytraining:train --home device1 --training-session digits
   qflare-client status --home device1
-  qflare-client evidence ID --home device1 --output evidence.json
+  qflare-client evidence digits --home device1 --output evidence.json
   qflare-client verify evidence.json --root-key-id HEX --model final.safetensors
 
 The folder in --home (or QFLARE_HOME) holds the device's private keys: keep it on this device. A passphrase
@@ -236,7 +236,11 @@ def _add_run(commands: Any) -> None:
     parser.add_argument(
         "--no-evaluation", action="store_true", help="of a Flower app: evaluate no version"
     )
-    parser.add_argument("--training-session", metavar="ID", help="training session; default: any")
+    parser.add_argument(
+        "--training-session",
+        metavar="SESSION",
+        help="training session: id, beginning of an id, or name; default: any",
+    )
     parser.add_argument(
         "--patience",
         type=seconds(0),
@@ -287,7 +291,9 @@ def _add_evidence(commands: Any) -> None:
         "Export evidence with which an auditor can verify a training session's versions offline.",
         "ID --home device1 --output evidence.json",
     )
-    parser.add_argument("training_session", metavar="ID", help="training session")
+    parser.add_argument(
+        "training_session", metavar="SESSION", help="id, beginning of an id, or name"
+    )
     parser.add_argument("--output", type=Path, default=Path("evidence.json"), help="output file")
     _add_connection(parser)
 
@@ -352,12 +358,13 @@ def _run(options: argparse.Namespace) -> None:
         policy = Analytics.from_file(options.analytics_policy)
     stop = threading.Event()
     on_signals((signal.SIGTERM,), stop.set)
+    named = options.training_session
     with _client(options, policy) as client:
         summary = run(
             client,
             train,
             evaluate=evaluate,
-            training_session_id=options.training_session,
+            training_session_id=named and client.find_session(named),
             stop=stop,
             patience_s=options.patience,
             on_receipt=_say_receipt,
@@ -428,7 +435,7 @@ def _status(options: argparse.Namespace) -> None:
 
 def _evidence(options: argparse.Namespace) -> None:
     with _client(options) as client:
-        evidence = client.evidence(options.training_session)
+        evidence = client.evidence(client.find_session(options.training_session))
     with open(options.output, "w", opener=private_opener) as file:  # Path.open has no opener
         file.write(evidence.to_json())
     say(f"{options.output}: {len(evidence.statements)} versions")

@@ -19,6 +19,7 @@ from qflare.analytics.answers import InvalidValuesError
 from qflare.analytics.answers import answer as answer_of
 from qflare.analytics.queries import TENSOR
 from qflare.crypto.signing import Algorithm
+from qflare.references import is_whole_id
 from qflare.tensors import Array
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
@@ -683,6 +684,25 @@ class Client:
         answer = self._calls.unary(self._stub.Heartbeat, request, timeout_s=timeout_s)
         self._trust.at_least(answer.keyset_version)
         return Heartbeat.from_proto(answer)
+
+    def find_session(self, reference: str, *, timeout_s: float | None = None) -> str:
+        """Return the id of the training session that a reference means to this device.
+
+        Args:
+            reference: Id, beginning of an id (4 characters or more), or name, of a training session in which the
+                device may take part. A whole id is not looked up.
+            timeout_s: Deadline of each attempt, in seconds; None means the client's.
+
+        Raises:
+            NotFoundError: There is no such training session.
+            InvalidRequestError: There are several; the message lists them.
+            QflareClientError: The call failed.
+        """
+        if is_whole_id(arguments.text("reference", reference)):
+            return reference
+        request = arguments.message(messages.FindTrainingSessionRequest, reference=reference)
+        answer = self._calls.unary(self._stub.FindTrainingSession, request, timeout_s=timeout_s)
+        return answer.training_session_id
 
     def lineage(
         self,

@@ -1146,6 +1146,54 @@ class HeartbeatResponse(_message.Message):
 Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
 
 @_typing.final
+class FindTrainingSessionRequest(_message.Message):
+    """Finds a training session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    """Id, the first 4 characters of an id or more, or name. An id comes before a name."""
+    def __init__(
+        self,
+        *,
+        reference: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reference", b"reference"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindTrainingSessionRequest: _TypeAlias = FindTrainingSessionRequest  # noqa: Y015
+
+@_typing.final
+class FindTrainingSessionResponse(_message.Message):
+    """The only training session that a reference means to the device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    training_session_id: _builtins.str
+    """Id."""
+    name: _builtins.str
+    """Name."""
+    def __init__(
+        self,
+        *,
+        training_session_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "training_session_id", b"training_session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindTrainingSessionResponse: _TypeAlias = FindTrainingSessionResponse  # noqa: Y015
+
+@_typing.final
 class GetLineageRequest(_message.Message):
     """Gets the statements of versions."""
 

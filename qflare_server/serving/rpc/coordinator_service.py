@@ -169,6 +169,13 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
             device_name=beat.device_name,
         )
 
+    def FindTrainingSession(
+        self, request: pb.FindTrainingSessionRequest, context: ServicerContext
+    ) -> pb.FindTrainingSessionResponse:
+        """Find a training session that the device refers to."""
+        found = self._use_cases.tasks.find_session(current_call().device_id, request.reference)
+        return pb.FindTrainingSessionResponse(training_session_id=found.id, name=found.name)
+
     def GetLineage(
         self, request: pb.GetLineageRequest, context: ServicerContext
     ) -> pb.GetLineageResponse:

@@ -300,6 +300,7 @@ RULES: Final[dict[str, Rule]] = {
     ),
     _COORDINATOR + "ReportFailure": own_session,
     _COORDINATOR + "Heartbeat": own_only,
+    _COORDINATOR + "FindTrainingSession": names_nothing,
     _COORDINATOR + "GetLineage": started_session,
     _COORDINATOR + "GetContributionProof": own_update,
     _COORDINATOR + "GetAuditHead": names_nothing,

@@ -46,6 +46,7 @@ ACCESS: Final[dict[str, frozenset[Role]]] = {
     _COORDINATOR + "ReportEvaluation": _DEVICE,
     _COORDINATOR + "ReportFailure": _DEVICE,
     _COORDINATOR + "Heartbeat": _DEVICE,
+    _COORDINATOR + "FindTrainingSession": _DEVICE,
     _COORDINATOR + "GetLineage": _VERIFY,
     _COORDINATOR + "GetContributionProof": _VERIFY,
     _COORDINATOR + "GetAuditHead": _VERIFY,

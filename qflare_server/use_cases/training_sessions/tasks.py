@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
+from qflare.references import ManyMeantError, Named, choose
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
-from qflare_server.errors import TrainingSessionNotFoundError
+from qflare_server.errors import InvalidRequestError, TrainingSessionNotFoundError
 from qflare_server.storage.epochs import Epochs
-from qflare_server.storage.repository import global_models, training_sessions
+from qflare_server.storage.repository import global_models, references, training_sessions
 from qflare_server.storage.repository.training_sessions import OpenRound
 from qflare_server.storage.tables import ENDED
 from qflare_server.training.evaluation import (
@@ -16,10 +17,13 @@ from qflare_server.training.evaluation import (
     find_last_measurement,
     find_measurement,
 )
+from qflare_server.training.selection import find_relation
 from qflare_server.use_cases.access.presence import Presence
 
 MAX_REMEMBERED = 200_000
 MAX_REMEMBERED_VERSIONS = 64
+MAX_MEANT = 100
+"""Newest training sessions of one name among which a device's own is looked for."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,31 @@ class Tasks:
             return None
         ended = training_session_id if idle[1] else ""
         return NextTask(self._presence.poll_delay_s(), ended_session_id=ended)
+
+    def find_session(self, device_id: str, reference: str) -> Named:
+        """Return the training session that a device refers to, among those in which it may take part.
+
+        Args:
+            device_id: The calling device.
+            reference: Id, beginning of an id, or name; the 100 newest that it may mean count.
+
+        Raises:
+            TrainingSessionNotFoundError: There is no such training session.
+            InvalidRequestError: There are several; the message lists them.
+        """
+        with self._context.database.read() as session:
+            own = [
+                each
+                for each in references.meant_sessions(session, reference, MAX_MEANT)
+                if find_relation(session, each.id, device_id) is not None
+            ]
+        try:
+            session_id = choose(reference, own)
+        except ManyMeantError as error:
+            raise InvalidRequestError(str(error), field="reference") from error
+        if session_id is None:
+            raise TrainingSessionNotFoundError
+        return next(each for each in own if each.id == session_id)
 
     def _task(self, session: Session, found: OpenRound, delay: float, evaluator: str) -> NextTask:
         """Return the task of an open round: an evaluation of its base version first, if one is due."""

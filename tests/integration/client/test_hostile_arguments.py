@@ -152,6 +152,7 @@ def test_calls_of_a_client(stage: Stage) -> None:
     strike(client.evidence, {**session, "receipts": ()})
     strike(client.audit_head, {"timeout_s": None})
     strike(client.local_tensors, session)
+    strike(client.find_session, {"reference": stage.session_id[:8], "timeout_s": None})
     strike(client.tasks, {**session, "stop": None, "patience_s": 1.0})
     strike(client.rotate_keys, {"algorithm": None})
     strike(base.save, {"path": Path("/nowhere/model.safetensors")}, OSError)
@@ -257,6 +258,7 @@ def test_all_public_names_are_tried() -> None:
         *("require_release", "privacy_epsilon", "lineage", "evidence", "audit_head"),
         *("rotate_keys", "heartbeat", "contribution_proof", "report_failure", "local_tensors"),
         *("sign_update", "submit_all", "tasks", "answer", "require_query", "analytics_epsilon"),
+        "find_session",
     }
 
 
