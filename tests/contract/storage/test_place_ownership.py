@@ -189,6 +189,28 @@ def test_a_copy_that_takes_over_stops_the_original(
     assert copy.weights(session_id, 2) == np.full(BIG, 2.0, "<f4").tobytes()
 
 
+def test_the_original_is_unhealthy_once_a_copy_has_taken_over(
+    core: CoordinatorHarness, copy_core: CopyCore
+) -> None:
+    renew(core.database, core.store)
+    copy = copy_core()
+    claim(copy.database, copy.store)
+    states: list[bool] = []
+    unused = cast("Any", None)
+    kept = Maintenance(
+        core.context,
+        unused,
+        unused,
+        "one",
+        "127.0.0.1:1",
+        lambda *, healthy: states.append(healthy),
+    )
+
+    kept.tick()
+
+    assert states == [False]
+
+
 def test_a_copy_is_found_out_before_it_changes_the_name(
     core: CoordinatorHarness, copy_core: CopyCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
