@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,8 +29,14 @@ def test_progress_in_a_notebook_is_one_line_that_ends_complete(tmp_path: Path) -
         if os.environ.get("QFLARE_REQUIRE_ALL") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
-    cell = {"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None}
-    notebook = {"cells": [{**cell, "source": CELL}], "metadata": {}, "nbformat": 4}
+    cell: dict[str, Any] = {
+        "cell_type": "code",
+        "id": "a",
+        "metadata": {},
+        "outputs": [],
+        "execution_count": None,
+    }
+    notebook: dict[str, Any] = {"cells": [{**cell, "source": CELL}], "metadata": {}, "nbformat": 4}
     path = tmp_path / "progress.ipynb"
     path.write_text(json.dumps({**notebook, "nbformat_minor": 5}))
     done = tmp_path / "done"
