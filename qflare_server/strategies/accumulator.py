@@ -24,6 +24,8 @@ from qflare_server.strategies.types import (
     REVISION,
     Contribution,
     Outcome,
+    PassName,
+    PassRunner,
     Prior,
     Reader,
     UpdateAssessment,
@@ -121,6 +123,16 @@ def _widened(read: Reader, start: int, count: int) -> Vector:
     return wide
 
 
+def is_held(element_count: int, resident_bytes: int | None = None) -> bool:
+    """Return whether the total of a model is held in memory.
+
+    Args:
+        element_count: `n`.
+        resident_bytes: Largest total that is; None means `RESIDENT_BYTES`.
+    """
+    return 8 * element_count <= (RESIDENT_BYTES if resident_bytes is None else resident_bytes)
+
+
 class Accumulator:
     """An aggregation by a fold rule. Not thread-safe."""
 
@@ -138,6 +150,7 @@ class Accumulator:
         revision: int = REVISION,
         resident_bytes: int | None = None,
         slice_elements: int | None = None,
+        runner: PassRunner | None = None,
     ) -> None:
         """Start with no update.
 
@@ -154,6 +167,7 @@ class Accumulator:
             revision: Number of the rules to aggregate by.
             resident_bytes: Largest total that is held in memory; None means `RESIDENT_BYTES`.
             slice_elements: Elements that a thread folds at once; None means `SLICE`.
+            runner: Divides the summation of a total that is not held in memory; None means that it is not divided.
 
         Raises:
             TypeError: The rule does not fold.
@@ -174,8 +188,9 @@ class Accumulator:
         self._noise_seed = noise_seed
         self._slice_elements = slice_elements or SLICE
         self._thread_count = thread_count
-        limit = RESIDENT_BYTES if resident_bytes is None else resident_bytes
-        self._total = np.zeros(element_count) if 8 * element_count <= limit else None
+        self._runner = runner
+        is_resident = is_held(element_count, resident_bytes)
+        self._total = np.zeros(element_count) if is_resident else None
         self._addends: list[Addend] = []  # where there is no total
         self._judgements: dict[str, UpdateAssessment] = {}
         self._digests: dict[str, str] = {}
@@ -241,14 +256,36 @@ class Accumulator:
         if self._total is not None:
             yield 0, self._total.size, self._total
             return
+        parts = None
+        if self._runner is not None:
+            judgements = tuple(self._judgements.values())
+            parts = self._runner.run("aggregate", judgements, self._sums)
+        start = 0
+        for part in parts or self._sums(0, self._assessor.element_count):
+            yield start, start + part.size, part
+            start += part.size
 
-        def work(start: int, stop: int) -> Vector:
-            total = np.zeros(stop - start)
-            fold_slice(total, self._addends, self._assessor.base, start)
+    def _sums(self, start: int, stop: int) -> Iterator[Vector]:
+        """Yield consecutive parts of a total that is not in memory."""
+
+        def work(first: int, last: int) -> Vector:
+            total = np.zeros(last - first)
+            fold_slice(total, self._addends, self._assessor.base, first)
             return total
 
-        ranges = blocks(self._assessor.element_count, self._slice_elements)
-        yield from in_order(work, ranges, self._thread_count)
+        ranges = blocks(stop, self._slice_elements, start)
+        for _, _, total in in_order(work, ranges, self._thread_count):
+            yield total
+
+    def compute(self, name: PassName, start: int, stop: int) -> Iterator[Vector]:
+        """Yield the sums of a slice, of a total that is not in memory.
+
+        Raises:
+            ValueError: There is no such pass, or the total is in memory.
+        """
+        if name != "aggregate" or self._total is not None:
+            raise ValueError(f"no pass {name} over slices")
+        return self._sums(start, stop)
 
     @property
     def release(self) -> Release:

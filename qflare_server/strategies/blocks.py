@@ -42,10 +42,10 @@ _READ_AHEAD = 4
 _READ_AHEAD_BYTES = 16 * 1024 * 1024
 
 
-def blocks(element_count: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of consecutive blocks; the last may be shorter."""
-    for start in range(0, element_count, size):
-        yield start, min(start + size, element_count)
+def blocks(stop: int, size: int = BLOCK, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of consecutive blocks from `start` to `stop`; the last may be shorter."""
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
 
 
 def delta_of(contribution: Contribution, base: Reader, start: int, stop: int) -> Vector:
@@ -155,22 +155,59 @@ def gram_matrix(
 
     Returns:
         A symmetric float64 array of shape (k, k). The products of an update longer than `LARGEST_NORM` may be
-        infinite or NaN; those of the others are unaffected. Memory for each thread: at most 8,192 elements of
+        infinite or NaN; those of the others are unaffected.
+    """
+    products = gram_products(cohort, factors, base, 0, element_count, thread_count)
+    return sum_products(products, len(cohort))
+
+
+def gram_products(
+    cohort: Sequence[Contribution],
+    factors: Sequence[float],
+    base: Reader,
+    start: int,
+    stop: int,
+    thread_count: int = 1,
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the inner products of scaled deltas over consecutive blocks, several blocks at once.
+
+    Args:
+        cohort: `k` updates.
+        factors: What each delta is multiplied by.
+        base: The base version.
+        start: First element, a multiple of `GRAM_BLOCK`.
+        stop: One past the last element.
+        thread_count: Threads that share the work; readers are called from all of them.
+
+    Yields:
+        Float64 arrays of shape (m, k, k), one matrix a block. Memory for each thread: at most 8,192 elements of
         every update in float64, and as many again, or up to 16 MiB, as read.
     """
     count = len(cohort)
     ahead = max(1, min(_READ_AHEAD, _READ_AHEAD_BYTES // (8 * GRAM_BLOCK * max(1, count))))
-    ranges = blocks(element_count, ahead * GRAM_BLOCK)
 
-    def work(start: int, stop: int) -> list[NDArray[np.float64]]:
-        return _products(cohort, factors, base, start, stop)
+    def work(first: int, last: int) -> NDArray[np.float64]:
+        return np.stack(_products(cohort, factors, base, first, last))
 
-    total = np.zeros((count, count))
     with threadpool_limits(limits=1, user_api="blas"):
-        for _, _, products in in_order(work, ranges, thread_count):
-            for product in products:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    total += product
+        for _, _, products in in_order(
+            work, blocks(stop, ahead * GRAM_BLOCK, start), thread_count
+        ):
+            yield products
+
+
+def sum_products(parts: Iterable[NDArray[np.float64]], count: int) -> NDArray[np.float64]:
+    """Add matrices up in order.
+
+    Args:
+        parts: From `gram_products`.
+        count: `k`, the number of updates.
+    """
+    total = np.zeros((count, count))
+    for products in parts:
+        for product in products.reshape(-1, count, count):
+            with np.errstate(over="ignore", invalid="ignore"):
+                total += product
     return total
 
 

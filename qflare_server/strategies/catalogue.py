@@ -32,7 +32,7 @@ from qflare_server.strategies.server_optimizers import (
     YogiStep,
 )
 from qflare_server.strategies.strategy import Strategy
-from qflare_server.strategies.types import REVISION, Prior, Reader, UpdateAssessment
+from qflare_server.strategies.types import REVISION, PassRunner, Prior, Reader, UpdateAssessment
 from qflare_server.strategies.validation import (
     check_bounds,
     check_combination,
@@ -282,6 +282,9 @@ def begin(
     recorded: Mapping[str, UpdateAssessment] | None = None,
     excluded: Mapping[str, str] | None = None,
     revision: int = REVISION,
+    resident_bytes: int | None = None,
+    slice_elements: int | None = None,
+    runner: PassRunner | None = None,
 ) -> Accumulator | CohortAggregation:
     """Begin an aggregation: an accumulator when the strategy folds, else one over the whole cohort.
 
@@ -301,6 +304,9 @@ def begin(
             nothing is judged or planned again.
         excluded: Reasons by update id of updates that are refused without being measured.
         revision: Number of the rules to aggregate by; to recompute a version, those that it was made by.
+        resident_bytes: Largest total of a fold that is held in memory; None means `accumulator.RESIDENT_BYTES`.
+        slice_elements: Elements of a larger total that a thread folds at once; None means `blocks.SLICE`.
+        runner: Divides passes over all updates among several processes; None means that this one does them.
     """
     if strategy.folds:
         return Accumulator(
@@ -313,6 +319,9 @@ def begin(
             recorded=recorded,
             excluded=excluded,
             revision=revision,
+            resident_bytes=resident_bytes,
+            slice_elements=slice_elements,
+            runner=runner,
         )
     return CohortAggregation(
         strategy,
@@ -325,4 +334,5 @@ def begin(
         recorded=recorded,
         excluded=excluded,
         revision=revision,
+        runner=runner,
     )

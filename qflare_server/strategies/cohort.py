@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qflare_server.strategies.accumulator import add_scaled, add_scaled_delta
 from qflare_server.strategies.assessment import Assessor, excess_of
-from qflare_server.strategies.blocks import blocks, gram_matrix, in_order
+from qflare_server.strategies.blocks import blocks, gram_products, in_order, sum_products
 from qflare_server.strategies.finalization import Release
 from qflare_server.strategies.interfaces import Cohort, CohortRule, SliceRule
 from qflare_server.strategies.strategy import Strategy
@@ -24,6 +24,8 @@ from qflare_server.strategies.types import (
     Contribution,
     Facts,
     Outcome,
+    PassName,
+    PassRunner,
     Prior,
     Reader,
     UpdateAssessment,
@@ -78,6 +80,7 @@ class CohortAggregation:
         recorded: Mapping[str, UpdateAssessment] | None = None,
         excluded: Mapping[str, str] | None = None,
         revision: int = REVISION,
+        runner: PassRunner | None = None,
     ) -> None:
         """Start with no update.
 
@@ -93,6 +96,7 @@ class CohortAggregation:
             recorded: Judgements of an earlier run, to recompute it from.
             excluded: Reasons by update id of updates that are refused without being measured.
             revision: Number of the rules to aggregate by.
+            runner: Divides the passes over all updates; None means that they are not divided.
 
         Raises:
             TypeError: The rule folds.
@@ -113,6 +117,7 @@ class CohortAggregation:
         self._noise_seed = noise_seed
         self._thread_count = thread_count
         self._budget_bytes = budget_bytes
+        self._runner = runner
         self._contributions: dict[str, Contribution] = {}
         self._decided: tuple[UpdateAssessment, ...] | None = None
 
@@ -166,13 +171,7 @@ class CohortAggregation:
     ) -> tuple[list[Assessed], NDArray[np.float64] | None]:
         """Compute the inner products of the accepted updates; refuse those that are too long for them."""
         accepted = [judgement for _, judgement in assessed if judgement.accepted]
-        gram = gram_matrix(
-            [self._contributions[judgement.update_id] for judgement in accepted],
-            [judgement.factor for judgement in accepted],
-            self._assessor.base,
-            self._assessor.element_count,
-            self._thread_count,
-        )
+        gram = self._gram([judgement for _, judgement in assessed], accepted)
         norms = [sqrt(square) for square in np.diagonal(gram)]
         refused = {
             judgement.update_id: replace(
@@ -184,6 +183,37 @@ class CohortAggregation:
         kept = [index for index, norm in enumerate(norms) if not excess_of(norm)]
         judged = [(facts, refused.get(facts.update_id, judgement)) for facts, judgement in assessed]
         return judged, gram[np.ix_(kept, kept)]
+
+    def _gram(
+        self, judgements: Sequence[UpdateAssessment], accepted: Sequence[UpdateAssessment]
+    ) -> NDArray[np.float64]:
+        """Compute the inner products of the accepted updates."""
+
+        def compute(start: int, stop: int) -> Iterator[NDArray[np.float64]]:
+            return self._products(accepted, start, stop)
+
+        parts = self._runner and self._runner.run("products", judgements, compute)
+        whole = parts or compute(0, self._assessor.element_count)
+        return sum_products(whole, len(accepted))
+
+    def _products(
+        self, accepted: Sequence[UpdateAssessment], start: int, stop: int
+    ) -> Iterator[NDArray[np.float64]]:
+        return gram_products(
+            [self._contributions[judgement.update_id] for judgement in accepted],
+            [judgement.factor for judgement in accepted],
+            self._assessor.base,
+            start,
+            stop,
+            self._thread_count,
+        )
+
+    def compute(self, name: PassName, start: int, stop: int) -> Iterator[NDArray[np.float64]]:
+        """Yield a pass's results over a slice, for an aggregation with recorded judgements."""
+        if name == "aggregate":
+            return self._aggregates(self._rows(), start, stop)
+        accepted = [entry for entry in self._judgements() if entry.accepted]
+        return self._products(accepted, start, stop)
 
     def _rows(self) -> tuple[Row, ...]:
         """Return the participating updates."""
@@ -215,15 +245,26 @@ class CohortAggregation:
         return self._slices(release, self._rows())
 
     def _slices(self, release: Release, rows: tuple[Row, ...]) -> Iterator[VersionSlice]:
-        """Read and combine slices, in parallel if there are several threads, and yield them in order."""
+        """Read and combine slices, and yield them in order."""
+
+        def compute(start: int, stop: int) -> Iterator[Vector]:
+            return self._aggregates(rows, start, stop)
+
+        parts = self._runner and self._runner.run("aggregate", release.judgements, compute)
+        start = 0
+        for aggregate in parts or compute(0, self._assessor.element_count):
+            yield release.version_slice(start, start + aggregate.size, aggregate)
+            start += aggregate.size
+
+    def _aggregates(self, rows: tuple[Row, ...], start: int, stop: int) -> Iterator[Vector]:
+        """Yield consecutive parts of the aggregate, made in parallel if there are several threads."""
         length = slice_elements(len(rows), self._budget_bytes, self._thread_count)
-        bounds = blocks(self._assessor.element_count, length)
 
-        def work(start: int, stop: int) -> Vector:
-            return self._aggregate(rows, start, stop)
+        def work(first: int, last: int) -> Vector:
+            return self._aggregate(rows, first, last)
 
-        for start, stop, aggregate in in_order(work, bounds, self._thread_count):
-            yield release.version_slice(start, stop, aggregate)
+        for _, _, aggregate in in_order(work, blocks(stop, length, start), self._thread_count):
+            yield aggregate
 
     def _aggregate(self, rows: tuple[Row, ...], start: int, stop: int) -> Vector:
         slices = [row.contribution.read(start, stop) for row in rows]

@@ -14,7 +14,7 @@ Invariants: everything here is a value. Nothing reads a clock, a file or a rando
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,6 +212,30 @@ class VersionSlice:
     vectors: Mapping[str, Vector]
 
 
+PassName = Literal["aggregate", "products"]
+"""A pass over all updates that can be divided by slices of the vector: the elements of the aggregate, before noise and
+server step, or the inner products of the updates over blocks of `blocks.GRAM_BLOCK` elements, shape (m, k, k)."""
+
+Compute: TypeAlias = Callable[[int, int], Iterator[NDArray[np.float64]]]
+"""`compute(start, stop)` yields a pass's results over elements `start <= i < stop`, in order; `start` is a multiple of
+`blocks.BLOCK`. The results of several slices, one after the other, are those of the whole vector, bit for bit."""
+
+
+class PassRunner(Protocol):
+    """Divides passes over all updates among several processes."""
+
+    def run(
+        self, name: PassName, judgements: Sequence[UpdateAssessment], compute: Compute
+    ) -> Iterator[NDArray[np.float64]] | None:
+        """Yield a pass's results over the whole vector, in order; None if it is not worth dividing.
+
+        Args:
+            name: The pass.
+            judgements: Of all updates, in acceptance order; all that another process needs besides the updates.
+            compute: Computes a slice in this process.
+        """
+
+
 class Aggregation(Protocol):
     """An aggregation in progress: updates are added in acceptance order, then it is finished once."""
 
@@ -227,6 +251,11 @@ class Aggregation(Protocol):
         Raises:
             NotEnoughUpdatesError: Too few updates were accepted.
         """
+
+    def compute(
+        self, name: PassName, start: int, stop: int
+    ) -> Iterator[NDArray[np.float64]]:
+        """Yield a pass's results over a slice (`Compute`), for an aggregation with recorded judgements."""
 
     @property
     def outcome(self) -> Outcome:

@@ -9,6 +9,8 @@ from qflare_server.storage.tables.devices import Device, DeviceGroup, DeviceKey,
 from qflare_server.storage.tables.payloads import Payload, PayloadChunk, PayloadPlace, Upload
 from qflare_server.storage.tables.replicas import (
     Epoch,
+    FoldPass,
+    FoldSlice,
     IdempotentCall,
     Lease,
     Replica,
@@ -71,6 +73,8 @@ __all__ = [
     "DeviceState",
     "Epoch",
     "Evaluation",
+    "FoldPass",
+    "FoldSlice",
     "GlobalModel",
     "IdempotentCall",
     "LateUpdate",

@@ -1,8 +1,8 @@
-"""Tables of several coordinators on one database: leases, replicas, epochs, webhooks, idempotency, nonces."""
+"""Tables of several coordinators on one database: leases, replicas, divided folds, epochs, webhooks, idempotency, nonces."""
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, Index, String, Text
+from sqlalchemy import BigInteger, ForeignKey, ForeignKeyConstraint, Index, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from qflare_server.storage.tables.types import ACTOR_CHARACTERS, Base
@@ -29,6 +29,56 @@ class Replica(Base):
     payload_store: Mapped[str] = mapped_column(String(32), default="")
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
+
+
+class FoldPass(Base):
+    """A pass over the updates of a closed round that several coordinators do slice by slice.
+
+    `leader` is the coordinator that makes the version; it deletes the row when it has the results. `name` is the pass
+    (`strategies.types.PassName`), `format` the number of the format of `inputs`, which is JSON
+    (`aggregation.fold_inputs`).
+    """
+
+    __tablename__ = "fold_passes"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    training_session_id: Mapped[str] = mapped_column(String(36))
+    round_number: Mapped[int]
+    leader: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(16))
+    format: Mapped[int]
+    inputs: Mapped[bytes]
+    created_at: Mapped[datetime]
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["training_session_id", "round_number"],
+            ["rounds.training_session_id", "rounds.number"],
+        ),
+        Index(None, "training_session_id", "round_number"),
+    )
+
+
+class FoldSlice(Base):
+    """Elements `first_element` to before `end_element` of a pass, leased to one coordinator at a time.
+
+    `fence` counts the acquisitions of the lease. A result is recorded only by the transaction that finds the fence of
+    its own acquisition, so that a coordinator that was frozen, or cut off, while its lease expired records nothing.
+    `expires_at` is a time of the database server's clock; null while nobody holds the lease. `payload_id` is the result
+    and null without one; `authenticator` is its MAC under a key that no database holds.
+    """
+
+    __tablename__ = "fold_slices"
+
+    pass_id: Mapped[str] = mapped_column(ForeignKey("fold_passes.id"), primary_key=True)
+    slice_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    first_element: Mapped[int] = mapped_column(BigInteger)
+    end_element: Mapped[int] = mapped_column(BigInteger)
+    holder: Mapped[str] = mapped_column(String(64), default="")
+    fence: Mapped[int] = mapped_column(BigInteger, default=0)
+    expires_at: Mapped[datetime | None]
+    payload_id: Mapped[str | None] = mapped_column(ForeignKey("payloads.id"))
+    authenticator: Mapped[bytes | None]
 
 
 class Epoch(Base):
