@@ -238,6 +238,10 @@ class ServerConfig:
     """Seconds between database polls of an idle aggregation worker."""
     lease_s: float = 15.0
     """Seconds after which another coordinator takes over the work of a crashed one."""
+    fold_slice_bytes: int = 2**30
+    """Bytes of updates per slice of a large round. All coordinators on one PostgreSQL database aggregate a round whose
+    updates are larger together, slice by slice; 0 means that one coordinator does.
+    """
     drain_s: float = 20.0
     """Grace period for running calls after SIGTERM, in seconds."""
     inactive_after_s: float = 2_592_000.0

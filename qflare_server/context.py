@@ -123,6 +123,9 @@ class Telemetry:
     ) -> None:
         """Called when a round is published, with the time of collection and of publication."""
 
+    def slice_folded(self, outcome: str, duration_s: float) -> None:
+        """Called after work on a slice of another coordinator's round: recorded, refused or failed."""
+
     def helper_asked(self, outcome: str, duration_s: float) -> None:
         """Called after a request to a helper: answered, refused, updates_refused or unavailable."""
 

@@ -44,12 +44,8 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("payload_id", sa.String(length=32), nullable=True),
         sa.Column("authenticator", sa.LargeBinary(), nullable=True),
-        sa.ForeignKeyConstraint(
-            ["pass_id"], ["fold_passes.id"], name="fk_fold_slices_pass_id"
-        ),
-        sa.ForeignKeyConstraint(
-            ["payload_id"], ["payloads.id"], name="fk_fold_slices_payload_id"
-        ),
+        sa.ForeignKeyConstraint(["pass_id"], ["fold_passes.id"], name="fk_fold_slices_pass_id"),
+        sa.ForeignKeyConstraint(["payload_id"], ["payloads.id"], name="fk_fold_slices_payload_id"),
         sa.PrimaryKeyConstraint("pass_id", "slice_index", name="pk_fold_slices"),
     )
 

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from qflare.evidence.statements import StatementError
 from qflare.tensors import InvalidManifestError, InvalidPayloadError
+from qflare_server.aggregation.divided_passes import PassDivider
 from qflare_server.aggregation.fold import BATCH, RoundFold
 from qflare_server.aggregation.masked_fold import open_fold
 from qflare_server.aggregation.plan import RoundPlan, read_plan
@@ -109,6 +110,7 @@ class Aggregator:
         self._journal = ReleaseJournal(context.config.data_dir / FILE)
         self._reconciled: set[str] = set()
         self._asking: ThreadPoolExecutor | None = None
+        self._divider = PassDivider(context, executor, holder, self._leads)
 
     def run_once(self) -> bool:
         """Run one pass; return whether another may follow at once."""
@@ -275,6 +277,7 @@ class Aggregator:
                 noise_seed=seed,
                 thread_count=THREADS,
                 refuses_damaged=key in self._damaged,
+                division=self._divider.division(),
             )
         return self._folds[key]
 

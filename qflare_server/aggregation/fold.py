@@ -46,6 +46,7 @@ from qflare.tensors.vectors import (
 )
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.outcome import with_refusals
+from qflare_server.aggregation.pass_inputs import PassUpdate
 from qflare_server.aggregation.plan import RoundPlan
 from qflare_server.aggregation.row_integrity import RowIntegrity
 from qflare_server.context import Context
@@ -75,6 +76,8 @@ from qflare_server.strategies import (
     Contribution,
     NotEnoughUpdatesError,
     Outcome,
+    PassName,
+    PassRunner,
     Prior,
     Reader,
     UpdateAssessment,
@@ -84,6 +87,7 @@ from qflare_server.strategies import (
     outcome_to_data,
     whole,
 )
+from qflare_server.strategies.accumulator import is_held
 from qflare_server.training.config import download_encoding
 from qflare_server.training.masking import update_manifest
 from qflare_server.training.objective import objective_of
@@ -137,6 +141,21 @@ class WrittenVersion:
     download: Download | None
 
 
+@dataclass(frozen=True)
+class Division:
+    """How the passes over the updates of a large round are divided among coordinators.
+
+    Attributes:
+        runner: Returns what divides the passes of a fold; None where slices are computed.
+        resident_bytes: Largest total that is summed up in memory as updates arrive, and thus by one coordinator.
+        slice_elements: Elements that a thread folds at once; None means `blocks.SLICE`.
+    """
+
+    runner: "Callable[[RoundFold], PassRunner] | None"
+    resident_bytes: int
+    slice_elements: int | None = None
+
+
 class RoundFold:
     """Aggregates one round; not thread-safe.
 
@@ -148,6 +167,7 @@ class RoundFold:
         recorded: Judgements of an earlier run by update id (`aggregation.outcome`), to recompute the version from.
         revision: Number of the rules to aggregate by; to recompute a version, those that it was made by.
         refuses_damaged: Whether updates with missing or altered chunks are refused; otherwise the error is raised.
+        division: How passes are divided among coordinators; None means that they are not.
     """
 
     def __init__(
@@ -160,6 +180,7 @@ class RoundFold:
         recorded: Mapping[str, UpdateAssessment] | None = None,
         revision: int = REVISION,
         refuses_damaged: bool = True,
+        division: Division | None = None,
     ) -> None:
         self.plan = plan
         self.last_sequence = 0
@@ -176,7 +197,8 @@ class RoundFold:
         self._refuses_damaged = refuses_damaged
         self._context = context
         self._noise_seed = noise_seed
-        self._is_large = float_count(plan.manifest) > THREADED_ELEMENTS
+        self._division = division
+        self._is_large = self._reads_slices()
         self._thread_count = thread_count if self._is_large else 1
         self._opened = _Opened()
         self._recorded = recorded
@@ -190,6 +212,12 @@ class RoundFold:
         self._wire = update_manifest(plan.config, plan.manifest)
         self._layout = self._update_layout()
         self._begin({})
+
+    def _reads_slices(self) -> bool:
+        """Return whether several threads read the updates, slice by slice."""
+        count, division = float_count(self.plan.manifest), self._division
+        is_deferred = division is not None and not is_held(count, division.resident_bytes)
+        return count > THREADED_ELEMENTS or is_deferred
 
     def _update_layout(self) -> VectorLayout:
         """Return where the elements of the model are in an update."""
@@ -218,6 +246,8 @@ class RoundFold:
         """Begin the aggregation, with the reasons of updates that are refused beforehand."""
         self._totals = Totals()
         self._waiting: list[AcceptedUpdate] = []
+        self.sources: dict[str, PassUpdate] = {}
+        division = self._division
         self._aggregation = begin(
             self._strategy,
             float_count(self.plan.manifest),
@@ -228,6 +258,9 @@ class RoundFold:
             recorded=self._recorded,
             excluded=excluded,
             revision=self.revision,
+            resident_bytes=None if division is None else division.resident_bytes,
+            slice_elements=None if division is None else division.slice_elements,
+            runner=None if division is None or division.runner is None else division.runner(self),
         )
 
     def _model_reader(self, stored: StoredPayload, manifest: Manifest | None = None) -> Reader:
@@ -292,6 +325,19 @@ class RoundFold:
                 logger.warning("update not folded: %s: %s", update.update_id, error.problem)
         return found
 
+    def take_known(self, batch: Sequence[AcceptedUpdate]) -> None:
+        """Take updates in that another coordinator has checked; their judgements are recorded."""
+        self._take(batch)
+
+    def compute(self, name: PassName, start: int, stop: int) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield a pass's results over a slice; all judgements are recorded."""
+        return self._aggregation.compute(name, start, stop)
+
+    @property
+    def update_bytes(self) -> int:
+        """Size of one update's payload in bytes, before sealing."""
+        return self._wire.size_bytes
+
     def _take(self, batch: Sequence[AcceptedUpdate]) -> None:
         if self._is_large or all(update.location == "row" for update in batch):
             self._aggregation.extend([self._contribution(update) for update in batch])
@@ -332,6 +378,8 @@ class RoundFold:
 
     def _contribution(self, update: AcceptedUpdate) -> Contribution:
         check_digests(stored_payload(update))
+        if self._division is not None:
+            self.sources[update.update_id] = PassUpdate.of(update)
         read = self._update_reader(update)
         staleness = self.plan.base_version - update.base_version
         full = self.plan.config.transfer.update_kind != training_pb2.UPDATE_KIND_DELTA

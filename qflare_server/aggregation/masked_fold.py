@@ -27,6 +27,7 @@ from qflare.tensors.vectors import VectorLayout, float_count
 from qflare.v1 import security_pb2
 from qflare_server.aggregation.fold import (
     AHEAD,
+    Division,
     RoundFold,
     Totals,
     WrittenVersion,
@@ -75,6 +76,7 @@ def open_fold(
     plan: RoundPlan,
     *,
     asker: Callable[[], ThreadPoolExecutor] | None = None,
+    division: Division | None = None,
     **settings: Any,
 ) -> RoundFold:
     """Return the fold of a round.
@@ -83,11 +85,12 @@ def open_fold(
         context: The coordinator's parts.
         plan: The round's aggregation plan.
         asker: Returns the threads that ask helpers; None asks in the caller's thread when the version is written.
+        division: As of `RoundFold`; the one sum of masked updates is not divided.
         settings: As of `RoundFold`.
     """
     if is_masked(plan.config):
         return MaskedRoundFold(context, plan, asker=asker, **settings)
-    return RoundFold(context, plan, **settings)
+    return RoundFold(context, plan, division=division, **settings)
 
 
 class MaskedRoundFold(RoundFold):

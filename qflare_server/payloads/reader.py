@@ -95,6 +95,11 @@ class PayloadBytes:
         for number, piece in enumerate(self._contents.open(chunks, first), first):
             self._pieces[number] = piece
 
+    @property
+    def size_bytes(self) -> int:
+        """Size of the plaintext in bytes."""
+        return self._contents.size_bytes
+
     def verify(self, first: int, count: int) -> None:
         """Read consecutive chunks and compare them with their digests.
 

@@ -14,6 +14,7 @@ from qflare_server.payloads.expected import ExpectedPayload
 from qflare_server.payloads.reader import read_chunks
 from qflare_server.payloads.sealed_receiver import receiver_of
 from qflare_server.storage.payload_records import Download, ReceivedPayload, StoredPayload
+from qflare_server.storage.repository import payloads as rows
 
 
 class PayloadWriter:
@@ -27,6 +28,7 @@ class PayloadWriter:
         at: datetime,
         seal_context: SealContext | None = None,
     ) -> None:
+        self._context = context
         self._receiver = receiver_of(context, executor, ExpectedPayload(manifest), seal_context)
         self._rest = bytearray()
         if self._receiver.is_large:
@@ -52,6 +54,13 @@ class PayloadWriter:
             self._receiver.add(self._receiver.next_index, bytes(self._rest))
             self._rest.clear()
         return self._receiver.finish()
+
+    def abandon(self) -> None:
+        """Give up the payload, finished or not: its chunks are left to be swept."""
+        self._receiver.abandon()
+        if self._receiver.is_large:
+            abandoned = [self._receiver.chunks]
+            self._context.database.write(lambda session: rows.give_up_uploads(session, abandoned))
 
 
 class VersionWriter:

@@ -20,6 +20,7 @@ from qflare.v1 import (
     coordinator_service_pb2_grpc,
 )
 from qflare_server.aggregation.aggregator import Aggregator
+from qflare_server.aggregation.slice_worker import SliceWorkerThread
 from qflare_server.aggregation.worker import AggregationWorker
 from qflare_server.config import UNIX_SOCKETS, WORKER_VARIABLE, ServerConfig
 from qflare_server.context import Clock, Telemetry
@@ -98,6 +99,7 @@ class Coordinator:
         context = self.parts.context
         aggregator = Aggregator(context, self.parts.executor, holder)
         self._worker = AggregationWorker(aggregator, context, self.parts.wake)
+        self._slice_worker = SliceWorkerThread(context, self.parts.executor, holder)
         self._webhooks = WebhookThreads(context, holder)
         self._housekeeping = Maintenance(
             context,
@@ -162,6 +164,7 @@ class Coordinator:
         self._webhooks.start()
         self._server.start()
         self._worker.start()
+        self._slice_worker.start()
         self._housekeeping.start()
         if self.dashboard is not None:
             self.dashboard.start()
@@ -196,6 +199,7 @@ class Coordinator:
         self._boundary.running.wait_until_none(grace)
         self._server.stop(None).wait()
         self._webhooks.stop()
+        self._slice_worker.stop(grace + 10.0)
         self._worker.stop(grace + 10.0)
         self._housekeeping.stop()
         self._watchdog.stop()

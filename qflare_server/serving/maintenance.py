@@ -22,6 +22,7 @@ from qflare_server.storage.place_ownership import PlaceKeeper, require_owner
 from qflare_server.storage.repository import (
     device_failures,
     devices,
+    fold_slices,
     idempotent_calls,
     late_updates,
     leases,
@@ -131,10 +132,21 @@ class Maintenance:
         if self._ticks % EXPLAIN_TICKS == 1:
             self._attempt(self._explain)
         if self._ticks % MINUTE_TICKS == 1:
-            for chore in (self._expire, self._prune, self._sweep, self._deactivate, self._rewrap):
+            for chore in self._minute_chores:
                 self._attempt(chore)
         if self._ticks % HOUR_TICKS == ORPHAN_TICK:
             self._attempt(self._sweep_orphans)
+
+    @property
+    def _minute_chores(self) -> tuple[Callable[[], None], ...]:
+        return (
+            self._expire,
+            self._prune,
+            self._end_passes,
+            self._sweep,
+            self._deactivate,
+            self._rewrap,
+        )
 
     def _attempt(self, chore: Callable[[], None]) -> bool:
         """Run a task; a failed task is retried at its next interval."""
@@ -228,6 +240,9 @@ class Maintenance:
 
     def _prune(self) -> None:
         prune_ended(self._context)
+
+    def _end_passes(self) -> None:
+        self._context.database.write(fold_slices.end_abandoned)
 
     def _sweep(self) -> None:
         sweep(self._context)

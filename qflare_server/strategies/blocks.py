@@ -190,9 +190,7 @@ def gram_products(
         return np.stack(_products(cohort, factors, base, first, last))
 
     with threadpool_limits(limits=1, user_api="blas"):
-        for _, _, products in in_order(
-            work, blocks(stop, ahead * GRAM_BLOCK, start), thread_count
-        ):
+        for _, _, products in in_order(work, blocks(stop, ahead * GRAM_BLOCK, start), thread_count):
             yield products
 
 

@@ -252,9 +252,7 @@ class Aggregation(Protocol):
             NotEnoughUpdatesError: Too few updates were accepted.
         """
 
-    def compute(
-        self, name: PassName, start: int, stop: int
-    ) -> Iterator[NDArray[np.float64]]:
+    def compute(self, name: PassName, start: int, stop: int) -> Iterator[NDArray[np.float64]]:
         """Yield a pass's results over a slice (`Compute`), for an aggregation with recorded judgements."""
 
     @property

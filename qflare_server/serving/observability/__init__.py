@@ -139,6 +139,11 @@ class CompositeTelemetry(Telemetry):
         for hearer in self._hearers:
             hearer.round_published(aggregated_count, rejected_count, collected_s, published_s)
 
+    def slice_folded(self, outcome: str, duration_s: float) -> None:
+        """Forward the event."""
+        for hearer in self._hearers:
+            hearer.slice_folded(outcome, duration_s)
+
     def helper_asked(self, outcome: str, duration_s: float) -> None:
         """Forward the event."""
         for hearer in self._hearers:

@@ -100,6 +100,17 @@ class Metrics(Telemetry):
             buckets=PUBLISH_BUCKETS,
             registry=registry,
         )
+        self._slices = Counter(
+            "qflare_fold_slices",
+            "Slices folded for another coordinator by outcome: recorded, refused, failed",
+            labelnames=("outcome",),
+            registry=registry,
+        )
+        self._slice_time = Counter(
+            "qflare_fold_slice_seconds",
+            "Time spent on slices for other coordinators",
+            registry=registry,
+        )
         self._helper_requests = Counter(
             "qflare_helper_requests",
             "Requests to helpers for secure aggregation by outcome: answered, refused, updates_refused, unavailable",
@@ -226,6 +237,11 @@ class Metrics(Telemetry):
         self._updates.labels("rejected").inc(rejected_count)
         self._collecting.observe(collected_s)
         self._publishing.observe(published_s)
+
+    def slice_folded(self, outcome: str, duration_s: float) -> None:
+        """Count a slice and the time that it took."""
+        self._slices.labels(outcome).inc()
+        self._slice_time.inc(duration_s)
 
     def helper_asked(self, outcome: str, duration_s: float) -> None:
         """Count a request to a helper, and the time of an answer."""

@@ -128,36 +128,36 @@ def get_pass(session: Session, pass_id: str) -> FoldPass | None:
 
 
 def has_free_slice(
-    session: Session, helper: str, format_number: int, without: Sequence[str]
+    session: Session, holder: str, format_number: int, without: Sequence[str]
 ) -> bool:
     """Return whether a slice of another leader's pass can be acquired; does not lock anything."""
-    wanted = _for_helper(helper, format_number, without)
+    wanted = _of_others(holder, format_number, without)
     query = select(exists().where(_OF_PASS, _IS_FREE, wanted))
     return bool(session.execute(query).scalar_one())
 
 
-def _for_helper(helper: str, format_number: int, without: Sequence[str]) -> ColumnElement[bool]:
+def _of_others(holder: str, format_number: int, without: Sequence[str]) -> ColumnElement[bool]:
     return and_(
-        PASSES.c.leader != helper,
+        PASSES.c.leader != holder,
         PASSES.c.format == format_number,
         PASSES.c.id.not_in(without),
     )
 
 
 def acquire_any(
-    session: Session, helper: str, format_number: int, without: Sequence[str], life_s: float
+    session: Session, holder: str, format_number: int, without: Sequence[str], life_s: float
 ) -> SliceLease | None:
     """Acquire a free slice of another leader's pass, the oldest first; None without one.
 
     Args:
         session: Write transaction.
-        helper: Name of the acquiring coordinator.
+        holder: Name of the acquiring coordinator.
         format_number: Format of the inputs that it can read.
         without: Ids of passes to leave to others.
         life_s: Seconds until the lease expires.
     """
-    wanted = _for_helper(helper, format_number, without)
-    return _acquire(session, wanted, helper, life_s)
+    wanted = _of_others(holder, format_number, without)
+    return _acquire(session, wanted, holder, life_s)
 
 
 def acquire_of(
@@ -212,9 +212,7 @@ def _held(lease: SliceLease) -> ColumnElement[bool]:
 
 def renew(session: Session, lease: SliceLease, life_s: float) -> bool:
     """Extend a lease; False if the slice was acquired again, has a result, or its pass has ended."""
-    changed = session.execute(
-        update(SLICES).where(_held(lease)).values(expires_at=_after(life_s))
-    )
+    changed = session.execute(update(SLICES).where(_held(lease)).values(expires_at=_after(life_s)))
     return bool(changed.rowcount)  # type: ignore[attr-defined]  # a CursorResult has it
 
 
@@ -224,7 +222,11 @@ def release(session: Session, lease: SliceLease) -> None:
 
 
 def record(
-    session: Session, lease: SliceLease, payload: ReceivedPayload, authenticator: bytes, at: datetime
+    session: Session,
+    lease: SliceLease,
+    payload: ReceivedPayload,
+    authenticator: bytes,
+    at: datetime,
 ) -> bool:
     """Record the result of a slice; False if the fence of the lease is not the current one.
 
@@ -262,7 +264,8 @@ def is_under_way(session: Session, pass_id: str) -> bool:
 
 def end_pass(session: Session, pass_id: str) -> None:
     """Delete a pass with its slices and their results; chunks in a payload store are left to be swept."""
-    session.execute(select(PASSES.c.id).where(PASSES.c.id == pass_id).with_for_update())
+    locked = select(SLICES.c.slice_index).where(SLICES.c.pass_id == pass_id).with_for_update()
+    session.execute(locked).all()  # a result that is being recorded is seen below
     results = session.execute(
         select(PAYLOADS.c.id, PAYLOADS.c.chunks_id, PAYLOADS.c.store)
         .join(SLICES, SLICES.c.payload_id == PAYLOADS.c.id)

@@ -1,4 +1,4 @@
-"""Tables of several coordinators on one database: leases, replicas, divided folds, epochs, webhooks, idempotency, nonces."""
+"""Tables of several coordinators on one database: leases, replicas, slices, epochs, webhooks, idempotency, nonces."""
 
 from datetime import datetime
 
