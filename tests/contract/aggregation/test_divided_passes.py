@@ -1,0 +1,327 @@
+"""Rounds that several coordinators on one PostgreSQL aggregate slice by slice: the same bytes, nothing from outside."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from qflare.v1 import training_pb2
+from qflare_server.aggregation.slice_results import read_result
+from qflare_server.aggregation.slice_worker import SliceWorker
+from qflare_server.errors import DamagedPayloadError
+from qflare_server.storage.repository import fold_slices, leases
+from qflare_server.storage.repository.fold_slices import SliceLease, SliceResult
+from qflare_server.storage.tables import (
+    FoldPass,
+    FoldSlice,
+    ModelUpdate,
+    Payload,
+    PayloadChunk,
+    Upload,
+)
+from qflare_server.strategies.blocks import BLOCK
+from qflare_server.training.retention import sweep
+from qflare_server.verification import recompute_version
+from tests.contract.conftest import MakeCore
+from tests.support.slices import BegunPass
+from tests.support.use_cases import CoordinatorHarness
+
+COUNT = 4 * BLOCK + 77
+"""Elements: five slices at most."""
+UPDATES = 5
+TOTAL_BYTES = UPDATES * 4 * (COUNT + 2)
+KEEP = training_pb2.PAYLOAD_RETENTION_ALL
+
+
+@pytest.fixture
+def database_url(postgres_url: str) -> str:
+    """Return a PostgreSQL database: only coordinators on one share rounds."""
+    return postgres_url
+
+
+def arrays(seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        "w": random.standard_normal(COUNT, dtype=np.float32),
+        "step": np.array([seed], np.int64),
+    }
+
+
+def config(name: str, **settings: Any) -> dict[str, Any]:
+    transfer = {"payload_retention": KEEP, **settings.pop("transfer", {})}
+    return {
+        "strategy": training_pb2.StrategyConfig(name=name),
+        "transfer": training_pb2.TransferPolicy(**transfer),
+        "rounds": training_pb2.RoundPolicy(quorum=UPDATES),
+        **settings,
+    }
+
+
+CONFIGS = {
+    "mean": config("fedavg"),
+    "clipped deltas": config(
+        "fedavg",
+        transfer={"update_kind": training_pb2.UPDATE_KIND_DELTA},
+        safeguards=training_pb2.SafeguardPolicy(clip_norm=100.0),
+    ),
+    "download in half": config(
+        "fedavg", transfer={"download_encoding": training_pb2.ENCODING_FLOAT16}
+    ),
+    "sealed": config("median", transfer={"sealed": True}),
+    "median": config("median"),
+    "trimmed mean": config("trimmed_mean"),
+    "krum": config("krum"),
+    "geometric median": config("geometric_median"),
+}
+
+
+def send_all(core: CoordinatorHarness, session_id: str) -> None:
+    for number in range(UPDATES):
+        device = f"device-{number}"
+        task = core.tasks.next_task(device, session_id)
+        draft = core.draft(device, session_id, arrays(number + 1), examples=number + 1)
+        assert task.config is not None
+        draft.statement.kind = task.config.transfer.update_kind
+        draft.statement.base_encoding = task.config.transfer.download_encoding
+        core.send(draft)
+
+
+@pytest.fixture
+def cores(make_core: MakeCore) -> Callable[..., list[CoordinatorHarness]]:
+    """Return what makes coordinators that know each other, the first with devices."""
+
+    def make(slice_count: int = 5, **settings: Any) -> list[CoordinatorHarness]:
+        size = -(-TOTAL_BYTES // slice_count)
+        made = [
+            make_core(name=name, fold_slice_bytes=size, **settings)
+            for name in ("one", "two", "three")
+        ]
+        made[0].add_devices(UPDATES)
+        for core, name in zip(made, ("one", "two", "three"), strict=True):
+            core.database.write(partial(_announce, name=name, at=core.clock()))
+        return made
+
+    return make
+
+
+def _announce(session: Session, name: str, at: datetime) -> None:
+    leases.announce(session, name, "localhost:1", "1", "database", at, at)
+
+
+def worker_of(core: CoordinatorHarness, name: str) -> SliceWorker:
+    return SliceWorker(core.context, core.executor, name)
+
+
+@contextmanager
+def working(*workers: SliceWorker) -> Iterator[None]:
+    """Let workers work beside the block, each in a thread."""
+    stop = threading.Event()
+
+    def run(worker: SliceWorker) -> None:
+        while not stop.is_set():
+            if not worker.run_once():
+                stop.wait(0.001)
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        jobs = [pool.submit(run, worker) for worker in workers]
+        try:
+            yield
+        finally:
+            stop.set()
+            for job in jobs:
+                job.result()
+
+
+def work_off(worker: SliceWorker) -> int:
+    """Compute slices until none is free; return how many there were."""
+    count = 0
+    while worker.run_once():
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("slice_count", [1, 2, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_slices_and_coordinators_change_no_byte(
+    cores: Callable[..., list[CoordinatorHarness]], name: str, slice_count: int
+) -> None:
+    one, two, three = cores(slice_count)
+    session_id = one.start(arrays(0), **CONFIGS[name])
+    send_all(one, session_id)
+
+    with working(worker_of(two, "two"), worker_of(three, "three")):
+        one.settle()
+
+    assert one.round(session_id, 1).state == "published"
+    again = recompute_version(one.context, session_id, 1)
+    assert (again.recomputed, again.differences, again.by_record) == (True, (), False)
+    assert (one.count(FoldPass), one.count(FoldSlice)) == (0, 0)
+
+
+@pytest.mark.parametrize("inline", [0, 2**20], ids=["chunks", "rows"])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("mean", "aggregate"), ("median", "aggregate"), ("sealed", "aggregate"), ("krum", "products")],
+)
+def test_workers_compute_what_one_coordinator_computes(
+    cores: Callable[..., list[CoordinatorHarness]], name: str, step: Any, inline: int
+) -> None:
+    one, two, three = cores(inline_payload_bytes=inline)
+    session_id = one.start(arrays(0), **CONFIGS[name])
+    send_all(one, session_id)
+    begun = BegunPass.begin(one.context, session_id, name=step)
+    before = one.count(Payload)
+
+    workers = [worker_of(two, "two"), worker_of(three, "three")]
+    turns = [worker.run_once() for worker in workers * 3]
+
+    assert sum(turns) == len(begun.bounds) == 5
+    assert {row.holder for row in begun.rows()} == {"two", "three"}
+    assert begun.results().tobytes() == begun.alone().tobytes()
+    begun.end()
+    sweep(one.context)
+    assert one.count(Payload) == before
+    assert one.count(Upload) == 0
+
+
+def test_a_late_result_is_refused_by_the_fence(
+    cores: Callable[..., list[CoordinatorHarness]],
+) -> None:
+    one, two, three = cores(lease_s=0.0)
+    session_id = one.start(arrays(0), **CONFIGS["median"])
+    send_all(one, session_id)
+    begun = BegunPass.begin(one.context, session_id, size=COUNT)
+    late, quick = worker_of(two, "two"), worker_of(three, "three")
+    compute = begun.fold.compute
+    refused: list[str] = []
+
+    def overtaken(*arguments: Any) -> Any:
+        """Compute as ever, but let the other coordinator acquire and record the slice before."""
+        refused.append("begun")
+        assert quick.run_once()
+        yield from compute(*arguments)
+
+    found, fold = late._open(begun.found.id)  # type: ignore[misc]
+    fold.compute = overtaken  # type: ignore[method-assign]
+    late._current = (found, fold)
+    assert late.run_once()
+
+    (row,) = begun.rows()
+    assert (row.fence, row.holder, refused) == (2, "three", ["begun"])
+    assert begun.results().tobytes() == begun.alone().tobytes()
+
+
+def test_only_the_current_fence_renews_releases_and_records(
+    cores: Callable[..., list[CoordinatorHarness]],
+) -> None:
+    one, *_ = cores()
+    session_id = one.start(arrays(0), **CONFIGS["median"])
+    send_all(one, session_id)
+    begun = BegunPass.begin(one.context, session_id, size=COUNT)
+    write = one.database.write
+
+    def acquire(life_s: float) -> SliceLease | None:
+        return write(lambda session: fold_slices.acquire_any(session, "x", 1, [], life_s))
+
+    stale = acquire(0.0)
+    current = acquire(600.0)
+    assert stale is not None
+    assert current is not None
+    assert (stale.fence, current.fence, acquire(600.0)) == (1, 2, None)
+    assert not write(lambda session: fold_slices.renew(session, stale, 600.0))
+    write(lambda session: fold_slices.release(session, stale))
+    assert acquire(600.0) is None
+    assert write(lambda session: fold_slices.renew(session, current, 600.0))
+    write(lambda session: fold_slices.release(session, current))
+    assert acquire(600.0) is not None
+    begun.end()
+    assert not write(lambda session: fold_slices.renew(session, current, 600.0))
+
+
+def test_a_result_that_no_coordinator_computed_is_not_used(
+    cores: Callable[..., list[CoordinatorHarness]],
+) -> None:
+    one, two, _ = cores(inline_payload_bytes=2**20)
+    session_id = one.start(arrays(0), **CONFIGS["mean"])
+    send_all(one, session_id)
+    begun = BegunPass.begin(one.context, session_id)
+    assert work_off(worker_of(two, "two")) == 5
+    first, second = begun.rows()[:2]
+
+    def read(row: FoldSlice, *, tag: bytes | None = None, inputs: bytes = b"") -> None:
+        assert row.payload_id is not None
+        assert row.authenticator is not None
+        result = SliceResult(row.payload_id, row.authenticator if tag is None else tag)
+        bounds = begun.bounds[0]
+        list(read_result(one.context, inputs or begun.found.inputs, *bounds, result))
+
+    read(first)
+    for altered in (
+        lambda: read(second),
+        lambda: read(first, tag=bytes(32)),
+        lambda: read(first, inputs=begun.found.inputs.replace(b"fedavg", b"median") + b" "),
+    ):
+        with pytest.raises(DamagedPayloadError, match="not the result of a coordinator"):
+            altered()
+    one.database.write(
+        lambda session: session.execute(
+            update(Payload)
+            .where(Payload.id == first.payload_id)
+            .values(data=func.overlay(Payload.data, b"\x01", 1, 1))
+        )
+    )
+    with pytest.raises(DamagedPayloadError, match="not those of its digest"):
+        read(first)
+
+
+def test_updates_that_are_not_what_the_leader_checked_are_left_alone(
+    cores: Callable[..., list[CoordinatorHarness]],
+) -> None:
+    one, two, three = cores()
+    session_id = one.start(arrays(0), **CONFIGS["mean"])
+    send_all(one, session_id)
+    begun = BegunPass.begin(one.context, session_id)
+    one.database.write(
+        lambda session: session.execute(
+            update(ModelUpdate)
+            .where(ModelUpdate.acceptance_sequence == 2)
+            .values(payload_digest="0" * 64)
+        )
+    )
+    worker = worker_of(two, "two")
+
+    assert worker.run_once()
+    assert not worker.run_once()
+
+    assert len(begun.unfinished()) == 5
+    assert [row.expires_at for row in begun.rows()] == [None] * 5
+    assert worker_of(three, "three").run_once()
+    assert len(begun.unfinished()) == 5
+
+
+def test_passes_of_rounds_that_are_over_are_ended(
+    cores: Callable[..., list[CoordinatorHarness]],
+) -> None:
+    one, two, _ = cores(slice_count=1, inline_payload_bytes=0)
+    session_id = one.start(arrays(0), **CONFIGS["mean"])
+    send_all(one, session_id)
+    BegunPass.begin(one.context, session_id)
+    work_off(worker_of(two, "two"))
+    assert one.database.write(fold_slices.end_abandoned) == 0
+    one.settle()
+
+    assert one.database.write(fold_slices.end_abandoned) == 1
+    sweep(one.context)
+    assert (one.count(FoldPass), one.count(FoldSlice), one.count(Upload)) == (0, 0, 0)
+    with one.database.read() as session:
+        named = set(session.scalars(select(Payload.chunks_id)))
+        stored = set(session.scalars(select(PayloadChunk.payload_id)))
+    assert stored <= named
