@@ -14,7 +14,8 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from qflare.v1 import training_pb2
-from qflare_server.aggregation.slice_results import read_result
+from qflare_server.aggregation.pass_inputs import FORMAT
+from qflare_server.aggregation.slice_results import LeaseLostError, read_result, store_result
 from qflare_server.aggregation.slice_worker import SliceWorker
 from qflare_server.errors import DamagedPayloadError
 from qflare_server.storage.repository import fold_slices, leases
@@ -148,8 +149,13 @@ def work_off(worker: SliceWorker) -> int:
     return count
 
 
-@pytest.mark.parametrize("slice_count", [1, 2, 5])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "slice_count"),
+    [
+        *((name, 5) for name in CONFIGS),
+        *((name, n) for name in ("mean", "krum") for n in (1, 2, 4)),
+    ],
+)
 def test_slices_and_coordinators_change_no_byte(
     cores: Callable[..., list[CoordinatorHarness]], name: str, slice_count: int
 ) -> None:
@@ -166,10 +172,15 @@ def test_slices_and_coordinators_change_no_byte(
     assert (one.count(FoldPass), one.count(FoldSlice)) == (0, 0)
 
 
-@pytest.mark.parametrize("inline", [0, 2**20], ids=["chunks", "rows"])
 @pytest.mark.parametrize(
-    ("name", "step"),
-    [("mean", "aggregate"), ("median", "aggregate"), ("sealed", "aggregate"), ("krum", "products")],
+    ("name", "step", "inline"),
+    [
+        ("mean", "aggregate", 2**20),
+        ("median", "aggregate", 0),
+        ("sealed", "aggregate", 0),
+        ("sealed", "aggregate", 2**20),
+        ("krum", "products", 0),
+    ],
 )
 def test_workers_compute_what_one_coordinator_computes(
     cores: Callable[..., list[CoordinatorHarness]], name: str, step: Any, inline: int
@@ -192,31 +203,32 @@ def test_workers_compute_what_one_coordinator_computes(
     assert one.count(Upload) == 0
 
 
+@pytest.mark.parametrize("inline", [0, 2**20], ids=["chunks", "rows"])
 def test_a_late_result_is_refused_by_the_fence(
-    cores: Callable[..., list[CoordinatorHarness]],
+    cores: Callable[..., list[CoordinatorHarness]], inline: int
 ) -> None:
-    one, two, three = cores(lease_s=0.0)
+    one, two, three = cores(lease_s=0.0, inline_payload_bytes=inline)
     session_id = one.start(arrays(0), **CONFIGS["median"])
     send_all(one, session_id)
-    begun = BegunPass.begin(one.context, session_id, size=COUNT)
-    late, quick = worker_of(two, "two"), worker_of(three, "three")
-    compute = begun.fold.compute
-    refused: list[str] = []
+    begun = BegunPass.begin(one.context, session_id, size=BLOCK * 5)
+    late = two.database.write(
+        lambda session: fold_slices.acquire_any(session, "two", FORMAT, [], 0.0)
+    )
+    assert late is not None
+    values = begun.fold.compute("aggregate", 0, COUNT)
+    assert worker_of(three, "three").run_once()
+    before = one.count(Payload)
 
-    def overtaken(*arguments: Any) -> Any:
-        """Compute as ever, but let the other coordinator acquire and record the slice before."""
-        refused.append("begun")
-        assert quick.run_once()
-        yield from compute(*arguments)
-
-    found, fold = late._open(begun.found.id)  # type: ignore[misc]
-    fold.compute = overtaken  # type: ignore[method-assign]
-    late._current = (found, fold)
-    assert late.run_once()
+    with pytest.raises(LeaseLostError):
+        store_result(
+            two.context, two.executor, begun.fold.plan, begun.found, late, values, lambda: None
+        )
 
     (row,) = begun.rows()
-    assert (row.fence, row.holder, refused) == (2, "three", ["begun"])
+    assert (row.fence, row.holder, one.count(Payload)) == (2, "three", before)
     assert begun.results().tobytes() == begun.alone().tobytes()
+    sweep(one.context)
+    assert one.count(Upload) == 0
 
 
 def test_only_the_current_fence_renews_releases_and_records(
@@ -229,7 +241,7 @@ def test_only_the_current_fence_renews_releases_and_records(
     write = one.database.write
 
     def acquire(life_s: float) -> SliceLease | None:
-        return write(lambda session: fold_slices.acquire_any(session, "x", 1, [], life_s))
+        return write(lambda session: fold_slices.acquire_any(session, "x", FORMAT, [], life_s))
 
     stale = acquire(0.0)
     current = acquire(600.0)
@@ -289,11 +301,14 @@ def test_updates_that_are_not_what_the_leader_checked_are_left_alone(
     session_id = one.start(arrays(0), **CONFIGS["mean"])
     send_all(one, session_id)
     begun = BegunPass.begin(one.context, session_id)
+    other = ModelUpdate.__table__.alias()
+    first = select(other.c.payload_id).where(other.c.acceptance_sequence == 1)
+    first_payload = first.scalar_subquery()
     one.database.write(
         lambda session: session.execute(
             update(ModelUpdate)
             .where(ModelUpdate.acceptance_sequence == 2)
-            .values(payload_digest="0" * 64)
+            .values(payload_id=first_payload)
         )
     )
     worker = worker_of(two, "two")
