@@ -22,10 +22,9 @@ form can show are not lost but add up from round to round.
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -48,7 +47,17 @@ from qflare.v1 import security_pb2, training_pb2
 from qflare_server.aggregation.outcome import with_refusals
 from qflare_server.aggregation.pass_inputs import PassUpdate
 from qflare_server.aggregation.plan import RoundPlan
+from qflare_server.aggregation.readers import (
+    OpenReaders,
+    by_thread,
+    difference,
+    held_slice,
+    kept_chunks,
+    stored_payload,
+    vector_manifest,
+)
 from qflare_server.aggregation.row_integrity import RowIntegrity
+from qflare_server.aggregation.totals import Totals
 from qflare_server.context import Context
 from qflare_server.errors import (
     DamagedPayloadError,
@@ -62,9 +71,7 @@ from qflare_server.storage.payload_records import (
     Download,
     ReceivedPayload,
     StoredPayload,
-    chunks_of,
     describe,
-    seal_of,
 )
 from qflare_server.storage.repository import global_models, payloads, updates
 from qflare_server.storage.repository.unmaskings import StoredUnmasking
@@ -91,45 +98,15 @@ from qflare_server.strategies.accumulator import is_held
 from qflare_server.training.config import download_encoding
 from qflare_server.training.masking import update_manifest
 from qflare_server.training.objective import objective_of
-from qflare_server.training.reported_metrics import TRAINING, Means
+from qflare_server.training.reported_metrics import TRAINING
 from qflare_server.training.strategy import is_asynchronous, stored_strategy
 
 logger = logging.getLogger(__name__)
 
 AHEAD: Final = 8  # chunks read at once of a payload that is read from end to end
 SLICE_AHEAD: Final = 1  # and where slices are read, or a hundred updates are open side by side
-BASE_CHUNKS: Final = 48  # kept of a payload that several threads read, each at a slice of its own
-HELD_CHUNKS: Final = 128  # payloads of up to so many are kept whole, and thus hashed once
 THREADED_ELEMENTS: Final = 2**20  # models beyond are folded by several threads
 BATCH: Final = 64
-
-
-@dataclass
-class Totals:
-    """Totals over a version's contributors, added up in acceptance order.
-
-    Attributes:
-        example_count: Their examples.
-        largest: The one that counts as most examples, the earliest of equals; None without any.
-        metrics: What their devices reported.
-    """
-
-    example_count: int = 0
-    largest: AcceptedUpdate | None = None
-    metrics: Means = field(default_factory=Means)
-    _most_examples: int = 0
-
-    def add(self, update: AcceptedUpdate, weight: int) -> None:
-        """Count one update.
-
-        Args:
-            update: Its stated examples add to `example_count`.
-            weight: Number of examples that it counts as.
-        """
-        self.example_count += update.example_count
-        self.metrics.add(update.metrics, weight)
-        if weight > self._most_examples:
-            self.largest, self._most_examples = update, weight
 
 
 @dataclass(frozen=True)
@@ -200,7 +177,7 @@ class RoundFold:
         self._division = division
         self._is_large = self._reads_slices()
         self._thread_count = thread_count if self._is_large else 1
-        self._opened = _Opened()
+        self._opened = OpenReaders()
         self._recorded = recorded
         self._sent: dict[int, Reader] = {}
         for stored in (plan.base, *plan.vectors.values()):
@@ -267,9 +244,9 @@ class RoundFold:
         return self._reader(stored, VectorLayout(manifest or self.plan.manifest))
 
     def _reader(self, stored: StoredPayload, layout: VectorLayout) -> Reader:
-        kept = _kept_chunks(stored.chunk_count) if self._is_large else 0
+        kept = kept_chunks(stored.chunk_count) if self._is_large else 0
         source = PayloadBytes(self._context, stored, None, AHEAD, kept)
-        return _by_thread(lambda: VectorReader(layout, source.read).read)
+        return by_thread(lambda: VectorReader(layout, source.read).read)
 
     def _prior(self) -> Prior:
         count = float_count(self.plan.manifest)
@@ -384,7 +361,7 @@ class RoundFold:
         staleness = self.plan.base_version - update.base_version
         full = self.plan.config.transfer.update_kind != training_pb2.UPDATE_KIND_DELTA
         if full and (staleness or self._download is not Encoding.FULL_PRECISION):
-            read, full = _difference(read, self._sent_reader(update.base_version)), False
+            read, full = difference(read, self._sent_reader(update.base_version)), False
         return Contribution(
             update_id=update.update_id,
             example_count=self._weight(update),
@@ -405,7 +382,7 @@ class RoundFold:
             return VectorReader(self._layout, self._source(update).read).read
         if not self._strategy.folds:
             source = self._source(update)
-            return _by_thread(lambda: VectorReader(self._layout, source.read).read)
+            return by_thread(lambda: VectorReader(self._layout, source.read).read)
         fact = replace(update, data=None)
         return self._opened.reader(lambda: VectorReader(self._layout, self._source(fact).read).read)
 
@@ -423,7 +400,7 @@ class RoundFold:
                 stored = describe(payloads.get_payload(session, payload_id))
             wire = download_manifest(self.plan.manifest, self._download)
             layout = VectorLayout(self.plan.manifest, self._download, wire)
-            self._sent[version] = _held(self._reader(stored, layout))
+            self._sent[version] = held_slice(self._reader(stored, layout))
         return self._sent[version]
 
     @property
@@ -614,74 +591,3 @@ class RoundFold:
                 yield bytes(source.read(offsets[spec.name] + start, length))
 
         return read
-
-
-def _kept_chunks(chunk_count: int) -> int:
-    """Return how many chunks to keep of a payload that is read for every update of a round."""
-    return chunk_count if chunk_count <= HELD_CHUNKS else BASE_CHUNKS
-
-
-def _difference(read: Reader, base: Reader) -> Reader:
-    def difference(start: int, stop: int) -> np.ndarray[Any, Any]:
-        return read(start, stop).astype(np.float64) - base(start, stop)
-
-    return difference
-
-
-def stored_payload(update: AcceptedUpdate) -> StoredPayload:
-    """Return the stored payload of an update."""
-    return StoredPayload(
-        update.payload_id,
-        update.size_bytes,
-        update.payload_digest,
-        update.chunk_digests,
-        update.location == "row",
-        seal_of(update.sealed_header, update.sealed_key, None),
-        chunks_of(update.chunks_id, update.store),
-    )
-
-
-class _Opened(threading.local):
-    """The reader that a thread has open: of all updates of a fold, one at a time."""
-
-    opened_by: Callable[[], Reader] | None = None
-    read: Reader
-
-    def reader(self, open_reader: Callable[[], Reader]) -> Reader:
-        """Return a reader that is opened when it is read, and closed when another one is."""
-
-        def read(start: int, stop: int) -> np.ndarray[Any, Any]:
-            if self.opened_by is not open_reader:
-                self.read, self.opened_by = open_reader(), open_reader
-            return self.read(start, stop)
-
-        return read
-
-
-def _by_thread(open_reader: Callable[[], Reader]) -> Reader:
-    """Return a reader that each thread opens for itself: decoders keep state."""
-    return _Opened().reader(open_reader)
-
-
-class _Last(threading.local):
-    """The slice that a thread has read last."""
-
-    bounds: tuple[int, int] | None = None
-    values: np.ndarray[Any, Any]
-
-
-def _held(read: Reader) -> Reader:
-    """Return a reader that keeps the slice that was read last: a cohort asks for the same one in turn."""
-    last = _Last()
-
-    def held(start: int, stop: int) -> np.ndarray[Any, Any]:
-        if last.bounds != (start, stop):
-            last.values, last.bounds = read(start, stop), (start, stop)
-        return last.values
-
-    return held
-
-
-def vector_manifest(name: str, element_count: int) -> Manifest:
-    """Return the layout in which a strategy's vector is kept."""
-    return Manifest((TensorSpec(name, DType.FLOAT64, (element_count,)),))

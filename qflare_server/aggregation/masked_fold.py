@@ -29,12 +29,12 @@ from qflare_server.aggregation.fold import (
     AHEAD,
     Division,
     RoundFold,
-    Totals,
     WrittenVersion,
-    stored_payload,
 )
 from qflare_server.aggregation.outcome import with_refusals
 from qflare_server.aggregation.plan import RoundPlan
+from qflare_server.aggregation.readers import stored_payload
+from qflare_server.aggregation.totals import Totals
 from qflare_server.aggregation.unmasking import (
     HelperRequests,
     MaskSum,

@@ -276,13 +276,14 @@ def test_a_result_that_no_coordinator_computed_is_not_used(
         list(read_result(one.context, inputs or begun.found.inputs, *bounds, result))
 
     read(first)
-    for altered in (
-        lambda: read(second),
-        lambda: read(first, tag=bytes(32)),
-        lambda: read(first, inputs=begun.found.inputs.replace(b"fedavg", b"median") + b" "),
+    other_inputs = begun.found.inputs + b" "
+    for row, others in (
+        (second, {}),
+        (first, {"tag": bytes(32)}),
+        (first, {"inputs": other_inputs}),
     ):
         with pytest.raises(DamagedPayloadError, match="not the result of a coordinator"):
-            altered()
+            read(row, **others)  # type: ignore[arg-type]
     one.database.write(
         lambda session: session.execute(
             update(Payload)
