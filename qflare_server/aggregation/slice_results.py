@@ -81,7 +81,11 @@ def _record(context: Context, found: FoldPass, lease: SliceLease, payload: Recei
     at = context.clock()
 
     def work(session: Session) -> bool:
-        return fold_slices.record(session, lease, payload, tag, at)
+        if not fold_slices.lock_current(session, lease):
+            return False
+        payload.insert(session, at)
+        fold_slices.record(session, lease, SliceResult(payload.payload_id, tag))
+        return True
 
     if not context.database.write(work):
         raise LeaseLostError

@@ -26,7 +26,6 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
-from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.repository.payloads import LONG_AGO, begin_upload
 from qflare_server.storage.tables import RoundState
 
@@ -221,28 +220,23 @@ def release(session: Session, lease: SliceLease) -> None:
     session.execute(update(SLICES).where(_held(lease)).values(expires_at=None))
 
 
-def record(
-    session: Session,
-    lease: SliceLease,
-    payload: ReceivedPayload,
-    authenticator: bytes,
-    at: datetime,
-) -> bool:
-    """Record the result of a slice; False if the fence of the lease is not the current one.
+def lock_current(session: Session, lease: SliceLease) -> bool:
+    """Lock the row of a slice; False if the fence of the lease is not the current one, or there is a result.
 
-    The row is locked from the check on, so that nobody acquires the slice in between. An expired lease whose slice
-    nobody has acquired since may still record: the result is the same whoever computes it.
+    Nobody acquires the slice before the transaction ends. An expired lease whose slice nobody has acquired since is
+    still current: the result is the same whoever computes it.
     """
     query = select(SLICES.c.fence).where(_held(lease)).with_for_update()
-    if session.execute(query).one_or_none() is None:
-        return False
-    payload.insert(session, at)
+    return session.execute(query).one_or_none() is not None
+
+
+def record(session: Session, lease: SliceLease, result: SliceResult) -> None:
+    """Record the result of a slice in the transaction that has locked it (`lock_current`)."""
     session.execute(
         update(SLICES)
         .where(_held(lease))
-        .values(payload_id=payload.payload_id, authenticator=authenticator, expires_at=None)
+        .values(payload_id=result.payload_id, authenticator=result.authenticator, expires_at=None)
     )
-    return True
 
 
 def result_of(session: Session, pass_id: str, slice_index: int) -> SliceResult | None:

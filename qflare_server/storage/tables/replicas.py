@@ -36,7 +36,7 @@ class FoldPass(Base):
 
     `leader` is the coordinator that makes the version; it deletes the row when it has the results. `name` is the pass
     (`strategies.types.PassName`), `format` the number of the format of `inputs`, which is JSON
-    (`aggregation.fold_inputs`).
+    (`aggregation.pass_inputs`).
     """
 
     __tablename__ = "fold_passes"

@@ -283,7 +283,7 @@ def test_a_result_that_no_coordinator_computed_is_not_used(
         (first, {"inputs": other_inputs}),
     ):
         with pytest.raises(DamagedPayloadError, match="not the result of a coordinator"):
-            read(row, **others)  # type: ignore[arg-type]
+            read(row, **others)
     one.database.write(
         lambda session: session.execute(
             update(Payload)

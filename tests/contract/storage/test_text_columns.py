@@ -53,6 +53,9 @@ LONGEST: Final[dict[str, int]] = {
     "devices.state": longest(tables.DeviceState),
     "devices.state_reason": MAX_REASON,
     "evaluations.device_group": 100,
+    "fold_passes.leader": 64,
+    "fold_passes.name": len("aggregate"),
+    "fold_slices.holder": 64,
     "global_models.aggregation_method": MAX_STRATEGY_NAME,
     "global_models.model_type": 100,
     "idempotent_calls.actor": len("admin:@local") + MAX_NAME,
@@ -98,7 +101,8 @@ def fixed_length(column: str) -> int | None:
         "model_updates.id",
     }:
         return UUID
-    if name in {"payload_id", "download_payload_id", "family_id"} or column in {
+    if name in {"payload_id", "download_payload_id", "family_id", "pass_id"} or column in {
+        "fold_passes.id",
         "payloads.id",
         "payloads.chunks_id",
         "payload_places.identity",
