@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.bench import (
     aggregation,
+    divided,
     lists,
     relayed,
     rounds,
@@ -46,6 +47,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "audit-appends": security.audit_appends,
     "folding": aggregation.folding,
     "sliced": aggregation.sliced,
+    "divided-rounds": divided.divided_rounds,
     "robust": aggregation.robust,
     "lists": lists.first_pages,
     "simulation": simulation.simulation,

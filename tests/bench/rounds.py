@@ -80,11 +80,11 @@ def _close(coordinator: Coordinator, count: int, repeats: int) -> float:
         calls = submissions(coordinator, session_id, devices, SMALL)
         closed_loop(coordinator.address, calls[:-1], 16)
         coordinator.process.settle()
-        seconds.append(asyncio.run(_time_publication(coordinator.address, calls[-1], ask)))
+        seconds.append(asyncio.run(time_publication(coordinator.address, calls[-1], ask)))
     return statistics.median(seconds)
 
 
-async def _time_publication(address: str, last: Call, ask: Call) -> float:
+async def time_publication(address: str, last: Call, ask: Call) -> float:
     """Send the last update, then ask for the next task until there is one."""
     async with connections(address, 1) as opened:
         await opened[0].send(last)

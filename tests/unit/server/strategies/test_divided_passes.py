@@ -72,7 +72,7 @@ def updates_of(data: Sample, full: bool) -> list[Contribution]:
 @pytest.mark.parametrize("blocks_each", [1, 2, 5])
 @pytest.mark.parametrize("rule", RULES)
 def test_divided_passes_change_no_bit(rule: str, blocks_each: int, full: bool) -> None:
-    strategy = build(StrategyConfig.from_mapping({"name": rule, **RULES[rule]}))
+    strategy = build(StrategyConfig.from_mapping({"name": rule, "quorum": 7, **RULES[rule]}))
     data = sample(update_count=7, element_count=COUNT)
     alone = begin(strategy, COUNT, reader_of(data.base))
     alone.extend(updates_of(data, full))
