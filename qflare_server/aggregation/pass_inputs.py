@@ -23,12 +23,17 @@ from qflare_server.strategies import (
     outcome_from_data,
     outcome_to_data,
 )
-from qflare_server.strategies.blocks import GRAM_BLOCK
+from qflare_server.strategies.blocks import BLOCK, GRAM_BLOCK
 
 FORMAT: Final = 1
 """Number of the format of the inputs and of what a slice means; others leave slices of another one alone."""
 ELEMENT_BYTES: Final = 8
+NORM_FIGURES: Final = 3
 _KEY_INFO: Final = b"qflare/v1/fold slice key"
+
+
+class ChangedInputsError(Exception):
+    """The rows are not those that the leader has checked. Never sent over the wire."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class PassInputs:
         round_number: The closed round.
         base_version: Version that the round trained from.
         base_digest: Digest of that version's stored payload.
+        vector_digests: Digests of the stored state of its strategy, by name.
         config_digest: Digest of the configuration that the leader plans under.
         revision: Number of the rules to aggregate by.
         last_sequence: Acceptance sequence of the last update.
@@ -67,6 +73,7 @@ class PassInputs:
     round_number: int
     base_version: int
     base_digest: str
+    vector_digests: Mapping[str, str]
     config_digest: str
     revision: int
     last_sequence: int
@@ -90,6 +97,7 @@ class PassInputs:
             round_number=plan.number,
             base_version=plan.base_version,
             base_digest=plan.base.digest,
+            vector_digests=vector_digests(plan),
             config_digest=config_digest(plan),
             revision=revision,
             last_sequence=last_sequence,
@@ -129,7 +137,19 @@ class PassInputs:
         if self.name == "aggregate":
             return length
         accepted = sum(entry.accepted for entry in self.judgements)
+        if self.name == "norms":
+            return -(-length // BLOCK) * accepted * NORM_FIGURES
         return -(-length // GRAM_BLOCK) * accepted**2
+
+    def require(self, plan: RoundPlan) -> None:
+        """Check that a plan is the one that the leader works under.
+
+        Raises:
+            ChangedInputsError: It is not.
+        """
+        stated = (self.base_digest, self.vector_digests, self.config_digest)
+        if stated != (plan.base.digest, vector_digests(plan), config_digest(plan)):
+            raise ChangedInputsError("another base version or configuration")
 
 
 _PLAIN: Final = (
@@ -138,6 +158,7 @@ _PLAIN: Final = (
     "round_number",
     "base_version",
     "base_digest",
+    "vector_digests",
     "config_digest",
     "revision",
     "last_sequence",
@@ -149,6 +170,11 @@ _EMPTY_OUTCOME: Final[Mapping[str, Any]] = {
     "clipped_fraction": 0.0,
     "noise_stddev": 0.0,
 }
+
+
+def vector_digests(plan: RoundPlan) -> dict[str, str]:
+    """Return the digests of the strategy's stored state by name."""
+    return {name: stored.digest for name, stored in plan.vectors.items()}
 
 
 def config_digest(plan: RoundPlan) -> str:

@@ -14,7 +14,12 @@ from sqlalchemy.orm import Session
 from qflare_server.aggregation.aggregator import THREADS
 from qflare_server.aggregation.divided_passes import Keeper, divides
 from qflare_server.aggregation.fold import BATCH, Division, RoundFold
-from qflare_server.aggregation.pass_inputs import FORMAT, PassInputs, PassUpdate, config_digest
+from qflare_server.aggregation.pass_inputs import (
+    FORMAT,
+    ChangedInputsError,
+    PassInputs,
+    PassUpdate,
+)
 from qflare_server.aggregation.plan import read_plan
 from qflare_server.aggregation.slice_results import LeaseLostError, store_result
 from qflare_server.context import Context
@@ -30,10 +35,6 @@ PART_BYTES: Final = 2**28
 """Bytes of updates that are folded between two looks at the lease, per thread."""
 REMEMBERED: Final = 100
 """Passes that failed here and are left to other coordinators."""
-
-
-class ChangedInputsError(Exception):
-    """The rows are not those that the leader has checked. Never sent over the wire."""
 
 
 class SliceWorker:
@@ -143,8 +144,7 @@ class SliceWorker:
             plan = read_plan(
                 session, inputs.training_session_id, inputs.round_number, inputs.base_version
             )
-        if (plan.base.digest, config_digest(plan)) != (inputs.base_digest, inputs.config_digest):
-            raise ChangedInputsError("another base version or configuration")
+        inputs.require(plan)
         fold = RoundFold(
             self._context,
             plan,

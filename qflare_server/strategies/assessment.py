@@ -53,10 +53,27 @@ class Assessor:
         """Read the base version as float64: a factor times float32 would round to float32."""
         return self.base(start, stop).astype(np.float64, copy=False)
 
-    def assess(self, contribution: Contribution) -> tuple[Facts, UpdateAssessment]:
-        """Measure one update and apply the screens; coefficient and weight stay zero for the rule to set."""
+    @property
+    def direction(self) -> Reader | None:
+        """The previous aggregate, where cosines to it are needed and there is one."""
+        return self.prior.vectors.get(DIRECTION) if self.strategy.needs_direction else None
+
+    @property
+    def measures(self) -> bool:
+        """Whether updates are read to be assessed."""
+        return self.strategy.needs_norm or self.direction is not None
+
+    def assess(
+        self, contribution: Contribution, measured: tuple[float, float | None] | None = None
+    ) -> tuple[Facts, UpdateAssessment]:
+        """Measure one update and apply the screens; coefficient and weight stay zero for the rule to set.
+
+        Args:
+            contribution: The update.
+            measured: Norm and cosine, where they are known already.
+        """
         excluded = self.excluded.get(contribution.update_id, "")
-        norm, cosine = (None, None) if excluded else self._measure(contribution)
+        norm, cosine = (None, None) if excluded else self._measure(contribution, measured)
         facts = Facts(
             update_id=contribution.update_id,
             example_count=contribution.example_count,
@@ -91,17 +108,21 @@ class Assessor:
             raise ValueError(f"the record holds no judgement of update {contribution.update_id}")
         return self.recorded[contribution.update_id]
 
-    def _measure(self, contribution: Contribution) -> tuple[float | None, float | None]:
+    def _measure(
+        self, contribution: Contribution, measured: tuple[float, float | None] | None
+    ) -> tuple[float | None, float | None]:
         """Return norm and cosine; None for those that are not needed."""
-        direction = self.prior.vectors.get(DIRECTION)
-        if self.strategy.needs_direction and direction is not None:
-            return cosine_of(
+        direction = self.direction
+        if direction is not None:
+            return measured or cosine_of(
                 contribution, self.base, direction, self.element_count, self.thread_count
             )
         if not self.strategy.needs_norm:
             return None, None
         if contribution.norm is not None:
             return contribution.norm, None
+        if measured is not None:
+            return measured[0], None
         return norm_of(contribution, self.base, self.element_count, self.thread_count), None
 
     def _screen(self, facts: Facts) -> tuple[float, str]:

@@ -122,12 +122,62 @@ def cosine_of(
         ]
 
     slices = in_order(work, blocks(element_count, SLICE), thread_count)
-    products = [entry for _, _, entries in slices for entry in entries]
+    return norm_and_cosine([entry for _, _, entries in slices for entry in entries])
+
+
+def norm_and_cosine(products: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """Add the figures of blocks up to a norm and a cosine.
+
+    Args:
+        products: Of each block the squared norms of delta and direction, and their dot product.
+
+    Returns:
+        As of `cosine_of`.
+    """
     norm = sqrt(_exact_sum(entry[0] for entry in products))
     length = sqrt(_exact_sum(entry[1] for entry in products))
     if not (0.0 < norm <= LARGEST_NORM and 0.0 < length <= LARGEST_NORM):
         return norm, None
     return norm, max(-1.0, min(1.0, fsum(entry[2] for entry in products) / norm / length))
+
+
+def norm_figures(
+    cohort: Sequence[Contribution],
+    base: Reader,
+    direction: Reader | None,
+    start: int,
+    stop: int,
+    thread_count: int = 1,
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the summands of norms and cosines over consecutive blocks, several blocks at once.
+
+    Args:
+        cohort: `k` updates.
+        base: The base version.
+        direction: Of the previous aggregate; None where no cosine is needed.
+        start: First element, a multiple of `BLOCK`.
+        stop: One past the last element.
+        thread_count: Threads that share the work; readers are called from all of them.
+
+    Yields:
+        Arrays of shape (m, k, 3): of each block and update what `norm_and_cosine` takes; zeros for no direction.
+    """
+
+    def work(first: int, last: int) -> NDArray[np.float64]:
+        bounds = list(blocks(last - first))
+        figures = np.zeros((len(bounds), len(cohort), 3))
+        towards = None if direction is None else direction(first, last).astype(np.float64)
+        for row, contribution in enumerate(cohort):
+            delta = delta_of(contribution, base, first, last)
+            for number, (begin, end) in enumerate(bounds):
+                if towards is None:
+                    figures[number, row, 0] = squared_norm(delta[begin:end])
+                else:
+                    figures[number, row] = _products_of(delta[begin:end], towards[begin:end])
+        return figures
+
+    for _, _, figures in in_order(work, blocks(stop, SLICE, start), thread_count):
+        yield figures
 
 
 def _products_of(delta: Vector, towards: Vector) -> tuple[float, float, float]:

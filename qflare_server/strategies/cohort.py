@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from qflare_server.strategies.accumulator import add_scaled, add_scaled_delta
 from qflare_server.strategies.assessment import Assessor, excess_of
-from qflare_server.strategies.blocks import blocks, gram_products, in_order, sum_products
+from qflare_server.strategies.blocks import (
+    blocks,
+    gram_products,
+    in_order,
+    norm_and_cosine,
+    norm_figures,
+    sum_products,
+)
 from qflare_server.strategies.finalization import Release
 from qflare_server.strategies.interfaces import Cohort, CohortRule, SliceRule
 from qflare_server.strategies.strategy import Strategy
@@ -146,7 +153,11 @@ class CohortAggregation:
         return self._decided
 
     def _judge(self) -> tuple[UpdateAssessment, ...]:
-        assessed = [self._assessor.assess(entry) for entry in self._contributions.values()]
+        measured = self._measured()
+        assessed = [
+            self._assessor.assess(entry, measured.get(entry.update_id))
+            for entry in self._contributions.values()
+        ]
         gram = None
         if self._rule.needs_gram and self._enough(assessed):
             assessed, gram = self._compare(assessed)
@@ -184,6 +195,41 @@ class CohortAggregation:
         judged = [(facts, refused.get(facts.update_id, judgement)) for facts, judgement in assessed]
         return judged, gram[np.ix_(kept, kept)]
 
+    def _measured(self) -> Mapping[str, tuple[float, float | None]]:
+        """Return norms and cosines by update id, where the pass for them is divided."""
+        if self._runner is None or not self._assessor.measures:
+            return {}
+        excluded = self._assessor.excluded
+        unjudged = tuple(
+            UpdateAssessment(name, 0.0, 0.0, 0.0, rejection=excluded.get(name, ""))
+            for name in self._contributions
+        )
+        wanted = [entry for entry in unjudged if entry.accepted]
+
+        def compute(start: int, stop: int) -> Iterator[NDArray[np.float64]]:
+            return self._norms(wanted, start, stop)
+
+        parts = self._runner.run("norms", unjudged, compute)
+        if parts is None:
+            return {}
+        figures = np.concatenate([part.reshape(-1, len(wanted), 3) for part in parts])
+        return {
+            entry.update_id: norm_and_cosine(figures[:, row].tolist())
+            for row, entry in enumerate(wanted)
+        }
+
+    def _norms(
+        self, wanted: Sequence[UpdateAssessment], start: int, stop: int
+    ) -> Iterator[NDArray[np.float64]]:
+        return norm_figures(
+            [self._contributions[entry.update_id] for entry in wanted],
+            self._assessor.base,
+            self._assessor.direction,
+            start,
+            stop,
+            self._thread_count,
+        )
+
     def _gram(
         self, judgements: Sequence[UpdateAssessment], accepted: Sequence[UpdateAssessment]
     ) -> NDArray[np.float64]:
@@ -213,6 +259,8 @@ class CohortAggregation:
         if name == "aggregate":
             return self._aggregates(self._rows(), start, stop)
         accepted = [entry for entry in self._judgements() if entry.accepted]
+        if name == "norms":
+            return self._norms(accepted, start, stop)
         return self._products(accepted, start, stop)
 
     def _rows(self) -> tuple[Row, ...]:

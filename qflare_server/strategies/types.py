@@ -212,9 +212,10 @@ class VersionSlice:
     vectors: Mapping[str, Vector]
 
 
-PassName = Literal["aggregate", "products"]
+PassName = Literal["aggregate", "products", "norms"]
 """A pass over all updates that can be divided by slices of the vector: the elements of the aggregate, before noise and
-server step, or the inner products of the updates over blocks of `blocks.GRAM_BLOCK` elements, shape (m, k, k)."""
+server step; the inner products of the updates over blocks of `blocks.GRAM_BLOCK` elements, shape (m, k, k); or the
+summands of their norms and cosines over blocks of `blocks.BLOCK` elements, shape (m, k, 3)."""
 
 Compute: TypeAlias = Callable[[int, int], Iterator[NDArray[np.float64]]]
 """`compute(start, stop)` yields a pass's results over elements `start <= i < stop`, in order; `start` is a multiple of

@@ -1,4 +1,4 @@
-"""Rounds that several coordinators aggregate slice by slice, each pinned to a core as if it were a machine of its own."""
+"""Rounds that several coordinators aggregate slice by slice, each pinned to a core as if it were a machine."""
 
 import asyncio
 import contextlib

@@ -81,6 +81,7 @@ CONFIGS = {
     "trimmed mean": config("trimmed_mean"),
     "krum": config("krum"),
     "geometric median": config("geometric_median"),
+    "clipped krum": config("krum", safeguards=training_pb2.SafeguardPolicy(clip_norm=100.0)),
 }
 
 
@@ -180,6 +181,7 @@ def test_slices_and_coordinators_change_no_byte(
         ("sealed", "aggregate", 0),
         ("sealed", "aggregate", 2**20),
         ("krum", "products", 0),
+        ("clipped krum", "norms", 2**20),
     ],
 )
 def test_workers_compute_what_one_coordinator_computes(
