@@ -36,8 +36,7 @@ from qflare_server.errors import DamagedPayloadError, PayloadPrunedError, Qflare
 from qflare_server.storage.ids import payload_name
 from qflare_server.storage.repository import fold_slices, leases
 from qflare_server.storage.repository.fold_slices import FoldPass, SliceLease
-from qflare_server.strategies import Compute, PassName, UpdateAssessment
-from qflare_server.strategies.accumulator import RESIDENT_BYTES
+from qflare_server.strategies import Compute, PassName, UpdateAssessment, accumulator
 from qflare_server.strategies.blocks import BLOCK, blocks
 
 logger = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ class PassDivider:
         """Return how folds are divided; None if they are not."""
         if not divides(self.context):
             return None
-        resident_bytes = min(RESIDENT_BYTES, self.context.config.fold_slice_bytes)
+        resident_bytes = min(accumulator.RESIDENT_BYTES, self.context.config.fold_slice_bytes)
         return Division(partial(_Runner, self), resident_bytes)
 
 
@@ -182,6 +181,7 @@ class _DividedPass:
 
     def values(self) -> Values:
         """Yield the results of all slices in order."""
+        self._end_earlier()
         at = self._context.clock()
         self._context.database.write(
             lambda session: fold_slices.begin_pass(
@@ -194,10 +194,19 @@ class _DividedPass:
         finally:
             self._end()
 
+    def _end_earlier(self) -> None:
+        """End passes of the round that an earlier leader has left."""
+        session_id, number = self.found.training_session_id, self.found.round_number
+        self._try(lambda session: fold_slices.end_earlier(session, session_id, number))
+
     def _end(self) -> None:
+        self._try(lambda session: fold_slices.end_pass(session, self.found.id))
+
+    def _try(self, ending: Callable[[Session], None]) -> None:
+        """End passes; those whose rows a frozen coordinator has locked are ended by maintenance."""
         try:
-            self._context.database.write(partial(fold_slices.end_pass, pass_id=self.found.id))
-        except QflareError as error:  # the next pass of the round, or maintenance, ends it
+            self._context.database.write(ending)
+        except QflareError as error:
             logger.warning("divided pass not ended: %s", error)
 
     def _slice(self, index: int) -> Values:
@@ -248,6 +257,7 @@ class _DividedPass:
         keeper = Keeper(self._context, lease)
         for part in self.compute(lease.first_element, lease.end_element):
             yield part
+            self.divider.stay_leader(self.found.training_session_id)
             try:
                 keeper.keep()
             except LeaseLostError:  # another one computes the same bytes

@@ -79,13 +79,7 @@ def begin_pass(
     bounds: Sequence[tuple[int, int]],
     at: datetime,
 ) -> None:
-    """Insert a pass with its slices, in place of earlier ones of its round."""
-    mine = (
-        PASSES.c.training_session_id == new.training_session_id,
-        PASSES.c.round_number == new.round_number,
-    )
-    for pass_id in session.scalars(select(PASSES.c.id).where(*mine)).all():
-        end_pass(session, pass_id)
+    """Insert a pass with its slices."""
     session.execute(
         insert(PASSES).values(
             id=new.id,
@@ -271,6 +265,15 @@ def end_pass(session: Session, pass_id: str) -> None:
         if chunks_id is not None:
             begin_upload(session, payload_id=chunks_id, store=store, at=LONG_AGO)
     session.execute(delete(PAYLOADS).where(PAYLOADS.c.id.in_([row[0] for row in results])))
+
+
+def end_earlier(session: Session, training_session_id: str, round_number: int) -> None:
+    """End all passes of a round, as after a crash of their leader."""
+    query = select(PASSES.c.id).where(
+        PASSES.c.training_session_id == training_session_id, PASSES.c.round_number == round_number
+    )
+    for pass_id in session.scalars(query).all():
+        end_pass(session, pass_id)
 
 
 def end_abandoned(session: Session) -> int:
