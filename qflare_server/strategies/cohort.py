@@ -17,6 +17,7 @@ from qflare_server.strategies.accumulator import add_scaled, add_scaled_delta
 from qflare_server.strategies.assessment import Assessor, excess_of
 from qflare_server.strategies.blocks import (
     blocks,
+    gram_matrix,
     gram_products,
     in_order,
     norm_and_cosine,
@@ -239,8 +240,15 @@ class CohortAggregation:
             return self._products(accepted, start, stop)
 
         parts = self._runner and self._runner.run("products", judgements, compute)
-        whole = parts or compute(0, self._assessor.element_count)
-        return sum_products(whole, len(accepted))
+        if parts is not None:
+            return sum_products(parts, len(accepted))
+        return gram_matrix(
+            [self._contributions[judgement.update_id] for judgement in accepted],
+            [judgement.factor for judgement in accepted],
+            self._assessor.base,
+            self._assessor.element_count,
+            self._thread_count,
+        )
 
     def _products(
         self, accepted: Sequence[UpdateAssessment], start: int, stop: int
