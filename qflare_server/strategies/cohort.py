@@ -239,7 +239,8 @@ class CohortAggregation:
         def compute(start: int, stop: int) -> Iterator[NDArray[np.float64]]:
             return self._products(accepted, start, stop)
 
-        parts = self._runner and self._runner.run("products", judgements, compute)
+        runner = self._runner
+        parts = None if runner is None else runner.run("products", judgements, compute)
         if parts is not None:
             return sum_products(parts, len(accepted))
         return gram_matrix(
@@ -306,8 +307,8 @@ class CohortAggregation:
         def compute(start: int, stop: int) -> Iterator[Vector]:
             return self._aggregates(rows, start, stop)
 
-        parts = self._runner and self._runner.run("aggregate", release.judgements, compute)
-        start = 0
+        runner, start = self._runner, 0
+        parts = None if runner is None else runner.run("aggregate", release.judgements, compute)
         for aggregate in parts or compute(0, self._assessor.element_count):
             yield release.version_slice(start, start + aggregate.size, aggregate)
             start += aggregate.size
