@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
+from qflare.tensors import CHUNK_BYTES
 from qflare.tensors.vectors import float_count
 from qflare_server.aggregation.fold import Division, RoundFold
 from qflare_server.aggregation.pass_inputs import FORMAT, PassInputs
@@ -47,6 +48,8 @@ PATIENCE: Final = 3
 """Lives of a lease after which the leader computes a slice that it waits for without a lease."""
 SEEN_S: Final = 60.0
 """Seconds since a coordinator announced itself within which it counts as one that may help."""
+CHUNK_ELEMENTS: Final = CHUNK_BYTES // 4
+"""Elements of a model in float32 in a chunk of its payload."""
 
 Values = Iterator[NDArray[np.float64]]
 
@@ -58,6 +61,15 @@ def divides(context: Context) -> bool:
         and not context.database.is_sqlite
         and bool(context.state_key)
     )
+
+
+def has_others(context: Context, holder: str) -> bool:
+    """Return whether another coordinator on the database was seen lately."""
+    memory_s = max(SEEN_S, 3 * context.config.last_seen_interval_s)
+    since = context.clock() - timedelta(seconds=memory_s)
+    with context.database.read() as session:
+        seen = {replica.id for replica in leases.list_replicas(session, since)}
+    return bool(seen - {holder})
 
 
 class Keeper:
@@ -125,7 +137,7 @@ class _Runner:
     ) -> Values | None:
         """Yield the results of a pass; None if it is too small, or no other coordinator is there."""
         bounds = self._bounds(len(judgements))
-        if len(bounds) <= 1 or not self._has_others():
+        if len(bounds) <= 1 or not has_others(self.divider.context, self.divider.holder):
             return None
         fold = self.fold
         inputs = PassInputs.of(
@@ -148,20 +160,21 @@ class _Runner:
         return _DividedPass(self.divider, fold, found, bounds, compute).values()
 
     def _bounds(self, update_count: int) -> list[tuple[int, int]]:
-        """Cut the vector into slices of about `fold_slice_bytes` of all updates together, at multiples of `BLOCK`."""
+        """Cut the vector into slices of about `fold_slice_bytes` of all updates together (`slice_elements`)."""
         count = float_count(self.fold.plan.manifest)
         total_bytes = update_count * self.fold.update_bytes
         slice_count = max(1, -(-total_bytes // self.divider.context.config.fold_slice_bytes))
-        block_count = -(-count // BLOCK)
-        return list(blocks(count, BLOCK * max(1, -(-block_count // slice_count))))
+        return list(blocks(count, slice_elements(count, slice_count)))
 
-    def _has_others(self) -> bool:
-        context = self.divider.context
-        memory_s = max(SEEN_S, 3 * context.config.last_seen_interval_s)
-        since = context.clock() - timedelta(seconds=memory_s)
-        with context.database.read() as session:
-            seen = {replica.id for replica in leases.list_replicas(session, since)}
-        return bool(seen - {self.divider.holder})
+
+def slice_elements(element_count: int, slice_count: int) -> int:
+    """Return the length of slices that cut a vector into about as many as are wanted, a multiple of `BLOCK`.
+
+    Slices as long as a chunk of float32 values are multiples of it: a chunk that two of them shared would be read and
+    hashed twice.
+    """
+    length = BLOCK * max(1, -(-element_count // (BLOCK * slice_count)))
+    return length if length < CHUNK_ELEMENTS else -(-length // CHUNK_ELEMENTS) * CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Final
 from sqlalchemy.orm import Session
 
 from qflare_server.aggregation.aggregator import THREADS
-from qflare_server.aggregation.divided_passes import Keeper, divides
+from qflare_server.aggregation.divided_passes import Keeper, divides, has_others
 from qflare_server.aggregation.fold import BATCH, Division, RoundFold
 from qflare_server.aggregation.pass_inputs import (
     FORMAT,
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 PART_BYTES: Final = 2**28
 """Bytes of updates that are folded between two looks at the lease, per thread."""
+LOOK_S: Final = 5.0
+"""Seconds between two looks for other coordinators, and for slices while there is no other."""
 REMEMBERED: Final = 100
 """Passes that failed here and are left to other coordinators."""
 
@@ -192,6 +194,9 @@ class SliceWorkerThread:
 
     def __init__(self, context: Context, executor: ThreadPoolExecutor, holder: str) -> None:
         self._context = context
+        self._holder = holder
+        self._looked_at = -LOOK_S
+        self._is_alone = True
         self._stop = threading.Event()
         self._worker = SliceWorker(context, executor, holder, self._stop)
         self._thread = threading.Thread(target=self._run, name="slice-worker", daemon=True)
@@ -212,10 +217,23 @@ class SliceWorkerThread:
         while not self._stop.wait(wait_s):
             try:
                 is_busy = self._worker.run_once()
+                self._look()
             except QflareError as error:
                 logger.warning("slices of other coordinators deferred: %s", error)
                 is_busy = False
             except Exception:
                 logger.exception("slices of other coordinators failed; they are tried again")
                 is_busy = False
-            wait_s = 0.0 if is_busy else self._context.config.worker_poll_s
+            wait_s = 0.0 if is_busy else self._idle_s()
+
+    def _look(self) -> None:
+        """Look for other coordinators from time to time."""
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_S:
+            self._looked_at = now
+            self._is_alone = not has_others(self._context, self._holder)
+
+    def _idle_s(self) -> float:
+        """Return how long to wait for the next slice; a coordinator alone asks the database less often."""
+        poll_s = self._context.config.worker_poll_s
+        return max(poll_s, LOOK_S) if self._is_alone else poll_s

@@ -5,16 +5,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pytest
+from sqlalchemy.orm import Session
 
 from qflare_client import Client
 from qflare_server.aggregation.slice_worker import SliceWorker
 from qflare_server.serving.application import Application
+from qflare_server.storage.repository import leases
 from qflare_server.storage.tables import FoldSlice
 from qflare_server.strategies.blocks import BLOCK
 from qflare_server.verification import recompute_version
@@ -64,6 +67,11 @@ def collect(parts: Application, coordinator: CoordinatorProcess, folder: Path) -
     return session_id
 
 
+def announce(session: Session, name: str, at: datetime) -> None:
+    """Tell other coordinators of one that runs in the test."""
+    leases.announce(session, name, "localhost:1", "1", "database", at, at)
+
+
 def freeze_in_slice(begun: BegunPass, coordinator: CoordinatorProcess) -> FoldSlice | None:
     """Freeze a coordinator as soon as it holds a slice; return the slice, None if it has recorded it before."""
     while begun.unfinished() and not any(row.holder for row in begun.unfinished()):
@@ -83,6 +91,7 @@ def test_a_slice_of_a_coordinator_that_is_gone_is_computed_by_another(
     parts: Application, replicas: Replicas, tmp_path: Path, killed: bool
 ) -> None:
     log = tmp_path / "log"
+    parts.context.database.write(partial(announce, name="this", at=parts.context.clock()))
     other = replicas.start(log_file=log, **SETTINGS)
     session_id = collect(parts, other, tmp_path)
     context = replace(parts.context, config=replace(parts.config, lease_s=1.0))
