@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -68,8 +68,9 @@ def collect(parts: Application, coordinator: CoordinatorProcess, folder: Path) -
 
 
 def announce(session: Session, name: str, at: datetime) -> None:
-    """Tell other coordinators of one that runs in the test."""
-    leases.announce(session, name, "localhost:1", "1", "database", at, at)
+    """Tell other coordinators of one that runs in the test: one that sees no other rarely looks for slices."""
+    (other,) = leases.list_replicas(session, at - timedelta(seconds=WAIT_S))
+    leases.announce(session, name, "localhost:1", "1", other.payload_store, at, at)
 
 
 def freeze_in_slice(begun: BegunPass, coordinator: CoordinatorProcess) -> FoldSlice | None:
@@ -91,8 +92,8 @@ def test_a_slice_of_a_coordinator_that_is_gone_is_computed_by_another(
     parts: Application, replicas: Replicas, tmp_path: Path, killed: bool
 ) -> None:
     log = tmp_path / "log"
-    parts.context.database.write(partial(announce, name="this", at=parts.context.clock()))
     other = replicas.start(log_file=log, **SETTINGS)
+    parts.context.database.write(partial(announce, name="this", at=parts.context.clock()))
     session_id = collect(parts, other, tmp_path)
     context = replace(parts.context, config=replace(parts.config, lease_s=1.0))
     this = SliceWorker(context, parts.executor, "this")
