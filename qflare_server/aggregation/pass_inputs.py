@@ -131,15 +131,19 @@ class PassInputs:
             raise ValueError(f"not the inputs of a pass: {error!r}") from error
         return cls(**plain, updates=updates, judgements=outcome.judgements)
 
+    @property
+    def unit_values(self) -> int:
+        """Number of float64 values that belong together: one element, or the figures of all updates in one block."""
+        accepted = sum(entry.accepted for entry in self.judgements)
+        return {"aggregate": 1, "norms": accepted * NORM_FIGURES, "products": accepted**2}[
+            self.name
+        ]
+
     def value_count(self, lease: SliceLease) -> int:
         """Return the number of float64 values in the result of a slice."""
         length = lease.end_element - lease.first_element
-        if self.name == "aggregate":
-            return length
-        accepted = sum(entry.accepted for entry in self.judgements)
-        if self.name == "norms":
-            return -(-length // BLOCK) * accepted * NORM_FIGURES
-        return -(-length // GRAM_BLOCK) * accepted**2
+        unit_elements = {"aggregate": 1, "norms": BLOCK, "products": GRAM_BLOCK}[self.name]
+        return -(-length // unit_elements) * self.unit_values
 
     def require(self, plan: RoundPlan) -> None:
         """Check that a plan is the one that the leader works under.

@@ -96,7 +96,8 @@ def read_result(
 ) -> Iterator[NDArray[np.float64]]:
     """Return what yields the values of a result, after checking that a coordinator computed it from the inputs.
 
-    The chunks of a payload in the payload store are compared with its digest as they are read.
+    Values that belong together (`PassInputs.unit_values`) are in one array. The chunks of a payload in the payload
+    store are compared with its digest as they are read.
 
     Raises:
         DamagedPayloadError: It was altered, or its MAC is not that of these inputs.
@@ -113,7 +114,8 @@ def read_result(
     except UnsealError as error:
         problem = "it is not the result of a coordinator"
         raise DamagedPayloadError(stored.payload_id, problem) from error
-    return _values(PayloadBytes(context, stored, data, AHEAD))
+    unit_bytes = PassInputs.from_json(inputs).unit_values * ELEMENT_BYTES
+    return _values(PayloadBytes(context, stored, data, AHEAD), unit_bytes)
 
 
 def _checked(context: Context, stored: StoredPayload) -> bytes | None:
@@ -127,8 +129,10 @@ def _checked(context: Context, stored: StoredPayload) -> bytes | None:
     return data
 
 
-def _values(source: PayloadBytes) -> Iterator[NDArray[np.float64]]:
-    for start in range(0, source.size_bytes, CHUNK_BYTES):
-        length = min(CHUNK_BYTES, source.size_bytes - start)
+def _values(source: PayloadBytes, unit_bytes: int) -> Iterator[NDArray[np.float64]]:
+    """Read a result in parts of about a chunk, and of whole units."""
+    step = max(1, CHUNK_BYTES // max(1, unit_bytes)) * unit_bytes
+    for start in range(0, source.size_bytes, step or CHUNK_BYTES):
+        length = min(step, source.size_bytes - start)
         part: NDArray[Any] = np.frombuffer(source.read(start, length), "<f8")
         yield part.astype(np.float64, copy=False)

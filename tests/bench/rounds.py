@@ -84,8 +84,8 @@ def _close(coordinator: Coordinator, count: int, repeats: int) -> float:
     return statistics.median(seconds)
 
 
-async def time_publication(address: str, last: Call, ask: Call) -> float:
-    """Send the last update, then ask for the next task until there is one."""
+async def time_publication(address: str, last: Call, ask: Call, pause_s: float = 0.001) -> float:
+    """Send the last update, then ask for the next task until there is one, with pauses."""
     async with connections(address, 1) as opened:
         await opened[0].send(last)
         acknowledged = time.perf_counter()
@@ -93,7 +93,7 @@ async def time_publication(address: str, last: Call, ask: Call) -> float:
             answer = pb.GetTaskResponse.FromString(await opened[0].send(ask))
             if answer.kind == pb.TASK_KIND_TRAIN:
                 return time.perf_counter() - acknowledged
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(pause_s)
 
 
 def whole(lab: Laboratory) -> Iterator[Figure]:

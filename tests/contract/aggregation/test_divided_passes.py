@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
+from qflare.tensors import CHUNK_BYTES
 from qflare.v1 import training_pb2
-from qflare_server.aggregation.pass_inputs import FORMAT
+from qflare_server.aggregation.pass_inputs import FORMAT, PassInputs
 from qflare_server.aggregation.slice_results import LeaseLostError, read_result, store_result
 from qflare_server.aggregation.slice_worker import SliceWorker
 from qflare_server.errors import DamagedPayloadError
@@ -28,7 +30,8 @@ from qflare_server.storage.tables import (
     PayloadChunk,
     Upload,
 )
-from qflare_server.strategies.blocks import BLOCK
+from qflare_server.strategies import PassName
+from qflare_server.strategies.blocks import BLOCK, GRAM_BLOCK
 from qflare_server.training.retention import sweep
 from qflare_server.verification import recompute_version
 from tests.contract.conftest import MakeCore
@@ -231,6 +234,47 @@ def test_a_late_result_is_refused_by_the_fence(
     assert begun.results().tobytes() == begun.alone().tobytes()
     sweep(one.context)
     assert one.count(Upload) == 0
+
+
+@pytest.mark.parametrize("name", ["products", "norms", "aggregate"])
+def test_figures_of_one_block_are_read_in_one_part(
+    cores: Callable[..., list[CoordinatorHarness]], name: PassName
+) -> None:
+    one, *_ = cores()
+    session_id = one.start(arrays(0), **CONFIGS["median"])
+    send_all(one, session_id)
+    begun = BegunPass.begin(one.context, session_id, name=name, size=COUNT)
+    of_five = PassInputs.from_json(begun.found.inputs)
+    inputs = replace(of_five, updates=of_five.updates * 8, judgements=of_five.judgements * 8)
+    found = replace(begun.found, inputs=inputs.to_json())
+    acquired = one.database.write(
+        lambda session: fold_slices.acquire_any(session, "x", FORMAT, [], 60.0)
+    )
+    assert acquired is not None
+    unit = {"products": (40, 40), "norms": (40, 3), "aggregate": ()}[name]
+    length = {"products": 100 * GRAM_BLOCK, "norms": 1500 * BLOCK, "aggregate": 2 * BLOCK + 1}[name]
+    shape = ({"products": 100, "norms": 1500, "aggregate": 2 * BLOCK + 1}[name], *unit)
+    values = np.random.default_rng(1).standard_normal(shape)
+    assert values.nbytes > CHUNK_BYTES
+    lease = replace(acquired, end_element=length)
+
+    store_result(
+        one.context,
+        one.executor,
+        begun.fold.plan,
+        found,
+        lease,
+        iter([values]),
+        lambda: None,
+    )
+    (row,) = begun.rows()
+    assert row.payload_id is not None
+    assert row.authenticator is not None
+    result = SliceResult(row.payload_id, row.authenticator)
+    parts = list(read_result(one.context, found.inputs, 0, length, result))
+
+    assert all(part.reshape(-1, *unit).nbytes <= CHUNK_BYTES for part in parts)
+    assert np.concatenate(parts).tobytes() == values.tobytes()
 
 
 def test_only_the_current_fence_renews_releases_and_records(
