@@ -1697,7 +1697,9 @@ class ModelUnmasking(_message.Message):
     """Digest of the round's task statement, 64 hex digits."""
     @_builtins.property
     def answer_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Digest of each helper's signed UnmaskingAnswer, 64 hex digits, in the order of the policy's helpers."""
+        """Digest of each helper's signed UnmaskingAnswer, 64 hex digits, in the order of the policy's helpers. With neighbors,
+        the SHA-256 of the serialized NeighborTranscript of each group in the sum, in the order of the groups.
+        """
 
     def __init__(
         self,

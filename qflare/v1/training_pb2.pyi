@@ -408,6 +408,10 @@ class _SecureAggregationModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[
     """Not set: no secure aggregation. The coordinator reads single updates."""
     SECURE_AGGREGATION_MODE_HELPER: _SecureAggregationMode.ValueType  # 1
     """Devices mask their updates; helpers give the coordinator the sum of the masks, and so the sum of the updates."""
+    SECURE_AGGREGATION_MODE_NEIGHBORS: _SecureAggregationMode.ValueType  # 2
+    """Devices mask their updates with masks that they share with other devices of the round, and open the sum together.
+    There is no third party; devices visit several times in a round.
+    """
 
 class SecureAggregationMode(_SecureAggregationMode, metaclass=_SecureAggregationModeEnumTypeWrapper):
     """Mode of secure aggregation."""
@@ -416,6 +420,10 @@ SECURE_AGGREGATION_MODE_UNSPECIFIED: SecureAggregationMode.ValueType  # 0
 """Not set: no secure aggregation. The coordinator reads single updates."""
 SECURE_AGGREGATION_MODE_HELPER: SecureAggregationMode.ValueType  # 1
 """Devices mask their updates; helpers give the coordinator the sum of the masks, and so the sum of the updates."""
+SECURE_AGGREGATION_MODE_NEIGHBORS: SecureAggregationMode.ValueType  # 2
+"""Devices mask their updates with masks that they share with other devices of the round, and open the sum together.
+There is no third party; devices visit several times in a round.
+"""
 Global___SecureAggregationMode: _TypeAlias = SecureAggregationMode  # noqa: Y015
 
 @_typing.final
@@ -911,6 +919,10 @@ class SecureAggregationPolicy(_message.Message):
     MIN_COHORT_FIELD_NUMBER: _builtins.int
     HELPERS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    GROUP_SIZE_FIELD_NUMBER: _builtins.int
+    CORRUPT_FRACTION_FIELD_NUMBER: _builtins.int
+    DROPOUT_FRACTION_FIELD_NUMBER: _builtins.int
+    STEP_TIMEOUT_FIELD_NUMBER: _builtins.int
     mode: Global___SecureAggregationMode.ValueType
     """Mode. If it is not set, no other field may be."""
     bits: _builtins.int
@@ -923,6 +935,16 @@ class SecureAggregationPolicy(_message.Message):
     """Maximum number of updates in a sum; at least rounds.target. 0 means rounds.target."""
     min_cohort: _builtins.int
     """Minimum number of updates in a sum; 2 or more, at most rounds.quorum. 0 means rounds.quorum."""
+    group_size: _builtins.int
+    """With neighbors: fewest devices of a group. Each group has a sum of its own, and one that loses too many devices is
+    aborted alone. 0 means one group.
+    """
+    corrupt_fraction: _builtins.float
+    """With neighbors: share of the devices of a group that may collude with the coordinator, without effect on the others.
+    0 means 0.2.
+    """
+    dropout_fraction: _builtins.float
+    """With neighbors: share of the devices of a group that may drop out. 0 means 0.1."""
     @_builtins.property
     def helpers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Key ids of the helpers, 1 to 3. All must answer for a version; one that does not collude with the coordinator
@@ -932,6 +954,10 @@ class SecureAggregationPolicy(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___MaskedMetric]:
         """Training metrics that devices send, masked. Others do not leave the devices."""
+
+    @_builtins.property
+    def step_timeout(self) -> _duration_pb2.Duration:
+        """With neighbors: time for each of the steps before and after training. Absent means 1 minute."""
 
     def __init__(
         self,
@@ -943,10 +969,14 @@ class SecureAggregationPolicy(_message.Message):
         min_cohort: _builtins.int = ...,
         helpers: _abc.Iterable[_builtins.str] | None = ...,
         metrics: _abc.Iterable[Global___MaskedMetric] | None = ...,
+        group_size: _builtins.int = ...,
+        corrupt_fraction: _builtins.float = ...,
+        dropout_fraction: _builtins.float = ...,
+        step_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step_timeout", b"step_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "clip", b"clip", "helpers", b"helpers", "max_cohort", b"max_cohort", "metrics", b"metrics", "min_cohort", b"min_cohort", "mode", b"mode"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "clip", b"clip", "corrupt_fraction", b"corrupt_fraction", "dropout_fraction", b"dropout_fraction", "group_size", b"group_size", "helpers", b"helpers", "max_cohort", b"max_cohort", "metrics", b"metrics", "min_cohort", b"min_cohort", "mode", b"mode", "step_timeout", b"step_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
