@@ -20,6 +20,7 @@ def upgrade() -> None:
         sa.Column("number", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("stage", sa.String(length=16), nullable=False),
         sa.Column("stage_reason", sa.String(length=500), nullable=False),
+        sa.Column("roster_digest", sa.String(length=64), nullable=False),
         sa.Column("sharers_digest", sa.String(length=64), nullable=True),
         sa.Column("survivors_digest", sa.String(length=64), nullable=True),
         sa.Column("deadline_at", sa.DateTime(timezone=True), nullable=False),

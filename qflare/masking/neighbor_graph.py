@@ -18,6 +18,11 @@ class InvalidRosterError(ValueError):
     """A roster is not sorted, lists an advertisement twice, or has another size than the graph."""
 
 
+def roster_digest(members: Sequence[str]) -> str:
+    """Return the Merkle root over the advertisement digests of a group in ascending order, 64 hex digits."""
+    return merkle.root(merkle.leaf_hash(bytes.fromhex(item)) for item in members).hex()
+
+
 class NeighborGraph:
     """Harary graph over the members of a roster.
 
@@ -42,7 +47,7 @@ class NeighborGraph:
     @cached_property
     def roster_digest(self) -> str:
         """Merkle root over the advertisement digests, 64 hex digits."""
-        return merkle.root(merkle.leaf_hash(bytes.fromhex(item)) for item in self.members).hex()
+        return roster_digest(self.members)
 
     def __contains__(self, member: str) -> bool:
         return member in self._places

@@ -3,7 +3,14 @@
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import CheckConstraint, ForeignKey, ForeignKeyConstraint, Index, String, UniqueConstraint
+from sqlalchemy import (
+    CheckConstraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    String,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import Mapped, mapped_column
 
 from qflare_server.storage.tables.types import Base, one_of
@@ -33,6 +40,7 @@ class NeighborGroup(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     stage: Mapped[str] = mapped_column(String(16))
     stage_reason: Mapped[str] = mapped_column(String(500), default="")
+    roster_digest: Mapped[str] = mapped_column(String(64))
     sharers_digest: Mapped[str | None] = mapped_column(String(64))
     survivors_digest: Mapped[str | None] = mapped_column(String(64))
     deadline_at: Mapped[datetime]

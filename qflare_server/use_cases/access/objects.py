@@ -18,6 +18,7 @@ from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
     GlobalModelNotFoundError,
+    InvalidRequestError,
     PermissionDeniedError,
     TrainingSessionNotFoundError,
     UpdateNotFoundError,
@@ -141,6 +142,14 @@ class ObjectAccess:
         self._known[key] = (epochs, relation)
 
 
+STEPS: Final[dict[str, tuple[type[Any], str]]] = {
+    "advertisement": (security_pb2.NeighborAdvertisement, "advertisement"),
+    "shares": (security_pb2.NeighborShares, "shares.statement"),
+    "confirmation": (security_pb2.NeighborConfirmation, "confirmation"),
+    "reveal": (security_pb2.NeighborReveal, "reveal"),
+}
+"""Statement of each step of secure aggregation with neighbors, and the path of its envelope in the request."""
+
 Rule = Callable[[ObjectAccess, str, Any], None]
 """Rule: refuses a device's call for an object named in its first message."""
 
@@ -179,6 +188,17 @@ def signed_session(kind: type[Any], envelope_field: str) -> Rule:
         access.require_relation(device_id, statement.training_session_id)
 
     return rule
+
+
+def signed_step(access: ObjectAccess, device_id: str, message: Any) -> None:
+    """Allow a device that takes part in the training session that the statement of its step names."""
+    step = message.WhichOneof("step")
+    if step is None:
+        raise InvalidRequestError("step: want one", field="step")
+    kind, path = STEPS[step]
+    payload = attrgetter(path)(message).payload
+    statement = parse_statement(kind, payload, f"{path}.payload")
+    access.require_relation(device_id, statement.training_session_id)
 
 
 def signed_by_each(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
@@ -270,6 +290,7 @@ RULES: Final[dict[str, Rule]] = {
         security_pb2.EvaluationStatement, "statement"
     ),
     _COORDINATOR + "ReportFailure": own_session,
+    _COORDINATOR + "SecureAggregationStep": signed_step,
     _COORDINATOR + "Heartbeat": own_only,
     _COORDINATOR + "GetLineage": started_session,
     _COORDINATOR + "GetContributionProof": own_update,

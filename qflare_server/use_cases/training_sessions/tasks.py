@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
-from qflare.v1 import training_pb2
+from qflare.v1 import coordinator_service_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import TrainingSessionNotFoundError
 from qflare_server.storage.epochs import Epochs
-from qflare_server.storage.repository import global_models, training_sessions
+from qflare_server.storage.repository import global_models, neighbors, training_sessions
+from qflare_server.storage.repository.neighbors import Work
 from qflare_server.storage.repository.training_sessions import OpenRound
 from qflare_server.storage.tables import ENDED
 from qflare_server.training.evaluation import (
@@ -16,17 +17,22 @@ from qflare_server.training.evaluation import (
     find_last_measurement,
     find_measurement,
 )
+from qflare_server.training.neighbor_stages import has_neighbors
 from qflare_server.use_cases.access.presence import Presence
+from qflare_server.use_cases.updates.neighbor_steps import NeighborViews
 
 MAX_REMEMBERED = 200_000
 MAX_REMEMBERED_VERSIONS = 64
+ADVERTISE = "advertise"
+"""First step of a round with neighbors, before there are groups."""
 
 
 @dataclass(frozen=True)
 class NextTask:
     """A device's next task: a `measurement`, a `round` to contribute to, a wait of `poll_delay_s`, or none any more.
 
-    The last is the case if `ended_session_id` names the requested training session.
+    The last is the case if `ended_session_id` names the requested training session. In a round with secure aggregation
+    with neighbors, `step` is the stage that waits for the device, and `neighbors` what it needs for it.
     """
 
     poll_delay_s: float
@@ -35,6 +41,8 @@ class NextTask:
     config: training_pb2.TrainingConfig | None = None
     ended_session_id: str = ""
     measurement: Measurement | None = None
+    step: str = ""
+    neighbors: coordinator_service_pb2.NeighborView | None = None
 
 
 class Tasks:
@@ -44,6 +52,7 @@ class Tasks:
         self._context = context
         self._presence = presence
         self._idle: dict[tuple[str, str, bool], tuple[Epochs, bool]] = {}
+        self._views = NeighborViews(context)
         self._facts: dict[tuple[str, int], tuple[str, training_pb2.TrainingConfig]] = {}
 
     def next_task(
@@ -70,9 +79,14 @@ class Tasks:
         delay = self._presence.poll_delay_s()
         at = self._context.clock()
         with self._context.database.read() as session:
+            work = neighbors.find_work(session, device_id, training_session_id, at)
+            if work is not None:
+                return self._step(session, work, delay, device_id)
             found = training_sessions.find_open_round(session, device_id, training_session_id, at)
             if found is not None:
-                return self._task(session, found, delay, "" if trains_only else device_id)
+                return self._task(
+                    session, found, delay, device_id, "" if trains_only else device_id
+                )
             done = _is_over(session, training_session_id)
             training_session = (
                 training_sessions.get_session(session, training_session_id) if done else None
@@ -98,16 +112,11 @@ class Tasks:
         ended = training_session_id if idle[1] else ""
         return NextTask(self._presence.poll_delay_s(), ended_session_id=ended)
 
-    def _task(self, session: Session, found: OpenRound, delay: float, evaluator: str) -> NextTask:
+    def _task(
+        self, session: Session, found: OpenRound, delay: float, device_id: str, evaluator: str
+    ) -> NextTask:
         """Return the task of an open round: an evaluation of its base version first, if one is due."""
-        key = (found.training_session_id, found.base_version)
-        facts = self._facts.get(key)
-        if facts is None:
-            facts = _read_facts(session, *key)
-            if len(self._facts) >= MAX_REMEMBERED_VERSIONS:
-                self._facts.clear()
-            self._facts[key] = facts
-        digest, config = facts
+        digest, config = self._facts_of(session, found.training_session_id, found.base_version)
         if evaluator and config.evaluation.every_rounds:
             training_session = training_sessions.get_session(session, found.training_session_id)
             assert training_session is not None
@@ -118,7 +127,46 @@ class Tasks:
                 return NextTask(delay, measurement=first)
         if found.is_full:
             return NextTask(delay)
+        if has_neighbors(config):
+            return self._advertise(session, found, delay, device_id)
         return NextTask(delay, found, digest, config)
+
+    def _advertise(
+        self, session: Session, found: OpenRound, delay: float, device_id: str
+    ) -> NextTask:
+        """Return the first step of a round with neighbors, or a wait if the device is past it, or too late for it."""
+        key = found.training_session_id, found.number
+        digest, config = self._facts[found.training_session_id, found.base_version]
+        has_advertised = neighbors.contents(session, *key, "advertisement", [device_id])
+        if has_advertised or neighbors.groups_of(session, *key):
+            return NextTask(delay)
+        return NextTask(delay, found, digest, config, step=ADVERTISE)
+
+    def _step(self, session: Session, work: Work, delay: float, device_id: str) -> NextTask:
+        """Return a later step of a round with neighbors."""
+        digest, config = self._facts_of(session, work.training_session_id, work.base_version)
+        round_ = OpenRound(
+            work.training_session_id,
+            work.round_number,
+            work.base_version,
+            work.deadline_at,
+            work.task,
+            is_full=False,
+        )
+        view = self._views.view(session, work, device_id)
+        return NextTask(delay, round_, digest, config, step=work.stage, neighbors=view)
+
+    def _facts_of(
+        self, session: Session, training_session_id: str, version: int
+    ) -> tuple[str, training_pb2.TrainingConfig]:
+        key = training_session_id, version
+        facts = self._facts.get(key)
+        if facts is None:
+            facts = _read_facts(session, *key)
+            if len(self._facts) >= MAX_REMEMBERED_VERSIONS:
+                self._facts.clear()
+            self._facts[key] = facts
+        return facts
 
 
 def _read_facts(
