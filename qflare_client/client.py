@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from qflare.crypto.signing import Algorithm
+from qflare.evidence.unmasking import Masking
 from qflare.tensors import Array
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
@@ -23,7 +24,13 @@ from qflare.v1 import device_pb2, security_pb2, training_pb2
 from qflare_client import arguments
 from qflare_client.access.login import Login
 from qflare_client.access.rotation import pending_identity, rotate, settle
-from qflare_client.errors import InvalidArgumentError, QflareClientError, RejectedError
+from qflare_client.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    InvalidStatementError,
+    QflareClientError,
+    RejectedError,
+)
 from qflare_client.keystore.identity import Identity
 from qflare_client.keystore.passphrase import secret_coding
 from qflare_client.keystore.store import KeyStore
@@ -41,6 +48,7 @@ from qflare_client.models.lineage import (
     read_statements,
 )
 from qflare_client.models.local_tensors import LocalTensors
+from qflare_client.models.neighbor_rounds import STEPS, NeighborRounds
 from qflare_client.models.outbox import Outbox
 from qflare_client.models.privacy_ledger import PrivacyLedger
 from qflare_client.models.relay import SignedUpdate, submit_all
@@ -65,6 +73,8 @@ from qflare_client.tasks import Heartbeat, Task, TaskKind, TrainingDefaults
 from qflare_client.trust.audit_head import AuditHead, read_head
 from qflare_client.trust.evidence import Evidence, UpdateEvidence
 from qflare_client.trust.keyset import Trust
+
+_log = logging.getLogger(__name__)
 
 _PQ_GROUP = "X25519MLKEM768"
 _FLAGS = ("insecure", "proof_of_possession", "require_pq_tls", "error_feedback", "keep_updates")
@@ -172,6 +182,9 @@ class Client:
         is_accepted = acceptance_of(self._calls)
         self._feedback = ErrorFeedback(self._store, is_accepted) if error_feedback else None
         self._local = LocalTensors(self._store, own_patterns, is_accepted)
+        self._neighbors = NeighborRounds(
+            self._store, self._calls, self._trust, lambda: self._login.identity
+        )
         self._sender = UpdateSender(
             self._calls,
             self._trust,
@@ -182,6 +195,7 @@ class Client:
             self._feedback,
             self._local,
             self._secure_aggregation,
+            self._neighbors,
         )
         self._rotation_lock = threading.Lock()
 
@@ -242,18 +256,29 @@ class Client:
         )
         answer = self._calls.unary(self._stub.GetTask, request, timeout_s=timeout_s)
         statement, masking = security_pb2.TaskStatement(), None
-        if answer.kind == messages.TASK_KIND_TRAIN:
+        if answer.kind == messages.TASK_KIND_TRAIN or answer.kind in STEPS:
             statement = self._trust.open_task(answer)
             masking = self._trust.masking_of(answer)
         if answer.kind == messages.TASK_KIND_DONE and training_session_id and self._feedback:
             self._feedback.forget(training_session_id)
         task = Task.from_proto(answer, statement, self._defaults, masking)
         self._require_secure(task)
+        if answer.kind in STEPS:
+            self._take_step(answer, masking)
         return task
+
+    def _take_step(self, answer: messages.GetTaskResponse, masking: Masking | None) -> None:
+        """Take a step of a round with neighbors."""
+        if masking is None or masking.neighbors is None:
+            raise InvalidStatementError("the task has no secure aggregation with neighbors")
+        try:
+            self._neighbors.take_step(answer, masking)
+        except FailedPreconditionError as error:
+            _log.info("step of the round abandoned: %s", error)
 
     def _require_secure(self, task: Task) -> None:
         """Refuse a training task that asks for less than the device's policy for secure aggregation."""
-        if task.kind is not TaskKind.TRAIN:
+        if task.kind is not TaskKind.TRAIN and task.masking is None:
             return
         require_pinned(task.masking, self._login.identity.helper_key_ids)
         if self._secure_aggregation is not None:

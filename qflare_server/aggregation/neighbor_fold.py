@@ -25,6 +25,7 @@ from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import neighbors, training_sessions
 from qflare_server.storage.repository.neighbors import StoredGroup, StoredMember
 from qflare_server.storage.tables import GroupStage
+from qflare_server.strategies import NotEnoughUpdatesError
 from qflare_server.training import neighbor_stages
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class NeighborRoundFold(MaskedRoundFold):
             return
         self._tried[group.number] = count
         try:
-            opened = self._opened(group.number)
+            opened = self._open_group(group.number)
         except NotEnoughSharesError as error:
             if is_last:
                 self._endings[group.number] = str(error)
@@ -117,12 +118,12 @@ class NeighborRoundFold(MaskedRoundFold):
             contents = read_contents(session, self.plan, number)
         return ", ".join(contents.device_of(item) for item in error.members)
 
-    def _opened(self, number: int) -> OpenedGroup:
+    def _open_group(self, number: int) -> OpenedGroup:
         with self._context.database.read() as session:
             contents = read_contents(session, self.plan, number)
         return open_group(contents)
 
-    def _unmask(self, executor: ThreadPoolExecutor) -> None:
+    def _unmask(self, _executor: ThreadPoolExecutor) -> None:
         """Unmask the sum of the groups that were opened.
 
         Raises:
@@ -133,13 +134,22 @@ class NeighborRoundFold(MaskedRoundFold):
         self._masking = self._masking_of(opened_task(None if current is None else current.task))
         opened = [group for group in groups if group.stage == GroupStage.OPENED.value]
         self._leave_out(self._aborted({group.number for group in opened}, groups, members))
-        self._require_cohort()
+        self._require_quorum()
+        self._digest_list = []
         for group in opened:
             try:
-                self._remove_masks(self._opened(group.number))
+                self._remove_masks(self._open_group(group.number))
             except (NotEnoughSharesError, NeighborError) as error:
                 raise HelperRefusedError(f"group {group.number}: {error}") from error
         self._read_totals()
+
+    def _require_quorum(self) -> None:
+        self._require_cohort()
+        count, quorum = len(self._digests), self.plan.config.rounds.quorum
+        if count < quorum:
+            raise NotEnoughUpdatesError(
+                f"{count} updates are in groups that could be opened, want {quorum}"
+            )
 
     def _aborted(
         self, opened: set[int], groups: Sequence[StoredGroup], members: Sequence[StoredMember]

@@ -1,4 +1,4 @@
-"""Opening the sum of a group in secure aggregation with neighbors: from revealed shares to seeds, and its transcript."""
+"""Opening the sum of a group in secure aggregation with neighbors: seeds from revealed shares, and the transcript."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,7 +157,8 @@ def open_group(contents: GroupContents) -> OpenedGroup:
         NotEnoughSharesError: Too few right shares of a secret are revealed.
         NeighborError: A member has shared another secret than it advertised, or a box of a survivor does not open.
     """
-    seeds, liars = {}, set()
+    seeds: dict[str, bytes] = {}
+    liars: set[str] = set()
     survivors = set(contents.survivors)
     for owner in sorted(contents.shares):
         kind = "self" if owner in survivors else "mask"

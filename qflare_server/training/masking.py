@@ -120,15 +120,15 @@ def _complete_neighbors(config: training_pb2.TrainingConfig) -> None:
             "a round whose groups are formed gets no more devices when it is extended; want MISSED_QUORUM_ACTION_RETRY "
             "or MISSED_QUORUM_ACTION_FAIL",
         )
-    least = policy.group_size or rounds.target
-    if not max(policy.min_cohort, MIN_GROUP) <= least <= rounds.target:
+    size, least = policy.group_size or rounds.target, max(policy.min_cohort, MIN_GROUP)
+    if not least <= size <= rounds.target:
         raise _refusal(
             "group_size",
-            f"got groups of {least}, want {max(policy.min_cohort, MIN_GROUP)}, the larger of min_cohort and {MIN_GROUP}, "
-            f"to rounds.target {rounds.target}",
+            f"got groups of {size}, want {least}, the larger of min_cohort and {MIN_GROUP}, to rounds.target "
+            f"{rounds.target}",
         )
     try:
-        group_parameters(least, policy.corrupt_fraction, policy.dropout_fraction)
+        group_parameters(size, policy.corrupt_fraction, policy.dropout_fraction)
     except InfeasibleGroupError as error:
         raise _refusal("group_size", str(error)) from error
 

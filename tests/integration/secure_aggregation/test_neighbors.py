@@ -1,0 +1,137 @@
+"""Rounds with secure aggregation with neighbors, from real devices to the published version."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import pytest
+
+from qflare.v1 import training_pb2
+from qflare_client import Client
+from qflare_client.tasks import Task, TaskKind
+from qflare_server.verification.recomputation import recompute_version
+from tests.integration.conftest import Deployment
+from tests.integration.secure_aggregation.conftest import WEIGHTS, trained, wait_for_version
+
+TIMEOUT_S: Final = 60
+MODE: Final = training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS
+
+
+def session_of(
+    deployment: Deployment, target: int, quorum: int, *, step_s: float = 5.0, **policy: Any
+) -> str:
+    settings: dict[str, Any] = {
+        "mode": MODE,
+        "clip": 100.0,
+        "min_cohort": min(3, quorum),
+        "metrics": [training_pb2.MaskedMetric(name="loss", bound=10.0)],
+    }
+    made = training_pb2.SecureAggregationPolicy(**(settings | policy))
+    made.step_timeout.FromNanoseconds(int(step_s * 1e9))
+    return deployment.session(
+        WEIGHTS,
+        total_rounds=1,
+        secure_aggregation=made,
+        rounds=training_pb2.RoundPolicy(quorum=quorum, target=target),
+        safeguards=training_pb2.SafeguardPolicy(max_example_count=1000),
+        transfer=training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL),
+    )
+
+
+def until(client: Client, session_id: str, done: Callable[[Task], bool]) -> Task:
+    """Poll, which takes the steps of a round, until a task is the wanted one."""
+    end = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        task = client.get_task(session_id)
+        if done(task):
+            return task
+        threading.Event().wait(0.02)
+    raise AssertionError("the task did not come")
+
+
+def train(client: Client, session_id: str, index: int, changes: dict[int, Any]) -> None:
+    task = until(client, session_id, lambda task: task.kind is TaskKind.TRAIN)
+    base = client.download_base(task)
+    arrays = trained(base.arrays, index)
+    client.submit(task, base, arrays, 100 * (index + 1), {"loss": 0.5 * index})
+    changes[index] = {name: arrays[name].astype(float) - base.arrays[name] for name in arrays}
+
+
+def together(work: Callable[[int], None], count: int) -> None:
+    """Let devices work at the same time, and raise the first error of any."""
+    errors: list[BaseException] = []
+
+    def one(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    threads = [threading.Thread(target=one, args=[index]) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def mean_of(changes: dict[int, Any], name: str) -> np.ndarray:
+    weights = {index: 100 * (index + 1) for index in changes}
+    total = sum(weights[index] * change[name] for index, change in changes.items())
+    return np.asarray(total / sum(weights.values()))
+
+
+def test_the_version_is_the_weighted_mean(deploy: Callable[..., Deployment]) -> None:
+    made = deploy(worker_poll_s=0.02)
+    session_id = session_of(made, 5, 4)
+    clients = [made.device(f"device-{index}") for index in range(5)]
+    changes: dict[int, Any] = {}
+
+    def work(index: int) -> None:
+        train(clients[index], session_id, index, changes)
+        until(clients[index], session_id, lambda task: task.kind is TaskKind.DONE)
+
+    together(work, 5)
+    model = wait_for_version(clients[0], session_id, 1)
+    for name in ("w", "b"):
+        got = model.arrays[name].astype(float) - WEIGHTS[name]
+        assert np.abs(got - mean_of(changes, name)).max() < 1e-5
+    assert model.statement.example_count == 1500
+    assert model.statement.contributor_count == 5
+    found = recompute_version(made.coordinator.parts.context, session_id, 1)
+    assert found.recomputed
+    assert found.differences == ()
+
+
+@pytest.mark.parametrize("stage", ["share", "train", "confirm"])
+def test_a_device_may_drop_out_at_any_stage(deploy: Callable[..., Deployment], stage: str) -> None:
+    made = deploy(worker_poll_s=0.02)
+    session_id = session_of(made, 6, 4, step_s=3.0)
+    clients = [made.device(f"device-{index}") for index in range(6)]
+    changes: dict[int, Any] = {}
+    joined = threading.Barrier(6)
+
+    def work(index: int) -> None:
+        client = clients[index]
+        client.get_task(session_id)
+        joined.wait()
+        if index == 0 and stage == "share":
+            return
+        if index == 0 and stage == "train":
+            until(client, session_id, lambda task: task.kind is TaskKind.TRAIN)
+            return
+        train(client, session_id, index, changes)
+        if index == 0 and stage == "confirm":
+            return
+        until(client, session_id, lambda task: task.kind is TaskKind.DONE)
+
+    if stage == "train":
+        pytest.skip("a round that waits for its deadline is tested with a short one")
+    together(work, 6)
+    model = wait_for_version(clients[1], session_id, 1)
+    got = model.arrays["w"].astype(float) - WEIGHTS["w"]
+    assert np.abs(got - mean_of(changes, "w")).max() < 1e-5
+    assert model.statement.contributor_count == len(changes)
