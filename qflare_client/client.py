@@ -9,6 +9,7 @@ The client handles login, token refresh, retries, resumption and verification; t
 `qflare_client.run` repeats these three calls while there is work; `qflare_client.enroll` creates the key store.
 """
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

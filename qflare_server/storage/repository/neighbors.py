@@ -97,7 +97,9 @@ _WORK = (
     .where(
         MEMBERS.c.device_id == bindparam("device"),
         SESSIONS.c.state == TrainingSessionState.RUNNING.value,
-        ROUNDS.c.state.in_([RoundState.OPEN.value, RoundState.CLOSED.value]),
+        or_(
+            ROUNDS.c.state == RoundState.OPEN.value, ROUNDS.c.state == RoundState.CLOSED.value
+        ),
         or_(
             and_(GROUPS.c.stage == GroupStage.SHARE.value, MEMBERS.c.shares.is_(None)),
             and_(
