@@ -290,8 +290,10 @@ def verify_transcript(
     task_keys: Collection[PublicKey],
     updates: Sequence[security_pb2.UpdateStatement],
     update_digests: Iterable[str],
-) -> tuple[str, ...]:
-    """Check the transcript of the secure aggregation of a version, and return the ids of its helpers.
+) -> Masking:
+    """Check the transcript of the secure aggregation of a version, and return the masking of its task.
+
+    With neighbors, `neighbor_transcripts.check_groups` checks the rest.
 
     Args:
         transcript: Task and answers.
@@ -311,9 +313,6 @@ def verify_transcript(
     require_equal("task_digest", unmasking.task_digest, masking.task_digest)
     for field in ("training_session_id", "round_number", "base_version", "config_digest"):
         require_equal(field, getattr(task, field), getattr(statement, field))
-    digests = [digest_of(answer.payload) for answer in transcript.answers]
-    require_equal("answer_digests", digests, list(unmasking.answer_digests))
-    require_equal("answers", len(digests), len(masking.helpers))
     for update in updates:
         check_masked_update(update, masking)
     members = contributors_digest(update_digests)
@@ -321,9 +320,16 @@ def verify_transcript(
     count = statement.contributor_count
     if not masking.min_cohort <= count <= masking.parameters.max_cohort:
         raise StatementError("the number of contributors is not what the task allows")
+    if masking.neighbors is not None:
+        require_equal("answers", len(transcript.answers), 0)
+        return masking
+    require_equal("groups", len(transcript.groups), 0)
+    digests = [digest_of(answer.payload) for answer in transcript.answers]
+    require_equal("answer_digests", digests, list(unmasking.answer_digests))
+    require_equal("answers", len(digests), len(masking.helpers))
     for envelope, helper in zip(transcript.answers, masking.helpers, strict=True):
         _check_answer_of(open_answer(envelope, helper.key), statement, masking)
-    return tuple(helper.helper_id for helper in masking.helpers)
+    return masking
 
 
 def _check_answer_of(

@@ -334,7 +334,7 @@ def open_secret(
         secret = combine(dict(sorted(right.items())[:threshold]))
     except InvalidShareError as error:
         raise NeighborError("the shares of a member are malformed", owner.digest) from error
-    if not _is_committed(kind, owner, secret):
+    if not is_committed(kind, owner, secret):
         raise NeighborError("the shares of a member give another secret", owner.digest)
     return secret, tuple(liars)
 
@@ -411,7 +411,10 @@ def _open_pair_seed(
     return open_sealed(key.decapsulate, box.sealed_pair_seed, _info(_PAIR_TAG, graph, maker, other))
 
 
-def _is_committed(kind: str, owner: MemberKeys, secret: bytes) -> bool:
+def is_committed(kind: str, owner: MemberKeys, secret: bytes) -> bool:
+    """Return whether a secret is the one that a member advertised: its `self` seed, or its `mask` seed."""
+    if len(secret) != SEED_BYTES:
+        return False
     if kind == "self":
         return self_seed_digest(secret) == owner.self_seed_digest
     return mask_key(secret).public.data == owner.mask_key.data

@@ -18,7 +18,6 @@ from qflare.masking.masks import Mask
 from qflare.masking.neighbors import NeighborError, NotEnoughSharesError
 from qflare.v1 import security_pb2
 from qflare_server.aggregation.masked_fold import MaskedRoundFold
-from qflare_server.aggregation.neighbor_opening import OpenedGroup, open_group, read_contents
 from qflare_server.aggregation.unmasking import opened_task
 from qflare_server.errors import HelperRefusedError
 from qflare_server.storage.records import Round, TrainingSession
@@ -27,6 +26,12 @@ from qflare_server.storage.repository.neighbors import StoredGroup, StoredMember
 from qflare_server.storage.tables import GroupStage
 from qflare_server.strategies import NotEnoughUpdatesError
 from qflare_server.training import neighbor_stages
+from qflare_server.training.neighbor_opening import (
+    GroupContents,
+    OpenedGroup,
+    open_group,
+    read_contents,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +119,18 @@ class NeighborRoundFold(MaskedRoundFold):
             self._endings[group.number] = ""
 
     def _devices(self, number: int, error: NeighborError) -> str:
-        with self._context.database.read() as session:
-            contents = read_contents(session, self.plan, number)
+        contents = self._contents(number)
         return ", ".join(contents.device_of(item) for item in error.members)
 
     def _open_group(self, number: int) -> OpenedGroup:
+        return open_group(self._contents(number))
+
+    def _contents(self, number: int) -> GroupContents:
+        plan = self.plan
         with self._context.database.read() as session:
-            contents = read_contents(session, self.plan, number)
-        return open_group(contents)
+            return read_contents(
+                session, plan.training_session_id, plan.number, plan.config, number
+            )
 
     def _unmask(self, _executor: ThreadPoolExecutor) -> None:
         """Unmask the sum of the groups that were opened.

@@ -97,9 +97,7 @@ _WORK = (
     .where(
         MEMBERS.c.device_id == bindparam("device"),
         SESSIONS.c.state == TrainingSessionState.RUNNING.value,
-        or_(
-            ROUNDS.c.state == RoundState.OPEN.value, ROUNDS.c.state == RoundState.CLOSED.value
-        ),
+        or_(ROUNDS.c.state == RoundState.OPEN.value, ROUNDS.c.state == RoundState.CLOSED.value),
         or_(
             and_(GROUPS.c.stage == GroupStage.SHARE.value, MEMBERS.c.shares.is_(None)),
             and_(

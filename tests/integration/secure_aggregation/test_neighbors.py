@@ -2,15 +2,17 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import numpy as np
 import pytest
 
-from qflare.v1 import training_pb2
+from qflare.evidence.verification import VerificationError, verify_bundle
+from qflare.v1 import training_pb2, verification_pb2
 from qflare_client import Client
 from qflare_client.tasks import Task, TaskKind
+from qflare_server.context import utc_now
 from qflare_server.verification.recomputation import recompute_version
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import WEIGHTS, trained, wait_for_version
@@ -112,6 +114,60 @@ def test_the_version_is_the_weighted_mean(deploy: Callable[..., Deployment]) -> 
     found = recompute_version(made.coordinator.parts.context, session_id, 1)
     assert found.recomputed
     assert found.differences == ()
+
+
+def bundle_of(made: Deployment, session_id: str) -> verification_pb2.VerificationBundle:
+    bundle = verification_pb2.VerificationBundle()
+    for part in made.coordinator.parts.use_cases.evidence.bundle(session_id):
+        bundle.MergeFrom(part)
+    return bundle
+
+
+def run_round(
+    made: Deployment, session_id: str, count: int, silent: Collection[int] = ()
+) -> dict[int, Any]:
+    """Run a round; silent devices only advertise and send shares. Return the changes of the others."""
+    clients = [made.device(f"device-{index}") for index in range(count)]
+    changes: dict[int, Any] = {}
+
+    def work(index: int) -> None:
+        if index in silent:
+            until(clients[index], session_id, lambda task: task.kind is TaskKind.TRAIN)
+            return
+        train(clients[index], session_id, index, changes)
+        until(clients[index], session_id, lambda task: task.kind is TaskKind.DONE)
+
+    together(work, count)
+    return changes
+
+
+def test_groups_are_opened_alone_and_their_transcripts_verify_offline(
+    deploy: Callable[..., Deployment],
+) -> None:
+    made = deploy(worker_poll_s=0.02)
+    session_id = session_of(made, 10, 8, deadline_s=10.0, group_size=5)
+    changes = run_round(made, session_id, 10, silent={3})
+    with made.device("reader") as reader:
+        model = wait_for_version(reader, session_id, 1)
+    got = model.arrays["w"].astype(float) - WEIGHTS["w"]
+    assert np.abs(got - mean_of(changes, "w")).max() < 1e-5
+    assert len(model.statement.unmasking.answer_digests) == 2
+    bundle, pinned = bundle_of(made, session_id), made.coordinator.parts.keys.trust.root_key_ids()
+    assert verify_bundle(bundle, pinned, utc_now()).contributor_count == 9
+
+    def refused(change: Callable[[verification_pb2.VerificationBundle], object]) -> None:
+        other = verification_pb2.VerificationBundle()
+        other.CopyFrom(bundle)
+        change(other)
+        with pytest.raises(VerificationError) as caught:
+            verify_bundle(other, pinned, utc_now())
+        assert caught.value.step == "unmasking"
+
+    refused(lambda other: other.ClearField("unmasking"))
+    refused(lambda other: other.unmasking.ClearField("groups"))
+    refused(lambda other: other.unmasking.ClearField("task"))
+    refused(lambda other: other.unmasking.groups.reverse())
+    refused(lambda other: other.unmasking.groups.append(other.unmasking.groups[0]))
 
 
 @pytest.mark.parametrize("stage", ["share", "train", "confirm"])

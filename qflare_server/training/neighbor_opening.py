@@ -10,8 +10,7 @@ from qflare.crypto.sealing import KemPublicKey
 from qflare.evidence.neighbors import prove_box
 from qflare.masking.neighbor_graph import NeighborGraph
 from qflare.masking.neighbors import MemberKeys, leftover_masks, open_secret
-from qflare.v1 import coordinator_service_pb2, security_pb2, verification_pb2
-from qflare_server.aggregation.plan import RoundPlan
+from qflare.v1 import coordinator_service_pb2, security_pb2, training_pb2, verification_pb2
 from qflare_server.storage.repository import neighbors
 from qflare_server.storage.repository.neighbors import StoredMember
 from qflare_server.training.neighbor_stages import graph_of
@@ -58,9 +57,15 @@ class GroupContents:
         return next(member.device_id for member in self.members if member.digest == digest)
 
 
-def read_contents(session: Session, plan: RoundPlan, group_number: int) -> GroupContents:
+def read_contents(
+    session: Session,
+    training_session_id: str,
+    round_number: int,
+    config: training_pb2.TrainingConfig,
+    group_number: int,
+) -> GroupContents:
     """Read what the members of a group have sent."""
-    key = plan.training_session_id, plan.number
+    key = training_session_id, round_number
     members = [
         member
         for member in neighbors.members_of(session, *key)
@@ -77,7 +82,7 @@ def read_contents(session: Session, plan: RoundPlan, group_number: int) -> Group
     envelope = security_pb2.SignedEnvelope.FromString
     sharers = {member.digest for member in members if member.is_sharer}
     return GroupContents(
-        graph_of(plan.config, members),
+        graph_of(config, members),
         members,
         {item: envelope(content) for item, content in stored["advertisement"].items()},
         {
