@@ -19,7 +19,7 @@ from qflare_server.training.evaluation import (
 )
 from qflare_server.training.neighbor_stages import has_neighbors
 from qflare_server.use_cases.access.presence import Presence
-from qflare_server.use_cases.updates.neighbor_steps import NeighborViews
+from qflare_server.use_cases.training_sessions.neighbor_views import view_of
 
 MAX_REMEMBERED = 200_000
 MAX_REMEMBERED_VERSIONS = 64
@@ -52,7 +52,6 @@ class Tasks:
         self._context = context
         self._presence = presence
         self._idle: dict[tuple[str, str, bool], tuple[Epochs, bool]] = {}
-        self._views = NeighborViews(context)
         self._facts: dict[tuple[str, int], tuple[str, training_pb2.TrainingConfig]] = {}
 
     def next_task(
@@ -153,7 +152,7 @@ class Tasks:
             work.task,
             is_full=False,
         )
-        view = self._views.view(session, work, device_id)
+        view = view_of(session, config, work, device_id)
         return NextTask(delay, round_, digest, config, step=work.stage, neighbors=view)
 
     def _facts_of(

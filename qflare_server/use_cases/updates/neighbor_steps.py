@@ -4,7 +4,7 @@ A step is recorded under the lock of the round's row, so that it counts either b
 A repeated step has no effect; another one in the same place is refused.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy.orm import Session
@@ -17,7 +17,6 @@ from qflare.evidence.neighbors import (
     open_confirmation,
     open_reveal,
     open_shares,
-    prove_box,
 )
 from qflare.evidence.statements import StatementError, digest_of
 from qflare.evidence.unmasking import masking_of
@@ -33,21 +32,18 @@ from qflare_server.errors import (
     RoundNotOpenError,
     TrainingSessionNotFoundError,
 )
-from qflare_server.keys.device_identities import key_evidence
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import (
     devices,
-    evidence,
     neighbors,
     training_sessions,
 )
-from qflare_server.storage.repository.neighbors import StoredGroup, StoredMember, Work
+from qflare_server.storage.repository.neighbors import StoredGroup, StoredMember
 from qflare_server.storage.tables import GroupStage, RoundState, TrainingSessionState
 from qflare_server.training.neighbor_stages import (
     graph_of,
     has_neighbors,
     is_due,
-    shares_digest,
 )
 from qflare_server.use_cases.access.objects import STEPS
 from qflare_server.use_cases.access.statements import parse_statement
@@ -313,111 +309,6 @@ class _Refusals:
             if error.__cause__ is not None:
                 raise InvalidSignatureError("the statement's signature does not verify") from error
             raise InvalidRequestError(f"statement: {error}", field="step") from error
-
-
-class NeighborViews:
-    """Shows devices what they need for their steps."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    def view(self, session: Session, work: Work, device_id: str) -> pb.NeighborView:
-        """Return what a device needs for the step that waits for it."""
-        training_session = training_sessions.get_session(session, work.training_session_id)
-        assert training_session is not None
-        key = work.training_session_id, work.round_number
-        members = [
-            item
-            for item in neighbors.members_of(session, *key)
-            if item.group_number == work.group_number
-        ]
-        graph = graph_of(training_session.config, members)
-        own = next(item.digest for item in members if item.device_id == device_id)
-        around = set(graph.neighbors(own))
-        near = [item for item in members if item.digest in around]
-        show: Callable[..., pb.NeighborView] = _VIEWS[work.stage]
-        return show(session, key, own, members, near)
-
-
-def _show_roster(
-    session: Session,
-    key: tuple[str, int],
-    _own: str,
-    members: Sequence[StoredMember],
-    near: Sequence[StoredMember],
-) -> pb.NeighborView:
-    ids = [item.device_id for item in near]
-    stored = neighbors.contents(session, *key, "advertisement", ids)
-    rows = evidence.keys_of(session, ids)
-    shown = [
-        pb.AdvertisedMember(
-            advertisement=security_pb2.SignedEnvelope.FromString(stored[item.device_id]),
-            device_keys=[key_evidence(row) for row in rows if row.device_id == item.device_id],
-        )
-        for item in near
-    ]
-    return pb.NeighborView(roster=[bytes.fromhex(item.digest) for item in members], members=shown)
-
-
-def _show_boxes(
-    session: Session,
-    key: tuple[str, int],
-    own: str,
-    members: Sequence[StoredMember],
-    near: Sequence[StoredMember],
-) -> pb.NeighborView:
-    ids = [item.device_id for item in members if item.is_sharer]
-    stored = neighbors.contents(session, *key, "shares", ids)
-    sharers = [
-        bytes.fromhex(shares_digest(stored[item.device_id])) if item.is_sharer else b""
-        for item in members
-    ]
-    boxes = []
-    for item in near:
-        if not item.is_sharer:
-            continue
-        shares = pb.SharedSecrets.FromString(stored[item.device_id])
-        index = [box.recipient_digest for box in shares.boxes].index(own)
-        boxes.append(
-            pb.ReceivedBox(
-                shares=shares.statement,
-                box=shares.boxes[index],
-                proof=prove_box(shares.boxes, index),
-            )
-        )
-    return pb.NeighborView(sharers=sharers, boxes=boxes)
-
-
-def _show_survivors(
-    _session: Session,
-    _key: tuple[str, int],
-    _own: str,
-    members: Sequence[StoredMember],
-    _near: Sequence[StoredMember],
-) -> pb.NeighborView:
-    entries = [bytes.fromhex(item.update_digest or "") for item in members]
-    return pb.NeighborView(survivors=entries)
-
-
-def _show_confirmations(
-    session: Session,
-    key: tuple[str, int],
-    _own: str,
-    _members: Sequence[StoredMember],
-    near: Sequence[StoredMember],
-) -> pb.NeighborView:
-    ids = [item.device_id for item in near]
-    stored = neighbors.contents(session, *key, "confirmation", ids)
-    shown = [security_pb2.SignedEnvelope.FromString(stored[name]) for name in ids if name in stored]
-    return pb.NeighborView(confirmations=shown)
-
-
-_VIEWS: Final[Mapping[str, Callable[..., pb.NeighborView]]] = {
-    GroupStage.SHARE.value: _show_roster,
-    GroupStage.TRAIN.value: _show_boxes,
-    GroupStage.CONFIRM.value: _show_survivors,
-    GroupStage.REVEAL.value: _show_confirmations,
-}
 
 
 def _statement_of(step: str, content: bytes) -> bytes:
