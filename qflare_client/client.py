@@ -12,6 +12,7 @@ The client handles login, token refresh, retries, resumption and verification; t
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,7 +50,7 @@ from qflare_client.models.lineage import (
     read_statements,
 )
 from qflare_client.models.local_tensors import LocalTensors
-from qflare_client.models.neighbor_rounds import STEPS, NeighborRounds
+from qflare_client.models.neighbor_rounds import STEPS, GroupAbandonedError, NeighborRounds
 from qflare_client.models.outbox import Outbox
 from qflare_client.models.privacy_ledger import PrivacyLedger
 from qflare_client.models.relay import SignedUpdate, submit_all
@@ -260,22 +261,31 @@ class Client:
         if answer.kind == messages.TASK_KIND_TRAIN or answer.kind in STEPS:
             statement = self._trust.open_task(answer)
             masking = self._trust.masking_of(answer)
-        if answer.kind == messages.TASK_KIND_DONE and training_session_id and self._feedback:
-            self._feedback.forget(training_session_id)
+        if answer.kind == messages.TASK_KIND_DONE and training_session_id:
+            self._neighbors.forget(training_session_id)
+            if self._feedback:
+                self._feedback.forget(training_session_id)
         task = Task.from_proto(answer, statement, self._defaults, masking)
         self._require_secure(task)
-        if answer.kind in STEPS:
-            self._take_step(answer, masking)
+        if answer.kind in STEPS or answer.HasField("neighbors"):
+            return self._with_neighbors(task, answer, masking)
         return task
 
-    def _take_step(self, answer: messages.GetTaskResponse, masking: Masking | None) -> None:
-        """Take a step of a round with neighbors."""
+    def _with_neighbors(
+        self, task: Task, answer: messages.GetTaskResponse, masking: Masking | None
+    ) -> Task:
+        """Take a step of a round with neighbors, or prepare for training; return what is left to do."""
         if masking is None or masking.neighbors is None:
             raise InvalidStatementError("the task has no secure aggregation with neighbors")
         try:
-            self._neighbors.take_step(answer, masking)
-        except FailedPreconditionError as error:
-            _log.info("step of the round abandoned: %s", error)
+            if answer.kind in STEPS:
+                self._neighbors.take_step(answer, masking)
+            else:
+                self._neighbors.prepare(answer, masking)
+        except (GroupAbandonedError, FailedPreconditionError) as error:
+            _log.warning("round %d: this device cannot go on: %s", task.round_number, error)
+            return replace(task, kind=TaskKind.WAIT)
+        return task
 
     def _require_secure(self, task: Task) -> None:
         """Refuse a training task that asks for less than the device's policy for secure aggregation."""

@@ -94,6 +94,10 @@ class _State:
         return {member: item for member, item in zip(self.roster, items, strict=True) if item}
 
 
+class GroupAbandonedError(Exception):
+    """The group of this device cannot be completed with it, through no fault of the coordinator."""
+
+
 class NeighborRounds:
     """Steps of a device in rounds with neighbors. Thread-safe for different training sessions.
 
@@ -120,6 +124,7 @@ class NeighborRounds:
             masking: Of its signed task, which the device's policy allows.
 
         Raises:
+            GroupAbandonedError: A neighbor does not keep the protocol.
             InvalidStatementError: What the coordinator shows does not verify, or contradicts what it showed before.
             KeyStoreError: The device's state cannot be written; nothing was sent.
             QflareClientError: The call failed; the step may be repeated.
@@ -128,6 +133,22 @@ class NeighborRounds:
         with _checked():
             request = _STEPS[answer.kind](step)
         self._calls.unary(self._calls.transport.stub.SecureAggregationStep, request)
+
+    def prepare(self, answer: messages.GetTaskResponse, masking: Masking) -> None:
+        """Open what the neighbors have sent, before the device trains.
+
+        Args:
+            answer: Verified task of kind TRAIN.
+            masking: Of its signed task, which the device's policy allows.
+
+        Raises:
+            GroupAbandonedError: A neighbor has sent what does not open.
+            InvalidStatementError: What the coordinator shows does not verify, or contradicts what it showed before.
+            KeyStoreError: The device's state cannot be written.
+        """
+        step = _Step(self._store, self._trust, self._identity(), answer, masking)
+        with _checked():
+            step.prepare()
 
     def mask(
         self,
@@ -264,20 +285,34 @@ class _Step:
         require_equal("devices", len(devices), len(members) + 1)
         return members
 
-    def mask(self, vector: Array) -> security_pb2.NeighborMasking:
-        """Open the boxes of the neighbors that the coordinator says have sent shares, and mask an update."""
+    def prepare(self) -> None:
+        """Open the boxes of the neighbors that the coordinator says have sent shares; only one such set is accepted."""
         state = self._state()
-        if state.has_masked:
-            raise RepeatedTaskError("an update was already masked in this round")
-        graph, own = self._graph(state.roster), state.own
+        sharers = [item.hex() for item in self._view.sharers]
+        if state.sharers:
+            require_equal("sharers", sharers, state.sharers)
+            return
+        graph = self._graph(state.roster)
+        state.sharers = sharers
         entries = self._sharers(state, graph)
         state.opened = {
             sender: [box.shares.mask.hex(), box.shares.own.hex(), (box.pair_seed or b"").hex()]
             for sender, box in self._open_boxes(state, graph, entries).items()
         }
+        if len(state.opened) < graph.parameters.threshold:
+            raise NotEnoughSharesError("too few neighbors have sent shares")
+        self._write(state)
+
+    def mask(self, vector: Array) -> security_pb2.NeighborMasking:
+        """Mask an update, once in a round."""
+        state = self._state()
+        if state.has_masked:
+            raise RepeatedTaskError("an update was already masked in this round")
+        graph, own = self._graph(state.roster), state.own
         _secrets(state).mask(vector, graph, own, _opened(state))
         state.has_masked = True
         self._write(state)
+        entries = state.entries(state.sharers)
         return security_pb2.NeighborMasking(
             advertisement_digest=own,
             roster_digest=graph.roster_digest,
@@ -285,7 +320,6 @@ class _Step:
         )
 
     def _sharers(self, state: _State, graph: NeighborGraph) -> dict[str, str]:
-        state.sharers = [item.hex() for item in self._view.sharers]
         require_equal("sharers", len(state.sharers), len(state.roster))
         entries = state.entries(state.sharers)
         shares = messages.SharedSecrets.FromString(bytes.fromhex(state.shares))
@@ -469,5 +503,7 @@ def _write(store: KeyStore, training_session_id: str, state: _State) -> None:
 def _checked() -> Iterator[None]:
     try:
         yield
-    except (NeighborError, NotEnoughSharesError, DecodeError, ValueError) as error:
+    except (NeighborError, NotEnoughSharesError) as error:
+        raise GroupAbandonedError(str(error)) from error
+    except (DecodeError, ValueError) as error:
         raise InvalidStatementError(f"secure aggregation: {error}") from error

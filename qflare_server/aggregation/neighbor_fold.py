@@ -52,9 +52,12 @@ class NeighborRoundFold(MaskedRoundFold):
         if current is None:
             return False
         config, now = self.plan.config, self._context.clock()
-        self._next = neighbor_stages.next_deadline(config, current.opened_at, groups)
-        for group in groups:
-            if group.stage == GroupStage.REVEAL.value and group.number not in self._endings:
+        self._next = neighbor_stages.next_deadline(config, current.opened_at, groups, now)
+        revealing = [group for group in groups if group.stage == GroupStage.REVEAL.value]
+        known = {group.number for group in revealing}
+        self._endings = {key: text for key, text in self._endings.items() if key in known}
+        for group in revealing:
+            if group.number not in self._endings:
                 self._try(group, members, now)
         return bool(self._endings) or neighbor_stages.is_due(config, current, groups, members, now)
 

@@ -78,17 +78,20 @@ def is_due(
 
 
 def next_deadline(
-    config: training_pb2.TrainingConfig, opened_at: datetime, groups: Sequence[StoredGroup]
+    config: training_pb2.TrainingConfig,
+    opened_at: datetime,
+    groups: Sequence[StoredGroup],
+    now: datetime,
 ) -> datetime | None:
-    """Return when the next step ends for lack of time; None if no step does."""
-    if not groups:
-        return opened_at + step_timeout(config)
+    """Return when the next step ends for lack of time, later than now; None if no step does."""
     timed = [
         group.deadline_at
         for group in groups
         if not group.has_ended and group.stage != GroupStage.TRAIN.value
     ]
-    return min(timed, default=None)
+    if not groups:
+        timed = [opened_at + step_timeout(config)]
+    return min((at for at in timed if at > now), default=None)
 
 
 def advance(

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import and_, bindparam, exists, func, insert, or_, select, update
+from sqlalchemy import and_, bindparam, exists, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -241,14 +241,6 @@ def sharers_among(
         )
     )
     return {row[0]: SharerFacts(*row[1:]) for row in session.execute(query)}
-
-
-def count_members(session: Session, training_session_id: str, round_number: int) -> int:
-    """Return how many devices have advertised in a round."""
-    query = select(func.count()).select_from(MEMBERS)
-    return int(
-        session.execute(query.where(*_of_round(training_session_id, round_number))).scalar_one()
-    )
 
 
 def contents(
