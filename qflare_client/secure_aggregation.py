@@ -37,18 +37,18 @@ class SecureAggregation:
     """Key ids of trusted helpers, 64 hex digits each, one or more. At least one helper of a task must be among them:
     one that does not collude with the coordinator suffices."""
 
+    metrics: Collection[str] = frozenset()
+    """Training metrics that may leave the device, masked."""
+
+    evaluation_metrics: Collection[str] = frozenset()
+    """Metrics that may leave the device with evaluations, not masked. Without any, evaluation tasks are refused."""
+
     neighbors: bool = False
     """Whether tasks with neighbors instead of helpers are allowed. Then `helper_key_ids` may be empty, which refuses
     helpers."""
 
     corrupt_fraction: float = 0.0
     """Least share of the other devices that a task with neighbors must allow to collude with the coordinator."""
-
-    metrics: Collection[str] = frozenset()
-    """Training metrics that may leave the device, masked."""
-
-    evaluation_metrics: Collection[str] = frozenset()
-    """Metrics that may leave the device with evaluations, not masked. Without any, evaluation tasks are refused."""
 
     def __post_init__(self) -> None:
         """Refuse values that require nothing.
