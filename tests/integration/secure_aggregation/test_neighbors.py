@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,8 @@ from qflare.v1 import training_pb2, verification_pb2
 from qflare_client import Client
 from qflare_client.tasks import Task, TaskKind
 from qflare_server.context import utc_now
+from qflare_server.storage.repository import neighbors
+from qflare_server.storage.repository.neighbors import StoredMember
 from qflare_server.verification.recomputation import recompute_version
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import WEIGHTS, trained, wait_for_version
@@ -199,3 +202,105 @@ def test_a_device_may_drop_out_at_any_stage(deploy: Callable[..., Deployment], s
     got = model.arrays["w"].astype(float) - WEIGHTS["w"]
     assert np.abs(got - mean_of(changes, "w")).max() < 1e-5
     assert model.statement.contributor_count == len(changes)
+
+
+def members_of(made: Deployment, session_id: str) -> Sequence[StoredMember]:
+    with made.coordinator.parts.database.read() as session:
+        return neighbors.members_of(session, session_id, 1)
+
+
+def has_sent(made: Deployment, session_id: str, client: Client, flag: str) -> bool:
+    own = [item for item in members_of(made, session_id) if item.device_id == client.device_id]
+    return bool(own) and (not flag or bool(getattr(own[0], flag)))
+
+
+def take_step(made: Deployment, session_id: str, clients: Iterable[Client], flag: str) -> None:
+    """Poll until devices have sent what a step asks for; an empty flag stands for the advertisement."""
+    for client in clients:
+        until(client, session_id, partial(_has_sent, made, session_id, client, flag))
+
+
+def _has_sent(made: Deployment, session_id: str, client: Client, flag: str, _task: Task) -> bool:
+    return has_sent(made, session_id, client, flag)
+
+
+def test_a_group_that_loses_too_many_is_aborted_alone(deploy: Callable[..., Deployment]) -> None:
+    made = deploy(worker_poll_s=0.02)
+    session_id = session_of(made, 10, 5, deadline_s=8.0, group_size=5)
+    clients = [made.device(f"device-{index}") for index in range(10)]
+    take_step(made, session_id, clients, "")
+    take_step(made, session_id, clients, "has_shares")
+    groups = {item.device_id: item.group_number for item in members_of(made, session_id)}
+    first = [index for index in range(10) if groups[clients[index].device_id] == 1]
+    changes: dict[int, Any] = {}
+    for index in range(10):
+        if index not in first[:2]:
+            train(clients[index], session_id, index, changes)
+
+    together(
+        lambda index: until(clients[index], session_id, lambda task: task.kind is TaskKind.DONE),
+        10,
+    )
+    model = wait_for_version(clients[0], session_id, 1)
+    kept = {index: change for index, change in changes.items() if index not in first}
+    got = model.arrays["w"].astype(float) - WEIGHTS["w"]
+    assert np.abs(got - mean_of(kept, "w")).max() < 1e-5
+    assert model.statement.contributor_count == 5
+    with made.coordinator.parts.database.read() as session:
+        ended = neighbors.groups_of(session, session_id, 1)
+    assert [group.stage for group in ended] == ["aborted", "opened"]
+    assert "dropped out" in ended[0].stage_reason
+    found = recompute_version(made.coordinator.parts.context, session_id, 1)
+    assert (found.recomputed, found.differences) == (True, ())
+
+
+def test_coordinator_and_devices_restart_at_every_stage(
+    deploy: Callable[..., Deployment],
+) -> None:
+    made = deploy(worker_poll_s=0.02, lease_s=1.0)
+    session_id = session_of(made, 4, 4, step_s=60.0, corrupt_fraction=0.1)
+    for index in range(4):
+        made.device(f"device-{index}").close()
+    changes: dict[int, Any] = {}
+    rosters = set()
+    for step in ("", "has_shares", "train", "has_confirmed", "has_revealed"):
+        for index in range(4):
+            home = made.folder / f"device-{index}"
+            with Client(home=home, address=made.coordinator.address, insecure=True) as client:
+                if step == "train":
+                    train(client, session_id, index, changes)
+                else:
+                    take_step(made, session_id, [client], step)
+        with made.coordinator.parts.database.read() as session:
+            groups = neighbors.groups_of(session, session_id, 1)
+        rosters.update(group.roster_digest for group in groups)
+        made.close()
+        made = deploy(worker_poll_s=0.02, lease_s=1.0)
+    home = made.folder / "device-0"
+    with Client(home=home, address=made.coordinator.address, insecure=True) as client:
+        model = wait_for_version(client, session_id, 1)
+    assert len(rosters) == 1
+    got = model.arrays["w"].astype(float) - WEIGHTS["w"]
+    assert np.abs(got - mean_of(changes, "w")).max() < 1e-5
+
+
+def test_two_coordinators_share_a_round(deploy: Callable[..., Deployment]) -> None:
+    made = [deploy(worker_poll_s=0.02, lease_s=1.0) for _ in range(2)]
+    session_id = session_of(made[0], 5, 5)
+    changes: dict[int, Any] = {}
+    for index in range(5):
+        made[0].device(f"device-{index}").close()
+
+    def work(index: int) -> None:
+        address = made[index % 2].coordinator.address
+        home = made[0].folder / f"device-{index}"
+        with Client(home=home, address=address, insecure=True) as client:
+            train(client, session_id, index, changes)
+            until(client, session_id, lambda task: task.kind is TaskKind.DONE)
+
+    together(work, 5)
+    home = made[0].folder / "device-0"
+    with Client(home=home, address=made[1].coordinator.address, insecure=True) as client:
+        model = wait_for_version(client, session_id, 1)
+    got = model.arrays["w"].astype(float) - WEIGHTS["w"]
+    assert np.abs(got - mean_of(changes, "w")).max() < 1e-5
