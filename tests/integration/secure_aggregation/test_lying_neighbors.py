@@ -1,6 +1,6 @@
 """A coordinator that lies to a device about its group, at every step of a round with neighbors."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
@@ -12,10 +12,9 @@ from qflare.v1 import security_pb2
 from qflare_client import Client, SecureAggregation
 from qflare_client.errors import InsufficientTaskError, InvalidStatementError, RepeatedTaskError
 from qflare_client.tasks import TaskKind
-from qflare_server.storage.repository import neighbors
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import trained, wait_for_version
-from tests.integration.secure_aggregation.test_neighbors import session_of, train, until
+from tests.integration.secure_aggregation.test_neighbors import session_of, take_step, train, until
 from tests.support.newer_coordinator import NewerCoordinator
 
 Answer = calls.GetTaskResponse
@@ -182,28 +181,15 @@ def refused_again(victim: Client, liar: LyingView, session_id: str, kind: int, l
     liar.lie = lambda _: None
 
 
-def take_step(made: Deployment, session_id: str, clients: Sequence[Client], flag: str) -> None:
-    """Poll until devices have sent what a step asks for."""
-    for client in clients:
-        until(client, session_id, lambda _, client=client: has_sent(made, session_id, client, flag))  # type: ignore[misc]
-
-
-def has_sent(made: Deployment, session_id: str, client: Client, flag: str) -> bool:
-    with made.coordinator.parts.database.read() as session:
-        members = neighbors.members_of(session, session_id, 1)
-    own = [member for member in members if member.device_id == client.device_id]
-    return bool(own) and (flag == "" or bool(getattr(own[0], flag)))
-
-
 def test_a_device_answers_no_lie_and_the_round_goes_on_with_the_truth(
     deploy: Callable[..., Deployment], open_liar: Callable[[Deployment], LyingView]
 ) -> None:
     made = deploy(worker_poll_s=0.02)
-    session_id = session_of(made, DEVICES, 4, step_s=60.0, min_cohort=4)
     liar = open_liar(made)
     made.device("victim").close()
     policy = SecureAggregation(4, frozenset(), {"loss"}, neighbors=True, corrupt_fraction=0.2)
     others = [made.device(f"device-{index}") for index in range(DEVICES - 1)]
+    session_id = session_of(made, DEVICES, 4, min_cohort=4)
     home = made.folder / "victim"
     with Client(
         home=home, address=liar.address, insecure=True, secure_aggregation=policy
@@ -270,8 +256,8 @@ def test_a_device_refuses_neighbors_that_its_policy_does_not_allow(
 def test_two_updates_are_never_masked_alike(deploy: Callable[..., Deployment]) -> None:
     """After a crash between masking and keeping an update, the device leaves the round alone."""
     made = deploy(worker_poll_s=0.02)
-    session_id = session_of(made, 5, 4)
     clients = [made.device(f"device-{index}") for index in range(5)]
+    session_id = session_of(made, 5, 4)
     take_step(made, session_id, clients, "")
     take_step(made, session_id, clients, "has_shares")
     task = until(clients[0], session_id, lambda task: task.kind is TaskKind.TRAIN)

@@ -2,19 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import pytest
+from sqlalchemy.orm import Session
 
 from qflare.evidence.verification import VerificationError, verify_bundle
 from qflare.v1 import training_pb2, verification_pb2
 from qflare_client import Client
 from qflare_client.tasks import Task, TaskKind
 from qflare_server.context import utc_now
-from qflare_server.storage.repository import neighbors
+from qflare_server.storage.repository import neighbors, training_sessions
 from qflare_server.storage.repository.neighbors import StoredMember
 from qflare_server.verification.recomputation import recompute_version
 from tests.integration.conftest import Deployment
@@ -29,7 +30,7 @@ def session_of(
     target: int,
     quorum: int,
     *,
-    step_s: float = 5.0,
+    step_s: float = 60.0,
     deadline_s: float = 60.0,
     **policy: Any,
 ) -> str:
@@ -126,32 +127,35 @@ def bundle_of(made: Deployment, session_id: str) -> verification_pb2.Verificatio
     return bundle
 
 
-def run_round(
-    made: Deployment, session_id: str, count: int, silent: Collection[int] = ()
-) -> dict[int, Any]:
-    """Run a round; silent devices only advertise and send shares. Return the changes of the others."""
-    clients = [made.device(f"device-{index}") for index in range(count)]
-    changes: dict[int, Any] = {}
+def finish(made: Deployment, session_id: str, clients: Sequence[Client]) -> None:
+    """Poll until the sums of all groups are opened, or the groups aborted."""
 
-    def work(index: int) -> None:
-        if index in silent:
-            until(clients[index], session_id, lambda task: task.kind is TaskKind.TRAIN)
-            return
-        train(clients[index], session_id, index, changes)
-        until(clients[index], session_id, lambda task: task.kind is TaskKind.DONE)
+    def has_ended() -> bool:
+        with made.coordinator.parts.database.read() as session:
+            return all(group.has_ended for group in neighbors.groups_of(session, session_id, 1))
 
-    together(work, count)
-    return changes
+    end = time.monotonic() + TIMEOUT_S
+    while not has_ended():
+        assert time.monotonic() < end, "the groups did not end"
+        for client in clients:
+            client.get_task(session_id)
 
 
 def test_groups_are_opened_alone_and_their_transcripts_verify_offline(
     deploy: Callable[..., Deployment],
 ) -> None:
     made = deploy(worker_poll_s=0.02)
-    session_id = session_of(made, 10, 8, deadline_s=10.0, group_size=5)
-    changes = run_round(made, session_id, 10, silent={3})
-    with made.device("reader") as reader:
-        model = wait_for_version(reader, session_id, 1)
+    clients = [made.device(f"device-{index}") for index in range(10)]
+    session_id = session_of(made, 10, 8, group_size=5)
+    changes: dict[int, Any] = {}
+    take_step(made, session_id, clients, "")
+    take_step(made, session_id, clients, "has_shares")
+    for index in range(1, 10):
+        train(clients[index], session_id, index, changes)
+    expire(made, session_id)
+    take_step(made, session_id, clients[1:], "has_confirmed")
+    finish(made, session_id, clients[1:])
+    model = wait_for_version(clients[0], session_id, 1)
     got = model.arrays["w"].astype(float) - WEIGHTS["w"]
     assert np.abs(got - mean_of(changes, "w")).max() < 1e-5
     assert len(model.statement.unmasking.answer_digests) == 2
@@ -173,35 +177,25 @@ def test_groups_are_opened_alone_and_their_transcripts_verify_offline(
     refused(lambda other: other.unmasking.groups.append(other.unmasking.groups[0]))
 
 
-@pytest.mark.parametrize("stage", ["share", "train", "confirm"])
-def test_a_device_may_drop_out_at_any_stage(deploy: Callable[..., Deployment], stage: str) -> None:
-    made = deploy(worker_poll_s=0.02)
-    # Only what a silent device delays is short: the step that it leaves out, or the round.
-    deadline_s = 8.0 if stage == "train" else 60.0
-    session_id = session_of(made, 6, 4, step_s=3.0, deadline_s=deadline_s)
-    clients = [made.device(f"device-{index}") for index in range(6)]
-    changes: dict[int, Any] = {}
-    joined = threading.Barrier(6)
+def expire_groups(made: Deployment, session_id: str) -> None:
+    """End the time of the step that the groups wait for."""
+    now = utc_now()
 
-    def work(index: int) -> None:
-        client = clients[index]
-        client.get_task(session_id)
-        joined.wait()
-        if index == 0 and stage == "share":
-            return
-        if index == 0 and stage == "train":
-            until(client, session_id, lambda task: task.kind is TaskKind.TRAIN)
-            return
-        train(client, session_id, index, changes)
-        if index == 0 and stage == "confirm":
-            return
-        until(client, session_id, lambda task: task.kind is TaskKind.DONE)
+    def work(session: Session) -> None:
+        for group in neighbors.groups_of(session, session_id, 1):
+            neighbors.update_group(session, session_id, 1, group.number, {"deadline_at": now})
 
-    together(work, 6)
-    model = wait_for_version(clients[1], session_id, 1)
-    got = model.arrays["w"].astype(float) - WEIGHTS["w"]
-    assert np.abs(got - mean_of(changes, "w")).max() < 1e-5
-    assert model.statement.contributor_count == len(changes)
+    made.coordinator.parts.database.write(work)
+    made.coordinator.parts.context.wake()
+
+
+def expire(made: Deployment, session_id: str) -> None:
+    """End the time of the round."""
+    values = {"deadline_at": utc_now()}
+    made.coordinator.parts.database.write(
+        lambda session: training_sessions.update_round(session, session_id, 1, values)
+    )
+    made.coordinator.parts.context.wake()
 
 
 def members_of(made: Deployment, session_id: str) -> Sequence[StoredMember]:
@@ -224,10 +218,40 @@ def _has_sent(made: Deployment, session_id: str, client: Client, flag: str, _tas
     return has_sent(made, session_id, client, flag)
 
 
+@pytest.mark.parametrize("stage", ["share", "train", "confirm", "reveal"])
+def test_a_device_may_drop_out_at_any_stage(deploy: Callable[..., Deployment], stage: str) -> None:
+    made = deploy(worker_poll_s=0.02)
+    clients = [made.device(f"device-{index}") for index in range(6)]
+    session_id = session_of(made, 6, 4)
+    changes: dict[int, Any] = {}
+    take_step(made, session_id, clients, "")
+
+    def going(at: str) -> list[Client]:
+        """Return the devices that are there; end the step when the others have done it."""
+        order = ["share", "train", "confirm", "reveal"]
+        return clients[1:] if order.index(at) >= order.index(stage) else clients
+
+    take_step(made, session_id, going("share"), "has_shares")
+    if stage == "share":
+        expire_groups(made, session_id)
+    for client in going("train"):
+        train(client, session_id, clients.index(client), changes)
+    if stage == "train":
+        expire(made, session_id)
+    take_step(made, session_id, going("confirm"), "has_confirmed")
+    if stage == "confirm":
+        expire_groups(made, session_id)
+    take_step(made, session_id, going("reveal"), "has_revealed")
+    model = wait_for_version(clients[1], session_id, 1)
+    got = model.arrays["w"].astype(float) - WEIGHTS["w"]
+    assert np.abs(got - mean_of(changes, "w")).max() < 1e-5
+    assert model.statement.contributor_count == len(changes)
+
+
 def test_a_group_that_loses_too_many_is_aborted_alone(deploy: Callable[..., Deployment]) -> None:
     made = deploy(worker_poll_s=0.02)
-    session_id = session_of(made, 10, 5, deadline_s=8.0, group_size=5)
     clients = [made.device(f"device-{index}") for index in range(10)]
+    session_id = session_of(made, 10, 5, group_size=5)
     take_step(made, session_id, clients, "")
     take_step(made, session_id, clients, "has_shares")
     groups = {item.device_id: item.group_number for item in members_of(made, session_id)}
@@ -236,11 +260,10 @@ def test_a_group_that_loses_too_many_is_aborted_alone(deploy: Callable[..., Depl
     for index in range(10):
         if index not in first[:2]:
             train(clients[index], session_id, index, changes)
-
-    together(
-        lambda index: until(clients[index], session_id, lambda task: task.kind is TaskKind.DONE),
-        10,
-    )
+    expire(made, session_id)
+    second = [clients[index] for index in range(10) if index not in first]
+    take_step(made, session_id, second, "has_confirmed")
+    finish(made, session_id, second)
     model = wait_for_version(clients[0], session_id, 1)
     kept = {index: change for index, change in changes.items() if index not in first}
     got = model.arrays["w"].astype(float) - WEIGHTS["w"]
@@ -258,7 +281,7 @@ def test_coordinator_and_devices_restart_at_every_stage(
     deploy: Callable[..., Deployment],
 ) -> None:
     made = deploy(worker_poll_s=0.02, lease_s=1.0)
-    session_id = session_of(made, 4, 4, step_s=60.0, corrupt_fraction=0.1)
+    session_id = session_of(made, 4, 4, corrupt_fraction=0.1)
     for index in range(4):
         made.device(f"device-{index}").close()
     changes: dict[int, Any] = {}
