@@ -16,6 +16,8 @@ MOTO_VENV := .venv-moto
 MOTO_INSTALLED := $(MOTO_VENV)/.installed
 FRAMEWORKS_VENV := .venv-frameworks
 FRAMEWORKS_INSTALLED := $(FRAMEWORKS_VENV)/.installed
+FLOWER_PYTORCH_VENV := .venv-flower-pytorch
+FLOWER_PYTORCH_INSTALLED := $(FLOWER_PYTORCH_VENV)/.installed
 AUDIT_VENV := .venv-audit
 AUDIT_INSTALLED := $(AUDIT_VENV)/.installed
 
@@ -77,10 +79,10 @@ $(call share_environment,$(1))
 $(1)/bin/python -m pip install --quiet 'qflare[flower]' 'flwr==$(2)'
 endef
 
-# $(1): environment that has the packages of $(VENV), unless it has other versions itself.
+# $(1): environment that has the packages of $(2), by default of $(VENV), unless it has other versions itself.
 define share_environment
 test -x $(1)/bin/python || "$(PYTHON)" -m venv $(1)
-@for folder in $(CURDIR)/$(VENV)/lib/python*/site-packages; do \
+@for folder in $(CURDIR)/$(or $(2),$(VENV))/lib/python*/site-packages; do \
 	echo "import site; site.addsitedir('$$folder')" >"$(1)/lib/$$(basename "$$(dirname "$$folder")")/site-packages/shared.pth"; \
 done
 endef
@@ -104,9 +106,15 @@ $(MOTO_INSTALLED): Makefile
 
 $(FRAMEWORKS_INSTALLED): setup.cfg Makefile
 	test -x $(FRAMEWORKS_VENV)/bin/python || "$(PYTHON)" -m venv $(FRAMEWORKS_VENV)
-	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
 	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet --editable \
 		'.[server,lightning,transformers,keras,flax,test]'
+	@touch $@
+
+# Flower beside PyTorch, for the app that `flwr new` writes for it.
+$(FLOWER_PYTORCH_INSTALLED): $(FRAMEWORKS_INSTALLED) $(FLOWER_VENV)/.installed Makefile
+	$(call share_environment,$(FLOWER_PYTORCH_VENV),$(FRAMEWORKS_VENV))
+	$(FLOWER_PYTORCH_VENV)/bin/python -m pip install --quiet 'qflare[flower]' 'flwr==$(FLOWER_VERSION)'
 	@touch $@
 
 $(PROTOC_INSTALLED): Makefile
@@ -278,7 +286,7 @@ test-all: $(INSTALLED) $(FLOWER_INSTALLED) $(NOTEBOOKS_INSTALLED) $(MOTO_INSTALL
 	exit $$failed
 
 # Deprecation warnings of the frameworks change with their releases, which are not pinned.
-test-frameworks: $(FRAMEWORKS_INSTALLED) ## test the adapters and examples of Lightning, Transformers, Keras and Flax; not part of CI
+test-frameworks: $(FRAMEWORKS_INSTALLED) $(FLOWER_PYTORCH_INSTALLED) ## test the adapters and examples of Lightning, Transformers, Keras and Flax, and Flower's app for PyTorch; not part of CI
 	KERAS_BACKEND=jax $(FRAMEWORKS_VENV)/bin/python -m pytest tests/frameworks -m frameworks -W default $(PYTEST_ARGS)
 
 check: check-protos lint lint-deploy type test-all ## run everything that CI runs

@@ -17,8 +17,10 @@
 Everything public is a name of this package; its modules are private. The error hierarchy is in `qflare_client.errors`.
 """
 
+from qflare.analytics.queries import Query
 from qflare.crypto.signing import Algorithm
 from qflare_client.access.enrollment import enroll
+from qflare_client.analytics import Analytics
 from qflare_client.client import Client
 from qflare_client.errors import (
     AlgorithmNotAcceptedError,
@@ -77,6 +79,7 @@ from qflare_client.rpc.retry import RetryPolicy
 from qflare_client.rpc.tls import Tls
 from qflare_client.secure_aggregation import SecureAggregation
 from qflare_client.tasks import (
+    AnalyticsTask,
     Heartbeat,
     Task,
     TaskKind,
@@ -90,6 +93,8 @@ from qflare_client.trust.evidence import Evidence, UpdateEvidence
 __all__ = [
     "Algorithm",
     "AlgorithmNotAcceptedError",
+    "Analytics",
+    "AnalyticsTask",
     "AuditHead",
     "AuthenticationError",
     "BusyError",
@@ -124,6 +129,7 @@ __all__ = [
     "ProxyRefusedError",
     "PulledTask",
     "QflareClientError",
+    "Query",
     "Receipt",
     "RejectedError",
     "RepeatedTaskError",

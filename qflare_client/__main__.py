@@ -39,6 +39,7 @@ from qflare.crypto.signing import (
 from qflare.files import private_opener
 from qflare.terminal import LogFormatter, printable, say, show_uncaught
 from qflare_client.access.enrollment import enroll, read_bundle
+from qflare_client.analytics import Analytics
 from qflare_client.client import Client
 from qflare_client.errors import InvalidArgumentError
 from qflare_client.failures import report
@@ -60,9 +61,9 @@ _EXAMPLES = """\
 examples:
   qflare-client init first-project
   qflare-client enroll bundle.json --home device1 --device-type hospital_server
-  qflare-client run mytraining:train --home device1 --training-session ID
+  qflare-client run mytraining:train --home device1 --training-session digits
   qflare-client status --home device1
-  qflare-client evidence ID --home device1 --output evidence.json
+  qflare-client evidence digits --home device1 --output evidence.json
   qflare-client verify evidence.json --root-key-id HEX --model final.safetensors
 
 The folder in --home (or QFLARE_HOME) holds the device's private keys: keep it on this device. A passphrase
@@ -235,7 +236,11 @@ def _add_run(commands: Any) -> None:
     parser.add_argument(
         "--no-evaluation", action="store_true", help="of a Flower app: evaluate no version"
     )
-    parser.add_argument("--training-session", metavar="ID", help="training session; default: any")
+    parser.add_argument(
+        "--training-session",
+        metavar="SESSION",
+        help="training session: id, beginning of an id, or name; default: any",
+    )
     parser.add_argument(
         "--patience",
         type=seconds(0),
@@ -248,6 +253,20 @@ def _add_run(commands: Any) -> None:
         choices=("stop", "continue"),
         default="stop",
         help="whether a failed training or evaluation ends the command (%(default)s)",
+    )
+    parser.add_argument(
+        "--analytics",
+        action="append",
+        default=[],
+        metavar="COLUMN=MODULE:FUNCTION",
+        type=_column,
+        help="returns the values of a column for federated analytics; repeatable",
+    )
+    parser.add_argument(
+        "--analytics-policy",
+        type=Path,
+        metavar="FILE",
+        help="which queries this device answers (TOML, see docs/analytics.md)",
     )
     _add_connection(parser)
 
@@ -272,7 +291,9 @@ def _add_evidence(commands: Any) -> None:
         "Export evidence with which an auditor can verify a training session's versions offline.",
         "ID --home device1 --output evidence.json",
     )
-    parser.add_argument("training_session", metavar="ID", help="training session")
+    parser.add_argument(
+        "training_session", metavar="SESSION", help="id, beginning of an id, or name"
+    )
     parser.add_argument("--output", type=Path, default=Path("evidence.json"), help="output file")
     _add_connection(parser)
 
@@ -330,18 +351,25 @@ def _rotate(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     train, evaluate = _trainers(options)
+    if bool(options.analytics) != (options.analytics_policy is not None):
+        raise InvalidArgumentError("--analytics and --analytics-policy are given together")
+    policy = None
+    if options.analytics_policy is not None:
+        policy = Analytics.from_file(options.analytics_policy)
     stop = threading.Event()
     on_signals((signal.SIGTERM,), stop.set)
-    with _client(options) as client:
+    named = options.training_session
+    with _client(options, policy) as client:
         summary = run(
             client,
             train,
             evaluate=evaluate,
-            training_session_id=options.training_session,
+            training_session_id=named and client.find_session(named),
             stop=stop,
             patience_s=options.patience,
             on_receipt=_say_receipt,
             on_failure=options.on_failure,
+            analytics=dict(options.analytics),
         )
     say(_summary(summary))
 
@@ -379,6 +407,11 @@ def _say_receipt(receipt: Receipt) -> None:
 
 def _summary(summary: RunSummary) -> str:
     failed = f"{summary.failure_count} failures, " if summary.failure_count else ""
+    answered = summary.answer_count or summary.refused_query_count
+    if answered:
+        failed += (
+            f"{summary.answer_count} queries answered, {summary.refused_query_count} refused, "
+        )
     return (
         f"{summary.update_count} updates accepted, {summary.late_count} too late, "
         f"{summary.evaluation_count} evaluations, {failed}last version {summary.last_version}"
@@ -402,7 +435,7 @@ def _status(options: argparse.Namespace) -> None:
 
 def _evidence(options: argparse.Namespace) -> None:
     with _client(options) as client:
-        evidence = client.evidence(options.training_session)
+        evidence = client.evidence(client.find_session(options.training_session))
     with open(options.output, "w", opener=private_opener) as file:  # Path.open has no opener
         file.write(evidence.to_json())
     say(f"{options.output}: {len(evidence.statements)} versions")
@@ -430,7 +463,7 @@ def _verify(options: argparse.Namespace) -> None:
         say(f"verified: {sentence}")
 
 
-def _client(options: argparse.Namespace) -> Client:
+def _client(options: argparse.Namespace, analytics: Analytics | None = None) -> Client:
     return Client(
         home=options.home,
         address=options.address,
@@ -438,6 +471,7 @@ def _client(options: argparse.Namespace) -> Client:
         tls=_tls(options),
         insecure=options.insecure,
         progress=ProgressBar(),
+        analytics=analytics,
     )
 
 
@@ -496,6 +530,14 @@ def _function(text: str) -> Callable[..., Any]:
     if not callable(function):
         raise argparse.ArgumentTypeError(f"{text} is not a function")
     return function
+
+
+def _column(text: str) -> tuple[str, Callable[..., Any]]:
+    """Import the function of a column given as column=module:function."""
+    column, equals, function = text.partition("=")
+    if not (column and equals):
+        raise argparse.ArgumentTypeError(f"{text}: want COLUMN=MODULE:FUNCTION")
+    return column, _function(function)
 
 
 def _where(error: Exception) -> str:

@@ -11,14 +11,18 @@ The client handles login, token refresh, retries, resumption and verification; t
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from qflare.analytics.answers import InvalidValuesError
+from qflare.analytics.answers import answer as answer_of
+from qflare.analytics.queries import TENSOR
 from qflare.crypto.signing import Algorithm
 from qflare.evidence.unmasking import Masking
+from qflare.references import is_whole_id
 from qflare.tensors import Array
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
@@ -26,12 +30,15 @@ from qflare.v1 import device_pb2, security_pb2, training_pb2
 from qflare_client import arguments
 from qflare_client.access.login import Login
 from qflare_client.access.rotation import pending_identity, rotate, settle
+from qflare_client.analytics import Analytics
 from qflare_client.errors import (
     FailedPreconditionError,
+    InsufficientTaskError,
     InvalidArgumentError,
     InvalidStatementError,
     QflareClientError,
     RejectedError,
+    TrainingFunctionError,
 )
 from qflare_client.keystore.identity import Identity
 from qflare_client.keystore.passphrase import secret_coding
@@ -53,6 +60,7 @@ from qflare_client.models.local_tensors import LocalTensors
 from qflare_client.models.neighbor_rounds import STEPS, GroupAbandonedError, NeighborRounds
 from qflare_client.models.outbox import Outbox
 from qflare_client.models.privacy_ledger import PrivacyLedger
+from qflare_client.models.query_ledger import QueryLedger
 from qflare_client.models.relay import SignedUpdate, submit_all
 from qflare_client.models.sender import UpdateSender
 from qflare_client.models.submission import (
@@ -71,7 +79,7 @@ from qflare_client.rpc.retry import RetryPolicy
 from qflare_client.rpc.tls import Tls, trusting
 from qflare_client.rpc.transport import Transport
 from qflare_client.secure_aggregation import SecureAggregation, require_pinned
-from qflare_client.tasks import Heartbeat, Task, TaskKind, TrainingDefaults
+from qflare_client.tasks import AnalyticsTask, Heartbeat, Task, TaskKind, TrainingDefaults
 from qflare_client.trust.audit_head import AuditHead, read_head
 from qflare_client.trust.evidence import Evidence, UpdateEvidence
 from qflare_client.trust.keyset import Trust
@@ -106,6 +114,7 @@ class Client:
         local_tensors: Patterns of the names of tensors that never leave this device, as of `fnmatch`, beside those of
             the training session; a version that holds one is not trained from.
         secure_aggregation: What tasks must require of secure aggregation; None trains for every signed task.
+        analytics: Which queries of federated analytics are answered; None answers none.
 
     Every method raises `InvalidArgumentError` for arguments that cannot be used, such as a version below 0, before
     anything is sent.
@@ -136,6 +145,7 @@ class Client:
         keep_updates: bool = True,
         local_tensors: Sequence[str] = (),
         secure_aggregation: SecureAggregation | None = None,
+        analytics: Analytics | None = None,
     ) -> None:
         flags = (insecure, proof_of_possession, require_pq_tls, error_feedback, keep_updates)
         for value, name in zip(flags, _FLAGS, strict=True):
@@ -145,6 +155,7 @@ class Client:
         self._secure_aggregation = arguments.optional(
             "secure_aggregation", secure_aggregation, SecureAggregation
         )
+        self._analytics = arguments.optional("analytics", analytics, Analytics)
         policy = arguments.optional("retry", retry, RetryPolicy) or RetryPolicy()
         self._progress = progress or silent
         known = arguments.optional("defaults", defaults, TrainingDefaults)
@@ -164,6 +175,7 @@ class Client:
             self._trust = Trust.load(self._store, self._open_calls)
             self._versions = AcceptedVersions(self._store)
             self._ledger = PrivacyLedger(self._store)
+            self._queries = QueryLedger(self._store)
             outbox = Outbox(self._store) if keep_updates else None
             self._login = Login(
                 self._open_calls,
@@ -228,6 +240,11 @@ class Client:
         return self._login.identity.device_id
 
     @property
+    def answers_queries(self) -> bool:
+        """Whether this device has a policy for queries of federated analytics."""
+        return self._analytics is not None
+
+    @property
     def realm(self) -> str:
         """Name of the deployment."""
         return self._login.identity.realm
@@ -237,6 +254,7 @@ class Client:
         training_session_id: str | None = None,
         *,
         trains_only: bool = False,
+        answers_queries: bool = False,
         timeout_s: float | None = None,
     ) -> Task:
         """Fetch the next task.
@@ -244,6 +262,7 @@ class Client:
         Args:
             training_session_id: Training session to work for; None means any.
             trains_only: Request no evaluation tasks.
+            answers_queries: Request tasks with a query of federated analytics too; they are for `answer`.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
         Raises:
@@ -255,6 +274,7 @@ class Client:
             messages.GetTaskRequest,
             training_session_id=arguments.session_id(training_session_id, ""),
             trains_only=arguments.flag("trains_only", trains_only),
+            answers_queries=arguments.flag("answers_queries", answers_queries),
         )
         answer = self._calls.unary(self._stub.GetTask, request, timeout_s=timeout_s)
         statement, masking = security_pb2.TaskStatement(), None
@@ -266,7 +286,10 @@ class Client:
             if self._feedback:
                 self._feedback.forget(training_session_id)
         task = Task.from_proto(answer, statement, self._defaults, masking)
-        self._require_secure(task)
+        if task.analytics is None:
+            self._require_secure(task)
+        elif not answers_queries:
+            raise InvalidStatementError("the task is a query, which this device did not ask for")
         if answer.kind in STEPS or answer.HasField("neighbors"):
             return self._with_neighbors(task, answer, masking)
         return task
@@ -438,10 +461,69 @@ class Client:
         contribution = self._contribution(task, base, arrays, example_count, metrics)
         return self._sender.submit(task, contribution, privacy, timeout_s)
 
+    def require_query(self, task: Task) -> AnalyticsTask:
+        """Return the query of a task, if this device's policies allow an answer.
+
+        Raises:
+            InvalidArgumentError: The task has no query.
+            InsufficientTaskError: A policy does not allow it, or there is none for queries.
+        """
+        asked = arguments.instance("task", task, Task).analytics
+        if asked is None:
+            raise InvalidArgumentError("task: it has no query of federated analytics")
+        if self._analytics is None:
+            raise InsufficientTaskError(
+                "this device has no policy for queries: see Client(analytics=...)"
+            )
+        self._analytics.require(task)
+        self._require_secure(task)
+        return asked
+
+    def answer(
+        self, task: Task, values: Iterable[Any], *, timeout_s: float | None = None
+    ) -> Receipt:
+        """Answer a query of federated analytics with the values of its column.
+
+        The vector that leaves this device is computed here; it is masked if the task requires it. Its epsilon counts
+        toward the budget of the device's policy.
+
+        Args:
+            task: A task with a query, from `get_task(answers_queries=True)`.
+            values: Numbers of any shape, of which NaN counts as missing; for a query of labels, one label for each.
+            timeout_s: Deadline of each attempt, in seconds; None means the client's.
+
+        Raises:
+            TrainingFunctionError: The values are no numbers.
+            InsufficientTaskError: A policy of this device does not allow the query.
+            PrivacyBudgetExceededError: It would exceed the budget of the device's policy.
+            RoundNotOpenError: The query accepts no more answers.
+            QflareClientError: The call failed.
+        """
+        query = self.require_query(task).query
+        if timeout_s is not None:
+            arguments.positive("timeout_s", timeout_s)
+        assert self._analytics is not None
+        try:
+            vector = answer_of(query, values)
+        except InvalidValuesError as error:
+            raise TrainingFunctionError(f"column {query.column!r}: {error}") from error
+        base = self.download_base(task, timeout_s=timeout_s)
+        if base.manifest.layout_digest != query.manifest().layout_digest:
+            raise InvalidStatementError("the query has another layout of answers")
+        self._queries.record(task, self._analytics.budget)
+        arrays = {TENSOR: base.arrays[TENSOR] + vector}
+        return self._sender.submit(task, Contribution(base, arrays, 1, {}), None, timeout_s)
+
+    def analytics_epsilon(self) -> float:
+        """Return the sum of the epsilons of all queries that this device has answered."""
+        return self._queries.spent
+
     def _contribution(
         self, task: Task, base: GlobalModel, arrays: Any, example_count: int, metrics: Any
     ) -> Contribution:
         self._require_secure(task)
+        if task.analytics is not None:
+            raise InvalidArgumentError("task: it is a query, for Client.answer")
         local: Mapping[str, Array] = {}
         if isinstance(arrays, Mapping):
             arrays, local = self._local.split(task, arrays)
@@ -633,6 +715,25 @@ class Client:
         answer = self._calls.unary(self._stub.Heartbeat, request, timeout_s=timeout_s)
         self._trust.at_least(answer.keyset_version)
         return Heartbeat.from_proto(answer)
+
+    def find_session(self, reference: str, *, timeout_s: float | None = None) -> str:
+        """Return the id of the training session that a reference means to this device.
+
+        Args:
+            reference: Id, beginning of an id (4 characters or more), or name, of a training session in which the
+                device may take part. A whole id is not looked up.
+            timeout_s: Deadline of each attempt, in seconds; None means the client's.
+
+        Raises:
+            NotFoundError: There is no such training session.
+            InvalidRequestError: There are several; the message lists them.
+            QflareClientError: The call failed.
+        """
+        if is_whole_id(arguments.text("reference", reference)):
+            return reference
+        request = arguments.message(messages.FindTrainingSessionRequest, reference=reference)
+        answer = self._calls.unary(self._stub.FindTrainingSession, request, timeout_s=timeout_s)
+        return answer.training_session_id
 
     def lineage(
         self,

@@ -25,13 +25,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
+from qflare.analytics.queries import Query
 from qflare.tensors import Array
 from qflare_client import arguments
 from qflare_client.client import Client
 from qflare_client.errors import (
     DuplicateUpdateError,
     FailedPreconditionError,
+    InsufficientTaskError,
+    InvalidArgumentError,
     NotFoundError,
+    PrivacyBudgetExceededError,
     QflareClientError,
     RejectedError,
     RepeatedTaskError,
@@ -60,6 +64,9 @@ EvaluateFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask], tuple[int, Mapping[str, float]]
 ]
 """Maps a copy of a version's arrays and the settings to (example count, metrics)."""
+
+QueryFunction: TypeAlias = Callable[[Query], Iterable[Any]]
+"""Maps a query of federated analytics to the values of its column: numbers, or one label for each value."""
 
 OnFailure: TypeAlias = Literal["stop", "continue"]
 """Whether a failure of a function ends the loop."""
@@ -106,6 +113,12 @@ class RunSummary:
     failure_count: int = 0
     """Number of failed trainings and evaluations after which the loop continued."""
 
+    answer_count: int = 0
+    """Number of answered queries of federated analytics."""
+
+    refused_query_count: int = 0
+    """Number of queries that a policy of the device did not allow, or whose column it does not have."""
+
 
 def run(
     client: Client,
@@ -118,6 +131,7 @@ def run(
     privacy: LocalPrivacy | None = None,
     on_receipt: Callable[[Receipt], None] | None = None,
     on_failure: OnFailure = "stop",
+    analytics: Mapping[str, QueryFunction] | None = None,
 ) -> RunSummary:
     """Participate until the training session ends or `stop` is set.
 
@@ -134,6 +148,8 @@ def run(
         on_failure: After an exception of `train` or `evaluate`, or a result that cannot be sent, which is reported to
             the coordinator in either case: "stop" raises it; "continue" logs it and asks for the next task after a
             pause of 1 s, twice as long after each failure in a row, 256 s at most.
+        analytics: Returns the values of each column that queries may ask for; the client needs a policy for queries. A
+            query that the policy does not allow is refused, logged and reported, and the loop goes on.
 
     Closing the client, from any thread, ends the loop as well.
 
@@ -152,6 +168,7 @@ def run(
     arguments.check_callable("evaluate", evaluate, is_optional=True)
     arguments.check_callable("on_receipt", on_receipt, is_optional=True)
     arguments.one_of("on_failure", on_failure, _ON_FAILURE)
+    columns = _checked_columns(client, analytics)
     with lifetime.bounded(stop, patience_s) as bounds:
         loop = _Loop(
             client,
@@ -162,6 +179,7 @@ def run(
             on_receipt,
             bounds,
             continues=on_failure == "continue",
+            columns=columns,
         )
         _take_part(loop, lifetime, bounds)
     return loop.summary
@@ -211,6 +229,7 @@ class _Loop:
         bounds: Bounds,
         *,
         continues: bool,
+        columns: Mapping[str, QueryFunction],
     ) -> None:
         self.summary = RunSummary()
         self.is_done = False
@@ -225,11 +244,20 @@ class _Loop:
         self._late_in_a_row = 0
         self._continues = continues
         self._failed_in_a_row = 0
+        self._columns = columns
+        self._refused_query = ""
+        self._was_refused = False
 
     def step(self) -> float:
         """Send kept updates, fetch a task, execute it, and return the pause before the next poll in seconds."""
         self._settle(self._client.send_kept())
-        task = self._client.get_task(self._training_session_id, trains_only=self._evaluate is None)
+        answers = bool(self._columns) and not self._was_refused
+        self._was_refused = False
+        task = self._client.get_task(
+            self._training_session_id,
+            trains_only=self._evaluate is None,
+            answers_queries=answers,
+        )
         self.is_done = task.kind is TaskKind.DONE
         return 0.0 if self.is_done else self._handle_task(task)
 
@@ -249,6 +277,8 @@ class _Loop:
     def _handle_task(self, task: Task) -> float:
         """Execute a task and return the pause before the next poll in seconds."""
         try:
+            if task.analytics is not None:
+                return self._answer(task, task.analytics.query)
             if task.kind is TaskKind.TRAIN:
                 self._take_part(task)
                 self._late_in_a_row = self._failed_in_a_row = 0
@@ -314,6 +344,37 @@ class _Loop:
         self._held = None
         return dict(base.arrays), replace(base, arrays={})
 
+    def _answer(self, task: Task, query: Query) -> float:
+        """Answer a query, or refuse it: the next poll is then for other work, which the query must not keep away."""
+        try:
+            self._client.require_query(task)
+            if query.column not in self._columns:
+                raise InsufficientTaskError(f"there is no column {query.column[:100]!r}")  # noqa: TRY301
+            with self._failures_reported(task):
+                values = self._columns[query.column](query)
+            self._bounds.seen()
+            with self._failures_reported(task, TrainingFunctionError):
+                receipt = self._client.answer(task, values)
+        except (InsufficientTaskError, PrivacyBudgetExceededError) as error:
+            self._refuse(task, error)
+            return _LEAST_POLL_DELAY_S
+        self._failed_in_a_row = 0
+        self.summary.answer_count += 1
+        self._on_receipt(receipt)
+        return 0.0
+
+    def _refuse(self, task: Task, error: QflareClientError) -> None:
+        self._was_refused = True
+        if self._refused_query == task.nonce:
+            return
+        self._refused_query = task.nonce
+        self.summary.refused_query_count += 1
+        _log.warning("query refused: %s", error)
+        try:
+            self._client.report_failure(task, "QueryRefused", timeout_s=_REPORT_TIMEOUT_S)
+        except QflareClientError as unsent:
+            _log.warning("refusal not reported: %s", unsent)
+
     def _measure(self, task: Task) -> float:
         if self._evaluate is None:
             return max(task.poll_delay_s, _LEAST_POLL_DELAY_S)
@@ -365,6 +426,31 @@ class _Loop:
             self._held = held
             self.summary.last_version = max(self.summary.last_version, held.version)
         return held
+
+
+def _checked_columns(
+    client: Client, analytics: Mapping[str, QueryFunction] | None
+) -> Mapping[str, QueryFunction]:
+    """Return the functions of columns by name.
+
+    Raises:
+        InvalidArgumentError: They are no functions by name, or the client has no policy for queries.
+    """
+    if analytics is None:
+        return {}
+    if not isinstance(analytics, Mapping):
+        raise InvalidArgumentError(
+            f"analytics: got {type(analytics).__name__}, want functions by name of their column"
+        )
+    for name, function in analytics.items():
+        arguments.check_callable(
+            f"analytics of {arguments.text('analytics', name)!r:.100}", function
+        )
+    if analytics and not client.answers_queries:
+        raise InvalidArgumentError(
+            "analytics: the client has no policy for queries: Client(analytics=...)"
+        )
+    return dict(analytics)
 
 
 def _described(error: Exception) -> tuple[str, str]:

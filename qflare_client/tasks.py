@@ -12,6 +12,7 @@ from typing import Final, Self
 
 import numpy as np
 
+from qflare.analytics.queries import InvalidQueryError, Query
 from qflare.evidence.unmasking import Masking
 from qflare.tensors import Array, DType, InvalidManifestError
 from qflare.tensors.encodings import Encoding
@@ -122,6 +123,39 @@ class TrainingTask:
 
 
 @dataclass(frozen=True)
+class AnalyticsTask:
+    """Query of federated analytics that a signed task asks a device to answer."""
+
+    query: Query
+    """What is asked."""
+
+    epsilon: float
+    """Epsilon of the result, above 0."""
+
+    delta: float
+    """Delta of the result, within (0, 1)."""
+
+    min_cohort: int
+    """Fewest answers in the result."""
+
+    @classmethod
+    def from_statement(cls, statement: security_pb2.TaskStatement) -> Self | None:
+        """Return the query of a verified task statement; None if it trains a model.
+
+        Raises:
+            UnsupportedTaskError: This SDK does not support the query.
+        """
+        if not statement.HasField("analytics"):
+            return None
+        message = statement.analytics
+        try:
+            query = Query.from_proto(message.query)
+        except InvalidQueryError as error:
+            raise UnsupportedTaskError(f"query: {error}") from error
+        return cls(query, message.epsilon, message.delta, message.min_cohort)
+
+
+@dataclass(frozen=True)
 class Task:
     """What to do next."""
 
@@ -160,6 +194,9 @@ class Task:
 
     answer: messages.GetTaskResponse | None = field(default=None, repr=False, compare=False)
     """The response, kept in rounds with neighbors, whose masks need what it shows of the group."""
+
+    analytics: AnalyticsTask | None = None
+    """Query to answer instead of training; None for none."""
 
     @property
     def download_encoding(self) -> Encoding:
@@ -210,6 +247,7 @@ class Task:
             nonce=statement.task_nonce or message.evaluation_nonce,
             masking=masking,
             answer=message if message.HasField("neighbors") else None,
+            analytics=AnalyticsTask.from_statement(statement),
         )
 
 

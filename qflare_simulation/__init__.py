@@ -20,6 +20,7 @@ from qflare_simulation.programs import ready, run_file
 from qflare_simulation.replay import ReplayedRound, replay
 from qflare_simulation.simulation import simulate
 from qflare_simulation.tables import COLUMNS
+from qflare_simulation.terminal import Progress
 
 __all__ = [
     "COLUMNS",
@@ -30,6 +31,7 @@ __all__ = [
     "Examples",
     "FederatedData",
     "History",
+    "Progress",
     "ReplayedRound",
     "SimulationConfig",
     "SimulationError",

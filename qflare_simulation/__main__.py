@@ -161,11 +161,8 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _simulated(path: Path, options: argparse.Namespace, folder: Path | None = None) -> History:
-    progress = Progress(path.stem)
-    try:
+    with Progress(path.stem) as progress:
         return run_file(path, folder=folder, notice=progress, **_overrides(options))
-    finally:
-        progress.close()
 
 
 def _run(options: argparse.Namespace) -> None:

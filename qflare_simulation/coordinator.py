@@ -23,6 +23,7 @@ from qflare_server.aggregation.aggregator import Aggregator
 from qflare_server.config import ServerConfig
 from qflare_server.errors import QflareError
 from qflare_server.keys.folder import KeyFolder
+from qflare_server.keys.secret_files import Cost
 from qflare_server.keys.setup import SetupOptions, initialize
 from qflare_server.serving.application import Application, open_application
 from qflare_server.storage.records import Round, TrainingSession
@@ -48,6 +49,8 @@ ADMIN: Final = Caller("system", "", "simulation")
 REALM: Final = ServerConfig.realm
 LIFETIME: Final = timedelta(days=36_500)
 """Of the keys: a database that was simulated in an earlier time is read today."""
+KEY_COST: Final = Cost(iterations=1, memory_kib=1024, lanes=1)
+"""Of the key files of a simulation: their passphrases are random and beside them, and their keys protect nobody."""
 MARKER: Final = "simulated"
 """File in the folder of a simulated coordinator, whose devices sign nothing."""
 DEVICES: Final = "devices"
@@ -67,7 +70,7 @@ class SimulatedCoordinator:
 
     def __init__(self, folder: Path, seed: int, *, is_kept: bool) -> None:
         config = ServerConfig(data_dir=folder, realm=REALM, require_signatures=False).checked()
-        keys = KeyFolder.from_config(config)
+        keys = dataclasses.replace(KeyFolder.from_config(config), cost=KEY_COST)
         if not keys.is_empty():
             raise SimulationError(f"{folder}: holds a coordinator already; choose an empty folder")
         initialize(
@@ -164,16 +167,18 @@ class SimulatedCoordinator:
             asked = training_sessions.list_asked(session, self.session_id, self.clock())
         return [index for index in devices if device_id(index) in asked]
 
-    def record_late(self, index: int, round_number: int) -> None:
-        """Count a device whose update came after its round had closed."""
-        named = self.session_id, round_number
+    def record_late(self, late: Sequence[tuple[int, int]]) -> None:
+        """Count devices, each with the number of its round, whose updates came after their rounds had closed."""
         at = self.clock()
 
         def work(session: Session) -> None:
-            training_sessions.lock_round(session, *named)
-            late_updates.record_late(session, *named, device_id(index), at)
+            for index, round_number in late:
+                named = self.session_id, round_number
+                training_sessions.lock_round(session, *named)
+                late_updates.record_late(session, *named, device_id(index), at)
 
-        self._application.database.write(work)
+        if late:
+            self._application.database.write(work)
 
     def brief(self, current: Round) -> Brief:
         """Return the work of a round; writes its base version to a file, as devices download it."""
@@ -379,4 +384,8 @@ def require_simulable(config: training_pb2.TrainingConfig) -> None:
     if config.HasField("secure_aggregation"):
         raise SimulationError(
             "secure_aggregation: masks are sealed to helpers, and a simulation has none; leave it out"
+        )
+    if config.HasField("analytics"):
+        raise SimulationError(
+            "analytics: devices answer queries by functions of their own, and simulated ones have none; leave it out"
         )

@@ -204,14 +204,14 @@ class Engine:
         while True:
             owner, current = self._coordinator.state()
             self._publish_seen(owner)
-            if owner.state in ENDED:
-                break
             self._notice(
                 owner.current_version,
                 owner.config.total_rounds,
                 current.accepted_count,
                 current.target,
             )
+            if owner.state in ENDED:
+                break
             self._step(owner, current)
         for version, result in self._measuring:
             self.course.evaluations[version] = result()
@@ -316,13 +316,17 @@ class Engine:
     def _take(self, owner: TrainingSession, current: Round, due: Sequence[Job]) -> None:
         self._coordinator.clock.advance(due[-1].at)
         self._idle.update(job.device for job in due)
-        answering = [job for job in due if self._answers(owner, current, job)]
+        late: list[tuple[int, int]] = []
+        answering = [job for job in due if self._answers(owner, current, job, late)]
+        self._coordinator.record_late(late)
         self._compute(answering, owner, current)
         self._submit(current, [(job, self._result(job)) for job in answering])
         self._drop_briefs(current)
 
-    def _answers(self, owner: TrainingSession, current: Round, job: Job) -> bool:
-        """Return whether a device's update may still count; count it otherwise."""
+    def _answers(
+        self, owner: TrainingSession, current: Round, job: Job, late: list[tuple[int, int]]
+    ) -> bool:
+        """Return whether a device's update may still count; count it otherwise, and add it to those that are late."""
         if job.is_lost:
             self.course.of(job.round_number).lost += 1
         elif not self._budgets.has_room(job.device):
@@ -330,7 +334,7 @@ class Engine:
         elif job.round_number != current.number and not is_asynchronous(owner.config):
             self.course.of(job.round_number).late += 1
             self._budgets.charge(job.device)  # the device has sent it
-            self._coordinator.record_late(job.device, job.round_number)
+            late.append((job.device, job.round_number))
         else:
             return True
         self._results.pop(job.order, None)

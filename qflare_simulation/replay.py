@@ -190,6 +190,10 @@ class _OverlaidStore:
         self._above = above
         self._added: set[str] = set()
 
+    def owner(self) -> str:
+        """Return the empty text: nothing is written below, so any copy of the database may be replayed."""
+        return ""
+
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
         """Write chunks to the upper store."""
         self._added.add(payload_id)

@@ -36,7 +36,7 @@ class _TaskKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskKind.Val
     TASK_KIND_WAIT: _TaskKind.ValueType  # 1
     """No task; poll again after poll_delay."""
     TASK_KIND_TRAIN: _TaskKind.ValueType  # 2
-    """Train from base_version and submit an update."""
+    """Train from base_version and submit an update; or answer the query of the signed task, if it has one."""
     TASK_KIND_EVALUATE: _TaskKind.ValueType  # 3
     """Evaluate base_version on held-out data and report the metrics."""
     TASK_KIND_DONE: _TaskKind.ValueType  # 4
@@ -58,7 +58,7 @@ TASK_KIND_UNSPECIFIED: TaskKind.ValueType  # 0
 TASK_KIND_WAIT: TaskKind.ValueType  # 1
 """No task; poll again after poll_delay."""
 TASK_KIND_TRAIN: TaskKind.ValueType  # 2
-"""Train from base_version and submit an update."""
+"""Train from base_version and submit an update; or answer the query of the signed task, if it has one."""
 TASK_KIND_EVALUATE: TaskKind.ValueType  # 3
 """Evaluate base_version on held-out data and report the metrics."""
 TASK_KIND_DONE: TaskKind.ValueType  # 4
@@ -453,19 +453,23 @@ class GetTaskRequest(_message.Message):
 
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
     TRAINS_ONLY_FIELD_NUMBER: _builtins.int
+    ANSWERS_QUERIES_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session to poll. Empty means any in which the device may take part."""
     trains_only: _builtins.bool
     """Whether the device only trains. If set, EVALUATE is never returned."""
+    answers_queries: _builtins.bool
+    """Whether the device answers queries of federated analytics. If not set, no task with a query is returned."""
     def __init__(
         self,
         *,
         training_session_id: _builtins.str = ...,
         trains_only: _builtins.bool = ...,
+        answers_queries: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["training_session_id", b"training_session_id", "trains_only", b"trains_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_queries", b"answers_queries", "training_session_id", b"training_session_id", "trains_only", b"trains_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1378,6 +1382,54 @@ class HeartbeatResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
+
+@_typing.final
+class FindTrainingSessionRequest(_message.Message):
+    """Finds a training session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    """Id, the first 4 characters of an id or more, or name. An id comes before a name."""
+    def __init__(
+        self,
+        *,
+        reference: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reference", b"reference"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindTrainingSessionRequest: _TypeAlias = FindTrainingSessionRequest  # noqa: Y015
+
+@_typing.final
+class FindTrainingSessionResponse(_message.Message):
+    """The only training session that a reference means to the device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    training_session_id: _builtins.str
+    """Id."""
+    name: _builtins.str
+    """Name."""
+    def __init__(
+        self,
+        *,
+        training_session_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "training_session_id", b"training_session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindTrainingSessionResponse: _TypeAlias = FindTrainingSessionResponse  # noqa: Y015
 
 @_typing.final
 class GetLineageRequest(_message.Message):

@@ -125,6 +125,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.HeartbeatRequest.SerializeToString,
                 response_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.HeartbeatResponse.FromString,
                 _registered_method=True)
+        self.FindTrainingSession = channel.unary_unary(
+                '/qflare.v1.CoordinatorService/FindTrainingSession',
+                request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.FindTrainingSessionRequest.SerializeToString,
+                response_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.FindTrainingSessionResponse.FromString,
+                _registered_method=True)
         self.GetLineage = channel.unary_unary(
                 '/qflare.v1.CoordinatorService/GetLineage',
                 request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.GetLineageRequest.SerializeToString,
@@ -269,6 +274,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindTrainingSession(self, request, context):
+        """Find a training session in which the device may take part: by id, beginning of an id, or name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetLineage(self, request, context):
         """Get the signed statements of consecutive versions.
         """
@@ -372,6 +384,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.Heartbeat,
                     request_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.HeartbeatRequest.FromString,
                     response_serializer=qflare_dot_v1_dot_coordinator__service__pb2.HeartbeatResponse.SerializeToString,
+            ),
+            'FindTrainingSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindTrainingSession,
+                    request_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.FindTrainingSessionRequest.FromString,
+                    response_serializer=qflare_dot_v1_dot_coordinator__service__pb2.FindTrainingSessionResponse.SerializeToString,
             ),
             'GetLineage': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLineage,
@@ -832,6 +849,33 @@ class CoordinatorService(object):
             '/qflare.v1.CoordinatorService/Heartbeat',
             qflare_dot_v1_dot_coordinator__service__pb2.HeartbeatRequest.SerializeToString,
             qflare_dot_v1_dot_coordinator__service__pb2.HeartbeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindTrainingSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qflare.v1.CoordinatorService/FindTrainingSession',
+            qflare_dot_v1_dot_coordinator__service__pb2.FindTrainingSessionRequest.SerializeToString,
+            qflare_dot_v1_dot_coordinator__service__pb2.FindTrainingSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

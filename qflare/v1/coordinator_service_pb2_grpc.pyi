@@ -61,6 +61,8 @@ class CoordinatorServiceStub:
     """Send what a device contributes to one step of secure aggregation with neighbors. A repeated call has no effect."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.HeartbeatRequest, _coordinator_service_pb2.HeartbeatResponse]
     """Report that the device is online, with its profile. Selection ignores the profile reported here."""
+    FindTrainingSession: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.FindTrainingSessionRequest, _coordinator_service_pb2.FindTrainingSessionResponse]
+    """Find a training session in which the device may take part: by id, beginning of an id, or name."""
     GetLineage: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetLineageRequest, _coordinator_service_pb2.GetLineageResponse]
     """Get the signed statements of consecutive versions."""
     GetContributionProof: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetContributionProofRequest, _coordinator_service_pb2.GetContributionProofResponse]
@@ -211,6 +213,14 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.HeartbeatResponse:
         """Report that the device is online, with its profile. Selection ignores the profile reported here."""
+
+    @_abc_1.abstractmethod
+    def FindTrainingSession(
+        self,
+        request: _coordinator_service_pb2.FindTrainingSessionRequest,
+        context: _grpc.ServicerContext,
+    ) -> _coordinator_service_pb2.FindTrainingSessionResponse:
+        """Find a training session in which the device may take part: by id, beginning of an id, or name."""
 
     @_abc_1.abstractmethod
     def GetLineage(

@@ -992,6 +992,7 @@ class TaskStatement(_message.Message):
     DEVICE_TRAINING_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     MASKING_FIELD_NUMBER: _builtins.int
+    ANALYTICS_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -1022,6 +1023,10 @@ class TaskStatement(_message.Message):
     def masking(self) -> Global___MaskingTask:
         """Masking of updates. Absent without secure aggregation."""
 
+    @_builtins.property
+    def analytics(self) -> Global___AnalyticsTask:
+        """Query to answer. Absent in tasks to train a model."""
+
     def __init__(
         self,
         *,
@@ -1036,14 +1041,51 @@ class TaskStatement(_message.Message):
         device_training: _training_pb2.DeviceTraining | None = ...,
         transfer: _training_pb2.TransferPolicy | None = ...,
         masking: Global___MaskingTask | None = ...,
+        analytics: Global___AnalyticsTask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "device_training", b"device_training", "masking", b"masking", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["analytics", b"analytics", "deadline_time", b"deadline_time", "device_training", b"device_training", "masking", b"masking", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_version", b"base_version", "config_digest", b"config_digest", "deadline_time", b"deadline_time", "device_training", b"device_training", "masking", b"masking", "realm", b"realm", "round_number", b"round_number", "task_nonce", b"task_nonce", "training_session_id", b"training_session_id", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["analytics", b"analytics", "base_digest", b"base_digest", "base_version", b"base_version", "config_digest", b"config_digest", "deadline_time", b"deadline_time", "device_training", b"device_training", "masking", b"masking", "realm", b"realm", "round_number", b"round_number", "task_nonce", b"task_nonce", "training_session_id", b"training_session_id", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TaskStatement: _TypeAlias = TaskStatement  # noqa: Y015
+
+@_typing.final
+class AnalyticsTask(_message.Message):
+    """Query that a task asks a device to answer, and how its answer is protected."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    EPSILON_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    MIN_COHORT_FIELD_NUMBER: _builtins.int
+    epsilon: _builtins.float
+    """Epsilon of the result."""
+    delta: _builtins.float
+    """Delta of the result."""
+    min_cohort: _builtins.int
+    """Minimum number of answers in the result."""
+    @_builtins.property
+    def query(self) -> _training_pb2.AnalyticsQuery:
+        """The query."""
+
+    def __init__(
+        self,
+        *,
+        query: _training_pb2.AnalyticsQuery | None = ...,
+        epsilon: _builtins.float = ...,
+        delta: _builtins.float = ...,
+        min_cohort: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "epsilon", b"epsilon", "min_cohort", b"min_cohort", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnalyticsTask: _TypeAlias = AnalyticsTask  # noqa: Y015
 
 @_typing.final
 class MaskingTask(_message.Message):

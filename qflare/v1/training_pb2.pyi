@@ -426,6 +426,46 @@ There is no third party; devices visit several times in a round.
 """
 Global___SecureAggregationMode: _TypeAlias = SecureAggregationMode  # noqa: Y015
 
+class _AnalyticsKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AnalyticsKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AnalyticsKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ANALYTICS_KIND_UNSPECIFIED: _AnalyticsKind.ValueType  # 0
+    """Not set."""
+    ANALYTICS_KIND_COUNT: _AnalyticsKind.ValueType  # 1
+    """Number of values."""
+    ANALYTICS_KIND_SUM: _AnalyticsKind.ValueType  # 2
+    """Sum of the values."""
+    ANALYTICS_KIND_MEAN: _AnalyticsKind.ValueType  # 3
+    """Mean and variance of the values."""
+    ANALYTICS_KIND_HISTOGRAM: _AnalyticsKind.ValueType  # 4
+    """Number of values in bins of equal width."""
+    ANALYTICS_KIND_QUANTILES: _AnalyticsKind.ValueType  # 5
+    """Quantiles, interpolated in a histogram."""
+    ANALYTICS_KIND_LABELS: _AnalyticsKind.ValueType  # 6
+    """Number of values for each label."""
+
+class AnalyticsKind(_AnalyticsKind, metaclass=_AnalyticsKindEnumTypeWrapper):
+    """Kind of a query of federated analytics."""
+
+ANALYTICS_KIND_UNSPECIFIED: AnalyticsKind.ValueType  # 0
+"""Not set."""
+ANALYTICS_KIND_COUNT: AnalyticsKind.ValueType  # 1
+"""Number of values."""
+ANALYTICS_KIND_SUM: AnalyticsKind.ValueType  # 2
+"""Sum of the values."""
+ANALYTICS_KIND_MEAN: AnalyticsKind.ValueType  # 3
+"""Mean and variance of the values."""
+ANALYTICS_KIND_HISTOGRAM: AnalyticsKind.ValueType  # 4
+"""Number of values in bins of equal width."""
+ANALYTICS_KIND_QUANTILES: AnalyticsKind.ValueType  # 5
+"""Quantiles, interpolated in a histogram."""
+ANALYTICS_KIND_LABELS: AnalyticsKind.ValueType  # 6
+"""Number of values for each label."""
+Global___AnalyticsKind: _TypeAlias = AnalyticsKind  # noqa: Y015
+
 @_typing.final
 class StrategyConfig(_message.Message):
     """Aggregation strategy."""
@@ -983,6 +1023,68 @@ class SecureAggregationPolicy(_message.Message):
 Global___SecureAggregationPolicy: _TypeAlias = SecureAggregationPolicy  # noqa: Y015
 
 @_typing.final
+class AnalyticsQuery(_message.Message):
+    """Query of federated analytics: each device answers with a vector that it computes from the values of a column of its
+    data, and the version of the only round is the noisy mean of the answers. docs/protocol.md specifies the vectors.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLUMN_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    LOWER_FIELD_NUMBER: _builtins.int
+    UPPER_FIELD_NUMBER: _builtins.int
+    BINS_FIELD_NUMBER: _builtins.int
+    QUANTILES_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    MAX_EXAMPLES_FIELD_NUMBER: _builtins.int
+    UNMASKED_FIELD_NUMBER: _builtins.int
+    column: _builtins.str
+    """Name of the column, under which a device offers values."""
+    kind: Global___AnalyticsKind.ValueType
+    """What is asked."""
+    lower: _builtins.float
+    """Smallest value; smaller ones are taken for it, or counted as below. For all kinds but COUNT and LABELS."""
+    upper: _builtins.float
+    """Largest value, above lower; larger ones are taken for it, or counted as above."""
+    bins: _builtins.int
+    """Number of bins for HISTOGRAM and QUANTILES. 0 means 20 or 100."""
+    max_examples: _builtins.int
+    """Number of values that a device counts as at most; the answer of a device with more is scaled down. 0 means 1: every
+    device counts as one.
+    """
+    unmasked: _builtins.bool
+    """Whether the coordinator may read single answers. Required without secure aggregation, and refused with it."""
+    @_builtins.property
+    def quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Wanted quantiles, within 0 to 1, for QUANTILES. Empty means 0.25, 0.5 and 0.75."""
+
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Labels for LABELS; values that are none of them are counted as others."""
+
+    def __init__(
+        self,
+        *,
+        column: _builtins.str = ...,
+        kind: Global___AnalyticsKind.ValueType = ...,
+        lower: _builtins.float = ...,
+        upper: _builtins.float = ...,
+        bins: _builtins.int = ...,
+        quantiles: _abc.Iterable[_builtins.float] | None = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        max_examples: _builtins.int = ...,
+        unmasked: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bins", b"bins", "column", b"column", "kind", b"kind", "labels", b"labels", "lower", b"lower", "max_examples", b"max_examples", "quantiles", b"quantiles", "unmasked", b"unmasked", "upper", b"upper"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnalyticsQuery: _TypeAlias = AnalyticsQuery  # noqa: Y015
+
+@_typing.final
 class Objective(_message.Message):
     """Metric by which versions are compared."""
 
@@ -1272,6 +1374,7 @@ class TrainingConfig(_message.Message):
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    ANALYTICS_FIELD_NUMBER: _builtins.int
     total_rounds: _builtins.int
     """Number of rounds; 1 or more. 0 means 10."""
     @_builtins.property
@@ -1330,6 +1433,10 @@ class TrainingConfig(_message.Message):
     def failures(self) -> Global___FailurePolicy:
         """Limit on failing devices. Absent means none."""
 
+    @_builtins.property
+    def analytics(self) -> Global___AnalyticsQuery:
+        """Query of federated analytics. Absent in training sessions that train a model."""
+
     def __init__(
         self,
         *,
@@ -1348,10 +1455,11 @@ class TrainingConfig(_message.Message):
         objective: Global___Objective | None = ...,
         secure_aggregation: Global___SecureAggregationPolicy | None = ...,
         failures: Global___FailurePolicy | None = ...,
+        analytics: Global___AnalyticsQuery | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "failures", b"failures", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "secure_aggregation", b"secure_aggregation", "selection", b"selection", "strategy", b"strategy", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["analytics", b"analytics", "device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "failures", b"failures", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "secure_aggregation", b"secure_aggregation", "selection", b"selection", "strategy", b"strategy", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "failures", b"failures", "groups", b"groups", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "secure_aggregation", b"secure_aggregation", "selection", b"selection", "strategy", b"strategy", "total_rounds", b"total_rounds", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["analytics", b"analytics", "device_training", b"device_training", "early_stop", b"early_stop", "evaluation", b"evaluation", "failures", b"failures", "groups", b"groups", "objective", b"objective", "privacy", b"privacy", "release", b"release", "rounds", b"rounds", "safeguards", b"safeguards", "secure_aggregation", b"secure_aggregation", "selection", b"selection", "strategy", b"strategy", "total_rounds", b"total_rounds", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,6 +23,7 @@ from qflare.command_line import (
 )
 from qflare.terminal import show_uncaught
 from qflare_client.admin import (
+    analytics,
     audit,
     devices,
     live,
@@ -135,7 +136,17 @@ def parser() -> argparse.ArgumentParser:
         "--timeout-s", type=seconds(0.001), default=30.0, help="timeout of one call in seconds (30)"
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    for topic in (sessions, live, models, measurements, devices, tokens, audit, overview):
+    for topic in (
+        sessions,
+        live,
+        models,
+        measurements,
+        analytics,
+        devices,
+        tokens,
+        audit,
+        overview,
+    ):
         topic.add(commands)
     setup.add(commands, parser)
     login.add(commands)

@@ -246,7 +246,7 @@ def run_create(admin: Admin, options: argparse.Namespace) -> None:
     if options.json:
         show(options, answer, answer.training_session, SESSION_FACTS)
     else:
-        say(session_id)
+        say(printable(session_id))
 
 
 def run_validate(admin: Admin, options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from qflare.tensors.encodings import Encoding
 from qflare.tensors.local_tensors import is_local
 from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidManifestError, InvalidRequestError
+from qflare_server.training.analytics import complete_query, require_query_layout
 from qflare_server.training.groups import checked_groups
 from qflare_server.training.masking import complete_masking, update_manifest
 from qflare_server.training.objective import DEFAULT_METRIC, resolved_goal
@@ -60,6 +61,7 @@ def complete(config: training_pb2.TrainingConfig) -> training_pb2.TrainingConfig
     """
     done = training_pb2.TrainingConfig()
     done.CopyFrom(config)
+    complete_query(done)
     _within("total_rounds", done.total_rounds, 0, 1_000_000)
     done.total_rounds = done.total_rounds or DEFAULT_ROUNDS
     _complete_selection(done.selection)
@@ -440,6 +442,7 @@ def require_trainable(
     Raises:
         InvalidManifestError: Its updates cannot be encoded or are too long, or privacy cannot cover its types.
     """
+    require_query_layout(config, manifest)
     number = config.transfer.update_encoding
     encoding = training_pb2.Encoding.Name(number).removeprefix("ENCODING_").lower()
     try:

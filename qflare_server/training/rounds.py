@@ -20,6 +20,7 @@ from qflare_server.storage.repository import audit, global_models, training_sess
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.repository.training_sessions import RoundInProgress
 from qflare_server.storage.tables import RiskLevel, RoundState, TrainingSessionState, UpdateOrigin
+from qflare_server.training.analytics import query_task
 from qflare_server.training.config import deadline_s
 from qflare_server.training.failures import TooManyFailed
 from qflare_server.training.masking import masking_task
@@ -99,6 +100,7 @@ def sign_task(
         device_training=config.device_training,
         transfer=config.transfer,
         masking=masking_task(context, config),
+        analytics=query_task(config),
     )
     if is_in_process(training_session_id):
         return RoundTask(statement, None, deadline_at)

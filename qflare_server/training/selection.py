@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from sqlalchemy.orm import Session
 
 from qflare.v1 import training_pb2
-from qflare_server.storage.repository import devices, membership
+from qflare_server.storage.repository import devices, membership, training_sessions
 from qflare_server.storage.training_configs import parsed_config
 
 
@@ -51,6 +51,21 @@ def find_relation(session: Session, training_session_id: str, device_id: str) ->
     """Return a device's eligibility for a training session, None if it is not eligible or either does not exist."""
     standing = membership.find_standing(session, training_session_id, device_id)
     return None if standing is None else _relation(session, training_session_id, standing)
+
+
+def find_common_relation(session: Session, training_session_id: str) -> Relation | None:
+    """Return the relation that every device has to a training session that is open to all and asks for nothing.
+
+    Returns:
+        None if the relation depends on the device, or if the training session does not exist.
+    """
+    found = training_sessions.get_session(session, training_session_id)
+    if found is None or membership.session_groups(session, training_session_id):
+        return None
+    policy = found.config.selection
+    if draws(policy) or policy.device_types or policy.capabilities or policy.confirmed_only:
+        return None
+    return Relation(found.started_at is not None, is_drawn=True)
 
 
 def find_relations(

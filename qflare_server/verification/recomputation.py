@@ -262,6 +262,10 @@ class _ReadingStore:
         self._store = store
         self._counts: dict[str, int] = {}
 
+    def owner(self) -> str:
+        """Return the empty text: nothing is written, so any copy of the database may read."""
+        return ""
+
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
         """Count chunks; only their digests are needed."""
         self._counts[payload_id] = first_index + len(chunks)

@@ -47,7 +47,7 @@ def _enums_in(kind: Any, path: str) -> Iterator[str]:
                 yield from _enums_in(SIGNED[inner][0].DESCRIPTOR, f"{inner}.!")
 
 
-ADDED: Final = "GetTask.task.masking"
+ADDED: Final = ("GetTask.task.masking", "GetTask.task.analytics")
 """What most tasks lack, and a later release may state."""
 
 

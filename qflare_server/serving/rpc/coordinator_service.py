@@ -90,6 +90,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
             current_call().device_id,
             request.training_session_id,
             trains_only=request.trains_only,
+            answers_queries=request.answers_queries,
         )
         return task_response(task)
 
@@ -186,6 +187,13 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
             keyset_version=self._use_cases.enrollment.keyset_version,
             device_name=beat.device_name,
         )
+
+    def FindTrainingSession(
+        self, request: pb.FindTrainingSessionRequest, context: ServicerContext
+    ) -> pb.FindTrainingSessionResponse:
+        """Find a training session that the device refers to."""
+        found = self._use_cases.tasks.find_session(current_call().device_id, request.reference)
+        return pb.FindTrainingSessionResponse(training_session_id=found.id, name=found.name)
 
     def GetLineage(
         self, request: pb.GetLineageRequest, context: ServicerContext

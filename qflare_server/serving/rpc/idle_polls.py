@@ -87,7 +87,7 @@ class IdlePolls:
         if asked and not self._use_cases.objects.remembers(caller.device_id, asked, epochs):
             return None
         task = self._use_cases.tasks.remembered(
-            caller.device_id, asked, request.trains_only, epochs
+            caller.device_id, asked, request.trains_only, request.answers_queries, epochs
         )
         if task is not None:
             self._boundary.rates.take(caller.name)

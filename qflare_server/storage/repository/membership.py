@@ -144,7 +144,7 @@ _STANDING: Final = (
     .join(DEVICES, true())
     .where(SESSIONS.c.id == bindparam("session"))
 )
-_OF_ONE: Final = _STANDING.where(DEVICES.c.id == bindparam("device"))
+_OF_ONE: Final = PreparedStatement(_STANDING.where(DEVICES.c.id == bindparam("device")))
 _OF_MANY: Final = PreparedStatement(
     _STANDING.add_columns(DEVICES.c.id).where(OneOf(DEVICES.c.id, "ids"))
 )
@@ -153,8 +153,8 @@ _OF_MANY: Final = PreparedStatement(
 def find_standing(session: Session, training_session_id: str, device_id: str) -> Standing | None:
     """Return the relation of a device to a training session; None if either does not exist."""
     wanted = {"session": training_session_id, "device": device_id}
-    row = session.execute(_OF_ONE, wanted).one_or_none()
-    return None if row is None else Standing(*row)
+    rows = _OF_ONE.rows(session, wanted)
+    return Standing(*rows[0]) if rows else None
 
 
 def find_standings(

@@ -40,6 +40,14 @@ def find_session_id(session: Session, reference: str) -> str | None:
     return choose(reference, _candidates(session, SESSIONS, reference))
 
 
+def meant_sessions(session: Session, reference: str, limit: int) -> Sequence[Named]:
+    """Return the training sessions that a reference may mean, newest first, at most `limit`."""
+    meant = is_meant(session, SESSIONS, reference)
+    query = select(SESSIONS.c.id, SESSIONS.c.name).where(meant)
+    newest = query.order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.id).limit(limit)
+    return [Named(*row) for row in session.execute(newest)]
+
+
 def _candidates(session: Session, table: Table, reference: str) -> Sequence[Named]:
     query = select(table.c.id, table.c.name).where(is_meant(session, table, reference))
     limited = query.order_by(table.c.id).limit(MAX_CANDIDATES + 1)

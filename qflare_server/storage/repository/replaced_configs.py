@@ -39,11 +39,14 @@ def insert_replaced(
     session.execute(insert(REPLACED).values(**values))
 
 
-def list_replaced(session: Session, training_session_id: str) -> Sequence[ReplacedConfig]:
-    """Return the replaced configurations of a training session, oldest first."""
+def list_replaced(
+    session: Session, training_session_id: str, newest: int | None = None
+) -> Sequence[ReplacedConfig]:
+    """Return the replaced configurations of a training session, oldest first; only the newest ones with a number."""
     query = (
         select(REPLACED.c.config, REPLACED.c.last_round, REPLACED.c.replaced_at)
         .where(REPLACED.c.training_session_id == training_session_id)
-        .order_by(REPLACED.c.sequence)
+        .order_by(REPLACED.c.sequence.desc())
+        .limit(newest)
     )
-    return [ReplacedConfig(*row) for row in session.execute(query)]
+    return [ReplacedConfig(*row) for row in session.execute(query)][::-1]

@@ -30,7 +30,12 @@ from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatem
 from qflare_server.storage.records import Round, Rows, TrainingSession
 from qflare_server.storage.repository.membership import is_open_to
 from qflare_server.storage.repository.references import is_meant
-from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState
+from qflare_server.storage.tables import (
+    QUERY_MODEL_TYPE,
+    DeviceState,
+    RoundState,
+    TrainingSessionState,
+)
 from qflare_server.storage.training_configs import parsed_config
 
 SESSIONS = tables.TrainingSession.__table__
@@ -301,19 +306,31 @@ _OPEN_ROUND = (
     .order_by(sql_cast(ROUNDS.c.accepted_count, Float) / ROUNDS.c.target, ROUNDS.c.opened_at)
     .limit(1)
 )
-_ANY_OPEN_ROUND = PreparedStatement(_OPEN_ROUND)
-_OPEN_ROUND_OF_SESSION = PreparedStatement(_OPEN_ROUND.where(SESSIONS.c.id == bindparam("session")))
+_IS_NO_QUERY = SESSIONS.c.model_type != QUERY_MODEL_TYPE
+_OF_SESSION = SESSIONS.c.id == bindparam("session")
+_OPEN_ROUNDS = {
+    (False, False): PreparedStatement(_OPEN_ROUND.where(_IS_NO_QUERY)),
+    (False, True): PreparedStatement(_OPEN_ROUND),
+    (True, False): PreparedStatement(_OPEN_ROUND.where(_OF_SESSION, _IS_NO_QUERY)),
+    (True, True): PreparedStatement(_OPEN_ROUND.where(_OF_SESSION)),
+}
+"""Statements by whether one training session is asked for, and whether queries count."""
 
 
 def find_open_round(
-    session: Session, device_id: str, training_session_id: str, at: datetime
+    session: Session,
+    device_id: str,
+    training_session_id: str,
+    at: datetime,
+    *,
+    answers_queries: bool,
 ) -> OpenRound | None:
     """Return the open round that a device should contribute to, of one training session, or of all if empty.
 
-    Of several, the round with the smallest share of its target is returned. One read-only statement: idle devices poll
-    with it.
+    Queries of federated analytics count only if the device answers them. Of several, the round with the smallest share
+    of its target is returned. One read-only statement: idle devices poll with it.
     """
-    query = _OPEN_ROUND_OF_SESSION if training_session_id else _ANY_OPEN_ROUND
+    query = _OPEN_ROUNDS[bool(training_session_id), answers_queries]
     parameters: dict[str, Any] = {"device": device_id, "at": at}
     if training_session_id:
         parameters["session"] = training_session_id

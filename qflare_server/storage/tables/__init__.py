@@ -35,6 +35,7 @@ from qflare_server.storage.tables.states import (
     UpdateState,
 )
 from qflare_server.storage.tables.training import (
+    QUERY_MODEL_TYPE,
     DeviceFailure,
     LateUpdate,
     ReplacedConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "EVIDENCE_REASON",
     "LEFT_OUT_REASON",
     "NAMING",
+    "QUERY_MODEL_TYPE",
     "AuditHead",
     "AuditLog",
     "AuditNode",

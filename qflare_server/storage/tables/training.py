@@ -1,7 +1,7 @@
 """Tables of training sessions, their rounds, and the devices selected for each round."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -16,6 +16,9 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from qflare_server.storage.tables.states import RoundState, TrainingSessionState
 from qflare_server.storage.tables.types import Base, one_of
+
+QUERY_MODEL_TYPE: Final = "qflare/analytics"
+"""Value of `model_type` of queries of federated analytics, which no other training session has."""
 
 
 class TrainingSession(Base):

@@ -25,7 +25,12 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.epochs import Epochs
 from qflare_server.storage.repository import global_models, updates
-from qflare_server.training.selection import Relation, find_relation, find_relations
+from qflare_server.training.selection import (
+    Relation,
+    find_common_relation,
+    find_relation,
+    find_relations,
+)
 from qflare_server.use_cases.access.authentication import Principal
 from qflare_server.use_cases.access.statements import parse_statement
 
@@ -35,12 +40,14 @@ MAX_REMEMBERED: Final = 50_000
 class ObjectAccess:
     """Checks calls of devices against the rules; thread-safe.
 
-    Lookups are cached until permissions or rounds change.
+    Lookups are cached until permissions or rounds change: one for each training session where all devices have the same
+    relation to it, else one for each device.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._known: dict[tuple[str, str], tuple[Epochs, Relation | None]] = {}
+        self._common: dict[str, tuple[Epochs, Relation | None]] = {}
 
     def check(self, principal: Principal, method: str, message: Any) -> None:
         """Refuse a call for an object that the caller may not access.
@@ -82,8 +89,18 @@ class ObjectAccess:
 
     def remembers(self, device_id: str, training_session_id: str, epochs: Epochs) -> bool:
         """Return whether memory, current at some counters, has a relation of a device to a training session."""
-        known = self._known.get((device_id, training_session_id))
-        return known is not None and known[0] == epochs and known[1] is not None
+        return self._remembered(device_id, training_session_id, epochs) is not None
+
+    def _remembered(
+        self, device_id: str, training_session_id: str, epochs: Epochs
+    ) -> Relation | None:
+        for known in (
+            self._common.get(training_session_id),
+            self._known.get((device_id, training_session_id)),
+        ):
+            if known is not None and known[0] == epochs and known[1] is not None:
+                return known[1]
+        return None
 
     def _require(self, device_id: str, training_session_id: str, epochs: Epochs) -> Relation:
         relation = self._relation(device_id, training_session_id, epochs)
@@ -97,7 +114,7 @@ class ObjectAccess:
         missing = [
             device_id
             for device_id in device_ids
-            if self._known.get((device_id, training_session_id), (None,))[0] != epochs
+            if self._remembered(device_id, training_session_id, epochs) is None
         ]
         if not missing:
             return
@@ -126,15 +143,27 @@ class ObjectAccess:
     def _relation(
         self, device_id: str, training_session_id: str, epochs: Epochs
     ) -> Relation | None:
-        key = (device_id, training_session_id)
-        known = self._known.get(key)
-        if known is not None and known[0] == epochs:
-            return known[1]
+        known = self._remembered(device_id, training_session_id, epochs)
+        if known is not None:
+            return known
         with self._context.database.read() as session:
-            relation = find_relation(session, training_session_id, device_id)
+            common = None
+            if self._common.get(training_session_id) != (epochs, None):
+                common = find_common_relation(session, training_session_id)
+            relation = common or find_relation(session, training_session_id, device_id)
         if relation is not None:  # do not cache unknown ids
-            self._remember(key, epochs, relation)
+            self._remember_common(training_session_id, epochs, common)
+        if relation is not None and common is None:
+            self._remember((device_id, training_session_id), epochs, relation)
         return relation
+
+    def _remember_common(
+        self, training_session_id: str, epochs: Epochs, common: Relation | None
+    ) -> None:
+        """Keep the relation of all devices to a training session; None says that each device has its own."""
+        if len(self._common) >= MAX_REMEMBERED:
+            self._common.clear()
+        self._common[training_session_id] = (epochs, common)
 
     def _remember(self, key: tuple[str, str], epochs: Epochs, relation: Relation) -> None:
         if len(self._known) >= MAX_REMEMBERED:
@@ -292,6 +321,7 @@ RULES: Final[dict[str, Rule]] = {
     _COORDINATOR + "ReportFailure": own_session,
     _COORDINATOR + "SecureAggregationStep": signed_step,
     _COORDINATOR + "Heartbeat": own_only,
+    _COORDINATOR + "FindTrainingSession": names_nothing,
     _COORDINATOR + "GetLineage": started_session,
     _COORDINATOR + "GetContributionProof": own_update,
     _COORDINATOR + "GetAuditHead": names_nothing,

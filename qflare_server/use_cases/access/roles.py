@@ -47,6 +47,7 @@ ACCESS: Final[dict[str, frozenset[Role]]] = {
     _COORDINATOR + "ReportFailure": _DEVICE,
     _COORDINATOR + "SecureAggregationStep": _DEVICE,
     _COORDINATOR + "Heartbeat": _DEVICE,
+    _COORDINATOR + "FindTrainingSession": _DEVICE,
     _COORDINATOR + "GetLineage": _VERIFY,
     _COORDINATOR + "GetContributionProof": _VERIFY,
     _COORDINATOR + "GetAuditHead": _VERIFY,

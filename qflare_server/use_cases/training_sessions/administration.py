@@ -31,8 +31,15 @@ from qflare_server.storage.repository import (
 )
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.idempotent_calls import run_once
-from qflare_server.storage.tables import ENDED, RiskLevel, RoundState, TrainingSessionState
+from qflare_server.storage.tables import (
+    ENDED,
+    QUERY_MODEL_TYPE,
+    RiskLevel,
+    RoundState,
+    TrainingSessionState,
+)
 from qflare_server.storage.training_configs import to_json
+from qflare_server.training.analytics import is_query
 from qflare_server.training.config import complete, deadline_s, is_one_line
 from qflare_server.training.masking import require_helpers
 from qflare_server.training.premises import PremisesChangedError, repeat
@@ -63,6 +70,11 @@ def checked(
     _text("model_type", model_type, 0, 100)
     _check_architecture(architecture or {})
     done = complete(config)
+    if model_type == QUERY_MODEL_TYPE and not is_query(done):
+        raise InvalidRequestError(
+            f"model_type: {QUERY_MODEL_TYPE} is reserved for queries of federated analytics",
+            field="model_type",
+        )
     add_device_settings(done, build_strategy(done))
     require_affordable(done)
     return done
@@ -107,7 +119,7 @@ class Training:
                 {
                     "id": training_session_id,
                     "name": name,
-                    "model_type": model_type,
+                    "model_type": QUERY_MODEL_TYPE if is_query(done) else model_type,
                     "architecture": dict(architecture),
                     "state": TrainingSessionState.CREATED.value,
                     "config": to_json(done),

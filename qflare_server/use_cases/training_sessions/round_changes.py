@@ -19,7 +19,7 @@ from qflare_server.storage.repository import audit, replaced_configs, training_s
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.idempotent_calls import run_once
 from qflare_server.storage.tables import ENDED, RiskLevel, RoundState
-from qflare_server.storage.training_configs import to_json
+from qflare_server.storage.training_configs import from_json, to_json
 from qflare_server.training.config import deadline_s
 from qflare_server.training.evaluation import awaits_evaluation
 from qflare_server.training.rounds import NOBODY, config_digest, round_target
@@ -33,6 +33,16 @@ class RoundChange:
     quorum: int | None = None
     target: int | None = None
     deadline: Duration | None = None
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A change that was made: when, in which round (0 before the first), and the configurations before and after."""
+
+    at: datetime
+    round_number: int
+    before: training_pb2.TrainingConfig
+    after: training_pb2.TrainingConfig
 
 
 class RoundChanges:
@@ -73,6 +83,24 @@ class RoundChanges:
         )
         self._context.wake()
         return changed
+
+    def list(self, training_session_id: str, limit: int) -> list[Changed]:
+        """Return the newest changes of a training session, newest first.
+
+        Raises:
+            TrainingSessionNotFoundError: There is no such training session.
+        """
+        with self._context.database.read() as session:
+            found = require_found(
+                training_sessions.get_session(session, training_session_id), training_session_id
+            )
+            rows = replaced_configs.list_replaced(session, training_session_id, limit)
+        configs = [from_json(row.config) for row in rows] + [found.config]
+        changes = [
+            Changed(row.replaced_at, row.last_round, before, after)
+            for row, before, after in zip(rows, configs, configs[1:], strict=False)
+        ]
+        return changes[::-1]
 
 
 def _changed(row: TrainingSession, change: RoundChange) -> training_pb2.TrainingConfig:

@@ -4,11 +4,17 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
+from qflare.references import ManyMeantError, Named, choose
 from qflare.v1 import coordinator_service_pb2, training_pb2
 from qflare_server.context import Context
-from qflare_server.errors import TrainingSessionNotFoundError
+from qflare_server.errors import InvalidRequestError, TrainingSessionNotFoundError
 from qflare_server.storage.epochs import Epochs
-from qflare_server.storage.repository import global_models, neighbors, training_sessions
+from qflare_server.storage.repository import (
+    global_models,
+    neighbors,
+    references,
+    training_sessions,
+)
 from qflare_server.storage.repository.neighbors import Work
 from qflare_server.storage.repository.training_sessions import OpenRound
 from qflare_server.storage.tables import ENDED
@@ -18,6 +24,7 @@ from qflare_server.training.evaluation import (
     find_measurement,
 )
 from qflare_server.training.neighbor_stages import has_neighbors
+from qflare_server.training.selection import find_relation
 from qflare_server.use_cases.access.presence import Presence
 from qflare_server.use_cases.training_sessions.neighbor_views import view_of
 
@@ -25,6 +32,8 @@ MAX_REMEMBERED = 200_000
 MAX_REMEMBERED_VERSIONS = 64
 ADVERTISE = "advertise"
 """First step of a round with neighbors, before there are groups."""
+MAX_MEANT = 100
+"""Newest training sessions of one name among which a device's own is looked for."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,16 @@ class Tasks:
     def __init__(self, context: Context, presence: Presence) -> None:
         self._context = context
         self._presence = presence
-        self._idle: dict[tuple[str, str, bool], tuple[Epochs, bool]] = {}
+        self._idle: dict[tuple[str, str, bool, bool], tuple[Epochs, bool]] = {}
         self._facts: dict[tuple[str, int], tuple[str, training_pb2.TrainingConfig]] = {}
 
     def next_task(
-        self, device_id: str, training_session_id: str, *, trains_only: bool = False
+        self,
+        device_id: str,
+        training_session_id: str,
+        *,
+        trains_only: bool = False,
+        answers_queries: bool = False,
     ) -> NextTask:
         """Return the device's next task, in one read.
 
@@ -66,11 +80,12 @@ class Tasks:
             device_id: The calling device.
             training_session_id: The requested training session; empty means any.
             trains_only: Whether the device does not evaluate.
+            answers_queries: Whether it answers queries of federated analytics.
 
         Raises:
             TrainingSessionNotFoundError: It asked for a training session that does not exist.
         """
-        key = (device_id, training_session_id, trains_only)
+        key = (device_id, training_session_id, trains_only, answers_queries)
         epochs = self._context.database.recent_epochs()
         idle = self.remembered(*key, epochs)
         if idle is not None:
@@ -81,7 +96,9 @@ class Tasks:
             work = neighbors.find_work(session, device_id, training_session_id, at)
             if work is not None:
                 return self._step(session, work, delay, device_id)
-            found = training_sessions.find_open_round(session, device_id, training_session_id, at)
+            found = training_sessions.find_open_round(
+                session, device_id, training_session_id, at, answers_queries=answers_queries
+            )
             if found is not None:
                 return self._task(
                     session, found, delay, device_id, "" if trains_only else device_id
@@ -102,14 +119,44 @@ class Tasks:
         return NextTask(delay, ended_session_id=training_session_id if done else "")
 
     def remembered(
-        self, device_id: str, training_session_id: str, trains_only: bool, epochs: Epochs
+        self,
+        device_id: str,
+        training_session_id: str,
+        trains_only: bool,
+        answers_queries: bool,
+        epochs: Epochs,
     ) -> NextTask | None:
         """Return that a device has no task, if memory, current at some counters, says so; None otherwise."""
-        idle = self._idle.get((device_id, training_session_id, trains_only))
+        idle = self._idle.get((device_id, training_session_id, trains_only, answers_queries))
         if idle is None or idle[0] != epochs:
             return None
         ended = training_session_id if idle[1] else ""
         return NextTask(self._presence.poll_delay_s(), ended_session_id=ended)
+
+    def find_session(self, device_id: str, reference: str) -> Named:
+        """Return the training session that a device refers to, among those in which it may take part.
+
+        Args:
+            device_id: The calling device.
+            reference: Id, beginning of an id, or name; the 100 newest that it may mean count.
+
+        Raises:
+            TrainingSessionNotFoundError: There is no such training session.
+            InvalidRequestError: There are several; the message lists them.
+        """
+        with self._context.database.read() as session:
+            own = [
+                each
+                for each in references.meant_sessions(session, reference, MAX_MEANT)
+                if find_relation(session, each.id, device_id) is not None
+            ]
+        try:
+            session_id = choose(reference, own)
+        except ManyMeantError as error:
+            raise InvalidRequestError(str(error), field="reference") from error
+        if session_id is None:
+            raise TrainingSessionNotFoundError
+        return next(each for each in own if each.id == session_id)
 
     def _task(
         self, session: Session, found: OpenRound, delay: float, device_id: str, evaluator: str

@@ -18,6 +18,7 @@ from qflare_server.storage import place_ownership
 from qflare_server.storage.place_ownership import PlaceKeeper, claim, renew, require_owner
 from qflare_server.training.retention import sweep, sweep_orphans
 from qflare_server.use_cases.payload_moves import PayloadMover
+from qflare_server.verification import recompute_version
 from qflare_server.verification.payload_stores import verify_payloads
 from tests.conftest import FakeClock
 from tests.contract.conftest import MakeCore
@@ -33,6 +34,7 @@ from tests.support.use_cases import (
 BIG = 700_000  # elements: three chunks of float32
 ONE = training_pb2.RoundPolicy(quorum=1)
 FORGETFUL = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_NONE)
+LASTING = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL)
 WAIT_S = 60.0
 
 
@@ -127,7 +129,7 @@ def test_a_copy_of_the_database_deletes_nothing_of_a_running_original(
     core: CoordinatorHarness, copy_core: CopyCore, clock: FakeClock
 ) -> None:
     two = training_pb2.RoundPolicy(quorum=2)
-    session_id = core.start(vector(0.0, BIG), rounds=two, total_rounds=20, transfer=FORGETFUL)
+    session_id = core.start(vector(0.0, BIG), rounds=two, total_rounds=20, transfer=LASTING)
     train(core, session_id, 1.0)
     train(core, session_id, 1.0, "device-1")
     draft = break_off(core, session_id)  # in the copy, an upload that expires
@@ -139,6 +141,8 @@ def test_a_copy_of_the_database_deletes_nothing_of_a_running_original(
 
     with pytest.raises(PayloadPlaceTakenError):
         copy.submit("device-0", session_id, vector(3.0, BIG))
+    again = recompute_version(copy.context, session_id, 1)  # reading is harmless
+    assert (again.recomputed, again.differences) == (True, ())
     clock.advance(core.config.upload_expiry_s + 1)
     with pytest.raises(PayloadPlaceTakenError):
         join(copy)
@@ -183,6 +187,28 @@ def test_a_copy_that_takes_over_stops_the_original(
     sweep(copy.context)
     assert problems(copy) == []
     assert copy.weights(session_id, 2) == np.full(BIG, 2.0, "<f4").tobytes()
+
+
+def test_the_original_is_unhealthy_once_a_copy_has_taken_over(
+    core: CoordinatorHarness, copy_core: CopyCore
+) -> None:
+    renew(core.database, core.store)
+    copy = copy_core()
+    claim(copy.database, copy.store)
+    states: list[bool] = []
+    unused = cast("Any", None)
+    kept = Maintenance(
+        core.context,
+        unused,
+        unused,
+        "one",
+        "127.0.0.1:1",
+        lambda *, healthy: states.append(healthy),
+    )
+
+    kept.tick()
+
+    assert states == [False]
 
 
 def test_a_copy_is_found_out_before_it_changes_the_name(

@@ -1,16 +1,19 @@
 """Who is asked to take part in a round: drawn so that it can be repeated, and nobody else gets in."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from sqlalchemy import update
+from sqlalchemy import event, update
 
 from qflare.v1 import training_pb2
 from qflare_server.errors import TrainingSessionNotFoundError
 from qflare_server.storage.repository import training_sessions
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import Device
+from qflare_server.training.selection import find_common_relation, find_relation
+from qflare_server.use_cases.access.objects import ObjectAccess
 from qflare_server.use_cases.devices.administration import Profile
 from tests.conftest import FakeClock
 from tests.support.use_cases import CoordinatorHarness, vector
@@ -209,3 +212,78 @@ def test_who_was_never_drawn_is_not_asked_to_measure(fleet: CoordinatorHarness) 
         if fleet.tasks.next_task(name, training_session_id).measurement is not None
     ]
     assert measuring == [drawn]
+
+
+OPEN: dict[str, dict[str, Any]] = {
+    "no policy": {},
+    "groups": {"groups": ["ward-3"]},
+    "a draw": {"selection": training_pb2.SelectionPolicy(seed=7, device_count=3)},
+    "a kind": {"selection": training_pb2.SelectionPolicy(device_types=["phone"])},
+    "a capability": {"selection": training_pb2.SelectionPolicy(capabilities=[RAM])},
+    "confirmed devices": {"selection": training_pb2.SelectionPolicy(confirmed_only=True)},
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_what_all_devices_share_is_what_each_of_them_has(
+    fleet: CoordinatorHarness, name: str
+) -> None:
+    """The relation of every device, looked up once for all, is that of each; no other session has one."""
+    fleet.devices.set_groups(SYSTEM, "phone-1", ["ward-3"], "")
+    training_session_id = fleet.start(rounds=ROUNDS, **OPEN[name])
+    names = [device.id for device in fleet.devices.list_active()]
+
+    with fleet.database.read() as session:
+        common = find_common_relation(session, training_session_id)
+        each = {find_relation(session, training_session_id, device) for device in names}
+        assert find_common_relation(session, "no such session") is None
+
+    assert (common is not None) == (name == "no policy")
+    assert common is None or each == {common}
+
+
+@pytest.mark.parametrize("name", ["no policy", "groups"])
+def test_access_follows_every_change_of_groups_and_start(
+    fleet: CoordinatorHarness, name: str
+) -> None:
+    training_session_id = fleet.start(rounds=ROUNDS, **OPEN[name])
+    access = ObjectAccess(fleet.context)
+
+    def taking_part() -> list[str]:
+        found = []
+        for device in ("phone-1", "phone-2"):
+            with suppress(TrainingSessionNotFoundError):
+                access.require_relation(device, training_session_id)
+                found.append(device)
+        return found
+
+    everybody = ["phone-1", "phone-2"]
+    before = taking_part()
+    fleet.devices.set_groups(SYSTEM, "phone-2", ["ward-3"], "")
+    after = taking_part()
+
+    assert before == (everybody if name == "no policy" else [])
+    assert after == (everybody if name == "no policy" else ["phone-2"])
+    with pytest.raises(TrainingSessionNotFoundError):
+        access.require_relation("phone-1", "no such session")
+
+
+def test_the_devices_of_an_open_session_are_looked_up_once(fleet: CoordinatorHarness) -> None:
+    training_session_id = fleet.start(rounds=ROUNDS)
+    access = ObjectAccess(fleet.context)
+    access.require_relation("phone-1", training_session_id)
+    texts: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: Any, *_rest: Any) -> None:
+        texts.append(statement)
+
+    event.listen(fleet.database.engine, "before_cursor_execute", note)
+    try:
+        relations = {
+            access.require_relation(f"phone-{number}", training_session_id) for number in range(6)
+        }
+    finally:
+        event.remove(fleet.database.engine, "before_cursor_execute", note)
+
+    assert len(relations) == 1
+    assert texts == []

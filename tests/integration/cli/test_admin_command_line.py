@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from qflare.tensors import Array
 from qflare.v1 import verification_pb2
 from qflare.v1.device_pb2 import DeviceProfile
-from qflare_client import TrainingTask, run
+from qflare_client import Analytics, Client, TrainingTask, run
 from qflare_client.admin.__main__ import main
 from qflare_server.use_cases.access.roles import Role
 from qflare_simulation import SimulationConfig
@@ -395,3 +395,32 @@ def test_a_simulation_s_file_starts_a_real_session(
     assert shown["state"] == "TRAINING_SESSION_STATE_COMPLETED"
     assert shown["config"]["device_training"]["batch_size"] == 16
     assert "simulation" not in json.dumps(shown["config"])
+
+
+def test_a_query_is_asked_answered_and_shown(
+    deployment: Any, shell: Shell, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--column", "word", "--kind", "labels", "--label", "yes", "--label", "no")
+    asked = (*words, "--min-cohort", 2, "--epsilon", 500, "--unmasked", "--request-id", "once")
+    session_id = shell("analytics", "create", "--name", "words", *asked).strip()
+    assert shell("analytics", "create", "--name", "words", *asked).strip() == session_id
+    assert main(["analytics", "show", "words"]) == 1
+    assert "no result yet: the query is running" in capsys.readouterr().err
+    policy = Analytics({"word": ["labels"]}, min_cohort=2, max_epsilon=500, allow_unmasked=True)
+    for name in "ab":
+        deployment.device(name).close()
+        with Client(home=deployment.folder / name, analytics=policy) as client:
+            task = client.get_task(session_id, answers_queries=True)
+            client.answer(task, ["yes", "yes", "yes", "no"])
+    shell("watch", session_id)
+    found = json.loads(shell("analytics", "show", "words", "--json"))
+    assert [row["label"] for row in found["rows"]] == ["yes", "no", "(others)"]
+    shares = [row["share"] for row in found["rows"]]
+    assert shares == pytest.approx([0.75, 0.25, 0.0], abs=6 * found["noise_deviation"])
+    assert (found["answers"], found["epsilon"] <= 500) == (2, True)
+    picture = tmp_path / "words.png"
+    shown = shell("analytics", "show", "words", "--plot", picture)
+    assert shown.splitlines()[0].split() == ["label", "count", "share"]
+    assert "2 answers, epsilon" in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["analytics", "show", "words", "--plot", "words.txt"]) == 1

@@ -111,6 +111,8 @@ def test_the_documented_restore_of_each_payload_store(
 
     assert run(vacant, "restore", str(tmp_path / "backup")) == 0
     assert run(vacant, "payloads", "verify") == 0
+    assert run(vacant, "audit", "verify", "--root-key-id", trained.pins[0]) == 0
+    assert run(vacant, "model", "verify", trained.session_id) == 0
     restored = replace(vacant, **settings, listen="127.0.0.1:0")
     if store == "object":
         with pytest.raises(PayloadPlaceTakenError):
@@ -118,8 +120,6 @@ def test_the_documented_restore_of_each_payload_store(
         assert run(vacant, "payloads", "move", "--to", "database") == 1
         assert "payloads claim" in capsys.readouterr().err
     assert run(vacant, "payloads", "claim") == 0
-    assert run(vacant, "audit", "verify", "--root-key-id", trained.pins[0]) == 0
-    assert run(vacant, "model", "verify", trained.session_id) == 0
     again = Coordinator(restored)
     again.start()
     again.stop(0.5)

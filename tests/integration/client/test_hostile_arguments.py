@@ -15,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 import qflare_client
 from qflare.v1 import training_pb2
 from qflare_client import (
+    Analytics,
     Client,
     Evidence,
     InvalidArgumentError,
@@ -59,6 +60,7 @@ class Stage(NamedTuple):
     client: Client
     task: Task
     session_id: str
+    query_id: str
     other_home: Path
     bundle: Any
 
@@ -70,7 +72,16 @@ def stage(deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     deployment = deploy()
     for name in "ab":
         deployment.device(name).close()
-    client = Client(home=tmp_path / "a", retry=IMPATIENT)
+    policy = Analytics({"age": ["sum"]}, min_cohort=2, max_epsilon=1.0, allow_unmasked=True)
+    client = Client(home=tmp_path / "a", retry=IMPATIENT, analytics=policy)
+    query_id = deployment.session(
+        {"answer": np.zeros(1, np.float32)},
+        rounds=training_pb2.RoundPolicy(quorum=2),
+        privacy=training_pb2.PrivacyPolicy(epsilon_budget=1.0),
+        analytics=training_pb2.AnalyticsQuery(
+            column="age", kind=training_pb2.ANALYTICS_KIND_SUM, upper=9.0, unmasked=True
+        ),
+    )
     session_id = deployment.session(
         {"w": np.zeros(4, np.float32), "flag": np.zeros(1, np.bool_)},
         rounds=training_pb2.RoundPolicy(quorum=1, deadline=Duration(seconds=300)),
@@ -81,7 +92,7 @@ def stage(deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         pause.wait(task.poll_delay_s)
         task = client.get_task(session_id)
     with client:
-        yield Stage(client, task, session_id, tmp_path / "b", deployment.bundle())
+        yield Stage(client, task, session_id, query_id, tmp_path / "b", deployment.bundle())
 
 
 def strike(function: Callable[..., Any], good: dict[str, Any], *others: type[Exception]) -> None:
@@ -126,7 +137,10 @@ def test_calls_of_a_client(stage: Stage) -> None:
     failure = {"task": task, "kind": "OutOfMemory", "text": "", "timeout_s": None}
     strike(client.report_failure, failure)
     strike(client.send_kept, {"task": None, "timeout_s": None})
-    strike(client.get_task, {**session, "trains_only": False, "timeout_s": None})
+    strike(
+        client.get_task,
+        {**session, "trains_only": False, "answers_queries": True, "timeout_s": None},
+    )
     strike(client.download_base, {"task": task, "timeout_s": None})
     strike(client.require_release, {"task": task, "privacy": LocalPrivacy(1.0)})
     strike(client.privacy_epsilon, {"delta": 1e-5})
@@ -138,9 +152,18 @@ def test_calls_of_a_client(stage: Stage) -> None:
     strike(client.evidence, {**session, "receipts": ()})
     strike(client.audit_head, {"timeout_s": None})
     strike(client.local_tensors, session)
+    strike(client.find_session, {"reference": stage.session_id[:8], "timeout_s": None})
     strike(client.tasks, {**session, "stop": None, "patience_s": 1.0})
     strike(client.rotate_keys, {"algorithm": None})
     strike(base.save, {"path": Path("/nowhere/model.safetensors")}, OSError)
+
+
+def test_answers(stage: Stage) -> None:
+    """A query is created for the same device; what is given for its values ends in an error of the SDK or an answer."""
+    task = stage.client.get_task(stage.query_id, answers_queries=True)
+    strike(stage.client.require_query, {"task": task})
+    strike(stage.client.answer, {"task": task, "values": [1.0], "timeout_s": None})
+    assert stage.client.analytics_epsilon() == 1.0
 
 
 def test_heartbeats_and_proofs(stage: Stage) -> None:
@@ -174,6 +197,10 @@ def test_values_of_the_sdk() -> None:
     strike(Tls.from_files, {
         "ca_file": None, "certificate_file": None, "key_file": None, "server_name": "",
     }, OSError)  # fmt: skip
+    policy = {"columns": {"age": ["sum"]}, "min_cohort": 2, "max_epsilon": 1.0, "max_delta": 1e-5}
+    rest = {"budget": 9.0, "max_examples": 1, "allow_unmasked": False}
+    strike(Analytics, policy | rest)
+    strike(Analytics.from_file, {"path": Path("there is no such file")})
     strike(proximal_gradient, {"weights": weights, "base": weights, "mu": 0.5})
     strike(Evidence.from_json, {"text": "{}"})
     strike(LocalPrivacy(1.0).protect, {
@@ -194,6 +221,7 @@ def test_the_loop(stage: Stage) -> None:
         "privacy": None,
         "on_receipt": None,
         "on_failure": "stop",
+        "analytics": {"age": lambda query: [1.0]},  # noqa: ARG005
     }
     strike(run, good)
 
@@ -229,7 +257,8 @@ def test_all_public_names_are_tried() -> None:
         *("submit", "report_evaluation", "send_kept", "get_task", "download_base", "download"),
         *("require_release", "privacy_epsilon", "lineage", "evidence", "audit_head"),
         *("rotate_keys", "heartbeat", "contribution_proof", "report_failure", "local_tensors"),
-        *("sign_update", "submit_all", "tasks"),
+        *("sign_update", "submit_all", "tasks", "answer", "require_query", "analytics_epsilon"),
+        "find_session",
     }
 
 

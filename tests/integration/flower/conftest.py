@@ -69,9 +69,9 @@ def start(tmp_path: Path) -> Run:
     return started
 
 
-def finished(process: subprocess.Popen[str]) -> str:
+def finished(process: subprocess.Popen[str], timeout_s: float = 120) -> str:
     """Wait for a program that has to succeed, and return what it said."""
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=timeout_s)
     assert process.returncode == 0, said
     return said
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from flower_test_seeds import seed  # type: ignore[import-not-found] # beside the data
-from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
@@ -82,11 +82,18 @@ def main() -> None:
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     project = read_project(Path(folder))
     with np.load(model) as stored:
-        first = ArrayRecord([stored[name] for name in sorted(stored, key=int)])
+        is_numbered = all(name.isdecimal() for name in stored)
+        names = sorted(stored, key=int) if is_numbered else list(stored)
+        first = ArrayRecord({name: Array(stored[name]) for name in names})
     strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0)
     grid = InProcess(project.load(), dict(project.run_config), int(count))
-    result = strategy.start(grid=grid, initial_arrays=first, num_rounds=int(rounds))
-    np.savez(final, **{str(index): a for index, a in enumerate(result.arrays.to_numpy_ndarrays())})
+    sent = {
+        key: value for key, value in project.run_config.items() if key == "lr"
+    }  # as the ServerApps do
+    result = strategy.start(
+        grid=grid, initial_arrays=first, num_rounds=int(rounds), train_config=ConfigRecord(sent)
+    )
+    np.savez(final, **{name: array.numpy() for name, array in result.arrays.items()})
 
 
 main()

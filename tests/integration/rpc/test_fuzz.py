@@ -1,11 +1,12 @@
 """Mutated requests to every method: whatever a caller sends, no call ends in INTERNAL or UNKNOWN."""
 
 import os
+import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import grpc
 import numpy as np
@@ -23,8 +24,11 @@ from tests.support.raw_device import RawDevice
 Code = grpc.StatusCode
 WEIGHTS: Final = {"w": np.zeros(4, np.float32)}
 FAULTS: Final = frozenset({Code.INTERNAL, Code.UNKNOWN})
+REFUSALS: Final = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED})
+REFUSED_PAUSE_S: Final = 0.1
+PAUSE: Final = threading.Event()
 MAX_ANSWERS: Final = 3
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 60.0
 WATCH_S: Final = 0.2
 """A watch that is taken answers only when something happens."""
 SHOWN_BYTES: Final = 100
@@ -32,6 +36,16 @@ SHOWN_BYTES: Final = 100
 MANY: Final = int(os.environ.get("QFLARE_TEST_FUZZ_MESSAGES", "50000"))
 """Messages for each database."""
 PARTS: Final = 5
+MAX_WATCHES: Final = 4
+"""Watches that run beside other messages, so that the fuzz seldom waits for one to end."""
+
+
+class Sent(NamedTuple):
+    """A request that was sent to a method, and what gives the answers."""
+
+    path: str
+    data: bytes
+    answers: Iterator[Any]
 
 
 class Fuzzer:
@@ -70,14 +84,27 @@ class Fuzzer:
     def run(self, count: int) -> list[tuple[str, bytes, str]]:
         """Send messages, each method in turn; return those that ended in a fault of the coordinator."""
         faults = []
+        for sent in self._sent(count):
+            code, text = _outcome(sent.answers)
+            self.codes[code] += 1
+            if code in FAULTS:
+                faults.append((sent.path, sent.data[:SHOWN_BYTES], text))
+        return faults
+
+    def _sent(self, count: int) -> Iterator[Sent]:
+        """Send messages and yield each, watches after several later ones."""
+        watches: deque[Sent] = deque()
         for number in range(count):
             path, method = self._methods[number % len(self._methods)]
             data = self._request(method)
-            code, text = self._send(path, method, data)
-            self.codes[code] += 1
-            if code in FAULTS:
-                faults.append((path, data[:SHOWN_BYTES], text))
-        return faults
+            sent = Sent(path, data, self._send(path, method, data))
+            if is_watch(path):
+                watches.append(sent)
+                if len(watches) <= MAX_WATCHES:
+                    continue
+                sent = watches.popleft()
+            yield sent
+        yield from watches
 
     def _request(self, method: MethodDescriptor) -> bytes:
         if method.name == "SubmitUpdate" and self._random.random() < 0.7:
@@ -104,11 +131,11 @@ class Fuzzer:
         return pb.SubmitUpdateRequest(header=header, chunk=pb.Chunk(data=draft.payload))
 
     def _task(self) -> pb.GetTaskResponse:
-        """Ask for a task, again while gRPC refuses the stream.
+        """Ask for a task, again while the coordinator or gRPC refuses the stream.
 
         Calls that the fuzz gives up reset their streams, and gRPC's server refuses new streams
         of a connection that reset many (REFUSED_STREAM of RFC 9113, section 8.7: not processed,
-        may be repeated).
+        may be repeated). Where they hold all places of their class, the coordinator does.
         """
         deadline = time.monotonic() + TIMEOUT_S
         while True:
@@ -116,12 +143,12 @@ class Fuzzer:
                 return self._device.task(self._session_id)
             except grpc.RpcError as error:
                 refused: Any = error
-                if refused.code() is not Code.UNAVAILABLE or time.monotonic() > deadline:
+                if refused.code() not in REFUSALS or time.monotonic() > deadline:
                     raise
+            PAUSE.wait(REFUSED_PAUSE_S)
 
-    def _send(
-        self, path: str, method: MethodDescriptor, data: bytes
-    ) -> tuple[grpc.StatusCode, str]:
+    def _send(self, path: str, method: MethodDescriptor, data: bytes) -> Iterator[Any]:
+        """Send a message and return what gives the answers; a watch runs on beside later messages."""
         channel = self._deployment.channel
         make: Any = {
             (False, False): channel.unary_unary,
@@ -131,23 +158,35 @@ class Fuzzer:
         }[method.client_streaming, method.server_streaming]
         metadata = self._metadata.get(method.containing_service.name, ())
         request = iter([data]) if method.client_streaming else data
-        try:
-            timeout_s = WATCH_S if method.name.startswith("Watch") else TIMEOUT_S
-            answer = make(path)(request, metadata=metadata, timeout=timeout_s)
-            if method.server_streaming:
-                _take(answer)
-        except grpc.RpcError as error:
-            failed: Any = error
-            return failed.code(), failed.details() or ""
-        return Code.OK, ""
+        if method.server_streaming:
+            timeout_s = WATCH_S if is_watch(path) else TIMEOUT_S
+            return _some(make(path)(request, metadata=metadata, timeout=timeout_s))
+        call = make(path).future(request, metadata=metadata, timeout=TIMEOUT_S)
+        return (each.result() for each in (call,))
 
 
-def _take(answer: Any) -> None:
-    """Read some answers of a stream, and give up one that goes on."""
-    for number, _ in enumerate(answer, 1):
+def is_watch(path: str) -> bool:
+    """Return whether a method answers only when something happens."""
+    return path.rpartition("/")[2].startswith("Watch")
+
+
+def _some(answer: Any) -> Iterator[Any]:
+    """Yield some answers of a stream, and give up one that goes on."""
+    for number, each in enumerate(answer, 1):
         if number >= MAX_ANSWERS:
             answer.cancel()
             return
+        yield each
+
+
+def _outcome(answers: Iterator[Any]) -> tuple[grpc.StatusCode, str]:
+    """Return how a call ended, and what was said."""
+    try:
+        deque(answers, maxlen=0)
+    except grpc.RpcError as error:
+        failed: Any = error
+        return failed.code(), failed.details() or ""
+    return Code.OK, ""
 
 
 @pytest.fixture

@@ -126,7 +126,9 @@ def test_a_base_version_for_one_victim_is_refused_by_the_device(
 
 
 def _huge_weight(parameters: MaskingParameters, *_: object) -> np.ndarray[Any, Any]:
-    return np.full(parameters.slot_count, 2**parameters.digit_bits - 1, parameters.dtype)
+    slots = np.zeros(parameters.slot_count, parameters.dtype)
+    slots[: parameters.weight_digits] = 2**parameters.digit_bits - 1
+    return slots
 
 
 def test_a_weight_beyond_the_limit_makes_no_version(

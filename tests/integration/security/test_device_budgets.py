@@ -167,6 +167,10 @@ class Assault:
     def _GetLineage(self, _number: int) -> None:
         self._send("GetLineage", pb.GetLineageRequest(training_session_id=self._session_id))
 
+    def _FindTrainingSession(self, _number: int) -> None:
+        request = pb.FindTrainingSessionRequest(reference=self._session_id[:8])
+        self._send("FindTrainingSession", request)
+
     def _GetContributionProof(self, _number: int) -> None:
         update_id = self._device.draft(self._task, LARGE).statement.update_id
         self._send("GetContributionProof", pb.GetContributionProofRequest(update_id=update_id))

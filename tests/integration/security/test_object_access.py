@@ -16,7 +16,7 @@ from qflare.crypto.signing import SigningContext
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import device_pb2, security_pb2, training_pb2
-from qflare_client import Client
+from qflare_client import Client, InvalidRequestError
 from qflare_server.storage.tables import Upload
 from qflare_server.use_cases.access.objects import RULES, names_nothing, own_only
 from qflare_server.use_cases.access.roles import ACCESS, Role
@@ -51,6 +51,14 @@ def refused(call: Callable[[], Any]) -> str:
 def download(device: RawDevice, session_id: str, **wanted: Any) -> list[Any]:
     request = pb.GetGlobalModelRequest(training_session_id=session_id, **wanted)
     return list(device.stub.GetGlobalModel(request, metadata=device.metadata))
+
+
+def find(device: RawDevice, reference: str) -> pb.FindTrainingSessionResponse:
+    request = pb.FindTrainingSessionRequest(reference=reference)
+    found: pb.FindTrainingSessionResponse = device.stub.FindTrainingSession(
+        request, metadata=device.metadata
+    )
+    return found
 
 
 def administer(deployment: Any, method: str, **fields: Any) -> Any:
@@ -189,6 +197,25 @@ def test_whoever_is_outside_reaches_nothing_by_any_method(deployment: Any) -> No
     assert found == pb.GetUploadResponse()
     assert outsider.task().kind == pb.TASK_KIND_WAIT
     own("SubmitUpdate")
+
+
+def test_a_device_finds_its_own_training_sessions_by_id_beginning_and_name(
+    deployment: Any,
+) -> None:
+    insider, outsider = enrolled(deployment, "in", "ward-3"), enrolled(deployment, "out", "ward-4")
+    other = deployment.session(rounds=ROUNDS, groups=["ward-4"])
+    session_id = deployment.session(rounds=ROUNDS, groups=["ward-3"])
+
+    for reference in (session_id, session_id[:8], "test"):
+        assert insider.client.find_session(reference) == session_id
+        assert find(insider, reference).name == "test"
+    for hidden in (other, other[:8], "tes", OUTSIDE):
+        assert refused(partial(find, insider, hidden)) == HIDDEN
+    deployment.session(rounds=ROUNDS, groups=["ward-3"])
+    with pytest.raises(InvalidRequestError, match=f"test \\({session_id}\\)") as several:
+        insider.client.find_session("test")
+    assert other not in str(several.value)
+    assert outsider.client.find_session("test") == other
 
 
 def test_every_method_that_is_for_something_is_walked() -> None:

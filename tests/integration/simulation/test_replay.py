@@ -1,6 +1,8 @@
 """Replays: equal settings give the same versions, others what the coordinator would have made; nothing is written."""
 
 import csv
+import dataclasses
+import shutil
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qflare_client import TrainingTask
+from qflare_server.storage.payload_store import PayloadFolder
 from qflare_simulation import History, SimulationError, open_coordinator, replay, simulate
 from qflare_simulation.__main__ import main
 
@@ -72,6 +75,18 @@ def test_the_same_settings_make_the_same_versions(kept: History) -> None:
     assert {item.distance for item in rounds} == {0.0}
     assert all(item.metrics == item.real_metrics for item in rounds)
     assert digests(kept.folder) == before
+
+
+def test_a_copy_of_a_database_in_use_can_be_replayed(kept: History, tmp_path: Path) -> None:
+    assert kept.folder is not None
+    folder = shutil.copytree(kept.folder, tmp_path / "copy")
+    with open_coordinator(folder) as parts:
+        store = PayloadFolder(tmp_path / "payloads")
+        store.replace_owner("", "the original")
+        context = dataclasses.replace(parts.context, store=store)
+        rounds = replay(context, kept.session_id)
+
+    assert {item.distance for item in rounds} == {0.0}
 
 
 def test_an_optimizer_s_state_is_carried(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ SAMPLES = {
     "seconds": "90",
     "list in JSON": "[{}]",
     "text, ...": "a,b",
+    "number, ...": "0.25,0.5",
     "number for each name": "0.5",
     "text for each name": "word",
 }

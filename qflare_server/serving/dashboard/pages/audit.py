@@ -1,6 +1,6 @@
 """Audit page: events by risk, and the list of events."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -53,7 +53,7 @@ def build(visit: PageContext) -> Mapping[str, Any]:
 
 
 def _row(row: AuditLog, visit: PageContext, names: Mapping[str, str]) -> EventRow:
-    details = [(str(name), str(value)) for name, value in sorted(row.details.items())]
+    details = list(_flat(row.details))
     return EventRow(
         number=row.id,
         at=moment(row.created_at, visit.at),
@@ -65,6 +65,15 @@ def _row(row: AuditLog, visit: PageContext, names: Mapping[str, str]) -> EventRo
         brief=", ".join(f"{name} {_cut(value)}" for name, value in details if value),
         details=details,
     )
+
+
+def _flat(details: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each detail as text, sorted by name; the names of nested ones are joined by dots."""
+    for name, value in sorted(details.items()):
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
 
 
 def _cut(value: str) -> str:

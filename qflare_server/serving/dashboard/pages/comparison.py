@@ -9,7 +9,7 @@ from qflare_server.serving.dashboard import formatting
 from qflare_server.serving.dashboard.charts import Chart, Series, line_chart
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages.curves import MOST_CHOSEN, Choice, names, preferred
-from qflare_server.serving.dashboard.pages.settings import settings
+from qflare_server.serving.dashboard.pages.settings import differences, settings
 from qflare_server.serving.dashboard.pages.training import session_row
 from qflare_server.storage.records import TrainingSession
 from qflare_server.storage.repository.views import VersionMetrics
@@ -51,13 +51,6 @@ def build(visit: PageContext) -> Mapping[str, Any]:
         "charts": [chart for chart in charts if chart is not None],
         "settings": differences([settings(item.row.config) for item in found]),
     }
-
-
-def differences(found: Sequence[Mapping[str, str]]) -> list[tuple[str, Sequence[str]]]:
-    """Return the settings that are not the same everywhere, each with its values."""
-    paths = dict.fromkeys(path for item in found for path in item)
-    rows = [(path, [item.get(path, formatting.NONE) for item in found]) for path in paths]
-    return [(path, values) for path, values in rows if len(set(values)) > 1]
 
 
 def _chart(place: int, name: str, found: Sequence[Compared]) -> Chart | None:

@@ -1,13 +1,14 @@
 """Page of one training session."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from qflare_server.serving.dashboard.charts import Chart
+from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages import curves, lineage
 from qflare_server.serving.dashboard.pages.roll import roll
-from qflare_server.serving.dashboard.pages.settings import sections
+from qflare_server.serving.dashboard.pages.settings import differences, sections, settings
 from qflare_server.serving.dashboard.pages.training import ROWS, current, round_row, session_row
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.records import Round, TrainingSession
@@ -15,6 +16,16 @@ from qflare_server.storage.repository.views import VersionMetrics
 
 SHOWN_VERSIONS: Final = 300
 SHOWN_BARS: Final = 30
+SHOWN_CHANGES: Final = 20
+
+
+class ChangeRow(NamedTuple):
+    """A change of the configuration in the list; `round_number` is 0 before the first round."""
+
+    at: Moment | None
+    round_number: int
+    settings: Sequence[tuple[str, Sequence[str]]]
+    """Each setting that changed, with its values before and after."""
 
 
 def build(visit: PageContext) -> Mapping[str, Any]:
@@ -32,6 +43,7 @@ def build(visit: PageContext) -> Mapping[str, Any]:
         "curves": curves.build(progress.session, metrics, visit),
         "roll": roll(progress.session, progress.round, visit),
         "settings": sections(progress.session.config),
+        "changes": _changes(progress.session, visit),
         "versions": lineage.newest(progress.session, visit),
         "charts": _charts(progress.session, metrics, newest, visit),
         "query": {"metric": chosen}
@@ -43,6 +55,18 @@ def build(visit: PageContext) -> Mapping[str, Any]:
         "next_token": page.next_token,
         "first": not visit.text("page"),
     }
+
+
+def _changes(row: TrainingSession, visit: PageContext) -> list[ChangeRow]:
+    """Return the newest changes of the configuration, newest first."""
+    return [
+        ChangeRow(
+            moment(item.at, visit.at),
+            item.round_number,
+            differences([settings(item.before), settings(item.after)]),
+        )
+        for item in visit.use_cases.round_changes.list(row.id, SHOWN_CHANGES)
+    ]
 
 
 def _charts(

@@ -1,7 +1,7 @@
 """Settings of a training session, as the dashboard shows and compares them."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from google.protobuf import json_format
@@ -27,6 +27,13 @@ def sections(config: training_pb2.TrainingConfig) -> list[tuple[str, Sequence[Se
         section, _, name = path.rpartition(".")
         found.setdefault(section or GENERAL, []).append((name, value))
     return list(found.items())
+
+
+def differences(found: Sequence[Mapping[str, str]]) -> list[tuple[str, Sequence[str]]]:
+    """Return the settings that are not the same everywhere, each with its values."""
+    paths = dict.fromkeys(path for item in found for path in item)
+    rows = [(path, [item.get(path, formatting.NONE) for item in found]) for path in paths]
+    return [(path, values) for path, values in rows if len(set(values)) > 1]
 
 
 def _set(config: training_pb2.TrainingConfig) -> Iterator[Setting]:

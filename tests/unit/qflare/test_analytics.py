@@ -1,0 +1,138 @@
+"""Queries of federated analytics: the norm of answers, and results from exact sums of them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qflare.analytics.answers import InvalidValuesError, answer
+from qflare.analytics.queries import KINDS, InvalidQueryError, Query
+from qflare.analytics.results import Result, result_of
+from qflare.v1 import training_pb2
+
+LABELS = ("a", "b")
+NUMBERS = st.lists(
+    st.floats(-50, 150) | st.sampled_from([0.0, 100.0, float("nan"), float("inf")]), max_size=40
+)
+
+
+def query_of(kind: str, **settings: Any) -> Query:
+    values: dict[str, Any] = {"column": "age", "kind": KINDS[kind]}
+    if kind == "labels":
+        values["labels"] = LABELS
+    elif kind != "count":
+        values |= {"lower": 0.0, "upper": 100.0}
+    return Query.from_proto(training_pb2.AnalyticsQuery(**values | settings))
+
+
+def result(query: Query, cohort: list[list[Any]]) -> Result:
+    """Return the result without noise."""
+    total = sum((answer(query, values).astype(float) for values in cohort), start=np.zeros(1))
+    return result_of(query, np.broadcast_to(total, query.element_count), 0.0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(sorted(KINDS)), values=NUMBERS, most=st.sampled_from([1, 5, 1000]))
+def test_an_answer_has_a_norm_of_at_most_one(kind: str, values: list[float], most: int) -> None:
+    """The noise is calibrated for this norm."""
+    query = query_of(kind, max_examples=most)
+    given: list[Any] = (
+        [LABELS[int(bool(value))] for value in values] if kind == "labels" else values
+    )
+    vector = answer(query, given)
+    assert vector.shape == (query.element_count,)
+    assert vector.dtype == np.float32
+    assert np.linalg.norm(vector.astype(float)) <= 1 + 1e-6
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 100), max_size=30), min_size=1, max_size=5))
+def test_results_are_those_of_all_values_together(cohort: list[list[int]]) -> None:
+    whole = np.array([value for values in cohort for value in values], float)
+
+    def row(kind: str, **more: Any) -> tuple[Any, ...]:
+        return result(query_of(kind, max_examples=30, **more), cohort).rows[0]
+
+    assert row("count")[0] == pytest.approx(len(whole), abs=1e-3)
+    assert row("sum")[0] == pytest.approx(whole.sum(), abs=1e-2)
+    found = result(query_of("histogram", max_examples=30, bins=7), cohort)
+    wanted = [0, *np.histogram(whole, 7, (0, 100))[0], 0]
+    assert [cell[2] for cell in found.rows] == pytest.approx(wanted, abs=1e-3)
+    if len(whole):
+        count, mean, variance, deviation = row("mean")
+        assert count == pytest.approx(len(whole), abs=1e-3)
+        assert mean == pytest.approx(whole.mean(), abs=1e-2)
+        assert variance == pytest.approx(whole.var(), abs=0.5)
+        assert deviation == pytest.approx(variance**0.5)
+        width = 100 / 200
+        median = row("quantiles", bins=200, quantiles=[0.5])[1]
+        assert np.mean(whole < median - 2 * width) <= 0.5 + 1e-6
+        assert np.mean(whole > median + 2 * width) <= 0.5 + 1e-6
+
+
+def test_values_below_and_above_the_bounds_are_counted_apart() -> None:
+    values = [-1.0, 0.0, 49.9, 50.0, 100.0, 100.1, float("inf"), float("nan")]
+    rows = result(query_of("histogram", max_examples=9, bins=2), [values]).rows
+    assert [row[2] for row in rows] == pytest.approx([1, 2, 2, 2], abs=1e-5)
+    assert rows[0][0] == -np.inf
+    assert rows[-1][1] == np.inf
+
+
+def test_a_device_with_more_values_is_scaled_down() -> None:
+    """With the default every device counts as one, whatever the number of its values."""
+    rows = result(query_of("labels"), [["a"] * 900 + ["b"] * 100, ["b"], []]).rows
+    assert [row[1] for row in rows] == pytest.approx([0.9, 1.1, 0.0])
+    assert [row[2] for row in rows] == pytest.approx([0.45, 0.55, 0.0])
+
+
+def test_noise_that_leaves_no_value_gives_none() -> None:
+    mean = result_of(query_of("mean"), np.array([-1.0, 0.0, 0.0]), 1.0)
+    assert np.isnan([float(cell) for cell in mean.rows[0][1:]]).all()
+    median = result_of(query_of("quantiles"), np.full(102, -1.0), 1.0)
+    assert all(np.isnan(float(row[1])) for row in median.rows)
+    assert median.error == 1.0
+
+
+@pytest.mark.parametrize(
+    "values", [None, 5, "text", b"text", [object()], ["x"], [1j], [[1], [1, 2]]]
+)
+def test_values_that_are_no_numbers_are_refused(values: Any) -> None:
+    with pytest.raises(InvalidValuesError):
+        answer(query_of("sum"), values)
+
+
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [
+        ("column", {"column": ""}),
+        ("column", {"column": "a\nb"}),
+        ("kind", {"kind": 0}),
+        ("kind", {"kind": 77}),
+        ("upper", {"upper": float("nan")}),
+        ("upper", {"lower": -1e13}),
+        ("upper", {"lower": 100.0}),
+        ("bins", {"bins": -1}),
+        ("bins", {"bins": 10_001}),
+        ("quantiles", {"quantiles": [0.5]}),
+        ("labels", {"labels": ["a"]}),
+        ("max_examples", {"max_examples": -1}),
+        ("upper", {"kind": KINDS["labels"], "labels": ["a"]}),
+        ("labels", {"kind": KINDS["labels"], "upper": 0.0}),
+        ("labels", {"kind": KINDS["labels"], "upper": 0.0, "labels": ["a", "a"]}),
+        ("quantiles", {"kind": KINDS["quantiles"], "quantiles": [1.5]}),
+    ],
+)
+def test_a_query_out_of_range_is_refused(field: str, settings: dict[str, Any]) -> None:
+    question: dict[str, Any] = {"column": "age", "kind": KINDS["histogram"], "upper": 100.0}
+    message = training_pb2.AnalyticsQuery(**question | settings)
+    with pytest.raises(InvalidQueryError) as caught:
+        Query.from_proto(message)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_completed_query_is_complete(kind: str) -> None:
+    query = query_of(kind)
+    assert Query.from_proto(query.to_proto()) == query
