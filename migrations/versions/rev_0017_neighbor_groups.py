@@ -44,10 +44,12 @@ def upgrade() -> None:
         sa.Column("group_number", sa.Integer(), nullable=True),
         sa.Column("is_sharer", sa.Boolean(), nullable=False),
         sa.Column("update_digest", sa.String(length=64), nullable=True),
-        sa.Column("advertisement", sa.LargeBinary(), nullable=False),
+        sa.Column("shares_digest", sa.String(length=64), nullable=True),
+        sa.Column("advertisement", sa.LargeBinary(), nullable=True),
         sa.Column("shares", sa.LargeBinary(), nullable=True),
         sa.Column("confirmation", sa.LargeBinary(), nullable=True),
         sa.Column("reveal", sa.LargeBinary(), nullable=True),
+        sa.Column("transcript", sa.LargeBinary(), nullable=True),
         sa.ForeignKeyConstraint(
             ["device_id"], ["devices.id"], name=op.f("fk_neighbor_members_device_id")
         ),

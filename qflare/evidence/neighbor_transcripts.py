@@ -8,8 +8,9 @@ Every failure is a `StatementError`.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -39,6 +40,12 @@ FindKey = Callable[[str, str], PublicKey]
 """Returns the key of a device by its id and the id of the key; raises `ValueError` if the device has no such key."""
 
 
+PART_BYTES: Final = 2**20
+"""Most bytes of a part of a transcript: bundles are sent in messages of limited size."""
+
+Part = verification_pb2.NeighborTranscriptPart
+
+
 @dataclass(frozen=True)
 class CheckedGroup:
     """A group whose transcript was checked.
@@ -59,6 +66,33 @@ class CheckedGroup:
 
     def __repr__(self) -> str:
         return f"CheckedGroup({self.digest})"
+
+
+def transcript_parts(group: int, data: bytes) -> list[Part]:
+    """Return the parts of a serialized transcript.
+
+    Args:
+        group: Place of the group among those in the sum, from 0.
+        data: Serialized `NeighborTranscript`.
+    """
+    starts = range(0, max(len(data), 1), PART_BYTES)
+    return [Part(group=group, content=data[start : start + PART_BYTES]) for start in starts]
+
+
+def joined_parts(parts: Iterable[Part]) -> list[bytes]:
+    """Return the serialized transcript of each group.
+
+    Raises:
+        StatementError: The parts are not in order.
+    """
+    groups: list[list[bytes]] = []
+    for part in parts:
+        if part.group == len(groups):
+            groups.append([])
+        if part.group != len(groups) - 1:
+            raise StatementError("transcripts: parts of groups are not in order")
+        groups[-1].append(part.content)
+    return [b"".join(contents) for contents in groups]
 
 
 def check_group(
@@ -83,7 +117,7 @@ def check_group(
 
 
 def check_groups(
-    groups: Sequence[bytes],
+    parts: Iterable[Part],
     statement: security_pb2.ModelStatement,
     masking: Masking,
     updates: Sequence[security_pb2.UpdateStatement],
@@ -93,7 +127,7 @@ def check_groups(
     """Check the transcripts of all groups in a version.
 
     Args:
-        groups: Serialized transcripts.
+        parts: Of the transcripts.
         statement: Of the version, verified.
         masking: Of the round's verified task.
         updates: Verified statements of all updates in the version.
@@ -109,6 +143,7 @@ def check_groups(
         statement.round_number,
         masking.task_digest,
     )
+    groups = joined_parts(parts)
     digests = [hashlib.sha256(data).hexdigest() for data in groups]
     require_equal("answer_digests", digests, list(statement.unmasking.answer_digests))
     checked = tuple(check_group(data, masking, masked_round, find_key) for data in groups)

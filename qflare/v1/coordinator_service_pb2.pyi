@@ -565,6 +565,7 @@ class NeighborView(_message.Message):
     BOXES_FIELD_NUMBER: _builtins.int
     SURVIVORS_FIELD_NUMBER: _builtins.int
     CONFIRMATIONS_FIELD_NUMBER: _builtins.int
+    EARLIER_KEYSETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def roster(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Digests of the advertisements of the group in ascending order, 32 bytes each. Set for SHARE."""
@@ -593,6 +594,12 @@ class NeighborView(_message.Message):
     def confirmations(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
         """Confirmations of the neighbors. Set for REVEAL."""
 
+    @_builtins.property
+    def earlier_keysets(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
+        """Keysets by rising version that contain registrar keys that the keyset in force no longer has, and that have signed
+        receipts in members. Set for SHARE.
+        """
+
     def __init__(
         self,
         *,
@@ -602,10 +609,11 @@ class NeighborView(_message.Message):
         boxes: _abc.Iterable[Global___ReceivedBox] | None = ...,
         survivors: _abc.Iterable[_builtins.bytes] | None = ...,
         confirmations: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
+        earlier_keysets: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boxes", b"boxes", "confirmations", b"confirmations", "members", b"members", "roster", b"roster", "sharers", b"sharers", "survivors", b"survivors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boxes", b"boxes", "confirmations", b"confirmations", "earlier_keysets", b"earlier_keysets", "members", b"members", "roster", b"roster", "sharers", b"sharers", "survivors", b"survivors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -298,15 +298,15 @@ class UnmaskingTranscript(_message.Message):
         """Signed UnmaskingAnswer of each helper, in the order of the task."""
 
     @_builtins.property
-    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """With neighbors: serialized NeighborTranscript of each group in the sum."""
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeighborTranscriptPart]:
+        """With neighbors: the transcript of each group in the sum, in parts. Parts of a group follow each other."""
 
     def __init__(
         self,
         *,
         task: _security_pb2.SignedEnvelope | None = ...,
         answers: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
-        groups: _abc.Iterable[_builtins.bytes] | None = ...,
+        groups: _abc.Iterable[Global___NeighborTranscriptPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -315,6 +315,32 @@ class UnmaskingTranscript(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnmaskingTranscript: _TypeAlias = UnmaskingTranscript  # noqa: Y015
+
+@_typing.final
+class NeighborTranscriptPart(_message.Message):
+    """Part of the transcript of a group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    """Place of the group among those in the sum, from 0."""
+    content: _builtins.bytes
+    """Consecutive bytes of its serialized NeighborTranscript."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborTranscriptPart: _TypeAlias = NeighborTranscriptPart  # noqa: Y015
 
 @_typing.final
 class NeighborTranscript(_message.Message):

@@ -47,7 +47,6 @@ from qflare.masking.neighbors import (
     OpenedBox,
     Shares,
 )
-from qflare.protocol.keysets import KeyRole
 from qflare.tensors import Array
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2
@@ -270,7 +269,14 @@ class _Step:
 
     def _members(self, graph: NeighborGraph, own: str) -> dict[str, Member]:
         """Verify the advertisements of all neighbors, and keep them."""
-        proven = ProvenKeys(self._round.realm, self._trust.signature_keys(KeyRole.REGISTRAR))
+        signers = {
+            signature.key_id
+            for shown in self._view.members
+            for evidence in shown.device_keys
+            for signature in evidence.receipt.signatures
+        }
+        registrars = self._trust.registrar_keys(signers, self._view.earlier_keysets)
+        proven = ProvenKeys(self._round.realm, registrars)
         members = {}
         for shown in self._view.members:
             envelope = shown.advertisement

@@ -23,7 +23,7 @@ from qflare_server.errors import HelperRefusedError
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import neighbors, training_sessions
 from qflare_server.storage.repository.neighbors import StoredGroup, StoredMember
-from qflare_server.storage.tables import GroupStage
+from qflare_server.storage.tables import GroupStage, TrainingSessionState
 from qflare_server.strategies import NotEnoughUpdatesError
 from qflare_server.training import neighbor_stages
 from qflare_server.training.neighbor_opening import (
@@ -49,10 +49,11 @@ class NeighborRoundFold(MaskedRoundFold):
     def awaits_decision(self) -> bool:
         """Return whether `decide` has something to decide."""
         current, groups, members = self._read()
-        if current is None:
+        if current is None or self._is_paused():
+            self._endings, self._tried, self._next = {}, {}, None
             return False
         config, now = self.plan.config, self._context.clock()
-        self._next = neighbor_stages.next_deadline(config, current.opened_at, groups, now)
+        self._next = neighbor_stages.next_deadline(config, current, groups, now)
         revealing = [group for group in groups if group.stage == GroupStage.REVEAL.value]
         known = {group.number for group in revealing}
         self._endings = {key: text for key, text in self._endings.items() if key in known}
@@ -97,6 +98,12 @@ class NeighborRoundFold(MaskedRoundFold):
                 neighbors.members_of(session, *key),
             )
 
+    def _is_paused(self) -> bool:
+        """Return whether steps are not decided, because devices cannot take them either."""
+        with self._context.database.read() as session:
+            found = training_sessions.get_session(session, self.plan.training_session_id)
+        return found is None or found.state != TrainingSessionState.RUNNING.value
+
     def _try(self, group: StoredGroup, members: Sequence[StoredMember], now: datetime) -> None:
         """Find out whether the sum of a group can be opened, each time that another member has revealed."""
         own = [item for item in members if item.group_number == group.number and item.update_digest]
@@ -117,7 +124,7 @@ class NeighborRoundFold(MaskedRoundFold):
                 logger.warning(
                     "wrong shares revealed: session=%s round=%d group=%d devices=%s",
                     *(self.plan.training_session_id, self.plan.number, group.number),
-                    [opened.contents.device_of(item) for item in opened.liars],
+                    list(opened.liars),
                 )
             self._endings[group.number] = ""
 
@@ -183,7 +190,7 @@ class NeighborRoundFold(MaskedRoundFold):
                 mask.subtract_from(self._sum, 0)
             else:
                 mask.add_to(self._sum, 0)
-        self._digest_list.append(hashlib.sha256(group.transcript()).hexdigest())
+        self._digest_list.append(hashlib.sha256(group.serialized()).hexdigest())
 
     def unmasking(self) -> security_pb2.ModelUnmasking:
         """Return the transcripts as the version's statement names them."""

@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from qflare.evidence.statements import StatementError
 from qflare.evidence.unmasking import MAX_HELPER_COUNT, MIN_COHORT, open_helper
 from qflare.masking.graph_parameters import (
+    COMPLETE_UP_TO,
     MIN_GROUP,
     InfeasibleGroupError,
     group_parameters,
@@ -127,10 +128,14 @@ def _complete_neighbors(config: training_pb2.TrainingConfig) -> None:
             f"got groups of {size}, want {least}, the larger of min_cohort and {MIN_GROUP}, to rounds.target "
             f"{rounds.target}",
         )
-    try:
-        group_parameters(size, policy.corrupt_fraction, policy.dropout_fraction)
-    except InfeasibleGroupError as error:
-        raise _refusal("group_size", str(error)) from error
+    smallest = min(size, max(rounds.quorum, MIN_GROUP))
+    largest = min(rounds.target, 2 * policy.group_size - 1 if policy.group_size else rounds.target)
+    for members in {*range(smallest, min(largest, COMPLETE_UP_TO) + 1), size, largest}:
+        # Above, a complete graph withstands all fractions that are allowed.
+        try:
+            group_parameters(members, policy.corrupt_fraction, policy.dropout_fraction)
+        except InfeasibleGroupError as error:
+            raise _refusal("group_size", f"{error}; groups have {smallest} to {largest}") from error
 
 
 def _complete_privacy(config: training_pb2.TrainingConfig) -> None:

@@ -29,6 +29,7 @@ class GroupContents:
         shares: Signed shares with their boxes, of those that sent them in time.
         confirmations: Signed confirmations.
         reveals: Revealed shares.
+        transcript: What is kept of all this after the round; None before.
     """
 
     graph: NeighborGraph
@@ -37,20 +38,12 @@ class GroupContents:
     shares: Mapping[str, Shares]
     confirmations: Mapping[str, security_pb2.SignedEnvelope]
     reveals: Mapping[str, security_pb2.NeighborReveal]
+    transcript: verification_pb2.NeighborTranscript | None = None
 
     @cached_property
     def survivors(self) -> list[str]:
         """Members whose updates are in the sum."""
         return [member.digest for member in self.members if member.update_digest]
-
-    @cached_property
-    def boxes(self) -> dict[tuple[str, str], security_pb2.NeighborBox]:
-        """Boxes by sender and recipient."""
-        return {
-            (sender, box.recipient_digest): box
-            for sender, shares in self.shares.items()
-            for box in shares.boxes
-        }
 
     def device_of(self, digest: str) -> str:
         """Return the device of a member."""
@@ -77,10 +70,11 @@ def read_contents(
             digests[device]: content
             for device, content in neighbors.contents(session, *key, column, digests).items()
         }
-        for column in ("advertisement", "shares", "confirmation", "reveal")
-    }
+        for column in ("advertisement", "shares", "confirmation", "reveal", "transcript")
+    }  # the transcript is read last: if it is not there, nothing had been deleted before
     envelope = security_pb2.SignedEnvelope.FromString
     sharers = {member.digest for member in members if member.is_sharer}
+    pieces = stored["transcript"]
     return GroupContents(
         graph_of(config, members),
         members,
@@ -95,6 +89,7 @@ def read_contents(
             item: security_pb2.NeighborReveal.FromString(envelope(content).payload)
             for item, content in stored["reveal"].items()
         },
+        joined_pieces(pieces[item] for item in sorted(pieces)) if pieces else None,
     )
 
 
@@ -103,14 +98,14 @@ class OpenedGroup:
     """A group whose sum can be unmasked.
 
     Attributes:
-        contents: What its members have sent.
-        seeds: Self seeds of the survivors, and mask seeds of the other sharers.
-        liars: Members that have revealed shares other than those that they got.
+        graph: Of the group.
+        transcript: What its members have signed, and the seeds that were opened.
+        liars: Devices that have revealed shares other than those that they got.
     """
 
-    contents: GroupContents
-    seeds: Mapping[str, bytes]
-    liars: tuple[str, ...]
+    graph: NeighborGraph
+    transcript: verification_pb2.NeighborTranscript
+    liars: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return "OpenedGroup(...)"
@@ -121,47 +116,52 @@ class OpenedGroup:
         Raises:
             NeighborError: A box of a survivor does not open.
         """
-        survivors = self.contents.survivors
-        return leftover_masks(
-            self.contents.graph, survivors, self.seeds, self._dropped, self.contents.boxes
-        )
+        members = self.graph.members
+        own: dict[str, bytes] = {}
+        dropped: dict[str, bytes] = {}
+        for member, row in zip(members, self.transcript.members, strict=True):
+            if row.seed:
+                (own if row.update_digest else dropped)[member] = row.seed
+        boxes = {
+            (members[item.sender], item.box.recipient_digest): item.box
+            for item in self.transcript.boxes
+        }
+        return leftover_masks(self.graph, list(own), own, dropped, boxes)
 
-    @property
-    def _dropped(self) -> dict[str, bytes]:
-        remaining = set(self.contents.survivors)
-        return {item: seed for item, seed in self.seeds.items() if item not in remaining}
+    def serialized(self) -> bytes:
+        """Return the serialized transcript."""
+        return self.transcript.SerializeToString(deterministic=True)
 
-    def transcript(self) -> bytes:
-        """Return the serialized transcript of the group."""
-        contents = self.contents
-        made = verification_pb2.NeighborTranscript()
-        for member in contents.members:
-            digest = member.digest
-            made.members.add(
-                advertisement=contents.advertisements[digest],
-                shares=contents.shares[digest].statement if digest in contents.shares else None,
-                update_digest=bytes.fromhex(member.update_digest or ""),
-                confirmation=contents.confirmations.get(digest),
-                seed=self.seeds.get(digest, b""),
-            )
-        places = {member.digest: place for place, member in enumerate(contents.members)}
-        dropped = self._dropped
-        for sender in contents.survivors:
-            boxes = contents.shares[sender].boxes
-            for index, box in enumerate(boxes):
-                if box.recipient_digest in dropped and box.sealed_pair_seed:
-                    proof = prove_box(boxes, index)
-                    made.boxes.add(sender=places[sender], box=box, proof=proof)
-        return made.SerializeToString(deterministic=True)
+    def pieces(self) -> dict[str, bytes]:
+        """Return the part of each member, by its digest: `joined_pieces` makes the transcript of them."""
+        made = {
+            member: verification_pb2.NeighborTranscript(members=[row])
+            for member, row in zip(self.graph.members, self.transcript.members, strict=True)
+        }
+        for item in self.transcript.boxes:
+            made[self.graph.members[item.sender]].boxes.append(item)
+        return {
+            member: piece.SerializeToString(deterministic=True) for member, piece in made.items()
+        }
+
+
+def joined_pieces(pieces: Iterable[bytes]) -> verification_pb2.NeighborTranscript:
+    """Return the transcript of a group from the parts of its members, in ascending order of their digests."""
+    transcript = verification_pb2.NeighborTranscript()
+    for piece in pieces:
+        transcript.MergeFromString(piece)
+    return transcript
 
 
 def open_group(contents: GroupContents) -> OpenedGroup:
-    """Open the seeds that the sum of a group needs.
+    """Open the seeds that the sum of a group needs, or return those that were opened.
 
     Raises:
         NotEnoughSharesError: Too few right shares of a secret are revealed.
         NeighborError: A member has shared another secret than it advertised, or a box of a survivor does not open.
     """
+    if contents.transcript is not None:
+        return OpenedGroup(contents.graph, contents.transcript)
     seeds: dict[str, bytes] = {}
     liars: set[str] = set()
     survivors = set(contents.survivors)
@@ -175,10 +175,35 @@ def open_group(contents: GroupContents) -> OpenedGroup:
         revealed = _revealed(contents.reveals, owner)
         seeds[owner], found = open_secret(contents.graph, kind, keys, commitments, revealed)
         liars.update(found)
-    opened = OpenedGroup(contents, seeds, tuple(sorted(liars)))
+    devices = tuple(contents.device_of(item) for item in sorted(liars))
+    opened = OpenedGroup(contents.graph, _transcript(contents, seeds), devices)
     for _ in opened.masks():
         pass  # every box opens, or names who made it
     return opened
+
+
+def _transcript(
+    contents: GroupContents, seeds: Mapping[str, bytes]
+) -> verification_pb2.NeighborTranscript:
+    made = verification_pb2.NeighborTranscript()
+    for member in contents.members:
+        digest = member.digest
+        made.members.add(
+            advertisement=contents.advertisements[digest],
+            shares=contents.shares[digest].statement if digest in contents.shares else None,
+            update_digest=bytes.fromhex(member.update_digest or ""),
+            confirmation=contents.confirmations.get(digest),
+            seed=seeds.get(digest, b""),
+        )
+    places = {member.digest: place for place, member in enumerate(contents.members)}
+    survivors = contents.survivors
+    dropped = seeds.keys() - set(survivors)
+    for sender in survivors:
+        boxes = contents.shares[sender].boxes
+        for index, box in enumerate(boxes):
+            if box.recipient_digest in dropped and box.sealed_pair_seed:
+                made.boxes.add(sender=places[sender], box=box, proof=prove_box(boxes, index))
+    return made
 
 
 def _revealed(reveals: Mapping[str, security_pb2.NeighborReveal], owner: str) -> dict[str, bytes]:

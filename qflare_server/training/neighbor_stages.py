@@ -19,16 +19,17 @@ from sqlalchemy.orm import Session
 
 from qflare.crypto.signing import tagged_hash
 from qflare.evidence.neighbors import check_survivors, sharers_digest, survivors_digest
-from qflare.evidence.statements import StatementError, digest_of
+from qflare.evidence.statements import StatementError
 from qflare.evidence.unmasking import NeighborPolicy
 from qflare.masking.graph_parameters import MIN_GROUP
 from qflare.masking.neighbor_graph import NeighborGraph, roster_digest
-from qflare.v1 import coordinator_service_pb2, training_pb2
+from qflare.v1 import training_pb2
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import audit, neighbors, training_sessions
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.repository.neighbors import StoredGroup, StoredMember
 from qflare_server.storage.tables import GroupStage, RiskLevel, RoundState
+from qflare_server.training.config import deadline_s
 from qflare_server.training.rounds import close_if_complete
 
 _GROUPING_TAG = "qflare/v1/neighbor-groups"
@@ -77,9 +78,14 @@ def is_due(
     )
 
 
+def advertising_ends_at(config: training_pb2.TrainingConfig, current: Round) -> datetime:
+    """Return when the time to advertise ends; like the deadline of a round, it restarts when it is resumed."""
+    return current.deadline_at - timedelta(seconds=deadline_s(config)) + step_timeout(config)
+
+
 def next_deadline(
     config: training_pb2.TrainingConfig,
-    opened_at: datetime,
+    current: Round,
     groups: Sequence[StoredGroup],
     now: datetime,
 ) -> datetime | None:
@@ -90,7 +96,7 @@ def next_deadline(
         if not group.has_ended and group.stage != GroupStage.TRAIN.value
     ]
     if not groups:
-        timed = [opened_at + step_timeout(config)]
+        timed = [advertising_ends_at(config, current)]
     return min((at for at in timed if at > now), default=None)
 
 
@@ -201,10 +207,7 @@ class _Stages:
         sharing = [member for member in members if member.has_shares]
         digests = {member.digest: member.digest for member in sharing}
         check_survivors(graph, digests, digests)
-        contents = neighbors.contents(
-            self.session, *self._key, "shares", [member.device_id for member in sharing]
-        )
-        entries = {item.digest: shares_digest(contents[item.device_id]) for item in sharing}
+        entries = {item.digest: item.shares_digest or "" for item in sharing}
         for member in sharing:
             neighbors.update_member(self.session, *self._key, member.device_id, {"is_sharer": True})
         details = {"sharers": len(sharing)}
@@ -298,12 +301,6 @@ def split_groups(digests: Sequence[str], group_size: int) -> list[list[str]]:
     return [order[number::count] for number in range(count)]
 
 
-def shares_digest(content: bytes) -> str:
-    """Return the digest of the signed part of stored shares."""
-    shares = coordinator_service_pb2.SharedSecrets.FromString(content)
-    return digest_of(shares.statement.payload)
-
-
 def _of(group: StoredGroup, members: Sequence[StoredMember]) -> list[StoredMember]:
     return [member for member in members if member.group_number == group.number]
 
@@ -318,7 +315,7 @@ def _is_enough(
     if len(members) >= current.target:
         return True
     least = max(MIN_GROUP, current.quorum)
-    return len(members) >= least and now >= current.opened_at + step_timeout(config)
+    return len(members) >= least and now >= advertising_ends_at(config, current)
 
 
 def _is_complete(group: StoredGroup, members: Sequence[StoredMember], current: Round) -> bool:

@@ -47,9 +47,14 @@ class StoredMember(NamedTuple):
     group_number: int | None
     is_sharer: bool
     update_digest: str | None
-    has_shares: bool
+    shares_digest: str | None
     has_confirmed: bool
     has_revealed: bool
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether it has sent shares."""
+        return self.shares_digest is not None
 
 
 class Work(NamedTuple):
@@ -99,7 +104,7 @@ _WORK = (
         SESSIONS.c.state == TrainingSessionState.RUNNING.value,
         or_(ROUNDS.c.state == RoundState.OPEN.value, ROUNDS.c.state == RoundState.CLOSED.value),
         or_(
-            and_(GROUPS.c.stage == GroupStage.SHARE.value, MEMBERS.c.shares.is_(None)),
+            and_(GROUPS.c.stage == GroupStage.SHARE.value, MEMBERS.c.shares_digest.is_(None)),
             and_(
                 GROUPS.c.stage == GroupStage.TRAIN.value,
                 MEMBERS.c.is_sharer,
@@ -203,7 +208,7 @@ def members_of(
             MEMBERS.c.group_number,
             MEMBERS.c.is_sharer,
             MEMBERS.c.update_digest,
-            MEMBERS.c.shares.is_not(None),
+            MEMBERS.c.shares_digest,
             MEMBERS.c.confirmation.is_not(None),
             MEMBERS.c.reveal.is_not(None),
         )
@@ -256,7 +261,7 @@ def contents(
         session: Open session.
         training_session_id: Training session.
         round_number: Round.
-        column: `advertisement`, `shares`, `confirmation` or `reveal`.
+        column: `advertisement`, `shares`, `confirmation`, `reveal` or `transcript`.
         device_ids: The members.
     """
     wanted = MEMBERS.c[column]
@@ -290,6 +295,70 @@ def update_digests(session: Session, training_session_id: str, round_number: int
         UPDATES.c.round_number == round_number,
     )
     return {row[0]: row[1] for row in session.execute(query)}
+
+
+def extend_steps(
+    session: Session, training_session_id: str, round_number: int, until: datetime
+) -> None:
+    """Give the groups of a round time until then for the step that they wait for."""
+    session.execute(
+        update(GROUPS)
+        .where(
+            GROUPS.c.training_session_id == training_session_id,
+            GROUPS.c.round_number == round_number,
+            GROUPS.c.stage.not_in(sorted(ENDED)),
+            GROUPS.c.deadline_at < until,
+        )
+        .values(deadline_at=until)
+    )
+    bump_rounds(session)
+
+
+class EndedRound(NamedTuple):
+    """A round that is over, of which what its members have sent is still stored."""
+
+    number: int
+    is_published: bool
+
+
+def untrimmed_rounds(session: Session, training_session_id: str) -> Sequence[EndedRound]:
+    """Return the rounds of a training session that are over, and not yet trimmed."""
+    is_stored = exists().where(
+        MEMBERS.c.training_session_id == ROUNDS.c.training_session_id,
+        MEMBERS.c.round_number == ROUNDS.c.number,
+        MEMBERS.c.advertisement.is_not(None),
+    )
+    query = (
+        select(ROUNDS.c.number, ROUNDS.c.state == RoundState.PUBLISHED.value)
+        .where(
+            ROUNDS.c.training_session_id == training_session_id,
+            ROUNDS.c.state.not_in([RoundState.OPEN.value, RoundState.CLOSED.value]),
+            is_stored,
+        )
+        .order_by(ROUNDS.c.number)
+    )
+    return [EndedRound(*row) for row in session.execute(query)]
+
+
+def trim_members(
+    session: Session,
+    training_session_id: str,
+    round_number: int,
+    transcripts: Mapping[str, bytes],
+) -> None:
+    """Delete what members have sent, but for the transcripts of some, by device."""
+    of_round = (
+        *_of_round(training_session_id, round_number),
+        MEMBERS.c.advertisement.is_not(None),
+    )
+    for device_id, transcript in transcripts.items():
+        session.execute(
+            update(MEMBERS)
+            .where(*of_round, MEMBERS.c.device_id == device_id)
+            .values(transcript=transcript)
+        )
+    nothing = dict.fromkeys(("advertisement", "shares", "confirmation", "reveal"))
+    session.execute(update(MEMBERS).where(*of_round).values(nothing))
 
 
 def _of_round(training_session_id: str, round_number: int) -> tuple[Any, Any]:

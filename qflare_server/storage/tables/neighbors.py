@@ -59,7 +59,9 @@ class NeighborMember(Base):
     """What a device has contributed to the steps of a round.
 
     `group_number` is null until the roster is fixed. `advertisement`, `confirmation` and `reveal` are signed envelopes,
-    `shares` is a SharedSecrets message. `is_sharer` and `update_digest` are set when these sets are fixed.
+    `shares` is a SharedSecrets message, and `shares_digest` that of its signed part. `is_sharer` and `update_digest`
+    are set when these sets are fixed. After the round, what was sent is deleted; of a member of a group in a version,
+    `transcript` keeps its part, a NeighborTranscript with this member alone and the boxes that it sent.
     """
 
     __tablename__ = "neighbor_members"
@@ -71,10 +73,12 @@ class NeighborMember(Base):
     group_number: Mapped[int | None]
     is_sharer: Mapped[bool] = mapped_column(default=False)
     update_digest: Mapped[str | None] = mapped_column(String(64))
-    advertisement: Mapped[bytes]
+    shares_digest: Mapped[str | None] = mapped_column(String(64))
+    advertisement: Mapped[bytes | None]
     shares: Mapped[bytes | None]
     confirmation: Mapped[bytes | None]
     reveal: Mapped[bytes | None]
+    transcript: Mapped[bytes | None]
 
     __table_args__ = (
         ForeignKeyConstraint(

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from qflare.crypto import merkle
 from qflare.evidence.audit_entries import Entry
+from qflare.evidence.neighbor_transcripts import transcript_parts
 from qflare.evidence.verification import EVALUATION_REPORTED, UPDATE_ACCEPTED, VERSION_SIGNED
 from qflare.times import timestamp_of
 from qflare.v1 import security_pb2, verification_pb2
@@ -168,11 +169,11 @@ class Evidence:
             }
             rows = evidence.keys_of(session, dropped)
         yield from (Bundle(device_keys=[key_evidence(row)]) for row in rows)
-        transcript = verification_pb2.UnmaskingTranscript(
-            task=_envelope(current.task),
-            groups=[open_group(item).transcript() for item in contents],
-        )
-        yield Bundle(unmasking=transcript)
+        task = verification_pb2.UnmaskingTranscript(task=_envelope(current.task))
+        yield Bundle(unmasking=task)
+        for place, item in enumerate(contents):
+            for part in transcript_parts(place, open_group(item).serialized()):
+                yield Bundle(unmasking=verification_pb2.UnmaskingTranscript(groups=[part]))
 
     def _evaluations(
         self, model: GlobalModel, head: SignedHead, shown: set[str]

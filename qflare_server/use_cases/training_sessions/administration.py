@@ -24,6 +24,7 @@ from qflare_server.storage.repository import (
     audit,
     global_models,
     membership,
+    neighbors,
     references,
     training_sessions,
     updates,
@@ -42,6 +43,7 @@ from qflare_server.storage.training_configs import to_json
 from qflare_server.training.analytics import is_query
 from qflare_server.training.config import complete, deadline_s, is_one_line
 from qflare_server.training.masking import require_helpers
+from qflare_server.training.neighbor_stages import has_neighbors, step_timeout
 from qflare_server.training.premises import PremisesChangedError, repeat
 from qflare_server.training.privacy import require_affordable
 from qflare_server.training.retention import prune_payloads
@@ -269,7 +271,7 @@ class Training:
         return self._changed(caller, work)
 
     def resume(self, caller: Caller, training_session_id: str) -> TrainingSession:
-        """Resume a paused training session; the open round's deadline restarts. Idempotent.
+        """Resume a paused training session; deadlines of the open round and of its groups restart. Idempotent.
 
         Raises:
             WrongStateError: It has not been started, or has ended.
@@ -287,6 +289,9 @@ class Training:
             current = training_sessions.lock_round(
                 session, training_session.id, training_session.current_round
             )
+            if current is not None and has_neighbors(training_session.config):
+                until = at + step_timeout(training_session.config)
+                neighbors.extend_steps(session, training_session.id, current.number, until)
             if current is not None and current.state == RoundState.OPEN.value:
                 limit = timedelta(seconds=deadline_s(training_session.config))
                 values = {"deadline_at": max(current.deadline_at, at + limit)}

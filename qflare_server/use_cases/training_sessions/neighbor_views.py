@@ -5,14 +5,16 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
+from qflare.crypto.signing import PublicKey
 from qflare.evidence.neighbors import prove_box
+from qflare.protocol.keysets import KeyRole
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.keys.device_identities import key_evidence
 from qflare_server.storage.repository import evidence, neighbors
 from qflare_server.storage.repository.neighbors import StoredMember, Work
 from qflare_server.storage.tables import GroupStage
-from qflare_server.training.neighbor_stages import graph_of, shares_digest
+from qflare_server.training.neighbor_stages import graph_of
 
 
 def view_of(
@@ -50,7 +52,39 @@ def _show_roster(
         )
         for item in near
     ]
-    return pb.NeighborView(roster=[bytes.fromhex(item.digest) for item in members], members=shown)
+    return pb.NeighborView(
+        roster=[bytes.fromhex(item.digest) for item in members],
+        members=shown,
+        earlier_keysets=_earlier_keysets(session, shown),
+    )
+
+
+def _earlier_keysets(
+    session: Session, shown: Sequence[pb.AdvertisedMember]
+) -> list[security_pb2.SignedEnvelope]:
+    """Return the latest keyset with each registrar key that has signed a receipt, and that the one in force lacks."""
+    wanted = {
+        signature.key_id
+        for member in shown
+        for item in member.device_keys
+        for signature in item.receipt.signatures
+    }
+    found = []
+    documents = evidence.trust_documents(session, "keyset")
+    for place, content in enumerate(reversed(documents)):
+        if not wanted:
+            break
+        envelope = security_pb2.SignedEnvelope.FromString(content)
+        keys = security_pb2.Keyset.FromString(envelope.payload).keys
+        here = wanted & {
+            PublicKey.from_proto(item.signature_key).key_id
+            for item in keys
+            if item.role == KeyRole.REGISTRAR.value
+        }
+        wanted -= here
+        if here and place:
+            found.append(envelope)
+    return found[::-1]
 
 
 def _show_boxes(
@@ -60,11 +94,10 @@ def _show_boxes(
     members: Sequence[StoredMember],
     near: Sequence[StoredMember],
 ) -> pb.NeighborView:
-    ids = [item.device_id for item in members if item.is_sharer]
+    ids = [item.device_id for item in near if item.is_sharer]
     stored = neighbors.contents(session, *key, "shares", ids)
     sharers = [
-        bytes.fromhex(shares_digest(stored[item.device_id])) if item.is_sharer else b""
-        for item in members
+        bytes.fromhex(item.shares_digest or "") if item.is_sharer else b"" for item in members
     ]
     boxes = []
     for item in near:

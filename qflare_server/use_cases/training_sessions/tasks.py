@@ -100,9 +100,7 @@ class Tasks:
                 session, device_id, training_session_id, at, answers_queries=answers_queries
             )
             if found is not None:
-                return self._task(
-                    session, found, delay, device_id, "" if trains_only else device_id
-                )
+                return self._task(session, found, delay, "" if trains_only else device_id)
             done = _is_over(session, training_session_id)
             training_session = (
                 training_sessions.get_session(session, training_session_id) if done else None
@@ -158,9 +156,7 @@ class Tasks:
             raise TrainingSessionNotFoundError
         return next(each for each in own if each.id == session_id)
 
-    def _task(
-        self, session: Session, found: OpenRound, delay: float, device_id: str, evaluator: str
-    ) -> NextTask:
+    def _task(self, session: Session, found: OpenRound, delay: float, evaluator: str) -> NextTask:
         """Return the task of an open round: an evaluation of its base version first, if one is due."""
         digest, config = self._facts_of(session, found.training_session_id, found.base_version)
         if evaluator and config.evaluation.every_rounds:
@@ -174,19 +170,8 @@ class Tasks:
         if found.is_full:
             return NextTask(delay)
         if has_neighbors(config):
-            return self._advertise(session, found, delay, device_id)
+            return NextTask(delay, found, digest, config, step=ADVERTISE)
         return NextTask(delay, found, digest, config)
-
-    def _advertise(
-        self, session: Session, found: OpenRound, delay: float, device_id: str
-    ) -> NextTask:
-        """Return the first step of a round with neighbors, or a wait if the device is past it, or too late for it."""
-        key = found.training_session_id, found.number
-        digest, config = self._facts[found.training_session_id, found.base_version]
-        has_advertised = neighbors.contents(session, *key, "advertisement", [device_id])
-        if has_advertised or neighbors.groups_of(session, *key):
-            return NextTask(delay)
-        return NextTask(delay, found, digest, config, step=ADVERTISE)
 
     def _step(self, session: Session, work: Work, delay: float, device_id: str) -> NextTask:
         """Return a later step of a round with neighbors."""

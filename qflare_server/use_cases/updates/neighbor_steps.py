@@ -172,6 +172,8 @@ class _Step:
             return False
         groups = neighbors.groups_of(self._session, *self._key)
         self._check_open(training_session, current, step, own, groups)
+        if step == "advertisement" and len(members) >= current.target:
+            raise RoundNotOpenError("as many devices as the round wants have advertised")
         masked_round = _round_of(self._context.config.realm, current)
         if step == "advertisement":
             self._insert(content, masked_round)
@@ -182,6 +184,8 @@ class _Step:
             with _Refusals():
                 self._check_content(step, own, groups, masked_round, graph)
             values: dict[str, Any] = {step: content}
+            if step == "shares":
+                values["shares_digest"] = digest_of(self._request.shares.statement.payload)
             neighbors.update_member(self._session, *self._key, self._device_id, values)
         members = neighbors.members_of(self._session, *self._key)
         now = self._context.clock()
