@@ -11,7 +11,7 @@ Every decision is made once, in a transaction that holds the lock of the round's
 another one, find the same roster, the same sharers and the same survivors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -299,6 +299,25 @@ def split_groups(digests: Sequence[str], group_size: int) -> list[list[str]]:
     joined = "".join(sorted(digests)).encode()
     order = sorted(digests, key=lambda item: tagged_hash(_GROUPING_TAG, joined, item.encode()))
     return [order[number::count] for number in range(count)]
+
+
+def is_awaited(member: StoredMember, stage: str, updated: Collection[str]) -> bool:
+    """Return whether a group waits for a member.
+
+    Args:
+        member: Of the group.
+        stage: Of the group.
+        updated: Ids of the devices that have sent an update in the round.
+    """
+    if stage == GroupStage.SHARE.value:
+        return not member.has_shares
+    if stage == GroupStage.TRAIN.value:
+        return member.is_sharer and member.device_id not in updated
+    if not member.update_digest:
+        return False
+    if stage == GroupStage.CONFIRM.value:
+        return not member.has_confirmed
+    return stage == GroupStage.REVEAL.value and not member.has_revealed
 
 
 def _of(group: StoredGroup, members: Sequence[StoredMember]) -> list[StoredMember]:

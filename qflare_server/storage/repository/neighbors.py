@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import and_, bindparam, exists, insert, or_, select, update
+from sqlalchemy import and_, bindparam, case, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -312,6 +312,42 @@ def extend_steps(
         .values(deadline_at=until)
     )
     bump_rounds(session)
+
+
+class GroupProgress(NamedTuple):
+    """How far the groups of a round are: numbers of devices, and of groups by stage."""
+
+    advertised_count: int
+    sharer_count: int
+    survivor_count: int
+    groups: Mapping[str, int]
+
+
+def progress_of(
+    session: Session, training_session_id: str, round_numbers: Collection[int]
+) -> dict[int, GroupProgress]:
+    """Return how far the groups of rounds are, by round; without rounds in which no device has advertised."""
+    wanted = sorted(round_numbers)
+    of_members = select(
+        MEMBERS.c.round_number,
+        func.count(),
+        func.sum(case((MEMBERS.c.is_sharer, 1), else_=0)),
+        func.sum(case((and_(_IN_SUM, GROUPS.c.stage != GroupStage.ABORTED.value), 1), else_=0)),
+    )
+    of_members = of_members.select_from(MEMBERS.outerjoin(GROUPS, _IS_OF_GROUP)).where(
+        MEMBERS.c.training_session_id == training_session_id,
+        MEMBERS.c.round_number.in_(wanted),
+    )
+    of_groups = select(GROUPS.c.round_number, GROUPS.c.stage, func.count()).where(
+        GROUPS.c.training_session_id == training_session_id, GROUPS.c.round_number.in_(wanted)
+    )
+    stages: dict[int, dict[str, int]] = {}
+    for number, stage, count in session.execute(
+        of_groups.group_by(GROUPS.c.round_number, GROUPS.c.stage)
+    ):
+        stages.setdefault(number, {})[stage] = count
+    rows = session.execute(of_members.group_by(MEMBERS.c.round_number))
+    return {row[0]: GroupProgress(row[1], row[2], row[3], stages.get(row[0], {})) for row in rows}
 
 
 class EndedRound(NamedTuple):

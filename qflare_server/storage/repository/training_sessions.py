@@ -292,14 +292,15 @@ _CURRENT_ROUND = SESSIONS.join(
 _IS_ACTIVE = exists().where(
     DEVICES.c.id == bindparam("device"), DEVICES.c.state == DeviceState.ACTIVE.value
 )
+GROUPS, MEMBERS = tables.NeighborGroup.__table__, tables.NeighborMember.__table__
 _HAS_GROUPS = exists().where(
-    tables.NeighborGroup.training_session_id == ROUNDS.c.training_session_id,
-    tables.NeighborGroup.round_number == ROUNDS.c.number,
+    GROUPS.c.training_session_id == ROUNDS.c.training_session_id,
+    GROUPS.c.round_number == ROUNDS.c.number,
 )
 _HAS_ADVERTISED = exists().where(
-    tables.NeighborMember.training_session_id == ROUNDS.c.training_session_id,
-    tables.NeighborMember.round_number == ROUNDS.c.number,
-    tables.NeighborMember.device_id == bindparam("device"),
+    MEMBERS.c.training_session_id == ROUNDS.c.training_session_id,
+    MEMBERS.c.round_number == ROUNDS.c.number,
+    MEMBERS.c.device_id == bindparam("device"),
 )
 _OPEN_ROUND = (
     select(
