@@ -32,6 +32,7 @@ def session_of(
     *,
     step_s: float = 60.0,
     deadline_s: float = 60.0,
+    selection: training_pb2.SelectionPolicy | None = None,
     **policy: Any,
 ) -> str:
     settings: dict[str, Any] = {
@@ -49,6 +50,7 @@ def session_of(
         total_rounds=1,
         secure_aggregation=made,
         rounds=rounds,
+        selection=selection,
         safeguards=training_pb2.SafeguardPolicy(max_example_count=1000),
         transfer=training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL),
     )
