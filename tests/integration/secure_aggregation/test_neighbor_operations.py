@@ -22,6 +22,7 @@ from qflare_server.storage.repository import neighbors
 from qflare_server.use_cases.access.roles import Role
 from qflare_server.use_cases.training_sessions.explanation import Explanations, Notice
 from qflare_server.verification.recomputation import recompute_version
+from tests.independent.bundle import check_bundle
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import WEIGHTS, wait_for_version
 from tests.integration.secure_aggregation.test_neighbors import (
@@ -82,7 +83,10 @@ def test_shares_and_reveals_are_deleted_after_the_round(deploy: Deploy) -> None:
     found = recompute_version(made.coordinator.parts.context, session_id, 1)
     assert (found.recomputed, found.differences) == (True, ())
     pinned = made.coordinator.parts.keys.trust.root_key_ids()
-    assert verify_bundle(bundle_of(made, session_id), pinned, utc_now()).contributor_count == 5
+    bundle = bundle_of(made, session_id)
+    assert verify_bundle(bundle, pinned, utc_now()).contributor_count == 5
+    ((made_version, _digest),) = check_bundle(bundle, sorted(pinned), 1, utc_now())[-1:]
+    assert made_version.contributor_count == 5
 
 
 def test_nothing_is_kept_of_a_cancelled_round(deploy: Deploy) -> None:
