@@ -242,12 +242,13 @@ def test_a_device_refuses_neighbors_that_its_policy_does_not_allow(
         ) as client:
             return client.get_task(session_id).kind
 
-    for policy in (
+    policies: tuple[dict[str, Any], ...] = (
         {"neighbors": False, "helper_key_ids": {"0" * 64}},
         {"min_cohort": 4},
         {"corrupt_fraction": 0.3},
         {"metrics": set()},
-    ):
+    )
+    for policy in policies:
         with pytest.raises(InsufficientTaskError):
             poll(**policy)
     assert poll() is TaskKind.WAIT

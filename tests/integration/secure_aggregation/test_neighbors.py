@@ -287,7 +287,7 @@ def test_coordinator_and_devices_restart_at_every_stage(
     for index in range(4):
         made.device(f"device-{index}").close()
     changes: dict[int, Any] = {}
-    rosters = set()
+    rosters: set[str] = set()
     for step in ("", "has_shares", "train", "has_confirmed", "has_revealed"):
         for index in range(4):
             home = made.folder / f"device-{index}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qflare.crypto.signing import PublicKey
+from qflare.crypto.signing import PublicKey, tagged_hash
 from qflare.evidence.neighbor_transcripts import (
     PART_BYTES,
     check_groups,
@@ -41,9 +41,7 @@ def test_a_graph_by_the_page(vector: dict[str, Any]) -> None:
     size = vector["size"]
     found = neighbors.parameters(size, vector["corrupt_fraction"], vector["dropout_fraction"])
     assert found == (vector["neighbor_count"], vector["threshold"], vector["max_dropouts"])
-    digests = (
-        generate.tagged_hash("test vector", bytes([n % 256, n >> 8])).hex() for n in range(size)
-    )
+    digests = (tagged_hash("test vector", bytes([n % 256, n >> 8])).hex() for n in range(size))
     policy = task().masking.policy
     policy.corrupt_fraction = vector["corrupt_fraction"]
     policy.dropout_fraction = vector["dropout_fraction"]

@@ -245,7 +245,10 @@ def _finish(
     survivors: str,
     updates: Mapping[str, str],
 ) -> None:
-    names = {"advertisement_digest": device.digest, "roster_digest": graph.roster_digest}
+    names: dict[str, Any] = {
+        "advertisement_digest": device.digest,
+        "roster_digest": graph.roster_digest,
+    }
     device.confirmation = device.sign(
         pb.NeighborConfirmation(**names, sharers_digest=sharers, survivors_digest=survivors)
     )
