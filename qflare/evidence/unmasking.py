@@ -24,7 +24,7 @@ from qflare.evidence.statements import (
     require_digests,
     require_equal,
 )
-from qflare.masking.graph_parameters import InfeasibleGroupError, group_parameters
+from qflare.masking.graph_parameters import InfeasibleGroupError, practical_parameters
 from qflare.masking.neighbor_graph import InvalidRosterError, NeighborGraph
 from qflare.masking.parameters import DTYPES, InvalidMaskingError, MaskingParameters
 from qflare.v1 import security_pb2, training_pb2, verification_pb2
@@ -107,7 +107,7 @@ class NeighborPolicy:
         """
         fractions = self.corrupt_fraction, self.dropout_fraction
         try:
-            return NeighborGraph(members, group_parameters(len(members), *fractions))
+            return NeighborGraph(members, practical_parameters(len(members), *fractions))
         except (InfeasibleGroupError, InvalidRosterError) as error:
             raise StatementError(f"group: {error}") from error
 

@@ -34,6 +34,10 @@ MIN_GROUP: Final = 3
 MAX_GROUP: Final = 10_000
 """Most devices of a group."""
 
+MAX_NEIGHBORS: Final = 200
+"""Most neighbors of a device: what it is shown of more would not fit into a message. In groups of up to 10,000 devices
+that suffices against 20 % of corrupt devices and 10 % of drop-outs."""
+
 COMPLETE_UP_TO: Final = 32
 """Groups up to this size are complete graphs: they withstand the most drop-outs, and more masks cost little there."""
 
@@ -88,6 +92,21 @@ def group_parameters(size: int, corrupt: float, dropout: float) -> GraphParamete
     finder = _Finder(size, max(least, _share(corrupt, size)), _share(dropout, size))
     found = None if size <= COMPLETE_UP_TO else finder.smallest()
     return found or finder.complete()
+
+
+def practical_parameters(size: int, corrupt: float, dropout: float) -> GraphParameters:
+    """Return the parameters of a group whose devices have at most `MAX_NEIGHBORS` neighbors. Arguments as above.
+
+    Raises:
+        InfeasibleGroupError: As above, or the devices would need more neighbors.
+    """
+    found = group_parameters(size, corrupt, dropout)
+    if found.neighbor_count > MAX_NEIGHBORS:
+        raise InfeasibleGroupError(
+            f"group of {size} devices: each would need {found.neighbor_count} neighbors, at most {MAX_NEIGHBORS} are "
+            "possible; want smaller fractions or groups"
+        )
+    return found
 
 
 def smallest_graph(size: int, corrupt: float, dropout: float) -> GraphParameters | None:

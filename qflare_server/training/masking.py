@@ -14,7 +14,7 @@ from qflare.masking.graph_parameters import (
     COMPLETE_UP_TO,
     MIN_GROUP,
     InfeasibleGroupError,
-    group_parameters,
+    practical_parameters,
 )
 from qflare.masking.parameters import (
     DEFAULT_BITS,
@@ -130,10 +130,11 @@ def _complete_neighbors(config: training_pb2.TrainingConfig) -> None:
         )
     smallest = min(size, max(rounds.quorum, MIN_GROUP))
     largest = min(rounds.target, 2 * policy.group_size - 1 if policy.group_size else rounds.target)
-    for members in {*range(smallest, min(largest, COMPLETE_UP_TO) + 1), size, largest}:
-        # Above, a complete graph withstands all fractions that are allowed.
+    above = range(max(smallest, COMPLETE_UP_TO), largest, max(1, (largest - smallest) // 8))
+    for members in {*range(smallest, min(largest, COMPLETE_UP_TO) + 1), *above, size, largest}:
+        # Above these, a complete graph withstands all fractions that are allowed; the number of neighbors grows slowly.
         try:
-            group_parameters(members, policy.corrupt_fraction, policy.dropout_fraction)
+            practical_parameters(members, policy.corrupt_fraction, policy.dropout_fraction)
         except InfeasibleGroupError as error:
             raise _refusal("group_size", f"{error}; groups have {smallest} to {largest}") from error
 

@@ -28,6 +28,12 @@ Devices = Mapping[str, tuple[str, pb.PublicKey]]
 
 def parameters(size: int, corrupt: float, dropout: float) -> tuple[int, int, int]:
     """Neighbors, threshold, and how many members may be missing."""
+    found = _parameters(size, corrupt, dropout)
+    require(found[0] <= 200, "too many neighbors")
+    return found
+
+
+def _parameters(size: int, corrupt: float, dropout: float) -> tuple[int, int, int]:
     require(3 <= size <= 10_000 and corrupt + 2 * dropout <= 0.9, "no such group")
     bad = max(1 if corrupt else 0, math.floor(Fraction(str(corrupt)) * size))
     out = math.floor(Fraction(str(dropout)) * size)
