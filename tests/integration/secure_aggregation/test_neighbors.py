@@ -129,15 +129,17 @@ def bundle_of(made: Deployment, session_id: str) -> verification_pb2.Verificatio
     return bundle
 
 
+def has_ended(made: Deployment, session_id: str) -> bool:
+    """Return whether the groups of the round wait for nothing more."""
+    with made.coordinator.parts.database.read() as session:
+        groups = neighbors.groups_of(session, session_id, 1)
+    return bool(groups) and all(group.has_ended for group in groups)
+
+
 def finish(made: Deployment, session_id: str, clients: Sequence[Client]) -> None:
     """Poll until the sums of all groups are opened, or the groups aborted."""
-
-    def has_ended() -> bool:
-        with made.coordinator.parts.database.read() as session:
-            return all(group.has_ended for group in neighbors.groups_of(session, session_id, 1))
-
     end = time.monotonic() + TIMEOUT_S
-    while not has_ended():
+    while not has_ended(made, session_id):
         assert time.monotonic() < end, "the groups did not end"
         for client in clients:
             client.get_task(session_id)
@@ -207,6 +209,8 @@ def members_of(made: Deployment, session_id: str) -> Sequence[StoredMember]:
 
 def has_sent(made: Deployment, session_id: str, client: Client, flag: str) -> bool:
     own = [item for item in members_of(made, session_id) if item.device_id == client.device_id]
+    if flag == "has_revealed" and own and has_ended(made, session_id):
+        return True  # enough others have revealed, and what they sent may be deleted
     return bool(own) and (not flag or bool(getattr(own[0], flag)))
 
 
