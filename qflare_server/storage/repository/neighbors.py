@@ -139,6 +139,33 @@ def find_work(
     return Work(*rows[0]) if rows else None
 
 
+_WAITING = PreparedStatement(
+    select(ROUNDS.c.training_session_id, ROUNDS.c.base_version)
+    .select_from(
+        MEMBERS.join(
+            ROUNDS,
+            and_(
+                MEMBERS.c.training_session_id == ROUNDS.c.training_session_id,
+                MEMBERS.c.round_number == ROUNDS.c.number,
+            ),
+        ).join(SESSIONS, SESSIONS.c.id == ROUNDS.c.training_session_id)
+    )
+    .where(
+        MEMBERS.c.device_id == bindparam("device"),
+        SESSIONS.c.state == TrainingSessionState.RUNNING.value,
+        or_(ROUNDS.c.state == RoundState.OPEN.value, ROUNDS.c.state == RoundState.CLOSED.value),
+    )
+    .order_by(ROUNDS.c.opened_at)
+    .limit(1)
+)
+
+
+def find_waiting(session: Session, device_id: str) -> tuple[str, int] | None:
+    """Return training session and base version of a round in progress in which a device has advertised, or None."""
+    rows = _WAITING.rows(session, {"device": device_id})
+    return (rows[0][0], rows[0][1]) if rows else None
+
+
 def insert_group(
     session: Session,
     training_session_id: str,

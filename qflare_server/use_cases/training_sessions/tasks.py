@@ -23,7 +23,7 @@ from qflare_server.training.evaluation import (
     find_last_measurement,
     find_measurement,
 )
-from qflare_server.training.neighbor_stages import has_neighbors
+from qflare_server.training.neighbor_stages import has_neighbors, step_timeout
 from qflare_server.training.selection import find_relation
 from qflare_server.use_cases.access.presence import Presence
 from qflare_server.use_cases.training_sessions.neighbor_views import view_of
@@ -32,6 +32,8 @@ MAX_REMEMBERED = 200_000
 MAX_REMEMBERED_VERSIONS = 64
 ADVERTISE = "advertise"
 """First step of a round with neighbors, before there are groups."""
+POLLS_OF_STEP = 6
+"""How often a member of a group polls in the time of a step, at least."""
 MAX_MEANT = 100
 """Newest training sessions of one name among which a device's own is looked for."""
 
@@ -60,7 +62,7 @@ class Tasks:
     def __init__(self, context: Context, presence: Presence) -> None:
         self._context = context
         self._presence = presence
-        self._idle: dict[tuple[str, str, bool, bool], tuple[Epochs, bool]] = {}
+        self._idle: dict[tuple[str, str, bool, bool], tuple[Epochs, bool, float]] = {}
         self._facts: dict[tuple[str, int], tuple[str, training_pb2.TrainingConfig]] = {}
 
     def next_task(
@@ -111,10 +113,11 @@ class Tasks:
                 )
                 if last is not None:
                     return NextTask(delay, measurement=last)
+            most = self._most_delay_s(session, device_id)
         if len(self._idle) >= MAX_REMEMBERED:
             self._idle.clear()
-        self._idle[key] = (epochs, done)
-        return NextTask(delay, ended_session_id=training_session_id if done else "")
+        self._idle[key] = (epochs, done, most)
+        return NextTask(min(delay, most), ended_session_id=training_session_id if done else "")
 
     def remembered(
         self,
@@ -129,7 +132,14 @@ class Tasks:
         if idle is None or idle[0] != epochs:
             return None
         ended = training_session_id if idle[1] else ""
-        return NextTask(self._presence.poll_delay_s(), ended_session_id=ended)
+        return NextTask(min(self._presence.poll_delay_s(), idle[2]), ended_session_id=ended)
+
+    def _most_delay_s(self, session: Session, device_id: str) -> float:
+        """Return how long a device may stay away without missing a step of its group; infinite without one."""
+        waits = neighbors.find_waiting(session, device_id)
+        if waits is None:
+            return float("inf")
+        return _step_delay_s(self._facts_of(session, *waits)[1])
 
     def find_session(self, device_id: str, reference: str) -> Named:
         """Return the training session that a device refers to, among those in which it may take part.
@@ -170,6 +180,7 @@ class Tasks:
         if found.is_full:
             return NextTask(delay)
         if has_neighbors(config):
+            delay = min(delay, _step_delay_s(config))
             return NextTask(delay, found, digest, config, step=ADVERTISE)
         return NextTask(delay, found, digest, config)
 
@@ -185,6 +196,7 @@ class Tasks:
             is_full=False,
         )
         view = view_of(session, config, work, device_id)
+        delay = min(delay, _step_delay_s(config))
         return NextTask(delay, round_, digest, config, step=work.stage, neighbors=view)
 
     def _facts_of(
@@ -198,6 +210,11 @@ class Tasks:
                 self._facts.clear()
             self._facts[key] = facts
         return facts
+
+
+def _step_delay_s(config: training_pb2.TrainingConfig) -> float:
+    """Return the poll interval of the members of groups: short enough to see each step before its time is up."""
+    return step_timeout(config).total_seconds() / POLLS_OF_STEP
 
 
 def _read_facts(

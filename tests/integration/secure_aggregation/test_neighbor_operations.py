@@ -112,6 +112,16 @@ def test_a_device_that_waits_for_its_group_gets_tasks_of_other_sessions(deploy: 
     assert clients[0].get_task(waiting).kind is TaskKind.WAIT
 
 
+def test_a_member_polls_often_enough_for_each_step(deploy: Deploy) -> None:
+    made = deploy(worker_poll_s=0.02, min_poll_s=200.0)
+    client = made.device("device")
+    assert client.get_task().poll_delay_s == 200
+    session_id = session_of(made, 3, 3, corrupt_fraction=0.1)
+    take_step(made, session_id, [client], "")
+    assert client.get_task().poll_delay_s == client.get_task(session_id).poll_delay_s == 10
+    assert client.get_task().poll_delay_s == 10  # remembered
+
+
 @pytest.mark.parametrize("stage", ["share", "confirm", "reveal"])
 def test_no_time_passes_for_a_step_while_the_session_is_paused(deploy: Deploy, stage: str) -> None:
     made = deploy(worker_poll_s=0.02)
