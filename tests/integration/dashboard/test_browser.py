@@ -61,6 +61,7 @@ class Screen:
         if roles:
             log_in(page, self.deployment.issue_admin(*roles))
             expect(page.get_by_role("heading", name="Overview", level=1)).to_be_visible()
+            page.wait_for_load_state()  # the heading is there before the script is
         return page
 
     def _heard(self, kind: str, text: str) -> None:
