@@ -59,11 +59,7 @@ def read_contents(
 ) -> GroupContents:
     """Read what the members of a group have sent."""
     key = training_session_id, round_number
-    members = [
-        member
-        for member in neighbors.members_of(session, *key)
-        if member.group_number == group_number
-    ]
+    members = neighbors.members_of(session, *key, group=group_number)
     digests = {member.device_id: member.digest for member in members}
     stored = {
         column: {

@@ -70,7 +70,9 @@ def is_due(
 ) -> bool:
     """Return whether `advance` would decide something, from what a read shows."""
     if not groups:
-        return current.state == RoundState.OPEN.value and _is_enough(config, current, members, now)
+        return current.state == RoundState.OPEN.value and is_enough(
+            config, current, len(members), now
+        )
     return any(
         _is_complete(group, _of(group, members), current) or _is_late(group, now)
         for group in groups
@@ -118,7 +120,7 @@ def advance(
     if not groups:
         return (
             current.state == RoundState.OPEN.value
-            and _is_enough(config, current, members, now)
+            and is_enough(config, current, len(members), now)
             and stages.form_groups(members)
         )
     changed = [
@@ -324,17 +326,21 @@ def _of(group: StoredGroup, members: Sequence[StoredMember]) -> list[StoredMembe
     return [member for member in members if member.group_number == group.number]
 
 
-def _is_enough(
-    config: training_pb2.TrainingConfig,
-    current: Round,
-    members: Sequence[StoredMember],
-    now: datetime,
+def is_enough(
+    config: training_pb2.TrainingConfig, current: Round, count: int, now: datetime
 ) -> bool:
-    """Return whether groups can be formed: everybody wanted has advertised, or enough devices and the time is up."""
-    if len(members) >= current.target:
+    """Return whether groups can be formed: all devices wanted have advertised, or enough and the time is up.
+
+    Args:
+        config: Of the training session.
+        current: The open round.
+        count: Devices that have advertised.
+        now: The time.
+    """
+    if count >= current.target:
         return True
     least = max(MIN_GROUP, current.quorum)
-    return len(members) >= least and now >= advertising_ends_at(config, current)
+    return count >= least and now >= advertising_ends_at(config, current)
 
 
 def _is_complete(group: StoredGroup, members: Sequence[StoredMember], current: Round) -> bool:

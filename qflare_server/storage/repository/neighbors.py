@@ -225,9 +225,27 @@ def insert_member(session: Session, values: Mapping[str, Any]) -> None:
 
 
 def members_of(
-    session: Session, training_session_id: str, round_number: int
+    session: Session,
+    training_session_id: str,
+    round_number: int,
+    *,
+    group: int | None = None,
+    device_id: str = "",
 ) -> Sequence[StoredMember]:
-    """Return the devices that have advertised in a round, by the digests of their advertisements."""
+    """Return the devices that have advertised in a round, by the digests of their advertisements.
+
+    Args:
+        session: Open session.
+        training_session_id: Training session.
+        round_number: Round.
+        group: Only the members of this group; None means all.
+        device_id: Only this device; empty means all.
+    """
+    wanted = [*_of_round(training_session_id, round_number)]
+    if group is not None:
+        wanted.append(MEMBERS.c.group_number == group)
+    if device_id:
+        wanted.append(MEMBERS.c.device_id == device_id)
     query = (
         select(
             MEMBERS.c.device_id,
@@ -239,10 +257,16 @@ def members_of(
             MEMBERS.c.confirmation.is_not(None),
             MEMBERS.c.reveal.is_not(None),
         )
-        .where(*_of_round(training_session_id, round_number))
+        .where(*wanted)
         .order_by(MEMBERS.c.advertisement_digest)
     )
     return [StoredMember(*row) for row in session.execute(query)]
+
+
+def count_members(session: Session, training_session_id: str, round_number: int) -> int:
+    """Return how many devices have advertised in a round."""
+    query = select(func.count()).where(*_of_round(training_session_id, round_number))
+    return session.scalars(query).one()
 
 
 class SharerFacts(NamedTuple):

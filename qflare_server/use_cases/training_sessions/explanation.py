@@ -253,7 +253,7 @@ def _awaited_devices(
     half, number = step_timeout(row.config) / 2, current.number
     if not groups:
         if now >= advertising_ends_at(row.config, current) - half:
-            count = len(neighbors.members_of(session, row.id, number))
+            count = neighbors.count_members(session, row.id, number)
             text = f"round {number} forms groups when {current.target} devices have advertised keys; {count} have"
             yield Notice("neighbors_awaited", text, RUN)
         return

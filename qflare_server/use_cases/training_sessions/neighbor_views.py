@@ -22,11 +22,7 @@ def view_of(
 ) -> pb.NeighborView:
     """Return what a device needs for the step that waits for it."""
     key = work.training_session_id, work.round_number
-    members = [
-        item
-        for item in neighbors.members_of(session, *key)
-        if item.group_number == work.group_number
-    ]
+    members = neighbors.members_of(session, *key, group=work.group_number)
     graph = graph_of(config, members)
     own = next(item.digest for item in members if item.device_id == device_id)
     around = set(graph.neighbors(own))

@@ -22,7 +22,7 @@ from qflare.evidence.statements import StatementError, digest_of
 from qflare.evidence.unmasking import masking_of
 from qflare.masking.neighbor_graph import NeighborGraph
 from qflare.v1 import coordinator_service_pb2 as pb
-from qflare.v1 import security_pb2
+from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
     DuplicateUpdateError,
@@ -44,6 +44,7 @@ from qflare_server.training.neighbor_stages import (
     graph_of,
     has_neighbors,
     is_due,
+    is_enough,
 )
 from qflare_server.use_cases.access.objects import STEPS
 from qflare_server.use_cases.access.statements import parse_statement
@@ -162,8 +163,8 @@ class _Step:
         """Record the step; return whether a stage may be decided."""
         training_session, current = self._lock()
         step = self._request.WhichOneof("step") or ""
-        members = neighbors.members_of(self._session, *self._key)
-        own = next((item for item in members if item.device_id == self._device_id), None)
+        found = neighbors.members_of(self._session, *self._key, device_id=self._device_id)
+        own = found[0] if found else None
         known = neighbors.contents(self._session, *self._key, step, [self._device_id])
         content = self._content(step)
         if self._device_id in known:
@@ -172,24 +173,43 @@ class _Step:
             return False
         groups = neighbors.groups_of(self._session, *self._key)
         self._check_open(training_session, current, step, own, groups)
-        if step == "advertisement" and len(members) >= current.target:
-            raise RoundNotOpenError("as many devices as the round wants have advertised")
-        masked_round = _round_of(self._context.config.realm, current)
-        if step == "advertisement":
-            self._insert(content, masked_round)
-        else:
-            assert own is not None
-            group = [item for item in members if item.group_number == own.group_number]
-            graph = graph_of(training_session.config, group)
-            with _Refusals():
-                self._check_content(step, own, groups, masked_round, graph)
-            values: dict[str, Any] = {step: content}
-            if step == "shares":
-                values["shares_digest"] = digest_of(self._request.shares.statement.payload)
-            neighbors.update_member(self._session, *self._key, self._device_id, values)
-        members = neighbors.members_of(self._session, *self._key)
+        config = training_session.config
+        if own is None:
+            return self._advertise(config, current, content)
+        group = next(item for item in groups if item.number == own.group_number)
+        self._record_step(config, current, group, own, content)
+        members = neighbors.members_of(self._session, *self._key, group=group.number)
         now = self._context.clock()
-        return step == "reveal" or is_due(training_session.config, current, groups, members, now)
+        return step == "reveal" or is_due(config, current, [group], members, now)
+
+    def _advertise(
+        self, config: training_pb2.TrainingConfig, current: Round, content: bytes
+    ) -> bool:
+        """Record an advertisement; return whether groups may be formed."""
+        count = neighbors.count_members(self._session, *self._key)
+        if count >= current.target:
+            raise RoundNotOpenError("as many devices as the round wants have advertised")
+        self._insert(content, _round_of(self._context.config.realm, current))
+        return is_enough(config, current, count + 1, self._context.clock())
+
+    def _record_step(
+        self,
+        config: training_pb2.TrainingConfig,
+        current: Round,
+        group: StoredGroup,
+        own: StoredMember,
+        content: bytes,
+    ) -> None:
+        """Check and record a later step of a member."""
+        step = self._request.WhichOneof("step") or ""
+        members = neighbors.members_of(self._session, *self._key, group=group.number)
+        masked_round = _round_of(self._context.config.realm, current)
+        with _Refusals():
+            self._check_content(step, own, group, masked_round, graph_of(config, members))
+        values: dict[str, Any] = {step: content}
+        if step == "shares":
+            values["shares_digest"] = digest_of(self._request.shares.statement.payload)
+        neighbors.update_member(self._session, *self._key, self._device_id, values)
 
     @property
     def _device_id(self) -> str:
@@ -264,7 +284,7 @@ class _Step:
         self,
         step: str,
         own: StoredMember,
-        groups: Sequence[StoredGroup],
+        group: StoredGroup,
         masked_round: MaskedRound,
         graph: NeighborGraph,
     ) -> None:
@@ -273,7 +293,6 @@ class _Step:
         Raises:
             StatementError: It is not what the stage is about.
         """
-        group = next(item for item in groups if item.number == own.group_number)
         stored = neighbors.contents(self._session, *self._key, "advertisement", [own.device_id])
         member = _member(
             stored[own.device_id], contributor_key(self._contributor), masked_round, own
