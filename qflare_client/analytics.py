@@ -8,11 +8,10 @@ answers in the result, with less noise, or that would exceed the budget.
 """
 
 import math
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from qflare.analytics.queries import KINDS, MAX_EXAMPLES
 from qflare_client import arguments
@@ -72,18 +71,8 @@ class Analytics:
         Raises:
             InvalidArgumentError: The file cannot be read, or has an unknown or invalid entry.
         """
-        path = arguments.path("path", path)
-        try:
-            entries: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise InvalidArgumentError(f"{path} cannot be read: {error}") from error
-        unknown = sorted(entries.keys() - cls.__dataclass_fields__.keys())
-        missing = sorted({"columns", "min_cohort", "max_epsilon"} - entries.keys())
-        if unknown or missing:
-            raise InvalidArgumentError(
-                f"{path}: {'unknown' if unknown else 'missing'} entry {(unknown or missing)[0]}"
-            )
-        return cls(**entries)
+        required = {"columns", "min_cohort", "max_epsilon"}
+        return cls(**arguments.policy(path, cls.__dataclass_fields__, required))
 
     def require(self, task: Task) -> None:
         """Refuse a query that this policy does not allow, except for the budget.

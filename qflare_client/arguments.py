@@ -6,7 +6,8 @@ What it does not do: know what an argument means, or check what only the coordin
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, TypeVar
 
@@ -188,6 +189,31 @@ def path(what: str, value: object) -> Path:
             f"{what}: got {name!r:.200}, want a path, not empty, without NUL"
         )
     return Path(name)
+
+
+def policy(value: object, known: Collection[str], required: Collection[str]) -> dict[str, Any]:
+    """Return the entries of a policy file in TOML.
+
+    Args:
+        value: Path of the file.
+        known: Names of all entries.
+        required: Names of those without a default.
+
+    Raises:
+        InvalidArgumentError: The file cannot be read, an entry is unknown, or a required one is missing.
+    """
+    file = path("path", value)
+    try:
+        entries: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"{file} cannot be read: {error}") from error
+    unknown = sorted(entries.keys() - set(known))
+    missing = sorted(set(required) - entries.keys())
+    if unknown or missing:
+        raise InvalidArgumentError(
+            f"{file}: {'unknown' if unknown else 'missing'} entry {(unknown or missing)[0]}"
+        )
+    return entries
 
 
 def whole(what: str, value: object, low: int = 0, high: int = MAX_INT64) -> int:

@@ -10,11 +10,10 @@ Evaluations state one example and only metrics of `evaluation_metrics`, because 
 """
 
 import re
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from qflare.evidence.unmasking import Masking, NeighborPolicy
 from qflare.v1 import security_pb2
@@ -73,18 +72,8 @@ class SecureAggregation:
         Raises:
             InvalidArgumentError: The file cannot be read, or has an unknown or invalid entry.
         """
-        path = arguments.path("path", path)
-        try:
-            entries: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InvalidArgumentError(f"{path} cannot be read: {error}") from error
-        unknown = sorted(entries.keys() - cls.__dataclass_fields__.keys())
-        missing = sorted({"min_cohort", "helper_key_ids"} - entries.keys())
-        if unknown or missing:
-            raise InvalidArgumentError(
-                f"{path}: {'unknown' if unknown else 'missing'} entry {(unknown or missing)[0]}"
-            )
-        return cls(**entries)
+        required = {"min_cohort", "helper_key_ids"}
+        return cls(**arguments.policy(path, cls.__dataclass_fields__, required))
 
     def require(self, task: Task) -> None:
         """Refuse a training task that asks for less than this policy.

@@ -117,7 +117,14 @@ class HelperIdentity:
             raise StoreError(f"{store.home} holds no helper: run qflare-helper init")
         try:
             return cls._parsed(json.loads(secret), facts)
-        except (KeyError, TypeError, ValueError, InvalidKeyError, json_format.ParseError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            RecursionError,
+            InvalidKeyError,
+            json_format.ParseError,
+        ) as error:
             raise StoreError(f"{store.home} is damaged: {type(error).__name__}") from error
 
     @classmethod

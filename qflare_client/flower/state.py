@@ -49,7 +49,13 @@ class AppState:
             data = store.read_secret(name)
         try:
             return decode(data or b"")
-        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+            safetensors.SafetensorError,
+        ) as error:
             raise KeyStoreError(f"{self._folder / name} is damaged: {error}") from error
 
     def write(self, training_session_id: str, state: Any) -> None:
@@ -84,7 +90,7 @@ def decode(data: bytes) -> Any:
     """Return the RecordDict of bytes that `encode` made.
 
     Raises:
-        ValueError, KeyError, TypeError, safetensors.SafetensorError: They are not such bytes.
+        ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError: They are not such bytes.
     """
     blobs = load(data)
     state = flower().RecordDict()

@@ -298,7 +298,14 @@ def _decode(secret: bytes, store: KeyStore, name: str) -> KeptUpdate:
         if "sealed" not in facts:
             return KeptUpdate(envelope, statement, payload, None)
         sealed = security_pb2.SealedPayloadHeader.FromString(facts["sealed"])
-    except (KeyError, TypeError, ValueError, AttributeError, DecodeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        DecodeError,
+    ) as error:
         raise DamagedUpdateError(f"{store.home / name} is damaged: {error!r}") from error
     size_bytes = sealed_size_bytes(manifest.size_bytes)
     digests = facts.get("segment_digests", b"")

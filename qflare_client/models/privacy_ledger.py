@@ -13,7 +13,8 @@ sent without local privacy.
 
 import math
 import threading
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from qflare_client.errors import KeyStoreError, PrivacyBudgetExceededError, RepeatedTaskError
 from qflare_client.keystore.store import KeyStore
@@ -38,10 +39,7 @@ class PrivacyLedger:
         self._lock = threading.Lock()
         facts = store.read_document(_DOCUMENT)
         try:
-            self._rounds = {
-                str(session_id): int(number)
-                for session_id, number in dict(facts.get("rounds", {})).items()
-            }
+            self._rounds = last_rounds(facts)
             self._release_count = int(facts.get("release_count", 0))
             self._without_noise_count = int(facts.get("without_noise_count", 0))
             self._spent = float(facts.get("spent", 0.0))
@@ -113,3 +111,13 @@ class PrivacyLedger:
 
     def _epsilon(self, spent: float, delta: float) -> float:
         return math.inf if self._without_noise_count else gaussian_epsilon(math.sqrt(spent), delta)
+
+
+def last_rounds(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Return the last recorded round of each training session in a ledger's document.
+
+    Raises:
+        TypeError, ValueError: It is damaged.
+    """
+    rounds = dict(facts.get("rounds", {}))
+    return {str(session_id): int(number) for session_id, number in rounds.items()}

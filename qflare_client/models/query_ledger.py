@@ -10,6 +10,7 @@ from typing import Final
 
 from qflare_client.errors import KeyStoreError, PrivacyBudgetExceededError
 from qflare_client.keystore.store import KeyStore
+from qflare_client.models.privacy_ledger import last_rounds
 from qflare_client.tasks import Task
 
 _DOCUMENT: Final = "queries.json"
@@ -31,10 +32,7 @@ class QueryLedger:
         facts = store.read_document(_DOCUMENT)
         try:
             self._spent = float(facts.get("spent", 0.0))
-            self._rounds = {
-                str(session_id): int(number)
-                for session_id, number in dict(facts.get("rounds", {})).items()
-            }
+            self._rounds = last_rounds(facts)
         except (TypeError, ValueError) as error:
             raise KeyStoreError(f"{store.home / _DOCUMENT} is damaged: {error!r}") from error
 

@@ -172,7 +172,7 @@ class KeyRing:
                 _data(content["bundle"]),
                 tuple(_data(key) for key in content.get("earlier_state_keys", [])),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise KeyStoreError(f"key ring is not valid: {error}") from error
 
     def __post_init__(self) -> None:

@@ -42,9 +42,8 @@ def require_owner(database: Database, store: PayloadStore) -> str:
     """
     if store.name == DATABASE:
         return ""
-    for _attempt in range(
-        ATTEMPTS
-    ):  # another coordinator may change the name between the two reads
+    # Another coordinator of this database may change the name between the two reads.
+    for _attempt in range(ATTEMPTS):
         found = store.owner()
         if not found or found in _known(database, store):
             return found

@@ -51,7 +51,7 @@ class ReleaseJournal:
                     row = json.loads(line)
                     if row["training_session_id"] == training_session_id:
                         found[str(row["digest"])] = int(row["version"])
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     if line.strip():
                         logger.warning("line of %s not read: it is damaged", self._path.name)
         return found

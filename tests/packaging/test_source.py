@@ -203,3 +203,35 @@ def test_no_other_module_reads_the_clock_of_the_machine() -> None:
     }
 
     assert found == WALL_CLOCKS.keys()
+
+
+DOCUMENT_PARSERS = {"json.loads", "json.load", "tomllib.loads", "tomllib.load"}
+MALFORMED = {"ValueError", "JSONDecodeError", "TOMLDecodeError"}
+
+
+def caught_by(node: ast.Try) -> set[str]:
+    """Return the last names of the exceptions that a statement catches."""
+    kinds = [handler.type for handler in node.handlers if handler.type is not None]
+    flat = [
+        item for kind in kinds for item in (kind.elts if isinstance(kind, ast.Tuple) else [kind])
+    ]
+    return {ast.unparse(item).rpartition(".")[2] for item in flat}
+
+
+def test_whoever_refuses_a_malformed_document_refuses_one_that_is_nested_too_deeply() -> None:
+    careless = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in program_files()
+        if path.suffix == ".py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Try)
+        and caught_by(node) & MALFORMED
+        and "RecursionError" not in caught_by(node)
+        and any(
+            isinstance(call, ast.Call) and ast.unparse(call.func) in DOCUMENT_PARSERS
+            for statement in node.body
+            for call in ast.walk(statement)
+        )
+    ]
+
+    assert careless == []

@@ -27,6 +27,14 @@ Ready = Callable[[str], bool]
 Served = tuple[Path, str]
 
 
+@pytest.fixture(autouse=True)
+def foreground() -> Iterator[None]:
+    """Let programs start as a job in the foreground; one in the background ignores Ctrl-C, as do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def started(words: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program in a process group of its own, as a shell does, with its output in files."""

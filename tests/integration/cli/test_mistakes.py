@@ -219,6 +219,8 @@ ADMIN: Final = [
     "@ session create --name x --rounds 1",
     "@ session list --limit none",
     "@ model upload SESSION FOLDER/absent.safetensors",
+    "@ session create --name x --quorum 1 --model FOLDER/absent.safetensors",
+    "@ session create --name x --quorum 1 --model FOLDER/text",
     "@ model upload SESSION FOLDER/text",
     f"@ model upload {ID} FOLDER/model.safetensors",
     "@ model upload RUNNING FOLDER/model.safetensors",

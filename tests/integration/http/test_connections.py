@@ -119,6 +119,7 @@ def answer_s(url: str, context: ssl.SSLContext | None = None) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("count", [120, 1000])
 def test_idle_connections_hold_nobody_up_and_are_ended(serve: Serve, count: int) -> None:
     server = serve(header_s=1.0)
@@ -130,6 +131,7 @@ def test_idle_connections_hold_nobody_up_and_are_ended(serve: Serve, count: int)
     assert answer_s(server.url) < ANSWER_S
 
 
+@pytest.mark.alone
 def test_idle_handshakes_hold_nobody_up_and_are_ended(serve: Serve, tmp_path: Path) -> None:
     assert main(["certificates", "make", "--output", str(tmp_path)]) == 0
     server = serve(tmp_path)

@@ -19,7 +19,7 @@ from qflare.evidence.unmasking import (
 )
 from qflare.training_settings import SettingError, read_file
 from qflare.v1 import security_pb2, training_pb2, verification_pb2
-from qflare_client import InvalidArgumentError, SecureAggregation
+from qflare_client import Analytics, InvalidArgumentError, SecureAggregation
 from qflare_client.errors import KeyStoreError
 from qflare_client.flower.project import read_project
 from qflare_client.keystore.store import read_document
@@ -258,6 +258,7 @@ def _settings(path: Path) -> object:
             HelperError,
         ),
         ("policy.toml", f"metrics = {NESTED}", SecureAggregation.from_file, InvalidArgumentError),
+        ("policy.toml", f"columns = {NESTED}", Analytics.from_file, InvalidArgumentError),
         ("session.toml", f"rounds = {NESTED}", _settings, SettingError),
         ("session.json", NESTED, _settings, SettingError),
         (
