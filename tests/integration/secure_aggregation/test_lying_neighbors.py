@@ -21,6 +21,8 @@ Answer = calls.GetTaskResponse
 Lie = Callable[[Answer], object]
 DEVICES: Final = 5
 
+pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
 
 class LyingView(NewerCoordinator):
     """Forwards every call; alters what a device is shown of its group, and keeps what it was shown before.

@@ -23,7 +23,7 @@ from qflare_server.use_cases.access.roles import Role
 from qflare_server.use_cases.training_sessions.explanation import Explanations, Notice
 from qflare_server.verification.recomputation import recompute_version
 from tests.independent.bundle import check_bundle
-from tests.integration.conftest import Deployment
+from tests.integration.conftest import CHEAP, Deployment
 from tests.integration.secure_aggregation.conftest import WEIGHTS, wait_for_version
 from tests.integration.secure_aggregation.test_neighbors import (
     bundle_of,
@@ -164,7 +164,7 @@ def test_receipts_of_registrar_keys_that_left_the_keyset_count(deploy: Deploy) -
     made = deploy(worker_poll_s=0.02)
     for index in range(2):
         made.device(f"device-{index}").close()
-    folder = KeyFolder(made.config.data_dir / "keys")
+    folder = KeyFolder(made.config.data_dir / "keys", cost=CHEAP)
     replace_stolen(folder, made.coordinator.parts.database, utc_now())
     made.close()
     made = deploy(worker_poll_s=0.02)
