@@ -497,7 +497,7 @@ def _read(store: KeyStore, training_session_id: str) -> _State | None:
         return None
     try:
         return _State(**json.loads(data))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise KeyStoreError(f"{store.home / (_PREFIX + training_session_id)} is damaged") from error
 
 
