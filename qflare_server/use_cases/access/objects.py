@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection
 from operator import attrgetter
 from typing import Any, Final
 
+from sqlalchemy.orm import Session
+
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -108,20 +110,35 @@ class ObjectAccess:
             raise TrainingSessionNotFoundError
         return relation
 
-    def look_up(self, training_session_id: str, device_ids: Collection[str]) -> None:
-        """Look up the relations of devices to a training session in one query, for `require_relation`."""
+    def participants(self, training_session_id: str, device_ids: Collection[str]) -> set[str]:
+        """Return which of some devices take part in a training session, by the counters as they are now.
+
+        Takes one read of the counters and at most one block of queries, however many devices there are.
+        """
         epochs = self._context.database.epochs()
-        missing = [
-            device_id
-            for device_id in device_ids
-            if self._remembered(device_id, training_session_id, epochs) is None
-        ]
-        if not missing:
-            return
+        related, missing = set(), []
+        for device_id in device_ids:
+            if self._remembered(device_id, training_session_id, epochs) is None:
+                missing.append(device_id)
+            else:
+                related.add(device_id)
+        if missing:
+            related |= self._look_up(training_session_id, missing, epochs)
+        return related
+
+    def _look_up(
+        self, training_session_id: str, device_ids: Collection[str], epochs: Epochs
+    ) -> set[str]:
+        """Look up the relations of devices that memory does not know; return the devices that have one."""
         with self._context.database.read() as session:
-            found = find_relations(session, training_session_id, missing)
+            if self._find_common(session, training_session_id, epochs) is not None:
+                return set(device_ids)
+            found = find_relations(session, training_session_id, device_ids)
+        if found:  # do not cache unknown ids
+            self._remember_common(training_session_id, epochs, None)
         for device_id, relation in found.items():
             self._remember((device_id, training_session_id), epochs, relation)
+        return set(found)
 
     def require_own_update(self, device_id: str, update_id: str) -> None:
         """Check that an accepted update belongs to a device.
@@ -147,15 +164,23 @@ class ObjectAccess:
         if known is not None:
             return known
         with self._context.database.read() as session:
-            common = None
-            if self._common.get(training_session_id) != (epochs, None):
-                common = find_common_relation(session, training_session_id)
+            common = self._find_common(session, training_session_id, epochs)
             relation = common or find_relation(session, training_session_id, device_id)
-        if relation is not None:  # do not cache unknown ids
-            self._remember_common(training_session_id, epochs, common)
-        if relation is not None and common is None:
+        if relation is not None and common is None:  # do not cache unknown ids
+            self._remember_common(training_session_id, epochs, None)
             self._remember((device_id, training_session_id), epochs, relation)
         return relation
+
+    def _find_common(
+        self, session: Session, training_session_id: str, epochs: Epochs
+    ) -> Relation | None:
+        """Look up the relation that all devices have to a training session, unless it is known that there is none."""
+        if self._common.get(training_session_id) == (epochs, None):
+            return None
+        common = find_common_relation(session, training_session_id)
+        if common is not None:
+            self._remember_common(training_session_id, epochs, common)
+        return common
 
     def _remember_common(
         self, training_session_id: str, epochs: Epochs, common: Relation | None
