@@ -235,8 +235,8 @@ def change_state(made: Deployment, client: Client, *, suspended: bool) -> None:
         request = pb.SuspendDeviceRequest(device_id=client.device_id)
         made.admin.SuspendDevice(request, metadata=made.metadata)
     else:
-        reactivation = pb.ReactivateDeviceRequest(device_id=client.device_id)
-        made.admin.ReactivateDevice(reactivation, metadata=made.metadata)
+        reinstated = pb.ReinstateDeviceRequest(device_id=client.device_id)
+        made.admin.ReinstateDevice(reinstated, metadata=made.metadata)
 
 
 def test_a_device_that_is_suspended_after_it_has_advertised_is_in_no_group(deploy: Deploy) -> None:
