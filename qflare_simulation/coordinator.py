@@ -381,6 +381,11 @@ def require_simulable(config: training_pb2.TrainingConfig) -> None:
     Raises:
         SimulationError: Names the setting.
     """
+    if config.secure_aggregation.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
+        raise SimulationError(
+            "secure_aggregation: with neighbors, each step of a device waits for the others; a simulation "
+            "runs one device after the other; leave it out"
+        )
     if config.HasField("secure_aggregation"):
         raise SimulationError(
             "secure_aggregation: masks are sealed to helpers, and a simulation has none; leave it out"

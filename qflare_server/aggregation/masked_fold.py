@@ -27,7 +27,6 @@ from qflare.tensors.vectors import VectorLayout, float_count
 from qflare.v1 import security_pb2
 from qflare_server.aggregation.fold import (
     AHEAD,
-    Division,
     RoundFold,
     WrittenVersion,
 )
@@ -56,7 +55,7 @@ from qflare_server.strategies import (
     Outcome,
     UpdateAssessment,
 )
-from qflare_server.training.masking import is_masked, parameters_of
+from qflare_server.training.masking import parameters_of
 from qflare_server.training.reported_metrics import TRAINING
 from qflare_server.training.rounds import HELPER_AWAITED
 
@@ -69,28 +68,6 @@ SUM: Final = "sum"
 """Name of the contribution that the strategy gets."""
 
 Add = Callable[[Any, Any, Any], Any]
-
-
-def open_fold(
-    context: Context,
-    plan: RoundPlan,
-    *,
-    asker: Callable[[], ThreadPoolExecutor] | None = None,
-    division: Division | None = None,
-    **settings: Any,
-) -> RoundFold:
-    """Return the fold of a round.
-
-    Args:
-        context: The coordinator's parts.
-        plan: The round's aggregation plan.
-        asker: Returns the threads that ask helpers; None asks in the caller's thread when the version is written.
-        division: As of `RoundFold`; the one sum of masked updates is not divided.
-        settings: As of `RoundFold`.
-    """
-    if is_masked(plan.config):
-        return MaskedRoundFold(context, plan, asker=asker, **settings)
-    return RoundFold(context, plan, division=division, **settings)
 
 
 class MaskedRoundFold(RoundFold):
