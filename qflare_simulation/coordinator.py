@@ -1,7 +1,6 @@
 """The coordinator of a simulation: every part of a real one but its network, in virtual time."""
 
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from qflare.crypto.signing import SigningKey
-from qflare.evidence.statements import sign_evaluation
+from qflare.evidence.statements import sign_evaluation, sign_update
 from qflare.tensors import Manifest, chunks
 from qflare.tensors.download_encodings import widened
 from qflare.tensors.encodings import Encoding
@@ -43,6 +42,8 @@ from qflare_simulation.config import SimulationConfig
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.kinds import DeviceKind
 from qflare_simulation.memory import DeviceMemory
+from qflare_simulation.secure_aggregation import SimulatedHelpers, helper_names
+from qflare_simulation.seeds import SeededBytes
 from qflare_simulation.worker import Brief, Failed, Trained, device_id
 
 ADMIN: Final = Caller("system", "", "simulation")
@@ -55,12 +56,20 @@ MARKER: Final = "simulated"
 """File in the folder of a simulated coordinator, whose devices sign nothing."""
 DEVICES: Final = "devices"
 """Folder of what devices keep between rounds, in that of the coordinator."""
+HELPERS: Final = "helpers"
+"""Folder of the helpers for secure aggregation, in that of the coordinator."""
 REGISTERED_AT_ONCE: Final = 500
 MAX_FAILURE_TEXT: Final = 200
 
 
 class SimulatedCoordinator:
-    """A coordinator over an SQLite file, whose devices live in this program.
+    """A coordinator over an SQLite file, whose devices and helpers live in this program.
+
+    Args:
+        folder: Empty folder.
+        seed: Of noise, nonces and ids.
+        is_kept: Whether the database is read after the simulation.
+        helpers: Helpers for secure aggregation that the configuration names; None without secure aggregation.
 
     Attributes:
         clock: The virtual time.
@@ -68,7 +77,9 @@ class SimulatedCoordinator:
         session_id: The training session, once it is created.
     """
 
-    def __init__(self, folder: Path, seed: int, *, is_kept: bool) -> None:
+    def __init__(
+        self, folder: Path, seed: int, *, is_kept: bool, helpers: Sequence[str] | None = None
+    ) -> None:
         config = ServerConfig(data_dir=folder, realm=REALM, require_signatures=False).checked()
         keys = dataclasses.replace(KeyFolder.from_config(config), cost=KEY_COST)
         if not keys.is_empty():
@@ -78,11 +89,18 @@ class SimulatedCoordinator:
         )
         self.clock = VirtualClock()
         opened = Application.open(config, self.clock)
-        context = dataclasses.replace(opened.context, draw_random=_SeededBytes(seed).draw)
+        self._helpers = None
+        if helpers is not None:
+            self._helpers = SimulatedHelpers(folder / HELPERS, helpers, opened.keys, self.clock)
+        context = dataclasses.replace(
+            opened.context, draw_random=SeededBytes(seed).draw, helpers=self._helpers
+        )
         use_cases = build_use_cases(context, opened.keys, opened.executor)
         self._application = dataclasses.replace(opened, context=context, use_cases=use_cases)
         self._use_cases = use_cases
-        self._aggregator = Aggregator(context, opened.executor, "simulation")
+        self._aggregator = Aggregator(
+            context, opened.executor, "simulation", waits_for_helpers=True
+        )
         (folder / MARKER).touch()
         self._folder = folder / "versions"
         self._folder.mkdir()
@@ -99,13 +117,13 @@ class SimulatedCoordinator:
         return self._application
 
     def register(self, config: SimulationConfig) -> None:
-        """Register the devices by index: with their kinds, and with keys if they sign evaluations.
+        """Register the devices by index: with their kinds, and with keys if they sign evaluations or masked updates.
 
         Raises:
             SimulationError: The coordinator refuses a kind of devices.
         """
         kinds = config.device_kinds()
-        if config.training.evaluation.every_rounds:
+        if config.training.evaluation.every_rounds or self._helpers is not None:
             self._keys = {index: SigningKey.generate() for index in range(config.devices)}
         known = KnownDevices(self._application.context)
         try:
@@ -137,7 +155,7 @@ class SimulatedCoordinator:
                 name=config.name,
                 model_type="",
                 architecture={},
-                config=config.session_config(),
+                config=self._session_config(config),
             )
             self.session_id = created.id
             manifest = Manifest.from_arrays(model)
@@ -151,6 +169,14 @@ class SimulatedCoordinator:
             raise SimulationError(
                 f"the coordinator refuses the training session: {error}"
             ) from error
+
+    def _session_config(self, config: SimulationConfig) -> training_pb2.TrainingConfig:
+        """Return the settings of the training session, with helpers that are here."""
+        settings = config.session_config()
+        if self._helpers is not None:
+            policy = settings.secure_aggregation
+            policy.helpers[:] = self._helpers.stand_for(policy.helpers)
+        return settings
 
     def state(self) -> tuple[TrainingSession, Round]:
         """Return the training session and its current round."""
@@ -261,11 +287,9 @@ class SimulatedCoordinator:
         Raises:
             SimulationError: The coordinator refuses it.
         """
-        key, name = self._keys[index], device_id(index)
-        public = key.public
-        statement.key_id = public.key_id
-        contributor = Contributor(name, public.key_id, public.algorithm, public.data)
-        caller = Caller(f"device:{name}", "", "simulation")
+        key, contributor = self._keys[index], self._contributor(index)
+        statement.key_id = key.public.key_id
+        caller = Caller(f"device:{contributor.device_id}", "", "simulation")
         try:
             self._use_cases.evaluations.report(caller, contributor, sign_evaluation(key, statement))
         except QflareError as error:
@@ -290,7 +314,27 @@ class SimulatedCoordinator:
 
     def submit(self, updates: Sequence[tuple[int, Trained]]) -> list[UpdateReceipt | QflareError]:
         """Submit updates of devices, in their order."""
-        return self._use_cases.uploads.submit_all(ADMIN, [_arrival(*update) for update in updates])
+        arrivals = [self._arrival(*update) for update in updates]
+        return self._use_cases.uploads.submit_all(ADMIN, arrivals)
+
+    def _arrival(self, index: int, update: Trained) -> Arrival:
+        """Return an update as it arrives: signed if helpers have to verify it."""
+        contributor = Contributor(device_id(index), None)
+        envelope = security_pb2.SignedEnvelope(payload=update.statement)
+        if self._helpers is not None:
+            contributor = self._contributor(index)
+            statement = security_pb2.UpdateStatement.FromString(update.statement)
+            statement.key_id = self._keys[index].public.key_id
+            envelope = sign_update(self._keys[index], statement)
+        header = coordinator_service_pb2.UpdateHeader(
+            statement=envelope, chunk_digests=update.chunk_digests
+        )
+        return Arrival(contributor, header, update.chunks)
+
+    def _contributor(self, index: int) -> Contributor:
+        """Return a device that has a key."""
+        public = self._keys[index].public
+        return Contributor(device_id(index), public.key_id, public.algorithm, public.data)
 
     def report_failure(self, index: int, round_number: int, failed: Failed) -> None:
         """Report a failed training, as the device SDK does."""
@@ -320,32 +364,14 @@ class SimulatedCoordinator:
         self._application.close()
 
 
-class _SeededBytes:
-    """Draws bytes that a seed decides: the noise of a simulation protects nobody."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._drawn = 0
-
-    def draw(self, count: int) -> bytes:
-        """Return that many bytes."""
-        self._drawn += 1
-        return hashlib.shake_256(f"simulation:{self._seed}:{self._drawn}".encode()).digest(count)
-
-
-def _arrival(index: int, update: Trained) -> Arrival:
-    name = device_id(index)
-    envelope = security_pb2.SignedEnvelope(payload=update.statement)
-    header = coordinator_service_pb2.UpdateHeader(
-        statement=envelope, chunk_digests=update.chunk_digests
-    )
-    return Arrival(Contributor(name, None), header, update.chunks)
-
-
 @contextmanager
-def opened(folder: Path, seed: int, *, is_kept: bool) -> Iterator[SimulatedCoordinator]:
-    """Open a coordinator in an empty folder and close it afterwards."""
-    coordinator = SimulatedCoordinator(folder, seed, is_kept=is_kept)
+def opened(
+    folder: Path, config: SimulationConfig, *, is_kept: bool
+) -> Iterator[SimulatedCoordinator]:
+    """Open a coordinator in an empty folder, with the helpers that a configuration needs, and close it afterwards."""
+    coordinator = SimulatedCoordinator(
+        folder, config.seed, is_kept=is_kept, helpers=helper_names(config.training)
+    )
     try:
         yield coordinator
     finally:
@@ -376,15 +402,11 @@ def open_coordinator(
 
 
 def require_simulable(config: training_pb2.TrainingConfig) -> None:
-    """Refuse settings that need other programs than coordinator and devices.
+    """Refuse settings that need other functions of devices.
 
     Raises:
         SimulationError: Names the setting.
     """
-    if config.HasField("secure_aggregation"):
-        raise SimulationError(
-            "secure_aggregation: masks are sealed to helpers, and a simulation has none; leave it out"
-        )
     if config.HasField("analytics"):
         raise SimulationError(
             "analytics: devices answer queries by functions of their own, and simulated ones have none; leave it out"

@@ -95,7 +95,7 @@ def simulate(
         # The processes of the pool start while the coordinator makes its keys and its database.
         with (
             Pool(programs, chosen.workers) as pool,
-            opened(home, chosen.seed, is_kept=is_kept) as coordinator,
+            opened(home, chosen, is_kept=is_kept) as coordinator,
         ):
             coordinator.register(chosen)
             coordinator.create(chosen, arrays)

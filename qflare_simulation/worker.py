@@ -19,12 +19,14 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from qflare.evidence.unmasking import Masking, masking_of
 from qflare.tensors import CHUNK_BYTES, Array, Manifest, assemble
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_client import TrainingTask
 from qflare_client.models.download import GlobalModel
+from qflare_client.models.masked_update import MaskedPayload, mask_update, seal_seeds
 from qflare_client.models.submission import (
     Contribution,
     checked,
@@ -38,6 +40,7 @@ from qflare_client.privacy import LocalPrivacy
 from qflare_client.tasks import Task, TrainingDefaults
 from qflare_simulation.clock import START
 from qflare_simulation.memory import DeviceMemory
+from qflare_simulation.seeds import SeededBytes
 
 TrainFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask, Any], tuple[Mapping[str, Array], int, Mapping[str, float]]
@@ -160,12 +163,14 @@ def _train(brief: Brief, index: int) -> Trained | Failed:
     update_id = _update_id(programs.seed, index, task)
     try:
         contribution = _contribution(programs, memory, task, base, index)
-        payload, is_kept = _payload(memory, task, contribution, update_id)
+        payload, mask_seeds, is_kept = _payload(memory, task, contribution, update_id)
         statement = make_statement(
             task, contribution, payload, realm=programs.realm, device_id=device_id(index)
         )
         statement.update_id = update_id
         statement.create_time.FromDatetime(START)
+        if task.masking is not None:
+            seal_seeds(task.masking, mask_seeds, statement)
     except Exception as error:  # noqa: BLE001 - whatever a training function raises is a failure of its device
         return _failed(error)
     return Trained(
@@ -194,17 +199,39 @@ def _contribution(
 
 def _payload(
     memory: DeviceMemory, task: Task, contribution: Contribution, update_id: str
-) -> tuple[Payload, bool]:
-    """Encode an update and stage what the device keeps with it; return whether there is anything."""
-    session_id, has_residual = task.training_session_id, is_sparse(task.transfer)
+) -> tuple[Payload, tuple[bytes, ...], bool]:
+    """Encode an update and stage what the device keeps with it.
+
+    Returns:
+        The payload, the seeds of its masks, and whether the device keeps anything.
+    """
+    session_id = task.training_session_id
+    memory.local.stage(session_id, update_id, contribution.local)
+    if task.masking is not None:
+        masked = _masked(task.masking, contribution, update_id)
+        return masked.payload, masked.seeds, bool(contribution.local)
+    has_residual = is_sparse(task.transfer)
     known: Mapping[str, Array] = {}
     if has_residual:
         known = memory.feedback.residual(session_id, contribution.base.manifest)
     payload, residual = make_payload_with_residual(contribution, task.transfer, known)
     if has_residual:
         memory.feedback.stage(session_id, update_id, residual)
-    memory.local.stage(session_id, update_id, contribution.local)
-    return payload, has_residual or bool(contribution.local)
+    return payload, (), has_residual or bool(contribution.local)
+
+
+def _masked(masking: Masking, contribution: Contribution, update_id: str) -> MaskedPayload:
+    """Mask an update with seeds that equal runs share."""
+    seeds = SeededBytes(_PROGRAMS[0].seed, "masks", update_id)
+    return mask_update(
+        masking,
+        contribution.base.manifest,
+        contribution.arrays,
+        contribution.base.arrays,
+        contribution.example_count,
+        contribution.metrics,
+        draw_seed=seeds.draw,
+    )
 
 
 def measure_all(
@@ -274,7 +301,10 @@ def _task(payload: bytes) -> Task:
         device_training=statement.device_training,
         transfer=statement.transfer,
     )
-    return Task.from_proto(message, statement, TrainingDefaults())
+    masking = None
+    if statement.HasField("masking"):
+        masking = masking_of(security_pb2.SignedEnvelope(payload=payload))
+    return Task.from_proto(message, statement, TrainingDefaults(), masking)
 
 
 @lru_cache(maxsize=2)

@@ -4,7 +4,7 @@ A seed masks one payload and is not kept: the payload with its sealed seed is ke
 that a repeated upload sends the same bytes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,8 @@ def mask_update(
     base: Mapping[str, Array],
     example_count: int,
     metrics: Mapping[str, float],
+    *,
+    draw_seed: Callable[[], bytes] = new_seed,
 ) -> MaskedPayload:
     """Quantize and mask an update.
 
@@ -50,6 +52,7 @@ def mask_update(
         base: The tensors of the base version.
         example_count: Number of local examples.
         metrics: Metrics by name; those that the task does not name stay on the device.
+        draw_seed: Draws the seeds of masks and of the rounding, 32 bytes each; only a simulation replaces it.
 
     Raises:
         TrainingFunctionError: A value is not finite, or a metric that the task names is missing.
@@ -62,13 +65,13 @@ def mask_update(
     norm = _norm(manifest, arrays, base)
     layout = parameters.manifest(manifest)
     vector = np.empty(layout.tensors[0].element_count, parameters.dtype)
-    quantizer, position = Quantizer(parameters, weight, norm), 0
+    quantizer, position = Quantizer(parameters, weight, norm, draw_seed), 0
     for piece in _changes(manifest, arrays, base):
         quantizer.write(piece, vector[position : position + len(piece)])
         position += len(piece)
     assert position == float_count(manifest)
     vector[position:] = quantize_slots(parameters, weight, metrics)
-    seeds = tuple(new_seed() for _ in masking.helpers)
+    seeds = tuple(draw_seed() for _ in masking.helpers)
     for seed in seeds:
         Mask(seed).add_to(vector, 0)
     return MaskedPayload(Payload(layout, {TENSOR: vector}), seeds)

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from qflare.evidence.lineage import contributors_digest
-from qflare.evidence.statements import StatementError
+from qflare.evidence.statements import StatementError, digest_of
 from qflare.evidence.unmasking import Masking, masking_of
 from qflare.masking.quantization import mean_change, slot_totals
 from qflare.tensors import CHUNK_BYTES
@@ -125,6 +125,7 @@ class MaskedRoundFold(RoundFold):
         count = float_count(self.plan.manifest) + self._parameters.slot_count
         self._sum = np.zeros(count, self._parameters.dtype)
         self._digests: dict[str, str] = {}
+        self._contents: dict[str, str] = {}
         self._refused: dict[str, str] = {}
 
     def _update_layout(self) -> VectorLayout:
@@ -144,6 +145,7 @@ class MaskedRoundFold(RoundFold):
         for update in batch:
             self._fold_in(update, np.add)
             self._digests[update.update_id] = update.statement_digest
+            self._contents[update.update_id] = _content_digest(update)
 
     def _fold_in(self, update: AcceptedUpdate, operation: Add) -> None:
         """Add an update to the sum, or subtract it."""
@@ -314,7 +316,7 @@ class MaskedRoundFold(RoundFold):
         def read(start: int, stop: int) -> np.ndarray[Any, Any]:
             return mean_change(self._parameters, self._sum[start:stop], divisor)
 
-        members = contributors_digest(self._digests.values())
+        members = contributors_digest(self._contents[update_id] for update_id in self._digests)
         self._aggregation.add(Contribution(SUM, self._weight_sum, read, digest=members))
         return self._write(executor, at)
 
@@ -350,3 +352,12 @@ class MaskedRoundFold(RoundFold):
         return self._integers_from(
             PayloadBytes(self._context, self.plan.base, None, AHEAD), self.plan.manifest
         )
+
+
+def _content_digest(update: AcceptedUpdate) -> str:
+    """Return the digest of an update's id and masked payload, to which the noise of differential privacy is bound.
+
+    No two updates of a coordinator have the same. Unlike the digest of the statement, it does not depend on how the
+    seeds were sealed, so that the noise of a simulation repeats.
+    """
+    return digest_of(f"{update.update_id}:{update.payload_digest}".encode())
