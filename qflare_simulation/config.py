@@ -54,6 +54,9 @@ class SimulationConfig:
     workers: int = 0
     """Processes that train; 0 means one for each processor, -1 trains in this process."""
 
+    ray: str = ""
+    """Address of a Ray cluster that trains: `auto`, host:port, or `local`; empty trains here, without Ray."""
+
     duration_s: float = 60.0
     """Median time from task to update of a device, virtual seconds."""
 
@@ -124,6 +127,12 @@ class SimulationConfig:
         self._number("held_out", 0.0, 0.99)
         object.__setattr__(self, "kinds", checked_kinds(self.kinds))
         object.__setattr__(self, "local_privacy", _privacy(self.local_privacy))
+        if not isinstance(self.ray, str):
+            raise SimulationError(
+                f"simulation.ray: got {self.ray!r}, want the address of a cluster"
+            )
+        if self.ray and self.workers < 0:
+            raise SimulationError("simulation.workers: got -1, want 0 or more with simulation.ray")
         if self.partition not in PARTITIONS:
             raise SimulationError(
                 f"simulation.partition: got {self.partition!r}, want one of {', '.join(PARTITIONS)}"

@@ -41,10 +41,10 @@ from qflare_simulation.clock import START, VirtualClock
 from qflare_simulation.config import SimulationConfig
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.kinds import DeviceKind
-from qflare_simulation.memory import DeviceMemory
+from qflare_simulation.memory import DeviceMemory, HomeFolder
 from qflare_simulation.secure_aggregation import SimulatedHelpers, helper_names
 from qflare_simulation.seeds import SeededBytes
-from qflare_simulation.worker import Brief, Failed, Trained, device_id
+from qflare_simulation.worker import Brief, Failed, ModelFile, Trained, device_id
 
 ADMIN: Final = Caller("system", "", "simulation")
 REALM: Final = ServerConfig.realm
@@ -73,7 +73,6 @@ class SimulatedCoordinator:
 
     Attributes:
         clock: The virtual time.
-        devices: Folder of what devices keep between rounds.
         session_id: The training session, once it is created.
     """
 
@@ -104,8 +103,8 @@ class SimulatedCoordinator:
         (folder / MARKER).touch()
         self._folder = folder / "versions"
         self._folder.mkdir()
-        self.devices = folder / DEVICES
-        self.devices.mkdir()
+        self._home = folder / DEVICES
+        self._home.mkdir()
         self._keys: dict[int, SigningKey] = {}
         self.session_id = ""
         self._size_bytes = 0
@@ -215,7 +214,7 @@ class SimulatedCoordinator:
         encoding = Encoding.from_number(owner.config.transfer.download_encoding)
         path, manifest = self.download(current.base_version, encoding)
         envelope = security_pb2.SignedEnvelope.FromString(current.task)
-        return Brief(envelope.payload, str(path), manifest)
+        return Brief(envelope.payload, ModelFile(str(path)), manifest)
 
     def download(
         self, version: int, encoding: Encoding = Encoding.FULL_PRECISION
@@ -255,7 +254,8 @@ class SimulatedCoordinator:
             base_digest=found.model.digest,
             transfer=transfer,
         )
-        return Brief(statement.SerializeToString(deterministic=True), str(path), manifest)
+        payload = statement.SerializeToString(deterministic=True)
+        return Brief(payload, ModelFile(str(path)), manifest)
 
     def evaluations(
         self, devices: Iterable[int], version: int, *, is_last: bool
@@ -297,7 +297,7 @@ class SimulatedCoordinator:
 
     def keep(self, index: int, update_id: str) -> None:
         """Let what a device staged with an update take effect, because the update was accepted."""
-        DeviceMemory(self.devices, index).accept(update_id)
+        DeviceMemory(HomeFolder(self._home), index).accept(update_id)
 
     def size_bytes(self, version: int) -> int:
         """Return the size of a version."""
@@ -357,7 +357,7 @@ class SimulatedCoordinator:
 
     def close(self) -> None:
         """Complete the audit log of a database that is kept, and close every part."""
-        shutil.rmtree(self.devices, ignore_errors=True)
+        shutil.rmtree(self._home, ignore_errors=True)
         if self._is_kept:
             AuditSequencer(self._application.context).run_once()
         self._aggregator.close()

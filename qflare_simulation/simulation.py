@@ -17,6 +17,7 @@ from qflare_client import Scaffold
 from qflare_server.storage.records import TrainingSession
 from qflare_server.training.objective import objective_of
 from qflare_simulation import tables
+from qflare_simulation.cluster import RayPool
 from qflare_simulation.config import SimulationConfig
 from qflare_simulation.coordinator import (
     DEVICES,
@@ -28,7 +29,8 @@ from qflare_simulation.coordinator import (
 from qflare_simulation.engine import Course, Engine, Notice
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.history import Best, History
-from qflare_simulation.pool import Pool
+from qflare_simulation.memory import HomeFolder
+from qflare_simulation.pool import ProcessPool
 from qflare_simulation.worker import EvaluateFunction, Programs, TrainFunction
 
 
@@ -90,11 +92,11 @@ def simulate(
             privacy=chosen.local_privacy,
             seed=chosen.seed,
             realm=REALM,
-            home=home / DEVICES,
+            home=HomeFolder(home / DEVICES),
         )
         # The processes of the pool start while the coordinator makes its keys and its database.
         with (
-            Pool(programs, chosen.workers) as pool,
+            _pool(programs, chosen) as pool,
             opened(home, chosen, is_kept=is_kept) as coordinator,
         ):
             coordinator.register(chosen)
@@ -102,6 +104,12 @@ def simulate(
             engine = Engine(coordinator, pool, chosen, notice, programs)
             engine.run()
             return _history(coordinator, chosen, engine.course, home if is_kept else None)
+
+
+def _pool(programs: Programs, config: SimulationConfig) -> ProcessPool | RayPool:
+    if config.ray:
+        return RayPool(programs, config.ray, config.workers)
+    return ProcessPool(programs, config.workers)
 
 
 def _first(

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -39,7 +39,7 @@ from qflare_client.models.upload import Payload
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.tasks import Task, TrainingDefaults
 from qflare_simulation.clock import START
-from qflare_simulation.memory import DeviceMemory
+from qflare_simulation.memory import DeviceMemory, Home
 from qflare_simulation.seeds import SeededBytes
 
 TrainFunction: TypeAlias = Callable[
@@ -68,7 +68,7 @@ class Programs:
         privacy: Local privacy of every device.
         seed: Seed of trainings and of noise.
         realm: Name of the deployment.
-        home: Folder of what devices keep between rounds.
+        home: Where the files are that devices keep between rounds.
     """
 
     train: TrainFunction
@@ -79,7 +79,30 @@ class Programs:
     privacy: LocalPrivacy | None
     seed: int
     realm: str
-    home: Path
+    home: Home
+
+
+class Source(Protocol):
+    """Where the payload of a version is; two that are equal have equal bytes."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the payload in chunks."""
+
+
+class ModelFile(NamedTuple):
+    """The payload of a version in a file of this machine.
+
+    Attributes:
+        path: Of the file.
+    """
+
+    path: str
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the payload in chunks."""
+        with Path(self.path).open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
 
 
 class Brief(NamedTuple):
@@ -87,12 +110,12 @@ class Brief(NamedTuple):
 
     Attributes:
         statement: The serialized task statement, as devices get it.
-        model: File with the payload of the base version.
+        model: Where the payload of the base version is.
         manifest: Its serialized layout.
     """
 
     statement: bytes
-    model: str
+    model: Source
     manifest: bytes
 
 
@@ -127,6 +150,11 @@ def start(programs: Programs) -> None:
     """Take what the devices of this process run."""
     _PROGRAMS[:] = [programs]
     threadpool_limits(1)
+
+
+def move_to(home: Home) -> None:
+    """Let the devices of this process read and write their files elsewhere."""
+    _PROGRAMS[:] = [replace(_PROGRAMS[0], home=home)]
 
 
 def is_ready() -> bool:
@@ -316,7 +344,7 @@ def _model(brief: Brief) -> GlobalModel:
         training_session_id=task.training_session_id,
         version=task.base_version,
         digest=task.base_digest,
-        arrays=assemble(manifest, _chunks(Path(brief.model))),
+        arrays=assemble(manifest, brief.model.chunks()),
         manifest=manifest,
         metrics={},
         model_type="",
@@ -326,12 +354,6 @@ def _model(brief: Brief) -> GlobalModel:
         envelope=security_pb2.SignedEnvelope(),
         encoding=Encoding.from_number(task.transfer.download_encoding),
     )
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
 
 
 def close() -> None:
