@@ -211,7 +211,8 @@ def _put_programs(ray: Any, programs: Programs) -> Any:
 
 def _loose_modules(programs: Programs) -> list[ModuleType]:
     """Return the modules of the programs that are files of their own."""
-    parts = (programs.train, programs.evaluate, programs.data, programs.test, programs.held_out)
+    parts = [programs.train, programs.evaluate, programs.data, programs.test, programs.held_out]
+    parts += programs.columns.values()
     found = {inspect.getmodule(part) or inspect.getmodule(type(part)) for part in parts}
     installed = importlib.metadata.packages_distributions().keys() | sys.stdlib_module_names
     return [

@@ -399,15 +399,3 @@ def open_coordinator(
         config = dataclasses.replace(config, require_signatures=False)
     with open_application(config) as parts:
         yield parts
-
-
-def require_simulable(config: training_pb2.TrainingConfig) -> None:
-    """Refuse settings that need other functions of devices.
-
-    Raises:
-        SimulationError: Names the setting.
-    """
-    if config.HasField("analytics"):
-        raise SimulationError(
-            "analytics: devices answer queries by functions of their own, and simulated ones have none; leave it out"
-        )

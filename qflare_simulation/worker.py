@@ -9,9 +9,9 @@ import sys
 import traceback
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
@@ -19,6 +19,8 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from qflare.analytics.answers import answer
+from qflare.analytics.queries import TENSOR, Query
 from qflare.evidence.unmasking import Masking, masking_of
 from qflare.tensors import CHUNK_BYTES, Array, Manifest, assemble
 from qflare.tensors.encodings import Encoding
@@ -52,6 +54,9 @@ EvaluateFunction: TypeAlias = Callable[
 ]
 """Maps a copy of a version's arrays, the task and the test data to (example count, metrics)."""
 
+QueryFunction: TypeAlias = Callable[[Query, Any], Iterable[Any]]
+"""Maps a query of federated analytics and the device's data to the values of its column."""
+
 MAX_TEXT: Final = 4000
 
 
@@ -60,7 +65,7 @@ class Programs:
     """What the devices run, and on what.
 
     Attributes:
-        train: The training function.
+        train: The training function; None where devices only answer queries.
         evaluate: Measures versions, on test data and on what devices hold out.
         data: The training data of each device.
         test: Test data; None for none.
@@ -69,9 +74,10 @@ class Programs:
         seed: Seed of trainings and of noise.
         realm: Name of the deployment.
         home: Where the files are that devices keep between rounds.
+        columns: Functions by column of queries.
     """
 
-    train: TrainFunction
+    train: TrainFunction | None
     evaluate: EvaluateFunction | None
     data: Sequence[Any]
     test: Any
@@ -80,6 +86,7 @@ class Programs:
     seed: int
     realm: str
     home: Home
+    columns: Mapping[str, QueryFunction] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -213,6 +220,9 @@ def _contribution(
     programs: Programs, memory: DeviceMemory, task: Task, base: GlobalModel, index: int
 ) -> Contribution:
     """Train, split off what stays on the device, and protect the rest as the device's local privacy says."""
+    if task.analytics is not None:
+        return _answer(programs, task.analytics.query, base, index)
+    assert programs.train is not None
     given = {name: array.copy() for name, array in base.arrays.items()}
     given |= memory.local.read(task.training_session_id)
     arrays, example_count, metrics = programs.train(given, task.config, programs.data[index])
@@ -223,6 +233,12 @@ def _contribution(
     noise = np.random.default_rng([programs.seed, index, task.round_number, task.base_version])
     protected = programs.privacy.protect(contribution.arrays, base.arrays, noise)
     return replace(contribution, arrays=protected)
+
+
+def _answer(programs: Programs, query: Query, base: GlobalModel, index: int) -> Contribution:
+    """Answer a query with the values of its column."""
+    values = programs.columns[query.column](query, programs.data[index])
+    return Contribution(base, {TENSOR: base.arrays[TENSOR] + answer(query, values)}, 1, {})
 
 
 def _payload(
