@@ -11,6 +11,7 @@ import ray
 from numpy.typing import NDArray
 from ray.cluster_utils import Cluster
 
+from qflare.analytics.queries import Query
 from qflare_client import TrainingTask
 from qflare_simulation import History, SimulationError, TrainingFailedError, run_file, simulate
 from qflare_simulation.tables import COLUMNS
@@ -150,6 +151,27 @@ def connected(cluster: str) -> Iterator[None]:
 )
 def test_results_are_those_of_the_local_pool(settings: dict[str, Any]) -> None:
     require_equal(run(settings, ray="auto"), run(settings, workers=2))
+
+
+@pytest.mark.usefixtures("connected")
+def test_queries_are_answered_on_the_cluster() -> None:
+    def own(query: Query, data: int) -> list[float]:
+        return [min(query.upper, float(data))]
+
+    question = {
+        "analytics.column": "own",
+        "analytics.kind": "mean",
+        "analytics.upper": 8.0,
+        "privacy.epsilon_budget": 500.0,
+        "rounds.quorum": 8,
+        "secure_aggregation.mode": "SECURE_AGGREGATION_MODE_HELPER",
+    }
+    virtual = {"ray": "auto"}, {"workers": -1}
+    results = [
+        simulate(None, range(8), question | {"simulation": where}, analytics={"own": own}).result
+        for where in virtual
+    ]
+    assert results[0] == results[1] is not None
 
 
 @pytest.mark.usefixtures("connected")
