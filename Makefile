@@ -108,7 +108,7 @@ $(FRAMEWORKS_INSTALLED): setup.cfg Makefile
 	test -x $(FRAMEWORKS_VENV)/bin/python || "$(PYTHON)" -m venv $(FRAMEWORKS_VENV)
 	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
 	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet --editable \
-		'.[server,lightning,transformers,keras,flax,simulation,ray,tensorboard,test]'
+		'.[server,lightning,transformers,keras,flax,simulation,privacy,ray,tensorboard,test]'
 	@touch $@
 
 # Flower beside PyTorch, for the app that `flwr new` writes for it.
