@@ -51,7 +51,7 @@ def ages(query: Query, data: NDArray[Any]) -> NDArray[Any]:
 
 
 def ask(question: Mapping[str, Any], *, is_masked: bool, **virtual: Any) -> History:
-    query = {"column": "age", "max_examples": 30, "unmasked": not is_masked} | question
+    query = {"column": "age", "max_examples": 30, "unmasked": not is_masked, **question}
     return simulate(
         None,
         AGES,

@@ -247,8 +247,8 @@ def test_what_a_device_keeps_can_be_shipped_and_comes_back(tmp_path: Path) -> No
         for place in (shipped, elsewhere):
             memory = DeviceMemory(place, 7)
             known = memory.local.read("session")
-            assert known == ({"own": np.float32(number - 1)} if number else {})
-            memory.local.stage("session", f"update-{number}", {"own": np.float32(number)})
+            assert known == ({"own": number - 1} if number else {})
+            memory.local.stage("session", f"update-{number}", {"own": np.array(number, np.float32)})
         home.unpack(shipped.shipment)
         for place in (home, elsewhere):
             DeviceMemory(place, 7).accept(f"update-{number}")

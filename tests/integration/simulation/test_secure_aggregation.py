@@ -20,7 +20,7 @@ from qflare_simulation import History, SimulationError, open_coordinator, replay
 
 Arrays = dict[str, NDArray[Any]]
 COUNT = 2000
-MODEL = {"weight": np.zeros(COUNT, np.float32), "steps": np.arange(3)}
+MODEL: Arrays = {"weight": np.zeros(COUNT, np.float32), "steps": np.arange(3)}
 CLIP = 100.0
 MAX_WEIGHT = 64
 NAMED = ["a" * 64, "b" * 64]
