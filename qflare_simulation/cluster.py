@@ -55,21 +55,26 @@ class RayPool:
         self.size = min(workers or processors, processors)
         assert isinstance(programs.home, HomeFolder)
         self._home = programs.home
-        self._programs = _put_programs(self._ray, programs)
         self._run = self._ray.remote(num_cpus=1)(run)
         self._models: dict[str, Any] = {}
         self._last_calls: dict[int, int] = {}
         self._call_count = 0
         self._pending: set[Any] = set()
+        try:
+            self._programs = _put_programs(self._ray, programs)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _connect(self, address: str, workers: int) -> None:
         settings: dict[str, Any] = {"address": address, "log_to_driver": False}
         if address == LOCAL:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             settings |= {"include_dashboard": False, "num_cpus": workers or None}
+        refusals = (ConnectionError, ValueError, RuntimeError, self._ray.exceptions.RayError)
         try:
             self._ray.init(**settings)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except refusals as error:
             raise SimulationError(f"simulation.ray: no cluster at {address!r}: {error}") from error
 
     def submit(

@@ -1,6 +1,7 @@
 """Simulations on a Ray cluster, a real one of this machine: what they compute is what the local pool computes."""
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,13 @@ def test_a_pool_starts_and_ends_a_ray_of_its_own() -> None:
 def test_a_cluster_that_is_not_there_is_said() -> None:
     with pytest.raises(SimulationError, match="no cluster at"):
         run(MASKED, ray="auto")
+
+
+def test_programs_that_cannot_be_shipped_are_said(cluster: str) -> None:
+    settings = {"rounds.quorum": 1, "simulation": {"ray": cluster}}
+    with pytest.raises(SimulationError, match="the programs cannot be shipped"):
+        simulate(train_shared, [threading.Lock()], settings, model=MODEL)
+    assert not ray.is_initialized()
 
 
 def test_a_pool_connects_to_a_cluster_and_leaves_it(cluster: str) -> None:
