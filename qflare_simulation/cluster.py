@@ -71,10 +71,10 @@ class RayPool:
         if address == LOCAL:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             settings |= {"include_dashboard": False, "num_cpus": workers or None}
-        refusals = (ConnectionError, ValueError, RuntimeError, self._ray.exceptions.RayError)
         try:
             self._ray.init(**settings)
-        except refusals as error:
+        except Exception as error:  # Ray raises the class itself when its start takes too long
+            self._ray.shutdown()
             raise SimulationError(f"simulation.ray: no cluster at {address!r}: {error}") from error
 
     def submit(

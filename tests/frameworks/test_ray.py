@@ -124,6 +124,14 @@ def test_a_cluster_that_is_not_there_is_said() -> None:
         run(MASKED, ray="auto")
 
 
+def test_a_ray_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever Ray raises: here the names of its sockets are too long."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 40)))
+    with pytest.raises(SimulationError, match="no cluster at 'local': "):
+        run(MASKED, ray="local")
+    assert not ray.is_initialized()
+
+
 def test_programs_that_cannot_be_shipped_are_said(cluster: str) -> None:
     settings = {"rounds.quorum": 1, "simulation": {"ray": cluster}}
     with pytest.raises(SimulationError, match="the programs cannot be shipped"):
