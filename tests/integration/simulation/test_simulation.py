@@ -193,7 +193,7 @@ def test_what_cannot_be_simulated_is_refused(
     settings: dict[str, Any], model: Arrays, message: str
 ) -> None:
     with pytest.raises(SimulationError, match=message):
-        simulate(add_own, [1, 2], settings, model=model)
+        simulate(add_own, [1, 2], settings | {"simulation": {"workers": -1}}, model=model)
 
 
 @pytest.fixture(scope="module")
