@@ -9,8 +9,10 @@ The client handles login, token refresh, retries, resumption and verification; t
 `qflare_client.run` repeats these three calls while there is work; `qflare_client.enroll` creates the key store.
 """
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +21,7 @@ from qflare.analytics.answers import InvalidValuesError
 from qflare.analytics.answers import answer as answer_of
 from qflare.analytics.queries import TENSOR
 from qflare.crypto.signing import Algorithm
+from qflare.evidence.unmasking import Masking
 from qflare.references import is_whole_id
 from qflare.tensors import Array
 from qflare.tensors.encodings import Encoding
@@ -29,6 +32,7 @@ from qflare_client.access.login import Login
 from qflare_client.access.rotation import pending_identity, rotate, settle
 from qflare_client.analytics import Analytics
 from qflare_client.errors import (
+    FailedPreconditionError,
     InsufficientTaskError,
     InvalidArgumentError,
     InvalidStatementError,
@@ -53,6 +57,7 @@ from qflare_client.models.lineage import (
     read_statements,
 )
 from qflare_client.models.local_tensors import LocalTensors
+from qflare_client.models.neighbor_rounds import STEPS, GroupAbandonedError, NeighborRounds
 from qflare_client.models.outbox import Outbox
 from qflare_client.models.privacy_ledger import PrivacyLedger
 from qflare_client.models.query_ledger import QueryLedger
@@ -78,6 +83,8 @@ from qflare_client.tasks import AnalyticsTask, Heartbeat, Task, TaskKind, Traini
 from qflare_client.trust.audit_head import AuditHead, read_head
 from qflare_client.trust.evidence import Evidence, UpdateEvidence
 from qflare_client.trust.keyset import Trust
+
+_log = logging.getLogger(__name__)
 
 _PQ_GROUP = "X25519MLKEM768"
 _FLAGS = ("insecure", "proof_of_possession", "require_pq_tls", "error_feedback", "keep_updates")
@@ -189,6 +196,9 @@ class Client:
         is_accepted = acceptance_of(self._calls)
         self._feedback = ErrorFeedback(self._store, is_accepted) if error_feedback else None
         self._local = LocalTensors(self._store, own_patterns, is_accepted)
+        self._neighbors = NeighborRounds(
+            self._store, self._calls, self._trust, lambda: self._login.identity
+        )
         self._sender = UpdateSender(
             self._calls,
             self._trust,
@@ -199,6 +209,7 @@ class Client:
             self._feedback,
             self._local,
             self._secure_aggregation,
+            self._neighbors,
         )
         self._rotation_lock = threading.Lock()
 
@@ -267,21 +278,41 @@ class Client:
         )
         answer = self._calls.unary(self._stub.GetTask, request, timeout_s=timeout_s)
         statement, masking = security_pb2.TaskStatement(), None
-        if answer.kind == messages.TASK_KIND_TRAIN:
+        if answer.kind == messages.TASK_KIND_TRAIN or answer.kind in STEPS:
             statement = self._trust.open_task(answer)
             masking = self._trust.masking_of(answer)
-        if answer.kind == messages.TASK_KIND_DONE and training_session_id and self._feedback:
-            self._feedback.forget(training_session_id)
+        if answer.kind == messages.TASK_KIND_DONE and training_session_id:
+            self._neighbors.forget(training_session_id)
+            if self._feedback:
+                self._feedback.forget(training_session_id)
         task = Task.from_proto(answer, statement, self._defaults, masking)
         if task.analytics is None:
             self._require_secure(task)
         elif not answers_queries:
             raise InvalidStatementError("the task is a query, which this device did not ask for")
+        if answer.kind in STEPS or answer.HasField("neighbors"):
+            return self._with_neighbors(task, answer, masking)
+        return task
+
+    def _with_neighbors(
+        self, task: Task, answer: messages.GetTaskResponse, masking: Masking | None
+    ) -> Task:
+        """Take a step of a round with neighbors, or prepare for training; return what is left to do."""
+        if masking is None or masking.neighbors is None:
+            raise InvalidStatementError("the task has no secure aggregation with neighbors")
+        try:
+            if answer.kind in STEPS:
+                self._neighbors.take_step(answer, masking)
+            else:
+                self._neighbors.prepare(answer, masking)
+        except (GroupAbandonedError, FailedPreconditionError) as error:
+            _log.warning("round %d: this device cannot go on: %s", task.round_number, error)
+            return replace(task, kind=TaskKind.WAIT)
         return task
 
     def _require_secure(self, task: Task) -> None:
         """Refuse a training task that asks for less than the device's policy for secure aggregation."""
-        if task.kind is not TaskKind.TRAIN:
+        if task.kind is not TaskKind.TRAIN and task.masking is None:
             return
         require_pinned(task.masking, self._login.identity.helper_key_ids)
         if self._secure_aggregation is not None:

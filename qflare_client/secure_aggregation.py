@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from qflare.evidence.unmasking import Masking
+from qflare.evidence.unmasking import Masking, NeighborPolicy
 from qflare.v1 import security_pb2
 from qflare_client import arguments
 from qflare_client.errors import InsufficientTaskError, InvalidArgumentError
@@ -42,6 +42,13 @@ class SecureAggregation:
     evaluation_metrics: Collection[str] = frozenset()
     """Metrics that may leave the device with evaluations, not masked. Without any, evaluation tasks are refused."""
 
+    neighbors: bool = False
+    """Whether tasks with neighbors instead of helpers are allowed. Then `helper_key_ids` may be empty, which refuses
+    helpers."""
+
+    corrupt_fraction: float = 0.0
+    """Least share of the other devices that a task with neighbors must allow to collude with the coordinator."""
+
     def __post_init__(self) -> None:
         """Refuse values that require nothing.
 
@@ -51,8 +58,12 @@ class SecureAggregation:
         arguments.whole("min_cohort", self.min_cohort, 2, _MAX_COHORT)
         for name in ("helper_key_ids", "metrics", "evaluation_metrics"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
-        if not self.helper_key_ids or not all(map(_DIGEST.fullmatch, self.helper_key_ids)):
-            raise InvalidArgumentError("helper_key_ids: want key ids of 64 hex digits, one or more")
+        arguments.flag("neighbors", self.neighbors)
+        arguments.not_negative("corrupt_fraction", self.corrupt_fraction, 1.0)
+        if not all(map(_DIGEST.fullmatch, self.helper_key_ids)):
+            raise InvalidArgumentError("helper_key_ids: want key ids of 64 hex digits")
+        if not self.helper_key_ids and not self.neighbors:
+            raise InvalidArgumentError("helper_key_ids: want one or more, or neighbors=True")
 
     @classmethod
     def from_file(cls, path: Path | str) -> Self:
@@ -79,7 +90,9 @@ class SecureAggregation:
             raise InsufficientTaskError(
                 f"the task allows sums of {masking.min_cohort} updates; this device requires {self.min_cohort}"
             )
-        if not any(helper.helper_id in self.helper_key_ids for helper in masking.helpers):
+        if masking.neighbors is not None:
+            self._require_neighbors(masking.neighbors)
+        elif not any(helper.helper_id in self.helper_key_ids for helper in masking.helpers):
             raise InsufficientTaskError("no helper of the task is one that this device trusts")
         wanted = sorted(masking.parameters.metrics.keys() - set(self.metrics))
         if wanted:
@@ -87,8 +100,21 @@ class SecureAggregation:
                 f"the task wants metric {wanted[0][:100]!r}, which may not leave this device"
             )
 
+    def _require_neighbors(self, policy: NeighborPolicy) -> None:
+        if not self.neighbors:
+            raise InsufficientTaskError(
+                "the task has neighbors instead of a helper, which this device does not allow"
+            )
+        if policy.corrupt_fraction < self.corrupt_fraction:
+            raise InsufficientTaskError(
+                f"the task withstands a share of {policy.corrupt_fraction:g} of corrupt devices; this device requires "
+                f"{self.corrupt_fraction:g}"
+            )
+
     def allows_kept(self, statement: security_pb2.UpdateStatement) -> bool:
         """Return whether an update that was made before may still leave the device: masked, for a trusted helper."""
+        if statement.masking.HasField("neighbors"):
+            return self.neighbors
         return any(seed.helper_id in self.helper_key_ids for seed in statement.masking.seeds)
 
     def disclosed(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -111,7 +137,7 @@ def require_pinned(masking: Masking | None, helper_key_ids: Collection[str]) -> 
     Raises:
         InsufficientTaskError: None of them is pinned.
     """
-    if masking is None or not helper_key_ids:
+    if masking is None or masking.neighbors is not None or not helper_key_ids:
         return
     if not any(helper.helper_id in helper_key_ids for helper in masking.helpers):
         raise InsufficientTaskError("no helper of the task is one that the bootstrap bundle names")

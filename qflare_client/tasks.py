@@ -192,6 +192,9 @@ class Task:
     masking: Masking | None = None
     """Masking that the signed task requires; None for none."""
 
+    answer: messages.GetTaskResponse | None = field(default=None, repr=False, compare=False)
+    """The response, kept in rounds with neighbors, whose masks need what it shows of the group."""
+
     analytics: AnalyticsTask | None = None
     """Query to answer instead of training; None for none."""
 
@@ -243,6 +246,7 @@ class Task:
             transfer=message.transfer,
             nonce=statement.task_nonce or message.evaluation_nonce,
             masking=masking,
+            answer=message if message.HasField("neighbors") else None,
             analytics=AnalyticsTask.from_statement(statement),
         )
 
@@ -252,6 +256,10 @@ _KINDS = {
     messages.TASK_KIND_TRAIN: TaskKind.TRAIN,
     messages.TASK_KIND_EVALUATE: TaskKind.EVALUATE,
     messages.TASK_KIND_DONE: TaskKind.DONE,
+    messages.TASK_KIND_ADVERTISE: TaskKind.WAIT,
+    messages.TASK_KIND_SHARE: TaskKind.WAIT,
+    messages.TASK_KIND_CONFIRM: TaskKind.WAIT,
+    messages.TASK_KIND_REVEAL: TaskKind.WAIT,
 }
 
 

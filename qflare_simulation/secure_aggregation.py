@@ -22,6 +22,7 @@ from qflare_server.errors import HelperRefusedError, HelperUnavailableError
 from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.setup import bootstrap_bundle
 from qflare_simulation.clock import VirtualClock
+from qflare_simulation.errors import SimulationError
 
 MAX_VECTOR_BYTES: Final = 8 * 2**30
 _ADDRESS: Final = "localhost:1"
@@ -88,6 +89,19 @@ class SimulatedHelpers:
 
     def close(self) -> None:
         """Do nothing: the ledger opens its file for each call."""
+
+
+def require_simulable(config: training_pb2.TrainingConfig) -> None:
+    """Refuse secure aggregation that devices cannot take part in one after the other.
+
+    Raises:
+        SimulationError: Names the setting.
+    """
+    if config.secure_aggregation.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
+        raise SimulationError(
+            "secure_aggregation: with neighbors, each step of a device waits for the others; a simulation "
+            "runs one device after the other; leave it out"
+        )
 
 
 def helper_names(config: training_pb2.TrainingConfig) -> Sequence[str] | None:

@@ -28,7 +28,7 @@ from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_client import TrainingTask
 from qflare_client.models.download import GlobalModel
-from qflare_client.models.masked_update import MaskedPayload, mask_update, seal_seeds
+from qflare_client.models.masked_update import add_masks, quantize_update, seal_seeds
 from qflare_client.models.submission import (
     Contribution,
     checked,
@@ -252,8 +252,8 @@ def _payload(
     session_id = task.training_session_id
     memory.local.stage(session_id, update_id, contribution.local)
     if task.masking is not None:
-        masked = _masked(task.masking, contribution, update_id)
-        return masked.payload, masked.seeds, bool(contribution.local)
+        payload, seeds = _masked(task.masking, contribution, update_id)
+        return payload, seeds, bool(contribution.local)
     has_residual = is_sparse(task.transfer)
     known: Mapping[str, Array] = {}
     if has_residual:
@@ -264,10 +264,12 @@ def _payload(
     return payload, (), has_residual or bool(contribution.local)
 
 
-def _masked(masking: Masking, contribution: Contribution, update_id: str) -> MaskedPayload:
-    """Mask an update with seeds that equal runs share."""
+def _masked(
+    masking: Masking, contribution: Contribution, update_id: str
+) -> tuple[Payload, tuple[bytes, ...]]:
+    """Mask an update with seeds that equal runs share; return the payload and the seeds."""
     seeds = SeededBytes(_PROGRAMS[0].seed, "masks", update_id)
-    return mask_update(
+    quantized = quantize_update(
         masking,
         contribution.base.manifest,
         contribution.arrays,
@@ -276,6 +278,8 @@ def _masked(masking: Masking, contribution: Contribution, update_id: str) -> Mas
         contribution.metrics,
         draw_seed=seeds.draw,
     )
+    drawn = add_masks(masking, quantized, draw_seed=seeds.draw)
+    return quantized.payload(), drawn
 
 
 def measure_all(

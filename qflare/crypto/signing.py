@@ -106,6 +106,10 @@ class SigningContext(StrEnum):
     HELPER = "qflare/v1/helper"
     UNMASKING_REQUEST = "qflare/v1/unmasking-request"
     UNMASKING_ANSWER = "qflare/v1/unmasking-answer"
+    NEIGHBOR_ADVERTISEMENT = "qflare/v1/neighbor-advertisement"
+    NEIGHBOR_SHARES = "qflare/v1/neighbor-shares"
+    NEIGHBOR_CONFIRMATION = "qflare/v1/neighbor-confirmation"
+    NEIGHBOR_REVEAL = "qflare/v1/neighbor-reveal"
     SELF_TEST = "qflare/v1/self-test"
 
 

@@ -376,7 +376,13 @@ def check_masking_form(statement: security_pb2.UpdateStatement) -> None:
         return
     masking = statement.masking
     require_digests(masking, "task_digest")
-    _require(masking.seeds, "masking: there is no seed")
+    with_neighbors = masking.HasField("neighbors")
+    _require(with_neighbors or masking.seeds, "masking: there is no seed")
+    _require(not (with_neighbors and masking.seeds), "masking: seeds for helpers and neighbors")
+    if with_neighbors:
+        require_digests(
+            masking.neighbors, "advertisement_digest", "roster_digest", "sharers_digest"
+        )
     for seed in masking.seeds:
         require_digests(seed, "helper_id", "kem_key_id")
     _require(statement.kind == training_pb2.UPDATE_KIND_DELTA, "masking: want a delta")

@@ -24,11 +24,18 @@ from qflare.evidence.statements import (
     require_digests,
     require_equal,
 )
+from qflare.masking.graph_parameters import InfeasibleGroupError, practical_parameters
+from qflare.masking.neighbor_graph import InvalidRosterError, NeighborGraph
 from qflare.masking.parameters import DTYPES, InvalidMaskingError, MaskingParameters
 from qflare.v1 import security_pb2, training_pb2, verification_pb2
 
 MAX_HELPER_COUNT = 3
 """Most helpers of a training session."""
+
+_MODES = (
+    training_pb2.SECURE_AGGREGATION_MODE_HELPER,
+    training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS,
+)
 
 MIN_COHORT = 2
 """Smallest minimum of a cohort: the sum of one update is that update."""
@@ -81,6 +88,31 @@ def open_helper(envelope: security_pb2.SignedEnvelope, realm: str) -> Helper:
 
 
 @dataclass(frozen=True)
+class NeighborPolicy:
+    """How the groups of secure aggregation with neighbors are formed.
+
+    Attributes:
+        corrupt_fraction: Share of the devices of a group that may collude with the coordinator.
+        dropout_fraction: Share of the devices of a group that may drop out.
+    """
+
+    corrupt_fraction: float
+    dropout_fraction: float
+
+    def graph(self, members: Sequence[str]) -> NeighborGraph:
+        """Return the graph of a group.
+
+        Raises:
+            StatementError: There is none for so many members, or they are not in order.
+        """
+        fractions = self.corrupt_fraction, self.dropout_fraction
+        try:
+            return NeighborGraph(members, practical_parameters(len(members), *fractions))
+        except (InfeasibleGroupError, InvalidRosterError) as error:
+            raise StatementError(f"group: {error}") from error
+
+
+@dataclass(frozen=True)
 class Masking:
     """Masking that a signed task requires, checked.
 
@@ -88,13 +120,15 @@ class Masking:
         task_digest: Digest of the task statement, 64 hex digits.
         parameters: Ring, scale and layout.
         min_cohort: Fewest updates of a sum.
-        helpers: In the order of the policy.
+        helpers: In the order of the policy; none with neighbors.
+        neighbors: How groups are formed; None with helpers.
     """
 
     task_digest: str
     parameters: MaskingParameters
     min_cohort: int
     helpers: tuple[Helper, ...]
+    neighbors: NeighborPolicy | None = None
 
 
 def masking_of(envelope: security_pb2.SignedEnvelope) -> Masking | None:
@@ -113,9 +147,9 @@ def masking_of(envelope: security_pb2.SignedEnvelope) -> Masking | None:
     if not masked:
         return None
     policy = task.masking.policy
-    if policy.mode != training_pb2.SECURE_AGGREGATION_MODE_HELPER:
+    if policy.mode not in _MODES:
         raise StatementError(
-            f"secure aggregation: got mode {policy.mode}, want HELPER"
+            f"secure aggregation: got mode {policy.mode}, want HELPER or NEIGHBORS"
             "; if a later release made it, upgrade qflare"
         )
     require_equal("update_kind", task.transfer.update_kind, training_pb2.UPDATE_KIND_DELTA)
@@ -125,11 +159,17 @@ def masking_of(envelope: security_pb2.SignedEnvelope) -> Masking | None:
         raise StatementError(f"secure aggregation: {error}") from error
     if not MIN_COHORT <= policy.min_cohort <= policy.max_cohort:
         raise StatementError("secure aggregation: min_cohort is out of range")
+    digest = digest_of(envelope.payload)
+    if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
+        if task.masking.helpers or policy.helpers:
+            raise StatementError("secure aggregation with neighbors has no helpers")
+        neighbors = NeighborPolicy(policy.corrupt_fraction, policy.dropout_fraction)
+        return Masking(digest, parameters, policy.min_cohort, (), neighbors)
     helpers = tuple(open_helper(document, task.realm) for document in task.masking.helpers)
     require_equal("helpers", [item.helper_id for item in helpers], list(policy.helpers))
     if not 1 <= len({*policy.helpers}) == len(policy.helpers) <= MAX_HELPER_COUNT:
         raise StatementError("secure aggregation: want 1 to 3 different helpers")
-    return Masking(digest_of(envelope.payload), parameters, policy.min_cohort, helpers)
+    return Masking(digest, parameters, policy.min_cohort, helpers)
 
 
 def check_masked_update(statement: security_pb2.UpdateStatement, masking: Masking) -> None:
@@ -140,6 +180,8 @@ def check_masked_update(statement: security_pb2.UpdateStatement, masking: Maskin
     """
     require_equal("encoding", statement.encoding, training_pb2.ENCODING_MASKED)
     require_equal("task_digest", statement.masking.task_digest, masking.task_digest)
+    with_neighbors = statement.masking.HasField("neighbors")
+    require_equal("neighbors", with_neighbors, masking.neighbors is not None)
     named = [(seed.helper_id, seed.kem_key_id) for seed in statement.masking.seeds]
     wanted = [(item.helper_id, item.kem_key.key_id) for item in masking.helpers]
     require_equal("seeds", named, wanted)
@@ -248,8 +290,10 @@ def verify_transcript(
     task_keys: Collection[PublicKey],
     updates: Sequence[security_pb2.UpdateStatement],
     update_digests: Iterable[str],
-) -> tuple[str, ...]:
-    """Check the transcript of the secure aggregation of a version, and return the ids of its helpers.
+) -> Masking:
+    """Check the transcript of the secure aggregation of a version, and return the masking of its task.
+
+    With neighbors, `neighbor_transcripts.check_groups` checks the rest.
 
     Args:
         transcript: Task and answers.
@@ -269,9 +313,6 @@ def verify_transcript(
     require_equal("task_digest", unmasking.task_digest, masking.task_digest)
     for field in ("training_session_id", "round_number", "base_version", "config_digest"):
         require_equal(field, getattr(task, field), getattr(statement, field))
-    digests = [digest_of(answer.payload) for answer in transcript.answers]
-    require_equal("answer_digests", digests, list(unmasking.answer_digests))
-    require_equal("answers", len(digests), len(masking.helpers))
     for update in updates:
         check_masked_update(update, masking)
     members = contributors_digest(update_digests)
@@ -279,9 +320,16 @@ def verify_transcript(
     count = statement.contributor_count
     if not masking.min_cohort <= count <= masking.parameters.max_cohort:
         raise StatementError("the number of contributors is not what the task allows")
+    if masking.neighbors is not None:
+        require_equal("answers", len(transcript.answers), 0)
+        return masking
+    require_equal("groups", len(transcript.groups), 0)
+    digests = [digest_of(answer.payload) for answer in transcript.answers]
+    require_equal("answer_digests", digests, list(unmasking.answer_digests))
+    require_equal("answers", len(digests), len(masking.helpers))
     for envelope, helper in zip(transcript.answers, masking.helpers, strict=True):
         _check_answer_of(open_answer(envelope, helper.key), statement, masking)
-    return tuple(helper.helper_id for helper in masking.helpers)
+    return masking
 
 
 def _check_answer_of(

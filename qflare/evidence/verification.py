@@ -46,6 +46,7 @@ from qflare.crypto.signing import PublicKey
 from qflare.evidence.audit_entries import Entry
 from qflare.evidence.device_keys import ProvenKeys
 from qflare.evidence.lineage import ModelVersion, contributors_digest, verify_chain
+from qflare.evidence.neighbor_transcripts import check_groups
 from qflare.evidence.statements import (
     check_entry,
     digest_of,
@@ -262,7 +263,9 @@ class _Verification:
         signed = [update for update in self._bundle.updates if update.HasField("statement")]
         for update in signed:
             _step("update", partial(self._check_update, update, chain, keys, entries))
-        helpers = _step("unmasking", lambda: self._check_unmasking(chain[-1], ever[KeyRole.TASK]))
+        helpers = _step(
+            "unmasking", lambda: self._check_unmasking(chain[-1], ever[KeyRole.TASK], keys)
+        )
         _step("evaluation", lambda: self._check_evaluations(chain[-1], keys, entries))
         return self._report(trusted, chain, head, len(signed), helpers)
 
@@ -347,7 +350,7 @@ class _Verification:
         self._devices.add(statement.device_id)
 
     def _check_unmasking(
-        self, made: ModelVersion, task_keys: tuple[PublicKey, ...]
+        self, made: ModelVersion, task_keys: tuple[PublicKey, ...], keys: ProvenKeys
     ) -> tuple[str, ...]:
         """Check the transcript of secure aggregation; return the ids of the helpers, empty without it."""
         statement = made.statement
@@ -367,7 +370,11 @@ class _Verification:
         if len(stated) != statement.contributor_count:
             raise ValueError("a masked update has no signed statement")
         digests = [update.statement_digest for update in self._bundle.updates]
-        return verify_transcript(self._bundle.unmasking, statement, task_keys, stated, digests)
+        transcript = self._bundle.unmasking
+        masking = verify_transcript(transcript, statement, task_keys, stated, digests)
+        if masking.neighbors is not None:
+            check_groups(transcript.groups, statement, masking, stated, digests, keys.get)
+        return tuple(helper.helper_id for helper in masking.helpers)
 
     def _check_evaluations(
         self, made: ModelVersion, keys: ProvenKeys, entries: Mapping[tuple[str, str], Entry]

@@ -62,8 +62,15 @@ class Mask:
             values: Unsigned little-endian integers, one dimension.
             first: Index of the first one in the vector.
         """
+        self._apply(np.add, values, first)
+
+    def subtract_from(self, values: Array, first: int) -> None:
+        """Subtract the mask from elements of a vector, in place, modulo 2^bits; arguments as of `add_to`."""
+        self._apply(np.subtract, values, first)
+
+    def _apply(self, operation: np.ufunc, values: Array, first: int) -> None:
         step = SLICE_BYTES // values.itemsize
         for start in range(0, len(values), step):
             part = values[start : start + step]
             data = self.read((first + start) * values.itemsize, part.nbytes)
-            np.add(part, np.frombuffer(data, values.dtype), out=part)
+            operation(part, np.frombuffer(data, values.dtype), out=part)

@@ -131,6 +131,11 @@ class TrustedKeyset:
         return cls(bundle.realm, key_ids, bundle.threshold, algorithms)
 
     @property
+    def pins(self) -> Self:
+        """Trust state that trusts no documents yet, from which they can be verified again."""
+        return replace(self, _roots=(), _online=None)
+
+    @property
     def bundle(self) -> security_pb2.KeysetBundle:
         """Everything trusted so far, to be stored."""
         keyset = None if self._online is None else self._online.envelope

@@ -13,6 +13,7 @@ from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from qflare.v1 import device_pb2 as _device_pb2
 from qflare.v1 import security_pb2 as _security_pb2
 from qflare.v1 import training_pb2 as _training_pb2
+from qflare.v1 import verification_pb2 as _verification_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -40,6 +41,14 @@ class _TaskKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskKind.Val
     """Evaluate base_version on held-out data and report the metrics."""
     TASK_KIND_DONE: _TaskKind.ValueType  # 4
     """The requested training session has ended."""
+    TASK_KIND_ADVERTISE: _TaskKind.ValueType  # 5
+    """Secure aggregation with neighbors: advertise keys for the round."""
+    TASK_KIND_SHARE: _TaskKind.ValueType  # 6
+    """Secure aggregation with neighbors: send shares of secrets to the neighbors."""
+    TASK_KIND_CONFIRM: _TaskKind.ValueType  # 7
+    """Secure aggregation with neighbors: confirm the set of updates whose sum is to be opened."""
+    TASK_KIND_REVEAL: _TaskKind.ValueType  # 8
+    """Secure aggregation with neighbors: reveal shares, so that the sum of these updates can be opened."""
 
 class TaskKind(_TaskKind, metaclass=_TaskKindEnumTypeWrapper):
     """Kind of task assigned to a device."""
@@ -54,6 +63,14 @@ TASK_KIND_EVALUATE: TaskKind.ValueType  # 3
 """Evaluate base_version on held-out data and report the metrics."""
 TASK_KIND_DONE: TaskKind.ValueType  # 4
 """The requested training session has ended."""
+TASK_KIND_ADVERTISE: TaskKind.ValueType  # 5
+"""Secure aggregation with neighbors: advertise keys for the round."""
+TASK_KIND_SHARE: TaskKind.ValueType  # 6
+"""Secure aggregation with neighbors: send shares of secrets to the neighbors."""
+TASK_KIND_CONFIRM: TaskKind.ValueType  # 7
+"""Secure aggregation with neighbors: confirm the set of updates whose sum is to be opened."""
+TASK_KIND_REVEAL: TaskKind.ValueType  # 8
+"""Secure aggregation with neighbors: reveal shares, so that the sum of these updates can be opened."""
 Global___TaskKind: _TypeAlias = TaskKind  # noqa: Y015
 
 @_typing.final
@@ -475,6 +492,7 @@ class GetTaskResponse(_message.Message):
     TRANSFER_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
     EVALUATION_NONCE_FIELD_NUMBER: _builtins.int
+    NEIGHBORS_FIELD_NUMBER: _builtins.int
     kind: Global___TaskKind.ValueType
     """Kind of task."""
     training_session_id: _builtins.str
@@ -507,6 +525,10 @@ class GetTaskResponse(_message.Message):
     def task(self) -> _security_pb2.SignedEnvelope:
         """A TaskStatement, signed by the task key. Set for TRAIN."""
 
+    @_builtins.property
+    def neighbors(self) -> Global___NeighborView:
+        """What the device needs to know of its group. Set for SHARE, CONFIRM and REVEAL, and for TRAIN with neighbors."""
+
     def __init__(
         self,
         *,
@@ -521,14 +543,238 @@ class GetTaskResponse(_message.Message):
         transfer: _training_pb2.TransferPolicy | None = ...,
         task: _security_pb2.SignedEnvelope | None = ...,
         evaluation_nonce: _builtins.str = ...,
+        neighbors: Global___NeighborView | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "device_training", b"device_training", "poll_delay", b"poll_delay", "task", b"task", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "device_training", b"device_training", "neighbors", b"neighbors", "poll_delay", b"poll_delay", "task", b"task", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_version", b"base_version", "deadline_time", b"deadline_time", "device_training", b"device_training", "evaluation_nonce", b"evaluation_nonce", "kind", b"kind", "poll_delay", b"poll_delay", "round_number", b"round_number", "task", b"task", "training_session_id", b"training_session_id", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_version", b"base_version", "deadline_time", b"deadline_time", "device_training", b"device_training", "evaluation_nonce", b"evaluation_nonce", "kind", b"kind", "neighbors", b"neighbors", "poll_delay", b"poll_delay", "round_number", b"round_number", "task", b"task", "training_session_id", b"training_session_id", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTaskResponse: _TypeAlias = GetTaskResponse  # noqa: Y015
+
+@_typing.final
+class NeighborView(_message.Message):
+    """What a device needs to know of its group in secure aggregation with neighbors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROSTER_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    SHARERS_FIELD_NUMBER: _builtins.int
+    BOXES_FIELD_NUMBER: _builtins.int
+    SURVIVORS_FIELD_NUMBER: _builtins.int
+    CONFIRMATIONS_FIELD_NUMBER: _builtins.int
+    EARLIER_KEYSETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def roster(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Digests of the advertisements of the group in ascending order, 32 bytes each. Set for SHARE."""
+
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdvertisedMember]:
+        """Advertisements of the neighbors. Set for SHARE."""
+
+    @_builtins.property
+    def sharers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """For each member of the roster, the digest of the statement of its shares, 32 bytes; empty for one that sent none.
+        Set for TRAIN.
+        """
+
+    @_builtins.property
+    def boxes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReceivedBox]:
+        """Boxes for the device, of all neighbors that have sent shares. Set for TRAIN."""
+
+    @_builtins.property
+    def survivors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """For each member of the roster, the digest of the statement of its update, 32 bytes; empty for one that sent none.
+        Set for CONFIRM.
+        """
+
+    @_builtins.property
+    def confirmations(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
+        """Confirmations of the neighbors. Set for REVEAL."""
+
+    @_builtins.property
+    def earlier_keysets(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
+        """Keysets by rising version that contain registrar keys that the keyset in force no longer has, and that have signed
+        receipts in members. Set for SHARE.
+        """
+
+    def __init__(
+        self,
+        *,
+        roster: _abc.Iterable[_builtins.bytes] | None = ...,
+        members: _abc.Iterable[Global___AdvertisedMember] | None = ...,
+        sharers: _abc.Iterable[_builtins.bytes] | None = ...,
+        boxes: _abc.Iterable[Global___ReceivedBox] | None = ...,
+        survivors: _abc.Iterable[_builtins.bytes] | None = ...,
+        confirmations: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
+        earlier_keysets: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boxes", b"boxes", "confirmations", b"confirmations", "earlier_keysets", b"earlier_keysets", "members", b"members", "roster", b"roster", "sharers", b"sharers", "survivors", b"survivors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborView: _TypeAlias = NeighborView  # noqa: Y015
+
+@_typing.final
+class AdvertisedMember(_message.Message):
+    """Advertisement of a member of a group, with the evidence of its key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADVERTISEMENT_FIELD_NUMBER: _builtins.int
+    DEVICE_KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def advertisement(self) -> _security_pb2.SignedEnvelope:
+        """A NeighborAdvertisement, signed by the device."""
+
+    @_builtins.property
+    def device_keys(self) -> _containers.RepeatedCompositeFieldContainer[_verification_pb2.DeviceKeyEvidence]:
+        """Evidence of the device's signature key: its receipt, followed by rotations."""
+
+    def __init__(
+        self,
+        *,
+        advertisement: _security_pb2.SignedEnvelope | None = ...,
+        device_keys: _abc.Iterable[_verification_pb2.DeviceKeyEvidence] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["advertisement", b"advertisement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertisement", b"advertisement", "device_keys", b"device_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdvertisedMember: _TypeAlias = AdvertisedMember  # noqa: Y015
+
+@_typing.final
+class ReceivedBox(_message.Message):
+    """Box of a neighbor, with the proof that the neighbor committed to it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARES_FIELD_NUMBER: _builtins.int
+    BOX_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shares(self) -> _security_pb2.SignedEnvelope:
+        """NeighborShares, signed by the neighbor."""
+
+    @_builtins.property
+    def box(self) -> _security_pb2.NeighborBox:
+        """The box."""
+
+    @_builtins.property
+    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Sibling hashes from the leaf upward that prove that the box is in boxes_digest of the shares, 32 bytes each."""
+
+    def __init__(
+        self,
+        *,
+        shares: _security_pb2.SignedEnvelope | None = ...,
+        box: _security_pb2.NeighborBox | None = ...,
+        proof: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["box", b"box", "shares", b"shares"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["box", b"box", "proof", b"proof", "shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReceivedBox: _TypeAlias = ReceivedBox  # noqa: Y015
+
+@_typing.final
+class SecureAggregationStepRequest(_message.Message):
+    """What a device contributes to one step of secure aggregation with neighbors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADVERTISEMENT_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    CONFIRMATION_FIELD_NUMBER: _builtins.int
+    REVEAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def advertisement(self) -> _security_pb2.SignedEnvelope:
+        """A NeighborAdvertisement."""
+
+    @_builtins.property
+    def shares(self) -> Global___SharedSecrets:
+        """NeighborShares, with the boxes."""
+
+    @_builtins.property
+    def confirmation(self) -> _security_pb2.SignedEnvelope:
+        """A NeighborConfirmation."""
+
+    @_builtins.property
+    def reveal(self) -> _security_pb2.SignedEnvelope:
+        """A NeighborReveal."""
+
+    def __init__(
+        self,
+        *,
+        advertisement: _security_pb2.SignedEnvelope | None = ...,
+        shares: Global___SharedSecrets | None = ...,
+        confirmation: _security_pb2.SignedEnvelope | None = ...,
+        reveal: _security_pb2.SignedEnvelope | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["advertisement", b"advertisement", "confirmation", b"confirmation", "reveal", b"reveal", "shares", b"shares", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertisement", b"advertisement", "confirmation", b"confirmation", "reveal", b"reveal", "shares", b"shares", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["advertisement", "shares", "confirmation", "reveal"]  # noqa: Y015
+    _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
+
+Global___SecureAggregationStepRequest: _TypeAlias = SecureAggregationStepRequest  # noqa: Y015
+
+@_typing.final
+class SharedSecrets(_message.Message):
+    """Shares of the secrets of a device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATEMENT_FIELD_NUMBER: _builtins.int
+    BOXES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def statement(self) -> _security_pb2.SignedEnvelope:
+        """NeighborShares, signed by the device."""
+
+    @_builtins.property
+    def boxes(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.NeighborBox]:
+        """Boxes for all neighbors, in ascending order of recipient_digest."""
+
+    def __init__(
+        self,
+        *,
+        statement: _security_pb2.SignedEnvelope | None = ...,
+        boxes: _abc.Iterable[_security_pb2.NeighborBox] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["statement", b"statement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boxes", b"boxes", "statement", b"statement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedSecrets: _TypeAlias = SharedSecrets  # noqa: Y015
+
+@_typing.final
+class SecureAggregationStepResponse(_message.Message):
+    """Response to a step of secure aggregation with neighbors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecureAggregationStepResponse: _TypeAlias = SecureAggregationStepResponse  # noqa: Y015
 
 @_typing.final
 class GetGlobalModelRequest(_message.Message):

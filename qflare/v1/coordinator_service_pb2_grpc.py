@@ -115,6 +115,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureRequest.SerializeToString,
                 response_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureResponse.FromString,
                 _registered_method=True)
+        self.SecureAggregationStep = channel.unary_unary(
+                '/qflare.v1.CoordinatorService/SecureAggregationStep',
+                request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.SecureAggregationStepRequest.SerializeToString,
+                response_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.SecureAggregationStepResponse.FromString,
+                _registered_method=True)
         self.Heartbeat = channel.unary_unary(
                 '/qflare.v1.CoordinatorService/Heartbeat',
                 request_serializer=qflare_dot_v1_dot_coordinator__service__pb2.HeartbeatRequest.SerializeToString,
@@ -255,6 +260,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SecureAggregationStep(self, request, context):
+        """Send what a device contributes to one step of secure aggregation with neighbors. A repeated call has no effect.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Heartbeat(self, request, context):
         """Report that the device is online, with its profile. Selection ignores the profile reported here.
         """
@@ -362,6 +374,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.ReportFailure,
                     request_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureRequest.FromString,
                     response_serializer=qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureResponse.SerializeToString,
+            ),
+            'SecureAggregationStep': grpc.unary_unary_rpc_method_handler(
+                    servicer.SecureAggregationStep,
+                    request_deserializer=qflare_dot_v1_dot_coordinator__service__pb2.SecureAggregationStepRequest.FromString,
+                    response_serializer=qflare_dot_v1_dot_coordinator__service__pb2.SecureAggregationStepResponse.SerializeToString,
             ),
             'Heartbeat': grpc.unary_unary_rpc_method_handler(
                     servicer.Heartbeat,
@@ -778,6 +795,33 @@ class CoordinatorService(object):
             '/qflare.v1.CoordinatorService/ReportFailure',
             qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureRequest.SerializeToString,
             qflare_dot_v1_dot_coordinator__service__pb2.ReportFailureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SecureAggregationStep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/qflare.v1.CoordinatorService/SecureAggregationStep',
+            qflare_dot_v1_dot_coordinator__service__pb2.SecureAggregationStepRequest.SerializeToString,
+            qflare_dot_v1_dot_coordinator__service__pb2.SecureAggregationStepResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,8 @@ class CoordinatorServiceStub:
     """Report an evaluation of a version on held-out data. Each evaluation task is reported once."""
     ReportFailure: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ReportFailureRequest, _coordinator_service_pb2.ReportFailureResponse]
     """Report that the device failed in its work on a task, with the kind of failure and a short text. No data."""
+    SecureAggregationStep: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.SecureAggregationStepRequest, _coordinator_service_pb2.SecureAggregationStepResponse]
+    """Send what a device contributes to one step of secure aggregation with neighbors. A repeated call has no effect."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.HeartbeatRequest, _coordinator_service_pb2.HeartbeatResponse]
     """Report that the device is online, with its profile. Selection ignores the profile reported here."""
     FindTrainingSession: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.FindTrainingSessionRequest, _coordinator_service_pb2.FindTrainingSessionResponse]
@@ -195,6 +197,14 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _coordinator_service_pb2.ReportFailureResponse:
         """Report that the device failed in its work on a task, with the kind of failure and a short text. No data."""
+
+    @_abc_1.abstractmethod
+    def SecureAggregationStep(
+        self,
+        request: _coordinator_service_pb2.SecureAggregationStepRequest,
+        context: _grpc.ServicerContext,
+    ) -> _coordinator_service_pb2.SecureAggregationStepResponse:
+        """Send what a device contributes to one step of secure aggregation with neighbors. A repeated call has no effect."""
 
     @_abc_1.abstractmethod
     def Heartbeat(

@@ -1205,25 +1205,61 @@ class UpdateMasking(_message.Message):
 
     TASK_DIGEST_FIELD_NUMBER: _builtins.int
     SEEDS_FIELD_NUMBER: _builtins.int
+    NEIGHBORS_FIELD_NUMBER: _builtins.int
     task_digest: _builtins.str
     """Digest of the task statement, 64 hex digits."""
     @_builtins.property
     def seeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealedSeed]:
         """Sealed seed for each helper of the task, in the same order."""
 
+    @_builtins.property
+    def neighbors(self) -> Global___NeighborMasking:
+        """Masking with neighbors. Absent with helpers."""
+
     def __init__(
         self,
         *,
         task_digest: _builtins.str = ...,
         seeds: _abc.Iterable[Global___SealedSeed] | None = ...,
+        neighbors: Global___NeighborMasking | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["neighbors", b"neighbors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["seeds", b"seeds", "task_digest", b"task_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["neighbors", b"neighbors", "seeds", b"seeds", "task_digest", b"task_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateMasking: _TypeAlias = UpdateMasking  # noqa: Y015
+
+@_typing.final
+class NeighborMasking(_message.Message):
+    """Masking of an update with neighbors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADVERTISEMENT_DIGEST_FIELD_NUMBER: _builtins.int
+    ROSTER_DIGEST_FIELD_NUMBER: _builtins.int
+    SHARERS_DIGEST_FIELD_NUMBER: _builtins.int
+    advertisement_digest: _builtins.str
+    """Digest of the device's signed NeighborAdvertisement, 64 hex digits."""
+    roster_digest: _builtins.str
+    """Merkle root over the sorted digests of the advertisements of the device's group, 64 hex digits."""
+    sharers_digest: _builtins.str
+    """Digest over the NeighborShares of the group, 64 hex digits. The update has a pair mask with each neighbor among them."""
+    def __init__(
+        self,
+        *,
+        advertisement_digest: _builtins.str = ...,
+        roster_digest: _builtins.str = ...,
+        sharers_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertisement_digest", b"advertisement_digest", "roster_digest", b"roster_digest", "sharers_digest", b"sharers_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborMasking: _TypeAlias = NeighborMasking  # noqa: Y015
 
 @_typing.final
 class UnmaskingRequest(_message.Message):
@@ -1362,6 +1398,336 @@ class UnmaskingAnswer(_message.Message):
 Global___UnmaskingAnswer: _TypeAlias = UnmaskingAnswer  # noqa: Y015
 
 @_typing.final
+class NeighborAdvertisement(_message.Message):
+    """Keys of a device for one round of secure aggregation with neighbors. Sent in an envelope signed by the device's key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REALM_FIELD_NUMBER: _builtins.int
+    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    TASK_DIGEST_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    CHANNEL_KEY_FIELD_NUMBER: _builtins.int
+    MASK_KEY_FIELD_NUMBER: _builtins.int
+    SELF_SEED_DIGEST_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    realm: _builtins.str
+    """Name of the deployment."""
+    training_session_id: _builtins.str
+    """Training session."""
+    round_number: _builtins.int
+    """Round."""
+    task_digest: _builtins.str
+    """Digest of the round's task statement, 64 hex digits."""
+    device_id: _builtins.str
+    """Device."""
+    key_id: _builtins.str
+    """Id of the signing key, 64 hex digits."""
+    self_seed_digest: _builtins.str
+    """Commitment to the seed of the device's self mask, 64 hex digits; docs/protocol.md specifies it."""
+    nonce: _builtins.bytes
+    """Random value, 32 bytes. The nonces of all devices of a group decide who is whose neighbor."""
+    @_builtins.property
+    def channel_key(self) -> Global___KemPublicKey:
+        """KEM key to which neighbors seal shares of their secrets."""
+
+    @_builtins.property
+    def mask_key(self) -> Global___KemPublicKey:
+        """KEM key to which neighbors seal seeds of pair masks. It follows from the device's mask seed."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Creation time on the device."""
+
+    def __init__(
+        self,
+        *,
+        realm: _builtins.str = ...,
+        training_session_id: _builtins.str = ...,
+        round_number: _builtins.int = ...,
+        task_digest: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        channel_key: Global___KemPublicKey | None = ...,
+        mask_key: Global___KemPublicKey | None = ...,
+        self_seed_digest: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["channel_key", b"channel_key", "create_time", b"create_time", "mask_key", b"mask_key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel_key", b"channel_key", "create_time", b"create_time", "device_id", b"device_id", "key_id", b"key_id", "mask_key", b"mask_key", "nonce", b"nonce", "realm", b"realm", "round_number", b"round_number", "self_seed_digest", b"self_seed_digest", "task_digest", b"task_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborAdvertisement: _TypeAlias = NeighborAdvertisement  # noqa: Y015
+
+@_typing.final
+class NeighborBox(_message.Message):
+    """What a device sends to one neighbor, by way of the coordinator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECIPIENT_DIGEST_FIELD_NUMBER: _builtins.int
+    SEALED_SHARES_FIELD_NUMBER: _builtins.int
+    SEALED_PAIR_SEED_FIELD_NUMBER: _builtins.int
+    MASK_SHARE_DIGEST_FIELD_NUMBER: _builtins.int
+    SELF_SHARE_DIGEST_FIELD_NUMBER: _builtins.int
+    recipient_digest: _builtins.str
+    """Digest of the neighbor's signed NeighborAdvertisement, 64 hex digits."""
+    sealed_shares: _builtins.bytes
+    """HPKE encapsulation and ciphertext of the neighbor's shares of the device's mask seed and self seed, 1202 bytes,
+    sealed to the neighbor's channel key.
+    """
+    sealed_pair_seed: _builtins.bytes
+    """HPKE encapsulation and ciphertext of the seed of the pair mask, 1168 bytes, sealed to the neighbor's mask key.
+    Empty if the neighbor makes it, which the device with the smaller advertisement digest does.
+    """
+    mask_share_digest: _builtins.str
+    """Commitment to the share of the mask seed, 64 hex digits."""
+    self_share_digest: _builtins.str
+    """Commitment to the share of the self seed, 64 hex digits."""
+    def __init__(
+        self,
+        *,
+        recipient_digest: _builtins.str = ...,
+        sealed_shares: _builtins.bytes = ...,
+        sealed_pair_seed: _builtins.bytes = ...,
+        mask_share_digest: _builtins.str = ...,
+        self_share_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask_share_digest", b"mask_share_digest", "recipient_digest", b"recipient_digest", "sealed_pair_seed", b"sealed_pair_seed", "sealed_shares", b"sealed_shares", "self_share_digest", b"self_share_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborBox: _TypeAlias = NeighborBox  # noqa: Y015
+
+@_typing.final
+class NeighborShares(_message.Message):
+    """Commits a device to what it sends to its neighbors. Sent in an envelope signed by the device's key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REALM_FIELD_NUMBER: _builtins.int
+    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    TASK_DIGEST_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    ADVERTISEMENT_DIGEST_FIELD_NUMBER: _builtins.int
+    ROSTER_DIGEST_FIELD_NUMBER: _builtins.int
+    BOXES_DIGEST_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    realm: _builtins.str
+    """Name of the deployment."""
+    training_session_id: _builtins.str
+    """Training session."""
+    round_number: _builtins.int
+    """Round."""
+    task_digest: _builtins.str
+    """Digest of the round's task statement, 64 hex digits."""
+    device_id: _builtins.str
+    """Device."""
+    key_id: _builtins.str
+    """Id of the signing key, 64 hex digits."""
+    advertisement_digest: _builtins.str
+    """Digest of the device's signed NeighborAdvertisement, 64 hex digits."""
+    roster_digest: _builtins.str
+    """Merkle root over the sorted digests of the advertisements of the device's group, 64 hex digits."""
+    boxes_digest: _builtins.str
+    """Merkle root over the device's serialized NeighborBoxes, in ascending order of recipient_digest, 64 hex digits."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Creation time on the device."""
+
+    def __init__(
+        self,
+        *,
+        realm: _builtins.str = ...,
+        training_session_id: _builtins.str = ...,
+        round_number: _builtins.int = ...,
+        task_digest: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        advertisement_digest: _builtins.str = ...,
+        roster_digest: _builtins.str = ...,
+        boxes_digest: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertisement_digest", b"advertisement_digest", "boxes_digest", b"boxes_digest", "create_time", b"create_time", "device_id", b"device_id", "key_id", b"key_id", "realm", b"realm", "roster_digest", b"roster_digest", "round_number", b"round_number", "task_digest", b"task_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborShares: _TypeAlias = NeighborShares  # noqa: Y015
+
+@_typing.final
+class NeighborConfirmation(_message.Message):
+    """Confirms the set of updates whose sum a device helps to unmask. A device signs one in a round. Sent in an envelope
+    signed by the device's key.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REALM_FIELD_NUMBER: _builtins.int
+    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    TASK_DIGEST_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    ADVERTISEMENT_DIGEST_FIELD_NUMBER: _builtins.int
+    ROSTER_DIGEST_FIELD_NUMBER: _builtins.int
+    SHARERS_DIGEST_FIELD_NUMBER: _builtins.int
+    SURVIVORS_DIGEST_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    realm: _builtins.str
+    """Name of the deployment."""
+    training_session_id: _builtins.str
+    """Training session."""
+    round_number: _builtins.int
+    """Round."""
+    task_digest: _builtins.str
+    """Digest of the round's task statement, 64 hex digits."""
+    device_id: _builtins.str
+    """Device."""
+    key_id: _builtins.str
+    """Id of the signing key, 64 hex digits."""
+    advertisement_digest: _builtins.str
+    """Digest of the device's signed NeighborAdvertisement, 64 hex digits."""
+    roster_digest: _builtins.str
+    """Merkle root over the sorted digests of the advertisements of the device's group, 64 hex digits."""
+    sharers_digest: _builtins.str
+    """Digest over the NeighborShares of the group, 64 hex digits."""
+    survivors_digest: _builtins.str
+    """Digest over the updates of the group, 64 hex digits."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Creation time on the device."""
+
+    def __init__(
+        self,
+        *,
+        realm: _builtins.str = ...,
+        training_session_id: _builtins.str = ...,
+        round_number: _builtins.int = ...,
+        task_digest: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        advertisement_digest: _builtins.str = ...,
+        roster_digest: _builtins.str = ...,
+        sharers_digest: _builtins.str = ...,
+        survivors_digest: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertisement_digest", b"advertisement_digest", "create_time", b"create_time", "device_id", b"device_id", "key_id", b"key_id", "realm", b"realm", "roster_digest", b"roster_digest", "round_number", b"round_number", "sharers_digest", b"sharers_digest", "survivors_digest", b"survivors_digest", "task_digest", b"task_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborConfirmation: _TypeAlias = NeighborConfirmation  # noqa: Y015
+
+@_typing.final
+class RevealedShare(_message.Message):
+    """Share of a secret of a neighbor."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_DIGEST_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    owner_digest: _builtins.str
+    """Digest of the neighbor's signed NeighborAdvertisement, 64 hex digits."""
+    share: _builtins.bytes
+    """The share, 33 bytes: of the neighbor's self seed if its update is in the sum, of its mask seed otherwise."""
+    def __init__(
+        self,
+        *,
+        owner_digest: _builtins.str = ...,
+        share: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner_digest", b"owner_digest", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevealedShare: _TypeAlias = RevealedShare  # noqa: Y015
+
+@_typing.final
+class NeighborReveal(_message.Message):
+    """Shares that a device reveals so that the sum of its group can be unmasked. A device reveals one share of each neighbor
+    in a round. Sent in an envelope signed by the device's key.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REALM_FIELD_NUMBER: _builtins.int
+    TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
+    ROUND_NUMBER_FIELD_NUMBER: _builtins.int
+    TASK_DIGEST_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    ADVERTISEMENT_DIGEST_FIELD_NUMBER: _builtins.int
+    ROSTER_DIGEST_FIELD_NUMBER: _builtins.int
+    SURVIVORS_DIGEST_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    realm: _builtins.str
+    """Name of the deployment."""
+    training_session_id: _builtins.str
+    """Training session."""
+    round_number: _builtins.int
+    """Round."""
+    task_digest: _builtins.str
+    """Digest of the round's task statement, 64 hex digits."""
+    device_id: _builtins.str
+    """Device."""
+    key_id: _builtins.str
+    """Id of the signing key, 64 hex digits."""
+    advertisement_digest: _builtins.str
+    """Digest of the device's signed NeighborAdvertisement, 64 hex digits."""
+    roster_digest: _builtins.str
+    """Merkle root over the sorted digests of the advertisements of the device's group, 64 hex digits."""
+    survivors_digest: _builtins.str
+    """Digest over the updates of the group, 64 hex digits."""
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevealedShare]:
+        """Shares of neighbors that have sent shares, in ascending order of owner_digest."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Creation time on the device."""
+
+    def __init__(
+        self,
+        *,
+        realm: _builtins.str = ...,
+        training_session_id: _builtins.str = ...,
+        round_number: _builtins.int = ...,
+        task_digest: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        advertisement_digest: _builtins.str = ...,
+        roster_digest: _builtins.str = ...,
+        survivors_digest: _builtins.str = ...,
+        shares: _abc.Iterable[Global___RevealedShare] | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertisement_digest", b"advertisement_digest", "create_time", b"create_time", "device_id", b"device_id", "key_id", b"key_id", "realm", b"realm", "roster_digest", b"roster_digest", "round_number", b"round_number", "shares", b"shares", "survivors_digest", b"survivors_digest", "task_digest", b"task_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborReveal: _TypeAlias = NeighborReveal  # noqa: Y015
+
+@_typing.final
 class ModelUnmasking(_message.Message):
     """Evidence of secure aggregation in the statement of a version."""
 
@@ -1373,7 +1739,9 @@ class ModelUnmasking(_message.Message):
     """Digest of the round's task statement, 64 hex digits."""
     @_builtins.property
     def answer_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Digest of each helper's signed UnmaskingAnswer, 64 hex digits, in the order of the policy's helpers."""
+        """Digest of each helper's signed UnmaskingAnswer, 64 hex digits, in the order of the policy's helpers. With neighbors,
+        the SHA-256 of the serialized NeighborTranscript of each group in the sum, in the order of the groups.
+        """
 
     def __init__(
         self,

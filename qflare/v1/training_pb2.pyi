@@ -408,6 +408,10 @@ class _SecureAggregationModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[
     """Not set: no secure aggregation. The coordinator reads single updates."""
     SECURE_AGGREGATION_MODE_HELPER: _SecureAggregationMode.ValueType  # 1
     """Devices mask their updates; helpers give the coordinator the sum of the masks, and so the sum of the updates."""
+    SECURE_AGGREGATION_MODE_NEIGHBORS: _SecureAggregationMode.ValueType  # 2
+    """Devices mask their updates with masks that they share with other devices of the round, and open the sum together.
+    There is no third party; devices visit several times in a round.
+    """
 
 class SecureAggregationMode(_SecureAggregationMode, metaclass=_SecureAggregationModeEnumTypeWrapper):
     """Mode of secure aggregation."""
@@ -416,6 +420,10 @@ SECURE_AGGREGATION_MODE_UNSPECIFIED: SecureAggregationMode.ValueType  # 0
 """Not set: no secure aggregation. The coordinator reads single updates."""
 SECURE_AGGREGATION_MODE_HELPER: SecureAggregationMode.ValueType  # 1
 """Devices mask their updates; helpers give the coordinator the sum of the masks, and so the sum of the updates."""
+SECURE_AGGREGATION_MODE_NEIGHBORS: SecureAggregationMode.ValueType  # 2
+"""Devices mask their updates with masks that they share with other devices of the round, and open the sum together.
+There is no third party; devices visit several times in a round.
+"""
 Global___SecureAggregationMode: _TypeAlias = SecureAggregationMode  # noqa: Y015
 
 class _AnalyticsKind:
@@ -951,6 +959,10 @@ class SecureAggregationPolicy(_message.Message):
     MIN_COHORT_FIELD_NUMBER: _builtins.int
     HELPERS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    GROUP_SIZE_FIELD_NUMBER: _builtins.int
+    CORRUPT_FRACTION_FIELD_NUMBER: _builtins.int
+    DROPOUT_FRACTION_FIELD_NUMBER: _builtins.int
+    STEP_TIMEOUT_FIELD_NUMBER: _builtins.int
     mode: Global___SecureAggregationMode.ValueType
     """Mode. If it is not set, no other field may be."""
     bits: _builtins.int
@@ -963,6 +975,16 @@ class SecureAggregationPolicy(_message.Message):
     """Maximum number of updates in a sum; at least rounds.target. 0 means rounds.target."""
     min_cohort: _builtins.int
     """Minimum number of updates in a sum; 2 or more, at most rounds.quorum. 0 means rounds.quorum."""
+    group_size: _builtins.int
+    """With neighbors: fewest devices of a group. Each group has a sum of its own, and one that loses too many devices is
+    aborted alone. 0 means one group.
+    """
+    corrupt_fraction: _builtins.float
+    """With neighbors: share of the devices of a group that may collude with the coordinator, without effect on the others.
+    0 means 0.2.
+    """
+    dropout_fraction: _builtins.float
+    """With neighbors: share of the devices of a group that may drop out. 0 means 0.1."""
     @_builtins.property
     def helpers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Key ids of the helpers, 1 to 3. All must answer for a version; one that does not collude with the coordinator
@@ -972,6 +994,10 @@ class SecureAggregationPolicy(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___MaskedMetric]:
         """Training metrics that devices send, masked. Others do not leave the devices."""
+
+    @_builtins.property
+    def step_timeout(self) -> _duration_pb2.Duration:
+        """With neighbors: time for each of the steps before and after training. Absent means 1 minute."""
 
     def __init__(
         self,
@@ -983,10 +1009,14 @@ class SecureAggregationPolicy(_message.Message):
         min_cohort: _builtins.int = ...,
         helpers: _abc.Iterable[_builtins.str] | None = ...,
         metrics: _abc.Iterable[Global___MaskedMetric] | None = ...,
+        group_size: _builtins.int = ...,
+        corrupt_fraction: _builtins.float = ...,
+        dropout_fraction: _builtins.float = ...,
+        step_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step_timeout", b"step_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "clip", b"clip", "helpers", b"helpers", "max_cohort", b"max_cohort", "metrics", b"metrics", "min_cohort", b"min_cohort", "mode", b"mode"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "clip", b"clip", "corrupt_fraction", b"corrupt_fraction", "dropout_fraction", b"dropout_fraction", "group_size", b"group_size", "helpers", b"helpers", "max_cohort", b"max_cohort", "metrics", b"metrics", "min_cohort", b"min_cohort", "mode", b"mode", "step_timeout", b"step_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1555,6 +1585,7 @@ class Round(_message.Message):
     PUBLISH_DURATION_FIELD_NUMBER: _builtins.int
     LATE_COUNT_FIELD_NUMBER: _builtins.int
     FAILED_COUNT_FIELD_NUMBER: _builtins.int
+    NEIGHBORS_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session."""
     round_number: _builtins.int
@@ -1599,6 +1630,10 @@ class Round(_message.Message):
     def publish_duration(self) -> _duration_pb2.Duration:
         """Time from closing to publication of its version. Absent until published."""
 
+    @_builtins.property
+    def neighbors(self) -> Global___NeighborProgress:
+        """Groups of secure aggregation with neighbors. Absent without it."""
+
     def __init__(
         self,
         *,
@@ -1619,16 +1654,71 @@ class Round(_message.Message):
         publish_duration: _duration_pb2.Duration | None = ...,
         late_count: _builtins.int = ...,
         failed_count: _builtins.int = ...,
+        neighbors: Global___NeighborProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "close_time", b"close_time", "deadline_time", b"deadline_time", "open_time", b"open_time", "publish_duration", b"publish_duration", "publish_time", b"publish_time", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "close_time", b"close_time", "deadline_time", b"deadline_time", "neighbors", b"neighbors", "open_time", b"open_time", "publish_duration", b"publish_duration", "publish_time", b"publish_time", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "accepted_count", b"accepted_count", "base_version", b"base_version", "close_time", b"close_time", "deadline_time", b"deadline_time", "example_count", b"example_count", "failed_count", b"failed_count", "late_count", b"late_count", "open_time", b"open_time", "publish_duration", b"publish_duration", "publish_time", b"publish_time", "rejected_count", b"rejected_count", "round_number", b"round_number", "selected_count", b"selected_count", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "accepted_count", b"accepted_count", "base_version", b"base_version", "close_time", b"close_time", "deadline_time", b"deadline_time", "example_count", b"example_count", "failed_count", b"failed_count", "late_count", b"late_count", "neighbors", b"neighbors", "open_time", b"open_time", "publish_duration", b"publish_duration", "publish_time", b"publish_time", "rejected_count", b"rejected_count", "round_number", b"round_number", "selected_count", b"selected_count", "state", b"state", "state_reason", b"state_reason", "training_session_id", b"training_session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
 Global___Round: _TypeAlias = Round  # noqa: Y015
+
+@_typing.final
+class NeighborProgress(_message.Message):
+    """How far the groups of a round with secure aggregation with neighbors are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADVERTISED_COUNT_FIELD_NUMBER: _builtins.int
+    SHARER_COUNT_FIELD_NUMBER: _builtins.int
+    SURVIVOR_COUNT_FIELD_NUMBER: _builtins.int
+    SHARING_GROUP_COUNT_FIELD_NUMBER: _builtins.int
+    TRAINING_GROUP_COUNT_FIELD_NUMBER: _builtins.int
+    CONFIRMING_GROUP_COUNT_FIELD_NUMBER: _builtins.int
+    REVEALING_GROUP_COUNT_FIELD_NUMBER: _builtins.int
+    OPENED_GROUP_COUNT_FIELD_NUMBER: _builtins.int
+    ABORTED_GROUP_COUNT_FIELD_NUMBER: _builtins.int
+    advertised_count: _builtins.int
+    """Devices that have advertised keys."""
+    sharer_count: _builtins.int
+    """Devices of these that have sent shares in time; the others dropped out before training."""
+    survivor_count: _builtins.int
+    """Devices of these whose updates are in the sums of groups."""
+    sharing_group_count: _builtins.int
+    """Groups that wait for shares."""
+    training_group_count: _builtins.int
+    """Groups that wait for updates."""
+    confirming_group_count: _builtins.int
+    """Groups that wait for confirmations."""
+    revealing_group_count: _builtins.int
+    """Groups that wait for revealed shares."""
+    opened_group_count: _builtins.int
+    """Groups whose sum is opened."""
+    aborted_group_count: _builtins.int
+    """Groups whose sum cannot be opened."""
+    def __init__(
+        self,
+        *,
+        advertised_count: _builtins.int = ...,
+        sharer_count: _builtins.int = ...,
+        survivor_count: _builtins.int = ...,
+        sharing_group_count: _builtins.int = ...,
+        training_group_count: _builtins.int = ...,
+        confirming_group_count: _builtins.int = ...,
+        revealing_group_count: _builtins.int = ...,
+        opened_group_count: _builtins.int = ...,
+        aborted_group_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted_group_count", b"aborted_group_count", "advertised_count", b"advertised_count", "confirming_group_count", b"confirming_group_count", "opened_group_count", b"opened_group_count", "revealing_group_count", b"revealing_group_count", "sharer_count", b"sharer_count", "sharing_group_count", b"sharing_group_count", "survivor_count", b"survivor_count", "training_group_count", b"training_group_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborProgress: _TypeAlias = NeighborProgress  # noqa: Y015
 
 @_typing.final
 class Notice(_message.Message):

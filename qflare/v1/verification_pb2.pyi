@@ -288,6 +288,7 @@ class UnmaskingTranscript(_message.Message):
 
     TASK_FIELD_NUMBER: _builtins.int
     ANSWERS_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task(self) -> _security_pb2.SignedEnvelope:
         """The round's signed TaskStatement."""
@@ -296,16 +297,157 @@ class UnmaskingTranscript(_message.Message):
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
         """Signed UnmaskingAnswer of each helper, in the order of the task."""
 
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeighborTranscriptPart]:
+        """With neighbors: the transcript of each group in the sum, in parts. Parts of a group follow each other."""
+
     def __init__(
         self,
         *,
         task: _security_pb2.SignedEnvelope | None = ...,
         answers: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
+        groups: _abc.Iterable[Global___NeighborTranscriptPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "groups", b"groups", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnmaskingTranscript: _TypeAlias = UnmaskingTranscript  # noqa: Y015
+
+@_typing.final
+class NeighborTranscriptPart(_message.Message):
+    """Part of the transcript of a group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    """Place of the group among those in the sum, from 0."""
+    content: _builtins.bytes
+    """Consecutive bytes of its serialized NeighborTranscript."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborTranscriptPart: _TypeAlias = NeighborTranscriptPart  # noqa: Y015
+
+@_typing.final
+class NeighborTranscript(_message.Message):
+    """How the sum of a group was opened in secure aggregation with neighbors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    BOXES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeighborTranscriptMember]:
+        """Members of the roster, in ascending order of their advertisements' digests."""
+
+    @_builtins.property
+    def boxes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeighborTranscriptBox]:
+        """Boxes of members whose updates are in the sum for neighbors that dropped out after they had sent shares."""
+
+    def __init__(
+        self,
+        *,
+        members: _abc.Iterable[Global___NeighborTranscriptMember] | None = ...,
+        boxes: _abc.Iterable[Global___NeighborTranscriptBox] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boxes", b"boxes", "members", b"members"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborTranscript: _TypeAlias = NeighborTranscript  # noqa: Y015
+
+@_typing.final
+class NeighborTranscriptMember(_message.Message):
+    """A member of a group, in a transcript."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADVERTISEMENT_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    UPDATE_DIGEST_FIELD_NUMBER: _builtins.int
+    CONFIRMATION_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    update_digest: _builtins.bytes
+    """Digest of the statement of its update, 32 bytes. Empty if it sent none."""
+    seed: _builtins.bytes
+    """The seed that was opened, 32 bytes: its self seed if its update is in the sum, else its mask seed. Empty if it sent
+    no shares.
+    """
+    @_builtins.property
+    def advertisement(self) -> _security_pb2.SignedEnvelope:
+        """Its signed NeighborAdvertisement."""
+
+    @_builtins.property
+    def shares(self) -> _security_pb2.SignedEnvelope:
+        """Its signed NeighborShares. Absent if it sent none."""
+
+    @_builtins.property
+    def confirmation(self) -> _security_pb2.SignedEnvelope:
+        """Its signed NeighborConfirmation. Absent if it sent none."""
+
+    def __init__(
+        self,
+        *,
+        advertisement: _security_pb2.SignedEnvelope | None = ...,
+        shares: _security_pb2.SignedEnvelope | None = ...,
+        update_digest: _builtins.bytes = ...,
+        confirmation: _security_pb2.SignedEnvelope | None = ...,
+        seed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["advertisement", b"advertisement", "confirmation", b"confirmation", "shares", b"shares"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertisement", b"advertisement", "confirmation", b"confirmation", "seed", b"seed", "shares", b"shares", "update_digest", b"update_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborTranscriptMember: _TypeAlias = NeighborTranscriptMember  # noqa: Y015
+
+@_typing.final
+class NeighborTranscriptBox(_message.Message):
+    """Box with a pair seed, in a transcript."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENDER_FIELD_NUMBER: _builtins.int
+    BOX_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    sender: _builtins.int
+    """Index of the sender among the members."""
+    @_builtins.property
+    def box(self) -> _security_pb2.NeighborBox:
+        """The box."""
+
+    @_builtins.property
+    def proof(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Sibling hashes from the leaf upward that prove that the box is in boxes_digest of the sender's shares, 32 bytes each."""
+
+    def __init__(
+        self,
+        *,
+        sender: _builtins.int = ...,
+        box: _security_pb2.NeighborBox | None = ...,
+        proof: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["box", b"box"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["box", b"box", "proof", b"proof", "sender", b"sender"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborTranscriptBox: _TypeAlias = NeighborTranscriptBox  # noqa: Y015

@@ -3,7 +3,7 @@
 import argparse
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf import json_format
 
@@ -88,8 +88,30 @@ def _secure_aggregation(policy: training_pb2.SecureAggregationPolicy) -> str | N
     """Return the bounds of a sum of masked updates and the helpers; None without secure aggregation."""
     if not policy.mode:
         return None
+    bounds = f"{policy.min_cohort} to {policy.max_cohort} updates in a sum, {policy.bits} bits"
+    if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
+        size = f"groups of {policy.group_size}" if policy.group_size else "one group"
+        return f"{bounds}, neighbors in {size}"
     helpers = ", ".join(short_id(helper_id) for helper_id in policy.helpers)
-    return f"{policy.min_cohort} to {policy.max_cohort} updates in a sum, {policy.bits} bits, helper {helpers}"
+    return f"{bounds}, helper {helpers}"
+
+
+_GROUP_STAGES: Final = ("sharing", "training", "confirming", "revealing", "opened", "aborted")
+
+
+def _groups(row: training_pb2.Round) -> str | None:
+    """Return how far the groups of secure aggregation with neighbors are; None without them."""
+    if not row.HasField("neighbors"):
+        return None
+    found = row.neighbors
+    if not any(getattr(found, f"{stage}_group_count") for stage in _GROUP_STAGES):
+        return f"{found.advertised_count} devices advertised"
+    counts = {stage: getattr(found, f"{stage}_group_count") for stage in _GROUP_STAGES}
+    stages = ", ".join(f"{count} {stage}" for stage, count in counts.items() if count)
+    return (
+        f"{stages}; of {found.advertised_count} devices {found.sharer_count} shared, "
+        f"{found.survivor_count} in sums"
+    )
 
 
 def _took(row: Any) -> str | None:
@@ -114,6 +136,7 @@ ROUND: list[Column] = [
     ("opened", lambda row: moment(row, "open_time")),
     ("collecting", _took),
     ("publishing", lambda row: span(row, "publish_duration")),
+    ("neighbor groups", _groups),
     ("reason", lambda row: row.state_reason),
 ]
 UPDATE: list[Column] = [

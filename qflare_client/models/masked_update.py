@@ -5,7 +5,7 @@ that a repeated upload sends the same bytes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +23,23 @@ from qflare_client.models.upload import Payload
 
 
 @dataclass(frozen=True)
-class MaskedPayload:
-    """The masked payload of an update, and the seeds of its masks, one for each helper."""
+class QuantizedUpdate:
+    """A quantized update, to be masked in place before it leaves the device.
 
-    payload: Payload
-    seeds: tuple[bytes, ...]
+    Attributes:
+        layout: Of its payload.
+        vector: Elements and slots in the ring.
+    """
 
-    def __repr__(self) -> str:
-        return "MaskedPayload(...)"
+    layout: Manifest
+    vector: Array = field(repr=False)
+
+    def payload(self) -> Payload:
+        """Return the payload with what the vector holds now."""
+        return Payload(self.layout, {TENSOR: self.vector})
 
 
-def mask_update(
+def quantize_update(
     masking: Masking,
     manifest: Manifest,
     arrays: Mapping[str, Array],
@@ -42,8 +48,8 @@ def mask_update(
     metrics: Mapping[str, float],
     *,
     draw_seed: Callable[[], bytes] = new_seed,
-) -> MaskedPayload:
-    """Quantize and mask an update.
+) -> QuantizedUpdate:
+    """Quantize an update.
 
     Args:
         masking: Required by the task.
@@ -52,7 +58,7 @@ def mask_update(
         base: The tensors of the base version.
         example_count: Number of local examples.
         metrics: Metrics by name; those that the task does not name stay on the device.
-        draw_seed: Draws the seeds of masks and of the rounding, 32 bytes each; only a simulation replaces it.
+        draw_seed: Draws the key of the rounding, 32 bytes; only a simulation replaces it.
 
     Raises:
         TrainingFunctionError: A value is not finite, or a metric that the task names is missing.
@@ -71,10 +77,23 @@ def mask_update(
         position += len(piece)
     assert position == float_count(manifest)
     vector[position:] = quantize_slots(parameters, weight, metrics)
+    return QuantizedUpdate(layout, vector)
+
+
+def add_masks(
+    masking: Masking, update: QuantizedUpdate, *, draw_seed: Callable[[], bytes] = new_seed
+) -> tuple[bytes, ...]:
+    """Add a mask for each helper of the task to a quantized update, and return their seeds.
+
+    Args:
+        masking: Required by the task.
+        update: Masked in place.
+        draw_seed: Draws the seeds, 32 bytes each; only a simulation replaces it.
+    """
     seeds = tuple(draw_seed() for _ in masking.helpers)
     for seed in seeds:
-        Mask(seed).add_to(vector, 0)
-    return MaskedPayload(Payload(layout, {TENSOR: vector}), seeds)
+        Mask(seed).add_to(update.vector, 0)
+    return seeds
 
 
 def seal_seeds(

@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from qflare.evidence.statements import digest_of
 from qflare.evidence.unmasking import Masking
 from qflare.ids import new_update_id
 from qflare.tensors import Array
@@ -35,7 +36,12 @@ from qflare_client.models.download import ProgressHook
 from qflare_client.models.error_feedback import ErrorFeedback
 from qflare_client.models.lineage import check_base
 from qflare_client.models.local_tensors import LocalTensors
-from qflare_client.models.masked_update import mask_update, seal_seeds
+from qflare_client.models.masked_update import (
+    add_masks,
+    quantize_update,
+    seal_seeds,
+)
+from qflare_client.models.neighbor_rounds import NeighborRounds
 from qflare_client.models.outbox import (
     DamagedUpdateError,
     KeptPayload,
@@ -103,6 +109,7 @@ class UpdateSender:
         feedback: Error feedback for top-k updates; None discards their residuals.
         local: Tensors that stay on the device.
         policy: The device's policy for secure aggregation; None sends every kept update.
+        neighbors: Masks of rounds with neighbors.
     """
 
     def __init__(
@@ -116,6 +123,7 @@ class UpdateSender:
         feedback: ErrorFeedback | None,
         local: LocalTensors,
         policy: SecureAggregation | None,
+        neighbors: NeighborRounds,
     ) -> None:
         self._calls = calls
         self._trust = trust
@@ -126,6 +134,7 @@ class UpdateSender:
         self._feedback = feedback
         self._local = local
         self._policy = policy
+        self._neighbors = neighbors
 
     def submit(
         self,
@@ -172,6 +181,8 @@ class UpdateSender:
         check_base(task, contribution.base.digest)
         update = self._released(task, contribution, privacy, require_small)
         envelope = sign_statement(self._identity().keys.signing, update.statement)
+        if update.statement.masking.HasField("neighbors"):
+            self._neighbors.record_update(update.statement, digest_of(envelope.payload))
         if self._feedback is not None and update.residual is not None:
             self._feedback.stage(update.session_id, update.statement.update_id, update.residual)
         self._local.stage(update.session_id, update.statement.update_id, update.local)
@@ -270,7 +281,7 @@ class UpdateSender:
         return _Update(statement, payload, sealed, kept, contribution.local)
 
     def _make_masked(self, task: Task, masking: Masking, contribution: Contribution) -> _Update:
-        masked = mask_update(
+        quantized = quantize_update(
             masking,
             contribution.base.manifest,
             contribution.arrays,
@@ -279,11 +290,19 @@ class UpdateSender:
             contribution.metrics,
         )
         identity = self._identity()
+        named, seeds = None, tuple[bytes, ...]()
+        if masking.neighbors is None:
+            seeds = add_masks(masking, quantized)
+        else:
+            named = self._neighbors.mask(_answer_of(task), masking, quantized.vector)
+        payload = quantized.payload()
         statement = make_statement(
-            task, contribution, masked.payload, realm=identity.realm, device_id=identity.device_id
+            task, contribution, payload, realm=identity.realm, device_id=identity.device_id
         )
-        seal_seeds(masking, masked.seeds, statement)
-        return _Update(statement, masked.payload, None, None, contribution.local)
+        seal_seeds(masking, seeds, statement)
+        if named is not None:
+            statement.masking.neighbors.CopyFrom(named)
+        return _Update(statement, payload, None, None, contribution.local)
 
     def _send(self, update: _Update, timeout_s: float | None) -> Receipt:
         """Send an update for the first time."""
@@ -364,6 +383,8 @@ class UpdateSender:
             The signed statement, and the update, which reads from the new file if it was read from a file.
         """
         envelope = sign_statement(self._identity().keys.signing, update.statement)
+        if update.statement.masking.HasField("neighbors"):
+            self._neighbors.record_update(update.statement, digest_of(envelope.payload))
         if self._feedback is not None and update.residual is not None:
             self._feedback.stage(update.session_id, update.statement.update_id, update.residual)
         self._local.stage(update.session_id, update.statement.update_id, update.local)
@@ -415,3 +436,9 @@ class UpdateSender:
             _log.info("update dropped: %s", error)
             self._forget(training_session_id)
             raise
+
+
+def _answer_of(task: Task) -> messages.GetTaskResponse:
+    if task.answer is None:
+        raise TrainingFunctionError("the task shows no group for secure aggregation with neighbors")
+    return task.answer

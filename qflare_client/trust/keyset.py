@@ -10,7 +10,7 @@ The rules of keysets and statements are elsewhere (see `protocol.keysets`, `evid
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Final, Self, TypeVar
@@ -33,6 +33,7 @@ from qflare.evidence.statements import (
     require_equal,
 )
 from qflare.evidence.unmasking import Masking, masking_of
+from qflare.evidence.verification import follow_keysets
 from qflare.protocol.keysets import (
     MAX_ROOT_COUNT,
     ExpiredKeysetError,
@@ -234,6 +235,31 @@ class Trust:
             self.refresh()
             keys = self.signature_keys(role)
         return keys
+
+    def registrar_keys(
+        self, signers: Collection[str], earlier_keysets: Sequence[security_pb2.SignedEnvelope]
+    ) -> tuple[PublicKey, ...]:
+        """Return the keys that have ever signed receipts, as far as earlier keysets are needed to know them.
+
+        Args:
+            signers: Ids of the keys that have signed the receipts in question.
+            earlier_keysets: By rising version, as the coordinator shows them.
+
+        Raises:
+            InvalidStatementError: An earlier keyset is not signed by the root keys of its time.
+            QflareClientError: As `session_key`.
+        """
+        keys = self.signature_keys(KeyRole.REGISTRAR)
+        if {key.key_id for key in keys}.issuperset(signers):
+            return keys
+        self.refresh()
+
+        def follow(trusted: TrustedKeyset, now: datetime) -> tuple[PublicKey, ...]:
+            _, ever = follow_keysets(trusted.pins, earlier_keysets, trusted.bundle, now)
+            return ever[KeyRole.REGISTRAR]
+
+        with _checked():
+            return self._current(follow)
 
     def open_task(self, answer: messages.GetTaskResponse) -> security_pb2.TaskStatement:
         """Verify a task statement, and that the response agrees with it.

@@ -19,7 +19,8 @@ from sqlalchemy.orm import Session
 from qflare.evidence.statements import StatementError
 from qflare.tensors import InvalidManifestError, InvalidPayloadError
 from qflare_server.aggregation.fold import BATCH, RoundFold
-from qflare_server.aggregation.masked_fold import open_fold
+from qflare_server.aggregation.folds import open_fold
+from qflare_server.aggregation.neighbor_fold import NeighborRoundFold
 from qflare_server.aggregation.plan import RoundPlan, read_plan
 from qflare_server.aggregation.publication import (
     Publication,
@@ -132,16 +133,20 @@ class Aggregator:
         """Return when the next open round that this coordinator works on is due, None without one."""
         with self._context.database.read() as session:
             rounds = training_sessions.rounds_in_progress(session)
-        return min(
-            (
-                item.deadline_at
-                for item in rounds
-                if item.state == RoundState.OPEN.value
-                and item.training_session_id in self._leases
-                and not self._rests(item)
-            ),
-            default=None,
-        )
+        due = [
+            item.deadline_at
+            for item in rounds
+            if item.state == RoundState.OPEN.value
+            and item.training_session_id in self._leases
+            and not self._rests(item)
+        ]
+        steps = [self._next_step(item) for item in rounds if not self._rests(item)]
+        return min((at for at in (*due, *steps) if at is not None), default=None)
+
+    def _next_step(self, item: RoundInProgress) -> datetime | None:
+        """Return when a step of a round with neighbors ends for lack of time."""
+        fold = self._folds.get((item.training_session_id, item.number))
+        return fold.next_deadline() if isinstance(fold, NeighborRoundFold) else None
 
     def _rests(self, item: RoundInProgress) -> bool:
         until = self._resting.get((item.training_session_id, item.number))
@@ -241,6 +246,8 @@ class Aggregator:
 
     def _advance_round(self, item: RoundInProgress) -> bool:
         fold = self._fold(item)
+        if isinstance(fold, NeighborRoundFold) and self._advance_groups(item, fold):
+            return True
         more = self._take(fold, item)
         if item.state == RoundState.OPEN.value:
             if item.deadline_at <= self._context.clock():
@@ -252,6 +259,19 @@ class Aggregator:
             self._drop(item.training_session_id)
             return True
         return fold.is_ready() and self._publish(item, fold)
+
+    def _advance_groups(self, item: RoundInProgress, fold: NeighborRoundFold) -> bool:
+        """Decide what is due in a round of secure aggregation with neighbors; return whether anything was."""
+        if not fold.awaits_decision():
+            return False
+
+        def work(session: Session) -> bool:
+            locked = _lock(session, item)
+            if locked is None or not _is_in_progress(*locked):
+                return False
+            return fold.decide(session, *locked, self._context.clock())
+
+        return self._context.database.write(work)
 
     def _is_outdated(self, fold: RoundFold) -> bool:
         """Return whether an administrator has replaced the configuration that a fold was planned under."""
@@ -505,6 +525,13 @@ class Aggregator:
 def _names(item: RoundInProgress) -> dict[str, Any]:
     """Return the attributes of a round's tracing span."""
     return {"training_session_id": item.training_session_id, "round_number": item.number}
+
+
+def _is_in_progress(training_session: TrainingSession, current: Round) -> bool:
+    return training_session.state == TrainingSessionState.RUNNING.value and current.state in {
+        RoundState.OPEN.value,
+        RoundState.CLOSED.value,
+    }
 
 
 def _lock(session: Session, item: RoundInProgress) -> tuple[TrainingSession, Round] | None:

@@ -55,7 +55,7 @@ from qflare_server.strategies import (
     Outcome,
     UpdateAssessment,
 )
-from qflare_server.training.masking import is_masked, parameters_of
+from qflare_server.training.masking import parameters_of
 from qflare_server.training.reported_metrics import TRAINING
 from qflare_server.training.rounds import HELPER_AWAITED
 
@@ -71,26 +71,6 @@ SUM: Final = "sum"
 """Name of the contribution that the strategy gets."""
 
 Add = Callable[[Any, Any, Any], Any]
-
-
-def open_fold(
-    context: Context,
-    plan: RoundPlan,
-    *,
-    asker: Callable[[], ThreadPoolExecutor] | None = None,
-    **settings: Any,
-) -> RoundFold:
-    """Return the fold of a round.
-
-    Args:
-        context: The coordinator's parts.
-        plan: The round's aggregation plan.
-        asker: Returns the threads that ask helpers; None asks in the caller's thread when the version is written.
-        settings: As of `RoundFold`.
-    """
-    if is_masked(plan.config):
-        return MaskedRoundFold(context, plan, asker=asker, **settings)
-    return RoundFold(context, plan, **settings)
 
 
 class MaskedRoundFold(RoundFold):

@@ -110,9 +110,10 @@ def _complete_rounds(config: training_pb2.TrainingConfig) -> None:
         policy.deadline.CopyFrom(Duration(seconds=DEFAULT_DEADLINE_S))
     seconds = policy.deadline.seconds + policy.deadline.nanos / 1e9
     _within("rounds.deadline", seconds, 0.001, MAX_DEADLINE_S)
-    policy.missed_quorum_action = (
-        policy.missed_quorum_action or training_pb2.MISSED_QUORUM_ACTION_EXTEND
-    )
+    if config.secure_aggregation.mode != training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
+        policy.missed_quorum_action = (
+            policy.missed_quorum_action or training_pb2.MISSED_QUORUM_ACTION_EXTEND
+        )
     policy.late_update_action = policy.late_update_action or training_pb2.LATE_UPDATE_ACTION_REJECT
     _within("rounds.max_staleness", policy.max_staleness, 0, 10_000)
 

@@ -6,8 +6,16 @@ reads single updates, and everything that would carry a number of a single devic
 
 from typing import Final
 
+from google.protobuf.duration_pb2 import Duration
+
 from qflare.evidence.statements import StatementError
 from qflare.evidence.unmasking import MAX_HELPER_COUNT, MIN_COHORT, open_helper
+from qflare.masking.graph_parameters import (
+    COMPLETE_UP_TO,
+    MIN_GROUP,
+    InfeasibleGroupError,
+    practical_parameters,
+)
 from qflare.masking.parameters import (
     DEFAULT_BITS,
     InvalidMaskingError,
@@ -22,6 +30,11 @@ from qflare_server.errors import HelperUnavailableError, InvalidRequestError
 MEANS: Final = frozenset({"fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"})
 """Strategies whose aggregate is a mean of the updates by their weights, which a sum gives."""
 
+DEFAULT_CORRUPT: Final = 0.2
+DEFAULT_DROPOUT: Final = 0.1
+DEFAULT_STEP_S: Final = 60
+
+_RETRY: Final = training_pb2.MISSED_QUORUM_ACTION_RETRY
 _ROOM_BYTES: Final = 16_384
 """Of a task statement's 65,536 bytes, those left to everything but settings of devices and documents of helpers."""
 
@@ -74,11 +87,14 @@ def complete_masking(config: training_pb2.TrainingConfig) -> None:
     policy.bits = policy.bits or DEFAULT_BITS
     policy.max_cohort = policy.max_cohort or config.rounds.target
     policy.min_cohort = policy.min_cohort or config.rounds.quorum
+    if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
+        _complete_neighbors(config)
     if config.privacy.noise_multiplier:
         _complete_privacy(config)
     _check_cohort(config)
     _check_contradictions(config)
-    _check_names(policy)
+    if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_HELPER:
+        _check_names(policy)
     try:
         parameters_of(config)
     except InvalidMaskingError as error:
@@ -87,6 +103,40 @@ def complete_masking(config: training_pb2.TrainingConfig) -> None:
         ) from error
     config.transfer.update_kind = training_pb2.UPDATE_KIND_DELTA
     config.transfer.update_encoding = training_pb2.ENCODING_MASKED
+
+
+def _complete_neighbors(config: training_pb2.TrainingConfig) -> None:
+    """Fill in the settings of groups, and refuse those with which no group could be opened."""
+    policy, rounds = config.secure_aggregation, config.rounds
+    policy.corrupt_fraction = policy.corrupt_fraction or DEFAULT_CORRUPT
+    policy.dropout_fraction = policy.dropout_fraction or DEFAULT_DROPOUT
+    if not policy.HasField("step_timeout"):
+        policy.step_timeout.CopyFrom(Duration(seconds=DEFAULT_STEP_S))
+    if policy.helpers:
+        raise _refusal("helpers", "with neighbors there is no helper")
+    rounds.missed_quorum_action = rounds.missed_quorum_action or _RETRY
+    if rounds.missed_quorum_action == training_pb2.MISSED_QUORUM_ACTION_EXTEND:
+        raise _refused(
+            "rounds.missed_quorum_action",
+            "a round whose groups are formed gets no more devices when it is extended; want MISSED_QUORUM_ACTION_RETRY "
+            "or MISSED_QUORUM_ACTION_FAIL",
+        )
+    size, least = policy.group_size or rounds.target, max(policy.min_cohort, MIN_GROUP)
+    if not least <= size <= rounds.target:
+        raise _refusal(
+            "group_size",
+            f"got groups of {size}, want {least}, the larger of min_cohort and {MIN_GROUP}, to rounds.target "
+            f"{rounds.target}",
+        )
+    smallest = min(size, max(rounds.quorum, MIN_GROUP))
+    largest = min(rounds.target, 2 * policy.group_size - 1 if policy.group_size else rounds.target)
+    above = range(max(smallest, COMPLETE_UP_TO), largest, max(1, (largest - smallest) // 8))
+    for members in {*range(smallest, min(largest, COMPLETE_UP_TO) + 1), *above, size, largest}:
+        # Above these, a complete graph withstands all fractions that are allowed; the number of neighbors grows slowly.
+        try:
+            practical_parameters(members, policy.corrupt_fraction, policy.dropout_fraction)
+        except InfeasibleGroupError as error:
+            raise _refusal("group_size", f"{error}; groups have {smallest} to {largest}") from error
 
 
 def _complete_privacy(config: training_pb2.TrainingConfig) -> None:

@@ -18,6 +18,7 @@ from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.storage.place_ownership import require_owner
 from qflare_server.storage.repository import payloads, training_sessions
+from qflare_server.training.neighbor_retention import trim_groups
 
 PRUNE_BATCH: Final = 250
 
@@ -26,8 +27,10 @@ def prune_payloads(context: Context, training_session_id: str) -> None:
     """Mark payloads beyond a training session's retention as pruned, in batches.
 
     Rounds count that made a version: the last `retained_rounds` of them are kept, or none. Only payloads of updates
-    whose round is over are pruned, never those of versions. A round that was pruned is not looked at again.
+    whose round is over are pruned, never those of versions. A round that was pruned is not looked at again. What
+    members of groups have sent for their masks is deleted after every round, whatever is retained.
     """
+    trim_groups(context, training_session_id)
     with context.database.read() as session:
         training_session = training_sessions.get_session(session, training_session_id)
         if training_session is None:

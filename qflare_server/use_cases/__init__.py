@@ -26,6 +26,7 @@ from qflare_server.use_cases.training_sessions.tasks import Tasks
 from qflare_server.use_cases.training_sessions.watching import Watching
 from qflare_server.use_cases.updates.evaluations import Evaluations
 from qflare_server.use_cases.updates.failures import Failures
+from qflare_server.use_cases.updates.neighbor_steps import NeighborSteps
 from qflare_server.use_cases.updates.relayed import RelayedUpdates
 from qflare_server.use_cases.updates.upload import Uploads
 from qflare_server.use_cases.versions.download import Deliveries
@@ -48,6 +49,7 @@ class UseCases:
     relayed: RelayedUpdates
     evaluations: Evaluations
     failures: Failures
+    neighbor_steps: NeighborSteps
     explanations: Explanations
     deliveries: Deliveries
     devices: Devices
@@ -92,6 +94,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         relayed=RelayedUpdates(context, uploads, access, presence),
         evaluations=Evaluations(context),
         failures=Failures(context),
+        neighbor_steps=NeighborSteps(context),
         explanations=Explanations(context),
         deliveries=Deliveries(context, executor),
         devices=Devices(context),

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from qflare.evidence.lineage import contributors_digest
 from qflare.v1 import security_pb2
 from qflare_server.aggregation.fold import BATCH, RoundFold, WrittenVersion
-from qflare_server.aggregation.masked_fold import open_fold
+from qflare_server.aggregation.folds import open_fold
 from qflare_server.aggregation.outcome import read_outcome
 from qflare_server.aggregation.plan import read_plan
 from qflare_server.context import Context

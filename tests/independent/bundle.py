@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from qflare.v1 import security_pb2 as pb
 from qflare.v1 import verification_pb2
 from tests.independent.exchange import audit_leaf
+from tests.independent.neighbors import Devices
 from tests.independent.unmasking import MASKED, check_transcript
 from tests.independent.verifier import (
     LOG,
@@ -64,13 +65,16 @@ def check_bundle(
     for update in bundle.updates:
         if update.HasField("statement"):
             _check_update(update, chain, keys, entries)
-    _check_masks(bundle, made, task_keys)
+    _check_masks(bundle, made, task_keys, keys)
     _check_evaluations(bundle, chain[-1], keys, entries)
     return chain
 
 
 def _check_masks(
-    bundle: verification_pb2.VerificationBundle, made: pb.ModelStatement, task_keys: Keys
+    bundle: verification_pb2.VerificationBundle,
+    made: pb.ModelStatement,
+    task_keys: Keys,
+    devices: Devices,
 ) -> None:
     payloads = {
         update.statement_digest: update.statement.payload
@@ -78,7 +82,7 @@ def _check_masks(
         if update.HasField("statement")
     }
     if made.HasField("unmasking"):
-        check_transcript(bundle.unmasking, made, task_keys, payloads)
+        check_transcript(bundle.unmasking, made, task_keys, payloads, devices)
         return
     require(not bundle.HasField("unmasking"), "transcript of a version without masks")
     for payload in payloads.values():

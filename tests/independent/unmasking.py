@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from qflare.v1 import security_pb2 as pb
 from qflare.v1 import training_pb2, verification_pb2
 from tests.independent.exchange import KemKey, expand
+from tests.independent.neighbors import Devices, check_groups
 from tests.independent.verifier import (
     Keys,
     contributors_digest,
@@ -24,6 +25,7 @@ from tests.independent.verifier import (
 
 LEVELS = 2**24 - 1
 HELPER_MODE = training_pb2.SecureAggregationMode.Value("SECURE_AGGREGATION_MODE_HELPER")
+NEIGHBORS_MODE = training_pb2.SecureAggregationMode.Value("SECURE_AGGREGATION_MODE_NEIGHBORS")
 MASKED = training_pb2.Encoding.Value("ENCODING_MASKED")
 DELTA = training_pb2.UpdateKind.Value("UPDATE_KIND_DELTA")
 
@@ -123,13 +125,14 @@ def check_transcript(
     made: pb.ModelStatement,
     task_keys: Keys,
     updates: Mapping[str, bytes],
+    devices: Devices | None = None,
 ) -> list[str]:
     """Check the transcript of a version, given its updates' payloads by statement digest; return its helpers."""
     task = pb.TaskStatement.FromString(open_envelope(transcript.task, "qflare/v1/task", task_keys))
     digest = hashlib.sha256(transcript.task.payload).hexdigest()
     require(made.unmasking.task_digest == digest, "version names another task")
     policy = task.masking.policy
-    require(policy.mode == HELPER_MODE, "task has another mode")
+    require(policy.mode in (HELPER_MODE, NEIGHBORS_MODE), "task has another mode")
     transfer = (task.transfer.update_encoding, task.transfer.update_kind)
     require(transfer == (MASKED, DELTA), "task wants other updates")
     for field in (
@@ -143,6 +146,13 @@ def check_transcript(
     members = contributors_digest(updates.values())
     require(members == made.contributors_digest, "other updates are in the version")
     require(len(updates) == made.contributor_count, "another number of updates")
+    if policy.mode == NEIGHBORS_MODE:
+        require(not (policy.helpers or task.masking.helpers or transcript.answers), "helpers")
+        for payload in updates.values():
+            _check_masking(pb.UpdateStatement.FromString(payload), digest)
+        check_groups(transcript.groups, made, policy, updates, devices or {})
+        return []
+    require(not transcript.groups, "groups of neighbors without neighbors")
     helpers = open_helpers(task)
     for payload in updates.values():
         _check_update(pb.UpdateStatement.FromString(payload), digest, helpers)
@@ -159,12 +169,17 @@ def _check_update(
     task_digest: str,
     helpers: Sequence[tuple[pb.HelperDocument, pb.PublicKey]],
 ) -> None:
-    require(update.encoding == MASKED, "update is not masked")
-    require(update.masking.task_digest == task_digest, "update was masked for another task")
-    require(update.example_count == 1 and not update.metrics, "update tells of its device")
+    _check_masking(update, task_digest)
+    require(not update.masking.HasField("neighbors"), "update has masks of neighbors")
     seeds = [(seed.helper_id, seed.kem_key_id) for seed in update.masking.seeds]
     wanted = [(key.key_id, document.kem_key.key_id) for document, key in helpers]
     require(seeds == wanted, "update has seeds for other helpers")
+
+
+def _check_masking(update: pb.UpdateStatement, task_digest: str) -> None:
+    require(update.encoding == MASKED, "update is not masked")
+    require(update.masking.task_digest == task_digest, "update was masked for another task")
+    require(update.example_count == 1 and not update.metrics, "update tells of its device")
 
 
 def _check_answer(

@@ -34,6 +34,9 @@ from qflare_server.use_cases.access.roles import Role
 from tests.support.processes import Replicas
 from tests.support.use_cases import with_quorum
 
+CHEAP = Cost(iterations=1, memory_kib=1024, lanes=1)
+"""Cost of the files of keys that tests write: the cost that is right for secrets takes a second for each file."""
+
 
 class Deployment:
     """One running coordinator, with an administrator's stub and as many devices as a test wants."""
@@ -134,8 +137,7 @@ class Deployment:
 def key_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keys that every coordinator of this run starts from: making them is slow on purpose."""
     directory = tmp_path_factory.mktemp("keys") / "keys"
-    cheap = Cost(iterations=1, memory_kib=1024, lanes=1)
-    initialize(KeyFolder(directory, cost=cheap), "qflare", utc_now())
+    initialize(KeyFolder(directory, cost=CHEAP), "qflare", utc_now())
     return directory
 
 

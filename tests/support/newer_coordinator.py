@@ -19,6 +19,18 @@ SIGNED: Final[Mapping[str, tuple[type[Message], SigningContext]]] = {
     "GetKeyset.bundle.keyset": (security_pb2.Keyset, SigningContext.KEYSET),
     "Register.receipt": (security_pb2.EnrollmentReceipt, SigningContext.RECEIPT),
     "GetTask.task": (security_pb2.TaskStatement, SigningContext.TASK),
+    "GetTask.neighbors.members.advertisement": (
+        security_pb2.NeighborAdvertisement,
+        SigningContext.NEIGHBOR_ADVERTISEMENT,
+    ),
+    "GetTask.neighbors.members.device_keys.receipt": (
+        security_pb2.EnrollmentReceipt,
+        SigningContext.RECEIPT,
+    ),
+    "GetTask.neighbors.members.device_keys.rotation": (
+        security_pb2.KeyRotation,
+        SigningContext.ROTATION,
+    ),
     "GetGlobalModel.header.statement": (security_pb2.ModelStatement, SigningContext.MODEL),
     "GetGlobalModel.header.links": (security_pb2.ModelStatement, SigningContext.MODEL),
     "GetLineage.statements": (security_pb2.ModelStatement, SigningContext.MODEL),
@@ -47,7 +59,11 @@ def _enums_in(kind: Any, path: str) -> Iterator[str]:
                 yield from _enums_in(SIGNED[inner][0].DESCRIPTOR, f"{inner}.!")
 
 
-ADDED: Final = ("GetTask.task.masking", "GetTask.task.analytics")
+ADDED: Final = (
+    "GetTask.task.masking",
+    "GetTask.task.analytics",
+    "GetTask.neighbors.earlier_keysets",
+)
 """What most tasks lack, and a later release may state."""
 
 
@@ -56,7 +72,7 @@ class NewerCoordinator(grpc.GenericRpcHandler):
 
     Args:
         address: The real coordinator.
-        keys: All of its keys that sign.
+        keys: All of its keys that sign, and those of devices whose statements it shows to others.
     """
 
     def __init__(self, address: str, keys: Sequence[SigningKey]) -> None:

@@ -159,7 +159,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         progress = self._use_cases.training.progress(request.training_session_id)
         return pb.GetTrainingSessionResponse(
             training_session=training.training_session(progress.session),
-            round=training.training_round(progress.round),
+            round=training.training_round(progress.round, progress.groups),
             notices=self._notices(request.training_session_id),
         )
 
@@ -184,8 +184,12 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> pb.ListRoundsResponse:
         """List the rounds of a training session."""
         page = self._use_cases.training.list_rounds(request.training_session_id, _page(request))
+        groups = self._use_cases.training.group_progress(
+            request.training_session_id, [row.number for row in page.rows]
+        )
+        rounds = [training.training_round(row, groups.get(row.number)) for row in page.rows]
         return pb.ListRoundsResponse(
-            rounds=filter(None, map(training.training_round, page.rows)),
+            rounds=filter(None, rounds),
             next_page_token=page.next_token,
         )
 
@@ -230,7 +234,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
         """Get the progress of the aggregation."""
         progress = self._use_cases.training.progress(request.training_session_id)
         return pb.GetAggregationStatusResponse(
-            round=training.training_round(progress.round),
+            round=training.training_round(progress.round, progress.groups),
             pending_update_count=progress.pending_count,
             missing_update_count=progress.missing_count,
             current_version=progress.session.current_version,

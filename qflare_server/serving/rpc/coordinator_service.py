@@ -1,6 +1,7 @@
 """CoordinatorService: the methods that devices call."""
 
 from collections.abc import Iterator
+from typing import Final
 
 from grpc import ServicerContext
 
@@ -12,9 +13,10 @@ from qflare_server.serving.rpc.encoding import devices, values, versions
 from qflare_server.serving.rpc.status import refusal_of
 from qflare_server.serving.rpc.streams import chunks_of, rest_of, split_header
 from qflare_server.storage.repository.updates import UpdateReceipt
+from qflare_server.storage.tables import GroupStage
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.devices.enrollment import profile_of
-from qflare_server.use_cases.training_sessions.tasks import NextTask
+from qflare_server.use_cases.training_sessions.tasks import ADVERTISE, NextTask
 from qflare_server.use_cases.updates.submission import Contributor
 
 
@@ -22,6 +24,15 @@ def _contributor() -> Contributor:
     call = current_call()
     who = call.principal
     return Contributor(call.device_id, who.key_id, who.key_algorithm, who.public_key)
+
+
+_STEPS: Final = {
+    ADVERTISE: pb.TASK_KIND_ADVERTISE,
+    GroupStage.SHARE.value: pb.TASK_KIND_SHARE,
+    GroupStage.CONFIRM.value: pb.TASK_KIND_CONFIRM,
+    GroupStage.REVEAL.value: pb.TASK_KIND_REVEAL,
+}
+"""Kind of task of each step of secure aggregation with neighbors; training is one like any other."""
 
 
 def task_response(task: NextTask) -> pb.GetTaskResponse:
@@ -43,7 +54,7 @@ def task_response(task: NextTask) -> pb.GetTaskResponse:
             kind=kind, poll_delay=delay, training_session_id=task.ended_session_id
         )
     return pb.GetTaskResponse(
-        kind=pb.TASK_KIND_TRAIN,
+        kind=_STEPS.get(task.step, pb.TASK_KIND_TRAIN),
         poll_delay=delay,
         training_session_id=task.round.training_session_id,
         round_number=task.round.number,
@@ -53,6 +64,7 @@ def task_response(task: NextTask) -> pb.GetTaskResponse:
         device_training=task.config.device_training,
         transfer=task.config.transfer,
         task=security_pb2.SignedEnvelope.FromString(task.round.task or b""),
+        neighbors=task.neighbors,
     )
 
 
@@ -154,6 +166,13 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
             text=request.text,
         )
         return pb.ReportFailureResponse()
+
+    def SecureAggregationStep(
+        self, request: pb.SecureAggregationStepRequest, context: ServicerContext
+    ) -> pb.SecureAggregationStepResponse:
+        """Take a step of secure aggregation with neighbors."""
+        self._use_cases.neighbor_steps.take(_contributor(), request)
+        return pb.SecureAggregationStepResponse()
 
     def Heartbeat(
         self, request: pb.HeartbeatRequest, context: ServicerContext

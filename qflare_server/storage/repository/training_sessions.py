@@ -292,6 +292,16 @@ _CURRENT_ROUND = SESSIONS.join(
 _IS_ACTIVE = exists().where(
     DEVICES.c.id == bindparam("device"), DEVICES.c.state == DeviceState.ACTIVE.value
 )
+GROUPS, MEMBERS = tables.NeighborGroup.__table__, tables.NeighborMember.__table__
+_HAS_GROUPS = exists().where(
+    GROUPS.c.training_session_id == ROUNDS.c.training_session_id,
+    GROUPS.c.round_number == ROUNDS.c.number,
+)
+_HAS_ADVERTISED = exists().where(
+    MEMBERS.c.training_session_id == ROUNDS.c.training_session_id,
+    MEMBERS.c.round_number == ROUNDS.c.number,
+    MEMBERS.c.device_id == bindparam("device"),
+)
 _OPEN_ROUND = (
     select(
         ROUNDS.c.training_session_id,
@@ -302,7 +312,7 @@ _OPEN_ROUND = (
         ROUNDS.c.accepted_count >= ROUNDS.c.target,
     )
     .select_from(_CURRENT_ROUND)
-    .where(_IS_ACTIVE, *_is_asked(bindparam("device")))
+    .where(_IS_ACTIVE, *_is_asked(bindparam("device")), ~_HAS_ADVERTISED, ~_HAS_GROUPS)
     .order_by(sql_cast(ROUNDS.c.accepted_count, Float) / ROUNDS.c.target, ROUNDS.c.opened_at)
     .limit(1)
 )
@@ -327,8 +337,9 @@ def find_open_round(
 ) -> OpenRound | None:
     """Return the open round that a device should contribute to, of one training session, or of all if empty.
 
-    Queries of federated analytics count only if the device answers them. Of several, the round with the smallest share
-    of its target is returned. One read-only statement: idle devices poll with it.
+    Queries of federated analytics count only if the device answers them; a round with secure aggregation with neighbors
+    only until the device has advertised, or groups are formed: `neighbors.find_work` finds its later steps. Of several,
+    the round with the smallest share of its target is returned. One read-only statement: idle devices poll with it.
     """
     query = _OPEN_ROUNDS[bool(training_session_id), answers_queries]
     parameters: dict[str, Any] = {"device": device_id, "at": at}

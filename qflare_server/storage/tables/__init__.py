@@ -6,6 +6,7 @@ Every constraint and index is named, states have CHECK constraints, times are UT
 
 from qflare_server.storage.tables.audit import AuditHead, AuditLog, AuditNode, TrustDocument
 from qflare_server.storage.tables.devices import Device, DeviceGroup, DeviceKey, UserToken
+from qflare_server.storage.tables.neighbors import GroupStage, NeighborGroup, NeighborMember
 from qflare_server.storage.tables.payloads import Payload, PayloadChunk, PayloadPlace, Upload
 from qflare_server.storage.tables.replicas import (
     Epoch,
@@ -72,10 +73,13 @@ __all__ = [
     "Epoch",
     "Evaluation",
     "GlobalModel",
+    "GroupStage",
     "IdempotentCall",
     "LateUpdate",
     "Lease",
     "ModelUpdate",
+    "NeighborGroup",
+    "NeighborMember",
     "Payload",
     "PayloadChunk",
     "PayloadPlace",

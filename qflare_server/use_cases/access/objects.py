@@ -14,10 +14,13 @@ from collections.abc import Callable, Collection
 from operator import attrgetter
 from typing import Any, Final
 
+from sqlalchemy.orm import Session
+
 from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
     GlobalModelNotFoundError,
+    InvalidRequestError,
     PermissionDeniedError,
     TrainingSessionNotFoundError,
     UpdateNotFoundError,
@@ -107,20 +110,35 @@ class ObjectAccess:
             raise TrainingSessionNotFoundError
         return relation
 
-    def look_up(self, training_session_id: str, device_ids: Collection[str]) -> None:
-        """Look up the relations of devices to a training session in one query, for `require_relation`."""
+    def participants(self, training_session_id: str, device_ids: Collection[str]) -> set[str]:
+        """Return which of some devices take part in a training session, by the counters as they are now.
+
+        Takes one read of the counters and at most one block of queries, however many devices there are.
+        """
         epochs = self._context.database.epochs()
-        missing = [
-            device_id
-            for device_id in device_ids
-            if self._remembered(device_id, training_session_id, epochs) is None
-        ]
-        if not missing:
-            return
+        related, missing = set(), []
+        for device_id in device_ids:
+            if self._remembered(device_id, training_session_id, epochs) is None:
+                missing.append(device_id)
+            else:
+                related.add(device_id)
+        if missing:
+            related |= self._look_up(training_session_id, missing, epochs)
+        return related
+
+    def _look_up(
+        self, training_session_id: str, device_ids: Collection[str], epochs: Epochs
+    ) -> set[str]:
+        """Look up the relations of devices that memory does not know; return the devices that have one."""
         with self._context.database.read() as session:
-            found = find_relations(session, training_session_id, missing)
+            if self._find_common(session, training_session_id, epochs) is not None:
+                return set(device_ids)
+            found = find_relations(session, training_session_id, device_ids)
+        if found:  # do not cache unknown ids
+            self._remember_common(training_session_id, epochs, None)
         for device_id, relation in found.items():
             self._remember((device_id, training_session_id), epochs, relation)
+        return set(found)
 
     def require_own_update(self, device_id: str, update_id: str) -> None:
         """Check that an accepted update belongs to a device.
@@ -146,15 +164,23 @@ class ObjectAccess:
         if known is not None:
             return known
         with self._context.database.read() as session:
-            common = None
-            if self._common.get(training_session_id) != (epochs, None):
-                common = find_common_relation(session, training_session_id)
+            common = self._find_common(session, training_session_id, epochs)
             relation = common or find_relation(session, training_session_id, device_id)
-        if relation is not None:  # do not cache unknown ids
-            self._remember_common(training_session_id, epochs, common)
-        if relation is not None and common is None:
+        if relation is not None and common is None:  # do not cache unknown ids
+            self._remember_common(training_session_id, epochs, None)
             self._remember((device_id, training_session_id), epochs, relation)
         return relation
+
+    def _find_common(
+        self, session: Session, training_session_id: str, epochs: Epochs
+    ) -> Relation | None:
+        """Look up the relation that all devices have to a training session, unless it is known that there is none."""
+        if self._common.get(training_session_id) == (epochs, None):
+            return None
+        common = find_common_relation(session, training_session_id)
+        if common is not None:
+            self._remember_common(training_session_id, epochs, common)
+        return common
 
     def _remember_common(
         self, training_session_id: str, epochs: Epochs, common: Relation | None
@@ -169,6 +195,14 @@ class ObjectAccess:
             self._known.clear()
         self._known[key] = (epochs, relation)
 
+
+STEPS: Final[dict[str, tuple[type[Any], str]]] = {
+    "advertisement": (security_pb2.NeighborAdvertisement, "advertisement"),
+    "shares": (security_pb2.NeighborShares, "shares.statement"),
+    "confirmation": (security_pb2.NeighborConfirmation, "confirmation"),
+    "reveal": (security_pb2.NeighborReveal, "reveal"),
+}
+"""Statement of each step of secure aggregation with neighbors, and the path of its envelope in the request."""
 
 Rule = Callable[[ObjectAccess, str, Any], None]
 """Rule: refuses a device's call for an object named in its first message."""
@@ -208,6 +242,17 @@ def signed_session(kind: type[Any], envelope_field: str) -> Rule:
         access.require_relation(device_id, statement.training_session_id)
 
     return rule
+
+
+def signed_step(access: ObjectAccess, device_id: str, message: Any) -> None:
+    """Allow a device that takes part in the training session that the statement of its step names."""
+    step = message.WhichOneof("step")
+    if step is None:
+        raise InvalidRequestError("step: want one", field="step")
+    kind, path = STEPS[step]
+    payload = attrgetter(path)(message).payload
+    statement = parse_statement(kind, payload, f"{path}.payload")
+    access.require_relation(device_id, statement.training_session_id)
 
 
 def signed_by_each(_access: ObjectAccess, _device_id: str, _message: Any) -> None:
@@ -299,6 +344,7 @@ RULES: Final[dict[str, Rule]] = {
         security_pb2.EvaluationStatement, "statement"
     ),
     _COORDINATOR + "ReportFailure": own_session,
+    _COORDINATOR + "SecureAggregationStep": signed_step,
     _COORDINATOR + "Heartbeat": own_only,
     _COORDINATOR + "FindTrainingSession": names_nothing,
     _COORDINATOR + "GetLineage": started_session,

@@ -45,6 +45,7 @@ ACCESS: Final[dict[str, frozenset[Role]]] = {
     _COORDINATOR + "GetUpload": _DEVICE,
     _COORDINATOR + "ReportEvaluation": _DEVICE,
     _COORDINATOR + "ReportFailure": _DEVICE,
+    _COORDINATOR + "SecureAggregationStep": _DEVICE,
     _COORDINATOR + "Heartbeat": _DEVICE,
     _COORDINATOR + "FindTrainingSession": _DEVICE,
     _COORDINATOR + "GetLineage": _VERIFY,

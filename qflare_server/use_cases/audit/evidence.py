@@ -11,22 +11,25 @@ from sqlalchemy.orm import Session
 
 from qflare.crypto import merkle
 from qflare.evidence.audit_entries import Entry
+from qflare.evidence.neighbor_transcripts import transcript_parts
 from qflare.evidence.verification import EVALUATION_REPORTED, UPDATE_ACCEPTED, VERSION_SIGNED
 from qflare.times import timestamp_of
 from qflare.v1 import security_pb2, verification_pb2
 from qflare_server.context import Context
 from qflare_server.keys.device_identities import key_evidence
-from qflare_server.storage.records import GlobalModel
+from qflare_server.storage.records import GlobalModel, Round
 from qflare_server.storage.repository import (
     audit_tree,
     evaluations,
     evidence,
     global_models,
+    neighbors,
     training_sessions,
     unmaskings,
 )
 from qflare_server.storage.repository.evidence import UpdateOfVersion
-from qflare_server.storage.tables import UpdateOrigin
+from qflare_server.storage.tables import GroupStage, UpdateOrigin
+from qflare_server.training.neighbor_opening import open_group, read_contents
 from qflare_server.training.versions import find_version
 from qflare_server.use_cases.audit.log import EntryProof
 from qflare_server.use_cases.audit.sequencer import AuditSequencer, SignedHead, entry_of
@@ -132,6 +135,7 @@ class Evidence:
             )
             rows = unmaskings.of_round(session, model.training_session_id, model.round_number)
         if not rows:
+            yield from self._neighbors(model, current)
             return
         transcript = verification_pb2.UnmaskingTranscript(
             answers=[_envelope(row.answer) for row in rows]
@@ -139,6 +143,37 @@ class Evidence:
         if current is not None and current.task is not None:
             transcript.task.CopyFrom(_envelope(current.task))
         yield Bundle(unmasking=transcript)
+
+    def _neighbors(self, model: GlobalModel, current: Round | None) -> Iterator[Bundle]:
+        """Yield the transcripts of the groups of a round with neighbors, and the keys of those that dropped out."""
+        if current is None or current.task is None:
+            return
+        key = model.training_session_id, model.round_number
+        with self._context.database.read() as session:
+            training_session = training_sessions.get_session(session, key[0])
+            groups = [
+                group.number
+                for group in neighbors.groups_of(session, *key)
+                if group.stage == GroupStage.OPENED.value
+            ]
+            if training_session is None or not groups:
+                return
+            contents = [
+                read_contents(session, *key, training_session.config, number) for number in groups
+            ]
+            dropped = {
+                member.device_id
+                for group in contents
+                for member in group.members
+                if not member.update_digest
+            }
+            rows = evidence.keys_of(session, dropped)
+        yield from (Bundle(device_keys=[key_evidence(row)]) for row in rows)
+        task = verification_pb2.UnmaskingTranscript(task=_envelope(current.task))
+        yield Bundle(unmasking=task)
+        for place, item in enumerate(contents):
+            for part in transcript_parts(place, open_group(item).serialized()):
+                yield Bundle(unmasking=verification_pb2.UnmaskingTranscript(groups=[part]))
 
     def _evaluations(
         self, model: GlobalModel, head: SignedHead, shown: set[str]

@@ -1,7 +1,7 @@
 """Create, start, pause, resume, cancel and inspect training sessions."""
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -24,6 +24,7 @@ from qflare_server.storage.repository import (
     audit,
     global_models,
     membership,
+    neighbors,
     references,
     training_sessions,
     updates,
@@ -31,6 +32,7 @@ from qflare_server.storage.repository import (
 )
 from qflare_server.storage.repository.audit import Caller, Event
 from qflare_server.storage.repository.idempotent_calls import run_once
+from qflare_server.storage.repository.neighbors import GroupProgress
 from qflare_server.storage.tables import (
     ENDED,
     QUERY_MODEL_TYPE,
@@ -42,6 +44,7 @@ from qflare_server.storage.training_configs import to_json
 from qflare_server.training.analytics import is_query
 from qflare_server.training.config import complete, deadline_s, is_one_line
 from qflare_server.training.masking import require_helpers
+from qflare_server.training.neighbor_stages import has_neighbors, step_timeout
 from qflare_server.training.premises import PremisesChangedError, repeat
 from qflare_server.training.privacy import require_affordable
 from qflare_server.training.retention import prune_payloads
@@ -269,7 +272,7 @@ class Training:
         return self._changed(caller, work)
 
     def resume(self, caller: Caller, training_session_id: str) -> TrainingSession:
-        """Resume a paused training session; the open round's deadline restarts. Idempotent.
+        """Resume a paused training session; deadlines of the open round and of its groups restart. Idempotent.
 
         Raises:
             WrongStateError: It has not been started, or has ended.
@@ -287,6 +290,9 @@ class Training:
             current = training_sessions.lock_round(
                 session, training_session.id, training_session.current_round
             )
+            if current is not None and has_neighbors(training_session.config):
+                until = at + step_timeout(training_session.config)
+                neighbors.extend_steps(session, training_session.id, current.number, until)
             if current is not None and current.state == RoundState.OPEN.value:
                 limit = timedelta(seconds=deadline_s(training_session.config))
                 values = {"deadline_at": max(current.deadline_at, at + limit)}
@@ -356,10 +362,12 @@ class Training:
                 session, training_session.id, training_session.current_version
             )
             pending = updates.count_pending(session, training_session.id)
+            number = training_session.current_round
+            groups = neighbors.progress_of(session, training_session.id, [number])
         remaining = None
         if current is not None and current.state == RoundState.OPEN.value:
             remaining = max(0.0, (current.deadline_at - self._context.clock()).total_seconds())
-        return Progress(training_session, current, pending, latest, remaining)
+        return Progress(training_session, current, pending, latest, remaining, groups.get(number))
 
     def list(
         self, request: PageRequest, state: str = "", reference: str = ""
@@ -389,6 +397,13 @@ class Training:
         with self._context.database.read() as session:
             _get(session, training_session_id)
             return training_sessions.list_rounds(session, training_session_id, request)
+
+    def group_progress(
+        self, training_session_id: str, round_numbers: Collection[int]
+    ) -> Mapping[int, GroupProgress]:
+        """Return how far the groups of rounds with secure aggregation with neighbors are; without other rounds."""
+        with self._context.database.read() as session:
+            return neighbors.progress_of(session, training_session_id, round_numbers)
 
     def participation(self, training_session_id: str, round_number: int) -> Participation:
         """Return a round, and its selected devices that sent no update, ordered by id.

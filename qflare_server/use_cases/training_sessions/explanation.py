@@ -3,7 +3,8 @@
 Command line, dashboard, log, metrics and watches print the notices of `Explanations` unchanged. A round that is
 collecting updates gets a notice only when too few devices can take part, when a device reports a failure, when the
 round has missed its quorum, or when half of its time has passed without enough updates. A closed round gets one when
-the helpers for secure aggregation do not answer.
+the helpers for secure aggregation do not answer. With neighbors, a round gets one when more than half of the time for
+a step has passed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +17,22 @@ from sqlalchemy.orm import Session
 from qflare_server.context import Context
 from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.records import Round, TrainingSession
-from qflare_server.storage.repository import device_failures, training_sessions
+from qflare_server.storage.repository import (
+    device_failures,
+    device_names,
+    neighbors,
+    training_sessions,
+)
 from qflare_server.storage.repository.device_failures import MissingDevice
-from qflare_server.storage.tables import RoundState, TrainingSessionState
+from qflare_server.storage.tables import GroupStage, RoundState, TrainingSessionState
 from qflare_server.training.evaluation import awaits_evaluation
 from qflare_server.training.failures import TOO_MANY_FAILED
+from qflare_server.training.neighbor_stages import (
+    advertising_ends_at,
+    has_neighbors,
+    is_awaited,
+    step_timeout,
+)
 from qflare_server.training.rounds import HELPER_AWAITED, MISSED_QUORUM
 
 MAX_LOOKED_AT: Final = 100
@@ -38,6 +50,13 @@ ASK_HELPER: Final = (
 HELPER_PATIENCE_S: Final = 5.0
 STEP_S: Final = 10.0
 """Seconds between two texts of a notice that tells how long a helper has not answered."""
+STEPS: Final = {
+    GroupStage.SHARE.value: "shares",
+    GroupStage.TRAIN.value: "updates",
+    GroupStage.CONFIRM.value: "confirmations of updates",
+    GroupStage.REVEAL.value: "shares that open sums",
+}
+"""What a group waits for at each stage."""
 ENROLL: Final = "enroll more devices, or create a training session with a smaller quorum"
 
 
@@ -90,6 +109,8 @@ class Explanations:
         if row.state != TrainingSessionState.RUNNING.value:
             return []
         current = training_sessions.get_round(session, row.id, row.current_round)
+        if has_neighbors(row.config):
+            return [] if current is None else self._explain_groups(session, row, current)
         if current is not None and current.state == RoundState.CLOSED.value:
             return list(_awaits_helper(row, current, self._context.clock()))
         if current is None or current.state != RoundState.OPEN.value:
@@ -100,6 +121,31 @@ class Explanations:
             *_failed_before(before),
             *self._explain_round(session, row, current, self._context.clock()),
         ]
+
+    def _explain_groups(
+        self, session: Session, row: TrainingSession, current: Round
+    ) -> list[Notice]:
+        """Return what a round with secure aggregation with neighbors waits for."""
+        now, found = self._context.clock(), list[Notice]()
+        if current.state == RoundState.OPEN.value:
+            before = training_sessions.get_round(session, row.id, row.current_round - 1)
+            found += [*_missed_before(before), *_failed_before(before)]
+            is_drawn = current.selected_count != 0
+            count = device_failures.count_participants(
+                session, row.id, current.number, is_drawn=is_drawn
+            )
+            if count < current.quorum:
+                found.append(_too_few(current, count, is_drawn=is_drawn))
+            missing = device_failures.list_missing(
+                session, row.id, current.number, is_drawn=is_drawn, limit=MAX_LOOKED_AT
+            )
+            failed = [item for item in missing if item.kind is not None]
+            if failed:
+                expected = max(count, current.accepted_count)
+                found.append(self._waits(current, expected, failed, now))
+        if current.state in {RoundState.OPEN.value, RoundState.CLOSED.value}:
+            found += _awaited_devices(session, row, current, now)
+        return found
 
     def _explain_round(
         self, session: Session, row: TrainingSession, current: Round, now: datetime
@@ -197,6 +243,50 @@ def _too_few(current: Round, count: int, *, is_drawn: bool) -> Notice:
     how = "were selected and are active" if is_drawn else "can take part"
     text = f"round {current.number} needs {current.quorum} devices, but {count} {how}"
     return Notice("too_few_devices", text, ENROLL)
+
+
+def _awaited_devices(
+    session: Session, row: TrainingSession, current: Round, now: datetime
+) -> Iterator[Notice]:
+    """Explain a round whose groups wait for steps of devices for more than half of the time for it."""
+    groups = neighbors.groups_of(session, row.id, current.number)
+    half, number = step_timeout(row.config) / 2, current.number
+    if not groups:
+        if now >= advertising_ends_at(row.config, current) - half:
+            count = neighbors.count_members(session, row.id, number)
+            text = f"round {number} forms groups when {current.target} devices have advertised keys; {count} have"
+            yield Notice("neighbors_awaited", text, RUN)
+        return
+    begun = {
+        group.number: group.stage
+        for group in groups
+        if not group.has_ended
+        and (
+            _is_half_over(current, now)
+            if group.stage == GroupStage.TRAIN.value
+            else now >= group.deadline_at - half
+        )
+    }
+    if not begun:
+        return
+    updated = neighbors.update_digests(session, row.id, number)
+    missing: dict[str, list[str]] = {}
+    for item in neighbors.members_of(session, row.id, number):
+        stage = begun.get(item.group_number or 0, "")
+        if is_awaited(item, stage, updated):
+            missing.setdefault(stage, []).append(item.device_id)
+    ids = sorted(device for found in missing.values() for device in found)[:MAX_LOOKED_AT]
+    if not ids:
+        return
+    names = device_names.names_of(session, ids)
+    parts = [f"{STEPS[stage]} by {_counted(len(found))}" for stage, found in missing.items()]
+    text = f"round {current.number} waits for {', '.join(parts)}: "
+    shown = [names.get(device, device) for device in ids]
+    yield Notice("neighbors_awaited", text + _list(shown), RUN, ids, shown)
+
+
+def _counted(count: int) -> str:
+    return f"{count} device{'s' if count != 1 else ''}"
 
 
 def _awaits(row: TrainingSession, current: Round) -> Notice:

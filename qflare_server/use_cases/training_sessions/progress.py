@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qflare_server.storage.records import GlobalModel, Round, TrainingSession
+from qflare_server.storage.repository.neighbors import GroupProgress
 from qflare_server.storage.tables import RoundState
 
 
@@ -16,6 +17,7 @@ class Progress:
     pending_count: int
     latest: GlobalModel | None
     remaining_s: float | None
+    groups: GroupProgress | None = None
 
     @property
     def missing_count(self) -> int:

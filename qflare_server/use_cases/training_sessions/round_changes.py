@@ -136,6 +136,12 @@ def _require_free(config: training_pb2.TrainingConfig, wanted: training_pb2.Trai
                 "task with that of its version",
                 field=field,
             )
+        if config.secure_aggregation.mode:
+            raise InvalidRequestError(
+                f"{field}: cannot be changed with secure aggregation: transcripts name the configuration of a round's "
+                "task, which must be that of its version",
+                field=field,
+            )
         if config.privacy.noise_multiplier and field != "deadline":
             raise InvalidRequestError(
                 f"{field}: cannot be changed with differential privacy: the noise is calibrated for it",

@@ -16,12 +16,14 @@ from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
+from qflare.v1 import security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
     ConflictError,
     DeviceRevokedError,
     DeviceSuspendedError,
     DuplicateUpdateError,
+    InvalidRequestError,
     NotSelectedError,
     QflareError,
     RoundNotOpenError,
@@ -38,15 +40,18 @@ from qflare_server.storage.repository import (
     devices,
     global_models,
     membership,
+    neighbors,
     round_capacity,
     training_sessions,
     updates,
 )
 from qflare_server.storage.repository.audit import Caller, Event
+from qflare_server.storage.repository.neighbors import SharerFacts
 from qflare_server.storage.repository.round_capacity import RoundCapacity
 from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState, UpdateState
 from qflare_server.training.evaluation import awaits_evaluation
+from qflare_server.training.neighbor_stages import has_neighbors
 from qflare_server.training.reported_metrics import whole_epochs
 from qflare_server.training.rounds import is_in_process, origin_of
 from qflare_server.training.strategy import is_asynchronous
@@ -294,6 +299,11 @@ class _Admission:
             if facts.config.groups
             else None
         )
+        self._sharers = (
+            neighbors.sharers_among(session, facts.training_session_id, facts.number, device_ids)
+            if has_neighbors(facts.config)
+            else None
+        )
         self._selected = (
             training_sessions.selected_among(
                 session, facts.training_session_id, facts.number, device_ids
@@ -348,6 +358,8 @@ class _Admission:
         refusal = refusal or self._refuse_round(statement.base_version)
         if refusal is not None:
             return refusal
+        if self._sharers is not None:
+            return _refuse_masks(self._sharers.get(statement.device_id), statement)
         if self._selected is not None and statement.device_id not in self._selected:
             return NotSelectedError()
         return None
@@ -399,6 +411,18 @@ def refuse_device(state: str | None) -> QflareError | None:
         return DeviceRevokedError()
     if state != DeviceState.ACTIVE.value:
         return DeviceSuspendedError(f"the device is {state}")
+    return None
+
+
+def _refuse_masks(
+    known: SharerFacts | None, statement: security_pb2.UpdateStatement
+) -> QflareError | None:
+    """Return why the sum cannot hold an update with the masks that it names, None if it can."""
+    if known is None:
+        return RoundNotOpenError("the device is in no group that waits for updates")
+    named = statement.masking.neighbors
+    if known != (named.advertisement_digest, named.roster_digest, named.sharers_digest):
+        return InvalidRequestError("masking: of another group", field="header.statement")
     return None
 
 

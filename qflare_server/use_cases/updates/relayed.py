@@ -2,7 +2,9 @@
 
 The caller transports the updates. Each is authenticated by the signature of its own device, which is verified before
 anything else that its statement names is looked up, and passes the same checks and the same acceptance as an update
-that its device uploads itself. An update that is refused does not affect the others.
+that its device uploads itself. An update that is refused does not affect the others. What has to be looked up is looked
+up for all updates of the call at once: the devices, the evidence for their keys, and the training sessions that they
+take part in.
 
 Each update counts as a call of its device, each update without a valid signature as a call of the caller.
 """
@@ -11,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+
+from sqlalchemy.orm import Session
 
 from qflare.protocol.constraints import find_violations
 from qflare.v1 import coordinator_service_pb2, security_pb2
@@ -22,6 +26,7 @@ from qflare_server.errors import (
     QflareError,
     RoundNotOpenError,
     StaleBaseVersionError,
+    TrainingSessionNotFoundError,
     UpdateTooLargeError,
 )
 from qflare_server.storage.payload_records import ReceivedPayload
@@ -46,6 +51,7 @@ class _Item:
     update: coordinator_service_pb2.SmallUpdate
     statement: security_pb2.UpdateStatement | None = None
     device: Contributor | None = None
+    takes_part: bool = False
     signature: bytes = b""
     submission: Submission | None = None
     received: ReceivedPayload | None = None
@@ -92,10 +98,12 @@ class RelayedUpdates:
         items = [_Item(update) for update in updates]
         _each(items, _parse)
         signers = self._find_signers(items)
+        self._prove_keys(items, signers)
         allowance = _Allowance(self._unsigned, carrier.device_id)
         _each(items, partial(self._authenticate, allowance, signers))
-        self._look_up_relations(items)
-        _each(items, partial(self._check, signers))
+        self._find_participants(items)
+        _each(items, self._check)
+        self._note_presence(items, signers)
         _each(items, self._receive)
         self._accept(caller, items)
         self._record_late(items)
@@ -110,6 +118,16 @@ class RelayedUpdates:
         named = {item.statement.device_id for item in items if item.statement is not None}
         with self._context.database.read() as session:
             return devices.signers_of(session, named)
+
+    def _prove_keys(self, items: Sequence[_Item], signers: Mapping[str, Signer]) -> None:
+        """Look up the evidence for the keys of all updates at once; each update then finds its key's in memory."""
+        named = []
+        for item in items:
+            if item.statement is not None and item.update.header.statement.signatures:
+                signer = signers.get(item.statement.device_id)
+                if signer is not None and signer.key_id == item.statement.key_id:
+                    named.append((item.statement.device_id, item.statement.key_id))
+        self._context.identities.problems(named)
 
     def _authenticate(
         self, allowance: "_Allowance", signers: Mapping[str, Signer], item: _Item
@@ -127,31 +145,42 @@ class RelayedUpdates:
                 allowance.spend()
                 raise
 
-    def _look_up_relations(self, items: Sequence[_Item]) -> None:
+    def _find_participants(self, items: Sequence[_Item]) -> None:
         """Look up which devices take part in the training sessions, for all authentic updates at once."""
-        named: dict[str, set[str]] = {}
+        named: dict[str, list[_Item]] = {}
         for item in items:
             if item.outcome is None and item.statement is not None:
-                members = named.setdefault(item.statement.training_session_id, set())
-                members.add(item.statement.device_id)
-        for training_session_id, device_ids in named.items():
-            self._access.look_up(training_session_id, device_ids)
+                named.setdefault(item.statement.training_session_id, []).append(item)
+        for training_session_id, members in named.items():
+            signed_by = {_device_of(item).device_id for item in members}
+            found = self._access.participants(training_session_id, signed_by)
+            for item in members:
+                item.takes_part = _device_of(item).device_id in found
 
-    def _check(self, signers: Mapping[str, Signer], item: _Item) -> None:
+    def _check(self, item: _Item) -> None:
         """Check the header of an authentic update."""
-        statement, device = item.statement, item.device
+        statement, device = item.statement, _device_of(item)
         assert statement is not None
-        assert device is not None
         self._of_devices.take(device.device_id)
-        self._access.require_relation(device.device_id, statement.training_session_id)
+        if not item.takes_part:
+            raise TrainingSessionNotFoundError
         item.submission = self._uploads.headers.check_authenticated(
             device, item.update.header, statement, item.signature
         )
-        if signers[device.device_id].state == DeviceState.INACTIVE.value:
-            self._context.database.write(
-                lambda session: devices.reactivate(session, device.device_id)
-            )
-        self._presence.note(device.device_id, self._context.clock())
+
+    def _note_presence(self, items: Sequence[_Item], signers: Mapping[str, Signer]) -> None:
+        """Note that the devices of valid headers are alive, and make those active that were inactive."""
+        at = self._context.clock()
+        present = {_device_of(item).device_id for item in items if item.submission is not None}
+        for device_id in present:
+            self._presence.note(device_id, at)
+        inactive = [
+            device_id
+            for device_id in sorted(present)
+            if signers[device_id].state == DeviceState.INACTIVE.value
+        ]
+        if inactive:
+            self._context.database.write(partial(_reactivate, device_ids=inactive))
 
     def _receive(self, item: _Item) -> None:
         """Check the payload of an update."""
@@ -240,6 +269,16 @@ def _contributor(device_id: str, signer: Signer | None) -> Contributor:
     if signer is None:
         return Contributor(device_id, None)
     return Contributor(device_id, signer.key_id, signer.key_algorithm, signer.public_key)
+
+
+def _device_of(item: _Item) -> Contributor:
+    assert item.device is not None
+    return item.device
+
+
+def _reactivate(session: Session, device_ids: Sequence[str]) -> None:
+    for device_id in device_ids:
+        devices.reactivate(session, device_id)
 
 
 def _outcome(item: _Item) -> Outcome:

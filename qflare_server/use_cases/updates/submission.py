@@ -309,6 +309,15 @@ def require_identity(context: Context, device_id: str, key_id: str, key: PublicK
         raise InvalidSignatureError("key_id: it is not the id of the device's current key")
 
 
+def contributor_key(contributor: Contributor) -> PublicKey:
+    """Return the key of a device.
+
+    Raises:
+        InvalidSignatureError: It has none.
+    """
+    return _key(contributor.algorithm, contributor.public_key)
+
+
 @lru_cache(maxsize=REMEMBERED_KEYS)
 def _key(algorithm: int | None, data: bytes | None) -> PublicKey:
     """Return a device's key, loaded once."""

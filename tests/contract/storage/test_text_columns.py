@@ -63,6 +63,8 @@ LONGEST: Final[dict[str, int]] = {
     "model_updates.origin": longest(tables.UpdateOrigin),
     "model_updates.state": longest(tables.UpdateState),
     "model_updates.state_reason": 500,
+    "neighbor_groups.stage": longest(tables.GroupStage),
+    "neighbor_groups.stage_reason": 500,
     "payloads.location": len("store"),
     "payloads.store": len("database"),
     "uploads.store": len("database"),

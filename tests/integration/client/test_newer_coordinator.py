@@ -16,6 +16,7 @@ from qflare_client import Client, QflareClientError, Receipt, enroll
 from qflare_client.rpc.retry import RetryPolicy
 from qflare_server.keys.folder import KeyFolder
 from tests.integration.client.test_device import ONE_DEVICE, take_part, wait_for_training
+from tests.integration.secure_aggregation.test_neighbors import session_of, take_step, train
 from tests.support.newer_coordinator import NewerCoordinator, enum_paths
 
 Deploy = Callable[..., Any]
@@ -24,6 +25,8 @@ NOT_NEEDED = {
     "GetTask.task.!.transfer.payload_retention",
     "GetTask.transfer.payload_retention",
     "Heartbeat.state",
+    # The keyset in force has the keys of all receipts.
+    "GetTask.neighbors.earlier_keysets.signatures.algorithm",
     # The signed statement decides.
     "GetGlobalModel.header.global_model.download.encoding",
 }
@@ -39,8 +42,12 @@ class Walk:
         self._number = 0
         keys = KeyFolder(deployment.config.data_dir / "keys")
         signers = [*keys.read_root().signing_keys(), *keys.read_online().signing_keys()]
-        self.newer = NewerCoordinator(deployment.coordinator.address, signers)
         client, other = deployment.device("original"), deployment.device("other")
+        third = deployment.device("third")
+        signers += [each._login.identity.keys.signing for each in (other, third)]
+        other.rotate_keys()
+        signers.append(other._login.identity.keys.signing)
+        self.newer = NewerCoordinator(deployment.coordinator.address, signers)
         self._done = deployment.session(
             rounds=ONE_DEVICE,
             total_rounds=3,
@@ -50,7 +57,24 @@ class Walk:
         take_part(other, self._done)  # a version between the one that the device knows and the last
         wait_for_training(other, self._done)
         self._open = deployment.session(rounds=training_pb2.RoundPolicy(quorum=2))
+        self._groups = self._wait_in_groups([client, other, third])
         client.close()
+
+    def _wait_in_groups(self, clients: list[Client]) -> dict[str, str]:
+        """Return training sessions by the field that they show the device of the group in which it is."""
+        made = {
+            field: session_of(self._deployment, 3, 3, corrupt_fraction=0.1)
+            for field in ("members", "boxes", "confirmations")
+        }
+        for session_id in made.values():
+            take_step(self._deployment, session_id, clients, "")
+        take_step(self._deployment, made["boxes"], clients, "has_shares")
+        session_id = made["confirmations"]
+        take_step(self._deployment, session_id, clients, "has_shares")
+        for index, each in enumerate(clients):
+            train(each, session_id, index, {})
+        take_step(self._deployment, session_id, clients, "has_confirmed")
+        return made | {"earlier_keysets": made["members"]}
 
     def home(self) -> Path:
         """Return a copy of the device's key store."""
@@ -58,10 +82,13 @@ class Walk:
         return Path(shutil.copytree(self._folder / "original", self._folder / f"{self._number}"))
 
     def use_everything(self) -> None:
-        """Make every call of a device that answers with an enum."""
+        """Make every call of a device that answers with an enum; take part in groups only where one is changed."""
         with Client(
             home=self.home(), address=self.newer.address, retry=RetryPolicy(total_time_s=5)
         ) as client:
+            if self.newer.path.startswith("GetTask.neighbors."):
+                client.get_task(self._groups[self.newer.path.split(".")[2]])
+                return
             client.heartbeat()
             task = client.get_task(self._open)
             base = client.download_base(task)

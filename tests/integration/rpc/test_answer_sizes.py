@@ -26,7 +26,7 @@ from qflare_server.training import config as training_config
 from qflare_server.training.config import require_trainable
 from qflare_server.use_cases.access.tokens import MAX_TOKENS
 from qflare_server.use_cases.training_sessions.administration import MAX_ARCHITECTURE_BYTES
-from tests.integration.conftest import Deployment
+from tests.integration.conftest import CHEAP, Deployment
 
 MOST_BYTES: Final = 4 * 2**20
 WIDE: Final = "\N{MATHEMATICAL SCRIPT SMALL A}"
@@ -382,7 +382,7 @@ def test_a_device_follows_roots_that_come_in_several_answers(
     deployment = deploy()
     for _ in range(3):
         rotate_root(
-            KeyFolder(deployment.config.data_dir / "keys"),
+            KeyFolder(deployment.config.data_dir / "keys", cost=CHEAP),
             deployment.coordinator.parts.database,
             deployment.coordinator.parts.context.clock(),
         )

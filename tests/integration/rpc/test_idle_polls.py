@@ -1,16 +1,13 @@
 """Polls of devices that have nothing to do: no query, and every change is seen in time, whoever makes it."""
 
 import logging
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from sqlalchemy import event
 
 from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import coordinator_service_pb2 as device_calls
@@ -26,13 +23,13 @@ from qflare_server.serving.rpc import interceptor
 from qflare_server.serving.rpc.incoming import IncomingCall
 from qflare_server.serving.rpc.thread_pools import FairPool
 from qflare_server.storage.epochs import MAX_AGE_S
+from tests.support.queries import counted_queries
 from tests.support.raw_device import RawDevice, reason_of
 from tests.support.steady_time import SteadyTime
 
 Deploy = Callable[..., Any]
 Pair = tuple[Any, Any]
 ONE_DEVICE = training_pb2.RoundPolicy(quorum=1, deadline=Duration(seconds=60))
-CALL_THREADS = ("device-", "anonymous-", "Thread-")
 POLLS = 50
 
 
@@ -47,25 +44,6 @@ def pair(deploy: Deploy, steady_time: SteadyTime) -> Pair:
     first, second = deploy(lease_s=1.0), deploy(lease_s=1.0)
     first.coordinator.parts.database._epochs._monotonic = steady_time
     return first, second
-
-
-@contextmanager
-def counted_queries(deployment: Any) -> Iterator[list[str]]:
-    """Give the statements that threads of calls send to the database, and reads of the counts of changes."""
-    database = deployment.coordinator.parts.database
-    statements: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_others: Any) -> None:
-        if threading.current_thread().name.startswith(CALL_THREADS):
-            statements.append(statement)
-
-    event.listen(database.engine, "before_cursor_execute", note)
-    reads = database._epochs.read_count
-    try:
-        yield statements
-    finally:
-        event.remove(database.engine, "before_cursor_execute", note)
-        statements += ["epochs"] * (database._epochs.read_count - reads)
 
 
 def call(deployment: Any, method: str, /, **fields: Any) -> Any:

@@ -25,7 +25,30 @@ STATEMENTS: Final[dict[str, tuple[type[Any], SigningContext, str]]] = {
         "statement",
     ),
     "RotateKeys": (security_pb2.KeyRotation, SigningContext.ROTATION, "rotation"),
+    "advertisement": (
+        security_pb2.NeighborAdvertisement,
+        SigningContext.NEIGHBOR_ADVERTISEMENT,
+        "advertisement",
+    ),
+    "shares": (
+        security_pb2.NeighborShares,
+        SigningContext.NEIGHBOR_SHARES,
+        "shares.statement",
+    ),
+    "confirmation": (
+        security_pb2.NeighborConfirmation,
+        SigningContext.NEIGHBOR_CONFIRMATION,
+        "confirmation",
+    ),
+    "reveal": (security_pb2.NeighborReveal, SigningContext.NEIGHBOR_REVEAL, "reveal"),
 }
+"""By method, or by step of `SecureAggregationStep`: statement, context, and path of the envelope in the request."""
+BOX: Final = security_pb2.NeighborBox(
+    recipient_digest="a" * 64,
+    sealed_shares=b"sealed",
+    mask_share_digest="a" * 64,
+    self_share_digest="a" * 64,
+)
 HOSTILE: Final = ("a\0b", "a\nb", "x" * 5000)
 
 
@@ -74,7 +97,14 @@ def call(device: RawDevice, method: str, envelope: security_pb2.SignedEnvelope) 
             pb.RotateKeysRequest(rotation=envelope), metadata=device.metadata, timeout=30
         ),
     }
-    return answers[method]()
+    if method in answers:
+        return answers[method]()
+    request = pb.SecureAggregationStepRequest()
+    if method == "shares":
+        request.shares.CopyFrom(pb.SharedSecrets(statement=envelope, boxes=[BOX]))
+    else:
+        getattr(request, method).CopyFrom(envelope)
+    return device.stub.SecureAggregationStep(request, metadata=device.metadata, timeout=30)
 
 
 def signed(device: RawDevice, method: str, statement: Any) -> security_pb2.SignedEnvelope:

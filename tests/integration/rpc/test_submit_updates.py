@@ -24,6 +24,7 @@ from qflare_client import (
 from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import Device, ModelUpdate
 from tests.integration.conftest import Deployment
+from tests.support.queries import counted_queries
 from tests.support.raw_device import Draft, RawDevice, reason_of
 
 Deploy = Callable[..., Deployment]
@@ -215,6 +216,26 @@ def test_updates_of_many_batches_are_accepted_in_order(deploy: Deploy) -> None:
 
     assert {outcome.receipt.acceptance_sequence for outcome in answer.outcomes} == {1}
     assert stored(deployment) == 1
+
+
+@pytest.mark.parametrize("groups", [[], ["ward-3"]])
+def test_one_update_takes_as_many_queries_as_many(deploy: Deploy, groups: list[str]) -> None:
+    """Of devices that the coordinator has not heard of since it was started."""
+    deployment, restarted = deploy(), deploy()
+    session_id = deployment.session(rounds=ROUNDS, groups=groups)
+    carrier, *members = (raw(deployment, f"device-{number}", *groups) for number in range(7))
+    task = carrier.task(session_id)
+    updates = [small(member, member.draft(task, WEIGHTS)) for member in members]
+    carrier.stub = restarted.devices_stub
+    assert send(carrier, pb.SmallUpdate()) == ["INVALID_REQUEST"], "the carrier is known now"
+
+    counts = []
+    for part in ([updates[0]], updates[1:]):
+        with counted_queries(restarted) as queries:
+            assert send(carrier, *part) == [""] * len(part)
+        counts.append(len([query for query in queries if query != "epochs"]))
+
+    assert counts[1] <= counts[0]
 
 
 def signed(client: Client, session_id: str, value: float = 2.0) -> SignedUpdate:

@@ -56,7 +56,7 @@ def config_of(
     helpers = [helper.helper_id for helper in made.helpers]
     if is_masked:
         mode = training_pb2.SECURE_AGGREGATION_MODE_HELPER
-        config["secure_aggregation"] = {"mode": mode, "helpers": helpers}
+        config.setdefault("secure_aggregation", {"mode": mode, "helpers": helpers})
     asked = {"max_examples": 20, "unmasked": not is_masked, **question}
     query = training_pb2.AnalyticsQuery(**asked)
     return training_pb2.TrainingConfig(analytics=query, **config)
@@ -286,6 +286,7 @@ REFUSED: Final[list[tuple[str, dict[str, Any], dict[str, Any]]]] = [
     ("safeguards.clip_norm", {}, {"safeguards": {"clip_norm": 1.0}}),
     ("evaluation.every_rounds", {}, {"evaluation": {"every_rounds": 1}}),
     ("device_training", {}, {"device_training": {"batch_size": 1}}),
+    ("secure_aggregation.mode", {}, {"secure_aggregation": {"mode": 2}}),
 ]
 
 

@@ -12,7 +12,8 @@ from qflare.v1 import training_pb2, verification_pb2
 from qflare_client import Client
 from qflare_server.aggregation import aggregator
 from qflare_server.aggregation.fold import RoundFold
-from qflare_server.aggregation.masked_fold import BOUND_TO_STATEMENTS, open_fold
+from qflare_server.aggregation.folds import open_fold
+from qflare_server.aggregation.masked_fold import BOUND_TO_STATEMENTS
 from qflare_server.aggregation.plan import RoundPlan
 from qflare_server.context import Context, utc_now
 from qflare_server.strategies import REVISION

@@ -142,6 +142,24 @@ class Assault:
         )
         self._send("ReportFailure", request)
 
+    def _SecureAggregationStep(self, number: int) -> None:
+        key = self._device.identity.keys.signing
+        statement = security_pb2.NeighborAdvertisement(
+            realm="qflare",
+            training_session_id=self._session_id,
+            round_number=1,
+            task_digest=f"{number:064x}",
+            device_id=self._device.identity.device_id,
+            key_id=key.public.key_id,
+            channel_key=self._device.identity.keys.kem.public.to_proto(),
+            mask_key=self._device.identity.keys.kem.public.to_proto(),
+            self_seed_digest="0" * 64,
+            nonce=bytes(32),
+        )
+        signed = sign_envelope(key, SigningContext.NEIGHBOR_ADVERTISEMENT, statement)
+        request = pb.SecureAggregationStepRequest(advertisement=signed)
+        self._send("SecureAggregationStep", request)
+
     def _Heartbeat(self, number: int) -> None:
         profile = device_pb2.DeviceProfile(device_type=f"type-{number}")
         self._send("Heartbeat", pb.HeartbeatRequest(profile=profile))

@@ -126,6 +126,24 @@ class Reach:
         request = pb.ReportFailureRequest(training_session_id=self._session_id, kind="Error")
         return self._device.stub.ReportFailure(request, metadata=self._device.metadata)
 
+    def _SecureAggregationStep(self) -> Any:
+        key = self._device.identity.keys.signing
+        statement = security_pb2.NeighborAdvertisement(
+            realm="qflare",
+            training_session_id=self._session_id,
+            round_number=1,
+            task_digest="0" * 64,
+            device_id=self._device.identity.device_id,
+            key_id=key.public.key_id,
+            channel_key=self._device.identity.keys.kem.public.to_proto(),
+            mask_key=self._device.identity.keys.kem.public.to_proto(),
+            self_seed_digest="0" * 64,
+            nonce=bytes(32),
+        )
+        signed = sign_envelope(key, SigningContext.NEIGHBOR_ADVERTISEMENT, statement)
+        request = pb.SecureAggregationStepRequest(advertisement=signed)
+        return self._device.stub.SecureAggregationStep(request, metadata=self._device.metadata)
+
     def _GetContributionProof(self) -> Any:
         request = pb.GetContributionProofRequest(update_id=self._update)
         return self._device.stub.GetContributionProof(request, metadata=self._device.metadata)
@@ -161,6 +179,7 @@ def test_whoever_is_outside_reaches_nothing_by_any_method(deployment: Any) -> No
             "SubmitUpdate",
             "SubmitUpdates",
             "ReportEvaluation",
+            "SecureAggregationStep",  # the session has no neighbors
         }:  # the insider's own are accepted below
             own(method)
         reason = refused(partial(foreign, method))

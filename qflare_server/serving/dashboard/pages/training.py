@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+from qflare.v1 import training_pb2
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext, whole
 from qflare_server.serving.dashboard.pages import curves
 from qflare_server.serving.dashboard.pages.roll import roll
 from qflare_server.storage.records import ModelUpdate, Round, TrainingSession
-from qflare_server.storage.tables import RoundState, TrainingSessionState, UpdateOrigin
+from qflare_server.storage.repository.neighbors import GroupProgress
+from qflare_server.storage.tables import GroupStage, RoundState, TrainingSessionState, UpdateOrigin
 from qflare_server.training.objective import objective_of
 from qflare_server.use_cases.training_sessions.progress import Progress
 
@@ -67,6 +69,22 @@ class RoundRow:
     deadline: Moment | None
 
 
+NEIGHBOR_STAGES: Final = {
+    RoundState.OPEN.value: "devices form groups, share secrets and send masked updates",
+    RoundState.CLOSED.value: "devices confirm the updates and open the sums of their groups",
+}
+"""Stage of secure aggregation with neighbors by state of the round, where it is another one."""
+
+GROUP_STAGES: Final = {
+    GroupStage.SHARE.value: "waiting for shares",
+    GroupStage.TRAIN.value: "waiting for updates",
+    GroupStage.CONFIRM.value: "waiting for confirmations",
+    GroupStage.REVEAL.value: "waiting for revealed shares",
+    GroupStage.OPENED.value: "opened",
+    GroupStage.ABORTED.value: "aborted",
+}
+"""Stage of a group."""
+
 MASKING_STAGES: Final = {
     RoundState.OPEN.value: "takes masked updates",
     RoundState.CLOSED.value: "asks the helpers for the sum of the masks",
@@ -104,6 +122,8 @@ class MaskedRound:
     min_cohort: int
     max_cohort: int
     helper_ids: Sequence[str]
+    groups: str
+    devices: str
 
 
 @dataclass(frozen=True)
@@ -170,17 +190,42 @@ def round_row(row: Round, visit: PageContext) -> RoundRow:
     )
 
 
-def masked_round(owner: TrainingSession, row: Round) -> MaskedRound | None:
+def masked_round(
+    owner: TrainingSession, row: Round, groups: GroupProgress | None
+) -> MaskedRound | None:
     """Return the stage and the cohort of a round with secure aggregation; None without it."""
     policy = owner.config.secure_aggregation
     if not policy.mode:
         return None
+    stages = MASKING_STAGES
+    if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
+        stages = MASKING_STAGES | NEIGHBOR_STAGES
     return MaskedRound(
-        MASKING_STAGES[row.state],
+        stages[row.state],
         max(0, row.accepted_count - row.rejected_count),
         policy.min_cohort,
         policy.max_cohort,
         [helper_id[:16] for helper_id in policy.helpers],
+        _groups(groups),
+        _devices(groups),
+    )
+
+
+def _groups(found: GroupProgress | None) -> str:
+    """Return how many groups are at each stage; empty without groups."""
+    counts = {} if found is None else found.groups
+    return ", ".join(
+        f"{counts[stage]} {text}" for stage, text in GROUP_STAGES.items() if stage in counts
+    )
+
+
+def _devices(found: GroupProgress | None) -> str:
+    """Return how many devices have come how far in secure aggregation with neighbors; empty without it."""
+    if found is None:
+        return ""
+    return (
+        f"{found.advertised_count} advertised, {found.sharer_count} shared secrets, "
+        f"{found.survivor_count} are in sums"
     )
 
 
@@ -217,6 +262,7 @@ def build_round(visit: PageContext) -> Mapping[str, Any]:
     found = visit.use_cases.training.participation(training_session_id, number)
     page = visit.use_cases.training.list_updates(training_session_id, number, visit.rows(50))
     owner = visit.use_cases.training.get(training_session_id)
+    groups = visit.use_cases.training.group_progress(training_session_id, [number])
     names = visit.use_cases.devices.names_of(
         [*(row.device_id for row in page.rows), *found.absent_ids]
     )
@@ -224,7 +270,7 @@ def build_round(visit: PageContext) -> Mapping[str, Any]:
         "session": session_row(owner, visit),
         "roll": roll(owner, found.round, visit),
         "round": round_row(found.round, visit),
-        "masked": masked_round(owner, found.round),
+        "masked": masked_round(owner, found.round, groups.get(number)),
         "updates": [_update_row(row, found.round.opened_at, names) for row in page.rows],
         "absent": [(item, names.get(item, item)) for item in found.absent_ids],
         "next_token": page.next_token,

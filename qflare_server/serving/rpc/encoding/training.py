@@ -8,6 +8,8 @@ from qflare.v1 import training_pb2
 from qflare_server.serving.rpc.encoding import values, versions
 from qflare_server.serving.rpc.encoding.values import duration, timestamp
 from qflare_server.storage.records import Round, TrainingSession
+from qflare_server.storage.repository.neighbors import GroupProgress
+from qflare_server.storage.tables import GroupStage
 from qflare_server.training.objective import objective_of
 from qflare_server.training.strategy import warnings_of
 from qflare_server.use_cases.training_sessions.explanation import Notice
@@ -73,8 +75,28 @@ def validated(
     )
 
 
-def training_round(row: Round | None) -> training_pb2.Round | None:
-    """Encode a round; None for none."""
+def group_progress(found: GroupProgress | None) -> training_pb2.NeighborProgress | None:
+    """Encode how far the groups of a round are; None for none."""
+    if found is None:
+        return None
+    groups = found.groups
+    return training_pb2.NeighborProgress(
+        advertised_count=found.advertised_count,
+        sharer_count=found.sharer_count,
+        survivor_count=found.survivor_count,
+        sharing_group_count=groups.get(GroupStage.SHARE.value, 0),
+        training_group_count=groups.get(GroupStage.TRAIN.value, 0),
+        confirming_group_count=groups.get(GroupStage.CONFIRM.value, 0),
+        revealing_group_count=groups.get(GroupStage.REVEAL.value, 0),
+        opened_group_count=groups.get(GroupStage.OPENED.value, 0),
+        aborted_group_count=groups.get(GroupStage.ABORTED.value, 0),
+    )
+
+
+def training_round(
+    row: Round | None, groups: GroupProgress | None = None
+) -> training_pb2.Round | None:
+    """Encode a round, with how far its groups are; None for none."""
     if row is None:
         return None
     took = None
@@ -98,6 +120,7 @@ def training_round(row: Round | None) -> training_pb2.Round | None:
         close_time=timestamp(row.closed_at),
         publish_time=timestamp(row.published_at),
         publish_duration=duration(took),
+        neighbors=group_progress(groups),
     )
 
 
