@@ -18,7 +18,7 @@ def test_every_name_is_found_and_listed(name: str) -> None:
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'simulat'"):
-        qflare_simulation.simulat  # type: ignore[attr-defined]  # noqa: B018
+        qflare_simulation.simulat  # noqa: B018
 
 
 def test_a_process_of_the_pool_imports_no_coordinator() -> None:
