@@ -38,12 +38,12 @@ TORCH_INDEX ?=
 MESSAGE_PROTOS := $(wildcard protos/qflare/v1/*.proto)
 SERVICE_PROTOS := $(wildcard protos/qflare/v1/*_service.proto)
 PYTEST_ARGS ?=
-PYTEST = $(BIN)/python -m pytest --numprocesses logical --dist loadfile
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-flower tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-s3 test-all test-frameworks check \
+.PHONY: help install install-flower environments tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-s3 test-all test-frameworks check \
 	audit bench bench-fleet bench-soak demo demo-secure notebooks strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
@@ -56,6 +56,8 @@ $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,hsm,oidc,object-store,admin,plot,tensorboard,mlflow,otel,simulation,demo,test,dev]'
 	@touch $@
+
+environments: $(INSTALLED) $(PROTOC_INSTALLED) $(FLOWER_INSTALLED) $(NOTEBOOKS_INSTALLED) $(MOTO_INSTALLED) ## create every environment that make check uses; with --jobs side by side
 
 install-flower: $(FLOWER_INSTALLED) ## create the environments with two versions of Flower, for the tests of its apps
 

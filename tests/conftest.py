@@ -36,6 +36,11 @@ settings.register_profile(
 settings.load_profile("qflare")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers of `--numprocesses auto`: tests wait for half of their time."""
+    return (os.cpu_count() or 1) + 1
+
+
 class FakeClock:
     """A clock that moves when it is told to; thread-safe."""
 

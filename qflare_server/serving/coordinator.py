@@ -25,12 +25,13 @@ from qflare_server.config import UNIX_SOCKETS, WORKER_VARIABLE, ServerConfig
 from qflare_server.context import Clock, Telemetry
 from qflare_server.serving.application import Application
 from qflare_server.serving.dashboard import open_dashboard
-from qflare_server.serving.listeners import HealthListener, HealthService, bind
+from qflare_server.serving.listeners import HealthListener, bind
 from qflare_server.serving.maintenance import Maintenance
 from qflare_server.serving.observability import Observability
 from qflare_server.serving.rpc.admin_service import AdminServicer
 from qflare_server.serving.rpc.coordinator_service import CoordinatorServicer
 from qflare_server.serving.rpc.dispatcher import Dispatcher
+from qflare_server.serving.rpc.health import HealthService
 from qflare_server.serving.rpc.idle_polls import IdlePolls
 from qflare_server.serving.rpc.interceptor import CallInterceptor
 from qflare_server.serving.rpc.limits import StreamLimits, Watchdog, channel_options

@@ -7,14 +7,15 @@ A port that cannot be bound is a configuration error that names the setting and 
 import os
 import socket
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import unquote
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from qflare_server.config import UNIX_SOCKETS, ConfigError, ServerConfig
 from qflare_server.serving.rpc.dispatcher import Dispatcher
+from qflare_server.serving.rpc.health import HealthService
 from qflare_server.serving.rpc.limits import channel_options
 from qflare_server.serving.rpc.validation import RequestValidation
 
@@ -104,32 +105,6 @@ def _reason(address: str) -> str:
     return "the address is in use or not of this machine"
 
 
-class HealthService(health.HealthServicer):  # type: ignore[misc]  # the library has no types
-    """The health service with all its methods; the library lacks `List`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._states: dict[str, int] = {}
-
-    def set(self, service: str, status: Any) -> None:
-        """Set the state of a service; the empty name is the coordinator as a whole."""
-        self._states[service] = status
-        super().set(service, status)
-
-    def List(  # noqa: N802 - the contract's name
-        self,
-        request: health_pb2.HealthListRequest,  # noqa: ARG002
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> health_pb2.HealthListResponse:
-        """Return the state of every service."""
-        states = dict(self._states)
-        return health_pb2.HealthListResponse(
-            statuses={
-                name: health_pb2.HealthCheckResponse(status=state) for name, state in states.items()
-            }
-        )
-
-
 class HealthListener:
     """The health service on a separate plaintext port.
 
@@ -146,7 +121,7 @@ class HealthListener:
     def __init__(
         self,
         config: ServerConfig,
-        servicer: health.HealthServicer,
+        servicer: HealthService,
         dispatcher: Dispatcher,
         boundary: grpc.ServerInterceptor,
     ) -> None:

@@ -50,9 +50,9 @@ class WaitWatchdog:
         """Run a blocking call of the driver; past the limit it fails like a call on a reset connection."""
         key = id(connection)
         self._waits[key] = time.monotonic(), connection
-        if self._thread is None:  # after the entry: a thread that ends looks for entries last
-            self._start()
         try:
+            if self._thread is None:  # after the entry: a thread that ends looks for entries last
+                self._start()
             return call()
         finally:
             self._waits.pop(key, None)
@@ -60,10 +60,12 @@ class WaitWatchdog:
     def _start(self) -> None:
         with self._started:
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="database-watchdog", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="database-watchdog", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the limit of the process or of the machine
+                    raise psycopg2.OperationalError(f"no watchdog: {error}") from error
+                self._thread = thread
 
     def _run(self) -> None:
         latest = time.monotonic()

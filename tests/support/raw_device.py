@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
@@ -18,6 +18,7 @@ from qflare.v1 import security_pb2
 from qflare_client import Client
 
 MessageT = TypeVar("MessageT", bound=Message)
+TIMEOUT_S: Final = 30.0
 
 
 @dataclass
@@ -46,7 +47,9 @@ class RawDevice:
     def task(self, session_id: str = "") -> pb.GetTaskResponse:
         """Ask for a task."""
         request = pb.GetTaskRequest(training_session_id=session_id)
-        answer: pb.GetTaskResponse = self.stub.GetTask(request, metadata=self.metadata)
+        answer: pb.GetTaskResponse = self.stub.GetTask(
+            request, metadata=self.metadata, timeout=TIMEOUT_S
+        )
         return answer
 
     def draft(self, task: pb.GetTaskResponse, arrays: Mapping[str, np.ndarray]) -> Draft:
@@ -94,7 +97,7 @@ class RawDevice:
         """Send an update."""
         messages, metadata = self.messages(draft), self.metadata
         answer: pb.SubmitUpdateResponse = self.stub.SubmitUpdate(
-            messages, metadata=metadata, timeout=30
+            messages, metadata=metadata, timeout=TIMEOUT_S
         )
         return answer
 

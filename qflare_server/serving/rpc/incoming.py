@@ -27,6 +27,7 @@ from qflare_server.serving.rpc.streams import END, MessageStream, Stopwatch
 DETAILS_KEY: Final = "grpc-status-details-bin"
 _NO_FLAGS: Final = 0
 _RECEIVING: Final[str] = _server._RECEIVE_MESSAGE_TOKEN  # noqa: SLF001  # see the module's text
+_SENDING: Final[str] = _server._SEND_MESSAGE_TOKEN  # noqa: SLF001
 _ARGUMENTS: Final = (
     "rpc_event",
     "state",
@@ -39,6 +40,8 @@ _INTERFACES: Final = {
     "_unary_response_in_pool": _ARGUMENTS,
     "_stream_response_in_pool": _ARGUMENTS,
     "_status": ("rpc_event", "state", "serialized_response"),
+    "_possibly_finish_call": ("state", "token"),
+    "_get_initial_metadata_operation": ("state", "metadata"),
 }
 
 
@@ -111,6 +114,8 @@ class IncomingCall:
         self.sends = Stopwatch()
         self.task: Callable[[], None] = self.answer
         self._sent_bytes = 0
+        self._posting = False
+        self._unposted: bytes | None = None
 
     @property
     def metadata(self) -> Any:
@@ -168,6 +173,37 @@ class IncomingCall:
             None,
             self._counting if self.route.response_streaming else self._serialize,
         )
+
+    def post(self, message: Any) -> None:
+        """Send a message of a response stream without waiting; while one is being sent, only the latest is kept."""
+        data = self._counting(message)
+        with self._state.condition:
+            if self._posting:
+                self._unposted = data
+            else:
+                self._post(data)
+
+    def _post(self, data: bytes) -> None:
+        """Start sending, with the state's condition held."""
+        if self.is_over:
+            return
+        operations = [cygrpc.SendMessageOperation(data, _NO_FLAGS)]
+        if self._state.initial_metadata_allowed:
+            operations.insert(0, _server._get_initial_metadata_operation(self._state, None))  # noqa: SLF001
+            self._state.initial_metadata_allowed = False
+        self._event.call.start_server_batch(operations, self._posted)
+        self._state.due.add(_SENDING)
+        self._posting = True
+
+    def _posted(self, _event: Any) -> Any:
+        """Send what has been posted meanwhile; called by gRPC's thread."""
+        with self._state.condition:
+            finished = _server._possibly_finish_call(self._state, _SENDING)  # noqa: SLF001
+            self._posting = False
+            data, self._unposted = self._unposted, None
+            if data is not None:
+                self._post(data)
+        return finished
 
     def reply(self, message: bytes) -> None:
         """Answer a call with one message, without a thread, unless the call has ended."""

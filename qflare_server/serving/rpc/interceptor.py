@@ -195,7 +195,9 @@ class CallInterceptor(grpc.ServerInterceptor):
         """
 
         def answer(
-            requests: IncomingCall, context: grpc.ServicerContext, send: Callable[[Any], None]
+            requests: IncomingCall,
+            context: grpc.ServicerContext,
+            send: Callable[[Any], None],  # noqa: ARG001  # it waits for the caller
         ) -> None:
             with self._call(route, context.invocation_metadata(), context) as scope:
                 request = self._only(requests, route, parse)
@@ -204,7 +206,7 @@ class CallInterceptor(grpc.ServerInterceptor):
                     evicted.cancel()
                 if not requests.on_end(partial(self._health_watches.discard, requests)):
                     self._health_watches.discard(requests)
-                behavior(request, context, send)
+                behavior(request, context, requests.post)
                 return
             scope.finish()
 

@@ -50,16 +50,17 @@ class FairPool:
         self._idle_count = 0
 
     def put(self, call: IncomingCall) -> bool:
-        """Queue a call for a thread; return False if the queue is full."""
+        """Queue a call for a thread; return False if the queue is full, or no thread can be started."""
         with self._lock:
             mine = self._waiting.get(call.caller)
             if mine is not None and len(mine) >= self._max_waiting_per_caller:
                 return False
             if self._waiting_count >= self._max_waiting and not self._make_room(call):
                 return False
+            if not self._ensure_thread():
+                return False
             self._waiting.setdefault(call.caller, deque()).append(call)
             self._waiting_count += 1
-            self._start_thread()
         self._turns.put(True)
         return True
 
@@ -72,15 +73,23 @@ class FairPool:
         for thread in threads:
             thread.join(JOIN_S)
 
+    def _ensure_thread(self) -> bool:
+        """Start a thread for one more call, unless one is idle or the maximum is reached; return False without any."""
+        enough = self._idle_count > self._waiting_count or len(self._threads) >= self.thread_count
+        if not enough:
+            self._start_thread()
+        return bool(self._threads)
+
     def _start_thread(self) -> None:
-        """Start a thread for the waiting calls, unless one is idle or the maximum is reached."""
-        if self._idle_count >= self._waiting_count or len(self._threads) >= self.thread_count:
-            return
         name = f"{self._name}-{len(self._threads)}"
         thread = threading.Thread(target=self._work, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the limit of the process or of the machine
+            logger.warning("no more threads can be started: pool=%s: %s", self._name, error)
+            return
         self._threads.append(thread)
         self._idle_count += 1
-        thread.start()
 
     def _work(self) -> None:
         while self._turns.get():
