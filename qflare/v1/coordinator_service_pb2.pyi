@@ -454,22 +454,28 @@ class GetTaskRequest(_message.Message):
     TRAINING_SESSION_ID_FIELD_NUMBER: _builtins.int
     TRAINS_ONLY_FIELD_NUMBER: _builtins.int
     ANSWERS_QUERIES_FIELD_NUMBER: _builtins.int
+    FIRST_MEMBER_FIELD_NUMBER: _builtins.int
     training_session_id: _builtins.str
     """Training session to poll. Empty means any in which the device may take part."""
     trains_only: _builtins.bool
     """Whether the device only trains. If set, EVALUATE is never returned."""
     answers_queries: _builtins.bool
     """Whether the device answers queries of federated analytics. If not set, no task with a query is returned."""
+    first_member: _builtins.int
+    """SHARE: number of members of the NeighborView that earlier answers to the same step have shown. 0 means none. Needs
+    training_session_id.
+    """
     def __init__(
         self,
         *,
         training_session_id: _builtins.str = ...,
         trains_only: _builtins.bool = ...,
         answers_queries: _builtins.bool = ...,
+        first_member: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_queries", b"answers_queries", "training_session_id", b"training_session_id", "trains_only", b"trains_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_queries", b"answers_queries", "first_member", b"first_member", "training_session_id", b"training_session_id", "trains_only", b"trains_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -572,7 +578,9 @@ class NeighborView(_message.Message):
 
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdvertisedMember]:
-        """Advertisements of the neighbors. Set for SHARE."""
+        """Advertisements of the neighbors in ascending order of their digests, from first_member of the request. Set for
+        SHARE. If they are too long for one answer, further ones follow: request them with first_member.
+        """
 
     @_builtins.property
     def sharers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:

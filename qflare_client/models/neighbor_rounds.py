@@ -129,9 +129,23 @@ class NeighborRounds:
             QflareClientError: The call failed; the step may be repeated.
         """
         step = _Step(self._store, self._trust, self._identity(), answer, masking)
+        step.more = lambda count: self._more(answer, count)
         with _checked():
             request = _STEPS[answer.kind](step)
         self._calls.unary(self._calls.transport.stub.SecureAggregationStep, request)
+
+    def _more(self, answer: messages.GetTaskResponse, first_member: int) -> messages.NeighborView:
+        """Return further neighbors for the same step."""
+        request = messages.GetTaskRequest(
+            training_session_id=answer.training_session_id,
+            trains_only=True,
+            first_member=first_member,
+        )
+        found = self._calls.unary(self._calls.transport.stub.GetTask, request)
+        if (found.kind, found.task.payload) != (answer.kind, answer.task.payload):
+            raise GroupAbandonedError("the step ended before all neighbors were read")
+        view: messages.NeighborView = found.neighbors
+        return view
 
     def prepare(self, answer: messages.GetTaskResponse, masking: Masking) -> None:
         """Open what the neighbors have sent, before the device trains.
@@ -207,6 +221,7 @@ class _Step:
         self._trust = trust
         self._identity = identity
         self._view = answer.neighbors
+        self.more: Callable[[int], messages.NeighborView] | None = None
         self._masking = masking
         self._session_id = answer.training_session_id
         self._round = MaskedRound(
@@ -251,7 +266,8 @@ class _Step:
         graph, own = self._graph(roster), state.own
         if own not in graph or len(roster) < self._masking.min_cohort:
             raise StatementError("roster: without this device, or smaller than the task promises")
-        members = self._members(graph, own)
+        views = self._views(graph, own)
+        members = self._members(views, graph, own)
         keys = {digest: member.keys for digest, member in members.items()}
         boxes = _secrets(state).make_boxes(graph, own, keys)
         statement = security_pb2.NeighborShares(
@@ -263,22 +279,44 @@ class _Step:
         state.roster, state.shares = roster, _hex(made)
         state.members = {
             digest_of(shown.advertisement.payload): _kept(shown.advertisement, members)
-            for shown in self._view.members
+            for view in views
+            for shown in view.members
         }
         self._write(state)
 
-    def _members(self, graph: NeighborGraph, own: str) -> dict[str, Member]:
+    def _views(self, graph: NeighborGraph, own: str) -> list[messages.NeighborView]:
+        """Return the answers in which the coordinator shows all neighbors."""
+        views, wanted = [self._view], len(graph.neighbors(own))
+        count = len(self._view.members)
+        while count < wanted and self.more is not None:
+            view = self.more(count)
+            require_equal("roster", list(view.roster), list(self._view.roster))
+            if not view.members:
+                raise StatementError(f"members: {count}, want {wanted}")
+            views.append(view)
+            count += len(view.members)
+        return views
+
+    def _registrars(self, views: Sequence[messages.NeighborView]) -> list[PublicKey]:
+        """Return the keys that may have signed the receipts of the members."""
+        found = list[PublicKey]()
+        for view in views:
+            signers = {
+                signature.key_id
+                for shown in view.members
+                for evidence in shown.device_keys
+                for signature in evidence.receipt.signatures
+            }
+            found += self._trust.registrar_keys(signers, view.earlier_keysets)
+        return found
+
+    def _members(
+        self, views: Sequence[messages.NeighborView], graph: NeighborGraph, own: str
+    ) -> dict[str, Member]:
         """Verify the advertisements of all neighbors, and keep them."""
-        signers = {
-            signature.key_id
-            for shown in self._view.members
-            for evidence in shown.device_keys
-            for signature in evidence.receipt.signatures
-        }
-        registrars = self._trust.registrar_keys(signers, self._view.earlier_keysets)
-        proven = ProvenKeys(self._round.realm, registrars)
+        proven = ProvenKeys(self._round.realm, self._registrars(views))
         members = {}
-        for shown in self._view.members:
+        for shown in (member for view in views for member in view.members):
             envelope = shown.advertisement
             stated = security_pb2.NeighborAdvertisement.FromString(envelope.payload)
             for shown_key in shown.device_keys:

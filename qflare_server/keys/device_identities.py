@@ -173,6 +173,26 @@ def key_evidence(row: DeviceKey) -> verification_pb2.DeviceKeyEvidence:
     return message
 
 
+def evidence_up_to(
+    rows: Iterable[DeviceKey], key_id: str
+) -> list[verification_pb2.DeviceKeyEvidence]:
+    """Return the evidence of a key: its receipt, or that of an earlier key and the rotations that follow it.
+
+    Args:
+        rows: Keys of the device, by sequence.
+        key_id: Key of the device.
+
+    Raises:
+        ValueError: A row holds no key, or no readable statement.
+    """
+    found = []
+    for row in rows:
+        found.append(key_evidence(row))
+        if row.key_id == key_id:
+            break
+    return found
+
+
 def _signers(rows: Iterable[DeviceKey]) -> set[str]:
     """Return the claimed signer key ids of the receipts of some rows."""
     found: set[str] = set()

@@ -71,7 +71,7 @@ def is_due(
     """Return whether `advance` would decide something, from what a read shows."""
     if not groups:
         return current.state == RoundState.OPEN.value and is_enough(
-            config, current, len(members), now
+            config, current, len(_active(members)), now
         )
     return any(
         _is_complete(group, _of(group, members), current) or _is_late(group, now)
@@ -120,8 +120,8 @@ def advance(
     if not groups:
         return (
             current.state == RoundState.OPEN.value
-            and is_enough(config, current, len(members), now)
-            and stages.form_groups(members)
+            and is_enough(config, current, len(_active(members)), now)
+            and stages.form_groups(_active(members)[: current.target])
         )
     changed = [
         stages.advance_group(group, _of(group, members)) for group in groups if not group.has_ended
@@ -322,6 +322,11 @@ def is_awaited(member: StoredMember, stage: str, updated: Collection[str]) -> bo
     return stage == GroupStage.REVEAL.value and not member.has_revealed
 
 
+def _active(members: Sequence[StoredMember]) -> Sequence[StoredMember]:
+    """Return the members that can take further steps: not those suspended since they have advertised."""
+    return [member for member in members if member.is_active]
+
+
 def _of(group: StoredGroup, members: Sequence[StoredMember]) -> list[StoredMember]:
     return [member for member in members if member.group_number == group.number]
 
@@ -334,7 +339,7 @@ def is_enough(
     Args:
         config: Of the training session.
         current: The open round.
-        count: Devices that have advertised.
+        count: Active devices that have advertised.
         now: The time.
     """
     if count >= current.target:

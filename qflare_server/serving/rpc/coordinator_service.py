@@ -91,6 +91,7 @@ class CoordinatorServicer(coordinator_service_pb2_grpc.CoordinatorServiceService
             request.training_session_id,
             trains_only=request.trains_only,
             answers_queries=request.answers_queries,
+            first_member=request.first_member,
         )
         return task_response(task)
 

@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 TICK_S: Final = 0.25
 REVIEW_TICKS: Final = 4
 HEALTH_THREADS: Final = 2
-REFLECTION_THREADS: Final = 2
+REFLECTION_THREADS: Final = 4
+"""A stream whose caller neither sends nor reads keeps one of them only while no other waits."""
 ADMIN_STREAM_THREADS: Final = 4
 MAX_STRANGER_BYTES: Final = 64 * 1024
 """Largest message of an unauthenticated caller: a few kilobytes of keys and signatures."""
@@ -92,7 +93,7 @@ class Dispatcher:
         self._strangers = HalfOpenCalls(config.max_waiting_calls)
         self._known = HalfOpenCalls(config.max_waiting_calls)
         self._health = self._pool("health", HEALTH_THREADS)
-        self._reflection = self._pool("reflection", REFLECTION_THREADS)
+        self._reflection = self._transfers("reflection", REFLECTION_THREADS)
         self._anonymous = self._pool("anonymous", config.anonymous_threads)
         self._devices = self._pool("device", config.rpc_threads)
         self._administrators = self._pool("admin", config.admin_threads)
@@ -274,8 +275,8 @@ class Dispatcher:
             for call in table.take_overdue(now):
                 self._refuse(call, STALLED)
         if is_review:
-            self._uploads.review(now)
-            self._downloads.review(now)
+            for transfers in (self._uploads, self._downloads, self._reflection):
+                transfers.review(now)
             self._log_refused()
 
     def _log_refused(self) -> None:

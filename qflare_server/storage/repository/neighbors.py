@@ -10,8 +10,9 @@ from sqlalchemy.orm import Session
 from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_rounds
 from qflare_server.storage.prepared import PreparedStatement
-from qflare_server.storage.tables import GroupStage, RoundState, TrainingSessionState
+from qflare_server.storage.tables import DeviceState, GroupStage, RoundState, TrainingSessionState
 
+DEVICES = tables.Device.__table__
 GROUPS = tables.NeighborGroup.__table__
 MEMBERS = tables.NeighborMember.__table__
 ROUNDS = tables.Round.__table__
@@ -50,6 +51,7 @@ class StoredMember(NamedTuple):
     shares_digest: str | None
     has_confirmed: bool
     has_revealed: bool
+    is_active: bool
 
     @property
     def has_shares(self) -> bool:
@@ -84,6 +86,7 @@ _HAS_UPDATE = exists().where(
     UPDATES.c.device_id == bindparam("device"),
 )
 _IN_SUM = MEMBERS.c.update_digest.is_not(None)
+_IS_ACTIVE = DEVICES.c.state == DeviceState.ACTIVE.value
 _WORK = (
     select(
         ROUNDS.c.training_session_id,
@@ -256,7 +259,9 @@ def members_of(
             MEMBERS.c.shares_digest,
             MEMBERS.c.confirmation.is_not(None),
             MEMBERS.c.reveal.is_not(None),
+            _IS_ACTIVE,
         )
+        .select_from(MEMBERS.join(DEVICES, DEVICES.c.id == MEMBERS.c.device_id))
         .where(*wanted)
         .order_by(MEMBERS.c.advertisement_digest)
     )
@@ -264,8 +269,12 @@ def members_of(
 
 
 def count_members(session: Session, training_session_id: str, round_number: int) -> int:
-    """Return how many devices have advertised in a round."""
-    query = select(func.count()).where(*_of_round(training_session_id, round_number))
+    """Return how many devices have advertised in a round and are still active."""
+    query = (
+        select(func.count())
+        .select_from(MEMBERS.join(DEVICES, DEVICES.c.id == MEMBERS.c.device_id))
+        .where(*_of_round(training_session_id, round_number), _IS_ACTIVE)
+    )
     return session.scalars(query).one()
 
 

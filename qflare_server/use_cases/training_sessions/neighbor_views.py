@@ -1,6 +1,6 @@
 """What a device is shown of its group in secure aggregation with neighbors, for the step that waits for it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from sqlalchemy.orm import Session
@@ -10,23 +10,42 @@ from qflare.evidence.neighbors import prove_box
 from qflare.protocol.keysets import KeyRole
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2, training_pb2
-from qflare_server.keys.device_identities import key_evidence
+from qflare_server.keys.device_identities import evidence_up_to
 from qflare_server.storage.repository import evidence, neighbors
 from qflare_server.storage.repository.neighbors import StoredMember, Work
 from qflare_server.storage.tables import GroupStage
 from qflare_server.training.neighbor_stages import graph_of
 
+PAGE_BYTES: Final = 2**20
+"""Advertisements with their evidence in one answer; more only if there is a single one."""
+LOADED: Final = 25
+"""Members per query."""
+
 
 def view_of(
-    session: Session, config: training_pb2.TrainingConfig, work: Work, device_id: str
+    session: Session,
+    config: training_pb2.TrainingConfig,
+    work: Work,
+    device_id: str,
+    first_member: int = 0,
 ) -> pb.NeighborView:
-    """Return what a device needs for the step that waits for it."""
+    """Return what a device needs for the step that waits for it.
+
+    Args:
+        session: Open session.
+        config: Of the training session.
+        work: The step.
+        device_id: The device.
+        first_member: Neighbors that earlier answers have shown; for the step that shows advertisements.
+    """
     key = work.training_session_id, work.round_number
     members = neighbors.members_of(session, *key, group=work.group_number)
     graph = graph_of(config, members)
     own = next(item.digest for item in members if item.device_id == device_id)
     around = set(graph.neighbors(own))
     near = [item for item in members if item.digest in around]
+    if work.stage == GroupStage.SHARE.value:
+        near = near[max(0, first_member) :]
     show: Callable[..., pb.NeighborView] = _VIEWS[work.stage]
     return show(session, key, own, members, near)
 
@@ -38,21 +57,33 @@ def _show_roster(
     members: Sequence[StoredMember],
     near: Sequence[StoredMember],
 ) -> pb.NeighborView:
-    ids = [item.device_id for item in near]
-    stored = neighbors.contents(session, *key, "advertisement", ids)
-    rows = evidence.keys_of(session, ids)
-    shown = [
-        pb.AdvertisedMember(
-            advertisement=security_pb2.SignedEnvelope.FromString(stored[item.device_id]),
-            device_keys=[key_evidence(row) for row in rows if row.device_id == item.device_id],
-        )
-        for item in near
-    ]
+    shown, size = list[pb.AdvertisedMember](), 0
+    for member in _advertised(session, key, near):
+        size += member.ByteSize()
+        if shown and size > PAGE_BYTES:
+            break
+        shown.append(member)
     return pb.NeighborView(
         roster=[bytes.fromhex(item.digest) for item in members],
         members=shown,
         earlier_keysets=_earlier_keysets(session, shown),
     )
+
+
+def _advertised(
+    session: Session, key: tuple[str, int], near: Sequence[StoredMember]
+) -> Iterator[pb.AdvertisedMember]:
+    """Yield the advertisements of members, each with the evidence of its key."""
+    for start in range(0, len(near), LOADED):
+        ids = [item.device_id for item in near[start : start + LOADED]]
+        stored = neighbors.contents(session, *key, "advertisement", ids)
+        rows = evidence.keys_of(session, ids)
+        for device_id in ids:
+            envelope = security_pb2.SignedEnvelope.FromString(stored[device_id])
+            stated = security_pb2.NeighborAdvertisement.FromString(envelope.payload)
+            own = [row for row in rows if row.device_id == device_id]
+            proof = evidence_up_to(own, stated.key_id)
+            yield pb.AdvertisedMember(advertisement=envelope, device_keys=proof)
 
 
 def _earlier_keysets(

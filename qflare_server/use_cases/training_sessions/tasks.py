@@ -72,6 +72,7 @@ class Tasks:
         *,
         trains_only: bool = False,
         answers_queries: bool = False,
+        first_member: int = 0,
     ) -> NextTask:
         """Return the device's next task, in one read.
 
@@ -83,6 +84,7 @@ class Tasks:
             training_session_id: The requested training session; empty means any.
             trains_only: Whether the device does not evaluate.
             answers_queries: Whether it answers queries of federated analytics.
+            first_member: Neighbors that the device knows from earlier answers to the same step.
 
         Raises:
             TrainingSessionNotFoundError: It asked for a training session that does not exist.
@@ -97,7 +99,7 @@ class Tasks:
         with self._context.database.read() as session:
             work = neighbors.find_work(session, device_id, training_session_id, at)
             if work is not None:
-                return self._step(session, work, delay, device_id)
+                return self._step(session, work, delay, device_id, first_member)
             found = training_sessions.find_open_round(
                 session, device_id, training_session_id, at, answers_queries=answers_queries
             )
@@ -184,7 +186,9 @@ class Tasks:
             return NextTask(delay, found, digest, config, step=ADVERTISE)
         return NextTask(delay, found, digest, config)
 
-    def _step(self, session: Session, work: Work, delay: float, device_id: str) -> NextTask:
+    def _step(
+        self, session: Session, work: Work, delay: float, device_id: str, first_member: int
+    ) -> NextTask:
         """Return a later step of a round with neighbors."""
         digest, config = self._facts_of(session, work.training_session_id, work.base_version)
         round_ = OpenRound(
@@ -195,7 +199,7 @@ class Tasks:
             work.task,
             is_full=False,
         )
-        view = view_of(session, config, work, device_id)
+        view = view_of(session, config, work, device_id, first_member)
         delay = min(delay, _step_delay_s(config))
         return NextTask(delay, round_, digest, config, step=work.stage, neighbors=view)
 

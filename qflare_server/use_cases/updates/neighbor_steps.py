@@ -32,9 +32,11 @@ from qflare_server.errors import (
     RoundNotOpenError,
     TrainingSessionNotFoundError,
 )
+from qflare_server.keys.device_identities import evidence_up_to
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import (
     devices,
+    evidence,
     neighbors,
     training_sessions,
 )
@@ -63,6 +65,8 @@ Statement = (
     | security_pb2.NeighborReveal
 )
 
+MAX_EVIDENCE_BYTES: Final = 3 * 2**20
+"""Evidence of a device's key, receipt and rotations, that an answer to a neighbor has room for."""
 _STAGES: Final = {
     "shares": GroupStage.SHARE.value,
     "confirmation": GroupStage.CONFIRM.value,
@@ -189,8 +193,20 @@ class _Step:
         count = neighbors.count_members(self._session, *self._key)
         if count >= current.target:
             raise RoundNotOpenError("as many devices as the round wants have advertised")
+        self._require_short_evidence()
         self._insert(content, _round_of(self._context.config.realm, current))
         return is_enough(config, current, count + 1, self._context.clock())
+
+    def _require_short_evidence(self) -> None:
+        """Refuse a device with so many replaced keys that its neighbors could not be shown the evidence."""
+        rows = evidence.keys_of(self._session, [self._device_id])
+        proof = evidence_up_to(rows, self._statement.key_id)
+        size = sum(item.ByteSize() for item in proof)
+        if size > MAX_EVIDENCE_BYTES:
+            raise NotSelectedError(
+                f"the evidence of the device's {len(proof)} keys has {size} bytes, and no more than"
+                f" {MAX_EVIDENCE_BYTES} can be shown to neighbors: enroll the device anew"
+            )
 
     def _record_step(
         self,

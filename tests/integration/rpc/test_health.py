@@ -1,6 +1,5 @@
 """Watches of the health service, which anyone may open: none of them stops the coordinator or stays in its memory."""
 
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -8,14 +7,11 @@ from contextlib import ExitStack
 from typing import Any, Final
 
 import grpc
-import h2.config
-import h2.connection
-import h2.events
-import h2.settings
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.integration.conftest import Deployment
+from tests.support.silent_reader import silent_reader
 
 Deploy = Callable[..., Deployment]
 States = health_pb2.HealthCheckResponse
@@ -73,34 +69,6 @@ def finished(target: Callable[[], None]) -> bool:
     return not thread.is_alive()
 
 
-class Reader:
-    """A caller that watches, and lets the coordinator send no byte of a message."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
-        self._http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
-        self._http.local_settings = h2.settings.Settings(
-            client=True,
-            initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0},
-        )
-        self._http.initiate_connection()
-        self._send(health_pb2.HealthCheckRequest().SerializeToString())
-
-    def _send(self, message: bytes) -> None:
-        headers = [
-            (":method", "POST"),
-            (":scheme", "http"),
-            (":path", WATCH),
-            (":authority", "coordinator"),
-            ("content-type", "application/grpc"),
-            ("te", "trailers"),
-        ]
-        self._http.send_headers(1, headers)
-        self._http.send_data(1, b"\0" + len(message).to_bytes(4, "big") + message, end_stream=True)
-        self.socket.sendall(self._http.data_to_send())
-
-
 def test_a_watcher_gets_each_state_once(deployment: Deployment, stub: Any) -> None:
     watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
 
@@ -124,7 +92,7 @@ def test_watchers_that_read_nothing_hold_nobody_up(deployment: Deployment, stub:
     health = deployment.coordinator._health
     with ExitStack() as stack:
         for _ in range(READERS_OF_NOTHING):
-            stack.enter_context(Reader(deployment.coordinator.address).socket)
+            stack.enter_context(silent_reader(deployment.coordinator.address, WATCH, b""))
         assert finished(lambda: await_watches(deployment, READERS_OF_NOTHING))
 
         assert finished(lambda: flip(deployment, 2))

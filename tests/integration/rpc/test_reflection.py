@@ -2,11 +2,15 @@
 
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2
 
+from qflare_server.serving.rpc.dispatcher import REFLECTION_THREADS
 from tests.integration.conftest import Deployment
 from tests.support.hostile_requests import methods
+from tests.support.silent_reader import silent_reader
 
 
 @pytest.fixture
@@ -16,9 +20,12 @@ def database_url(sqlite_url: str) -> str:
 
 
 @pytest.fixture
-def describe(deploy: Callable[..., Deployment], grpcurl: str) -> Callable[[str], str]:
-    address = deploy().coordinator.address
+def address(deploy: Callable[..., Deployment]) -> str:
+    return deploy().coordinator.address
 
+
+@pytest.fixture
+def describe(address: str, grpcurl: str) -> Callable[[str], str]:
     def run(symbol: str) -> str:
         command = [grpcurl, "-plaintext", address, "describe", symbol]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -46,3 +53,13 @@ def test_constraints_of_a_message_are_shown(describe: Callable[[str], str]) -> N
     text = describe("qflare.v1.CreateTrainingSessionRequest")
 
     assert "(.qflare.v1.constraint) = { required: true, max_length: 200 }" in text
+
+
+def test_callers_that_read_nothing_make_room(address: str, describe: Callable[[str], str]) -> None:
+    path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    request = reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()
+    with ExitStack() as stack:
+        for _ in range(REFLECTION_THREADS):
+            stack.enter_context(silent_reader(address, path, request))
+
+        assert "rpc ListDevices (" in describe("qflare.v1.AdminService.ListDevices")

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from qflare.evidence.verification import verify_bundle
 from qflare.v1 import admin_service_pb2 as pb
@@ -18,9 +19,12 @@ from qflare_client.tasks import TaskKind
 from qflare_server.context import utc_now
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import replace_stolen
-from qflare_server.storage.repository import neighbors
+from qflare_server.storage.repository import neighbors, training_sessions
+from qflare_server.training import neighbor_stages
 from qflare_server.use_cases.access.roles import Role
+from qflare_server.use_cases.training_sessions import neighbor_views
 from qflare_server.use_cases.training_sessions.explanation import Explanations, Notice
+from qflare_server.use_cases.updates import neighbor_steps
 from qflare_server.verification.recomputation import recompute_version
 from tests.independent.bundle import check_bundle
 from tests.integration.conftest import CHEAP, Deployment
@@ -190,6 +194,88 @@ def test_no_more_devices_advertise_than_the_round_wants(deploy: Deploy) -> None:
     for client in clients:
         until(client, session_id, lambda task: task.kind is TaskKind.WAIT)
     assert len(members_of(made, session_id)) == 3
+
+
+def check_version(client: Client, session_id: str, changes: dict[int, Any]) -> None:
+    model = wait_for_version(client, session_id, 1)
+    got = model.arrays["w"].astype(float) - WEIGHTS["w"]
+    assert np.abs(got - mean_of(changes, "w")).max() < 1e-5
+    assert model.statement.contributor_count == len(changes)
+
+
+def test_neighbors_with_many_replaced_keys_come_in_several_answers(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbor_views, "PAGE_BYTES", 1)
+    monkeypatch.setattr(neighbor_views, "LOADED", 2)
+    made = deploy(worker_poll_s=0.02)
+    clients = [made.device(f"device-{index}") for index in range(4)]
+    for client in (clients[0], clients[0], clients[2]):
+        client.rotate_keys()
+    session_id = session_of(made, 4, 4, corrupt_fraction=0.1)
+    check_version(clients[0], session_id, run_round(made, session_id, clients))
+
+
+def test_a_device_whose_evidence_no_answer_can_hold_does_not_advertise(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbor_steps, "MAX_EVIDENCE_BYTES", 20_000)
+    made = deploy(worker_poll_s=0.02)
+    clients = [made.device(f"device-{index}") for index in range(4)]
+    for _ in range(2):
+        clients[3].rotate_keys()
+    session_id = session_of(made, 3, 3, corrupt_fraction=0.1)
+    assert clients[3].get_task(session_id).kind is TaskKind.WAIT
+    assert members_of(made, session_id) == []
+    check_version(clients[0], session_id, run_round(made, session_id, clients[:3]))
+
+
+def change_state(made: Deployment, client: Client, *, suspended: bool) -> None:
+    if suspended:
+        request = pb.SuspendDeviceRequest(device_id=client.device_id)
+        made.admin.SuspendDevice(request, metadata=made.metadata)
+    else:
+        reinstated = pb.ReinstateDeviceRequest(device_id=client.device_id)
+        made.admin.ReinstateDevice(reinstated, metadata=made.metadata)
+
+
+def test_a_device_that_is_suspended_after_it_has_advertised_is_in_no_group(deploy: Deploy) -> None:
+    made = deploy(worker_poll_s=0.02)
+    clients = [made.device(f"device-{index}") for index in range(4)]
+    session_id = session_of(made, 3, 3, corrupt_fraction=0.1)
+    take_step(made, session_id, clients[:2], "")
+    change_state(made, clients[0], suspended=True)
+    changes = run_round(made, session_id, clients[1:])
+    check_version(clients[1], session_id, changes)
+    with made.coordinator.parts.database.read() as session:
+        grouped = neighbors.members_of(session, session_id, 1, group=1)
+        assert neighbors.count_members(session, session_id, 1) == 3
+    assert {item.device_id for item in grouped} == {each.device_id for each in clients[1:]}
+    change_state(made, clients[0], suspended=False)
+    assert clients[0].get_task(session_id).kind is TaskKind.DONE
+
+
+def test_a_group_is_not_larger_than_the_round_wants(deploy: Deploy) -> None:
+    """A device that is active again after another one has taken its place may be too many."""
+    made = deploy(worker_poll_s=3600.0)  # groups are not formed meanwhile
+    clients = [made.device(f"device-{index}") for index in range(4)]
+    session_id = session_of(made, 3, 3, corrupt_fraction=0.1)
+    take_step(made, session_id, clients[:1], "")
+    change_state(made, clients[0], suspended=True)
+    take_step(made, session_id, clients[1:], "")
+    change_state(made, clients[0], suspended=False)
+
+    def work(session: Session) -> None:
+        training_session = training_sessions.lock_session(session, session_id)
+        current = training_sessions.lock_round(session, session_id, 1)
+        assert training_session is not None
+        assert current is not None
+        neighbor_stages.advance(session, training_session, current, utc_now())
+
+    made.coordinator.parts.database.write(work)
+    members = members_of(made, session_id)
+    assert len(members) == 4
+    assert sum(item.group_number == 1 for item in members) == 3
 
 
 def test_a_selection_smaller_than_the_target_forms_a_group_of_all(deploy: Deploy) -> None:

@@ -275,6 +275,7 @@ def _transcript(
             named.get(digest),
             digest in updates,
             digest in updates,
+            is_active=True,
         )
         for digest, device in devices.items()
     ]
