@@ -110,7 +110,7 @@ $(FRAMEWORKS_INSTALLED): setup.cfg Makefile
 	test -x $(FRAMEWORKS_VENV)/bin/python || "$(PYTHON)" -m venv $(FRAMEWORKS_VENV)
 	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
 	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet --editable \
-		'.[server,lightning,transformers,keras,flax,test]'
+		'.[server,lightning,transformers,keras,flax,simulation,privacy,ray,tensorboard,test]'
 	@touch $@
 
 # Flower beside PyTorch, for the app that `flwr new` writes for it.
@@ -288,7 +288,7 @@ test-all: $(INSTALLED) $(FLOWER_INSTALLED) $(NOTEBOOKS_INSTALLED) $(MOTO_INSTALL
 	exit $$failed
 
 # Deprecation warnings of the frameworks change with their releases, which are not pinned.
-test-frameworks: $(FRAMEWORKS_INSTALLED) $(FLOWER_PYTORCH_INSTALLED) ## test the adapters and examples of Lightning, Transformers, Keras and Flax, and Flower's app for PyTorch; not part of CI
+test-frameworks: $(FRAMEWORKS_INSTALLED) $(FLOWER_PYTORCH_INSTALLED) ## test the adapters and examples of Lightning, Transformers, Keras and Flax, Flower's app for PyTorch, and simulations on Ray; not part of CI
 	KERAS_BACKEND=jax $(FRAMEWORKS_VENV)/bin/python -m pytest tests/frameworks -m frameworks -W default $(PYTEST_ARGS)
 
 check: check-protos lint lint-deploy type test-all ## run everything that CI runs

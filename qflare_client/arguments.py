@@ -222,7 +222,7 @@ def whole(what: str, value: object, low: int = 0, high: int = MAX_INT64) -> int:
     Raises:
         InvalidArgumentError: It is no such integer.
     """
-    is_integer = isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray)
+    is_integer = isinstance(value, int | SupportsIndex) and not isinstance(value, bool | np.ndarray)
     if not is_integer or not low <= operator.index(value) <= high:  # type: ignore[arg-type]
         raise InvalidArgumentError(f"{what}: got {value!r:.200}, want an integer, {low} to {high}")
     return operator.index(value)  # type: ignore[arg-type]
@@ -235,7 +235,9 @@ def number(what: str, value: object) -> float:
         InvalidArgumentError: It is no finite number.
     """
     try:
-        if isinstance(value, SupportsFloat) and not isinstance(value, bool | np.bool_):
+        if isinstance(value, float | int | SupportsFloat) and not isinstance(
+            value, bool | np.bool_
+        ):
             converted = float(value)
             if math.isfinite(converted):
                 return converted

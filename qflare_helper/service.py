@@ -1,4 +1,4 @@
-"""gRPC service of a helper: takes requests apart, and turns refusals into statuses.
+"""gRPC service of a helper: admits calls, and turns refusals into statuses.
 
 Errors other than refusals are logged with a traceback and sent as INTERNAL without details.
 """
@@ -6,7 +6,7 @@ Errors other than refusals are logged with a traceback and sent as INTERNAL with
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -17,11 +17,12 @@ from google.rpc import error_details_pb2, status_pb2
 from qflare.v1 import helper_service_pb2 as messages
 from qflare.v1 import helper_service_pb2_grpc
 from qflare_helper import errors
+from qflare_helper.exchange import header_of, respond
 from qflare_helper.identity import HelperIdentity
 from qflare_helper.ledger import Ledger
 from qflare_helper.limits import StallGuard, Strangers
 from qflare_helper.monitoring import HelperMetrics
-from qflare_helper.unmasking import Call, Unmasking
+from qflare_helper.unmasking import Unmasking
 
 logger = logging.getLogger(__name__)
 
@@ -125,40 +126,18 @@ class HelperServicer(helper_service_pb2_grpc.HelperServiceServicer):
         self, parts: Iterator[messages.UnmaskRequest], leave: Callable[[], None]
     ) -> Iterator[messages.UnmaskResponse]:
         """Answer a request; `leave` is called when it is known to be a coordinator's."""
-        first = next(parts, None)
-        if first is None or first.WhichOneof("part") != "header":
-            raise errors.InvalidRequestError("the first part of a request is its header")
-        call = self._unmasking.open(first.header)
+        call = self._unmasking.open(header_of(parts))
         if not self._places.acquire(blocking=False):
             raise errors.BusyError("too many requests are in progress")
         leave()
         started = time.monotonic()
         self._metrics.in_progress.inc()
         try:
-            outcome = yield from self._verified(call, parts)
+            outcome = yield from respond(self._unmasking, call, parts)
         finally:
             self._metrics.in_progress.dec()
             self._places.release()
         self._metrics.ended(outcome, time.monotonic() - started)
-
-    def _verified(
-        self, call: Call, parts: Iterator[messages.UnmaskRequest]
-    ) -> Generator[messages.UnmaskResponse, None, str]:
-        """Answer a verified request; return the outcome."""
-        try:
-            answer = self._unmasking.answer(call, _members(parts))
-        except errors.RefusedMembersError as error:
-            yield _refused(error.reasons)
-            return "updates_refused"
-        if answer is None:
-            yield _refused({})
-            return "checked"
-        yield messages.UnmaskResponse(
-            answer=messages.UnmaskAnswer(answer=answer.envelope, latest=answer.latest)
-        )
-        for chunk in answer.chunks:
-            yield messages.UnmaskResponse(chunk=chunk)
-        return "answered"
 
 
 def handlers(servicer: HelperServicer) -> grpc.GenericRpcHandler:
@@ -192,23 +171,6 @@ def _reader(kind: type[Message]) -> Callable[[bytes], Message]:
             return kind()
 
     return read
-
-
-def _members(parts: Iterator[messages.UnmaskRequest]) -> Iterator[messages.UnmaskMember]:
-    for part in parts:
-        if part.WhichOneof("part") != "member":
-            raise errors.InvalidRequestError("after the header of a request come updates")
-        yield part.member
-
-
-def _refused(reasons: dict[str, str]) -> messages.UnmaskResponse:
-    for update_id, reason in reasons.items():
-        logger.warning("update refused: %s: %s", update_id, reason)
-    members = [
-        messages.RefusedMember(update_id=update_id, reason=reason)
-        for update_id, reason in reasons.items()
-    ]
-    return messages.UnmaskResponse(refused=messages.RefusedMembers(members=members))
 
 
 def _abort(context: grpc.ServicerContext, error: errors.HelperError) -> NoReturn:

@@ -12,7 +12,7 @@ a hundred bytes per update; the sum is in a temporary file.
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,6 +67,13 @@ MAX_REFUSED: Final = 1000
 _SEED_TAG: Final = b"qflare/v1/used-seed"
 
 Member = helper_service_pb2.UnmaskMember
+Clock = Callable[[], datetime]
+"""Returns the time in UTC."""
+
+
+def utc_now() -> datetime:
+    """Return the time of this machine."""
+    return datetime.now(UTC)
 
 
 @dataclass(frozen=True)
@@ -103,15 +110,22 @@ class Unmasking:
         ledger: Its ledger.
         folder: Folder of its policy and of temporary files.
         max_vector_bytes: Largest masked update.
+        clock: Returns the time; only a simulation replaces it.
     """
 
     def __init__(
-        self, identity: HelperIdentity, ledger: Ledger, folder: Path, max_vector_bytes: int
+        self,
+        identity: HelperIdentity,
+        ledger: Ledger,
+        folder: Path,
+        max_vector_bytes: int,
+        clock: Clock = utc_now,
     ) -> None:
         self._identity = identity
         self._ledger = ledger
         self._folder = folder
         self._max_vector_bytes = max_vector_bytes
+        self._clock = clock
 
     def open(self, header: helper_service_pb2.UnmaskHeader) -> "Call":
         """Verify the first part of a request: it is a coordinator's, and this helper's policy allows it.
@@ -119,7 +133,8 @@ class Unmasking:
         Raises:
             HelperError: A subclass: it is refused.
         """
-        call = Call(self._identity, self._ledger, read_policy(self._folder), header)
+        policy = read_policy(self._folder)
+        call = Call(self._identity, self._ledger, policy, header, self._clock())
         call.check_header()
         return call
 
@@ -163,12 +178,13 @@ class Call:
         ledger: Ledger,
         policy: Policy,
         header: helper_service_pb2.UnmaskHeader,
+        at: datetime,
     ) -> None:
         self._identity = identity
         self._ledger = ledger
         self._policy = policy
         self._header = header
-        self._at = datetime.now(UTC)
+        self._at = at
         self.size_bytes = 0
 
     @property

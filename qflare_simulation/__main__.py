@@ -28,10 +28,10 @@ from qflare_server.storage.schema import SchemaError
 from qflare_simulation import tables
 from qflare_simulation.config import SimulationConfig
 from qflare_simulation.coordinator import open_coordinator
+from qflare_simulation.counterfactuals import replay, table
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.history import History, compare
 from qflare_simulation.programs import find_evaluation, run_file
-from qflare_simulation.replay import replay, table
 from qflare_simulation.terminal import Progress
 
 PROGRAM: Final = "qflare-simulate"

@@ -54,6 +54,9 @@ class SimulationConfig:
     workers: int = 0
     """Processes that train; 0 means one for each processor, -1 trains in this process."""
 
+    ray: str = ""
+    """Address of a Ray cluster that trains: `auto`, host:port, or `local`; empty trains here, without Ray."""
+
     duration_s: float = 60.0
     """Median time from task to update of a device, virtual seconds."""
 
@@ -105,6 +108,9 @@ class SimulationConfig:
     evaluate: str = ""
     """`PATH:FUNCTION` that evaluates; empty means the data set's own."""
 
+    analytics: Mapping[str, str] = field(default_factory=dict)
+    """`PATH:FUNCTION` of each column that queries of federated analytics ask for."""
+
     model: str = ""
     """Initial model: a safetensors file or `PATH:FUNCTION`; empty means the data set's own."""
 
@@ -124,6 +130,13 @@ class SimulationConfig:
         self._number("held_out", 0.0, 0.99)
         object.__setattr__(self, "kinds", checked_kinds(self.kinds))
         object.__setattr__(self, "local_privacy", _privacy(self.local_privacy))
+        _check_columns(self.analytics)
+        if not isinstance(self.ray, str):
+            raise SimulationError(
+                f"simulation.ray: got {self.ray!r}, want the address of a cluster"
+            )
+        if self.ray and self.workers < 0:
+            raise SimulationError("simulation.workers: got -1, want 0 or more with simulation.ray")
         if self.partition not in PARTITIONS:
             raise SimulationError(
                 f"simulation.partition: got {self.partition!r}, want one of {', '.join(PARTITIONS)}"
@@ -166,6 +179,9 @@ class SimulationConfig:
         found = cls._from_table(table, training)
         moved: dict[str, Any] = {
             name: _beside(path.parent, getattr(found, name)) for name in _PATHS
+        }
+        moved["analytics"] = {
+            column: _beside(path.parent, text) for column, text in found.analytics.items()
         }
         return replace(found, name=table.get("name", path.stem), **moved)
 
@@ -246,6 +262,13 @@ def _privacy(value: object) -> LocalPrivacy | None:
         return LocalPrivacy(**value)
     except (TypeError, ValueError) as error:
         raise SimulationError(f"simulation.local_privacy: {error}") from error
+
+
+def _check_columns(value: object) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(text, str) for text in value.values()):
+        raise SimulationError(
+            f"simulation.analytics: got {value!r}, want a table of columns with PATH:FUNCTION"
+        )
 
 
 def _beside(folder: Path, text: object) -> str:

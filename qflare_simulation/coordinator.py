@@ -1,7 +1,6 @@
 """The coordinator of a simulation: every part of a real one but its network, in virtual time."""
 
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from qflare.crypto.signing import SigningKey
-from qflare.evidence.statements import sign_evaluation
+from qflare.evidence.statements import sign_evaluation, sign_update
 from qflare.tensors import Manifest, chunks
 from qflare.tensors.download_encodings import widened
 from qflare.tensors.encodings import Encoding
@@ -42,8 +41,10 @@ from qflare_simulation.clock import START, VirtualClock
 from qflare_simulation.config import SimulationConfig
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.kinds import DeviceKind
-from qflare_simulation.memory import DeviceMemory
-from qflare_simulation.worker import Brief, Failed, Trained, device_id
+from qflare_simulation.memory import DeviceMemory, HomeFolder
+from qflare_simulation.secure_aggregation import SimulatedHelpers, helper_names
+from qflare_simulation.seeds import SeededBytes
+from qflare_simulation.worker import Brief, Failed, ModelFile, Trained, device_id
 
 ADMIN: Final = Caller("system", "", "simulation")
 REALM: Final = ServerConfig.realm
@@ -55,20 +56,29 @@ MARKER: Final = "simulated"
 """File in the folder of a simulated coordinator, whose devices sign nothing."""
 DEVICES: Final = "devices"
 """Folder of what devices keep between rounds, in that of the coordinator."""
+HELPERS: Final = "helpers"
+"""Folder of the helpers for secure aggregation, in that of the coordinator."""
 REGISTERED_AT_ONCE: Final = 500
 MAX_FAILURE_TEXT: Final = 200
 
 
 class SimulatedCoordinator:
-    """A coordinator over an SQLite file, whose devices live in this program.
+    """A coordinator over an SQLite file, whose devices and helpers live in this program.
+
+    Args:
+        folder: Empty folder.
+        seed: Of noise, nonces and ids.
+        is_kept: Whether the database is read after the simulation.
+        helpers: Helpers for secure aggregation that the configuration names; None without secure aggregation.
 
     Attributes:
         clock: The virtual time.
-        devices: Folder of what devices keep between rounds.
         session_id: The training session, once it is created.
     """
 
-    def __init__(self, folder: Path, seed: int, *, is_kept: bool) -> None:
+    def __init__(
+        self, folder: Path, seed: int, *, is_kept: bool, helpers: Sequence[str] | None = None
+    ) -> None:
         config = ServerConfig(data_dir=folder, realm=REALM, require_signatures=False).checked()
         keys = dataclasses.replace(KeyFolder.from_config(config), cost=KEY_COST)
         if not keys.is_empty():
@@ -78,16 +88,23 @@ class SimulatedCoordinator:
         )
         self.clock = VirtualClock()
         opened = Application.open(config, self.clock)
-        context = dataclasses.replace(opened.context, draw_random=_SeededBytes(seed).draw)
+        self._helpers = None
+        if helpers is not None:
+            self._helpers = SimulatedHelpers(folder / HELPERS, helpers, opened.keys, self.clock)
+        context = dataclasses.replace(
+            opened.context, draw_random=SeededBytes(seed).draw, helpers=self._helpers
+        )
         use_cases = build_use_cases(context, opened.keys, opened.executor)
         self._application = dataclasses.replace(opened, context=context, use_cases=use_cases)
         self._use_cases = use_cases
-        self._aggregator = Aggregator(context, opened.executor, "simulation")
+        self._aggregator = Aggregator(
+            context, opened.executor, "simulation", waits_for_helpers=True
+        )
         (folder / MARKER).touch()
         self._folder = folder / "versions"
         self._folder.mkdir()
-        self.devices = folder / DEVICES
-        self.devices.mkdir()
+        self._home = folder / DEVICES
+        self._home.mkdir()
         self._keys: dict[int, SigningKey] = {}
         self.session_id = ""
         self._size_bytes = 0
@@ -99,13 +116,13 @@ class SimulatedCoordinator:
         return self._application
 
     def register(self, config: SimulationConfig) -> None:
-        """Register the devices by index: with their kinds, and with keys if they sign evaluations.
+        """Register the devices by index: with their kinds, and with keys if they sign evaluations or masked updates.
 
         Raises:
             SimulationError: The coordinator refuses a kind of devices.
         """
         kinds = config.device_kinds()
-        if config.training.evaluation.every_rounds:
+        if config.training.evaluation.every_rounds or self._helpers is not None:
             self._keys = {index: SigningKey.generate() for index in range(config.devices)}
         known = KnownDevices(self._application.context)
         try:
@@ -137,7 +154,7 @@ class SimulatedCoordinator:
                 name=config.name,
                 model_type="",
                 architecture={},
-                config=config.session_config(),
+                config=self._session_config(config),
             )
             self.session_id = created.id
             manifest = Manifest.from_arrays(model)
@@ -151,6 +168,14 @@ class SimulatedCoordinator:
             raise SimulationError(
                 f"the coordinator refuses the training session: {error}"
             ) from error
+
+    def _session_config(self, config: SimulationConfig) -> training_pb2.TrainingConfig:
+        """Return the settings of the training session, with helpers that are here."""
+        settings = config.session_config()
+        if self._helpers is not None:
+            policy = settings.secure_aggregation
+            policy.helpers[:] = self._helpers.stand_for(policy.helpers)
+        return settings
 
     def state(self) -> tuple[TrainingSession, Round]:
         """Return the training session and its current round."""
@@ -189,7 +214,7 @@ class SimulatedCoordinator:
         encoding = Encoding.from_number(owner.config.transfer.download_encoding)
         path, manifest = self.download(current.base_version, encoding)
         envelope = security_pb2.SignedEnvelope.FromString(current.task)
-        return Brief(envelope.payload, str(path), manifest)
+        return Brief(envelope.payload, ModelFile(str(path)), manifest)
 
     def download(
         self, version: int, encoding: Encoding = Encoding.FULL_PRECISION
@@ -229,7 +254,8 @@ class SimulatedCoordinator:
             base_digest=found.model.digest,
             transfer=transfer,
         )
-        return Brief(statement.SerializeToString(deterministic=True), str(path), manifest)
+        payload = statement.SerializeToString(deterministic=True)
+        return Brief(payload, ModelFile(str(path)), manifest)
 
     def evaluations(
         self, devices: Iterable[int], version: int, *, is_last: bool
@@ -261,11 +287,9 @@ class SimulatedCoordinator:
         Raises:
             SimulationError: The coordinator refuses it.
         """
-        key, name = self._keys[index], device_id(index)
-        public = key.public
-        statement.key_id = public.key_id
-        contributor = Contributor(name, public.key_id, public.algorithm, public.data)
-        caller = Caller(f"device:{name}", "", "simulation")
+        key, contributor = self._keys[index], self._contributor(index)
+        statement.key_id = key.public.key_id
+        caller = Caller(f"device:{contributor.device_id}", "", "simulation")
         try:
             self._use_cases.evaluations.report(caller, contributor, sign_evaluation(key, statement))
         except QflareError as error:
@@ -273,7 +297,7 @@ class SimulatedCoordinator:
 
     def keep(self, index: int, update_id: str) -> None:
         """Let what a device staged with an update take effect, because the update was accepted."""
-        DeviceMemory(self.devices, index).accept(update_id)
+        DeviceMemory(HomeFolder(self._home), index).accept(update_id)
 
     def size_bytes(self, version: int) -> int:
         """Return the size of a version."""
@@ -290,7 +314,27 @@ class SimulatedCoordinator:
 
     def submit(self, updates: Sequence[tuple[int, Trained]]) -> list[UpdateReceipt | QflareError]:
         """Submit updates of devices, in their order."""
-        return self._use_cases.uploads.submit_all(ADMIN, [_arrival(*update) for update in updates])
+        arrivals = [self._arrival(*update) for update in updates]
+        return self._use_cases.uploads.submit_all(ADMIN, arrivals)
+
+    def _arrival(self, index: int, update: Trained) -> Arrival:
+        """Return an update as it arrives: signed if helpers have to verify it."""
+        contributor = Contributor(device_id(index), None)
+        envelope = security_pb2.SignedEnvelope(payload=update.statement)
+        if self._helpers is not None:
+            contributor = self._contributor(index)
+            statement = security_pb2.UpdateStatement.FromString(update.statement)
+            statement.key_id = self._keys[index].public.key_id
+            envelope = sign_update(self._keys[index], statement)
+        header = coordinator_service_pb2.UpdateHeader(
+            statement=envelope, chunk_digests=update.chunk_digests
+        )
+        return Arrival(contributor, header, update.chunks)
+
+    def _contributor(self, index: int) -> Contributor:
+        """Return a device that has a key."""
+        public = self._keys[index].public
+        return Contributor(device_id(index), public.key_id, public.algorithm, public.data)
 
     def report_failure(self, index: int, round_number: int, failed: Failed) -> None:
         """Report a failed training, as the device SDK does."""
@@ -313,39 +357,21 @@ class SimulatedCoordinator:
 
     def close(self) -> None:
         """Complete the audit log of a database that is kept, and close every part."""
-        shutil.rmtree(self.devices, ignore_errors=True)
+        shutil.rmtree(self._home, ignore_errors=True)
         if self._is_kept:
             AuditSequencer(self._application.context).run_once()
         self._aggregator.close()
         self._application.close()
 
 
-class _SeededBytes:
-    """Draws bytes that a seed decides: the noise of a simulation protects nobody."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._drawn = 0
-
-    def draw(self, count: int) -> bytes:
-        """Return that many bytes."""
-        self._drawn += 1
-        return hashlib.shake_256(f"simulation:{self._seed}:{self._drawn}".encode()).digest(count)
-
-
-def _arrival(index: int, update: Trained) -> Arrival:
-    name = device_id(index)
-    envelope = security_pb2.SignedEnvelope(payload=update.statement)
-    header = coordinator_service_pb2.UpdateHeader(
-        statement=envelope, chunk_digests=update.chunk_digests
-    )
-    return Arrival(Contributor(name, None), header, update.chunks)
-
-
 @contextmanager
-def opened(folder: Path, seed: int, *, is_kept: bool) -> Iterator[SimulatedCoordinator]:
-    """Open a coordinator in an empty folder and close it afterwards."""
-    coordinator = SimulatedCoordinator(folder, seed, is_kept=is_kept)
+def opened(
+    folder: Path, config: SimulationConfig, *, is_kept: bool
+) -> Iterator[SimulatedCoordinator]:
+    """Open a coordinator in an empty folder, with the helpers that a configuration needs, and close it afterwards."""
+    coordinator = SimulatedCoordinator(
+        folder, config.seed, is_kept=is_kept, helpers=helper_names(config.training)
+    )
     try:
         yield coordinator
     finally:
@@ -373,24 +399,3 @@ def open_coordinator(
         config = dataclasses.replace(config, require_signatures=False)
     with open_application(config) as parts:
         yield parts
-
-
-def require_simulable(config: training_pb2.TrainingConfig) -> None:
-    """Refuse settings that need other programs than coordinator and devices.
-
-    Raises:
-        SimulationError: Names the setting.
-    """
-    if config.secure_aggregation.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
-        raise SimulationError(
-            "secure_aggregation: with neighbors, each step of a device waits for the others; a simulation "
-            "runs one device after the other; leave it out"
-        )
-    if config.HasField("secure_aggregation"):
-        raise SimulationError(
-            "secure_aggregation: masks are sealed to helpers, and a simulation has none; leave it out"
-        )
-    if config.HasField("analytics"):
-        raise SimulationError(
-            "analytics: devices answer queries by functions of their own, and simulated ones have none; leave it out"
-        )

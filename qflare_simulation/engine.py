@@ -269,7 +269,7 @@ class Engine:
             return
         brief = self._coordinator.version_brief(version, as_devices_get_it=True)
         results = [
-            self._pool.submit(worker.measure_all, brief, asked[start : start + CHUNK])
+            self._measure(brief, asked[start : start + CHUNK])
             for start in range(0, len(asked), CHUNK)
         ]
         answers = [answer for result in results for answer in result()]
@@ -285,6 +285,10 @@ class Engine:
                 self._coordinator.report_failure(index, 0, answer)
             else:
                 self._coordinator.report_evaluation(index, answer)
+
+    def _measure(self, brief: Brief, asked: Sequence[tuple[int, str]]) -> Callable[[], Any]:
+        devices = [device for device, _ in asked]
+        return self._pool.submit(worker.measure_all, brief, asked, devices=devices)
 
     def _is_lost(self, device: int, *what: object) -> bool:
         """Return whether a device drops out of something."""
@@ -364,7 +368,8 @@ class Engine:
                 self._start(self._briefs[key], jobs[start : start + size])
 
     def _start(self, brief: Brief, jobs: Sequence[Job]) -> None:
-        result = self._pool.submit(worker.train_all, brief, [job.device for job in jobs])
+        devices = [job.device for job in jobs]
+        result = self._pool.submit(worker.train_all, brief, devices, devices=devices)
         for position, job in enumerate(jobs):
             self._results[job.order] = result, position
 

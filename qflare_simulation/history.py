@@ -7,9 +7,11 @@ from typing import Any, Final, TypeAlias
 
 from numpy.typing import NDArray
 
+from qflare.analytics.results import Result
 from qflare.tensors import Manifest, chunks
 from qflare.tensors.safetensors_files import export_safetensors, with_facts
 from qflare_client.admin import plots
+from qflare_client.admin.analytics import as_lines
 from qflare_client.admin.extras import MissingExtraError, require
 from qflare_client.errors import InvalidRequestError
 from qflare_simulation import tables as tabular
@@ -58,6 +60,7 @@ class History:
         folder: Folder of the coordinator's database; None if it was temporary.
         best: The best version by the session's objective; None if nothing was measured.
         local_epsilon: Largest epsilon that a device has spent by local privacy; None without.
+        result: Table of a query of federated analytics; None for a model, and without enough answers.
     """
 
     config: SimulationConfig = field(repr=False)
@@ -73,6 +76,7 @@ class History:
     folder: Path | None = None
     best: Best | None = None
     local_epsilon: float | None = None
+    result: Result | None = None
 
     @property
     def name(self) -> str:
@@ -223,6 +227,9 @@ class History:
             lines.append(f"best version {self.best.version}: {shown}")
         if self.local_epsilon is not None:
             lines.append(f"local privacy: epsilon {self.local_epsilon:.4g} of a device")
+        if self.result is not None:
+            lines += as_lines(self.result)
+            lines.append(f"the noise has a deviation of {self.result.error:.4g}")
         return "\n".join(lines)
 
 

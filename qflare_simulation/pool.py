@@ -1,9 +1,9 @@
-"""Pool of processes in which virtual devices train."""
+"""Where virtual devices train: what the engine needs, and a pool of processes of this machine."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from loky import ProcessPoolExecutor
 from loky.process_executor import TerminatedWorkerError
@@ -13,7 +13,28 @@ from qflare_simulation.errors import SimulationError
 from qflare_simulation.worker import Programs
 
 
-class Pool:
+class Pool(Protocol):
+    """Runs functions of `worker` in parallel.
+
+    Attributes:
+        size: How many at once.
+    """
+
+    size: int
+
+    def submit(
+        self, function: Callable[..., Any], *arguments: Any, devices: Sequence[int] = ()
+    ) -> Callable[[], Any]:
+        """Start a function; return what waits for its result and returns it.
+
+        Args:
+            function: Of `worker`.
+            *arguments: Its arguments.
+            devices: Whose kept files it reads or writes, by index.
+        """
+
+
+class ProcessPool:
     """Runs functions of `worker` in processes, or in this one; a context manager.
 
     Args:
@@ -34,8 +55,11 @@ class Pool:
             for _ in range(self.size):
                 self._executor.submit(worker.is_ready)
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Start a function; returns what waits for its result and returns it."""
+    def submit(
+        self, function: Callable[..., Any], *arguments: Any, devices: Sequence[int] = ()
+    ) -> Callable[[], Any]:
+        """Start a function; return what waits for its result and returns it. Files of devices stay where they are."""
+        del devices
         if self._executor is None:
             return _Later(function, arguments)
         future: Future[Any] = self._executor.submit(function, *arguments)

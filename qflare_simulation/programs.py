@@ -54,10 +54,20 @@ def run_file(
     config = replace(SimulationConfig.read(path), **changes)
     data = find_data(config)
     train = find(config.train, "train") if config.train else ready_data.train
+    columns = {name: find(text, "analytics") for name, text in config.analytics.items()}
     evaluate = _evaluation(config)
     more: dict[str, Any] = {} if notice is None else {"notice": notice}
     model = find_model(config.model) if config.model else None
-    return simulate(train, data, config, model=model, evaluate=evaluate, folder=folder, **more)
+    return simulate(
+        train,
+        data,
+        config,
+        model=model,
+        evaluate=evaluate,
+        analytics=columns,
+        folder=folder,
+        **more,
+    )
 
 
 def _evaluation(config: SimulationConfig) -> EvaluateFunction | None:

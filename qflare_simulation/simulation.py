@@ -10,26 +10,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qflare.analytics.queries import TENSOR, InvalidQueryError, Query
+from qflare.analytics.results import Result
 from qflare.tensors import Manifest, assemble
 from qflare.tensors.control_variates import CONTROL
 from qflare.v1 import tensor_pb2, training_pb2
 from qflare_client import Scaffold
+from qflare_client.admin.analytics import RESULT_VERSION, result_in
 from qflare_server.storage.records import TrainingSession
 from qflare_server.training.objective import objective_of
 from qflare_simulation import tables
+from qflare_simulation.cluster import RayPool
 from qflare_simulation.config import SimulationConfig
 from qflare_simulation.coordinator import (
     DEVICES,
     REALM,
     SimulatedCoordinator,
     opened,
-    require_simulable,
 )
 from qflare_simulation.engine import Course, Engine, Notice
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.history import Best, History
-from qflare_simulation.pool import Pool
-from qflare_simulation.worker import EvaluateFunction, Programs, TrainFunction
+from qflare_simulation.memory import HomeFolder
+from qflare_simulation.pool import ProcessPool
+from qflare_simulation.secure_aggregation import require_simulable
+from qflare_simulation.worker import EvaluateFunction, Programs, QueryFunction, TrainFunction
 
 
 def _silent(version: int, rounds: int, accepted: int, target: int) -> None:
@@ -37,7 +42,7 @@ def _silent(version: int, rounds: int, accepted: int, target: int) -> None:
 
 
 def simulate(
-    train: TrainFunction,
+    train: TrainFunction | None,
     data: Sequence[Any],
     config: SimulationConfig | Mapping[str, Any] | str | Path | None = None,
     *,
@@ -45,6 +50,7 @@ def simulate(
     evaluate: EvaluateFunction | None = None,
     test: Any = None,
     held_out: Sequence[Any] | None = None,
+    analytics: Mapping[str, QueryFunction] | None = None,
     folder: str | Path | None = None,
     notice: Notice = _silent,
 ) -> History:
@@ -56,7 +62,7 @@ def simulate(
 
     Args:
         train: Maps (arrays, task, data of the device) to (arrays, example count, metrics). A real device runs
-            `qflare_client.run(client, lambda arrays, task: train(arrays, task, data))`.
+            `qflare_client.run(client, lambda arrays, task: train(arrays, task, data))`. None for a query.
         data: The data of each device, by index; there are as many devices. A `FederatedData` may also hold test
             data and the first model.
         config: A `SimulationConfig`, the settings as a mapping, or the path of a file.
@@ -66,6 +72,8 @@ def simulate(
         test: Test data; None means that of the data.
         held_out: What each device measures versions on, by index, None for a device that measures none; None means that
             of the data.
+        analytics: Functions by column that map (query, data of the device) to the values of the column, for a
+            configuration with a query of federated analytics.
         folder: Empty or new folder to keep the coordinator's database in; None keeps none.
         notice: Called with version, rounds, accepted updates and target as the simulation proceeds.
 
@@ -74,8 +82,14 @@ def simulate(
         TrainingFailedError: Too many devices failed in one round; the message holds the first traceback.
     """
     chosen = _with_devices(SimulationConfig.from_value(config), data)
+    columns = dict(analytics or {})
+    _require_functions(chosen, train, columns)
     require_simulable(chosen.training)
-    arrays = _first(model if model is not None else getattr(data, "model", None), chosen.training)
+    if chosen.training.HasField("analytics"):
+        arrays, evaluate = _zeros(chosen.training.analytics), None
+    else:
+        first = model if model is not None else getattr(data, "model", None)
+        arrays = _first(first, chosen.training)
     shared = test if test is not None else getattr(data, "test", None)
     own = held_out if held_out is not None else getattr(data, "held_out", None)
     _require_evaluation(chosen, evaluate, own)
@@ -90,18 +104,25 @@ def simulate(
             privacy=chosen.local_privacy,
             seed=chosen.seed,
             realm=REALM,
-            home=home / DEVICES,
+            home=HomeFolder(home / DEVICES),
+            columns=columns,
         )
         # The processes of the pool start while the coordinator makes its keys and its database.
         with (
-            Pool(programs, chosen.workers) as pool,
-            opened(home, chosen.seed, is_kept=is_kept) as coordinator,
+            _pool(programs, chosen) as pool,
+            opened(home, chosen, is_kept=is_kept) as coordinator,
         ):
             coordinator.register(chosen)
             coordinator.create(chosen, arrays)
             engine = Engine(coordinator, pool, chosen, notice, programs)
             engine.run()
             return _history(coordinator, chosen, engine.course, home if is_kept else None)
+
+
+def _pool(programs: Programs, config: SimulationConfig) -> ProcessPool | RayPool:
+    if config.ray:
+        return RayPool(programs, config.ray, config.workers)
+    return ProcessPool(programs, config.workers)
 
 
 def _first(
@@ -114,6 +135,39 @@ def _first(
     if config.strategy.name == "scaffold" and not any(name.startswith(CONTROL) for name in arrays):
         return Scaffold.initial(arrays)
     return arrays
+
+
+def _zeros(message: training_pb2.AnalyticsQuery) -> dict[str, NDArray[Any]]:
+    """Return version 0 of a query, to which the answers of devices are added."""
+    try:
+        query = Query.from_proto(message)
+    except InvalidQueryError as error:
+        raise SimulationError(f"analytics.{error}") from error
+    return {TENSOR: np.zeros(query.element_count, np.float32)}
+
+
+def _require_functions(
+    config: SimulationConfig, train: TrainFunction | None, columns: Mapping[str, QueryFunction]
+) -> None:
+    """Refuse a configuration whose devices have no function for what they are asked.
+
+    Raises:
+        SimulationError: There is none to train, or none of the column of the query.
+    """
+    if not config.training.HasField("analytics"):
+        if train is None:
+            raise SimulationError("train: got none, want a training function")
+        return
+    column = config.training.analytics.column
+    if column not in columns:
+        raise SimulationError(
+            f"analytics: devices have no column {column[:100]!r}: pass its function as analytics, or set "
+            "simulation.analytics"
+        )
+    if config.local_privacy is not None:
+        raise SimulationError(
+            "simulation.local_privacy: has no meaning in a query, whose noise is that of its epsilon"
+        )
 
 
 def _require_evaluation(
@@ -181,7 +235,15 @@ def _history(
         folder=home,
         best=_best(owner, course),
         local_epsilon=course.local_epsilon,
+        result=_result(owner, path),
     )
+
+
+def _result(owner: TrainingSession, path: Path) -> Result | None:
+    """Return the result of a query; None without one."""
+    if not owner.config.HasField("analytics") or owner.current_version < RESULT_VERSION:
+        return None
+    return result_in(owner.config, path.read_bytes())[1]
 
 
 def _best(owner: TrainingSession, course: Course) -> Best | None:

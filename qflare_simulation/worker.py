@@ -9,22 +9,26 @@ import sys
 import traceback
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from qflare.analytics.answers import answer
+from qflare.analytics.queries import TENSOR, Query
+from qflare.evidence.unmasking import Masking, masking_of
 from qflare.tensors import CHUNK_BYTES, Array, Manifest, assemble
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_client import TrainingTask
 from qflare_client.models.download import GlobalModel
+from qflare_client.models.masked_update import add_masks, quantize_update, seal_seeds
 from qflare_client.models.submission import (
     Contribution,
     checked,
@@ -37,7 +41,8 @@ from qflare_client.models.upload import Payload
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.tasks import Task, TrainingDefaults
 from qflare_simulation.clock import START
-from qflare_simulation.memory import DeviceMemory
+from qflare_simulation.memory import DeviceMemory, Home
+from qflare_simulation.seeds import SeededBytes
 
 TrainFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask, Any], tuple[Mapping[str, Array], int, Mapping[str, float]]
@@ -49,6 +54,9 @@ EvaluateFunction: TypeAlias = Callable[
 ]
 """Maps a copy of a version's arrays, the task and the test data to (example count, metrics)."""
 
+QueryFunction: TypeAlias = Callable[[Query, Any], Iterable[Any]]
+"""Maps a query of federated analytics and the device's data to the values of its column."""
+
 MAX_TEXT: Final = 4000
 
 
@@ -57,7 +65,7 @@ class Programs:
     """What the devices run, and on what.
 
     Attributes:
-        train: The training function.
+        train: The training function; None where devices only answer queries.
         evaluate: Measures versions, on test data and on what devices hold out.
         data: The training data of each device.
         test: Test data; None for none.
@@ -65,10 +73,11 @@ class Programs:
         privacy: Local privacy of every device.
         seed: Seed of trainings and of noise.
         realm: Name of the deployment.
-        home: Folder of what devices keep between rounds.
+        home: Where the files are that devices keep between rounds.
+        columns: Functions by column of queries.
     """
 
-    train: TrainFunction
+    train: TrainFunction | None
     evaluate: EvaluateFunction | None
     data: Sequence[Any]
     test: Any
@@ -76,7 +85,31 @@ class Programs:
     privacy: LocalPrivacy | None
     seed: int
     realm: str
-    home: Path
+    home: Home
+    columns: Mapping[str, QueryFunction] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Where the payload of a version is; two that are equal have equal bytes."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the payload in chunks."""
+
+
+class ModelFile(NamedTuple):
+    """The payload of a version in a file of this machine.
+
+    Attributes:
+        path: Of the file.
+    """
+
+    path: str
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the payload in chunks."""
+        with Path(self.path).open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
 
 
 class Brief(NamedTuple):
@@ -84,12 +117,12 @@ class Brief(NamedTuple):
 
     Attributes:
         statement: The serialized task statement, as devices get it.
-        model: File with the payload of the base version.
+        model: Where the payload of the base version is.
         manifest: Its serialized layout.
     """
 
     statement: bytes
-    model: str
+    model: Source
     manifest: bytes
 
 
@@ -126,6 +159,11 @@ def start(programs: Programs) -> None:
     threadpool_limits(1)
 
 
+def move_to(home: Home) -> None:
+    """Let the devices of this process read and write their files elsewhere."""
+    _PROGRAMS[:] = [replace(_PROGRAMS[0], home=home)]
+
+
 def is_ready() -> bool:
     """Return whether this process has started."""
     return bool(_PROGRAMS)
@@ -160,12 +198,14 @@ def _train(brief: Brief, index: int) -> Trained | Failed:
     update_id = _update_id(programs.seed, index, task)
     try:
         contribution = _contribution(programs, memory, task, base, index)
-        payload, is_kept = _payload(memory, task, contribution, update_id)
+        payload, mask_seeds, is_kept = _payload(memory, task, contribution, update_id)
         statement = make_statement(
             task, contribution, payload, realm=programs.realm, device_id=device_id(index)
         )
         statement.update_id = update_id
         statement.create_time.FromDatetime(START)
+        if task.masking is not None:
+            seal_seeds(task.masking, mask_seeds, statement)
     except Exception as error:  # noqa: BLE001 - whatever a training function raises is a failure of its device
         return _failed(error)
     return Trained(
@@ -180,6 +220,9 @@ def _contribution(
     programs: Programs, memory: DeviceMemory, task: Task, base: GlobalModel, index: int
 ) -> Contribution:
     """Train, split off what stays on the device, and protect the rest as the device's local privacy says."""
+    if task.analytics is not None:
+        return _answer(programs, task.analytics.query, base, index)
+    assert programs.train is not None
     given = {name: array.copy() for name, array in base.arrays.items()}
     given |= memory.local.read(task.training_session_id)
     arrays, example_count, metrics = programs.train(given, task.config, programs.data[index])
@@ -192,19 +235,51 @@ def _contribution(
     return replace(contribution, arrays=protected)
 
 
+def _answer(programs: Programs, query: Query, base: GlobalModel, index: int) -> Contribution:
+    """Answer a query with the values of its column."""
+    values = programs.columns[query.column](query, programs.data[index])
+    return Contribution(base, {TENSOR: base.arrays[TENSOR] + answer(query, values)}, 1, {})
+
+
 def _payload(
     memory: DeviceMemory, task: Task, contribution: Contribution, update_id: str
-) -> tuple[Payload, bool]:
-    """Encode an update and stage what the device keeps with it; return whether there is anything."""
-    session_id, has_residual = task.training_session_id, is_sparse(task.transfer)
+) -> tuple[Payload, tuple[bytes, ...], bool]:
+    """Encode an update and stage what the device keeps with it.
+
+    Returns:
+        The payload, the seeds of its masks, and whether the device keeps anything.
+    """
+    session_id = task.training_session_id
+    memory.local.stage(session_id, update_id, contribution.local)
+    if task.masking is not None:
+        payload, seeds = _masked(task.masking, contribution, update_id)
+        return payload, seeds, bool(contribution.local)
+    has_residual = is_sparse(task.transfer)
     known: Mapping[str, Array] = {}
     if has_residual:
         known = memory.feedback.residual(session_id, contribution.base.manifest)
     payload, residual = make_payload_with_residual(contribution, task.transfer, known)
     if has_residual:
         memory.feedback.stage(session_id, update_id, residual)
-    memory.local.stage(session_id, update_id, contribution.local)
-    return payload, has_residual or bool(contribution.local)
+    return payload, (), has_residual or bool(contribution.local)
+
+
+def _masked(
+    masking: Masking, contribution: Contribution, update_id: str
+) -> tuple[Payload, tuple[bytes, ...]]:
+    """Mask an update with seeds that equal runs share; return the payload and the seeds."""
+    seeds = SeededBytes(_PROGRAMS[0].seed, "masks", update_id)
+    quantized = quantize_update(
+        masking,
+        contribution.base.manifest,
+        contribution.arrays,
+        contribution.base.arrays,
+        contribution.example_count,
+        contribution.metrics,
+        draw_seed=seeds.draw,
+    )
+    drawn = add_masks(masking, quantized, draw_seed=seeds.draw)
+    return quantized.payload(), drawn
 
 
 def measure_all(
@@ -274,7 +349,10 @@ def _task(payload: bytes) -> Task:
         device_training=statement.device_training,
         transfer=statement.transfer,
     )
-    return Task.from_proto(message, statement, TrainingDefaults())
+    masking = None
+    if statement.HasField("masking"):
+        masking = masking_of(security_pb2.SignedEnvelope(payload=payload))
+    return Task.from_proto(message, statement, TrainingDefaults(), masking)
 
 
 @lru_cache(maxsize=2)
@@ -286,7 +364,7 @@ def _model(brief: Brief) -> GlobalModel:
         training_session_id=task.training_session_id,
         version=task.base_version,
         digest=task.base_digest,
-        arrays=assemble(manifest, _chunks(Path(brief.model))),
+        arrays=assemble(manifest, brief.model.chunks()),
         manifest=manifest,
         metrics={},
         model_type="",
@@ -296,12 +374,6 @@ def _model(brief: Brief) -> GlobalModel:
         envelope=security_pb2.SignedEnvelope(),
         encoding=Encoding.from_number(task.transfer.download_encoding),
     )
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
 
 
 def close() -> None:

@@ -5,7 +5,7 @@ An update's change is clipped to an L2 norm, multiplied by `scale * weight / max
 numbers are in two's complement.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite, nextafter
 from typing import Final
 
@@ -33,9 +33,16 @@ class Quantizer:
         parameters: Of the training session.
         weight: Weight of the update, 1 to `max_weight`.
         norm: L2 norm of the change, finite.
+        draw_seed: Draws the key of the rounding, 32 bytes; only a simulation replaces it.
     """
 
-    def __init__(self, parameters: MaskingParameters, weight: int, norm: float) -> None:
+    def __init__(
+        self,
+        parameters: MaskingParameters,
+        weight: int,
+        norm: float,
+        draw_seed: Callable[[], bytes] = new_seed,
+    ) -> None:
         _check_weight(parameters, weight)
         if not (isfinite(norm) and norm >= 0):
             raise ValueError(f"norm: got {norm}, want a finite number")
@@ -43,7 +50,7 @@ class Quantizer:
         self._parameters = parameters
         self._factor = parameters.scale * clipped * (weight / parameters.max_weight)
         self._limit = _float_below(parameters.limit)
-        self._random = Mask(new_seed())
+        self._random = Mask(draw_seed())
         self._position = 0
         self._drawn: Array = np.empty(0, "<u4")
         self._scaled = np.empty(PIECE, np.float64)

@@ -114,12 +114,33 @@ def find_violations(message: Message, prefix: str = "") -> list[Violation]:
     return found
 
 
+def find_field_violations(message: Message, name: str) -> list[Violation]:
+    """Return the constraints that one field of a message breaks; at most `MAX_VIOLATIONS`.
+
+    Args:
+        message: Any message.
+        name: Name of the field.
+    """
+    found = _Violations()
+    with suppress(_FullError):
+        _checks_of(message.DESCRIPTOR).of_field(name)(message, "", found)
+    return found
+
+
 class _MessageChecks:
     """The checks of one message type; built on first use, because types may be recursive."""
 
     def __init__(self, descriptor: Descriptor) -> None:
         self._descriptor = descriptor
         self._checks: tuple[_FieldCheck, ...] | None = None
+        self._by_name: dict[str, _FieldCheck] = {}
+
+    def of_field(self, name: str) -> _FieldCheck:
+        """Return the check of one field."""
+        found = self._by_name.get(name)
+        if found is None:
+            found = self._by_name[name] = _field_check(self._descriptor.fields_by_name[name])
+        return found
 
     def check(self, message: Any, path: str, found: _Violations) -> None:
         checks = self._checks

@@ -196,14 +196,26 @@ def read_result(admin: Admin, training_session_id: str) -> QueryResult:
         word = state.removeprefix("TRAINING_SESSION_STATE_").lower()
         raise FailedPreconditionError(f"there is no result yet: the query is {word}")
     model, chunks = download_model(admin, training_session_id, RESULT_VERSION)
-    data, count = b"".join(chunks), session.config.rounds.target
     try:
-        query = Query.from_proto(session.config.analytics)
-        mean = np.frombuffer(data, "<f4").astype(np.float64)
-        table = result_of(query, mean * count, _stddev(session.config, query))
+        query, table = result_in(session.config, b"".join(chunks))
     except ValueError as error:
         raise CorruptModelError(f"the result is not that of the query: {error}") from error
     return QueryResult(session, query, model, table)
+
+
+def result_in(config: training_pb2.TrainingConfig, data: bytes) -> tuple[Query, Result]:
+    """Return a query and its result from the payload of its version.
+
+    Args:
+        config: Of the training session, complete.
+        data: The payload.
+
+    Raises:
+        ValueError: It is the payload of another query.
+    """
+    query = Query.from_proto(config.analytics)
+    mean = np.frombuffer(data, "<f4").astype(np.float64)
+    return query, result_of(query, mean * config.rounds.target, _stddev(config, query))
 
 
 def _stddev(config: training_pb2.TrainingConfig, query: Query) -> float:
@@ -259,17 +271,21 @@ def _plain(cell: Cell) -> Cell | None:
 
 def _as_text(found: QueryResult) -> str:
     version, result = found.version, found.result
-    cells = [list(result.columns), *([_shown(cell) for cell in row] for row in result.rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
     facts = (
         f"{version.participant_count} answers, epsilon {version.epsilon:.4g} at delta {version.delta:.3g}; "
         f"the noise has a deviation of {result.error:.4g}"
     )
-    return "\n".join([*lines, facts])
+    return "\n".join([*as_lines(result), facts])
+
+
+def as_lines(result: Result) -> list[str]:
+    """Return the table of a result as lines of text."""
+    cells = [list(result.columns), *([_shown(cell) for cell in row] for row in result.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
 
 
 def _shown(cell: Cell) -> str:

@@ -4,7 +4,7 @@ A seed masks one payload and is not kept: the payload with its sealed seed is ke
 that a repeated upload sends the same bytes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,6 +46,8 @@ def quantize_update(
     base: Mapping[str, Array],
     example_count: int,
     metrics: Mapping[str, float],
+    *,
+    draw_seed: Callable[[], bytes] = new_seed,
 ) -> QuantizedUpdate:
     """Quantize an update.
 
@@ -56,6 +58,7 @@ def quantize_update(
         base: The tensors of the base version.
         example_count: Number of local examples.
         metrics: Metrics by name; those that the task does not name stay on the device.
+        draw_seed: Draws the key of the rounding, 32 bytes; only a simulation replaces it.
 
     Raises:
         TrainingFunctionError: A value is not finite, or a metric that the task names is missing.
@@ -68,7 +71,7 @@ def quantize_update(
     norm = _norm(manifest, arrays, base)
     layout = parameters.manifest(manifest)
     vector = np.empty(layout.tensors[0].element_count, parameters.dtype)
-    quantizer, position = Quantizer(parameters, weight, norm), 0
+    quantizer, position = Quantizer(parameters, weight, norm, draw_seed), 0
     for piece in _changes(manifest, arrays, base):
         quantizer.write(piece, vector[position : position + len(piece)])
         position += len(piece)
@@ -77,9 +80,17 @@ def quantize_update(
     return QuantizedUpdate(layout, vector)
 
 
-def add_masks(masking: Masking, update: QuantizedUpdate) -> tuple[bytes, ...]:
-    """Add a mask for each helper of the task to a quantized update, and return their seeds."""
-    seeds = tuple(new_seed() for _ in masking.helpers)
+def add_masks(
+    masking: Masking, update: QuantizedUpdate, *, draw_seed: Callable[[], bytes] = new_seed
+) -> tuple[bytes, ...]:
+    """Add a mask for each helper of the task to a quantized update, and return their seeds.
+
+    Args:
+        masking: Required by the task.
+        update: Masked in place.
+        draw_seed: Draws the seeds, 32 bytes each; only a simulation replaces it.
+    """
+    seeds = tuple(draw_seed() for _ in masking.helpers)
     for seed in seeds:
         Mask(seed).add_to(update.vector, 0)
     return seeds

@@ -18,7 +18,7 @@ from qflare.evidence.statements import (
     sign_update,
 )
 from qflare.ids import new_update_id
-from qflare.protocol.constraints import find_violations
+from qflare.protocol.constraints import find_field_violations
 from qflare.tensors import Array, InvalidManifestError, InvalidPayloadError
 from qflare.tensors.encodings import Encoding, encode, wire_manifest
 from qflare.v1 import coordinator_service_pb2 as messages
@@ -265,8 +265,9 @@ def checked_metrics(metrics: object) -> dict[str, float]:
         check_metrics(converted)
     except (InvalidArgumentError, StatementError) as error:
         raise TrainingFunctionError(f"metrics: {error}") from error
-    for violation in find_violations(security_pb2.UpdateStatement(metrics=converted)):
-        if violation.field.startswith("metrics"):
+    if converted:
+        statement = security_pb2.UpdateStatement(metrics=converted)
+        for violation in find_field_violations(statement, "metrics"):
             raise TrainingFunctionError(f"{violation.field}: {violation.description}")
     return converted
 

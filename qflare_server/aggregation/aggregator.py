@@ -90,6 +90,7 @@ class Aggregator:
         executor: Runs the writes of large payloads.
         holder: Name of this coordinator in leases; the same after a restart.
         only: The one training session to work on, without a lease, which only saves work done twice; None means all.
+        waits_for_helpers: Whether a pass waits for helpers for secure aggregation, instead of asking them in threads.
     """
 
     def __init__(
@@ -99,11 +100,13 @@ class Aggregator:
         holder: str,
         *,
         only: str | None = None,
+        waits_for_helpers: bool = False,
     ) -> None:
         self._context = context
         self._executor = executor
         self._holder = holder
         self._only = only
+        self._waits_for_helpers = waits_for_helpers
         self._folds: dict[Key, RoundFold] = {}
         self._leases: dict[str, datetime] = {}
         self._resting: dict[Key, datetime] = {}
@@ -293,7 +296,7 @@ class Aggregator:
             self._folds[key] = open_fold(
                 self._context,
                 plan,
-                asker=self._askers,
+                asker=None if self._waits_for_helpers else self._askers,
                 noise_seed=seed,
                 thread_count=THREADS,
                 refuses_damaged=key in self._damaged,

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from qflare.evidence.lineage import contributors_digest
-from qflare.evidence.statements import StatementError
+from qflare.evidence.statements import StatementError, digest_of
 from qflare.evidence.unmasking import Masking, masking_of
 from qflare.masking.quantization import mean_change, slot_totals
 from qflare.tensors import CHUNK_BYTES
@@ -64,6 +64,9 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 4
 """Most sets of updates that helpers are asked for in one round, each smaller than the one before."""
 
+BOUND_TO_STATEMENTS: Final = 2
+"""The last revision of the rules that binds the noise of a masked sum to statements."""
+
 SUM: Final = "sum"
 """Name of the contribution that the strategy gets."""
 
@@ -105,6 +108,7 @@ class MaskedRoundFold(RoundFold):
         count = float_count(self.plan.manifest) + self._parameters.slot_count
         self._sum = np.zeros(count, self._parameters.dtype)
         self._digests: dict[str, str] = {}
+        self._bound: dict[str, str] = {}
         self._refused: dict[str, str] = {}
 
     def _update_layout(self) -> VectorLayout:
@@ -124,6 +128,7 @@ class MaskedRoundFold(RoundFold):
         for update in batch:
             self._fold_in(update, np.add)
             self._digests[update.update_id] = update.statement_digest
+            self._bound[update.update_id] = _noise_digest(update, self.revision)
 
     def _fold_in(self, update: AcceptedUpdate, operation: Add) -> None:
         """Add an update to the sum, or subtract it."""
@@ -294,7 +299,7 @@ class MaskedRoundFold(RoundFold):
         def read(start: int, stop: int) -> np.ndarray[Any, Any]:
             return mean_change(self._parameters, self._sum[start:stop], divisor)
 
-        members = contributors_digest(self._digests.values())
+        members = contributors_digest(self._bound[update_id] for update_id in self._digests)
         self._aggregation.add(Contribution(SUM, self._weight_sum, read, digest=members))
         return self._write(executor, at)
 
@@ -330,3 +335,14 @@ class MaskedRoundFold(RoundFold):
         return self._integers_from(
             PayloadBytes(self._context, self.plan.base, None, AHEAD), self.plan.manifest
         )
+
+
+def _noise_digest(update: AcceptedUpdate, revision: int) -> str:
+    """Return the digest that stands for an update where noise is bound to those in a sum.
+
+    No two updates of a coordinator have the same id and payload. Unlike the statement, which noise up to revision 2
+    is bound to, they do not depend on how the seeds were sealed, so that the noise of a simulation repeats.
+    """
+    if revision <= BOUND_TO_STATEMENTS:
+        return update.statement_digest
+    return digest_of(f"{update.update_id}:{update.payload_digest}".encode())

@@ -19,7 +19,7 @@ from typing import Final, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-REVISION: Final = 2
+REVISION: Final = 3
 """Number of the rules by which this release aggregates. A version keeps the number of those that it was made by, so
 that it can be recomputed where later ones differ:
 
@@ -28,6 +28,8 @@ that it can be recomputed where later ones differ:
 2. Only updates with a share in the aggregate count; a private version keeps the integers of its base, and its noise is
    bound to the updates in it (`noise.BoundNoise`). Full weights become deltas before they are scaled and added up, so
    that elements that no update changes stay the same to the last bit.
+3. The noise of a masked sum is bound to ids and masked payloads of its updates instead of to their statements, so that
+   it does not depend on how seeds were sealed.
 """
 
 Vector: TypeAlias = NDArray[np.float64]

@@ -97,7 +97,7 @@ def test_the_changelog_has_a_place_for_the_version() -> None:
     assert "## [Unreleased]" in text or f"## [{qflare.__version__}]" in text
 
 
-ELSEWHERE = {"pytorch", "flower", "lightning", "transformers", "keras", "flax"}
+ELSEWHERE = {"pytorch", "flower", "lightning", "transformers", "keras", "flax", "ray"}
 """Extras of no pinned version: they are no part of the development install."""
 
 

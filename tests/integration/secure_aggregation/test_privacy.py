@@ -1,6 +1,7 @@
 """Central differential privacy on the sum of masked updates, from real devices to the published version."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,15 @@ from qflare.evidence.verification import verify_bundle
 from qflare.masking.parameters import MaskingParameters
 from qflare.v1 import training_pb2, verification_pb2
 from qflare_client import Client
-from qflare_server.context import utc_now
+from qflare_server.aggregation import aggregator
+from qflare_server.aggregation.fold import RoundFold
+from qflare_server.aggregation.folds import open_fold
+from qflare_server.aggregation.masked_fold import BOUND_TO_STATEMENTS
+from qflare_server.aggregation.plan import RoundPlan
+from qflare_server.context import Context, utc_now
+from qflare_server.strategies import REVISION
 from qflare_server.strategies.accounting import PrivacyLedger, spent
+from qflare_server.training.versions import find_version
 from qflare_server.verification.recomputation import recompute_version
 from tests.integration.secure_aggregation.conftest import SecureDeployment, wait_for_version
 
@@ -59,12 +67,20 @@ def run_round(clients: list[Client], session_id: str, version: int) -> np.ndarra
 
 
 def test_a_sum_gets_noise_and_its_version_states_epsilon(
-    secure: Callable[..., SecureDeployment],
+    secure: Callable[..., SecureDeployment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Version 1 is published by the rules of an earlier release, version 2 by those of this one."""
+    revisions = {1: BOUND_TO_STATEMENTS, 2: REVISION}
+
+    def open_by_rules(context: Context, plan: RoundPlan, **settings: Any) -> RoundFold:
+        return open_fold(context, plan, revision=revisions[plan.number], **settings)
+
+    monkeypatch.setattr(aggregator, "open_fold", open_by_rules)
     made = secure()
+    parts = made.deployment.coordinator.parts
     session_id = private_session(made)
     clients = [made.deployment.device(f"device-{index}") for index in range(QUORUM)]
-    for version in (1, 2):
+    for version, revision in revisions.items():
         change = run_round(clients, session_id, version)
         # A clipped change has elements of CLIP / sqrt(COUNT), the mean of equal ones as well.
         assert change.std() == pytest.approx(NOISE * CLIP / QUORUM, rel=0.03)
@@ -74,9 +90,11 @@ def test_a_sum_gets_noise_and_its_version_states_epsilon(
         assert statement.delta == DELTA
         assert statement.weight_sum == QUORUM
         assert dict(statement.metrics) == {}
-        found = recompute_version(made.deployment.coordinator.parts.context, session_id, version)
+        found = recompute_version(parts.context, session_id, version)
         assert (found.recomputed, found.differences) == (True, ())
-    parts = made.deployment.coordinator.parts
+        with parts.database.read() as session:
+            _, model = find_version(session, session_id, version)
+        assert model.strategy_state["revision"] == revision
     assert parts.use_cases.training.get(session_id).state == "completed"
     bundle = verification_pb2.VerificationBundle()
     for part in parts.use_cases.evidence.bundle(session_id):

@@ -1,7 +1,9 @@
 """What virtual devices keep between rounds, with the code of the device SDK: it follows accepted updates alone."""
 
 import math
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from qflare_client import LocalPrivacy, Scaffold, TrainingTask
 from qflare_client.privacy import gaussian_epsilon
 from qflare_simulation import History, SimulationError, ready, simulate, train
+from qflare_simulation.memory import DeviceMemory, HomeFolder, ShippedHome
 
 Arrays = dict[str, NDArray[Any]]
 Metrics = Mapping[str, float]
@@ -233,3 +236,37 @@ def test_everything_that_devices_keep_repeats_on_any_number_of_processes() -> No
     assert first.tables == again.tables
     assert first.model["weight"].tobytes() == again.model["weight"].tobytes()
     assert (first.best, first.local_epsilon) == (again.best, again.local_epsilon)
+
+
+def test_what_a_device_keeps_can_be_shipped_and_comes_back(tmp_path: Path) -> None:
+    home, elsewhere = HomeFolder(tmp_path / "here"), HomeFolder(tmp_path / "there")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    for number in range(3):
+        shipped = ShippedHome(home.pack([7, 8]))
+        for place in (shipped, elsewhere):
+            memory = DeviceMemory(place, 7)
+            known = memory.local.read("session")
+            assert known == ({"own": number - 1} if number else {})
+            memory.local.stage("session", f"update-{number}", {"own": np.array(number, np.float32)})
+        home.unpack(shipped.shipment)
+        for place in (home, elsewhere):
+            DeviceMemory(place, 7).accept(f"update-{number}")
+        assert home.pack([7, 8]) == elsewhere.pack([7, 8])
+    assert home.pack([8]) == {8: {}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ray": "auto"}, r"needs Ray: pip install 'qflare\[ray\]'"),
+        ({"ray": "auto", "workers": -1}, "simulation.workers: got -1, want 0 or more"),
+        ({"ray": 6379}, "simulation.ray: got 6379, want the address"),
+    ],
+)
+def test_a_cluster_needs_ray(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SimulationError, match=message):
+        simulate(count_own, [1], {"rounds.quorum": 1, "simulation": settings}, model=MODEL)

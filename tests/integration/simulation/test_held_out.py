@@ -198,8 +198,9 @@ def test_evaluations_that_fail_stop_with_the_traceback() -> None:
 def test_what_cannot_be_measured_or_dealt_is_refused(
     settings: dict[str, Any], arguments: dict[str, Any], message: str
 ) -> None:
+    virtual = {"workers": -1} | settings.get("simulation", {})
     with pytest.raises(SimulationError, match=message):
-        simulate(step, [1, 2], settings, model=MODEL, **arguments)
+        simulate(step, [1, 2], settings | {"simulation": virtual}, model=MODEL, **arguments)
 
 
 KINDS = [

@@ -183,7 +183,7 @@ def test_a_session_that_cannot_advance_ends() -> None:
 @pytest.mark.parametrize(
     ("settings", "model", "message"),
     [
-        ({"secure_aggregation.helpers": ["0" * 64]}, MODEL, "a simulation has none"),
+        ({"secure_aggregation.helpers": ["0" * 64]}, MODEL, "secure_aggregation.mode: got none"),
         ({"secure_aggregation.mode": "neighbors"}, MODEL, "one device after the other"),
         ({"strategy.name": "none"}, MODEL, "the coordinator refuses"),
         ({}, {}, "model: got none"),
@@ -194,7 +194,7 @@ def test_what_cannot_be_simulated_is_refused(
     settings: dict[str, Any], model: Arrays, message: str
 ) -> None:
     with pytest.raises(SimulationError, match=message):
-        simulate(add_own, [1, 2], settings, model=model)
+        simulate(add_own, [1, 2], settings | {"simulation": {"workers": -1}}, model=model)
 
 
 @pytest.fixture(scope="module")

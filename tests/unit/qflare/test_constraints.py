@@ -18,6 +18,7 @@ from qflare.protocol.constraints import (
     MAX_VIOLATIONS,
     MIN_TIMESTAMP_S,
     constraint_of,
+    find_field_violations,
     find_violations,
 )
 from qflare.v1 import admin_service_pb2 as admin
@@ -199,6 +200,20 @@ def test_violations_are_bounded_and_short() -> None:
     assert len(found) == MAX_VIOLATIONS
     assert all(len(violation.field) < 200 for violation in found)
     assert all(text.isprintable() for violation in found for text in violation)
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in security_pb2.UpdateStatement.DESCRIPTOR.fields]
+)
+def test_one_field_is_checked_as_in_its_message(name: str) -> None:
+    statement = security_pb2.UpdateStatement(
+        realm="r" * 999, base_version=-1, payload_digest="x", metrics={"\n": math.nan}
+    )
+    whole = find_violations(statement)
+
+    assert find_field_violations(statement, name) == [
+        found for found in whole if found.field.partition("[")[0] == name
+    ]
 
 
 def test_a_field_that_its_method_checks_is_left_to_it() -> None:

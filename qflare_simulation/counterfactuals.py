@@ -42,6 +42,7 @@ from qflare_server.storage.repository import (
 from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.storage.training_configs import from_json
 from qflare_server.strategies import NotEnoughUpdatesError
+from qflare_server.training.masking import is_masked
 from qflare_server.training.strategy import build_strategy
 from qflare_server.verification.recomputation import ReadingDatabase
 from qflare_simulation.errors import SimulationError
@@ -103,12 +104,16 @@ def replay(
         test: Test data of `evaluate`.
 
     Raises:
-        SimulationError: There is no such training session, or a setting cannot be used.
+        SimulationError: There is no such training session, its updates are masked, or a setting cannot be used.
     """
     with context.database.read() as session:
         owner = training_sessions.get_session(session, training_session_id)
         if owner is None:
             raise SimulationError(f"no training session {training_session_id[:64]!r}")
+        if is_masked(owner.config):
+            raise SimulationError(
+                "secure_aggregation: the coordinator has the sum of the updates alone, so that no round can be replayed"
+            )
         rounds = [row for row in history.rounds(session, training_session_id) if row["closed_at"]]
         replaced = replaced_configs.list_replaced(session, training_session_id)
     rules = [_in_force(row["closed_at"], replaced, owner.config) for row in rounds]

@@ -1,0 +1,71 @@
+"""One exchange with a coordinator: the parts of a request in, the parts of the response out.
+
+Where the parts come from is up to the caller: `service` takes them from gRPC, a simulation from its own program.
+"""
+
+import logging
+from collections.abc import Generator, Iterator
+
+from qflare.v1 import helper_service_pb2 as messages
+from qflare_helper.errors import InvalidRequestError, RefusedMembersError
+from qflare_helper.unmasking import Call, Unmasking
+
+logger = logging.getLogger(__name__)
+
+
+def header_of(parts: Iterator[messages.UnmaskRequest]) -> messages.UnmaskHeader:
+    """Return the first part of a request.
+
+    Raises:
+        InvalidRequestError: It is no header.
+    """
+    first = next(parts, None)
+    if first is None or first.WhichOneof("part") != "header":
+        raise InvalidRequestError("the first part of a request is its header")
+    return first.header
+
+
+def respond(
+    unmasking: Unmasking, call: Call, parts: Iterator[messages.UnmaskRequest]
+) -> Generator[messages.UnmaskResponse, None, str]:
+    """Answer a request whose header was verified; return the outcome: answered, checked or updates_refused.
+
+    Args:
+        unmasking: Answers requests.
+        call: The verified header.
+        parts: The other parts of the request.
+
+    Raises:
+        HelperError: A subclass: it is refused.
+    """
+    try:
+        answer = unmasking.answer(call, _members(parts))
+    except RefusedMembersError as error:
+        yield _refused(error.reasons)
+        return "updates_refused"
+    if answer is None:
+        yield _refused({})
+        return "checked"
+    yield messages.UnmaskResponse(
+        answer=messages.UnmaskAnswer(answer=answer.envelope, latest=answer.latest)
+    )
+    for chunk in answer.chunks:
+        yield messages.UnmaskResponse(chunk=chunk)
+    return "answered"
+
+
+def _members(parts: Iterator[messages.UnmaskRequest]) -> Iterator[messages.UnmaskMember]:
+    for part in parts:
+        if part.WhichOneof("part") != "member":
+            raise InvalidRequestError("after the header of a request come updates")
+        yield part.member
+
+
+def _refused(reasons: dict[str, str]) -> messages.UnmaskResponse:
+    for update_id, reason in reasons.items():
+        logger.warning("update refused: %s: %s", update_id, reason)
+    members = [
+        messages.RefusedMember(update_id=update_id, reason=reason)
+        for update_id, reason in reasons.items()
+    ]
+    return messages.UnmaskResponse(refused=messages.RefusedMembers(members=members))
