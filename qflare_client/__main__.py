@@ -48,6 +48,7 @@ from qflare_client.loop import RunSummary, run
 from qflare_client.models.upload import Receipt
 from qflare_client.project import create_project
 from qflare_client.rpc.tls import Tls
+from qflare_client.secure_aggregation import SecureAggregation
 from qflare_client.terminal import ProgressBar
 from qflare_client.trust.verification import verify_file
 
@@ -268,6 +269,12 @@ def _add_run(commands: Any) -> None:
         metavar="FILE",
         help="which queries this device answers (TOML, see docs/analytics.md)",
     )
+    parser.add_argument(
+        "--secure-aggregation-policy",
+        type=Path,
+        metavar="FILE",
+        help="what secure aggregation a task must require (TOML, see docs/secure-aggregation.md); others are refused",
+    )
     _add_connection(parser)
 
 
@@ -353,13 +360,17 @@ def _run(options: argparse.Namespace) -> None:
     train, evaluate = _trainers(options)
     if bool(options.analytics) != (options.analytics_policy is not None):
         raise InvalidArgumentError("--analytics and --analytics-policy are given together")
-    policy = None
+    policies: dict[str, Any] = {}
     if options.analytics_policy is not None:
-        policy = Analytics.from_file(options.analytics_policy)
+        policies["analytics"] = Analytics.from_file(options.analytics_policy)
+    if options.secure_aggregation_policy is not None:
+        policies["secure_aggregation"] = SecureAggregation.from_file(
+            options.secure_aggregation_policy
+        )
     stop = threading.Event()
     on_signals((signal.SIGTERM,), stop.set)
     named = options.training_session
-    with _client(options, policy) as client:
+    with _client(options, **policies) as client:
         summary = run(
             client,
             train,
@@ -463,7 +474,13 @@ def _verify(options: argparse.Namespace) -> None:
         say(f"verified: {sentence}")
 
 
-def _client(options: argparse.Namespace, analytics: Analytics | None = None) -> Client:
+def _client(options: argparse.Namespace, **policies: Any) -> Client:
+    """Return a client.
+
+    Args:
+        options: Of the command.
+        policies: The device's policies, as of `Client`.
+    """
     return Client(
         home=options.home,
         address=options.address,
@@ -471,7 +488,7 @@ def _client(options: argparse.Namespace, analytics: Analytics | None = None) -> 
         tls=_tls(options),
         insecure=options.insecure,
         progress=ProgressBar(),
-        analytics=analytics,
+        **policies,
     )
 
 

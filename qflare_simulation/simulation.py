@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qflare.analytics.queries import TENSOR, InvalidQueryError, Query
-from qflare.analytics.results import Result
+from qflare.analytics.results import NoisySum, Result
 from qflare.tensors import Manifest, assemble
 from qflare.tensors.control_variates import CONTROL
 from qflare.v1 import tensor_pb2, training_pb2
 from qflare_client import Scaffold
-from qflare_client.admin.analytics import RESULT_VERSION, result_in
+from qflare_client.admin.queries import RESULT_VERSION
 from qflare_server.storage.records import TrainingSession
 from qflare_server.training.objective import objective_of
 from qflare_simulation import tables
@@ -243,7 +243,7 @@ def _result(owner: TrainingSession, path: Path) -> Result | None:
     """Return the result of a query; None without one."""
     if not owner.config.HasField("analytics") or owner.current_version < RESULT_VERSION:
         return None
-    return result_in(owner.config, path.read_bytes())[1]
+    return NoisySum.of_version(owner.config, path.read_bytes()).result()
 
 
 def _best(owner: TrainingSession, course: Course) -> Best | None:

@@ -6,13 +6,15 @@ shares are computed from counts that are not below 0.
 
 from dataclasses import dataclass
 from math import nan, sqrt
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qflare.analytics.answers import edges
 from qflare.analytics.queries import Query
+from qflare.masking.parameters import MaskingParameters
+from qflare.v1 import training_pb2
 
 Cell: TypeAlias = str | float
 Vector: TypeAlias = NDArray[np.float64]
@@ -33,19 +35,70 @@ class Result:
     error: float
 
 
-def result_of(query: Query, total: Vector, stddev: float) -> Result:
-    """Return the result of a query.
+@dataclass(frozen=True, eq=False)
+class NoisySum:
+    """The noisy sum of the answers to a query.
 
-    Args:
+    Attributes:
         query: What was asked.
-        total: Noisy sum of the answers, shape (query.element_count,).
-        stddev: Standard deviation of the noise in each element of `total`.
+        total: The sum, shape (query.element_count,).
+        stddev: Standard deviation of the noise in each element of `total`; it covers the rounding of answers too.
     """
-    if total.shape != (query.element_count,):
-        raise ValueError(f"total: got shape {total.shape}, want ({query.element_count},)")
-    columns, rows = _TABLES[query.kind](query, total * query.unit)
-    largest = max(abs(query.lower), abs(query.upper)) if query.kind == "sum" else 1.0
-    return Result(columns, rows, stddev * query.unit * largest)
+
+    query: Query
+    total: Vector
+    stddev: float
+
+    def __post_init__(self) -> None:
+        """Refuse a sum of another shape.
+
+        Raises:
+            ValueError: It is not that of the query's answers.
+        """
+        if self.total.shape != (self.query.element_count,):
+            raise ValueError(
+                f"total: got shape {self.total.shape}, want ({self.query.element_count},)"
+            )
+
+    @classmethod
+    def of_version(cls, config: training_pb2.TrainingConfig, data: bytes) -> Self:
+        """Return the sum that the version of a query holds as a mean.
+
+        Args:
+            config: Complete configuration of the query.
+            data: Payload of the version.
+
+        Raises:
+            ValueError: The payload is not that of the query.
+        """
+        query = Query.from_proto(config.analytics)
+        mean = np.frombuffer(data, "<f4").astype(np.float64)
+        return cls(query, mean * config.rounds.target, _noise_deviation(config, query))
+
+    @property
+    def values(self) -> Vector:
+        """The sum in values instead of answers: counts of values, except for a `sum` and the moments of a `mean`."""
+        return self.total * self.query.unit
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the noise in each element of `values`."""
+        return self.stddev * self.query.unit
+
+    def result(self) -> Result:
+        """Return the result of the query."""
+        query = self.query
+        columns, rows = _TABLES[query.kind](query, self.values)
+        largest = max(abs(query.lower), abs(query.upper)) if query.kind == "sum" else 1.0
+        return Result(columns, rows, self.deviation * largest)
+
+
+def _noise_deviation(config: training_pb2.TrainingConfig, query: Query) -> float:
+    privacy, sensitivity = config.privacy, config.privacy.clip_norm
+    if config.secure_aggregation.mode:
+        scale = MaskingParameters.of(config.secure_aggregation, 1).scale
+        sensitivity += sqrt(query.element_count) / scale
+    return privacy.noise_multiplier * sensitivity
 
 
 _Table: TypeAlias = tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]

@@ -31,6 +31,15 @@ from qflare_client.admin.live import ENDED, events
 from qflare_client.admin.login import refreshed
 from qflare_client.admin.measurements import history, series
 from qflare_client.admin.profile import Profile, load, profile_path, read_profile
+from qflare_client.admin.queries import (
+    Protection,
+    QueryResult,
+    Question,
+    create_query,
+    query_config,
+    read_result,
+    refine_query,
+)
 from qflare_client.admin.transfers import download_model, open_model, upload_model
 from qflare_client.errors import DeadlineExceededError, InvalidRequestError
 
@@ -344,6 +353,76 @@ class Administrator:
         )
         model: training_pb2.GlobalModel = self._call("RollbackGlobalModel", request).global_model
         return model
+
+    def create_query(
+        self, name: str, question: Question, protection: Protection, *, request_id: str = ""
+    ) -> training_pb2.TrainingSession:
+        """Ask devices for a statistic of their data; `wait` and then `query_result` return the answer.
+
+        Args:
+            name: 1 to 200 characters.
+            question: What is asked.
+            protection: How those who answer are protected.
+            request_id: Idempotency key; empty means one of this call.
+
+        Raises:
+            InvalidRequestError: The query is refused.
+        """
+        return create_query(self._admin, name, query_config(question, protection), request_id)
+
+    def queries(self) -> list[training_pb2.TrainingSession]:
+        """Return all queries, the latest first."""
+        return [item for item in self.sessions() if item.config.HasField("analytics")]
+
+    def query_result(self, query: str) -> QueryResult:
+        """Return the result of a query, checked against the digest that the coordinator signed.
+
+        Args:
+            query: Id, beginning of the id, or name.
+
+        Raises:
+            InvalidRequestError: It is a training session that trains a model.
+            FailedPreconditionError: There is no result yet.
+            CorruptModelError: The bytes do not match the digest.
+        """
+        return read_result(self._admin, self._session_id(query))
+
+    def refine_query(
+        self,
+        query: str,
+        name: str,
+        quantile: float,
+        *,
+        epsilon: float,
+        delta: float = 0.0,
+        bins: int = 0,
+        request_id: str = "",
+    ) -> training_pb2.TrainingSession:
+        """Ask for a quantile again, with bins only where the result of a query says that it lies.
+
+        Args:
+            query: A query of kind histogram or quantiles with a result: id, beginning of the id, or name.
+            name: Of the new query, 1 to 200 characters.
+            quantile: 0 to 1.
+            epsilon: Of the new result, which adds to what the earlier one has cost.
+            delta: Of the new result; 0 means 1e-6.
+            bins: Of the new query; 0 means 100.
+            request_id: Idempotency key; empty means one of this call.
+
+        Raises:
+            InvalidRequestError: It is no such query, or the new one is refused.
+            FailedPreconditionError: There is no result yet, or its noise leaves no narrower bounds.
+        """
+        return refine_query(
+            self._admin,
+            self._session_id(query),
+            name,
+            quantile,
+            epsilon=epsilon,
+            delta=delta,
+            bins=bins,
+            request_id=request_id,
+        )
 
     def devices(self) -> list[device_pb2.Device]:
         """Return all devices."""

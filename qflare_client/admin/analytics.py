@@ -1,50 +1,31 @@
-"""Commands on queries of federated analytics: create, show.
+"""Commands on queries of federated analytics: create, show, refine.
 
 A query is a training session: `session list`, `session show`, `session cancel` and `model evidence` take it as well.
 """
 
 import argparse
 import json
-from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isfinite
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
-
-from qflare.analytics.queries import KINDS, TENSOR, InvalidQueryError, Query
-from qflare.analytics.results import Cell, Result, result_of
+from qflare.analytics.queries import KINDS
+from qflare.analytics.results import Cell, Result
 from qflare.command_line import seconds, whole
-from qflare.masking.parameters import MaskingParameters
-from qflare.tensors import Array
 from qflare.terminal import printable, say
-from qflare.v1 import admin_service_pb2 as pb
 from qflare.v1 import training_pb2
 from qflare_client.admin.arguments import add_command, add_session, add_topic
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.output import note
-from qflare_client.admin.transfers import download_model, upload_model
-from qflare_client.errors import CorruptModelError, FailedPreconditionError, InvalidRequestError
-
-RESULT_VERSION: Final = 1
-"""Version that is the result of a query."""
-
-
-@dataclass(frozen=True)
-class QueryResult:
-    """Result of a query, with the facts that its signed statement holds.
-
-    Attributes:
-        session: The training session that the query is.
-        query: What was asked.
-        version: The version with the noisy mean of the answers.
-        result: The table.
-    """
-
-    session: training_pb2.TrainingSession
-    query: Query
-    version: training_pb2.GlobalModel
-    result: Result
+from qflare_client.admin.queries import (
+    Protection,
+    QueryResult,
+    Question,
+    create_query,
+    query_config,
+    read_result,
+    refine_query,
+)
 
 
 def add(commands: Any) -> None:
@@ -76,6 +57,24 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="save a picture, .png or .svg (needs qflare[plot])",
     )
+    _add_refine(actions)
+
+
+def _add_refine(actions: Any) -> None:
+    refine = add_command(
+        actions,
+        "refine",
+        run_refine,
+        "ask for a quantile again, with bins only where the result of a query says that it lies",
+        "analytics refine ages --name median --quantile 0.5 --epsilon 1",
+    )
+    add_session(refine)
+    refine.add_argument("--name", required=True, help="of the new query")
+    refine.add_argument("--quantile", type=float, required=True, help="0 to 1")
+    refine.add_argument("--bins", type=whole(0), default=0, help="bins of the new query (100)")
+    refine.add_argument("--epsilon", type=float, required=True, help="of the new result")
+    refine.add_argument("--delta", type=float, default=0.0, help="of the new result (1e-6)")
+    refine.add_argument("--request-id", help="idempotency key; the same id returns the same query")
 
 
 def _add_question(create: argparse.ArgumentParser) -> None:
@@ -116,120 +115,53 @@ def _add_protection(create: argparse.ArgumentParser) -> None:
 
 def configuration(options: argparse.Namespace) -> training_pb2.TrainingConfig:
     """Return the configuration of the query that the options describe."""
-    config = training_pb2.TrainingConfig(
-        groups=options.group,
-        analytics=training_pb2.AnalyticsQuery(
-            column=options.column,
-            kind=KINDS[options.kind],
-            lower=options.lower,
-            upper=options.upper,
-            bins=options.bins,
-            quantiles=options.quantile,
-            labels=options.label,
-            max_examples=options.max_examples,
-            unmasked=options.unmasked,
-        ),
-        privacy=training_pb2.PrivacyPolicy(epsilon_budget=options.epsilon, delta=options.delta),
-        rounds=training_pb2.RoundPolicy(quorum=options.min_cohort, target=options.devices or 0),
+    question = Question(
+        column=options.column,
+        kind=options.kind,
+        lower=options.lower,
+        upper=options.upper,
+        bins=options.bins,
+        quantiles=options.quantile,
+        labels=options.label,
+        max_examples=options.max_examples,
     )
-    if options.deadline_s is not None:
-        config.rounds.deadline.FromNanoseconds(int(options.deadline_s * 1e9))
-    if options.helper:
-        config.secure_aggregation.mode = training_pb2.SECURE_AGGREGATION_MODE_HELPER
-        config.secure_aggregation.helpers.extend(options.helper)
-    return config
-
-
-def create_query(
-    admin: Admin, name: str, config: training_pb2.TrainingConfig, request_id: str = ""
-) -> training_pb2.TrainingSession:
-    """Create and start a query.
-
-    Args:
-        admin: The connection.
-        name: 1 to 200 characters.
-        config: With `analytics`.
-        request_id: Idempotency key; empty means one of this call.
-
-    Raises:
-        InvalidRequestError: The query is refused.
-        QflareClientError: A call failed.
-    """
-    try:
-        query = Query.from_proto(config.analytics)
-    except InvalidQueryError as error:
-        raise InvalidRequestError(f"analytics.{error}") from error
-    request = pb.CreateTrainingSessionRequest(name=name, config=config, request_id=request_id)
-    session = admin.call("CreateTrainingSession", request).training_session
-    session_id = session.training_session_id
-    if session.current_version < 0:
-        zeros: dict[str, Array] = {TENSOR: np.zeros(query.element_count, np.float32)}
-        try:
-            upload_model(admin, session_id, zeros)
-        except BaseException:
-            reason = "its vector was not uploaded"
-            cancel = pb.CancelTrainingSessionRequest(training_session_id=session_id, reason=reason)
-            admin.call("CancelTrainingSession", cancel)
-            raise
-    started: training_pb2.TrainingSession = admin.call(
-        "StartTrainingSession", pb.StartTrainingSessionRequest(training_session_id=session_id)
-    ).training_session
-    return started
-
-
-def read_result(admin: Admin, training_session_id: str) -> QueryResult:
-    """Return the result of a query.
-
-    Raises:
-        InvalidRequestError: The training session is no query.
-        FailedPreconditionError: There is no result yet.
-        CorruptModelError: The result does not match its statement.
-        QflareClientError: A call failed.
-    """
-    session = admin.call(
-        "GetTrainingSession", pb.GetTrainingSessionRequest(training_session_id=training_session_id)
-    ).training_session
-    if not session.config.HasField("analytics"):
-        raise InvalidRequestError(f"{session.name[:200]} trains a model and is no query")
-    if session.current_version < RESULT_VERSION:
-        state = training_pb2.TrainingSessionState.Name(session.state)
-        word = state.removeprefix("TRAINING_SESSION_STATE_").lower()
-        raise FailedPreconditionError(f"there is no result yet: the query is {word}")
-    model, chunks = download_model(admin, training_session_id, RESULT_VERSION)
-    try:
-        query, table = result_in(session.config, b"".join(chunks))
-    except ValueError as error:
-        raise CorruptModelError(f"the result is not that of the query: {error}") from error
-    return QueryResult(session, query, model, table)
-
-
-def result_in(config: training_pb2.TrainingConfig, data: bytes) -> tuple[Query, Result]:
-    """Return a query and its result from the payload of its version.
-
-    Args:
-        config: Of the training session, complete.
-        data: The payload.
-
-    Raises:
-        ValueError: It is the payload of another query.
-    """
-    query = Query.from_proto(config.analytics)
-    mean = np.frombuffer(data, "<f4").astype(np.float64)
-    return query, result_of(query, mean * config.rounds.target, _stddev(config, query))
-
-
-def _stddev(config: training_pb2.TrainingConfig, query: Query) -> float:
-    """Return the standard deviation of the noise in the sum of the answers, which covers their rounding too."""
-    privacy, sensitivity = config.privacy, config.privacy.clip_norm
-    if config.secure_aggregation.mode:
-        scale = MaskingParameters.of(config.secure_aggregation, 1).scale
-        sensitivity += sqrt(query.element_count) / scale
-    return privacy.noise_multiplier * sensitivity
+    protection = Protection(
+        min_cohort=options.min_cohort,
+        epsilon=options.epsilon,
+        delta=options.delta,
+        helpers=options.helper or (),
+        devices=options.devices,
+        deadline_s=options.deadline_s,
+        groups=options.group,
+    )
+    return query_config(question, protection)
 
 
 def run_create(admin: Admin, options: argparse.Namespace) -> None:
     """Create and start a query; its id is printed."""
-    session = create_query(admin, options.name, configuration(options), options.request_id or "")
+    _say_created(
+        create_query(admin, options.name, configuration(options), options.request_id or ""), options
+    )
+
+
+def run_refine(admin: Admin, options: argparse.Namespace) -> None:
+    """Create and start a query between narrower bounds; its id is printed, and the bounds beside it."""
+    session = refine_query(
+        admin,
+        options.session,
+        options.name,
+        options.quantile,
+        epsilon=options.epsilon,
+        delta=options.delta,
+        bins=options.bins,
+        request_id=options.request_id or "",
+    )
+    query = session.config.analytics
+    note(f"the quantile lies between {query.lower:g} and {query.upper:g}")
+    _say_created(session, options)
+
+
+def _say_created(session: training_pb2.TrainingSession, options: argparse.Namespace) -> None:
     if options.json:
         say(json.dumps({"training_session_id": session.training_session_id}))
     else:

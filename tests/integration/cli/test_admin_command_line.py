@@ -424,3 +424,50 @@ def test_a_query_is_asked_answered_and_shown(
     assert "2 answers, epsilon" in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["analytics", "show", "words", "--plot", "words.txt"]) == 1
+
+
+def test_a_quantile_is_refined(
+    deployment: Any, shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second query has bins only where the result of the first says that the quantile lies."""
+    policy = Analytics(
+        {"age": ["histogram", "quantiles"]},
+        min_cohort=2,
+        max_epsilon=600,
+        max_examples=100,
+        allow_unmasked=True,
+    )
+    ages = np.concatenate([np.full(20, 12.0), np.linspace(55, 58, 80)])
+    for name in "ab":
+        deployment.device(name).close()
+
+    def answered(session_id: str) -> None:
+        for name in "ab":
+            with Client(home=deployment.folder / name, analytics=policy) as client:
+                client.answer(client.get_task(session_id, answers_queries=True), ages)
+        shell("watch", session_id)
+
+    words = ("--column", "age", "--kind", "histogram", "--upper", 100, "--bins", 10)
+    asked = (*words, "--max-examples", 100, "--min-cohort", 2, "--epsilon", 600, "--unmasked")
+    answered(shell("analytics", "create", "--name", "ages", *asked).strip())
+    again = ("--quantile", 0.6, "--epsilon", 600, "--bins", 5, "--request-id", "once")
+    refined = shell("analytics", "refine", "ages", "--name", "median", *again).strip()
+    capsys.readouterr()
+    assert (
+        main([str(word) for word in ("analytics", "refine", "ages", "--name", "median", *again)])
+        == 0
+    )
+    told = capsys.readouterr()
+    assert (told.out.strip(), "between 50 and 60" in told.err) == (refined, True)
+    answered(refined)
+    (row,) = json.loads(shell("analytics", "show", "median", "--json"))["rows"]
+    assert row["quantile"] == 0.6
+    assert row["value"] == pytest.approx(56.5, abs=1.5)
+    for refused, told in (
+        (("words", "--quantile", 0.6), "no training session"),
+        (("ages", "--quantile", 2), "want 0 to 1"),
+        (("median", "--quantile", 0.0), "lies below the bound 50"),
+    ):
+        arguments = ("refine", *refused, "--name", "x", "--epsilon", 1)
+        assert main(["analytics", *map(str, arguments)]) == 1
+        assert told in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,18 @@ import numpy as np
 import pytest
 
 from qflare.v1 import training_pb2
-from qflare_client import AuthenticationError, Client, InvalidRequestError, enroll, run
+from qflare_client import (
+    Analytics,
+    AuthenticationError,
+    Client,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    InvalidRequestError,
+    enroll,
+    run,
+)
 from qflare_client.admin.administrator import Administrator
+from qflare_client.admin.queries import Protection, QueryResult, Question
 from qflare_client.errors import DeadlineExceededError
 from qflare_server.serving.local import LocalCoordinator
 
@@ -112,3 +123,71 @@ def test_the_token_ends_with_the_coordinator(tmp_path: Path) -> None:
         pytest.raises(AuthenticationError),
     ):
         admin.sessions()
+
+
+def test_a_query_is_asked_answered_and_refined(
+    coordinator: LocalCoordinator, admin: Administrator, tmp_path: Path
+) -> None:
+    policy = Analytics(
+        {"age": ["histogram", "quantiles"]},
+        min_cohort=2,
+        max_epsilon=600,
+        max_examples=100,
+        allow_unmasked=True,
+    )
+    ages = np.concatenate([np.full(20, 12.0), np.linspace(55, 58, 80)])
+    with ExitStack() as stack:
+        clients = []
+        for name in ("one", "two"):
+            enroll(coordinator.bundle(), home=tmp_path / name)
+            opened = Client(home=tmp_path / name, analytics=policy)
+            clients.append(stack.enter_context(opened))
+
+        def answered(session: training_pb2.TrainingSession) -> QueryResult:
+            query_id = session.training_session_id
+            for client in clients:
+                client.answer(client.get_task(query_id, answers_queries=True), ages)
+            admin.wait(query_id, timeout_s=30)
+            return admin.query_result(session.name)
+
+        question = Question("age", "histogram", upper=100.0, bins=10, max_examples=100)
+        protection = Protection(min_cohort=2, epsilon=600.0)
+        session = admin.create_query("ages", question, protection, request_id="once")
+        again = admin.create_query("ages", question, protection, request_id="once")
+        assert again.training_session_id == session.training_session_id
+        with pytest.raises(FailedPreconditionError, match="no result yet"):
+            admin.query_result("ages")
+        found = answered(session)
+        assert [row[2] for row in found.result.rows][1:-1] == pytest.approx(
+            2 * np.histogram(ages, 10, (0, 100))[0], abs=6 * found.result.error
+        )
+        assert (found.query.kind, found.version.participant_count) == ("histogram", 2)
+        refined = admin.refine_query("ages", "median", 0.6, epsilon=600.0, bins=5)
+        assert (refined.config.analytics.lower, refined.config.analytics.upper) == (50, 60)
+        ((quantile, value),) = answered(refined).result.rows
+        assert (quantile, value) == (0.6, pytest.approx(56.5, abs=1.5))
+    admin.create_session("model", SETTINGS)
+    assert [item.name for item in admin.queries()] == ["median", "ages"]
+    with pytest.raises(InvalidRequestError, match="trains a model"):
+        admin.query_result("model")
+
+
+@pytest.mark.parametrize(
+    ("question", "protection", "told"),
+    [
+        (Question("age", "mode"), Protection(2, 1.0), "kind"),
+        (Question("age", "count"), Protection(1, 1.0), "min_cohort"),
+        (Question("age", "count", bins=10_001), Protection(2, 1.0), "bins"),
+        (Question("age", "sum", upper=float("nan")), Protection(2, 1.0), "upper"),
+        (Question("age", "count"), Protection(2, 1.0, deadline_s=-1.0), "deadline_s"),
+        (Question("age", "count"), Protection(2, 0.0), "epsilon_budget"),
+        (Question("age", "sum"), Protection(2, 1.0), "upper"),
+        (Question("age", "count"), Protection(2, 1.0, helpers=["0" * 64]), "helper"),
+    ],
+)
+def test_a_wrong_query_is_refused_with_its_reason(
+    admin: Administrator, question: Question, protection: Protection, told: str
+) -> None:
+    with pytest.raises((InvalidArgumentError, InvalidRequestError), match=told):
+        admin.create_query("ages", question, protection)
+    assert admin.queries() == []

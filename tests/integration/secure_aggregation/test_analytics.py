@@ -26,9 +26,9 @@ from qflare_client import (
     enroll,
     run,
 )
-from qflare_client.admin.analytics import create_query, read_result
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.profile import Profile
+from qflare_client.admin.queries import create_query, read_result
 from qflare_client.admin.transfers import upload_model
 from qflare_server.context import utc_now
 from qflare_server.storage.paging import PageRequest

@@ -1,5 +1,6 @@
 """Queries of federated analytics: the norm of answers, and results from exact sums of them."""
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from qflare.analytics.answers import InvalidValuesError, answer
 from qflare.analytics.queries import KINDS, InvalidQueryError, Query
-from qflare.analytics.results import Result, result_of
+from qflare.analytics.refinement import NotRefinableError, bracket, refined
+from qflare.analytics.results import NoisySum, Result
 from qflare.v1 import training_pb2
 
 LABELS = ("a", "b")
@@ -30,7 +32,7 @@ def query_of(kind: str, **settings: Any) -> Query:
 def result(query: Query, cohort: list[list[Any]]) -> Result:
     """Return the result without noise."""
     total = sum((answer(query, values).astype(float) for values in cohort), start=np.zeros(1))
-    return result_of(query, np.broadcast_to(total, query.element_count), 0.0)
+    return NoisySum(query, np.broadcast_to(total, query.element_count), 0.0).result()
 
 
 @settings(max_examples=150, deadline=None)
@@ -88,9 +90,9 @@ def test_a_device_with_more_values_is_scaled_down() -> None:
 
 
 def test_noise_that_leaves_no_value_gives_none() -> None:
-    mean = result_of(query_of("mean"), np.array([-1.0, 0.0, 0.0]), 1.0)
+    mean = NoisySum(query_of("mean"), np.array([-1.0, 0.0, 0.0]), 1.0).result()
     assert np.isnan([float(cell) for cell in mean.rows[0][1:]]).all()
-    median = result_of(query_of("quantiles"), np.full(102, -1.0), 1.0)
+    median = NoisySum(query_of("quantiles"), np.full(102, -1.0), 1.0).result()
     assert all(np.isnan(float(row[1])) for row in median.rows)
     assert median.error == 1.0
 
@@ -136,3 +138,74 @@ def test_a_query_out_of_range_is_refused(field: str, settings: dict[str, Any]) -
 def test_a_completed_query_is_complete(kind: str) -> None:
     query = query_of(kind)
     assert Query.from_proto(query.to_proto()) == query
+
+
+def noisy(cohort: Any, stddev: float = 0.0, bins: int = 50, **settings: Any) -> NoisySum:
+    """Return the sum of answers in which every device counts as one, with noise of a fixed generator."""
+    query = query_of("histogram", bins=bins, **settings)
+    total = sum(answer(query, values).astype(float) for values in cohort)
+    random = np.random.default_rng(5)
+    return NoisySum(query, total + random.normal(0, stddev, query.element_count), stddev)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    quantile=st.floats(0, 1),
+    stddev=st.sampled_from([0.0, 0.5, 3.0]),
+    seed=st.integers(0, 20),
+    bins=st.integers(2, 60),
+)
+def test_a_quantile_lies_between_the_bounds_of_its_refinement(
+    quantile: float, stddev: float, seed: int, bins: int
+) -> None:
+    """Of 2000 devices with one value each; the noise of fixed generators stays within its margin."""
+    values = np.random.default_rng(seed).beta(2, 5, 2000) * 100
+    found = noisy(values.reshape(-1, 1), stddev, bins)
+    wanted = np.quantile(values, quantile)
+    bounds = None
+    with suppress(NotRefinableError):
+        bounds = bracket(found, quantile)
+    if bounds is None:
+        assert stddev or bins == 2
+        return
+    low, high = bounds
+    assert low <= wanted + 100 / len(values)
+    assert wanted - 100 / len(values) <= high
+    assert high - low < 100
+    if not stddev:
+        width = 100 / bins
+        assert high - low <= 3 * width or quantile in (0, 1)
+
+
+def test_a_refined_query_asks_the_same_devices_between_the_bounds() -> None:
+    found = noisy([[20.0]] * 500 + [[60.0]] * 500, 1.0)
+    config = training_pb2.TrainingConfig(analytics=found.query.to_proto(), groups=["ward"])
+    config.rounds.quorum = config.rounds.target = 7
+    config.secure_aggregation.helpers.append("helper")
+    made = refined(config, found, 0.25, epsilon=2.0)
+    assert (made.groups, made.rounds, made.secure_aggregation) == (
+        config.groups,
+        config.rounds,
+        config.secure_aggregation,
+    )
+    query = Query.from_proto(made.analytics)
+    assert (query.kind, query.quantiles, query.column) == ("quantiles", (0.25,), "age")
+    assert 14 <= query.lower <= 20 <= query.upper <= 26
+    assert made.privacy == training_pb2.PrivacyPolicy(epsilon_budget=2.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "quantile", "told"),
+    [
+        (noisy([[20.0]] * 10, 100.0), 0.5, "the noise has a deviation of 100"),
+        (noisy([[-1.0]] * 100), 0.5, "lies below the bound 0"),
+        (noisy([[101.0]] * 100), 0.5, "lies above the bound 100"),
+        (noisy([[20.0]] * 10), 1.5, "want 0 to 1"),
+        (noisy([[20.0]] * 10), float("nan"), "want 0 to 1"),
+        (NoisySum(query_of("count"), np.ones(1), 0.0), 0.5, "has no bins"),
+        (NoisySum(query_of("histogram"), np.full(22, -1.0), 0.0), 0.5, "no narrower bounds|lies"),
+    ],
+)
+def test_what_cannot_be_refined_is_refused(found: NoisySum, quantile: float, told: str) -> None:
+    with pytest.raises(NotRefinableError, match=told):
+        bracket(found, quantile)
