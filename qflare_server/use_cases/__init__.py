@@ -33,6 +33,7 @@ from qflare_server.use_cases.versions.download import Deliveries
 from qflare_server.use_cases.versions.initial_model import InitialModels
 from qflare_server.use_cases.versions.lineage import Lineage
 from qflare_server.use_cases.versions.promotion import Promotion
+from qflare_server.use_cases.versions.query_results import QueryResults
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class UseCases:
     evidence: Evidence
     promotion: Promotion
     lineage: Lineage
+    query_results: QueryResults
     watching: Watching
     overview: Overview
     presence: Presence
@@ -108,6 +110,7 @@ def build_use_cases(context: Context, keys: ServerKeys, executor: ThreadPoolExec
         evidence=Evidence(context),
         promotion=Promotion(context),
         lineage=Lineage(context, keys),
+        query_results=QueryResults(context),
         watching=Watching(context),
         overview=Overview(context),
         presence=presence,

@@ -38,6 +38,7 @@ from qflare_server.serving.dashboard.pages import (
     devices,
     lineage,
     overview,
+    queries,
     session,
     system,
     training,
@@ -87,7 +88,13 @@ PAGES: Final = (
         "/sessions/{session_id}",
         "session.html",
         "Training",
-        ("GetTrainingSession", "ListMetrics", "ListRounds", "ListGlobalModels"),
+        (
+            "GetTrainingSession",
+            "ListMetrics",
+            "ListRounds",
+            "ListGlobalModels",
+            "DownloadGlobalModel",
+        ),
         session.build,
     ),
     Page(
@@ -111,6 +118,7 @@ PAGES: Final = (
         ("ListUpdates", "ListRounds"),
         training.build_round,
     ),
+    Page("/queries", "queries.html", "Queries", ("ListTrainingSessions",), queries.build_list),
     Page(
         "/compare",
         "comparison.html",
@@ -126,6 +134,7 @@ PAGES: Final = (
 SECTIONS: Final = (
     ("/", "Overview"),
     ("/sessions", "Training"),
+    ("/queries", "Queries"),
     ("/devices", "Devices"),
     ("/audit", "Audit"),
     ("/system", "System"),

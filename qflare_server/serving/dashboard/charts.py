@@ -267,13 +267,25 @@ def bar_chart(
     name: str,
     title: str,
     summary: str,
-    bars: Sequence[tuple[int, Sequence[Part]]],
+    bars: Sequence[tuple[int | str, Sequence[Part]]],
     *,
     x_label: str,
     y_label: str,
     written: Callable[[float], str],
+    compact_count: int = 15,
 ) -> Chart | None:
-    """Return a chart of stacked bars over whole numbers; None if there are no bars."""
+    """Return a chart of stacked bars over numbers or names; None if there are no bars.
+
+    Args:
+        name: Unique on its page.
+        title: Title of the chart.
+        summary: Text alternative.
+        bars: Number or name of each bar, and its parts; parts below 0 are not drawn.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis, with its unit.
+        written: Formats the height of a part.
+        compact_count: Number of bars, the last ones, in the drawing for narrow screens.
+    """
     if not bars:
         return None
     legend = {part.name: part.css for _, parts in bars for part in parts}
@@ -288,8 +300,8 @@ def bar_chart(
         y_label,
         list(legend.items()),
         [
-            _bar_plot("wide", WIDE, bars, written),
-            _bar_plot("compact", COMPACT, bars[-15:], written),
+            _bar_plot("wide", WIDE, bars, x_label, written),
+            _bar_plot("compact", COMPACT, bars[-compact_count:], x_label, written),
         ],
         [x_label, *legend],
         rows,
@@ -387,11 +399,12 @@ def _stated(limits: Sequence[Limit]) -> list[str]:
 def _bar_plot(
     css: str,
     size: Size,
-    bars: Sequence[tuple[int, Sequence[Part]]],
+    bars: Sequence[tuple[int | str, Sequence[Part]]],
+    x_label: str,
     written: Callable[[float], str],
 ) -> Plot:
     left, right, top, bottom = _frame(size)
-    highest = max(sum(part.value for part in parts) for _, parts in bars)
+    highest = max(sum(max(part.value, 0.0) for part in parts) for _, parts in bars)
     whole = all(float(part.value).is_integer() for _, parts in bars for part in parts)
     rungs = steps(0.0, highest or 1.0, TICKS, whole=whole)
     up = Scale(rungs[0], rungs[-1], bottom, top)
@@ -405,10 +418,10 @@ def _bar_plot(
             ticks.append(Tick(round(x + pitch * 0.32, 1), str(number)))
         floor = 0.0
         for part in parts:
-            if not part.value:
+            if part.value <= 0:
                 continue
             y, base = up(floor + part.value), up(floor)
-            text = f"Round {number}: {part.name.lower()} {written(part.value)}"
+            text = f"{x_label} {number}: {part.name.lower()} {written(part.value)}"
             drawn.append(
                 Bar(
                     round(x, 1),

@@ -144,19 +144,27 @@ def update_session(session: Session, training_session_id: str, values: Mapping[s
 
 
 def list_sessions(
-    session: Session, request: PageRequest, state: str = "", reference: str = ""
+    session: Session,
+    request: PageRequest,
+    state: str = "",
+    reference: str = "",
+    model_type: str = "",
 ) -> Page[TrainingSession]:
-    """Return training sessions, newest first: those in one state and those that a reference may mean, if given."""
+    """Return training sessions, newest first: in one state, that a reference may mean, or of a type, if given."""
     query = _SESSIONS.select.order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.id.desc())
     if state:
         query = query.where(SESSIONS.c.state == state)
     if reference:
         query = query.where(is_meant(session, SESSIONS, reference))
+    if model_type:
+        query = query.where(SESSIONS.c.model_type == model_type)
 
     def read(limited: Select[Any]) -> list[TrainingSession]:
         return [_with_config(session, row) for row in _SESSIONS.all(session, limited)]
 
-    return read_page(read, query, request, _NEWEST_SESSION, "sessions", state, reference)
+    return read_page(
+        read, query, request, _NEWEST_SESSION, "sessions", state, reference, model_type
+    )
 
 
 WARNINGS_BYTES: Final = 2048

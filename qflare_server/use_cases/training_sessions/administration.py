@@ -376,6 +376,11 @@ class Training:
         with self._context.database.read() as session:
             return training_sessions.list_sessions(session, request, state, reference)
 
+    def list_queries(self, request: PageRequest) -> Page[TrainingSession]:
+        """Return queries of federated analytics, newest first."""
+        with self._context.database.read() as session:
+            return training_sessions.list_sessions(session, request, model_type=QUERY_MODEL_TYPE)
+
     def find_id(self, reference: str) -> str:
         """Return the id of the training session that a person refers to by id, beginning of an id, or name.
 

@@ -7,6 +7,7 @@ from qflare_server.serving.dashboard.charts import Chart
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext
 from qflare_server.serving.dashboard.pages import curves, lineage
+from qflare_server.serving.dashboard.pages.queries import result_of
 from qflare_server.serving.dashboard.pages.roll import roll
 from qflare_server.serving.dashboard.pages.settings import differences, sections, settings
 from qflare_server.serving.dashboard.pages.training import ROWS, current, round_row, session_row
@@ -39,6 +40,7 @@ def build(visit: PageContext) -> Mapping[str, Any]:
         "row": session_row(progress.session, visit),
         "notices": visit.use_cases.explanations.find(progress.session.id),
         "current": current(progress, visit),
+        "result": result_of(progress.session, visit),
         "headline": curves.headline(progress.session, metrics),
         "curves": curves.build(progress.session, metrics, visit),
         "roll": roll(progress.session, progress.round, visit),
