@@ -40,7 +40,7 @@ from qflare_helper.errors import HelperError, StoreError
 from qflare_helper.identity import HelperIdentity, read_bootstrap
 from qflare_helper.ledger import Ledger
 from qflare_helper.policy import LEAST_COHORT, MOST_COHORT, read_policy, write_policy
-from qflare_helper.server import HelperServer, read_tls
+from qflare_helper.server import HelperServer, read_metrics_tls, read_tls
 
 PROGRAM: Final = "qflare-helper"
 PASSPHRASE_FILE_VARIABLE: Final = "QFLARE_PASSPHRASE_FILE"  # noqa: S105  # a name
@@ -160,10 +160,16 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument(
         "--metrics-listen", help="address of Prometheus metrics over HTTP; default: none"
     )
-    serve.add_argument(
+    protection = serve.add_mutually_exclusive_group()
+    protection.add_argument(
         "--metrics-insecure",
         action="store_true",
         help="serve metrics without TLS on an address that others can reach",
+    )
+    protection.add_argument(
+        "--metrics-tls",
+        action="store_true",
+        help="serve metrics with TLS on a loopback address, too",
     )
     serve.add_argument(
         "--health-listen",
@@ -197,9 +203,9 @@ def run_serve(options: argparse.Namespace) -> int:
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     metrics = options.metrics_listen
-    if metrics is not None and not (is_loopback(metrics) or options.metrics_insecure):
-        raise StoreError(f"{metrics} can be reached from outside: give --metrics-insecure, too")
-    tls = read_tls(options.tls_certificate, options.tls_key, options.tls_client_ca)
+    files = (options.tls_certificate, options.tls_key, options.tls_client_ca)
+    tls = read_tls(*files)
+    metrics_tls = read_metrics_tls(*files) if _metrics_have_tls(options) else None
     with _store(options) as store:
         server = HelperServer(
             store,
@@ -208,6 +214,7 @@ def run_serve(options: argparse.Namespace) -> int:
             max_vector_bytes=options.max_vector_mib * 2**20,
             max_calls=options.max_calls,
             metrics_listen=metrics,
+            metrics_tls=metrics_tls,
             health_listen=options.health_listen,
         )
         stop = threading.Event()
@@ -222,6 +229,13 @@ def run_serve(options: argparse.Namespace) -> int:
         stop.wait()
         server.stop()
     return 0
+
+
+def _metrics_have_tls(options: argparse.Namespace) -> bool:
+    """Return whether metrics are served over HTTPS: on every address but loopback, unless told otherwise."""
+    if options.metrics_listen is None or options.metrics_insecure:
+        return False
+    return bool(options.metrics_tls) or not is_loopback(options.metrics_listen)
 
 
 def run_status(options: argparse.Namespace) -> int:

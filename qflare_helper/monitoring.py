@@ -1,4 +1,4 @@
-"""Monitoring of a helper: Prometheus metrics over HTTP, and the health service of gRPC.
+"""Monitoring of a helper: Prometheus metrics over HTTP or HTTPS, and the health service of gRPC.
 
 Labels come from this program only, never from a caller. The HTTP server has few connections and ends each
 after some seconds; the health service has `Check` alone, because `Watch` would hold a thread for each caller.
@@ -6,7 +6,9 @@ after some seconds; the health service has `Check` alone, because `Watch` would 
 
 import logging
 import socket
+import ssl
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
@@ -87,22 +89,25 @@ def _counter(ledger: Ledger) -> int:
 
 
 class MetricsServer:
-    """Serves `/metrics` over HTTP.
+    """Serves `/metrics` over HTTP or HTTPS.
 
     Args:
         metrics: The metrics.
         address: Host and port; port 0 takes a free one.
+        tls: Certificate and key; None serves without TLS.
 
     Raises:
         StoreError: The address cannot be bound.
     """
 
-    def __init__(self, metrics: HelperMetrics, address: tuple[str, int]) -> None:
+    def __init__(
+        self, metrics: HelperMetrics, address: tuple[str, int], tls: ssl.SSLContext | None = None
+    ) -> None:
         class Handler(_Handler):
             registry = metrics.registry
 
         try:
-            self._server = _Server(address, Handler)
+            self._server = _Server(address, Handler, tls)
         except OSError as error:
             raise StoreError(f"cannot serve metrics on {address[0]}:{address[1]}") from error
         self.port = int(self._server.server_address[1])
@@ -125,8 +130,14 @@ class _Server(ThreadingHTTPServer):
 
     request_queue_size = 16
 
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        handler: type[BaseHTTPRequestHandler],
+        tls: ssl.SSLContext | None,
+    ) -> None:
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._tls = tls
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -141,6 +152,24 @@ class _Server(ThreadingHTTPServer):
         finally:
             self._places.release()
 
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer in the thread of the connection, which ends when its time is over, the handshake included."""
+        if self._tls is not None:
+            request = self._tls.wrap_socket(
+                request, server_side=True, do_handshake_on_connect=False
+            )
+        timer = threading.Timer(CONNECTION_S, _end, [request])
+        timer.daemon = True
+        timer.start()
+        with closing(request):
+            try:
+                if self._tls is not None:
+                    request.settimeout(CONNECTION_S)
+                    request.do_handshake()
+                super().finish_request(request, client_address)
+            finally:
+                timer.cancel()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         del request, client_address
         logger.debug("connection for metrics failed")
@@ -150,16 +179,6 @@ class _Handler(BaseHTTPRequestHandler):
     registry: CollectorRegistry
     timeout = CONNECTION_S
     server_version, sys_version = "qflare-helper", ""
-
-    def handle(self) -> None:
-        """Answer one request, and end the connection when its time is over."""
-        timer = threading.Timer(CONNECTION_S, _end, [self.connection])
-        timer.daemon = True
-        timer.start()
-        try:
-            self.handle_one_request()
-        finally:
-            timer.cancel()
 
     def do_GET(self) -> None:
         """Send the metrics."""
@@ -179,7 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _end(connection: socket.socket) -> None:
     try:
-        connection.shutdown(socket.SHUT_RDWR)
+        # That of SSLSocket would take the TLS state from the thread that uses it.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
     except OSError:
         logger.debug("connection for metrics had ended")
 

@@ -1,5 +1,6 @@
 """The gRPC server of a helper: its address, TLS, limits and health."""
 
+import ssl
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class HelperServer:
         max_vector_bytes: Largest masked update.
         max_calls: Most verified requests in progress.
         metrics_listen: Address for Prometheus, host:port; None for no metrics.
+        metrics_tls: Certificate and key of the metrics; None serves them without TLS.
         health_listen: Address of the health service without TLS; None for no separate one.
 
     Raises:
@@ -88,6 +90,7 @@ class HelperServer:
         max_vector_bytes: int = 8 * 2**30,
         max_calls: int = 4,
         metrics_listen: str | None = None,
+        metrics_tls: ssl.SSLContext | None = None,
         health_listen: str | None = None,
     ) -> None:
         self.identity = HelperIdentity.load(store)
@@ -108,7 +111,9 @@ class HelperServer:
         self.port = self._bind(listen, tls)
         self._probes = None if health_listen is None else _Probes(health_listen, health)
         self.health_port = 0 if self._probes is None else self._probes.port
-        self._scraped = None if metrics_listen is None else self._metrics_server(metrics_listen)
+        self._scraped = (
+            None if metrics_listen is None else self._metrics_server(metrics_listen, metrics_tls)
+        )
         self.metrics_port = 0 if self._scraped is None else self._scraped.port
 
     def _bind(self, listen: str, tls: ServerTls | None) -> int:
@@ -123,11 +128,11 @@ class HelperServer:
         except RuntimeError as error:
             raise StoreError(f"cannot serve on {listen}") from error
 
-    def _metrics_server(self, listen: str) -> MetricsServer:
+    def _metrics_server(self, listen: str, tls: ssl.SSLContext | None) -> MetricsServer:
         host, _, port = listen.rpartition(":")
         if not port.isdecimal() or int(port) > MAX_PORT:
             raise StoreError(f"metrics: got {listen[:200]}, want host:port")
-        return MetricsServer(self.metrics, (host.strip("[]"), int(port)))
+        return MetricsServer(self.metrics, (host.strip("[]"), int(port)), tls)
 
     def start(self) -> None:
         """Serve."""
@@ -190,6 +195,34 @@ def read_tls(
         return ServerTls(certificate_file.read_bytes(), key_file.read_bytes(), authorities)
     except OSError as error:
         raise StoreError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def read_metrics_tls(
+    certificate_file: Path | None, key_file: Path | None, client_ca_file: Path | None
+) -> ssl.SSLContext:
+    """Return TLS of the metrics from the PEM files of the server; clients need a certificate if it has authorities.
+
+    Raises:
+        StoreError: There are none, or one cannot be read.
+    """
+    if certificate_file is None or key_file is None:
+        raise StoreError(
+            "metrics over TLS need a certificate and a key: --tls-certificate, --tls-key"
+        )
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate_file, key_file, _no_passphrase)
+        if client_ca_file is not None:
+            context.load_verify_locations(client_ca_file)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read the TLS files for metrics: {error}") from error
+    return context
+
+
+def _no_passphrase() -> str:
+    """Give an encrypted key no passphrase, instead of letting the library ask on the terminal."""
+    return ""
 
 
 def _options(options: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -1,7 +1,9 @@
 """Commands on training sessions: create, list, show, start, pause, resume, update, cancel, rounds, updates."""
 
 import argparse
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -139,6 +141,35 @@ ROUND: list[Column] = [
     ("neighbor groups", _groups),
     ("reason", lambda row: row.state_reason),
 ]
+STAGES = {
+    training_pb2.ROUND_STATE_OPEN: "takes masked updates",
+    training_pb2.ROUND_STATE_CLOSED: "asks the helpers",
+    training_pb2.ROUND_STATE_PUBLISHED: "unmasked",
+    training_pb2.ROUND_STATE_FAILED: "not unmasked",
+    training_pb2.ROUND_STATE_CANCELLED: "not unmasked",
+}
+"""Stage of secure aggregation by state of the round."""
+
+
+def masked_columns(config: training_pb2.TrainingConfig) -> list[Column]:
+    """Return the columns on secure aggregation of a round; none without it."""
+    if not config.secure_aggregation.mode:
+        return []
+    target = config.rounds.target
+    return [
+        ("stage", lambda row: STAGES.get(row.state)),
+        ("cohort", lambda row: max(0, row.accepted_count - row.rejected_count)),
+        ("drop-outs", lambda row: _dropped_out(row, target)),
+    ]
+
+
+def _dropped_out(row: training_pb2.Round, target: int) -> int | None:
+    """Return the devices that a round has waited for and that sent no update; None while it is open."""
+    if row.state == training_pb2.ROUND_STATE_OPEN:
+        return None
+    return max(0, (row.selected_count or target) - row.accepted_count - row.late_count)
+
+
 UPDATE: list[Column] = [
     ("sequence", lambda row: row.acceptance_sequence),
     ("device", lambda row: row.device_name),
@@ -317,8 +348,30 @@ def run_show(admin: Admin, options: argparse.Namespace) -> None:
     )
     show(options, answer, answer.training_session, SESSION_FACTS)
     if not options.json:
+        _say_masking(admin, answer.training_session)
         for line in notice_lines(answer.notices):
             say(printable(line))
+
+
+def _say_masking(admin: Admin, session: training_pb2.TrainingSession) -> None:
+    """Say at which stage the secure aggregation of the current round is; nothing without it or before the start."""
+    columns = masked_columns(session.config)
+    if not columns or not session.current_round:
+        return
+    request = pb.GetAggregationStatusRequest(training_session_id=session.training_session_id)
+    current = admin.call("GetAggregationStatus", request).round
+    facts = [(name, value(current)) for name, value in columns]
+    shown = ", ".join(f"{name} {value}" for name, value in facts if value is not None)
+    say(printable(f"round {current.round_number}: {shown}"))
+
+
+def _of_round(columns: list[Column]) -> list[Column]:
+    """Return columns of a round for messages that hold one."""
+    return [(name, partial(_round_value, value)) for name, value in columns]
+
+
+def _round_value(value: Callable[[Any], object], row: Any) -> object:
+    return value(row.round)
 
 
 def run_change(admin: Admin, options: argparse.Namespace) -> None:
@@ -348,9 +401,22 @@ def _change(admin: Admin, change: str, session_id: str, **fields: str) -> Any:
 def run_rounds(admin: Admin, options: argparse.Namespace) -> None:
     """List rounds."""
     request = pb.ListRoundsRequest(training_session_id=options.session)
-    show_list(
-        options, admin.collect("ListRounds", request, "rounds", options.limit), "rounds", ROUND
-    )
+    answer = admin.collect("ListRounds", request, "rounds", options.limit)
+    columns = ROUND if options.json else _with_masking(ROUND, _config(admin, options.session))
+    show_list(options, answer, "rounds", columns)
+
+
+def _config(admin: Admin, session_id: str) -> training_pb2.TrainingConfig:
+    request = pb.GetTrainingSessionRequest(training_session_id=session_id)
+    config: training_pb2.TrainingConfig = admin.call(
+        "GetTrainingSession", request
+    ).training_session.config
+    return config
+
+
+def _with_masking(columns: list[Column], config: training_pb2.TrainingConfig) -> list[Column]:
+    """Return the columns of rounds with those on secure aggregation after the state."""
+    return [*columns[:2], *masked_columns(config), *columns[2:]]
 
 
 def run_updates(admin: Admin, options: argparse.Namespace) -> None:
@@ -374,4 +440,6 @@ def run_aggregation(admin: Admin, options: argparse.Namespace) -> None:
         ("published", lambda row: moment(row, "last_publish_time")),
         ("time left", lambda row: span(row, "remaining_duration")),
     ]
+    if not options.json:
+        columns[2:2] = _of_round(masked_columns(_config(admin, options.session)))
     show(options, answer, answer, columns)
