@@ -204,10 +204,9 @@ def test_commands_show_stage_cohort_and_drop_outs(
         assert admin_main(["session", *command]) == 0
         return " ".join(capsys.readouterr().out.split())
 
-    rounds = training_pb2.RoundPolicy(quorum=2, target=3)
-    rounds.deadline.FromMilliseconds(100)
-    session_id = made.session(rounds=rounds)
-    clients = [deployment.device(f"device-{index}") for index in range(2)]
+    clients = [deployment.device(f"device-{index}") for index in range(3)]
+    selection = training_pb2.SelectionPolicy(device_count=3)
+    session_id = made.session(quorum=2, selection=selection)
     contribute(clients[0], session_id, 0)
     assert "open takes masked updates 1" in shown("rounds", session_id)
     assert "round 1: stage takes masked updates, cohort 1" in shown("show", session_id)
