@@ -148,12 +148,12 @@ STAGES = {
     training_pb2.ROUND_STATE_FAILED: "not unmasked",
     training_pb2.ROUND_STATE_CANCELLED: "not unmasked",
 }
-"""Stage of secure aggregation by state of the round."""
+"""Stage of secure aggregation with helpers by state of the round."""
 
 
 def masked_columns(config: training_pb2.TrainingConfig) -> list[Column]:
-    """Return the columns on secure aggregation of a round; none without it."""
-    if not config.secure_aggregation.mode:
+    """Return the columns on secure aggregation with helpers of a round; none without it."""
+    if config.secure_aggregation.mode != training_pb2.SECURE_AGGREGATION_MODE_HELPER:
         return []
     target = config.rounds.target
     return [
