@@ -457,8 +457,8 @@ def test_a_quantile_is_refined(
         main([str(word) for word in ("analytics", "refine", "ages", "--name", "median", *again)])
         == 0
     )
-    told = capsys.readouterr()
-    assert (told.out.strip(), "between 50 and 60" in told.err) == (refined, True)
+    shown = capsys.readouterr()
+    assert (shown.out.strip(), "between 50 and 60" in shown.err) == (refined, True)
     answered(refined)
     (row,) = json.loads(shell("analytics", "show", "median", "--json"))["rows"]
     assert row["quantile"] == 0.6

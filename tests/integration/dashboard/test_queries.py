@@ -113,7 +113,7 @@ def test_axe_finds_no_violation_on_pages_of_queries(screen: Screen) -> None:
         page = screen.open(
             Role.VIEWER,
             viewport={"width": wide, "height": high},
-            color_scheme=look,  # type: ignore[arg-type]
+            color_scheme=look,
             reduced_motion="reduce",
         )
         for path in ("queries", *(f"sessions/{query_id}" for query_id in ids.values())):
