@@ -1,4 +1,4 @@
-"""`kill -9` of coordinators and helper at random points of a job with secure aggregation.
+"""`kill -9` of coordinators, and of the helper if there is one, at random points of a job with secure aggregation.
 
 `QFLARE_CRASHES` sets the number of kills.
 """
@@ -98,6 +98,39 @@ def _restart(*victims: CoordinatorProcess | HelperProcess) -> None:
         victim.kill()
     for victim in victims:
         victim.start()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_job_with_neighbors_survives_kills_of_coordinators(
+    parts: Application, database_url: str, tmp_path: Path
+) -> None:
+    rounds = max(2, KILLS // 5)
+    policy = training_pb2.SecureAggregationPolicy(
+        mode=training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS,
+        clip=100.0,
+        corrupt_fraction=0.1,
+        metrics=[training_pb2.MaskedMetric(name="loss", bound=10.0)],
+    )
+    policy.step_timeout.seconds = 600
+    session_id = prepare(parts, rounds=rounds, secure=policy)
+    settings = {"QFLARE_LEASE_S": "1"}  # that of a killed coordinator has to end
+    coordinator = CoordinatorProcess(tmp_path / "coordinator", database_url, settings=settings)
+    coordinator.start()
+    homes = enroll_devices(parts, tmp_path, coordinator.address)
+    threads = [DeviceThread(home, index, session_id) for index, home in enumerate(homes)]
+    chance = random.Random(7)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(KILLS):
+            threads[0].join(chance.uniform(0.0, 0.6))
+            _restart(coordinator)
+        wait_for_end(threads, TIMEOUT_S)
+    finally:
+        coordinator.stop()
+    for version in range(1, rounds + 1):
+        found = recompute_version(parts.context, session_id, version)
+        assert (found.recomputed, found.differences) == (True, ())
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
