@@ -11,6 +11,7 @@ from tests.bench import (
     aggregation,
     divided,
     lists,
+    masking,
     relayed,
     rounds,
     sealed_transfers,
@@ -50,6 +51,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "divided-rounds": divided.divided_rounds,
     "robust": aggregation.robust,
     "lists": lists.first_pages,
+    "neighbors": masking.neighbors,
     "simulation": simulation.simulation,
 }
 

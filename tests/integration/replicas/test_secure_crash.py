@@ -1,6 +1,6 @@
 """`kill -9` of coordinators, and of the helper if there is one, at random points of a job with secure aggregation.
 
-`QFLARE_CRASHES` sets the number of kills.
+`QFLARE_TEST_CRASHES` sets the number of kills.
 """
 
 import os
@@ -22,7 +22,7 @@ from tests.support.processes import CoordinatorProcess, DeviceThread
 
 pytestmark = pytest.mark.slow
 
-KILLS: Final = int(os.environ.get("QFLARE_CRASHES", "5"))
+KILLS: Final = int(os.environ.get("QFLARE_TEST_CRASHES", "5"))
 TIMEOUT_S: Final = 120.0
 
 
