@@ -56,7 +56,8 @@ def test_the_command_trains_for_nothing_weaker_than_its_policy_file(
         (masked, {"min_cohort": 3}, "allows sums of 2 updates; this device requires 3"),
         (masked, {"helper_key_ids": ["0" * 64]}, "no helper of the task is one"),
         (masked, {"metrics": []}, "metric 'loss', which may not leave"),
-        (masked, {"helper_key_ids": []}, "want key ids of 64 hex digits"),
+        (masked, {"helper_key_ids": []}, "want one or more, or neighbors=True"),
+        (masked, {"helper_key_ids": ["0f"]}, "want key ids of 64 hex digits"),
         (masked, {"unknown": 1}, "unknown entry unknown"),
     ):
         assert _run(session_id, **{**allowed, **changed}) == 1
