@@ -11,6 +11,7 @@ import pytest
 
 from qflare.v1 import training_pb2
 from qflare_client import Client, GlobalModel, NotFoundError
+from qflare_client.models.masked_update import add_masks
 from qflare_server.keys.setup import bootstrap_bundle
 from tests.integration.conftest import Deployment
 from tests.support.helpers import HelperProcess
@@ -128,3 +129,10 @@ def secure(
     yield start
     for helper in running:
         helper.stop()
+
+
+def repeat_seed(patch: pytest.MonkeyPatch) -> None:
+    """Let devices mask every update with the same seed."""
+    defaults = add_masks.__kwdefaults__
+    assert defaults is not None
+    patch.setitem(defaults, "draw_seed", lambda: b"s" * 32)

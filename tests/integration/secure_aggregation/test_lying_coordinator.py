@@ -23,6 +23,7 @@ from qflare_server.storage.repository import evidence
 from tests.integration.secure_aggregation.conftest import (
     SecureDeployment,
     contribute,
+    repeat_seed,
     trained,
     wait_for_round,
     wait_for_version,
@@ -208,7 +209,7 @@ def test_the_helper_adds_no_masks_for_a_lying_coordinator(
     assert "2 counted updates, want at least 3" in text
 
     with monkeypatch.context() as patch:
-        patch.setattr("qflare_client.models.masked_update.new_seed", lambda: b"s" * 32)
+        repeat_seed(patch)
         same = [ring.signed(number) for number in range(2)]
     assert "its seed was used for another update" in ring.refused([*same, members[2]])
 

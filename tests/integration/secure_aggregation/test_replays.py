@@ -17,6 +17,7 @@ from tests.integration.secure_aggregation.conftest import (
     WEIGHTS,
     SecureDeployment,
     contribute,
+    repeat_seed,
     wait_for_round,
     wait_for_version,
 )
@@ -57,7 +58,7 @@ def test_neither_seeds_nor_statements_nor_old_tasks_count_in_a_second_round(
     session_id = made.session(quorum=5, round_count=2, policy={"min_cohort": 3})
     ring = Ring(made, open_liar(made), session_id)
     with monkeypatch.context() as patch:
-        patch.setattr("qflare_client.models.masked_update.new_seed", lambda: b"s" * 32)
+        repeat_seed(patch)
         first = [ring.signed(0)]
     first += [ring.signed(number) for number in (1, 2)]
     assert ring.asking.ask(first)[0].HasField("answer")
@@ -73,7 +74,7 @@ def test_neither_seeds_nor_statements_nor_old_tasks_count_in_a_second_round(
     second = [ring.signed(number, _second_round) for number in (1, 2, 3)]
     assert "INVALID_ARGUMENT" in ring.asking.refusal([replayed, *second], **again)
     with monkeypatch.context() as patch:
-        patch.setattr("qflare_client.models.masked_update.new_seed", lambda: b"s" * 32)
+        repeat_seed(patch)
         reused = ring.signed(0, _second_round)
     answers = ring.asking.ask([reused, *second], **again)
     reasons = [member.reason for member in answers[0].refused.members]
