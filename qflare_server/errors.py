@@ -461,3 +461,17 @@ class DrainingError(QflareError):
     """The coordinator is shutting down."""
 
     reason = "DRAINING"
+
+
+def release_frames(error: BaseException) -> None:
+    """Cut an error that was handled, and the errors before it, from the frames that they were raised in.
+
+    Frames that hold the error, and through it themselves, keep the call until a garbage collection. gRPC refuses new
+    streams of a connection while a hundred ended ones are kept.
+    """
+    released: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in released:
+        link.__traceback__ = None
+        released.append(link)
+        link = link.__cause__ or link.__context__

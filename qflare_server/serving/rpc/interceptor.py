@@ -344,8 +344,15 @@ class _CallScope:
 
     def finish(self) -> NoReturn:
         """Abort the call with the status of its error; no other code aborts calls."""
-        error = self._error
+        error, self._error = self._error, None
         assert error is not None
+        code, message = self._refused(error)
+        errors.release_frames(error)
+        self._context.abort(code, message)
+        raise AssertionError("unreachable")
+
+    def _refused(self, error: BaseException) -> tuple[grpc.StatusCode, str]:
+        """Log and count a refused call, set its details, and return its code and text."""
         if isinstance(error, grpc.RpcError):
             error = errors.DisconnectedError()
         if status_of(error) is Code.INTERNAL:
@@ -363,8 +370,7 @@ class _CallScope:
         reason = error.reason if isinstance(error, errors.QflareError) else "INTERNAL"
         self._boundary.report(self.call, code, time.monotonic() - self._started, reason)
         self._context.set_trailing_metadata(((DETAILS_KEY, status.SerializeToString()),))
-        self._context.abort(code, status.message)
-        raise AssertionError("unreachable")
+        return code, str(status.message)
 
 
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}

@@ -110,6 +110,7 @@ class FairPool:
                 self._running[call.caller] -= 1
                 if not self._running[call.caller]:
                     del self._running[call.caller]
+            del call  # an idle thread keeps no call alive
 
     def _run(self, call: IncomingCall) -> None:
         call.task()

@@ -28,6 +28,7 @@ from qflare_server.errors import (
     StaleBaseVersionError,
     TrainingSessionNotFoundError,
     UpdateTooLargeError,
+    release_frames,
 )
 from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.repository import devices
@@ -246,6 +247,7 @@ class _Allowance:
         try:
             self._limiter.take(self._caller)
         except QflareError as error:
+            release_frames(error)
             self._exhausted = error
 
 
@@ -256,6 +258,7 @@ def _each(items: Sequence[_Item], step: Callable[[_Item], None]) -> None:
             try:
                 step(item)
             except QflareError as error:
+                release_frames(error)  # they hold the items
                 item.outcome = error
 
 

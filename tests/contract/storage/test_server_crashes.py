@@ -5,10 +5,12 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.exc import DBAPIError
 
 from qflare.crypto.signing import SigningKey
 from qflare.v1 import training_pb2
@@ -69,11 +71,19 @@ def kill_backend(server: PostgresServer, chance: random.Random) -> None:
                 " WHERE application_name = 'qflare' AND pid <> pg_backend_pid()"
             )
             pids = list(connection.scalars(others))
-        if pids:
-            os.kill(chance.choice(pids), signal.SIGKILL)
+            if pids:
+                os.kill(chance.choice(pids), signal.SIGKILL)
+                await_end(connection)
     finally:
         engine.dispose()
     server.await_answer()
+
+
+def await_end(connection: Connection) -> None:
+    """Wait until the server has ended this process too, which it does when it sees that another died."""
+    with suppress(DBAPIError):
+        while True:
+            connection.execute(text("SELECT pg_sleep(0.01)"))
 
 
 def restart(server: PostgresServer, _chance: random.Random) -> None:

@@ -136,11 +136,10 @@ class Fuzzer:
         return pb.SubmitUpdateRequest(header=header, chunk=pb.Chunk(data=draft.payload))
 
     def _task(self) -> pb.GetTaskResponse:
-        """Ask for a task, again while the coordinator or gRPC refuses the stream.
+        """Ask for a task, again while calls that the fuzz gave up hold the places of their class, or of the connection.
 
-        Calls that the fuzz gives up reset their streams, and gRPC's server refuses new streams
-        of a connection that reset many (REFUSED_STREAM of RFC 9113, section 8.7: not processed,
-        may be repeated). Where they hold all places of their class, the coordinator does.
+        gRPC's server refuses new streams of a connection while as many as it allows at once are not freed
+        (REFUSED_STREAM of RFC 9113, section 8.7: not processed, may be repeated).
         """
         deadline = time.monotonic() + TIMEOUT_S
         while True:
