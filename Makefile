@@ -38,7 +38,8 @@ TORCH_INDEX ?=
 MESSAGE_PROTOS := $(wildcard protos/qflare/v1/*.proto)
 SERVICE_PROTOS := $(wildcard protos/qflare/v1/*_service.proto)
 PYTEST_ARGS ?=
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# Folders in their order: the files with the longest tests are not the last, so that workers end together.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
