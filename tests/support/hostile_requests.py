@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any, Final
 
+import grpc
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -52,6 +53,22 @@ def methods() -> Iterator[tuple[str, MethodDescriptor]]:
         for service in module.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 yield f"/{service.full_name}/{method.name}", method
+
+
+def caller_of(channel: grpc.Channel, path: str, method: MethodDescriptor) -> Any:
+    """Return what sends bytes to a method."""
+    make: Any = {
+        (False, False): channel.unary_unary,
+        (True, False): channel.stream_unary,
+        (False, True): channel.unary_stream,
+        (True, True): channel.stream_stream,
+    }[method.client_streaming, method.server_streaming]
+    return make(path)
+
+
+def is_watch(path: str) -> bool:
+    """Return whether a method answers only when something happens."""
+    return path.rpartition("/")[2].startswith("Watch")
 
 
 def is_map(field: FieldDescriptor) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from qflare_server.serving.rpc.incoming import IncomingCall
 from qflare_server.use_cases.access.roles import Role
 from tests.integration.conftest import Deployment
-from tests.support.hostile_requests import RequestMaker, methods
+from tests.support.hostile_requests import RequestMaker, caller_of, is_watch, methods
 from tests.support.raw_device import RawDevice
 
 Deploy = Callable[..., Deployment]
@@ -86,16 +86,11 @@ def outcome(
     channel: grpc.Channel, path: str, method: Any, data: bytes, metadata: Any
 ) -> grpc.StatusCode:
     """Send a message and return how its call ended."""
-    make: Any = {
-        (False, False): channel.unary_unary,
-        (True, False): channel.stream_unary,
-        (False, True): channel.unary_stream,
-        (True, True): channel.stream_stream,
-    }[method.client_streaming, method.server_streaming]
+    send = caller_of(channel, path, method)
     request = iter([data]) if method.client_streaming else data
-    timeout_s = WATCH_S if method.name.startswith("Watch") else TIMEOUT_S
+    timeout_s = WATCH_S if is_watch(path) else TIMEOUT_S
     try:
-        answer = make(path)(request, metadata=metadata, timeout=timeout_s)
+        answer = send(request, metadata=metadata, timeout=timeout_s)
         if method.server_streaming:
             for _ in answer:
                 pass

@@ -18,7 +18,7 @@ from qflare.crypto.signing import MAX_MESSAGE_BYTES, SigningContext
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare_server.use_cases.access.roles import Role
 from tests.integration.conftest import Deployment
-from tests.support.hostile_requests import RequestMaker, methods
+from tests.support.hostile_requests import RequestMaker, caller_of, is_watch, methods
 from tests.support.raw_device import RawDevice
 
 Code = grpc.StatusCode
@@ -155,25 +155,14 @@ class Fuzzer:
 
     def _send(self, path: str, method: MethodDescriptor, data: bytes) -> Iterator[Any]:
         """Send a message and return what gives the answers; a watch runs on beside later messages."""
-        channel = self._deployment.channel
-        make: Any = {
-            (False, False): channel.unary_unary,
-            (True, False): channel.stream_unary,
-            (False, True): channel.unary_stream,
-            (True, True): channel.stream_stream,
-        }[method.client_streaming, method.server_streaming]
+        send = caller_of(self._deployment.channel, path, method)
         metadata = self._metadata.get(method.containing_service.name, ())
         request = iter([data]) if method.client_streaming else data
         if method.server_streaming:
             timeout_s = WATCH_S if is_watch(path) else TIMEOUT_S
-            return _some(make(path)(request, metadata=metadata, timeout=timeout_s))
-        call = make(path).future(request, metadata=metadata, timeout=TIMEOUT_S)
+            return _some(send(request, metadata=metadata, timeout=timeout_s))
+        call = send.future(request, metadata=metadata, timeout=TIMEOUT_S)
         return (each.result() for each in (call,))
-
-
-def is_watch(path: str) -> bool:
-    """Return whether a method answers only when something happens."""
-    return path.rpartition("/")[2].startswith("Watch")
 
 
 def _some(answer: Any) -> Iterator[Any]:
