@@ -50,6 +50,8 @@ class Quantizer:
         self._parameters = parameters
         self._factor = parameters.scale * clipped * (weight / parameters.max_weight)
         self._limit = _float_below(parameters.limit)
+        # Margin for the rounding error of the norm of a piece.
+        self._limit_squared = self._limit**2 * (1 - 2.0**-20)
         self._random = Mask(draw_seed())
         self._position = 0
         self._drawn: Array = np.empty(0, "<u4")
@@ -79,13 +81,17 @@ class Quantizer:
             self._write_piece(part, signed[start : start + PIECE])
 
     def _write_piece(self, change: NDArray[np.floating], levels: Array) -> None:
+        # Operations that convert their operands are slower than a conversion and an operation.
         scaled, noise = self._scaled[: len(change)], self._noise[: len(change)]
         np.multiply(change, self._factor, out=scaled)
-        np.multiply(self._draw(len(change)), 2.0**-32, out=noise)
+        np.copyto(noise, self._draw(len(change)))
+        np.multiply(noise, 2.0**-32, out=noise)
         np.add(scaled, noise, out=scaled)
         np.floor(scaled, out=scaled)
-        # Rounding of the multiplication may exceed the limit by a level; a sum would then wrap.
-        np.clip(scaled, -self._limit, self._limit, out=scaled)
+        # Rounding of the multiplication may exceed the limit by a level; a sum would then wrap. The norm bounds every
+        # element: pieces of a model hardly ever come near the limit.
+        if not np.dot(scaled, scaled) < self._limit_squared:
+            np.clip(scaled, -self._limit, self._limit, out=scaled)
         np.copyto(levels, scaled, casting="unsafe")
 
     def _draw(self, count: int) -> Array:

@@ -120,15 +120,18 @@ def _changes(
     manifest: Manifest, arrays: Mapping[str, Array], base: Mapping[str, Array]
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the change of the floating-point tensors in pieces that overwrite one another, in manifest order."""
-    buffer = np.empty(PIECE, np.float64)
+    # Converting first and then subtracting takes half the time of a subtraction that converts.
+    changes, origins = np.empty(PIECE, np.float64), np.empty(PIECE, np.float64)
     for spec in manifest.tensors:
         if not spec.dtype.is_float:
             continue
         trained, origin = arrays[spec.name].reshape(-1), base[spec.name].reshape(-1)
         for start in range(0, spec.element_count, PIECE):
             piece = trained[start : start + PIECE]
-            change = buffer[: len(piece)]
-            np.subtract(piece, origin[start : start + PIECE], out=change, dtype=np.float64)
+            change, subtracted = changes[: len(piece)], origins[: len(piece)]
+            np.copyto(change, piece)
+            np.copyto(subtracted, origin[start : start + PIECE])
+            np.subtract(change, subtracted, out=change)
             yield change
 
 
