@@ -388,7 +388,6 @@ def check_masking_form(statement: security_pb2.UpdateStatement) -> None:
     _require(statement.kind == training_pb2.UPDATE_KIND_DELTA, "masking: want a delta")
     _require(statement.example_count == 1, "masking: the example count is not masked")
     _require(not statement.metrics, "masking: metrics are not masked")
-    _require(not statement.sealed, "masking: a masked payload is not sealed")
 
 
 def check_evaluation_form(statement: security_pb2.EvaluationStatement) -> None:

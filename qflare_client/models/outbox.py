@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO, Final
 
 from google.protobuf.message import DecodeError
@@ -35,12 +35,13 @@ from qflare.crypto.sealed_payloads import (
     sealed_size_bytes,
     segment_count,
 )
+from qflare.crypto.sealing import KemPublicKey
 from qflare.crypto.symmetric import SECRET_BYTES, UnsealError
 from qflare.tensors import CHUNK_BYTES, Manifest, ManifestLimits, rechunk
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_client.errors import KeyStoreError
 from qflare_client.keystore.store import KeyStore
-from qflare_client.models.sealed_update import SealedPayload
+from qflare_client.models.sealed_update import SealedPayload, wrapped_for
 from qflare_client.models.upload import Payload
 
 _log = logging.getLogger(__name__)
@@ -172,6 +173,10 @@ class KeptSegments:
     def key(self) -> PayloadKey:
         """The key of the segments."""
         return self._file.key
+
+    def addressed_to(self, recipient: KemPublicKey) -> "KeptSegments":
+        """Return the same segments with their key wrapped for another key of the coordinator."""
+        return replace(self, sealed=wrapped_for(self.key, recipient))
 
     def chunks_from(self, first: int) -> Iterator[bytes]:
         """Return the segments from a given one on, in order.

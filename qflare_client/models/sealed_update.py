@@ -1,14 +1,16 @@
 """Sealed updates, which only the coordinator can decrypt.
 
 `crypto.sealed_payloads` encrypts the payload; this module binds it to the signed statement. A sealed update keeps its
-key until it is settled, so that a resumed upload sends the same bytes.
+key until it is settled, so that a resumed upload sends the same bytes. If the coordinator has rotated its keys, only
+that key is wrapped anew: segments and statement stay, and so do seeds of masks, which are sealed to the update's id.
 
 It does not decide whether to seal; the signed task states that.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, Self
 
 from qflare.crypto import merkle
 from qflare.crypto.sealed_payloads import PayloadKey, PayloadSealer, SealContext, sealed_size_bytes
@@ -59,9 +61,7 @@ class SealedPayload:
         leaf_hashes = list(hashed(self.chunks_from(0)))
         self.chunk_digests = b"".join(leaf_hashes)
         key = self._sealer.key
-        self.sealed = security_pb2.SealedPayloadHeader(
-            header=key.header, wrapped_keys=[key.wrap(recipient)]
-        )
+        self.sealed = wrapped_for(key, recipient)
         statement.sealed = True
         statement.wire_digest = merkle.root(leaf_hashes).hex()
         statement.sealed_header_digest = hashlib.sha256(key.header).hexdigest()
@@ -71,6 +71,17 @@ class SealedPayload:
         """The key of the segments."""
         return self._sealer.key
 
+    def addressed_to(self, recipient: KemPublicKey) -> Self:
+        """Return the same segments with their key wrapped for another key of the coordinator."""
+        other = copy.copy(self)
+        other.sealed = wrapped_for(self.key, recipient)
+        return other
+
     def chunks_from(self, first: int) -> Iterator[bytes]:
         """Return the segments from a given one on, in order; the bytes are the same every time."""
         return self._sealer.seal(self._payload.chunks_from(0), first)
+
+
+def wrapped_for(key: PayloadKey, recipient: KemPublicKey) -> security_pb2.SealedPayloadHeader:
+    """Return the header of a sealed payload with its key wrapped for one recipient."""
+    return security_pb2.SealedPayloadHeader(header=key.header, wrapped_keys=[key.wrap(recipient)])

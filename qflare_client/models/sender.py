@@ -17,7 +17,6 @@ import numpy as np
 
 from qflare.evidence.statements import digest_of
 from qflare.evidence.unmasking import Masking
-from qflare.ids import new_update_id
 from qflare.tensors import Array
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2
@@ -274,11 +273,17 @@ class UpdateSender:
         statement = make_statement(
             task, contribution, payload, realm=identity.realm, device_id=identity.device_id
         )
-        sealed = None
-        if task.transfer.sealed:
-            sealed = SealedPayload(payload, statement, self._trust.session_key())
         kept = residual if feedback is not None else None
+        sealed = self._sealed(task, payload, statement)
         return _Update(statement, payload, sealed, kept, contribution.local)
+
+    def _sealed(
+        self, task: Task, payload: Payload, statement: security_pb2.UpdateStatement
+    ) -> SealedPayload | None:
+        """Seal a payload and complete its statement, if the task wants that; the statement lacks nothing else."""
+        if not task.transfer.sealed:
+            return None
+        return SealedPayload(payload, statement, self._trust.session_key())
 
     def _make_masked(self, task: Task, masking: Masking, contribution: Contribution) -> _Update:
         quantized = quantize_update(
@@ -302,7 +307,8 @@ class UpdateSender:
         seal_seeds(masking, seeds, statement)
         if named is not None:
             statement.masking.neighbors.CopyFrom(named)
-        return _Update(statement, payload, None, None, contribution.local)
+        sealed = self._sealed(task, payload, statement)
+        return _Update(statement, payload, sealed, None, contribution.local)
 
     def _send(self, update: _Update, timeout_s: float | None) -> Receipt:
         """Send an update for the first time."""
@@ -343,11 +349,15 @@ class UpdateSender:
         *,
         resumes: bool,
     ) -> tuple[Receipt, _Update]:
-        """Upload an update, resealing it if the coordinator has rotated its keys; return the sent update."""
+        """Upload an update, readdressed if the coordinator has rotated its keys; return the sent update."""
         try:
             return self._upload_as_it_is(update, envelope, timeout_s, resumes=resumes), update
         except SealKeyNotAcceptedError:
-            envelope, update = self._keep(self._sealed_anew(update))
+            if update.sealed is None:
+                raise
+            self._trust.refresh()
+            sealed = update.sealed.addressed_to(self._trust.session_key())
+            envelope, update = self._keep(replace(update, sealed=sealed))
         return self._upload_as_it_is(update, envelope, timeout_s, resumes=False), update
 
     def _upload_as_it_is(
@@ -367,14 +377,6 @@ class UpdateSender:
             resumes=resumes,
         )
         return upload.run(timeout_s)
-
-    def _sealed_anew(self, update: _Update) -> _Update:
-        self._trust.refresh()
-        statement = security_pb2.UpdateStatement()
-        statement.CopyFrom(update.statement)
-        statement.update_id = new_update_id()
-        sealed = SealedPayload(update.payload, statement, self._trust.session_key())
-        return replace(update, statement=statement, sealed=sealed)
 
     def _keep(self, update: _Update) -> tuple[security_pb2.SignedEnvelope, _Update]:
         """Sign an update and store it; an update that cannot be stored is sent anyway.

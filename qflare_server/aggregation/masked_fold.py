@@ -45,7 +45,7 @@ from qflare_server.aggregation.unmasking import (
 from qflare_server.context import Context
 from qflare_server.errors import HelperRefusedError, InvalidUpdateError
 from qflare_server.payloads.reader import PayloadBytes, check_digests
-from qflare_server.storage.payload_records import ReceivedPayload, describe
+from qflare_server.storage.payload_records import ReceivedPayload, content_digest_of, describe
 from qflare_server.storage.repository import payloads, training_sessions, unmaskings, updates
 from qflare_server.storage.repository.unmaskings import StoredUnmasking
 from qflare_server.storage.repository.updates import AcceptedUpdate
@@ -236,10 +236,13 @@ class MaskedRoundFold(RoundFold):
         )
         for row, answer in zip(stored, answers, strict=True):
             with self._context.database.read() as session:
-                payload = describe(payloads.get_payload(session, row.payload_id))
-            if (payload.digest, payload.size_bytes) != (answer.mask_digest, self._sum.nbytes):
-                raise HelperRefusedError(f"the sum of helper {answer.helper_id} is another one")
+                found = payloads.get_payload(session, row.payload_id)
+                payload = describe(found)
+                assert found is not None
+                digest = content_digest_of(found)
             source = PayloadBytes(self._context, payload, None, AHEAD)
+            if (digest, source.size_bytes) != (answer.mask_digest, self._sum.nbytes):
+                raise HelperRefusedError(f"the sum of helper {answer.helper_id} is another one")
             for offset in range(0, self._sum.nbytes, CHUNK_BYTES):
                 length = min(CHUNK_BYTES, self._sum.nbytes - offset)
                 self._subtract(offset, source.read(offset, length))

@@ -31,6 +31,7 @@ from qflare_server.aggregation.plan import RoundPlan
 from qflare_server.context import Context, Helpers
 from qflare_server.errors import HelperRefusedError, HelperUnavailableError, InvalidUpdateError
 from qflare_server.keys.device_identities import key_evidence
+from qflare_server.payloads.sealed_receiver import version_seal_context
 from qflare_server.payloads.writer import PayloadWriter
 from qflare_server.storage.payload_records import ReceivedPayload
 from qflare_server.storage.repository import audit, evidence, unmaskings, updates
@@ -187,7 +188,16 @@ class HelperRequests:
             raise HelperRefusedError(f"helper {helper.helper_id}: its response has no answer")
         answer = self._checked(helper, request, first.answer)
         spec = TensorSpec("mask", DTYPES[answer.bits], (answer.size_bytes * 8 // answer.bits,))
-        writer = PayloadWriter(self._context, self._executor, Manifest((spec,)), self._at)
+        seal_context = version_seal_context(
+            self._context,
+            self._plan.config,
+            self._plan.training_session_id,
+            self._plan.number,
+            f"masks of helper {helper.helper_id}",
+        )
+        writer = PayloadWriter(
+            self._context, self._executor, Manifest((spec,)), self._at, seal_context
+        )
         offset = 0
         try:
             for part in parts:

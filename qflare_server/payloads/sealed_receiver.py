@@ -182,8 +182,8 @@ def version_seal_context(
         context: The coordinator's parts.
         config: Configuration of the training session.
         training_session_id: Training session.
-        version: Version of the payload.
-        state_name: Name of strategy state stored with the version; empty for the weights.
+        version: Version of the payload; the round, for a sum of masks.
+        state_name: Name of state that is stored for the coordinator itself; empty for the weights.
     """
     if not config.transfer.sealed:
         return None

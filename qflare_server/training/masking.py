@@ -191,10 +191,6 @@ def _check_contradictions(config: training_pb2.TrainingConfig) -> None:
             "masked updates have an encoding of their own, set by secure_aggregation.bits; elements that devices "
             "select or scale differently cannot be summed under masks",
         )
-    if transfer.sealed:
-        raise _refused(
-            "transfer.sealed", "sealed payloads are not supported together with secure aggregation"
-        )
     if safeguards.quarantine_rejections:
         raise _refused(
             "safeguards.quarantine_rejections",

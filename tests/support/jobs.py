@@ -42,6 +42,7 @@ def prepare(
     deadline_s: int = 0,
     rounds: int = ROUNDS,
     secure: training_pb2.SecureAggregationPolicy | None = None,
+    sealed: bool = False,
 ) -> str:
     """Create and start a training session whose every update is kept; return its id."""
     weights = SMALL if weights is None else weights
@@ -53,6 +54,7 @@ def prepare(
     if secure is not None:
         config.secure_aggregation.CopyFrom(secure)
         config.safeguards.max_example_count = 1000
+    config.transfer.sealed = sealed
     config.transfer.payload_retention = training_pb2.PAYLOAD_RETENTION_ALL
     training = parts.use_cases.training
     created = training.create(SYSTEM, name="crash", model_type="", architecture={}, config=config)

@@ -277,7 +277,7 @@ def test_keys_that_change_meanwhile_make_another_signature(bench: Bench, form: s
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
-def test_a_kept_update_is_sealed_anew_when_the_coordinators_key_has_changed(
+def test_the_key_of_a_kept_update_is_wrapped_anew_when_the_coordinators_key_has_changed(
     bench: Bench, size: int
 ) -> None:
     weights = {"w": np.zeros(size, np.float32)}

@@ -45,14 +45,16 @@ def known(parts: Application, helper: HelperProcess) -> Iterator[Application]:
     opened.close()
 
 
-def _prepare(known: Application, helper: HelperProcess, rounds: int) -> str:
+def _prepare(
+    known: Application, helper: HelperProcess, rounds: int, *, sealed: bool = False
+) -> str:
     policy = training_pb2.SecureAggregationPolicy(
         mode=training_pb2.SECURE_AGGREGATION_MODE_HELPER,
         clip=100.0,
         helpers=[helper.helper_id],
         metrics=[training_pb2.MaskedMetric(name="loss", bound=10.0)],
     )
-    return prepare(known, rounds=rounds, secure=policy)
+    return prepare(known, rounds=rounds, secure=policy, sealed=sealed)
 
 
 def _check(known: Application, helper: HelperProcess, session_id: str, rounds: int) -> None:
@@ -65,11 +67,11 @@ def _check(known: Application, helper: HelperProcess, session_id: str, rounds: i
     assert f"{rounds} answers with {rounds * DEVICES} updates" in helper.run("audit", "verify")
 
 
-def test_a_secure_job_survives_kills_of_coordinator_and_helper(
+def test_a_sealed_secure_job_survives_kills_of_coordinator_and_helper(
     known: Application, helper: HelperProcess, database_url: str, tmp_path: Path
 ) -> None:
     rounds = max(4, KILLS // 2)
-    session_id = _prepare(known, helper, rounds)
+    session_id = _prepare(known, helper, rounds, sealed=True)
     settings = {"QFLARE_HELPER_DIR": str(helper.bundle_file.parent)}
     coordinator = CoordinatorProcess(tmp_path / "coordinator", database_url, settings=settings)
     coordinator.start()

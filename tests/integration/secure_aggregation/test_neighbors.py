@@ -23,6 +23,7 @@ from tests.integration.secure_aggregation.conftest import WEIGHTS, trained, wait
 
 TIMEOUT_S: Final = 60
 MODE: Final = training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS
+RETAINED: Final = training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL)
 
 
 def session_of(
@@ -33,6 +34,7 @@ def session_of(
     step_s: float = 60.0,
     deadline_s: float = 60.0,
     selection: training_pb2.SelectionPolicy | None = None,
+    transfer: training_pb2.TransferPolicy = RETAINED,
     **policy: Any,
 ) -> str:
     settings: dict[str, Any] = {
@@ -52,7 +54,7 @@ def session_of(
         rounds=rounds,
         selection=selection,
         safeguards=training_pb2.SafeguardPolicy(max_example_count=1000),
-        transfer=training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL),
+        transfer=transfer,
     )
 
 

@@ -152,7 +152,6 @@ PRIVACY: Final = {
 }
 CONTRADICTIONS: Final[list[tuple[str, dict[str, Any]]]] = [
     ("strategy.name", {"strategy": {"name": "median"}}),
-    ("transfer.sealed", {"transfer": {"sealed": True}}),
     ("transfer.update_encoding", {"transfer": {"update_encoding": "ENCODING_INT8"}}),
     ("safeguards.max_example_count", {"safeguards": {}}),
     (

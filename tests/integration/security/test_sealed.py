@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
+from qflare.crypto.sealed_payloads import PayloadKey
 from qflare.crypto.sealing import KemKey
 from qflare.evidence.verification import verify_bundle
 from qflare.tensors import CHUNK_BYTES
@@ -22,7 +23,6 @@ from qflare.tensors.safetensors_files import import_safetensors
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare_client import Client, TaskKind, UnavailableError
-from qflare_client.models.sealed_update import SealedPayload
 from qflare_server.errors import SealedPayloadLostError
 from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.rotation import replace_stolen, rotate_online
@@ -226,7 +226,7 @@ def test_stored_payloads_outlive_the_keys_that_they_were_sealed_to(
     verify(deployment, session_id, range(1, 3))
 
 
-def test_an_update_is_sealed_anew_when_the_coordinators_key_has_changed(
+def test_the_key_of_an_update_is_wrapped_anew_when_the_coordinators_key_has_changed(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = deployment.device("one")
@@ -235,19 +235,20 @@ def test_an_update_is_sealed_anew_when_the_coordinators_key_has_changed(
     base = client.download_base(task)
     retired = client._trust.session_key()
     rotate(deployment, 2)
-    sealed_to: list[str] = []
-    make = SealedPayload.__init__
+    wrapped: list[tuple[bytes, str]] = []
+    wrap = PayloadKey.wrap
 
-    def watch(self: SealedPayload, payload: Any, statement: Any, recipient: Any) -> None:
-        sealed_to.append(recipient.key_id)
-        make(self, payload, statement, recipient)
+    def watch(self: PayloadKey, recipient: Any) -> Any:
+        wrapped.append((self.header, recipient.key_id))
+        return wrap(self, recipient)
 
-    monkeypatch.setattr(SealedPayload, "__init__", watch)
+    monkeypatch.setattr(PayloadKey, "wrap", watch)
     receipt = client.submit(task, base, base.arrays, 10)
 
     assert receipt.acceptance_sequence == 1
-    assert len(sealed_to) == 2
-    assert sealed_to[0] == retired.key_id != sealed_to[1]
+    (first_header, first_key), (second_header, second_key) = wrapped
+    assert first_header == second_header
+    assert first_key == retired.key_id != second_key
 
 
 def test_what_a_stolen_state_key_opened_is_wrapped_anew(deploy: Deploy) -> None:
