@@ -232,13 +232,17 @@ class RoundFold:
             self._prior(),
             noise_seed=self._noise_seed,
             thread_count=self._thread_count,
-            recorded=self._recorded,
+            recorded=self._recalled(),
             excluded=excluded,
             revision=self.revision,
             resident_bytes=None if division is None else division.resident_bytes,
             slice_elements=None if division is None else division.slice_elements,
             runner=None if division is None or division.runner is None else division.runner(self),
         )
+
+    def _recalled(self) -> Mapping[str, UpdateAssessment] | None:
+        """Return the recorded judgements of what is aggregated; None evaluates it again."""
+        return self._recorded
 
     def _model_reader(self, stored: StoredPayload, manifest: Manifest | None = None) -> Reader:
         return self._reader(stored, VectorLayout(manifest or self.plan.manifest))

@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qflare_server.aggregation.fold import Division, RoundFold
+from qflare_server.aggregation.group_means import GroupMeansFold
 from qflare_server.aggregation.masked_fold import MaskedRoundFold
 from qflare_server.aggregation.neighbor_fold import NeighborRoundFold
 from qflare_server.aggregation.plan import RoundPlan
 from qflare_server.context import Context
-from qflare_server.training.masking import is_masked
+from qflare_server.training.masking import compares_groups, is_masked
 from qflare_server.training.neighbor_stages import has_neighbors
 
 
@@ -31,7 +32,8 @@ def open_fold(
         settings: As of `RoundFold`.
     """
     if has_neighbors(plan.config):
-        return NeighborRoundFold(context, plan, asker=asker, **settings)
+        kind = GroupMeansFold if compares_groups(plan.config) else NeighborRoundFold
+        return kind(context, plan, asker=asker, **settings)
     if is_masked(plan.config):
         return MaskedRoundFold(context, plan, asker=asker, **settings)
     return RoundFold(context, plan, division=division, **settings)

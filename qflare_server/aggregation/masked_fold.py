@@ -105,11 +105,17 @@ class MaskedRoundFold(RoundFold):
 
     def _begin(self, excluded: Mapping[str, str]) -> None:
         super()._begin(excluded)
-        count = float_count(self.plan.manifest) + self._parameters.slot_count
-        self._sum = np.zeros(count, self._parameters.dtype)
+        self._sum = np.zeros(self._held_elements(), self._parameters.dtype)
         self._digests: dict[str, str] = {}
         self._bound: dict[str, str] = {}
         self._refused: dict[str, str] = {}
+
+    def _held_elements(self) -> int:
+        """Return how many elements of the sum are held in memory."""
+        return float_count(self.plan.manifest) + self._parameters.slot_count
+
+    def _recalled(self) -> None:
+        """Return None: the record judges updates, and what is aggregated are sums of updates."""
 
     def _update_layout(self) -> VectorLayout:
         return VectorLayout(self._wire)
@@ -126,9 +132,17 @@ class MaskedRoundFold(RoundFold):
 
     def _take(self, batch: Sequence[AcceptedUpdate]) -> None:
         for update in batch:
-            self._fold_in(update, np.add)
+            self._take_in(update)
             self._digests[update.update_id] = update.statement_digest
             self._bound[update.update_id] = _noise_digest(update, self.revision)
+
+    def _take_in(self, update: AcceptedUpdate) -> None:
+        """Take an update into the sum."""
+        self._fold_in(update, np.add)
+
+    def _take_out(self, update: AcceptedUpdate) -> None:
+        """Take an update out of the sum again."""
+        self._fold_in(update, np.subtract)
 
     def _fold_in(self, update: AcceptedUpdate, operation: Add) -> None:
         """Add an update to the sum, or subtract it."""
@@ -268,7 +282,7 @@ class MaskedRoundFold(RoundFold):
             after = batch[-1].acceptance_sequence
             for update in batch:
                 if update.update_id in wanted:
-                    self._fold_in(update, np.subtract)
+                    self._take_out(update)
                     del self._digests[update.update_id]
                     self._refused[update.update_id] = reasons[update.update_id]
                     wanted.discard(update.update_id)
@@ -295,6 +309,11 @@ class MaskedRoundFold(RoundFold):
         else:
             self._pending.result()
 
+        self._aggregation.extend(self._contributions())
+        return self._write(executor, at)
+
+    def _contributions(self) -> Sequence[Contribution]:
+        """Return what the strategy gets: the mean of the sum."""
         # Under privacy the strategy divides by a fixed number instead of the number of updates.
         is_private = bool(self.plan.config.privacy.noise_multiplier)
         divisor = self._parameters.max_weight if is_private else self._weight_sum
@@ -303,8 +322,7 @@ class MaskedRoundFold(RoundFold):
             return mean_change(self._parameters, self._sum[start:stop], divisor)
 
         members = contributors_digest(self._bound[update_id] for update_id in self._digests)
-        self._aggregation.add(Contribution(SUM, self._weight_sum, read, digest=members))
-        return self._write(executor, at)
+        return [Contribution(SUM, self._weight_sum, read, digest=members)]
 
     def totals(self) -> Totals:
         """Return the sum of the weights; nothing is known of single updates."""

@@ -157,7 +157,7 @@ class NeighborRoundFold(MaskedRoundFold):
         self._digest_list = []
         for group in opened:
             try:
-                self._remove_masks(self._open_group(group.number))
+                self._take_group(group.number, self._open_group(group.number))
             except (NotEnoughSharesError, NeighborError) as error:
                 raise HelperRefusedError(f"group {group.number}: {error}") from error
         self._read_totals()
@@ -183,14 +183,28 @@ class NeighborRoundFold(MaskedRoundFold):
             if digest not in kept
         }
 
-    def _remove_masks(self, group: OpenedGroup) -> None:
+    def _take_group(self, number: int, group: OpenedGroup) -> None:
+        """Take the sum of an opened group into the version, and note its transcript.
+
+        Raises:
+            HelperRefusedError: An update of the group is missing here, without which its sum says nothing.
+        """
+        known = set(self._digests.values())
+        members = [member.update_digest.hex() for member in group.transcript.members]
+        if not known.issuperset(filter(None, members)):
+            raise HelperRefusedError(
+                f"group {number} was opened for an update that is missing or altered"
+            )
+        self._remove_masks(number, group)
+        self._digest_list.append(hashlib.sha256(group.serialized()).hexdigest())
+
+    def _remove_masks(self, _number: int, group: OpenedGroup) -> None:
         for seed, sign in group.masks():
             mask = Mask(seed)
             if sign > 0:
                 mask.subtract_from(self._sum, 0)
             else:
                 mask.add_to(self._sum, 0)
-        self._digest_list.append(hashlib.sha256(group.serialized()).hexdigest())
 
     def unmasking(self) -> security_pb2.ModelUnmasking:
         """Return the transcripts as the version's statement names them."""

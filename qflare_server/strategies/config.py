@@ -75,6 +75,7 @@ class StrategyConfig:
         min_cosine: Smallest cosine to the previous aggregate, within [-1, 1); -1 for none.
         asynchronous: Whether the session accepts updates against older versions.
         secure_aggregation: Whether single updates are hidden from the coordinator.
+        group_quorum: Fewest groups of updates whose means the rule takes instead of updates; 0 for none.
         privacy: Central differential privacy, or None.
         options: Numbers for a rule from an entry point.
     """
@@ -103,6 +104,7 @@ class StrategyConfig:
     min_cosine: float = -1.0
     asynchronous: bool = False
     secure_aggregation: bool = False
+    group_quorum: int = 0
     privacy: PrivacyConfig | None = None
     options: Mapping[str, float] = field(default_factory=lambda: NOTHING)
 

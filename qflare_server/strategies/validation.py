@@ -189,19 +189,20 @@ def ineffective(config: StrategyConfig) -> str:
     Returns:
         The reason and the remedy; empty if the rule has an effect.
     """
-    quorum, name = config.quorum, config.name
-    closing = f"rounds close from {quorum} updates on"
+    quorum, name = least_compared(config), config.name
+    what = "groups" if config.group_quorum else "updates"
+    closing = f"rounds close from {quorum} {what} on"
     if name == "trimmed_mean" and int(config.trimmed_fraction * quorum) == 0:
         if not config.trimmed_fraction:
             return "trimmed_mean with trimmed_fraction 0 trims nothing: raise trimmed_fraction"
         return (
             f"trimmed_mean with trimmed_fraction {config.trimmed_fraction:g} trims nothing of fewer than "
-            f"{ceil(1 / config.trimmed_fraction)} updates, and {closing}: raise either"
+            f"{ceil(1 / config.trimmed_fraction)} {what}, and {closing}: raise either"
         )
     if name in {"median", "geometric_median"} and quorum <= _PAIR:
-        return f"{name} of one or two updates is their mean, and {closing}: raise rounds.quorum"
+        return f"{name} of one or two {what} is their mean, and {closing}: raise rounds.quorum"
     if name == "bulyan" and config.byzantine_count == 0:
-        return "bulyan with byzantine_count 0 averages every update: raise byzantine_count"
+        return f"bulyan with byzantine_count 0 averages every {what.removesuffix('s')}: raise byzantine_count"
     if name == "multi_krum" and config.selected_count >= quorum:
         return (
             f"multi_krum with selected_count {config.selected_count} selects all of so many updates, "
@@ -219,15 +220,24 @@ def _check_cohort(config: StrategyConfig, rule: CohortRule) -> None:
             f"{config.name} compares the updates of one fixed cohort against one base version; "
             "an asynchronous session has neither"
         )
-    if config.quorum < rule.minimum_count:
+    least = least_compared(config)
+    if least < rule.minimum_count:
+        what = (
+            "groups of secure_aggregation.group_size updates" if config.group_quorum else "updates"
+        )
         raise StrategyConfigError(
-            f"{config.name} needs a quorum of at least {rule.minimum_count} updates, got {config.quorum}"
+            f"{config.name} needs a quorum of at least {rule.minimum_count} {what}, got {least}"
         )
     _check_selection(config)
 
 
+def least_compared(config: StrategyConfig) -> int:
+    """Return the fewest updates, or means of groups, that a rule gets."""
+    return config.group_quorum or config.quorum
+
+
 def _check_selection(config: StrategyConfig) -> None:
-    most = config.quorum - config.byzantine_count
+    most = least_compared(config) - config.byzantine_count
     if config.name == "multi_krum" and config.selected_count > most:
         raise StrategyConfigError(
             f"selected_count {config.selected_count} exceeds quorum minus byzantine_count, {most}: "
@@ -283,7 +293,8 @@ def _check_controls(config: StrategyConfig) -> None:
 
 def _check_hidden(config: StrategyConfig, rule: FoldRule | CohortRule) -> None:
     """Reject parts that read single updates under secure aggregation, which shows the coordinator only a sum."""
-    if isinstance(rule, CohortRule) or rule.needs_norm:
+    compares_groups = isinstance(rule, CohortRule) and config.group_quorum
+    if not compares_groups and (isinstance(rule, CohortRule) or rule.needs_norm):
         raise StrategyConfigError(
             f"{config.name} looks at single updates, which secure aggregation hides"
         )

@@ -30,6 +30,11 @@ from qflare_server.errors import HelperUnavailableError, InvalidRequestError
 MEANS: Final = frozenset({"fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"})
 """Strategies whose aggregate is a mean of the updates by their weights, which a sum gives."""
 
+COMPARISONS: Final = frozenset(
+    {"median", "trimmed_mean", "geometric_median", "krum", "multi_krum", "bulyan"}
+)
+"""Strategies that compare updates, which under secure aggregation are the means of groups."""
+
 DEFAULT_CORRUPT: Final = 0.2
 DEFAULT_DROPOUT: Final = 0.1
 DEFAULT_STEP_S: Final = 60
@@ -42,6 +47,19 @@ _ROOM_BYTES: Final = 16_384
 def is_masked(config: training_pb2.TrainingConfig) -> bool:
     """Return whether a training session has secure aggregation."""
     return bool(config.secure_aggregation.mode)
+
+
+def compares_groups(config: training_pb2.TrainingConfig) -> bool:
+    """Return whether the strategy compares the means of groups with neighbors."""
+    return bool(group_quorum(config)) and config.strategy.name in COMPARISONS
+
+
+def group_quorum(config: training_pb2.TrainingConfig) -> int:
+    """Return the fewest groups of a round with a quorum; 0 where there is one sum alone."""
+    policy = config.secure_aggregation
+    if policy.mode != training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS or not policy.group_size:
+        return 0
+    return int(config.rounds.quorum // policy.group_size)
 
 
 def max_weight(config: training_pb2.TrainingConfig) -> int:
@@ -179,12 +197,7 @@ def _check_cohort(config: training_pb2.TrainingConfig) -> None:
 def _check_contradictions(config: training_pb2.TrainingConfig) -> None:
     """Refuse settings that read single updates, or that masked updates cannot have."""
     transfer, safeguards = config.transfer, config.safeguards
-    if config.strategy.name not in MEANS:
-        raise _refused(
-            "strategy.name",
-            f"{config.strategy.name[:100]} looks at single updates, which secure aggregation hides; it gives only "
-            f"their sum, enough for {', '.join(sorted(MEANS))}",
-        )
+    _check_strategy(config)
     if transfer.update_encoding not in (training_pb2.ENCODING_NONE, training_pb2.ENCODING_MASKED):
         raise _refused(
             "transfer.update_encoding",
@@ -202,6 +215,24 @@ def _check_contradictions(config: training_pb2.TrainingConfig) -> None:
             "empty; state the largest weight of an update, or set strategy.uniform_weights: the scale of masked "
             "updates depends on it",
         )
+
+
+def _check_strategy(config: training_pb2.TrainingConfig) -> None:
+    """Refuse strategies that need more than the sums of the updates that are opened."""
+    name = config.strategy.name
+    if name in MEANS or compares_groups(config):
+        return
+    if name not in COMPARISONS:
+        raise _refused(
+            "strategy.name",
+            f"{name[:100]} looks at single updates, which secure aggregation hides; it gives only sums, enough for "
+            f"{', '.join(sorted(MEANS))}",
+        )
+    raise _refused(
+        "strategy.name",
+        f"{name} looks at single updates, which secure aggregation hides; with neighbors it compares the means of "
+        "groups instead: set secure_aggregation.group_size, not above rounds.quorum",
+    )
 
 
 def _check_names(policy: training_pb2.SecureAggregationPolicy) -> None:

@@ -16,7 +16,7 @@ from qflare_server.strategies import (
 )
 from qflare_server.strategies.catalogue import RULES, rebuild
 from qflare_server.strategies.validation import ineffective
-from qflare_server.training.masking import is_masked, parameters_of
+from qflare_server.training.masking import group_quorum, is_masked, parameters_of
 
 _DERIVED: Final = frozenset(
     {
@@ -24,6 +24,7 @@ _DERIVED: Final = frozenset(
         "quorum",
         "asynchronous",
         "secure_aggregation",
+        "group_quorum",
         "privacy",
         "options",
         "weighting",
@@ -141,6 +142,7 @@ def _strategy_config(config: training_pb2.TrainingConfig) -> StrategyConfig:
         weighting="uniform" if chosen.uniform_weights else "",
         asynchronous=is_asynchronous(config),
         secure_aggregation=is_masked(config),
+        group_quorum=group_quorum(config),
         privacy=privacy_config(config),
         options=options,
         **{**values, **known},

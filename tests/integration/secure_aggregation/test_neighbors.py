@@ -35,6 +35,8 @@ def session_of(
     deadline_s: float = 60.0,
     selection: training_pb2.SelectionPolicy | None = None,
     transfer: training_pb2.TransferPolicy = RETAINED,
+    strategy: training_pb2.StrategyConfig | None = None,
+    arrays: dict[str, np.ndarray] | None = None,
     **policy: Any,
 ) -> str:
     settings: dict[str, Any] = {
@@ -48,12 +50,13 @@ def session_of(
     rounds.deadline.FromNanoseconds(int(deadline_s * 1e9))
     made.step_timeout.FromNanoseconds(int(step_s * 1e9))
     return deployment.session(
-        WEIGHTS,
+        WEIGHTS if arrays is None else arrays,
         total_rounds=1,
         secure_aggregation=made,
         rounds=rounds,
         selection=selection,
-        safeguards=training_pb2.SafeguardPolicy(max_example_count=1000),
+        strategy=strategy,
+        safeguards=training_pb2.SafeguardPolicy(max_example_count=2000),
         transfer=transfer,
     )
 
@@ -69,10 +72,13 @@ def until(client: Client, session_id: str, done: Callable[[Task], bool]) -> Task
     raise AssertionError("the task did not come")
 
 
-def train(client: Client, session_id: str, index: int, changes: dict[int, Any]) -> None:
+def train(
+    client: Client, session_id: str, index: int, changes: dict[int, Any], shift: float = 0.0
+) -> None:
     task = until(client, session_id, lambda task: task.kind is TaskKind.TRAIN)
     base = client.download_base(task)
     arrays = trained(base.arrays, index)
+    arrays |= {name: (arrays[name] + shift).astype(arrays[name].dtype) for name in ("w", "b")}
     client.submit(task, base, arrays, 100 * (index + 1), {"loss": 0.5 * index})
     changes[index] = {name: arrays[name].astype(float) - base.arrays[name] for name in arrays}
 

@@ -56,6 +56,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"name": "median", "weighting": "examples"}, "counts every update as one"),
     ({"name": "median", "secure_aggregation": True}, "looks at single updates"),
     ({"name": "geometric_median", "secure_aggregation": True}, "looks at single updates"),
+    (
+        {"name": "krum", "secure_aggregation": True, "quorum": 12, "group_quorum": 2},
+        "krum needs a quorum of at least 3 groups",
+    ),
     ({"name": "fedbuff", "asynchronous": True, "secure_aggregation": True}, "a buffer has none"),
     ({"clip_norm": 1.0, "secure_aggregation": True}, "clip_norm looks at single updates"),
     ({"max_norm": 1.0, "secure_aggregation": True}, "max_norm looks at single updates"),
