@@ -108,7 +108,8 @@ class NeighborRoundFold(MaskedRoundFold):
         """Find out whether the sum of a group can be opened, each time that another member has revealed."""
         own = [item for item in members if item.group_number == group.number and item.update_digest]
         count = sum(item.has_revealed for item in own)
-        is_last = count == len(own) or group.deadline_at <= now
+        awaited = any(neighbor_stages.is_awaited(item, group.stage, ()) for item in own)
+        is_last = not awaited or group.deadline_at <= now
         if self._tried.get(group.number) == count and not is_last:
             return
         self._tried[group.number] = count

@@ -304,13 +304,15 @@ def split_groups(digests: Sequence[str], group_size: int) -> list[list[str]]:
 
 
 def is_awaited(member: StoredMember, stage: str, updated: Collection[str]) -> bool:
-    """Return whether a group waits for a member.
+    """Return whether a group waits for a member; for a suspended one it does not.
 
     Args:
         member: Of the group.
         stage: Of the group.
         updated: Ids of the devices that have sent an update in the round.
     """
+    if not member.is_active:
+        return False
     if stage == GroupStage.SHARE.value:
         return not member.has_shares
     if stage == GroupStage.TRAIN.value:
@@ -349,12 +351,10 @@ def is_enough(
 
 
 def _is_complete(group: StoredGroup, members: Sequence[StoredMember], current: Round) -> bool:
-    if group.stage == GroupStage.SHARE.value:
-        return all(member.has_shares for member in members)
     if group.stage == GroupStage.TRAIN.value:
         return current.state == RoundState.CLOSED.value
-    if group.stage == GroupStage.CONFIRM.value:
-        return all(member.has_confirmed for member in members if member.update_digest)
+    if group.stage in _TIMED:
+        return not any(is_awaited(member, group.stage, ()) for member in members)
     return False
 
 

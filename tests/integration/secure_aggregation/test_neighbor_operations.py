@@ -255,6 +255,31 @@ def test_a_device_that_is_suspended_after_it_has_advertised_is_in_no_group(deplo
     assert clients[0].get_task(session_id).kind is TaskKind.DONE
 
 
+@pytest.mark.parametrize("stage", ["share", "confirm", "reveal"])
+def test_a_group_does_not_wait_for_a_suspended_device(deploy: Deploy, stage: str) -> None:
+    """The steps have an hour, so a group that waited would not end in time."""
+    made = deploy(worker_poll_s=0.02)
+    clients = [made.device(f"device-{index}") for index in range(6)]
+    session_id = session_of(made, 6, 4, step_s=3600.0)
+    changes: dict[int, Any] = {}
+    take_step(made, session_id, clients, "")
+    _wait_until(lambda: all(item.group_number for item in members_of(made, session_id)))
+    steps = {"share": "has_shares", "train": "", "confirm": "has_confirmed", "reveal": ""}
+    going = clients
+    for name, flag in steps.items():
+        if name == stage:
+            change_state(made, clients[0], suspended=True)
+            going = clients[1:]
+        if name == "train":
+            for client in going:
+                train(client, session_id, clients.index(client), changes)
+        elif flag:
+            take_step(made, session_id, going, flag)
+        else:
+            finish(made, session_id, going)
+    check_version(clients[1], session_id, changes)
+
+
 def test_a_group_is_not_larger_than_the_round_wants(deploy: Deploy) -> None:
     """A device that is active again after another one has taken its place may be too many."""
     made = deploy(worker_poll_s=3600.0)  # groups are not formed meanwhile
