@@ -92,6 +92,11 @@ NOTHING: Final[AbstractContextManager[None]] = nullcontext()
 class Telemetry:
     """No-op telemetry sink."""
 
+    @property
+    def records_spans(self) -> bool:
+        """Whether `span` records the steps of each update, so that they have to be run apart from those of others."""
+        return False
+
     def call_started(self, method: str, kind: str) -> None:
         """Called when a call arrives; `kind` is unary, client_stream, server_stream or bidi_stream."""
 

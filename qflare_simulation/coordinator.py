@@ -315,7 +315,7 @@ class SimulatedCoordinator:
     def submit(self, updates: Sequence[tuple[int, Trained]]) -> list[UpdateReceipt | QflareError]:
         """Submit updates of devices, in their order."""
         arrivals = [self._arrival(*update) for update in updates]
-        return self._use_cases.uploads.submit_all(ADMIN, arrivals)
+        return self._use_cases.uploads.submit_all(arrivals)
 
     def _arrival(self, index: int, update: Trained) -> Arrival:
         """Return an update as it arrives: signed if helpers have to verify it."""
@@ -329,7 +329,7 @@ class SimulatedCoordinator:
         header = coordinator_service_pb2.UpdateHeader(
             statement=envelope, chunk_digests=update.chunk_digests
         )
-        return Arrival(contributor, header, update.chunks)
+        return Arrival(ADMIN, contributor, header, update.chunks)
 
     def _contributor(self, index: int) -> Contributor:
         """Return a device that has a key."""

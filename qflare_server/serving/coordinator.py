@@ -39,6 +39,7 @@ from qflare_server.serving.rpc.limits import StreamLimits, Watchdog, channel_opt
 from qflare_server.serving.rpc.object_access import ObjectAccessInterceptor
 from qflare_server.serving.rpc.possession import PossessionInterceptor
 from qflare_server.serving.rpc.reflection import MethodPool
+from qflare_server.serving.rpc.small_updates import SmallUpdates
 from qflare_server.serving.rpc.validation import RequestValidation
 from qflare_server.serving.tls import tls_credentials
 from qflare_server.serving.webhooks import WebhookThreads
@@ -88,7 +89,10 @@ class Coordinator:
             config, self.use_cases.authentication, limits, self._watchdog, self.draining, telemetry
         )
         polls = IdlePolls(self.parts.context, self.use_cases, self._boundary)
-        self._dispatcher = Dispatcher(config, self._boundary, limits, telemetry, polls.answer)
+        small = SmallUpdates(self.parts.context, self.use_cases, self._boundary)
+        self._dispatcher = Dispatcher(
+            config, self._boundary, limits, telemetry, polls.answer, small
+        )
         self._server = self._build()
         self.port = self._bind()
         self.health_listener = (

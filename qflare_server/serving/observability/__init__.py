@@ -90,6 +90,11 @@ class CompositeTelemetry(Telemetry):
     def __init__(self, hearers: Sequence[Telemetry]) -> None:
         self._hearers = tuple(hearers)
 
+    @property
+    def records_spans(self) -> bool:
+        """Whether any sink records spans."""
+        return any(hearer.records_spans for hearer in self._hearers)
+
     def call_started(self, method: str, kind: str) -> None:
         """Forward the event."""
         for hearer in self._hearers:

@@ -57,6 +57,11 @@ class Tracing(Telemetry):
         self._lock = threading.Lock()
         self._updates: OrderedDict[str, trace.SpanContext] = OrderedDict()
 
+    @property
+    def records_spans(self) -> bool:
+        """Spans are recorded."""
+        return True
+
     def close(self) -> None:
         """Export the remaining spans."""
         self._provider.shutdown()

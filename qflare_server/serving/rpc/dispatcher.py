@@ -2,9 +2,10 @@
 
 gRPC uses the `Dispatcher` as its thread pool. An incoming call is classified by its method and by the last known owner
 of its token. It gets a thread when there is work: its message has arrived, a small update has arrived completely, or a
-large one has begun to transfer. A poll that memory answers (`idle_polls`) needs no thread at all. A caller that sends
-nothing, or a byte per second, therefore occupies no thread, and unauthenticated callers, devices, administrators and
-probes never wait for each other's threads.
+large one has begun to transfer. A poll that memory answers (`idle_polls`) needs no thread at all, and a thread takes
+all small updates that have arrived together (`small_updates`). A caller that sends nothing, or a byte per second,
+therefore occupies no thread, and unauthenticated callers, devices, administrators and probes never wait for each
+other's threads.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
 from urllib.parse import unquote
@@ -26,7 +27,7 @@ from qflare_server.serving.rpc.incoming import IncomingCall, Refusal, check_grpc
 from qflare_server.serving.rpc.limits import StreamLimits
 from qflare_server.serving.rpc.route import Audience
 from qflare_server.serving.rpc.streams import READ_AHEAD
-from qflare_server.serving.rpc.thread_pools import FairPool
+from qflare_server.serving.rpc.thread_pools import BatchPool, FairPool
 from qflare_server.serving.rpc.transfers import TransferPool
 from qflare_server.use_cases.access.authentication import KnownCaller
 from qflare_server.use_cases.access.rate_limits import network_of
@@ -38,6 +39,10 @@ REVIEW_TICKS: Final = 4
 HEALTH_THREADS: Final = 2
 REFLECTION_THREADS: Final = 4
 """A stream whose caller neither sends nor reads keeps one of them only while no other waits."""
+UPDATE_THREADS: Final = 3
+"""One verifies signatures while another waits for its transaction; more would take fewer updates at once each."""
+UPDATES_AT_ONCE: Final = 32
+"""Small updates that a thread takes at once: the last waits for the signatures of all, some milliseconds."""
 ADMIN_STREAM_THREADS: Final = 4
 MAX_STRANGER_BYTES: Final = 64 * 1024
 """Largest message of an unauthenticated caller: a few kilobytes of keys and signatures."""
@@ -59,6 +64,16 @@ class Gatekeeper(Protocol):
         """Look up the token and return its owner."""
 
 
+class BatchHandler(Protocol):
+    """Answers calls of devices together."""
+
+    def takes(self, call: IncomingCall) -> bool:
+        """Return whether a call, which has arrived, is one of those."""
+
+    def answer(self, calls: Sequence[IncomingCall]) -> Sequence[IncomingCall]:
+        """Answer calls and return those that need a thread of their own, as they were."""
+
+
 class Dispatcher:
     """Receives calls and assigns them to the threads of their class.
 
@@ -68,6 +83,7 @@ class Dispatcher:
         limits: Limits the streams per caller.
         telemetry: Sink for the calls that are refused without a thread.
         answer: Answers a call from memory, without waiting, and returns whether it has; else the call gets a thread.
+        together: Answers calls of devices together; None means that each call gets a thread.
 
     Raises:
         RuntimeError: The version of grpcio is not supported.
@@ -80,9 +96,11 @@ class Dispatcher:
         limits: StreamLimits,
         telemetry: Telemetry,
         answer: Callable[[IncomingCall], bool] = lambda _call: False,
+        together: BatchHandler | None = None,
     ) -> None:
         check_grpcio()
         self._answer = answer
+        self._together = together
         self._config = config
         self._gatekeeper = gatekeeper
         self._limits = limits
@@ -96,6 +114,7 @@ class Dispatcher:
         self._reflection = self._transfers("reflection", REFLECTION_THREADS)
         self._anonymous = self._pool("anonymous", config.anonymous_threads)
         self._devices = self._pool("device", config.rpc_threads)
+        self._updates = self._batches("update", UPDATE_THREADS)
         self._administrators = self._pool("admin", config.admin_threads)
         self._admin_streams = self._pool("admin-stream", ADMIN_STREAM_THREADS + config.max_watchers)
         self._uploads = self._transfers("upload", config.max_uploads)
@@ -112,6 +131,22 @@ class Dispatcher:
             max_waiting_per_caller=self._config.max_waiting_calls_per_caller,
             displaced=partial(self._refuse, refusal=CROWDED),
         )
+
+    def _batches(self, name: str, thread_count: int) -> BatchPool:
+        return BatchPool(
+            name,
+            thread_count,
+            UPDATES_AT_ONCE,
+            self._answer_together,
+            max_waiting=self._config.max_waiting_calls,
+            max_waiting_per_caller=self._config.max_waiting_calls_per_caller,
+            displaced=partial(self._refuse, refusal=CROWDED),
+        )
+
+    def _answer_together(self, calls: Sequence[IncomingCall]) -> None:
+        assert self._together is not None
+        for call in self._together.answer(calls):
+            self._enqueue(self._devices, call)
 
     def _transfers(self, name: str, place_count: int) -> TransferPool:
         return TransferPool(
@@ -151,6 +186,7 @@ class Dispatcher:
             self._health,
             self._reflection,
             self._anonymous,
+            self._updates,  # before the pool that it hands calls to
             self._devices,
             self._administrators,
             self._admin_streams,
@@ -239,6 +275,8 @@ class Dispatcher:
         short = whole and not call.route.response_streaming
         if not known.is_device:
             return self._administrators if short else self._admin_streams
+        if short and self._together is not None and self._together.takes(call):
+            return self._updates
         if short:
             return self._devices
         return self._downloads if call.route.response_streaming else self._uploads

@@ -21,10 +21,11 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from qflare_server import errors
 from qflare_server.serving.rpc.route import Route
-from qflare_server.serving.rpc.status import describe, status_of
+from qflare_server.serving.rpc.status import describe
 from qflare_server.serving.rpc.streams import END, MessageStream, Stopwatch
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
+_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 _NO_FLAGS: Final = 0
 _RECEIVING: Final[str] = _server._RECEIVE_MESSAGE_TOKEN  # noqa: SLF001  # see the module's text
 _SENDING: Final[str] = _server._SEND_MESSAGE_TOKEN  # noqa: SLF001
@@ -67,11 +68,12 @@ class Refusal:
     trailing_metadata: tuple[tuple[str, bytes], ...]
 
     @classmethod
-    def from_error(cls, error: errors.QflareError) -> Refusal:
-        """Return the refusal for a domain error."""
-        status = describe(error, "")
+    def from_error(cls, error: BaseException, request_id: str = "") -> Refusal:
+        """Return the refusal for an error; one outside the domain reveals no details."""
+        status = describe(error, request_id)
         details = ((DETAILS_KEY, status.SerializeToString()),)
-        return cls(status_of(error), error.reason, str(error).encode(), details)
+        reason = error.reason if isinstance(error, errors.QflareError) else "INTERNAL"
+        return cls(_CODES[status.code], reason, status.message.encode(), details)
 
 
 class IncomingCall:

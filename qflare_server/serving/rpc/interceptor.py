@@ -23,11 +23,11 @@ from qflare_server.context import Telemetry
 from qflare_server.serving.rpc.call import Call, RunningCalls, answering
 from qflare_server.serving.rpc.dispatcher import host_of
 from qflare_server.serving.rpc.half_open import HalfOpenCalls
-from qflare_server.serving.rpc.incoming import DETAILS_KEY, IncomingCall
+from qflare_server.serving.rpc.incoming import IncomingCall, Refusal
 from qflare_server.serving.rpc.limits import StreamLimits, Watchdog
 from qflare_server.serving.rpc.log_sampling import LogSampler
 from qflare_server.serving.rpc.route import Route, audience_of
-from qflare_server.serving.rpc.status import Code, describe, status_of
+from qflare_server.serving.rpc.status import Code, status_of
 from qflare_server.storage.ids import unique_name
 from qflare_server.use_cases.access.authentication import (
     NOBODY,
@@ -273,6 +273,24 @@ class CallInterceptor(grpc.ServerInterceptor):
         """Return the number of similar lines suppressed before this one; None if this line is to be suppressed too."""
         return self._log_lines.take((line, call.method, host_of(call.find_peer()), *facts))
 
+    def refused(self, call: Call, error: BaseException, seconds: float) -> Refusal:
+        """Log and count a refused call, and return how it is refused: every error becomes a status here."""
+        if isinstance(error, grpc.RpcError):
+            error = errors.DisconnectedError()
+        if status_of(error) is Code.INTERNAL:
+            left_out = self.sample("failed", call, type(error).__name__)
+            if left_out is not None:
+                logger.error(
+                    "call failed: method=%s request_id=%s similar_lines_left_out=%d",
+                    call.method,
+                    call.request_id,
+                    left_out,
+                    exc_info=error,
+                )
+        refusal = Refusal.from_error(error, call.request_id)
+        self.report(call, refusal.code, seconds, refusal.reason)
+        return refusal
+
     def report(self, call: Call, code: grpc.StatusCode, seconds: float, reason: str = "") -> None:
         """Log one line per call; routine device calls at DEBUG."""
         routine = code is Code.OK and (
@@ -346,34 +364,11 @@ class _CallScope:
         """Abort the call with the status of its error; no other code aborts calls."""
         error, self._error = self._error, None
         assert error is not None
-        code, message = self._refused(error)
+        refusal = self._boundary.refused(self.call, error, time.monotonic() - self._started)
         errors.release_frames(error)
-        self._context.abort(code, message)
+        self._context.set_trailing_metadata(refusal.trailing_metadata)
+        self._context.abort(refusal.code, refusal.text.decode())
         raise AssertionError("unreachable")
-
-    def _refused(self, error: BaseException) -> tuple[grpc.StatusCode, str]:
-        """Log and count a refused call, set its details, and return its code and text."""
-        if isinstance(error, grpc.RpcError):
-            error = errors.DisconnectedError()
-        if status_of(error) is Code.INTERNAL:
-            left_out = self._boundary.sample("failed", self.call, type(error).__name__)
-            if left_out is not None:
-                logger.error(
-                    "call failed: method=%s request_id=%s similar_lines_left_out=%d",
-                    self.call.method,
-                    self.call.request_id,
-                    left_out,
-                    exc_info=error,
-                )
-        status = describe(error, self.call.request_id)
-        code = _CODES[status.code]
-        reason = error.reason if isinstance(error, errors.QflareError) else "INTERNAL"
-        self._boundary.report(self.call, code, time.monotonic() - self._started, reason)
-        self._context.set_trailing_metadata(((DETAILS_KEY, status.SerializeToString()),))
-        return code, str(status.message)
-
-
-_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def _traceparent(metadata: Any) -> str:

@@ -118,6 +118,11 @@ class MessageStream:
         return self._held[0] if self._held else None
 
     @property
+    def is_only_one(self) -> bool:
+        """Whether the stream has ended after a single message, which has not been consumed."""
+        return self._ending is END and len(self._held) == 1
+
+    @property
     def ending(self) -> BaseException | None:
         """End of the stream: `END`, or the error that ended it; None while more messages may follow."""
         return self._ending

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from qflare_server.serving.rpc.incoming import IncomingCall
@@ -139,3 +139,45 @@ class FairPool:
             return False
         self._displaced(self._remove(greediest, newest=True))
         return True
+
+
+class BatchPool(FairPool):
+    """Threads of which each takes the calls that wait, up to a limit, and handles them together.
+
+    Args:
+        name: Name of its threads.
+        thread_count: Maximum number of threads.
+        limit: Maximum number of calls that a thread takes at once.
+        handle: Handles the calls that a thread has taken.
+        max_waiting: Maximum number of waiting calls.
+        max_waiting_per_caller: Maximum number of waiting calls per caller.
+        displaced: Called with a waiting call that was displaced.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        thread_count: int,
+        limit: int,
+        handle: Callable[[Sequence[IncomingCall]], None],
+        *,
+        max_waiting: int,
+        max_waiting_per_caller: int,
+        displaced: Callable[[IncomingCall], None],
+    ) -> None:
+        super().__init__(
+            name,
+            thread_count,
+            max_waiting=max_waiting,
+            max_waiting_per_caller=max_waiting_per_caller,
+            displaced=displaced,
+        )
+        self._limit = limit
+        self._handle = handle
+
+    def _run(self, call: IncomingCall) -> None:
+        calls = [call]
+        with self._lock:
+            while len(calls) < self._limit and (further := self._take()) is not None:
+                calls.append(further)
+        self._handle(calls)

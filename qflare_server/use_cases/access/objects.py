@@ -110,12 +110,19 @@ class ObjectAccess:
             raise TrainingSessionNotFoundError
         return relation
 
-    def participants(self, training_session_id: str, device_ids: Collection[str]) -> set[str]:
-        """Return which of some devices take part in a training session, by the counters as they are now.
+    def participants(
+        self, training_session_id: str, device_ids: Collection[str], epochs: Epochs | None = None
+    ) -> set[str]:
+        """Return which of some devices take part in a training session.
 
-        Takes one read of the counters and at most one block of queries, however many devices there are.
+        Takes at most one block of queries, however many devices there are.
+
+        Args:
+            training_session_id: The training session.
+            device_ids: The devices.
+            epochs: Counters at which memory has to be current; None reads them as they are now.
         """
-        epochs = self._context.database.epochs()
+        epochs = epochs or self._context.database.epochs()
         related, missing = set(), []
         for device_id in device_ids:
             if self._remembered(device_id, training_session_id, epochs) is None:

@@ -111,16 +111,16 @@ class Acceptance:
             RoundNotOpenError: The round does not accept updates.
             QflareError: Or another subclass: the update is refused.
         """
-        (result,) = self.accept_all(caller, [(submission, received)])
+        (result,) = self.accept_all([(caller, submission, received)])
         if isinstance(result, QflareError):
             raise result
         return result
 
     def accept_all(
-        self, caller: Caller, items: Sequence[tuple[Submission, ReceivedPayload]]
+        self, items: Sequence[tuple[Caller, Submission, ReceivedPayload]]
     ) -> list[UpdateReceipt | QflareError]:
         """Write updates durably, each on its own merits; return the receipt or the refusal of each, in order."""
-        entries = [_Entry(caller, submission, received) for submission, received in items]
+        entries = [_Entry(*item) for item in items]
         with self._lock:
             self._waiting.extend(entries)
             if entries and not self._led:

@@ -206,7 +206,7 @@ class RelayedUpdates:
             if item.outcome is None and item.submission is not None and item.received is not None
         ]
         outcomes = self._uploads.acceptance.accept_all(
-            caller, [(submission, received) for _, submission, received in ready]
+            [(caller, submission, received) for _, submission, received in ready]
         )
         for (item, _, received), outcome in zip(ready, outcomes, strict=True):
             item.outcome = outcome

@@ -39,6 +39,7 @@ from qflare_server.errors import (
     StorageFullError,
     StoreUnavailableError,
     TooManyRequestsError,
+    release_frames,
 )
 from qflare_server.payloads.receiver import Receiver
 from qflare_server.payloads.sealed_receiver import OpeningReceiver
@@ -84,17 +85,19 @@ STORE_FAILURES: Final = (
 
 @dataclass(frozen=True)
 class Arrival:
-    """An update of which every byte is in memory."""
+    """An update of which every byte is in memory; `caller` is for the audit log."""
 
+    caller: Caller
     device: Contributor
     header: coordinator_service_pb2.UpdateHeader
     chunks: Sequence[bytes]
 
 
 @dataclass(frozen=True)
-class _Taken:
+class Taken:
     """An update that lacks nothing but its place in the round."""
 
+    caller: Caller
     submission: Submission
     received: ReceivedPayload
 
@@ -169,9 +172,7 @@ class Uploads:
         telemetry.bytes_received(received.size_bytes)
         return accepted
 
-    def submit_all(
-        self, caller: Caller, arrivals: Sequence[Arrival]
-    ) -> list[UpdateReceipt | QflareError]:
+    def submit_all(self, arrivals: Sequence[Arrival]) -> list[UpdateReceipt | QflareError]:
         """Accept updates that are in memory, in their order and in one transaction.
 
         Each is checked as by `submit`. For programs that run many devices in this process; large payloads are written
@@ -180,44 +181,57 @@ class Uploads:
         Returns:
             The receipt or the refusal of each.
         """
-        outcomes = [self._take(arrival) for arrival in arrivals]
-        taken = [
-            (outcome.submission, outcome.received)
-            for outcome in outcomes
-            if isinstance(outcome, _Taken)
-        ]
-        answers = iter(self.acceptance.accept_all(caller, taken))
-        return [
-            self._settled(next(answers), outcome) if isinstance(outcome, _Taken) else outcome
-            for outcome in outcomes
-        ]
+        outcomes = [self._taken_or_refused(arrival) for arrival in arrivals]
+        answers = iter(self.accept_all([item for item in outcomes if isinstance(item, Taken)]))
+        return [next(answers) if isinstance(item, Taken) else item for item in outcomes]
 
-    def _take(self, arrival: Arrival) -> "_Taken | UpdateReceipt | QflareError":
-        """Check an update and receive its payload."""
+    def _taken_or_refused(self, arrival: Arrival) -> Taken | UpdateReceipt | QflareError:
         try:
-            submission = self.headers.check(arrival.device, arrival.header)
-            received, known = self._receive(submission, iter(enumerate(arrival.chunks)))
-        except _EndedEarlyError as error:
-            return InvalidUpdateError(str(error))
+            return self.take(arrival)
         except QflareError as error:
+            release_frames(error)  # they hold the payload
             return error
+
+    def take(self, arrival: Arrival) -> Taken | UpdateReceipt:
+        """Check an update and receive its payload; return the receipt of one that was accepted before.
+
+        Raises:
+            QflareError: As `submit`.
+        """
+        device, header = arrival.device, arrival.header
+        try:
+            submission = self.headers.check(device, header)
+        except (InvalidSignatureError, AlgorithmNotAcceptedError):
+            known = self.accepted_before(device, header)
+            if known is None:
+                raise
+            return known
+        with self._late_counted(submission):
+            try:
+                received, known = self._receive(submission, iter(enumerate(arrival.chunks)))
+            except _EndedEarlyError as error:
+                raise InvalidUpdateError(str(error)) from None
         if known is not None:
             return known
         assert received is not None
-        return _Taken(submission, received)
+        return Taken(arrival.caller, submission, received)
 
-    def _settled(
-        self, answer: UpdateReceipt | QflareError, taken: "_Taken"
-    ) -> UpdateReceipt | QflareError:
-        """Count an update that was decided, and discard the payload of one that was refused."""
-        submission, received = taken.submission, taken.received
-        if isinstance(answer, RoundNotOpenError | StaleBaseVersionError):
-            self.record_late([submission])
-        if isinstance(answer, FINAL_REFUSALS) and received.data is None:
-            discard_uploads(self._context, [received.chunks])
-        if isinstance(answer, UpdateReceipt):
-            self._context.telemetry.bytes_received(received.size_bytes)
-        return answer
+    def accept_all(self, taken: Sequence[Taken]) -> list[UpdateReceipt | QflareError]:
+        """Accept updates in one transaction; return the receipt or the refusal of each."""
+        answers = self.acceptance.accept_all(
+            [(item.caller, item.submission, item.received) for item in taken]
+        )
+        late = []
+        for item, answer in zip(taken, answers, strict=True):
+            if isinstance(answer, RoundNotOpenError | StaleBaseVersionError):
+                late.append(item.submission)
+            if isinstance(answer, FINAL_REFUSALS) and item.received.data is None:
+                discard_uploads(self._context, [item.received.chunks])
+            if isinstance(answer, UpdateReceipt):
+                self._context.telemetry.bytes_received(item.received.size_bytes)
+        if late:
+            self.record_late(late)
+        return answers
 
     @contextmanager
     def _late_counted(self, submission: Submission) -> Iterator[None]:
