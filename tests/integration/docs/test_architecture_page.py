@@ -23,7 +23,7 @@ JOURNEYS = {
 }
 MOST_ROOMS = 12
 LEAST_STEPS = 5
-POOLS = {"_pool", "_transfers"}
+POOLS = {"_pool", "_batches", "_transfers"}
 THREAD_ARGUMENTS = {"name", "thread_name_prefix"}
 
 
