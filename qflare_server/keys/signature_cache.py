@@ -1,9 +1,9 @@
 """Cache of verified signatures.
 
 Validity depends on three byte strings only: public key, message and signature. A digest over the three is the cache
-key, so a hit means exactly these bytes verified before. An update is verified when its header arrives. The worker,
-which checks the stored row again, repeats the lattice arithmetic only if another process received the update or the
-row has changed.
+key (of the public key it takes the id, which is a digest of it), so a hit means exactly these bytes verified before. An
+update is verified when its header arrives. The worker, which checks the stored row again, repeats the lattice
+arithmetic only if another process received the update or the row has changed.
 
 Measured on one EPYC core, ML-DSA-65: verification 235 us, cache hit 11 us. Thread-safe: at worst, two threads verify
 the same signature.
@@ -30,7 +30,7 @@ class SignatureCache:
         Raises:
             InvalidSignatureError: It does not verify.
         """
-        name = tagged_hash("qflare/checked", key.key_id.encode(), key.data, message, signature)
+        name = tagged_hash("qflare/checked", key.key_id.encode(), message, signature)
         if name in self._recent or name in self._earlier:
             return
         key.verify(SigningContext.UPDATE, message, signature)

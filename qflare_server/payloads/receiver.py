@@ -64,9 +64,10 @@ class Receiver:
         self._batch_bytes = 0
         self._stored = first_chunk
         self._pending: Future[None] | None = None
-        self._touched_at = rows.LONG_AGO if payload_id else context.clock()
         self.payload_id = payload_id or payload_name()
         self.is_large = self._size_bytes > context.config.inline_payload_bytes
+        is_new = self.is_large and not payload_id
+        self._touched_at = context.clock() if is_new else rows.LONG_AGO
         if first_chunk:
             self._replay(first_chunk)
         self._resumed_at = self.next_index

@@ -24,7 +24,10 @@ Row = tuple[Any, ...]
 Processor = Callable[[Any], Any]
 TOGETHER: Final = "qflare_together"
 MAX_ROWS: Final = 64
-"""Most rows of one INSERT. Smaller batches are split into powers of two, so few distinct statements are compiled."""
+"""Most rows of one INSERT."""
+EXACT_ROWS: Final = 16
+"""Up to here a batch is one statement; a larger one is split into powers of two, so that few distinct statements are
+compiled."""
 
 
 class _Texts(TypeDecorator[list[str]]):
@@ -141,7 +144,7 @@ class PreparedInsert:
             for column in table.c
             if column.name not in names and isinstance(column.default, ScalarElementColumnDefault)
         ]
-        self._compiled = lru_cache(maxsize=2 * MAX_ROWS.bit_length())(self._compile)
+        self._compiled = lru_cache(maxsize=2 * (EXACT_ROWS + MAX_ROWS.bit_length()))(self._compile)
 
     def run(self, session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
         """Insert rows.
@@ -156,13 +159,11 @@ class PreparedInsert:
         connection = session.connection()
         start = 0
         while start < len(rows):
-            count = min(MAX_ROWS, 1 << (len(rows) - start).bit_length() - 1)
+            count = _rows_of_next(len(rows) - start)
             sql, processors = self._compiled(connection.dialect, count)
-            values = [
-                row.get(name) if process is None else process(row.get(name))
-                for row in rows[start : start + count]
-                for name, process in processors
-            ]
+            part = rows[start : start + count]
+            columns = [_column(part, name, process) for name, process in processors]
+            values = [value for row in zip(*columns, strict=True) for value in row]
             _write(session, connection, sql, values)
             start += count
 
@@ -179,6 +180,25 @@ class PreparedInsert:
             f" VALUES {', '.join([row] * count)}"
         )
         return sql, [(column.name, _bind(column.type, dialect)) for column in self._columns]
+
+
+def _rows_of_next(left: int) -> int:
+    """Return how many of the rows that are left the next statement inserts."""
+    return left if left <= EXACT_ROWS else min(MAX_ROWS, 1 << left.bit_length() - 1)
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str, process: Processor | None) -> list[Any]:
+    """Return the values of a column; one that many rows in turn share, such as their time, is converted once."""
+    values = [row.get(name) for row in rows]
+    if process is None:
+        return values
+    last, made = values[0], process(values[0])
+    converted = [made]
+    for value in values[1:]:
+        if value is not last:
+            last, made = value, process(value)
+        converted.append(made)
+    return converted
 
 
 def _literal(column: Column[Any], value: Any, dialect: Dialect) -> str:

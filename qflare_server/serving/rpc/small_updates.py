@@ -5,9 +5,8 @@ than checking it. Here a thread takes every update that has arrived meanwhile, v
 those that pass in one transaction. An update that is refused does not affect the others.
 
 A call is admitted by the same rules as by `interceptor.CallInterceptor`. The counters of changes are read once for all
-updates that a thread has taken, after they have arrived, so that a revocation takes effect on the next call. What is
-not in memory at these counters takes the general path, which decides, and so does a call that is malformed or has too
-many before it. Nothing has been counted of it then.
+updates that a thread has taken, after they have arrived, so that a revocation takes effect on the next call. A call
+that is not admitted or malformed takes the general path, which refuses it; nothing has been counted of it then.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from qflare_server.storage.epochs import Epochs
 from qflare_server.storage.ids import unique_name
 from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.use_cases import UseCases
-from qflare_server.use_cases.access.authentication import sole_value
+from qflare_server.use_cases.access.authentication import hash_secret, sole_value
 from qflare_server.use_cases.access.login import AUTHORIZATION, bearer_of
 from qflare_server.use_cases.updates.submission import Contributor, parse_update
 from qflare_server.use_cases.updates.upload import Arrival, Taken
@@ -125,14 +124,16 @@ class SmallUpdates:
         return [item for item in read if self._is_counted(item, related)]
 
     def _read(self, incoming: IncomingCall, epochs: Epochs) -> _Small | None:
-        """Authenticate a call and read its message; None if the general path has to."""
+        """Authenticate a call and read its message; None if the general path is to refuse it."""
         if incoming.is_over:
             return None
         try:
             bearer = bearer_of(sole_value(incoming.metadata, AUTHORIZATION))
-            who = self._use_cases.authentication.admit_remembered(METHOD, bearer, epochs)
-            request = None if who is None else self._parsed(incoming.messages.first_held)
-            if who is None or who.device_id is None or request is None:
+            request = _parsed(incoming.messages.first_held)
+            if bearer is None or request is None:
+                return None
+            who = self._use_cases.authentication.admit_hash(METHOD, hash_secret(bearer), epochs)
+            if who.device_id is None:
                 return None
             session_id = parse_update(request.header).training_session_id
         except QflareError:
@@ -148,19 +149,6 @@ class SmallUpdates:
         data = request.chunk.data
         arrival = Arrival(call.caller, device, request.header, [data] if data else [])
         return _Small(incoming, call, arrival, session_id, time.monotonic())
-
-    def _parsed(self, data: bytes | None) -> pb.SubmitUpdateRequest | None:
-        """Return a valid request with a small update; None for any other."""
-        if data is None:
-            return None
-        try:
-            request = pb.SubmitUpdateRequest.FromString(data)
-        except DecodeError:
-            return None
-        is_whole = request.HasField("header") and request.HasField("chunk")
-        if not is_whole or request.chunk.index or find_violations(request):
-            return None
-        return request
 
     def _prove_keys(self, items: Sequence[_Small]) -> None:
         """Look up the evidence for the keys of all updates at once; each update then finds its key's in memory."""
@@ -216,3 +204,17 @@ class SmallUpdates:
         refusal = self._boundary.refused(item.call, outcome, time.monotonic() - item.began_at)
         release_frames(outcome)
         item.incoming.refuse(refusal)
+
+
+def _parsed(data: bytes | None) -> pb.SubmitUpdateRequest | None:
+    """Return a valid request with a small update; None for any other."""
+    if data is None:
+        return None
+    try:
+        request = pb.SubmitUpdateRequest.FromString(data)
+    except DecodeError:
+        return None
+    is_whole = request.HasField("header") and request.HasField("chunk")
+    if not is_whole or request.chunk.index or find_violations(request):
+        return None
+    return request

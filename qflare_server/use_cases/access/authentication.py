@@ -148,18 +148,20 @@ class Authentication:
             raise UnauthenticatedError
         return self.admit_hash(method, hash_secret(bearer))
 
-    def admit_hash(self, method: str, token_hash: str) -> Principal:
+    def admit_hash(self, method: str, token_hash: str, epochs: Epochs | None = None) -> Principal:
         """Authorize a caller by the hash of a token that was seen before; return the principal.
 
         Args:
             method: Full name of a method of a device or an administrator.
             token_hash: Result of `hash_secret` for the token.
+            epochs: Counters of changes, read after the call has come; None reads them.
 
         Raises:
             QflareError: As `admit`.
         """
-        database = self._context.database
-        epochs = database.recent_epochs() if method in POLLS else database.epochs()
+        if epochs is None:
+            database = self._context.database
+            epochs = database.recent_epochs() if method in POLLS else database.epochs()
         return _authorized(self._identify(token_hash, epochs.security), method)
 
     def admit_remembered(self, method: str, bearer: str | None, epochs: Epochs) -> Principal | None:

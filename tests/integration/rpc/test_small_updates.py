@@ -371,7 +371,7 @@ def _stream(
 
 def _outcome(deployment: Deployment, metadata: Any, stream: list[bytes]) -> Any:
     """Return the receipt, or the code, the text and the reason of the refusal."""
-    send = deployment.channel.stream_unary(METHOD)
+    send: Any = deployment.channel.stream_unary(METHOD)
     try:
         return send(iter(stream), metadata=metadata, timeout=TIMEOUT_S)
     except grpc.RpcError as error:
