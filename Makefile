@@ -55,7 +55,7 @@ install: $(INSTALLED) ## create the virtual environment with coordinator, device
 $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit("QFLARE needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,hsm,oidc,object-store,admin,plot,tensorboard,mlflow,otel,simulation,demo,test,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[server,dashboard,privacy,device-noise,hsm,oidc,object-store,admin,plot,tensorboard,mlflow,otel,simulation,demo,test,dev]'
 	@touch $@
 
 environments: $(INSTALLED) $(PROTOC_INSTALLED) $(FLOWER_INSTALLED) $(NOTEBOOKS_INSTALLED) $(MOTO_INSTALLED) ## create every environment that make check uses; with --jobs side by side

@@ -78,7 +78,7 @@ from qflare_client.rpc.lifetime import Lifetime
 from qflare_client.rpc.retry import RetryPolicy
 from qflare_client.rpc.tls import Tls, trusting
 from qflare_client.rpc.transport import Transport
-from qflare_client.secure_aggregation import SecureAggregation, require_pinned
+from qflare_client.secure_aggregation import SecureAggregation, require_noise, require_pinned
 from qflare_client.tasks import AnalyticsTask, Heartbeat, Task, TaskKind, TrainingDefaults
 from qflare_client.trust.audit_head import AuditHead, read_head
 from qflare_client.trust.evidence import Evidence, UpdateEvidence
@@ -317,6 +317,7 @@ class Client:
         require_pinned(task.masking, self._login.identity.helper_key_ids)
         if self._secure_aggregation is not None:
             self._secure_aggregation.require(task)
+        require_noise(task.masking)
 
     def tasks(
         self,

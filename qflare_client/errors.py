@@ -264,7 +264,7 @@ class AmbiguousReferenceError(InvalidArgumentError):
 
 
 class UnsupportedTaskError(QflareClientError):
-    """The training session needs a feature that this version of the SDK lacks."""
+    """The training session needs a feature that this version of the SDK lacks, or an extra that is not installed."""
 
 
 class InsufficientTaskError(QflareClientError):

@@ -36,7 +36,7 @@ _REMEDIES: Final[dict[type[Exception], str]] = {
     errors.ForkedError: "open the client in the process that uses it",
     errors.PrivacyError: "wait for the next round, or set a larger budget",
     errors.AmbiguousReferenceError: "the whole id, or more characters of it",
-    errors.UnsupportedTaskError: "upgrade the SDK on this device",
+    errors.UnsupportedTaskError: "upgrade the SDK on this device, or install the extra that the message names",
     errors.TaskFailedError: "mend the cause that the training function names",
     errors.TrainingFunctionError: "correct the function; it returns arrays by name, a count and metrics",
     errors.QflareClientError: _HELP,

@@ -4,9 +4,10 @@
     client = Client(home="device", secure_aggregation=policy)
 
 A client with a policy refuses every training task that asks for less: one without secure aggregation, one with a
-smaller minimum of updates in a sum, one whose masks would be known to no pinned helper, or one that wants other
-metrics. Updates that were kept before the policy was set are dropped unless they are masked for a pinned helper.
-Evaluations state one example and only metrics of `evaluation_metrics`, because nothing masks them.
+smaller minimum of updates in a sum, one whose masks would be known to no pinned helper, one that wants other metrics,
+or one with less noise. Updates that were kept before the policy was set are dropped unless they are masked for a pinned
+helper, with that noise. Evaluations state one example and only metrics of `evaluation_metrics`, because nothing masks
+them.
 """
 
 import re
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Final, Self
 
 from qflare.evidence.unmasking import Masking, NeighborPolicy
+from qflare.masking.noise import DEVICES, MAX_MULTIPLIER, MissingSamplerError, require_sampler
 from qflare.v1 import security_pb2
 from qflare_client import arguments
-from qflare_client.errors import InsufficientTaskError, InvalidArgumentError
+from qflare_client.errors import InsufficientTaskError, InvalidArgumentError, UnsupportedTaskError
 from qflare_client.tasks import Task
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -49,6 +51,10 @@ class SecureAggregation:
     corrupt_fraction: float = 0.0
     """Least share of the other devices that a task with neighbors must allow to collude with the coordinator."""
 
+    noise_multiplier: float = 0.0
+    """Least noise multiplier of the noise that devices or helpers add to the sum, so that the coordinator never holds
+    the exact one. 0 allows tasks without such noise."""
+
     def __post_init__(self) -> None:
         """Refuse values that require nothing.
 
@@ -60,6 +66,7 @@ class SecureAggregation:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         arguments.flag("neighbors", self.neighbors)
         arguments.not_negative("corrupt_fraction", self.corrupt_fraction, 1.0)
+        arguments.not_negative("noise_multiplier", self.noise_multiplier, MAX_MULTIPLIER)
         if not all(map(_DIGEST.fullmatch, self.helper_key_ids)):
             raise InvalidArgumentError("helper_key_ids: want key ids of 64 hex digits")
         if not self.helper_key_ids and not self.neighbors:
@@ -94,6 +101,11 @@ class SecureAggregation:
             self._require_neighbors(masking.neighbors)
         elif not any(helper.helper_id in self.helper_key_ids for helper in masking.helpers):
             raise InsufficientTaskError("no helper of the task is one that this device trusts")
+        if masking.noise_multiplier < self.noise_multiplier:
+            raise InsufficientTaskError(
+                f"devices or helpers add noise of a multiplier of {masking.noise_multiplier:g} to the sum; this device "
+                f"requires {self.noise_multiplier:g}"
+            )
         wanted = sorted(masking.parameters.metrics.keys() - set(self.metrics))
         if wanted:
             raise InsufficientTaskError(
@@ -112,7 +124,12 @@ class SecureAggregation:
             )
 
     def allows_kept(self, statement: security_pb2.UpdateStatement) -> bool:
-        """Return whether an update that was made before may still leave the device: masked, for a trusted helper."""
+        """Return whether an update that was made before may still leave the device.
+
+        It may if it was masked for a trusted helper, and for a task with enough noise.
+        """
+        if statement.masking.noise_multiplier < self.noise_multiplier:
+            return False
         if statement.masking.HasField("neighbors"):
             return self.neighbors
         return any(seed.helper_id in self.helper_key_ids for seed in statement.masking.seeds)
@@ -141,6 +158,21 @@ def require_pinned(masking: Masking | None, helper_key_ids: Collection[str]) -> 
         return
     if not any(helper.helper_id in helper_key_ids for helper in masking.helpers):
         raise InsufficientTaskError("no helper of the task is one that the bootstrap bundle names")
+
+
+def require_noise(masking: Masking | None) -> None:
+    """Refuse a task whose noise this device cannot draw, before anything is trained for it.
+
+    Raises:
+        UnsupportedTaskError: The sampler is not installed.
+    """
+    noise = None if masking is None else masking.parameters.noise
+    if noise is None or noise.source != DEVICES:
+        return
+    try:
+        require_sampler()
+    except MissingSamplerError as error:
+        raise UnsupportedTaskError(str(error)) from error
 
 
 def _texts(name: str, value: object) -> frozenset[str]:

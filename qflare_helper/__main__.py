@@ -252,6 +252,7 @@ def run_status(options: argparse.Namespace) -> int:
         "min_cohort": policy.min_cohort,
         "training_sessions": sorted(policy.training_sessions),
         "roster_size": len(policy.roster),
+        "noise_multiplier": policy.noise_multiplier,
         "answers": ledger.counter(),
     }
     if options.json:

@@ -52,6 +52,12 @@ class BusyError(HelperError):
     reason = "BUSY"
 
 
+class NoiseUnavailableError(HelperError):
+    """The task wants noise of this helper, and it cannot draw any, or has deleted that of an answered set."""
+
+    reason = "NOISE_UNAVAILABLE"
+
+
 class RefusedMembersError(HelperError):
     """Updates whose seed cannot be used; without them the request may be repeated.
 

@@ -4,11 +4,14 @@ One SQLite file. An answer, the ids of its updates, the hashes of their seeds an
 in one transaction, synchronized to disk, before the answer is sent: after a crash at any time, a set that was answered
 is known to be. Answers are numbered without gaps, and each names the digest of the one before.
 
+The noise of an answer is written with it, because the same set must get the same sum. It is deleted with the next
+answer for a later round of the training session: no coordinator repeats a request for a round after the next one.
+
 Thread-safe: each call opens its own connection; writers take turns.
 """
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +41,12 @@ CREATE TABLE IF NOT EXISTS members (
     seed_hash BLOB NOT NULL UNIQUE,
     counter INTEGER NOT NULL REFERENCES answers (counter),
     UNIQUE (training_session_id, round_number, device_id)
+) STRICT;
+CREATE TABLE IF NOT EXISTS noise (
+    counter INTEGER NOT NULL REFERENCES answers (counter),
+    chunk INTEGER NOT NULL,
+    data BLOB NOT NULL,
+    PRIMARY KEY (counter, chunk)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS keysets (version INTEGER PRIMARY KEY, digest TEXT NOT NULL) STRICT;
 """
@@ -107,10 +116,30 @@ class Ledger:
         with self._connection() as connection:
             return _counter(connection)
 
+    def noise(self, wanted: AnsweredSet, index: int) -> bytes | None:
+        """Return a chunk of the noise of an answer; None if it has none, or none any more."""
+        with self._connection() as connection:
+            row = connection.execute(
+                "SELECT data FROM noise JOIN answers USING (counter) WHERE training_session_id = ?"
+                " AND round_number = ? AND task_digest = ? AND members_digest = ? AND chunk = ?",
+                (*_key(wanted), index),
+            ).fetchone()
+        return None if row is None else bytes(row[0])
+
     def record(
-        self, wanted: AnsweredSet, members: Sequence[LedgerMember], sign: SignAnswer
+        self,
+        wanted: AnsweredSet,
+        members: Sequence[LedgerMember],
+        sign: SignAnswer,
+        noise: Iterable[bytes] = (),
     ) -> security_pb2.SignedEnvelope:
         """Record a set and return its answer: a new one, or the one that was given before.
+
+        Args:
+            wanted: The set.
+            members: Its updates.
+            sign: Signs the answer.
+            noise: Chunks of the noise in the answer.
 
         Raises:
             OverlapError: An update, a seed or a device of the round is in another set.
@@ -128,6 +157,15 @@ class Ledger:
                 (counter, *_key(wanted), envelope.SerializeToString()),
             )
             self._insert_members(connection, wanted, members, counter)
+            connection.execute(
+                "DELETE FROM noise WHERE counter IN (SELECT counter FROM answers"
+                " WHERE training_session_id = ? AND round_number < ?)",
+                (wanted.training_session_id, wanted.round_number),
+            )
+            connection.executemany(
+                "INSERT INTO noise VALUES (?, ?, ?)",
+                ((counter, index, data) for index, data in enumerate(noise)),
+            )
             connection.commit()
         return envelope
 
@@ -198,6 +236,7 @@ class Ledger:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA secure_delete = ON")
             yield connection
         except sqlite3.Error as error:
             raise StoreError(f"{self._path}: {error}") from error

@@ -32,6 +32,7 @@ MAX_CALL_S: Final = 600.0
 """Longest duration of one call in seconds."""
 
 CODES: Final[dict[type[errors.HelperError], grpc.StatusCode]] = {
+    errors.NoiseUnavailableError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UntrustedKeysetError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.PolicyError: grpc.StatusCode.PERMISSION_DENIED,

@@ -6,17 +6,19 @@ the policy allows the training session; every update is signed by a key that a r
 to be its device's, and was masked for exactly this task; no device is twice in the set; every seed opens and was not
 used before; there are as many updates as the request says, with the digest that it says, and not too few.
 
-Only then the sum of the masks is computed, the set is recorded, and the answer is sent. Memory is a slice of a mask and
-a hundred bytes per update; the sum is in a temporary file.
+Only then the sum of the masks is computed, the set is recorded, and the answer is sent. If the task wants noise of
+helpers, the sum gets discrete Gaussian noise, which is drawn once and recorded with the set. Memory is a slice of a
+mask and a hundred bytes per update; the sum and the noise are in temporary files.
 """
 
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -42,6 +44,7 @@ from qflare.evidence.unmasking import (
 )
 from qflare.evidence.verification import follow_keysets
 from qflare.masking.masks import SLICE_BYTES, Mask
+from qflare.masking.noise import DrawNoise, MissingSamplerError, draw_exact, require_sampler
 from qflare.masking.seeds import open_seed
 from qflare.protocol.constraints import find_violations
 from qflare.protocol.keysets import KeyRole, TrustedKeyset
@@ -49,7 +52,9 @@ from qflare.tensors import CHUNK_BYTES
 from qflare.times import timestamp_of
 from qflare.v1 import helper_service_pb2, security_pb2
 from qflare_helper.errors import (
+    BusyError,
     InvalidRequestError,
+    NoiseUnavailableError,
     OverlapError,
     PolicyError,
     RefusedMembersError,
@@ -111,6 +116,7 @@ class Unmasking:
         folder: Folder of its policy and of temporary files.
         max_vector_bytes: Largest masked update.
         clock: Returns the time; only a simulation replaces it.
+        draw_noise: Draws noise; only a simulation replaces it.
     """
 
     def __init__(
@@ -120,12 +126,14 @@ class Unmasking:
         folder: Path,
         max_vector_bytes: int,
         clock: Clock = utc_now,
+        draw_noise: DrawNoise = draw_exact,
     ) -> None:
         self._identity = identity
         self._ledger = ledger
         self._folder = folder
         self._max_vector_bytes = max_vector_bytes
         self._clock = clock
+        self._draw_noise = draw_noise
 
     def open(self, header: helper_service_pb2.UnmaskHeader) -> "Call":
         """Verify the first part of a request: it is a coordinator's, and this helper's policy allows it.
@@ -136,6 +144,8 @@ class Unmasking:
         policy = read_policy(self._folder)
         call = Call(self._identity, self._ledger, policy, header, self._clock())
         call.check_header()
+        if call.masking.helper_noise and self._draw_noise is draw_exact:
+            _require_sampler()
         return call
 
     def answer(self, call: "Call", members: Iterator[Member]) -> Answer | None:
@@ -156,14 +166,32 @@ class Unmasking:
             )
         if call.is_check:
             return None
-        file, digest = _add_masks(opened, size_bytes, call.masking.parameters.dtype, self._folder)
-        try:
-            envelope = call.record(opened, digest)
+        with ExitStack() as files:
+            noise = None
+            if call.masking.helper_noise:
+                noise = files.enter_context(tempfile.TemporaryFile(dir=self._folder))
+                self._write_noise(call, noise)
+            file = files.enter_context(tempfile.TemporaryFile(dir=self._folder))
+            digest = _add_masks(opened, size_bytes, call.masking.parameters.dtype, noise, file)
+            envelope = call.record(opened, digest, noise)
             latest = self._ledger.latest()
-        except BaseException:
-            file.close()
-            raise
+            if noise is not None:
+                noise.close()
+            files.pop_all()
         return Answer(envelope, latest or envelope, _chunks(file))
+
+    def _write_noise(self, call: "Call", file: BinaryIO) -> None:
+        """Write the noise of a set to a file: what was recorded with its answer, or new noise."""
+        if self._ledger.find(call.wanted) is None:
+            _draw_to(file, call, self._draw_noise)
+            return
+        for index in range(-(-call.size_bytes // CHUNK_BYTES)):
+            chunk = self._ledger.noise(call.wanted, index)
+            if chunk is None:
+                raise NoiseUnavailableError(
+                    "the set was answered, and its noise was deleted with the answer for a later round"
+                )
+            file.write(chunk)
 
 
 class Call:
@@ -214,6 +242,7 @@ class Call:
         self._task = task
         self._registrars = ever[KeyRole.REGISTRAR]
         self._policy.require_session(task.training_session_id)
+        self._policy.require_noise(masking.noise_multiplier)
         self._require_place()
         self._require_counter()
 
@@ -337,6 +366,8 @@ class Call:
         require_equal("size_bytes", size_bytes, self.size_bytes)
         if size_bytes < 1 or size_bytes % self.masking.parameters.itemsize:
             raise StatementError("size_bytes is not that of a masked update")
+        if self.element_count < 0:
+            raise StatementError("size_bytes has no room for the slots")
 
     def _with_seed(
         self, statement: security_pb2.UpdateStatement, digest: str, *, counts: bool
@@ -353,15 +384,32 @@ class Call:
             problem = "its seed does not open, or belongs to another update"
         return _Opened(statement.update_id, statement.device_id, digest, counts, seed, problem)
 
-    def record(self, opened: Sequence[_Opened], mask_digest: str) -> security_pb2.SignedEnvelope:
-        """Record the set and return its answer, the earlier one if it was answered before."""
+    @property
+    def element_count(self) -> int:
+        """Elements of the model in a masked update."""
+        parameters = self.masking.parameters
+        return self.size_bytes // parameters.itemsize - parameters.slot_count
+
+    @property
+    def wanted(self) -> AnsweredSet:
+        """The set of the request."""
         request = self._request
-        wanted = AnsweredSet(
+        return AnsweredSet(
             request.training_session_id,
             request.round_number,
             request.task_digest,
             request.members_digest,
         )
+
+    def record(
+        self, opened: Sequence[_Opened], mask_digest: str, noise: BinaryIO | None
+    ) -> security_pb2.SignedEnvelope:
+        """Record the set with its noise and return its answer, the earlier one if it was answered before.
+
+        Raises:
+            BusyError: It was answered just now with other noise.
+        """
+        request = self._request
 
         def sign(counter: int, previous_digest: str) -> security_pb2.SignedEnvelope:
             answer = security_pb2.UnmaskingAnswer(
@@ -378,11 +426,17 @@ class Call:
                 counter=counter,
                 previous_digest=previous_digest,
                 counted_member_count=sum(item.counts for item in opened),
+                noise_multiplier=self.masking.helper_noise,
                 create_time=timestamp_of(self._at),
             )
             return sign_answer(self._identity.signing, answer)
 
-        return self._ledger.record(wanted, [item.ledger_member() for item in opened], sign)
+        members = [item.ledger_member() for item in opened]
+        envelope = self._ledger.record(self.wanted, members, sign, _read(noise))
+        answer = security_pb2.UnmaskingAnswer.FromString(envelope.payload)
+        if noise is not None and answer.mask_digest != mask_digest:
+            raise BusyError("the same set was answered at the same time; repeat the request")
+        return envelope
 
 
 def _check_constraints(
@@ -392,30 +446,58 @@ def _check_constraints(
         raise InvalidRequestError(f"{violation.field}: {violation.description}"[:300])
 
 
-def _add_masks(
-    opened: Sequence[_Opened], size_bytes: int, dtype: np.dtype[np.unsignedinteger], folder: Path
-) -> tuple[BinaryIO, str]:
-    """Write the sum of the masks to a temporary file; return it with the Merkle root over its chunks."""
-    masks = [Mask(item.seed) for item in opened if item.seed is not None]
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `_chunks` closes it
-    tree = merkle.CompactTree()
+def _require_sampler() -> None:
     try:
-        for offset in range(0, size_bytes, CHUNK_BYTES):
-            chunk = _sum_of(masks, offset, min(CHUNK_BYTES, size_bytes - offset), dtype)
-            tree.append(merkle.leaf_hash(chunk))
-            file.write(chunk)
-        file.seek(0)
-    except BaseException:
-        file.close()
-        raise
-    return file, tree.root().hex()
+        require_sampler()
+    except MissingSamplerError as error:
+        raise NoiseUnavailableError(str(error)) from error
+
+
+def _draw_to(file: BinaryIO, call: Call, draw: DrawNoise) -> None:
+    """Write new noise for the sum of a call: for each element of the model, and zeros for the slots."""
+    parameters, count = call.masking.parameters, call.element_count
+    stddev, step = parameters.noise_stddev(count), CHUNK_BYTES // parameters.itemsize
+    for start in range(0, count, step):
+        samples = draw(min(step, count - start), stddev)
+        file.write(samples.astype(parameters.dtype).tobytes())
+    file.write(bytes(call.size_bytes - count * parameters.itemsize))
+
+
+def _read(noise: BinaryIO | None) -> Iterator[bytes]:
+    """Yield the chunks of a file with noise; none without one."""
+    if noise is not None:
+        noise.seek(0)
+        while chunk := noise.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _add_masks(
+    opened: Sequence[_Opened],
+    size_bytes: int,
+    dtype: np.dtype[np.unsignedinteger],
+    noise: BinaryIO | None,
+    file: BinaryIO,
+) -> str:
+    """Write the sum of the masks and the noise to a file; return the Merkle root over its chunks."""
+    masks = [Mask(item.seed) for item in opened if item.seed is not None]
+    tree, added = merkle.CompactTree(), _read(noise)
+    for offset in range(0, size_bytes, CHUNK_BYTES):
+        length = min(CHUNK_BYTES, size_bytes - offset)
+        total = np.zeros(length // dtype.itemsize, dtype)
+        if noise is not None:
+            total += np.frombuffer(next(added), dtype)
+        chunk = _sum_of(masks, offset, total)
+        tree.append(merkle.leaf_hash(chunk))
+        file.write(chunk)
+    file.seek(0)
+    return tree.root().hex()
 
 
 def _sum_of(
-    masks: Sequence[Mask], offset: int, length: int, dtype: np.dtype[np.unsignedinteger]
+    masks: Sequence[Mask], offset: int, total: np.ndarray[Any, np.dtype[np.unsignedinteger]]
 ) -> bytes:
-    """Return bytes of the sum of masks; each slice stays in cache for all of them."""
-    total = np.zeros(length // dtype.itemsize, dtype)
+    """Return bytes of the sum of masks and a vector; each slice stays in cache for all of them."""
+    dtype = total.dtype
     step = SLICE_BYTES // dtype.itemsize
     first = offset // dtype.itemsize
     for start in range(0, len(total), step):

@@ -90,7 +90,9 @@ class SimulatedCoordinator:
         opened = Application.open(config, self.clock)
         self._helpers = None
         if helpers is not None:
-            self._helpers = SimulatedHelpers(folder / HELPERS, helpers, opened.keys, self.clock)
+            self._helpers = SimulatedHelpers(
+                folder / HELPERS, helpers, opened.keys, self.clock, seed
+            )
         context = dataclasses.replace(
             opened.context, draw_random=SeededBytes(seed).draw, helpers=self._helpers
         )

@@ -23,6 +23,7 @@ from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.setup import bootstrap_bundle
 from qflare_simulation.clock import VirtualClock
 from qflare_simulation.errors import SimulationError
+from qflare_simulation.seeds import SeededNoise
 
 MAX_VECTOR_BYTES: Final = 8 * 2**30
 _ADDRESS: Final = "localhost:1"
@@ -37,10 +38,16 @@ class SimulatedHelpers:
         names: Ids of the helpers in the configuration; without any, there is one helper.
         keys: Of the coordinator, which signs requests with its task key.
         clock: The virtual time.
+        seed: Of the simulation, for noise.
     """
 
     def __init__(
-        self, folder: Path, names: Sequence[str], keys: ServerKeys, clock: VirtualClock
+        self,
+        folder: Path,
+        names: Sequence[str],
+        keys: ServerKeys,
+        clock: VirtualClock,
+        seed: int,
     ) -> None:
         self.sign_request = keys.sign_request
         self._identities: dict[str, HelperIdentity] = {}
@@ -54,7 +61,12 @@ class SimulatedHelpers:
             write_policy(home, MIN_COHORT)
             self._identities[name] = identity
             self._unmasking[identity.helper_id] = Unmasking(
-                identity, Ledger(home), home, MAX_VECTOR_BYTES, clock
+                identity,
+                Ledger(home),
+                home,
+                MAX_VECTOR_BYTES,
+                clock,
+                SeededNoise(seed, "helper noise", name).draw,
             )
 
     def stand_for(self, names: Sequence[str]) -> list[str]:

@@ -42,7 +42,7 @@ from qflare_client.privacy import LocalPrivacy
 from qflare_client.tasks import Task, TrainingDefaults
 from qflare_simulation.clock import START
 from qflare_simulation.memory import DeviceMemory, Home
-from qflare_simulation.seeds import SeededBytes
+from qflare_simulation.seeds import SeededBytes, SeededNoise
 
 TrainFunction: TypeAlias = Callable[
     [dict[str, Array], TrainingTask, Any], tuple[Mapping[str, Array], int, Mapping[str, float]]
@@ -277,6 +277,7 @@ def _masked(
         contribution.example_count,
         contribution.metrics,
         draw_seed=seeds.draw,
+        draw_noise=SeededNoise(_PROGRAMS[0].seed, "noise", update_id).draw,
     )
     drawn = add_masks(masking, quantized, draw_seed=seeds.draw)
     return quantized.payload(), drawn

@@ -26,7 +26,13 @@ from qflare.evidence.statements import (
 )
 from qflare.masking.graph_parameters import InfeasibleGroupError, practical_parameters
 from qflare.masking.neighbor_graph import InvalidRosterError, NeighborGraph
-from qflare.masking.parameters import DTYPES, InvalidMaskingError, MaskingParameters
+from qflare.masking.noise import HELPER
+from qflare.masking.parameters import (
+    DTYPES,
+    InvalidMaskingError,
+    MaskingParameters,
+    policy_of,
+)
 from qflare.v1 import security_pb2, training_pb2, verification_pb2
 
 MAX_HELPER_COUNT = 3
@@ -130,6 +136,17 @@ class Masking:
     helpers: tuple[Helper, ...]
     neighbors: NeighborPolicy | None = None
 
+    @property
+    def noise_multiplier(self) -> float:
+        """Multiplier of the noise that devices or helpers add; 0 without it."""
+        return self.parameters.noise.multiplier if self.parameters.noise is not None else 0.0
+
+    @property
+    def helper_noise(self) -> float:
+        """Multiplier of the noise that each helper adds to the sum of the masks; 0 without it."""
+        noise = self.parameters.noise
+        return self.noise_multiplier if noise is not None and noise.source == HELPER else 0.0
+
 
 def masking_of(envelope: security_pb2.SignedEnvelope) -> Masking | None:
     """Return the masking of a task whose signature was checked; None if it requires none.
@@ -146,7 +163,7 @@ def masking_of(envelope: security_pb2.SignedEnvelope) -> Masking | None:
         )
     if not masked:
         return None
-    policy = task.masking.policy
+    policy = policy_of(task.masking)
     if policy.mode not in _MODES:
         raise StatementError(
             f"secure aggregation: got mode {policy.mode}, want HELPER or NEIGHBORS"
@@ -163,6 +180,8 @@ def masking_of(envelope: security_pb2.SignedEnvelope) -> Masking | None:
     if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
         if task.masking.helpers or policy.helpers:
             raise StatementError("secure aggregation with neighbors has no helpers")
+        if parameters.noise is not None and parameters.noise.source == HELPER:
+            raise StatementError("secure aggregation with neighbors has no noise of helpers")
         neighbors = NeighborPolicy(policy.corrupt_fraction, policy.dropout_fraction)
         return Masking(digest, parameters, policy.min_cohort, (), neighbors)
     helpers = tuple(open_helper(document, task.realm) for document in task.masking.helpers)
@@ -176,10 +195,11 @@ def check_masked_update(statement: security_pb2.UpdateStatement, masking: Maskin
     """Check that an update was masked for a task.
 
     Raises:
-        StatementError: It was made for another task, or seeds are missing or of other helpers.
+        StatementError: It was made for another task or other noise, or seeds are missing or of other helpers.
     """
     require_equal("encoding", statement.encoding, training_pb2.ENCODING_MASKED)
     require_equal("task_digest", statement.masking.task_digest, masking.task_digest)
+    require_equal("noise_multiplier", statement.masking.noise_multiplier, masking.noise_multiplier)
     with_neighbors = statement.masking.HasField("neighbors")
     require_equal("neighbors", with_neighbors, masking.neighbors is not None)
     named = [(seed.helper_id, seed.kem_key_id) for seed in statement.masking.seeds]
@@ -241,6 +261,7 @@ def check_answer(
     ):
         require_equal(field, getattr(answer, field), getattr(request, field))
     require_equal("bits", answer.bits, masking.parameters.bits)
+    require_equal("noise_multiplier", answer.noise_multiplier, masking.helper_noise)
     require_equal("size_bytes", answer.size_bytes, size_bytes)
 
 
@@ -345,6 +366,7 @@ def _check_answer_of(
         "members_digest": statement.contributors_digest,
         "member_count": statement.contributor_count,
         "bits": masking.parameters.bits,
+        "noise_multiplier": masking.helper_noise,
     }
     for field, value in wanted.items():
         require_equal(field, getattr(answer, field), value)

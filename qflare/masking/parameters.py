@@ -7,7 +7,8 @@ of `digit_bits` bits, the least significant first, one element each. Digits are 
 `max_cohort` updates do not wrap: these sums are exact.
 
 Invariants: an element of an update is at most `limit` in magnitude, and `max_cohort * limit < 2^(bits - 1)`, so that no
-sum of at most `max_cohort` updates leaves the signed range of the ring.
+sum of at most `max_cohort` updates leaves the signed range of the ring. With noise of devices or helpers, `limit` also
+leaves the room that `noise.SumNoise.room` states; slots have no noise.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
+from qflare.masking.noise import IN_SUM, LEAST_SHARE, SumNoise
 from qflare.tensors import DType, Manifest, TensorSpec
 from qflare.tensors.vectors import float_count
 from qflare.v1 import security_pb2, training_pb2
@@ -60,6 +62,8 @@ class MaskingParameters:
         max_cohort: Most updates of a sum.
         max_weight: Largest weight of an update, 1 to 2^40.
         metrics: Bound of each metric by name, in the order of their slots.
+        noise: Noise that devices or helpers add; None without it. With noise every update has the weight 1, and there
+            are no metrics.
 
     Raises:
         InvalidMaskingError: A value is out of range.
@@ -70,6 +74,7 @@ class MaskingParameters:
     max_cohort: int
     max_weight: int
     metrics: Mapping[str, float]
+    noise: SumNoise | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges, and that the ring has room for the cohort."""
@@ -84,16 +89,44 @@ class MaskingParameters:
         for name, bound in self.metrics.items():
             if not (name and isfinite(bound) and bound > 0):
                 raise InvalidMaskingError("metrics", f"got {name!r} within {bound:g}, want above 0")
+        if self.noise is not None:
+            self._check_noise(self.noise)
         if self.scale < 1:
+            noise = "" if self.noise is None else " with its noise"
             raise InvalidMaskingError(
                 "bits",
-                f"{self.bits} bits hold no sum of {self.max_cohort} updates of norm {self.clip:g}: want more bits, a "
-                "smaller clip or a smaller max_cohort",
+                f"{self.bits} bits hold no sum of {self.max_cohort} updates of norm {self.clip:g}{noise}: want more "
+                "bits, a smaller clip or a smaller max_cohort",
+            )
+
+    def _check_noise(self, noise: SumNoise) -> None:
+        if not noise.is_valid:
+            raise InvalidMaskingError("noise", "its source or its multiplier is out of range")
+        if self.max_weight != 1 or self.metrics:
+            raise InvalidMaskingError(
+                "noise", "with it every update has the weight 1, and there are no metrics"
+            )
+        share = noise.stddev(self.clip_levels, 0)
+        if share < LEAST_SHARE:
+            raise InvalidMaskingError(
+                "bits",
+                f"with {self.bits} bits the noise has {share:.3g} levels of quantization, want at least "
+                f"{LEAST_SHARE:g}: want more bits, more noise or a smaller max_cohort",
             )
 
     @classmethod
-    def of(cls, policy: training_pb2.SecureAggregationPolicy, max_weight: int) -> Self:
+    def of(
+        cls,
+        policy: training_pb2.SecureAggregationPolicy,
+        max_weight: int,
+        noise_multiplier: float = 0.0,
+    ) -> Self:
         """Return the parameters of a policy whose defaults are filled in.
+
+        Args:
+            policy: The policy.
+            max_weight: As in `MaskingParameters`.
+            noise_multiplier: Of the noise of the sum; without effect if the coordinator adds it.
 
         Raises:
             InvalidMaskingError: A value is out of range.
@@ -101,7 +134,10 @@ class MaskingParameters:
         metrics = {metric.name: metric.bound for metric in policy.metrics}
         if len(metrics) != len(policy.metrics):
             raise InvalidMaskingError("metrics", "a metric is listed twice")
-        return cls(policy.bits, policy.clip, policy.max_cohort, max_weight, metrics)
+        noise = None
+        if policy.noise in IN_SUM:
+            noise = SumNoise(policy.noise, noise_multiplier, policy.min_cohort, len(policy.helpers))
+        return cls(policy.bits, policy.clip, policy.max_cohort, max_weight, metrics, noise)
 
     @classmethod
     def of_task(cls, masking: security_pb2.MaskingTask) -> Self:
@@ -110,7 +146,11 @@ class MaskingParameters:
         Raises:
             InvalidMaskingError: A value is out of range.
         """
-        return cls.of(masking.policy, masking.max_weight)
+        policy = policy_of(masking)
+        is_noisy = masking.HasField("noisy")
+        if is_noisy == masking.HasField("policy") or is_noisy != (policy.noise in IN_SUM):
+            raise InvalidMaskingError("noise", "its source is not the one of the settings")
+        return cls.of(policy, masking.max_weight, masking.noisy.noise_multiplier)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -130,12 +170,30 @@ class MaskingParameters:
     @property
     def limit(self) -> int:
         """Largest magnitude of a quantized element."""
-        return (self.modulus // 2 - 1) // self.max_cohort
+        return (self.modulus // 2 - 1) // self._share_count
+
+    @cached_property
+    def _share_count(self) -> int:
+        """Updates that the ring has room for: `max_cohort`, and the noise."""
+        return self.max_cohort + (self.noise.room(self.max_cohort) if self.noise else 0)
 
     @cached_property
     def scale(self) -> int:
-        """Levels of quantization in a change of 1: floor((2^(bits - 1) - 1) / (max_cohort * clip))."""
-        return int(Fraction(self.modulus // 2 - 1) / (self.max_cohort * Fraction(self.clip)))
+        """Levels of quantization in a change of 1: floor((2^(bits - 1) - 1) / (updates in the ring * clip))."""
+        return int(Fraction(self.modulus // 2 - 1) / (self._share_count * Fraction(self.clip)))
+
+    @property
+    def clip_levels(self) -> float:
+        """Largest norm of a clipped change in levels."""
+        return self.clip * self.scale
+
+    def noise_stddev(self, element_count: int) -> float:
+        """Return the standard deviation of what one device, or one helper, adds to each element, in levels.
+
+        Args:
+            element_count: Elements of the model.
+        """
+        return self.noise.stddev(self.clip_levels, element_count) if self.noise else 0.0
 
     @property
     def digit_bits(self) -> int:
@@ -161,3 +219,8 @@ class MaskingParameters:
         """Return the layout of a masked update of a model."""
         count = float_count(base) + self.slot_count
         return Manifest((TensorSpec(TENSOR, DTYPES[self.bits], (count,)),))
+
+
+def policy_of(masking: security_pb2.MaskingTask) -> training_pb2.SecureAggregationPolicy:
+    """Return the settings of a task, which have another place with noise of devices or helpers."""
+    return masking.noisy.policy if masking.HasField("noisy") else masking.policy

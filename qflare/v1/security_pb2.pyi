@@ -1096,17 +1096,24 @@ class MaskingTask(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     MAX_WEIGHT_FIELD_NUMBER: _builtins.int
     HELPERS_FIELD_NUMBER: _builtins.int
+    NOISY_FIELD_NUMBER: _builtins.int
     max_weight: _builtins.int
     """Largest weight of an update. Devices state the smaller of it and their number of examples; 1 gives all updates the
     same weight.
     """
     @_builtins.property
     def policy(self) -> _training_pb2.SecureAggregationPolicy:
-        """Secure aggregation settings of the training session."""
+        """Secure aggregation settings of the training session. Absent with noisy."""
 
     @_builtins.property
     def helpers(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedEnvelope]:
         """Signed HelperDocuments, in the order of the policy's helpers."""
+
+    @_builtins.property
+    def noisy(self) -> Global___NoisyMasking:
+        """Settings of the training session and the noise that devices or helpers add. Takes the place of policy, so that
+        software that does not know it refuses the task.
+        """
 
     def __init__(
         self,
@@ -1114,14 +1121,43 @@ class MaskingTask(_message.Message):
         policy: _training_pb2.SecureAggregationPolicy | None = ...,
         max_weight: _builtins.int = ...,
         helpers: _abc.Iterable[Global___SignedEnvelope] | None = ...,
+        noisy: Global___NoisyMasking | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["noisy", b"noisy", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["helpers", b"helpers", "max_weight", b"max_weight", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["helpers", b"helpers", "max_weight", b"max_weight", "noisy", b"noisy", "policy", b"policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MaskingTask: _TypeAlias = MaskingTask  # noqa: Y015
+
+@_typing.final
+class NoisyMasking(_message.Message):
+    """Masking with noise that devices or helpers add."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    noise_multiplier: _builtins.float
+    """Standard deviation of the noise in a sum over the largest norm of one update; above 0."""
+    @_builtins.property
+    def policy(self) -> _training_pb2.SecureAggregationPolicy:
+        """Secure aggregation settings of the training session; its noise is DEVICES or HELPER."""
+
+    def __init__(
+        self,
+        *,
+        policy: _training_pb2.SecureAggregationPolicy | None = ...,
+        noise_multiplier: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["noise_multiplier", b"noise_multiplier", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NoisyMasking: _TypeAlias = NoisyMasking  # noqa: Y015
 
 @_typing.final
 class HelperDocument(_message.Message):
@@ -1206,8 +1242,11 @@ class UpdateMasking(_message.Message):
     TASK_DIGEST_FIELD_NUMBER: _builtins.int
     SEEDS_FIELD_NUMBER: _builtins.int
     NEIGHBORS_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
     task_digest: _builtins.str
     """Digest of the task statement, 64 hex digits."""
+    noise_multiplier: _builtins.float
+    """Noise of the task, as NoisyMasking states it. 0 means none."""
     @_builtins.property
     def seeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealedSeed]:
         """Sealed seed for each helper of the task, in the same order."""
@@ -1222,10 +1261,11 @@ class UpdateMasking(_message.Message):
         task_digest: _builtins.str = ...,
         seeds: _abc.Iterable[Global___SealedSeed] | None = ...,
         neighbors: Global___NeighborMasking | None = ...,
+        noise_multiplier: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["neighbors", b"neighbors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["neighbors", b"neighbors", "seeds", b"seeds", "task_digest", b"task_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["neighbors", b"neighbors", "noise_multiplier", b"noise_multiplier", "seeds", b"seeds", "task_digest", b"task_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1339,6 +1379,7 @@ class UnmaskingAnswer(_message.Message):
     PREVIOUS_DIGEST_FIELD_NUMBER: _builtins.int
     COUNTED_MEMBER_COUNT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -1367,6 +1408,8 @@ class UnmaskingAnswer(_message.Message):
     """Digest of the helper's previous answer, 64 hex digits. Empty for the first."""
     counted_member_count: _builtins.int
     """Number of updates of devices that the helper's policy counts; equals member_count without a roster."""
+    noise_multiplier: _builtins.float
+    """Noise that the helper has added to the sum of the masks, as NoisyMasking states it. 0 means none."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Creation time."""
@@ -1388,10 +1431,11 @@ class UnmaskingAnswer(_message.Message):
         previous_digest: _builtins.str = ...,
         counted_member_count: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        noise_multiplier: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "counted_member_count", b"counted_member_count", "counter", b"counter", "create_time", b"create_time", "helper_id", b"helper_id", "mask_digest", b"mask_digest", "member_count", b"member_count", "members_digest", b"members_digest", "previous_digest", b"previous_digest", "realm", b"realm", "round_number", b"round_number", "size_bytes", b"size_bytes", "task_digest", b"task_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "counted_member_count", b"counted_member_count", "counter", b"counter", "create_time", b"create_time", "helper_id", b"helper_id", "mask_digest", b"mask_digest", "member_count", b"member_count", "members_digest", b"members_digest", "noise_multiplier", b"noise_multiplier", "previous_digest", b"previous_digest", "realm", b"realm", "round_number", b"round_number", "size_bytes", b"size_bytes", "task_digest", b"task_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -426,6 +426,34 @@ There is no third party; devices visit several times in a round.
 """
 Global___SecureAggregationMode: _TypeAlias = SecureAggregationMode  # noqa: Y015
 
+class _NoiseSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NoiseSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NoiseSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NOISE_SOURCE_UNSPECIFIED: _NoiseSource.ValueType  # 0
+    """Not set: the coordinator."""
+    NOISE_SOURCE_COORDINATOR: _NoiseSource.ValueType  # 1
+    """The coordinator, to the sum that it has unmasked. It holds the exact sum for a moment."""
+    NOISE_SOURCE_DEVICES: _NoiseSource.ValueType  # 2
+    """Each device adds a share to its update before it masks it. The shares of min_cohort devices are the noise."""
+    NOISE_SOURCE_HELPER: _NoiseSource.ValueType  # 3
+    """Each helper adds the noise to the sum of the masks."""
+
+class NoiseSource(_NoiseSource, metaclass=_NoiseSourceEnumTypeWrapper):
+    """Who adds the noise of differential privacy to the sum of a round with secure aggregation."""
+
+NOISE_SOURCE_UNSPECIFIED: NoiseSource.ValueType  # 0
+"""Not set: the coordinator."""
+NOISE_SOURCE_COORDINATOR: NoiseSource.ValueType  # 1
+"""The coordinator, to the sum that it has unmasked. It holds the exact sum for a moment."""
+NOISE_SOURCE_DEVICES: NoiseSource.ValueType  # 2
+"""Each device adds a share to its update before it masks it. The shares of min_cohort devices are the noise."""
+NOISE_SOURCE_HELPER: NoiseSource.ValueType  # 3
+"""Each helper adds the noise to the sum of the masks."""
+Global___NoiseSource: _TypeAlias = NoiseSource  # noqa: Y015
+
 class _AnalyticsKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -963,6 +991,7 @@ class SecureAggregationPolicy(_message.Message):
     CORRUPT_FRACTION_FIELD_NUMBER: _builtins.int
     DROPOUT_FRACTION_FIELD_NUMBER: _builtins.int
     STEP_TIMEOUT_FIELD_NUMBER: _builtins.int
+    NOISE_FIELD_NUMBER: _builtins.int
     mode: Global___SecureAggregationMode.ValueType
     """Mode. If it is not set, no other field may be."""
     bits: _builtins.int
@@ -985,6 +1014,8 @@ class SecureAggregationPolicy(_message.Message):
     """
     dropout_fraction: _builtins.float
     """With neighbors: share of the devices of a group that may drop out. 0 means 0.1."""
+    noise: Global___NoiseSource.ValueType
+    """With differential privacy: who adds the noise to the sum. Not set means the coordinator."""
     @_builtins.property
     def helpers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Key ids of the helpers, 1 to 3. All must answer for a version; one that does not collude with the coordinator
@@ -1013,10 +1044,11 @@ class SecureAggregationPolicy(_message.Message):
         corrupt_fraction: _builtins.float = ...,
         dropout_fraction: _builtins.float = ...,
         step_timeout: _duration_pb2.Duration | None = ...,
+        noise: Global___NoiseSource.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step_timeout", b"step_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "clip", b"clip", "corrupt_fraction", b"corrupt_fraction", "dropout_fraction", b"dropout_fraction", "group_size", b"group_size", "helpers", b"helpers", "max_cohort", b"max_cohort", "metrics", b"metrics", "min_cohort", b"min_cohort", "mode", b"mode", "step_timeout", b"step_timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "clip", b"clip", "corrupt_fraction", b"corrupt_fraction", "dropout_fraction", b"dropout_fraction", "group_size", b"group_size", "helpers", b"helpers", "max_cohort", b"max_cohort", "metrics", b"metrics", "min_cohort", b"min_cohort", "mode", b"mode", "noise", b"noise", "step_timeout", b"step_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

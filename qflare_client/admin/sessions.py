@@ -93,9 +93,16 @@ def _secure_aggregation(policy: training_pb2.SecureAggregationPolicy) -> str | N
     bounds = f"{policy.min_cohort} to {policy.max_cohort} updates in a sum, {policy.bits} bits"
     if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
         size = f"groups of {policy.group_size}" if policy.group_size else "one group"
-        return f"{bounds}, neighbors in {size}"
+        return f"{bounds}, neighbors in {size}{_noise_of(policy)}"
     helpers = ", ".join(short_id(helper_id) for helper_id in policy.helpers)
-    return f"{bounds}, helper {helpers}"
+    return f"{bounds}, helper {helpers}{_noise_of(policy)}"
+
+
+def _noise_of(policy: training_pb2.SecureAggregationPolicy) -> str:
+    """Return who adds noise to the sum before the coordinator gets it; empty if nobody does."""
+    if policy.noise not in (training_pb2.NOISE_SOURCE_DEVICES, training_pb2.NOISE_SOURCE_HELPER):
+        return ""
+    return f", noise of {word(policy, 'noise')}"
 
 
 _GROUP_STAGES: Final = ("sharing", "training", "confirming", "revealing", "opened", "aborted")

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from qflare.evidence.unmasking import Masking
 from qflare.masking.masks import Mask, new_seed
+from qflare.masking.noise import DEVICES, DrawNoise, MissingSamplerError, add_to, draw_exact
 from qflare.masking.parameters import TENSOR
 from qflare.masking.quantization import PIECE, Quantizer, quantize_slots
 from qflare.masking.seeds import seal_seed
 from qflare.tensors import Array, Manifest
 from qflare.tensors.vectors import float_count
 from qflare.v1 import security_pb2, training_pb2
-from qflare_client.errors import TrainingFunctionError
+from qflare_client.errors import TrainingFunctionError, UnsupportedTaskError
 from qflare_client.models.upload import Payload
 
 
@@ -48,8 +49,9 @@ def quantize_update(
     metrics: Mapping[str, float],
     *,
     draw_seed: Callable[[], bytes] = new_seed,
+    draw_noise: DrawNoise = draw_exact,
 ) -> QuantizedUpdate:
-    """Quantize an update.
+    """Quantize an update, and add this device's share of the noise if the task wants it.
 
     Args:
         masking: Required by the task.
@@ -59,9 +61,11 @@ def quantize_update(
         example_count: Number of local examples.
         metrics: Metrics by name; those that the task does not name stay on the device.
         draw_seed: Draws the key of the rounding, 32 bytes; only a simulation replaces it.
+        draw_noise: Draws the noise; only a simulation replaces it.
 
     Raises:
         TrainingFunctionError: A value is not finite, or a metric that the task names is missing.
+        UnsupportedTaskError: The task wants noise, and its sampler is not installed.
     """
     parameters = masking.parameters
     missing = sorted(parameters.metrics.keys() - metrics.keys())
@@ -76,6 +80,11 @@ def quantize_update(
         quantizer.write(piece, vector[position : position + len(piece)])
         position += len(piece)
     assert position == float_count(manifest)
+    if parameters.noise is not None and parameters.noise.source == DEVICES:
+        try:
+            add_to(vector[:position], parameters.noise_stddev(position), draw_noise)
+        except MissingSamplerError as error:
+            raise UnsupportedTaskError(str(error)) from error
     vector[position:] = quantize_slots(parameters, weight, metrics)
     return QuantizedUpdate(layout, vector)
 
@@ -111,6 +120,7 @@ def seal_seeds(
     statement.example_count = 1
     statement.metrics.clear()
     statement.masking.task_digest = masking.task_digest
+    statement.masking.noise_multiplier = masking.noise_multiplier
     for helper, seed in zip(masking.helpers, seeds, strict=True):
         sealed = seal_seed(seed, helper.helper_id, helper.kem_key, statement)
         statement.masking.seeds.append(sealed)

@@ -374,6 +374,8 @@ def check_stored(
             raise HelperRefusedError(
                 f"the answer of helper {helper.helper_id} is for other updates"
             )
+        if answer.noise_multiplier != masking.helper_noise:
+            raise HelperRefusedError(f"the answer of helper {helper.helper_id} has other noise")
         answers.append(answer)
     return answers
 

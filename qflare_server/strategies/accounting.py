@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from math import pi, sqrt
 from typing import Any, Final, Self
 
-from qflare_server.strategies.config import PrivacyConfig
+import numpy as np
+
+from qflare_server.strategies.config import NoiseShares, PrivacyConfig
 from qflare_server.strategies.errors import PrivacyBudgetExceededError, StrategyConfigError
 
 ACCOUNTANTS: Final = ("rdp", "pld")
+_LEAST_SIGMA: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,41 @@ def _epsilon(runs: tuple[Releases, ...], delta: float, accountant: str) -> float
     return float(machine.get_epsilon(delta))
 
 
+def with_version(config: PrivacyConfig, ledger: PrivacyLedger) -> PrivacyLedger:
+    """Return the ledger with one more version of a training session."""
+    multiplier = config.noise_multiplier
+    if config.shares is not None:
+        multiplier = discrete_multiplier(multiplier, config.shares)
+    return ledger.with_release(multiplier, config.sampling_probability)
+
+
+def discrete_multiplier(multiplier: float, shares: NoiseShares) -> float:
+    """Return the multiplier of Gaussian noise whose Renyi divergences bound those of noise in discrete shares.
+
+    The sum of n discrete Gaussian shares of sigma has epsilon^2 / 2 concentrated differential privacy with epsilon =
+    `1 / multiplier + tau * sqrt(d)`, where tau is `10 * sum(exp(-2 pi^2 sigma^2 k / (k + 1)), k = 1..n-1)` and
+    `multiplier` is `sqrt(n) * sigma` over the sensitivity. That is a Renyi divergence of at most
+    `alpha * epsilon^2 / 2` at every order alpha, as Gaussian noise with the multiplier `1 / epsilon` has it. A single
+    share has tau = 0.
+
+    Sources: Kairouz, Liu, Steinke 2021, arXiv:2102.06387, theorem 1 and proposition 14, their last bound; Canonne,
+    Kamath, Steinke 2020, arXiv:2004.00010, theorem 4, for a single share.
+
+    Args:
+        multiplier: Standard deviation of the sum of the shares over the sensitivity, above zero.
+        shares: Their number, sigma and the number of elements.
+
+    Raises:
+        ValueError: Sigma is below the 0.5 that the theorem requires.
+    """
+    if shares.count > 1 and not shares.stddev >= _LEAST_SIGMA:
+        raise ValueError(f"shares of sigma {shares.stddev:g}: want 0.5 or more")
+    places = np.arange(1, shares.count, dtype=np.float64)
+    exponents = -2 * (pi * shares.stddev) ** 2 * places / (places + 1)
+    tau = 10 * float(np.exp(exponents).sum())
+    return multiplier / (1 + multiplier * tau * sqrt(shares.element_count))
+
+
 def spend(config: PrivacyConfig, ledger: PrivacyLedger) -> PrivacySpent:
     """Account for one more version, before it is released.
 
@@ -134,7 +173,7 @@ def spend(config: PrivacyConfig, ledger: PrivacyLedger) -> PrivacySpent:
     Raises:
         PrivacyBudgetExceededError: The version must not be released; the ledger is unchanged.
     """
-    following = ledger.with_release(config.noise_multiplier, config.sampling_probability)
+    following = with_version(config, ledger)
     after = spent(following, config.delta, config.accountant)
     if not after.epsilon <= config.epsilon_budget:
         raise PrivacyBudgetExceededError(

@@ -206,6 +206,7 @@ def _privacy(config: StrategyConfig) -> CentralPrivacy | None:
         expected_update_count=expected,
         adaptive=adaptive if chosen.adaptive_quantile else None,
         rounding=chosen.rounding,
+        is_in_sum=chosen.shares is not None,
     )
 
 

@@ -13,6 +13,21 @@ from qflare_server.strategies.interfaces import NOTHING
 
 
 @dataclass(frozen=True, slots=True)
+class NoiseShares:
+    """Discrete Gaussian noise that is in the sum of the updates already.
+
+    Attributes:
+        count: Independent shares that the noise is at least the sum of, one or more.
+        stddev: Parameter sigma of each share, in steps of the sum's integers; at least 0.5 if there are several.
+        element_count: Most elements of a model.
+    """
+
+    count: int
+    stddev: float
+    element_count: int
+
+
+@dataclass(frozen=True, slots=True)
 class PrivacyConfig:
     """Central differential privacy of a training session.
 
@@ -29,6 +44,7 @@ class PrivacyConfig:
         count_stddev: Noise in the count of norms within the bound; 0 stands for a twentieth of the updates.
         accountant: `rdp` (Renyi orders, cheap) or `pld` (privacy loss distributions, tighter).
         rounding: Bound of the error by which a device rounds each element of its clipped delta; 0 for none.
+        shares: Noise of `noise_multiplier` in the sum of the updates; None if the strategy adds it.
     """
 
     clip_norm: float
@@ -42,6 +58,7 @@ class PrivacyConfig:
     count_stddev: float = 0.0
     accountant: str = "rdp"
     rounding: float = 0.0
+    shares: NoiseShares | None = None
 
 
 @dataclass(frozen=True, slots=True)

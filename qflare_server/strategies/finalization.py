@@ -55,7 +55,7 @@ class Release:
 
     @property
     def noise_stddev(self) -> float:
-        """Standard deviation of the noise in each element of the aggregate."""
+        """Standard deviation of the noise in each element of the aggregate; with noise of devices the least one."""
         privacy = self.assessor.strategy.privacy
         if privacy is None:
             return 0.0
@@ -100,14 +100,15 @@ class Release:
         return dict(strategy.privacy.next_scalars(advanced, self.judgements, noise))
 
     def version_slice(self, start: int, stop: int, aggregate: Vector) -> VersionSlice:
-        """Add the noise and take the server step.
+        """Add the noise, unless it is in the updates already, and take the server step.
 
         Args:
             start: First element.
             stop: One past the last element.
             aggregate: The rule's aggregate, shape (stop - start,).
         """
-        if self.assessor.strategy.privacy is not None:
+        privacy = self.assessor.strategy.privacy
+        if privacy is not None and not privacy.is_in_sum:
             sampled = self._noise.gaussian("aggregate", start, stop, self.noise_stddev)
             aggregate = self._noise.rounded(aggregate + sampled)
         return self.step(start, stop, aggregate)

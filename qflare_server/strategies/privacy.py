@@ -48,6 +48,7 @@ class CentralPrivacy:
         expected_update_count: The fixed denominator.
         adaptive: Adaptation of the bound, or None.
         rounding: Bound of the rounding error of each element of a clipped delta.
+        is_in_sum: Whether the noise is in the sum of the updates already.
     """
 
     clip_norm: float
@@ -55,6 +56,7 @@ class CentralPrivacy:
     expected_update_count: int
     adaptive: AdaptiveBound | None = None
     rounding: float = 0.0
+    is_in_sum: bool = False
 
     @property
     def screen(self) -> NormClip | AdaptiveClip:

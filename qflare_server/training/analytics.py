@@ -7,6 +7,7 @@ evidence covers as it covers an update: the version of the round is the signed n
 from typing import Final
 
 from qflare.analytics.queries import CLIP_NORM, InvalidQueryError, Query
+from qflare.masking.noise import IN_SUM
 from qflare.tensors import Manifest
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.errors import InvalidManifestError, InvalidRequestError
@@ -71,6 +72,12 @@ def complete_query(config: training_pb2.TrainingConfig) -> None:
         raise _refused(
             "secure_aggregation.mode",
             "queries are answered in one visit, and neighbors need several; want SECURE_AGGREGATION_MODE_HELPER",
+        )
+    if config.secure_aggregation.noise in IN_SUM:
+        raise _refused(
+            "secure_aggregation.noise",
+            "results of queries state the deviation of noise that the coordinator adds; want "
+            "NOISE_SOURCE_COORDINATOR or none",
         )
     config.total_rounds = 1
     config.strategy.uniform_weights = True

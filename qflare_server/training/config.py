@@ -21,7 +21,7 @@ from qflare.v1 import training_pb2
 from qflare_server.errors import InvalidManifestError, InvalidRequestError
 from qflare_server.training.analytics import complete_query, require_query_layout
 from qflare_server.training.groups import checked_groups
-from qflare_server.training.masking import complete_masking, update_manifest
+from qflare_server.training.masking import complete_masking, require_room, update_manifest
 from qflare_server.training.objective import DEFAULT_METRIC, resolved_goal
 from qflare_server.training.reported_metrics import MAX_EXAMPLES, MAX_METRIC_NAME, is_reserved
 
@@ -472,6 +472,9 @@ def require_trainable(
         raise _unusable(
             f"updates as {encoding}: got {wire.size_bytes} bytes, want at most {max_payload_bytes}"
         )
+    too_many = require_room(config, manifest)
+    if too_many is not None:
+        raise _unusable(too_many)
     wide = next((spec.name for spec in manifest.tensors if spec.dtype is DType.FLOAT64), None)
     if config.privacy.noise_multiplier and wide is not None:
         raise _unusable(

@@ -16,6 +16,7 @@ from qflare.masking.graph_parameters import (
     InfeasibleGroupError,
     practical_parameters,
 )
+from qflare.masking.noise import HELPER, IN_SUM, fits
 from qflare.masking.parameters import (
     DEFAULT_BITS,
     InvalidMaskingError,
@@ -23,6 +24,7 @@ from qflare.masking.parameters import (
 )
 from qflare.tensors import Manifest
 from qflare.tensors.encodings import Encoding, wire_manifest
+from qflare.tensors.vectors import float_count
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import HelperUnavailableError, InvalidRequestError
@@ -62,6 +64,11 @@ def group_quorum(config: training_pb2.TrainingConfig) -> int:
     return int(config.rounds.quorum // policy.group_size)
 
 
+def has_noise_in_sum(config: training_pb2.TrainingConfig) -> bool:
+    """Return whether devices or helpers add the noise of differential privacy, and the coordinator none."""
+    return config.secure_aggregation.noise in IN_SUM
+
+
 def max_weight(config: training_pb2.TrainingConfig) -> int:
     """Return the largest weight of a masked update."""
     return 1 if _is_uniform(config) else int(config.safeguards.max_example_count)
@@ -74,7 +81,23 @@ def _is_uniform(config: training_pb2.TrainingConfig) -> bool:
 
 def parameters_of(config: training_pb2.TrainingConfig) -> MaskingParameters:
     """Return the masking parameters of a complete configuration with secure aggregation."""
-    return MaskingParameters.of(config.secure_aggregation, max_weight(config))
+    return MaskingParameters.of(
+        config.secure_aggregation, max_weight(config), config.privacy.noise_multiplier
+    )
+
+
+def require_room(config: training_pb2.TrainingConfig, manifest: Manifest) -> str | None:
+    """Return why a model has too many elements for the noise of devices or helpers; None if it has not."""
+    if not has_noise_in_sum(config):
+        return None
+    count, levels = float_count(manifest), parameters_of(config).clip_levels
+    if fits(levels, count):
+        return None
+    return (
+        f"{count} elements: with secure_aggregation.bits {config.secure_aggregation.bits} the clipped change has "
+        f"{levels:.4g} levels of quantization, want at least {2 * count**0.5:.4g}, twice the square root of the number "
+        "of elements, so that the sum with its noise fits into the ring: want more bits or a smaller max_cohort"
+    )
 
 
 def update_manifest(config: training_pb2.TrainingConfig, manifest: Manifest) -> Manifest:
@@ -109,6 +132,7 @@ def complete_masking(config: training_pb2.TrainingConfig) -> None:
         _complete_neighbors(config)
     if config.privacy.noise_multiplier:
         _complete_privacy(config)
+    _check_noise(config)
     _check_cohort(config)
     _check_contradictions(config)
     if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_HELPER:
@@ -176,6 +200,25 @@ def _complete_privacy(config: training_pb2.TrainingConfig) -> None:
         raise _refusal(
             "metrics",
             "with differential privacy none can be sent: the noise covers only the weights",
+        )
+
+
+def _check_noise(config: training_pb2.TrainingConfig) -> None:
+    """Refuse a source of noise that is unknown, or that has no noise or no helper to add it."""
+    policy, privacy = config.secure_aggregation, config.privacy
+    if policy.noise not in training_pb2.NoiseSource.values():
+        raise _refusal("noise", f"got number {policy.noise}, want a NOISE_SOURCE")
+    if policy.noise and not privacy.noise_multiplier:
+        raise _refusal("noise", "without privacy.noise_multiplier there is no noise")
+    if not has_noise_in_sum(config):
+        return
+    if policy.noise == HELPER and policy.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
+        raise _refusal("noise", "with neighbors there is no helper; want NOISE_SOURCE_DEVICES")
+    if privacy.accountant == training_pb2.PRIVACY_ACCOUNTANT_PLD:
+        raise _refused(
+            "privacy.accountant",
+            "the noise of devices and helpers is discrete; its published bounds are of concentrated differential "
+            "privacy, which PRIVACY_ACCOUNTANT_RDP computes with",
         )
 
 
@@ -291,7 +334,13 @@ def masking_task(
             raise HelperUnavailableError(f"bundle of helper {helper_id}: {error}") from error
         assert helper.helper_id == helper_id
         documents.append(known[helper_id])
-    return security_pb2.MaskingTask(policy=policy, max_weight=max_weight(config), helpers=documents)
+    task = security_pb2.MaskingTask(max_weight=max_weight(config), helpers=documents)
+    if has_noise_in_sum(config):
+        task.noisy.policy.CopyFrom(policy)
+        task.noisy.noise_multiplier = config.privacy.noise_multiplier
+    else:
+        task.policy.CopyFrom(policy)
+    return task
 
 
 def _refusal(name: str, reason: str) -> InvalidRequestError:

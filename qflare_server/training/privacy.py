@@ -25,8 +25,9 @@ from qflare_server.storage.repository import audit, training_sessions
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.tables import RiskLevel
 from qflare_server.strategies import PrivacyBudgetExceededError
-from qflare_server.strategies.accounting import PrivacyLedger, PrivacySpent, spend
+from qflare_server.strategies.accounting import PrivacyLedger, PrivacySpent, spend, with_version
 from qflare_server.strategies.config import PrivacyConfig
+from qflare_server.training.masking import has_noise_in_sum
 from qflare_server.training.strategy import privacy_config
 
 SEED: Final = "noise_seed"
@@ -122,7 +123,7 @@ def account_for_lost(
     assert privacy is not None
     ledger = PrivacyLedger.from_rows(ledger_rows(state))
     for _ in digests:
-        ledger = ledger.with_release(privacy.noise_multiplier, privacy.sampling_probability)
+        ledger = with_version(privacy, ledger)
     lost = sorted(lost_versions(state).union(digests))
     return {**(state or {}), LEDGER: ledger.as_rows(), LOST: lost}
 
@@ -133,7 +134,7 @@ def noise_seed(
     training_session_id: str,
     state: Mapping[str, Any] | None,
 ) -> bytes | None:
-    """Return the noise seed of a training session, 32 bytes; None without privacy.
+    """Return the noise seed of a training session, 32 bytes; None if the coordinator adds no noise.
 
     Draws and stores a new seed if none can be decrypted.
 
@@ -146,7 +147,7 @@ def noise_seed(
     Raises:
         TrainingSessionNotFoundError: There is no such training session.
     """
-    if not config.privacy.noise_multiplier:
+    if not config.privacy.noise_multiplier or has_noise_in_sum(config):
         return None
     known = open_seed(context, training_session_id, state)
     if known is not None:

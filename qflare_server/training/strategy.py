@@ -5,6 +5,7 @@ from dataclasses import fields
 from math import ceil
 from typing import Any, Final
 
+from qflare.masking.noise import DEVICES, MAX_ELEMENTS
 from qflare.v1 import training_pb2
 from qflare_server.errors import StrategyRefusedError
 from qflare_server.strategies import (
@@ -15,8 +16,14 @@ from qflare_server.strategies import (
     build,
 )
 from qflare_server.strategies.catalogue import RULES, rebuild
+from qflare_server.strategies.config import NoiseShares
 from qflare_server.strategies.validation import ineffective
-from qflare_server.training.masking import group_quorum, is_masked, parameters_of
+from qflare_server.training.masking import (
+    group_quorum,
+    has_noise_in_sum,
+    is_masked,
+    parameters_of,
+)
 
 _DERIVED: Final = frozenset(
     {
@@ -189,6 +196,20 @@ def privacy_config(config: training_pb2.TrainingConfig) -> PrivacyConfig | None:
         adaptive_quantile=policy.target_quantile,
         accountant=_accountant(policy),
         rounding=1 / parameters_of(config).scale if is_masked(config) else 0.0,
+        shares=_shares(config),
+    )
+
+
+def _shares(config: training_pb2.TrainingConfig) -> NoiseShares | None:
+    """Return the noise that is in the sum when the coordinator gets it; None if the coordinator adds the noise."""
+    if not has_noise_in_sum(config):
+        return None
+    parameters = parameters_of(config)
+    is_of_devices = config.secure_aggregation.noise == DEVICES
+    return NoiseShares(
+        count=config.secure_aggregation.min_cohort if is_of_devices else 1,
+        stddev=parameters.noise_stddev(0),
+        element_count=MAX_ELEMENTS,
     )
 
 

@@ -28,6 +28,7 @@ from qflare_server.storage.records import GlobalModel
 from qflare_server.storage.repository import global_models, payloads, updates
 from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.strategies import NotEnoughUpdatesError, UpdateAssessment, by_update
+from qflare_server.training.masking import has_noise_in_sum
 from qflare_server.training.privacy import open_seed
 from qflare_server.training.versions import find_version
 from qflare_server.verification.configurations import read_configurations
@@ -74,7 +75,8 @@ def recompute_version(
         context: The coordinator's dependencies.
         training_session_id: Training session.
         version: None means the latest.
-        noise_seed: The training session's noise seed, needed with differential privacy; None decrypts the stored one.
+        noise_seed: The training session's noise seed, needed if the coordinator adds noise; None decrypts the stored
+            one.
         thread_count: Number of threads for the arithmetic.
 
     Raises:
@@ -101,7 +103,8 @@ def recompute_version(
         plan = read_plan(session, model.training_session_id, model.round_number, model.base_version)
     plan = dataclasses.replace(plan, config=config)
     seed = noise_seed or open_seed(context, plan.training_session_id, plan.privacy_state)
-    if plan.config.privacy.noise_multiplier and seed is None:
+    needs_seed = plan.config.privacy.noise_multiplier and not has_noise_in_sum(plan.config)
+    if needs_seed and seed is None:
         problem = "noise: its seed does not open under this state key"
         return dataclasses.replace(result, differences=(problem,))
 
