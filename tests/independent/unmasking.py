@@ -26,6 +26,8 @@ from tests.independent.verifier import (
 LEVELS = 2**24 - 1
 HELPER_MODE = training_pb2.SecureAggregationMode.Value("SECURE_AGGREGATION_MODE_HELPER")
 NEIGHBORS_MODE = training_pb2.SecureAggregationMode.Value("SECURE_AGGREGATION_MODE_NEIGHBORS")
+DEVICE_NOISE = training_pb2.NoiseSource.Value("NOISE_SOURCE_DEVICES")
+HELPER_NOISE = training_pb2.NoiseSource.Value("NOISE_SOURCE_HELPER")
 MASKED = training_pb2.Encoding.Value("ENCODING_MASKED")
 DELTA = training_pb2.UpdateKind.Value("UPDATE_KIND_DELTA")
 
@@ -33,12 +35,18 @@ DELTA = training_pb2.UpdateKind.Value("UPDATE_KIND_DELTA")
 class Layout:
     """Ring, scale and slots of a policy."""
 
-    def __init__(self, policy: training_pb2.SecureAggregationPolicy, max_weight: int) -> None:
+    def __init__(
+        self,
+        policy: training_pb2.SecureAggregationPolicy,
+        max_weight: int,
+        noise_multiplier: float = 0.0,
+    ) -> None:
         self.bits, self.max_weight = policy.bits, max_weight
+        self.room = noise_room(policy, noise_multiplier)
         self.bounds = [(metric.name, metric.bound) for metric in policy.metrics]
         half, most = 2 ** (policy.bits - 1) - 1, policy.max_cohort
-        self.limit = half // most
-        self.scale = math.floor(Fraction(half) / (most * Fraction(policy.clip)))
+        self.limit = half // (most + self.room)
+        self.scale = math.floor(Fraction(half) / ((most + self.room) * Fraction(policy.clip)))
         self.digit_bits = math.floor(math.log2((2**policy.bits - 1) // most + 1))
         self.weight_digits = math.ceil(max_weight.bit_length() / self.digit_bits)
         self.metric_digits = math.ceil((max_weight.bit_length() + 24) / self.digit_bits)
@@ -78,6 +86,44 @@ class Layout:
         return sum(digit << (self.digit_bits * place) for place, digit in enumerate(digits))
 
 
+def policy_of(
+    masking: pb.MaskingTask,
+) -> tuple[training_pb2.SecureAggregationPolicy, float]:
+    """Settings of a task, and the multiplier of the noise that devices or helpers add."""
+    is_noisy = masking.HasField("noisy")
+    require(is_noisy != masking.HasField("policy"), "settings are at two places, or at none")
+    policy = masking.noisy.policy if is_noisy else masking.policy
+    require(is_noisy == (policy.noise in (DEVICE_NOISE, HELPER_NOISE)), "noise of another source")
+    multiplier = masking.noisy.noise_multiplier
+    require(policy.mode in (HELPER_MODE, NEIGHBORS_MODE), "task has another mode")
+    if is_noisy:
+        require(0 < multiplier <= 1e6, "noise multiplier is out of range")
+        require(masking.max_weight == 1 and not policy.metrics, "noise with weights or metrics")
+        is_mistaken = policy.noise == HELPER_NOISE and policy.mode == NEIGHBORS_MODE
+        require(not is_mistaken, "noise of helpers without helpers")
+    return policy, multiplier
+
+
+def noise_room(policy: training_pb2.SecureAggregationPolicy, multiplier: float) -> int:
+    """Room of the ring for noise, as a number of updates."""
+    if not multiplier:
+        return 0
+    shares = Fraction(len(policy.helpers))
+    if policy.noise == DEVICE_NOISE:
+        shares = Fraction(policy.max_cohort, policy.min_cohort)
+    square = (16 * Fraction(multiplier)) ** 2 * shares
+    room = math.isqrt(math.floor(square))
+    return room if room * room == square else room + 1
+
+
+def noise_stddev(
+    policy: training_pb2.SecureAggregationPolicy, multiplier: float, scale: int, count: int
+) -> float:
+    """Least standard deviation of what a device or a helper adds to each of so many elements."""
+    whole = multiplier * (policy.clip * scale + math.sqrt(count))
+    return whole / math.sqrt(policy.min_cohort) if policy.noise == DEVICE_NOISE else whole
+
+
 def mask(seed: bytes, size_bytes: int) -> bytes:
     """The first bytes of the mask of a seed."""
     key = expand(seed, b"qflare/v1/mask")
@@ -115,7 +161,7 @@ def open_helpers(task: pb.TaskStatement) -> list[tuple[pb.HelperDocument, pb.Pub
         require(document.realm == task.realm, "helper of another realm")
         opened.append((document, key))
     named = [key.key_id for _, key in opened]
-    require(named == list(task.masking.policy.helpers), "documents of other helpers")
+    require(named == list(policy_of(task.masking)[0].helpers), "documents of other helpers")
     require(1 <= len({*named}) == len(named) <= 3, "a helper is named twice")
     return opened
 
@@ -131,8 +177,7 @@ def check_transcript(
     task = pb.TaskStatement.FromString(open_envelope(transcript.task, "qflare/v1/task", task_keys))
     digest = hashlib.sha256(transcript.task.payload).hexdigest()
     require(made.unmasking.task_digest == digest, "version names another task")
-    policy = task.masking.policy
-    require(policy.mode in (HELPER_MODE, NEIGHBORS_MODE), "task has another mode")
+    policy, multiplier = policy_of(task.masking)
     transfer = (task.transfer.update_encoding, task.transfer.update_kind)
     require(transfer == (MASKED, DELTA), "task wants other updates")
     for field in (
@@ -140,7 +185,7 @@ def check_transcript(
         *("base_version", "config_digest"),
     ):
         require(getattr(task, field) == getattr(made, field), f"task has another {field}")
-    layout = Layout(policy, task.masking.max_weight)
+    layout = Layout(policy, task.masking.max_weight, multiplier)
     least, most = policy.min_cohort, policy.max_cohort
     require(2 <= least <= made.contributor_count <= most, "too few or too many contributors")
     members = contributors_digest(updates.values())
@@ -149,18 +194,21 @@ def check_transcript(
     if policy.mode == NEIGHBORS_MODE:
         require(not (policy.helpers or task.masking.helpers or transcript.answers), "helpers")
         for payload in updates.values():
-            _check_masking(pb.UpdateStatement.FromString(payload), digest)
+            _check_masking(pb.UpdateStatement.FromString(payload), digest, multiplier)
         check_groups(transcript.groups, made, policy, updates, devices or {})
         return []
     require(not transcript.groups, "groups of neighbors without neighbors")
     helpers = open_helpers(task)
     for payload in updates.values():
-        _check_update(pb.UpdateStatement.FromString(payload), digest, helpers)
+        _check_update(pb.UpdateStatement.FromString(payload), digest, helpers, multiplier)
     named = [hashlib.sha256(answer.payload).hexdigest() for answer in transcript.answers]
     require(named == list(made.unmasking.answer_digests), "version names other answers")
     require(len(named) == len(helpers), "an answer is missing")
     for envelope, (_, key) in zip(transcript.answers, helpers, strict=True):
         _check_answer(envelope, key, made, layout)
+        answer = pb.UnmaskingAnswer.FromString(envelope.payload)
+        wanted = multiplier if policy.noise == HELPER_NOISE else 0.0
+        require(answer.noise_multiplier == wanted, "answer with other noise")
     return [key.key_id for _, key in helpers]
 
 
@@ -168,17 +216,19 @@ def _check_update(
     update: pb.UpdateStatement,
     task_digest: str,
     helpers: Sequence[tuple[pb.HelperDocument, pb.PublicKey]],
+    multiplier: float,
 ) -> None:
-    _check_masking(update, task_digest)
+    _check_masking(update, task_digest, multiplier)
     require(not update.masking.HasField("neighbors"), "update has masks of neighbors")
     seeds = [(seed.helper_id, seed.kem_key_id) for seed in update.masking.seeds]
     wanted = [(key.key_id, document.kem_key.key_id) for document, key in helpers]
     require(seeds == wanted, "update has seeds for other helpers")
 
 
-def _check_masking(update: pb.UpdateStatement, task_digest: str) -> None:
+def _check_masking(update: pb.UpdateStatement, task_digest: str, multiplier: float) -> None:
     require(update.encoding == MASKED, "update is not masked")
     require(update.masking.task_digest == task_digest, "update was masked for another task")
+    require(update.masking.noise_multiplier == multiplier, "update for other noise")
     require(update.example_count == 1 and not update.metrics, "update tells of its device")
 
 

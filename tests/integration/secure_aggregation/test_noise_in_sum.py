@@ -3,19 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 from qflare.evidence.verification import verify_bundle
 from qflare.masking import noise
-from qflare.v1 import training_pb2, verification_pb2
-from qflare_client import (
-    Client,
-    InsufficientTaskError,
-    InvalidRequestError,
-    SecureAggregation,
-    UnsupportedTaskError,
-)
+from qflare.v1 import helper_service_pb2 as messages
+from qflare.v1 import security_pb2, training_pb2, verification_pb2
+from qflare_client import Client, InsufficientTaskError, SecureAggregation, UnsupportedTaskError
+from qflare_client.tasks import TaskKind
+from qflare_helper.errors import NoiseUnavailableError
+from qflare_helper.unmasking import _require_sampler
 from qflare_server.context import utc_now
 from qflare_server.storage.repository import training_sessions
 from qflare_server.strategies.accounting import PrivacyLedger, spent
@@ -23,6 +22,8 @@ from qflare_server.training.privacy import SEED
 from qflare_server.verification.recomputation import recompute_version
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import SecureDeployment, wait_for_version
+from tests.integration.secure_aggregation.test_attacks import LyingCoordinator
+from tests.integration.secure_aggregation.test_neighbors import together, train, until
 
 COUNT = 4_000
 NOISE = 2.0
@@ -35,6 +36,8 @@ HELPER = training_pb2.NOISE_SOURCE_HELPER
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 SecureStart = Callable[..., SecureDeployment]
+
+LARGE = {"arrays": {"w": np.zeros(40_000, np.float32)}}
 
 
 def session_settings(source: int, **settings: Any) -> dict[str, Any]:
@@ -106,3 +109,115 @@ def test_the_noise_is_in_the_sum_and_the_version_repeats_from_it(
         bundle.MergeFrom(part)
     verified = verify_bundle(bundle, parts.keys.trust.root_key_ids(), utc_now())
     assert set(verified.helper_ids) == {helper.helper_id for helper in made.helpers}
+
+
+def test_devices_with_neighbors_add_their_shares(deploy: Callable[..., Deployment]) -> None:
+    """Three devices of a minimum of two add half as much variance again as the noise has at least."""
+    made, count = deploy(worker_poll_s=0.02), 3
+    settings = session_settings(DEVICES)
+    policy = {"mode": training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS, "min_cohort": 2}
+    session_id = made.session(
+        settings.pop("arrays"),
+        total_rounds=1,
+        rounds=training_pb2.RoundPolicy(quorum=count, target=count),
+        secure_aggregation=training_pb2.SecureAggregationPolicy(
+            **(settings.pop("policy") | policy)
+        ),
+        transfer=training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL),
+        **settings,
+    )
+    own = SecureAggregation(2, (), neighbors=True, noise_multiplier=NOISE)
+    clients = [device(made, f"device-{index}", own) for index in range(count)]
+    changes: dict[int, Any] = {}
+
+    def work(index: int) -> None:
+        train(clients[index], session_id, index, changes)
+        until(clients[index], session_id, lambda task: task.kind is TaskKind.DONE)
+
+    together(work, count)
+    change = wait_for_version(clients[0], session_id, 1).arrays["w"].astype(float)
+    assert change.std() == pytest.approx(NOISE * CLIP / count * 1.5**0.5, rel=0.06)
+    found = recompute_version(made.coordinator.parts.context, session_id, 1)
+    assert (found.recomputed, found.differences) == (True, ())
+
+
+CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("secure_aggregation.noise", {"privacy": {"noise_multiplier": 0.0}}),
+    ("secure_aggregation.noise", {"policy": {"noise": 9}}),
+    ("secure_aggregation.noise", {"policy": {"mode": 2, "helpers": [], "noise": HELPER}}),
+    ("privacy.accountant", {"privacy": {"accountant": training_pb2.PRIVACY_ACCOUNTANT_PLD}}),
+    ("secure_aggregation.bits", {"policy": {"bits": 16}, "privacy": {"noise_multiplier": 1e-4}}),
+    ("secure_aggregation.bits", {"policy": {"bits": 16}, "privacy": {"noise_multiplier": 1e5}}),
+    ("secure_aggregation.metrics", {"policy": {"metrics": [{"name": "loss", "bound": 1.0}]}}),
+]
+
+
+def test_what_has_no_room_or_no_noise_is_refused_at_creation(secure: SecureStart) -> None:
+    made = secure()
+    for field, config in CONTRADICTIONS:
+        with pytest.raises(grpc.RpcError) as caught:
+            made.session(3, **session_settings(DEVICES, **config))
+        error: Any = caught.value
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, (field, error.details())
+        assert field in error.details(), error.details()
+    with pytest.raises(grpc.RpcError, match="twice the square root of the number"):
+        made.session(
+            QUORUM, **session_settings(HELPER, policy={"bits": 16, "max_cohort": 1000}) | LARGE
+        )
+
+
+def test_a_device_that_cannot_draw_noise_refuses_before_it_trains(
+    secure: SecureStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = secure()
+    session_id = made.session(QUORUM, **session_settings(DEVICES))
+    client = made.deployment.device("device")
+    assert client.get_task(session_id).masking is not None
+    monkeypatch.setattr(noise, "find_spec", lambda _: None)
+    with pytest.raises(UnsupportedTaskError, match=r"qflare\[device-noise\]"):
+        client.get_task(session_id)
+    with pytest.raises(NoiseUnavailableError):
+        _require_sampler()
+
+
+def test_a_device_trains_for_no_task_with_less_noise(secure: SecureStart) -> None:
+    """Neither a session with noise of the coordinator nor one with less noise is trained for."""
+    made = secure()
+    helpers = {made.helpers[0].helper_id}
+    central = made.session(QUORUM, **session_settings(0))
+    less = made.session(QUORUM, **session_settings(HELPER, privacy={"noise_multiplier": 1.0}))
+    own = device(made.deployment, "device", SecureAggregation(2, helpers, noise_multiplier=NOISE))
+    for session_id in (central, less):
+        with pytest.raises(InsufficientTaskError, match="this device requires 2"):
+            own.get_task(session_id)
+
+
+@pytest.fixture
+def liar(secure: SecureStart) -> LyingCoordinator:
+    """Return a coordinator whose round has noise of the helper and two updates, and is not closed."""
+    made = secure()
+    session_id = made.session(3, **session_settings(HELPER, policy={"min_cohort": 2}))
+    for index in range(2):
+        client = made.deployment.device(f"device-{index}")
+        task = client.get_task(session_id)
+        base = client.download_base(task)
+        client.submit(task, base, {"w": base.arrays["w"] + np.float32(1.0)}, 500)
+    return LyingCoordinator(made, session_id)
+
+
+def answer_of(responses: list[messages.UnmaskResponse]) -> security_pb2.UnmaskingAnswer:
+    return security_pb2.UnmaskingAnswer.FromString(responses[0].answer.answer.payload)
+
+
+def test_a_helper_draws_the_noise_of_a_set_once(liar: LyingCoordinator) -> None:
+    helper = liar._helper
+    kept = (helper.home / "policy.toml").read_text()
+    (helper.home / "policy.toml").write_text("min_cohort = 2\nnoise_multiplier = 2.5\n")
+    assert "want at least 2.5" in (text := liar.refusal(liar.members)), text
+    (helper.home / "policy.toml").write_text(kept)
+    first = liar.ask(liar.members)
+    assert answer_of(first).noise_multiplier == NOISE
+    helper.kill()
+    helper.start()
+    assert liar.ask(list(reversed(liar.members))) == first
+    assert "1 answers with 2 updates verified" in helper.run("audit", "verify")

@@ -37,6 +37,8 @@ PRIVATE = {
     "privacy.epsilon_budget": 1000.0,
     "privacy.delta": 1e-5,
 }
+DEVICE_NOISE = PRIVATE | {"secure_aggregation.noise": "NOISE_SOURCE_DEVICES"}
+HELPER_NOISE = PRIVATE | {"secure_aggregation.noise": "NOISE_SOURCE_HELPER"}
 
 
 def wander(
@@ -69,7 +71,11 @@ def test_masks_leave_the_mean_but_for_quantization() -> None:
     assert [row["examples"] for row in masked.history("versions")][1:] == [weight_sum]
 
 
-@pytest.mark.parametrize("settings", [MASKED, PRIVATE], ids=["masked", "private"])
+@pytest.mark.parametrize(
+    "settings",
+    [MASKED, PRIVATE, DEVICE_NOISE, HELPER_NOISE],
+    ids=["masked", "private", "device noise", "helper noise"],
+)
 def test_equal_runs_repeat_to_the_byte(settings: dict[str, Any]) -> None:
     first, again, other = run(settings), run(settings, workers=2), run(settings, seed=2)
 
@@ -84,8 +90,9 @@ def test_equal_runs_repeat_to_the_byte(settings: dict[str, Any]) -> None:
     assert digests.isdisjoint(row["digest"] for row in other.history("updates"))
 
 
-def test_the_sum_gets_noise_and_its_versions_say_epsilon() -> None:
-    done = run(PRIVATE | {"total_rounds": 1})
+@pytest.mark.parametrize("settings", [PRIVATE, DEVICE_NOISE, HELPER_NOISE])
+def test_the_sum_gets_noise_and_its_versions_say_epsilon(settings: dict[str, Any]) -> None:
+    done = run(settings | {"total_rounds": 1})
 
     clipped = np.linalg.norm(done.model["weight"])
     assert clipped == pytest.approx(2.0 * 3.0 / 4 * COUNT**0.5, rel=0.1)
@@ -147,3 +154,4 @@ def test_only_simulations_decide_what_masks_are_drawn_from() -> None:
             text = file.read_text("utf-8")
             assert "draw_seed=" not in text, file
             assert "draw_random=" not in text, file
+            assert "draw_noise=" not in text, file

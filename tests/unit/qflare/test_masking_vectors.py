@@ -10,7 +10,7 @@ import pytest
 from qflare.crypto.sealing import KemKey
 from qflare.crypto.signing import Provider, PublicKey
 from qflare.evidence.statements import StatementError, digest_of, open_update
-from qflare.evidence.unmasking import verify_transcript
+from qflare.evidence.unmasking import check_masked_update, masking_of, verify_transcript
 from qflare.masking.masks import Mask
 from qflare.masking.seeds import open_seed
 from qflare.v1 import security_pb2 as pb
@@ -21,6 +21,7 @@ from tests.vectors.protocol import generate, masking
 
 FOLDER = Path(generate.__file__).parent
 MASKING = json.loads((FOLDER / "masking.json").read_text(encoding="utf-8"))
+NOISE = json.loads((FOLDER / "noise.json").read_text(encoding="utf-8"))
 UNMASKING = json.loads((FOLDER / "unmasking.json").read_text(encoding="utf-8"))
 Transcript = verification_pb2.UnmaskingTranscript
 
@@ -63,6 +64,78 @@ def _update(vector: dict[str, Any]) -> tuple[pb.SignedEnvelope, pb.PublicKey]:
     return envelope, pb.PublicKey.FromString(bytes.fromhex(vector["device_key"]))
 
 
+@pytest.mark.parametrize("vector", MASKING["noise"])
+def test_the_room_and_the_size_of_noise_by_the_page(vector: dict[str, Any]) -> None:
+    task = pb.MaskingTask.FromString(bytes.fromhex(vector["masking_task"]))
+    policy, multiplier = unmasking.policy_of(task)
+    layout = unmasking.Layout(policy, task.max_weight, multiplier)
+    assert layout.room == vector["room"]
+    assert (layout.limit, layout.scale) == (vector["limit"], vector["scale"])
+    for count, stddev in vector["stddev"].items():
+        least = unmasking.noise_stddev(policy, multiplier, layout.scale, int(count))
+        assert least <= stddev <= least * (1 + 1e-11)
+
+
+@pytest.mark.parametrize("source", ["devices", "helper"])
+def test_noise_is_in_the_sum_by_the_page(source: str) -> None:
+    vectors = NOISE[source]
+    transcript = Transcript.FromString(bytes.fromhex(vectors["transcript"]))
+    made = pb.SignedEnvelope.FromString(bytes.fromhex(vectors["version"]))
+    statement = pb.ModelStatement.FromString(made.payload)
+    _check_both(transcript, statement, vectors)
+    task = pb.TaskStatement.FromString(transcript.task.payload)
+    policy, multiplier = unmasking.policy_of(task.masking)
+    layout = unmasking.Layout(policy, task.masking.max_weight, multiplier)
+    payloads = [layout.elements(bytes.fromhex(item["payload"])) for item in vectors["updates"]]
+    columns = zip(*payloads, layout.elements(bytes.fromhex(vectors["mask_sum"])), strict=True)
+    total = [(sum(column[:-1]) - column[-1]) % 2**layout.bits for column in columns]
+    signs = 1 if source == "devices" else -1
+    noise = [signs * sum(samples) for samples in zip(*vectors["noise"], strict=True)]
+    for index, drawn in enumerate(noise):
+        wanted = sum(
+            item["change"][index]
+            * layout.scale
+            * min(1.0, 4.0 / sum(value**2 for value in item["change"]) ** 0.5)
+            for item in vectors["updates"]
+        )
+        assert abs(layout.signed(total[index]) - drawn - wanted) < len(payloads)
+    assert layout.totals(total[len(noise) :]) == (len(payloads), {})
+    assert any(noise)
+
+
+@pytest.mark.parametrize("source", ["devices", "helper"])
+def test_statements_without_the_noise_of_the_task_do_not_verify(source: str) -> None:
+    """The settings at their old place, as software that knows no noise reads them, are refused as well."""
+    vectors = json.loads(json.dumps(NOISE[source]))
+    transcript = Transcript.FromString(bytes.fromhex(vectors["transcript"]))
+    task = pb.TaskStatement.FromString(transcript.task.payload)
+    assert not task.masking.HasField("policy")
+    for change in (
+        lambda masking: masking.noisy.ClearField("noise_multiplier"),
+        lambda masking: setattr(masking.noisy, "noise_multiplier", 1e7),
+        lambda masking: masking.noisy.policy.ClearField("noise"),
+        lambda masking: setattr(masking.noisy.policy, "noise", 7),
+        lambda masking: masking.policy.CopyFrom(masking.noisy.policy),
+        lambda masking: setattr(masking, "max_weight", 2),
+        lambda masking: masking.ClearField("noisy"),
+        lambda masking: setattr(masking.noisy.policy, "mode", 2 if source == "helper" else 9),
+    ):
+        changed = pb.TaskStatement.FromString(task.SerializeToString())
+        change(changed.masking)
+        with pytest.raises(StatementError):
+            masking_of(pb.SignedEnvelope(payload=changed.SerializeToString()))
+        with pytest.raises(RefusedError):
+            unmasking.policy_of(changed.masking)
+    envelope, key = _update(vectors["updates"][0])
+    statement = open_update(envelope, PublicKey.from_proto(key))
+    masking = masking_of(transcript.task)
+    assert masking is not None
+    check_masked_update(statement, masking)
+    statement.masking.ClearField("noise_multiplier")
+    with pytest.raises(StatementError, match="noise_multiplier"):
+        check_masked_update(statement, masking)
+
+
 @pytest.mark.parametrize("vector", UNMASKING["updates"])
 def test_a_seed_opens_by_the_product_and_by_the_page(vector: dict[str, Any]) -> None:
     envelope, key = _update(vector)
@@ -100,11 +173,13 @@ def test_the_sum_of_the_updates_by_the_page() -> None:
     assert digest == answer.mask_digest
 
 
-def _check_both(transcript: Transcript, made: pb.ModelStatement) -> None:
+def _check_both(
+    transcript: Transcript, made: pb.ModelStatement, vectors: dict[str, Any] = UNMASKING
+) -> None:
     """Check a transcript with the product and by the page; both must agree."""
-    envelopes = [_update(vector)[0] for vector in UNMASKING["updates"]]
+    envelopes = [_update(vector)[0] for vector in vectors["updates"]]
     payloads = {digest_of(envelope.payload): envelope.payload for envelope in envelopes}
-    key = pb.PublicKey.FromString(bytes.fromhex(UNMASKING["task_key"]))
+    key = pb.PublicKey.FromString(bytes.fromhex(vectors["task_key"]))
     stated = [pb.UpdateStatement.FromString(payload) for payload in payloads.values()]
     try:
         verify_transcript(transcript, made, [PublicKey.from_proto(key)], stated, payloads)

@@ -1,5 +1,6 @@
-"""Vectors of secure aggregation: parameters, masks, slots, masked updates with sealed seeds, and a transcript."""
+"""Vectors of secure aggregation: parameters, masks, slots, masked updates with sealed seeds, transcripts, noise."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -9,6 +10,7 @@ from qflare.evidence.lineage import contributors_digest, sign_model
 from qflare.evidence.statements import digest_of, sign_task, sign_update
 from qflare.evidence.unmasking import sign_answer, sign_helper
 from qflare.masking.masks import SLICE_BYTES, Mask
+from qflare.masking.noise import draw_exact
 from qflare.masking.parameters import MaskingParameters
 from qflare.masking.quantization import Quantizer, quantize_slots
 from qflare.masking.seeds import seal_seed
@@ -19,11 +21,22 @@ from tests.vectors.protocol.generate import REALM, kem_key, seed, signing_key
 
 BASE_DIGEST: Final = seed("base").hex()
 DEVICES: Final = (1, 2)
+MULTIPLIER: Final = 1.5
+SOURCES: Final = {
+    "devices": training_pb2.NOISE_SOURCE_DEVICES,
+    "helper": training_pb2.NOISE_SOURCE_HELPER,
+}
 POLICIES: Final[tuple[tuple[int, float, int, int, dict[str, float]], ...]] = (
     (16, 1.0, 10, 3, {"loss": 2.0}),
     (32, 0.1, 1000, 5000, {"loss": 20.0, "accuracy": 1.0}),
     (64, 100.0, 1_000_000, 2**40, {}),
 )
+NOISE_POLICIES: Final = (
+    (training_pb2.NOISE_SOURCE_DEVICES, 16, 1.0, 10, 1.1),
+    (training_pb2.NOISE_SOURCE_DEVICES, 32, 0.1, 1000, 0.7),
+    (training_pb2.NOISE_SOURCE_HELPER, 64, 100.0, 1_000_000, 3.0),
+)
+ELEMENTS: Final = (1, 1000, 10**9)
 
 
 def policy_of(
@@ -45,6 +58,7 @@ def masking() -> dict[str, Any]:
     """Section 17: everything that is not random."""
     return {
         "parameters": [_parameters(*values) for values in POLICIES],
+        "noise": [_noise(*values) for values in NOISE_POLICIES],
         "masks": [_mask(offset, length) for offset, length in ((0, 64), (SLICE_BYTES - 7, 33))],
     }
 
@@ -67,6 +81,30 @@ def _parameters(
     }
 
 
+def noisy(policy: training_pb2.SecureAggregationPolicy, multiplier: float) -> pb.MaskingTask:
+    """A task with noise of devices or helpers, and no helpers' documents."""
+    return pb.MaskingTask(
+        max_weight=1, noisy=pb.NoisyMasking(policy=policy, noise_multiplier=multiplier)
+    )
+
+
+def _noise(
+    source: int, bits: int, clip: float, max_cohort: int, multiplier: float
+) -> dict[str, Any]:
+    policy = policy_of(bits, clip, max_cohort, {})
+    policy.noise = training_pb2.NoiseSource.Name(source)
+    task = noisy(policy, multiplier)
+    made = MaskingParameters.of_task(task)
+    assert made.noise is not None
+    return {
+        "masking_task": task.SerializeToString().hex(),
+        "room": made.noise.room(max_cohort),
+        "limit": made.limit,
+        "scale": made.scale,
+        "stddev": {str(count): made.noise_stddev(count) for count in ELEMENTS},
+    }
+
+
 def _mask(offset: int, length: int) -> dict[str, Any]:
     secret = seed("mask")
     return {
@@ -76,8 +114,8 @@ def _mask(offset: int, length: int) -> dict[str, Any]:
     }
 
 
-def task() -> pb.SignedEnvelope:
-    """A signed task with masking in 32 bits."""
+def task(source: int = 0) -> pb.SignedEnvelope:
+    """A signed task with masking in 32 bits, and noise of devices or helpers."""
     document = pb.HelperDocument(
         realm=REALM,
         sequence_number=1,
@@ -85,11 +123,12 @@ def task() -> pb.SignedEnvelope:
         kem_key=kem_key("helper").public.to_proto(),
         create_time=moment(),
     )
-    masking_task = pb.MaskingTask(
-        policy=policy_of(32, 4.0, 10, {"loss": 20.0}),
-        max_weight=1000,
-        helpers=[sign_helper(signing_key("helper"), document)],
-    )
+    masking_task = pb.MaskingTask(policy=policy_of(32, 4.0, 10, {"loss": 20.0}), max_weight=1000)
+    if source:
+        policy = policy_of(32, 4.0, 10, {})
+        policy.noise = training_pb2.NoiseSource.Name(source)
+        masking_task = noisy(policy, MULTIPLIER)
+    masking_task.helpers.append(sign_helper(signing_key("helper"), document))
     transfer = training_pb2.TransferPolicy(
         update_encoding=training_pb2.ENCODING_MASKED, update_kind=training_pb2.UPDATE_KIND_DELTA
     )
@@ -113,10 +152,14 @@ def change_of(number: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.linspace(-1.0, 2.0, 6) * (1.0 if number == 1 else 10.0)
 
 
-def _update(number: int, task_digest: str) -> tuple[pb.SignedEnvelope, bytes]:
-    made = MaskingParameters(32, 4.0, 10, 1000, {"loss": 20.0})
-    weight, change, secret = 400 * number, change_of(number), seed(f"masking {number}")
+def _update(
+    number: int, task_digest: str, masking: pb.MaskingTask, noise: Sequence[int]
+) -> tuple[pb.SignedEnvelope, bytes]:
+    made = MaskingParameters.of_task(masking)
+    weight = min(400 * number, made.max_weight)
+    change, secret = change_of(number), seed(f"masking {number}")
     quantized = Quantizer(made, weight, float(np.linalg.norm(change))).quantize(change)
+    quantized += np.array(noise, np.int64).astype(made.dtype)
     slots = quantize_slots(made, weight, {"loss": 0.5 * number})
     vector = np.concatenate([quantized, slots])
     Mask(secret).add_to(vector, 0)
@@ -128,13 +171,16 @@ def _update(number: int, task_digest: str) -> tuple[pb.SignedEnvelope, bytes]:
     statement.encoding = training_pb2.ENCODING_MASKED
     statement.payload_digest = statement.wire_digest = merkle.leaf_hash(payload).hex()
     statement.masking.task_digest = task_digest
+    statement.masking.noise_multiplier = masking.noisy.noise_multiplier
     helper_id = signing_key("helper").public.key_id
     sealed = seal_seed(secret, helper_id, kem_key("helper").public, statement)
     statement.masking.seeds.append(sealed)
     return sign_update(device_key(number), statement), payload
 
 
-def _answer(task_digest: str, members: str, mask: bytes) -> pb.SignedEnvelope:
+def _answer(
+    task_digest: str, members: str, mask: bytes, noise_multiplier: float
+) -> pb.SignedEnvelope:
     answer = pb.UnmaskingAnswer(
         realm=REALM,
         training_session_id=SESSION_ID,
@@ -148,21 +194,51 @@ def _answer(task_digest: str, members: str, mask: bytes) -> pb.SignedEnvelope:
         mask_digest=merkle.leaf_hash(mask).hex(),
         counter=1,
         counted_member_count=len(DEVICES),
+        noise_multiplier=noise_multiplier,
         create_time=moment(),
     )
     return sign_answer(signing_key("helper"), answer)
 
 
+def noise() -> dict[str, Any]:
+    """Section 17: as `unmasking`, with noise of the devices and of the helper; `noise` has the samples."""
+    return {name: _round(source) for name, source in SOURCES.items()}
+
+
 def unmasking() -> dict[str, Any]:
     """Section 17: two masked updates, the answer of a helper, and the statement of the version."""
-    signed_task = task()
-    task_digest = digest_of(signed_task.payload)
-    updates = [_update(number, task_digest) for number in DEVICES]
+    return _round(0)
+
+
+def _samples(source: int, masking: pb.MaskingTask, count: int) -> list[list[int]]:
+    """The noise of each device, or that of the helper."""
+    if not source:
+        return []
+    stddev = MaskingParameters.of_task(masking).noise_stddev(count)
+    drawn = len(DEVICES) if source == SOURCES["devices"] else 1
+    return [draw_exact(count, stddev).tolist() for _ in range(drawn)]
+
+
+def _round(source: int) -> dict[str, Any]:
+    signed_task = task(source)
+    task_digest, masking = digest_of(signed_task.payload), _masking_of(signed_task)
+    count = len(change_of(1))
+    samples = _samples(source, masking, count)
+    shares = samples if source == SOURCES["devices"] else [[0] * count] * len(DEVICES)
+    updates = [
+        _update(number, task_digest, masking, share)
+        for number, share in zip(DEVICES, shares, strict=True)
+    ]
     members = contributors_digest(digest_of(update.payload) for update, _ in updates)
     total = np.zeros(len(updates[0][1]) // 4, np.dtype("<u4"))
     for number in DEVICES:
         Mask(seed(f"masking {number}")).add_to(total, 0)
-    answer = _answer(task_digest, members, total.tobytes())
+    is_of_helper = source == SOURCES["helper"]
+    if is_of_helper:
+        total[:count] += np.array(samples[0], np.int64).astype(total.dtype)
+    multiplier = masking.noisy.noise_multiplier if is_of_helper else 0.0
+    answer = _answer(task_digest, members, total.tobytes(), multiplier)
+    weights = [min(400 * number, masking.max_weight) for number in DEVICES]
     statement = pb.ModelStatement(
         realm=REALM,
         training_session_id=SESSION_ID,
@@ -178,8 +254,8 @@ def unmasking() -> dict[str, Any]:
         code_version="0",
         contributor_count=len(DEVICES),
         contributors_digest=members,
-        weight_sum=1200.0,
-        example_count=1200,
+        weight_sum=float(sum(weights)),
+        example_count=sum(weights),
         create_time=moment(1),
         unmasking=pb.ModelUnmasking(
             task_digest=task_digest, answer_digests=[digest_of(answer.payload)]
@@ -193,18 +269,23 @@ def unmasking() -> dict[str, Any]:
         "transcript": transcript.SerializeToString().hex(),
         "version": sign_model(signing_key("model"), statement).SerializeToString().hex(),
         "mask_sum": total.tobytes().hex(),
+        **({"noise": samples} if source else {}),
         "updates": [
             {
                 "device_key": device_key(number).public.to_proto().SerializeToString().hex(),
                 "statement": update.SerializeToString().hex(),
                 "payload": payload.hex(),
                 "change": change_of(number).tolist(),
-                "weight": 400 * number,
-                "loss": 0.5 * number,
+                "weight": weight,
+                **({} if source else {"loss": 0.5 * number}),
             }
-            for number, (update, payload) in zip(DEVICES, updates, strict=True)
+            for number, weight, (update, payload) in zip(DEVICES, weights, updates, strict=True)
         ],
     }
 
 
-FILES: Final = {"masking.json": masking, "unmasking.json": unmasking}
+def _masking_of(signed_task: pb.SignedEnvelope) -> pb.MaskingTask:
+    return pb.TaskStatement.FromString(signed_task.payload).masking
+
+
+FILES: Final = {"masking.json": masking, "unmasking.json": unmasking, "noise.json": noise}
