@@ -23,7 +23,7 @@ from qflare_server.verification.recomputation import recompute_version
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import SecureDeployment, wait_for_version
 from tests.integration.secure_aggregation.test_attacks import LyingCoordinator
-from tests.integration.secure_aggregation.test_neighbors import together, train, until
+from tests.integration.secure_aggregation.test_neighbors import together, until
 
 COUNT = 4_000
 NOISE = 2.0
@@ -53,12 +53,17 @@ def session_settings(source: int, **settings: Any) -> dict[str, Any]:
     }
 
 
+def contribute(client: Client, session_id: str) -> None:
+    """Let a device take part in the open round."""
+    task = client.get_task(session_id)
+    base = client.download_base(task)
+    client.submit(task, base, {"w": base.arrays["w"] + np.float32(1.0)}, 500)
+
+
 def run_round(clients: list[Client], session_id: str, version: int) -> np.ndarray:
     """Let every device contribute; return the change of the version."""
     for client in clients:
-        task = client.get_task(session_id)
-        base = client.download_base(task)
-        client.submit(task, base, {"w": base.arrays["w"] + np.float32(1.0)}, 500)
+        contribute(client, session_id)
     model = wait_for_version(clients[0], session_id, version)
     before = clients[0].download(session_id, version - 1)
     return np.asarray(model.arrays["w"].astype(float) - before.arrays["w"])
@@ -97,7 +102,8 @@ def test_the_noise_is_in_the_sum_and_the_version_repeats_from_it(
         assert change.std() == pytest.approx(whole, rel=0.06)
         assert change.mean() == pytest.approx(CLIP / COUNT**0.5, abs=6 * whole / COUNT**0.5)
         statement = clients[0].download(session_id, version).statement
-        assert (statement.epsilon, statement.delta) == (pytest.approx(epsilon_of(version)), DELTA)
+        assert statement.epsilon == pytest.approx(epsilon_of(version))
+        assert statement.delta == DELTA
         found = recompute_version(parts.context, session_id, version)
         assert (found.recomputed, found.differences) == (True, ())
     with parts.database.read() as session:
@@ -128,10 +134,10 @@ def test_devices_with_neighbors_add_their_shares(deploy: Callable[..., Deploymen
     )
     own = SecureAggregation(2, (), neighbors=True, noise_multiplier=NOISE)
     clients = [device(made, f"device-{index}", own) for index in range(count)]
-    changes: dict[int, Any] = {}
 
     def work(index: int) -> None:
-        train(clients[index], session_id, index, changes)
+        until(clients[index], session_id, lambda task: task.kind is TaskKind.TRAIN)
+        contribute(clients[index], session_id)
         until(clients[index], session_id, lambda task: task.kind is TaskKind.DONE)
 
     together(work, count)
@@ -198,10 +204,7 @@ def liar(secure: SecureStart) -> LyingCoordinator:
     made = secure()
     session_id = made.session(3, **session_settings(HELPER, policy={"min_cohort": 2}))
     for index in range(2):
-        client = made.deployment.device(f"device-{index}")
-        task = client.get_task(session_id)
-        base = client.download_base(task)
-        client.submit(task, base, {"w": base.arrays["w"] + np.float32(1.0)}, 500)
+        contribute(made.deployment.device(f"device-{index}"), session_id)
     return LyingCoordinator(made, session_id)
 
 

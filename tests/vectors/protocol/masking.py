@@ -22,19 +22,16 @@ from tests.vectors.protocol.generate import REALM, kem_key, seed, signing_key
 BASE_DIGEST: Final = seed("base").hex()
 DEVICES: Final = (1, 2)
 MULTIPLIER: Final = 1.5
-SOURCES: Final = {
-    "devices": training_pb2.NOISE_SOURCE_DEVICES,
-    "helper": training_pb2.NOISE_SOURCE_HELPER,
-}
+SOURCES: Final = {"devices": "NOISE_SOURCE_DEVICES", "helper": "NOISE_SOURCE_HELPER"}
 POLICIES: Final[tuple[tuple[int, float, int, int, dict[str, float]], ...]] = (
     (16, 1.0, 10, 3, {"loss": 2.0}),
     (32, 0.1, 1000, 5000, {"loss": 20.0, "accuracy": 1.0}),
     (64, 100.0, 1_000_000, 2**40, {}),
 )
 NOISE_POLICIES: Final = (
-    (training_pb2.NOISE_SOURCE_DEVICES, 16, 1.0, 10, 1.1),
-    (training_pb2.NOISE_SOURCE_DEVICES, 32, 0.1, 1000, 0.7),
-    (training_pb2.NOISE_SOURCE_HELPER, 64, 100.0, 1_000_000, 3.0),
+    ("NOISE_SOURCE_DEVICES", 16, 1.0, 10, 1.1),
+    ("NOISE_SOURCE_DEVICES", 32, 0.1, 1000, 0.7),
+    ("NOISE_SOURCE_HELPER", 64, 100.0, 1_000_000, 3.0),
 )
 ELEMENTS: Final = (1, 1000, 10**9)
 
@@ -89,10 +86,10 @@ def noisy(policy: training_pb2.SecureAggregationPolicy, multiplier: float) -> pb
 
 
 def _noise(
-    source: int, bits: int, clip: float, max_cohort: int, multiplier: float
+    source: str, bits: int, clip: float, max_cohort: int, multiplier: float
 ) -> dict[str, Any]:
     policy = policy_of(bits, clip, max_cohort, {})
-    policy.noise = training_pb2.NoiseSource.Name(source)
+    policy.noise = training_pb2.NoiseSource.Value(source)
     task = noisy(policy, multiplier)
     made = MaskingParameters.of_task(task)
     assert made.noise is not None
@@ -114,7 +111,7 @@ def _mask(offset: int, length: int) -> dict[str, Any]:
     }
 
 
-def task(source: int = 0) -> pb.SignedEnvelope:
+def task(source: str = "") -> pb.SignedEnvelope:
     """A signed task with masking in 32 bits, and noise of devices or helpers."""
     document = pb.HelperDocument(
         realm=REALM,
@@ -126,7 +123,7 @@ def task(source: int = 0) -> pb.SignedEnvelope:
     masking_task = pb.MaskingTask(policy=policy_of(32, 4.0, 10, {"loss": 20.0}), max_weight=1000)
     if source:
         policy = policy_of(32, 4.0, 10, {})
-        policy.noise = training_pb2.NoiseSource.Name(source)
+        policy.noise = training_pb2.NoiseSource.Value(source)
         masking_task = noisy(policy, MULTIPLIER)
     masking_task.helpers.append(sign_helper(signing_key("helper"), document))
     transfer = training_pb2.TransferPolicy(
@@ -207,10 +204,10 @@ def noise() -> dict[str, Any]:
 
 def unmasking() -> dict[str, Any]:
     """Section 17: two masked updates, the answer of a helper, and the statement of the version."""
-    return _round(0)
+    return _round("")
 
 
-def _samples(source: int, masking: pb.MaskingTask, count: int) -> list[list[int]]:
+def _samples(source: str, masking: pb.MaskingTask, count: int) -> list[list[int]]:
     """The noise of each device, or that of the helper."""
     if not source:
         return []
@@ -219,7 +216,7 @@ def _samples(source: int, masking: pb.MaskingTask, count: int) -> list[list[int]
     return [draw_exact(count, stddev).tolist() for _ in range(drawn)]
 
 
-def _round(source: int) -> dict[str, Any]:
+def _round(source: str) -> dict[str, Any]:
     signed_task = task(source)
     task_digest, masking = digest_of(signed_task.payload), _masking_of(signed_task)
     count = len(change_of(1))
