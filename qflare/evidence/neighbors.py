@@ -196,8 +196,17 @@ def check_boxes(
 
 def prove_box(boxes: Sequence[security_pb2.NeighborBox], index: int) -> list[bytes]:
     """Return the Merkle proof that a box is the one at an index among a member's boxes."""
+    return prove_boxes(boxes, [index])[0]
+
+
+def prove_boxes(
+    boxes: Sequence[security_pb2.NeighborBox], indices: Sequence[int]
+) -> list[list[bytes]]:
+    """Return the Merkle proofs of the boxes at some indices among a member's boxes, from one tree."""
+    if not indices:
+        return []
     nodes = merkle.nodes_of(boxes_tree(boxes))
-    return merkle.inclusion_proof(nodes, index, len(boxes))
+    return [merkle.inclusion_proof(nodes, index, len(boxes)) for index in indices]
 
 
 def check_box_proof(

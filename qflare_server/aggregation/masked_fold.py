@@ -167,7 +167,8 @@ class MaskedRoundFold(RoundFold):
             return True
         if self._pending is None:
             self._pending = self._asker().submit(self._ask)
-            self._pending.add_done_callback(lambda _: self._context.wake())
+            wake = self._context.wake  # a callback that held this fold would keep its sum in memory
+            self._pending.add_done_callback(lambda _: wake())
         return self._pending.done()
 
     def _ask(self) -> None:
@@ -307,7 +308,7 @@ class MaskedRoundFold(RoundFold):
         if self._pending is None:
             self._unmask(executor)
         else:
-            self._pending.result()
+            self._result(self._pending)
 
         self._aggregation.extend(self._contributions())
         return self._write(executor, at)
@@ -316,13 +317,27 @@ class MaskedRoundFold(RoundFold):
         """Return what the strategy gets: the mean of the sum."""
         # Under privacy the strategy divides by a fixed number instead of the number of updates.
         is_private = bool(self.plan.config.privacy.noise_multiplier)
-        divisor = self._parameters.max_weight if is_private else self._weight_sum
+        parameters, total = (
+            self._parameters,
+            self._sum,
+        )  # the aggregation must not hold this fold, which holds it
+        divisor = parameters.max_weight if is_private else self._weight_sum
 
         def read(start: int, stop: int) -> np.ndarray[Any, Any]:
-            return mean_change(self._parameters, self._sum[start:stop], divisor)
+            return mean_change(parameters, total[start:stop], divisor)
 
         members = contributors_digest(self._bound[update_id] for update_id in self._digests)
         return [Contribution(SUM, self._weight_sum, read, digest=members)]
+
+    def _result(self, pending: Future[None]) -> None:
+        """Wait for the helpers; a failure is not kept, because its traceback would keep this fold in memory."""
+        try:
+            pending.result()
+        except BaseException:
+            self._pending = None
+            raise
+        finally:
+            del pending
 
     def totals(self) -> Totals:
         """Return the sum of the weights; nothing is known of single updates."""

@@ -1,5 +1,6 @@
 """Opening the sum of a group in secure aggregation with neighbors: seeds from revealed shares, and the transcript."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +8,7 @@ from functools import cached_property
 from sqlalchemy.orm import Session
 
 from qflare.crypto.sealing import KemPublicKey
-from qflare.evidence.neighbors import prove_box
+from qflare.evidence.neighbors import prove_boxes
 from qflare.masking.neighbor_graph import NeighborGraph
 from qflare.masking.neighbors import MemberKeys, leftover_masks, open_secret
 from qflare.v1 import coordinator_service_pb2, security_pb2, training_pb2, verification_pb2
@@ -160,7 +161,7 @@ def open_group(contents: GroupContents) -> OpenedGroup:
         return OpenedGroup(contents.graph, contents.transcript)
     seeds: dict[str, bytes] = {}
     liars: set[str] = set()
-    survivors = set(contents.survivors)
+    survivors, revealed = set(contents.survivors), _revealed(contents.reveals)
     for owner in sorted(contents.shares):
         kind = "self" if owner in survivors else "mask"
         commitments = {
@@ -168,8 +169,8 @@ def open_group(contents: GroupContents) -> OpenedGroup:
             for box in contents.shares[owner].boxes
         }
         keys = _keys(owner, contents.advertisements[owner])
-        revealed = _revealed(contents.reveals, owner)
-        seeds[owner], found = open_secret(contents.graph, kind, keys, commitments, revealed)
+        shares = revealed.get(owner, {})
+        seeds[owner], found = open_secret(contents.graph, kind, keys, commitments, shares)
         liars.update(found)
     devices = tuple(contents.device_of(item) for item in sorted(liars))
     opened = OpenedGroup(contents.graph, _transcript(contents, seeds), devices)
@@ -196,19 +197,25 @@ def _transcript(
     dropped = seeds.keys() - set(survivors)
     for sender in survivors:
         boxes = contents.shares[sender].boxes
-        for index, box in enumerate(boxes):
-            if box.recipient_digest in dropped and box.sealed_pair_seed:
-                made.boxes.add(sender=places[sender], box=box, proof=prove_box(boxes, index))
+        wanted = [
+            index
+            for index, box in enumerate(boxes)
+            if box.recipient_digest in dropped and box.sealed_pair_seed
+        ]
+        for index, proof in zip(wanted, prove_boxes(boxes, wanted), strict=True):
+            made.boxes.add(sender=places[sender], box=boxes[index], proof=proof)
     return made
 
 
-def _revealed(reveals: Mapping[str, security_pb2.NeighborReveal], owner: str) -> dict[str, bytes]:
-    return {
-        holder: item.share
-        for holder, reveal in reveals.items()
-        for item in reveal.shares
-        if item.owner_digest == owner
-    }
+def _revealed(
+    reveals: Mapping[str, security_pb2.NeighborReveal],
+) -> dict[str, dict[str, bytes]]:
+    """Return the revealed shares of each owner, by holder; one pass, because a group has many thousands."""
+    found: dict[str, dict[str, bytes]] = defaultdict(dict)
+    for holder, reveal in reveals.items():
+        for item in reveal.shares:
+            found[item.owner_digest][holder] = item.share
+    return found
 
 
 def _keys(digest: str, envelope: security_pb2.SignedEnvelope) -> MemberKeys:

@@ -15,6 +15,8 @@ from tests.bench import (
     relayed,
     rounds,
     sealed_transfers,
+    secure_peer,
+    secure_rounds,
     security,
     simulation,
     small_operations,
@@ -51,7 +53,10 @@ MEASUREMENTS: dict[str, Measurement] = {
     "divided-rounds": divided.divided_rounds,
     "robust": aggregation.robust,
     "lists": lists.first_pages,
+    "masked-devices": secure_rounds.masked_devices,
+    "helper-rounds": secure_rounds.helper_rounds,
     "neighbors": masking.neighbors,
+    "secure-peer": secure_peer.beside_flower,
     "simulation": simulation.simulation,
 }
 

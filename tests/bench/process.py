@@ -20,6 +20,21 @@ SETTLE_S = 0.3
 ANNOUNCEMENT = "serving on "
 
 
+def cpu_of(pid: int) -> float:
+    """Return the processor time that a process has used so far, in seconds."""
+    # Fields 14 and 15 of proc(5)'s stat; what stands before the last parenthesis may hold blanks.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_of(pid: int) -> int:
+    """Return the most memory that a process has held resident at once, in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the system does not say how much memory a process has held")
+
+
 class ServerProcess:
     """A server that prints `serving on ADDRESS`; use it as a context manager.
 
@@ -58,9 +73,7 @@ class ServerProcess:
 
     def cpu_s(self) -> float:
         """Return the processor time that it has used so far, in seconds."""
-        # Fields 14 and 15 of proc(5)'s stat; what stands before the last parenthesis may hold blanks.
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_of(self.pid)
 
     def settle(self) -> None:
         """Wait until it has nothing more to do: until it uses less than a tenth of a core."""
@@ -73,10 +86,7 @@ class ServerProcess:
 
     def peak_bytes(self) -> int:
         """Return the most memory that it has held resident at once, in bytes."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError("the system does not say how much memory a process has held")
+        return peak_of(self.pid)
 
     def __enter__(self) -> Self:
         return self

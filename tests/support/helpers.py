@@ -59,6 +59,12 @@ class HelperProcess:
         """Where it serves."""
         return f"127.0.0.1:{self._port}"
 
+    @property
+    def pid(self) -> int:
+        """Process id, while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self, *options: str) -> None:
         """Start it and wait until it serves; its bundle names its port afterwards.
 

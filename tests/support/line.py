@@ -14,6 +14,8 @@ class Line:
 
     Attributes:
         address: Where it listens, host:port.
+        up_bytes: Bytes that it has carried upwards.
+        down_bytes: Bytes that it has carried downwards.
 
     Args:
         target: Where it leads: host:port, or the path of a Unix socket.
@@ -35,7 +37,7 @@ class Line:
         self._open = threading.Event()
         self._open.set()
         self._lock = threading.Lock()
-        self._carried_bytes = 0
+        self.up_bytes = self.down_bytes = 0
         self._ends: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -100,8 +102,10 @@ class Line:
                     self._ended.wait(len(data) / self._bytes_per_s)
                 sink.sendall(data)
                 if upwards:
-                    self._carried_bytes += len(data)
-                    self._when_carried(self, self._carried_bytes)
+                    self.up_bytes += len(data)
+                    self._when_carried(self, self.up_bytes)
+                else:
+                    self.down_bytes += len(data)
         for end in (source, sink):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

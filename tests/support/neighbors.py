@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from qflare.masking.graph_parameters import GraphParameters
 from qflare.masking.masks import Mask
 from qflare.masking.neighbor_graph import NeighborGraph
 from qflare.masking.neighbors import MemberSecrets, OpenedBox, leftover_masks, open_secret
-from qflare.v1 import security_pb2
+from qflare.v1 import coordinator_service_pb2, security_pb2
 
 ROUND = MaskedRound("realm", "session", 1, "ab" * 32)
 
@@ -44,7 +45,7 @@ class Device:
             channel_key=self.secrets.channel_key.public.to_proto(),
             mask_key=self.secrets.mask_key.public.to_proto(),
             self_seed_digest=self.secrets.self_seed_digest,
-            nonce=bytes([number]) * 32,
+            nonce=number.to_bytes(32),
         )
         self.advertisement = self.sign(statement)
         self.member = open_advertisement(self.advertisement, self.signing.public, masked_round)
@@ -94,6 +95,7 @@ class Group:
         devices: By advertisement digest.
         graph: Of the group.
         boxes: By sender and recipient, of those that sent shares.
+        sent: What these have sent.
         updates: Masked update by digest.
     """
 
@@ -102,13 +104,14 @@ class Group:
     boxes: dict[tuple[str, str], Box] = field(default_factory=dict)
     updates: dict[str, np.ndarray] = field(default_factory=dict)
     sharers: set[str] = field(default_factory=set)
+    sent: dict[str, coordinator_service_pb2.SharedSecrets] = field(default_factory=dict)
 
     @classmethod
     def of(cls, devices: Iterable[Device], parameters: GraphParameters) -> "Group":
         by_digest = {device.digest: device for device in devices}
         return cls(by_digest, NeighborGraph(sorted(by_digest), parameters))
 
-    @property
+    @cached_property
     def members(self) -> dict[str, Member]:
         return {digest: device.member for digest, device in self.devices.items()}
 
@@ -121,6 +124,9 @@ class Group:
             statement = open_shares(envelope, device.member, ROUND, self.graph)
             check_boxes(statement, self.graph, boxes)
             self.sharers.add(sender)
+            self.sent[sender] = coordinator_service_pb2.SharedSecrets(
+                statement=envelope, boxes=boxes
+            )
             self.boxes.update({(sender, box.recipient_digest): box for box in boxes})
         for (sender, recipient), box in self.boxes.items():
             if recipient in self.sharers:
@@ -150,15 +156,18 @@ class Group:
     ) -> tuple[bytes, tuple[str, ...]]:
         """Open the self seed of a survivor, or the mask seed of another sharer."""
         kind = "self" if owner in self.updates else "mask"
+        neighbors = self.graph.neighbors(owner)
+        boxes = {item: self.boxes.get((owner, item)) for item in neighbors}
         commitments = {
             recipient: getattr(box, f"{kind}_share_digest")
-            for (sender, recipient), box in self.boxes.items()
-            if sender == owner
+            for recipient, box in boxes.items()
+            if box
         }
         shares = {
             holder: item.share
-            for holder, reveal in reveals.items()
-            for item in reveal.shares
+            for holder in neighbors
+            if holder in reveals
+            for item in reveals[holder].shares
             if item.owner_digest == owner
         }
         return open_secret(self.graph, kind, self.members[owner].keys, commitments, shares)

@@ -20,10 +20,10 @@ from tests.support.helpers import HelperProcess
 from tests.support.jobs import DEVICES, enroll_devices, prepare, wait_for_end
 from tests.support.processes import CoordinatorProcess, DeviceThread
 
-pytestmark = pytest.mark.slow
-
 KILLS: Final = int(os.environ.get("QFLARE_TEST_CRASHES", "5"))
 TIMEOUT_S: Final = 120.0
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 30 * KILLS)]
 
 
 @pytest.fixture
@@ -102,7 +102,6 @@ def _restart(*victims: CoordinatorProcess | HelperProcess) -> None:
         victim.start()
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_job_with_neighbors_survives_kills_of_coordinators(
     parts: Application, database_url: str, tmp_path: Path
 ) -> None:

@@ -1,18 +1,27 @@
 """A helper that lies, is slow, or is somebody else, against a real coordinator and real devices."""
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 import numpy as np
 import pytest
 
 from qflare.crypto.signing import SigningKey
-from qflare.evidence.unmasking import sign_answer
+from qflare.evidence.unmasking import Masking, masking_of, sign_answer
+from qflare.masking.parameters import MaskingParameters
 from qflare.v1 import helper_service_pb2 as messages
 from qflare.v1 import security_pb2
 from qflare_client import Client, NotFoundError
-from qflare_server.storage.repository import training_sessions
+from qflare_server.aggregation import masked_fold
+from qflare_server.aggregation.fold import RoundFold
+from qflare_server.storage.repository import training_sessions, updates
+from qflare_server.training.masking import parameters_of
 from tests.integration.secure_aggregation.conftest import (
+    TIMEOUT_S,
     SecureDeployment,
     contribute,
     wait_for_round,
@@ -84,6 +93,12 @@ def _unknown_updates(_: Answers) -> Answers:
     return [Response(refused=messages.RefusedMembers(members=[member]))]
 
 
+def _older(answers: Answers, earlier: Answers) -> Response:
+    """Return an answer whose latest one is an earlier one, as of a helper whose database was restored."""
+    latest = earlier[0].answer.latest
+    return Response(answer=messages.UnmaskAnswer(answer=answers[0].answer.answer, latest=latest))
+
+
 LIES: Final[list[tuple[Lie, str]]] = [
     (_another_key, "signed"),
     (_another_signature, "sign"),
@@ -115,7 +130,7 @@ def test_no_lie_of_a_helper_makes_a_version(
     secure: SecureStart, open_liar: Callable[[SecureDeployment], LyingHelper]
 ) -> None:
     made = secure()
-    session_id = made.session(quorum=2, round_count=len(LIES) + 2)
+    session_id = made.session(quorum=2, round_count=len(LIES) + 3)
     liar = open_liar(made)
     clients = [made.deployment.device(f"device-{index}") for index in range(2)]
     for number, (lie, reason) in enumerate(LIES, 1):
@@ -129,12 +144,106 @@ def test_no_lie_of_a_helper_makes_a_version(
     _train(clients, session_id)
     wait_for_round(clients[0], session_id, number + 1)
     assert "round_number" in _reason(made, session_id, number)
+
+    number += 1
+    liar.lie = lambda answers: [_older(answers, earlier), *answers[1:]]
+    _train(clients, session_id)
+    wait_for_round(clients[0], session_id, number + 1)
+    assert "its counter went back" in _reason(made, session_id, number)
     with pytest.raises(NotFoundError):
         clients[0].download(session_id, 1)
 
     liar.lie = lambda answers: answers
     _train(clients, session_id)
     assert wait_for_version(clients[0], session_id, 1).statement.round_number == number + 1
+
+
+def test_the_coordinator_asks_for_no_sum_of_too_few_updates(
+    secure: SecureStart, open_liar: Callable[[SecureDeployment], LyingHelper]
+) -> None:
+    """A helper that refuses one of two updates does not get at the sum of the other one alone."""
+    made = secure()
+    session_id = made.session(quorum=2)
+    liar = open_liar(made)
+    sizes = []
+
+    def refuse_first(answers: Answers) -> Answers:
+        sizes.append(len(answers))
+        with made.deployment.coordinator.parts.database.read() as session:
+            update = updates.accepted_after(session, session_id, 1, 0, 1)[0]
+        member = messages.RefusedMember(update_id=update.update_id, reason="so")
+        return [Response(refused=messages.RefusedMembers(members=[member]))]
+
+    liar.lie = refuse_first
+    clients = [made.deployment.device(f"device-{index}") for index in range(2)]
+    _train(clients, session_id)
+    wait_for_round(clients[0], session_id, 2)
+    assert "secure aggregation needs 2 to 2 updates, got 1" in _reason(made, session_id, 1)
+    assert len(sizes) == 1
+
+
+def test_the_coordinator_unmasks_no_sum_that_may_have_wrapped(
+    secure: SecureStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fewer(parameters: MaskingParameters) -> MaskingParameters:
+        return dataclasses.replace(parameters, max_cohort=2)
+
+    def masking(envelope: security_pb2.SignedEnvelope) -> Masking | None:
+        found = masking_of(envelope)
+        return found and dataclasses.replace(found, parameters=fewer(found.parameters))
+
+    made = secure()
+    monkeypatch.setattr(masked_fold, "parameters_of", lambda config: fewer(parameters_of(config)))
+    monkeypatch.setattr(masked_fold, "masking_of", masking)
+    session_id = made.session(quorum=3)
+    clients = [made.deployment.device(f"device-{index}") for index in range(3)]
+    _train(clients, session_id)
+    wait_for_round(clients[0], session_id, 2)
+    assert "needs 3 to 2 updates, got 3" in _reason(made, session_id, 1)
+
+
+def test_no_fold_outlives_its_round(
+    secure: SecureStart, open_liar: Callable[[SecureDeployment], LyingHelper]
+) -> None:
+    """A fold holds a vector as large as the model, so it must end with its round, not with a garbage collection."""
+    made = secure()
+    liar = open_liar(made)
+    clients = [made.deployment.device(f"device-{index}") for index in range(2)]
+    masked = made.session(quorum=2, round_count=6)
+    plain = [
+        made.deployment.session({"w": ZEROS}, rounds={"quorum": 2}, total_rounds=3, strategy=rule)
+        for rule in ({"name": "fedavg"}, {"name": "median"})
+    ]
+    open_rounds = {masked: 6} | dict.fromkeys(plain, 3)
+    gc.disable()
+    try:
+        for number in range(1, 6):
+            liar.lie = _changed_sum if number % 2 else (lambda answers: answers)
+            _train(clients, masked)
+            wait_for_round(clients[0], masked, number + 1)
+        for session_id in plain:
+            for number in (1, 2):
+                for client in clients:
+                    task = client.get_task(session_id)
+                    client.submit(task, client.download_base(task), {"w": ZEROS + number}, 10)
+                wait_for_round(clients[0], session_id, number + 1)
+        # The one that the worker used last may be in its frame until the next pass.
+        end = time.monotonic() + TIMEOUT_S
+        while len(_ended_folds(open_rounds)) > 1 and time.monotonic() < end:
+            threading.Event().wait(0.05)
+        assert len(_ended_folds(open_rounds)) <= 1
+    finally:
+        gc.enable()
+
+
+def _ended_folds(open_rounds: Mapping[str, int]) -> list[RoundFold]:
+    """Return folds in memory of rounds before the open one of their training sessions."""
+    folds = [item for item in gc.get_objects() if isinstance(item, RoundFold)]
+    return [
+        fold
+        for fold in folds
+        if fold.plan.number < open_rounds.get(fold.plan.training_session_id, 0)
+    ]
 
 
 def test_a_helper_at_the_address_of_another_one_answers_nothing(secure: SecureStart) -> None:

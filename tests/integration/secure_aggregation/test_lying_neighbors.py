@@ -1,25 +1,34 @@
 """A coordinator that lies to a device about its group, at every step of a round with neighbors."""
 
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any, Final
 
 import pytest
 
 from qflare.crypto.envelope import sign_envelope
 from qflare.crypto.signing import SigningContext, SigningKey
+from qflare.evidence.statements import digest_of
 from qflare.v1 import coordinator_service_pb2 as calls
 from qflare.v1 import security_pb2
 from qflare_client import Client, SecureAggregation
-from qflare_client.errors import InsufficientTaskError, InvalidStatementError, RepeatedTaskError
+from qflare_client.errors import (
+    InsufficientTaskError,
+    InvalidStatementError,
+    QflareClientError,
+    RepeatedTaskError,
+)
 from qflare_client.tasks import TaskKind
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import trained, wait_for_version
 from tests.integration.secure_aggregation.test_neighbors import session_of, take_step, train, until
+from tests.support.hostile_requests import RequestMaker
 from tests.support.newer_coordinator import NewerCoordinator
 
 Answer = calls.GetTaskResponse
 Lie = Callable[[Answer], object]
 DEVICES: Final = 5
+SPOILED: Final = 25
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -70,6 +79,15 @@ def blank(field: str, count: int) -> Lie:
     return lie
 
 
+def blank_at(field: str, index: int) -> Lie:
+    """Show one member less that has sent something: fewer than the task promises."""
+
+    def lie(answer: Answer) -> None:
+        getattr(answer.neighbors, field)[index] = b""
+
+    return lie
+
+
 def replace(field: str) -> Lie:
     """Show other things for all members."""
 
@@ -90,6 +108,12 @@ def another_signer(answer: Answer) -> None:
     shown.advertisement.CopyFrom(
         sign_envelope(key, SigningContext.NEIGHBOR_ADVERTISEMENT, statement)
     )
+
+
+def smaller_group(answer: Answer) -> None:
+    """Leave a member out of the roster and of the neighbors: fewer than the task promises."""
+    shown = answer.neighbors.members.pop(0)
+    answer.neighbors.roster.remove(bytes.fromhex(digest_of(shown.advertisement.payload)))
 
 
 def swapped_boxes(answer: Answer) -> None:
@@ -113,6 +137,7 @@ SHARE_LIES: Final[list[Lie]] = [
     replace("roster"),
     lambda answer: answer.neighbors.ClearField("roster"),
     drop("members"),
+    smaller_group,
     another_signer,
     lambda answer: answer.neighbors.members[0].ClearField("device_keys"),
     lambda answer: answer.neighbors.members[0].CopyFrom(answer.neighbors.members[1]),
@@ -134,6 +159,7 @@ CONFIRM_LIES: Final[list[Lie]] = [
     replace("survivors"),
     blank("survivors", 5),
     blank("survivors", 2),
+    *(blank_at("survivors", index) for index in range(DEVICES)),
     lambda answer: setattr(answer, "kind", calls.TASK_KIND_REVEAL),
 ]
 REVEAL_LIES: Final[list[Lie]] = [
@@ -183,6 +209,33 @@ def refused_again(victim: Client, liar: LyingView, session_id: str, kind: int, l
     liar.lie = lambda _: None
 
 
+def fuzzed(victim: Client, liar: LyingView, session_id: str, kind: int, fields: list[str]) -> None:
+    """Spoil what a step shows, many times: the device refuses it, until something is spoiled that it does not read."""
+    random, refusals = Random(kind), 0
+    maker = RequestMaker(random, {})
+
+    def spoil(answer: Answer) -> None:
+        entries = getattr(answer.neighbors, random.choice(fields)) if answer.kind == kind else ()
+        if not entries:
+            return
+        index = random.randrange(len(entries))
+        if isinstance(entries[index], bytes):
+            entries[index] = maker.spoil_bytes(entries[index])
+        else:
+            maker.spoil(entries[index])
+
+    liar.lie = spoil
+    for _ in range(SPOILED):
+        try:
+            victim.get_task(session_id)
+        except QflareClientError:
+            refusals += 1
+        else:
+            break
+    assert refusals > 0
+    liar.lie = lambda _: None
+
+
 def test_a_device_answers_no_lie_and_the_round_goes_on_with_the_truth(
     deploy: Callable[..., Deployment], open_liar: Callable[[Deployment], LyingView]
 ) -> None:
@@ -191,7 +244,7 @@ def test_a_device_answers_no_lie_and_the_round_goes_on_with_the_truth(
     made.device("victim").close()
     policy = SecureAggregation(4, frozenset(), {"loss"}, neighbors=True, corrupt_fraction=0.2)
     others = [made.device(f"device-{index}") for index in range(DEVICES - 1)]
-    session_id = session_of(made, DEVICES, 4, min_cohort=4)
+    session_id = session_of(made, DEVICES, DEVICES, min_cohort=DEVICES)
     home = made.folder / "victim"
     with Client(
         home=home, address=liar.address, insecure=True, secure_aggregation=policy
@@ -200,11 +253,13 @@ def test_a_device_answers_no_lie_and_the_round_goes_on_with_the_truth(
         take_step(made, session_id, everybody, "")
         for lie in SHARE_LIES:
             refused(victim, liar, session_id, calls.TASK_KIND_SHARE, lie)
+        fuzzed(victim, liar, session_id, calls.TASK_KIND_SHARE, ["roster", "members"])
         take_step(made, session_id, everybody, "has_shares")
         refused_again(victim, liar, session_id, calls.TASK_KIND_SHARE, drop("roster"))
 
         for lie in TRAIN_LIES:
             refused(victim, liar, session_id, calls.TASK_KIND_TRAIN, lie)
+        fuzzed(victim, liar, session_id, calls.TASK_KIND_TRAIN, ["sharers", "boxes"])
         changes: dict[int, Any] = {}
         for index, client in enumerate(everybody):
             train(client, session_id, index, changes)

@@ -16,7 +16,15 @@ from qflare_client import TrainingTask
 from qflare_helper.ledger import Ledger
 from qflare_server.cli.main import main as server
 from qflare_server.verification.recomputation import recompute_version
-from qflare_simulation import History, SimulationError, open_coordinator, replay, simulate
+from qflare_simulation import (
+    History,
+    SimulationError,
+    open_coordinator,
+    ready,
+    replay,
+    simulate,
+    train,
+)
 
 Arrays = dict[str, NDArray[Any]]
 COUNT = 2000
@@ -69,6 +77,27 @@ def test_masks_leave_the_mean_but_for_quantization() -> None:
     assert (masked.model["steps"] == MODEL["steps"]).all()
     assert {row["examples"] for row in masked.history("updates")} == {1}
     assert [row["examples"] for row in masked.history("versions")][1:] == [weight_sum]
+
+
+def test_masks_cost_no_accuracy_of_the_digits() -> None:
+    """The same devices train the same rounds from the same seeds: every version is as accurate to 0.2 points."""
+    data, evaluate = ready("digits", devices=10, partition="dirichlet", alpha=0.5)
+    config = {
+        "total_rounds": 5,
+        "rounds.quorum": 8,
+        "device_training.learning_rate": 0.1,
+        "simulation": {"workers": -1},
+    }
+    masks = MASKED | {"secure_aggregation.clip": 20.0, "safeguards.max_example_count": 1000}
+    masked, plain = (
+        simulate(train, data, config | settings, evaluate=evaluate).metrics()["test_accuracy"]
+        for settings in (masks, {})
+    )
+
+    assert len(masked) == len(plain) == 6
+    assert plain[-1][1] > 0.8
+    for (_, ours), (_, theirs) in zip(masked, plain, strict=True):
+        assert abs(ours - theirs) <= 0.002
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Secure aggregation with neighbors: sums are exact whoever drops out, and whoever lies is named."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +16,7 @@ from qflare.evidence.neighbors import (
     check_survivors,
     count_confirmations,
     open_advertisement,
+    open_confirmation,
     open_reveal,
     open_shares,
     prove_box,
@@ -252,6 +256,42 @@ def test_statements_of_another_round_or_task_are_refused(changed: MaskedRound) -
 def test_a_substituted_advertisement_is_refused() -> None:
     with pytest.raises(StatementError):
         open_advertisement(DEVICES[0].advertisement, DEVICES[1].signing.public, ROUND)
+
+
+def test_a_statement_that_was_changed_after_signing_is_refused() -> None:
+    """The coordinator can name a device's key, and it cannot sign with it."""
+    group, device = uploaded(), DEVICES[1]
+    boxes = device.boxes(group.graph, group.members)
+    opened: list[tuple[type[Any], security_pb2.SignedEnvelope, Callable[[Any], object]]] = [
+        (
+            security_pb2.NeighborAdvertisement,
+            device.advertisement,
+            lambda item: open_advertisement(item, device.signing.public, ROUND),
+        ),
+        (
+            security_pb2.NeighborShares,
+            device.shares(group.graph, boxes),
+            lambda item: open_shares(item, device.member, ROUND, group.graph),
+        ),
+        (
+            security_pb2.NeighborConfirmation,
+            confirmation(device, group, "cd" * 32),
+            lambda item: open_confirmation(item, device.member, ROUND, group.graph),
+        ),
+        (
+            security_pb2.NeighborReveal,
+            device.reveal(group.graph, group.updates, "cd" * 32),
+            lambda item: open_reveal(item, device.member, ROUND, group.graph),
+        ),
+    ]
+    for kind, envelope, check in opened:
+        check(envelope)
+        statement, changed = kind.FromString(envelope.payload), security_pb2.SignedEnvelope()
+        statement.create_time.seconds += 1
+        changed.CopyFrom(envelope)
+        changed.payload = statement.SerializeToString(deterministic=True)
+        with pytest.raises(StatementError):
+            check(changed)
 
 
 def test_statements_of_another_roster_or_member_are_refused() -> None:

@@ -1,0 +1,143 @@
+"""Whole secure rounds, beside those of Flower's `SecAggPlusWorkflow` on the same machine."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from qflare.tensors import Manifest
+from qflare.v1 import security_pb2
+from qflare_client import Client
+from qflare_client.models.masked_update import add_masks, quantize_update, seal_seeds
+from tests.bench.coordinator import Laboratory
+from tests.bench.devices import Model
+from tests.bench.figures import MB, Figure
+from tests.bench.process import cpu_of
+from tests.bench.rounds import sdk_devices
+from tests.bench.secure_rounds import Secured, secured, trained
+from tests.bench.simulation import FLOWER, HERE, measured
+from tests.support.line import Line
+
+COHORTS: Final = (10, 50, 100)
+DROPPED: Final = 10
+"""One device of so many drops out."""
+THREADS: Final = 2 * (os.cpu_count() or 1)
+"""Devices that run at once."""
+WALL_GOAL: Final = 10.0
+BYTES_GOAL: Final = 0.5
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a round took.
+
+    Attributes:
+        wall_s: Seconds from its start to the version.
+        cpu_s: CPU seconds of all parties.
+        up_bytes: Bytes that devices sent.
+        down_bytes: Bytes that devices received.
+    """
+
+    wall_s: float
+    cpu_s: float
+    up_bytes: int
+    down_bytes: int
+
+    def __str__(self) -> str:
+        moved = f"{self.up_bytes / MB:,.0f} MB up, {self.down_bytes / MB:,.0f} MB down"
+        return f"{self.wall_s:.1f} s; {self.cpu_s:.1f} s of CPU; {moved}"
+
+
+def beside_flower(lab: Laboratory) -> Iterator[Figure]:
+    """Rounds with a helper, coordinator and helper as processes and devices with the SDK, beside Flower's."""
+    if not FLOWER.exists():
+        raise RuntimeError("Flower is not installed: `make test` installs it")
+    model = Model(10 * MB)
+    for count in COHORTS[:1] if lab.quick else COHORTS:
+        ours, theirs = _ours(lab, model, count), _theirs(model, count)
+        what = (
+            f"secure round of {count} x 10 MB, {count // DROPPED} dropped out, helper, SQLite, SDK"
+        )
+        faster = theirs.wall_s / ours.wall_s
+        yield Figure(
+            what,
+            str(ours),
+            f"Flower's secaggplus, without a network: {theirs}",
+            f"{faster:.1f} x faster; {theirs.cpu_s / ours.cpu_s:.1f} x less CPU",
+            f">= {WALL_GOAL:g} x faster",
+            faster >= WALL_GOAL,
+        )
+        share = (ours.up_bytes + ours.down_bytes) / (theirs.up_bytes + theirs.down_bytes)
+        yield Figure(
+            f"bytes of the same round, {count} devices",
+            f"{(ours.up_bytes + ours.down_bytes) / MB:,.0f} MB",
+            f"Flower: {(theirs.up_bytes + theirs.down_bytes) / MB:,.0f} MB",
+            f"{share:.0%}; {ours.up_bytes / theirs.up_bytes:.0%} of the upload",
+            f"<= {BYTES_GOAL:.0%}",
+            share <= BYTES_GOAL,
+        )
+
+
+def _ours(lab: Laboratory, model: Model, count: int) -> Spent:
+    """Let devices of this process take part in one round."""
+    with secured(lab) as made, lab.temporary() as folder:
+        clients = sdk_devices(made.coordinator, folder, count)
+        session_id = made.session(model, count - count // DROPPED, 2)
+        for client in clients:  # their sessions are open, as Flower's nodes are
+            client.get_task(session_id)
+        made.coordinator.process.settle()
+        before, begun = _cpu(made), time.perf_counter()
+        _take_part(clients, session_id, count // DROPPED)
+        made.coordinator.admin.await_version(session_id, 1)
+        wall_s, cpu_s = time.perf_counter() - begun, _cpu(made) - before
+        for client in clients:
+            client.close()
+        second = made.session(model, 2, 1)
+        with (
+            Line(made.coordinator.address) as line,
+            Client(home=folder / "device-0", address=line.address) as moved,
+        ):
+            _contribute(moved, second)
+            up_bytes, down_bytes = line.up_bytes, line.down_bytes
+    return Spent(wall_s, cpu_s, up_bytes * (count - count // DROPPED), down_bytes * count)
+
+
+def _cpu(made: Secured) -> float:
+    return time.process_time() + made.coordinator.process.cpu_s() + cpu_of(made.helper.pid)
+
+
+def _take_part(clients: Sequence[Client], session_id: str, dropped: int) -> None:
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = [pool.submit(_drop_out, client, session_id) for client in clients[:dropped]]
+        done += [pool.submit(_contribute, client, session_id) for client in clients[dropped:]]
+        for one in done:
+            one.result()
+
+
+def _contribute(client: Client, session_id: str) -> None:
+    task = client.get_task(session_id)
+    base = client.download_base(task)
+    client.submit(task, base, trained(base), 100)
+
+
+def _drop_out(client: Client, session_id: str) -> None:
+    """Mask an update and seal its seed, and send nothing."""
+    task = client.get_task(session_id)
+    base = client.download_base(task)
+    assert task.masking is not None
+    arrays = dict(base.arrays)
+    update = quantize_update(
+        task.masking, Manifest.from_arrays(arrays), trained(base), arrays, 100, {}
+    )
+    seal_seeds(task.masking, add_masks(task.masking, update), security_pb2.UpdateStatement())
+
+
+def _theirs(model: Model, count: int) -> Spent:
+    """Run one round of Flower's workflow under its own interpreter."""
+    elements = model.size_bytes // 4
+    words = (str(count), str(elements), str(count // DROPPED))
+    run = measured([str(FLOWER), str(HERE / "flower_secure_job.py"), *words])
+    wall_s, cpu_s, down_bytes, up_bytes = run.said.split()
+    return Spent(float(wall_s), float(cpu_s), int(up_bytes), int(down_bytes))
