@@ -7,6 +7,7 @@ import logging
 from collections.abc import Generator, Iterator
 
 from qflare.v1 import helper_service_pb2 as messages
+from qflare.v1 import security_pb2
 from qflare_helper.errors import InvalidRequestError, RefusedMembersError
 from qflare_helper.unmasking import Call, Unmasking
 
@@ -39,7 +40,7 @@ def respond(
         HelperError: A subclass: it is refused.
     """
     try:
-        answer = unmasking.answer(call, _members(parts))
+        answer = unmasking.answer(call, _contents(parts))
     except RefusedMembersError as error:
         yield _refused(error.reasons)
         return "updates_refused"
@@ -54,11 +55,17 @@ def respond(
     return "answered"
 
 
-def _members(parts: Iterator[messages.UnmaskRequest]) -> Iterator[messages.UnmaskMember]:
+def _contents(
+    parts: Iterator[messages.UnmaskRequest],
+) -> Iterator[messages.UnmaskMember | security_pb2.SignedEnvelope]:
     for part in parts:
-        if part.WhichOneof("part") != "member":
-            raise InvalidRequestError("after the header of a request come updates")
-        yield part.member
+        match part.WhichOneof("part"):
+            case "member":
+                yield part.member
+            case "earlier_task":
+                yield part.earlier_task
+            case _:
+                raise InvalidRequestError("after the header of a request come tasks and updates")
 
 
 def _refused(reasons: dict[str, str]) -> messages.UnmaskResponse:

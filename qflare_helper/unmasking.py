@@ -4,7 +4,9 @@ A request passes these checks, in this order, before anything is recorded: the k
 is not older than one seen before; request and task are signed by task keys, for this realm, this helper and one round;
 the policy allows the training session; every update is signed by a key that a registrar's receipt or a rotation proves
 to be its device's, and was masked for exactly this task; no device is twice in the set; every seed opens and was not
-used before; there are as many updates as the request says, with the digest that it says, and not too few.
+used before; there are as many updates as the request says, with the digest that it says, and not too few. In an
+asynchronous round an update may be masked for an earlier task, which is signed and has the same masking; its weight is
+that of its staleness, whatever the coordinator says (`SumTasks`).
 
 Only then the sum of the masks is computed, the set is recorded, and the answer is sent. If the task wants noise of
 helpers, the sum gets discrete Gaussian noise, which is drawn once and recorded with the set. Memory is a slice of a
@@ -18,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -37,7 +39,7 @@ from qflare.evidence.statements import (
 )
 from qflare.evidence.unmasking import (
     Masking,
-    check_masked_update,
+    SumTasks,
     masking_of,
     open_request,
     sign_answer,
@@ -46,9 +48,10 @@ from qflare.evidence.verification import follow_keysets
 from qflare.masking.masks import SLICE_BYTES, Mask
 from qflare.masking.noise import DrawNoise, MissingSamplerError, draw_exact, require_sampler
 from qflare.masking.seeds import open_seed
+from qflare.masking.staleness import Rounding, weigh
 from qflare.protocol.constraints import find_violations
 from qflare.protocol.keysets import KeyRole, TrustedKeyset
-from qflare.tensors import CHUNK_BYTES
+from qflare.tensors import CHUNK_BYTES, Array
 from qflare.times import timestamp_of
 from qflare.v1 import helper_service_pb2, security_pb2
 from qflare_helper.errors import (
@@ -69,9 +72,13 @@ from qflare_helper.policy import Policy, read_policy
 MAX_REFUSED: Final = 1000
 """Most refused updates that a response names; the others are named when the request is repeated."""
 
+MAX_EARLIER_TASKS: Final = 1024
+"""Most earlier tasks of a request."""
+
 _SEED_TAG: Final = b"qflare/v1/used-seed"
 
 Member = helper_service_pb2.UnmaskMember
+Envelope = security_pb2.SignedEnvelope
 Clock = Callable[[], datetime]
 """Returns the time in UTC."""
 
@@ -89,6 +96,7 @@ class _Opened:
     device_id: str
     digest: str
     counts: bool
+    weight: int
     seed: bytes | None
     problem: str = ""
 
@@ -148,17 +156,17 @@ class Unmasking:
             _require_sampler()
         return call
 
-    def answer(self, call: "Call", members: Iterator[Member]) -> Answer | None:
+    def answer(self, call: "Call", parts: Iterator[Member | Envelope]) -> Answer | None:
         """Answer a request; None for a request that is only checked.
 
         Args:
             call: The verified first part of the request.
-            members: The updates, consumed once.
+            parts: The earlier tasks and then the updates, consumed once.
 
         Raises:
             HelperError: A subclass: it is refused.
         """
-        opened = call.open_members(members)
+        opened = call.open_members(parts)
         size_bytes = call.size_bytes
         if size_bytes > self._max_vector_bytes:
             raise PolicyError(
@@ -172,7 +180,7 @@ class Unmasking:
                 noise = files.enter_context(tempfile.TemporaryFile(dir=self._folder))
                 self._write_noise(call, noise)
             file = files.enter_context(tempfile.TemporaryFile(dir=self._folder))
-            digest = _add_masks(opened, size_bytes, call.masking.parameters.dtype, noise, file)
+            digest = _add_masks(call.mask_sum(opened), size_bytes, noise, file)
             envelope = call.record(opened, digest, noise)
             latest = self._ledger.latest()
             if noise is not None:
@@ -239,7 +247,9 @@ class Call:
             raise InvalidRequestError(f"request: {error}"[:300]) from error
         _check_constraints(self._request)
         self.masking = masking
-        self._task = task
+        self._tasks = SumTasks(task, masking)
+        self._task_keys = ever[KeyRole.TASK]
+        self._earlier_count = 0
         self._registrars = ever[KeyRole.REGISTRAR]
         self._policy.require_session(task.training_session_id)
         self._policy.require_noise(masking.noise_multiplier)
@@ -278,8 +288,19 @@ class Call:
                 f"{self._request.last_counter}: its database was restored from a backup"
             )
 
-    def open_members(self, members: Iterator[Member]) -> list[_Opened]:
-        """Verify the updates and open their seeds.
+    def _add_task(self, envelope: Envelope) -> None:
+        """Verify an earlier task."""
+        self._earlier_count += 1
+        if self._earlier_count > MAX_EARLIER_TASKS:
+            raise InvalidRequestError(f"there are more than {MAX_EARLIER_TASKS} earlier tasks")
+        try:
+            open_task(envelope, self._task_keys, self._identity.pinned.realm)
+            self._tasks.add_earlier(envelope)
+        except (ValueError, DecodeError) as error:
+            raise InvalidRequestError(f"earlier task: {error}"[:300]) from error
+
+    def open_members(self, parts: Iterator[Member | Envelope]) -> list[_Opened]:
+        """Verify earlier tasks and updates, and open the seeds of these.
 
         Raises:
             RefusedMembersError: Some seeds cannot be used.
@@ -288,8 +309,11 @@ class Call:
             OverlapError: A device is twice in the set.
         """
         opened: list[_Opened] = []
-        for member in members:
-            opened.append(self._open(member))
+        for part in parts:
+            if isinstance(part, Envelope):
+                self._add_task(part)
+                continue
+            opened.append(self._open(part))
             if len(opened) > self._request.member_count:
                 raise InvalidRequestError("there are more updates than the request says")
         self._check_set(opened)
@@ -304,7 +328,9 @@ class Call:
         wanted = (self._request.member_count, self._request.members_digest)
         if (len(opened), digest) != wanted:
             raise InvalidRequestError("the updates are not those of the request")
-        least = max(self._policy.min_cohort, self.masking.min_cohort)
+        if self._request.weights_digest != self._weights_digest(opened):
+            raise InvalidRequestError("the request states other weights of the updates")
+        least = max(self._policy.min_cohort, self._tasks.min_cohort)
         if sum(item.counts for item in opened) < least:
             raise SmallCohortError(
                 f"{sum(item.counts for item in opened)} counted updates, want at least {least}"
@@ -316,6 +342,9 @@ class Call:
         for field in ("device_id", "update_id"):
             if len({getattr(item, field) for item in opened}) != len(opened):
                 raise OverlapError(f"{field} is twice in the set")
+
+    def _weights_digest(self, opened: Sequence[_Opened]) -> str:
+        return self._tasks.digest_of_weights((item.digest, item.weight) for item in opened)
 
     def _refuse_unusable(self, opened: Sequence[_Opened]) -> None:
         reasons = {item.update_id: item.problem for item in opened if item.problem}
@@ -337,21 +366,13 @@ class Call:
             keys, shown = self._device_keys(member)
             statement = open_update(member.statement, keys.get(stated.device_id, stated.key_id))
             _check_constraints(statement)
-            for field in (
-                "realm",
-                "training_session_id",
-                "round_number",
-                "task_nonce",
-                "base_version",
-                "base_digest",
-            ):
-                require_equal(field, getattr(statement, field), getattr(self._task, field))
-            check_masked_update(statement, self.masking)
+            weight = self._tasks.weight_of(statement)
             self._require_size(statement.size_bytes)
         except (ValueError, DecodeError) as error:
             raise InvalidRequestError(f"update: {error}"[:300]) from error
         counts = self._policy.counts(shown)
-        return self._with_seed(statement, digest_of(member.statement.payload), counts=counts)
+        digest = digest_of(member.statement.payload)
+        return self._with_seed(statement, digest, weight, counts=counts)
 
     def _device_keys(self, member: Member) -> tuple[ProvenKeys, list[str]]:
         """Prove the keys of a device; return them with their ids."""
@@ -370,7 +391,7 @@ class Call:
             raise StatementError("size_bytes has no room for the slots")
 
     def _with_seed(
-        self, statement: security_pb2.UpdateStatement, digest: str, *, counts: bool
+        self, statement: security_pb2.UpdateStatement, digest: str, weight: int, *, counts: bool
     ) -> _Opened:
         sealed = statement.masking.seeds[self._place]
         key = self._identity.kem_keys.get(sealed.kem_key_id)
@@ -382,7 +403,18 @@ class Call:
                 seed = open_seed(sealed, key, statement)
         except UnsealError:
             problem = "its seed does not open, or belongs to another update"
-        return _Opened(statement.update_id, statement.device_id, digest, counts, seed, problem)
+        names = statement.update_id, statement.device_id, digest
+        return _Opened(*names, counts, weight, seed, problem)
+
+    def mask_sum(self, opened: Sequence[_Opened]) -> "_MaskSum":
+        """Return the sum of the masks of a verified set."""
+        ordered = sorted(opened, key=lambda item: item.update_id)
+        seeds = [(item.seed, item.weight) for item in ordered if item.seed is not None]
+        parameters, rounding = self.masking.parameters, None
+        if parameters.staleness_weights:
+            largest = parameters.largest_staleness_weight
+            rounding = Rounding(largest, self.element_count, seeds)
+        return _MaskSum(seeds, self.element_count, parameters.dtype, rounding)
 
     @property
     def element_count(self) -> int:
@@ -427,6 +459,7 @@ class Call:
                 previous_digest=previous_digest,
                 counted_member_count=sum(item.counts for item in opened),
                 noise_multiplier=self.masking.helper_noise,
+                weights_digest=request.weights_digest,
                 create_time=timestamp_of(self._at),
             )
             return sign_answer(self._identity.signing, answer)
@@ -471,40 +504,62 @@ def _read(noise: BinaryIO | None) -> Iterator[bytes]:
             yield chunk
 
 
-def _add_masks(
-    opened: Sequence[_Opened],
-    size_bytes: int,
-    dtype: np.dtype[np.unsignedinteger],
-    noise: BinaryIO | None,
-    file: BinaryIO,
-) -> str:
+def _add_masks(total: "_MaskSum", size_bytes: int, noise: BinaryIO | None, file: BinaryIO) -> str:
     """Write the sum of the masks and the noise to a file; return the Merkle root over its chunks."""
-    masks = [Mask(item.seed) for item in opened if item.seed is not None]
     tree, added = merkle.CompactTree(), _read(noise)
     for offset in range(0, size_bytes, CHUNK_BYTES):
-        length = min(CHUNK_BYTES, size_bytes - offset)
-        total = np.zeros(length // dtype.itemsize, dtype)
-        if noise is not None:
-            total += np.frombuffer(next(added), dtype)
-        chunk = _sum_of(masks, offset, total)
+        chunk = total.read(offset, min(CHUNK_BYTES, size_bytes - offset), next(added, b""))
         tree.append(merkle.leaf_hash(chunk))
         file.write(chunk)
     file.seek(0)
     return tree.root().hex()
 
 
-def _sum_of(
-    masks: Sequence[Mask], offset: int, total: np.ndarray[Any, np.dtype[np.unsignedinteger]]
-) -> bytes:
-    """Return bytes of the sum of masks and a vector; each slice stays in cache for all of them."""
-    dtype = total.dtype
-    step = SLICE_BYTES // dtype.itemsize
-    first = offset // dtype.itemsize
-    for start in range(0, len(total), step):
-        part = total[start : start + step]
-        for mask in masks:
-            mask.add_to(part, first + start)
-    return total.tobytes()
+class _MaskSum:
+    """Sum of masks, each with the staleness weight of its update, minus the rounding of an asynchronous round.
+
+    Args:
+        seeds: Seeds with weights.
+        element_count: Elements of a masked update before its slots, which weights and rounding leave alone.
+        dtype: Of the ring.
+        rounding: None in rounds that are not asynchronous.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[tuple[bytes, int]],
+        element_count: int,
+        dtype: np.dtype[np.unsignedinteger],
+        rounding: Rounding | None,
+    ) -> None:
+        self._masks: dict[int, list[Mask]] = {}
+        for seed, weight in seeds:
+            self._masks.setdefault(weight, []).append(Mask(seed))
+        self._element_count = element_count
+        self._dtype = dtype
+        self._rounding = rounding
+
+    def read(self, offset: int, length: int, noise: bytes = b"") -> bytes:
+        """Return bytes of the sum and of noise of the same length, if any; each slice stays in cache for all masks."""
+        total = np.zeros(length // self._dtype.itemsize, self._dtype)
+        if noise:
+            total += np.frombuffer(noise, self._dtype)
+        step = SLICE_BYTES // self._dtype.itemsize
+        first = offset // self._dtype.itemsize
+        for start in range(0, len(total), step):
+            self._add_to(total[start : start + step], first + start)
+        return total.tobytes()
+
+    def _add_to(self, part: Array, first: int) -> None:
+        for weight, masks in self._masks.items():
+            same = np.zeros_like(part) if weight > 1 else part
+            for mask in masks:
+                mask.add_to(same, first)
+            if weight > 1:
+                weigh(same, first, self._element_count, weight)
+                np.add(part, same, out=part)
+        if self._rounding is not None:
+            self._rounding.subtract_from(part, first)
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:

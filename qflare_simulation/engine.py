@@ -19,7 +19,7 @@ from qflare_client.privacy import LocalPrivacy, gaussian_epsilon
 from qflare_server.errors import QflareError
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.tables import ENDED, RoundState
-from qflare_server.training.strategy import is_asynchronous
+from qflare_server.training.rhythm import is_asynchronous
 from qflare_simulation import worker
 from qflare_simulation.clock import after
 from qflare_simulation.config import SimulationConfig

@@ -2,7 +2,8 @@
 
 A *helper* is named by the id of its signature key. Its document names the KEM key for seeds; a task contains the
 documents, so a device needs to know nothing but the ids. Every masked update names the digest of its task: updates that
-were made for different tasks, such as for another base version, are never in one sum.
+were made for different tasks, such as for another base version, are never in one sum, unless rounds are asynchronous.
+Then each counts by its staleness (`SumTasks`), from a table that all of the tasks have in common.
 
 Every failure is a `StatementError`.
 """
@@ -33,6 +34,7 @@ from qflare.masking.parameters import (
     MaskingParameters,
     policy_of,
 )
+from qflare.masking.staleness import weights_digest
 from qflare.v1 import security_pb2, training_pb2, verification_pb2
 
 MAX_HELPER_COUNT = 3
@@ -178,10 +180,7 @@ def masking_of(envelope: security_pb2.SignedEnvelope) -> Masking | None:
         raise StatementError("secure aggregation: min_cohort is out of range")
     digest = digest_of(envelope.payload)
     if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
-        if task.masking.helpers or policy.helpers:
-            raise StatementError("secure aggregation with neighbors has no helpers")
-        if parameters.noise is not None and parameters.noise.source == HELPER:
-            raise StatementError("secure aggregation with neighbors has no noise of helpers")
+        _require_no_helpers(task.masking, parameters)
         neighbors = NeighborPolicy(policy.corrupt_fraction, policy.dropout_fraction)
         return Masking(digest, parameters, policy.min_cohort, (), neighbors)
     helpers = tuple(open_helper(document, task.realm) for document in task.masking.helpers)
@@ -189,6 +188,16 @@ def masking_of(envelope: security_pb2.SignedEnvelope) -> Masking | None:
     if not 1 <= len({*policy.helpers}) == len(policy.helpers) <= MAX_HELPER_COUNT:
         raise StatementError("secure aggregation: want 1 to 3 different helpers")
     return Masking(digest, parameters, policy.min_cohort, helpers)
+
+
+def _require_no_helpers(task: security_pb2.MaskingTask, parameters: MaskingParameters) -> None:
+    """Refuse in a task with neighbors what only helpers can do."""
+    if task.helpers or policy_of(task).helpers:
+        raise StatementError("secure aggregation with neighbors has no helpers")
+    if parameters.noise is not None and parameters.noise.source == HELPER:
+        raise StatementError("secure aggregation with neighbors has no noise of helpers")
+    if parameters.staleness_weights:
+        raise StatementError("secure aggregation with neighbors has no staleness weights")
 
 
 def check_masked_update(statement: security_pb2.UpdateStatement, masking: Masking) -> None:
@@ -205,6 +214,83 @@ def check_masked_update(statement: security_pb2.UpdateStatement, masking: Maskin
     named = [(seed.helper_id, seed.kem_key_id) for seed in statement.masking.seeds]
     wanted = [(item.helper_id, item.kem_key.key_id) for item in masking.helpers]
     require_equal("seeds", named, wanted)
+
+
+class SumTasks:
+    """The tasks for which the updates of one sum were made: that of the round and, if it is asynchronous, earlier ones.
+
+    Attributes:
+        masking: Of the round's task.
+        min_cohort: Fewest updates that every task allows.
+
+    Args:
+        task: The round's, its signature checked.
+        masking: What it requires.
+    """
+
+    def __init__(self, task: security_pb2.TaskStatement, masking: Masking) -> None:
+        self.masking = masking
+        self.min_cohort = masking.min_cohort
+        self._latest = task
+        self._tasks = {masking.task_digest: (task, masking)}
+
+    def add_earlier(self, envelope: security_pb2.SignedEnvelope) -> None:
+        """Add an earlier task whose signature was checked.
+
+        Raises:
+            StatementError: It is not of an earlier round of the same training session with the same masking.
+        """
+        task, masking = (
+            security_pb2.TaskStatement.FromString(envelope.payload),
+            masking_of(envelope),
+        )
+        if masking is None or not self.masking.parameters.staleness_weights:
+            raise StatementError("an earlier task without staleness weights")
+        for field in ("realm", "training_session_id"):
+            require_equal(field, getattr(task, field), getattr(self._latest, field))
+        require_equal("masking", task.masking.policy, self._latest.masking.policy)
+        if not 1 <= task.round_number < self._latest.round_number:
+            raise StatementError("an earlier task of a later round")
+        self._weight(task.base_version)
+        self.min_cohort = max(self.min_cohort, masking.min_cohort)
+        self._tasks[masking.task_digest] = (task, masking)
+
+    def _weight(self, base_version: int) -> int:
+        weights = self.masking.parameters.staleness_weights
+        staleness = self._latest.base_version - base_version
+        if not weights:
+            return 1
+        if not 0 <= staleness < len(weights):
+            raise StatementError(
+                f"base_version: {staleness} versions behind, want 0 to {len(weights) - 1}"
+            )
+        return weights[staleness]
+
+    def weight_of(self, statement: security_pb2.UpdateStatement) -> int:
+        """Check that an update was masked for one of the tasks, and return its staleness weight; 1 without any.
+
+        Raises:
+            StatementError: It was made for another task or base version, or its seeds are for other helpers.
+        """
+        known = self._tasks.get(statement.masking.task_digest)
+        if known is None:
+            raise StatementError("task_digest: the update was masked for another task")
+        task, masking = known
+        for field in (
+            "realm",
+            "training_session_id",
+            "round_number",
+            "task_nonce",
+            "base_version",
+            "base_digest",
+        ):
+            require_equal(field, getattr(statement, field), getattr(task, field))
+        check_masked_update(statement, masking)
+        return self._weight(statement.base_version)
+
+    def digest_of_weights(self, weights: Iterable[tuple[str, int]]) -> str:
+        """Return what requests and answers state of the weights: their digest, empty without staleness weights."""
+        return weights_digest(weights) if self.masking.parameters.staleness_weights else ""
 
 
 def sign_answer(key: Signer, answer: security_pb2.UnmaskingAnswer) -> security_pb2.SignedEnvelope:
@@ -258,6 +344,7 @@ def check_answer(
         "task_digest",
         "members_digest",
         "member_count",
+        "weights_digest",
     ):
         require_equal(field, getattr(answer, field), getattr(request, field))
     require_equal("bits", answer.bits, masking.parameters.bits)
@@ -268,6 +355,8 @@ def check_answer(
 def check_answer_form(answer: security_pb2.UnmaskingAnswer) -> None:
     """Raise a `StatementError` unless an answer is well-formed."""
     require_digests(answer, "helper_id", "task_digest", "members_digest", "mask_digest")
+    if answer.weights_digest:
+        require_digests(answer, "weights_digest")
     if answer.counter > 1:
         require_digests(answer, "previous_digest")
     elif answer.previous_digest or answer.counter < 1:
@@ -283,6 +372,8 @@ def check_answer_form(answer: security_pb2.UnmaskingAnswer) -> None:
 def check_request_form(request: security_pb2.UnmaskingRequest) -> None:
     """Raise a `StatementError` unless a request is well-formed."""
     require_digests(request, "helper_id", "task_digest", "members_digest")
+    if request.weights_digest:
+        require_digests(request, "weights_digest")
     if not request.realm or not request.training_session_id or request.round_number < 1:
         raise StatementError("a request names no round")
     if request.member_count < 1 or request.last_counter < 0:
@@ -321,7 +412,7 @@ def verify_transcript(
         statement: Of the version, verified.
         task_keys: Keys that may have signed the task.
         updates: Verified statements of all updates in the version.
-        update_digests: Their digests.
+        update_digests: Their digests, in the same order.
 
     Raises:
         StatementError: The transcript is not that of the version.
@@ -334,12 +425,16 @@ def verify_transcript(
     require_equal("task_digest", unmasking.task_digest, masking.task_digest)
     for field in ("training_session_id", "round_number", "base_version", "config_digest"):
         require_equal(field, getattr(task, field), getattr(statement, field))
-    for update in updates:
-        check_masked_update(update, masking)
-    members = contributors_digest(update_digests)
+    tasks, digests_of_updates = SumTasks(task, masking), list(update_digests)
+    for envelope in transcript.earlier_tasks:
+        open_task(envelope, task_keys, statement.realm)
+        tasks.add_earlier(envelope)
+    require_equal("updates", len(digests_of_updates), len(updates))
+    weights = [tasks.weight_of(update) for update in updates]
+    members = contributors_digest(digests_of_updates)
     require_equal("contributors_digest", members, statement.contributors_digest)
     count = statement.contributor_count
-    if not masking.min_cohort <= count <= masking.parameters.max_cohort:
+    if not tasks.min_cohort <= count <= masking.parameters.max_cohort:
         raise StatementError("the number of contributors is not what the task allows")
     if masking.neighbors is not None:
         require_equal("answers", len(transcript.answers), 0)
@@ -348,8 +443,9 @@ def verify_transcript(
     digests = [digest_of(answer.payload) for answer in transcript.answers]
     require_equal("answer_digests", digests, list(unmasking.answer_digests))
     require_equal("answers", len(digests), len(masking.helpers))
+    stated = tasks.digest_of_weights(zip(digests_of_updates, weights, strict=True))
     for envelope, helper in zip(transcript.answers, masking.helpers, strict=True):
-        _check_answer_of(open_answer(envelope, helper.key), statement, masking)
+        _check_answer_of(open_answer(envelope, helper.key), statement, masking, stated)
     return masking
 
 
@@ -357,6 +453,7 @@ def _check_answer_of(
     answer: security_pb2.UnmaskingAnswer,
     statement: security_pb2.ModelStatement,
     masking: Masking,
+    weights: str,
 ) -> None:
     wanted: Mapping[str, object] = {
         "realm": statement.realm,
@@ -367,6 +464,7 @@ def _check_answer_of(
         "member_count": statement.contributor_count,
         "bits": masking.parameters.bits,
         "noise_multiplier": masking.helper_noise,
+        "weights_digest": weights,
     }
     for field, value in wanted.items():
         require_equal(field, getattr(answer, field), value)

@@ -8,7 +8,8 @@ of `digit_bits` bits, the least significant first, one element each. Digits are 
 
 Invariants: an element of an update is at most `limit` in magnitude, and `max_cohort * limit < 2^(bits - 1)`, so that no
 sum of at most `max_cohort` updates leaves the signed range of the ring. With noise of devices or helpers, `limit` also
-leaves the room that `noise.SumNoise.room` states; slots have no noise.
+leaves the room that `noise.SumNoise.room` states; slots have no noise. In asynchronous
+rounds this holds for the sum with staleness weights and the helpers' rounding (`masking.staleness`).
 """
 
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from qflare.masking.noise import IN_SUM, LEAST_SHARE, SumNoise
+from qflare.masking.staleness import MAX_ROUNDINGS, find_problem
 from qflare.tensors import DType, Manifest, TensorSpec
 from qflare.tensors.vectors import float_count
 from qflare.v1 import security_pb2, training_pb2
@@ -64,6 +66,7 @@ class MaskingParameters:
         metrics: Bound of each metric by name, in the order of their slots.
         noise: Noise that devices or helpers add; None without it. With noise every update has the weight 1, and there
             are no metrics.
+        staleness_weights: With asynchronous rounds: weight by staleness; empty otherwise.
 
     Raises:
         InvalidMaskingError: A value is out of range.
@@ -75,6 +78,7 @@ class MaskingParameters:
     max_weight: int
     metrics: Mapping[str, float]
     noise: SumNoise | None = None
+    staleness_weights: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges, and that the ring has room for the cohort."""
@@ -91,6 +95,9 @@ class MaskingParameters:
                 raise InvalidMaskingError("metrics", f"got {name!r} within {bound:g}, want above 0")
         if self.noise is not None:
             self._check_noise(self.noise)
+        problem = find_problem(self.staleness_weights)
+        if problem:
+            raise InvalidMaskingError("staleness_weights", problem)
         if self.scale < 1:
             noise = "" if self.noise is None else " with its noise"
             raise InvalidMaskingError(
@@ -134,10 +141,10 @@ class MaskingParameters:
         metrics = {metric.name: metric.bound for metric in policy.metrics}
         if len(metrics) != len(policy.metrics):
             raise InvalidMaskingError("metrics", "a metric is listed twice")
-        noise = None
+        noise, weights = None, tuple(policy.staleness_weights)
         if policy.noise in IN_SUM:
             noise = SumNoise(policy.noise, noise_multiplier, policy.min_cohort, len(policy.helpers))
-        return cls(policy.bits, policy.clip, policy.max_cohort, max_weight, metrics, noise)
+        return cls(policy.bits, policy.clip, policy.max_cohort, max_weight, metrics, noise, weights)
 
     @classmethod
     def of_task(cls, masking: security_pb2.MaskingTask) -> Self:
@@ -150,6 +157,12 @@ class MaskingParameters:
         is_noisy = masking.HasField("noisy")
         if is_noisy == masking.HasField("policy") or is_noisy != (policy.noise in IN_SUM):
             raise InvalidMaskingError("noise", "its source is not the one of the settings")
+        if policy.staleness_weights:
+            if masking.max_weight or is_noisy:
+                raise InvalidMaskingError(
+                    "max_weight", f"got {masking.max_weight} with staleness weights, want 0"
+                )
+            return cls.of(policy, 1)
         return cls.of(policy, masking.max_weight, masking.noisy.noise_multiplier)
 
     @property
@@ -168,9 +181,20 @@ class MaskingParameters:
         return 1 << self.bits
 
     @property
+    def largest_staleness_weight(self) -> int:
+        """Largest weight by which a masked element is multiplied; 1 without staleness weights."""
+        return max(self.staleness_weights, default=1)
+
+    @property
+    def room(self) -> int:
+        """Largest magnitude of a sum of quantized elements of weight 1 that the ring holds."""
+        half, largest = self.modulus // 2 - 1, self.largest_staleness_weight
+        return (half - MAX_ROUNDINGS * largest) // largest if self.staleness_weights else half
+
+    @property
     def limit(self) -> int:
         """Largest magnitude of a quantized element."""
-        return (self.modulus // 2 - 1) // self._share_count
+        return self.room // self._share_count
 
     @cached_property
     def _share_count(self) -> int:
@@ -179,8 +203,8 @@ class MaskingParameters:
 
     @cached_property
     def scale(self) -> int:
-        """Levels of quantization in a change of 1: floor((2^(bits - 1) - 1) / (updates in the ring * clip))."""
-        return int(Fraction(self.modulus // 2 - 1) / (self._share_count * Fraction(self.clip)))
+        """Levels of quantization in a change of 1: floor(room / (updates in the ring * clip))."""
+        return int(Fraction(self.room) / (self._share_count * Fraction(self.clip)))
 
     @property
     def clip_levels(self) -> float:

@@ -151,18 +151,23 @@ def slot_totals(parameters: MaskingParameters, slots: Array) -> tuple[int, dict[
 
 
 def mean_change(
-    parameters: MaskingParameters, total: Array, weight_sum: int
+    parameters: MaskingParameters, total: Array, weight_sum: int, rounding: float = 0.0
 ) -> NDArray[np.float64]:
     """Return the weighted mean of the changes from elements of their sum.
+
+    With staleness weights a change counts by the share of its weight in the largest one, and still as one in the
+    denominator: the mean of stale updates is a shorter step.
 
     Args:
         parameters: Of the training session.
         total: Elements of the sum in the ring.
         weight_sum: Sum of the weights, 1 or more.
+        rounding: Mean of what helpers have added to an element (`staleness.mean_rounding`).
     """
     signed = total.view(f"<i{parameters.itemsize}").astype(np.float64)
-    factor = parameters.max_weight / (parameters.scale * weight_sum)
-    return signed * factor
+    levels = parameters.scale * parameters.largest_staleness_weight
+    factor = parameters.max_weight / (levels * weight_sum)
+    return (signed - rounding) * factor if rounding else signed * factor
 
 
 def _float_below(number: int) -> float:

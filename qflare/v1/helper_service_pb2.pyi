@@ -177,12 +177,13 @@ Global___UnmaskMember: _TypeAlias = UnmaskMember  # noqa: Y015
 
 @_typing.final
 class UnmaskRequest(_message.Message):
-    """Request for Unmask: first the header, then the updates."""
+    """Request for Unmask: first the header, then earlier tasks, then the updates."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: _builtins.int
     MEMBER_FIELD_NUMBER: _builtins.int
+    EARLIER_TASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___UnmaskHeader:
         """Header."""
@@ -191,17 +192,22 @@ class UnmaskRequest(_message.Message):
     def member(self) -> Global___UnmaskMember:
         """Update."""
 
+    @_builtins.property
+    def earlier_task(self) -> _security_pb2.SignedEnvelope:
+        """With asynchronous rounds: signed TaskStatement of an earlier round, for which some of the updates were made."""
+
     def __init__(
         self,
         *,
         header: Global___UnmaskHeader | None = ...,
         member: Global___UnmaskMember | None = ...,
+        earlier_task: _security_pb2.SignedEnvelope | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "member", b"member", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["earlier_task", b"earlier_task", "header", b"header", "member", b"member", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "member", b"member", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["earlier_task", b"earlier_task", "header", b"header", "member", b"member", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "member"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "member", "earlier_task"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 

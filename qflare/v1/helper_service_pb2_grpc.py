@@ -61,9 +61,10 @@ class HelperServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Unmask(self, request_iterator, context):
-        """Returns the sum of the masks of a closed round. The request is a header and then the updates of the round, in any
-        order; the response is the signed answer and then the sum in chunks, or the updates whose seed cannot be used. A
-        repeated request for the same updates gets the same answer; any other request with one of these updates is refused.
+        """Returns the sum of the masks of a closed round. The request is a header, with asynchronous rounds the earlier tasks
+        for which updates were made, and then the updates of the round, in any order; the response is the signed answer and
+        then the sum in chunks, or the updates whose seed cannot be used. A repeated request for the same updates gets the
+        same answer; any other request with one of these updates is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -21,9 +21,10 @@ class HelperServiceStub:
     GetHelper: _grpc.UnaryUnaryMultiCallable[_helper_service_pb2.GetHelperRequest, _helper_service_pb2.GetHelperResponse]
     """Returns the helper's signed document with its keys, and the counter of its answers."""
     Unmask: _grpc.StreamStreamMultiCallable[_helper_service_pb2.UnmaskRequest, _helper_service_pb2.UnmaskResponse]
-    """Returns the sum of the masks of a closed round. The request is a header and then the updates of the round, in any
-    order; the response is the signed answer and then the sum in chunks, or the updates whose seed cannot be used. A
-    repeated request for the same updates gets the same answer; any other request with one of these updates is refused.
+    """Returns the sum of the masks of a closed round. The request is a header, with asynchronous rounds the earlier tasks
+    for which updates were made, and then the updates of the round, in any order; the response is the signed answer and
+    then the sum in chunks, or the updates whose seed cannot be used. A repeated request for the same updates gets the
+    same answer; any other request with one of these updates is refused.
     """
 
 class HelperServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -45,9 +46,10 @@ class HelperServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _abc.Iterator[_helper_service_pb2.UnmaskRequest],
         context: _grpc.ServicerContext,
     ) -> _abc.Iterator[_helper_service_pb2.UnmaskResponse]:
-        """Returns the sum of the masks of a closed round. The request is a header and then the updates of the round, in any
-        order; the response is the signed answer and then the sum in chunks, or the updates whose seed cannot be used. A
-        repeated request for the same updates gets the same answer; any other request with one of these updates is refused.
+        """Returns the sum of the masks of a closed round. The request is a header, with asynchronous rounds the earlier tasks
+        for which updates were made, and then the updates of the round, in any order; the response is the signed answer and
+        then the sum in chunks, or the updates whose seed cannot be used. A repeated request for the same updates gets the
+        same answer; any other request with one of these updates is refused.
         """
 
 def add_HelperServiceServicer_to_server(servicer: HelperServiceServicer, server: _grpc.Server) -> None: ...

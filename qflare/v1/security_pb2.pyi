@@ -1099,7 +1099,8 @@ class MaskingTask(_message.Message):
     NOISY_FIELD_NUMBER: _builtins.int
     max_weight: _builtins.int
     """Largest weight of an update. Devices state the smaller of it and their number of examples; 1 gives all updates the
-    same weight.
+    same weight. 0 stands for 1, and is there if and only if the policy has staleness weights: an SDK that does not know
+    them refuses the task.
     """
     @_builtins.property
     def policy(self) -> _training_pb2.SecureAggregationPolicy:
@@ -1316,6 +1317,7 @@ class UnmaskingRequest(_message.Message):
     MEMBER_COUNT_FIELD_NUMBER: _builtins.int
     LAST_COUNTER_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -1332,6 +1334,10 @@ class UnmaskingRequest(_message.Message):
     """Number of updates."""
     last_counter: _builtins.int
     """Highest counter of this helper's answers that the coordinator has accepted; 0 for none."""
+    weights_digest: _builtins.str
+    """Digest over the updates' statement digests with their staleness weights, 64 hex digits; docs/protocol.md specifies
+    it. Empty unless rounds are asynchronous.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Creation time."""
@@ -1348,10 +1354,11 @@ class UnmaskingRequest(_message.Message):
         member_count: _builtins.int = ...,
         last_counter: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        weights_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "helper_id", b"helper_id", "last_counter", b"last_counter", "member_count", b"member_count", "members_digest", b"members_digest", "realm", b"realm", "round_number", b"round_number", "task_digest", b"task_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "helper_id", b"helper_id", "last_counter", b"last_counter", "member_count", b"member_count", "members_digest", b"members_digest", "realm", b"realm", "round_number", b"round_number", "task_digest", b"task_digest", "training_session_id", b"training_session_id", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1380,6 +1387,7 @@ class UnmaskingAnswer(_message.Message):
     COUNTED_MEMBER_COUNT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     realm: _builtins.str
     """Name of the deployment."""
     training_session_id: _builtins.str
@@ -1410,6 +1418,8 @@ class UnmaskingAnswer(_message.Message):
     """Number of updates of devices that the helper's policy counts; equals member_count without a roster."""
     noise_multiplier: _builtins.float
     """Noise that the helper has added to the sum of the masks, as NoisyMasking states it. 0 means none."""
+    weights_digest: _builtins.str
+    """As in the request."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Creation time."""
@@ -1432,10 +1442,11 @@ class UnmaskingAnswer(_message.Message):
         counted_member_count: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         noise_multiplier: _builtins.float = ...,
+        weights_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "counted_member_count", b"counted_member_count", "counter", b"counter", "create_time", b"create_time", "helper_id", b"helper_id", "mask_digest", b"mask_digest", "member_count", b"member_count", "members_digest", b"members_digest", "noise_multiplier", b"noise_multiplier", "previous_digest", b"previous_digest", "realm", b"realm", "round_number", b"round_number", "size_bytes", b"size_bytes", "task_digest", b"task_digest", "training_session_id", b"training_session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "counted_member_count", b"counted_member_count", "counter", b"counter", "create_time", b"create_time", "helper_id", b"helper_id", "mask_digest", b"mask_digest", "member_count", b"member_count", "members_digest", b"members_digest", "noise_multiplier", b"noise_multiplier", "previous_digest", b"previous_digest", "realm", b"realm", "round_number", b"round_number", "size_bytes", b"size_bytes", "task_digest", b"task_digest", "training_session_id", b"training_session_id", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -992,6 +992,7 @@ class SecureAggregationPolicy(_message.Message):
     DROPOUT_FRACTION_FIELD_NUMBER: _builtins.int
     STEP_TIMEOUT_FIELD_NUMBER: _builtins.int
     NOISE_FIELD_NUMBER: _builtins.int
+    STALENESS_WEIGHTS_FIELD_NUMBER: _builtins.int
     mode: Global___SecureAggregationMode.ValueType
     """Mode. If it is not set, no other field may be."""
     bits: _builtins.int
@@ -1030,6 +1031,13 @@ class SecureAggregationPolicy(_message.Message):
     def step_timeout(self) -> _duration_pb2.Duration:
         """With neighbors: time for each of the steps before and after training. Absent means 1 minute."""
 
+    @_builtins.property
+    def staleness_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """With a helper and asynchronous rounds: weight of an update by its staleness, the number of versions published since
+        its base version, for 0 to rounds.max_staleness. Weights do not increase, and the first is at most 16 times the last.
+        Empty means round(64 / sqrt(1 + staleness)).
+        """
+
     def __init__(
         self,
         *,
@@ -1045,10 +1053,11 @@ class SecureAggregationPolicy(_message.Message):
         dropout_fraction: _builtins.float = ...,
         step_timeout: _duration_pb2.Duration | None = ...,
         noise: Global___NoiseSource.ValueType = ...,
+        staleness_weights: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step_timeout", b"step_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "clip", b"clip", "corrupt_fraction", b"corrupt_fraction", "dropout_fraction", b"dropout_fraction", "group_size", b"group_size", "helpers", b"helpers", "max_cohort", b"max_cohort", "metrics", b"metrics", "min_cohort", b"min_cohort", "mode", b"mode", "noise", b"noise", "step_timeout", b"step_timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "clip", b"clip", "corrupt_fraction", b"corrupt_fraction", "dropout_fraction", b"dropout_fraction", "group_size", b"group_size", "helpers", b"helpers", "max_cohort", b"max_cohort", "metrics", b"metrics", "min_cohort", b"min_cohort", "mode", b"mode", "noise", b"noise", "staleness_weights", b"staleness_weights", "step_timeout", b"step_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

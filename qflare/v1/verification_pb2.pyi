@@ -289,6 +289,7 @@ class UnmaskingTranscript(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     ANSWERS_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    EARLIER_TASKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task(self) -> _security_pb2.SignedEnvelope:
         """The round's signed TaskStatement."""
@@ -301,16 +302,21 @@ class UnmaskingTranscript(_message.Message):
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeighborTranscriptPart]:
         """With neighbors: the transcript of each group in the sum, in parts. Parts of a group follow each other."""
 
+    @_builtins.property
+    def earlier_tasks(self) -> _containers.RepeatedCompositeFieldContainer[_security_pb2.SignedEnvelope]:
+        """With asynchronous rounds: signed TaskStatements of the earlier rounds for which updates were made, by rising round."""
+
     def __init__(
         self,
         *,
         task: _security_pb2.SignedEnvelope | None = ...,
         answers: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
         groups: _abc.Iterable[Global___NeighborTranscriptPart] | None = ...,
+        earlier_tasks: _abc.Iterable[_security_pb2.SignedEnvelope] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "groups", b"groups", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "earlier_tasks", b"earlier_tasks", "groups", b"groups", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

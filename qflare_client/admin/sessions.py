@@ -86,6 +86,9 @@ def _failure_limit(config: training_pb2.TrainingConfig) -> str | None:
     return f"{' and '.join(limits)}, else {word(policy, 'action')}" if limits else None
 
 
+_SHOWN_WEIGHTS: Final = 8
+
+
 def _secure_aggregation(policy: training_pb2.SecureAggregationPolicy) -> str | None:
     """Return the bounds of a sum of masked updates and the helpers; None without secure aggregation."""
     if not policy.mode:
@@ -95,7 +98,10 @@ def _secure_aggregation(policy: training_pb2.SecureAggregationPolicy) -> str | N
         size = f"groups of {policy.group_size}" if policy.group_size else "one group"
         return f"{bounds}, neighbors in {size}{_noise_of(policy)}"
     helpers = ", ".join(short_id(helper_id) for helper_id in policy.helpers)
-    return f"{bounds}, helper {helpers}{_noise_of(policy)}"
+    weights = "/".join(str(weight) for weight in policy.staleness_weights[:_SHOWN_WEIGHTS])
+    more = "/..." if len(policy.staleness_weights) > _SHOWN_WEIGHTS else ""
+    stale = f", staleness weights {weights}{more}" if weights else ""
+    return f"{bounds}{stale}, helper {helpers}{_noise_of(policy)}"
 
 
 def _noise_of(policy: training_pb2.SecureAggregationPolicy) -> str:

@@ -99,7 +99,8 @@ from qflare_server.training.config import download_encoding
 from qflare_server.training.masking import update_manifest
 from qflare_server.training.objective import objective_of
 from qflare_server.training.reported_metrics import TRAINING
-from qflare_server.training.strategy import is_asynchronous, stored_strategy
+from qflare_server.training.rhythm import is_asynchronous
+from qflare_server.training.strategy import stored_strategy
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """The fold of a round with secure aggregation: masked updates are added up in a ring, and the sum is unmasked.
 
 Memory beyond that of an unmasked fold is one vector of the ring. Addition in a ring has no order, so the sum is the
-same whatever the order of the updates. When the round has closed, the helpers of the round's task are asked for the
+same whatever the order of the updates. In an asynchronous round each update counts by its staleness
+(`qflare.masking.staleness`). When the round has closed, the helpers of the round's task are asked for the
 sum of the masks, in a thread of their own: a helper that is slow does not delay other rounds. From the unmasked sum
 comes the weighted mean of the changes, which the strategy takes as the one contribution of the round.
 
@@ -16,11 +17,13 @@ from datetime import datetime
 from typing import Any, Final
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from qflare.evidence.lineage import contributors_digest
 from qflare.evidence.statements import StatementError, digest_of
 from qflare.evidence.unmasking import Masking, masking_of
 from qflare.masking.quantization import mean_change, slot_totals
+from qflare.masking.staleness import mean_rounding, weigh
 from qflare.tensors import CHUNK_BYTES
 from qflare.tensors.manifest import TensorSpec
 from qflare.tensors.vectors import VectorLayout, float_count
@@ -41,6 +44,7 @@ from qflare_server.aggregation.unmasking import (
     answer_digests,
     check_stored,
     opened_task,
+    stated_weights,
 )
 from qflare_server.context import Context
 from qflare_server.errors import HelperRefusedError, InvalidUpdateError
@@ -49,6 +53,7 @@ from qflare_server.storage.payload_records import ReceivedPayload, content_diges
 from qflare_server.storage.repository import payloads, training_sessions, unmaskings, updates
 from qflare_server.storage.repository.unmaskings import StoredUnmasking
 from qflare_server.storage.repository.updates import AcceptedUpdate
+from qflare_server.storage.tables import EVIDENCE_REASON
 from qflare_server.strategies import (
     Contribution,
     NotEnoughUpdatesError,
@@ -107,6 +112,8 @@ class MaskedRoundFold(RoundFold):
         super()._begin(excluded)
         self._sum = np.zeros(self._held_elements(), self._parameters.dtype)
         self._digests: dict[str, str] = {}
+        self._weights: dict[str, int] = {}
+        self._rounds: dict[str, int] = {}
         self._bound: dict[str, str] = {}
         self._refused: dict[str, str] = {}
 
@@ -132,6 +139,11 @@ class MaskedRoundFold(RoundFold):
 
     def _take(self, batch: Sequence[AcceptedUpdate]) -> None:
         for update in batch:
+            weight, number = self._staleness_weight(update), self._task_round(update)
+            if weight is None:
+                self.refusals[update.update_id] = f"{EVIDENCE_REASON}it is too stale for the sum"
+                continue
+            self._weights[update.update_id], self._rounds[update.update_id] = weight, number
             self._take_in(update)
             self._digests[update.update_id] = update.statement_digest
             self._bound[update.update_id] = _noise_digest(update, self.revision)
@@ -144,17 +156,38 @@ class MaskedRoundFold(RoundFold):
         """Take an update out of the sum again."""
         self._fold_in(update, np.subtract)
 
+    def _staleness_weight(self, update: AcceptedUpdate) -> int | None:
+        """Return how many times the elements of an update count; None for one that the table does not have."""
+        weights = self._parameters.staleness_weights
+        if not weights:
+            return 1
+        staleness = self.plan.base_version - update.base_version
+        return weights[staleness] if 0 <= staleness < len(weights) else None
+
+    def _task_round(self, update: AcceptedUpdate) -> int:
+        """Return the round for whose task an update was made; 0 if its statement is damaged, which no helper takes."""
+        if not self._parameters.staleness_weights:
+            return self.plan.number
+        try:
+            return security_pb2.UpdateStatement.FromString(update.statement or b"").round_number
+        except DecodeError:
+            return 0
+
     def _fold_in(self, update: AcceptedUpdate, operation: Add) -> None:
         """Add an update to the sum, or subtract it."""
         check_digests(stored_payload(update))
         source, size_bytes = self._source(update), self._sum.nbytes
+        weight = self._weights[update.update_id]
         for offset in range(0, size_bytes, CHUNK_BYTES):
             length = min(CHUNK_BYTES, size_bytes - offset)
-            self._apply(offset, source.read(offset, length), operation)
+            self._apply(offset, source.read(offset, length), operation, weight)
 
-    def _apply(self, offset: int, data: Any, operation: Add) -> None:
+    def _apply(self, offset: int, data: Any, operation: Add, weight: int = 1) -> None:
         start = offset // self._sum.itemsize
         values = np.frombuffer(data, self._sum.dtype)
+        if weight > 1:
+            values = values.copy()
+            weigh(values, start, self._element_count, weight)
         part = self._sum[start : start + len(values)]
         operation(part, values, part)
 
@@ -223,6 +256,8 @@ class MaskedRoundFold(RoundFold):
                 task,
                 masking,
                 self._digests,
+                self._weights,
+                self._earlier_rounds(),
                 self._sum.nbytes,
                 at,
                 is_repeated=self._is_repeated,
@@ -237,6 +272,10 @@ class MaskedRoundFold(RoundFold):
                 return
         raise HelperRefusedError("helpers refuse other updates each time")
 
+    def _earlier_rounds(self) -> set[int]:
+        """Return the earlier rounds for whose tasks updates in the sum were made."""
+        return {self._rounds[update_id] for update_id in self._digests} - {self.plan.number}
+
     def _keep(self, answers: Sequence[MaskSum]) -> None:
         self._stored = [answer.stored(self._refused) for answer in answers]
         self._payloads = tuple(answer.payload for answer in answers)
@@ -247,7 +286,12 @@ class MaskedRoundFold(RoundFold):
         self._leave_out(dict(stored[0].refused))
         members, plan = contributors_digest(self._digests.values()), self.plan
         answers = check_stored(
-            stored, self._masking, plan.training_session_id, plan.number, members
+            stored,
+            self._masking,
+            plan.training_session_id,
+            plan.number,
+            members,
+            stated_weights(self._masking, self._digests, self._weights),
         )
         for row, answer in zip(stored, answers, strict=True):
             with self._context.database.read() as session:
@@ -317,14 +361,15 @@ class MaskedRoundFold(RoundFold):
         """Return what the strategy gets: the mean of the sum."""
         # Under privacy the strategy divides by a fixed number instead of the number of updates.
         is_private = bool(self.plan.config.privacy.noise_multiplier)
-        parameters, total = (
-            self._parameters,
-            self._sum,
-        )  # the aggregation must not hold this fold, which holds it
+        # The aggregation must not hold this fold, which holds it.
+        parameters, total = self._parameters, self._sum
         divisor = parameters.max_weight if is_private else self._weight_sum
+        assert self._masking is not None
+        helper_count = len(self._masking.helpers)
+        rounding = mean_rounding(parameters.largest_staleness_weight, helper_count)
 
         def read(start: int, stop: int) -> np.ndarray[Any, Any]:
-            return mean_change(parameters, total[start:stop], divisor)
+            return mean_change(parameters, total[start:stop], divisor, rounding)
 
         members = contributors_digest(self._bound[update_id] for update_id in self._digests)
         return [Contribution(SUM, self._weight_sum, read, digest=members)]

@@ -10,7 +10,7 @@ refuses would otherwise change a set that the others have already answered.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from qflare.evidence.lineage import contributors_digest
 from qflare.evidence.statements import StatementError, digest_of
 from qflare.evidence.unmasking import Helper, Masking, check_answer, open_answer
 from qflare.masking.parameters import DTYPES
+from qflare.masking.staleness import weights_digest
 from qflare.tensors import Manifest, TensorSpec
 from qflare.times import timestamp_of
 from qflare.v1 import helper_service_pb2, security_pb2
@@ -34,7 +35,13 @@ from qflare_server.keys.device_identities import key_evidence
 from qflare_server.payloads.sealed_receiver import version_seal_context
 from qflare_server.payloads.writer import PayloadWriter
 from qflare_server.storage.payload_records import ReceivedPayload
-from qflare_server.storage.repository import audit, evidence, unmaskings, updates
+from qflare_server.storage.repository import (
+    audit,
+    evidence,
+    training_sessions,
+    unmaskings,
+    updates,
+)
 from qflare_server.storage.repository.audit import SYSTEM, Event
 from qflare_server.storage.repository.unmaskings import StoredUnmasking
 
@@ -89,6 +96,8 @@ class HelperRequests:
         task: The round's signed task.
         masking: What it requires.
         digests: Statement digests by update id, of the updates in the sum.
+        weights: Their staleness weights.
+        earlier_rounds: Rounds before this one for whose tasks updates in the sum were made.
         size_bytes: Size of a masked update.
         at: When the round closed.
         is_repeated: Whether the same set was sent before, and a helper did not answer.
@@ -102,6 +111,8 @@ class HelperRequests:
         task: security_pb2.SignedEnvelope,
         masking: Masking,
         digests: Mapping[str, str],
+        weights: Mapping[str, int],
+        earlier_rounds: Collection[int],
         size_bytes: int,
         at: datetime,
         *,
@@ -114,6 +125,8 @@ class HelperRequests:
         self._task = task
         self._masking = masking
         self._digests = digests
+        self._weights = weights
+        self._earlier_rounds = earlier_rounds
         self._size_bytes = size_bytes
         self._at = at
 
@@ -265,6 +278,7 @@ class HelperRequests:
             member_count=len(self._digests),
             last_counter=last_counter,
             create_time=timestamp_of(self._context.clock()),
+            weights_digest=stated_weights(self._masking, self._digests, self._weights),
         )
 
     def _checked(
@@ -305,7 +319,14 @@ class HelperRequests:
             check_only=is_check,
         )
         yield Request(header=header)
+        yield from (Request(earlier_task=task) for task in self._earlier_tasks())
         yield from (Request(member=member) for member in self._members())
+
+    def _earlier_tasks(self) -> Iterator[security_pb2.SignedEnvelope]:
+        for number in sorted(self._earlier_rounds):
+            with self._context.database.read() as session:
+                found = training_sessions.get_round(session, self._plan.training_session_id, number)
+            yield opened_task(None if found is None else found.task)
 
     def _members(self) -> Iterator[helper_service_pb2.UnmaskMember]:
         """Yield the updates, read in batches."""
@@ -344,12 +365,20 @@ def opened_task(
     return envelope
 
 
+def stated_weights(masking: Masking, digests: Mapping[str, str], weights: Mapping[str, int]) -> str:
+    """Return the digest of the staleness weights of the updates in a sum; empty if rounds are not asynchronous."""
+    if not masking.parameters.staleness_weights:
+        return ""
+    return weights_digest((digest, weights[name]) for name, digest in digests.items())
+
+
 def check_stored(
     stored: Sequence[StoredUnmasking],
     masking: Masking,
     training_session_id: str,
     round_number: int,
     members_digest: str,
+    weights: str,
 ) -> list[security_pb2.UnmaskingAnswer]:
     """Verify the stored answers of a round, and return them in the order of the task's helpers.
 
@@ -369,8 +398,10 @@ def check_stored(
             answer.round_number,
             answer.task_digest,
             answer.members_digest,
+            answer.weights_digest,
         )
-        if got != (training_session_id, round_number, masking.task_digest, members_digest):
+        place = training_session_id, round_number, masking.task_digest
+        if got != (*place, members_digest, weights):
             raise HelperRefusedError(
                 f"the answer of helper {helper.helper_id} is for other updates"
             )

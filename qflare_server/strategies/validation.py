@@ -298,8 +298,6 @@ def _check_hidden(config: StrategyConfig, rule: FoldRule | CohortRule) -> None:
         raise StrategyConfigError(
             f"{config.name} looks at single updates, which secure aggregation hides"
         )
-    if config.asynchronous:
-        raise StrategyConfigError("secure aggregation masks one cohort; a buffer has none")
     for name, idle in (("clip_norm", 0.0), ("max_norm", 0.0), ("min_cosine", -1.0)):
         if getattr(config, name) != idle:
             raise StrategyConfigError(

@@ -40,8 +40,8 @@ from qflare_server.training.config import (
 )
 from qflare_server.training.objective import objective_of, update_best
 from qflare_server.training.reported_metrics import MAX_METRICS
+from qflare_server.training.rhythm import is_asynchronous
 from qflare_server.training.selection import find_relation
-from qflare_server.training.strategy import is_asynchronous
 from qflare_server.training.versions import passes_gate
 
 SUMMARY_BITS: Final = 6

@@ -22,14 +22,18 @@ from qflare.masking.parameters import (
     InvalidMaskingError,
     MaskingParameters,
 )
+from qflare.masking.staleness import MAX_STALENESS, usual_weights
 from qflare.tensors import Manifest
 from qflare.tensors.encodings import Encoding, wire_manifest
 from qflare.tensors.vectors import float_count
 from qflare.v1 import security_pb2, training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import HelperUnavailableError, InvalidRequestError
+from qflare_server.training.rhythm import ASYNCHRONOUS, is_asynchronous
 
-MEANS: Final = frozenset({"fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"})
+MEANS: Final = frozenset(
+    {"fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad", *ASYNCHRONOUS}
+)
 """Strategies whose aggregate is a mean of the updates by their weights, which a sum gives."""
 
 COMPARISONS: Final = frozenset(
@@ -75,8 +79,9 @@ def max_weight(config: training_pb2.TrainingConfig) -> int:
 
 
 def _is_uniform(config: training_pb2.TrainingConfig) -> bool:
-    """Return whether every update counts as one, as always under central privacy."""
-    return config.strategy.uniform_weights or bool(config.privacy.noise_multiplier)
+    """Return whether every update counts as one, as always under central privacy and in asynchronous rounds."""
+    is_private = bool(config.privacy.noise_multiplier)
+    return config.strategy.uniform_weights or is_private or is_asynchronous(config)
 
 
 def parameters_of(config: training_pb2.TrainingConfig) -> MaskingParameters:
@@ -128,6 +133,7 @@ def complete_masking(config: training_pb2.TrainingConfig) -> None:
     policy.bits = policy.bits or DEFAULT_BITS
     policy.max_cohort = policy.max_cohort or config.rounds.target
     policy.min_cohort = policy.min_cohort or config.rounds.quorum
+    _complete_staleness(config)
     if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
         _complete_neighbors(config)
     if config.privacy.noise_multiplier:
@@ -179,6 +185,33 @@ def _complete_neighbors(config: training_pb2.TrainingConfig) -> None:
             practical_parameters(members, policy.corrupt_fraction, policy.dropout_fraction)
         except InfeasibleGroupError as error:
             raise _refusal("group_size", f"{error}; groups have {smallest} to {largest}") from error
+
+
+def _complete_staleness(config: training_pb2.TrainingConfig) -> None:
+    """Fill in the weights of stale updates, and refuse tables that are of no use."""
+    policy, most = config.secure_aggregation, config.rounds.max_staleness
+    if not is_asynchronous(config):
+        if policy.staleness_weights:
+            raise _refusal("staleness_weights", "only asynchronous rounds take stale updates")
+        return
+    if policy.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
+        raise _refused(
+            "strategy.name",
+            f"{config.strategy.name[:100]} takes updates of several rounds into one sum, and with neighbors masks "
+            "cancel only within the round for which groups were formed; use a helper",
+        )
+    if most > MAX_STALENESS:
+        raise _refused(
+            "rounds.max_staleness",
+            f"got {most}, want at most {MAX_STALENESS} with secure aggregation",
+        )
+    if not policy.staleness_weights:
+        policy.staleness_weights.extend(usual_weights(most))
+    if len(policy.staleness_weights) != most + 1:
+        raise _refusal(
+            "staleness_weights",
+            f"got {len(policy.staleness_weights)}, want {most + 1}, for a staleness of 0 to rounds.max_staleness",
+        )
 
 
 def _complete_privacy(config: training_pb2.TrainingConfig) -> None:
@@ -334,7 +367,9 @@ def masking_task(
             raise HelperUnavailableError(f"bundle of helper {helper_id}: {error}") from error
         assert helper.helper_id == helper_id
         documents.append(known[helper_id])
-    task = security_pb2.MaskingTask(max_weight=max_weight(config), helpers=documents)
+    # 0 where devices need to know staleness weights: an SDK that does not would scale its change too large.
+    largest = 0 if policy.staleness_weights else max_weight(config)
+    task = security_pb2.MaskingTask(max_weight=largest, helpers=documents)
     if has_noise_in_sum(config):
         task.noisy.policy.CopyFrom(policy)
         task.noisy.noise_multiplier = config.privacy.noise_multiplier

@@ -24,6 +24,7 @@ from qflare_server.training.masking import (
     is_masked,
     parameters_of,
 )
+from qflare_server.training.rhythm import is_asynchronous
 
 _DERIVED: Final = frozenset(
     {
@@ -41,7 +42,6 @@ _DERIVED: Final = frozenset(
 _PARAMETERS: Final = {
     item.name: type(item.default) for item in fields(StrategyConfig) if item.name not in _DERIVED
 }
-ASYNCHRONOUS: Final = frozenset({"fedbuff"})
 
 
 _PLACES: Final = {
@@ -239,9 +239,3 @@ def add_device_settings(config: training_pb2.TrainingConfig, strategy: Strategy)
                 field="config.device_training.parameters",
             )
         parameters[name] = value
-
-
-def is_asynchronous(config: training_pb2.TrainingConfig) -> bool:
-    """Return whether updates against older versions are accepted."""
-    carries = config.rounds.late_update_action == training_pb2.LATE_UPDATE_ACTION_CARRY
-    return carries or config.strategy.name in ASYNCHRONOUS

@@ -45,8 +45,10 @@ class Layout:
         self.room = noise_room(policy, noise_multiplier)
         self.bounds = [(metric.name, metric.bound) for metric in policy.metrics]
         half, most = 2 ** (policy.bits - 1) - 1, policy.max_cohort
-        self.limit = half // (most + self.room)
-        self.scale = math.floor(Fraction(half) / ((most + self.room) * Fraction(policy.clip)))
+        table = list(policy.staleness_weights)
+        full = (half - 3 * table[0]) // table[0] if table else half
+        self.limit = full // (most + self.room)
+        self.scale = math.floor(Fraction(full) / ((most + self.room) * Fraction(policy.clip)))
         self.digit_bits = math.floor(math.log2((2**policy.bits - 1) // most + 1))
         self.weight_digits = math.ceil(max_weight.bit_length() / self.digit_bits)
         self.metric_digits = math.ceil((max_weight.bit_length() + 24) / self.digit_bits)
@@ -185,7 +187,14 @@ def check_transcript(
         *("base_version", "config_digest"),
     ):
         require(getattr(task, field) == getattr(made, field), f"task has another {field}")
-    layout = Layout(policy, task.masking.max_weight, multiplier)
+    table = list(policy.staleness_weights)
+    if table:
+        require(policy.mode == HELPER_MODE and task.masking.max_weight == 0, "task has a weight")
+        require(len(table) <= 256 and table == sorted(table, reverse=True), "no staleness weights")
+        require(
+            table[-1] >= 1 and table[0] <= min(256, 16 * table[-1]), "weights are too far apart"
+        )
+    layout = Layout(policy, task.masking.max_weight or 1, multiplier)
     least, most = policy.min_cohort, policy.max_cohort
     require(2 <= least <= made.contributor_count <= most, "too few or too many contributors")
     members = contributors_digest(updates.values())
@@ -198,18 +207,57 @@ def check_transcript(
         check_groups(transcript.groups, made, policy, updates, devices or {})
         return []
     require(not transcript.groups, "groups of neighbors without neighbors")
-    helpers = open_helpers(task)
+    tasks = _open_tasks(transcript, task, digest, task_keys)
+    entries = []
     for payload in updates.values():
-        _check_update(pb.UpdateStatement.FromString(payload), digest, helpers, multiplier)
+        update = pb.UpdateStatement.FromString(payload)
+        own = tasks.get(update.masking.task_digest)
+        require(own is not None, "update was masked for another task")
+        assert own is not None
+        entries.append(hashlib.sha256(payload).digest() + _weight(update, own, task))
+    helpers = open_helpers(task)
+    stated = tagged_hash("qflare/v1/staleness-weights", b"".join(sorted(entries))).hex()
     named = [hashlib.sha256(answer.payload).hexdigest() for answer in transcript.answers]
     require(named == list(made.unmasking.answer_digests), "version names other answers")
     require(len(named) == len(helpers), "an answer is missing")
     for envelope, (_, key) in zip(transcript.answers, helpers, strict=True):
-        _check_answer(envelope, key, made, layout)
+        _check_answer(envelope, key, made, layout, stated if table else "")
         answer = pb.UnmaskingAnswer.FromString(envelope.payload)
         wanted = multiplier if policy.noise == HELPER_NOISE else 0.0
         require(answer.noise_multiplier == wanted, "answer with other noise")
     return [key.key_id for _, key in helpers]
+
+
+def _open_tasks(
+    transcript: verification_pb2.UnmaskingTranscript,
+    task: pb.TaskStatement,
+    digest: str,
+    task_keys: Keys,
+) -> dict[str, pb.TaskStatement]:
+    """Check the tasks of earlier rounds; return all tasks by digest."""
+    tasks = {digest: task}
+    for envelope in transcript.earlier_tasks:
+        payload = open_envelope(envelope, "qflare/v1/task", task_keys)
+        earlier = pb.TaskStatement.FromString(payload)
+        require(bool(task.masking.policy.staleness_weights), "earlier task in a synchronous round")
+        require(earlier.masking.policy == task.masking.policy, "earlier task has another masking")
+        place = (earlier.realm, earlier.training_session_id)
+        require(place == (task.realm, task.training_session_id), "task of another session")
+        require(1 <= earlier.round_number < task.round_number, "task of a later round")
+        tasks[hashlib.sha256(payload).hexdigest()] = earlier
+    return tasks
+
+
+def _weight(update: pb.UpdateStatement, own: pb.TaskStatement, latest: pb.TaskStatement) -> bytes:
+    """Check an update against its task; return its staleness weight as bytes."""
+    for field in ("round_number", "base_version", "base_digest", "task_nonce"):
+        require(getattr(update, field) == getattr(own, field), f"update has another {field}")
+    multiplier = policy_of(own.masking)[1]
+    _check_update(update, update.masking.task_digest, open_helpers(own), multiplier)
+    table, staleness = latest.masking.policy.staleness_weights, latest.base_version
+    staleness -= update.base_version
+    require(not table or 0 <= staleness < len(table), "update is too stale")
+    return (table[staleness] if table else 1).to_bytes(4, "big")
 
 
 def _check_update(
@@ -233,7 +281,11 @@ def _check_masking(update: pb.UpdateStatement, task_digest: str, multiplier: flo
 
 
 def _check_answer(
-    envelope: pb.SignedEnvelope, key: pb.PublicKey, made: pb.ModelStatement, layout: Layout
+    envelope: pb.SignedEnvelope,
+    key: pb.PublicKey,
+    made: pb.ModelStatement,
+    layout: Layout,
+    weights: str,
 ) -> None:
     payload = open_envelope(envelope, "qflare/v1/unmasking-answer", {key.key_id: key})
     answer = pb.UnmaskingAnswer.FromString(payload)
@@ -247,6 +299,7 @@ def _check_answer(
     members = (answer.members_digest, answer.member_count)
     require(members == (made.contributors_digest, made.contributor_count), "answer to another set")
     require(answer.bits == layout.bits, "answer in another ring")
+    require(answer.weights_digest == weights, "answer with other weights")
     require(2 <= answer.counted_member_count <= answer.member_count, "answer counts too few")
     require(answer.counter >= 1, "answer has no number")
     require(bool(answer.previous_digest) == (answer.counter > 1), "answer names no previous one")

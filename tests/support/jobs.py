@@ -43,6 +43,7 @@ def prepare(
     rounds: int = ROUNDS,
     secure: training_pb2.SecureAggregationPolicy | None = None,
     sealed: bool = False,
+    strategy: training_pb2.StrategyConfig | None = None,
 ) -> str:
     """Create and start a training session whose every update is kept; return its id."""
     weights = SMALL if weights is None else weights
@@ -54,6 +55,9 @@ def prepare(
     if secure is not None:
         config.secure_aggregation.CopyFrom(secure)
         config.safeguards.max_example_count = 1000
+    if strategy is not None:
+        config.strategy.CopyFrom(strategy)
+        config.rounds.max_staleness = rounds
     config.transfer.sealed = sealed
     config.transfer.payload_retention = training_pb2.PAYLOAD_RETENTION_ALL
     training = parts.use_cases.training

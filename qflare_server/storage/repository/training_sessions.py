@@ -10,11 +10,13 @@ from sqlalchemy import (
     ColumnElement,
     Float,
     Select,
+    Text,
     and_,
     bindparam,
     exists,
     func,
     insert,
+    literal_column,
     or_,
     select,
     true,
@@ -263,8 +265,16 @@ def list_rounds(session: Session, training_session_id: str, request: PageRequest
     )
 
 
+_IS_MASKED = sql_cast(SESSIONS.c.config, Text).like(literal_column("'%\"secure_aggregation\": {%'"))
+"""Whether a training session has secure aggregation: only a field of its configuration has this text in its JSON."""
+
+
 def _is_asked(device: Any) -> tuple[ColumnElement[bool], ...]:
-    """Return the conditions that a device, as a column or a parameter, has a task in an open round."""
+    """Return the conditions that a device, as a column or a parameter, has a task in an open round.
+
+    It has none after it has contributed from the round's base version or, with secure aggregation, at all: a sum has at
+    most one update of a device.
+    """
     is_selected = or_(
         ROUNDS.c.selected_count == 0,
         exists().where(
@@ -277,7 +287,10 @@ def _is_asked(device: Any) -> tuple[ColumnElement[bool], ...]:
         UPDATES.c.training_session_id == ROUNDS.c.training_session_id,
         UPDATES.c.round_number == ROUNDS.c.number,
         UPDATES.c.device_id == device,
-        UPDATES.c.base_version == ROUNDS.c.base_version,
+        or_(
+            UPDATES.c.base_version == ROUNDS.c.base_version,
+            _IS_MASKED,
+        ),
     )
     return (
         SESSIONS.c.state == TrainingSessionState.RUNNING.value,

@@ -4,7 +4,7 @@ A bundle is exported in parts of bounded size; their concatenated serializations
 `qflare.evidence.verification` documents its contents and the order of the checks.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Final
 
 from sqlalchemy.orm import Session
@@ -68,8 +68,9 @@ class Evidence:
         yield from self._first(model, head)
         yield from self._lineage(model)
         shown: set[str] = set()
-        yield from self._updates(model, head, shown)
-        yield from self._unmasking(model)
+        tasks: set[int] = set()
+        yield from self._updates(model, head, shown, tasks)
+        yield from self._unmasking(model, tasks)
         yield from self._evaluations(model, head, shown)
 
     def _model(self, training_session_id: str, version: int | None) -> GlobalModel:
@@ -107,8 +108,14 @@ class Evidence:
                 yield Bundle(statements=[_stored(payload, signed)])
             first += len(rows)
 
-    def _updates(self, model: GlobalModel, head: SignedHead, shown: set[str]) -> Iterator[Bundle]:
-        """Yield the updates of a version; adds the devices whose keys are included to `shown`."""
+    def _updates(
+        self, model: GlobalModel, head: SignedHead, shown: set[str], tasks: set[int]
+    ) -> Iterator[Bundle]:
+        """Yield the updates of a version.
+
+        Adds the devices whose keys are included to `shown`, and the rounds for whose tasks masked updates were made to
+        `tasks`.
+        """
         after = 0
         while True:
             with self._context.database.read() as session:
@@ -122,13 +129,14 @@ class Evidence:
                 subjects = [f"update:{row.id}" for row in rows]
                 entries = [_entry(session, head, UPDATE_ACCEPTED, item) for item in subjects]
             yield from (Bundle(updates=[_update(row)]) for row in rows)
+            tasks |= {number for row in rows if (number := _masked_for(row)) is not None}
             yield from (Bundle(device_keys=[key_evidence(key)]) for key in keys)
             yield from (Bundle(entries=found) for found in entries)
             shown |= devices
             after = rows[-1].acceptance_sequence
 
-    def _unmasking(self, model: GlobalModel) -> Iterator[Bundle]:
-        """Yield the transcript of secure aggregation, if the version has one."""
+    def _unmasking(self, model: GlobalModel, tasks: Collection[int]) -> Iterator[Bundle]:
+        """Yield the transcript of secure aggregation, if the version has one; `tasks` are the rounds of its updates."""
         with self._context.database.read() as session:
             current = training_sessions.get_round(
                 session, model.training_session_id, model.round_number
@@ -143,6 +151,12 @@ class Evidence:
         if current is not None and current.task is not None:
             transcript.task.CopyFrom(_envelope(current.task))
         yield Bundle(unmasking=transcript)
+        for number in sorted(set(tasks) - {model.round_number}):
+            with self._context.database.read() as session:
+                earlier = training_sessions.get_round(session, model.training_session_id, number)
+            if earlier is not None and earlier.task is not None:
+                task = _envelope(earlier.task)
+                yield Bundle(unmasking=verification_pb2.UnmaskingTranscript(earlier_tasks=[task]))
 
     def _neighbors(self, model: GlobalModel, current: Round | None) -> Iterator[Bundle]:
         """Yield the transcripts of the groups of a round with neighbors, and the keys of those that dropped out."""
@@ -260,6 +274,12 @@ def _update(row: UpdateOfVersion) -> verification_pb2.UpdateEvidence:
     if row.statement is not None and row.signature is not None:
         message.statement.CopyFrom(_signed(row.statement, row.signature))
     return message
+
+
+def _masked_for(row: UpdateOfVersion) -> int | None:
+    """Return the round for whose task an update was masked; None if it is not masked."""
+    statement = security_pb2.UpdateStatement.FromString(row.statement or b"")
+    return statement.round_number if statement.HasField("masking") else None
 
 
 def _signed(statement: bytes | None, signature: bytes | None) -> security_pb2.SignedEnvelope:

@@ -51,10 +51,11 @@ from qflare_server.storage.repository.round_capacity import RoundCapacity
 from qflare_server.storage.repository.updates import UpdateReceipt
 from qflare_server.storage.tables import DeviceState, RoundState, TrainingSessionState, UpdateState
 from qflare_server.training.evaluation import awaits_evaluation
+from qflare_server.training.masking import is_masked
 from qflare_server.training.neighbor_stages import has_neighbors
 from qflare_server.training.reported_metrics import whole_epochs
+from qflare_server.training.rhythm import is_asynchronous
 from qflare_server.training.rounds import is_in_process, origin_of
-from qflare_server.training.strategy import is_asynchronous
 from qflare_server.use_cases.updates.batching import BatchWindow
 from qflare_server.use_cases.updates.submission import Submission
 
@@ -62,6 +63,8 @@ BATCH_LIMIT: Final = 128
 BATCH_WINDOW_S: Final = 0.01
 """Longest group-commit delay."""
 BUFFER_RETRY_S: Final = 0.05
+HELD_RETRY_S: Final = 5.0
+"""When a device resends an update that has to wait for the next buffer."""
 
 
 @dataclass(eq=False)
@@ -278,6 +281,7 @@ class _Admission:
         self.example_count = 0
         facts = entries[0].submission.facts
         self._max_staleness = facts.config.rounds.max_staleness
+        self._is_masked = is_masked(facts.config)
         self._is_undone = facts.base_version < places.base_version and (
             global_models.find_rollback(
                 session, facts.training_session_id, facts.base_version, places.base_version
@@ -376,9 +380,26 @@ class _BufferedAdmission(_Admission):
     """Admission control for asynchronous sessions, where updates of older versions count in the open round.
 
     A device contributes once per base version, to the round of its task or to a later one. While a full buffer is
-    being aggregated no round is open, and the device is told to resend, not to retrain.
+    being aggregated no round is open, and the device is told to resend, not to retrain. So it is with secure
+    aggregation while another update of the device is in the buffer: a sum has as many devices as updates.
     An update trained from a rolled-back version is refused.
     """
+
+    def _refusal(self, entry: _Entry) -> QflareError | None:
+        refusal, device_id = super()._refusal(entry), entry.submission.device.device_id
+        if refusal is None and self._is_masked and device_id in self._in_buffer():
+            return TooManyRequestsError(
+                "another update of the device is in the buffer", retry_after_s=HELD_RETRY_S
+            )
+        return refusal
+
+    def _in_buffer(self) -> set[str]:
+        """Return the devices with an update in the open round."""
+        return {
+            item.device_id
+            for item in self._by_device.values()
+            if item.round_number == self._places.number
+        }
 
     def _refuse_round(self, base_version: int) -> QflareError | None:
         places = self._places

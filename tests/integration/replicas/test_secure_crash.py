@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -45,33 +45,39 @@ def known(parts: Application, helper: HelperProcess) -> Iterator[Application]:
     opened.close()
 
 
-def _prepare(
-    known: Application, helper: HelperProcess, rounds: int, *, sealed: bool = False
-) -> str:
+def _prepare(known: Application, helper: HelperProcess, rounds: int, **settings: Any) -> str:
     policy = training_pb2.SecureAggregationPolicy(
         mode=training_pb2.SECURE_AGGREGATION_MODE_HELPER,
         clip=100.0,
         helpers=[helper.helper_id],
         metrics=[training_pb2.MaskedMetric(name="loss", bound=10.0)],
     )
-    return prepare(known, rounds=rounds, secure=policy, sealed=sealed)
+    return prepare(known, rounds=rounds, secure=policy, **settings)
 
 
-def _check(known: Application, helper: HelperProcess, session_id: str, rounds: int) -> None:
+def _check(
+    known: Application,
+    helper: HelperProcess,
+    session_id: str,
+    rounds: int,
+    quorum: int = DEVICES,
+) -> None:
     """Every version has the bytes that its masked updates give, and the helper answered each set once."""
     assert known.use_cases.training.get(session_id).current_version == rounds
     for version in range(1, rounds + 1):
         found = recompute_version(known.context, session_id, version)
         assert found.recomputed
         assert found.differences == ()
-    assert f"{rounds} answers with {rounds * DEVICES} updates" in helper.run("audit", "verify")
+    assert f"{rounds} answers with {rounds * quorum} updates" in helper.run("audit", "verify")
 
 
+@pytest.mark.parametrize("quorum", [DEVICES, DEVICES - 1], ids=["synchronous", "asynchronous"])
 def test_a_sealed_secure_job_survives_kills_of_coordinator_and_helper(
-    known: Application, helper: HelperProcess, database_url: str, tmp_path: Path
+    known: Application, helper: HelperProcess, database_url: str, tmp_path: Path, quorum: int
 ) -> None:
     rounds = max(4, KILLS // 2)
-    session_id = _prepare(known, helper, rounds, sealed=True)
+    fedbuff = training_pb2.StrategyConfig(name="fedbuff") if quorum < DEVICES else None
+    session_id = _prepare(known, helper, rounds, sealed=True, quorum=quorum, strategy=fedbuff)
     settings = {"QFLARE_HELPER_DIR": str(helper.bundle_file.parent)}
     coordinator = CoordinatorProcess(tmp_path / "coordinator", database_url, settings=settings)
     coordinator.start()
@@ -92,7 +98,7 @@ def test_a_sealed_secure_job_survives_kills_of_coordinator_and_helper(
         wait_for_end(threads, TIMEOUT_S)
     finally:
         coordinator.stop()
-    _check(known, helper, session_id, rounds)
+    _check(known, helper, session_id, rounds, quorum)
 
 
 def _restart(*victims: CoordinatorProcess | HelperProcess) -> None:

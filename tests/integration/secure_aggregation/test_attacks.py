@@ -64,10 +64,17 @@ class LyingCoordinator:
         return security_pb2.UnmaskingRequest(**(values | changes))
 
     def ask(
-        self, members: list[Member], *, task: Any = None, header: Any = None, **changes: Any
+        self,
+        members: list[Member],
+        *,
+        task: Any = None,
+        header: Any = None,
+        earlier: Iterable[security_pb2.SignedEnvelope] = (),
+        **changes: Any,
     ) -> list[messages.UnmaskResponse]:
         """Ask for a set; raises what the helper answers."""
         parts = self.parts(members, task=task, header=header, **changes)
+        parts[1:1] = [messages.UnmaskRequest(earlier_task=envelope) for envelope in earlier]
         with grpc.insecure_channel(self._helper.address) as channel:
             return list(HelperServiceStub(channel).Unmask(iter(parts), timeout=20))
 

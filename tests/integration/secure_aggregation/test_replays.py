@@ -64,7 +64,11 @@ def test_neither_seeds_nor_statements_nor_old_tasks_count_in_a_second_round(
     assert ring.asking.ask(first)[0].HasField("answer")
 
     task = ring.lying_task(_second_round)
-    again = {"task": task, "task_digest": digest_of(task.payload), "round_number": 2}
+    again: dict[str, Any] = {
+        "task": task,
+        "task_digest": digest_of(task.payload),
+        "round_number": 2,
+    }
     assert "INVALID_ARGUMENT" in ring.asking.refusal(first, **again)
 
     replayed = ring.signed(0)  # trains for the task of the first round once more

@@ -100,6 +100,31 @@ def test_masks_cost_no_accuracy_of_the_digits() -> None:
         assert abs(ours - theirs) <= 0.002
 
 
+ASYNCHRONOUS = MASKED | {
+    "strategy.name": "fedbuff",
+    "rounds.max_staleness": 3,
+    "rounds.quorum": 2,
+    "secure_aggregation.min_cohort": 2,
+    "total_rounds": 4,
+}
+
+
+def test_stale_updates_count_by_their_weights(tmp_path: Path) -> None:
+    kept = {"transfer.payload_retention": "PAYLOAD_RETENTION_ALL"}
+    uneven = {"duration_spread": 1.0}
+    done = run(ASYNCHRONOUS | kept, virtual=uneven, folder=tmp_path / "kept")
+
+    assert done.version == 4
+    bases = {(row["round"], row["base_version"]) for row in done.history("updates")}
+    assert any(number - 1 > base for number, base in bases)
+    with open_coordinator(tmp_path / "kept") as parts:
+        for version in range(1, 5):
+            found = recompute_version(parts.context, done.session_id, version)
+            assert (found.recomputed, found.differences) == (True, ())
+    again = run(ASYNCHRONOUS | kept, virtual=uneven)
+    assert done.model["weight"].tobytes() == again.model["weight"].tobytes()
+
+
 @pytest.mark.parametrize(
     "settings",
     [MASKED, PRIVATE, DEVICE_NOISE, HELPER_NOISE],

@@ -1,8 +1,10 @@
 """Quantization, masks and sealed seeds of secure aggregation."""
 
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qflare.crypto.sealing import KemKey, UnsealError
@@ -10,6 +12,15 @@ from qflare.masking.masks import Mask
 from qflare.masking.parameters import InvalidMaskingError, MaskingParameters
 from qflare.masking.quantization import Quantizer, mean_change, quantize_slots, slot_totals
 from qflare.masking.seeds import open_seed, seal_seed
+from qflare.masking.staleness import (
+    MAX_ROUNDINGS,
+    Rounding,
+    find_problem,
+    mean_rounding,
+    usual_weights,
+    weigh,
+    weights_digest,
+)
 from qflare.v1 import security_pb2
 
 BITS = st.sampled_from([16, 32, 64])
@@ -170,3 +181,79 @@ def test_each_update_is_rounded_by_chance_of_its_own() -> None:
     parameters, change = MaskingParameters(32, 1.0, 2, 1, {}), np.full(1000, 1e-10)
     found = [Quantizer(parameters, 1, 1.0).quantize(change).tobytes() for _ in range(2)]
     assert found[0] != found[1]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[int, ...]:
+    last = draw(st.integers(1, 16))
+    rest = draw(st.lists(st.integers(last, 16 * last), max_size=5))
+    return (*sorted(rest, reverse=True), last)
+
+
+@given(
+    tables(), st.sampled_from([16, 32, 64]), st.integers(2, 20), st.randoms(use_true_random=False)
+)
+def test_the_largest_weighted_sum_with_the_largest_roundings_does_not_wrap(
+    weights: tuple[int, ...], bits: int, cohort: int, random: Any
+) -> None:
+    try:
+        parameters = MaskingParameters(bits, 1e-6, cohort, 1, {}, staleness_weights=weights)
+    except InvalidMaskingError:
+        assume(False)
+    largest = parameters.largest_staleness_weight
+    most = parameters.limit * largest * cohort + MAX_ROUNDINGS * (largest - 1)
+    assert most <= 2 ** (bits - 1) - 1
+    values = np.array([random.choice([-1, 1]) * parameters.limit for _ in range(cohort)])
+    chosen = [random.choice(weights) for _ in range(cohort)]
+    total = np.zeros(3, parameters.dtype)
+    for value, weight in zip(values, chosen, strict=True):
+        vector = np.array([int(value), int(value), 1]).astype(parameters.dtype)
+        weigh(vector, 0, 2, weight)
+        total += vector
+    exact = sum(int(v) * w for v, w in zip(values, chosen, strict=True))
+    assert total.view(f"<i{parameters.itemsize}").tolist() == [exact, exact, cohort]
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_roundings_are_even_repeat_and_leave_slots_alone(bits: int) -> None:
+    count, largest = 200_000, 45
+    seeds = [(b"a" * 32, 45), (b"b" * 32, 32)]
+    rounding = Rounding(largest, count, seeds)
+    whole = np.zeros(count + 2, f"<u{bits // 8}")
+    rounding.subtract_from(whole, 0)
+    added = (-whole).astype(np.uint64)
+    assert added[count:].tolist() == [0, 0]
+    assert (added[:count].min(), added[:count].max()) == (0, largest - 1)
+    tallies = np.bincount(added[:count].astype(int), minlength=largest)
+    assert np.abs(tallies - count / largest).max() < 6 * (count / largest) ** 0.5
+    assert abs(added[:count].mean() - mean_rounding(largest, 1)) < 0.2
+    for first in (0, 1, 70_001, count - 1, count, count + 1):
+        part = np.zeros(min(1000, count + 2 - first), whole.dtype)
+        Rounding(largest, count, seeds).subtract_from(part, first)
+        assert part.tolist() == whole[first : first + len(part)].tolist()
+    other = np.zeros_like(whole)
+    Rounding(largest, count, [seeds[0], (b"c" * 32, 32)]).subtract_from(other, 0)
+    assert (other != whole).mean() > 0.9
+
+
+def test_no_class_of_equally_stale_updates_follows_from_a_sum() -> None:
+    """Every value of the stale part is consistent with exactly one of the fresh part, each equally likely."""
+    fresh, stale = usual_weights(1)
+    for seen in range(-300, 300, 7):
+        for b in range(-50, 50):
+            fits = [a for a in range(-60, 60) if 0 <= seen - fresh * a - stale * b < fresh]
+            assert len(fits) == 1
+
+
+def test_tables_of_staleness_weights() -> None:
+    assert usual_weights(3) == [64, 45, 37, 32]
+    assert find_problem(usual_weights(255)) == ""
+    assert find_problem(()) == ""
+    for wrong in ((64, 65), (64, 0), (257,), (64, 3), (1,) * 257):
+        assert find_problem(wrong)
+    made = [("aa" * 32, 64), ("bb" * 32, 45)]
+    assert (
+        weights_digest(made)
+        == weights_digest(made[::-1])
+        != weights_digest([*made[:1], ("bb" * 32, 64)])
+    )

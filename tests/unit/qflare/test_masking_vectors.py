@@ -10,7 +10,12 @@ import pytest
 from qflare.crypto.sealing import KemKey
 from qflare.crypto.signing import Provider, PublicKey
 from qflare.evidence.statements import StatementError, digest_of, open_update
-from qflare.evidence.unmasking import check_masked_update, masking_of, verify_transcript
+from qflare.evidence.unmasking import (
+    check_masked_update,
+    masking_of,
+    sign_answer,
+    verify_transcript,
+)
 from qflare.masking.masks import Mask
 from qflare.masking.seeds import open_seed
 from qflare.v1 import security_pb2 as pb
@@ -23,6 +28,7 @@ FOLDER = Path(generate.__file__).parent
 MASKING = json.loads((FOLDER / "masking.json").read_text(encoding="utf-8"))
 NOISE = json.loads((FOLDER / "noise.json").read_text(encoding="utf-8"))
 UNMASKING = json.loads((FOLDER / "unmasking.json").read_text(encoding="utf-8"))
+ASYNCHRONOUS = json.loads((FOLDER / "asynchronous_unmasking.json").read_text(encoding="utf-8"))
 Transcript = verification_pb2.UnmaskingTranscript
 
 
@@ -37,7 +43,7 @@ def test_a_mask_by_the_page(vector: dict[str, Any]) -> None:
     assert stream[vector["offset"] :] == wanted
 
 
-@pytest.mark.parametrize("vector", MASKING["parameters"])
+@pytest.mark.parametrize("vector", [*MASKING["parameters"], ASYNCHRONOUS["parameters"]])
 def test_parameters_and_slots_by_the_page(vector: dict[str, Any]) -> None:
     policy = training_pb2.SecureAggregationPolicy.FromString(bytes.fromhex(vector["policy"]))
     layout = unmasking.Layout(policy, vector["max_weight"])
@@ -55,8 +61,8 @@ def _layout() -> unmasking.Layout:
     return unmasking.Layout(task.masking.policy, task.masking.max_weight)
 
 
-def _transcript() -> Transcript:
-    return Transcript.FromString(bytes.fromhex(UNMASKING["transcript"]))
+def _transcript(vectors: dict[str, Any] = UNMASKING) -> Transcript:
+    return Transcript.FromString(bytes.fromhex(vectors["transcript"]))
 
 
 def _update(vector: dict[str, Any]) -> tuple[pb.SignedEnvelope, pb.PublicKey]:
@@ -190,8 +196,8 @@ def _check_both(
     unmasking.check_transcript(transcript, made, {key.key_id: key}, payloads)
 
 
-def _made() -> pb.ModelStatement:
-    envelope = pb.SignedEnvelope.FromString(bytes.fromhex(UNMASKING["version"]))
+def _made(vectors: dict[str, Any] = UNMASKING) -> pb.ModelStatement:
+    envelope = pb.SignedEnvelope.FromString(bytes.fromhex(vectors["version"]))
     return pb.ModelStatement.FromString(envelope.payload)
 
 
@@ -234,3 +240,57 @@ def test_a_changed_transcript_is_refused_by_both(
     change(transcript, made)
     with pytest.raises(StatementError):
         _check_both(transcript, made)
+
+
+def test_a_weighted_sum_by_the_page() -> None:
+    """The sum is that of the updates times their weights, plus a number below the largest weight; slots count once."""
+    task = pb.TaskStatement.FromString(_transcript(ASYNCHRONOUS).task.payload)
+    layout, table = unmasking.Layout(task.masking.policy, 1), task.masking.policy.staleness_weights
+    count = len(ASYNCHRONOUS["updates"][0]["change"])
+    key = exchange.KemKey(bytes.fromhex(ASYNCHRONOUS["helper_kem_seed"]))
+    masks = layout.elements(bytes.fromhex(ASYNCHRONOUS["mask_sum"]))
+    total, exact, slots = (
+        [-mask for mask in masks[:count]],
+        [0] * count,
+        [-m for m in masks[count:]],
+    )
+    for vector, weight in zip(ASYNCHRONOUS["updates"], (table[1], table[0]), strict=True):
+        update = verifier.open_update(*_update(vector))
+        payload = bytes.fromhex(vector["payload"])
+        masked = layout.elements(payload)
+        plain = layout.unmasked(payload, [unmasking.open_seed(update, 0, key)])
+        for place in range(count):
+            total[place] += weight * masked[place]
+            exact[place] += weight * layout.signed(plain[place])
+        slots = [slot + value for slot, value in zip(slots, masked[count:], strict=True)]
+    modulus = 2**layout.bits
+    assert layout.totals([slot % modulus for slot in slots])[0] == 2
+    for value, wanted in zip(total, exact, strict=True):
+        assert 0 <= layout.signed(value % modulus) - wanted < table[0]
+
+
+def _swap_weights(transcript: Transcript, made: pb.ModelStatement) -> None:
+    answer = pb.UnmaskingAnswer.FromString(transcript.answers[0].payload)
+    answer.weights_digest = "0" * 64
+    transcript.answers[0].CopyFrom(sign_answer(generate.signing_key("helper"), answer))
+    made.unmasking.answer_digests[0] = digest_of(transcript.answers[0].payload)
+
+
+STALE_CHANGES: list[Callable[[Transcript, pb.ModelStatement], object]] = [
+    lambda transcript, _: transcript.ClearField("earlier_tasks"),
+    lambda transcript, _: transcript.earlier_tasks[0].CopyFrom(transcript.task),
+    lambda transcript, _: transcript.earlier_tasks[0].ClearField("signatures"),
+    lambda transcript, _: transcript.earlier_tasks.append(_transcript().task),
+    _swap_weights,
+]
+
+
+@pytest.mark.parametrize("change", STALE_CHANGES)
+def test_a_transcript_with_weights_verifies_and_a_changed_one_is_refused_by_both(
+    change: Callable[[Transcript, pb.ModelStatement], object],
+) -> None:
+    transcript, made = _transcript(ASYNCHRONOUS), _made(ASYNCHRONOUS)
+    _check_both(transcript, made, ASYNCHRONOUS)
+    change(transcript, made)
+    with pytest.raises(StatementError):
+        _check_both(transcript, made, ASYNCHRONOUS)

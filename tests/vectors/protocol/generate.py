@@ -261,13 +261,20 @@ def write(folder: Path, files: Mapping[str, Callable[[], dict[str, Any]]]) -> No
 
 def main() -> int:
     """Write all files beside this one."""
-    from tests.vectors.protocol import documents, exchanges, masking, neighbors  # noqa: PLC0415 - all import this
+    from tests.vectors.protocol import (  # noqa: PLC0415 - all import this
+        asynchronous,
+        documents,
+        exchanges,
+        masking,
+        neighbors,
+    )
 
     write(FOLDER, {"hashes.json": hashes, "encodings.json": encodings})
     write(FOLDER, {"signatures.json": signatures})
     write(FOLDER, documents.FILES)
     write(FOLDER, exchanges.FILES)
     write(FOLDER, masking.FILES)
+    write(FOLDER, asynchronous.FILES)
     write(FOLDER, neighbors.FILES)
     return 0
 

@@ -60,7 +60,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         {"name": "krum", "secure_aggregation": True, "quorum": 12, "group_quorum": 2},
         "krum needs a quorum of at least 3 groups",
     ),
-    ({"name": "fedbuff", "asynchronous": True, "secure_aggregation": True}, "a buffer has none"),
     ({"clip_norm": 1.0, "secure_aggregation": True}, "clip_norm looks at single updates"),
     ({"max_norm": 1.0, "secure_aggregation": True}, "max_norm looks at single updates"),
     ({"min_cosine": 0.0, "secure_aggregation": True}, "min_cosine looks at single updates"),

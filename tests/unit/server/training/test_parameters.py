@@ -8,7 +8,8 @@ from qflare.v1 import training_pb2
 from qflare_server.errors import StrategyRefusedError
 from qflare_server.strategies import PrivacyConfig, StrategyConfig
 from qflare_server.strategies.catalogue import RULES
-from qflare_server.training.strategy import ASYNCHRONOUS, build_strategy
+from qflare_server.training.rhythm import ASYNCHRONOUS
+from qflare_server.training.strategy import build_strategy
 
 PLACES = {
     "clip_norm": "safeguards.clip_norm",
