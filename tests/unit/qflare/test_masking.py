@@ -257,3 +257,16 @@ def test_tables_of_staleness_weights() -> None:
         == weights_digest(made[::-1])
         != weights_digest([*made[:1], ("bb" * 32, 64)])
     )
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 256))
+def test_parts_are_weighed_like_the_whole(element_count: int, cut: int, weight: int) -> None:
+    whole = np.arange(1, 41, dtype="<u2") * np.uint16(1600)
+    first, second = whole[:cut].copy(), whole[cut:].copy()
+    weigh(first, 0, element_count, weight)
+    weigh(second, cut, element_count, weight)
+    weigh(whole, 0, element_count, weight)
+    assert np.concatenate([first, second]).tolist() == whole.tolist()
+    assert whole[element_count:].tolist() == [
+        1600 * k % 2**16 for k in range(element_count + 1, 41)
+    ]
