@@ -68,6 +68,8 @@ class GroupSum:
         Raises:
             DamagedPayloadError: A chunk of an update is missing or altered.
         """
+        if start == stop:
+            return np.empty(0, self._dtype)
         numbers = range(start // self._length, (stop - 1) // self._length + 1)
         parts = [
             self._window(number)[

@@ -214,6 +214,8 @@ def test_windows_of_a_sum_are_the_sum(data: st.DataObject) -> None:
     for seed, sign in masks:
         Mask(seed).subtract_from(updates_sum, 0) if sign > 0 else Mask(seed).add_to(updates_sum, 0)
     total = group_means.GroupSum(sources, masks, size, np.dtype("<u4"))
+    for boundary in (0, length, size):
+        assert len(total.read(boundary, boundary)) == 0
     near = st.integers(length - 5, length + 5) | st.integers(0, size)
     for _ in range(4):
         start, stop = sorted((min(data.draw(near), size), min(data.draw(near), size)))
