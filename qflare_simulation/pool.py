@@ -1,6 +1,5 @@
 """Where virtual devices train: what the engine needs, and a pool of processes of this machine."""
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, Self
@@ -8,6 +7,7 @@ from typing import Any, Protocol, Self
 from loky import ProcessPoolExecutor
 from loky.process_executor import TerminatedWorkerError
 
+from qflare.processors import usable_processor_count
 from qflare_simulation import worker
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.worker import Programs
@@ -43,7 +43,7 @@ class ProcessPool:
     """
 
     def __init__(self, programs: Programs, workers: int) -> None:
-        self.size = workers or os.cpu_count() or 1
+        self.size = workers or usable_processor_count()
         self._executor = None
         if workers < 0:
             self.size = 1

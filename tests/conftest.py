@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from sqlalchemy.engine import make_url
 
+from qflare.processors import usable_processor_count
 from qflare_server.config import ServerConfig
 from qflare_server.storage import schema
 from qflare_server.storage.database import Database
@@ -38,7 +39,7 @@ settings.load_profile("qflare")
 
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of workers of `--numprocesses auto`: tests wait for half of their time."""
-    return (os.cpu_count() or 1) + 1
+    return usable_processor_count() + 1
 
 
 class FakeClock:

@@ -7,7 +7,6 @@ a network, so a run takes a few minutes on two cores. Draws the pictures and wri
 """
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,6 +30,8 @@ from experiments import (
 from pictures import Curves, draw_privacy, draw_rhythm, draw_rules, names
 from rhythm import Timeline, time_to
 
+from qflare.processors import usable_processor_count
+
 T = TypeVar("T")
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
@@ -41,7 +42,7 @@ def main() -> None:
     """Run all experiments and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of strategies.md")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=int, default=usable_processor_count())
     arguments = parser.parse_args()
     images = arguments.docs / "images"
     images.mkdir(exist_ok=True)

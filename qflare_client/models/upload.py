@@ -7,7 +7,6 @@ there with a new iterator. The update id stays the same, so an update whose rece
 It does not decide which updates are sent (see `qflare_client.client`).
 """
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from qflare.crypto import merkle
+from qflare.processors import usable_processor_count
 from qflare.tensors import (
     CHUNK_BYTES,
     Array,
@@ -42,7 +42,7 @@ LONGEST_FIRST_CHUNK_BYTES = 64 * 1024
 """Payloads up to this size are sent with their header, because a coordinator waits only a few seconds for a first
 message.
 """
-_THREADS = min(4, os.cpu_count() or 1)
+_THREADS = min(4, usable_processor_count())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Scheduling belongs to `AggregationWorker`.
 """
 
 import logging
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -17,6 +16,7 @@ from typing import Any, Final
 from sqlalchemy.orm import Session
 
 from qflare.evidence.statements import StatementError
+from qflare.processors import usable_processor_count
 from qflare.tensors import InvalidManifestError, InvalidPayloadError
 from qflare_server.aggregation.divided_passes import PassDivider
 from qflare_server.aggregation.fold import BATCH, RoundFold
@@ -43,7 +43,11 @@ from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.repository import leases, training_sessions, updates
 from qflare_server.storage.repository.training_sessions import RoundInProgress
 from qflare_server.storage.tables import RoundState, TrainingSessionState
-from qflare_server.strategies import NotEnoughUpdatesError, PrivacyBudgetExceededError
+from qflare_server.strategies import (
+    NotEnoughUpdatesError,
+    PrivacyBudgetExceededError,
+    SpareTotal,
+)
 from qflare_server.training.failures import find_too_many
 from qflare_server.training.premises import PremisesChangedError
 from qflare_server.training.privacy import PrivacyCharge, allowance, noise_seed
@@ -77,7 +81,9 @@ HELPER_REST_S: Final = 2.0
 """Seconds before a helper that did not answer is asked again."""
 REST_S: Final = 5.0  # before a round that failed for a reason of its own is tried again
 MAX_DOUBLINGS: Final = 10
-THREADS: Final = min(4, os.cpu_count() or 1)  # that fold a large model; each takes up to 100 MB
+THREADS: Final = min(
+    4, usable_processor_count()
+)  # that fold a large model; each takes up to 100 MB
 
 Key = tuple[str, int]
 
@@ -114,6 +120,7 @@ class Aggregator:
         self._journal = ReleaseJournal(context.config.data_dir / FILE)
         self._reconciled: set[str] = set()
         self._asking: ThreadPoolExecutor | None = None
+        self._spare = SpareTotal()
         self._divider = PassDivider(context, executor, holder, self._leads)
 
     def run_once(self) -> bool:
@@ -124,6 +131,7 @@ class Aggregator:
         self._folds = {key: fold for key, fold in self._folds.items() if key in current}
         self._resting = {key: until for key, until in self._resting.items() if key in current}
         self._damaged &= current
+        self._spare.retain({session_id for session_id, _ in current})
         results = [
             self._advance(item)
             for item in rounds
@@ -301,6 +309,7 @@ class Aggregator:
                 thread_count=THREADS,
                 refuses_damaged=key in self._damaged,
                 division=self._divider.division(),
+                spare=self._spare,
             )
         return self._folds[key]
 
@@ -381,12 +390,15 @@ class Aggregator:
 
     def _publish(self, item: RoundInProgress, fold: RoundFold) -> bool:
         """Write the version's bytes, then publish it in one transaction."""
-        with self._context.telemetry.span(
-            "qflare.version.publish",
-            links=[update_id for update_id, _ in fold.taken],
-            **_names(item),
-        ):
-            return self._publish_version(item, fold)
+        try:
+            with self._context.telemetry.span(
+                "qflare.version.publish",
+                links=[update_id for update_id, _ in fold.taken],
+                **_names(item),
+            ):
+                return self._publish_version(item, fold)
+        finally:
+            fold.end()
 
     def _publish_version(self, item: RoundInProgress, fold: RoundFold) -> bool:
         write = self._context.database.write

@@ -71,9 +71,11 @@ from qflare_server.storage.payload_records import (
     Download,
     ReceivedPayload,
     StoredPayload,
+    chunks_of,
     describe,
 )
 from qflare_server.storage.repository import global_models, payloads, updates
+from qflare_server.storage.repository.payloads import ChunkSet
 from qflare_server.storage.repository.unmaskings import StoredUnmasking
 from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.storage.tables import EVIDENCE_REASON
@@ -87,6 +89,7 @@ from qflare_server.strategies import (
     PassRunner,
     Prior,
     Reader,
+    SpareTotal,
     UpdateAssessment,
     begin,
     by_update,
@@ -146,6 +149,7 @@ class RoundFold:
         revision: Number of the rules to aggregate by; to recompute a version, those that it was made by.
         refuses_damaged: Whether updates with missing or altered chunks are refused; otherwise the error is raised.
         division: How passes are divided among coordinators; None means that they are not.
+        spare: Keeps the total in memory for the next round of the training session; None means that nothing does.
     """
 
     def __init__(
@@ -159,11 +163,13 @@ class RoundFold:
         revision: int = REVISION,
         refuses_damaged: bool = True,
         division: Division | None = None,
+        spare: SpareTotal | None = None,
     ) -> None:
         self.plan = plan
         self.last_sequence = 0
         self.taken: list[tuple[str, str]] = []  # id and statement digest of every update, in order
         self.refusals: dict[str, str] = {}  # by id: updates whose rows are not what was signed
+        self._read_chunks: list[ChunkSet] = []  # of the updates whose bytes are in a payload store
         self.revision = revision
         self._evidence = RowIntegrity(
             context,
@@ -176,6 +182,7 @@ class RoundFold:
         self._context = context
         self._noise_seed = noise_seed
         self._division = division
+        self._spare = spare
         self._is_large = self._reads_slices()
         self._thread_count = thread_count if self._is_large else 1
         self._opened = OpenReaders()
@@ -239,11 +246,25 @@ class RoundFold:
             resident_bytes=None if division is None else division.resident_bytes,
             slice_elements=None if division is None else division.slice_elements,
             runner=None if division is None or division.runner is None else division.runner(self),
+            spare=self._spare,
         )
 
     def _recalled(self) -> Mapping[str, UpdateAssessment] | None:
         """Return the recorded judgements of what is aggregated; None evaluates it again."""
         return self._recorded
+
+    def end(self) -> None:
+        """Give up what was summed and read; only facts and outcome can be used afterwards.
+
+        Devices train from the new version now: the bytes of the updates, and of the base version unless updates to it
+        may still come, need not stay in a cache of their store.
+        """
+        if isinstance(self._aggregation, Accumulator):
+            self._aggregation.release_total(self.plan.training_session_id)
+        base = None if is_asynchronous(self.plan.config) else self.plan.base.chunks
+        for chunks in (*self._read_chunks, base):
+            if chunks is not None and chunks.store == self._context.store.name:
+                self._context.store.forget(chunks.payload_id)
 
     def _model_reader(self, stored: StoredPayload, manifest: Manifest | None = None) -> Reader:
         return self._reader(stored, VectorLayout(manifest or self.plan.manifest))
@@ -269,6 +290,9 @@ class RoundFold:
         refused = self._evidence.refusals(batch)
         self.refusals |= refused
         self.taken += [(update.update_id, update.statement_digest) for update in batch]
+        self._read_chunks += filter(
+            None, (chunks_of(update.chunks_id, update.store) for update in batch)
+        )
         if batch:
             self.last_sequence = batch[-1].acceptance_sequence
         try:

@@ -12,7 +12,7 @@
 names, and `testkit` the checks for a strategy of your own.
 """
 
-from qflare_server.strategies.accumulator import Accumulator
+from qflare_server.strategies.accumulator import Accumulator, SpareTotal
 from qflare_server.strategies.catalogue import begin, build
 from qflare_server.strategies.config import PrivacyConfig, StrategyConfig
 from qflare_server.strategies.culprits import first_excess, whole
@@ -72,6 +72,7 @@ __all__ = [
     "Screen",
     "ServerOptimizer",
     "SliceRule",
+    "SpareTotal",
     "Strategy",
     "StrategyConfig",
     "StrategyConfigError",

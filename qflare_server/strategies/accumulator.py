@@ -8,9 +8,9 @@ The bytes depend on the order of acceptance only: each element is summed separat
 and the grouping into calls do not change a bit. After a crash the same updates are folded again.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +34,16 @@ from qflare_server.strategies.types import (
 )
 
 PIECE: Final = 32_768
-"""Elements added at once: input, scratch and total are 640 KiB, which a second-level cache holds."""
+"""Elements added at once: inputs, scratch and total are 1 MiB, which a second-level cache holds."""
 READ: Final = 262_144
 """Elements read of an update at once: one chunk of float32, which is not copied. A multiple of `PIECE`."""
 BATCH: Final = 16
 """Updates folded in one sweep over the total."""
 RESIDENT_BYTES: Final = 256 * 1024 * 1024
 """Largest total that is held in memory from the first update to the last."""
+
+Scratch: TypeAlias = tuple[Vector, Vector]
+"""Float64 arrays that a sum overwrites: of the update's elements, and of the base version's."""
 
 
 def add_scaled(total: Vector, values: NDArray[np.floating], factor: float, scratch: Vector) -> None:
@@ -63,20 +66,26 @@ def add_scaled(total: Vector, values: NDArray[np.floating], factor: float, scrat
 
 
 def add_scaled_delta(
-    total: Vector, values: NDArray[np.floating], base: Vector, factor: float, scratch: Vector
+    total: Vector,
+    values: NDArray[np.floating],
+    base: NDArray[np.floating],
+    factor: float,
+    scratch: Scratch,
 ) -> None:
     """Add `factor * (values - base)` to `total`, in float64; infinite or NaN where that is exceeded.
 
     Args:
         total: Float64, shape (m,); changed in place.
         values: Float32 or float64, shape (m,).
-        base: Float64, shape (m,).
+        base: Float32 or float64, shape (m,).
         factor: Finite.
-        scratch: Float64, shape (m,) or more; overwritten.
+        scratch: Two float64 arrays, shape (m,) or more; overwritten.
     """
-    spare = scratch[: total.size]
+    spare, wide_base = (part[: total.size] for part in scratch)
     with np.errstate(over="ignore", invalid="ignore"):
-        np.subtract(values, base, out=spare)
+        np.copyto(spare, values)
+        np.copyto(wide_base, base)
+        np.subtract(spare, wide_base, out=spare)
         if factor != 1.0:
             np.multiply(spare, factor, out=spare)
         np.add(total, spare, out=total)
@@ -100,27 +109,21 @@ def fold_slice(total: Vector, addends: Sequence[Addend], base: Reader, start: in
         base: The base version.
         start: Element of the vector that the slice begins with.
     """
-    scratch = np.empty(min(PIECE, total.size))
+    scratch = np.empty(min(PIECE, total.size)), np.empty(min(PIECE, total.size))
     needs_base = any(addend.subtracts_base for addend in addends)
-    origin = _widened(base, start, total.size) if needs_base else scratch
+    bounds = list(blocks(total.size, READ))
+    # As read, mostly views: float64 copies of a slice would be fresh memory, which costs as much as the sums.
+    origins = [base(start + begin, start + end) for begin, end in bounds] if needs_base else []
     for addend in addends:
-        for begin, end in blocks(total.size, READ):
+        for number, (begin, end) in enumerate(bounds):
             values = addend.read(start + begin, start + end)
             for first, last in blocks(end - begin, PIECE):
                 piece, part = total[begin + first : begin + last], values[first:last]
                 if addend.subtracts_base:
-                    subtrahend = origin[begin + first : begin + last]
-                    add_scaled_delta(piece, part, subtrahend, addend.factor, scratch)
+                    origin = origins[number][first:last]
+                    add_scaled_delta(piece, part, origin, addend.factor, scratch)
                 else:
-                    add_scaled(piece, part, addend.factor, scratch)
-
-
-def _widened(read: Reader, start: int, count: int) -> Vector:
-    """Read elements as float64, part by part."""
-    wide = np.empty(count)
-    for first, last in blocks(count, READ):
-        wide[first:last] = read(start + first, start + last)
-    return wide
+                    add_scaled(piece, part, addend.factor, scratch[0])
 
 
 def is_held(element_count: int, resident_bytes: int | None = None) -> bool:
@@ -131,6 +134,34 @@ def is_held(element_count: int, resident_bytes: int | None = None) -> bool:
         resident_bytes: Largest total that is; None means `RESIDENT_BYTES`.
     """
     return 8 * element_count <= (RESIDENT_BYTES if resident_bytes is None else resident_bytes)
+
+
+class SpareTotal:
+    """Keeps the total of an aggregation that has ended for the next one of the same owner. Not thread-safe.
+
+    Fresh memory of the size of a model costs as much as folding an update into it, and several times as much in a
+    virtual machine.
+    """
+
+    def __init__(self) -> None:
+        self._owner = ""
+        self._total: Vector | None = None
+
+    def take(self, element_count: int) -> Vector:
+        """Return the total that is kept if it fits, otherwise a new one; its values are arbitrary."""
+        total, self._total = self._total, None
+        return (
+            total if total is not None and total.size == element_count else np.empty(element_count)
+        )
+
+    def give(self, owner: str, total: Vector) -> None:
+        """Keep a total that nothing uses any more, instead of the one that is kept."""
+        self._owner, self._total = owner, total
+
+    def retain(self, owners: Container[str]) -> None:
+        """Free the total if its owner is none of these."""
+        if self._owner not in owners:
+            self._total = None
 
 
 class Accumulator:
@@ -151,6 +182,7 @@ class Accumulator:
         resident_bytes: int | None = None,
         slice_elements: int | None = None,
         runner: PassRunner | None = None,
+        spare: SpareTotal | None = None,
     ) -> None:
         """Start with no update.
 
@@ -168,6 +200,7 @@ class Accumulator:
             resident_bytes: Largest total that is held in memory; None means `RESIDENT_BYTES`.
             slice_elements: Elements that a thread folds at once; None means `SLICE`.
             runner: Divides the summation of a total that is not held in memory; None means that it is not divided.
+            spare: Where a total that is held in memory comes from, and where `release_total` leaves it.
 
         Raises:
             TypeError: The rule does not fold.
@@ -190,7 +223,11 @@ class Accumulator:
         self._thread_count = thread_count
         self._runner = runner
         is_resident = is_held(element_count, resident_bytes)
-        self._total = np.zeros(element_count) if is_resident else None
+        self._spare = SpareTotal() if spare is None else spare
+        self._total = self._spare.take(element_count) if is_resident else None
+        self._is_blank = (
+            True  # the total holds arbitrary values: the first sweep zeroes it, slice by slice
+        )
         self._addends: list[Addend] = []  # where there is no total
         self._judgements: dict[str, UpdateAssessment] = {}
         self._digests: dict[str, str] = {}
@@ -244,8 +281,11 @@ class Accumulator:
 
     def _sweep(self, total: Vector, addends: Sequence[Addend]) -> None:
         """Fold one batch into the total, slice by slice, side by side if there are several threads."""
+        is_blank, self._is_blank = self._is_blank, False
 
         def work(start: int, stop: int) -> None:
+            if is_blank:
+                total[start:stop] = 0.0
             fold_slice(total[start:stop], addends, self._assessor.base, start)
 
         for _ in in_order(work, blocks(total.size, self._slice_elements), self._thread_count):
@@ -254,6 +294,9 @@ class Accumulator:
     def _totals(self) -> Iterator[tuple[int, int, Vector]]:
         """Yield the slices of the total with their bounds, in order; sums them up if they are not in memory."""
         if self._total is not None:
+            if self._is_blank:
+                self._total[:] = 0.0
+                self._is_blank = False
             yield 0, self._total.size, self._total
             return
         parts = None
@@ -286,6 +329,12 @@ class Accumulator:
         if name != "aggregate" or self._total is not None:
             raise ValueError(f"no pass {name} over slices")
         return self._sums(start, stop)
+
+    def release_total(self, owner: str) -> None:
+        """Leave the total for the owner's next aggregation; only the judgements of this one can be used afterwards."""
+        if self._total is not None:
+            self._spare.give(owner, self._total)
+            self._total = np.empty(0)
 
     @property
     def release(self) -> Release:

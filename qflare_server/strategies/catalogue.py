@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Final
 
-from qflare_server.strategies.accumulator import Accumulator
+from qflare_server.strategies.accumulator import Accumulator, SpareTotal
 from qflare_server.strategies.cohort import DEFAULT_BUDGET_BYTES, CohortAggregation
 from qflare_server.strategies.config import StrategyConfig
 from qflare_server.strategies.errors import StrategyConfigError
@@ -286,6 +286,7 @@ def begin(
     resident_bytes: int | None = None,
     slice_elements: int | None = None,
     runner: PassRunner | None = None,
+    spare: SpareTotal | None = None,
 ) -> Accumulator | CohortAggregation:
     """Begin an aggregation: an accumulator when the strategy folds, else one over the whole cohort.
 
@@ -308,6 +309,7 @@ def begin(
         resident_bytes: Largest total of a fold that is held in memory; None means `accumulator.RESIDENT_BYTES`.
         slice_elements: Elements of a larger total that a thread folds at once; None means `blocks.SLICE`.
         runner: Divides passes over all updates among several processes; None means that this one does them.
+        spare: Keeps the total of a fold for the next one; None means that each allocates its own.
     """
     if strategy.folds:
         return Accumulator(
@@ -323,6 +325,7 @@ def begin(
             resident_bytes=resident_bytes,
             slice_elements=slice_elements,
             runner=runner,
+            spare=spare,
         )
     return CohortAggregation(
         strategy,

@@ -368,13 +368,14 @@ def _linear(
     rows: Sequence[Row], slices: Sequence[NDArray[np.floating]], base: Vector, revision: int
 ) -> Vector:
     """Add `coefficient * factor * delta` up in order."""
-    total, scratch, shared = np.zeros(base.size), np.empty(base.size), 0.0
+    total, shared = np.zeros(base.size), 0.0
+    scratch = np.empty(base.size), np.empty(base.size)
     for row, values in zip(rows, slices, strict=True):
         factor = row.factor * row.coefficient
         if row.contribution.full_weights and revision > 1:
             add_scaled_delta(total, values, base, factor, scratch)
             continue
-        add_scaled(total, values, factor, scratch)
+        add_scaled(total, values, factor, scratch[0])
         shared += factor if row.contribution.full_weights else 0.0
     if shared:
         total -= shared * base

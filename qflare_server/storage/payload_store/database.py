@@ -128,6 +128,9 @@ class PayloadFile:
             bounds = {"payload": payload_id, "first": first_index, "end": first_index + count}
             return list(connection.scalars(_RANGE, bounds))
 
+    def forget(self, payload_id: str) -> None:
+        """Do nothing: there is no cache."""
+
     @_noticing_damage
     def stored_count(self, payload_id: str) -> int:
         """Return the number of consecutive chunks from the first."""
@@ -263,6 +266,9 @@ class PayloadTable:
             )
             _run_copy(cursor, query, target, connection.dialect)
         return _parse_copy(target.getbuffer())
+
+    def forget(self, payload_id: str) -> None:
+        """Do nothing: there is no cache."""
 
     @domain_errors()
     def stored_count(self, payload_id: str) -> int:

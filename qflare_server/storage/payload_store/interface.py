@@ -59,6 +59,9 @@ class PayloadStore(Protocol):
     def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
         """Return up to `count` chunks in order, fewer at the end of the payload."""
 
+    def forget(self, payload_id: str) -> None:
+        """Free what a cache of this machine holds of a payload that will hardly be read again; only a hint."""
+
     def stored_count(self, payload_id: str) -> int:
         """Return the number of consecutive chunks from the first."""
 

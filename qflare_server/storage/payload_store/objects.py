@@ -184,6 +184,9 @@ class PayloadBucket:
             ]
         return chunks
 
+    def forget(self, payload_id: str) -> None:
+        """Do nothing: there is no cache."""
+
     def stored_count(self, payload_id: str) -> int:
         """Return the number of consecutive chunks that the parts come to."""
         return _count_of(self._list(payload_id))

@@ -242,6 +242,19 @@ def test_deleted_payloads_are_gone_and_unknown_ones_do_no_harm(store: PayloadSto
     assert store.read("q", 0, 1) == [b"b"]
 
 
+def test_forgotten_payload_is_still_there_and_an_unknown_one_does_no_harm(
+    store: PayloadStore,
+) -> None:
+    store.append("p", 0, [full(b"a"), b"b"])
+    store.forget("p")
+    store.complete("p", len(full(b"a")) + 1)
+
+    store.forget("p")
+    store.forget("unknown")
+
+    assert store.read("p", 0, 2) == [full(b"a"), b"b"]
+
+
 def test_store_says_how_much_room_it_takes(store: PayloadStore) -> None:
     before = store.size_bytes()
 

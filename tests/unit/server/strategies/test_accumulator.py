@@ -12,7 +12,9 @@ from qflare_server.strategies import (
     Accumulator,
     Contribution,
     NotEnoughUpdatesError,
+    SpareTotal,
     StrategyConfig,
+    UpdateAssessment,
     build,
 )
 from qflare_server.strategies.blocks import BLOCK
@@ -167,6 +169,52 @@ def test_finish_may_be_repeated() -> None:
     first = [piece.weights.tobytes() for piece in accumulator.finish()]
 
     assert [piece.weights.tobytes() for piece in accumulator.finish()] == first
+
+
+def totals_in_turn(spare: SpareTotal, round_count: int) -> list[Narrow]:
+    """Return the weights of rounds of one training session, one after the other."""
+    made = []
+    for number in range(round_count):
+        accumulator = Accumulator(FEDAVG, 3, reader_of(np.ones(3, np.float32)), spare=spare)
+        values = np.array([number, -0.0, 1.5], np.float32)
+        accumulator.add(Contribution("a", 3, reader_of(values), full_weights=True))
+        made.append(np.concatenate([piece.weights for piece in accumulator.finish()]))
+        accumulator.release_total("session")
+    return made
+
+
+def test_a_total_that_was_used_before_does_not_change_a_bit() -> None:
+    alone = [weights.tobytes() for weights in totals_in_turn(SpareTotal(), 3)]
+    spare = SpareTotal()
+    spare.give("session", np.full(3, np.nan))
+
+    assert [weights.tobytes() for weights in totals_in_turn(spare, 3)] == alone
+
+
+def test_a_total_is_kept_for_its_owner_only_while_that_has_rounds() -> None:
+    spare, total = SpareTotal(), np.zeros(3)
+    spare.give("session", total)
+    spare.retain({"session", "another"})
+    assert spare.take(3) is total
+
+    spare.give("session", total)
+    assert spare.take(4) is not total
+    spare.give("session", total)
+    spare.retain({"another"})
+    assert spare.take(3) is not total
+
+
+def test_updates_without_a_share_leave_nothing_of_a_total_that_was_used_before() -> None:
+    spare = SpareTotal()
+    spare.give("session", np.full(1, np.nan))
+    buffered = build(StrategyConfig(name="fedavg", weighting="uniform"))
+    accumulator = Accumulator(buffered, 1, reader_of(np.ones(1, np.float32)), spare=spare)
+    zero = UpdateAssessment("a", factor=0.0, coefficient=1.0, weight=1.0, rejection="", norm=0.0)
+    accumulator._judgements["a"] = zero
+
+    (piece,) = accumulator.finish()
+
+    assert piece.weights.tolist() == [1.0]
 
 
 def test_refuses_the_same_update_twice() -> None:
