@@ -251,7 +251,7 @@ class Receiver:
         return None
 
     def keep(self) -> None:
-        """Make the chunks received so far durable, so that an interrupted upload can be resumed."""
+        """Write the chunks received so far, so that an interrupted upload can be resumed."""
         if self.is_large and self._batch:
             self._flush()
         self._wait()

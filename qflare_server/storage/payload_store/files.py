@@ -24,6 +24,7 @@ from qflare_server.errors import (
 )
 from qflare_server.storage.file_identity import FileIdentity
 from qflare_server.storage.payload_store.interface import FILES
+from qflare_server.storage.payload_store.write_back import write_back
 
 PARTIAL: Final = ".partial"
 MARKER: Final = "store-identity"
@@ -148,15 +149,21 @@ class PayloadFolder:
 
     @_domain_errors
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
-        """Write consecutive chunks, and synchronize them."""
-        path = self._partial(payload_id)
-        if self._whole(payload_id).exists():
+        """Write consecutive chunks; of a payload that is not whole yet, `complete` makes them durable.
+
+        They are on their way to the disk when this returns, and those of earlier calls have arrived: a slow disk slows
+        the upload, not its end, and a commit of the database does not wait for more than one batch.
+        """
+        path, is_whole = self._partial(payload_id), self._whole(payload_id).exists()
+        if is_whole:
             path = self._whole(payload_id)
         with _opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:
             before = os.fstat(descriptor).st_size
+            start = first_index * CHUNK_BYTES
             try:
-                _write(descriptor, chunks, first_index * CHUNK_BYTES)
-                os.fdatasync(descriptor)
+                end = _write(descriptor, chunks, start)
+                if is_whole or not write_back(descriptor, start, end):
+                    os.fdatasync(descriptor)
             except OSError:
                 with suppress(OSError):  # half a chunk is of no use
                     os.ftruncate(descriptor, before)
@@ -285,8 +292,8 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _write(descriptor: int, chunks: Sequence[bytes], offset: int) -> None:
-    """Write all chunks, however few bytes the system takes at a time."""
+def _write(descriptor: int, chunks: Sequence[bytes], offset: int) -> int:
+    """Write all chunks, however few bytes the system takes at a time; return the offset after the last."""
     left = [memoryview(chunk) for chunk in chunks]
     while left:
         written = os.pwritev(descriptor, left[:_MAX_VECTOR], offset)
@@ -295,6 +302,7 @@ def _write(descriptor: int, chunks: Sequence[bytes], offset: int) -> None:
             written -= len(left.pop(0))
         if written:
             left[0] = left[0][written:]
+    return offset
 
 
 def _require_size(descriptor: int, size_bytes: int) -> None:

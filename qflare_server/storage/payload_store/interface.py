@@ -44,7 +44,10 @@ class PayloadStore(Protocol):
         """Replace the owner's name; does nothing if it is not `before`, or if another is written at the same time."""
 
     def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
-        """Write consecutive chunks; they are durable when this returns. Existing chunks are replaced."""
+        """Write consecutive chunks; they are durable when `complete` has returned. Existing chunks are replaced.
+
+        What a crash leaves of an unfinished payload may be less, or damaged.
+        """
 
     def complete(self, payload_id: str, size_bytes: int) -> None:
         """Check that a payload is whole, and make it durable under its final name; can be repeated.
