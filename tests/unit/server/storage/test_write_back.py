@@ -1,3 +1,4 @@
+import ctypes
 import errno
 import os
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def synchronized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def failing(number: int) -> Call:
     def call(_descriptor: int, _offset: int, _count: int, _flags: int) -> int:
-        write_back.ctypes.set_errno(number)
+        ctypes.set_errno(number)
         return -1
 
     return call
