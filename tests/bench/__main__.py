@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.bench import (
     aggregation,
     divided,
+    large_models,
     lists,
     masking,
     relayed,
@@ -40,6 +41,8 @@ MEASUREMENTS: dict[str, Measurement] = {
     "closing": rounds.closing,
     "rounds": rounds.whole,
     "rounds-sdk": rounds.with_sdk,
+    "rounds-stores": large_models.other_stores,
+    "two-gib": large_models.huge,
     "signatures": small_operations.signatures,
     "signed-uploads": transfers.signed_uploads,
     "sealed-uploads": sealed_transfers.sealed_uploads,
@@ -60,6 +63,9 @@ MEASUREMENTS: dict[str, Measurement] = {
     "simulation": simulation.simulation,
 }
 
+FULL = frozenset({"two-gib"})
+"""Measurements that run with `--full` or by name only."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; 1 if a measurement failed, 0 whatever the figures are."""
@@ -67,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown and (problem := problem_of(options.markdown, "bench")):
         sys.stderr.write(f"{problem}\n")
         return 2
-    names = options.only or list(MEASUREMENTS)
+    names = options.only or [name for name in MEASUREMENTS if options.full or name not in FULL]
     machine = describe()
     say(facts(machine))
     figures: list[Figure] = []

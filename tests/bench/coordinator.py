@@ -199,13 +199,15 @@ class Administrator:
         self.stub.StartTrainingSession(start, metadata=self.metadata)
         return session_id
 
-    def await_version(self, session_id: str, version: int) -> None:
+    def await_version(
+        self, session_id: str, version: int, timeout_s: float = PUBLISH_TIMEOUT_S
+    ) -> None:
         """Wait until a version is published.
 
         Raises:
             TimeoutError: It takes too long.
         """
-        deadline = time.monotonic() + PUBLISH_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while self.current_version(session_id) < version:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"version {version} was not published")

@@ -105,17 +105,17 @@ def whole(lab: Laboratory) -> Iterator[Figure]:
                 model = Model(size_bytes)
                 session_id = start(coordinator, model, count, round_count + 1)
                 devices = coordinator.population.devices(count)
-                took_s = asyncio.run(_rounds(coordinator, devices, model, session_id))
-                yield _round_figure(
+                took_s = asyncio.run(play_rounds(coordinator, devices, model, session_id))
+                yield round_figure(
                     f"round of {count} x {size_bytes / MB:g} MB, {backend}, devices without SDK",
                     took_s / round_count,
                     goal_s,
                     PEER_S[count, size_bytes],
-                    _no_op_round(lab, model, count),
+                    no_op_round(lab, model, count),
                 )
 
 
-def _no_op_round(lab: Laboratory, model: Model, count: int) -> float:
+def no_op_round(lab: Laboratory, model: Model, count: int) -> float:
     """Return the seconds in which as many devices poll, download and upload at a server that does nothing."""
     device = BenchDevice("0" * 36, "token", SigningKey.generate())
     calls = (
@@ -138,20 +138,25 @@ def _no_op_round(lab: Laboratory, model: Model, count: int) -> float:
         return min(asyncio.run(everybody(sink.address)) for _ in range(3))
 
 
-def _round_figure(
-    what: str, seconds: float, goal_s: float, peer: str, bound_s: float | None = None
+def round_figure(
+    what: str,
+    seconds: float,
+    goal_s: float | None = None,
+    peer: str = "",
+    bound_s: float | None = None,
 ) -> Figure:
+    """Return the row of a round that took so long, beside what a server that does nothing took."""
     return Figure(
         what,
         milliseconds(seconds),
         f"no-op server: {milliseconds(bound_s)}" if bound_s else "",
         f"{seconds / bound_s:.1f} x" if bound_s else "",
-        goal=f"< {goal_s:g} s (a peer: {peer})",
-        reached=seconds < goal_s,
+        goal="" if goal_s is None else f"< {goal_s:g} s" + (f" (a peer: {peer})" if peer else ""),
+        reached=None if goal_s is None else seconds < goal_s,
     )
 
 
-async def _rounds(
+async def play_rounds(
     coordinator: Coordinator,
     devices: Sequence[BenchDevice],
     model: Model,
@@ -192,7 +197,7 @@ def with_sdk(lab: Laboratory) -> Iterator[Figure]:
             for size_bytes, goal_s in ((100 * KB, 0.15), (10 * MB, 0.8)):
                 round_count = lab.times(10, 3)
                 took_s = _sdk_rounds(coordinator, clients, Model(size_bytes), round_count)
-                yield _round_figure(
+                yield round_figure(
                     f"round of 10 x {size_bytes / MB:g} MB, {backend}, with the SDK",
                     took_s / round_count,
                     goal_s,
