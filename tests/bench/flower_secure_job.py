@@ -68,7 +68,7 @@ class Nodes(Grid):  # type: ignore[misc]
             node: Context(RUN, node, {}, RecordDict(), {}) for node in range(1, count + 1)
         }
         self._dropped = set(range(1, dropped + 1))
-        self._pool = ThreadPoolExecutor(os.cpu_count())
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
         self._stage = itertools.count()
         self.sent_bytes = self.received_bytes = 0
 

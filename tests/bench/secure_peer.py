@@ -23,7 +23,7 @@ from tests.support.line import Line
 COHORTS: Final = (10, 50, 100)
 DROPPED: Final = 10
 """One device of so many drops out."""
-THREADS: Final = 2 * (os.cpu_count() or 1)
+THREADS: Final = 2 * len(os.sched_getaffinity(0))
 """Devices that run at once."""
 WALL_GOAL: Final = 10.0
 BYTES_GOAL: Final = 0.5
