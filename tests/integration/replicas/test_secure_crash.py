@@ -118,8 +118,9 @@ def test_a_job_with_neighbors_survives_kills_of_coordinators(
         corrupt_fraction=0.1,
         metrics=[training_pb2.MaskedMetric(name="loss", bound=10.0)],
     )
-    policy.step_timeout.seconds = 600
-    session_id = prepare(parts, rounds=rounds, secure=policy)
+    # No number of kills may cost a round its time, however slow the machine is.
+    policy.step_timeout.seconds = 3600
+    session_id = prepare(parts, rounds=rounds, secure=policy, deadline_s=3600)
     settings = {"QFLARE_LEASE_S": "1"}  # that of a killed coordinator has to end
     coordinator = CoordinatorProcess(tmp_path / "coordinator", database_url, settings=settings)
     coordinator.start()
