@@ -27,6 +27,7 @@ SAMPLES = {
     "list in JSON": "[{}]",
     "text, ...": "a,b",
     "number, ...": "0.25,0.5",
+    "whole number, ...": "64,32",
     "number for each name": "0.5",
     "text for each name": "word",
 }
