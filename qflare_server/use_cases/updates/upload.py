@@ -146,23 +146,16 @@ class Uploads:
         with self.acceptance.window.announced() as received_all:
             if not has_arrived:
                 received_all()
-            try:
-                submission = self.headers.check(device, header)
-            except (InvalidSignatureError, AlgorithmNotAcceptedError):
-                known = self.accepted_before(device, header)
-                if known is None:
-                    raise
-                return known
+            submission = self._checked(device, header)
+            if isinstance(submission, UpdateReceipt):
+                return submission
             update_id = submission.statement.update_id
             with (
                 self._late_counted(submission),
                 telemetry.span("qflare.update", update_id=update_id, device_id=device.device_id),
             ):
                 with telemetry.span("qflare.update.receive"):
-                    try:
-                        received, known = self._receive(submission, chunks)
-                    except _EndedEarlyError as error:
-                        raise InvalidUpdateError(str(error)) from None
+                    received, known = self._receive(submission, chunks)
                 received_all()
                 if known is not None:
                     return known
@@ -198,19 +191,11 @@ class Uploads:
         Raises:
             QflareError: As `submit`.
         """
-        device, header = arrival.device, arrival.header
-        try:
-            submission = self.headers.check(device, header)
-        except (InvalidSignatureError, AlgorithmNotAcceptedError):
-            known = self.accepted_before(device, header)
-            if known is None:
-                raise
-            return known
+        submission = self._checked(arrival.device, arrival.header)
+        if isinstance(submission, UpdateReceipt):
+            return submission
         with self._late_counted(submission):
-            try:
-                received, known = self._receive(submission, iter(enumerate(arrival.chunks)))
-            except _EndedEarlyError as error:
-                raise InvalidUpdateError(str(error)) from None
+            received, known = self._receive(submission, iter(enumerate(arrival.chunks)))
         if known is not None:
             return known
         assert received is not None
@@ -232,6 +217,18 @@ class Uploads:
         if late:
             self.record_late(late)
         return answers
+
+    def _checked(
+        self, device: Contributor, header: coordinator_service_pb2.UpdateHeader
+    ) -> Submission | UpdateReceipt:
+        """Check a header; return the receipt of an update accepted under a key or algorithm that is no longer valid."""
+        try:
+            return self.headers.check(device, header)
+        except (InvalidSignatureError, AlgorithmNotAcceptedError):
+            known = self.accepted_before(device, header)
+            if known is None:
+                raise
+            return known
 
     @contextmanager
     def _late_counted(self, submission: Submission) -> Iterator[None]:
@@ -323,7 +320,10 @@ class Uploads:
         receiver_or_known = self._open_small(submission)
         if isinstance(receiver_or_known, UpdateReceipt):
             return None, receiver_or_known
-        return _fill(receiver_or_known, chunks), None
+        try:
+            return _fill(receiver_or_known, chunks), None
+        except _EndedEarlyError as error:
+            raise InvalidUpdateError(str(error)) from None
 
     def _open_small(self, submission: Submission) -> Receiver | UpdateReceipt:
         """Begin a small upload; an accepted one gets its receipt even if its sealing key has been deleted."""
@@ -345,6 +345,8 @@ class Uploads:
         except InvalidRequestError:
             discard_uploads(self._context, [receiver.chunks])
             raise
+        except _EndedEarlyError as error:
+            raise InvalidUpdateError(str(error)) from None
 
     def _open(self, submission: Submission) -> Receiver | UpdateReceipt:
         """Begin or resume a large upload; refuse one that could not be accepted."""

@@ -97,6 +97,7 @@ def test_every_update_is_answered_on_its_own(deployment: Deployment, session_id:
         (lambda update: setattr(update.header.statement, "payload", b"\xff"), "INVALID_REQUEST"),
         (lambda update: setattr(update.header, "chunk_digests", bytes(32)), "DIGEST_MISMATCH"),
         (lambda update: update.header.sealed.SetInParent(), "SEALING_MISMATCH"),
+        (lambda update: update.ClearField("payload"), "INVALID_UPDATE"),
     ],
 )
 def test_a_spoiled_update_does_not_fail_its_neighbors(
