@@ -13,6 +13,9 @@ from qflare.crypto.sealed_payloads import PayloadSealer, SealContext
 from qflare.crypto.sealing import KemPublicKey
 from qflare.v1 import security_pb2
 from qflare_client import Client, Task, TaskKind
+from qflare_server.keys.folder import KeyFolder
+from qflare_server.keys.rotation import rotate_online
+from qflare_server.keys.secret_files import Cost
 from tests.integration.conftest import Deployment
 from tests.support.raw_device import Draft
 
@@ -28,6 +31,20 @@ LARGE = 700_000
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Segments = list[bytes]
+
+
+def key_folder(deployment: Deployment) -> KeyFolder:
+    """Return the folder of a coordinator's keys, whose secrets are written cheaply."""
+    directory = KeyFolder.from_config(deployment.config).directory
+    return KeyFolder(directory, cost=Cost(iterations=1, memory_kib=1024, lanes=1))
+
+
+def rotate(deployment: Deployment, count: int = 1) -> None:
+    """Exchange the coordinator's online keys, and let it see that at once."""
+    folder, parts = key_folder(deployment), deployment.coordinator.parts
+    for _ in range(count):
+        rotate_online(folder, parts.database, parts.context.clock())
+    parts.keys._look()
 
 
 def marked(element_count: int) -> Arrays:

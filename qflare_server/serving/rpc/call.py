@@ -5,10 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Final
 
 from qflare_server.errors import UnauthenticatedError
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.use_cases.access.authentication import NOBODY, Principal
+
+REQUEST_ID_BITS: Final = 64
 
 
 @dataclass

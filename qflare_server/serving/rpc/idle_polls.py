@@ -12,15 +12,13 @@ import logging
 import time
 from typing import Final
 
-from google.protobuf.message import DecodeError
-
-from qflare.protocol.constraints import find_violations
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare_server.context import Context
 from qflare_server.errors import QflareError
 from qflare_server.serving.rpc.coordinator_service import task_response
 from qflare_server.serving.rpc.incoming import IncomingCall
 from qflare_server.serving.rpc.interceptor import CallInterceptor
+from qflare_server.serving.rpc.validation import validating
 from qflare_server.use_cases import UseCases
 from qflare_server.use_cases.access.authentication import POLLS, Principal, sole_value
 from qflare_server.use_cases.access.login import AUTHORIZATION, bearer_of
@@ -29,6 +27,8 @@ from qflare_server.use_cases.training_sessions.tasks import NextTask
 logger = logging.getLogger(__name__)
 
 KIND: Final = "unary"
+
+_parse = validating(pb.GetTaskRequest.FromString)
 
 
 class IdlePolls:
@@ -41,10 +41,6 @@ class IdlePolls:
     """
 
     def __init__(self, context: Context, use_cases: UseCases, boundary: CallInterceptor) -> None:
-        config = context.config
-        self._is_on = not (
-            config.require_pop or config.require_pq_tls
-        )  # checked per call elsewhere
         self._context = context
         self._use_cases = use_cases
         self._boundary = boundary
@@ -52,7 +48,7 @@ class IdlePolls:
 
     def answer(self, call: IncomingCall) -> bool:
         """Answer a poll of a device without a task; return False for any other call, which is left as it is."""
-        if call.route.method not in POLLS or not self._is_on or self._boundary.must_see_all:
+        if call.route.method not in POLLS or self._boundary.must_see_all:
             return False
         began_at = time.monotonic()
         try:
@@ -75,9 +71,10 @@ class IdlePolls:
             QflareError: The call is to be refused.
         """
         epochs = self._context.database.epochs_snapshot()
-        request = _parsed(call.messages.first_held)
-        if epochs is None or request is None:
+        data = call.messages.first_held
+        if epochs is None or data is None:
             return None
+        request = _parse(data)
         bearer = bearer_of(sole_value(call.metadata, AUTHORIZATION))
         access = self._use_cases.authentication
         caller: Principal | None = access.admit_remembered(call.route.method, bearer, epochs)
@@ -108,14 +105,3 @@ class IdlePolls:
         telemetry.message_received(method, KIND)
         telemetry.message_sent(method, KIND)
         telemetry.call_handled(method, KIND, "OK", seconds, "")
-
-
-def _parsed(data: bytes | None) -> pb.GetTaskRequest | None:
-    """Return a valid request; None for any other, which the general path refuses."""
-    if data is None:
-        return None
-    try:
-        request = pb.GetTaskRequest.FromString(data)
-    except DecodeError:
-        return None
-    return None if find_violations(request) else request

@@ -20,7 +20,7 @@ import grpc
 from qflare_server import errors
 from qflare_server.config import ServerConfig
 from qflare_server.context import Telemetry
-from qflare_server.serving.rpc.call import Call, RunningCalls, answering
+from qflare_server.serving.rpc.call import REQUEST_ID_BITS, Call, RunningCalls, answering
 from qflare_server.serving.rpc.dispatcher import host_of
 from qflare_server.serving.rpc.half_open import HalfOpenCalls
 from qflare_server.serving.rpc.incoming import IncomingCall, Refusal
@@ -111,8 +111,17 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     @property
     def must_see_all(self) -> bool:
-        """Whether every call has to be passed through here: to refuse it while draining, or to log it."""
-        return self._draining.is_set() or logger.isEnabledFor(logging.DEBUG)
+        """Whether every call has to take the general path: to refuse it while draining, to log it, or to ask for proof.
+
+        Proofs of possession and the key exchange of the connection are checked by interceptors.
+        """
+        config = self._config
+        return (
+            config.require_pop
+            or config.require_pq_tls
+            or self._draining.is_set()
+            or logger.isEnabledFor(logging.DEBUG)
+        )
 
     def recognize(self, metadata: Any) -> KnownCaller | None:
         """Return the last known owner of a call's token, from memory."""
@@ -249,7 +258,7 @@ class CallInterceptor(grpc.ServerInterceptor):
                 self.running.end()
         call = Call(
             method=route.method,
-            request_id=unique_name(64),
+            request_id=unique_name(REQUEST_ID_BITS),
             find_peer=context.peer,
             tls_group=_tls_group(context) if self._config.tls_certificate_file else "",
             kind=route.kind,

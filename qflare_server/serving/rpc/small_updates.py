@@ -17,17 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from google.protobuf.message import DecodeError
-
-from qflare.protocol.constraints import find_violations
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare_server.context import Context
 from qflare_server.errors import QflareError, release_frames
-from qflare_server.serving.rpc.call import Call
+from qflare_server.serving.rpc.call import REQUEST_ID_BITS, Call
 from qflare_server.serving.rpc.encoding import versions
 from qflare_server.serving.rpc.incoming import IncomingCall
 from qflare_server.serving.rpc.interceptor import CallInterceptor
 from qflare_server.serving.rpc.status import Code
+from qflare_server.serving.rpc.validation import validating
 from qflare_server.storage.epochs import Epochs
 from qflare_server.storage.ids import unique_name
 from qflare_server.storage.repository.updates import UpdateReceipt
@@ -40,7 +38,8 @@ from qflare_server.use_cases.updates.upload import Arrival, Taken
 logger = logging.getLogger(__name__)
 
 METHOD: Final = "/qflare.v1.CoordinatorService/SubmitUpdate"
-REQUEST_ID_BITS: Final = 64
+
+_parse = validating(pb.SubmitUpdateRequest.FromString)
 
 
 @dataclass(eq=False)
@@ -65,12 +64,7 @@ class SmallUpdates:
     """
 
     def __init__(self, context: Context, use_cases: UseCases, boundary: CallInterceptor) -> None:
-        config = context.config
-        self._is_on = not (
-            config.require_pop  # checked per call elsewhere
-            or config.require_pq_tls
-            or context.telemetry.records_spans
-        )
+        self._is_on = not context.telemetry.records_spans
         self._context = context
         self._use_cases = use_cases
         self._boundary = boundary
@@ -129,8 +123,9 @@ class SmallUpdates:
             return None
         try:
             bearer = bearer_of(sole_value(incoming.metadata, AUTHORIZATION))
-            request = _parsed(incoming.messages.first_held)
-            if bearer is None or request is None:
+            data = incoming.messages.first_held
+            request = None if data is None else _parse(data)
+            if bearer is None or request is None or not _is_whole(request):
                 return None
             who = self._use_cases.authentication.admit_hash(METHOD, hash_secret(bearer), epochs)
             if who.device_id is None:
@@ -206,15 +201,6 @@ class SmallUpdates:
         item.incoming.refuse(refusal)
 
 
-def _parsed(data: bytes | None) -> pb.SubmitUpdateRequest | None:
-    """Return a valid request with a small update; None for any other."""
-    if data is None:
-        return None
-    try:
-        request = pb.SubmitUpdateRequest.FromString(data)
-    except DecodeError:
-        return None
-    is_whole = request.HasField("header") and request.HasField("chunk")
-    if not is_whole or request.chunk.index or find_violations(request):
-        return None
-    return request
+def _is_whole(request: pb.SubmitUpdateRequest) -> bool:
+    """Return whether a request contains an update from its header to its only chunk."""
+    return request.HasField("header") and request.HasField("chunk") and not request.chunk.index

@@ -40,12 +40,14 @@ class RequestValidation(grpc.ServerInterceptor):
         known = self._wrapped.get(method)
         if known is not None and known[0] is found:
             return known[1]
-        wrapped = found._replace(request_deserializer=_validating(found.request_deserializer))
+        wrapped = found._replace(request_deserializer=validating(found.request_deserializer))
         self._wrapped[method] = found, wrapped
         return wrapped  # type: ignore[no-any-return]  # grpc makes it a named tuple, whatever its stub says
 
 
-def _validating(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def validating(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a deserializer that raises `InvalidRequestError` for what is no valid request."""
+
     def parse(data: bytes) -> Any:
         try:
             request = deserialize(data)

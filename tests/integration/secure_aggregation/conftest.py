@@ -9,10 +9,14 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from qflare.v1 import training_pb2
+from qflare.evidence.verification import VerificationError, verify_bundle
+from qflare.v1 import training_pb2, verification_pb2
 from qflare_client import Client, GlobalModel, NotFoundError
 from qflare_client.models.masked_update import add_masks
+from qflare_server.context import utc_now
 from qflare_server.keys.setup import bootstrap_bundle
+from tests.independent.bundle import check_bundle
+from tests.independent.verifier import RefusedError
 from tests.integration.conftest import Deployment
 from tests.support.helpers import HelperProcess
 
@@ -84,6 +88,22 @@ def contribute(client: Client, session_id: str, index: int) -> tuple[dict[str, n
     receipt = client.submit(task, base, arrays, 100 * (index + 1), {"loss": 0.5 * index, "x": 1.0})
     change = {name: arrays[name].astype(float) - base.arrays[name] for name in arrays}
     return change, receipt
+
+
+def check_refused(
+    bundle: verification_pb2.VerificationBundle,
+    pinned: Any,
+    change: Callable[[verification_pb2.VerificationBundle], object],
+) -> None:
+    """Check that both verifiers refuse a bundle of version 1 in which something about its sums was changed."""
+    other = verification_pb2.VerificationBundle()
+    other.CopyFrom(bundle)
+    change(other)
+    with pytest.raises(VerificationError) as caught:
+        verify_bundle(other, pinned, utc_now())
+    assert caught.value.step == "unmasking"
+    with pytest.raises(RefusedError):
+        check_bundle(other, pinned, 1, utc_now())
 
 
 def wait_for_version(client: Client, session_id: str, version: int) -> GlobalModel:

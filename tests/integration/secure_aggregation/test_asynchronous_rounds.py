@@ -1,6 +1,7 @@
 """Asynchronous rounds with secure aggregation: stale updates count by a table that the helper applies itself."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from qflare.evidence.statements import digest_of
-from qflare.evidence.verification import VerificationError, verify_bundle
+from qflare.evidence.verification import verify_bundle
 from qflare.masking.staleness import usual_weights, weights_digest
 from qflare.v1 import security_pb2, training_pb2, verification_pb2
 from qflare_client import Client, Receipt
@@ -18,10 +19,10 @@ from qflare_client.tasks import Task, TaskKind
 from qflare_server.context import utc_now
 from qflare_server.verification import recompute_version, verify_database
 from tests.independent.bundle import check_bundle
-from tests.independent.verifier import RefusedError
 from tests.integration.secure_aggregation.conftest import (
     WEIGHTS,
     SecureDeployment,
+    check_refused,
     contribute,
     trained,
     wait_for_round,
@@ -118,16 +119,7 @@ def check_transcript(bundle: verification_pb2.VerificationBundle, pinned: Any) -
     check_bundle(bundle, pinned, 1, utc_now())
     assert len(bundle.unmasking.earlier_tasks) == 1
 
-    def refused(change: Callable[[verification_pb2.VerificationBundle], object]) -> None:
-        other = verification_pb2.VerificationBundle()
-        other.CopyFrom(bundle)
-        change(other)
-        with pytest.raises(VerificationError) as caught:
-            verify_bundle(other, pinned, utc_now())
-        assert caught.value.step == "unmasking"
-        with pytest.raises(RefusedError):
-            check_bundle(other, pinned, 1, utc_now())
-
+    refused = partial(check_refused, bundle, pinned)
     refused(lambda other: other.unmasking.ClearField("earlier_tasks"))
     refused(lambda other: other.unmasking.earlier_tasks[0].CopyFrom(other.unmasking.task))
     refused(lambda other: other.unmasking.earlier_tasks[0].ClearField("signatures"))

@@ -1,22 +1,23 @@
 """Rounds with secure aggregation, from real devices to the published version."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import grpc
 import numpy as np
 import pytest
 
-from qflare.evidence.verification import VerificationError, verify_bundle
+from qflare.evidence.verification import verify_bundle
 from qflare.v1 import verification_pb2
 from qflare_client import Client, InsufficientTaskError, SecureAggregation
 from qflare_server.context import utc_now
 from qflare_server.verification.recomputation import recompute_version
 from tests.independent.bundle import check_bundle
-from tests.independent.verifier import RefusedError
 from tests.integration.secure_aggregation.conftest import (
     WEIGHTS,
     SecureDeployment,
+    check_refused,
     contribute,
     wait_for_round,
     wait_for_version,
@@ -73,16 +74,7 @@ def test_the_bundle_of_a_version_verifies_offline_with_its_transcript(secure: Se
     assert verify_bundle(bundle, pinned, utc_now()).helper_ids == (made.helpers[0].helper_id,)
     assert len(check_bundle(bundle, pinned, 1, utc_now())) == 2
 
-    def refused(change: Callable[[verification_pb2.VerificationBundle], object]) -> None:
-        other = verification_pb2.VerificationBundle()
-        other.CopyFrom(bundle)
-        change(other)
-        with pytest.raises(VerificationError) as caught:
-            verify_bundle(other, pinned, utc_now())
-        assert caught.value.step == "unmasking"
-        with pytest.raises(RefusedError):
-            check_bundle(other, pinned, 1, utc_now())
-
+    refused = partial(check_refused, bundle, pinned)
     refused(lambda other: other.ClearField("unmasking"))
     refused(lambda other: other.unmasking.ClearField("answers"))
     refused(lambda other: other.unmasking.ClearField("task"))

@@ -14,9 +14,6 @@ from qflare_client.errors import UnavailableError
 from qflare_client.models.upload import Receipt, Upload
 from qflare_client.tasks import TaskKind
 from qflare_server.context import utc_now
-from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.rotation import rotate_online
-from qflare_server.keys.secret_files import Cost
 from qflare_server.storage.tables import Payload
 from qflare_server.verification import recompute_version, verify_database
 from tests.independent.bundle import check_bundle
@@ -36,6 +33,7 @@ from tests.integration.secure_aggregation.test_neighbors import (
     train,
     until,
 )
+from tests.support.sealing import rotate
 
 SecureStart = Callable[..., SecureDeployment]
 SEALED: Final = training_pb2.TransferPolicy(
@@ -43,16 +41,6 @@ SEALED: Final = training_pb2.TransferPolicy(
 )
 LARGE: Final = {"w": np.linspace(-1, 1, 400_000, dtype=np.float32)}
 MODELS: Final = {"in rows": WEIGHTS, "in the payload store": LARGE}
-
-
-def rotate(deployment: Deployment, count: int) -> None:
-    """Exchange the coordinator's online keys."""
-    directory = KeyFolder.from_config(deployment.config).directory
-    folder = KeyFolder(directory, cost=Cost(iterations=1, memory_kib=1024, lanes=1))
-    parts = deployment.coordinator.parts
-    for _ in range(count):
-        rotate_online(folder, parts.database, parts.context.clock())
-    parts.keys._look()
 
 
 def check_everything(deployment: Deployment, session_id: str, version: int) -> None:

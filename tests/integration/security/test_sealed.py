@@ -24,9 +24,7 @@ from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare_client import Client, TaskKind, UnavailableError
 from qflare_server.errors import SealedPayloadLostError
-from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.rotation import replace_stolen, rotate_online
-from qflare_server.keys.secret_files import Cost
+from qflare_server.keys.rotation import replace_stolen
 from qflare_server.payloads.keys import rewrap
 from qflare_server.storage.repository import global_models
 from qflare_server.storage.repository.audit import SYSTEM
@@ -41,8 +39,10 @@ from tests.support.sealing import (
     MARK,
     ROUND_COUNT,
     SMALL,
+    key_folder,
     marked,
     next_task,
+    rotate,
     seal,
     start,
     train_once,
@@ -79,20 +79,6 @@ def verify(deployment: Deployment, session_id: str, versions: range) -> None:
 def follow(deployment: Deployment) -> None:
     """Let a coordinator look for the keyset in force at once, not after seconds."""
     deployment.coordinator.parts.keys._look()
-
-
-def rotate(deployment: Deployment, count: int = 1) -> None:
-    """Exchange the coordinator's online keys."""
-    folder = _folder(deployment)
-    parts = deployment.coordinator.parts
-    for _ in range(count):
-        rotate_online(folder, parts.database, parts.context.clock())
-    follow(deployment)
-
-
-def _folder(deployment: Deployment) -> KeyFolder:
-    directory = KeyFolder.from_config(deployment.config).directory
-    return KeyFolder(directory, cost=Cost(iterations=1, memory_kib=1024, lanes=1))
 
 
 @pytest.mark.parametrize("element_count", [SMALL, LARGE])
@@ -258,7 +244,7 @@ def test_what_a_stolen_state_key_opened_is_wrapped_anew(deploy: Deploy) -> None:
     train_once(client, session_id)
     next_task(client, session_id)
     parts = deployment.coordinator.parts
-    replace_stolen(_folder(deployment), parts.database, parts.context.clock())
+    replace_stolen(key_folder(deployment), parts.database, parts.context.clock())
     deployment.close()
 
     restarted = deploy()

@@ -11,13 +11,10 @@ from qflare.crypto.sealed_payloads import HEADER_BYTES, SEGMENT_BYTES, WRAPPED_K
 from qflare.crypto.sealing import KemKey, KemPublicKey
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2
-from qflare_server.keys.folder import KeyFolder
-from qflare_server.keys.rotation import rotate_online
-from qflare_server.keys.secret_files import Cost
 from qflare_server.storage.tables import AuditLog, ModelUpdate, Payload
 from tests.integration.conftest import Deployment
 from tests.support.raw_device import Draft, RawDevice, reason_of
-from tests.support.sealing import LARGE, SMALL, Segments, marked, name_header, seal, start
+from tests.support.sealing import LARGE, SMALL, Segments, marked, name_header, rotate, seal, start
 
 Code = grpc.StatusCode
 INVALID = Code.INVALID_ARGUMENT
@@ -402,16 +399,6 @@ def test_a_key_that_is_wrapped_for_somebody_else_in_our_name_is_refused(
     message.wrapped_keys[0].recipient_key_id = server_key.key_id
 
     refused(deployment, device, draft, "INVALID_SEAL")
-
-
-def rotate(deployment: Deployment, count: int) -> None:
-    """Exchange the coordinator's online keys, and let it see that at once."""
-    directory = KeyFolder.from_config(deployment.config).directory
-    folder = KeyFolder(directory, cost=Cost(iterations=1, memory_kib=1024, lanes=1))
-    parts = deployment.coordinator.parts
-    for _ in range(count):
-        rotate_online(folder, parts.database, parts.context.clock())
-    parts.keys._look()
 
 
 def test_what_is_sealed_to_the_key_before_is_accepted(

@@ -18,55 +18,11 @@ from qflare.v1 import security_pb2 as pb
 from qflare.v1 import training_pb2, verification_pb2
 from tests.vectors.protocol.documents import NONCE, SESSION_ID, device_key, moment, update_statement
 from tests.vectors.protocol.generate import REALM, kem_key, seed, signing_key
+from tests.vectors.protocol.masking import parameters_of, policy_of
 
 BASE_DIGEST: Final = seed("base").hex()
 DEVICES: Final = (1, 2)
 STALENESS: Final = (64, 45, 37)
-
-
-def policy_of(
-    bits: int,
-    clip: float,
-    max_cohort: int,
-    metrics: dict[str, float],
-    staleness: tuple[int, ...] = (),
-) -> training_pb2.SecureAggregationPolicy:
-    """A policy with one helper."""
-    return training_pb2.SecureAggregationPolicy(
-        mode=training_pb2.SECURE_AGGREGATION_MODE_HELPER,
-        bits=bits,
-        clip=clip,
-        max_cohort=max_cohort,
-        min_cohort=2,
-        helpers=[signing_key("helper").public.key_id],
-        metrics=[training_pb2.MaskedMetric(name=name, bound=b) for name, b in metrics.items()],
-        staleness_weights=staleness,
-    )
-
-
-def _parameters(
-    bits: int,
-    clip: float,
-    max_cohort: int,
-    max_weight: int,
-    metrics: dict[str, float],
-    staleness: tuple[int, ...],
-) -> dict[str, Any]:
-    made = MaskingParameters(
-        bits, clip, max_cohort, max_weight, metrics, staleness_weights=staleness
-    )
-    weight, values = max_weight - max_weight // 3, dict.fromkeys(metrics, 0.25)
-    return {
-        "policy": policy_of(bits, clip, max_cohort, metrics, staleness).SerializeToString().hex(),
-        "max_weight": max_weight,
-        "limit": made.limit,
-        "scale": made.scale,
-        "digit_bits": made.digit_bits,
-        "slot_count": made.slot_count,
-        "weight": weight,
-        "metrics": values,
-        "slots": quantize_slots(made, weight, values).tobytes().hex(),
-    }
 
 
 def task(number: int, staleness: tuple[int, ...]) -> pb.SignedEnvelope:
@@ -180,7 +136,7 @@ def asynchronous() -> dict[str, Any]:
     transcript = verification_pb2.UnmaskingTranscript(
         task=tasks[1], answers=[answer], earlier_tasks=tasks[:1]
     )
-    parameters = _parameters(32, 10.0, 100, 1, {"loss": 20.0}, STALENESS)
+    parameters = parameters_of(32, 10.0, 100, 1, {"loss": 20.0}, STALENESS)
     return {"parameters": parameters} | _vector(transcript, version, total, updates)
 
 

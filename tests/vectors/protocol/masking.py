@@ -37,7 +37,11 @@ ELEMENTS: Final = (1, 1000, 10**9)
 
 
 def policy_of(
-    bits: int, clip: float, max_cohort: int, metrics: dict[str, float]
+    bits: int,
+    clip: float,
+    max_cohort: int,
+    metrics: dict[str, float],
+    staleness: tuple[int, ...] = (),
 ) -> training_pb2.SecureAggregationPolicy:
     """A policy with one helper."""
     return training_pb2.SecureAggregationPolicy(
@@ -48,25 +52,34 @@ def policy_of(
         min_cohort=2,
         helpers=[signing_key("helper").public.key_id],
         metrics=[training_pb2.MaskedMetric(name=name, bound=b) for name, b in metrics.items()],
+        staleness_weights=staleness,
     )
 
 
 def masking() -> dict[str, Any]:
     """Section 17: everything that is not random."""
     return {
-        "parameters": [_parameters(*values) for values in POLICIES],
+        "parameters": [parameters_of(*values) for values in POLICIES],
         "noise": [_noise(*values) for values in NOISE_POLICIES],
         "masks": [_mask(offset, length) for offset, length in ((0, 64), (SLICE_BYTES - 7, 33))],
     }
 
 
-def _parameters(
-    bits: int, clip: float, max_cohort: int, max_weight: int, metrics: dict[str, float]
+def parameters_of(
+    bits: int,
+    clip: float,
+    max_cohort: int,
+    max_weight: int,
+    metrics: dict[str, float],
+    staleness: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    made = MaskingParameters(bits, clip, max_cohort, max_weight, metrics)
+    """Parameters of masks, with the slots of an update."""
+    made = MaskingParameters(
+        bits, clip, max_cohort, max_weight, metrics, staleness_weights=staleness
+    )
     weight, values = max_weight - max_weight // 3, dict.fromkeys(metrics, 0.25)
     return {
-        "policy": policy_of(bits, clip, max_cohort, metrics).SerializeToString().hex(),
+        "policy": policy_of(bits, clip, max_cohort, metrics, staleness).SerializeToString().hex(),
         "max_weight": max_weight,
         "limit": made.limit,
         "scale": made.scale,
