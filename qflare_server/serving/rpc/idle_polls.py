@@ -14,7 +14,7 @@ from typing import Final
 
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare_server.context import Context
-from qflare_server.errors import QflareError
+from qflare_server.errors import QflareError, release_frames
 from qflare_server.serving.rpc.coordinator_service import task_response
 from qflare_server.serving.rpc.incoming import IncomingCall
 from qflare_server.serving.rpc.interceptor import CallInterceptor
@@ -53,7 +53,8 @@ class IdlePolls:
         began_at = time.monotonic()
         try:
             task = self._find(call)
-        except QflareError:
+        except QflareError as error:
+            release_frames(error)
             return False
         except Exception:
             logger.exception("a poll was not answered from memory; it takes the general path")

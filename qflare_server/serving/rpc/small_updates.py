@@ -89,7 +89,8 @@ class SmallUpdates:
             return calls
         try:
             admitted = self._admit(calls)
-        except QflareError:
+        except QflareError as error:
+            release_frames(error)
             return calls
         except Exception:
             logger.exception("small updates were not admitted; they take the general path")
@@ -131,7 +132,8 @@ class SmallUpdates:
             if who.device_id is None:
                 return None
             session_id = parse_update(request.header).training_session_id
-        except QflareError:
+        except QflareError as error:
+            release_frames(error)
             return None
         call = Call(
             METHOD,
