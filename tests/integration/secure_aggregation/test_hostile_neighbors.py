@@ -43,7 +43,7 @@ FLAGS: Final = {
     "confirmation": "has_confirmed",
     "reveal": "has_revealed",
 }
-
+STAGES: Final = {"shares": "share", "confirmation": "confirm", "reveal": "reveal"}
 
 REFUSALS: Final = {
     "",
@@ -135,7 +135,7 @@ def test_a_member_that_sends_anything_is_refused(
                 clients = clients[1:]
         take_step(made, session_id, clients, flag)
         if len(clients) < 6 and name != "advertisement":
-            expire_groups(made, session_id)
+            expire_groups(made, session_id, STAGES[name])
     finish(made, session_id, clients)
     model = wait_for_version(clients[1], session_id, 1)
     got = model.arrays["w"].astype(float) - WEIGHTS["w"]

@@ -187,12 +187,15 @@ def test_groups_are_opened_alone_and_their_transcripts_verify_offline(
     refused(lambda other: other.unmasking.groups.append(other.unmasking.groups[0]))
 
 
-def expire_groups(made: Deployment, session_id: str) -> None:
-    """End the time of the step that the groups wait for."""
+def expire_groups(made: Deployment, session_id: str, stage: str = "") -> None:
+    """End the time of the step that the groups wait for; with a stage, only of groups that are still at it."""
     now = utc_now()
 
     def work(session: Session) -> None:
+        training_sessions.lock_round(session, session_id, 1)
         for group in neighbors.groups_of(session, session_id, 1):
+            if stage not in ("", group.stage):
+                continue
             neighbors.update_group(session, session_id, 1, group.number, {"deadline_at": now})
 
     made.coordinator.parts.database.write(work)
