@@ -45,7 +45,7 @@ from qflare.evidence.unmasking import (
     sign_answer,
 )
 from qflare.evidence.verification import follow_keysets
-from qflare.masking.masks import SLICE_BYTES, Mask
+from qflare.masking.masks import Mask
 from qflare.masking.noise import DrawNoise, MissingSamplerError, draw_exact, require_sampler
 from qflare.masking.seeds import open_seed
 from qflare.masking.staleness import Rounding, weigh
@@ -68,6 +68,7 @@ from qflare_helper.errors import (
 from qflare_helper.identity import HelperIdentity
 from qflare_helper.ledger import AnsweredSet, Ledger, LedgerMember
 from qflare_helper.policy import Policy, read_policy
+from qflare_helper.receipts import VerifiedReceipts
 
 MAX_REFUSED: Final = 1000
 """Most refused updates that a response names; the others are named when the request is repeated."""
@@ -142,6 +143,7 @@ class Unmasking:
         self._max_vector_bytes = max_vector_bytes
         self._clock = clock
         self._draw_noise = draw_noise
+        self._receipts = VerifiedReceipts()
 
     def open(self, header: helper_service_pb2.UnmaskHeader) -> "Call":
         """Verify the first part of a request: it is a coordinator's, and this helper's policy allows it.
@@ -150,7 +152,7 @@ class Unmasking:
             HelperError: A subclass: it is refused.
         """
         policy = read_policy(self._folder)
-        call = Call(self._identity, self._ledger, policy, header, self._clock())
+        call = Call(self._identity, self._ledger, policy, self._receipts, header, self._clock())
         call.check_header()
         if call.masking.helper_noise and self._draw_noise is draw_exact:
             _require_sampler()
@@ -213,12 +215,14 @@ class Call:
         identity: HelperIdentity,
         ledger: Ledger,
         policy: Policy,
+        receipts: VerifiedReceipts,
         header: helper_service_pb2.UnmaskHeader,
         at: datetime,
     ) -> None:
         self._identity = identity
         self._ledger = ledger
         self._policy = policy
+        self._receipts = receipts
         self._header = header
         self._at = at
         self.size_bytes = 0
@@ -376,7 +380,7 @@ class Call:
 
     def _device_keys(self, member: Member) -> tuple[ProvenKeys, list[str]]:
         """Prove the keys of a device; return them with their ids."""
-        keys = ProvenKeys(self._identity.pinned.realm, self._registrars)
+        keys = ProvenKeys(self._identity.pinned.realm, self._registrars, self._receipts.open)
         device_ids = {evidence.device_id for evidence in member.device_keys}
         if len(device_ids) != 1:
             raise StatementError("an update comes with keys of no device, or of several")
@@ -540,14 +544,17 @@ class _MaskSum:
         self._rounding = rounding
 
     def read(self, offset: int, length: int, noise: bytes = b"") -> bytes:
-        """Return bytes of the sum and of noise of the same length, if any; each slice stays in cache for all masks."""
+        """Return bytes of the sum and of noise of the same length, if any; they stay in cache for all masks.
+
+        Args:
+            offset: Of the first one, a whole number of elements.
+            length: At most `CHUNK_BYTES`.
+            noise: Of the same length; empty for none.
+        """
         total = np.zeros(length // self._dtype.itemsize, self._dtype)
         if noise:
             total += np.frombuffer(noise, self._dtype)
-        step = SLICE_BYTES // self._dtype.itemsize
-        first = offset // self._dtype.itemsize
-        for start in range(0, len(total), step):
-            self._add_to(total[start : start + step], first + start)
+        self._add_to(total, offset // self._dtype.itemsize)
         return total.tobytes()
 
     def _add_to(self, part: Array, first: int) -> None:

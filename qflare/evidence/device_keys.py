@@ -6,12 +6,32 @@ other evidence is accepted. Each number belongs to one key of a device: where tw
 forked, and neither of them is accepted, nor what follows from them.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from qflare.crypto.signing import PublicKey, SigningContext
 from qflare.evidence.statements import open_rotation, open_statement, require_equal
 from qflare.v1 import security_pb2, verification_pb2
+
+OpenReceipt = Callable[
+    [security_pb2.SignedEnvelope, Collection[PublicKey]], security_pb2.EnrollmentReceipt
+]
+"""Returns a receipt that one of the keys has signed; raises `StatementError`."""
+
+
+def open_receipt(
+    envelope: security_pb2.SignedEnvelope, keys: Collection[PublicKey]
+) -> security_pb2.EnrollmentReceipt:
+    """Verify the receipt of a registrar.
+
+    Args:
+        envelope: As received.
+        keys: Keys trusted to sign receipts.
+
+    Raises:
+        StatementError: No trusted key signed it, or it is no receipt.
+    """
+    return open_statement(envelope, SigningContext.RECEIPT, keys, security_pb2.EnrollmentReceipt)
 
 
 @dataclass(frozen=True)
@@ -39,11 +59,18 @@ class ProvenKeys:
     Args:
         realm: Name of the deployment.
         registrar_keys: Keys trusted to sign receipts.
+        open_receipt: Opens receipts; one that remembers them need not verify each again.
     """
 
-    def __init__(self, realm: str, registrar_keys: Collection[PublicKey]) -> None:
+    def __init__(
+        self,
+        realm: str,
+        registrar_keys: Collection[PublicKey],
+        open_receipt: OpenReceipt = open_receipt,
+    ) -> None:
         self._realm = realm
         self._registrar_keys = registrar_keys
+        self._open_receipt = open_receipt
         self._known: dict[str, ProvenKey] = {}
         self._numbered: dict[tuple[str, int], str] = {}
         self._forked: set[str] = set()
@@ -102,12 +129,7 @@ class ProvenKeys:
     def _check_receipt(
         self, evidence: verification_pb2.DeviceKeyEvidence, key: PublicKey
     ) -> ProvenKey:
-        receipt = open_statement(
-            evidence.receipt,
-            SigningContext.RECEIPT,
-            self._registrar_keys,
-            security_pb2.EnrollmentReceipt,
-        )
+        receipt = self._open_receipt(evidence.receipt, self._registrar_keys)
         require_equal("realm", receipt.realm, self._realm)
         require_equal("device_id", receipt.device_id, evidence.device_id)
         require_equal("signature_key_id", receipt.signature_key_id, key.key_id)

@@ -5,10 +5,11 @@ read as little-endian integers. Any range of it can be made alone.
 """
 
 import os
+import threading
 from typing import Final
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from qflare.crypto.symmetric import SECRET_BYTES, hkdf_expand
 from qflare.tensors import Array
@@ -21,12 +22,29 @@ SLICE_BYTES: Final = 2**18
 
 _LABEL: Final = b"qflare/v1/mask"
 _BLOCK_BYTES: Final = 16
-_ZEROS: Final = bytes(SLICE_BYTES + _BLOCK_BYTES)
+_ZEROS: Final = memoryview(bytes(SLICE_BYTES))
+_BUFFER_BYTES: Final = SLICE_BYTES + _BLOCK_BYTES
+"""Of a slice, and of the block that the cipher wants to have left behind it."""
 
 
 def new_seed() -> bytes:
     """Return a random seed, 32 bytes. One seed masks one update."""
     return os.urandom(SEED_BYTES)
+
+
+def new_buffer() -> Array:
+    """Return memory for a slice of a mask, to be used again: new memory for each costs more than its bytes."""
+    return np.empty(_BUFFER_BYTES, np.uint8)
+
+
+class _Buffers(threading.local):
+    """A buffer for each thread."""
+
+    def __init__(self) -> None:
+        self.own = new_buffer()
+
+
+_BUFFERS: Final = _Buffers()
 
 
 class Mask:
@@ -50,10 +68,26 @@ class Mask:
             offset: 0 or more.
             length: At most `SLICE_BYTES`.
         """
+        return self.write_to(_BUFFERS.own, offset, length).tobytes()
+
+    def write_to(self, buffer: Array, offset: int, length: int) -> Array:
+        """Write bytes of the mask to a buffer, and return the part of it that has them.
+
+        Args:
+            buffer: Of `new_buffer`.
+            offset: 0 or more.
+            length: At most `SLICE_BYTES`.
+        """
+        self._stream(offset).update_into(_ZEROS[:length], buffer.data)
+        return buffer[:length]
+
+    def _stream(self, offset: int) -> CipherContext:
+        """Return the key stream from an offset on."""
         block, skipped = divmod(offset, _BLOCK_BYTES)
-        mode = modes.CTR(block.to_bytes(_BLOCK_BYTES))
-        stream = Cipher(self._key, mode).encryptor().update(_ZEROS[: skipped + length])
-        return stream[skipped:] if skipped else stream
+        stream = Cipher(self._key, modes.CTR(block.to_bytes(_BLOCK_BYTES))).encryptor()
+        if skipped:
+            stream.update(_ZEROS[:skipped])
+        return stream
 
     def add_to(self, values: Array, first: int) -> None:
         """Add the mask to elements of a vector, in place, modulo 2^bits.
@@ -69,8 +103,9 @@ class Mask:
         self._apply(np.subtract, values, first)
 
     def _apply(self, operation: np.ufunc, values: Array, first: int) -> None:
-        step = SLICE_BYTES // values.itemsize
-        for start in range(0, len(values), step):
-            part = values[start : start + step]
-            data = self.read((first + start) * values.itemsize, part.nbytes)
-            operation(part, np.frombuffer(data, values.dtype), out=part)
+        stream, buffer = self._stream(first * values.itemsize), _BUFFERS.own
+        drawn, target = buffer[:SLICE_BYTES].view(values.dtype), buffer.data
+        for start in range(0, len(values), len(drawn)):
+            part = values[start : start + len(drawn)]
+            stream.update_into(_ZEROS[: part.nbytes], target)
+            operation(part, drawn[: len(part)], out=part)

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qflare.masking.masks import SLICE_BYTES, Mask, new_seed
+from qflare.masking.masks import SLICE_BYTES, Mask, new_buffer, new_seed
 from qflare.masking.parameters import METRIC_BITS, MaskingParameters
 from qflare.tensors import Array
 
@@ -54,6 +54,7 @@ class Quantizer:
         self._limit_squared = self._limit**2 * (1 - 2.0**-20)
         self._random = Mask(draw_seed())
         self._position = 0
+        self._buffer = new_buffer()
         self._drawn: Array = np.empty(0, "<u4")
         self._scaled = np.empty(PIECE, np.float64)
         self._noise = np.empty(PIECE, np.float64)
@@ -95,11 +96,11 @@ class Quantizer:
         np.copyto(levels, scaled, casting="unsafe")
 
     def _draw(self, count: int) -> Array:
-        """Return random 32-bit numbers, `PIECE` at most."""
+        """Return random 32-bit numbers, `PIECE` at most, which the next call may overwrite."""
         if len(self._drawn) < count:
-            data = self._random.read(self._position, SLICE_BYTES)
+            data = self._random.write_to(self._buffer, self._position, SLICE_BYTES)
             self._position += SLICE_BYTES
-            self._drawn = np.frombuffer(data, "<u4")
+            self._drawn = data.view("<u4")
         drawn, self._drawn = self._drawn[:count], self._drawn[count:]
         return drawn
 

@@ -200,9 +200,19 @@ class Administrator:
         return session_id
 
     def await_version(
-        self, session_id: str, version: int, timeout_s: float = PUBLISH_TIMEOUT_S
+        self,
+        session_id: str,
+        version: int,
+        timeout_s: float = PUBLISH_TIMEOUT_S,
+        every_s: float = 0.002,
     ) -> None:
         """Wait until a version is published.
+
+        Args:
+            session_id: Training session.
+            version: Its version.
+            timeout_s: Longest time.
+            every_s: Time between two looks, each of which costs the coordinator about a millisecond of CPU.
 
         Raises:
             TimeoutError: It takes too long.
@@ -211,7 +221,7 @@ class Administrator:
         while self.current_version(session_id) < version:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"version {version} was not published")
-            time.sleep(0.002)
+            time.sleep(every_s)
 
     def current_version(self, session_id: str) -> int:
         """Return the latest version."""

@@ -16,7 +16,7 @@ from tests.bench.devices import Model
 from tests.bench.figures import MB, Figure
 from tests.bench.process import cpu_of
 from tests.bench.rounds import sdk_devices
-from tests.bench.secure_rounds import Secured, secured, trained
+from tests.bench.secure_rounds import CLIPS, Secured, secured, trained
 from tests.bench.simulation import FLOWER, HERE, measured
 from tests.support.line import Line
 
@@ -25,6 +25,7 @@ DROPPED: Final = 10
 """One device of so many drops out."""
 THREADS: Final = 2 * len(os.sched_getaffinity(0))
 """Devices that run at once."""
+LOOK_S: Final = 0.02
 WALL_GOAL: Final = 10.0
 BYTES_GOAL: Final = 0.5
 
@@ -56,45 +57,48 @@ def beside_flower(lab: Laboratory) -> Iterator[Figure]:
         raise RuntimeError("Flower is not installed: `make test` installs it")
     model = Model(10 * MB)
     for count in COHORTS[:1] if lab.quick else COHORTS:
-        ours, theirs = _ours(lab, model, count), _theirs(model, count)
-        what = (
-            f"secure round of {count} x 10 MB, {count // DROPPED} dropped out, helper, SQLite, SDK"
-        )
-        faster = theirs.wall_s / ours.wall_s
-        yield Figure(
-            what,
-            str(ours),
-            f"Flower's secaggplus, without a network: {theirs}",
-            f"{faster:.1f} x faster; {theirs.cpu_s / ours.cpu_s:.1f} x less CPU",
-            f">= {WALL_GOAL:g} x faster",
-            faster >= WALL_GOAL,
-        )
-        share = (ours.up_bytes + ours.down_bytes) / (theirs.up_bytes + theirs.down_bytes)
-        yield Figure(
-            f"bytes of the same round, {count} devices",
-            f"{(ours.up_bytes + ours.down_bytes) / MB:,.0f} MB",
-            f"Flower: {(theirs.up_bytes + theirs.down_bytes) / MB:,.0f} MB",
-            f"{share:.0%}; {ours.up_bytes / theirs.up_bytes:.0%} of the upload",
-            f"<= {BYTES_GOAL:.0%}",
-            share <= BYTES_GOAL,
-        )
+        theirs = _theirs(model, count)
+        for bits in CLIPS:
+            yield from _compared(_ours(lab, model, count, bits), theirs, count, bits)
 
 
-def _ours(lab: Laboratory, model: Model, count: int) -> Spent:
+def _compared(ours: Spent, theirs: Spent, count: int, bits: int) -> Iterator[Figure]:
+    faster = theirs.wall_s / ours.wall_s
+    dropped = count // DROPPED
+    yield Figure(
+        f"secure round of {count} x 10 MB, {dropped} dropped out, helper, {bits} bits, SQLite, SDK",
+        str(ours),
+        f"Flower's secaggplus, without a network: {theirs}",
+        f"{faster:.1f} x faster; {theirs.cpu_s / ours.cpu_s:.1f} x less CPU",
+        f">= {WALL_GOAL:g} x faster",
+        faster >= WALL_GOAL,
+    )
+    share = (ours.up_bytes + ours.down_bytes) / (theirs.up_bytes + theirs.down_bytes)
+    yield Figure(
+        f"bytes of the same round, {count} devices, {bits} bits",
+        f"{(ours.up_bytes + ours.down_bytes) / MB:,.0f} MB",
+        f"Flower: {(theirs.up_bytes + theirs.down_bytes) / MB:,.0f} MB",
+        f"{share:.0%}; {ours.up_bytes / theirs.up_bytes:.0%} of the upload",
+        f"<= {BYTES_GOAL:.0%}",
+        share <= BYTES_GOAL,
+    )
+
+
+def _ours(lab: Laboratory, model: Model, count: int, bits: int) -> Spent:
     """Let devices of this process take part in one round."""
     with secured(lab) as made, lab.temporary() as folder:
         clients = sdk_devices(made.coordinator, folder, count)
-        session_id = made.session(model, count - count // DROPPED, 2)
+        session_id = made.session(model, count - count // DROPPED, 2, bits=bits)
         for client in clients:  # their sessions are open, as Flower's nodes are
             client.get_task(session_id)
         made.coordinator.process.settle()
         before, begun = _cpu(made), time.perf_counter()
         _take_part(clients, session_id, count // DROPPED)
-        made.coordinator.admin.await_version(session_id, 1)
+        made.coordinator.admin.await_version(session_id, 1, every_s=LOOK_S)
         wall_s, cpu_s = time.perf_counter() - begun, _cpu(made) - before
         for client in clients:
             client.close()
-        second = made.session(model, 2, 1)
+        second = made.session(model, 2, 1, bits=bits)
         with (
             Line(made.coordinator.address) as line,
             Client(home=folder / "device-0", address=line.address) as moved,
