@@ -78,8 +78,8 @@ class Mask:
             offset: 0 or more.
             length: At most `SLICE_BYTES`.
         """
-        self._stream(offset).update_into(_ZEROS[:length], buffer.data)
-        return buffer[:length]
+        written = self._stream(offset).update_into(_ZEROS[:length], buffer.data)
+        return buffer[:written]
 
     def _stream(self, offset: int) -> CipherContext:
         """Return the key stream from an offset on."""
