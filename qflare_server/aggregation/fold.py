@@ -20,7 +20,6 @@ what the device had. The deltas are added to the version in full precision, so t
 form can show are not lost but add up from round to round.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +84,7 @@ from qflare_server.strategies import (
     Contribution,
     NotEnoughUpdatesError,
     Outcome,
+    OutcomeEncoder,
     PassName,
     PassRunner,
     Prior,
@@ -94,7 +94,6 @@ from qflare_server.strategies import (
     begin,
     by_update,
     first_excess,
-    outcome_to_data,
     whole,
 )
 from qflare_server.strategies.accumulator import is_held
@@ -231,6 +230,7 @@ class RoundFold:
         """Begin the aggregation, with the reasons of updates that are refused beforehand."""
         self._totals = Totals()
         self._waiting: list[AcceptedUpdate] = []
+        self._encoder = OutcomeEncoder()
         self.sources: dict[str, PassUpdate] = {}
         division = self._division
         self._aggregation = begin(
@@ -351,7 +351,9 @@ class RoundFold:
             for update in batch:
                 self._aggregation.add(self._contribution(update))
         if self._strategy.folds:
-            self._count(batch, {item.update_id: self._judgement(item) for item in batch})
+            judged = {item.update_id: self._judgement(item) for item in batch}
+            self._encoder.prepare(judged.values())
+            self._count(batch, judged)
         else:  # who contributes is known when all are there
             self._waiting += [replace(update, data=None) for update in batch]
 
@@ -571,7 +573,7 @@ class RoundFold:
         self, executor: ThreadPoolExecutor, outcome: Outcome, at: datetime
     ) -> ReceivedPayload:
         """Write the record of every update's outcome, as JSON; after `write`."""
-        data = json.dumps(outcome_to_data(outcome), sort_keys=True).encode()
+        data = self._encoder.encode(outcome)
         layout = Manifest((TensorSpec("outcome", DType.UINT8, (len(data),)),))
         writer = self._writer(executor, layout, at, "outcome")
         writer.feed(data)

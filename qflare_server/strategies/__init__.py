@@ -30,7 +30,12 @@ from qflare_server.strategies.interfaces import (
     ServerOptimizer,
     SliceRule,
 )
-from qflare_server.strategies.serialization import by_update, outcome_from_data, outcome_to_data
+from qflare_server.strategies.serialization import (
+    OutcomeEncoder,
+    by_update,
+    outcome_from_data,
+    outcome_to_data,
+)
 from qflare_server.strategies.strategy import Strategy
 from qflare_server.strategies.types import (
     REVISION,
@@ -63,6 +68,7 @@ __all__ = [
     "Judgement",
     "NotEnoughUpdatesError",
     "Outcome",
+    "OutcomeEncoder",
     "PassName",
     "PassRunner",
     "Prior",

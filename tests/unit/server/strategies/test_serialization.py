@@ -3,9 +3,12 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qflare_server.strategies import (
     Outcome,
+    OutcomeEncoder,
     UpdateAssessment,
     begin,
     build,
@@ -42,6 +45,44 @@ def test_an_unknown_norm_becomes_null() -> None:
 
     assert data["judgements"][0]["norm"] is None
     assert math.isnan(outcome_from_data(data).judgements[0].norm)
+
+
+NUMBERS = st.floats()
+JUDGEMENTS = st.builds(
+    UpdateAssessment,
+    update_id=st.text(max_size=4),
+    factor=NUMBERS,
+    coefficient=NUMBERS,
+    weight=NUMBERS,
+    rejection=st.text(max_size=9),
+    norm=NUMBERS,
+    cosine=st.none() | NUMBERS,
+)
+
+
+@given(
+    judgements=st.lists(JUDGEMENTS, max_size=5),
+    others=st.lists(JUDGEMENTS, max_size=3),
+    prepared=st.integers(0, 5),
+    strategy=st.text(max_size=9) | st.just('"judgements": []'),
+    scalars=st.dictionaries(st.text(max_size=9) | st.just('"judgements": []'), NUMBERS, max_size=2),
+    number=NUMBERS,
+)
+def test_what_was_encoded_beforehand_does_not_change_the_bytes(
+    judgements: list[UpdateAssessment],
+    others: list[UpdateAssessment],
+    prepared: int,
+    strategy: str,
+    scalars: dict[str, float],
+    number: float,
+) -> None:
+    outcome = Outcome(strategy, tuple(judgements), number, scalars, number, number)
+    encoder = OutcomeEncoder()
+    encoder.prepare([*judgements[:prepared], *others])
+
+    encoded = encoder.encode(outcome)
+
+    assert encoded == json.dumps(outcome_to_data(outcome), sort_keys=True).encode()
 
 
 @pytest.mark.parametrize(
