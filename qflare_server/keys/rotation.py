@@ -22,6 +22,7 @@ from qflare.crypto.signing import Algorithm, algorithm_of
 from qflare.crypto.symmetric import SECRET_BYTES
 from qflare.v1 import security_pb2
 from qflare_server.keys.folder import KeyFolder
+from qflare_server.keys.renewal import find_renewals
 from qflare_server.keys.ring import (
     ROLES,
     SIGNING_ROLES,
@@ -110,9 +111,21 @@ def draft_keyset(
 
 
 def publish_keyset(
-    folder: KeyFolder, database: Database, keyset: security_pb2.SignedEnvelope, at: datetime
+    folder: KeyFolder,
+    database: Database,
+    keyset: security_pb2.SignedEnvelope,
+    at: datetime,
+    *,
+    withdrawn: Collection[str] | None = None,
 ) -> Trust:
     """Publish a signed keyset and delete keys that it no longer names.
+
+    Args:
+        folder: The key folder.
+        database: Database with the keyset in force.
+        keyset: Signed by the root keys.
+        at: The time.
+        withdrawn: Ids of keys that count no longer; None if it is not known why keys are missing.
 
     Raises:
         KeyStoreError: It is not properly signed, or not newer than the one in force.
@@ -120,7 +133,8 @@ def publish_keyset(
     """
     ring = folder.read_online()
     trust = read_published(database, trust_from_bundle(ring.realm, ring.bundle))
-    return publish_trust(folder, database, trust, Trust.follow(ring.realm, trust.roots, keyset), at)
+    wanted = Trust.follow(ring.realm, trust.roots, keyset)
+    return publish_trust(folder, database, trust, wanted, at, withdrawn=withdrawn)
 
 
 def rotate_online(
@@ -151,7 +165,8 @@ def rotate_online(
     _require_threshold(root, trust)
     prepare_online(folder, algorithm=algorithm)
     keyset = draft_keyset(folder, database, at, without=without, lifetime=lifetime)
-    return publish_keyset(folder, database, sign_document(keyset, root.signing_keys()), at)
+    signed = sign_document(keyset, root.signing_keys())
+    return publish_keyset(folder, database, signed, at, withdrawn=without)
 
 
 def replace_stolen(
@@ -268,9 +283,17 @@ def follow_keyset(
 
 
 def publish_trust(
-    folder: KeyFolder, database: Database, trust: Trust, wanted: Trust, at: datetime
+    folder: KeyFolder,
+    database: Database,
+    trust: Trust,
+    wanted: Trust,
+    at: datetime,
+    *,
+    withdrawn: Collection[str] | None = None,
 ) -> Trust:
     """Publish the documents that succeed those in force, and delete online keys that the keyset no longer names.
+
+    What a key has signed that leaves with the keyset after this one is signed anew (`qflare_server.keys.renewal`).
 
     Raises:
         KeyStoreError: The keyset is not the next one, or another is published under its version.
@@ -280,9 +303,10 @@ def publish_trust(
         raise KeyStoreError(
             f"keyset: got version {wanted.keyset.version}, want {trust.keyset.version + 1}"
         )
-    published = publish(database, trust, wanted, at)
-    named = {key_id_of(key) for key in published.keyset.keys}
     ring = folder.read_online()
+    renewals = find_renewals(database, folder.provider(ring), trust, wanted, withdrawn)
+    published = publish(database, trust, wanted, at, renewals.write)
+    named = {key_id_of(key) for key in published.keyset.keys}
     kept = tuple(entry for entry in ring.keys if entry.key_id in named)
     data = published.bundle().SerializeToString(deterministic=True)
     folder.write_online(replace(ring, keys=kept, bundle=data))

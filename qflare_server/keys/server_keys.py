@@ -72,7 +72,7 @@ class _HeldKey:
         return self._provider.sign(self._public.key_id, context, message)
 
 
-class _HeldKeys:
+class HeldKeys:
     """A provider's keys by key id."""
 
     def __init__(self, provider: KeyProvider) -> None:
@@ -123,7 +123,7 @@ class ServerKeys:
         self._pinned = trust_from_bundle(ring.realm, ring.bundle)
         self._trust = publish(database, self._pinned, self._pinned, clock())
         self._registrars = self._read_registrars()
-        self._held_keys = _HeldKeys(self._provide(ring))
+        self._held_keys = HeldKeys(self._provide(ring))
         self.state_key: Final = ring.state_key
         self.earlier_state_keys: Final = ring.earlier_state_keys
         self._warned_at = datetime.min.replace(tzinfo=UTC)
@@ -271,7 +271,7 @@ class ServerKeys:
         if self._held_keys.covers(trust) or self._reread is None:
             return
         try:
-            self._held_keys = _HeldKeys(self._provide(self._reread()))
+            self._held_keys = HeldKeys(self._provide(self._reread()))
         except OutOfMemoryError:
             raise  # a later look may succeed
         except KeyStoreError as error:

@@ -141,6 +141,11 @@ def key_id_of(key: security_pb2.RoleKey) -> str:
     return key.kem_key.key_id if key.HasField("kem_key") else key.signature_key.key_id
 
 
+def most_keys(role: Role) -> int:
+    """Return how many keys of a role a keyset names at most; the oldest leaves for the next."""
+    return _KEPT.get(role, _FEW_KEPT)
+
+
 def draft_root(
     realm: str,
     version: int,
@@ -182,7 +187,7 @@ def draft_keyset(
     chosen: list[security_pb2.RoleKey] = []
     for role in ROLES:
         of_role = [key for key in reversed(keys) if key.role == role]
-        chosen.extend(of_role[: _KEPT.get(role, _FEW_KEPT)])
+        chosen.extend(of_role[: most_keys(role)])
     return security_pb2.Keyset(
         realm=realm,
         version=version,

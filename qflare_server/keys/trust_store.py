@@ -1,6 +1,6 @@
 """Trust documents in the database: reading, verification and publication."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,8 +50,21 @@ def read_published(database: Database, pinned: Trust) -> Trust:
     return _checked(stored, pinned)
 
 
-def publish(database: Database, pinned: Trust, wanted: Trust, at: datetime) -> Trust:
+def publish(
+    database: Database,
+    pinned: Trust,
+    wanted: Trust,
+    at: datetime,
+    also: Callable[[Session], None] = lambda _: None,
+) -> Trust:
     """Publish the documents missing from the database, and return the documents in force.
+
+    Args:
+        database: Database that holds them.
+        pinned: Documents that they must extend.
+        wanted: The documents to publish.
+        at: The time.
+        also: Runs in the transaction that publishes a keyset.
 
     Raises:
         UntrustedDocumentError: Others are published under the same versions.
@@ -62,6 +75,7 @@ def publish(database: Database, pinned: Trust, wanted: Trust, at: datetime) -> T
             _insert(session, documents.ROOT, version, envelope, at)
         if documents.newest_version(session, documents.KEYSET) < wanted.keyset.version:
             _insert(session, documents.KEYSET, wanted.keyset.version, wanted.keyset_envelope, at)
+            also(session)
         return documents.load(session)
 
     try:

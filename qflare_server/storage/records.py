@@ -110,6 +110,15 @@ class GlobalModel(NamedTuple):
     created_at: datetime
 
 
+class Replacement(NamedTuple):
+    """A signature, in its serialized envelope, that takes the place of an earlier one of a round or a version."""
+
+    training_session_id: str
+    number: int
+    earlier: bytes
+    renewed: bytes
+
+
 class ModelUpdate(NamedTuple):
     """One device's contribution to one round.
 

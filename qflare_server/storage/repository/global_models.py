@@ -1,18 +1,19 @@
 """Statements on versions of global models."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any, Final
 
-from sqlalchemy import Select, and_, bindparam, select, update
+from sqlalchemy import Select, and_, bindparam, select, tuple_, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
 from qflare_server.storage import tables
 from qflare_server.storage.paging import Order, Page, PageRequest, read_page
 from qflare_server.storage.prepared import PreparedInsert
-from qflare_server.storage.records import GlobalModel, Payload, Rows, TrainingSession
+from qflare_server.storage.records import GlobalModel, Payload, Replacement, Rows, TrainingSession
 
 MAX_STATEMENTS_BYTES: Final = 2**20
 """Most bytes of the statements in one message; leaves room for the manifest in a header."""
@@ -207,3 +208,46 @@ def statements(
     room = MAX_STATEMENTS_BYTES if most_bytes is None else most_bytes
     count = sum(size <= room for size in sizes)
     return rows[: max(1, count)]
+
+
+@dataclass(frozen=True)
+class StoredSignature:
+    """A version's statement, and the serialized envelope with its signature."""
+
+    training_session_id: str
+    version: int
+    statement: bytes
+    signature: bytes
+
+
+def signatures_after(
+    session: Session, after: tuple[str, int], limit: int
+) -> Sequence[StoredSignature]:
+    """Return the signed statements of all training sessions, in order.
+
+    Args:
+        session: Open session.
+        after: Training session and version of the last statement read before.
+        limit: Most statements to return.
+    """
+    columns = MODELS.c.training_session_id, MODELS.c.version
+    query = (
+        select(*columns, MODELS.c.statement, MODELS.c.signature)
+        .where(tuple_(*columns) > after)
+        .order_by(*columns)
+        .limit(limit)
+    )
+    return [StoredSignature(*row) for row in session.execute(query)]
+
+
+def replace_signature(session: Session, version: Replacement) -> None:
+    """Replace the signature of a version's statement."""
+    session.execute(
+        update(MODELS)
+        .where(
+            MODELS.c.training_session_id == version.training_session_id,
+            MODELS.c.version == version.number,
+            MODELS.c.signature == version.earlier,
+        )
+        .values(signature=version.renewed)
+    )

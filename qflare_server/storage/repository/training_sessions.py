@@ -29,7 +29,7 @@ from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_rounds
 from qflare_server.storage.paging import Order, Page, PageRequest, earlier, read_page
 from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
-from qflare_server.storage.records import Round, Rows, TrainingSession
+from qflare_server.storage.records import Replacement, Round, Rows, TrainingSession
 from qflare_server.storage.repository.membership import is_open_to
 from qflare_server.storage.repository.references import is_meant
 from qflare_server.storage.tables import (
@@ -446,6 +446,28 @@ _IN_PROGRESS = PreparedStatement(
 def rounds_in_progress(session: Session) -> list[RoundInProgress]:
     """Return the open rounds of running training sessions, and all closed rounds, by time of opening."""
     return [RoundInProgress(*row) for row in _IN_PROGRESS.rows(session, {})]
+
+
+def tasks_in_progress(session: Session) -> Sequence[tuple[str, int, bytes]]:
+    """Return training session, number and signed task of all rounds that have not ended, also of paused ones."""
+    query = select(ROUNDS.c.training_session_id, ROUNDS.c.number, ROUNDS.c.task).where(
+        or_(ROUNDS.c.state == RoundState.OPEN.value, ROUNDS.c.state == RoundState.CLOSED.value),
+        ROUNDS.c.task.is_not(None),
+    )
+    return [(row[0], row[1], row[2]) for row in session.execute(query)]
+
+
+def replace_task(session: Session, task: Replacement) -> None:
+    """Replace the signature of a round's task; devices get it at their next poll."""
+    session.execute(
+        update(ROUNDS)
+        .where(
+            ROUNDS.c.training_session_id == task.training_session_id,
+            ROUNDS.c.number == task.number,
+            ROUNDS.c.task == task.earlier,
+        )
+        .values(task=task.renewed)
+    )
 
 
 def count_sessions(session: Session) -> dict[str, int]:
