@@ -89,6 +89,16 @@ class KeyStore:
     ) -> None:
         self.close()
 
+    @property
+    def place(self) -> int:
+        """Number of the lock file in its file system: a copy, or a restored backup, of the folder has another one.
+
+        Raises:
+            KeyStoreError: The store is closed.
+        """
+        self._require_open()
+        return os.fstat(self._lock).st_ino
+
     def close(self) -> None:
         """Release the lock. Idempotent."""
         if self._lock >= 0:

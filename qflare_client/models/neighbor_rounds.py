@@ -6,7 +6,8 @@ crash the device sends the same bytes again. One state per training session is k
 Invariants: in a round a device belongs to one roster, masks one update, confirms one set of updates, and reveals one
 share of each neighbor's secrets, for that set. It confirms only a set that holds its own update, is as large as its
 task promises, and leaves no part of the group's graph alone; it reveals only if enough neighbors have confirmed the
-same set. A coordinator that shows anything else gets no answer, whatever it says later.
+same set. A coordinator that shows anything else gets no answer, whatever it says later. A copied or restored key store
+does not know what was done since, so it leaves the round.
 """
 
 import json
@@ -67,6 +68,7 @@ class _State:
     task_digest: str
     secrets: str = field(repr=False)
     advertisement: str
+    place: int
     roster: list[str] = field(default_factory=list)
     members: dict[str, dict[str, Any]] = field(default_factory=dict)
     shares: str = ""
@@ -180,14 +182,17 @@ class NeighborRounds:
             What the update's statement says of its masks.
 
         Raises:
-            RepeatedTaskError: The device has already masked an update in this round: two updates under one mask would
-                tell their difference.
+            RepeatedTaskError: The device has already masked an update in this round, or may have, because its key store
+                was copied: two updates under one mask would tell their difference.
             InvalidStatementError: What the coordinator shows does not verify.
             KeyStoreError: The device's state cannot be written.
         """
         step = _Step(self._store, self._trust, self._identity(), answer, masking)
-        with _checked():
-            return step.mask(vector)
+        try:
+            with _checked():
+                return step.mask(vector)
+        except GroupAbandonedError as error:
+            raise RepeatedTaskError(str(error)) from error
 
     def record_update(self, statement: security_pb2.UpdateStatement, digest: str) -> None:
         """Remember the digest of the signed statement of an update, before the update is sent.
@@ -247,7 +252,11 @@ class _Step:
         )
         signed = self._sign(statement)
         state = _State(
-            self._round.number, self._round.task_digest, secrets.to_bytes().hex(), _hex(signed)
+            self._round.number,
+            self._round.task_digest,
+            secrets.to_bytes().hex(),
+            _hex(signed),
+            self._store.place,
         )
         self._write(state)
         return state
@@ -474,6 +483,8 @@ class _Step:
         state = _read(self._store, self._session_id)
         if state is None or state.task_digest != self._round.task_digest:
             raise StatementError("this device has advertised nothing for the round")
+        if state.place != self._store.place:
+            raise GroupAbandonedError("the key store was copied or restored since the round began")
         return state
 
     def _write(self, state: _State) -> None:
