@@ -44,11 +44,11 @@ PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadsc
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-flower environments tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-s3 test-all test-frameworks check \
+.PHONY: help install install-flower environments tools protos protos-image check-protos format lint lint-deploy type test test-postgres test-s3 test-object-store test-all test-frameworks check \
 	audit bench bench-fleet bench-soak demo demo-secure notebooks strategies pictures architecture structure load serve migrate migration build check-wheel clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create the virtual environment with coordinator, device SDK and tools
 
@@ -279,7 +279,16 @@ test-postgres: $(INSTALLED) $(FLOWER_INSTALLED) $(MOTO_INSTALLED) ## run the Pos
 
 test-s3: $(INSTALLED) ## run the tests of payload stores against QFLARE_TEST_S3_URL, an S3 endpoint with the bucket qflare-tests
 	@test -n "$(QFLARE_TEST_S3_URL)" || { echo 'usage: make test-s3 QFLARE_TEST_S3_URL=http://127.0.0.1:8333'; exit 2; }
-	QFLARE_TEST_S3_URL=$(QFLARE_TEST_S3_URL) QFLARE_REQUIRE_ALL=1 $(BIN)/python -m pytest -k object $(PYTEST_ARGS) \
+	QFLARE_TEST_S3_URL=$(QFLARE_TEST_S3_URL) $(BIN)/python -m pytest -k object $(PYTEST_ARGS) \
+		tests/contract/storage tests/integration/replicas/test_object_store_processes.py \
+		tests/integration/cli/test_backups.py
+
+test-object-store: $(INSTALLED) ## run the contract of payload stores against QFLARE_TEST_OBJECT_STORE_URL, such as gs://BUCKET or az://CONTAINER
+	@test -n "$(QFLARE_TEST_OBJECT_STORE_URL)" -a -n "$(QFLARE_TEST_OBJECT_STORE_CREDENTIALS_FILE)" || { \
+		echo 'usage: make test-object-store QFLARE_TEST_OBJECT_STORE_URL=az://CONTAINER QFLARE_TEST_OBJECT_STORE_CREDENTIALS_FILE=FILE'; exit 2; }
+	QFLARE_TEST_OBJECT_STORE_URL=$(QFLARE_TEST_OBJECT_STORE_URL) QFLARE_REQUIRE_ALL=1 \
+	QFLARE_TEST_OBJECT_STORE_CREDENTIALS_FILE=$(QFLARE_TEST_OBJECT_STORE_CREDENTIALS_FILE) \
+	QFLARE_TEST_OBJECT_STORE_ENDPOINT=$(QFLARE_TEST_OBJECT_STORE_ENDPOINT) $(BIN)/python -m pytest -k object $(PYTEST_ARGS) \
 		tests/contract/storage/test_payload_store.py tests/contract/storage/test_payload_moves.py
 
 test-all: $(INSTALLED) $(FLOWER_INSTALLED) $(NOTEBOOKS_INSTALLED) $(MOTO_INSTALLED) tools ## run all tests with all tools; a skipped test is a failure

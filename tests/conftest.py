@@ -168,9 +168,8 @@ def database(server_config: ServerConfig) -> Iterator[Database]:
 @pytest.fixture(scope="session")
 def object_store_endpoint() -> Iterator[str]:
     """Yield the URL of an S3 server with the bucket `qflare-tests`."""
-    given = os.environ.get("QFLARE_TEST_S3_URL")
-    if given:
-        yield given
+    if object_store.GIVEN_ENDPOINT:
+        yield object_store.GIVEN_ENDPOINT
         return
     if not object_store.PYTHON.is_file():
         pytest.skip(f"{object_store.PYTHON} is no interpreter: make .venv-moto/.installed")
@@ -179,10 +178,13 @@ def object_store_endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
-def object_settings(object_store_endpoint: str, tmp_path: Path) -> dict[str, Any]:
+def object_settings(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """Return the settings of a coordinator with a place of the test's own in an object store."""
-    url = f"s3://{object_store.BUCKET}/{uuid.uuid4().hex}"
-    return object_store.bucket_settings(object_store_endpoint, url, tmp_path)
+    place = uuid.uuid4().hex
+    if object_store.GIVEN_URL:
+        return object_store.given_settings(place, tmp_path)
+    endpoint = request.getfixturevalue("object_store_endpoint")
+    return object_store.bucket_settings(endpoint, f"s3://{object_store.BUCKET}/{place}", tmp_path)
 
 
 @pytest.fixture(scope="session")
