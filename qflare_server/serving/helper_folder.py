@@ -13,17 +13,18 @@ from typing import Any, Final
 
 import grpc
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 
 from qflare.addresses import is_loopback
 from qflare.evidence.statements import StatementError
 from qflare.evidence.unmasking import open_helper
 from qflare.v1 import helper_service_pb2, security_pb2
-from qflare.v1.helper_service_pb2_grpc import HelperServiceStub
 from qflare_server.config import ServerConfig
 from qflare_server.errors import HelperRefusedError, HelperUnavailableError
 
 logger = logging.getLogger(__name__)
 
+UNMASK: Final = "/qflare.v1.HelperService/Unmask"
 MAX_BUNDLE_BYTES: Final = 2**20
 MAX_MESSAGE_BYTES: Final = 4 * 2**20
 MAX_TEXT: Final = 300
@@ -76,18 +77,29 @@ class HelperFolder:
     ) -> Iterator[helper_service_pb2.UnmaskResponse]:
         """Call a helper.
 
+        The call is cancelled when the iteration ends, also before the last part.
+
         Raises:
             HelperUnavailableError: While iterating: it is unknown, cannot be reached or did not answer in time.
-            HelperRefusedError: While iterating: it refused.
+            HelperRefusedError: While iterating: it refused, or a part is malformed.
         """
         bundle = self._bundles().get(helper_id)
         if bundle is None:
             raise HelperUnavailableError(f"no bundle of helper {helper_id} in QFLARE_HELPER_DIR")
-        stub = HelperServiceStub(self._channel(bundle))
+        # Without a deserializer: gRPC would log the traceback of a malformed part, and report it like a broken line.
+        method = self._channel(bundle).stream_stream(
+            UNMASK, request_serializer=helper_service_pb2.UnmaskRequest.SerializeToString
+        )
+        call: Any = method(parts, timeout=self._config.helper_timeout_s)
         try:
-            yield from stub.Unmask(parts, timeout=self._config.helper_timeout_s)
+            for data in call:
+                yield helper_service_pb2.UnmaskResponse.FromString(data)
         except grpc.RpcError as error:
             raise _translated(helper_id, error) from error
+        except DecodeError as error:
+            raise HelperRefusedError(f"helper {helper_id}: its answer is malformed") from error
+        finally:
+            call.cancel()
 
     def close(self) -> None:
         """Cancel the calls; later ones fail."""

@@ -11,7 +11,8 @@ from qflare.v1 import helper_service_pb2 as messages
 from tests.support.helpers import HelperProcess
 
 Answers = list[messages.UnmaskResponse]
-Lie = Callable[[Answers], Iterable[messages.UnmaskResponse]]
+Lie = Callable[[Answers], Iterable[messages.UnmaskResponse | bytes]]
+"""Returns the parts of another answer; bytes are sent as they are."""
 
 UNMASK: Final = "/qflare.v1.HelperService/Unmask"
 
@@ -49,9 +50,7 @@ class LyingHelper(grpc.GenericRpcHandler):
         """Return the handler of `Unmask`."""
         if handler_call_details.method != UNMASK:
             return None
-        return grpc.stream_stream_rpc_method_handler(
-            self._unmask, response_serializer=messages.UnmaskResponse.SerializeToString
-        )
+        return grpc.stream_stream_rpc_method_handler(self._unmask, response_serializer=_serialized)
 
     def _unmask(self, parts: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
         call: Any = self._channel.stream_stream(UNMASK)
@@ -62,3 +61,7 @@ class LyingHelper(grpc.GenericRpcHandler):
             context.abort(failed.code(), failed.details())
         self.answers = answers
         yield from self.lie(answers)
+
+
+def _serialized(part: messages.UnmaskResponse | bytes) -> bytes:
+    return part if isinstance(part, bytes) else bytes(part.SerializeToString())

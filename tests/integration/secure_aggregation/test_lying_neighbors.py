@@ -21,7 +21,13 @@ from qflare_client.errors import (
 from qflare_client.tasks import TaskKind
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import trained, wait_for_version
-from tests.integration.secure_aggregation.test_neighbors import session_of, take_step, train, until
+from tests.integration.secure_aggregation.test_neighbors import (
+    members_of,
+    session_of,
+    take_step,
+    train,
+    until,
+)
 from tests.support.hostile_requests import RequestMaker
 from tests.support.newer_coordinator import NewerCoordinator
 
@@ -209,8 +215,24 @@ def refused_again(victim: Client, liar: LyingView, session_id: str, kind: int, l
     liar.lie = lambda _: None
 
 
-def fuzzed(victim: Client, liar: LyingView, session_id: str, kind: int, fields: list[str]) -> None:
-    """Spoil what a step shows, many times: the device refuses it, until something is spoiled that it does not read."""
+def fuzzed(
+    victim: Client,
+    liar: LyingView,
+    session_id: str,
+    kind: int,
+    fields: list[str],
+    only: bytes | None = None,
+) -> None:
+    """Spoil what a step shows, many times: the device refuses it, until something is spoiled that it does not read.
+
+    Args:
+        victim: The device.
+        liar: Before it.
+        session_id: Its training session.
+        kind: The step.
+        fields: Lists of the view, of which entries are spoiled.
+        only: The entry to spoil; None spoils any.
+    """
     random, refusals = Random(kind), 0
     maker = RequestMaker(random, {})
 
@@ -218,9 +240,13 @@ def fuzzed(victim: Client, liar: LyingView, session_id: str, kind: int, fields: 
         entries = getattr(answer.neighbors, random.choice(fields)) if answer.kind == kind else ()
         if not entries:
             return
-        index = random.randrange(len(entries))
+        index = random.randrange(len(entries)) if only is None else list(entries).index(only)
         if isinstance(entries[index], bytes):
             entries[index] = maker.spoil_bytes(entries[index])
+        elif isinstance(entries[index], security_pb2.SignedEnvelope):
+            part = random.choice((entries[index], entries[index].signatures[0]))
+            name = "payload" if part is entries[index] else "signature"
+            setattr(part, name, maker.spoil_bytes(getattr(part, name)))
         else:
             maker.spoil(entries[index])
 
@@ -234,6 +260,13 @@ def fuzzed(victim: Client, liar: LyingView, session_id: str, kind: int, fields: 
             break
     assert refusals > 0
     liar.lie = lambda _: None
+
+
+def digest_in_sum(made: Deployment, session_id: str, client: Client) -> bytes:
+    """Return the digest of a device's update, as the set of updates names it."""
+    members = members_of(made, session_id)
+    (own,) = [item for item in members if item.device_id == client.device_id]
+    return bytes.fromhex(own.update_digest or "")
 
 
 def test_a_device_answers_no_lie_and_the_round_goes_on_with_the_truth(
@@ -267,11 +300,14 @@ def test_a_device_answers_no_lie_and_the_round_goes_on_with_the_truth(
 
         for lie in CONFIRM_LIES:
             refused(victim, liar, session_id, calls.TASK_KIND_CONFIRM, lie)
+        own = digest_in_sum(made, session_id, victim)  # another entry may be true for all it knows
+        fuzzed(victim, liar, session_id, calls.TASK_KIND_CONFIRM, ["survivors"], own)
         take_step(made, session_id, everybody, "has_confirmed")
         refused_again(victim, liar, session_id, calls.TASK_KIND_CONFIRM, blank("survivors", 1))
 
         for lie in REVEAL_LIES:
             refused(victim, liar, session_id, calls.TASK_KIND_REVEAL, lie)
+        fuzzed(victim, liar, session_id, calls.TASK_KIND_REVEAL, ["confirmations"])
         take_step(made, session_id, everybody[:1], "has_revealed")
         refused_again(victim, liar, session_id, calls.TASK_KIND_CONFIRM, blank("survivors", 1))
         take_step(made, session_id, others[:3], "has_revealed")
