@@ -21,6 +21,9 @@ class HelperProcess:
         bootstrap: Bundle of the deployment.
         bundle_dir: Folder of helper bundles of a coordinator, where its own is written.
         min_cohort: Of its policy.
+
+    Attributes:
+        interpreter: The command that `serve` and its options follow.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class HelperProcess:
         min_cohort: int = 2,
     ) -> None:
         self.home = home
+        self.interpreter: tuple[str, ...] = (sys.executable, "-m", "qflare_helper")
         self.bundle_file = bundle_dir / f"{home.name}.json"
         self._port = self.metrics_port = self.health_port = 0
         self._process: subprocess.Popen[str] | None = None
@@ -71,7 +75,7 @@ class HelperProcess:
         Args:
             options: Further options of `serve`.
         """
-        command = [sys.executable, "-m", "qflare_helper", "--home", str(self.home)]
+        command = [*self.interpreter, "--home", str(self.home)]
         with (self.home.parent / f"{self.home.name}.log").open("a") as log:
             self._process = subprocess.Popen(
                 [*command, "serve", "--listen", f"127.0.0.1:{self._port}", *options],

@@ -1,12 +1,16 @@
 """Noise of devices and of helpers: the coordinator never holds the exact sum of masked updates."""
 
+import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
+import qflare
 from qflare.evidence.verification import verify_bundle
 from qflare.masking import noise
 from qflare.v1 import helper_service_pb2 as messages
@@ -21,7 +25,11 @@ from qflare_server.strategies.accounting import PrivacyLedger, spent
 from qflare_server.training.privacy import SEED
 from qflare_server.verification.recomputation import recompute_version
 from tests.integration.conftest import Deployment
-from tests.integration.secure_aggregation.conftest import SecureDeployment, wait_for_version
+from tests.integration.secure_aggregation.conftest import (
+    SecureDeployment,
+    wait_for_round,
+    wait_for_version,
+)
 from tests.integration.secure_aggregation.test_attacks import LyingCoordinator
 from tests.integration.secure_aggregation.test_neighbors import together, until
 
@@ -33,9 +41,17 @@ QUORUM = 2
 DEVICES = training_pb2.NOISE_SOURCE_DEVICES
 HELPER = training_pb2.NOISE_SOURCE_HELPER
 
-pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""For what does not depend on the database."""
 
 SecureStart = Callable[..., SecureDeployment]
+
+RUN_FROM = """
+import sys
+sys.path[:0] = {paths}
+from qflare_helper.__main__ import main
+sys.exit(main())
+"""
 
 LARGE = {"arrays": {"w": np.zeros(40_000, np.float32)}}
 
@@ -158,6 +174,7 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@on_sqlite
 def test_what_has_no_room_or_no_noise_is_refused_at_creation(secure: SecureStart) -> None:
     made = secure()
     for field, config in CONTRADICTIONS:
@@ -172,6 +189,7 @@ def test_what_has_no_room_or_no_noise_is_refused_at_creation(secure: SecureStart
         )
 
 
+@on_sqlite
 def test_a_device_that_cannot_draw_noise_refuses_before_it_trains(
     secure: SecureStart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +204,40 @@ def test_a_device_that_cannot_draw_noise_refuses_before_it_trains(
         _require_sampler()
 
 
+@on_sqlite
+def test_a_round_whose_helper_cannot_draw_noise_fails_and_says_why(
+    secure: SecureStart, tmp_path: Path
+) -> None:
+    """The helper is a process whose import path lacks OpenDP: it answers nothing."""
+    made = secure()
+    session_id = made.session(QUORUM, 2, **session_settings(HELPER))
+    helper, path = made.helpers[0], tmp_path / "without-opendp"
+    path.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.startswith("opendp"):
+            (path / entry.name).symlink_to(entry)
+    helper.stop()
+    root = Path(qflare.__file__).parents[1]
+    helper.interpreter = (sys.executable, "-S", "-c", RUN_FROM.format(paths=[str(path), str(root)]))
+    helper.start()
+    clients = [made.deployment.device(f"device-{index}") for index in range(QUORUM)]
+    for client in clients:
+        contribute(client, session_id)
+    wait_for_round(clients[0], session_id, 2)
+    with made.deployment.coordinator.parts.database.read() as session:
+        failed = training_sessions.get_round(session, session_id, 1)
+    assert failed is not None
+    assert failed.version is None
+    assert f"helper {helper.helper_id}: the noise of this task needs" in failed.state_reason
+    helper.stop()
+    helper.interpreter = (sys.executable, "-m", "qflare_helper")
+    helper.start()
+    for client in clients:
+        contribute(client, session_id)
+    assert wait_for_version(clients[0], session_id, 1).statement.round_number == 2
+
+
+@on_sqlite
 def test_a_device_trains_for_no_task_with_less_noise(secure: SecureStart) -> None:
     """Neither a session with noise of the coordinator nor one with less noise is trained for."""
     made = secure()
@@ -212,6 +264,7 @@ def answer_of(responses: list[messages.UnmaskResponse]) -> security_pb2.Unmaskin
     return security_pb2.UnmaskingAnswer.FromString(responses[0].answer.answer.payload)
 
 
+@on_sqlite
 def test_a_helper_draws_the_noise_of_a_set_once(liar: LyingCoordinator) -> None:
     helper = liar._helper
     kept = (helper.home / "policy.toml").read_text()
