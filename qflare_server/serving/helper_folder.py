@@ -87,7 +87,7 @@ class HelperFolder:
         if bundle is None:
             raise HelperUnavailableError(f"no bundle of helper {helper_id} in QFLARE_HELPER_DIR")
         # Without a deserializer: gRPC would log the traceback of a malformed part, and report it like a broken line.
-        method = self._channel(bundle).stream_stream(
+        method: Any = self._channel(bundle).stream_stream(
             UNMASK, request_serializer=helper_service_pb2.UnmaskRequest.SerializeToString
         )
         call: Any = method(parts, timeout=self._config.helper_timeout_s)
