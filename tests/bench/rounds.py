@@ -52,12 +52,10 @@ def start(coordinator: Coordinator, model: Model, quorum: int, round_count: int)
 
 def closing(lab: Laboratory) -> Iterator[Figure]:
     """From the last update of a round to the version that devices can get."""
-    repeats = lab.times(7, 3)
+    repeats = lab.times(7, 5)
     for backend in Backend:
         with lab.coordinator(backend) as coordinator:
-            medians = {}
-            for count in (10, 100, 1000):
-                medians[count] = _close(coordinator, count, 3 if count == 1000 else repeats)
+            medians = _close(coordinator, (10, 100, 1000), repeats)
             for count in (100, 1000):
                 ratio = medians[count] / medians[10]
                 yield Figure(
@@ -70,18 +68,24 @@ def closing(lab: Laboratory) -> Iterator[Figure]:
                 )
 
 
-def _close(coordinator: Coordinator, count: int, repeats: int) -> float:
-    """Return the median time from a round's last acknowledgement until a device is given the next version."""
-    devices = coordinator.population.devices(count)
-    seconds = []
-    session_id = start(coordinator, SMALL, count, repeats + 1)
-    ask = polls(devices[:1], session_id)[0]
+def _close(coordinator: Coordinator, counts: Sequence[int], repeats: int) -> dict[int, float]:
+    """Return the median time from the last acknowledgement to the next version, by the number of a round's updates.
+
+    The sizes take turns, so that other load on the machine falls on all of them.
+    """
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    sessions = {count: start(coordinator, SMALL, count, repeats + 1) for count in counts}
     for _ in range(repeats):
-        calls = submissions(coordinator, session_id, devices, SMALL)
-        closed_loop(coordinator.address, calls[:-1], 16)
-        coordinator.process.settle()
-        seconds.append(asyncio.run(time_publication(coordinator.address, calls[-1], ask)))
-    return statistics.median(seconds)
+        for count, session_id in sessions.items():
+            devices = coordinator.population.devices(count)
+            calls = submissions(coordinator, session_id, devices, SMALL)
+            closed_loop(coordinator.address, calls[:-1], 16)
+            coordinator.process.settle()
+            ask = polls(devices[:1], session_id)[0]
+            seconds[count].append(
+                asyncio.run(time_publication(coordinator.address, calls[-1], ask))
+            )
+    return {count: statistics.median(found) for count, found in seconds.items()}
 
 
 async def time_publication(address: str, last: Call, ask: Call, pause_s: float = 0.001) -> float:
