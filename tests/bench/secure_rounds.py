@@ -211,7 +211,7 @@ def helper_rounds(lab: Laboratory) -> Iterator[Figure]:
     is_whole = not lab.quick
     yield Figure(
         f"CPU of the coordinator for masks and a helper, {what}",
-        f"{milliseconds(more_s)} more (of {repeats} pairs: {milliseconds(more[0])} to {milliseconds(more[-1])})",
+        f"{_more(more_s)} ({repeats} pairs: {_more(more[0])} to {_more(more[-1])})",
         f"without masks: {milliseconds(plain_s)}",
         f"{1 + more_s / plain_s:.2f} x",
         f"<= {milliseconds(COORDINATOR_GOAL_S)} more" if is_whole else "",
@@ -226,6 +226,11 @@ def helper_rounds(lab: Laboratory) -> Iterator[Figure]:
         f"<= {milliseconds(HELPER_GOAL_S)}" if is_whole else "",
         helper_s <= HELPER_GOAL_S if is_whole else None,
     )
+
+
+def _more(seconds: float) -> str:
+    """Write a difference that may be negative."""
+    return f"{milliseconds(abs(seconds))} {'less' if seconds < 0 else 'more'}"
 
 
 def _memory(made: Secured, devices: Sequence[BenchDevice], model: Model) -> Iterator[Figure]:
