@@ -16,13 +16,15 @@ from tests.bench.devices import Model
 from tests.bench.figures import MB, Figure
 from tests.bench.process import cpu_of
 from tests.bench.rounds import sdk_devices
-from tests.bench.secure_rounds import CLIPS, Secured, secured, trained
+from tests.bench.secure_rounds import Secured, secured, trained
 from tests.bench.simulation import FLOWER, HERE, measured
 from tests.support.line import Line
 
 COHORTS: Final = (10, 50, 100)
 DROPPED: Final = 10
 """One device of so many drops out."""
+WIDTHS: Final = ((32, False), (16, False), (16, True))
+"""Bits of an element of a masked update, and whether devices get the version as float16."""
 THREADS: Final = 2 * len(os.sched_getaffinity(0))
 """Devices that run at once."""
 LOOK_S: Final = 0.02
@@ -58,15 +60,17 @@ def beside_flower(lab: Laboratory) -> Iterator[Figure]:
     model = Model(10 * MB)
     for count in COHORTS[:1] if lab.quick else COHORTS:
         theirs = _theirs(model, count)
-        for bits in CLIPS:
-            yield from _compared(_ours(lab, model, count, bits), theirs, count, bits)
+        for bits, half_base in WIDTHS:
+            ours = _ours(lab, model, count, bits, half_base=half_base)
+            what = f"{bits} bits" + (", versions as float16" if half_base else "")
+            yield from _compared(ours, theirs, count, what)
 
 
-def _compared(ours: Spent, theirs: Spent, count: int, bits: int) -> Iterator[Figure]:
+def _compared(ours: Spent, theirs: Spent, count: int, what: str) -> Iterator[Figure]:
     faster = theirs.wall_s / ours.wall_s
     dropped = count // DROPPED
     yield Figure(
-        f"secure round of {count} x 10 MB, {dropped} dropped out, helper, {bits} bits, SQLite, SDK",
+        f"secure round of {count} x 10 MB, {dropped} dropped out, helper, {what}, SQLite, SDK",
         str(ours),
         f"Flower's secaggplus, without a network: {theirs}",
         f"{faster:.1f} x faster; {theirs.cpu_s / ours.cpu_s:.1f} x less CPU",
@@ -75,7 +79,7 @@ def _compared(ours: Spent, theirs: Spent, count: int, bits: int) -> Iterator[Fig
     )
     share = (ours.up_bytes + ours.down_bytes) / (theirs.up_bytes + theirs.down_bytes)
     yield Figure(
-        f"bytes of the same round, {count} devices, {bits} bits",
+        f"bytes of the same round, {count} devices, {what}",
         f"{(ours.up_bytes + ours.down_bytes) / MB:,.0f} MB",
         f"Flower: {(theirs.up_bytes + theirs.down_bytes) / MB:,.0f} MB",
         f"{share:.0%}; {ours.up_bytes / theirs.up_bytes:.0%} of the upload",
@@ -84,11 +88,13 @@ def _compared(ours: Spent, theirs: Spent, count: int, bits: int) -> Iterator[Fig
     )
 
 
-def _ours(lab: Laboratory, model: Model, count: int, bits: int) -> Spent:
+def _ours(lab: Laboratory, model: Model, count: int, bits: int, *, half_base: bool) -> Spent:
     """Let devices of this process take part in one round."""
     with secured(lab) as made, lab.temporary() as folder:
         clients = sdk_devices(made.coordinator, folder, count)
-        session_id = made.session(model, count - count // DROPPED, 2, bits=bits)
+        session_id = made.session(
+            model, count - count // DROPPED, 2, bits=bits, half_base=half_base
+        )
         for client in clients:  # their sessions are open, as Flower's nodes are
             client.get_task(session_id)
         made.coordinator.process.settle()
@@ -98,7 +104,7 @@ def _ours(lab: Laboratory, model: Model, count: int, bits: int) -> Spent:
         wall_s, cpu_s = time.perf_counter() - begun, _cpu(made) - before
         for client in clients:
             client.close()
-        second = made.session(model, 2, 1, bits=bits)
+        second = made.session(model, 2, 1, bits=bits, half_base=half_base)
         with (
             Line(made.coordinator.address) as line,
             Client(home=folder / "device-0", address=line.address) as moved,

@@ -65,11 +65,14 @@ class Secured:
         *,
         masked: bool = True,
         bits: int = 32,
+        half_base: bool = False,
     ) -> str:
-        """Start a training session whose rounds close with so many updates."""
+        """Start a training session whose rounds close with so many updates; devices may get its versions as float16."""
         config = training_pb2.TrainingConfig(
             total_rounds=round_count, rounds=training_pb2.RoundPolicy(quorum=target)
         )
+        if half_base:
+            config.transfer.download_encoding = training_pb2.ENCODING_FLOAT16
         if masked:
             config.safeguards.max_example_count = 1000
             config.secure_aggregation.mode = training_pb2.SECURE_AGGREGATION_MODE_HELPER
