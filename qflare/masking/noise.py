@@ -118,7 +118,8 @@ def require_sampler() -> None:
     """
     if find_spec("opendp") is None:
         raise MissingSamplerError(
-            "the noise of this task needs the package opendp: pip install 'qflare[device-noise]'"
+            "the noise of this task needs the package opendp: pip install 'qflare[device-noise]',"
+            " or 'qflare[helper]' at a helper"
         )
 
 

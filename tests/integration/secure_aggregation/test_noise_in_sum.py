@@ -23,6 +23,7 @@ from qflare_server.context import utc_now
 from qflare_server.storage.repository import training_sessions
 from qflare_server.strategies.accounting import PrivacyLedger, spent
 from qflare_server.training.privacy import SEED
+from qflare_server.use_cases.access.roles import Role
 from qflare_server.verification.recomputation import recompute_version
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import (
@@ -32,6 +33,7 @@ from tests.integration.secure_aggregation.conftest import (
 )
 from tests.integration.secure_aggregation.test_attacks import LyingCoordinator
 from tests.integration.secure_aggregation.test_neighbors import together, until
+from tests.support.visitor import Visitor
 
 COUNT = 4_000
 NOISE = 2.0
@@ -105,7 +107,7 @@ def test_the_noise_is_in_the_sum_and_the_version_repeats_from_it(
     secure: SecureStart, source: int
 ) -> None:
     """Two helpers each add the whole noise; two devices of a minimum of two add half of the variance each."""
-    made = secure(2)
+    made = secure(2, dashboard="127.0.0.1:0")
     parts = made.deployment.coordinator.parts
     session_id = made.session(QUORUM, 9, **session_settings(source))
     policy = SecureAggregation(
@@ -131,6 +133,11 @@ def test_the_noise_is_in_the_sum_and_the_version_repeats_from_it(
         bundle.MergeFrom(part)
     verified = verify_bundle(bundle, parts.keys.trust.root_key_ids(), utc_now())
     assert set(verified.helper_ids) == {helper.helper_id for helper in made.helpers}
+    assert made.deployment.coordinator.dashboard is not None
+    viewer = Visitor(made.deployment.coordinator.dashboard.url)
+    viewer.log_in(made.deployment.issue_admin(Role.VIEWER))
+    page = viewer.get(f"/sessions/{session_id}/versions/2").text
+    assert f"noise by {'the helpers' if source == HELPER else 'the devices'}" in page
 
 
 def test_devices_with_neighbors_add_their_shares(deploy: Callable[..., Deployment]) -> None:

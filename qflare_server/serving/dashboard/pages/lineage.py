@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from qflare.v1 import training_pb2
 from qflare_server.serving.dashboard.formatting import Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext, whole
 from qflare_server.serving.dashboard.pages.training import session_row
@@ -30,6 +31,7 @@ class VersionRow:
     metric: str
     value: float | None
     epsilon: float | None
+    noise_source: str
     is_released: bool
     is_best: bool
     is_current: bool
@@ -51,6 +53,7 @@ def version_row(link: Link, owner: TrainingSession, visit: PageContext) -> Versi
         metric=objective.metric,
         value=model.metrics.get(objective.key),
         epsilon=model.epsilon,
+        noise_source=_noise_source(owner.config),
         is_released=model.released,
         is_best=model.version == owner.best_version,
         is_current=model.version == owner.current_version,
@@ -58,6 +61,15 @@ def version_row(link: Link, owner: TrainingSession, visit: PageContext) -> Versi
         problem=link.problem,
         created=moment(model.created_at, visit.at),
     )
+
+
+def _noise_source(config: training_pb2.TrainingConfig) -> str:
+    """Return who adds the noise of differential privacy."""
+    names = {
+        training_pb2.NOISE_SOURCE_DEVICES: "the devices",
+        training_pb2.NOISE_SOURCE_HELPER: "the helpers",
+    }
+    return names.get(config.secure_aggregation.noise, "the coordinator")
 
 
 def newest(owner: TrainingSession, visit: PageContext) -> list[VersionRow]:
