@@ -68,7 +68,6 @@ class _State:
     task_digest: str
     secrets: str = field(repr=False)
     advertisement: str
-    place: int
     roster: list[str] = field(default_factory=list)
     members: dict[str, dict[str, Any]] = field(default_factory=dict)
     shares: str = ""
@@ -79,6 +78,7 @@ class _State:
     survivors: list[str] = field(default_factory=list)
     confirmation: str = ""
     reveal: str = field(default="", repr=False)
+    place: int = 0  # states of releases that did not write it count as copied
 
     @property
     def own(self) -> str:
@@ -256,7 +256,7 @@ class _Step:
             self._round.task_digest,
             secrets.to_bytes().hex(),
             _hex(signed),
-            self._store.place,
+            place=self._store.place,
         )
         self._write(state)
         return state
