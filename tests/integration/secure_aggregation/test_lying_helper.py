@@ -274,3 +274,27 @@ def test_a_slow_helper_delays_no_other_round(secure: SecureStart) -> None:
         clients[0].download(masked, 1)
     made.helpers[0].resume()
     assert wait_for_version(clients[0], masked, 1).statement.contributor_count == 2
+
+
+def test_a_helper_that_falls_silent_in_its_answer_is_asked_again(
+    secure: SecureStart, open_liar: Callable[[SecureDeployment], LyingHelper]
+) -> None:
+    made = secure(helper_timeout_s=1.0)
+    liar, ended, asked = open_liar(made), threading.Event(), []
+
+    def silent_once(answers: Answers) -> Iterator[Response]:
+        yield answers[0]
+        asked.append(len(answers))
+        if len(asked) == 1:
+            ended.wait(TIMEOUT_S)
+        yield from answers[1:]
+
+    liar.lie = silent_once
+    session_id = made.session(quorum=2)
+    clients = [made.deployment.device(f"device-{index}") for index in range(2)]
+    try:
+        _train(clients, session_id)
+        assert wait_for_version(clients[0], session_id, 1).statement.contributor_count == 2
+    finally:
+        ended.set()
+    assert len(asked) == 2
