@@ -3,9 +3,12 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Final, Self
 
 from qflare.tensors import Manifest
 from qflare.v1 import security_pb2
@@ -25,8 +28,10 @@ DROPPED: Final = 10
 """One device of so many drops out."""
 WIDTHS: Final = ((32, False), (16, False), (16, True))
 """Bits of an element of a masked update, and whether devices get the version as float16."""
-THREADS: Final = 2 * len(os.sched_getaffinity(0))
-"""Devices that run at once."""
+PROCESSES: Final = len(os.sched_getaffinity(0))
+"""Processes of devices: in one, the interpreter's lock would join them."""
+THREADS: Final = 2
+"""Devices of a process that run at once."""
 LOOK_S: Final = 0.02
 WALL_GOAL: Final = 10.0
 BYTES_GOAL: Final = 0.5
@@ -54,7 +59,7 @@ class Spent:
 
 
 def beside_flower(lab: Laboratory) -> Iterator[Figure]:
-    """Rounds with a helper, coordinator and helper as processes and devices with the SDK, beside Flower's."""
+    """Rounds with a helper, coordinator, helper and devices with the SDK in processes of their own, beside Flower's."""
     if not FLOWER.exists():
         raise RuntimeError("Flower is not installed: `make test` installs it")
     model = Model(10 * MB)
@@ -89,39 +94,91 @@ def _compared(ours: Spent, theirs: Spent, count: int, what: str) -> Iterator[Fig
 
 
 def _ours(lab: Laboratory, model: Model, count: int, bits: int, *, half_base: bool) -> Spent:
-    """Let devices of this process take part in one round."""
-    with secured(lab) as made, lab.temporary() as folder:
-        clients = sdk_devices(made.coordinator, folder, count)
+    """Let devices take part in one round."""
+    with secured(lab) as made, lab.temporary() as folder, ExitStack() as stack:
+        for client in sdk_devices(made.coordinator, folder, count):
+            client.close()
         session_id = made.session(
             model, count - count // DROPPED, 2, bits=bits, half_base=half_base
         )
-        for client in clients:  # their sessions are open, as Flower's nodes are
-            client.get_task(session_id)
+        homes = [folder / f"device-{number}" for number in range(count)]
+        groups = [
+            stack.enter_context(DeviceProcess(homes[first::PROCESSES], session_id))
+            for first in range(PROCESSES)
+        ]
         made.coordinator.process.settle()
-        before, begun = _cpu(made), time.perf_counter()
-        _take_part(clients, session_id, count // DROPPED)
+        before, begun = _cpu(made, groups), time.perf_counter()
+        for device in [group.start(homes[: count // DROPPED]) for group in groups]:
+            device.result()
         made.coordinator.admin.await_version(session_id, 1, every_s=LOOK_S)
-        wall_s, cpu_s = time.perf_counter() - begun, _cpu(made) - before
-        for client in clients:
-            client.close()
+        wall_s, cpu_s = time.perf_counter() - begun, _cpu(made, groups) - before
+        stack.close()
         second = made.session(model, 2, 1, bits=bits, half_base=half_base)
         with (
             Line(made.coordinator.address) as line,
-            Client(home=folder / "device-0", address=line.address) as moved,
+            Client(home=homes[0], address=line.address) as moved,
         ):
             _contribute(moved, second)
             up_bytes, down_bytes = line.up_bytes, line.down_bytes
     return Spent(wall_s, cpu_s, up_bytes * (count - count // DROPPED), down_bytes * count)
 
 
-def _cpu(made: Secured) -> float:
-    return time.process_time() + made.coordinator.process.cpu_s() + cpu_of(made.helper.pid)
+def _cpu(made: Secured, groups: Sequence["DeviceProcess"]) -> float:
+    parties = made.coordinator.process.cpu_s() + cpu_of(made.helper.pid)
+    return time.process_time() + parties + sum(group.cpu_s() for group in groups)
 
 
-def _take_part(clients: Sequence[Client], session_id: str, dropped: int) -> None:
+class DeviceProcess:
+    """Devices in a process of their own, `THREADS` at once; use it as a context manager.
+
+    Args:
+        homes: Key stores of the devices. Their sessions are open when it is made, as Flower's nodes are.
+        session_id: The training session.
+    """
+
+    def __init__(self, homes: Sequence[Path], session_id: str) -> None:
+        self._session_id = session_id
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._pid = self._pool.submit(_open, homes, session_id).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.submit(_close).result()
+        self._pool.shutdown()
+
+    def cpu_s(self) -> float:
+        """Return the processor time that the devices have used so far, in seconds."""
+        return cpu_of(self._pid)
+
+    def start(self, dropped: Sequence[Path]) -> Future[None]:
+        """Let each device take part in a round; those that drop out send nothing."""
+        return self._pool.submit(_take_part, self._session_id, dropped)
+
+
+_OPENED: Final[dict[Path, Client]] = {}
+"""Clients of this process, by key store."""
+
+
+def _open(homes: Sequence[Path], session_id: str) -> int:
+    for home in homes:
+        _OPENED[home] = Client(home=home)
+        _OPENED[home].get_task(session_id)
+    return os.getpid()
+
+
+def _close() -> None:
+    while _OPENED:
+        _OPENED.popitem()[1].close()
+
+
+def _take_part(session_id: str, dropped: Sequence[Path]) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
-        done = [pool.submit(_drop_out, client, session_id) for client in clients[:dropped]]
-        done += [pool.submit(_contribute, client, session_id) for client in clients[dropped:]]
+        done = [
+            pool.submit(_drop_out if home in dropped else _contribute, client, session_id)
+            for home, client in _OPENED.items()
+        ]
         for one in done:
             one.result()
 
