@@ -5,6 +5,7 @@ their record says so. Mappings must not be modified.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -110,7 +111,8 @@ class GlobalModel(NamedTuple):
     created_at: datetime
 
 
-class Replacement(NamedTuple):
+@dataclass(frozen=True)
+class Replacement:
     """A signature, in its serialized envelope, that takes the place of an earlier one of a round or a version."""
 
     training_session_id: str

@@ -77,9 +77,12 @@ class Walk:
         return made | {"earlier_keysets": made["members"]}
 
     def home(self) -> Path:
-        """Return a copy of the device's key store."""
+        """Return a copy of the device's key store with the same lock file: another one would tell that it is a copy."""
         self._number += 1
-        return Path(shutil.copytree(self._folder / "original", self._folder / f"{self._number}"))
+        original, copy = self._folder / "original", self._folder / f"{self._number}"
+        shutil.copytree(original, copy, ignore=shutil.ignore_patterns("lock"))
+        (copy / "lock").hardlink_to(original / "lock")
+        return copy
 
     def use_everything(self) -> None:
         """Make every call of a device that answers with an enum; take part in groups only where one is changed."""
