@@ -65,7 +65,7 @@ class NeighborRoundFold(MaskedRoundFold):
     def decide(
         self, session: Session, training_session: TrainingSession, current: Round, now: datetime
     ) -> bool:
-        """Decide what is due; return whether anything was: nothing if the session was paused meanwhile.
+        """Decide what is due; return whether anything was.
 
         Args:
             session: Transaction that holds the locks of the training session and the round.
@@ -73,8 +73,6 @@ class NeighborRoundFold(MaskedRoundFold):
             current: Its round.
             now: The time.
         """
-        if training_session.state != TrainingSessionState.RUNNING.value:
-            return False
         ended = [
             neighbor_stages.end_group(session, training_session, current, number, problem, now)
             for number, problem in self._endings.items()
