@@ -48,7 +48,9 @@ class NeighborRoundFold(MaskedRoundFold):
 
     def awaits_decision(self) -> bool:
         """Return whether `decide` has something to decide."""
-        is_paused = self._is_paused()  # read first: deadlines read before would be those that a resumption moves
+        is_paused = (
+            self._is_paused()
+        )  # read first: deadlines read before would be those that a resumption moves
         current, groups, members = self._read()
         if current is None or is_paused:
             self._endings, self._tried, self._next = {}, {}, None
