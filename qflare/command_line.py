@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final, NoReturn
 
 from qflare.addresses import AddressError, require_address
@@ -84,31 +84,36 @@ def on_signals(numbers: Iterable[signal.Signals], first: Callable[[], None]) -> 
     """Run `first` in a thread on the first of some signals; a second one ends the process at once.
 
     A handler runs in the main thread between any two instructions, also while that thread holds the lock of an event
-    that it waits for: setting the event in the handler would wait for that lock for ever. So the handler takes no lock.
+    that it waits for: setting the event in the handler would wait for that lock for ever. And it does not run while the
+    main thread waits, if another thread took the signal or if it came just before the wait began. So the interpreter
+    writes the number of a signal to a pipe, which a thread reads, and the handler does nothing.
     In a forked child the signals have their default effect.
     """
+    wanted, owner = frozenset(numbers), os.getpid()
     reading, writing = os.pipe()
-    owner = os.getpid()
-    arrived = False
+    os.set_blocking(writing, False)
 
     def handle(number: int, _frame: object) -> None:
-        nonlocal arrived
         if os.getpid() != owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-            return
-        if arrived:
-            os._exit(ENDED_AT_ONCE)
-        arrived = True
-        os.write(writing, b"\0")
 
-    def await_signal() -> None:
-        os.read(reading, 1)
+    def await_signals() -> None:
+        _await_byte(reading, wanted)
         first()
+        _await_byte(reading, wanted)
+        os._exit(ENDED_AT_ONCE)
 
-    threading.Thread(target=await_signal, name="signals", daemon=True).start()
-    for number in numbers:
+    threading.Thread(target=await_signals, name="signals", daemon=True).start()
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    for number in wanted:
         signal.signal(number, handle)
+
+
+def _await_byte(reading: int, wanted: Collection[int]) -> None:
+    while os.read(reading, 1)[0] not in wanted:
+        pass
 
 
 def failure_text(program: str, cause: str, remedy: str) -> str:

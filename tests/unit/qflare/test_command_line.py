@@ -27,9 +27,19 @@ threading.Condition.wait = interrupted
 stopped.wait()
 sys.exit(0 if stopped.is_set() else 3)
 """
+ANOTHER_THREAD_TAKES_IT = """
+def take():
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Timer(0.2, take).start()
+stopped.wait()  # nothing wakes the main thread, which alone runs handlers
+sys.exit(0 if stopped.is_set() else 3)
+"""
 SECOND = """
 os.kill(os.getpid(), signal.SIGTERM)
+stopped.wait()
 os.kill(os.getpid(), signal.SIGTERM)
+threading.Event().wait(20)
 sys.exit(3)
 """
 CHILD = """
@@ -46,7 +56,9 @@ sys.exit(0 if ended == -signal.SIGTERM and not stopped.wait(0.2) else 3)
 
 
 @pytest.mark.parametrize(
-    ("body", "code"), [(LOCK_IS_HELD, 0), (SECOND, 1), (CHILD, 0)], ids=["lock", "second", "child"]
+    ("body", "code"),
+    [(LOCK_IS_HELD, 0), (ANOTHER_THREAD_TAKES_IT, 0), (SECOND, 1), (CHILD, 0)],
+    ids=["lock", "thread", "second", "child"],
 )
 def test_a_signal_stops_a_program_whatever_it_interrupts(body: str, code: int) -> None:
     done = subprocess.run(
