@@ -36,15 +36,7 @@ class VerifiedReceipts:
     def open(
         self, envelope: security_pb2.SignedEnvelope, keys: Collection[PublicKey]
     ) -> security_pb2.EnrollmentReceipt:
-        """Return a receipt, verified now or before.
-
-        Args:
-            envelope: As received.
-            keys: Keys trusted to sign receipts.
-
-        Raises:
-            StatementError: No trusted key signed it, or it is no receipt.
-        """
+        """Return a receipt, verified now or before; as `qflare.evidence.device_keys.open_receipt`."""
         digest = _digest(envelope, keys)
         if self._is_known(digest):
             return security_pb2.EnrollmentReceipt.FromString(envelope.payload)

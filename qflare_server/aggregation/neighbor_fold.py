@@ -48,9 +48,8 @@ class NeighborRoundFold(MaskedRoundFold):
 
     def awaits_decision(self) -> bool:
         """Return whether `decide` has something to decide."""
-        is_paused = (
-            self._is_paused()
-        )  # read first: deadlines read before would be those that a resumption moves
+        # Read before the groups: a resumption in between would move the deadlines that were read.
+        is_paused = self._is_paused()
         current, groups, members = self._read()
         if current is None or is_paused:
             self._endings, self._tried, self._next = {}, {}, None

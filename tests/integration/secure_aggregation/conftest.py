@@ -19,6 +19,7 @@ from tests.independent.bundle import check_bundle
 from tests.independent.verifier import RefusedError
 from tests.integration.conftest import Deployment
 from tests.support.helpers import HelperProcess
+from tests.support.lying_helper import LyingHelper
 
 TIMEOUT_S: Final = 30
 
@@ -127,10 +128,12 @@ def wait_for_round(client: Client, session_id: str, number: int) -> None:
     raise AssertionError("the round was not opened")
 
 
+SecureStart = Callable[..., SecureDeployment]
+OpenLyingHelper = Callable[[SecureDeployment], LyingHelper]
+
+
 @pytest.fixture
-def secure(
-    deploy: Callable[..., Deployment], tmp_path: Path
-) -> Iterator[Callable[..., SecureDeployment]]:
+def secure(deploy: Callable[..., Deployment], tmp_path: Path) -> Iterator[SecureStart]:
     """Return a function that starts a coordinator with some helpers."""
     running: list[HelperProcess] = []
 
@@ -149,6 +152,20 @@ def secure(
     yield start
     for helper in running:
         helper.stop()
+
+
+@pytest.fixture
+def open_lying_helper() -> Iterator[OpenLyingHelper]:
+    """Return a function that puts a lying helper before the first one of a deployment."""
+    opened: list[LyingHelper] = []
+
+    def start(made: SecureDeployment) -> LyingHelper:
+        opened.append(LyingHelper(made.helpers[0]))
+        return opened[-1]
+
+    yield start
+    for liar in opened:
+        liar.close()
 
 
 def repeat_seed(patch: pytest.MonkeyPatch) -> None:

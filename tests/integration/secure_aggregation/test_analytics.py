@@ -1,7 +1,7 @@
 """Federated analytics: queries from real administrators to real devices, masked by a real helper."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -35,9 +35,11 @@ from qflare_server.storage.paging import PageRequest
 from qflare_server.storage.repository import audit
 from qflare_server.storage.repository.audit import AuditFilter
 from qflare_server.verification.recomputation import recompute_version
-from tests.integration.secure_aggregation.conftest import SecureDeployment, wait_for_version
-
-SecureStart = Callable[..., SecureDeployment]
+from tests.integration.secure_aggregation.conftest import (
+    SecureDeployment,
+    SecureStart,
+    wait_for_version,
+)
 
 DEVICES: Final = 4
 EPSILON: Final = 600.0

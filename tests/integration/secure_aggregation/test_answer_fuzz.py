@@ -17,16 +17,16 @@ from qflare_client.tasks import TaskKind
 from qflare_server.storage.repository import training_sessions
 from tests.integration.secure_aggregation.conftest import (
     TIMEOUT_S,
-    SecureDeployment,
+    OpenLyingHelper,
+    SecureStart,
     contribute,
     wait_for_version,
 )
 from tests.support.hostile_requests import RequestMaker
-from tests.support.lying_helper import Answers, LyingHelper
+from tests.support.lying_helper import Answers
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
-SecureStart = Callable[..., SecureDeployment]
 Response = messages.UnmaskResponse
 Parts = list[Response | bytes]
 
@@ -104,20 +104,6 @@ class AnswerFuzzer:
                 envelope.payload = statement.SerializeToString(deterministic=True)
 
 
-@pytest.fixture
-def open_liar() -> Iterator[Callable[[SecureDeployment], LyingHelper]]:
-    """Return a function that puts a lying helper before the first one of a deployment."""
-    opened: list[LyingHelper] = []
-
-    def start(made: SecureDeployment) -> LyingHelper:
-        opened.append(LyingHelper(made.helpers[0]))
-        return opened[-1]
-
-    yield start
-    for liar in opened:
-        liar.close()
-
-
 def _take_part(clients: list[Client], session_id: str) -> None:
     """Contribute wherever a round is open."""
     for index, client in enumerate(clients):
@@ -127,12 +113,12 @@ def _take_part(clients: list[Client], session_id: str) -> None:
 
 def test_no_answer_of_a_helper_is_a_fault_of_the_coordinator(
     secure: SecureStart,
-    open_liar: Callable[[SecureDeployment], LyingHelper],
+    open_lying_helper: OpenLyingHelper,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     made = secure(helper_timeout_s=20.0, helper_wait_s=600.0)
     session_id = made.session(quorum=2, round_count=COUNT + 2)
-    liar, fuzzer = open_liar(made), AnswerFuzzer()
+    liar, fuzzer = open_lying_helper(made), AnswerFuzzer()
     liar.lie = fuzzer
     clients = [made.deployment.device(f"device-{index}") for index in range(2)]
     end = time.monotonic() + 4 * TIMEOUT_S

@@ -1,6 +1,5 @@
 """Asynchronous rounds with secure aggregation: stale updates count by a table that the helper applies itself."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -22,6 +21,7 @@ from tests.independent.bundle import check_bundle
 from tests.integration.secure_aggregation.conftest import (
     WEIGHTS,
     SecureDeployment,
+    SecureStart,
     check_refused,
     contribute,
     trained,
@@ -31,7 +31,6 @@ from tests.integration.secure_aggregation.conftest import (
 from tests.integration.secure_aggregation.test_lying_coordinator import Ring
 from tests.support.lying_coordinator import Lie, LyingCoordinator
 
-SecureStart = Callable[..., SecureDeployment]
 FEDBUFF: Final = training_pb2.StrategyConfig(name="fedbuff")
 FRESH, STALE = usual_weights(1)
 LARGE: Final = {"w": np.linspace(-1, 1, 400_000, dtype=np.float32)}

@@ -1,6 +1,6 @@
 """A lying coordinator against a real helper: it signs what it likes with the coordinator's own keys."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
@@ -13,9 +13,8 @@ from qflare.v1 import security_pb2
 from qflare.v1.helper_service_pb2_grpc import HelperServiceStub
 from qflare_server.keys.device_identities import key_evidence
 from qflare_server.storage.repository import evidence, training_sessions, updates
-from tests.integration.secure_aggregation.conftest import SecureDeployment, contribute
+from tests.integration.secure_aggregation.conftest import SecureDeployment, SecureStart, contribute
 
-SecureStart = Callable[..., SecureDeployment]
 Member = messages.UnmaskMember
 
 

@@ -1,6 +1,5 @@
 """Secure aggregation with other settings of a training session: strategies, rings, types of tensors, deadlines."""
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -9,14 +8,13 @@ import pytest
 from qflare.v1 import training_pb2
 from qflare_server.verification.recomputation import recompute_version
 from tests.integration.secure_aggregation.conftest import (
-    SecureDeployment,
+    SecureStart,
     contribute,
     wait_for_version,
 )
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
-SecureStart = Callable[..., SecureDeployment]
 
 STRATEGIES: Final = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 TYPES: Final[dict[str, np.ndarray[Any, Any]]] = {

@@ -3,7 +3,6 @@
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from qflare_server.keys.setup import bootstrap_bundle
 from qflare_server.storage.repository.audit import Caller
 from tests.integration.secure_aggregation.conftest import (
     SecureDeployment,
+    SecureStart,
     contribute,
     wait_for_round,
     wait_for_version,
@@ -27,7 +27,6 @@ from tests.support.helpers import HelperProcess
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
-SecureStart = Callable[..., SecureDeployment]
 REFUSED = (urllib.error.URLError, ConnectionError, ssl.SSLError)
 """What a client gets whose handshake fails, at one of several moments."""
 

@@ -5,7 +5,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from qflare_helper.limits import (
     host_of,
 )
 from qflare_helper.monitoring import MAX_CONNECTIONS
-from tests.integration.secure_aggregation.conftest import TIMEOUT_S, SecureDeployment, contribute
+from tests.integration.secure_aggregation.conftest import (
+    TIMEOUT_S,
+    SecureStart,
+    contribute,
+)
 from tests.integration.secure_aggregation.test_attacks import LyingCoordinator
 
-SecureStart = Callable[..., SecureDeployment]
 States = health_pb2.HealthCheckResponse
 OPTIONS = ("--metrics-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0")
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -17,11 +17,12 @@ from qflare_client.tasks import TaskKind
 from qflare_server.context import utc_now
 from qflare_server.verification.recomputation import recompute_version
 from tests.integration.conftest import Deployment
-from tests.integration.secure_aggregation.conftest import SecureDeployment, wait_for_version
+from tests.integration.secure_aggregation.conftest import (
+    SecureStart,
+    wait_for_version,
+)
 from tests.integration.secure_aggregation.test_neighbors import bundle_of, together
 from tests.integration.secure_aggregation.test_stages import _wait_until as wait_until
-
-SecureStart = Callable[..., SecureDeployment]
 
 TIMEOUT_S: Final = 60
 DEVICES: Final = 3

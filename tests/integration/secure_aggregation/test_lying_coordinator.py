@@ -22,6 +22,7 @@ from qflare_server.keys.device_identities import key_evidence
 from qflare_server.storage.repository import evidence
 from tests.integration.secure_aggregation.conftest import (
     SecureDeployment,
+    SecureStart,
     contribute,
     repeat_seed,
     trained,
@@ -31,7 +32,6 @@ from tests.integration.secure_aggregation.conftest import (
 from tests.integration.secure_aggregation.test_attacks import LyingCoordinator as AskingCoordinator
 from tests.support.lying_coordinator import Lie, LyingCoordinator
 
-SecureStart = Callable[..., SecureDeployment]
 Member = messages.UnmaskMember
 Task = security_pb2.TaskStatement
 DEVICES: Final = 5

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -22,33 +22,20 @@ from qflare_server.storage.repository import training_sessions, updates
 from qflare_server.training.masking import parameters_of
 from tests.integration.secure_aggregation.conftest import (
     TIMEOUT_S,
+    OpenLyingHelper,
     SecureDeployment,
+    SecureStart,
     contribute,
     wait_for_round,
     wait_for_version,
 )
-from tests.support.lying_helper import Answers, Lie, LyingHelper
+from tests.support.lying_helper import Answers, Lie
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
-SecureStart = Callable[..., SecureDeployment]
 Response = messages.UnmaskResponse
 
 ZEROS: Final = np.zeros(4, np.float32)
-
-
-@pytest.fixture
-def open_liar() -> Iterator[Callable[[SecureDeployment], LyingHelper]]:
-    """Return a function that puts a lying helper before the first one of a deployment."""
-    opened: list[LyingHelper] = []
-
-    def start(made: SecureDeployment) -> LyingHelper:
-        opened.append(LyingHelper(made.helpers[0]))
-        return opened[-1]
-
-    yield start
-    for liar in opened:
-        liar.close()
 
 
 def _answer(answers: Answers) -> security_pb2.UnmaskingAnswer:
@@ -127,11 +114,11 @@ def _reason(made: SecureDeployment, session_id: str, number: int) -> str:
 
 
 def test_no_lie_of_a_helper_makes_a_version(
-    secure: SecureStart, open_liar: Callable[[SecureDeployment], LyingHelper]
+    secure: SecureStart, open_lying_helper: OpenLyingHelper
 ) -> None:
     made = secure()
     session_id = made.session(quorum=2, round_count=len(LIES) + 3)
-    liar = open_liar(made)
+    liar = open_lying_helper(made)
     clients = [made.deployment.device(f"device-{index}") for index in range(2)]
     for number, (lie, reason) in enumerate(LIES, 1):
         liar.lie = lie
@@ -159,12 +146,12 @@ def test_no_lie_of_a_helper_makes_a_version(
 
 
 def test_the_coordinator_asks_for_no_sum_of_too_few_updates(
-    secure: SecureStart, open_liar: Callable[[SecureDeployment], LyingHelper]
+    secure: SecureStart, open_lying_helper: OpenLyingHelper
 ) -> None:
     """A helper that refuses one of two updates does not get at the sum of the other one alone."""
     made = secure()
     session_id = made.session(quorum=2)
-    liar = open_liar(made)
+    liar = open_lying_helper(made)
     sizes = []
 
     def refuse_first(answers: Answers) -> Answers:
@@ -203,11 +190,11 @@ def test_the_coordinator_unmasks_no_sum_that_may_have_wrapped(
 
 
 def test_no_fold_outlives_its_round(
-    secure: SecureStart, open_liar: Callable[[SecureDeployment], LyingHelper]
+    secure: SecureStart, open_lying_helper: OpenLyingHelper
 ) -> None:
     """A fold holds a vector as large as the model, so it must end with its round, not with a garbage collection."""
     made = secure()
-    liar = open_liar(made)
+    liar = open_lying_helper(made)
     clients = [made.deployment.device(f"device-{index}") for index in range(2)]
     masked = made.session(quorum=2, round_count=6)
     plain = [
@@ -277,10 +264,10 @@ def test_a_slow_helper_delays_no_other_round(secure: SecureStart) -> None:
 
 
 def test_a_helper_that_falls_silent_in_its_answer_is_asked_again(
-    secure: SecureStart, open_liar: Callable[[SecureDeployment], LyingHelper]
+    secure: SecureStart, open_lying_helper: OpenLyingHelper
 ) -> None:
     made = secure(helper_timeout_s=1.0)
-    liar, ended, asked = open_liar(made), threading.Event(), []
+    liar, ended, asked = open_lying_helper(made), threading.Event(), []
 
     def silent_once(answers: Answers) -> Iterator[Response]:
         yield answers[0]

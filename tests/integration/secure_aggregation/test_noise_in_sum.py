@@ -27,7 +27,7 @@ from qflare_server.use_cases.access.roles import Role
 from qflare_server.verification.recomputation import recompute_version
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import (
-    SecureDeployment,
+    SecureStart,
     wait_for_round,
     wait_for_version,
 )
@@ -46,7 +46,6 @@ HELPER = training_pb2.NOISE_SOURCE_HELPER
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 """For what does not depend on the database."""
 
-SecureStart = Callable[..., SecureDeployment]
 
 RUN_FROM = """
 import sys

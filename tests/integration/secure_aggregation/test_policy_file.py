@@ -2,7 +2,6 @@
 
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,10 @@ from google.protobuf import json_format
 
 from qflare.v1 import training_pb2
 from qflare_client.__main__ import main
-from tests.integration.secure_aggregation.conftest import SecureDeployment, contribute
+from tests.integration.secure_aggregation.conftest import SecureDeployment, SecureStart, contribute
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
-SecureStart = Callable[..., SecureDeployment]
 
 TRAINING = """
 from pathlib import Path

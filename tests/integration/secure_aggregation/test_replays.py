@@ -16,6 +16,7 @@ from qflare_server.verification.recomputation import recompute_version
 from tests.integration.secure_aggregation.conftest import (
     WEIGHTS,
     SecureDeployment,
+    SecureStart,
     contribute,
     repeat_seed,
     wait_for_round,
@@ -26,7 +27,6 @@ from tests.support.lying_coordinator import LyingCoordinator
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
-SecureStart = Callable[..., SecureDeployment]
 Task = security_pb2.TaskStatement
 
 

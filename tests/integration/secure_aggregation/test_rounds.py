@@ -1,6 +1,5 @@
 """Rounds with secure aggregation, from real devices to the published version."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -16,14 +15,12 @@ from qflare_server.verification.recomputation import recompute_version
 from tests.independent.bundle import check_bundle
 from tests.integration.secure_aggregation.conftest import (
     WEIGHTS,
-    SecureDeployment,
+    SecureStart,
     check_refused,
     contribute,
     wait_for_round,
     wait_for_version,
 )
-
-SecureStart = Callable[..., SecureDeployment]
 
 
 def test_the_version_is_the_weighted_mean_up_to_quantization(secure: SecureStart) -> None:

@@ -20,7 +20,7 @@ from tests.independent.bundle import check_bundle
 from tests.integration.conftest import Deployment
 from tests.integration.secure_aggregation.conftest import (
     WEIGHTS,
-    SecureDeployment,
+    SecureStart,
     contribute,
     trained,
     wait_for_round,
@@ -35,7 +35,6 @@ from tests.integration.secure_aggregation.test_neighbors import (
 )
 from tests.support.sealing import rotate
 
-SecureStart = Callable[..., SecureDeployment]
 SEALED: Final = training_pb2.TransferPolicy(
     sealed=True, payload_retention=training_pb2.PAYLOAD_RETENTION_ALL
 )

@@ -21,6 +21,7 @@ from tests.integration.rpc.test_observability import scrape, value
 from tests.integration.secure_aggregation.conftest import (
     TIMEOUT_S,
     SecureDeployment,
+    SecureStart,
     contribute,
     wait_for_round,
     wait_for_version,
@@ -29,8 +30,6 @@ from tests.support.lying_helper import LyingHelper
 from tests.support.visitor import Visitor
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-
-SecureStart = Callable[..., SecureDeployment]
 
 
 def _events(made: SecureDeployment, session_id: str) -> list[Any]:
