@@ -76,9 +76,10 @@ $(FLOWER_OLDEST_VENV)/.installed: $(INSTALLED) Makefile
 	$(call install_flower,$(FLOWER_OLDEST_VENV),$(FLOWER_OLDEST_VERSION))
 	@touch $@
 
-# $(1): environment, $(2): version of flwr. pip warns of packages of $(VENV) that are not used there.
+# $(1): environment, $(2): version of flwr.
 define install_flower
 $(call share_environment,$(1))
+@echo 'pip may now report conflicts with packages of $(VENV), which $(1) does not use'
 $(1)/bin/python -m pip install --quiet 'qflare[flower]' 'flwr==$(2)'
 endef
 
