@@ -1,7 +1,10 @@
 """Where virtual devices train: what the engine needs, and a pool of processes of this machine."""
 
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, Protocol, Self
 
 from loky import ProcessPoolExecutor
@@ -37,6 +40,9 @@ class Pool(Protocol):
 class ProcessPool:
     """Runs functions of `worker` in processes, or in this one; a context manager.
 
+    The processes do not take Ctrl-C, which a terminal sends to all of them: this one ends them. A process that ended
+    amid a result would leave half a message, whose other half the pool awaits for ever.
+
     Args:
         programs: What the devices run. It may hold functions of a notebook.
         workers: Number of processes; 0 means one for each processor, -1 none.
@@ -50,10 +56,12 @@ class ProcessPool:
             worker.start(programs)
         else:
             self._executor = ProcessPoolExecutor(
-                self.size, initializer=worker.start, initargs=(programs,)
+                self.size, initializer=_start, initargs=(programs,)
             )
-            for _ in range(self.size):
-                self._executor.submit(worker.is_ready)
+            resource_tracker.ensure_running()  # its start would unblock interruptions
+            with _interruptions_blocked():  # which the processes inherit
+                for _ in range(self.size):
+                    self._executor.submit(worker.is_ready)
 
     def submit(
         self, function: Callable[..., Any], *arguments: Any, devices: Sequence[int] = ()
@@ -85,6 +93,20 @@ class ProcessPool:
             worker.close()
         else:
             self._executor.shutdown(wait=True, kill_workers=True)
+
+
+@contextmanager
+def _interruptions_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(programs: Programs) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker.start(programs)
 
 
 class _Later:
