@@ -10,7 +10,6 @@ and the grouping into calls do not change a bit. After a crash the same updates 
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -363,27 +362,12 @@ class Accumulator:
         return self._slices(release)
 
     def _slices(self, release: Release) -> Iterator[VersionSlice]:
-        """Yield the version, made side by side if there are several threads."""
         weight_sum = release.weight_sum
         for begin, end, total in self._totals():
-            work = partial(self._made, release, weight_sum, total, begin)
-            for _, _, pieces in in_order(work, blocks(end, READ, begin), self._thread_count):
-                yield from pieces
-
-    def _made(
-        self,
-        release: Release,
-        weight_sum: float,
-        total: Vector,
-        begin: int,
-        first: int,
-        last: int,
-    ) -> list[VersionSlice]:
-        """Make elements `first` to `last` of the version from a slice of the total that begins with element `begin`."""
-        made = []
-        for start, stop in blocks(last, start=first):
-            aggregate = total[start - begin : stop - begin]
-            if self._base_factor:
-                aggregate = aggregate - self._base_factor * self._assessor.wide_base(start, stop)
-            made.append(release.version_slice(start, stop, aggregate / weight_sum))
-        return made
+            for first, last in blocks(end - begin):
+                aggregate, start, stop = total[first:last], begin + first, begin + last
+                if self._base_factor:
+                    aggregate = aggregate - self._base_factor * self._assessor.wide_base(
+                        start, stop
+                    )
+                yield release.version_slice(start, stop, aggregate / weight_sum)

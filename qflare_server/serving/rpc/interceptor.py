@@ -155,7 +155,7 @@ class CallInterceptor(grpc.ServerInterceptor):
             metadata = context.invocation_metadata()
             with self._call(route, metadata, context) as scope:
                 if route.request_streaming:
-                    messages = self._received(self._parsed(requests, route, parse), route, metadata)
+                    messages = self._admitted(self._parsed(requests, route, parse), route, metadata)
                     response = behavior(messages, context)
                 else:
                     response = behavior(self._only(requests, route, parse), context)
@@ -243,21 +243,8 @@ class CallInterceptor(grpc.ServerInterceptor):
             raise errors.InvalidRequestError("the call has no message", field="")
         return request
 
-    def _received(self, messages: Iterator[Any], route: Route, metadata: Any) -> Iterator[Any]:
-        """Yield the messages of an upload while the caller is authorized: a revocation ends it.
-
-        What is between the first message and the last is authorized from memory, the end as every call is.
-        """
-        number = 0
-        for number, message in enumerate(messages):
-            if number:
-                self._authentication.admit_further(route.method, _bearer(metadata))
-            yield message
-        if number:
-            self._authentication.admit(route.method, _bearer(metadata))
-
     def _admitted(self, messages: Iterator[Any], route: Route, metadata: Any) -> Iterator[Any]:
-        """Yield the messages of a watch while the caller is authorized: a revocation ends it."""
+        """Yield the messages of a stream while the caller is authorized: a revocation ends the stream."""
         for number, message in enumerate(messages):
             if number:
                 self._authentication.admit(route.method, _bearer(metadata))

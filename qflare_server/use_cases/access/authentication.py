@@ -1,9 +1,8 @@
 """Bearer-token authentication. Tokens are checked on every call, so a revocation takes effect immediately.
 
 Lookups are cached while the database's counter of security changes is unchanged. A call costs one small read, and a
-revocation by one replica takes effect on the next call at every other. Polls (`POLLS`), and messages within the stream
-of an upload, cost no read: the process that revoked a token refuses them at once, every other process within
-`storage.epochs.MAX_AGE_S`.
+revocation by one replica takes effect on the next call at every other. Polls (`POLLS`) cost no read: the
+process that revoked a token refuses its polls at once, every other process within `storage.epochs.MAX_AGE_S`.
 """
 
 import hashlib
@@ -131,13 +130,8 @@ class Authentication:
         self._users = users
         self._known: dict[str, tuple[int, Credential]] = {}
 
-    def admit(self, method: str, bearer: str | None, epochs: Epochs | None = None) -> Principal:
+    def admit(self, method: str, bearer: str | None) -> Principal:
         """Authorize a call and return the principal.
-
-        Args:
-            method: Full name of the method.
-            bearer: The token of the call.
-            epochs: Counters of changes at which memory has to be current; None reads them.
 
         Raises:
             UnauthenticatedError: The credential is missing, unknown, expired or revoked; the text is the same for all.
@@ -152,18 +146,7 @@ class Authentication:
             return self.admit_user(method, self._users.identify(bearer))
         if not bearer or len(bearer) > MAX_TOKEN_CHARACTERS:
             raise UnauthenticatedError
-        return self.admit_hash(method, hash_secret(bearer), epochs)
-
-    def admit_further(self, method: str, bearer: str | None) -> Principal:
-        """Authorize a further message of a call that was admitted; return the principal.
-
-        From memory: a read for each chunk of an upload would be more reads than those of all calls together. A
-        revocation by another process is noticed within `storage.epochs.MAX_AGE_S`.
-
-        Raises:
-            QflareError: As `admit`.
-        """
-        return self.admit(method, bearer, self._context.database.recent_epochs())
+        return self.admit_hash(method, hash_secret(bearer))
 
     def admit_hash(self, method: str, token_hash: str, epochs: Epochs | None = None) -> Principal:
         """Authorize a caller by the hash of a token that was seen before; return the principal.

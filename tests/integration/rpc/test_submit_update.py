@@ -7,7 +7,7 @@ import grpc
 import numpy as np
 import pytest
 
-from qflare.tensors import CHUNK_BYTES, Manifest
+from qflare.tensors import Manifest
 from qflare.v1 import admin_service_pb2 as admin_pb2
 from qflare.v1 import coordinator_service_pb2 as pb
 from qflare.v1 import security_pb2, tensor_pb2
@@ -16,7 +16,6 @@ from qflare_server.storage.repository.audit import SYSTEM
 from qflare_server.storage.tables import AuditLog, ModelUpdate, Payload, Upload
 from tests.integration.conftest import Deployment
 from tests.support.raw_device import Draft, RawDevice, info_of, reason_of
-from tests.support.steady_time import SteadyTime
 from tests.support.use_cases import with_quorum
 
 Code = grpc.StatusCode
@@ -352,35 +351,6 @@ def test_refuses_the_very_next_call_of_a_device_that_may_not_call(
         return device.stub.SubmitUpdate(device.messages(draft), metadata=metadata)
 
     refused(deployment, call, Code.PERMISSION_DENIED, reason)
-
-
-def test_chunks_cost_no_read_each_and_a_revocation_elsewhere_still_refuses_the_update(
-    deploy: Callable[..., Deployment],
-) -> None:
-    here, elsewhere = deploy(), deploy()
-    epochs = here.coordinator.parts.database._epochs
-    epochs._monotonic = SteadyTime()  # memory does not age: only the end of the stream can notice
-    weights = {"w": np.zeros(12 * CHUNK_BYTES // 4, np.float32)}
-    session_id = here.session(weights, rounds={"quorum": 2, "target": 2})
-    device = RawDevice(here.device("raw"), here.devices_stub)
-    messages = list(device.messages(device.draft(device.task(session_id), weights)))
-    before, during = epochs.read_count, []
-
-    def sent() -> Iterator[pb.SubmitUpdateRequest]:
-        yield from messages[:-1]
-        revoked = admin_pb2.RevokeDeviceRequest(device_id=device.identity.device_id, reason="lost")
-        elsewhere.admin.RevokeDevice(revoked, metadata=elsewhere.metadata)
-        during.append(epochs.read_count - before)
-        yield messages[-1]
-
-    with pytest.raises(grpc.RpcError) as caught:
-        device.stub.SubmitUpdate(sent(), metadata=device.metadata)
-    assert (caught.value.code(), reason_of(caught.value)) == (
-        Code.PERMISSION_DENIED,
-        "DEVICE_REVOKED",
-    )
-    assert len(during) == 1
-    assert during[0] <= 4 < len(messages)
 
 
 @pytest.mark.parametrize("before", ["nothing", "header", "all but the end"])
