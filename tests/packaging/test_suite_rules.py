@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
 
 from tests.support.postgresql import driver_url, installed_prefix
 
@@ -80,7 +81,7 @@ def test_a_database_server_ends_with_the_process_that_started_it() -> None:
         timeout=TIMEOUT_S,
         check=False,
     )
-    engine = create_engine(driver_url(started.stdout.strip()))
+    engine = create_engine(driver_url(started.stdout.strip()), poolclass=NullPool)
 
     with pytest.raises(OperationalError):
         connect_until_refused(engine)
