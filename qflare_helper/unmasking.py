@@ -10,7 +10,7 @@ that of its staleness, whatever the coordinator says (`SumTasks`).
 
 Only then the sum of the masks is computed, the set is recorded, and the answer is sent. If the task wants noise of
 helpers, the sum gets discrete Gaussian noise, which is drawn once and recorded with the set. Memory is a slice of a
-mask and a hundred bytes per update; the sum and the noise are in temporary files.
+mask and two kilobytes per update; the sum and the noise are in temporary files.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ from qflare.evidence.unmasking import (
     sign_answer,
 )
 from qflare.evidence.verification import follow_keysets
-from qflare.masking.masks import Mask
+from qflare.masking.masks import SLICE_BYTES, KeyStream, Mask
 from qflare.masking.noise import DrawNoise, MissingSamplerError, draw_exact, require_sampler
 from qflare.masking.seeds import open_seed
 from qflare.masking.staleness import Rounding, weigh
@@ -75,6 +75,10 @@ MAX_REFUSED: Final = 1000
 
 MAX_EARLIER_TASKS: Final = 1024
 """Most earlier tasks of a request."""
+
+MAX_STREAMS: Final = 4096
+"""Most key streams that are kept open while a sum is made, 1.5 KB each; those of further updates are opened for each
+slice."""
 
 _SEED_TAG: Final = b"qflare/v1/used-seed"
 
@@ -418,7 +422,7 @@ class Call:
         if parameters.staleness_weights:
             largest = parameters.largest_staleness_weight
             rounding = Rounding(largest, self.element_count, seeds)
-        return _MaskSum(seeds, self.element_count, parameters.dtype, rounding)
+        return _MaskSum(seeds, self.size_bytes, self.element_count, parameters.dtype, rounding)
 
     @property
     def element_count(self) -> int:
@@ -512,7 +516,7 @@ def _add_masks(total: "_MaskSum", size_bytes: int, noise: BinaryIO | None, file:
     """Write the sum of the masks and the noise to a file; return the Merkle root over its chunks."""
     tree, added = merkle.CompactTree(), _read(noise)
     for offset in range(0, size_bytes, CHUNK_BYTES):
-        chunk = total.read(offset, min(CHUNK_BYTES, size_bytes - offset), next(added, b""))
+        chunk = total.next(min(CHUNK_BYTES, size_bytes - offset), next(added, b""))
         tree.append(merkle.leaf_hash(chunk))
         file.write(chunk)
     file.seek(0)
@@ -524,6 +528,7 @@ class _MaskSum:
 
     Args:
         seeds: Seeds with weights.
+        size_bytes: Of a masked update.
         element_count: Elements of a masked update before its slots, which weights and rounding leave alone.
         dtype: Of the ring.
         rounding: None in rounds that are not asynchronous.
@@ -532,35 +537,47 @@ class _MaskSum:
     def __init__(
         self,
         seeds: Sequence[tuple[bytes, int]],
+        size_bytes: int,
         element_count: int,
         dtype: np.dtype[np.unsignedinteger],
         rounding: Rounding | None,
     ) -> None:
-        self._masks: dict[int, list[Mask]] = {}
-        for seed, weight in seeds:
-            self._masks.setdefault(weight, []).append(Mask(seed))
+        self._streams: dict[int, list[KeyStream]] = {}
+        self._others: dict[int, list[Mask]] = {}
+        for index, (seed, weight) in enumerate(seeds):
+            mask = Mask(seed)
+            if index < MAX_STREAMS:
+                self._streams.setdefault(weight, []).append(mask.stream(size_bytes))
+            else:
+                self._others.setdefault(weight, []).append(mask)
+        self._first = 0
         self._element_count = element_count
         self._dtype = dtype
         self._rounding = rounding
 
-    def read(self, offset: int, length: int, noise: bytes = b"") -> bytes:
-        """Return bytes of the sum and of noise of the same length, if any; they stay in cache for all masks.
+    def next(self, length: int, noise: bytes = b"") -> bytes:
+        """Return the next bytes of the sum and of noise of the same length, if any; they stay in cache for all masks.
 
         Args:
-            offset: Of the first one, a whole number of elements.
-            length: At most `CHUNK_BYTES`.
+            length: A whole number of elements, at most `CHUNK_BYTES`.
             noise: Of the same length; empty for none.
         """
         total = np.zeros(length // self._dtype.itemsize, self._dtype)
         if noise:
             total += np.frombuffer(noise, self._dtype)
-        self._add_to(total, offset // self._dtype.itemsize)
+        step = SLICE_BYTES // self._dtype.itemsize
+        for start in range(0, len(total), step):
+            part = total[start : start + step]
+            self._add_to(part, self._first)
+            self._first += len(part)
         return total.tobytes()
 
     def _add_to(self, part: Array, first: int) -> None:
-        for weight, masks in self._masks.items():
+        for weight in sorted(self._streams.keys() | self._others.keys()):
             same = np.zeros_like(part) if weight > 1 else part
-            for mask in masks:
+            for stream in self._streams.get(weight, ()):
+                stream.add_to(same)
+            for mask in self._others.get(weight, ()):
                 mask.add_to(same, first)
             if weight > 1:
                 weigh(same, first, self._element_count, weight)

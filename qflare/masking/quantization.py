@@ -52,8 +52,7 @@ class Quantizer:
         self._limit = _float_below(parameters.limit)
         # Margin for the rounding error of the norm of a piece.
         self._limit_squared = self._limit**2 * (1 - 2.0**-20)
-        self._random = Mask(draw_seed())
-        self._position = 0
+        self._random = Mask(draw_seed()).stream(SLICE_BYTES)
         self._buffer = new_buffer()
         self._drawn: Array = np.empty(0, "<u4")
         self._scaled = np.empty(PIECE, np.float64)
@@ -98,8 +97,7 @@ class Quantizer:
     def _draw(self, count: int) -> Array:
         """Return random 32-bit numbers, `PIECE` at most, which the next call may overwrite."""
         if len(self._drawn) < count:
-            data = self._random.write_to(self._buffer, self._position, SLICE_BYTES)
-            self._position += SLICE_BYTES
+            data = self._random.write_to(self._buffer, SLICE_BYTES)
             self._drawn = data.view("<u4")
         drawn, self._drawn = self._drawn[:count], self._drawn[count:]
         return drawn

@@ -260,8 +260,9 @@ def _key_streams(count: int, size_bytes: int) -> float:
     masks, buffer = [Mask(new_seed()) for _ in range(count)], new_buffer()
     begun = time.process_time()
     for mask in masks:
+        stream = mask.stream(size_bytes)
         for offset in range(0, size_bytes, SLICE_BYTES):
-            mask.write_to(buffer, offset, min(SLICE_BYTES, size_bytes - offset))
+            stream.write_to(buffer, min(SLICE_BYTES, size_bytes - offset))
     return time.process_time() - begun
 
 

@@ -4,11 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qflare.crypto.sealing import KemKey, UnsealError
-from qflare.masking.masks import Mask
+from qflare.crypto.symmetric import hkdf_expand
+from qflare.masking import masks
+from qflare.masking.masks import SLICE_BYTES, KeyStream, Mask, new_buffer
 from qflare.masking.parameters import InvalidMaskingError, MaskingParameters
 from qflare.masking.quantization import Quantizer, mean_change, quantize_slots, slot_totals
 from qflare.masking.seeds import open_seed, seal_seed
@@ -95,6 +98,49 @@ def test_any_range_of_a_mask_is_the_same_bytes(bits: int, start: int, length: in
     values = np.zeros(length, f"<u{itemsize}")
     Mask(b"s" * 32).add_to(values, start)
     assert values.tobytes() == whole[start * itemsize : (start + length) * itemsize]
+
+
+_KEY = algorithms.AES(hkdf_expand(b"s" * 32, b"qflare/v1/mask"))
+_WHOLE = Cipher(_KEY, modes.CTR(bytes(16))).encryptor().update(bytes(3 * SLICE_BYTES))
+"""Of the mask of 32 letters "s", as the specification has it."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.booleans(),
+    st.sampled_from([0, 0, 5, 16, 32, 33, 400]),
+    st.lists(st.sampled_from([1, 7, 16, 31, 32, 33, 1000, SLICE_BYTES]), max_size=9),
+)
+def test_a_stream_has_the_bytes_of_its_mask_by_either_cipher(
+    wide: bool, offset: int, lengths: list[int]
+) -> None:
+    stream, buffer, position = KeyStream(_KEY, offset, wide=wide), new_buffer(), offset
+    for length in lengths:
+        if position + length > len(_WHOLE):
+            break
+        expected = _WHOLE[position : position + length]
+        assert stream.write_to(buffer, length).tobytes() == expected
+        position += length
+
+
+@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_a_long_mask_is_the_same_by_either_cipher(
+    monkeypatch: pytest.MonkeyPatch, bits: int, faster: bool
+) -> None:
+    monkeypatch.setattr(masks, "is_gcm_faster", lambda: faster)
+    values = np.zeros(len(_WHOLE) // (bits // 8) - 3, f"<u{bits // 8}")
+    Mask(b"s" * 32).add_to(values, 0)
+    assert values.tobytes() == _WHOLE[: values.nbytes]
+    Mask(b"s" * 32).subtract_from(values, 0)
+    assert not values.any()
+
+
+def test_a_stream_leaves_gcm_before_its_counter_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "_GCM_END", SLICE_BYTES + 160)
+    stream, buffer = KeyStream(_KEY, 0, wide=True), new_buffer()
+    made = [stream.write_to(buffer, SLICE_BYTES - 5).tobytes() for _ in range(3)]
+    assert b"".join(made) == _WHOLE[: 3 * (SLICE_BYTES - 5)]
 
 
 @settings(max_examples=60, deadline=None)
