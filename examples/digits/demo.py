@@ -23,6 +23,7 @@ from matplotlib import pyplot as plt
 from model import Weights, fit, initial_weights, measure
 from plots import BLUE, ORANGE, name_ends, percent, save
 
+from qflare.command_line import INTERRUPTED
 from qflare.tensors import Manifest, assemble, chunks
 from qflare.tensors.safetensors_files import export_safetensors
 from qflare.v1 import admin_service_pb2, admin_service_pb2_grpc
@@ -33,6 +34,7 @@ TOOLS = HERE.parents[1] / ".tools"
 LATER, PAGES = "127.0.0.1:50051", "127.0.0.1:8080"
 TIMEOUT_S = 300
 ALLOWED_GAP = 0.02
+LOG = "coordinator.log"
 SETTINGS = {"rounds": {"deadline": "60s"}, "transfer": {"sealed": True}}
 """Settings of the training session. Updates and versions are encrypted end to end and at rest."""
 
@@ -55,7 +57,7 @@ class Demo:
     @contextmanager
     def coordinator(self) -> Iterator[str]:
         """Run the coordinator; yield its address."""
-        log = (self.folder / "coordinator.log").open("w")
+        log = (self.folder / LOG).open("w")
         command = [str(BIN / "qflare-server"), "--data-dir", str(self.data_dir)]
         process = subprocess.Popen(
             [*command, "serve", "--listen", self.arguments.listen],
@@ -182,8 +184,7 @@ class Demo:
 
     def run(self) -> int:
         """Run the demo; return 0 if the federated accuracy is within two points of the central one."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        make_folder(self.folder)
         print(f"QFLARE demo in {self.folder}: {self.arguments.devices} devices,", end=" ")
         print(f"{self.arguments.rounds} rounds, Dirichlet({self.arguments.alpha:g}) split")
         with self.coordinator() as address:
@@ -250,6 +251,15 @@ def _download(
     return assemble(manifest, [message.chunk.data for message in messages])
 
 
+def make_folder(folder: Path) -> None:
+    """Make an empty folder, in place of an earlier demo's if there is one; exit if anything else is there."""
+    if (folder / LOG).exists():
+        shutil.rmtree(folder)
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        sys.exit(f"{folder}: holds something else than an earlier demo; choose a new --output")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _show(history: list[dict[str, float]], rounds: int, seconds: float) -> None:
     latest, done = history[-1], len(history) - 1
     bar = "#" * (30 * done // rounds)
@@ -291,7 +301,7 @@ def _plot(path: Path, federated: list[dict[str, float]], central: list[dict[str,
 
 
 def main() -> int:
-    """Read the arguments and run the demo."""
+    """Read the arguments and run the demo; Ctrl-C ends it, its coordinator and its devices."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--devices", type=int, default=10)
@@ -299,7 +309,11 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--listen", default="127.0.0.1:0")
-    return Demo(parser.parse_args()).run()
+    demo = Demo(parser.parse_args())
+    try:
+        return demo.run()
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

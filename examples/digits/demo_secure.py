@@ -6,7 +6,6 @@ the result offline, with nothing but the ids of the root keys.
 """
 
 import argparse
-import shutil
 import signal
 import socket
 import sqlite3
@@ -20,10 +19,11 @@ from typing import Any
 
 import numpy as np
 from data import Examples, dirichlet_partition
-from demo import BIN, Demo, end_processes, program_output
+from demo import BIN, Demo, end_processes, make_folder, program_output
 from model import Weights, fit, initial_weights, measure
 from numpy.typing import NDArray
 
+from qflare.command_line import INTERRUPTED
 from qflare.v1 import security_pb2, verification_pb2
 
 DEATHS = ("before-sealing", "after-sealing")
@@ -159,8 +159,7 @@ class SecureDemo(Demo):
 
     def run(self) -> int:
         """Run the demo; return 0 if masks cost at most one test digit of accuracy."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        make_folder(self.folder)
         print(
             f"QFLARE demo of secure aggregation in {self.folder}: {self.arguments.devices} devices,",
             end=" ",
@@ -252,7 +251,7 @@ def _query(path: Path, query: str, *values: str) -> tuple[Any, ...]:
 
 
 def main() -> int:
-    """Read the arguments and run the demo."""
+    """Read the arguments and run the demo; Ctrl-C ends it, its coordinator and its devices."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-secure-output"))
     parser.add_argument("--devices", type=int, default=10)
@@ -260,7 +259,11 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--listen", default="127.0.0.1:0")
-    return SecureDemo(parser.parse_args()).run()
+    demo = SecureDemo(parser.parse_args())
+    try:
+        return demo.run()
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from qflare.command_line import INTERRUPTED
 from qflare_client.__main__ import main as client_main
 from qflare_server.cli.main import main as server_main
+from tests.conftest import ROOT
 from tests.support.processes import CoordinatorProcess
 
 PATIENCE_S = 30.0
@@ -145,6 +146,23 @@ def test_a_simulation_ends_with_the_processes_of_its_pool(tmp_path: Path) -> Non
     run = [*words, "run", str(config), "--workers", "2", "--folder", "kept"]
     with started(run, tmp_path) as process:
         await_output(process, tmp_path, lambda _: rounds_of(tmp_path / "kept") > 1)
+        members = psutil.Process(process.pid).children(recursive=True)
+
+        assert interrupted(process, tmp_path) == INTERRUPTED
+        _, alive = psutil.wait_procs(members, PATIENCE_S)
+    assert members
+    assert alive == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "moment"), [("demo.py", "version"), ("demo_secure.py", "helper")])
+def test_a_demo_ends_with_its_coordinator_helper_and_devices(
+    name: str, moment: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("sklearn")
+    demo = [str(ROOT / "examples" / "digits" / name), "--output", "demo", "--rounds", "1000"]
+    with started(demo, tmp_path) as process:
+        await_output(process, tmp_path, lambda text: moment in text)
         members = psutil.Process(process.pid).children(recursive=True)
 
         assert interrupted(process, tmp_path) == INTERRUPTED

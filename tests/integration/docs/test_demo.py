@@ -101,3 +101,23 @@ def test_the_demo_of_secure_aggregation_trains_and_verifies(tmp_path: Path) -> N
     assert "2 answers with 4 updates verified" in done.stdout
     shown = done.stdout.split("of a single device:")[1].splitlines()[1:3]
     assert len({*shown}) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo.py", "demo_secure.py"])
+def test_a_demo_deletes_no_folder_but_its_own(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    (tmp_path / "thesis.txt").write_text("years of work")
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "digits" / name), "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert "choose a new --output" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "thesis.txt").exists()
