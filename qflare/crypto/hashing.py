@@ -14,7 +14,7 @@ SHORT_BYTES: Final = 16_384
 """Up to here data is fed in such pieces: eight calls, four microseconds."""
 
 
-def feed(digest: "hashlib._Hash", data: bytes | memoryview) -> None:
+def feed(digest: "hashlib._Hash", data: bytes | bytearray | memoryview) -> None:
     """Add data to a hash.
 
     Args:

@@ -51,7 +51,7 @@ class Node(NamedTuple):
     hash: bytes
 
 
-def leaf_hash(data: bytes | memoryview) -> bytes:
+def leaf_hash(data: bytes | bytearray | memoryview) -> bytes:
     """Hash the content of one leaf: SHA-256(0x00 || data)."""
     if len(data) < LOCKED_BYTES:
         return hashlib.sha256(b"".join((_LEAF_PREFIX, data))).digest()

@@ -27,6 +27,10 @@ from qflare.tensors.manifest import (
     TensorSpec,
 )
 
+_JOINED_BYTES = (
+    4096  # shorter pieces are copied at once, so that a chunk of many is not a long list
+)
+
 
 def chunks(arrays: Mapping[str, Array], manifest: Manifest) -> Iterator[bytes]:
     """Return the canonical payload of arrays, chunk by chunk.
@@ -75,22 +79,26 @@ def _tensor_bytes(array: Array, spec: TensorSpec) -> memoryview:
 def rechunk(parts: Iterable[BytesLike]) -> Iterator[bytes]:
     """Cut consecutive bytes, given in pieces of any size, into the chunks of a payload.
 
-    Holds at most one chunk; whole chunks within one piece are copied once.
+    Pieces are copied when their chunk is whole; until then they must not change. Holds those of at most
+    one chunk.
     """
-    pending = bytearray()
+    pending: list[memoryview | bytearray] = []
+    missing = CHUNK_BYTES
     for part in parts:
         view = memoryview(part)
-        start = min(len(view), CHUNK_BYTES - len(pending)) if pending else 0
-        pending += view[:start]
-        if len(pending) == CHUNK_BYTES:
-            yield bytes(pending)
+        while len(view) >= missing:
+            yield b"".join((*pending, view[:missing]))
+            view, missing = view[missing:], CHUNK_BYTES
             pending.clear()
-        whole = len(view) - (len(view) - start) % CHUNK_BYTES
-        for offset in range(start, whole, CHUNK_BYTES):
-            yield bytes(view[offset : offset + CHUNK_BYTES])
-        pending += view[max(start, whole) :]
-    if pending:
-        yield bytes(pending)
+        missing -= len(view)
+        if len(view) >= _JOINED_BYTES:
+            pending.append(view)
+        elif pending and isinstance(pending[-1], bytearray):
+            pending[-1] += view
+        else:
+            pending.append(bytearray(view))
+    if missing < CHUNK_BYTES:
+        yield b"".join(pending)
 
 
 def assemble(manifest: Manifest, chunks: Iterable[BytesLike]) -> dict[str, Array]:

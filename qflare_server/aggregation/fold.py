@@ -97,6 +97,7 @@ from qflare_server.strategies import (
     whole,
 )
 from qflare_server.strategies.accumulator import is_held
+from qflare_server.strategies.blocks import SLICE
 from qflare_server.training.config import download_encoding
 from qflare_server.training.masking import update_manifest
 from qflare_server.training.objective import objective_of
@@ -107,7 +108,9 @@ from qflare_server.training.strategy import stored_strategy
 logger = logging.getLogger(__name__)
 
 AHEAD: Final = 8  # chunks read at once of a payload that is read from end to end
-SLICE_AHEAD: Final = 1  # and where slices are read, or a hundred updates are open side by side
+SLICE_AHEAD: Final = (
+    1  # at least where slices are read; exactly so of a hundred updates that are open side by side
+)
 THREADED_ELEMENTS: Final = 2**20  # models beyond are folded by several threads
 BATCH: Final = 64
 
@@ -191,11 +194,20 @@ class RoundFold:
             check_digests(stored)
         self._download = download_encoding(plan.config)
         self._strategy = stored_strategy(plan.config)
-        in_slices = self._is_large or not self._strategy.folds
-        self._ahead = SLICE_AHEAD if in_slices else AHEAD
         self._wire = update_manifest(plan.config, plan.manifest)
+        self._ahead = self._chunks_ahead()
         self._layout = self._update_layout()
         self._begin({})
+
+    def _chunks_ahead(self) -> int:
+        """Return how many chunks of an update are read at once; no more than a slice has where it is read in slices."""
+        if not self._strategy.folds:
+            return SLICE_AHEAD
+        if not self._is_large:
+            return AHEAD
+        elements = (self._division and self._division.slice_elements) or SLICE
+        slice_bytes = self._wire.size_bytes * elements // max(1, float_count(self.plan.manifest))
+        return max(SLICE_AHEAD, min(self._context.store.read_chunks, slice_bytes // CHUNK_BYTES))
 
     def _reads_slices(self) -> bool:
         """Return whether several threads read the updates, slice by slice."""
@@ -256,15 +268,27 @@ class RoundFold:
     def end(self) -> None:
         """Give up what was summed and read; only facts and outcome can be used afterwards.
 
-        Devices train from the new version now: the bytes of the updates, and of the base version unless updates to it
-        may still come, need not stay in a cache of their store.
+        Devices train from the new version now: the bytes of the base version, unless updates to it may still come, need
+        not stay in a cache of their store, nor those of the updates.
         """
         if isinstance(self._aggregation, Accumulator):
             self._aggregation.release_total(self.plan.training_session_id)
         base = None if is_asynchronous(self.plan.config) else self.plan.base.chunks
-        for chunks in (*self._read_chunks, base):
-            if chunks is not None and chunks.store == self._context.store.name:
+        self._forget([*self._read_chunks, *([] if base is None else [base])])
+
+    def _forget(self, payloads_read: Sequence[ChunkSet]) -> None:
+        """Let the store drop payloads from its cache; they stay where they are, and can be read again."""
+        for chunks in payloads_read:
+            if chunks.store == self._context.store.name:
                 self._context.store.forget(chunks.payload_id)
+
+    def _forget_summed(self) -> None:
+        """Let the store drop updates whose sum is in memory, so that the version gets the memory of its cache.
+
+        Freed later, that memory would go back to the host of a virtual machine before the next version is written.
+        """
+        if isinstance(self._aggregation, Accumulator) and self._aggregation.is_resident:
+            self._forget(self._read_chunks)
 
     def _model_reader(self, stored: StoredPayload, manifest: Manifest | None = None) -> Reader:
         return self._reader(stored, VectorLayout(manifest or self.plan.manifest))
@@ -548,6 +572,7 @@ class RoundFold:
         self, executor: ThreadPoolExecutor, at: datetime, held: VectorRange | None = None
     ) -> WrittenVersion:
         """Write the version; with `held`, elements out of that range keep the base's values."""
+        self._forget_summed()
         count = float_count(self.plan.manifest)
         vectors: dict[str, PayloadWriter] = {}
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Final
 
 from qflare.crypto import merkle
-from qflare.tensors import CHUNK_BYTES, FiniteCheck, InvalidPayloadError
+from qflare.tensors import CHUNK_BYTES, BytesLike, FiniteCheck, InvalidPayloadError
 from qflare_server.context import Context
 from qflare_server.errors import (
     ConflictError,
@@ -60,7 +60,7 @@ class Receiver:
         self._finite = FiniteCheck(expected.manifest, expected.rules)
         self._leaves: list[bytes] = []
         self._has_lost_chunks = False
-        self._batch: list[bytes] = []
+        self._batch: list[BytesLike] = []
         self._batch_bytes = 0
         self._stored = first_chunk
         self._pending: Future[None] | None = None
@@ -123,7 +123,7 @@ class Receiver:
         self._has_lost_chunks = self.next_index < count
         self._stored = self.next_index
 
-    def add(self, index: int, chunk: bytes) -> None:
+    def add(self, index: int, chunk: BytesLike) -> None:
         """Verify a chunk and add it to the batch; ignores a chunk that an interrupted upload stored already.
 
         Raises:
@@ -138,7 +138,7 @@ class Receiver:
         self._check(index, chunk)
         self._keep(chunk)
 
-    def _keep(self, chunk: bytes) -> None:
+    def _keep(self, chunk: BytesLike) -> None:
         """Add a chunk to the batch, and write the batch if it is full."""
         self._batch.append(chunk)
         self._batch_bytes += len(chunk)
@@ -149,7 +149,7 @@ class Receiver:
         if self.is_large and (full or self.is_complete):
             self._flush()
 
-    def _check(self, index: int, chunk: bytes) -> None:
+    def _check(self, index: int, chunk: BytesLike) -> None:
         number = self.next_index
         if index != number:
             raise InvalidUpdateError(f"chunk index: got {index}, want {number}")
@@ -167,11 +167,11 @@ class Receiver:
         self._take_content(chunk)
         self._leaves.append(leaf)
 
-    def _take_content(self, chunk: bytes) -> None:
+    def _take_content(self, chunk: BytesLike) -> None:
         """Check the content of the next chunk."""
         self._check_elements(chunk)
 
-    def _check_elements(self, data: bytes) -> None:
+    def _check_elements(self, data: BytesLike) -> None:
         try:
             self._finite.feed(data)
         except InvalidPayloadError as error:

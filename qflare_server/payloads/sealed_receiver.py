@@ -18,7 +18,7 @@ from qflare.crypto.sealed_payloads import (
     sealed_size_bytes,
 )
 from qflare.crypto.sealing import UnsealError
-from qflare.tensors import PieceHasher
+from qflare.tensors import BytesLike, PieceHasher
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import DigestMismatchError, InvalidSealError
@@ -79,7 +79,7 @@ class OpeningReceiver(Receiver):
         )
         self.stored_key = stored_key or store_key(context, self.payload_id, key)
 
-    def _take_content(self, chunk: bytes) -> None:
+    def _take_content(self, chunk: BytesLike) -> None:
         try:
             content = self._opener.open_segment(self.next_index, chunk)
         except UnsealError as error:
@@ -128,7 +128,7 @@ class SealingReceiver(Receiver):
         self._segments: list[bytes] = []  # their leaf hashes
         self._rest = bytearray()
 
-    def add(self, index: int, chunk: bytes) -> None:
+    def add(self, index: int, chunk: BytesLike) -> None:
         """Verify a chunk, and seal the segments that it completes.
 
         Raises:

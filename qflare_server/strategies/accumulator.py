@@ -330,6 +330,11 @@ class Accumulator:
             raise ValueError(f"no pass {name} over slices")
         return self._sums(start, stop)
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether the total is in memory: the updates that were added are not read again to make the version."""
+        return self._total is not None
+
     def release_total(self, owner: str) -> None:
         """Leave the total for the owner's next aggregation; only the judgements of this one can be used afterwards."""
         if self._total is not None:

@@ -248,7 +248,8 @@ class IncomingCall:
             return True
 
     def _counting(self, message: Any) -> bytes:
-        data = bytes(self._serialize(message))
+        """Return a message as bytes, which one with a large chunk is already."""
+        data = message if isinstance(message, bytes) else bytes(self._serialize(message))
         self._sent_bytes += len(data)
         return data
 

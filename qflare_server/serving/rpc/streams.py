@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Final
 
-from qflare.tensors import CHUNK_BYTES
+from qflare.tensors import CHUNK_BYTES, BytesLike
 from qflare_server.errors import InvalidRequestError, StalledError
 
 READ_AHEAD: Final = 3
@@ -28,7 +28,7 @@ def split_header(messages: Iterator[Any]) -> tuple[Any, Any]:
     return first.header, first.chunk if first.HasField("chunk") else None
 
 
-def chunks_of(first: Any, messages: Iterator[Any]) -> Iterator[tuple[int, bytes]]:
+def chunks_of(first: Any, messages: Iterator[Any]) -> Iterator[tuple[int, BytesLike]]:
     """Yield indices and bytes of the chunks.
 
     Raises:

@@ -8,13 +8,17 @@ declares the constraints of each field.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from qflare.protocol.constraints import find_violations
 from qflare_server.errors import InvalidRequestError
+from qflare_server.serving.rpc.encoding.chunks import reading_chunks
+
+CHUNKED: Final = frozenset({"/qflare.v1.CoordinatorService/SubmitUpdate"})
+"""Methods whose large chunks are not copied out of their messages; the receiver checks all that constraints would."""
 
 
 class RequestValidation(grpc.ServerInterceptor):
@@ -40,7 +44,10 @@ class RequestValidation(grpc.ServerInterceptor):
         known = self._wrapped.get(method)
         if known is not None and known[0] is found:
             return known[1]
-        wrapped = found._replace(request_deserializer=validating(found.request_deserializer))
+        parse = validating(found.request_deserializer)
+        if method in CHUNKED:
+            parse = reading_chunks(parse, found.request_deserializer(b""))
+        wrapped = found._replace(request_deserializer=parse)
         self._wrapped[method] = found, wrapped
         return wrapped  # type: ignore[no-any-return]  # grpc makes it a named tuple, whatever its stub says
 

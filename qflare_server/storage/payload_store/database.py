@@ -8,7 +8,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -30,6 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.pool import StaticPool
 
+from qflare.tensors import BytesLike
 from qflare_server.errors import StorageDamagedError
 from qflare_server.storage.engine import make_private_file
 from qflare_server.storage.error_translation import domain_errors
@@ -41,6 +41,7 @@ from qflare_server.storage.tables import PayloadChunk
 CHUNKS = PayloadChunk.__table__
 COPY_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
 COPY_TRAILER: Final = struct.pack(">h", -1)
+_ROW: Final = struct.Struct(">hi")  # number of columns, size of the first
 _RANGE: Final = (  # built once: a cohort of a hundred updates is read in thousands of ranges
     select(type_coerce(CHUNKS.c.data, LargeBinary))
     .where(
@@ -80,6 +81,7 @@ class PayloadFile:
 
     name: Final = DATABASE
     batch_bytes: Final = 0
+    read_chunks: Final = 4
 
     def __init__(self, path: Path, *, timeout_s: float) -> None:
         self._lock = threading.Lock()
@@ -111,7 +113,7 @@ class PayloadFile:
         """Do nothing: the chunks belong to the rows."""
 
     @_noticing_damage
-    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+    def append(self, payload_id: str, first_index: int, chunks: Sequence[BytesLike]) -> None:
         """Write consecutive chunks durably in one transaction."""
         rows = [
             {"payload_id": payload_id, "chunk_index": index, "data": chunk}
@@ -199,6 +201,7 @@ class PayloadTable:
 
     name: Final = DATABASE
     batch_bytes: Final = 0
+    read_chunks: Final = 4
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -218,7 +221,7 @@ class PayloadTable:
         """Do nothing: the chunks belong to the rows."""
 
     @domain_errors()
-    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+    def append(self, payload_id: str, first_index: int, chunks: Sequence[BytesLike]) -> None:
         """Write consecutive chunks durably in one transaction.
 
         The commit waits for the disk (`storage.postgresql`). Otherwise a crash of the server could lose chunks that an
@@ -233,7 +236,7 @@ class PayloadTable:
         self,
         payload_id: str,
         first_index: int,
-        chunks: Sequence[bytes],
+        chunks: Sequence[BytesLike],
         *,
         replacing: bool = False,
     ) -> None:
@@ -257,7 +260,7 @@ class PayloadTable:
     @domain_errors()
     def read(self, payload_id: str, first_index: int, count: int) -> list[bytes]:
         """Return up to `count` chunks in order."""
-        target = BytesIO()
+        target = _CopyTarget()
         with self._engine.connect() as connection, _cursor(connection) as cursor:
             query = cursor.mogrify(
                 "COPY (SELECT data FROM payload_chunks WHERE payload_id = %s AND chunk_index >= %s"
@@ -265,7 +268,7 @@ class PayloadTable:
                 (payload_id, first_index, first_index + count),
             )
             _run_copy(cursor, query, target, connection.dialect)
-        return _parse_copy(target.getbuffer())
+        return target.values
 
     def forget(self, payload_id: str) -> None:
         """Do nothing: there is no cache."""
@@ -346,12 +349,14 @@ def _stored_count(connection: Connection, payload_id: str) -> int:
 class _CopySource:
     """File-like source of chunk rows in PostgreSQL's binary COPY format (documentation of COPY, Binary Format)."""
 
-    def __init__(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+    def __init__(self, payload_id: str, first_index: int, chunks: Sequence[BytesLike]) -> None:
         self._parts = self._iterate(payload_id.encode(), first_index, chunks)
         self._rest = memoryview(b"")
 
     @staticmethod
-    def _iterate(payload_id: bytes, first_index: int, chunks: Sequence[bytes]) -> Iterator[bytes]:
+    def _iterate(
+        payload_id: bytes, first_index: int, chunks: Sequence[BytesLike]
+    ) -> Iterator[BytesLike]:
         yield COPY_HEADER
         for index, chunk in enumerate(chunks, first_index):
             yield (
@@ -371,13 +376,39 @@ class _CopySource:
         return bytes(piece)
 
 
-def _parse_copy(buffer: memoryview) -> list[bytes]:
-    """Return the values of the only column, bytea, of a binary COPY."""
-    position = len(COPY_HEADER)
-    values = []
-    while struct.unpack_from(">h", buffer, position)[0] == 1:
-        (length,) = struct.unpack_from(">i", buffer, position + 2)
-        start = position + 6
-        values.append(bytes(buffer[start : start + length]))
-        position = start + length
-    return values
+class _CopyTarget:
+    """File-like target of a binary COPY of one column, bytea, as PostgreSQL sends it: each row in a piece of its own.
+
+    Attributes:
+        values: The column's values so far.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[bytes] = []
+        self._rest = bytearray()
+        self._is_begun = False
+
+    def write(self, piece: bytes) -> int:
+        """Take the next bytes of the copy; a row that is cut or joined with others is copied once more."""
+        if not self._rest and self._is_begun and _row_bytes(piece) == len(piece):
+            self.values.append(piece[_ROW.size :])
+        else:
+            self._rest += piece
+            self._take_rest()
+        return len(piece)
+
+    def _take_rest(self) -> None:
+        if not self._is_begun and len(self._rest) >= len(COPY_HEADER):
+            del self._rest[: len(COPY_HEADER)]
+            self._is_begun = True
+        while self._is_begun and 0 < (size := _row_bytes(self._rest)) <= len(self._rest):
+            self.values.append(bytes(memoryview(self._rest)[_ROW.size : size]))
+            del self._rest[:size]
+
+
+def _row_bytes(data: bytes | bytearray) -> int:
+    """Return the size of the row that begins here, 0 where none is known to."""
+    if len(data) < _ROW.size:
+        return 0
+    count, length = _ROW.unpack_from(data)
+    return _ROW.size + length if count == 1 and length >= 0 else 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from qflare.files import make_private_folder, new_file, synchronize_folder
-from qflare.tensors import CHUNK_BYTES
+from qflare.tensors import CHUNK_BYTES, BytesLike
 from qflare_server.errors import (
     ConflictError,
     StorageDamagedError,
@@ -74,6 +74,7 @@ class PayloadFolder:
 
     name: Final = FILES
     batch_bytes: Final = 0
+    read_chunks: Final = 1
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -148,7 +149,7 @@ class PayloadFolder:
         return self._whole(payload_id).with_suffix(PARTIAL)
 
     @_domain_errors
-    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+    def append(self, payload_id: str, first_index: int, chunks: Sequence[BytesLike]) -> None:
         """Write consecutive chunks; of a payload that is not whole yet, `complete` makes them durable.
 
         They are on their way to the disk when this returns, and those of earlier calls have arrived: a slow disk slows
@@ -292,7 +293,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _write(descriptor: int, chunks: Sequence[bytes], offset: int) -> int:
+def _write(descriptor: int, chunks: Sequence[BytesLike], offset: int) -> int:
     """Write all chunks, however few bytes the system takes at a time; return the offset after the last."""
     left = [memoryview(chunk) for chunk in chunks]
     while left:

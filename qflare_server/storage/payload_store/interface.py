@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
-from qflare.tensors import CHUNK_BYTES
+from qflare.tensors import CHUNK_BYTES, BytesLike
 from qflare_server.errors import ConflictError
 
 FILES: Final = "files"
@@ -31,6 +31,10 @@ class PayloadStore(Protocol):
     def batch_bytes(self) -> int:
         """Least bytes of a batch that is written at a reasonable cost; 0 if any size will do."""
 
+    @property
+    def read_chunks(self) -> int:
+        """Chunks that are read at once at a reasonable cost, where a reader needs several one after the other."""
+
     def identity(self) -> str:
         """Return the name that the deployment gave to this folder or bucket; empty if it has none yet."""
 
@@ -43,7 +47,7 @@ class PayloadStore(Protocol):
     def replace_owner(self, before: str, after: str) -> None:
         """Replace the owner's name; does nothing if it is not `before`, or if another is written at the same time."""
 
-    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+    def append(self, payload_id: str, first_index: int, chunks: Sequence[BytesLike]) -> None:
         """Write consecutive chunks; they are durable when `complete` has returned. Existing chunks are replaced.
 
         What a crash leaves of an unfinished payload may be less, or damaged.

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Final, NamedTuple
 
-from qflare.tensors import CHUNK_BYTES
+from qflare.tensors import CHUNK_BYTES, BytesLike
 from qflare_server.errors import ConflictError, ObjectStoreUnavailableError
 from qflare_server.storage.payload_store.bucket import Bucket
 from qflare_server.storage.payload_store.interface import OBJECT, require_chunks
@@ -71,6 +71,7 @@ class PayloadBucket:
 
     name: Final = OBJECT
     batch_bytes: Final = PART_BYTES
+    read_chunks: Final = 4
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
@@ -121,7 +122,7 @@ class PayloadBucket:
         earlier = [each.key for each in self._bucket.collect(_OWNERS)]
         self._bucket.delete([key for key in earlier if key < _owner_key(number + 1)])
 
-    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+    def append(self, payload_id: str, first_index: int, chunks: Sequence[BytesLike]) -> None:
         """Write consecutive chunks as one part."""
         if not chunks:
             return

@@ -19,6 +19,7 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
+from qflare.tensors import BytesLike
 from qflare.v1 import coordinator_service_pb2, security_pb2
 from qflare_server.context import Context
 from qflare_server.errors import (
@@ -122,7 +123,7 @@ class Uploads:
         caller: Caller,
         device: Contributor,
         header: coordinator_service_pb2.UpdateHeader,
-        chunks: Iterator[tuple[int, bytes]],
+        chunks: Iterator[tuple[int, BytesLike]],
         *,
         has_arrived: bool = False,
     ) -> UpdateReceipt:
@@ -294,7 +295,7 @@ class Uploads:
         return self._context.store_of(found.store).stored_count(found.payload_id), None
 
     def _receive(
-        self, submission: Submission, chunks: Iterator[tuple[int, bytes]]
+        self, submission: Submission, chunks: Iterator[tuple[int, BytesLike]]
     ) -> tuple[ReceivedPayload | None, UpdateReceipt | None]:
         """Receive the payload: a small one directly, a large one in an upload slot."""
         if submission.expected.wire_size_bytes <= self._context.config.inline_payload_bytes:
@@ -310,7 +311,7 @@ class Uploads:
             self._places.release()
 
     def receive_small(
-        self, submission: Submission, chunks: Iterable[tuple[int, bytes]]
+        self, submission: Submission, chunks: Iterable[tuple[int, BytesLike]]
     ) -> tuple[ReceivedPayload | None, UpdateReceipt | None]:
         """Receive a small payload into memory; one of both results is None.
 
@@ -337,7 +338,7 @@ class Uploads:
             return known
 
     def _fill_large(
-        self, receiver: Receiver, chunks: Iterator[tuple[int, bytes]]
+        self, receiver: Receiver, chunks: Iterator[tuple[int, BytesLike]]
     ) -> ReceivedPayload:
         """Receive the chunks; an invalid upload is abandoned, so that a valid one can follow."""
         try:
@@ -446,7 +447,7 @@ def _require_complete(receiver: Receiver) -> None:
         raise _EndedEarlyError(f"chunks: got {receiver.next_index}, want more")
 
 
-def _fill(receiver: Receiver, chunks: Iterable[tuple[int, bytes]]) -> ReceivedPayload:
+def _fill(receiver: Receiver, chunks: Iterable[tuple[int, BytesLike]]) -> ReceivedPayload:
     """Receive the chunks up to the end of the stream, and check that none follows the payload.
 
     Chunks of an upload interrupted by the device, its connection or the coordinator are kept for resumption; those of

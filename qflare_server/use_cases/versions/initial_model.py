@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Final
 
 from qflare.crypto import merkle
-from qflare.tensors import CHUNK_BYTES, Manifest, ManifestLimits
+from qflare.tensors import CHUNK_BYTES, BytesLike, Manifest, ManifestLimits
 from qflare.tensors import InvalidManifestError as BadManifestError
 from qflare.tensors.download_encodings import download_manifest
 from qflare.tensors.encodings import Encoding
@@ -72,7 +72,7 @@ class InitialModels:
         self,
         caller: Caller,
         header: admin_service_pb2.InitialModelHeader,
-        chunks: Iterator[tuple[int, bytes]],
+        chunks: Iterator[tuple[int, BytesLike]],
     ) -> GlobalModel:
         """Store a model and publish it as version 0. Idempotent for the same model.
 
@@ -166,7 +166,7 @@ def _parse(settings: ServerConfig, message: tensor_pb2.Manifest) -> Manifest:
     return manifest
 
 
-def _same(known: GlobalModel, chunks: Iterator[tuple[int, bytes]]) -> GlobalModel:
+def _same(known: GlobalModel, chunks: Iterator[tuple[int, BytesLike]]) -> GlobalModel:
     """Return version 0 if the chunks of an upload match its bytes.
 
     Raises:

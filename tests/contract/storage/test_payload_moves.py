@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sqlalchemy import select
 
+from qflare.tensors import BytesLike
 from qflare.v1 import training_pb2
 from qflare_server.context import Context
 from qflare_server.errors import ConflictError, PayloadStoreNotConfiguredError
@@ -189,7 +190,7 @@ class Interfering:
     def __init__(self, inner: PayloadStore, happening: Any) -> None:
         self._inner, self._happening = inner, happening
 
-    def append(self, payload_id: str, first_index: int, chunks: Sequence[bytes]) -> None:
+    def append(self, payload_id: str, first_index: int, chunks: Sequence[BytesLike]) -> None:
         self._inner.append(payload_id, first_index, chunks)
         happening, self._happening = self._happening, lambda: None
         happening()

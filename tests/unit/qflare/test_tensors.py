@@ -323,11 +323,22 @@ class TestChunks:
         with pytest.raises(InvalidManifestError):
             chunks(arrays, manifest)
 
-    @given(st.lists(st.binary(max_size=9), max_size=5), st.integers(0, 3))
-    def test_cut_keeps_the_bytes(self, parts: list[bytes], large_count: int) -> None:
-        parts = parts + [bytes(CHUNK_BYTES - 3)] * large_count
+    @given(
+        st.lists(
+            st.one_of(
+                st.binary(max_size=9),
+                st.sampled_from([4095, 4096, 300_000, CHUNK_BYTES - 3, CHUNK_BYTES]).map(bytes),
+                st.just(bytes(2 * CHUNK_BYTES + 5)),
+            ),
+            max_size=9,
+        )
+    )
+    def test_cut_keeps_the_bytes(self, parts: list[bytes]) -> None:
+        cut = list(rechunk(parts))
 
-        assert b"".join(rechunk(parts)) == b"".join(parts)
+        assert b"".join(cut) == b"".join(parts)
+        assert all(len(chunk) == CHUNK_BYTES for chunk in cut[:-1])
+        assert all(0 < len(chunk) <= CHUNK_BYTES for chunk in cut[-1:])
 
 
 class TestAssemble:

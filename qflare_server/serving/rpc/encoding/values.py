@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.times import timestamp_of
 from qflare.v1 import security_pb2
+from qflare_server.serving.rpc.encoding.chunks import writing_chunks
 
 Message = TypeVar("Message")
 
@@ -72,21 +73,25 @@ def envelope(payload: bytes, signature: bytes) -> security_pb2.SignedEnvelope:
 
 
 def in_messages(
-    make: Callable[[], Message], first: Message, chunks: Iterator[tuple[int, bytes]]
-) -> Iterator[Message]:
+    make: Callable[[], Any], first: Message, chunks: Iterator[tuple[int, bytes]]
+) -> Iterator[Any]:
     """Yield a stream's messages: the first chunk travels with the first message, where both fit.
 
-    The fields are set in place: a chunk message handed to a constructor is copied once more.
+    Later large chunks are yielded as the bytes of their message. Fields are set in place: a chunk message handed to a
+    constructor is copied once more.
     """
     message: Any = first
+    write = writing_chunks(message.DESCRIPTOR)
     sent = False
     if message.ByteSize() > MAX_SHARED_BYTES:
         yield message
         message, sent = make(), True
     for index, data in chunks:
-        message.chunk.index = index
-        message.chunk.data = data
-        yield message
+        written = write(index, data) if sent else None
+        if written is None:
+            message.chunk.index = index
+            message.chunk.data = data
+        yield message if written is None else written
         message, sent = make(), True
     if not sent:
         yield message
