@@ -32,7 +32,7 @@ def uploads(lab: Laboratory) -> Iterator[Figure]:
         if backend is Backend.POSTGRESQL:
             ceiling_s, name, goal = copy_alone(lab, model), "binary COPY alone", 0.8
         else:
-            ceiling_s, name, goal = bound, "raw stream", 0.3
+            ceiling_s, name, goal = bound, "raw stream", 0.6
         yield Figure(
             f"submit 100 MB, {backend}",
             throughput(LARGE_BYTES, done),

@@ -449,6 +449,30 @@ def test_crash_between_any_two_steps_gives_the_same_bytes(
     assert fuse.count > 5
 
 
+def test_the_cache_of_summed_updates_is_freed_before_the_version_is_written(
+    make_core: MakeCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = make_core(payload_store="files", inline_payload_bytes=0, upload_batch_bytes=2**20)
+    core.add_devices(3)
+    prepare(core, LARGE)
+    store, events = core.context.store, list[tuple[str, str]]()
+    append = store.append
+
+    def noted_append(payload_id: str, *rest: Any) -> None:
+        events.append(("append", payload_id))
+        append(payload_id, *rest)
+
+    monkeypatch.setattr(store, "append", noted_append)
+    monkeypatch.setattr(store, "forget", lambda name: events.append(("forget", name)))
+    core.settle()
+
+    kinds = [kind for kind, _ in events]
+    before = events[: kinds.index("append")]
+    assert kinds[: len(before)] == ["forget"] * 3
+    assert len(set(before)) == 3
+    assert set(before) < {event for event in events if event[0] == "forget"}  # the base, at the end
+
+
 def test_crash_while_folding_early_gives_the_same_bytes(core: CoordinatorHarness) -> None:
     undisturbed = prepare(core, 50)
     core.settle()
