@@ -31,8 +31,10 @@ from qflare.tensors.payload import (
     PieceHasher,
     assemble,
     check_arrays,
+    chunk_views,
     chunks,
     payload_digest,
+    pieces,
     rechunk,
     split,
 )
@@ -56,8 +58,10 @@ __all__ = [
     "assemble",
     "check_arrays",
     "check_elements",
+    "chunk_views",
     "chunks",
     "payload_digest",
+    "pieces",
     "rechunk",
     "split",
 ]

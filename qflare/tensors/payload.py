@@ -45,8 +45,17 @@ def chunks(arrays: Mapping[str, Array], manifest: Manifest) -> Iterator[bytes]:
     Raises:
         InvalidManifestError: At once, when a name, dtype or shape differs from the manifest.
     """
+    return rechunk(pieces(arrays, manifest))
+
+
+def pieces(arrays: Mapping[str, Array], manifest: Manifest) -> Iterator[memoryview]:
+    """Return the bytes of `chunks` tensor by tensor, without copies where strides and byte order are canonical.
+
+    Raises:
+        InvalidManifestError: At once, when a name, dtype or shape differs from the manifest.
+    """
     check_arrays(arrays, manifest)
-    return rechunk(_tensor_bytes(arrays[spec.name], spec) for spec in manifest.tensors)
+    return (_tensor_bytes(arrays[spec.name], spec) for spec in manifest.tensors)
 
 
 def check_arrays(arrays: Mapping[str, Array], manifest: Manifest) -> None:
@@ -82,13 +91,19 @@ def rechunk(parts: Iterable[BytesLike]) -> Iterator[bytes]:
     Pieces are copied when their chunk is whole; until then they must not change. Holds those of at most
     one chunk.
     """
+    return map(bytes, chunk_views(parts))
+
+
+def chunk_views(parts: Iterable[BytesLike]) -> Iterator[bytes | memoryview]:
+    """Cut bytes as `rechunk` does; a whole chunk within one piece is not copied, and must not change while it is used."""
     pending: list[memoryview | bytearray] = []
     missing = CHUNK_BYTES
     for part in parts:
         view = memoryview(part)
         while len(view) >= missing:
-            yield b"".join((*pending, view[:missing]))
-            view, missing = view[missing:], CHUNK_BYTES
+            whole, view = view[:missing], view[missing:]
+            yield b"".join((*pending, whole)) if pending else whole
+            missing = CHUNK_BYTES
             pending.clear()
         missing -= len(view)
         if len(view) >= _JOINED_BYTES:

@@ -158,6 +158,14 @@ class KeptPayload:
         """
         return rechunk(self._file.opened(first * CHUNK_BYTES))
 
+    def pieces(self) -> Iterator[bytes]:
+        """Return the bytes of all chunks in pieces of any size.
+
+        Raises:
+            DamagedUpdateError: While iterating: the file is damaged or missing.
+        """
+        return self._file.opened(0)
+
 
 @dataclass(frozen=True)
 class KeptSegments:
@@ -225,7 +233,7 @@ class Outbox:
         }
         if sealed is None:
             sealer = PayloadSealer(_context(statement), payload.size_bytes)
-            key, segments = sealer.key, sealer.seal(payload.chunks_from(0))
+            key, segments = sealer.key, sealer.seal(payload.pieces())
         else:
             key, segments = sealed.key, sealed.chunks_from(0)
             facts["sealed"] = _text(sealed.sealed.SerializeToString())

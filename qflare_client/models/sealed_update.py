@@ -15,7 +15,7 @@ from typing import Protocol, Self
 from qflare.crypto import merkle
 from qflare.crypto.sealed_payloads import PayloadKey, PayloadSealer, SealContext, sealed_size_bytes
 from qflare.crypto.sealing import KemPublicKey
-from qflare.tensors import Manifest
+from qflare.tensors import BytesLike, Manifest
 from qflare.v1 import security_pb2
 from qflare_client.models.upload import hashed
 
@@ -27,8 +27,8 @@ class Plain(Protocol):
     def manifest(self) -> Manifest:
         """Layout of the payload."""
 
-    def chunks_from(self, first: int) -> Iterator[bytes]:
-        """Return the chunks from a given one on, in order."""
+    def pieces(self) -> Iterator[BytesLike]:
+        """Return its bytes in pieces of any size."""
 
 
 class SealedPayload:
@@ -79,7 +79,7 @@ class SealedPayload:
 
     def chunks_from(self, first: int) -> Iterator[bytes]:
         """Return the segments from a given one on, in order; the bytes are the same every time."""
-        return self._sealer.seal(self._payload.chunks_from(0), first)
+        return self._sealer.seal(self._payload.pieces(), first)
 
 
 def wrapped_for(key: PayloadKey, recipient: KemPublicKey) -> security_pb2.SealedPayloadHeader:

@@ -22,13 +22,14 @@ from qflare.processors import usable_processor_count
 from qflare.tensors import (
     CHUNK_BYTES,
     Array,
+    BytesLike,
     FiniteCheck,
     InvalidPayloadError,
     Manifest,
     TensorSpec,
     check_arrays,
-    chunks,
-    rechunk,
+    chunk_views,
+    pieces,
 )
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2
@@ -128,9 +129,11 @@ class Payload:
         self.sealed: security_pb2.SealedPayloadHeader | None = None
         self._arrays = arrays
         self._base = base
-        self._only_chunk = _only(self._chunks()) if manifest.chunk_count == 1 else None
+        self._only_chunk: bytes | None = None
+        if manifest.chunk_count == 1:
+            self._only_chunk = _only(self._views())
         try:
-            leaf_hashes = list(hashed(_checked(self.chunks_from(0), manifest)))
+            leaf_hashes = list(hashed(_checked(self._views(), manifest)))
         except InvalidPayloadError as error:
             raise TrainingFunctionError(str(error)) from error
         self.digest = merkle.root(leaf_hashes).hex()
@@ -138,20 +141,24 @@ class Payload:
 
     def chunks_from(self, first: int) -> Iterator[bytes]:
         """Return the chunks from a given one on, in order."""
+        return map(bytes, islice(self._views(), first, None))
+
+    def pieces(self) -> Iterator[BytesLike]:
+        """Return the bytes of all chunks in pieces of any size; tensors that are sent as they are, are not copied."""
         if self._only_chunk is not None:
-            return islice(iter((self._only_chunk,)), first, None)
-        return islice(self._chunks(), first, None)
-
-    def _chunks(self) -> Iterator[bytes]:
+            return iter((self._only_chunk,))
         if self._base is None:
-            return chunks(self._arrays, self.manifest)
-        return delta_chunks(self._arrays, self._base, self.manifest)
+            return pieces(self._arrays, self.manifest)
+        return delta_pieces(self._arrays, self._base, self.manifest)
+
+    def _views(self) -> Iterator[bytes | memoryview]:
+        return chunk_views(self.pieces())
 
 
-def delta_chunks(
+def delta_pieces(
     arrays: Mapping[str, Array], base: Mapping[str, Array], manifest: Manifest
-) -> Iterator[bytes]:
-    """Return the payload of a delta, chunk by chunk; the delta is never in memory as a whole.
+) -> Iterator[memoryview]:
+    """Return the payload of a delta piece by piece; the delta is never in memory as a whole.
 
     Tensors of other than floating-point types are sent unchanged. A difference beyond the range of its type becomes
     infinite.
@@ -166,7 +173,7 @@ def delta_chunks(
     """
     check_arrays(arrays, manifest)
     check_arrays(base, manifest)
-    return rechunk(
+    return (
         piece
         for spec in manifest.tensors
         for piece in _delta_pieces(spec, arrays[spec.name], base[spec.name])
@@ -184,12 +191,14 @@ def _delta_pieces(spec: TensorSpec, array: Array, base: Array) -> Iterator[memor
         yield np.ascontiguousarray(piece, spec.dtype.numpy).view(np.uint8).data
 
 
-def _only(payload: Iterator[bytes]) -> bytes:
+def _only(payload: Iterator[bytes | memoryview]) -> bytes:
     (chunk,) = payload
-    return chunk
+    return bytes(chunk)
 
 
-def _checked(payload: Iterable[bytes], manifest: Manifest) -> Iterator[bytes]:
+def _checked(
+    payload: Iterable[bytes | memoryview], manifest: Manifest
+) -> Iterator[bytes | memoryview]:
     """Yield chunks after checking their elements."""
     finite = FiniteCheck(manifest)
     for chunk in payload:
@@ -197,7 +206,7 @@ def _checked(payload: Iterable[bytes], manifest: Manifest) -> Iterator[bytes]:
         yield chunk
 
 
-def hashed(payload: Iterator[bytes]) -> Iterator[bytes]:
+def hashed(payload: Iterator[bytes] | Iterator[bytes | memoryview]) -> Iterator[bytes]:
     """Yield the leaf hash of each chunk, in threads: hashing is most of the work and releases the interpreter lock."""
     head = list(islice(payload, _THREADS + 1))
     if len(head) <= _THREADS:

@@ -14,7 +14,7 @@ import pytest
 from qflare.tensors import Array, Manifest, assemble, chunks
 from qflare.v1 import admin_service_pb2, training_pb2
 from qflare_client import enroll
-from qflare_client.models.upload import delta_chunks
+from qflare_client.models.upload import delta_pieces
 from qflare_server.keys.setup import bootstrap_bundle
 from qflare_server.serving.application import Application
 from qflare_server.storage.repository.audit import SYSTEM
@@ -133,7 +133,7 @@ def test_a_delta_in_pieces_is_the_delta(make: Make) -> None:
     base = {name: array.astype(arrays[name].dtype) for name, array in base.items()}
     manifest = Manifest.from_arrays(arrays)
 
-    got = assemble(manifest, delta_chunks(arrays, base, manifest))
+    got = assemble(manifest, delta_pieces(arrays, base, manifest))
 
     np.testing.assert_array_equal(got["w"], np.asarray(arrays["w"] - base["w"]))
     np.testing.assert_array_equal(got["count"], arrays["count"])
