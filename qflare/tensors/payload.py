@@ -91,11 +91,12 @@ def rechunk(parts: Iterable[BytesLike]) -> Iterator[bytes]:
     Pieces are copied when their chunk is whole; until then they must not change. Holds those of at most
     one chunk.
     """
-    return map(bytes, chunk_views(parts))
+    for view in chunk_views(parts):
+        yield bytes(view)
 
 
 def chunk_views(parts: Iterable[BytesLike]) -> Iterator[bytes | memoryview]:
-    """Cut bytes as `rechunk` does; a whole chunk within one piece is not copied, and must not change while it is used."""
+    """Cut bytes as `rechunk` does, but do not copy a whole chunk within one piece: it must not change while in use."""
     pending: list[memoryview | bytearray] = []
     missing = CHUNK_BYTES
     for part in parts:

@@ -152,7 +152,7 @@ class Payload:
         return delta_pieces(self._arrays, self._base, self.manifest)
 
     def _views(self) -> Iterator[bytes | memoryview]:
-        return chunk_views(self.pieces())
+        return chunk_views(self.pieces()) if self._only_chunk is None else iter((self._only_chunk,))
 
 
 def delta_pieces(
