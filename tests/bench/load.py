@@ -7,7 +7,7 @@ clock runs. Every device in flight has a connection of its own.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,28 +158,48 @@ def _refused(opened: Sequence[Connection]) -> int:
     return sum(connection.refused_count for connection in opened)
 
 
-def paced(address: str, calls: Sequence[Call], rate: float, connection_count: int) -> Latencies:
+def paced(
+    address: str,
+    calls: Sequence[Call],
+    rate: float,
+    connection_count: int,
+    until: Callable[[], bool] = lambda: False,
+) -> Latencies:
     """Make calls at a steady rate, whether earlier ones are answered or not.
 
     A call's latency counts from the moment at which it was due, so that a server that stalls is not measured less
     often for it.
+
+    Args:
+        address: Of the server.
+        calls: In their order.
+        rate: Calls due per second.
+        connection_count: Connections, which take turns.
+        until: When it returns true, calls that become due are not made any more.
     """
-    return asyncio.run(_paced(address, calls, rate, connection_count))
+    return asyncio.run(_paced(address, calls, rate, connection_count, until))
 
 
 async def _paced(
-    address: str, calls: Sequence[Call], rate: float, connection_count: int
+    address: str,
+    calls: Sequence[Call],
+    rate: float,
+    connection_count: int,
+    until: Callable[[], bool],
 ) -> Latencies:
     async with connections(address, connection_count) as opened:
         begun = time.perf_counter()
 
-        async def due(number: int, call: Call) -> float:
+        async def due(number: int, call: Call) -> float | None:
             moment = begun + number / rate
             await asyncio.sleep(moment - time.perf_counter())
+            if until():
+                return None
             await opened[number % connection_count].send(call)
             return time.perf_counter() - moment
 
-        seconds = await asyncio.gather(*(due(number, call) for number, call in enumerate(calls)))
+        taken = await asyncio.gather(*(due(number, call) for number, call in enumerate(calls)))
+        seconds = [each for each in taken if each is not None]
         return Latencies(seconds, time.perf_counter() - begun, _refused(opened))
 
 

@@ -5,8 +5,9 @@ import statistics
 import struct
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 
 import psycopg2
 
@@ -20,6 +21,8 @@ from tests.bench.small_operations import NO_SIGNATURES, SMALL, start_unbounded
 
 LARGE_BYTES = 100 * MB
 SMALL_CALLS_PER_SECOND = 100.0
+ALONE_CALLS = 300
+UPLOADS_BEGIN_S = 60.0
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
 COPY_TRAILER = struct.pack(">h", -1)
 
@@ -137,60 +140,78 @@ def signed_uploads(lab: Laboratory) -> Iterator[Figure]:
 
 
 def crowding(lab: Laboratory) -> Iterator[Figure]:
-    """How long small operations wait while four devices upload 100 MB each."""
-    repeats = lab.times(6, 3)
+    """How long small operations wait while four devices upload 100 MB each, here and on a server that does nothing."""
+    count = lab.times(1500, 900)
     for backend in Backend:
-        with lab.coordinator(backend) as coordinator:
-            large = _prepare(coordinator, Model(LARGE_BYTES), 4 * repeats)
-            small = _small_calls(coordinator, lab.times(600, 300))
-            alone = paced(coordinator.address, small[0::2], SMALL_CALLS_PER_SECOND, 8)
+        with lab.coordinator(backend) as coordinator, lab.sink() as sink:
+            large = _prepare(coordinator, Model(LARGE_BYTES), 4 * lab.times(6, 3))
+            small = _small_calls(coordinator, ALONE_CALLS + count)
+            alone = paced(coordinator.address, small[:ALONE_CALLS], SMALL_CALLS_PER_SECOND, 8)
             coordinator.process.settle()
             heads = [(call.messages[0], call.token) for call in large]
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                uploading = pool.submit(upload_all, coordinator.address, heads, LARGE_BYTES)
-                done = _while_uploading(coordinator, small[1::2], uploading)
-                total = uploading.result()
-            rate = throughput(len(heads) * LARGE_BYTES, total.elapsed_s)
+            bound, bound_uploads = _beside_uploads(sink.address, small[ALONE_CALLS:], heads)
+            done, uploads = _beside_uploads(coordinator.address, small[ALONE_CALLS:], heads)
             yield Figure(
                 f"poll, submit and get of 10 KB while four 100 MB uploads run, {backend}",
-                f"p50 {done.median_ms:.1f} ms, p99 {done.quantile_ms(0.99):.1f} ms"
-                f" ({len(done.seconds)} calls; uploads {rate})",
-                f"alone: p50 {alone.median_ms:.1f} ms, p99 {alone.quantile_ms(0.99):.1f} ms",
+                _crowded(done, len(heads), uploads),
+                f"no-op server: {_crowded(bound, len(heads), bound_uploads)};"
+                f" alone: p50 {alone.median_ms:.1f} ms, p99 {alone.quantile_ms(0.99):.1f} ms",
                 goal="p99 < 50 ms",
                 reached=done.quantile_ms(0.99) < 50,
             )
 
 
+def _crowded(small: Latencies, model_count: int, uploads: Latencies) -> str:
+    """Return the latencies of small calls, and the rate of the uploads beside them."""
+    rate = throughput(model_count * LARGE_BYTES, uploads.elapsed_s)
+    return (
+        f"p50 {small.median_ms:.1f} ms, p99 {small.quantile_ms(0.99):.1f} ms"
+        f" ({len(small.seconds)} calls; uploads {rate})"
+    )
+
+
 def _small_calls(coordinator: Coordinator, count: int) -> list[Call]:
     """Return a mixture of small calls, each update from a device of its own."""
     session_id = start_unbounded(coordinator, SMALL)
-    devices = coordinator.population.devices(count)
+    devices = coordinator.population.devices(count // 3 + 1)
     updates = iter(submissions(coordinator, session_id, devices, SMALL))
     asks = iter(polls(devices, session_id))
     gets = iter([download(device, session_id) for device in devices])
     return [next((updates, asks, gets)[number % 3]) for number in range(count)]
 
 
-def _while_uploading(
-    coordinator: Coordinator, calls: list[Call], uploading: "Future[Latencies]"
-) -> Latencies:
-    """Make small calls at a steady rate until the uploads have ended; those after it do not count."""
-    time.sleep(1.0)  # the other process starts
-    begun = time.perf_counter()
-    seconds: list[float] = []
-    batch = int(SMALL_CALLS_PER_SECOND / 2)
-    for start in range(0, len(calls), batch):
-        done = paced(coordinator.address, calls[start : start + batch], SMALL_CALLS_PER_SECOND, 8)
-        if uploading.done():
-            break
-        seconds += done.seconds
-    return Latencies(seconds, time.perf_counter() - begun)
+def _beside_uploads(
+    address: str, small: list[Call], heads: list[tuple[bytes, str]]
+) -> tuple[Latencies, Latencies]:
+    """Make small calls while models are uploaded, and return the latencies of both.
+
+    The uploads come from a process of their own. Small calls begin with the first chunks, not while that process
+    starts, and none is made after the last receipt.
+    """
+    context = get_context("spawn")
+    began = context.Event()
+    with ProcessPoolExecutor(1, context, _note_event, (began,)) as pool:
+        uploading = pool.submit(upload_all, address, heads, LARGE_BYTES)
+        if not began.wait(UPLOADS_BEGIN_S):
+            raise RuntimeError("the uploads have not begun")
+        done = paced(address, small, SMALL_CALLS_PER_SECOND, 8, until=uploading.done)
+        return done, uploading.result()
+
+
+_begins: list[Event] = []
+
+
+def _note_event(event: Event) -> None:
+    """Remember, in the process of the uploads, what it sets when they begin."""
+    _begins.append(event)
 
 
 def upload_all(address: str, heads: list[tuple[bytes, str]], size_bytes: int) -> Latencies:
     """Upload one model for each signed head, four at once; runs in a process of its own."""
     messages = Model(size_bytes).chunk_messages
     calls = [Call(SUBMIT, (head, *messages), token) for head, token in heads]
+    for event in _begins:
+        event.set()
     return closed_loop(address, calls, 4)
 
 
