@@ -30,6 +30,10 @@ Place = tuple[int, int]
 _ZERO: Final = bytes(32)
 _PENDING = _ENTRIES.select.where(AUDIT.c.leaf_index.is_(None)).order_by(AUDIT.c.id)
 _PENDING = _PENDING.limit(bindparam("limit"))
+# A range, not a list of ids: the statement stays the same, and the ids of a batch follow on one another.
+_STILL_PENDING = select(AUDIT.c.id).where(
+    AUDIT.c.id.between(bindparam("first"), bindparam("last")), AUDIT.c.leaf_index.is_(None)
+)
 _BY_ID = _ENTRIES.select.where(AUDIT.c.id == bindparam("number"))
 _BY_PLACE = _ENTRIES.select.where(AUDIT.c.leaf_index == bindparam("number"))
 _SIZE = select(func.max(AUDIT.c.leaf_index))
@@ -67,9 +71,9 @@ def pending(session: Session, limit: int) -> Sequence[AuditLog]:
 
 
 def still_pending(session: Session, ids: Sequence[int]) -> set[int]:
-    """Return which of some entries have no leaf index yet."""
-    query = select(AUDIT.c.id).where(AUDIT.c.id.in_(ids), AUDIT.c.leaf_index.is_(None))
-    return set(session.scalars(query))
+    """Return which entries have no leaf index yet, of all from the first to the last of some ids in ascending order."""
+    span = {"first": ids[0], "last": ids[-1]}
+    return set(session.connection().execute(_STILL_PENDING, span).scalars())
 
 
 def place(session: Session, placed: Sequence[tuple[int, int, bytes]]) -> None:
