@@ -82,7 +82,8 @@ class RunningCalls:
         """Stop counting a call: its response was sent."""
         with self._changed:
             self._count -= 1
-            self._changed.notify_all()
+            if not self._count:
+                self._changed.notify_all()
 
     def wait_until_none(self, timeout_s: float) -> bool:
         """Wait until no call is in flight; return whether that is the case."""

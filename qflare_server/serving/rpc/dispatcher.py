@@ -6,6 +6,11 @@ large one has begun to transfer. A poll that memory answers (`idle_polls`) needs
 all small updates that have arrived together (`small_updates`). A caller that sends nothing, or a byte per second,
 therefore occupies no thread, and unauthenticated callers, devices, administrators and probes never wait for each
 other's threads.
+
+Short calls of devices have precedence over their uploads. An upload pauses between two chunks while such calls wait or
+are handled: each of its chunks keeps a processor for milliseconds and takes the interpreter's lock many times, for
+which a short call would wait at each of its own steps. A pause is bounded, so an upload goes on beside any number of
+short calls.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from urllib.parse import unquote
 from qflare_server import errors
 from qflare_server.config import ServerConfig
 from qflare_server.context import Telemetry
+from qflare_server.serving.rpc.call import RunningCalls
 from qflare_server.serving.rpc.half_open import HalfOpenCalls
 from qflare_server.serving.rpc.incoming import IncomingCall, Refusal, check_grpcio
 from qflare_server.serving.rpc.limits import StreamLimits
@@ -43,6 +49,8 @@ UPDATE_THREADS: Final = 3
 """One verifies signatures while another waits for its transaction; more would take fewer updates at once each."""
 UPDATES_AT_ONCE: Final = 32
 """Small updates that a thread takes at once: the last waits for the signatures of all, some milliseconds."""
+LONGEST_PAUSE_S: Final = 0.1
+"""How long an upload lets short calls pass before it takes a chunk: it gets 10 MB/s beside any load of them."""
 ADMIN_STREAM_THREADS: Final = 4
 MAX_STRANGER_BYTES: Final = 64 * 1024
 """Largest message of an unauthenticated caller: a few kilobytes of keys and signatures."""
@@ -110,6 +118,7 @@ class Dispatcher:
         self._refused: Counter[str] = Counter()
         self._strangers = HalfOpenCalls(config.max_waiting_calls)
         self._known = HalfOpenCalls(config.max_waiting_calls)
+        self._short = RunningCalls()
         self._health = self._pool("health", HEALTH_THREADS)
         self._reflection = self._transfers("reflection", REFLECTION_THREADS)
         self._anonymous = self._pool("anonymous", config.anonymous_threads)
@@ -282,8 +291,17 @@ class Dispatcher:
         return self._downloads if call.route.response_streaming else self._uploads
 
     def _enqueue(self, pool: FairPool, call: IncomingCall) -> None:
+        if pool is self._uploads:
+            call.before_message = self._let_pass
+        elif pool is self._devices or pool is self._updates:
+            self._short.begin()
+            if not call.on_end(self._short.end):  # the caller has canceled
+                self._short.end()
         if not pool.put(call):
             self._refuse(call, CROWDED)
+
+    def _let_pass(self) -> None:
+        self._short.wait_until_none(LONGEST_PAUSE_S)
 
     def _refuse(self, call: IncomingCall, refusal: Refusal) -> None:
         call.refuse(refusal)

@@ -93,6 +93,7 @@ class IncomingCall:
         deadline_at: Monotonic deadline of the next message while no thread handles the call.
         sends: Time that the thread has waited for the caller to accept messages.
         task: Work of the thread that is assigned to the call: handling it, unless the dispatcher sets another task.
+        before_message: What the handling thread does before it takes a message: nothing, unless the dispatcher sets it.
 
     The handling thread iterates over the call to receive its messages.
     """
@@ -115,6 +116,7 @@ class IncomingCall:
         self.deadline_at = self.began_at
         self.sends = Stopwatch()
         self.task: Callable[[], None] = self.answer
+        self.before_message: Callable[[], None] = _nothing
         self._sent_bytes = 0
         self._posting = False
         self._unposted: bytes | None = None
@@ -148,6 +150,7 @@ class IncomingCall:
         return self
 
     def __next__(self) -> bytes:
+        self.before_message()
         return next(self.messages)
 
     def receive(self, on_message: Callable[[IncomingCall], None]) -> None:
@@ -225,7 +228,7 @@ class IncomingCall:
     def _release(self) -> None:
         """Break reference cycles, so that the call's memory is freed immediately instead of at a garbage collection."""
         self._on_message = _ignore
-        self.task = _nothing
+        self.task = self.before_message = _nothing
         self.messages.stop_receiving()
 
     def cancel(self) -> None:
@@ -279,7 +282,7 @@ class IncomingCall:
 
 
 def _nothing() -> None:
-    """Do nothing, because the call has ended."""
+    """Do nothing."""
 
 
 def _ignore(_call: IncomingCall) -> None:
