@@ -282,13 +282,13 @@ class RoundFold:
             if chunks.store == self._context.store.name:
                 self._context.store.forget(chunks.payload_id)
 
-    def _forget_summed(self) -> None:
-        """Let the store drop updates whose sum is in memory, so that the version gets the memory of its cache.
+    def _forget_summed(self, payloads_read: Sequence[ChunkSet]) -> None:
+        """Let the store drop updates whose sum is in memory, so that the next payloads get the memory of its cache.
 
-        Freed later, that memory would go back to the host of a virtual machine before the next version is written.
+        Freed later, that memory would go back to the host of a virtual machine before a version is written.
         """
         if isinstance(self._aggregation, Accumulator) and self._aggregation.is_resident:
-            self._forget(self._read_chunks)
+            self._forget(payloads_read)
 
     def _model_reader(self, stored: StoredPayload, manifest: Manifest | None = None) -> Reader:
         return self._reader(stored, VectorLayout(manifest or self.plan.manifest))
@@ -314,15 +314,16 @@ class RoundFold:
         refused = self._evidence.refusals(batch)
         self.refusals |= refused
         self.taken += [(update.update_id, update.statement_digest) for update in batch]
-        self._read_chunks += filter(
-            None, (chunks_of(update.chunks_id, update.store) for update in batch)
-        )
+        stored = [chunks_of(update.chunks_id, update.store) for update in batch]
+        read = [chunks for chunks in stored if chunks is not None]
+        self._read_chunks += read
         if batch:
             self.last_sequence = batch[-1].acceptance_sequence
         try:
             self._take([update for update in batch if update.update_id not in refused])
         except DamagedPayloadError as error:
             self._leave_out_damaged(error)
+        self._forget_summed(read)
 
     def _leave_out_damaged(self, error: DamagedPayloadError) -> None:
         """Refuse the updates whose stored bytes are damaged, and begin again without them.
@@ -572,7 +573,6 @@ class RoundFold:
         self, executor: ThreadPoolExecutor, at: datetime, held: VectorRange | None = None
     ) -> WrittenVersion:
         """Write the version; with `held`, elements out of that range keep the base's values."""
-        self._forget_summed()
         count = float_count(self.plan.manifest)
         vectors: dict[str, PayloadWriter] = {}
 
