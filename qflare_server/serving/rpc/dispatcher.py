@@ -49,8 +49,8 @@ UPDATE_THREADS: Final = 3
 """One verifies signatures while another waits for its transaction; more would take fewer updates at once each."""
 UPDATES_AT_ONCE: Final = 32
 """Small updates that a thread takes at once: the last waits for the signatures of all, some milliseconds."""
-LONGEST_PAUSE_S: Final = 0.1
-"""How long an upload lets short calls pass before it takes a chunk: it gets 10 MB/s beside any load of them."""
+LONGEST_PAUSE_S: Final = 0.03
+"""How long an upload lets short calls pass before it takes a chunk: it gets 30 MB/s beside any load of them."""
 ADMIN_STREAM_THREADS: Final = 4
 MAX_STRANGER_BYTES: Final = 64 * 1024
 """Largest message of an unauthenticated caller: a few kilobytes of keys and signatures."""
