@@ -32,8 +32,8 @@ Parts = list[Response | bytes]
 
 COUNT: Final = 60
 CHUNK: Final = 2**20
-MOST_BYTES: Final = 16 * CHUNK
-"""Of an endless answer that may be on their way when the coordinator refuses it."""
+MOST_BYTES: Final = 32 * CHUNK
+"""Of an endless answer that may be under way when the coordinator refuses it: gRPC's window is up to 16 MiB."""
 NO_NUMBERS: Final = np.full(64, np.nan, np.float32).tobytes()
 
 

@@ -21,13 +21,13 @@ TICK_S = 0.002
 
 @contextmanager
 def interrupted_children() -> Iterator[set[int]]:
-    """Interrupt the child processes all the time, from their first moment on, as Ctrl-C in a terminal does once."""
-    ended = threading.Event()
+    """Interrupt new child processes all the time, from their first moment on, as Ctrl-C in a terminal does once."""
+    ended, before = threading.Event(), set(psutil.Process().children(recursive=True))
     interrupted: set[int] = set()
 
     def interrupt() -> None:
         while not ended.wait(TICK_S):
-            for child in psutil.Process().children(recursive=True):
+            for child in set(psutil.Process().children(recursive=True)) - before:
                 with suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGINT)
                 interrupted.add(child.pid)
