@@ -27,9 +27,7 @@ from qflare.tensors.manifest import (
     TensorSpec,
 )
 
-_JOINED_BYTES = (
-    4096  # shorter pieces are copied at once, so that a chunk of many is not a long list
-)
+_JOINED_BYTES = 4096  # shorter pieces are copied at once: a chunk of many is not a long list
 
 
 def chunks(arrays: Mapping[str, Array], manifest: Manifest) -> Iterator[bytes]:

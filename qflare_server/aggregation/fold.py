@@ -109,7 +109,7 @@ logger = logging.getLogger(__name__)
 
 AHEAD: Final = 8  # chunks read at once of a payload that is read from end to end
 SLICE_AHEAD: Final = (
-    1  # at least where slices are read; exactly so of a hundred updates that are open side by side
+    1  # at least, where slices are read; exactly, of a hundred updates side by side
 )
 THREADED_ELEMENTS: Final = 2**20  # models beyond are folded by several threads
 BATCH: Final = 64

@@ -31,20 +31,27 @@ def typed(line: str, folder: Path, environ: dict[str, str]) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-def test_the_commands_that_the_demo_prints_open_dashboard_and_command_line(tmp_path: Path) -> None:
+def run_demo(
+    name: str, folder: Path, *words: str, environ: dict[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run a demo in a folder to its end."""
     pytest.importorskip("sklearn")
-    demo = [sys.executable, str(ROOT / "examples" / "digits" / "demo.py")]
-    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    done = subprocess.run(
-        [*demo, "--output", "out", "--devices", "2", "--rounds", "1"],
-        cwd=tmp_path,
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "digits" / name), *words],
+        cwd=folder,
         env=environ,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=2 * TIMEOUT_S,
         check=False,
     )
+
+
+@pytest.mark.slow
+def test_the_commands_that_the_demo_prints_open_dashboard_and_command_line(tmp_path: Path) -> None:
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    words = ["--output", "out", "--devices", "2", "--rounds", "1"]
+    done = run_demo("demo.py", tmp_path, *words, environ=environ)
     printed = done.stdout.split("Restart the coordinator on this database:")[1]
     for port in ("50051", "8080"):
         printed = printed.replace(f"127.0.0.1:{port}", f"127.0.0.1:{free_port()}")
@@ -82,17 +89,9 @@ def test_the_commands_that_the_demo_prints_open_dashboard_and_command_line(tmp_p
 
 @pytest.mark.slow
 def test_the_demo_of_secure_aggregation_trains_and_verifies(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    demo = [sys.executable, str(ROOT / "examples" / "digits" / "demo_secure.py")]
-    done = subprocess.run(
-        [*demo, "--output", "out", "--devices", "4", "--rounds", "2"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=2 * TIMEOUT_S,
-        check=False,
-    )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = ["--output", "out", "--devices", "4", "--rounds", "2"]
+    done = run_demo("demo_secure.py", tmp_path, *words, environ=environ)
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert "2 of 4 sent an update" in done.stdout
     assert "device 2 died before-sealing, device 3 after-sealing" in done.stdout
@@ -106,16 +105,9 @@ def test_the_demo_of_secure_aggregation_trains_and_verifies(tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo.py", "demo_secure.py"])
 def test_a_demo_deletes_no_folder_but_its_own(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     (tmp_path / "thesis.txt").write_text("years of work")
 
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "digits" / name), "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    done = run_demo(name, tmp_path, "--output", ".")
 
     assert done.returncode == 1
     assert "choose a new --output" in done.stderr
