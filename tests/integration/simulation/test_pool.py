@@ -57,4 +57,4 @@ def test_interrupted_processes_give_their_results(tmp_path: Path) -> None:
         results = [pool.submit(os.urandom, RESULT_BYTES) for _ in range(RESULTS)]
 
         assert [len(result()) for result in results] == [RESULT_BYTES] * RESULTS
-    assert len(interrupted) > pool.size
+    assert len(interrupted) >= pool.size
