@@ -60,6 +60,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "helper-rounds": secure_rounds.helper_rounds,
     "neighbors": masking.neighbors,
     "secure-peer": secure_peer.beside_flower,
+    "secure-peer-deployed": secure_peer.beside_flower_deployed,
     "simulation": simulation.simulation,
 }
 

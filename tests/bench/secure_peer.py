@@ -17,6 +17,7 @@ from qflare_client.models.masked_update import add_masks, quantize_update, seal_
 from tests.bench.coordinator import Laboratory
 from tests.bench.devices import Model
 from tests.bench.figures import MB, Figure
+from tests.bench.flower_deployed import deployed_round
 from tests.bench.process import cpu_of
 from tests.bench.rounds import sdk_devices
 from tests.bench.secure_rounds import Secured, secured, trained
@@ -32,6 +33,12 @@ PROCESSES: Final = len(os.sched_getaffinity(0))
 """Processes of devices: in one, the interpreter's lock would join them."""
 THREADS: Final = 2
 """Devices of a process that run at once."""
+SHARES: Final = 33
+"""Flower's neighbors of a node among 100, against nodes that follow the protocol; fewer nodes are a complete graph."""
+THRESHOLD: Final = 21
+"""Shares of so many that restore a secret of Flower's."""
+ROUNDS: Final = 2
+"""Rounds that are run; the last one is measured."""
 LOOK_S: Final = 0.02
 WALL_GOAL: Final = 10.0
 BYTES_GOAL: Final = 0.5
@@ -60,22 +67,56 @@ class Spent:
 
 def beside_flower(lab: Laboratory) -> Iterator[Figure]:
     """Rounds with a helper, coordinator, helper and devices with the SDK in processes of their own, beside Flower's."""
-    if not FLOWER.exists():
-        raise RuntimeError("Flower is not installed: `make test` installs it")
+    _require_flower()
     model = Model(10 * MB)
     for count in COHORTS[:1] if lab.quick else COHORTS:
         theirs = _theirs(model, count)
         for bits, half_base in WIDTHS:
             ours = _ours(lab, model, count, bits, half_base=half_base)
-            what = f"{bits} bits" + (", versions as float16" if half_base else "")
-            yield from _compared(ours, theirs, count, what)
+            yield from _compared(ours, theirs, count, _named(bits, half_base=half_base))
+
+
+def beside_flower_deployed(lab: Laboratory) -> Iterator[Figure]:
+    """The smallest of these rounds beside Flower as it is deployed: each node a process, over loopback.
+
+    A SuperNode starts a process for each message of a round, and 500 of them do not fit into the memory of a small
+    machine. Its first round is like every other: nothing of these processes is left for the next.
+    """
+    _require_flower()
+    model, count = Model(10 * MB), COHORTS[0]
+    with lab.temporary() as folder:
+        numbers = (count, model.size_bytes // 4, count // DROPPED)
+        wall_s, cpu_s = deployed_round(folder, *numbers, *_secret_sharing(count))
+    for bits, half_base in WIDTHS:
+        ours = _ours(lab, model, count, bits, half_base=half_base)
+        yield Figure(
+            _round_name(count, _named(bits, half_base=half_base)),
+            str(ours),
+            f"Flower's secaggplus, as deployed, over loopback: {wall_s:.1f} s; {cpu_s:.1f} s of CPU of the machine",
+            f"{wall_s / ours.wall_s:.0f} x faster; {cpu_s / ours.cpu_s:.0f} x less CPU",
+            f">= {WALL_GOAL:g} x faster",
+            wall_s / ours.wall_s >= WALL_GOAL,
+        )
+
+
+def _require_flower() -> None:
+    if not FLOWER.exists():
+        raise RuntimeError("Flower is not installed: `make test` installs it")
+
+
+def _named(bits: int, *, half_base: bool) -> str:
+    return f"{bits} bits" + (", versions as float16" if half_base else "")
+
+
+def _round_name(count: int, what: str) -> str:
+    dropped = count // DROPPED
+    return f"secure round of {count} x 10 MB, {dropped} dropped out, helper, {what}, SQLite, SDK"
 
 
 def _compared(ours: Spent, theirs: Spent, count: int, what: str) -> Iterator[Figure]:
     faster = theirs.wall_s / ours.wall_s
-    dropped = count // DROPPED
     yield Figure(
-        f"secure round of {count} x 10 MB, {dropped} dropped out, helper, {what}, SQLite, SDK",
+        _round_name(count, what),
         str(ours),
         f"Flower's secaggplus, without a network: {theirs}",
         f"{faster:.1f} x faster; {theirs.cpu_s / ours.cpu_s:.1f} x less CPU",
@@ -94,24 +135,27 @@ def _compared(ours: Spent, theirs: Spent, count: int, what: str) -> Iterator[Fig
 
 
 def _ours(lab: Laboratory, model: Model, count: int, bits: int, *, half_base: bool) -> Spent:
-    """Let devices take part in one round."""
+    """Let devices take part in two rounds, and return what the second one took.
+
+    A training session has many rounds in the same processes: the first one loads code and fills caches.
+    """
+    present = count - count // DROPPED
     with secured(lab) as made, lab.temporary() as folder, ExitStack() as stack:
         for client in sdk_devices(made.coordinator, folder, count):
             client.close()
-        session_id = made.session(
-            model, count - count // DROPPED, 2, bits=bits, half_base=half_base
-        )
+        session_id = made.session(model, present, ROUNDS + 1, bits=bits, half_base=half_base)
         homes = [folder / f"device-{number}" for number in range(count)]
         groups = [
             stack.enter_context(DeviceProcess(homes[first::PROCESSES], session_id))
             for first in range(PROCESSES)
         ]
-        made.coordinator.process.settle()
-        before, begun = _cpu(made, groups), time.perf_counter()
-        for device in [group.start(homes[: count // DROPPED]) for group in groups]:
-            device.result()
-        made.coordinator.admin.await_version(session_id, 1, every_s=LOOK_S)
-        wall_s, cpu_s = time.perf_counter() - begun, _cpu(made, groups) - before
+        for version in range(1, ROUNDS + 1):
+            made.coordinator.process.settle()
+            before, begun = _cpu(made, groups), time.perf_counter()
+            for device in [group.start(homes[: count // DROPPED]) for group in groups]:
+                device.result()
+            made.coordinator.admin.await_version(session_id, version, every_s=LOOK_S)
+            wall_s, cpu_s = time.perf_counter() - begun, _cpu(made, groups) - before
         stack.close()
         second = made.session(model, 2, 1, bits=bits, half_base=half_base)
         with (
@@ -120,7 +164,7 @@ def _ours(lab: Laboratory, model: Model, count: int, bits: int, *, half_base: bo
         ):
             _contribute(moved, second)
             up_bytes, down_bytes = line.up_bytes, line.down_bytes
-    return Spent(wall_s, cpu_s, up_bytes * (count - count // DROPPED), down_bytes * count)
+    return Spent(wall_s, cpu_s, up_bytes * present, down_bytes * count)
 
 
 def _cpu(made: Secured, groups: Sequence["DeviceProcess"]) -> float:
@@ -202,9 +246,14 @@ def _drop_out(client: Client, session_id: str) -> None:
 
 
 def _theirs(model: Model, count: int) -> Spent:
-    """Run one round of Flower's workflow under its own interpreter."""
-    elements = model.size_bytes // 4
-    words = (str(count), str(elements), str(count // DROPPED))
+    """Run a round of Flower's workflow under its own interpreter, after a first one that is not measured."""
+    numbers = (count, model.size_bytes // 4, count // DROPPED, *_secret_sharing(count))
+    words = [str(number) for number in numbers]
     run = measured([str(FLOWER), str(HERE / "flower_secure_job.py"), *words])
     wall_s, cpu_s, down_bytes, up_bytes = run.said.split()
     return Spent(float(wall_s), float(cpu_s), int(up_bytes), int(down_bytes))
+
+
+def _secret_sharing(count: int) -> tuple[int, int]:
+    """Return the shares of each of Flower's secrets, and how many restore it."""
+    return min(SHARES, count), max(2, min(SHARES, count) * THRESHOLD // SHARES)
