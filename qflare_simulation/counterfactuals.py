@@ -280,8 +280,8 @@ class _Replayer:
         while True:
             after = found[-1].acceptance_sequence if found else 0
             with self._context.database.read() as session:
-                batch = updates.accepted_after(session, training_session_id, number, after, BATCH)
-            found += [dataclasses.replace(update, data=None) for update in batch]
+                batch = updates.facts_after(session, training_session_id, number, after, BATCH)
+            found += batch
             if len(batch) < BATCH:
                 return found[:most] if most else found
 

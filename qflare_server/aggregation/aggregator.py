@@ -19,7 +19,7 @@ from qflare.evidence.statements import StatementError
 from qflare.processors import usable_processor_count
 from qflare.tensors import InvalidManifestError, InvalidPayloadError
 from qflare_server.aggregation.divided_passes import PassDivider
-from qflare_server.aggregation.fold import BATCH, RoundFold
+from qflare_server.aggregation.fold import RoundFold
 from qflare_server.aggregation.folds import open_fold
 from qflare_server.aggregation.neighbor_fold import NeighborRoundFold
 from qflare_server.aggregation.plan import RoundPlan, read_plan
@@ -319,7 +319,7 @@ class Aggregator:
             return False
         with self._context.database.read() as session:
             batch = updates.accepted_after(
-                session, item.training_session_id, item.number, fold.last_sequence, BATCH
+                session, item.training_session_id, item.number, fold.last_sequence, fold.batch_size
             )
         telemetry, started = self._context.telemetry, time.monotonic()
         with telemetry.span(
@@ -328,7 +328,7 @@ class Aggregator:
             fold.take(batch)
         size_bytes = sum(update.size_bytes for update in batch)
         telemetry.updates_folded(len(batch), size_bytes, time.monotonic() - started)
-        return len(batch) == BATCH
+        return len(batch) == fold.batch_size
 
     def _close_due(self, item: RoundInProgress) -> bool:
         """Close a round whose deadline has passed, or apply the missed-quorum action."""

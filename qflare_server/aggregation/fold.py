@@ -113,6 +113,9 @@ SLICE_AHEAD: Final = (
 )
 THREADED_ELEMENTS: Final = 2**20  # models beyond are folded by several threads
 BATCH: Final = 64
+"""Most updates that are read at once."""
+BATCH_BYTES: Final = 4 * 2**20
+"""Most bytes of their payloads that are read at once with their rows."""
 
 
 @dataclass(frozen=True)
@@ -369,6 +372,13 @@ class RoundFold:
         """Size of one update's payload in bytes, before sealing."""
         return self._wire.size_bytes
 
+    @property
+    def batch_size(self) -> int:
+        """How many updates are read at once, so that payloads in rows take a bounded memory whatever their number."""
+        if self.update_bytes > self._context.config.inline_payload_bytes:
+            return BATCH
+        return max(1, min(BATCH, BATCH_BYTES // max(1, self.update_bytes)))
+
     def _take(self, batch: Sequence[AcceptedUpdate]) -> None:
         if self._is_large or all(update.location == "row" for update in batch):
             self._aggregation.extend([self._contribution(update) for update in batch])
@@ -559,7 +569,7 @@ class RoundFold:
         while after < self.last_sequence:
             with self._context.database.read() as session:
                 batch = updates.accepted_after(
-                    session, plan.training_session_id, plan.number, after, BATCH
+                    session, plan.training_session_id, plan.number, after, self.batch_size
                 )
             after = batch[-1].acceptance_sequence
             yield [

@@ -30,6 +30,7 @@ from qflare.tensors.vectors import VectorLayout, float_count
 from qflare.v1 import security_pb2
 from qflare_server.aggregation.fold import (
     AHEAD,
+    BATCH,
     RoundFold,
     WrittenVersion,
 )
@@ -318,10 +319,7 @@ class MaskedRoundFold(RoundFold):
         """Take updates out of the sum again."""
         wanted, after = set(reasons) & set(self._digests), 0
         while wanted:
-            with self._context.database.read() as session:
-                batch = updates.accepted_after(
-                    session, self.plan.training_session_id, self.plan.number, after, 64
-                )
+            batch = self._facts_after(after)
             if not batch:
                 raise NotEnoughUpdatesError("a refused update is missing")
             after = batch[-1].acceptance_sequence
@@ -331,6 +329,14 @@ class MaskedRoundFold(RoundFold):
                     del self._digests[update.update_id]
                     self._refused[update.update_id] = reasons[update.update_id]
                     wanted.discard(update.update_id)
+
+    def _facts_after(self, sequence: int) -> Sequence[AcceptedUpdate]:
+        """Read updates after a sequence number, whose payloads are read one by one when they are used."""
+        plan = self.plan
+        with self._context.database.read() as session:
+            return updates.facts_after(
+                session, plan.training_session_id, plan.number, sequence, BATCH
+            )
 
     def _read_totals(self) -> None:
         try:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from qflare_server.aggregation.aggregator import THREADS
 from qflare_server.aggregation.divided_passes import Keeper, divides, has_others
-from qflare_server.aggregation.fold import BATCH, Division, RoundFold
+from qflare_server.aggregation.fold import Division, RoundFold
 from qflare_server.aggregation.pass_inputs import (
     FORMAT,
     ChangedInputsError,
@@ -156,20 +156,20 @@ class SliceWorker:
             division=Division(None, 0, _part_elements(inputs)),
         )
         taken: list[PassUpdate] = []
-        for batch in self._batches(inputs):
+        for batch in self._batches(inputs, fold.batch_size):
             taken += [PassUpdate.of(update) for update in batch]
             fold.take_known(batch)
         if tuple(taken) != inputs.updates:
             raise ChangedInputsError("other updates")
         return fold
 
-    def _batches(self, inputs: PassInputs) -> Iterator[list[AcceptedUpdate]]:
+    def _batches(self, inputs: PassInputs, limit: int) -> Iterator[list[AcceptedUpdate]]:
         """Read the updates of a pass in acceptance order."""
         wanted, after = {update.update_id for update in inputs.updates}, 0
         while after < inputs.last_sequence:
             with self._context.database.read() as session:
                 batch = updates.accepted_after(
-                    session, inputs.training_session_id, inputs.round_number, after, BATCH
+                    session, inputs.training_session_id, inputs.round_number, after, limit
                 )
             if not batch:
                 return

@@ -333,7 +333,7 @@ class HelperRequests:
         after, plan = 0, self._plan
         while True:
             with self._context.database.read() as session:
-                batch = updates.accepted_after(
+                batch = updates.facts_after(
                     session, plan.training_session_id, plan.number, after, BATCH
                 )
                 wanted = [update for update in batch if update.update_id in self._digests]

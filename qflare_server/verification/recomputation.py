@@ -188,10 +188,10 @@ def _updates_of(context: Context, model: GlobalModel) -> list[AcceptedUpdate]:
     while True:
         after = found[-1].acceptance_sequence if found else 0
         with context.database.read() as session:
-            batch = updates.accepted_after(
+            batch = updates.facts_after(
                 session, model.training_session_id, model.round_number, after, BATCH
             )
-        found.extend(dataclasses.replace(update, data=None) for update in batch)
+        found += batch
         if len(batch) < BATCH:
             return found
 

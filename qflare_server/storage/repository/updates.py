@@ -11,7 +11,18 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Integer, and_, bindparam, case, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    and_,
+    bindparam,
+    case,
+    func,
+    null,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from qflare_server.storage import tables
@@ -187,52 +198,76 @@ def insert_updates(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
     _INSERT.run(session, rows)
 
 
-_FOLDABLE = PreparedStatement(
-    select(
-        UPDATES.c.id,
-        UPDATES.c.device_id,
-        UPDATES.c.acceptance_sequence,
-        UPDATES.c.base_version,
-        UPDATES.c.example_count,
-        UPDATES.c.statement_digest,
-        UPDATES.c.statement,
-        UPDATES.c.payload_id,
-        PAYLOADS.c.size_bytes,
-        PAYLOADS.c.digest,
-        PAYLOADS.c.chunk_digests,
-        PAYLOADS.c.location,
-        PAYLOADS.c.store,
-        PAYLOADS.c.chunks_id,
-        PAYLOADS.c.data,
-        PAYLOADS.c.sealed_header,
-        PAYLOADS.c.sealed_key,
-        UPDATES.c.metrics,
-        UPDATES.c.signature,
-        UPDATES.c.key_id,
-        UPDATES.c.origin,
+def _foldable(data: ColumnElement[Any]) -> PreparedStatement:
+    """Return the query of updates of a round, with `data` as the bytes of a payload."""
+    return PreparedStatement(
+        select(
+            UPDATES.c.id,
+            UPDATES.c.device_id,
+            UPDATES.c.acceptance_sequence,
+            UPDATES.c.base_version,
+            UPDATES.c.example_count,
+            UPDATES.c.statement_digest,
+            UPDATES.c.statement,
+            UPDATES.c.payload_id,
+            PAYLOADS.c.size_bytes,
+            PAYLOADS.c.digest,
+            PAYLOADS.c.chunk_digests,
+            PAYLOADS.c.location,
+            PAYLOADS.c.store,
+            PAYLOADS.c.chunks_id,
+            data,
+            PAYLOADS.c.sealed_header,
+            PAYLOADS.c.sealed_key,
+            UPDATES.c.metrics,
+            UPDATES.c.signature,
+            UPDATES.c.key_id,
+            UPDATES.c.origin,
+        )
+        .join(PAYLOADS, PAYLOADS.c.id == UPDATES.c.payload_id)
+        .where(
+            UPDATES.c.training_session_id == bindparam("session"),
+            UPDATES.c.round_number == bindparam("round"),
+            UPDATES.c.acceptance_sequence > bindparam("after"),
+        )
+        .order_by(UPDATES.c.acceptance_sequence)
+        .limit(bindparam("count", type_=Integer()))
     )
-    .join(PAYLOADS, PAYLOADS.c.id == UPDATES.c.payload_id)
-    .where(
-        UPDATES.c.training_session_id == bindparam("session"),
-        UPDATES.c.round_number == bindparam("round"),
-        UPDATES.c.acceptance_sequence > bindparam("after"),
-    )
-    .order_by(UPDATES.c.acceptance_sequence)
-    .limit(bindparam("count", type_=Integer()))
-)
+
+
+_FOLDABLE = _foldable(PAYLOADS.c.data)
+_FACTS = _foldable(null().label("data"))
 
 
 def accepted_after(
     session: Session, training_session_id: str, round_number: int, sequence: int, limit: int
 ) -> list[AcceptedUpdate]:
     """Return updates of a round after a sequence number, in order of acceptance."""
+    return _read(_FOLDABLE, session, training_session_id, round_number, sequence, limit)
+
+
+def facts_after(
+    session: Session, training_session_id: str, round_number: int, sequence: int, limit: int
+) -> list[AcceptedUpdate]:
+    """Return updates as `accepted_after`, without the bytes of payloads that are in rows, which are not read."""
+    return _read(_FACTS, session, training_session_id, round_number, sequence, limit)
+
+
+def _read(
+    statement: PreparedStatement,
+    session: Session,
+    training_session_id: str,
+    round_number: int,
+    sequence: int,
+    limit: int,
+) -> list[AcceptedUpdate]:
     wanted = {
         "session": training_session_id,
         "round": round_number,
         "after": sequence,
         "count": limit,
     }
-    return [AcceptedUpdate(*row) for row in _FOLDABLE.rows(session, wanted)]
+    return [AcceptedUpdate(*row) for row in statement.rows(session, wanted)]
 
 
 def mark_rejected(session: Session, rejected: Mapping[str, str], at: datetime) -> None:
