@@ -5,9 +5,9 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from numpy.typing import NDArray
 from sqlalchemy.orm import Session
@@ -25,11 +25,14 @@ from qflare_server.keys.folder import KeyFolder
 from qflare_server.keys.secret_files import Cost
 from qflare_server.keys.setup import SetupOptions, initialize
 from qflare_server.serving.application import Application, open_application
+from qflare_server.serving.rpc.coordinator_service import task_response
 from qflare_server.storage.records import Round, TrainingSession
-from qflare_server.storage.repository import late_updates, training_sessions
+from qflare_server.storage.repository import late_updates, neighbors, training_sessions
 from qflare_server.storage.repository.audit import Caller
 from qflare_server.storage.repository.updates import UpdateReceipt
+from qflare_server.storage.tables import GroupStage, RoundState
 from qflare_server.training.evaluation import find_last_measurement, find_measurement
+from qflare_server.training.neighbor_stages import has_neighbors, is_awaited, next_deadline
 from qflare_server.training.versions import manifest_of
 from qflare_server.use_cases import build_use_cases
 from qflare_server.use_cases.audit.sequencer import AuditSequencer
@@ -41,10 +44,18 @@ from qflare_simulation.clock import START, VirtualClock
 from qflare_simulation.config import SimulationConfig
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.kinds import DeviceKind
+from qflare_simulation.members import signing_key
 from qflare_simulation.memory import DeviceMemory, HomeFolder
 from qflare_simulation.secure_aggregation import SimulatedHelpers, helper_names
 from qflare_simulation.seeds import SeededBytes
-from qflare_simulation.worker import Brief, Failed, ModelFile, Trained, device_id
+from qflare_simulation.worker import (
+    Brief,
+    Failed,
+    ModelFile,
+    Trained,
+    device_id,
+    device_index,
+)
 
 ADMIN: Final = Caller("system", "", "simulation")
 REALM: Final = ServerConfig.realm
@@ -62,14 +73,31 @@ REGISTERED_AT_ONCE: Final = 500
 MAX_FAILURE_TEXT: Final = 200
 
 
+class Groups(NamedTuple):
+    """How far the groups of a round with neighbors are.
+
+    Attributes:
+        are_formed: Whether there are groups.
+        advertised: Devices that have advertised.
+        awaited: Stage of its group by device that the group waits for.
+        next_deadline: When the next step ends for lack of time; None if none does.
+    """
+
+    are_formed: bool
+    advertised: frozenset[int]
+    awaited: Mapping[int, str]
+    next_deadline: datetime | None
+
+
 class SimulatedCoordinator:
     """A coordinator over an SQLite file, whose devices and helpers live in this program.
 
     Args:
         folder: Empty folder.
-        seed: Of noise, nonces and ids.
+        seed: Of noise, nonces, ids, and the keys of devices in groups.
         is_kept: Whether the database is read after the simulation.
-        helpers: Helpers for secure aggregation that the configuration names; None without secure aggregation.
+        helpers: Helpers for secure aggregation that the configuration names; None without helpers.
+        has_neighbors: Whether devices form groups for secure aggregation.
 
     Attributes:
         clock: The virtual time.
@@ -77,7 +105,13 @@ class SimulatedCoordinator:
     """
 
     def __init__(
-        self, folder: Path, seed: int, *, is_kept: bool, helpers: Sequence[str] | None = None
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        is_kept: bool,
+        helpers: Sequence[str] | None = None,
+        has_neighbors: bool = False,
     ) -> None:
         config = ServerConfig(data_dir=folder, realm=REALM, require_signatures=False).checked()
         keys = dataclasses.replace(KeyFolder.from_config(config), cost=KEY_COST)
@@ -108,6 +142,8 @@ class SimulatedCoordinator:
         self._home = folder / DEVICES
         self._home.mkdir()
         self._keys: dict[int, SigningKey] = {}
+        self._seed = seed
+        self._has_neighbors = has_neighbors
         self.session_id = ""
         self._size_bytes = 0
         self._is_kept = is_kept
@@ -124,7 +160,9 @@ class SimulatedCoordinator:
             SimulationError: The coordinator refuses a kind of devices.
         """
         kinds = config.device_kinds()
-        if config.training.evaluation.every_rounds or self._helpers is not None:
+        if self._has_neighbors:
+            self._keys = {index: signing_key(self._seed, index) for index in range(config.devices)}
+        elif config.training.evaluation.every_rounds or self._helpers is not None:
             self._keys = {index: SigningKey.generate() for index in range(config.devices)}
         known = KnownDevices(self._application.context)
         try:
@@ -216,7 +254,66 @@ class SimulatedCoordinator:
         encoding = Encoding.from_number(owner.config.transfer.download_encoding)
         path, manifest = self.download(current.base_version, encoding)
         envelope = security_pb2.SignedEnvelope.FromString(current.task)
-        return Brief(envelope.payload, ModelFile(str(path)), manifest)
+        registrars: tuple[tuple[int, bytes], ...] = ()
+        if self._has_neighbors:
+            keys = self._application.keys.registrar_keys()
+            registrars = tuple((int(key.algorithm), key.data) for key in keys)
+        return Brief(envelope.payload, ModelFile(str(path)), manifest, registrars)
+
+    def groups(self, owner: TrainingSession, current: Round) -> Groups:
+        """Return how far the groups of a round with neighbors are."""
+        key = self.session_id, current.number
+        with self._application.database.read() as session:
+            groups = neighbors.groups_of(session, *key)
+            members = neighbors.members_of(session, *key)
+            updated = neighbors.update_digests(session, *key)
+        stages = {group.number: group.stage for group in groups}
+        if current.state != RoundState.OPEN.value:  # no update comes any more
+            stages = {each: at for each, at in stages.items() if at != GroupStage.TRAIN.value}
+        awaited = {
+            device_index(member.device_id): stages[member.group_number]
+            for member in members
+            if member.group_number in stages
+            and is_awaited(member, stages[member.group_number], updated)
+        }
+        return Groups(
+            are_formed=bool(groups),
+            advertised=frozenset(device_index(member.device_id) for member in members),
+            awaited=awaited,
+            next_deadline=next_deadline(owner.config, current, groups, self.clock()),
+        )
+
+    def shown(self, index: int) -> coordinator_service_pb2.GetTaskResponse:
+        """Return what a device is shown when it polls, with all its neighbors."""
+        answer = self._polled(index, 0)
+        shown = answer.neighbors
+        while shown.members:
+            more = self._polled(index, len(shown.members)).neighbors
+            if not more.members:
+                break
+            shown.members.extend(more.members)
+            shown.earlier_keysets.extend(more.earlier_keysets)
+        return answer
+
+    def _polled(self, index: int, first_member: int) -> coordinator_service_pb2.GetTaskResponse:
+        found = self._use_cases.tasks.next_task(
+            device_id(index),
+            self.session_id,
+            trains_only=True,
+            answers_queries=True,
+            first_member=first_member,
+        )
+        return task_response(found)
+
+    def take_step(
+        self, index: int, request: coordinator_service_pb2.SecureAggregationStepRequest
+    ) -> None:
+        """Take what a device sends for a step of a round with neighbors.
+
+        Raises:
+            QflareError: It is refused.
+        """
+        self._use_cases.neighbor_steps.take(self._contributor(index), request)
 
     def download(
         self, version: int, encoding: Encoding = Encoding.FULL_PRECISION
@@ -320,10 +417,10 @@ class SimulatedCoordinator:
         return self._use_cases.uploads.submit_all(arrivals)
 
     def _arrival(self, index: int, update: Trained) -> Arrival:
-        """Return an update as it arrives: signed if helpers have to verify it."""
+        """Return an update as it arrives: signed if helpers or neighbors have to verify it."""
         contributor = Contributor(device_id(index), None)
         envelope = security_pb2.SignedEnvelope(payload=update.statement)
-        if self._helpers is not None:
+        if self._helpers is not None or self._has_neighbors:
             contributor = self._contributor(index)
             statement = security_pb2.UpdateStatement.FromString(update.statement)
             statement.key_id = self._keys[index].public.key_id
@@ -348,10 +445,12 @@ class SimulatedCoordinator:
             caller, name, self.session_id, round_number, kind=failed.kind, text=text
         )
 
-    def aggregate(self) -> None:
-        """Do all that an aggregation worker does at this time."""
+    def aggregate(self) -> bool:
+        """Do all that an aggregation worker does at this time; return whether there was anything."""
+        has_worked = False
         while self._aggregator.run_once():
-            pass
+            has_worked = True
+        return has_worked
 
     def cancel(self, reason: str) -> None:
         """Cancel the training session."""
@@ -372,7 +471,11 @@ def opened(
 ) -> Iterator[SimulatedCoordinator]:
     """Open a coordinator in an empty folder, with the helpers that a configuration needs, and close it afterwards."""
     coordinator = SimulatedCoordinator(
-        folder, config.seed, is_kept=is_kept, helpers=helper_names(config.training)
+        folder,
+        config.seed,
+        is_kept=is_kept,
+        helpers=helper_names(config.training),
+        has_neighbors=has_neighbors(config.training),
     )
     try:
         yield coordinator

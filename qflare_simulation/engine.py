@@ -3,6 +3,9 @@
 A device that gets a task at a time answers at a later one, drawn from the configuration; nothing waits in between.
 Devices train in the order of their answers, a bounded number ahead of the virtual time, so that a thousand slow devices
 cost as little memory as ten. An update that could not arrive before its round closes is never computed.
+
+With secure aggregation with neighbors, `group_steps` takes the steps before and after training, and the devices that
+groups wait for train.
 """
 
 import heapq
@@ -19,14 +22,16 @@ from qflare_client.privacy import LocalPrivacy, gaussian_epsilon
 from qflare_server.errors import QflareError
 from qflare_server.storage.records import Round, TrainingSession
 from qflare_server.storage.tables import ENDED, RoundState
+from qflare_server.training.neighbor_stages import has_neighbors
 from qflare_server.training.rhythm import is_asynchronous
 from qflare_simulation import worker
 from qflare_simulation.clock import after
 from qflare_simulation.config import SimulationConfig
-from qflare_simulation.coordinator import SimulatedCoordinator
+from qflare_simulation.coordinator import Groups, SimulatedCoordinator
 from qflare_simulation.errors import SimulationError, TrainingFailedError
+from qflare_simulation.group_steps import TRAIN, GroupSteps, lost_at
 from qflare_simulation.pool import Pool
-from qflare_simulation.worker import Brief, Failed, Programs, Trained
+from qflare_simulation.worker import Brief, Failed, Left, Programs, Trained
 
 BATCH: Final = 64
 CHUNK: Final = 16
@@ -62,7 +67,7 @@ class Counts:
 
     Attributes:
         asked: Devices that got the task.
-        lost: Devices that never answered.
+        lost: Devices that never answered, or that could not go on with their groups.
         late: Devices that answered after it had closed.
         failed: Devices whose training raised.
         refused: Updates that the coordinator refused.
@@ -193,6 +198,11 @@ class Engine:
         self._measuring: list[tuple[int, Callable[[], dict[str, float]]]] = []
         self._measured = -1
         self._idle_rounds = 0
+        self._last_version = 0
+        self._barren_since = 0
+        self._groups: GroupSteps | None = None
+        if has_neighbors(config.training):
+            self._groups = GroupSteps(coordinator, pool, config, self._lose, self._refuse)
 
     def run(self) -> None:
         """Run until the training session ends.
@@ -220,34 +230,99 @@ class Engine:
 
     def _step(self, owner: TrainingSession, current: Round) -> None:
         """Take the next event: tasks for idle devices, answers, or the deadline."""
+        until = current.deadline_at
+        if self._groups is not None:
+            groups = self._coordinator.groups(owner, current)
+            if self._step_in_groups(owner, current, groups):
+                return
+            until = self._until(current, groups)
         if current.state != RoundState.OPEN.value:
+            if self._groups is not None:
+                self._coordinator.clock.advance(until)
             self._coordinator.aggregate()
             return
-        self._assign(current)
-        due = self._due(current)
+        if self._groups is None:
+            self._send_off(self._ask(current), current)
+        due = self._due(current, until)
         if not due:
-            self._pass_deadline(current)
+            self._pass_deadline(current, until)
             return
         self._take(owner, current, due)
 
-    def _assign(self, current: Round) -> None:
-        """Give the task of a round to the idle devices that were not asked for it yet."""
+    def _step_in_groups(self, owner: TrainingSession, current: Round, groups: Groups) -> bool:
+        """Let devices of a round with neighbors take the steps that are due; return whether anything has changed.
+
+        Raises:
+            SimulationError: No round makes a version.
+        """
+        assert self._groups is not None
+        self._groups.begin(current)
+        self._require_version(owner, current)
+        if current.state != RoundState.OPEN.value or groups.are_formed:
+            has_changed = self._groups.take(self._brief(current), groups)
+        else:
+            self._ask(current)
+            devices = self._coordinator.asked(sorted(self._idle - groups.advertised))
+            room = current.target - len(groups.advertised)
+            has_changed = self._groups.advertise(current, self._brief(current), devices, room)
+        self._send_off(self._groups.trainers(groups), current)
+        return self._coordinator.aggregate() or has_changed
+
+    def _until(self, current: Round, groups: Groups) -> datetime:
+        """Return when a round with neighbors goes on without those that it waits for.
+
+        Raises:
+            SimulationError: It waits for nothing, and does not go on.
+        """
+        if current.state == RoundState.OPEN.value:
+            return min(current.deadline_at, groups.next_deadline or current.deadline_at)
+        if groups.next_deadline is None:
+            raise SimulationError(f"round {current.number} is closed and makes no progress")
+        return groups.next_deadline
+
+    def _require_version(self, owner: TrainingSession, current: Round) -> None:
+        """Refuse to go on if many rounds with neighbors in a row have made no version."""
+        if owner.current_version != self._last_version:
+            self._last_version, self._barren_since = owner.current_version, current.number - 1
+        if current.number - self._barren_since > MAX_IDLE_ROUNDS:
+            raise SimulationError(
+                f"no version in {MAX_IDLE_ROUNDS} rounds: groups lose more devices than "
+                "secure_aggregation.dropout_fraction allows, with simulation.drop_out and rounds.deadline"
+            )
+
+    def _ask(self, current: Round) -> list[int]:
+        """Return the idle devices that get the task of a round, and were not asked for it yet; let them evaluate."""
         candidates = [i for i in sorted(self._idle) if self._asked[i] != current.number]
         if not candidates:
-            return
+            return []
         for device in candidates:
             self._asked[device] = current.number
         devices = self._coordinator.asked(candidates)
-        if not devices:
-            return
+        if devices:
+            self.course.of(current.number).asked += len(devices)
+            self._evaluate(current.base_version, devices, is_last=False)
+        return devices
+
+    def _send_off(self, devices: Sequence[int], current: Round) -> None:
+        """Let devices begin to train."""
+        for device in devices:
+            self._brief(current)
+            self._idle.discard(device)
+            heapq.heappush(self._under_way, self._job(device, current))
+
+    def _brief(self, current: Round) -> Brief:
+        """Return the work of a round."""
         key = current.number, current.base_version
         if key not in self._briefs:
             self._briefs[key] = self._coordinator.brief(current)
-        self.course.of(current.number).asked += len(devices)
-        self._evaluate(current.base_version, devices, is_last=False)
-        for device in devices:
-            self._idle.discard(device)
-            heapq.heappush(self._under_way, self._job(device, current))
+        return self._briefs[key]
+
+    def _lose(self, round_number: int) -> None:
+        self.course.of(round_number).lost += 1
+
+    def _refuse(self, round_number: int, error: QflareError) -> None:
+        self.course.of(round_number).refused += 1
+        self.course.refusals[error.reason] = self.course.refusals.get(error.reason, 0) + 1
 
     def _evaluate(self, version: int, devices: Iterable[int], *, is_last: bool) -> None:
         """Let the devices that are asked measure a version on what they hold out; it takes no virtual time.
@@ -302,17 +377,19 @@ class Engine:
             draw = random.Random(f"{config.seed}:{device}:{current.number}:{current.base_version}")  # noqa: S311
             is_lost = draw.random() < config.drop_out
             seconds *= math.exp(draw.gauss(0.0, config.duration_spread))
+        if self._groups is not None:
+            is_lost = lost_at(config, device, current.number) == TRAIN
         seconds *= config.straggler_factor if device in self._stragglers else 1.0
         at = after(self._coordinator.clock(), seconds)
         return Job(at, self._order, device, current.number, current.base_version, is_lost)
 
-    def _due(self, current: Round) -> list[Job]:
-        """Return the next answers, as many as may arrive before anything else happens."""
+    def _due(self, current: Round, until: datetime) -> list[Job]:
+        """Return the next answers, as many as may arrive before anything else happens, and before a time."""
         taken: list[Job] = []
         left = max(1, current.target - current.accepted_count)
         while self._under_way and len(taken) < min(BATCH, left):
             job = self._under_way[0]
-            if job.at >= current.deadline_at or (taken and job.at != taken[0].at):
+            if job.at >= until or (taken and job.at != taken[0].at):
                 break
             taken.append(heapq.heappop(self._under_way))
         return taken
@@ -332,7 +409,7 @@ class Engine:
     ) -> bool:
         """Return whether a device's update may still count; count it otherwise, and add it to those that are late."""
         if job.is_lost:
-            self.course.of(job.round_number).lost += 1
+            self._lose(job.round_number)
         elif not self._budgets.has_room(job.device):
             self.course.of(job.round_number).spent += 1
         elif job.round_number != current.number and not is_asynchronous(owner.config):
@@ -341,7 +418,11 @@ class Engine:
             late.append((job.device, job.round_number))
         else:
             return True
-        self._results.pop(job.order, None)
+        abandoned = self._results.pop(job.order, None)
+        if abandoned is not None and self._groups is not None:
+            abandoned[
+                0
+            ]()  # what it writes of its group must not come after what the device writes next
         return False
 
     def _compute(self, due: Sequence[Job], owner: TrainingSession, current: Round) -> None:
@@ -357,7 +438,7 @@ class Engine:
             if job.order not in self._results
             and not job.is_lost
             and self._budgets.has_room(job.device)
-            and (job.round_number == current.number or is_asynchronous(owner.config))
+            and (self._counts_in(job, current) or is_asynchronous(owner.config))
         ]
         by_round: dict[tuple[int, int], list[Job]] = {}
         for job in waiting:
@@ -367,34 +448,42 @@ class Engine:
             for start in range(0, len(jobs), size):
                 self._start(self._briefs[key], jobs[start : start + size])
 
+    @staticmethod
+    def _counts_in(job: Job, current: Round) -> bool:
+        return job.round_number == current.number and job.at < current.deadline_at
+
     def _start(self, brief: Brief, jobs: Sequence[Job]) -> None:
         devices = [job.device for job in jobs]
-        result = self._pool.submit(worker.train_all, brief, devices, devices=devices)
+        shown: Sequence[bytes] = ()
+        if self._groups is not None:
+            shown = [self._groups.shown(device) for device in devices]
+        result = self._pool.submit(worker.train_all, brief, devices, shown, devices=devices)
         for position, job in enumerate(jobs):
             self._results[job.order] = result, position
 
-    def _result(self, job: Job) -> Trained | Failed:
+    def _result(self, job: Job) -> Trained | Failed | Left:
         result, position = self._results.pop(job.order)
-        found: Trained | Failed = result()[position]
+        found: Trained | Failed | Left = result()[position]
         return found
 
     def _model_bytes(self, current: Round) -> int:
         return self._coordinator.size_bytes(current.base_version)
 
-    def _submit(self, current: Round, answers: Sequence[tuple[Job, Trained | Failed]]) -> None:
+    def _submit(
+        self, current: Round, answers: Sequence[tuple[Job, Trained | Failed | Left]]
+    ) -> None:
         for job, answer in answers:
             if isinstance(answer, Failed):
                 self._fail(job, answer)
+            if isinstance(answer, Left):
+                self._lose(job.round_number)
         updates = [(job, answer) for job, answer in answers if isinstance(answer, Trained)]
         for job, _ in updates:
             self._budgets.charge(job.device)
         receipts = self._coordinator.submit([(job.device, answer) for job, answer in updates])
         for (job, update), receipt in zip(updates, receipts, strict=True):
             if isinstance(receipt, QflareError):
-                self.course.of(job.round_number).refused += 1
-                self.course.refusals[receipt.reason] = (
-                    self.course.refusals.get(receipt.reason, 0) + 1
-                )
+                self._refuse(job.round_number, receipt)
                 continue
             self._idle_rounds = 0
             if update.kept:
@@ -414,16 +503,16 @@ class Engine:
                 f"at most {most:g} may; a device raised:\n{failed.text.rstrip()}"
             )
 
-    def _pass_deadline(self, current: Round) -> None:
-        """Wait for the deadline, and let the coordinator do what is due then."""
-        self._idle_rounds += not current.accepted_count
+    def _pass_deadline(self, current: Round, until: datetime) -> None:
+        """Wait for a deadline, of the round or of a step, and let the coordinator do what is due then."""
+        self._idle_rounds += until == current.deadline_at and not current.accepted_count
         if self._idle_rounds > MAX_IDLE_ROUNDS:
             raise SimulationError(
                 f"no device answered in {MAX_IDLE_ROUNDS} rounds: a deadline below "
                 "simulation.duration_s, simulation.drop_out too high, or the budget of "
                 "simulation.local_privacy spent"
             )
-        self._coordinator.clock.advance(current.deadline_at)
+        self._coordinator.clock.advance(until)
         self._coordinator.aggregate()
 
     def _publish_seen(self, owner: TrainingSession) -> None:

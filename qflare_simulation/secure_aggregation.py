@@ -2,7 +2,8 @@
 
 A simulated helper has keys, a ledger and a policy of its own in a folder of the coordinator's, and checks and answers
 requests with the code of a real one. Only its network is left out: parts of requests and responses are handed over as
-they are. It protects nobody, since it runs beside the coordinator.
+they are. It protects nobody, since it runs beside the coordinator. Secure aggregation with neighbors needs no helper:
+`group_steps` has the steps of its devices.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +22,8 @@ from qflare_helper.unmasking import Unmasking
 from qflare_server.errors import HelperRefusedError, HelperUnavailableError
 from qflare_server.keys.server_keys import ServerKeys
 from qflare_server.keys.setup import bootstrap_bundle
+from qflare_server.training.neighbor_stages import has_neighbors
 from qflare_simulation.clock import VirtualClock
-from qflare_simulation.errors import SimulationError
 from qflare_simulation.seeds import SeededNoise
 
 MAX_VECTOR_BYTES: Final = 8 * 2**30
@@ -103,20 +104,7 @@ class SimulatedHelpers:
         """Do nothing: the ledger opens its file for each call."""
 
 
-def require_simulable(config: training_pb2.TrainingConfig) -> None:
-    """Refuse secure aggregation that devices cannot take part in one after the other.
-
-    Raises:
-        SimulationError: Names the setting.
-    """
-    if config.secure_aggregation.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
-        raise SimulationError(
-            "secure_aggregation: with neighbors, each step of a device waits for the others; a simulation "
-            "runs one device after the other; leave it out"
-        )
-
-
 def helper_names(config: training_pb2.TrainingConfig) -> Sequence[str] | None:
-    """Return the helpers that a configuration names; None without secure aggregation."""
+    """Return the helpers that a configuration names; None if it has secure aggregation with none of them."""
     policy = config.secure_aggregation
-    return list(policy.helpers) if policy.mode else None
+    return list(policy.helpers) if policy.mode and not has_neighbors(config) else None

@@ -33,7 +33,6 @@ from qflare_simulation.errors import SimulationError
 from qflare_simulation.history import Best, History
 from qflare_simulation.memory import HomeFolder
 from qflare_simulation.pool import ProcessPool
-from qflare_simulation.secure_aggregation import require_simulable
 from qflare_simulation.worker import EvaluateFunction, Programs, QueryFunction, TrainFunction
 
 
@@ -84,7 +83,6 @@ def simulate(
     chosen = _with_devices(SimulationConfig.from_value(config), data)
     columns = dict(analytics or {})
     _require_functions(chosen, train, columns)
-    require_simulable(chosen.training)
     if chosen.training.HasField("analytics"):
         arrays, evaluate = _zeros(chosen.training.analytics), None
     else:

@@ -21,14 +21,17 @@ from threadpoolctl import threadpool_limits
 
 from qflare.analytics.answers import answer
 from qflare.analytics.queries import TENSOR, Query
+from qflare.evidence.statements import digest_of
 from qflare.evidence.unmasking import Masking, masking_of
 from qflare.tensors import CHUNK_BYTES, Array, Manifest, assemble
 from qflare.tensors.encodings import Encoding
 from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import security_pb2, tensor_pb2
 from qflare_client import TrainingTask
+from qflare_client.errors import InvalidStatementError
 from qflare_client.models.download import GlobalModel
 from qflare_client.models.masked_update import add_masks, quantize_update, seal_seeds
+from qflare_client.models.neighbor_rounds import Author, GroupAbandonedError, NeighborMember
 from qflare_client.models.submission import (
     Contribution,
     checked,
@@ -41,6 +44,7 @@ from qflare_client.models.upload import Payload
 from qflare_client.privacy import LocalPrivacy
 from qflare_client.tasks import Task, TrainingDefaults
 from qflare_simulation.clock import START
+from qflare_simulation.members import KnownRegistrars, VirtualStore, member_of, signing_key
 from qflare_simulation.memory import DeviceMemory, Home
 from qflare_simulation.seeds import SeededBytes, SeededNoise
 
@@ -56,6 +60,9 @@ EvaluateFunction: TypeAlias = Callable[
 
 QueryFunction: TypeAlias = Callable[[Query, Any], Iterable[Any]]
 """Maps a query of federated analytics and the device's data to the values of its column."""
+
+Complete: TypeAlias = Callable[[security_pb2.UpdateStatement], None]
+"""States the masks of an update in its statement, which lacks nothing else."""
 
 MAX_TEXT: Final = 4000
 
@@ -119,11 +126,13 @@ class Brief(NamedTuple):
         statement: The serialized task statement, as devices get it.
         model: Where the payload of the base version is.
         manifest: Its serialized layout.
+        registrars: Algorithm and bytes of the keys that vouch for devices, with neighbors.
     """
 
     statement: bytes
     model: Source
     manifest: bytes
+    registrars: tuple[tuple[int, bytes], ...] = ()
 
 
 class Trained(NamedTuple):
@@ -147,6 +156,12 @@ class Failed(NamedTuple):
 
     kind: str
     text: str
+
+
+class Left(NamedTuple):
+    """A device that cannot go on with its group, as too many of its neighbors have dropped out."""
+
+    reason: str
 
 
 _PROGRAMS: list[Programs] = []
@@ -174,9 +189,88 @@ def device_id(index: int) -> str:
     return f"device-{index:07d}"
 
 
-def train_all(brief: Brief, devices: Sequence[int]) -> list[Trained | Failed]:
-    """Train devices one after the other; returns an update or a failure of each."""
-    return [_train(brief, index) for index in devices]
+def device_index(name: str) -> int:
+    """Return the index of a virtual device by its id."""
+    return int(name.removeprefix("device-"))
+
+
+def train_all(
+    brief: Brief, devices: Sequence[int], shown: Sequence[bytes] = ()
+) -> list[Trained | Failed | Left]:
+    """Train devices one after the other; returns an update or a failure of each.
+
+    Args:
+        brief: The work.
+        devices: Indices.
+        shown: What the coordinator shows each device of its group, a serialized `GetTaskResponse`; empty without
+            neighbors.
+    """
+    answers = shown or [b""] * len(devices)
+    return [_train(brief, index, answer) for index, answer in zip(devices, answers, strict=True)]
+
+
+def take_steps(brief: Brief, shown: Sequence[tuple[int, bytes]]) -> list[bytes | Left]:
+    """Let devices take a step of a round with neighbors, before or after training, one after the other.
+
+    Args:
+        brief: The work of the round.
+        shown: Index of each device, and the serialized `GetTaskResponse` that asks for the step.
+
+    Returns:
+        The serialized `SecureAggregationStepRequest` of each device, or that it has left its group.
+    """
+    return [_take_step(brief, index, answer) for index, answer in shown]
+
+
+def _take_step(brief: Brief, index: int, answer: bytes) -> bytes | Left:
+    group = _Group.of(brief, index, answer)
+    try:
+        made = group.member.make_step(group.answer, group.masking)
+    except (GroupAbandonedError, InvalidStatementError) as error:
+        return Left(str(error))
+    return made.SerializeToString()
+
+
+class _Group(NamedTuple):
+    """The group of a device in a round with neighbors.
+
+    Attributes:
+        member: The device.
+        answer: What the coordinator shows.
+        masking: Of the task.
+        key_id: Of the device's signature key.
+    """
+
+    member: NeighborMember
+    answer: messages.GetTaskResponse
+    masking: Masking
+    key_id: str
+
+    @classmethod
+    def of(cls, brief: Brief, index: int, answer: bytes) -> "_Group":
+        """Return the group of a device."""
+        programs, task = _PROGRAMS[0], _task(brief.statement)
+        assert task.masking is not None
+        name = device_id(index)
+        author = Author(programs.realm, name, signing_key(programs.seed, index))
+        store = VirtualStore(programs.home.files(index), name)
+        registrars = KnownRegistrars(brief.registrars)
+        member = member_of(store, author, registrars, programs.seed, index, task.round_number)
+        shown = messages.GetTaskResponse.FromString(answer)
+        return cls(member, shown, task.masking, author.key.public.key_id)
+
+    def mask(self, vector: Array) -> Callable[[security_pb2.UpdateStatement], None]:
+        """Add the device's masks to an update, in place; return what completes its statement."""
+        named = self.member.mask(self.answer, self.masking, vector)
+
+        def complete(statement: security_pb2.UpdateStatement) -> None:
+            seal_seeds(self.masking, (), statement)
+            statement.masking.neighbors.CopyFrom(named)
+            statement.key_id = self.key_id
+            signed = statement.SerializeToString(deterministic=True)
+            self.member.record_update(statement, digest_of(signed))
+
+        return complete
 
 
 def evaluate(brief: Brief) -> dict[str, float]:
@@ -190,22 +284,26 @@ def evaluate(brief: Brief) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _train(brief: Brief, index: int) -> Trained | Failed:
+def _train(brief: Brief, index: int, answer: bytes) -> Trained | Failed | Left:
     programs = _PROGRAMS[0]
     task, base = _task(brief.statement), _model(brief)
     _seed(programs.seed, index + 1, task.round_number)
     memory = DeviceMemory(programs.home, index)
     update_id = _update_id(programs.seed, index, task)
+    group = _Group.of(brief, index, answer) if answer else None
     try:
+        if group is not None:
+            group.member.prepare(group.answer, group.masking)
         contribution = _contribution(programs, memory, task, base, index)
-        payload, mask_seeds, is_kept = _payload(memory, task, contribution, update_id)
+        payload, complete, is_kept = _payload(memory, task, contribution, update_id, group)
         statement = make_statement(
             task, contribution, payload, realm=programs.realm, device_id=device_id(index)
         )
         statement.update_id = update_id
         statement.create_time.FromDatetime(START)
-        if task.masking is not None:
-            seal_seeds(task.masking, mask_seeds, statement)
+        complete(statement)
+    except (GroupAbandonedError, InvalidStatementError) as error:
+        return Left(str(error))
     except Exception as error:  # noqa: BLE001 - whatever a training function raises is a failure of its device
         return _failed(error)
     return Trained(
@@ -242,18 +340,22 @@ def _answer(programs: Programs, query: Query, base: GlobalModel, index: int) -> 
 
 
 def _payload(
-    memory: DeviceMemory, task: Task, contribution: Contribution, update_id: str
-) -> tuple[Payload, tuple[bytes, ...], bool]:
+    memory: DeviceMemory,
+    task: Task,
+    contribution: Contribution,
+    update_id: str,
+    group: _Group | None,
+) -> tuple[Payload, Complete, bool]:
     """Encode an update and stage what the device keeps with it.
 
     Returns:
-        The payload, the seeds of its masks, and whether the device keeps anything.
+        The payload, what completes its statement, and whether the device keeps anything.
     """
     session_id = task.training_session_id
     memory.local.stage(session_id, update_id, contribution.local)
     if task.masking is not None:
-        payload, seeds = _masked(task.masking, contribution, update_id)
-        return payload, seeds, bool(contribution.local)
+        payload, complete = _masked(task.masking, contribution, update_id, group)
+        return payload, complete, bool(contribution.local)
     has_residual = is_sparse(task.transfer)
     known: Mapping[str, Array] = {}
     if has_residual:
@@ -261,13 +363,13 @@ def _payload(
     payload, residual = make_payload_with_residual(contribution, task.transfer, known)
     if has_residual:
         memory.feedback.stage(session_id, update_id, residual)
-    return payload, (), has_residual or bool(contribution.local)
+    return payload, lambda _: None, has_residual or bool(contribution.local)
 
 
 def _masked(
-    masking: Masking, contribution: Contribution, update_id: str
-) -> tuple[Payload, tuple[bytes, ...]]:
-    """Mask an update with seeds that equal runs share; return the payload and the seeds."""
+    masking: Masking, contribution: Contribution, update_id: str, group: _Group | None
+) -> tuple[Payload, Complete]:
+    """Mask an update with seeds that equal runs share; return the payload, and what completes its statement."""
     seeds = SeededBytes(_PROGRAMS[0].seed, "masks", update_id)
     quantized = quantize_update(
         masking,
@@ -279,8 +381,11 @@ def _masked(
         draw_seed=seeds.draw,
         draw_noise=SeededNoise(_PROGRAMS[0].seed, "noise", update_id).draw,
     )
+    if group is not None:
+        complete = group.mask(quantized.vector)
+        return quantized.payload(), complete
     drawn = add_masks(masking, quantized, draw_seed=seeds.draw)
-    return quantized.payload(), drawn
+    return quantized.payload(), lambda statement: seal_seeds(masking, drawn, statement)
 
 
 def measure_all(

@@ -16,7 +16,7 @@ Bell et al. 2020, eprint 2020/704. Instead of agreed keys, pair seeds are sealed
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Self
@@ -132,9 +132,13 @@ class MemberSecrets:
         self._channel_seed = channel_seed
 
     @classmethod
-    def generate(cls) -> Self:
-        """Return new secrets from system randomness."""
-        return cls.from_bytes(os.urandom(3 * SEED_BYTES))
+    def generate(cls, draw: Callable[[int], bytes] = os.urandom) -> Self:
+        """Return new secrets.
+
+        Args:
+            draw: Returns random bytes; only a simulation replaces it.
+        """
+        return cls.from_bytes(draw(3 * SEED_BYTES))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

@@ -12,16 +12,17 @@ does not know what was done since, so it leaves the round.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
 
 from google.protobuf.message import DecodeError
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.crypto import merkle
-from qflare.crypto.signing import PublicKey, algorithm_of
+from qflare.crypto.signing import PublicKey, Signer, algorithm_of
 from qflare.evidence.device_keys import ProvenKeys
 from qflare.evidence.neighbors import (
     NONCE_BYTES,
@@ -99,55 +100,123 @@ class GroupAbandonedError(Exception):
     """The group of this device cannot be completed with it, through no fault of the coordinator."""
 
 
-class NeighborRounds:
-    """Steps of a device in rounds with neighbors. Thread-safe for different training sessions.
+class StateStore(Protocol):
+    """Where a device keeps its states; a `KeyStore` is one."""
+
+    @property
+    def home(self) -> Path:
+        """Folder that messages name."""
+
+    @property
+    def place(self) -> int:
+        """Number that a copy does not have."""
+
+    def read_secret(self, name: str, /) -> bytes | None:
+        """Return the content of a file; None if there is none."""
+
+    def write_secret(self, name: str, secret: bytes, /) -> None:
+        """Write a file, durably and at once."""
+
+    def delete(self, name: str, /) -> None:
+        """Delete a file if it exists."""
+
+
+class Registrars(Protocol):
+    """Knows the keys that sign receipts of devices; `Trust` does."""
+
+    def registrar_keys(
+        self, signers: Collection[str], earlier_keysets: Sequence[security_pb2.SignedEnvelope]
+    ) -> Sequence[PublicKey]:
+        """Return the keys that have ever signed receipts."""
+
+
+class Author(NamedTuple):
+    """Who states what a device sends.
+
+    Attributes:
+        realm: Name of the deployment.
+        device_id: The device.
+        key: Its signature key.
+    """
+
+    realm: str
+    device_id: str
+    key: Signer
+
+    @classmethod
+    def of(cls, identity: Identity) -> "Author":
+        """Return an enrolled device."""
+        return cls(identity.realm, identity.device_id, identity.keys.signing)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Sources(NamedTuple):
+    """Where a device takes random bytes and the time from; only a simulation replaces them.
+
+    Attributes:
+        draw: Returns as many random bytes as are asked for.
+        clock: Returns the time.
+    """
+
+    draw: Callable[[int], bytes] = os.urandom
+    clock: Callable[[], datetime] = _now
+
+
+SYSTEM: Final = Sources()
+
+
+class NeighborMember:
+    """A device in rounds with neighbors, without the calls that carry its steps.
+
+    Thread-safe for different training sessions.
 
     Args:
-        store: Key store of the device.
-        calls: Authenticated calls.
-        trust: The coordinator's keyset.
-        identity: Returns the device with the keys that the coordinator accepts.
+        store: Keeps its states.
+        registrars: Vouch for the keys of its neighbors.
+        author: Returns the device with the key that the coordinator accepts.
+        sources: Of random bytes and time.
     """
 
     def __init__(
-        self, store: KeyStore, calls: Calls, trust: Trust, identity: Callable[[], Identity]
+        self,
+        store: StateStore,
+        registrars: Registrars,
+        author: Callable[[], Author],
+        sources: Sources = SYSTEM,
     ) -> None:
         self._store = store
-        self._calls = calls
-        self._trust = trust
-        self._identity = identity
+        self._registrars = registrars
+        self._author = author
+        self._sources = sources
 
-    def take_step(self, answer: messages.GetTaskResponse, masking: Masking) -> None:
-        """Take the step that a verified task asks for.
+    def make_step(
+        self,
+        answer: messages.GetTaskResponse,
+        masking: Masking,
+        more: Callable[[int], messages.NeighborView] | None = None,
+    ) -> messages.SecureAggregationStepRequest:
+        """Return what the device sends for the step that a verified task asks for, and remember it.
 
         Args:
             answer: Of kind ADVERTISE, SHARE, CONFIRM or REVEAL.
             masking: Of its signed task, which the device's policy allows.
+            more: Returns the neighbors after a number of them; None if the answer shows all.
 
         Raises:
             GroupAbandonedError: A neighbor does not keep the protocol.
             InvalidStatementError: What the coordinator shows does not verify, or contradicts what it showed before.
-            KeyStoreError: The device's state cannot be written; nothing was sent.
-            QflareClientError: The call failed; the step may be repeated.
+            KeyStoreError: The device's state cannot be written.
         """
-        step = _Step(self._store, self._trust, self._identity(), answer, masking)
-        step.more = lambda count: self._more(answer, count)
+        step = self._step(answer, masking)
+        step.more = more
         with _checked():
-            request = _STEPS[answer.kind](step)
-        self._calls.unary(self._calls.transport.stub.SecureAggregationStep, request)
+            return _STEPS[answer.kind](step)
 
-    def _more(self, answer: messages.GetTaskResponse, first_member: int) -> messages.NeighborView:
-        """Return further neighbors for the same step."""
-        request = messages.GetTaskRequest(
-            training_session_id=answer.training_session_id,
-            trains_only=True,
-            first_member=first_member,
-        )
-        found = self._calls.unary(self._calls.transport.stub.GetTask, request)
-        if (found.kind, found.task.payload) != (answer.kind, answer.task.payload):
-            raise GroupAbandonedError("the step ended before all neighbors were read")
-        view: messages.NeighborView = found.neighbors
-        return view
+    def _step(self, answer: messages.GetTaskResponse, masking: Masking) -> "_Step":
+        return _Step(self._store, self._registrars, self._author(), self._sources, answer, masking)
 
     def prepare(self, answer: messages.GetTaskResponse, masking: Masking) -> None:
         """Open what the neighbors have sent, before the device trains.
@@ -161,7 +230,7 @@ class NeighborRounds:
             InvalidStatementError: What the coordinator shows does not verify, or contradicts what it showed before.
             KeyStoreError: The device's state cannot be written.
         """
-        step = _Step(self._store, self._trust, self._identity(), answer, masking)
+        step = self._step(answer, masking)
         with _checked():
             step.prepare()
 
@@ -187,7 +256,7 @@ class NeighborRounds:
             InvalidStatementError: What the coordinator shows does not verify.
             KeyStoreError: The device's state cannot be written.
         """
-        step = _Step(self._store, self._trust, self._identity(), answer, masking)
+        step = self._step(answer, masking)
         try:
             with _checked():
                 return step.mask(vector)
@@ -211,26 +280,74 @@ class NeighborRounds:
         self._store.delete(_PREFIX + training_session_id)
 
 
+class NeighborRounds(NeighborMember):
+    """An enrolled device in rounds with neighbors. Thread-safe for different training sessions.
+
+    Args:
+        store: Key store of the device.
+        calls: Authenticated calls.
+        trust: The coordinator's keyset.
+        identity: Returns the device with the keys that the coordinator accepts.
+    """
+
+    def __init__(
+        self, store: KeyStore, calls: Calls, trust: Trust, identity: Callable[[], Identity]
+    ) -> None:
+        super().__init__(store, trust, lambda: Author.of(identity()))
+        self._calls = calls
+
+    def take_step(self, answer: messages.GetTaskResponse, masking: Masking) -> None:
+        """Take the step that a verified task asks for.
+
+        Args:
+            answer: Of kind ADVERTISE, SHARE, CONFIRM or REVEAL.
+            masking: Of its signed task, which the device's policy allows.
+
+        Raises:
+            GroupAbandonedError: A neighbor does not keep the protocol.
+            InvalidStatementError: What the coordinator shows does not verify, or contradicts what it showed before.
+            KeyStoreError: The device's state cannot be written; nothing was sent.
+            QflareClientError: The call failed; the step may be repeated.
+        """
+        request = self.make_step(answer, masking, lambda count: self._more(answer, count))
+        self._calls.unary(self._calls.transport.stub.SecureAggregationStep, request)
+
+    def _more(self, answer: messages.GetTaskResponse, first_member: int) -> messages.NeighborView:
+        """Return further neighbors for the same step."""
+        request = messages.GetTaskRequest(
+            training_session_id=answer.training_session_id,
+            trains_only=True,
+            first_member=first_member,
+        )
+        found = self._calls.unary(self._calls.transport.stub.GetTask, request)
+        if (found.kind, found.task.payload) != (answer.kind, answer.task.payload):
+            raise GroupAbandonedError("the step ended before all neighbors were read")
+        view: messages.NeighborView = found.neighbors
+        return view
+
+
 class _Step:
     """One step of a round."""
 
     def __init__(
         self,
-        store: KeyStore,
-        trust: Trust,
-        identity: Identity,
+        store: StateStore,
+        registrars: Registrars,
+        author: Author,
+        sources: Sources,
         answer: messages.GetTaskResponse,
         masking: Masking,
     ) -> None:
         self._store = store
-        self._trust = trust
-        self._identity = identity
+        self._registrars = registrars
+        self._author = author
+        self._sources = sources
         self._view = answer.neighbors
         self.more: Callable[[int], messages.NeighborView] | None = None
         self._masking = masking
         self._session_id = answer.training_session_id
         self._round = MaskedRound(
-            identity.realm, answer.training_session_id, answer.round_number, masking.task_digest
+            author.realm, answer.training_session_id, answer.round_number, masking.task_digest
         )
 
     def advertise(self) -> messages.SecureAggregationStepRequest:
@@ -243,12 +360,12 @@ class _Step:
         )
 
     def _begin(self) -> _State:
-        secrets = MemberSecrets.generate()
+        secrets = MemberSecrets.generate(self._sources.draw)
         statement = security_pb2.NeighborAdvertisement(
             channel_key=secrets.channel_key.public.to_proto(),
             mask_key=secrets.mask_key.public.to_proto(),
             self_seed_digest=secrets.self_seed_digest,
-            nonce=os.urandom(NONCE_BYTES),
+            nonce=self._sources.draw(NONCE_BYTES),
         )
         signed = self._sign(statement)
         state = _State(
@@ -306,7 +423,7 @@ class _Step:
             count += len(view.members)
         return views
 
-    def _registrars(self, views: Sequence[messages.NeighborView]) -> list[PublicKey]:
+    def _receipt_keys(self, views: Sequence[messages.NeighborView]) -> list[PublicKey]:
         """Return the keys that may have signed the receipts of the members."""
         found = list[PublicKey]()
         for view in views:
@@ -316,14 +433,14 @@ class _Step:
                 for evidence in shown.device_keys
                 for signature in evidence.receipt.signatures
             }
-            found += self._trust.registrar_keys(signers, view.earlier_keysets)
+            found += self._registrars.registrar_keys(signers, view.earlier_keysets)
         return found
 
     def _members(
         self, views: Sequence[messages.NeighborView], graph: NeighborGraph, own: str
     ) -> dict[str, Member]:
         """Verify the advertisements of all neighbors, and keep them."""
-        proven = ProvenKeys(self._round.realm, self._registrars(views))
+        proven = ProvenKeys(self._round.realm, self._receipt_keys(views))
         members = {}
         for shown in (member for view in views for member in view.members):
             envelope = shown.advertisement
@@ -334,7 +451,7 @@ class _Step:
             member = open_advertisement(envelope, key, self._round)
             members[member.digest] = member
         require_equal("members", sorted(members), list(graph.neighbors(own)))
-        devices = {member.device_id for member in members.values()} | {self._identity.device_id}
+        devices = {member.device_id for member in members.values()} | {self._author.device_id}
         require_equal("devices", len(devices), len(members) + 1)
         return members
 
@@ -472,11 +589,9 @@ class _Step:
         return self._masking.neighbors.graph(roster)
 
     def _sign(self, statement: NeighborStatement) -> security_pb2.SignedEnvelope:
-        key = self._identity.keys.signing
-        self._round.fill(statement, self._identity.device_id, key.public.key_id)
-        now = Timestamp()
-        now.GetCurrentTime()
-        statement.create_time.CopyFrom(now)
+        key = self._author.key
+        self._round.fill(statement, self._author.device_id, key.public.key_id)
+        statement.create_time.FromDatetime(self._sources.clock())
         return sign_neighbor_statement(key, statement)
 
     def _state(self) -> _State:
@@ -535,7 +650,7 @@ def _hex(message: Any) -> str:
     return str(message.SerializeToString(deterministic=True).hex())
 
 
-def _read(store: KeyStore, training_session_id: str) -> _State | None:
+def _read(store: StateStore, training_session_id: str) -> _State | None:
     """Return the state of the latest round of a training session; None if there is none.
 
     Raises:
@@ -550,7 +665,7 @@ def _read(store: KeyStore, training_session_id: str) -> _State | None:
         raise KeyStoreError(f"{store.home / (_PREFIX + training_session_id)} is damaged") from error
 
 
-def _write(store: KeyStore, training_session_id: str, state: _State) -> None:
+def _write(store: StateStore, training_session_id: str, state: _State) -> None:
     store.write_secret(_PREFIX + training_session_id, json.dumps(asdict(state)).encode())
 
 
