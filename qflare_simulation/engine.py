@@ -29,7 +29,7 @@ from qflare_simulation.clock import after
 from qflare_simulation.config import SimulationConfig
 from qflare_simulation.coordinator import Groups, SimulatedCoordinator
 from qflare_simulation.errors import SimulationError, TrainingFailedError
-from qflare_simulation.group_steps import TRAIN, GroupSteps, lost_at
+from qflare_simulation.group_steps import SHOWN_BYTES, TRAIN, GroupSteps, lost_at
 from qflare_simulation.pool import Pool
 from qflare_simulation.worker import Brief, Failed, Left, Programs, Trained
 
@@ -67,10 +67,10 @@ class Counts:
 
     Attributes:
         asked: Devices that got the task.
-        lost: Devices that never answered, or that could not go on with their groups.
+        lost: Devices that never answered, or that could not go on with their group.
         late: Devices that answered after it had closed.
         failed: Devices whose training raised.
-        refused: Updates that the coordinator refused.
+        refused: Updates, and steps of groups, that the coordinator refused.
         spent: Devices that had no local privacy budget left.
     """
 
@@ -230,42 +230,54 @@ class Engine:
 
     def _step(self, owner: TrainingSession, current: Round) -> None:
         """Take the next event: tasks for idle devices, answers, or the deadline."""
-        until = current.deadline_at
         if self._groups is not None:
-            groups = self._coordinator.groups(owner, current)
-            if self._step_in_groups(owner, current, groups):
-                return
-            until = self._until(current, groups)
-        if current.state != RoundState.OPEN.value:
-            if self._groups is not None:
-                self._coordinator.clock.advance(until)
+            self._step_with_neighbors(owner, current, self._groups)
+        elif current.state != RoundState.OPEN.value:
             self._coordinator.aggregate()
-            return
-        if self._groups is None:
+        else:
             self._send_off(self._ask(current), current)
-        due = self._due(current, until)
-        if not due:
-            self._pass_deadline(current, until)
-            return
-        self._take(owner, current, due)
+            self._await(owner, current, current.deadline_at)
 
-    def _step_in_groups(self, owner: TrainingSession, current: Round, groups: Groups) -> bool:
+    def _step_with_neighbors(
+        self, owner: TrainingSession, current: Round, steps: GroupSteps
+    ) -> None:
+        """Take the next event: steps of devices that are due, answers, or the end of the time for them."""
+        groups = self._coordinator.groups(owner, current)
+        if self._step_in_groups(owner, current, groups, steps):
+            return
+        until = self._until(current, groups)
+        if current.state == RoundState.OPEN.value:
+            self._await(owner, current, until)
+        else:
+            self._coordinator.clock.advance(until)
+            self._coordinator.aggregate()
+
+    def _await(self, owner: TrainingSession, current: Round, until: datetime) -> None:
+        """Take the next answers before a time, or let it pass if there are none."""
+        due = self._due(current, until)
+        if due:
+            self._take(owner, current, due)
+        else:
+            self._pass_deadline(current, until)
+
+    def _step_in_groups(
+        self, owner: TrainingSession, current: Round, groups: Groups, steps: GroupSteps
+    ) -> bool:
         """Let devices of a round with neighbors take the steps that are due; return whether anything has changed.
 
         Raises:
             SimulationError: No round makes a version.
         """
-        assert self._groups is not None
-        self._groups.begin(current)
+        steps.begin(current)
         self._require_version(owner, current)
         if current.state != RoundState.OPEN.value or groups.are_formed:
-            has_changed = self._groups.take(self._brief(current), groups)
+            has_changed = steps.take(self._brief(current), groups)
         else:
             self._ask(current)
             devices = self._coordinator.asked(sorted(self._idle - groups.advertised))
             room = current.target - len(groups.advertised)
-            has_changed = self._groups.advertise(current, self._brief(current), devices, room)
-        self._send_off(self._groups.trainers(groups), current)
+            has_changed = steps.advertise(current, self._brief(current), devices, room)
+        self._send_off(steps.trainers(groups), current)
         return self._coordinator.aggregate() or has_changed
 
     def _until(self, current: Round, groups: Groups) -> datetime:
@@ -418,19 +430,21 @@ class Engine:
             late.append((job.device, job.round_number))
         else:
             return True
-        abandoned = self._results.pop(job.order, None)
-        if abandoned is not None and self._groups is not None:
-            abandoned[
-                0
-            ]()  # what it writes of its group must not come after what the device writes next
+        self._abandon(job)
         return False
+
+    def _abandon(self, job: Job) -> None:
+        """Forget a training that was begun; with neighbors, only when it has written the state of its device."""
+        found = self._results.pop(job.order, None)
+        if found is not None and self._groups is not None:
+            found[0]()
 
     def _compute(self, due: Sequence[Job], owner: TrainingSession, current: Round) -> None:
         """Start the training of devices that answer now or next."""
         if all(job.order in self._results for job in due):
             return
-        model_bytes = max(1, self._model_bytes(current))
-        most = max(len(due), min(2 * BATCH * self._pool.size, MAX_AHEAD_BYTES // model_bytes))
+        job_bytes = max(1, self._job_bytes(current))
+        most = max(len(due), min(2 * BATCH * self._pool.size, MAX_AHEAD_BYTES // job_bytes))
         ahead = heapq.nsmallest(most - len(due), self._under_way)
         waiting = [
             job
@@ -443,7 +457,7 @@ class Engine:
         by_round: dict[tuple[int, int], list[Job]] = {}
         for job in waiting:
             by_round.setdefault((job.round_number, job.base_version), []).append(job)
-        size = max(1, min(CHUNK, MAX_AHEAD_BYTES // model_bytes))
+        size = max(1, min(CHUNK, MAX_AHEAD_BYTES // job_bytes))
         for key, jobs in by_round.items():
             for start in range(0, len(jobs), size):
                 self._start(self._briefs[key], jobs[start : start + size])
@@ -466,8 +480,10 @@ class Engine:
         found: Trained | Failed | Left = result()[position]
         return found
 
-    def _model_bytes(self, current: Round) -> int:
-        return self._coordinator.size_bytes(current.base_version)
+    def _job_bytes(self, current: Round) -> int:
+        """Return what a training holds in memory: its update, and what its device is shown of its group."""
+        shown = 0 if self._groups is None else SHOWN_BYTES
+        return self._coordinator.size_bytes(current.base_version) + shown
 
     def _submit(
         self, current: Round, answers: Sequence[tuple[Job, Trained | Failed | Left]]

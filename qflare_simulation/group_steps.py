@@ -22,7 +22,9 @@ from qflare_simulation.pool import Pool
 from qflare_simulation.worker import Brief, Left
 
 CHUNK: Final = 8
-"""Devices per call; what each is shown has some hundred KB in large groups."""
+"""Devices per call."""
+SHOWN_BYTES: Final = 2**20
+"""What a device of a large group is shown at once, about."""
 TRAIN: Final = GroupStage.TRAIN.value
 STEPS: Final = (
     ADVERTISE,

@@ -209,3 +209,4 @@ def test_only_simulations_decide_what_masks_are_drawn_from() -> None:
             assert "draw_seed=" not in text, file
             assert "draw_random=" not in text, file
             assert "draw_noise=" not in text, file
+            assert text.count("Sources(") == 2 * (file.name == "neighbor_rounds.py"), file

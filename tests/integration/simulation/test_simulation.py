@@ -184,7 +184,6 @@ def test_a_session_that_cannot_advance_ends() -> None:
     ("settings", "model", "message"),
     [
         ({"secure_aggregation.helpers": ["0" * 64]}, MODEL, "secure_aggregation.mode: got none"),
-        ({"secure_aggregation.mode": "neighbors"}, MODEL, "one device after the other"),
         ({"strategy.name": "none"}, MODEL, "the coordinator refuses"),
         ({}, {}, "model: got none"),
         ({"rounds.quorum": 1}, {"a": np.zeros(3, np.int64)}, "no floating tensor"),
