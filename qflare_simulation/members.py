@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.crypto.signing import Algorithm, Provider, PublicKey, SigningKey
 from qflare.v1 import security_pb2
@@ -84,5 +85,11 @@ def member_of(
         registrars: Vouch for its neighbors.
         *label: Unique to device and round, for its secrets.
     """
-    sources = Sources(SeededBytes("neighbors", *label).draw, lambda: START)
+    sources = Sources(SeededBytes("neighbors", *label).draw, _start)
     return NeighborMember(store, registrars, lambda: author, sources)
+
+
+def _start() -> Timestamp:
+    at = Timestamp()
+    at.FromDatetime(START)
+    return at

@@ -15,11 +15,11 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from qflare.crypto import merkle
 from qflare.crypto.signing import PublicKey, Signer, algorithm_of
@@ -149,8 +149,10 @@ class Author(NamedTuple):
         return cls(identity.realm, identity.device_id, identity.keys.signing)
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
+def _now() -> Timestamp:
+    now = Timestamp()
+    now.GetCurrentTime()
+    return now
 
 
 class Sources(NamedTuple):
@@ -162,7 +164,7 @@ class Sources(NamedTuple):
     """
 
     draw: Callable[[int], bytes] = os.urandom
-    clock: Callable[[], datetime] = _now
+    clock: Callable[[], Timestamp] = _now
 
 
 SYSTEM: Final = Sources()
@@ -591,7 +593,7 @@ class _Step:
     def _sign(self, statement: NeighborStatement) -> security_pb2.SignedEnvelope:
         key = self._author.key
         self._round.fill(statement, self._author.device_id, key.public.key_id)
-        statement.create_time.FromDatetime(self._sources.clock())
+        statement.create_time.CopyFrom(self._sources.clock())
         return sign_neighbor_statement(key, statement)
 
     def _state(self) -> _State:
