@@ -8,6 +8,7 @@ What it does not do: check that floating values are finite where nothing is conv
 `qflare_client.models.upload`).
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -75,7 +76,7 @@ def _fitted_one(spec: TensorSpec, value: object) -> Array:
 
 
 def _array(spec: TensorSpec, value: object) -> Array:
-    if isinstance(value, np.ma.MaskedArray):
+    if _is_masked(value):
         raise TrainingFunctionError(f"tensor {spec.name!r}: got a masked array, want an array")
     try:
         return np.asarray(value)
@@ -83,6 +84,14 @@ def _array(spec: TensorSpec, value: object) -> Array:
         raise TrainingFunctionError(
             f"tensor {spec.name!r}: got {type(value).__name__}, want an array: {error}"
         ) from error
+
+
+def _is_masked(value: object) -> bool:
+    """Return whether a value is a masked array of numpy's.
+
+    Numpy loads them when they are first asked for. Who has none spares a device the time and the memory.
+    """
+    return isinstance(value, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
 
 
 def _is_number(dtype: np.dtype[Any]) -> bool:

@@ -1,6 +1,8 @@
 """What training returns is sent as it is meant, or refused: nothing wraps around, overflows or loses its fraction."""
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -82,6 +84,19 @@ def test_numbers_are_sent_as_they_are_or_refused(array: Array, dtype: DType) -> 
 def test_a_value_that_does_not_fit_is_named(dtype: DType, value: Any, shown: str) -> None:
     with pytest.raises(TrainingFunctionError, match=f"tensor 't'.*{shown}"):
         fitted({"t": value}, manifest(dtype, ()))
+
+
+def test_arrays_are_fitted_without_loading_masked_ones() -> None:
+    check = (
+        "import sys; import numpy as np; from qflare.tensors import DType, Manifest, TensorSpec; "
+        "from qflare_client.models.fitting import fitted; "
+        "fitted({'t': np.zeros(3)}, Manifest((TensorSpec('t', DType.FLOAT32, (3,)),))); "
+        "sys.exit('numpy.ma' in sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", check], check=False)
+
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize(
