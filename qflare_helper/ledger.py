@@ -7,10 +7,11 @@ is known to be. Answers are numbered without gaps, and each names the digest of 
 The noise of an answer is written with it, because the same set must get the same sum. It is deleted with the next
 answer for a later round of the training session: no coordinator repeats a request for a round after the next one.
 
-Thread-safe: each call opens its own connection; writers take turns.
+Thread-safe: each call opens its own connection, or uses the one that its thread holds; writers take turns.
 """
 
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,9 +98,24 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
+        self._held = threading.local()
         with self._connection() as connection:
             connection.executescript(_SCHEMA)
         self._path.chmod(0o600)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the calls of this thread within the block share a connection, which saves a millisecond for each.
+
+        Raises:
+            StoreError: It cannot be opened.
+        """
+        with self._opened() as connection:
+            self._held.connection = connection
+            try:
+                yield
+            finally:
+                self._held.connection = None
 
     def find(self, wanted: AnsweredSet) -> security_pb2.SignedEnvelope | None:
         """Return the answer to a set; None if it was not answered."""
@@ -228,6 +244,21 @@ class Ledger:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection that this thread holds, or a new one; what is not committed in the block is undone."""
+        held: sqlite3.Connection | None = getattr(self._held, "connection", None)
+        if held is None:
+            with self._opened() as opened:
+                yield opened
+            return
+        try:
+            yield held
+        except sqlite3.Error as error:
+            raise StoreError(f"{self._path}: {error}") from error
+        finally:
+            held.rollback()
+
+    @contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
         try:
             connection = sqlite3.connect(self._path, timeout=TIMEOUT_S, isolation_level=None)
         except sqlite3.Error as error:

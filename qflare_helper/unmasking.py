@@ -173,6 +173,11 @@ class Unmasking:
             HelperError: A subclass: it is refused.
         """
         opened = call.open_members(parts)
+        with self._ledger.held():
+            return self._answer(call, opened)
+
+    def _answer(self, call: "Call", opened: Sequence["_Opened"]) -> Answer | None:
+        call.refuse_unusable(opened)
         size_bytes = call.size_bytes
         if size_bytes > self._max_vector_bytes:
             raise PolicyError(
@@ -311,7 +316,6 @@ class Call:
         """Verify earlier tasks and updates, and open the seeds of these.
 
         Raises:
-            RefusedMembersError: Some seeds cannot be used.
             InvalidRequestError: An update does not verify, or the set is not the requested one.
             SmallCohortError: There are too few.
             OverlapError: A device is twice in the set.
@@ -325,7 +329,6 @@ class Call:
             if len(opened) > self._request.member_count:
                 raise InvalidRequestError("there are more updates than the request says")
         self._check_set(opened)
-        self._refuse_unusable(opened)
         return opened
 
     def _check_set(self, opened: Sequence[_Opened]) -> None:
@@ -354,7 +357,12 @@ class Call:
     def _weights_digest(self, opened: Sequence[_Opened]) -> str:
         return self._tasks.digest_of_weights((item.digest, item.weight) for item in opened)
 
-    def _refuse_unusable(self, opened: Sequence[_Opened]) -> None:
+    def refuse_unusable(self, opened: Sequence[_Opened]) -> None:
+        """Refuse a verified set with seeds that cannot be used.
+
+        Raises:
+            RefusedMembersError: It has some.
+        """
         reasons = {item.update_id: item.problem for item in opened if item.problem}
         usable = [item.ledger_member() for item in opened if item.seed is not None]
         reused = "its seed was used for another update"
