@@ -50,7 +50,7 @@ def updates(lab: Laboratory) -> Iterator[Figure]:
                     yield figure
                 session_id = start_unbounded(coordinator, SMALL)
                 calls = submissions(coordinator, session_id, devices, SMALL)
-                yield _paced(f"{backend}, 64 devices", coordinator, calls, rate / 2)
+                yield _paced(f"{backend}, 64 devices", coordinator, sink, calls, rate / 2)
 
 
 def warm_up(coordinator: Coordinator, devices: list[BenchDevice]) -> None:
@@ -78,12 +78,18 @@ def _closed(
     )
 
 
-def _paced(what: str, coordinator: Coordinator, calls: list[Call], rate: float) -> Figure:
-    """Measure latencies at half of the closed loop's rate, where calls do not queue."""
+def _paced(
+    what: str, coordinator: Coordinator, sink: ServerProcess, calls: list[Call], rate: float
+) -> Figure:
+    """Measure latencies at half of the closed loop's rate, and those of calls that do nothing at the same rate."""
+    before = coordinator.process.cpu_s()
     done = paced(coordinator.address, calls, rate, 64)
+    cpu_s = (coordinator.process.cpu_s() - before) / len(calls)
+    bound = paced(sink.address, calls, rate, 64)
     return Figure(
         f"update of 10 KB, {what}, paced at half of that rate, {rate:.0f}/s",
-        str(done),
+        f"{done}; {milliseconds(cpu_s)} of CPU each",
+        f"no-op call: {bound}",
         goal=f"p99 < {P99_GOAL_MS:.0f} ms",
         reached=done.quantile_ms(0.99) < P99_GOAL_MS,
     )
