@@ -14,6 +14,7 @@ from qflare_client.admin import plots
 from qflare_client.admin.analytics import as_lines
 from qflare_client.admin.extras import MissingExtraError, require
 from qflare_client.errors import InvalidRequestError
+from qflare_server.storage.tables import RoundState
 from qflare_simulation import tables as tabular
 from qflare_simulation.config import SimulationConfig
 from qflare_simulation.errors import SimulationError
@@ -219,9 +220,10 @@ class History:
         )
 
     def __str__(self) -> str:
-        """Return the table and a line on the end."""
+        """Return the table, why rounds failed, and a line on the end."""
         ended = f"{self.state} at version {self.version} after {self.virtual_s:.0f} virtual seconds"
-        lines = [self.table(), f"{ended}{': ' + self.reason if self.reason else ''}"]
+        lines = [self.table(), *self._failures()]
+        lines.append(f"{ended}{': ' + self.reason if self.reason else ''}")
         if self.best is not None:
             shown = f"{self.best.metric} {self.best.value:.4f} ({self.best.data})"
             lines.append(f"best version {self.best.version}: {shown}")
@@ -231,6 +233,17 @@ class History:
             lines += as_lines(self.result)
             lines.append(f"the noise has a deviation of {self.result.error:.4g}")
         return "\n".join(lines)
+
+    def _failures(self) -> list[str]:
+        """Return a line for each reason for which rounds failed."""
+        found: dict[str, list[str]] = {}
+        for row in self.tables["rounds"]:
+            if row["state"] == RoundState.FAILED.value:
+                found.setdefault(row["reason"], []).append(str(row["round"]))
+        return [
+            f"failed {'round' if len(numbers) == 1 else 'rounds'} {', '.join(numbers)}: {reason}"
+            for reason, numbers in found.items()
+        ]
 
 
 def compare(histories: Sequence[History], path: str | Path, metric: str = "test_accuracy") -> None:

@@ -178,6 +178,17 @@ def test_a_group_that_loses_too_many_is_aborted_alone() -> None:
     assert done.counts[1]["lost"] == 3
 
 
+def test_a_round_whose_groups_are_all_aborted_says_why() -> None:
+    done = run(NEIGHBORS, seed=seed_where(6, 0.3, {"confirm": 4}), drop_out=0.3)
+
+    first, *others = done.history("rounds")
+    assert (first["state"], first["rejected"]) == ("failed", 6)
+    assert "secure aggregation needs" in first["reason"]
+    alike = [str(row["round"]) for row in others if row["reason"] == first["reason"]]
+    noun = "rounds" if alike else "round"
+    assert f"\nfailed {noun} {', '.join(['1', *alike])}: {first['reason']}\n" in str(done)
+
+
 def test_a_device_that_comes_too_late_takes_part_in_the_next_round() -> None:
     share, factor = 0.2, 2.5  # one device takes 150 s instead of 60 s
     made = SimulationConfig(devices=6, straggler_share=share)
