@@ -24,7 +24,7 @@ from qflare.tensors import assemble
 from qflare.training_settings import SettingError, apply
 from qflare.v1 import training_pb2
 from qflare_client import TrainingTask
-from qflare_server.aggregation.fold import BATCH, RoundFold, WrittenVersion
+from qflare_server.aggregation.fold import RoundFold, WrittenVersion
 from qflare_server.aggregation.plan import RoundPlan, read_plan
 from qflare_server.context import Context
 from qflare_server.errors import PayloadPrunedError, QflareError
@@ -37,14 +37,13 @@ from qflare_server.storage.repository import (
     payloads,
     replaced_configs,
     training_sessions,
-    updates,
 )
 from qflare_server.storage.repository.updates import AcceptedUpdate
 from qflare_server.storage.training_configs import from_json
 from qflare_server.strategies import NotEnoughUpdatesError
 from qflare_server.training.masking import is_masked
 from qflare_server.training.strategy import build_strategy
-from qflare_server.verification.recomputation import ReadingDatabase
+from qflare_server.verification.recomputation import ReadingDatabase, updates_of_round
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.worker import EvaluateFunction
 
@@ -265,7 +264,7 @@ class _Replayer:
                 plan = read_plan(session, training_session_id, number, base_version)
             except QflareError as error:
                 return ReplayedRound(*named, str(error) or error.reason, 0)
-        accepted = self._accepted(training_session_id, number, most)
+        accepted = updates_of_round(self._context, training_session_id, number)[: most or None]
         if any(update.location == "none" for update in accepted):
             return ReplayedRound(*named, "its updates were not kept", 0)
         if len(accepted) < config.rounds.quorum:
@@ -273,17 +272,6 @@ class _Replayer:
             return ReplayedRound(*named, missed, len(accepted))
         changed = dataclasses.replace(plan, config=config)
         return self._folded(changed, accepted, ReplayedRound(*named, "version", len(accepted)))
-
-    def _accepted(self, training_session_id: str, number: int, most: int) -> list[AcceptedUpdate]:
-        """Return the updates of a round, at most `most` unless that is 0, without the bytes of those in rows."""
-        found: list[AcceptedUpdate] = []
-        while True:
-            after = found[-1].acceptance_sequence if found else 0
-            with self._context.database.read() as session:
-                batch = updates.facts_after(session, training_session_id, number, after, BATCH)
-            found += batch
-            if len(batch) < BATCH:
-                return found[:most] if most else found
 
     def _folded(
         self, plan: RoundPlan, accepted: Sequence[AcceptedUpdate], draft: ReplayedRound

@@ -317,8 +317,9 @@ class Engine:
 
     def _send_off(self, devices: Sequence[int], current: Round) -> None:
         """Let devices begin to train."""
-        for device in devices:
+        if devices:
             self._brief(current)
+        for device in devices:
             self._idle.discard(device)
             heapq.heappush(self._under_way, self._job(device, current))
 

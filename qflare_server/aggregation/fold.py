@@ -107,11 +107,12 @@ from qflare_server.training.strategy import stored_strategy
 
 logger = logging.getLogger(__name__)
 
-AHEAD: Final = 8  # chunks read at once of a payload that is read from end to end
-SLICE_AHEAD: Final = (
-    1  # at least, where slices are read; exactly, of a hundred updates side by side
-)
-THREADED_ELEMENTS: Final = 2**20  # models beyond are folded by several threads
+AHEAD: Final = 8
+"""Chunks read at once of a payload that is read from end to end."""
+SLICE_AHEAD: Final = 1
+"""Chunks read at once where slices are read: at least so many, and just so many of a hundred updates side by side."""
+THREADED_ELEMENTS: Final = 2**20
+"""Models with more elements are folded by several threads."""
 BATCH: Final = 64
 """Most updates that are read at once."""
 BATCH_BYTES: Final = 4 * 2**20

@@ -90,7 +90,7 @@ def recompute_version(
     result = Recomputation(model.version, statement.payload_digest)
     if not model.round_number:
         return _compare_copy(context, model, statement, result)
-    folded = _updates_of(context, model)
+    folded = updates_of_round(context, model.training_session_id, model.round_number)
     pruned_count = sum(update.location == "none" for update in folded)
     result = dataclasses.replace(result, update_count=len(folded), pruned_count=pruned_count)
     config = configurations.find(model.round_number, statement.config_digest)
@@ -182,15 +182,15 @@ def _compare_copy(
     return dataclasses.replace(result, recomputed=True, differences=() if same else (problem,))
 
 
-def _updates_of(context: Context, model: GlobalModel) -> list[AcceptedUpdate]:
-    """Return the updates of a version's round, without payload bytes stored in rows."""
+def updates_of_round(
+    context: Context, training_session_id: str, round_number: int
+) -> list[AcceptedUpdate]:
+    """Return the updates of a round in order of acceptance, without payload bytes stored in rows."""
     found: list[AcceptedUpdate] = []
     while True:
         after = found[-1].acceptance_sequence if found else 0
         with context.database.read() as session:
-            batch = updates.facts_after(
-                session, model.training_session_id, model.round_number, after, BATCH
-            )
+            batch = updates.facts_after(session, training_session_id, round_number, after, BATCH)
         found += batch
         if len(batch) < BATCH:
             return found
