@@ -89,16 +89,16 @@ def half_a_result() -> object:
 
 def cut_off(function: Callable[[], object]) -> object:
     """Call a function in a process that is killed amid the first message that may be cut by a kill."""
-    whole = Connection._send
+    connection: Any = Connection
+    whole = connection._send
 
-    def send(connection: Connection, data: bytes, *arguments: Any) -> None:
-        if len(data) <= select.PIPE_BUF:
-            return whole(connection, data, *arguments)
-        os.write(connection.fileno(), bytes(data[: len(data) // 2]))
-        die()
-        return None
+    def send(to: Any, data: bytes, *arguments: Any) -> None:
+        if len(data) > select.PIPE_BUF:
+            os.write(to.fileno(), bytes(data[: len(data) // 2]))
+            die()
+        whole(to, data, *arguments)
 
-    Connection._send = send  # type: ignore[method-assign]
+    connection._send = send
     return function()
 
 
@@ -137,7 +137,10 @@ def test_a_killed_process_ends_the_work_of_the_pool(
     ids=["result", "error", "result that cannot travel", "error that cannot travel"],
 )
 def test_no_message_of_a_process_can_be_cut_by_a_kill(
-    tmp_path: Path, programs: Programs, function: Callable[[], object], found: type[Exception]
+    tmp_path: Path,
+    programs: Programs,
+    function: Callable[[], object],
+    found: type[Exception] | None,
 ) -> None:
     with ProcessPool(programs, 1, tmp_path) as pool:
         result = pool.submit(cut_off, function)
