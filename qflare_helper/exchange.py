@@ -5,6 +5,7 @@ Where the parts come from is up to the caller: `service` takes them from gRPC, a
 
 import logging
 from collections.abc import Generator, Iterator
+from typing import Final
 
 from qflare.v1 import helper_service_pb2 as messages
 from qflare.v1 import security_pb2
@@ -12,6 +13,9 @@ from qflare_helper.errors import InvalidRequestError, RefusedMembersError
 from qflare_helper.unmasking import Call, Unmasking
 
 logger = logging.getLogger(__name__)
+
+MAX_MEMBERS: Final = 256
+"""Most updates of one part of a request."""
 
 
 def header_of(parts: Iterator[messages.UnmaskRequest]) -> messages.UnmaskHeader:
@@ -40,7 +44,7 @@ def respond(
         HelperError: A subclass: it is refused.
     """
     try:
-        answer = unmasking.answer(call, _contents(parts))
+        answer = unmasking.answer(call, contents_of(parts))
     except RefusedMembersError as error:
         yield _refused(error.reasons)
         return "updates_refused"
@@ -55,17 +59,36 @@ def respond(
     return "answered"
 
 
-def _contents(
+def contents_of(
     parts: Iterator[messages.UnmaskRequest],
 ) -> Iterator[messages.UnmaskMember | security_pb2.SignedEnvelope]:
+    """Yield the earlier tasks and the updates of a request.
+
+    Args:
+        parts: Those after the header.
+
+    Raises:
+        InvalidRequestError: While iterating: a part is a second header, is empty, or has too many updates.
+    """
     for part in parts:
         match part.WhichOneof("part"):
+            case "members":
+                yield from _members(part.members)
             case "member":
                 yield part.member
             case "earlier_task":
                 yield part.earlier_task
             case _:
                 raise InvalidRequestError("after the header of a request come tasks and updates")
+
+
+def _members(part: messages.UnmaskMembers) -> Iterator[messages.UnmaskMember]:
+    """Yield the updates of a part."""
+    if not 1 <= len(part.members) <= MAX_MEMBERS:
+        raise InvalidRequestError(
+            f"a part has {len(part.members)} updates, want 1 to {MAX_MEMBERS}"
+        )
+    yield from part.members
 
 
 def _refused(reasons: dict[str, str]) -> messages.UnmaskResponse:

@@ -26,7 +26,7 @@ from qflare.v1 import security_pb2 as qflare_dot_v1_dot_security__pb2
 from qflare.v1 import verification_pb2 as qflare_dot_v1_dot_verification__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eqflare/v1/helper_service.proto\x12\tqflare.v1\x1a\x18qflare/v1/security.proto\x1a\x1cqflare/v1/verification.proto\"m\n\x0cHelperBundle\x12+\n\x08\x64ocument\x18\x01 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1f\n\x17\x63\x65rtificate_authorities\x18\x03 \x01(\t\"\x12\n\x10GetHelperRequest\"Q\n\x11GetHelperResponse\x12+\n\x08\x64ocument\x18\x01 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\x0f\n\x07\x63ounter\x18\x02 \x01(\x03\"\xd4\x01\n\x0cUnmaskHeader\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\'\n\x04task\x18\x02 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\'\n\x06keyset\x18\x03 \x01(\x0b\x32\x17.qflare.v1.KeysetBundle\x12\x32\n\x0f\x65\x61rlier_keysets\x18\x04 \x03(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\x12\n\ncheck_only\x18\x05 \x01(\x08\"o\n\x0cUnmaskMember\x12,\n\tstatement\x18\x01 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\x31\n\x0b\x64\x65vice_keys\x18\x02 \x03(\x0b\x32\x1c.qflare.v1.DeviceKeyEvidence\"\xa0\x01\n\rUnmaskRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.qflare.v1.UnmaskHeaderH\x00\x12)\n\x06member\x18\x02 \x01(\x0b\x32\x17.qflare.v1.UnmaskMemberH\x00\x12\x31\n\x0c\x65\x61rlier_task\x18\x03 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelopeH\x00\x42\x06\n\x04part\"2\n\rRefusedMember\x12\x11\n\tupdate_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\";\n\x0eRefusedMembers\x12)\n\x07members\x18\x01 \x03(\x0b\x32\x18.qflare.v1.RefusedMember\"d\n\x0cUnmaskAnswer\x12)\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12)\n\x06latest\x18\x02 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\"\x82\x01\n\x0eUnmaskResponse\x12)\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x17.qflare.v1.UnmaskAnswerH\x00\x12,\n\x07refused\x18\x02 \x01(\x0b\x32\x19.qflare.v1.RefusedMembersH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part2\x9a\x01\n\rHelperService\x12\x46\n\tGetHelper\x12\x1b.qflare.v1.GetHelperRequest\x1a\x1c.qflare.v1.GetHelperResponse\x12\x41\n\x06Unmask\x12\x18.qflare.v1.UnmaskRequest\x1a\x19.qflare.v1.UnmaskResponse(\x01\x30\x01\x42`\n\tqflare.v1B\x12HelperServiceProtoP\x01Z\x12qflare/v1;qflarev1\xa2\x02\x03QFL\xaa\x02\tQflare.V1\xca\x02\tQflare\\V1\xea\x02\nQflare::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eqflare/v1/helper_service.proto\x12\tqflare.v1\x1a\x18qflare/v1/security.proto\x1a\x1cqflare/v1/verification.proto\"m\n\x0cHelperBundle\x12+\n\x08\x64ocument\x18\x01 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1f\n\x17\x63\x65rtificate_authorities\x18\x03 \x01(\t\"\x12\n\x10GetHelperRequest\"Q\n\x11GetHelperResponse\x12+\n\x08\x64ocument\x18\x01 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\x0f\n\x07\x63ounter\x18\x02 \x01(\x03\"\xd4\x01\n\x0cUnmaskHeader\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\'\n\x04task\x18\x02 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\'\n\x06keyset\x18\x03 \x01(\x0b\x32\x17.qflare.v1.KeysetBundle\x12\x32\n\x0f\x65\x61rlier_keysets\x18\x04 \x03(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\x12\n\ncheck_only\x18\x05 \x01(\x08\"o\n\x0cUnmaskMember\x12,\n\tstatement\x18\x01 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12\x31\n\x0b\x64\x65vice_keys\x18\x02 \x03(\x0b\x32\x1c.qflare.v1.DeviceKeyEvidence\"9\n\rUnmaskMembers\x12(\n\x07members\x18\x01 \x03(\x0b\x32\x17.qflare.v1.UnmaskMember\"\xcd\x01\n\rUnmaskRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.qflare.v1.UnmaskHeaderH\x00\x12)\n\x06member\x18\x02 \x01(\x0b\x32\x17.qflare.v1.UnmaskMemberH\x00\x12\x31\n\x0c\x65\x61rlier_task\x18\x03 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelopeH\x00\x12+\n\x07members\x18\x04 \x01(\x0b\x32\x18.qflare.v1.UnmaskMembersH\x00\x42\x06\n\x04part\"2\n\rRefusedMember\x12\x11\n\tupdate_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\";\n\x0eRefusedMembers\x12)\n\x07members\x18\x01 \x03(\x0b\x32\x18.qflare.v1.RefusedMember\"d\n\x0cUnmaskAnswer\x12)\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\x12)\n\x06latest\x18\x02 \x01(\x0b\x32\x19.qflare.v1.SignedEnvelope\"\x82\x01\n\x0eUnmaskResponse\x12)\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x17.qflare.v1.UnmaskAnswerH\x00\x12,\n\x07refused\x18\x02 \x01(\x0b\x32\x19.qflare.v1.RefusedMembersH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part2\x9a\x01\n\rHelperService\x12\x46\n\tGetHelper\x12\x1b.qflare.v1.GetHelperRequest\x1a\x1c.qflare.v1.GetHelperResponse\x12\x41\n\x06Unmask\x12\x18.qflare.v1.UnmaskRequest\x1a\x19.qflare.v1.UnmaskResponse(\x01\x30\x01\x42`\n\tqflare.v1B\x12HelperServiceProtoP\x01Z\x12qflare/v1;qflarev1\xa2\x02\x03QFL\xaa\x02\tQflare.V1\xca\x02\tQflare\\V1\xea\x02\nQflare::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,16 +44,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UNMASKHEADER']._serialized_end=528
   _globals['_UNMASKMEMBER']._serialized_start=530
   _globals['_UNMASKMEMBER']._serialized_end=641
-  _globals['_UNMASKREQUEST']._serialized_start=644
-  _globals['_UNMASKREQUEST']._serialized_end=804
-  _globals['_REFUSEDMEMBER']._serialized_start=806
-  _globals['_REFUSEDMEMBER']._serialized_end=856
-  _globals['_REFUSEDMEMBERS']._serialized_start=858
-  _globals['_REFUSEDMEMBERS']._serialized_end=917
-  _globals['_UNMASKANSWER']._serialized_start=919
-  _globals['_UNMASKANSWER']._serialized_end=1019
-  _globals['_UNMASKRESPONSE']._serialized_start=1022
-  _globals['_UNMASKRESPONSE']._serialized_end=1152
-  _globals['_HELPERSERVICE']._serialized_start=1155
-  _globals['_HELPERSERVICE']._serialized_end=1309
+  _globals['_UNMASKMEMBERS']._serialized_start=643
+  _globals['_UNMASKMEMBERS']._serialized_end=700
+  _globals['_UNMASKREQUEST']._serialized_start=703
+  _globals['_UNMASKREQUEST']._serialized_end=908
+  _globals['_REFUSEDMEMBER']._serialized_start=910
+  _globals['_REFUSEDMEMBER']._serialized_end=960
+  _globals['_REFUSEDMEMBERS']._serialized_start=962
+  _globals['_REFUSEDMEMBERS']._serialized_end=1021
+  _globals['_UNMASKANSWER']._serialized_start=1023
+  _globals['_UNMASKANSWER']._serialized_end=1123
+  _globals['_UNMASKRESPONSE']._serialized_start=1126
+  _globals['_UNMASKRESPONSE']._serialized_end=1256
+  _globals['_HELPERSERVICE']._serialized_start=1259
+  _globals['_HELPERSERVICE']._serialized_end=1413
 # @@protoc_insertion_point(module_scope)

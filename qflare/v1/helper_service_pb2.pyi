@@ -176,14 +176,39 @@ class UnmaskMember(_message.Message):
 Global___UnmaskMember: _TypeAlias = UnmaskMember  # noqa: Y015
 
 @_typing.final
+class UnmaskMembers(_message.Message):
+    """Updates of the round that are sent together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnmaskMember]:
+        """Updates, 1 to 256."""
+
+    def __init__(
+        self,
+        *,
+        members: _abc.Iterable[Global___UnmaskMember] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmaskMembers: _TypeAlias = UnmaskMembers  # noqa: Y015
+
+@_typing.final
 class UnmaskRequest(_message.Message):
-    """Request for Unmask: first the header, then earlier tasks, then the updates."""
+    """Request for Unmask: first the header, then earlier tasks, then the updates, one or several in a message."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: _builtins.int
     MEMBER_FIELD_NUMBER: _builtins.int
     EARLIER_TASK_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___UnmaskHeader:
         """Header."""
@@ -196,18 +221,23 @@ class UnmaskRequest(_message.Message):
     def earlier_task(self) -> _security_pb2.SignedEnvelope:
         """With asynchronous rounds: signed TaskStatement of an earlier round, for which some of the updates were made."""
 
+    @_builtins.property
+    def members(self) -> Global___UnmaskMembers:
+        """Several updates."""
+
     def __init__(
         self,
         *,
         header: Global___UnmaskHeader | None = ...,
         member: Global___UnmaskMember | None = ...,
         earlier_task: _security_pb2.SignedEnvelope | None = ...,
+        members: Global___UnmaskMembers | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["earlier_task", b"earlier_task", "header", b"header", "member", b"member", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["earlier_task", b"earlier_task", "header", b"header", "member", b"member", "members", b"members", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["earlier_task", b"earlier_task", "header", b"header", "member", b"member", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["earlier_task", b"earlier_task", "header", b"header", "member", b"member", "members", b"members", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "member", "earlier_task"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "member", "earlier_task", "members"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 

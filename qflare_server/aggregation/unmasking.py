@@ -10,7 +10,7 @@ refuses would otherwise change a set that the others have already answered.
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +48,12 @@ from qflare_server.storage.repository.unmaskings import StoredUnmasking
 logger = logging.getLogger(__name__)
 
 BATCH: Final = 64
+"""Updates that are read at once."""
+
+PART_BYTES: Final = 2**18
+"""Most bytes of updates in one part of a request; an update that is larger is alone. A part has to arrive within the
+seconds that a helper waits for it."""
+
 MAX_REASON: Final = 200
 
 Request = helper_service_pb2.UnmaskRequest
@@ -320,7 +326,8 @@ class HelperRequests:
         )
         yield Request(header=header)
         yield from (Request(earlier_task=task) for task in self._earlier_tasks())
-        yield from (Request(member=member) for member in self._members())
+        for members in self._batches():
+            yield from packed(members)
 
     def _earlier_tasks(self) -> Iterator[security_pb2.SignedEnvelope]:
         for number in sorted(self._earlier_rounds):
@@ -328,8 +335,8 @@ class HelperRequests:
                 found = training_sessions.get_round(session, self._plan.training_session_id, number)
             yield opened_task(None if found is None else found.task)
 
-    def _members(self) -> Iterator[helper_service_pb2.UnmaskMember]:
-        """Yield the updates, read in batches."""
+    def _batches(self) -> Iterator[list[helper_service_pb2.UnmaskMember]]:
+        """Yield the updates in the batches in which they are read."""
         after, plan = 0, self._plan
         while True:
             with self._context.database.read() as session:
@@ -338,14 +345,36 @@ class HelperRequests:
                 )
                 wanted = [update for update in batch if update.update_id in self._digests]
                 keys = evidence.keys_of(session, {update.device_id for update in wanted})
+            members = []
             for update in wanted:
                 statement = security_pb2.SignedEnvelope(payload=update.statement or b"")
                 statement.signatures.add().ParseFromString(update.signature or b"")
                 shown = [key_evidence(key) for key in keys if key.device_id == update.device_id]
-                yield helper_service_pb2.UnmaskMember(statement=statement, device_keys=shown)
+                members.append(
+                    helper_service_pb2.UnmaskMember(statement=statement, device_keys=shown)
+                )
+            yield members
             if len(batch) < BATCH:
                 return
             after = batch[-1].acceptance_sequence
+
+
+def packed(members: Iterable[helper_service_pb2.UnmaskMember]) -> Iterator[Request]:
+    """Yield the parts of a request with some updates: `PART_BYTES` of them in each, or one that is larger.
+
+    Args:
+        members: At most `BATCH`, so that a part has no more than a helper accepts.
+    """
+    part, size_bytes = Request(), 0
+    for member in members:
+        added = member.ByteSize()
+        if part.members.members and size_bytes + added > PART_BYTES:
+            yield part
+            part, size_bytes = Request(), 0
+        part.members.members.append(member)
+        size_bytes += added
+    if part.members.members:
+        yield part
 
 
 def opened_task(

@@ -69,10 +69,14 @@ class LyingCoordinator:
         task: Any = None,
         header: Any = None,
         earlier: Iterable[security_pb2.SignedEnvelope] = (),
+        together: int = 0,
         **changes: Any,
     ) -> list[messages.UnmaskResponse]:
-        """Ask for a set; raises what the helper answers."""
+        """Ask for a set, with so many updates in one part, or each in one; raises what the helper answers."""
         parts = self.parts(members, task=task, header=header, **changes)
+        if together:
+            places = range(0, len(members), together)
+            parts[1:] = [_joined(members[place : place + together]) for place in places]
         parts[1:1] = [messages.UnmaskRequest(earlier_task=envelope) for envelope in earlier]
         with grpc.insecure_channel(self._helper.address) as channel:
             return list(HelperServiceStub(channel).Unmask(iter(parts), timeout=20))
@@ -100,6 +104,11 @@ class LyingCoordinator:
         return f"{error.code().name}: {error.details()}"
 
 
+def _joined(members: Iterable[Member]) -> messages.UnmaskRequest:
+    """Return a part of a request with several updates."""
+    return messages.UnmaskRequest(members=messages.UnmaskMembers(members=members))
+
+
 def _envelope(data: bytes) -> security_pb2.SignedEnvelope:
     return security_pb2.SignedEnvelope.FromString(data)
 
@@ -118,6 +127,7 @@ def test_a_helper_answers_a_set_once_and_nothing_that_overlaps_it(liar: LyingCoo
     first = liar.ask(liar.members)
     again = liar.ask(list(reversed(liar.members)))
     assert first == again
+    assert liar.ask(liar.members, together=3) == first
     assert first[0].answer.answer == first[0].answer.latest
     assert "in a set that was answered before" in liar.refusal(liar.members[:3])
 

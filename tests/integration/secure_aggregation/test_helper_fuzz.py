@@ -47,11 +47,23 @@ class HelperFuzzer:
     def _right(self) -> list[messages.UnmaskRequest]:
         parts = self._liar.parts(self._liar.members)
         parts[0].header.check_only = self._random.random() < 0.5
-        return parts
+        return self._joined(parts) if self._random.random() < 0.5 else parts
+
+    def _joined(self, parts: list[messages.UnmaskRequest]) -> list[messages.UnmaskRequest]:
+        """Return a request with some or all of its updates in one part."""
+        count = self._random.randint(2, len(parts))
+        together = messages.UnmaskRequest()
+        together.members.members.extend(part.member for part in parts[1:count])
+        return [parts[0], together, *parts[count:]]
 
     def _spoil(self, part: messages.UnmaskRequest) -> None:
         choice = self._random.random()
-        if not part.HasField("header"):
+        if part.HasField("members") and part.members.members and choice < 0.5:
+            member = self._random.choice(part.members.members)
+            self._spoil_inside(member.statement, security_pb2.UpdateStatement)
+        elif part.HasField("members"):
+            self._maker.spoil(part.members)
+        elif not part.HasField("header"):
             if choice < 0.5:
                 self._spoil_inside(part.member.statement, security_pb2.UpdateStatement)
             else:
