@@ -24,10 +24,20 @@ ENDED_AT_ONCE: Final = 1
 """Exit code after a second signal."""
 _STANDARD_ERROR: Final = 2
 _PR_SET_DUMPABLE: Final = 4  # sys/prctl.h of Linux
+_NEGATIVE_NUMBER: Final = re.compile(
+    r"-(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?|inf|nan)\Z", re.IGNORECASE
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Argument parser that reports usage errors as a cause and a remedy, in printable characters only."""
+    """Argument parser that reports usage errors as a cause and a remedy, in printable characters only.
+
+    A negative number in any notation is a value, such as -1e5, which argparse takes for an option.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._negative_number_matcher = _NEGATIVE_NUMBER
 
     def _print_message(self, message: str, file: Any = None) -> None:
         try:
@@ -146,6 +156,17 @@ def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def positive(text: str) -> float:
+    """Read a finite number above zero, as an argument type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a number above 0")
+    return value
 
 
 def address(text: str) -> str:

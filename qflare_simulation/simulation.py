@@ -107,7 +107,7 @@ def simulate(
         )
         # The processes of the pool start while the coordinator makes its keys and its database.
         with (
-            _pool(programs, chosen) as pool,
+            _pool(programs, chosen, home) as pool,
             opened(home, chosen, is_kept=is_kept) as coordinator,
         ):
             coordinator.register(chosen)
@@ -117,10 +117,10 @@ def simulate(
             return _history(coordinator, chosen, engine.course, home if is_kept else None)
 
 
-def _pool(programs: Programs, config: SimulationConfig) -> ProcessPool | RayPool:
+def _pool(programs: Programs, config: SimulationConfig, folder: Path) -> ProcessPool | RayPool:
     if config.ray:
         return RayPool(programs, config.ray, config.workers)
-    return ProcessPool(programs, config.workers)
+    return ProcessPool(programs, config.workers, folder)
 
 
 def _first(

@@ -7,7 +7,7 @@ over the values of a device of a vector of norm 1 or less, divided by the number
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isfinite, sqrt, ulp
 from typing import Final, Self
 
 from qflare.tensors import DType, Manifest, TensorSpec
@@ -22,6 +22,10 @@ CLIP_NORM: Final = 1.0
 MAX_BINS: Final = 10_000
 MAX_LABELS: Final = 256
 MAX_BOUND: Final = 1e12
+MIN_SPREAD: Final = 1e-12
+"""Least difference of the bounds."""
+_MIN_BIN_ULPS: Final = 16.0
+"""Least width of a bin, in units in the last place of the larger bound, so that float64 tells all edges apart."""
 MAX_EXAMPLES: Final = 2**40
 
 KINDS: Final = {
@@ -102,7 +106,7 @@ class Query:
             kind=kind,
             lower=message.lower,
             upper=message.upper,
-            bins=(message.bins or _BINNED[kind]) if kind in _BINNED else 0,
+            bins=_bin_count(message, kind) if kind in _BINNED else 0,
             quantiles=wanted if kind == "quantiles" else (),
             labels=tuple(message.labels),
             max_examples=message.max_examples or 1,
@@ -162,6 +166,21 @@ def _check_bounds(message: training_pb2.AnalyticsQuery, kind: str) -> None:
             "upper",
             f"got lower {message.lower:g} and upper {message.upper:g}, want lower < upper within 1e12",
         )
+    spread = message.upper - message.lower
+    least = max(MIN_SPREAD, _least_bin(message) * _bin_count(message, kind))
+    if spread < least:
+        raise InvalidQueryError(
+            "upper",
+            f"got {spread:.3g} above lower, want at least {least:.3g}, or values are not told apart",
+        )
+
+
+def _least_bin(message: training_pb2.AnalyticsQuery) -> float:
+    return _MIN_BIN_ULPS * ulp(max(abs(message.lower), abs(message.upper)))
+
+
+def _bin_count(message: training_pb2.AnalyticsQuery, kind: str) -> int:
+    return message.bins or _BINNED.get(kind, 1)
 
 
 def _check_bins(message: training_pb2.AnalyticsQuery, kind: str) -> None:
@@ -198,8 +217,8 @@ def _check_examples(message: training_pb2.AnalyticsQuery, _: str) -> None:
 
 _CHECKS: Final[tuple[Callable[[training_pb2.AnalyticsQuery, str], None], ...]] = (
     _check_column,
+    _check_bins,  # before the bounds, which leave room for so many
     _check_bounds,
-    _check_bins,
     _check_quantiles,
     _check_labels,
     _check_examples,

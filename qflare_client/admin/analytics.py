@@ -11,7 +11,7 @@ from typing import Any
 
 from qflare.analytics.queries import KINDS
 from qflare.analytics.results import Cell, Result
-from qflare.command_line import seconds, whole
+from qflare.command_line import positive, seconds, whole
 from qflare.terminal import printable, say
 from qflare.v1 import training_pb2
 from qflare_client.admin.arguments import add_command, add_session, add_topic
@@ -71,9 +71,9 @@ def _add_refine(actions: Any) -> None:
     add_session(refine)
     refine.add_argument("--name", required=True, help="of the new query")
     refine.add_argument("--quantile", type=float, required=True, help="0 to 1")
-    refine.add_argument("--bins", type=whole(0), default=0, help="bins of the new query (100)")
-    refine.add_argument("--epsilon", type=float, required=True, help="of the new result")
-    refine.add_argument("--delta", type=float, default=0.0, help="of the new result (1e-6)")
+    refine.add_argument("--bins", type=whole(1), default=0, help="bins of the new query (100)")
+    refine.add_argument("--epsilon", type=positive, required=True, help="of the new result")
+    refine.add_argument("--delta", type=positive, default=0.0, help="of the new result (1e-6)")
     refine.add_argument("--request-id", help="idempotency key; the same id returns the same query")
 
 
@@ -82,7 +82,7 @@ def _add_question(create: argparse.ArgumentParser) -> None:
     create.add_argument("--kind", required=True, choices=sorted(KINDS))
     create.add_argument("--lower", type=float, default=0.0, help="smallest value")
     create.add_argument("--upper", type=float, default=0.0, help="largest value")
-    create.add_argument("--bins", type=whole(0), default=0, help="bins of a histogram (20 or 100)")
+    create.add_argument("--bins", type=whole(1), default=0, help="bins of a histogram (20 or 100)")
     create.add_argument(
         "--quantile", type=float, action="append", default=[], help="0 to 1; repeatable"
     )
@@ -101,8 +101,8 @@ def _add_protection(create: argparse.ArgumentParser) -> None:
         "--devices", type=whole(2), help="answers at which the query closes at once"
     )
     create.add_argument("--deadline-s", type=seconds(0.001), help="longest wait for --devices")
-    create.add_argument("--epsilon", type=float, required=True, help="of the result")
-    create.add_argument("--delta", type=float, default=0.0, help="of the result (1e-6)")
+    create.add_argument("--epsilon", type=positive, required=True, help="of the result")
+    create.add_argument("--delta", type=positive, default=0.0, help="of the result (1e-6)")
     masks = create.add_mutually_exclusive_group(required=True)
     masks.add_argument("--helper", action="append", help="helper that hides answers; repeatable")
     masks.add_argument(

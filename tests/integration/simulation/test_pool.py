@@ -1,14 +1,21 @@
-"""The pool of processes that trains virtual devices: what becomes of it when its processes are interrupted."""
+"""The pool of processes that trains virtual devices: what becomes of it when they are interrupted or killed."""
 
 import os
+import re
+import select
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import pytest
 
+from qflare_simulation import SimulationError
 from qflare_simulation.memory import HomeFolder
 from qflare_simulation.pool import ProcessPool
 from qflare_simulation.worker import Programs
@@ -17,6 +24,21 @@ RESULTS = 200
 RESULT_BYTES = 2**20
 """More than a pipe holds: sending a result takes several writes."""
 TICK_S = 0.002
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Programs:
+    return Programs(
+        train=None,
+        evaluate=None,
+        data=[],
+        test=None,
+        held_out=None,
+        privacy=None,
+        seed=0,
+        realm="test",
+        home=HomeFolder(tmp_path),
+    )
 
 
 @contextmanager
@@ -41,20 +63,111 @@ def interrupted_children() -> Iterator[set[int]]:
         thread.join()
 
 
-def test_interrupted_processes_give_their_results(tmp_path: Path) -> None:
-    programs = Programs(
-        train=None,
-        evaluate=None,
-        data=[],
-        test=None,
-        held_out=None,
-        privacy=None,
-        seed=0,
-        realm="test",
-        home=HomeFolder(tmp_path),
-    )
-    with interrupted_children() as interrupted, ProcessPool(programs, 2) as pool:
+def test_interrupted_processes_give_their_results(tmp_path: Path, programs: Programs) -> None:
+    with interrupted_children() as interrupted, ProcessPool(programs, 2, tmp_path) as pool:
         results = [pool.submit(os.urandom, RESULT_BYTES) for _ in range(RESULTS)]
 
         assert [len(result()) for result in results] == [RESULT_BYTES] * RESULTS
     assert len(interrupted) >= pool.size
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Deadly:
+    """A result whose process is killed when half of it is serialized."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        die()
+        raise AssertionError
+
+
+def half_a_result() -> object:
+    return [bytes(RESULT_BYTES), Deadly()]
+
+
+def cut_off(function: Callable[[], object]) -> object:
+    """Call a function in a process that is killed amid the first message that may be cut by a kill."""
+    connection: Any = Connection
+    whole = connection._send
+
+    def send(to: Any, data: bytes, *arguments: Any) -> None:
+        if len(data) > select.PIPE_BUF:
+            os.write(to.fileno(), bytes(data[: len(data) // 2]))
+            die()
+        whole(to, data, *arguments)
+
+    connection._send = send
+    return function()
+
+
+def raise_long() -> None:
+    raise LookupError("long" * RESULT_BYTES)
+
+
+def raise_unserializable() -> None:
+    raise LookupError(threading.Lock())
+
+
+@pytest.mark.parametrize("function", [die, half_a_result], ids=["at work", "amid a result"])
+def test_a_killed_process_ends_the_work_of_the_pool(
+    tmp_path: Path, programs: Programs, function: Callable[[], object]
+) -> None:
+    with ProcessPool(programs, 2, tmp_path) as pool:
+        other = pool.submit(signal.pause)
+        killed = pool.submit(function)
+
+        for result in (killed, other):
+            with pytest.raises(SimulationError, match=r"killed, probably for want of memory"):
+                result()
+        with pytest.raises(SimulationError, match=r"killed, probably for want of memory"):
+            pool.submit(os.getpid)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (partial(os.urandom, RESULT_BYTES), None),
+        (raise_long, LookupError),
+        (threading.Lock, TypeError),
+        (raise_unserializable, TypeError),
+    ],
+    ids=["result", "error", "result that cannot travel", "error that cannot travel"],
+)
+def test_no_message_of_a_process_can_be_cut_by_a_kill(
+    tmp_path: Path,
+    programs: Programs,
+    function: Callable[[], object],
+    found: type[Exception] | None,
+) -> None:
+    with ProcessPool(programs, 1, tmp_path) as pool:
+        result = pool.submit(cut_off, function)
+
+        if found is None:
+            assert len(result()) == RESULT_BYTES
+        else:
+            with pytest.raises(found):
+                result()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_tells_where_in_the_process_it_was_raised(
+    tmp_path: Path, programs: Programs
+) -> None:
+    with ProcessPool(programs, 1, tmp_path) as pool:
+        result = pool.submit(raise_long)
+
+        with pytest.raises(LookupError) as failure:
+            result()
+
+    assert re.search("in raise_long", str(failure.value.__cause__))
+
+
+def test_a_result_that_nobody_waits_for_leaves_no_file(tmp_path: Path, programs: Programs) -> None:
+    with ProcessPool(programs, 1, tmp_path) as pool:
+        pool.submit(os.urandom, RESULT_BYTES)
+        pool.submit(os.getpid)()
+
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qflare.analytics.answers import InvalidValuesError, answer
+from qflare.analytics.answers import InvalidValuesError, answer, edges
 from qflare.analytics.queries import KINDS, InvalidQueryError, Query
 from qflare.analytics.refinement import NotRefinableError, bracket, refined
 from qflare.analytics.results import NoisySum, Result
@@ -132,6 +132,45 @@ def test_a_query_out_of_range_is_refused(field: str, settings: dict[str, Any]) -
     with pytest.raises(InvalidQueryError) as caught:
         Query.from_proto(message)
     assert caught.value.field == field
+
+
+BOUNDS = st.floats(-1e12, 1e12) | st.sampled_from([0.0, 1.0, 1e11, 5e-324, -5e-324, 1e-300])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from(["sum", "mean", "histogram", "quantiles"]),
+    lower=BOUNDS,
+    steps=st.integers(1, 50_000) | st.floats(1e-320, 1e12),
+    bins=st.sampled_from([0, 1, 7, 10_000]),
+)
+def test_bounds_that_are_accepted_tell_values_apart(
+    kind: str, lower: float, steps: float, bins: int
+) -> None:
+    # the next floats above the lower bound, or any distance from it
+    upper = lower + (steps * np.spacing(abs(lower)) if isinstance(steps, int) else steps)
+    counted = {"bins": bins} if kind in {"histogram", "quantiles"} else {}
+    try:
+        query = query_of(kind, lower=lower, upper=upper, **counted)
+    except InvalidQueryError:
+        return
+    if counted:
+        assert np.all(np.diff(edges(query)) > 0)
+    with np.errstate(all="raise", under="ignore"):
+        answers = answer(query, [lower, upper, 0.0, (lower + upper) / 2, -1e300, np.inf])
+    assert np.all(np.isfinite(answers))
+    assert np.linalg.norm(answers.astype(float)) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "lower", "upper"),
+    [("mean", 0.0, 5e-324), ("histogram", 0.0, 5e-324), ("histogram", 1e11, 1e11 + 1e-4)],
+)
+def test_bounds_between_which_no_values_are_told_apart_are_refused(
+    kind: str, lower: float, upper: float
+) -> None:
+    with pytest.raises(InvalidQueryError, match="told apart"):
+        query_of(kind, lower=lower, upper=upper)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

@@ -1,10 +1,14 @@
-"""Signals of the command-line programs."""
+"""Signals and arguments of the command-line programs."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qflare.command_line import ArgumentParser, positive
 
 ROOT = Path(__file__).parents[3]
 ANYWHERE = """
@@ -77,3 +81,43 @@ def test_handlers_stand_where_they_are_known_to_take_no_lock() -> None:
     }
 
     assert found == {"qflare/command_line.py", "qflare_server/serving/workers.py"}
+
+
+NOTATIONS = st.sampled_from(["{}", "{:.3e}", "{:.3E}", "{:.4f}", "{:.0f}.", "{:+}"])
+
+
+@given(st.floats() | st.integers(-(10**20), 10**20), NOTATIONS)
+def test_a_number_in_any_notation_is_a_value_of_an_option(number: float, notation: str) -> None:
+    text = notation.format(number)
+    parser = ArgumentParser()
+    parser.add_argument("--lower", type=float)
+    parser.add_argument("--verbose", action="store_true")
+    for given_to in (parser, _below(parser)):
+        found = given_to.parse_args(
+            [*(["run"] if given_to is not parser else []), "--lower", text]
+        ).lower
+        assert repr(found) == repr(float(text))
+
+
+def _below(parser: ArgumentParser) -> ArgumentParser:
+    """Return a parser whose command `run` takes the options of another one."""
+    root = ArgumentParser()
+    command = root.add_subparsers().add_parser("run", parents=[parser], add_help=False)
+    assert isinstance(command, ArgumentParser)
+    return root
+
+
+@pytest.mark.parametrize("text", ["--verbose", "-x", "-e5", "-1x", "--1e5"])
+def test_an_unknown_option_is_no_value(text: str) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--lower")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--lower", text])
+
+
+@pytest.mark.parametrize("text", ["0", "-0.0", "-1", "nan", "inf", "1e999", "x", ""])
+def test_a_number_that_is_not_above_zero_is_refused(text: str) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--delta", type=positive)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--delta", text])
