@@ -33,6 +33,14 @@ class StatementSigner(Protocol):
     ) -> security_pb2.SignedEnvelope:
         """Sign a payload with the key of a role, in the role's domain."""
 
+    def accepts(
+        self, role: security_pb2.KeyRole.ValueType, envelope: security_pb2.SignedEnvelope
+    ) -> bool:
+        """Return whether a signature names a key that the keyset in force has for a role; it is not verified."""
+
+    def renew_tasks(self) -> int:
+        """Sign anew the tasks of rounds in progress whose key leaves with the next keyset; return how many."""
+
 
 class SignatureVerifier(Protocol):
     """Verifies signatures over the statements of updates."""

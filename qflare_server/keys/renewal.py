@@ -3,8 +3,12 @@
 A device accepts tasks and versions only from keys of the keyset in force, which has room for few keys of each role. A
 round or a version may last longer. So the process that publishes a keyset signs with its newest key what devices may
 still be shown and a key has signed that leaves with the keyset after it. The signed bytes stay, and with them the
-digests. Heads of the audit log need no renewal, because each published keyset is an entry and so leads to a new head;
-receipts are shown with the keysets of their time.
+digests. Heads of the audit log need no renewal, because each published keyset is an entry and so leads to a new head,
+at once if the key of the latest is gone; receipts are shown with the keysets of their time.
+
+Of tasks, a keyset names two keys. What a replica has signed with the earlier one since the publication, because it
+lacked the newest or committed late, is signed anew by each coordinator once a minute. Versions need no such pass: their
+keys stay for eight further publications, each of which finds them.
 
 Invariant: what gets a new signature has a valid one by a key that is in the previous and in the next keyset, or left it
 for lack of room. What a withdrawn key signed is never signed anew: whoever stole it may have signed it.
@@ -21,8 +25,8 @@ from sqlalchemy.orm import Session
 from qflare.crypto.envelope import open_envelope, sign_envelope
 from qflare.crypto.signing import InvalidSignatureError, PublicKey
 from qflare.v1 import security_pb2
+from qflare_server.keys.held_keys import CONTEXTS, HeldKeys
 from qflare_server.keys.ring import KeyProvider, Role
-from qflare_server.keys.server_keys import CONTEXTS, HeldKeys
 from qflare_server.keys.trust_documents import Trust, most_keys
 from qflare_server.storage.database import Database
 from qflare_server.storage.records import Replacement
@@ -59,7 +63,7 @@ class _Renewer:
 
     Args:
         role: The role.
-        provider: Holds the keys.
+        keys: Those that are held.
         previous: The documents in force.
         wanted: Those that are about to be published.
         withdrawn: Ids of keys that count no longer; None if that is not known.
@@ -68,13 +72,13 @@ class _Renewer:
     def __init__(
         self,
         role: Role,
-        provider: KeyProvider,
+        keys: HeldKeys,
         previous: Trust,
         wanted: Trust,
         withdrawn: Collection[str] | None,
     ) -> None:
         self._context = CONTEXTS[role]
-        held, named = HeldKeys(provider).signers, wanted.key_ids(role)
+        held, named = keys.signers, wanted.key_ids(role)
         leaving = wanted.signature_keys(role)[most_keys(role) - 1 :]
         if withdrawn is not None:
             gone = {*named, *withdrawn}
@@ -118,13 +122,31 @@ def find_renewals(
     Returns:
         What to write in the transaction that publishes the documents.
     """
+    keys = HeldKeys(provider)
 
     def renewer(role: Role) -> _Renewer:
-        return _Renewer(role, provider, previous, wanted, withdrawn)
+        return _Renewer(role, keys, previous, wanted, withdrawn)
 
     tasks = list(_tasks(database, renewer(security_pb2.KEY_ROLE_TASK)))
     versions = list(_versions(database, renewer(security_pb2.KEY_ROLE_MODEL)))
     return Renewals(tasks, versions)
+
+
+def renew_tasks(database: Database, keys: HeldKeys, trust: Trust) -> int:
+    """Sign anew the tasks of rounds in progress whose key leaves with the keyset after that in force.
+
+    Args:
+        database: Holds the tasks.
+        keys: Those that are held.
+        trust: The documents in force.
+
+    Returns:
+        How many got another signature.
+    """
+    found = list(_tasks(database, _Renewer(security_pb2.KEY_ROLE_TASK, keys, trust, trust, ())))
+    if found:
+        database.write(Renewals(found, ()).write)
+    return len(found)
 
 
 def _tasks(database: Database, renewer: _Renewer) -> Iterator[Replacement]:

@@ -4,8 +4,9 @@
 documents and follows those in the database. `ServerKeys` implements `StatementSigner` of `qflare_server.context`: the
 signed keyset selects the key of each role, the key file only stores the keys.
 
-A newly published keyset is noticed within `LOOK_INTERVAL`; if it names a key that is not loaded, the key file is read
-again. So keys rotate without a restart: copy the file with the next keys to every replica, then publish.
+A newly published keyset is noticed within `LOOK_INTERVAL`, and before anything is signed: a signature by a key that has
+just left would be shown for as long as what is signed. If the keyset names a key that is not loaded, the key file is
+read again. So keys rotate without a restart: copy the file with the next keys to every replica, then publish.
 
 Invariants: private keys are never in the database; documents in the database are valid only if they chain to the
 root in the key file; versions never decrease.
@@ -28,6 +29,8 @@ from qflare_server.config import ServerConfig
 from qflare_server.context import Clock, KeysetStatus
 from qflare_server.errors import QflareError
 from qflare_server.keys.folder import KeyFolder
+from qflare_server.keys.held_keys import CONTEXTS, HeldKeys
+from qflare_server.keys.renewal import renew_tasks
 from qflare_server.keys.ring import KeyProvider, KeyRing, Role
 from qflare_server.keys.secret_files import KeyStoreError, OutOfMemoryError
 from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError
@@ -47,50 +50,6 @@ LOOK_INTERVAL: Final = timedelta(seconds=5)
 
 WARNING_INTERVAL: Final = timedelta(days=1)
 """Interval between expiry warnings."""
-
-CONTEXTS: Final[dict[Role, SigningContext]] = {
-    security_pb2.KEY_ROLE_MODEL: SigningContext.MODEL,
-    security_pb2.KEY_ROLE_REGISTRAR: SigningContext.RECEIPT,
-    security_pb2.KEY_ROLE_LOG: SigningContext.TREE_HEAD,
-    security_pb2.KEY_ROLE_TASK: SigningContext.TASK,
-}
-"""FIPS 204 signing context of each role."""
-
-
-class _HeldKey:
-    """A provider's signature key, adapted to `qflare.crypto.envelope`."""
-
-    def __init__(self, provider: KeyProvider, public: PublicKey) -> None:
-        self._provider = provider
-        self._public = public
-
-    @property
-    def public(self) -> PublicKey:
-        return self._public
-
-    def sign(self, context: SigningContext, message: bytes) -> bytes:
-        return self._provider.sign(self._public.key_id, context, message)
-
-
-class HeldKeys:
-    """A provider's keys by key id."""
-
-    def __init__(self, provider: KeyProvider) -> None:
-        self.provider = provider
-        self.signers: dict[str, _HeldKey] = {}
-        self.kem_key_ids: set[str] = set()
-        for key in provider.public():
-            if key.HasField("kem_key"):
-                self.kem_key_ids.add(key.kem_key.key_id)
-            else:
-                public = PublicKey.from_proto(key.signature_key)
-                self.signers[public.key_id] = _HeldKey(provider, public)
-
-    def covers(self, trust: Trust) -> bool:
-        """Return whether the current key of every role is held."""
-        in_use = [trust.key_ids(role)[0] for role in CONTEXTS]
-        session_key_id = trust.key_ids(security_pb2.KEY_ROLE_SESSION_KEM)[0]
-        return session_key_id in self.kem_key_ids and self.signers.keys() >= set(in_use)
 
 
 class ServerKeys:
@@ -168,13 +127,28 @@ class ServerKeys:
     def _sign(
         self, role: Role, context: SigningContext, payload: bytes
     ) -> security_pb2.SignedEnvelope:
-        trust = self._current()
-        for key_id in trust.key_ids(role):
+        for key_id in self._newest().key_ids(role):
             signer = self._held_keys.signers.get(key_id)
             if signer is not None:
                 check_form(context, payload)
                 return sign_envelope(signer, context, payload)
         raise KeyStoreError("no key of this role is held: copy the key file to this replica")
+
+    def accepts(self, role: Role, envelope: security_pb2.SignedEnvelope) -> bool:
+        """Return whether a signature names a key that the newest keyset has for a role; it is not verified."""
+        named = {signature.key_id for signature in envelope.signatures}
+        return not named.isdisjoint(self._newest().key_ids(role))
+
+    def renew_tasks(self) -> int:
+        """Sign anew the tasks of rounds in progress whose key leaves with the next keyset; return how many.
+
+        The publication of a keyset renews those that it finds. A replica that lacked the newest key, or whose
+        transaction committed later, has written others since.
+        """
+        trust = self._newest()
+        if not self._held_keys.covers(trust):
+            return 0
+        return renew_tasks(self._database, self._held_keys, trust)
 
     def decapsulate(self, key_id: str, encapsulation: bytes) -> bytes:
         """Recover a secret that was encapsulated to an accepted session KEM key, 32 bytes.
@@ -217,10 +191,10 @@ class ServerKeys:
         Args:
             fresh: Check the database for a newer keyset even if it was checked recently.
         """
-        self._current()
         if fresh:
-            with self._lock:
-                self._look()
+            self._newest()
+        else:
+            self._current()
         return self._registrars
 
     def _read_registrars(self) -> Collection[PublicKey]:
@@ -247,6 +221,12 @@ class ServerKeys:
                 self._looked_at = now
                 self._look()
                 self._warn()
+            return self._trust
+
+    def _newest(self) -> Trust:
+        """Return the documents in force, also if they were published just now."""
+        with self._lock:
+            self._look()
             return self._trust
 
     def _look(self) -> None:

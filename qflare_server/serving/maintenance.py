@@ -146,6 +146,7 @@ class Maintenance:
             self._sweep,
             self._deactivate,
             self._rewrap,
+            self._renew,
         )
 
     def _attempt(self, chore: Callable[[], None]) -> bool:
@@ -213,6 +214,12 @@ class Maintenance:
 
     def _retire(self) -> None:
         self._context.database.write(lambda session: leases.retire(session, self._replica_id))
+
+    def _renew(self) -> None:
+        """Sign anew tasks of rounds in progress whose key is about to leave the keyset."""
+        count = self._context.signer.renew_tasks()
+        if count:
+            logger.info("tasks signed anew: count=%d", count)
 
     def _expire(self) -> None:
         """Delete expired rows in short transactions until none is left."""

@@ -42,6 +42,19 @@ class LogSigner:
         check_form(SigningContext.TREE_HEAD, payload)
         return sign_envelope(self.key, SigningContext.TREE_HEAD, payload)
 
+    def accepts(
+        self, role: security_pb2.KeyRole.ValueType, envelope: security_pb2.SignedEnvelope
+    ) -> bool:
+        assert role == security_pb2.KEY_ROLE_LOG
+        return any(signature.key_id == self.public.key_id for signature in envelope.signatures)
+
+    def renew_tasks(self) -> int:
+        return 0
+
+    def replace_key(self) -> None:
+        """Publish a keyset without the present key."""
+        self.key = SigningKey.generate()
+
     def registrar_keys(self, *, fresh: bool = False) -> Collection[PublicKey]:
         del fresh
         return ()

@@ -74,6 +74,15 @@ class OneKeySigner:
         check_form(CONTEXTS[role], payload)
         return sign_envelope(self.key, CONTEXTS[role], payload)
 
+    def accepts(
+        self, role: security_pb2.KeyRole.ValueType, envelope: security_pb2.SignedEnvelope
+    ) -> bool:
+        del role
+        return any(signature.key_id == self.key.public.key_id for signature in envelope.signatures)
+
+    def renew_tasks(self) -> int:
+        return 0
+
     def registrar_keys(self, *, fresh: bool = False) -> Collection[PublicKey]:
         del fresh
         return (self.key.public,)

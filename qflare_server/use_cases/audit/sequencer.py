@@ -8,7 +8,8 @@ the order of visibility, id order that of insertion; no row is lost.
 Several coordinators may run sequencers: a row lock lets one work at a time, and the unique keys of leaves and nodes
 prevent duplicates. A crash rolls back the whole batch, and the next pass repeats it.
 
-A head is signed at most every ten seconds, or on request. The last head of each hour is kept.
+A head is signed at most every ten seconds, or on request, or when the key of the latest has left the keyset. The last
+head of each hour is kept.
 """
 
 import logging
@@ -111,8 +112,8 @@ class AuditSequencer:
         with self._context.database.read() as session:
             leaf_count = audit_tree.size(session)
             latest = audit_tree.latest_head(session)
-            due = leaf_count > 0 and self._is_due(leaf_count, latest)
-        if due:
+        is_outdated = latest is not None and not self._is_accepted(latest)
+        if leaf_count > 0 and self._is_due(leaf_count, latest, fresh=is_outdated):
             self._sign()
         return placed
 
@@ -120,7 +121,8 @@ class AuditSequencer:
         """Return a signed head.
 
         Args:
-            fresh: Require a head that covers every committed entry; otherwise it may be up to ten seconds old.
+            fresh: Require a head that covers every committed entry; otherwise it may be up to ten seconds old, unless
+                the key that signed it has left the keyset meanwhile.
 
         Raises:
             StoreUnavailableError: The database cannot be reached.
@@ -130,9 +132,15 @@ class AuditSequencer:
         with self._context.database.read() as session:
             leaf_count = audit_tree.size(session)
             latest = audit_tree.latest_head(session)
-            if latest is not None and not self._is_due(leaf_count, latest, fresh=fresh):
-                return head_of(latest)
+        if latest is not None and not fresh and not self._is_accepted(latest):
+            return self.head(fresh=True)  # covers the entry of the keyset that dropped the key
+        if latest is not None and not self._is_due(leaf_count, latest, fresh=fresh):
+            return head_of(latest)
         return self._sign()
+
+    def _is_accepted(self, head: AuditHead) -> bool:
+        envelope = head_of(head).envelope
+        return self._context.signer.accepts(security_pb2.KEY_ROLE_LOG, envelope)
 
     def _is_due(self, leaf_count: int, latest: AuditHead | None, *, fresh: bool = False) -> bool:
         if latest is None:

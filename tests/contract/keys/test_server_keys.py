@@ -16,6 +16,7 @@ from qflare.v1 import security_pb2
 from qflare_server.config import ServerConfig
 from qflare_server.context import UnknownKeyError
 from qflare_server.keys import KeyFolder, KeyStoreError, ServerKeys
+from qflare_server.keys.held_keys import CONTEXTS
 from qflare_server.keys.ring import SIGNING_ROLES, Role
 from qflare_server.keys.rotation import (
     draft_keyset,
@@ -24,7 +25,7 @@ from qflare_server.keys.rotation import (
     rotate_online,
     rotate_root,
 )
-from qflare_server.keys.server_keys import CONTEXTS, LOOK_INTERVAL
+from qflare_server.keys.server_keys import LOOK_INTERVAL
 from qflare_server.keys.setup import initialize
 from qflare_server.keys.trust_documents import Trust, UntrustedDocumentError, sign_document
 from qflare_server.storage.database import Database
@@ -221,6 +222,21 @@ class TestEditedDatabase:
 
 
 class TestRotating:
+    @pytest.mark.parametrize("role", SIGNING_ROLES)
+    def test_nothing_is_signed_with_a_key_that_was_withdrawn_a_moment_ago(
+        self,
+        keys: ServerKeys,
+        key_folder: KeyFolder,
+        database: Database,
+        clock: FakeClock,
+        role: Role,
+    ) -> None:
+        before = keys.sign(role, statement_of(role))
+        withdrawn = keys.trust.key_ids(role)
+        rotate_online(key_folder, database, clock(), without=withdrawn)
+        assert not keys.accepts(role, before)
+        assert keys.accepts(role, keys.sign(role, statement_of(role)))
+
     def test_the_next_keys_are_taken_over_while_serving(
         self, keys: ServerKeys, key_folder: KeyFolder, database: Database, clock: FakeClock
     ) -> None:

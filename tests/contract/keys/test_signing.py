@@ -55,6 +55,14 @@ class SlowSigner:
         self.meanwhile(role)
         return self._inner.sign(role, payload)
 
+    def accepts(
+        self, role: security_pb2.KeyRole.ValueType, envelope: security_pb2.SignedEnvelope
+    ) -> bool:
+        return self._inner.accepts(role, envelope)
+
+    def renew_tasks(self) -> int:
+        return self._inner.renew_tasks()
+
 
 @pytest.fixture
 def signer(signing_key: SigningKey) -> SlowSigner:

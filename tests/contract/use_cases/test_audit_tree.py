@@ -428,3 +428,23 @@ def test_a_witness_file_that_cannot_be_written_does_not_stop_the_log(
 
 def test_origin_names_the_realm() -> None:
     assert trees.origin_of("hospital-net") == "hospital-net/audit"
+
+
+@pytest.mark.parametrize("sign", [lambda it: it.run_once(), lambda it: it.head()])
+def test_a_head_whose_key_has_left_the_keyset_gives_way_to_a_new_one_at_once(
+    database: Database,
+    make: MakeSequencer,
+    signer: LogSigner,
+    sign: Callable[[AuditSequencer], Any],
+) -> None:
+    sequencer = make()
+    record_many(database, 1)
+    earlier = sequencer.head(fresh=True)
+
+    record_many(database, 1)  # that of the keyset
+    signer.replace_key()
+    sign(sequencer)
+
+    assert not signer.accepts(security_pb2.KEY_ROLE_LOG, earlier.envelope)
+    assert opened(sequencer.head().envelope, signer).size == 2
+    assert heads(database) == [2]

@@ -23,10 +23,11 @@ from qflare_server.config import ConfigError, ServerConfig
 from qflare_server.context import UnknownKeyError
 from qflare_server.keys import KeyFolder, KeyStoreError, ServerKeys, ensure_initialized
 from qflare_server.keys.hardware import Pkcs11Module
+from qflare_server.keys.held_keys import CONTEXTS
 from qflare_server.keys.ring import SIGNING_ROLES
 from qflare_server.keys.rotation import replace_stolen, rotate_online
 from qflare_server.keys.secret_files import write_secret
-from qflare_server.keys.server_keys import CONTEXTS, LOOK_INTERVAL
+from qflare_server.keys.server_keys import LOOK_INTERVAL
 from qflare_server.keys.setup import initialize
 from qflare_server.storage.database import Database
 from qflare_server.storage.engine import make_engine

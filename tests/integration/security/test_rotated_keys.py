@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -16,10 +17,17 @@ from qflare.v1 import security_pb2, training_pb2, verification_pb2
 from qflare_client import Client, InvalidStatementError
 from qflare_client.tasks import TaskKind
 from qflare_server.context import utc_now
-from qflare_server.keys.rotation import replace_stolen
+from qflare_server.keys.rotation import (
+    draft_keyset,
+    prepare_online,
+    publish_keyset,
+    replace_stolen,
+)
 from qflare_server.keys.server_keys import ServerKeys
-from qflare_server.keys.trust_documents import most_keys
+from qflare_server.keys.trust_documents import most_keys, sign_document
 from qflare_server.storage.repository import training_sessions
+from qflare_server.storage.repository.audit import SYSTEM
+from qflare_server.use_cases.training_sessions.administration import Training
 from qflare_server.verification import verify_database
 from tests.independent.bundle import check_bundle
 from tests.integration.conftest import Deployment
@@ -27,8 +35,10 @@ from tests.integration.secure_aggregation.conftest import wait_for_round, wait_f
 from tests.integration.secure_aggregation.test_neighbors import session_of
 from tests.support.newer_coordinator import SIGNED, NewerCoordinator
 from tests.support.sealing import key_folder, rotate
+from tests.support.statements import statement_of
 
 MODEL: Final = security_pb2.KEY_ROLE_MODEL
+TASK: Final = security_pb2.KEY_ROLE_TASK
 WEIGHTS: Final = {"w": np.zeros(4, np.float32)}
 ROLES: Final = {
     SigningContext.TASK: security_pb2.KEY_ROLE_TASK,
@@ -90,9 +100,10 @@ def _bundle(made: Deployment, session_id: str) -> verification_pb2.VerificationB
     return bundle
 
 
-def _training(made: Deployment) -> str:
+def _training(made: Deployment, *, start: bool = True) -> str:
     return made.session(
         WEIGHTS,
+        start=start,
         total_rounds=3,
         rounds=training_pb2.RoundPolicy(quorum=1),
         transfer=training_pb2.TransferPolicy(payload_retention=training_pb2.PAYLOAD_RETENTION_ALL),
@@ -174,3 +185,33 @@ def test_a_task_that_no_key_signed_is_not_signed_at_all(
     assert "not signed anew" in caplog.text
     with pytest.raises(InvalidStatementError):
         client.get_task(session_id)
+
+
+def _publish_signed_elsewhere(made: Deployment) -> None:
+    """Rotate as where the root keys are elsewhere: who publishes does not know why keys are missing."""
+    folder, parts = key_folder(made), made.coordinator.parts
+    prepare_online(folder)
+    keyset = draft_keyset(folder, parts.database, utc_now())
+    signed = sign_document(keyset, folder.read_root().signing_keys())
+    publish_keyset(folder, parts.database, signed, utc_now())
+    parts.keys._look()
+
+
+def test_a_task_that_a_replica_signs_with_the_earlier_key_is_signed_anew(
+    deploy: Callable[..., Deployment],
+) -> None:
+    made = deploy()
+    parts = made.coordinator.parts
+    behind = ServerKeys(key_folder(made).read_online(), parts.database, utc_now)
+    _publish_signed_elsewhere(made)
+    session_id, client = _training(made, start=False), made.device("device")
+    Training(replace(parts.context, signer=behind)).start(SYSTEM, session_id)
+    used = behind.sign(TASK, statement_of(TASK)).signatures[0].key_id
+    assert used == parts.keys.trust.key_ids(TASK)[1]
+
+    behind.renew_tasks()  # has no newer key
+    parts.keys.renew_tasks()
+    parts.keys.renew_tasks()
+
+    _publish_signed_elsewhere(made)
+    assert client.get_task(session_id).kind is TaskKind.TRAIN
