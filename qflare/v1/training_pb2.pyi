@@ -201,7 +201,9 @@ class _MissedQuorumActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mi
     MISSED_QUORUM_ACTION_EXTEND: _MissedQuorumAction.ValueType  # 1
     """The round's deadline is extended; it keeps its updates."""
     MISSED_QUORUM_ACTION_RETRY: _MissedQuorumAction.ValueType  # 2
-    """The round fails, its updates are rejected, and a new round starts from the same base version."""
+    """The round fails, its updates are rejected, and a new round starts from the same base version; it does not count
+    toward total_rounds.
+    """
     MISSED_QUORUM_ACTION_FAIL: _MissedQuorumAction.ValueType  # 3
     """The training session fails."""
 
@@ -213,7 +215,9 @@ MISSED_QUORUM_ACTION_UNSPECIFIED: MissedQuorumAction.ValueType  # 0
 MISSED_QUORUM_ACTION_EXTEND: MissedQuorumAction.ValueType  # 1
 """The round's deadline is extended; it keeps its updates."""
 MISSED_QUORUM_ACTION_RETRY: MissedQuorumAction.ValueType  # 2
-"""The round fails, its updates are rejected, and a new round starts from the same base version."""
+"""The round fails, its updates are rejected, and a new round starts from the same base version; it does not count
+toward total_rounds.
+"""
 MISSED_QUORUM_ACTION_FAIL: MissedQuorumAction.ValueType  # 3
 """The training session fails."""
 Global___MissedQuorumAction: _TypeAlias = MissedQuorumAction  # noqa: Y015
@@ -1417,7 +1421,9 @@ class TrainingConfig(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     ANALYTICS_FIELD_NUMBER: _builtins.int
     total_rounds: _builtins.int
-    """Number of rounds; 1 or more. 0 means 10."""
+    """Number of rounds that make a version; 1 or more. 0 means 10. Rounds that fail do not count, but 100 in a row that had
+    their quorum fail the training session.
+    """
     @_builtins.property
     def strategy(self) -> Global___StrategyConfig:
         """Aggregation strategy."""

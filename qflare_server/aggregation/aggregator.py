@@ -65,9 +65,9 @@ from qflare_server.training.rounds import (
     end_for_failures,
     end_session,
     fail_round,
+    go_on_without_version,
     handle_missed_quorum,
     is_collecting,
-    open_round,
     opens_after_failures,
     opens_after_missed_quorum,
 )
@@ -533,7 +533,7 @@ class Aggregator:
             TrainingSessionState.RUNNING.value,
             TrainingSessionState.PAUSED.value,
         }:
-            open_round(session, training_session, next_task, now)
+            go_on_without_version(session, training_session, reason, next_task, now)
         return True
 
 

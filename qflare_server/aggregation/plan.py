@@ -11,13 +11,17 @@ from qflare.tensors import Manifest
 from qflare.v1 import training_pb2
 from qflare_server.errors import GlobalModelNotFoundError, TrainingSessionNotFoundError
 from qflare_server.storage.payload_records import StoredPayload, describe
+from qflare_server.storage.records import TrainingSession
 from qflare_server.storage.repository import global_models, payloads, training_sessions
 from qflare_server.training.versions import manifest_of, version_of
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """Inputs of a round's aggregation, read once."""
+    """Inputs of a round's aggregation, read once.
+
+    `is_last` says whether the version of the round is that of the last of `total_rounds`.
+    """
 
     training_session_id: str
     number: int
@@ -29,6 +33,7 @@ class RoundPlan:
     strategy_state: Mapping[str, Any]
     vectors: Mapping[str, StoredPayload]
     privacy_state: Mapping[str, Any] | None = None
+    is_last: bool = False
 
 
 def read_plan(
@@ -61,4 +66,14 @@ def read_plan(
         base.strategy_state,
         vectors,
         training_session.privacy_state,
+        _is_last(session, training_session, number),
     )
+
+
+def _is_last(session: Session, training_session: TrainingSession, number: int) -> bool:
+    """Return whether a round is the last if it makes a version; rounds that made none do not count."""
+    wanted = training_session.config.total_rounds
+    if number < wanted:
+        return False
+    made = training_sessions.count_published(session, training_session.id)
+    return bool(made + 1 >= wanted)

@@ -320,7 +320,7 @@ def sign_following_task(
 
 def _last_reason(plan: RoundPlan, allowance: PrivacyCharge | None) -> str:
     """Return why it is known beforehand that training ends with a version, empty if it is not."""
-    if plan.number >= plan.config.total_rounds:
+    if plan.is_last:
         return "all rounds are done"
     if allowance is not None and allowance.is_last:
         spent = allowance.after

@@ -30,6 +30,9 @@ from qflare_server.training.selection import select_devices
 IN_PROCESS_PREFIX: Final = "in-process-"
 """Prefix of the ids of embedding programs' training sessions, whose rounds are not assigned to devices."""
 
+MAX_BARREN_ROUNDS: Final = 100
+"""Rounds in a row that have their quorum and make no version, after which a training session fails."""
+
 NOBODY: Final = -1
 NONCE_BYTES: Final = 32
 
@@ -336,6 +339,36 @@ def end_for_failures(
         open_round(session, training_session, next_task, now)
     else:
         end_session(session, training_session, TrainingSessionState.FAILED, reason, now)
+
+
+def go_on_without_version(
+    session: Session,
+    training_session: TrainingSession,
+    reason: str,
+    next_task: RoundTask,
+    now: datetime,
+) -> None:
+    """Open another round after one that had its quorum and made no version, or end the training session.
+
+    Such rounds cost devices their work each time: a cause that lasts ends the training session. Rounds without a quorum
+    cost nothing, last until their deadlines, and follow their `missed_quorum_action`.
+
+    Args:
+        session: The transaction.
+        training_session: Locked, with the round marked as failed.
+        reason: Why the round has failed.
+        next_task: For the round that follows, from the same base version.
+        now: The time.
+    """
+    session_id = training_session.id
+    if (
+        is_in_process(session_id)  # its program decides how often it tries
+        or training_sessions.count_barren(session, session_id) < MAX_BARREN_ROUNDS
+    ):
+        open_round(session, training_session, next_task, now)
+        return
+    text = f"{MAX_BARREN_ROUNDS} rounds in a row have made no version: {reason}"
+    end_session(session, training_session, TrainingSessionState.FAILED, text, now)
 
 
 def opens_after_missed_quorum(config: training_pb2.TrainingConfig) -> bool:

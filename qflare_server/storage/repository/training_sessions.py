@@ -448,6 +448,31 @@ def rounds_in_progress(session: Session) -> list[RoundInProgress]:
     return [RoundInProgress(*row) for row in _IN_PROGRESS.rows(session, {})]
 
 
+def count_published(session: Session, training_session_id: str) -> int:
+    """Return the number of rounds of a training session that have made a version."""
+    query = select(func.count()).where(
+        ROUNDS.c.training_session_id == training_session_id,
+        ROUNDS.c.state == RoundState.PUBLISHED.value,
+    )
+    return session.execute(query).scalar_one()
+
+
+def count_barren(session: Session, training_session_id: str) -> int:
+    """Return the number of rounds since the last version that had their quorum and made no version."""
+    rounds = ROUNDS.alias()
+    last = select(func.max(rounds.c.number)).where(
+        rounds.c.training_session_id == training_session_id,
+        rounds.c.state == RoundState.PUBLISHED.value,
+    )
+    query = select(func.count()).where(
+        ROUNDS.c.training_session_id == training_session_id,
+        ROUNDS.c.number > func.coalesce(last.scalar_subquery(), 0),
+        ROUNDS.c.state == RoundState.FAILED.value,
+        ROUNDS.c.accepted_count >= ROUNDS.c.quorum,
+    )
+    return session.execute(query).scalar_one()
+
+
 def tasks_in_progress(session: Session) -> Sequence[tuple[str, int, bytes]]:
     """Return training session, number and signed task of all rounds that have not ended, also of paused ones."""
     query = select(ROUNDS.c.training_session_id, ROUNDS.c.number, ROUNDS.c.task).where(

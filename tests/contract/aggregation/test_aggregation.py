@@ -170,6 +170,26 @@ def test_missed_quorum_retries_with_another_round(
     core.submit("device-0", training_session_id)  # it may contribute again
 
 
+def test_rounds_that_missed_their_quorum_do_not_count(
+    core: CoordinatorHarness, clock: FakeClock
+) -> None:
+    retry = policy(2, missed_quorum_action=training_pb2.MISSED_QUORUM_ACTION_RETRY)
+    training_session_id = core.start(total_rounds=2, rounds=retry)
+    for number in (1, 2, 3):
+        for device in range(number % 2 + 1):
+            core.submit(f"device-{device}", training_session_id)
+        clock.advance(60)
+        core.settle()
+
+    assert [core.round(training_session_id, number).state for number in (1, 2, 3)] == [
+        "published",
+        "failed",
+        "published",
+    ]
+    assert core.training.get(training_session_id).state == "completed"
+    assert len(core.versions(training_session_id)) == 3
+
+
 def test_missed_quorum_fails_the_session(core: CoordinatorHarness, clock: FakeClock) -> None:
     training_session_id = core.start(
         rounds=policy(2, missed_quorum_action=training_pb2.MISSED_QUORUM_ACTION_FAIL)

@@ -9,6 +9,7 @@ from qflare.tensors import Manifest, assemble
 from qflare.v1 import training_pb2
 from qflare_server.storage.repository import devices
 from qflare_server.storage.tables import DeviceState
+from qflare_server.training import rounds
 from qflare_server.verification import recompute_version
 from tests.support.use_cases import CoordinatorHarness
 
@@ -143,6 +144,38 @@ def test_too_few_are_left_and_only_the_culprit_is_to_blame(core: CoordinatorHarn
     assert state_of(core, "device-0") == DeviceState.ACTIVE.value
     assert state_of(core, "device-1") == DeviceState.QUARANTINED.value
     assert core.round(training_session_id).number == 2
+
+
+def run_rounds(core: CoordinatorHarness, training_session_id: str, makes_version: str) -> str:
+    """Run rounds with Krum, for which two updates are too few; return the state of the training session."""
+    for wanted in makes_version:
+        hostile = 0.5 if wanted == "+" else 1e306
+        run_round(core, training_session_id, "float64", hostile)
+    return core.training.get(training_session_id).state
+
+
+def test_rounds_that_make_no_version_do_not_count(core: CoordinatorHarness) -> None:
+    krum = training_pb2.StrategyConfig(name="krum")
+    training_session_id = start(core, "float64", strategy=krum, total_rounds=2)
+
+    assert run_rounds(core, training_session_id, "-+-") == "running"
+    assert run_rounds(core, training_session_id, "-+") == "completed"
+    assert core.round(training_session_id).number == 5
+    assert [row.version for row in core.versions(training_session_id)] == [0, 1, 2]
+
+
+def test_too_many_rounds_in_a_row_that_make_no_version_end_the_session(
+    core: CoordinatorHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "MAX_BARREN_ROUNDS", 3)
+    krum = training_pb2.StrategyConfig(name="krum")
+    training_session_id = start(core, "float64", strategy=krum, total_rounds=2)
+
+    assert run_rounds(core, training_session_id, "--+--") == "running"
+    assert run_rounds(core, training_session_id, "-") == "failed"
+    reason = core.training.get(training_session_id).state_reason
+    assert reason.startswith("3 rounds in a row have made no version: no version could be made: ")
+    assert core.round(training_session_id).number == 6
 
 
 def weight(core: CoordinatorHarness, training_session_id: str, version: int) -> float:
