@@ -4,7 +4,8 @@
     client = Client(home="device", analytics=policy)
 
 A client without a policy answers no query. With one it refuses every query of another column or kind, with fewer
-answers in the result, with less noise, or that would exceed the budget.
+answers in a sum, with less noise, or that would exceed the budget: before it computes anything, and in queries with
+neighbors before it advertises keys to a group, and again before each later step.
 """
 
 import math
@@ -31,7 +32,8 @@ class Analytics:
     """Kinds of queries that are answered, by column: count, sum, mean, histogram, quantiles, labels."""
 
     min_cohort: int
-    """Fewest answers in a result with this device's, 2 or more."""
+    """Fewest answers that are added up with this device's before anybody sees a number, 2 or more: those of the result
+    or, with neighbors, of the group, whose exact sum the coordinator gets."""
 
     max_epsilon: float
     """Largest epsilon of a query, above 0."""
@@ -100,10 +102,11 @@ class Analytics:
         self._require_noise(asked)
 
     def _require_cohort(self, task: Task, asked: AnalyticsTask) -> None:
+        # With masks, the result of a query may have more answers than the smallest sum that the coordinator sees.
         cohort = asked.min_cohort if task.masking is None else task.masking.min_cohort
         if cohort < self.min_cohort:
             raise InsufficientTaskError(
-                f"the query allows results of {cohort} answers; this device requires {self.min_cohort}"
+                f"the query allows sums of {cohort} answers; this device requires {self.min_cohort}"
             )
 
     def _require_noise(self, asked: AnalyticsTask) -> None:

@@ -57,7 +57,7 @@ from qflare_client.models.lineage import (
     read_statements,
 )
 from qflare_client.models.local_tensors import LocalTensors
-from qflare_client.models.neighbor_rounds import STEPS, GroupAbandonedError, NeighborRounds
+from qflare_client.models.neighbor_rounds import GroupAbandonedError, NeighborRounds
 from qflare_client.models.outbox import Outbox
 from qflare_client.models.privacy_ledger import PrivacyLedger
 from qflare_client.models.query_ledger import QueryLedger
@@ -79,7 +79,7 @@ from qflare_client.rpc.retry import RetryPolicy
 from qflare_client.rpc.tls import Tls, trusting
 from qflare_client.rpc.transport import Transport
 from qflare_client.secure_aggregation import SecureAggregation, require_noise, require_pinned
-from qflare_client.tasks import AnalyticsTask, Heartbeat, Task, TaskKind, TrainingDefaults
+from qflare_client.tasks import STEPS, AnalyticsTask, Heartbeat, Task, TaskKind, TrainingDefaults
 from qflare_client.trust.audit_head import AuditHead, read_head
 from qflare_client.trust.evidence import Evidence, UpdateEvidence
 from qflare_client.trust.keyset import Trust
@@ -255,19 +255,25 @@ class Client:
         *,
         trains_only: bool = False,
         answers_queries: bool = False,
+        takes_steps: bool = True,
         timeout_s: float | None = None,
     ) -> Task:
-        """Fetch the next task.
+        """Fetch the next task, and take the step of a round with neighbors that it asks for.
 
         Args:
             training_session_id: Training session to work for; None means any.
             trains_only: Request no evaluation tasks.
-            answers_queries: Request tasks with a query of federated analytics too; they are for `answer`.
+            answers_queries: Request tasks with a query of federated analytics too; those of kind TRAIN are for
+                `answer`.
+            takes_steps: False leaves steps to `take_step`, which every task must then be passed to.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
         Raises:
             VerificationError: The task is not signed by the coordinator, or contradicts the response that contains it.
-            InsufficientTaskError: It asks for less than the device's policy for secure aggregation.
+            InsufficientTaskError: It asks for less than the device's policy for secure aggregation, or for a step of a
+                query that a policy does not allow.
+            PrivacyBudgetExceededError: It asks for a step of a query that would exceed the budget of the device's
+                policy.
             QflareClientError: The call failed.
         """
         request = arguments.message(
@@ -276,6 +282,7 @@ class Client:
             trains_only=arguments.flag("trains_only", trains_only),
             answers_queries=arguments.flag("answers_queries", answers_queries),
         )
+        arguments.flag("takes_steps", takes_steps)
         answer = self._calls.unary(self._stub.GetTask, request, timeout_s=timeout_s)
         statement, masking = security_pb2.TaskStatement(), None
         if answer.kind == messages.TASK_KIND_TRAIN or answer.kind in STEPS:
@@ -290,14 +297,35 @@ class Client:
             self._require_secure(task)
         elif not answers_queries:
             raise InvalidStatementError("the task is a query, which this device did not ask for")
-        if answer.kind in STEPS or answer.HasField("neighbors"):
-            return self._with_neighbors(task, answer, masking)
-        return task
+        return self.take_step(task) if takes_steps else task
+
+    def take_step(self, task: Task) -> Task:
+        """Take the step of a round with neighbors that a task asks for, or prepare for training; no effect otherwise.
+
+        Args:
+            task: From `get_task(takes_steps=False)`.
+
+        Returns:
+            What is left to do: the task, or one of kind WAIT if this device cannot go on in its group.
+
+        Raises:
+            VerificationError: What the coordinator shows of the group does not verify.
+            InsufficientTaskError: The task is a query that a policy of this device does not allow; nothing was sent
+                for it.
+            PrivacyBudgetExceededError: It is a query that would exceed the budget of the device's policy; nothing was
+                sent for it.
+            QflareClientError: The call failed; the step may be repeated.
+        """
+        answer = arguments.instance("task", task, Task).answer
+        if answer is None:
+            return task
+        if task.analytics is not None:
+            self.require_query(task)
+        return self._with_neighbors(task, answer, task.masking)
 
     def _with_neighbors(
         self, task: Task, answer: messages.GetTaskResponse, masking: Masking | None
     ) -> Task:
-        """Take a step of a round with neighbors, or prepare for training; return what is left to do."""
         if masking is None or masking.neighbors is None:
             raise InvalidStatementError("the task has no secure aggregation with neighbors")
         try:
@@ -468,6 +496,7 @@ class Client:
         Raises:
             InvalidArgumentError: The task has no query.
             InsufficientTaskError: A policy does not allow it, or there is none for queries.
+            PrivacyBudgetExceededError: The answer would exceed the budget of the device's policy.
         """
         asked = arguments.instance("task", task, Task).analytics
         if asked is None:
@@ -478,6 +507,7 @@ class Client:
             )
         self._analytics.require(task)
         self._require_secure(task)
+        self._queries.require(task, self._analytics.budget)
         return asked
 
     def answer(
@@ -489,7 +519,7 @@ class Client:
         toward the budget of the device's policy.
 
         Args:
-            task: A task with a query, from `get_task(answers_queries=True)`.
+            task: A task with a query, of kind TRAIN, from `get_task(answers_queries=True)`.
             values: Numbers of any shape, of which NaN counts as missing; for a query of labels, one label for each.
             timeout_s: Deadline of each attempt, in seconds; None means the client's.
 
@@ -501,6 +531,11 @@ class Client:
             QflareClientError: The call failed.
         """
         query = self.require_query(task).query
+        if task.kind is not TaskKind.TRAIN:
+            raise InvalidArgumentError(
+                f"task: got one of kind {task.kind.name}, want TRAIN: the query does not wait for an answer of this "
+                "device now"
+            )
         if timeout_s is not None:
             arguments.positive("timeout_s", timeout_s)
         assert self._analytics is not None

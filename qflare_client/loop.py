@@ -257,7 +257,10 @@ class _Loop:
             self._training_session_id,
             trains_only=self._evaluate is None,
             answers_queries=answers,
+            takes_steps=False,
         )
+        if task.analytics is None:
+            task = self._client.take_step(task)
         self.is_done = task.kind is TaskKind.DONE
         return 0.0 if self.is_done else self._handle_task(task)
 
@@ -350,6 +353,9 @@ class _Loop:
             self._client.require_query(task)
             if query.column not in self._columns:
                 raise InsufficientTaskError(f"there is no column {query.column[:100]!r}")  # noqa: TRY301
+            task = self._client.take_step(task)
+            if task.kind is not TaskKind.TRAIN:
+                return max(task.poll_delay_s, _LEAST_POLL_DELAY_S)
             with self._failures_reported(task):
                 values = self._columns[query.column](query)
             self._bounds.seen()

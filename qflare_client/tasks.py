@@ -13,6 +13,7 @@ from typing import Final, Self
 import numpy as np
 
 from qflare.analytics.queries import InvalidQueryError, Query
+from qflare.evidence.statements import digest_of
 from qflare.evidence.unmasking import Masking
 from qflare.tensors import Array, DType, InvalidManifestError
 from qflare.tensors.encodings import Encoding
@@ -138,9 +139,16 @@ class AnalyticsTask:
     min_cohort: int
     """Fewest answers in the result."""
 
+    task_digest: str
+    """Digest of the signed task, 64 hex digits."""
+
     @classmethod
-    def from_statement(cls, statement: security_pb2.TaskStatement) -> Self | None:
+    def from_statement(cls, statement: security_pb2.TaskStatement, task_digest: str) -> Self | None:
         """Return the query of a verified task statement; None if it trains a model.
+
+        Args:
+            statement: The statement.
+            task_digest: Digest of its bytes as they were signed.
 
         Raises:
             UnsupportedTaskError: This SDK does not support the query.
@@ -152,7 +160,7 @@ class AnalyticsTask:
             query = Query.from_proto(message.query)
         except InvalidQueryError as error:
             raise UnsupportedTaskError(f"query: {error}") from error
-        return cls(query, message.epsilon, message.delta, message.min_cohort)
+        return cls(query, message.epsilon, message.delta, message.min_cohort, task_digest)
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,7 @@ class Task:
     """Masking that the signed task requires; None for none."""
 
     answer: messages.GetTaskResponse | None = field(default=None, repr=False, compare=False)
-    """The response, kept in rounds with neighbors, whose masks need what it shows of the group."""
+    """The response, kept in rounds with neighbors, whose steps and masks need what it shows of the group."""
 
     analytics: AnalyticsTask | None = None
     """Query to answer instead of training; None for none."""
@@ -246,20 +254,27 @@ class Task:
             transfer=message.transfer,
             nonce=statement.task_nonce or message.evaluation_nonce,
             masking=masking,
-            answer=message if message.HasField("neighbors") else None,
-            analytics=AnalyticsTask.from_statement(statement),
+            answer=message if message.kind in STEPS or message.HasField("neighbors") else None,
+            analytics=AnalyticsTask.from_statement(statement, digest_of(message.task.payload)),
         )
 
+
+STEPS: Final = frozenset(
+    {
+        messages.TASK_KIND_ADVERTISE,
+        messages.TASK_KIND_SHARE,
+        messages.TASK_KIND_CONFIRM,
+        messages.TASK_KIND_REVEAL,
+    }
+)
+"""Kinds of responses that ask for a step of a round with neighbors, before or after training."""
 
 _KINDS = {
     messages.TASK_KIND_WAIT: TaskKind.WAIT,
     messages.TASK_KIND_TRAIN: TaskKind.TRAIN,
     messages.TASK_KIND_EVALUATE: TaskKind.EVALUATE,
     messages.TASK_KIND_DONE: TaskKind.DONE,
-    messages.TASK_KIND_ADVERTISE: TaskKind.WAIT,
-    messages.TASK_KIND_SHARE: TaskKind.WAIT,
-    messages.TASK_KIND_CONFIRM: TaskKind.WAIT,
-    messages.TASK_KIND_REVEAL: TaskKind.WAIT,
+    **dict.fromkeys(STEPS, TaskKind.WAIT),
 }
 
 

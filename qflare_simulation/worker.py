@@ -42,7 +42,7 @@ from qflare_client.models.submission import (
 )
 from qflare_client.models.upload import Payload
 from qflare_client.privacy import LocalPrivacy
-from qflare_client.tasks import Task, TrainingDefaults
+from qflare_client.tasks import STEPS, Task, TrainingDefaults
 from qflare_simulation.clock import START
 from qflare_simulation.members import KnownRegistrars, VirtualStore, member_of, signing_key
 from qflare_simulation.memory import DeviceMemory, Home
@@ -224,6 +224,8 @@ def take_steps(brief: Brief, shown: Sequence[tuple[int, bytes]]) -> list[bytes |
 
 def _take_step(brief: Brief, index: int, answer: bytes) -> bytes | Left:
     group = _Group.of(brief, index, answer)
+    if group.answer.kind not in STEPS:
+        return Left("too few of its neighbors have confirmed the set of updates")
     try:
         made = group.member.make_step(group.answer, group.masking)
     except (GroupAbandonedError, InvalidStatementError) as error:

@@ -96,9 +96,19 @@ def _add_question(create: argparse.ArgumentParser) -> None:
 
 
 def _add_protection(create: argparse.ArgumentParser) -> None:
-    create.add_argument("--min-cohort", type=whole(2), required=True, help="fewest answers")
     create.add_argument(
-        "--devices", type=whole(2), help="answers at which the query closes at once"
+        "--min-cohort",
+        type=whole(2),
+        required=True,
+        help="fewest answers that are added up before anybody sees a number; with --neighbors, in each group",
+    )
+    create.add_argument(
+        "--min-answers", type=whole(2), help="fewest answers in the result (--min-cohort)"
+    )
+    create.add_argument(
+        "--devices",
+        type=whole(2),
+        help="answers at which the query closes at once; with --neighbors, most devices that may answer",
     )
     create.add_argument("--deadline-s", type=seconds(0.001), help="longest wait for --devices")
     create.add_argument("--epsilon", type=positive, required=True, help="of the result")
@@ -106,10 +116,39 @@ def _add_protection(create: argparse.ArgumentParser) -> None:
     masks = create.add_mutually_exclusive_group(required=True)
     masks.add_argument("--helper", action="append", help="helper that hides answers; repeatable")
     masks.add_argument(
+        "--neighbors",
+        action="store_true",
+        help="let devices hide answers in groups, without a helper",
+    )
+    masks.add_argument(
         "--unmasked", action="store_true", help="let the coordinator read single answers"
     )
+    _add_neighbors(create)
     create.add_argument(
         "--group", action="append", default=[], help="ask only this group; repeatable"
+    )
+
+
+def _add_neighbors(create: argparse.ArgumentParser) -> None:
+    create.add_argument(
+        "--group-size", type=whole(1), default=0, help="fewest devices of a group (one group)"
+    )
+    create.add_argument(
+        "--corrupt-fraction",
+        type=positive,
+        default=0.0,
+        help="share of a group that may collude with the coordinator (0.2)",
+    )
+    create.add_argument(
+        "--dropout-fraction",
+        type=positive,
+        default=0.0,
+        help="share of a group that may drop out (0.1)",
+    )
+    create.add_argument(
+        "--step-timeout-s",
+        type=seconds(0.001),
+        help="time for each step of groups before and after the answers (60)",
     )
 
 
@@ -130,6 +169,12 @@ def configuration(options: argparse.Namespace) -> training_pb2.TrainingConfig:
         epsilon=options.epsilon,
         delta=options.delta,
         helpers=options.helper or (),
+        neighbors=options.neighbors,
+        group_size=options.group_size,
+        corrupt_fraction=options.corrupt_fraction,
+        dropout_fraction=options.dropout_fraction,
+        step_timeout_s=options.step_timeout_s,
+        min_answers=options.min_answers,
         devices=options.devices,
         deadline_s=options.deadline_s,
         groups=options.group,
@@ -193,6 +238,19 @@ def _as_json(found: QueryResult) -> dict[str, Any]:
         "epsilon": found.version.epsilon,
         "delta": found.version.delta,
         "digest": found.version.digest,
+        "neighbors": _progress(found.neighbors),
+    }
+
+
+def _progress(found: training_pb2.NeighborProgress | None) -> dict[str, int] | None:
+    """Return how many devices and groups came how far; None without neighbors."""
+    if found is None:
+        return None
+    return {
+        "advertised": found.advertised_count,
+        "in_sums": found.survivor_count,
+        "opened_groups": found.opened_group_count,
+        "aborted_groups": found.aborted_group_count,
     }
 
 
@@ -207,7 +265,20 @@ def _as_text(found: QueryResult) -> str:
         f"{version.participant_count} answers, epsilon {version.epsilon:.4g} at delta {version.delta:.3g}; "
         f"the noise has a deviation of {result.error:.4g}"
     )
-    return "\n".join([*as_lines(result), facts])
+    return "\n".join([*as_lines(result), facts, *_groups(found)])
+
+
+def _groups(found: QueryResult) -> list[str]:
+    """Return in which sums the answers are; empty without neighbors."""
+    counts = _progress(found.neighbors)
+    if counts is None:
+        return []
+    least = found.session.config.secure_aggregation.min_cohort
+    text = (
+        f"groups of at least {least} answers: {counts['opened_groups']} in the result, {counts['aborted_groups']} "
+        f"aborted; devices: {counts['advertised']} advertised, {counts['in_sums']} in sums"
+    )
+    return [text]
 
 
 def as_lines(result: Result) -> list[str]:

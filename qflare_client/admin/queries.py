@@ -24,7 +24,12 @@ from qflare.v1 import training_pb2
 from qflare_client import arguments
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.transfers import download_model, upload_model
-from qflare_client.errors import CorruptModelError, FailedPreconditionError, InvalidRequestError
+from qflare_client.errors import (
+    CorruptModelError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    InvalidRequestError,
+)
 
 RESULT_VERSION: Final = 1
 """Version that is the result of a query."""
@@ -88,7 +93,7 @@ class Protection:
     """How a query protects those who answer it."""
 
     min_cohort: int
-    """Fewest answers in the result, 2 or more."""
+    """Fewest answers that are added up before anybody sees a number, 2 or more; with neighbors, in each group."""
 
     epsilon: float
     """Epsilon of the result, above 0."""
@@ -97,10 +102,31 @@ class Protection:
     """Delta of the result; 0 means 1e-6."""
 
     helpers: Sequence[str] = ()
-    """Ids of the helpers that hide single answers from the coordinator; none lets it read them."""
+    """Ids of the helpers that hide single answers from the coordinator. Without any and without `neighbors`, it reads
+    them."""
+
+    neighbors: bool = False
+    """Whether devices hide their answers among each other, in groups, without a helper."""
+
+    group_size: int = 0
+    """With neighbors: fewest devices of a group; 0 means one group."""
+
+    corrupt_fraction: float = 0.0
+    """With neighbors: share of the devices of a group that may collude with the coordinator; 0 means 0.2."""
+
+    dropout_fraction: float = 0.0
+    """With neighbors: share of the devices of a group that may drop out; 0 means 0.1."""
+
+    step_timeout_s: float | None = None
+    """With neighbors: time for each step before and after the answers, in seconds; None means 60. Groups are formed at
+    its end, if `devices` have not advertised before, but `min_answers` have."""
+
+    min_answers: int | None = None
+    """Fewest answers in the result, at least `min_cohort`; None means `min_cohort`."""
 
     devices: int | None = None
-    """Answers at which the query closes immediately; None means `min_cohort`."""
+    """Answers at which the query closes immediately; None means `min_answers`. With neighbors, most devices that may
+    answer."""
 
     deadline_s: float | None = None
     """Longest wait for `devices`, in seconds."""
@@ -115,26 +141,59 @@ def query_config(question: Question, protection: Protection) -> training_pb2.Tra
     Raises:
         InvalidArgumentError: A value is of another type, or out of range.
     """
-    least = arguments.whole("min_cohort", protection.min_cohort, 2, _MOST_DEVICES)
-    helpers = [arguments.text("helpers", item) for item in protection.helpers]
+    masking = _secure_aggregation(protection)
     config = training_pb2.TrainingConfig(
         groups=[arguments.text("groups", item) for item in protection.groups],
-        analytics=question.to_proto(unmasked=not helpers),
+        analytics=question.to_proto(unmasked=not masking.mode),
         privacy=training_pb2.PrivacyPolicy(
             epsilon_budget=arguments.number("epsilon", protection.epsilon),
             delta=arguments.number("delta", protection.delta),
         ),
-        rounds=training_pb2.RoundPolicy(quorum=least),
+        rounds=training_pb2.RoundPolicy(quorum=_quorum(protection)),
     )
     if protection.devices is not None:
         config.rounds.target = arguments.whole("devices", protection.devices, 2, _MOST_DEVICES)
     if protection.deadline_s is not None:
         seconds = arguments.positive("deadline_s", protection.deadline_s)
         config.rounds.deadline.FromTimedelta(timedelta(seconds=seconds))
-    if helpers:
-        config.secure_aggregation.mode = training_pb2.SECURE_AGGREGATION_MODE_HELPER
-        config.secure_aggregation.helpers.extend(helpers)
+    if masking.mode:
+        config.secure_aggregation.CopyFrom(masking)
     return config
+
+
+def _quorum(protection: Protection) -> int:
+    """Return the fewest answers in the result."""
+    least = arguments.whole("min_cohort", protection.min_cohort, 2, _MOST_DEVICES)
+    if protection.min_answers is None:
+        return least
+    return arguments.whole("min_answers", protection.min_answers, least, _MOST_DEVICES)
+
+
+def _secure_aggregation(protection: Protection) -> training_pb2.SecureAggregationPolicy:
+    """Return how single answers are hidden from the coordinator; empty if they are not."""
+    helpers = [arguments.text("helpers", item) for item in protection.helpers]
+    policy = training_pb2.SecureAggregationPolicy(
+        group_size=arguments.whole("group_size", protection.group_size, 0, _MOST_DEVICES),
+        corrupt_fraction=arguments.not_negative("corrupt_fraction", protection.corrupt_fraction, 1),
+        dropout_fraction=arguments.not_negative("dropout_fraction", protection.dropout_fraction, 1),
+    )
+    if protection.step_timeout_s is not None:
+        seconds = arguments.positive("step_timeout_s", protection.step_timeout_s)
+        policy.step_timeout.FromTimedelta(timedelta(seconds=seconds))
+    if arguments.flag("neighbors", protection.neighbors):
+        if helpers:
+            raise InvalidArgumentError("helpers: with neighbors there is no helper")
+        policy.mode = training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS
+    elif policy != training_pb2.SecureAggregationPolicy():
+        raise InvalidArgumentError(
+            "neighbors: without them, group_size, corrupt_fraction, dropout_fraction and step_timeout_s have no meaning"
+        )
+    elif helpers:
+        policy.mode = training_pb2.SECURE_AGGREGATION_MODE_HELPER
+        policy.helpers.extend(helpers)
+    if policy.mode:
+        policy.min_cohort = protection.min_cohort
+    return policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,11 +204,13 @@ class QueryResult:
         session: The training session that the query is.
         version: The version with the noisy mean of the answers; `epsilon`, `delta` and `participant_count` are of it.
         answers: The noisy sum of the answers.
+        neighbors: How many devices and groups came how far, with neighbors; None without.
     """
 
     session: training_pb2.TrainingSession
     version: training_pb2.GlobalModel
     answers: NoisySum
+    neighbors: training_pb2.NeighborProgress | None = None
 
     @property
     def query(self) -> Query:
@@ -223,7 +284,19 @@ def read_result(admin: Admin, training_session_id: str) -> QueryResult:
         answers = NoisySum.of_version(session.config, data)
     except ValueError as error:
         raise CorruptModelError(f"the result is not that of the query: {error}") from error
-    return QueryResult(session, model, answers)
+    return QueryResult(session, model, answers, _neighbors(admin, session, model.round_number))
+
+
+def _neighbors(
+    admin: Admin, session: training_pb2.TrainingSession, round_number: int
+) -> training_pb2.NeighborProgress | None:
+    """Return how far the groups of the round came whose answers are in the result; None without groups."""
+    mode = session.config.secure_aggregation.mode
+    if mode != training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
+        return None
+    request = pb.ListRoundsRequest(training_session_id=session.training_session_id)
+    latest = admin.collect("ListRounds", request, "rounds", 1).rounds
+    return next((row.neighbors for row in latest if row.round_number == round_number), None)
 
 
 def refine_query(

@@ -319,6 +319,7 @@ class NeighborRounds(NeighborMember):
         request = messages.GetTaskRequest(
             training_session_id=answer.training_session_id,
             trains_only=True,
+            answers_queries=True,
             first_member=first_member,
         )
         found = self._calls.unary(self._calls.transport.stub.GetTask, request)
@@ -614,9 +615,6 @@ _STEPS: Final[Mapping[int, Callable[[_Step], messages.SecureAggregationStepReque
     messages.TASK_KIND_CONFIRM: _Step.confirm,
     messages.TASK_KIND_REVEAL: _Step.reveal,
 }
-
-STEPS: Final = frozenset(_STEPS)
-"""Kinds of tasks that are steps of a round with neighbors, without training."""
 
 
 def _kept(envelope: security_pb2.SignedEnvelope, members: Mapping[str, Member]) -> dict[str, Any]:

@@ -68,11 +68,6 @@ def complete_query(config: training_pb2.TrainingConfig) -> None:
             if is_masked
             else "without secure_aggregation the coordinator reads single answers: set secure_aggregation, or unmasked",
         )
-    if config.secure_aggregation.mode == training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS:
-        raise _refused(
-            "secure_aggregation.mode",
-            "queries are answered in one visit, and neighbors need several; want SECURE_AGGREGATION_MODE_HELPER",
-        )
     if config.secure_aggregation.noise in IN_SUM:
         raise _refused(
             "secure_aggregation.noise",

@@ -240,11 +240,21 @@ class _Stages:
         self._move(group, GroupStage.CONFIRM, {"updates": len(entries)}, **fixed)
 
     def _begin_reveal(self, group: StoredGroup, members: Sequence[StoredMember]) -> None:
-        confirmed = sum(member.has_confirmed for member in members)
-        threshold = graph_of(self._config, members).parameters.threshold
-        if confirmed < threshold:
-            raise StatementError(f"{confirmed} devices confirmed, want {threshold}")
-        self._move(group, GroupStage.REVEAL, {"confirmed": confirmed})
+        confirmed = {member.digest for member in members if member.has_confirmed}
+        graph = graph_of(self._config, members)
+        threshold = graph.parameters.threshold
+
+        def near(owner: str, among: Collection[str]) -> int:
+            return sum(item in among for item in graph.neighbors(owner))
+
+        # Who has fewer confirming neighbors reveals nothing.
+        able = {item for item in confirmed if near(item, confirmed) >= threshold}
+        least = min(near(member.digest, able) for member in members if member.is_sharer)
+        if least < threshold:
+            raise StatementError(
+                f"{len(confirmed)} devices confirmed; {least} neighbors of one can reveal shares, want {threshold}"
+            )
+        self._move(group, GroupStage.REVEAL, {"confirmed": len(confirmed)})
 
     def _move(
         self, group: StoredGroup, stage: GroupStage, details: Mapping[str, object], **values: str
@@ -321,7 +331,7 @@ def is_awaited(member: StoredMember, stage: str, updated: Collection[str]) -> bo
         return False
     if stage == GroupStage.CONFIRM.value:
         return not member.has_confirmed
-    return stage == GroupStage.REVEAL.value and not member.has_revealed
+    return stage == GroupStage.REVEAL.value and member.has_confirmed and not member.has_revealed
 
 
 def _active(members: Sequence[StoredMember]) -> Sequence[StoredMember]:

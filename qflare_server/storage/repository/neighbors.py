@@ -10,7 +10,13 @@ from sqlalchemy.orm import Session
 from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_rounds
 from qflare_server.storage.prepared import PreparedStatement
-from qflare_server.storage.tables import DeviceState, GroupStage, RoundState, TrainingSessionState
+from qflare_server.storage.tables import (
+    QUERY_MODEL_TYPE,
+    DeviceState,
+    GroupStage,
+    RoundState,
+    TrainingSessionState,
+)
 
 DEVICES = tables.Device.__table__
 GROUPS = tables.NeighborGroup.__table__
@@ -120,21 +126,41 @@ _WORK = (
                 _IN_SUM,
                 MEMBERS.c.confirmation.is_(None),
             ),
-            and_(GROUPS.c.stage == GroupStage.REVEAL.value, _IN_SUM, MEMBERS.c.reveal.is_(None)),
+            and_(
+                GROUPS.c.stage == GroupStage.REVEAL.value,
+                MEMBERS.c.confirmation.is_not(None),
+                MEMBERS.c.reveal.is_(None),
+            ),
         ),
     )
     .order_by(ROUNDS.c.opened_at)
     .limit(1)
 )
-_ANY_WORK = PreparedStatement(_WORK)
-_WORK_OF_SESSION = PreparedStatement(_WORK.where(SESSIONS.c.id == bindparam("session")))
+_IS_NO_QUERY = SESSIONS.c.model_type != QUERY_MODEL_TYPE
+_OF_SESSION = SESSIONS.c.id == bindparam("session")
+_WORKS = {
+    (False, False): PreparedStatement(_WORK.where(_IS_NO_QUERY)),
+    (False, True): PreparedStatement(_WORK),
+    (True, False): PreparedStatement(_WORK.where(_OF_SESSION, _IS_NO_QUERY)),
+    (True, True): PreparedStatement(_WORK.where(_OF_SESSION)),
+}
+"""Statements by whether one training session is asked for, and whether queries count."""
 
 
 def find_work(
-    session: Session, device_id: str, training_session_id: str, at: datetime
+    session: Session,
+    device_id: str,
+    training_session_id: str,
+    at: datetime,
+    *,
+    answers_queries: bool,
 ) -> Work | None:
-    """Return the step that waits for a device, of one training session, or of all if empty."""
-    query = _WORK_OF_SESSION if training_session_id else _ANY_WORK
+    """Return the step that waits for a device, of one training session, or of all if empty.
+
+    Steps of queries of federated analytics count only if the device answers them: one that has stopped doing so since
+    it advertised would otherwise get nothing else to do.
+    """
+    query = _WORKS[bool(training_session_id), answers_queries]
     parameters: dict[str, Any] = {"device": device_id, "at": at}
     if training_session_id:
         parameters["session"] = training_session_id
@@ -164,7 +190,11 @@ _WAITING = PreparedStatement(
 
 
 def find_waiting(session: Session, device_id: str) -> tuple[str, int] | None:
-    """Return training session and base version of a round in progress in which a device has advertised, or None."""
+    """Return training session and base version of a round in progress in which a device has advertised, or None.
+
+    Queries count in any case: a device that has refused one leaves queries out of its next poll, and may be awaited in
+    the group of another one.
+    """
     rows = _WAITING.rows(session, {"device": device_id})
     return (rows[0][0], rows[0][1]) if rows else None
 

@@ -28,8 +28,10 @@ def view_of(
     work: Work,
     device_id: str,
     first_member: int = 0,
-) -> pb.NeighborView:
-    """Return what a device needs for the step that waits for it.
+) -> pb.NeighborView | None:
+    """Return what a device needs for the step that waits for it; None if it cannot take it.
+
+    A device reveals nothing if too few of its neighbors have confirmed the set of updates; others may be enough.
 
     Args:
         session: Open session.
@@ -46,6 +48,10 @@ def view_of(
     near = [item for item in members if item.digest in around]
     if work.stage == GroupStage.SHARE.value:
         near = near[max(0, first_member) :]
+    if work.stage == GroupStage.REVEAL.value:
+        confirmed = sum(item.has_confirmed for item in near)
+        if confirmed < graph.parameters.threshold:
+            return None
     show: Callable[..., pb.NeighborView] = _VIEWS[work.stage]
     return show(session, key, own, members, near)
 

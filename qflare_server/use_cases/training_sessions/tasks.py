@@ -97,9 +97,13 @@ class Tasks:
         delay = self._presence.poll_delay_s()
         at = self._context.clock()
         with self._context.database.read() as session:
-            work = neighbors.find_work(session, device_id, training_session_id, at)
+            work = neighbors.find_work(
+                session, device_id, training_session_id, at, answers_queries=answers_queries
+            )
             if work is not None:
-                return self._step(session, work, delay, device_id, first_member)
+                step = self._step(session, work, delay, device_id, first_member)
+                if step is not None:
+                    return step
             found = training_sessions.find_open_round(
                 session, device_id, training_session_id, at, answers_queries=answers_queries
             )
@@ -188,8 +192,8 @@ class Tasks:
 
     def _step(
         self, session: Session, work: Work, delay: float, device_id: str, first_member: int
-    ) -> NextTask:
-        """Return a later step of a round with neighbors."""
+    ) -> NextTask | None:
+        """Return a later step of a round with neighbors; None if the device cannot take it."""
         digest, config = self._facts_of(session, work.training_session_id, work.base_version)
         round_ = OpenRound(
             work.training_session_id,
@@ -200,6 +204,8 @@ class Tasks:
             is_full=False,
         )
         view = view_of(session, config, work, device_id, first_member)
+        if view is None:
+            return None
         delay = min(delay, _step_delay_s(config))
         return NextTask(delay, round_, digest, config, step=work.stage, neighbors=view)
 

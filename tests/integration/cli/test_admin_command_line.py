@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from qflare.tensors import Array
 from qflare.v1 import verification_pb2
 from qflare.v1.device_pb2 import DeviceProfile
-from qflare_client import Analytics, Client, TrainingTask, run
+from qflare_client import Analytics, Client, TaskKind, TrainingTask, run
 from qflare_client.admin.__main__ import main
 from qflare_server.use_cases.access.roles import Role
 from qflare_simulation import SimulationConfig
@@ -471,3 +472,49 @@ def test_a_quantile_is_refined(
         arguments = ("refine", *refused, "--name", "x", "--epsilon", 1)
         assert main(["analytics", *map(str, arguments)]) == 1
         assert told in capsys.readouterr().err
+
+
+def test_a_query_in_groups_is_asked_and_refined_with_the_same_groups(
+    deployment: Any, shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The noise is small enough for three devices; the refined query keeps how answers are hidden."""
+    policy = Analytics(
+        {"age": ["histogram", "quantiles"]}, min_cohort=3, max_epsilon=600, max_examples=100
+    )
+    ages = np.concatenate([np.full(20, 12.0), np.linspace(55, 58, 80)])
+    words = ("--column", "age", "--kind", "histogram", "--upper", 100, "--bins", 10)
+    bounds = ("--max-examples", 100, "--min-cohort", 3, "--min-answers", 3, "--epsilon", 600)
+    groups = ("--neighbors", "--group-size", 3, "--corrupt-fraction", 0.1, "--step-timeout-s", 30)
+    session_id = shell("analytics", "create", "--name", "ages", *words, *bounds, *groups).strip()
+
+    def answered(query_id: str) -> None:
+        with ExitStack() as stack:
+            homes = [deployment.folder / name for name in "abc"]
+            clients = [stack.enter_context(Client(home=home, analytics=policy)) for home in homes]
+            waiting = list(clients)
+            while waiting:
+                for client in clients:
+                    task = client.get_task(query_id, answers_queries=True)
+                    if task.kind is TaskKind.TRAIN:
+                        client.answer(task, ages)
+                    if task.kind is TaskKind.DONE and client in waiting:
+                        waiting.remove(client)
+
+    for name in "abc":
+        deployment.device(name).close()
+    answered(session_id)
+    shown = shell("analytics", "show", "ages")
+    assert "groups of at least 3 answers: 1 in the result, 0 aborted; devices: 3 adv" in shown
+    assert json.loads(shell("analytics", "show", "ages", "--json"))["neighbors"]["in_sums"] == 3
+    again = ("--quantile", 0.6, "--epsilon", 600, "--bins", 5)
+    refined = shell("analytics", "refine", "ages", "--name", "median", *again).strip()
+    assert "3 to 3 updates in a sum, 32 bits, neighbors in groups of 3" in shell(
+        "session", "show", refined
+    )
+    answered(refined)
+    (row,) = json.loads(shell("analytics", "show", "median", "--json"))["rows"]
+    assert row["value"] == pytest.approx(56.5, abs=1.5)
+    capsys.readouterr()
+    wrong = ("analytics", "create", "--name", "x", *words, *bounds, "--unmasked", "--group-size", 3)
+    assert main([str(word) for word in wrong]) == 2
+    assert "without them, group_size" in capsys.readouterr().err

@@ -184,6 +184,21 @@ def test_a_query_is_asked_answered_and_refined(
         (Question("age", "count"), Protection(2, 0.0), "epsilon_budget"),
         (Question("age", "sum"), Protection(2, 1.0), "upper"),
         (Question("age", "count"), Protection(2, 1.0, helpers=["0" * 64]), "helper"),
+        (Question("age", "count"), Protection(2, 1.0, helpers=["a"], neighbors=True), "helpers"),
+        (Question("age", "count"), Protection(2, 1.0, group_size=3), "neighbors"),
+        (Question("age", "count"), Protection(2, 1.0, step_timeout_s=3.0), "neighbors"),
+        (Question("age", "count"), Protection(5, 1.0, min_answers=4), "min_answers"),
+        (Question("age", "count"), Protection(5, 1.0, neighbors=True, group_size=4), "group_size"),
+        (
+            Question("age", "count"),
+            Protection(5, 1.0, neighbors=True, corrupt_fraction=2.0),
+            "corr",
+        ),
+        (
+            Question("age", "count"),
+            Protection(5, 1.0, neighbors=True, corrupt_fraction=0.9),
+            "group_size",
+        ),
     ],
 )
 def test_a_wrong_query_is_refused_with_its_reason(

@@ -139,8 +139,15 @@ def test_calls_of_a_client(stage: Stage) -> None:
     strike(client.send_kept, {"task": None, "timeout_s": None})
     strike(
         client.get_task,
-        {**session, "trains_only": False, "answers_queries": True, "timeout_s": None},
+        {
+            **session,
+            "trains_only": False,
+            "answers_queries": True,
+            "takes_steps": True,
+            "timeout_s": None,
+        },
     )
+    strike(client.take_step, {"task": task})
     strike(client.download_base, {"task": task, "timeout_s": None})
     strike(client.require_release, {"task": task, "privacy": LocalPrivacy(1.0)})
     strike(client.privacy_epsilon, {"delta": 1e-5})
@@ -258,7 +265,7 @@ def test_all_public_names_are_tried() -> None:
         *("require_release", "privacy_epsilon", "lineage", "evidence", "audit_head"),
         *("rotate_keys", "heartbeat", "contribution_proof", "report_failure", "local_tensors"),
         *("sign_update", "submit_all", "tasks", "answer", "require_query", "analytics_epsilon"),
-        "find_session",
+        *("find_session", "take_step"),
     }
 
 

@@ -288,7 +288,8 @@ REFUSED: Final[list[tuple[str, dict[str, Any], dict[str, Any]]]] = [
     ("safeguards.clip_norm", {}, {"safeguards": {"clip_norm": 1.0}}),
     ("evaluation.every_rounds", {}, {"evaluation": {"every_rounds": 1}}),
     ("device_training", {}, {"device_training": {"batch_size": 1}}),
-    ("secure_aggregation.mode", {}, {"secure_aggregation": {"mode": 2}}),
+    ("secure_aggregation.group_size", {}, {"secure_aggregation": {"mode": 2, "group_size": 5}}),
+    ("secure_aggregation.noise", {}, {"secure_aggregation": {"mode": 2, "noise": 2}}),
 ]
 
 

@@ -66,11 +66,11 @@ def session_of(
     )
 
 
-def until(client: Client, session_id: str, done: Callable[[Task], bool]) -> Task:
+def until(client: Client, session_id: str, done: Callable[[Task], bool], **poll: Any) -> Task:
     """Poll, which takes the steps of a round, until a task is the wanted one."""
     end = time.monotonic() + TIMEOUT_S
     while time.monotonic() < end:
-        task = client.get_task(session_id)
+        task = client.get_task(session_id, **poll)
         if done(task):
             return task
         threading.Event().wait(0.02)
@@ -149,13 +149,13 @@ def has_ended(made: Deployment, session_id: str) -> bool:
     return bool(groups) and all(group.has_ended for group in groups)
 
 
-def finish(made: Deployment, session_id: str, clients: Sequence[Client]) -> None:
+def finish(made: Deployment, session_id: str, clients: Sequence[Client], **poll: Any) -> None:
     """Poll until the sums of all groups are opened, or the groups aborted."""
     end = time.monotonic() + TIMEOUT_S
     while not has_ended(made, session_id):
         assert time.monotonic() < end, "the groups did not end"
         for client in clients:
-            client.get_task(session_id)
+            client.get_task(session_id, **poll)
 
 
 def test_groups_are_opened_alone_and_their_transcripts_verify_offline(
@@ -223,10 +223,12 @@ def has_sent(made: Deployment, session_id: str, client: Client, flag: str) -> bo
     return bool(own) and (not flag or bool(getattr(own[0], flag)))
 
 
-def take_step(made: Deployment, session_id: str, clients: Iterable[Client], flag: str) -> None:
+def take_step(
+    made: Deployment, session_id: str, clients: Iterable[Client], flag: str, **poll: Any
+) -> None:
     """Poll until devices have sent what a step asks for; an empty flag stands for the advertisement."""
     for client in clients:
-        until(client, session_id, partial(_has_sent, made, session_id, client, flag))
+        until(client, session_id, partial(_has_sent, made, session_id, client, flag), **poll)
 
 
 def _has_sent(made: Deployment, session_id: str, client: Client, flag: str, _task: Task) -> bool:
@@ -261,6 +263,49 @@ def test_a_device_may_drop_out_at_any_stage(deploy: Callable[..., Deployment], s
     got = model.arrays["w"].astype(float) - WEIGHTS["w"]
     assert np.abs(got - mean_of(changes, "w")).max() < 1e-5
     assert model.statement.contributor_count == len(changes)
+
+
+def test_a_device_that_has_not_confirmed_is_not_asked_to_reveal(
+    deploy: Callable[..., Deployment],
+) -> None:
+    """It is late for one step, and comes back for the next: it has nothing to reveal, and goes on with other work."""
+    made = deploy(worker_poll_s=0.02)
+    clients = [made.device(f"device-{index}") for index in range(5)]
+    session_id = session_of(made, 5, 4)
+    take_step(made, session_id, clients, "")
+    take_step(made, session_id, clients, "has_shares")
+    changes: dict[int, Any] = {}
+    for index, client in enumerate(clients):
+        train(client, session_id, index, changes)
+    take_step(made, session_id, clients[1:], "has_confirmed")
+    expire_groups(made, session_id)
+    take_step(made, session_id, clients[1:2], "has_revealed")
+    assert clients[0].get_task(session_id).kind is TaskKind.WAIT
+    assert not has_sent(made, session_id, clients[0], "has_confirmed")
+    finish(made, session_id, clients)
+    assert wait_for_version(clients[0], session_id, 1).statement.contributor_count == 5
+
+
+def test_a_group_of_which_too_few_confirm_is_aborted_at_once(
+    deploy: Callable[..., Deployment],
+) -> None:
+    """No device is asked to reveal what it would refuse to, for lack of confirmations of its neighbors."""
+    made = deploy(worker_poll_s=0.02)
+    clients = [made.device(f"device-{index}") for index in range(5)]
+    session_id = session_of(made, 5, 3)
+    take_step(made, session_id, clients, "")
+    take_step(made, session_id, clients[1:], "has_shares")
+    expire_groups(made, session_id)
+    changes: dict[int, Any] = {}
+    for index in range(1, 5):
+        train(clients[index], session_id, index, changes)
+    take_step(made, session_id, clients[2:], "has_confirmed")
+    expire_groups(made, session_id)
+    finish(made, session_id, clients)
+    with made.coordinator.parts.database.read() as session:
+        (group,) = neighbors.groups_of(session, session_id, 1)
+    assert (group.stage, group.survivors_digest is None) == ("aborted", False)
+    assert group.stage_reason.startswith("3 devices confirmed; ")
 
 
 def test_a_group_that_loses_too_many_is_aborted_alone(deploy: Callable[..., Deployment]) -> None:

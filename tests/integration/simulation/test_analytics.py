@@ -18,6 +18,10 @@ EPSILON = 600.0
 """So much that the noise is far below a value, and results can be compared."""
 
 MASKED = {"secure_aggregation.mode": "SECURE_AGGREGATION_MODE_HELPER"}
+GROUPS = {
+    "secure_aggregation.mode": "SECURE_AGGREGATION_MODE_NEIGHBORS",
+    "secure_aggregation.corrupt_fraction": 0.1,
+}
 AGES = [np.arange(20, 20 + 5 * count) % 97 for count in range(1, 6)]
 PROGRAM = """
 def labels(query, data):
@@ -50,8 +54,8 @@ def ages(query: Query, data: NDArray[Any]) -> NDArray[Any]:
     return data
 
 
-def ask(question: Mapping[str, Any], *, is_masked: bool, **virtual: Any) -> History:
-    query = {"column": "age", "max_examples": 30, "unmasked": not is_masked, **question}
+def ask(question: Mapping[str, Any], *, masks: Mapping[str, Any], **virtual: Any) -> History:
+    query = {"column": "age", "max_examples": 30, "unmasked": not masks, **question}
     return simulate(
         None,
         AGES,
@@ -59,16 +63,16 @@ def ask(question: Mapping[str, Any], *, is_masked: bool, **virtual: Any) -> Hist
             "rounds.quorum": 5,
             "privacy.epsilon_budget": EPSILON,
             **{f"analytics.{name}": value for name, value in query.items()},
-            **(MASKED if is_masked else {}),
+            **masks,
             "simulation": {"workers": -1} | virtual,
         },
         analytics={"age": ages},
     )
 
 
-@pytest.mark.parametrize("is_masked", [True, False], ids=["masked", "unmasked"])
-def test_the_result_is_that_of_all_values(*, is_masked: bool) -> None:
-    done = ask({"kind": "histogram", "lower": 20, "upper": 40, "bins": 4}, is_masked=is_masked)
+@pytest.mark.parametrize("masks", [MASKED, GROUPS, {}], ids=["helper", "groups", "unmasked"])
+def test_the_result_is_that_of_all_values(masks: Mapping[str, Any]) -> None:
+    done = ask({"kind": "histogram", "lower": 20, "upper": 40, "bins": 4}, masks=masks)
 
     assert done.state == "completed"
     assert done.result is not None
@@ -83,11 +87,35 @@ def test_the_result_is_that_of_all_values(*, is_masked: bool) -> None:
 
 def test_equal_queries_repeat_to_the_byte() -> None:
     question = {"kind": "mean", "lower": 0, "upper": 100}
-    first, again = ask(question, is_masked=True), ask(question, is_masked=True, workers=1)
+    first, again = ask(question, masks=MASKED), ask(question, masks=MASKED, workers=1)
 
     assert first.result == again.result is not None
     assert first.result is not None
-    assert ask(question, is_masked=True, seed=2).result != first.result
+    assert ask(question, masks=MASKED, seed=2).result != first.result
+
+
+def test_groups_lose_devices_and_the_result_is_that_of_the_others() -> None:
+    """Devices drop out at every step of two groups; the result counts those that are in the sums."""
+    done = simulate(
+        None,
+        [np.full(10, 30.0)] * 24,
+        {
+            "rounds.quorum": 8,
+            "rounds.target": 24,
+            "analytics.column": "age",
+            "analytics.kind": "count",
+            "analytics.max_examples": 10,
+            "privacy.epsilon_budget": EPSILON,
+            **GROUPS,
+            "secure_aggregation.group_size": 12,
+            "simulation": {"workers": -1, "drop_out": 0.15, "seed": 4},
+        },
+        analytics={"age": ages},
+    )
+    assert done.result is not None
+    answers = done.history("versions")[1]["examples"]
+    assert 8 <= answers < 24
+    assert done.result.rows[0][0] == pytest.approx(10 * answers, abs=6 * done.result.error)
 
 
 def test_a_column_that_raises_fails_its_device() -> None:

@@ -9,10 +9,13 @@ import numpy as np
 
 from qflare.analytics.queries import Query
 from qflare.analytics.results import Cell, NoisySum
+from qflare.v1 import training_pb2
 from qflare_server.serving.dashboard.charts import Chart, Part, Series, bar_chart, line_chart
 from qflare_server.serving.dashboard.formatting import NONE, Moment, moment
 from qflare_server.serving.dashboard.page_context import PageContext
+from qflare_server.serving.dashboard.pages.training import shown_devices, shown_groups
 from qflare_server.storage.records import GlobalModel, TrainingSession
+from qflare_server.storage.repository.neighbors import GroupProgress
 from qflare_server.training.analytics import is_query
 
 ROWS: Final = 25
@@ -21,6 +24,12 @@ MOST_BARS: Final = 60
 MOST_ROWS: Final = 100
 """Rows of the table; the rest is for `qflare-admin analytics show`."""
 NARROW_BARS: Final = 30
+SINGLE_ANSWERS: Final = {
+    training_pb2.SECURE_AGGREGATION_MODE_UNSPECIFIED: "read by the coordinator",
+    training_pb2.SECURE_AGGREGATION_MODE_HELPER: "masked, with helpers",
+    training_pb2.SECURE_AGGREGATION_MODE_NEIGHBORS: "masked, in groups",
+}
+"""What the coordinator learns of single answers, by mode of secure aggregation."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,8 @@ class QueryRow:
     kind: str
     column: str
     state: str
-    min_cohort: int
-    is_masked: bool
+    min_answers: int
+    single_answers: str
     epsilon: float
     created: Moment | None
 
@@ -54,6 +63,9 @@ class ShownResult:
         epsilon: Of the result.
         delta: Of the result.
         error: Standard deviation of the noise, formatted.
+        groups: How many groups are in the result and how many were aborted; empty without neighbors.
+        devices: How many devices of the groups came how far; empty without neighbors.
+        min_cohort: Fewest answers in a sum.
     """
 
     kind: str
@@ -67,6 +79,9 @@ class ShownResult:
     epsilon: float | None
     delta: float
     error: str
+    groups: str
+    devices: str
+    min_cohort: int
 
 
 def build_list(visit: PageContext) -> Mapping[str, Any]:
@@ -87,8 +102,8 @@ def _row(row: TrainingSession, visit: PageContext) -> QueryRow:
         kind=query.kind,
         column=query.column,
         state=row.state,
-        min_cohort=row.config.rounds.quorum,
-        is_masked=not query.is_unmasked,
+        min_answers=row.config.rounds.quorum,
+        single_answers=SINGLE_ANSWERS[row.config.secure_aggregation.mode],
         epsilon=row.config.privacy.epsilon_budget,
         created=moment(row.created_at, visit.at),
     )
@@ -99,10 +114,15 @@ def result_of(row: TrainingSession, visit: PageContext) -> ShownResult | None:
     if not is_query(row.config):
         return None
     found = visit.use_cases.query_results.find(row)
-    return None if found is None else _shown(row, *found)
+    if found is None:
+        return None
+    progress = visit.use_cases.training.group_progress(row.id, [found[0].round_number])
+    return _shown(row, *found, progress.get(found[0].round_number))
 
 
-def _shown(row: TrainingSession, model: GlobalModel, answers: NoisySum) -> ShownResult:
+def _shown(
+    row: TrainingSession, model: GlobalModel, answers: NoisySum, groups: GroupProgress | None
+) -> ShownResult:
     result, query = answers.result(), answers.query
     is_single = len(result.rows) == 1 and query.kind not in {"quantiles", "labels"}
     return ShownResult(
@@ -121,6 +141,9 @@ def _shown(row: TrainingSession, model: GlobalModel, answers: NoisySum) -> Shown
         epsilon=model.epsilon,
         delta=row.config.privacy.delta,
         error=written(result.error),
+        groups=shown_groups(groups),
+        devices=shown_devices(groups),
+        min_cohort=row.config.secure_aggregation.min_cohort,
     )
 
 

@@ -206,12 +206,12 @@ def masked_round(
         policy.min_cohort,
         policy.max_cohort,
         [helper_id[:16] for helper_id in policy.helpers],
-        _groups(groups),
-        _devices(groups),
+        shown_groups(groups),
+        shown_devices(groups),
     )
 
 
-def _groups(found: GroupProgress | None) -> str:
+def shown_groups(found: GroupProgress | None) -> str:
     """Return how many groups are at each stage; empty without groups."""
     counts = {} if found is None else found.groups
     return ", ".join(
@@ -219,7 +219,7 @@ def _groups(found: GroupProgress | None) -> str:
     )
 
 
-def _devices(found: GroupProgress | None) -> str:
+def shown_devices(found: GroupProgress | None) -> str:
     """Return how many devices have come how far in secure aggregation with neighbors; empty without it."""
     if found is None:
         return ""
