@@ -73,8 +73,8 @@ class StallGuard:
 
     def __init__(self) -> None:
         self._by_id: dict[int, _Watch] = {}
-        self._lock = threading.Lock()
-        self._ends = threading.Event()
+        self._lock = threading.Condition()
+        self._ends = False
         self._thread = threading.Thread(target=self._run, name="stall-guard", daemon=True)
 
     def start(self) -> None:
@@ -83,7 +83,9 @@ class StallGuard:
 
     def stop(self) -> None:
         """End the thread."""
-        self._ends.set()
+        with self._lock:
+            self._ends = True
+            self._lock.notify()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -101,6 +103,7 @@ class StallGuard:
         watch = _Watch(cancel)
         with self._lock:
             self._by_id[id(watch)] = watch
+            self._lock.notify()
         try:
             yield _paced(parts, watch, stall_s)
         finally:
@@ -108,12 +111,19 @@ class StallGuard:
                 del self._by_id[id(watch)]
 
     def _run(self) -> None:
-        while not self._ends.wait(_LOOK_S):
+        while self._wait():
             now = time.monotonic()
             with self._lock:
                 late = [watch for watch in self._by_id.values() if watch.due_at < now]
             for watch in late:
                 watch.cancel()
+
+    def _wait(self) -> bool:
+        """Wait until it is time to look, without an end while there are no calls; return False once it is over."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._by_id or self._ends)
+            self._lock.wait_for(lambda: self._ends, _LOOK_S)
+            return not self._ends
 
 
 def _paced(parts: Iterator[T], watch: _Watch, stall_s: float) -> Iterator[T]:

@@ -10,7 +10,7 @@ that of its staleness, whatever the coordinator says (`SumTasks`).
 
 Only then the sum of the masks is computed, the set is recorded, and the answer is sent. If the task wants noise of
 helpers, the sum gets discrete Gaussian noise, which is drawn once and recorded with the set. Memory is a slice of a
-mask and two kilobytes per update; the sum and the noise are in temporary files.
+mask and two kilobytes per update; large sums and the noise are in temporary files.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -45,7 +46,7 @@ from qflare.evidence.unmasking import (
     sign_answer,
 )
 from qflare.evidence.verification import follow_keysets
-from qflare.masking.masks import SLICE_BYTES, KeyStream, Mask
+from qflare.masking.masks import SLICE_BYTES, KeyStream, Mask, add_streams
 from qflare.masking.noise import DrawNoise, MissingSamplerError, draw_exact, require_sampler
 from qflare.masking.seeds import open_seed
 from qflare.masking.staleness import Rounding, weigh
@@ -66,6 +67,7 @@ from qflare_helper.errors import (
     UntrustedKeysetError,
 )
 from qflare_helper.identity import HelperIdentity
+from qflare_helper.known_keys import KnownKeys
 from qflare_helper.ledger import AnsweredSet, Ledger, LedgerMember
 from qflare_helper.policy import Policy, read_policy
 from qflare_helper.receipts import VerifiedReceipts
@@ -79,6 +81,9 @@ MAX_EARLIER_TASKS: Final = 1024
 MAX_STREAMS: Final = 4096
 """Most key streams that are kept open while a sum is made, 1.5 KB each; those of further updates are opened for each
 slice."""
+
+MEMORY_BYTES: Final = 8 * 2**20
+"""Largest sum that is kept in memory until it is sent."""
 
 _SEED_TAG: Final = b"qflare/v1/used-seed"
 
@@ -120,6 +125,14 @@ class Answer:
     chunks: Iterator[bytes]
 
 
+class Devices:
+    """What is remembered of devices from round to round. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.receipts = VerifiedReceipts()
+        self.keys = KnownKeys()
+
+
 class Unmasking:
     """Answers requests. Thread-safe.
 
@@ -147,7 +160,7 @@ class Unmasking:
         self._max_vector_bytes = max_vector_bytes
         self._clock = clock
         self._draw_noise = draw_noise
-        self._receipts = VerifiedReceipts()
+        self._devices = Devices()
 
     def open(self, header: helper_service_pb2.UnmaskHeader) -> "Call":
         """Verify the first part of a request: it is a coordinator's, and this helper's policy allows it.
@@ -156,8 +169,9 @@ class Unmasking:
             HelperError: A subclass: it is refused.
         """
         policy = read_policy(self._folder)
-        call = Call(self._identity, self._ledger, policy, self._receipts, header, self._clock())
-        call.check_header()
+        call = Call(self._identity, self._ledger, policy, self._devices, header, self._clock())
+        with self._ledger.held():
+            call.check_header()
         if call.masking.helper_noise and self._draw_noise is draw_exact:
             _require_sampler()
         return call
@@ -190,7 +204,7 @@ class Unmasking:
             if call.masking.helper_noise:
                 noise = files.enter_context(tempfile.TemporaryFile(dir=self._folder))
                 self._write_noise(call, noise)
-            file = files.enter_context(tempfile.TemporaryFile(dir=self._folder))
+            file = files.enter_context(self._room(size_bytes))
             digest = _add_masks(call.mask_sum(opened), size_bytes, noise, file)
             envelope = call.record(opened, digest, noise)
             latest = self._ledger.latest()
@@ -198,6 +212,12 @@ class Unmasking:
                 noise.close()
             files.pop_all()
         return Answer(envelope, latest or envelope, _chunks(file))
+
+    def _room(self, size_bytes: int) -> BinaryIO:
+        """Return where a sum is kept until it is sent: memory if it is small, else a file."""
+        if size_bytes <= MEMORY_BYTES:
+            return BytesIO()
+        return tempfile.TemporaryFile(dir=self._folder)
 
     def _write_noise(self, call: "Call", file: BinaryIO) -> None:
         """Write the noise of a set to a file: what was recorded with its answer, or new noise."""
@@ -224,14 +244,14 @@ class Call:
         identity: HelperIdentity,
         ledger: Ledger,
         policy: Policy,
-        receipts: VerifiedReceipts,
+        devices: "Devices",
         header: helper_service_pb2.UnmaskHeader,
         at: datetime,
     ) -> None:
         self._identity = identity
         self._ledger = ledger
         self._policy = policy
-        self._receipts = receipts
+        self._devices = devices
         self._header = header
         self._at = at
         self.size_bytes = 0
@@ -392,7 +412,8 @@ class Call:
 
     def _device_keys(self, member: Member) -> tuple[ProvenKeys, list[str]]:
         """Prove the keys of a device; return them with their ids."""
-        keys = ProvenKeys(self._identity.pinned.realm, self._registrars, self._receipts.open)
+        realm, devices = self._identity.pinned.realm, self._devices
+        keys = ProvenKeys(realm, self._registrars, devices.receipts.open, devices.keys.read)
         device_ids = {evidence.device_id for evidence in member.device_keys}
         if len(device_ids) != 1:
             raise StatementError("an update comes with keys of no device, or of several")
@@ -563,7 +584,7 @@ class _MaskSum:
         self._dtype = dtype
         self._rounding = rounding
 
-    def next(self, length: int, noise: bytes = b"") -> bytes:
+    def next(self, length: int, noise: bytes = b"") -> memoryview:
         """Return the next bytes of the sum and of noise of the same length, if any; they stay in cache for all masks.
 
         Args:
@@ -578,13 +599,12 @@ class _MaskSum:
             part = total[start : start + step]
             self._add_to(part, self._first)
             self._first += len(part)
-        return total.tobytes()
+        return total.data.cast("B")
 
     def _add_to(self, part: Array, first: int) -> None:
         for weight in sorted(self._streams.keys() | self._others.keys()):
             same = np.zeros_like(part) if weight > 1 else part
-            for stream in self._streams.get(weight, ()):
-                stream.add_to(same)
+            add_streams(self._streams.get(weight, ()), same)
             for mask in self._others.get(weight, ()):
                 mask.add_to(same, first)
             if weight > 1:

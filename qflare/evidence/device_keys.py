@@ -18,6 +18,9 @@ OpenReceipt = Callable[
 ]
 """Returns a receipt that one of the keys has signed; raises `StatementError`."""
 
+ReadKey = Callable[[security_pb2.PublicKey], PublicKey]
+"""Returns a key whose id is that of its bytes; raises `InvalidKeyError`."""
+
 
 def open_receipt(
     envelope: security_pb2.SignedEnvelope, keys: Collection[PublicKey]
@@ -60,6 +63,7 @@ class ProvenKeys:
         realm: Name of the deployment.
         registrar_keys: Keys trusted to sign receipts.
         open_receipt: Opens receipts; one that remembers them need not verify each again.
+        read_key: Reads keys; one that remembers them need not load each again.
     """
 
     def __init__(
@@ -67,10 +71,12 @@ class ProvenKeys:
         realm: str,
         registrar_keys: Collection[PublicKey],
         open_receipt: OpenReceipt = open_receipt,
+        read_key: ReadKey = PublicKey.from_proto,
     ) -> None:
         self._realm = realm
         self._registrar_keys = registrar_keys
         self._open_receipt = open_receipt
+        self._read_key = read_key
         self._known: dict[str, ProvenKey] = {}
         self._numbered: dict[tuple[str, int], str] = {}
         self._forked: set[str] = set()
@@ -81,7 +87,7 @@ class ProvenKeys:
         Raises:
             ValueError: The evidence does not prove that the key belongs to the device.
         """
-        key = PublicKey.from_proto(evidence.key)
+        key = self._read_key(evidence.key)
         if evidence.WhichOneof("origin") == "receipt":
             proven = self._check_receipt(evidence, key)
         elif evidence.WhichOneof("origin") == "rotation":

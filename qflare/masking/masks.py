@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Final
 
@@ -74,13 +74,13 @@ class KeyStream:
         wide: Whether to go over to AES-GCM.
     """
 
-    __slots__ = ("_context", "_key", "_position", "_until", "_wide")
+    __slots__ = ("_key", "_position", "_until", "_update", "_wide")
 
     def __init__(self, key: algorithms.AES, offset: int, *, wide: bool) -> None:
         self._key = key
         self._position = self._until = offset
         self._wide = wide and not offset
-        self._context: CipherContext
+        self._update: Callable[[memoryview, memoryview], int]
 
     def write_to(self, buffer: Array, length: int) -> Array:
         """Write the next bytes to a buffer, and return the part of it that has them.
@@ -89,44 +89,68 @@ class KeyStream:
             buffer: Of `new_buffer`.
             length: At most `SLICE_BYTES`.
         """
-        written, target = 0, buffer.data
+        self._write(_ZEROS[:length], buffer.data)
+        return buffer[:length]
+
+    def _write(self, zeros: memoryview, target: memoryview) -> None:
+        """Write as many bytes as there are zeros to memory that has room for a block more."""
+        length = len(zeros)
+        if 0 < length <= self._until - self._position:
+            self._update(zeros, target)
+            self._position += length
+            return
+        written = 0
         while written < length:
             if self._position == self._until:
                 self._change_cipher()
             count = min(length - written, self._until - self._position)
-            self._context.update_into(_ZEROS[:count], target[written:])
+            self._update(zeros[:count], target[written:])
             self._position += count
             written += count
-        return buffer[:length]
 
     def add_to(self, values: Array) -> None:
         """Add the next bytes to a vector, in place, modulo 2^bits: unsigned little-endian integers, one dimension."""
-        self._apply(np.add, values)
+        _apply(np.add, (self,), values)
 
     def subtract_from(self, values: Array) -> None:
         """Subtract the next bytes from a vector, in place, modulo 2^bits; arguments as of `add_to`."""
-        self._apply(np.subtract, values)
-
-    def _apply(self, operation: np.ufunc, values: Array) -> None:
-        buffer = _BUFFERS.own
-        step, drawn = SLICE_BYTES // values.itemsize, buffer[:SLICE_BYTES].view(values.dtype)
-        for start in range(0, len(values), step):
-            part = values[start : start + step]
-            self.write_to(buffer, part.nbytes)
-            operation(part, drawn[: len(part)], out=part)
+        _apply(np.subtract, (self,), values)
 
     def _change_cipher(self) -> None:
         """Begin with the cipher that makes the bytes from here on, and note where they end."""
         if self._wide and self._position == _GCM_BEGIN:
-            self._context = _gcm(self._key)
+            self._update = _gcm(self._key).update_into
             self._until = _GCM_END
             return
         block, skipped = divmod(self._position, _BLOCK_BYTES)
-        self._context = _ctr(self._key, block)
+        context = _ctr(self._key, block)
         if skipped:
-            self._context.update(_ZEROS[:skipped])
+            context.update(_ZEROS[:skipped])
+        self._update = context.update_into
         is_first = self._wide and not self._position
         self._until = _GCM_BEGIN if is_first else sys.maxsize
+
+
+def add_streams(streams: Sequence[KeyStream], values: Array) -> None:
+    """Add the next bytes of several streams to a vector, in place, modulo 2^bits.
+
+    Args:
+        streams: Each adds as many bytes as the vector has.
+        values: Unsigned little-endian integers, one dimension; each slice stays in cache for all streams.
+    """
+    _apply(np.add, streams, values)
+
+
+def _apply(operation: np.ufunc, streams: Sequence[KeyStream], values: Array) -> None:
+    buffer = _BUFFERS.own
+    target = buffer.data
+    step, drawn = SLICE_BYTES // values.itemsize, buffer[:SLICE_BYTES].view(values.dtype)
+    for start in range(0, len(values), step):
+        part = values[start : start + step]
+        zeros, mask = _ZEROS[: part.nbytes], drawn[: len(part)]
+        for stream in streams:
+            stream._write(zeros, target)  # noqa: SLF001 - of the same module
+            operation(part, mask, part)
 
 
 class Mask:

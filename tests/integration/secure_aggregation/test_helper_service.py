@@ -179,5 +179,9 @@ def test_a_call_whose_next_part_does_not_come_is_cancelled() -> None:
         with guard.watch(parts(), cancelled.set, stall_s=0.0) as paced:
             assert list(paced) == [1]
         assert cancelled.is_set()
+        cancelled.clear()  # and so are later ones, after a time without calls
+        with guard.watch(parts(), cancelled.set, stall_s=0.0) as paced:
+            assert list(paced) == [1]
+        assert cancelled.is_set()
     finally:
         guard.stop()

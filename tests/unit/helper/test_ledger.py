@@ -43,6 +43,9 @@ def test_calls_of_a_thread_share_the_connection_that_it_holds(
 ) -> None:
     ledger = Ledger(tmp_path)
     opened.clear()
+    with ledger.held():
+        pass
+    assert opened == []
     with ThreadPoolExecutor(1) as other, ledger.held():
         assert ledger.used_seeds([MEMBER]) == []
         envelope = ledger.record(wanted(1), [MEMBER], sign)
@@ -64,6 +67,19 @@ def test_a_call_that_fails_leaves_nothing_open_on_the_held_connection(tmp_path: 
             ledger.record(wanted(2), [MEMBER], sign)
         assert other.submit(ledger.require_keyset, 3, "c").result()
         assert ledger.counter() == 1
+
+
+def test_a_known_keyset_is_not_written_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert ledger.require_keyset(2, "b")
+    with sqlite3.connect(tmp_path / FILE) as other:
+        other.execute("BEGIN IMMEDIATE")  # nobody else can write
+        assert ledger.require_keyset(2, "b")
+        other.rollback()
+    assert not ledger.require_keyset(2, "other")
+    assert not ledger.require_keyset(1, "b")
+    assert ledger.require_keyset(3, "c")
+    assert not ledger.require_keyset(2, "b")
 
 
 def test_errors_of_a_held_connection_are_errors_of_the_store(tmp_path: Path) -> None:

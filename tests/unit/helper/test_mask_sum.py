@@ -31,5 +31,5 @@ def test_the_sum_is_that_of_the_masks_however_many_streams_are_open(
     total = unmasking._MaskSum(seeds, expected.nbytes, count, dtype, rounding)
     noise, cut = b"\1" * expected.nbytes, SLICE_BYTES + 8 * 100
     expected += np.frombuffer(noise, dtype)
-    made = total.next(cut, noise[:cut]) + total.next(expected.nbytes - cut, noise[cut:])
+    made = b"".join((total.next(cut, noise[:cut]), total.next(expected.nbytes - cut, noise[cut:])))
     assert made == expected.tobytes()
