@@ -137,8 +137,7 @@ def read_file(path: Path, config: training_pb2.TrainingConfig) -> None:
         OSError: The file cannot be read.
     """
     try:
-        text = path.read_text("utf-8")
-        fields = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        fields = parse_file(path)
         if not isinstance(fields, dict):
             raise SettingError(f"{path}: got {type(fields).__name__}", "an object of fields")  # noqa: TRY301
         fields.pop(SIMULATION, None)
@@ -147,6 +146,30 @@ def read_file(path: Path, config: training_pb2.TrainingConfig) -> None:
         raise
     except (ValueError, RecursionError, json_format.ParseError) as error:
         raise SettingError(f"{path}: {error}", "the fields of docs/training-settings.md") from error
+
+
+def parse_file(path: Path) -> Any:
+    """Return what a file holds: TOML if it is named `.toml`, otherwise JSON.
+
+    Raises:
+        ValueError: It is neither, or has a key twice in one object.
+        RecursionError: It is nested too deeply.
+        OSError: The file cannot be read.
+    """
+    text = path.read_text("utf-8")
+    return tomllib.loads(text) if path.suffix == ".toml" else _parse_json(text)
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; a key that stands there twice would silently have its last value."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a key twice in one object")
+    return entries
 
 
 def apply(config: training_pb2.TrainingConfig, setting: str) -> None:
@@ -269,7 +292,7 @@ def _items(field: FieldDescriptor, key: str, text: str) -> list[Any]:
     if field.message_type is None:
         return [_value(field, key, item.strip()) for item in text.split(",") if item.strip()]
     try:
-        items = json.loads(text)
+        items = _parse_json(text)
     except (ValueError, RecursionError) as error:
         raise SettingError(f"{key}: got {text[:100]!r}", "a list in JSON") from error
     return items if isinstance(items, list) else [items]
@@ -291,6 +314,8 @@ def _value(field: FieldDescriptor, key: str, text: str) -> Any:
         if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?s?", text):
             raise wrong
         return f"{text.removesuffix('s')}s"
+    if not text.isascii():  # int() and float() take the digits of every script
+        raise wrong
     try:
         return float(text) if field.cpp_type in _FLOATS else int(text)
     except ValueError as error:

@@ -12,15 +12,19 @@ The rest of the file is what `qflare-admin session create --config FILE` takes, 
 simulated starts for real with the same file.
 """
 
-import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
-from qflare.training_settings import SIMULATION, SettingError, from_mapping, read_file
+from qflare.training_settings import (
+    SIMULATION,
+    SettingError,
+    from_mapping,
+    parse_file,
+    read_file,
+)
 from qflare.v1 import training_pb2
 from qflare_client.privacy import LocalPrivacy
 from qflare_simulation.errors import SimulationError
@@ -168,14 +172,11 @@ class SimulationConfig:
         training = training_pb2.TrainingConfig()
         try:
             read_file(path, training)
-            text = path.read_text("utf-8")
+            table = parse_file(path).get(SIMULATION, {})
         except SettingError as error:
             raise SimulationError(f"{error}; want {error.remedy}") from error
         except OSError as error:
             raise SimulationError(f"{path}: {error.strerror}") from error
-        table = (tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)).get(
-            SIMULATION, {}
-        )
         found = cls._from_table(table, training)
         moved: dict[str, Any] = {
             name: _beside(path.parent, getattr(found, name)) for name in _PATHS

@@ -75,6 +75,9 @@ def test_every_setting_can_be_set(path: str, field: FieldDescriptor) -> None:
         ("rounds.quorum=", "whole number"),
         ("rounds.quorum=1e9", "whole number"),
         ("rounds.quorum=99999999999999", "whole number"),
+        ("rounds.quorum=٣", "whole number"),
+        ("selection.fraction=३", "number"),
+        ("rounds.deadline=٣", "seconds"),
         ("rounds.deadline=1h", "seconds"),
         ("rounds.deadline=-1", "seconds"),
         ("selection.fraction=half", "number"),
@@ -85,6 +88,8 @@ def test_every_setting_can_be_set(path: str, field: FieldDescriptor) -> None:
         ("release.bounds=0.8", "list in JSON"),
         ("release.bounds=accuracy", "a list in JSON"),
         ('release.bounds=[{"metrik": "a"}]', "list in JSON"),
+        ('release.bounds=[{"metric": "a", "min_value": 1, "min_value": 2}]', "a list in JSON"),
+        ('release.bounds=[{"metric": "a", "min_value": 1, "minValue": 2}]', "list in JSON"),
         ("quorum", "KEY=VALUE, such as rounds.quorum=3"),
         ("=3", "KEY=VALUE, such as rounds.quorum=3"),
         ("rounds..quorum=3", "KEY=VALUE, such as rounds.quorum=3"),
@@ -152,7 +157,18 @@ def test_flags_override_files_and_settings_override_flags(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", "{", '{"rounds": 3}', '{"totalRonds": 3}', "\\ud800", "7"]
+    "text",
+    [
+        "",
+        "[1]",
+        "{",
+        '{"rounds": 3}',
+        '{"totalRonds": 3}',
+        '{"total_rounds": 3, "total_rounds": 4}',
+        '{"rounds": {"quorum": 3, "quorum": 4}}',
+        "\\ud800",
+        "7",
+    ],
 )
 @pytest.mark.parametrize("name", ["a.json", "a.toml"])
 def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, name: str, text: str) -> None:
