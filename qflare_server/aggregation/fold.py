@@ -143,6 +143,11 @@ class Division:
     slice_elements: int | None = None
 
 
+def fact_of(update: AcceptedUpdate) -> AcceptedUpdate:
+    """Return what is kept of an update in memory: without its bytes, and without the evidence, which was checked."""
+    return replace(update, data=None, statement=None, signature=None)
+
+
 class RoundFold:
     """Aggregates one round; not thread-safe.
 
@@ -391,7 +396,7 @@ class RoundFold:
             self._encoder.prepare(judged.values())
             self._count(batch, judged)
         else:  # who contributes is known when all are there
-            self._waiting += [replace(update, data=None) for update in batch]
+            self._waiting += [fact_of(update) for update in batch]
 
     def _judgement(self, update: AcceptedUpdate) -> UpdateAssessment:
         assert isinstance(self._aggregation, Accumulator)
@@ -450,7 +455,7 @@ class RoundFold:
         if not self._strategy.folds:
             source = self._source(update)
             return by_thread(lambda: VectorReader(self._layout, source.read).read)
-        fact = replace(update, data=None)
+        fact = fact_of(update)
         return self._opened.reader(lambda: VectorReader(self._layout, self._source(fact).read).read)
 
     def _source(self, update: AcceptedUpdate) -> PayloadBytes:

@@ -22,7 +22,7 @@ from qflare.evidence.lineage import contributors_digest
 from qflare.masking.masks import Mask
 from qflare.masking.quantization import mean_change, slot_totals
 from qflare.tensors import CHUNK_BYTES
-from qflare_server.aggregation.fold import WrittenVersion
+from qflare_server.aggregation.fold import WrittenVersion, fact_of
 from qflare_server.aggregation.neighbor_fold import NeighborRoundFold
 from qflare_server.aggregation.readers import stored_payload
 from qflare_server.errors import DamagedPayloadError, HelperRefusedError, InvalidUpdateError
@@ -124,7 +124,7 @@ class GroupMeansFold(NeighborRoundFold):
 
     def _take_in(self, update: AcceptedUpdate) -> None:
         check_digests(stored_payload(update))
-        self._folded[update.statement_digest] = replace(update, data=None)
+        self._folded[update.statement_digest] = fact_of(update)
 
     def _take_out(self, update: AcceptedUpdate) -> None:
         del self._folded[update.statement_digest]
