@@ -34,9 +34,9 @@ class SecureAggregation:
     min_cohort: int
     """Fewest updates in a sum with this device's, 2 or more."""
 
-    helper_key_ids: Collection[str]
-    """Key ids of trusted helpers, 64 hex digits each, one or more. At least one helper of a task must be among them:
-    one that does not collude with the coordinator suffices."""
+    helper_key_ids: Collection[str] = frozenset()
+    """Key ids of trusted helpers, 64 hex digits each, one or more unless `neighbors` is set. At least one helper of a
+    task must be among them: one that does not collude with the coordinator suffices."""
 
     metrics: Collection[str] = frozenset()
     """Training metrics that may leave the device, masked."""
@@ -45,8 +45,7 @@ class SecureAggregation:
     """Metrics that may leave the device with evaluations, not masked. Without any, evaluation tasks are refused."""
 
     neighbors: bool = False
-    """Whether tasks with neighbors instead of helpers are allowed. Then `helper_key_ids` may be empty, which refuses
-    helpers."""
+    """Whether tasks with neighbors instead of helpers are allowed. Without `helper_key_ids`, helpers are refused."""
 
     corrupt_fraction: float = 0.0
     """Least share of the other devices that a task with neighbors must allow to collude with the coordinator."""
@@ -79,8 +78,7 @@ class SecureAggregation:
         Raises:
             InvalidArgumentError: The file cannot be read, or has an unknown or invalid entry.
         """
-        required = {"min_cohort", "helper_key_ids"}
-        return cls(**arguments.policy(path, cls.__dataclass_fields__, required))
+        return cls(**arguments.policy(path, cls.__dataclass_fields__, {"min_cohort"}))
 
     def require(self, task: Task) -> None:
         """Refuse a training task that asks for less than this policy.

@@ -129,9 +129,19 @@ def test_policy_files_of_devices(tmp_path: Path) -> None:
         file.write_bytes(data)
         policy = SecureAggregation.from_file(file)
         assert policy.min_cohort >= 2
-        assert policy.helper_key_ids
+        assert policy.helper_key_ids or policy.neighbors
 
     assert outcomes(spoiled(DEVICE_POLICY, 2), parse, InvalidArgumentError) == {True, False}
+
+
+def test_a_policy_for_neighbors_names_no_helper(tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text("min_cohort = 3\nneighbors = true\n")
+    assert SecureAggregation.from_file(file) == SecureAggregation(3, neighbors=True)
+
+    file.write_text("min_cohort = 3\n")
+    with pytest.raises(InvalidArgumentError, match="helper_key_ids: want one or more"):
+        SecureAggregation.from_file(file)
 
 
 @pytest.fixture(scope="module")
