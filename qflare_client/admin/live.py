@@ -21,6 +21,7 @@ from qflare_client.admin.output import (
     measured_on,
     notice_lines,
     print_json_line,
+    round_of,
     seconds,
     version_metrics,
     word,
@@ -144,7 +145,7 @@ def header(event: Any) -> str:
     """Return the first line: name, state and progress of the training session."""
     session = event.training_session
     state = word(session, "state")
-    text = f"{session.name}: {state}, round {session.current_round}/{session.config.total_rounds}"
+    text = f"{session.name}: {state}, round {round_of(session, session.current_round)}"
     if event.HasField("global_model"):
         text += (
             f", version {event.global_model.version} {best(event.global_model.metrics, session)}"
@@ -157,7 +158,8 @@ def bar(session: Any, current: Any, columns: int = 120) -> str:
     target = session.config.rounds.target or session.config.rounds.quorum or 1
     if current.selected_count:
         target = max(session.config.rounds.quorum, min(target, current.selected_count))
-    before = f"round {current.round_number:>4}/{session.config.total_rounds}  ["
+    number = round_of(session, current.round_number)
+    before = f"round {number:>{5 + len(number.partition('/')[2])}}  ["
     after = f"] {current.accepted_count}/{target} updates  {word(current, 'state')}"
     if session.HasField("best"):
         found = session.best

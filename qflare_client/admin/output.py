@@ -96,6 +96,11 @@ def optional(message: Message, field: str) -> object:
     return getattr(message, field) if message.HasField(field) else None
 
 
+def round_of(session: Any, number: int) -> str:
+    """Return a round with the number of rounds, which grows by those that made no version."""
+    return f"{number}/{max(number, session.config.total_rounds)}"
+
+
 def best_version(session: Any) -> str | None:
     """Return the best version of a training session by its objective, and what its metric was measured on."""
     if not session.HasField("best"):

@@ -34,6 +34,7 @@ from qflare_client.admin.output import (
     notice_lines,
     optional,
     print_json,
+    round_of,
     span,
     word,
 )
@@ -44,7 +45,7 @@ SESSION: list[Column] = [
     ("name", lambda row: row.name),
     ("id", lambda row: short_id(row.training_session_id)),
     ("state", lambda row: word(row, "state")),
-    ("round", lambda row: f"{row.current_round}/{row.config.total_rounds}"),
+    ("round", lambda row: round_of(row, row.current_round)),
     ("version", lambda row: row.current_version if row.current_version >= 0 else None),
     ("released", lambda row: optional(row, "released_version")),
     ("best", best_version),

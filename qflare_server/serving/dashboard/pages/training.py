@@ -149,7 +149,9 @@ def session_row(row: TrainingSession, visit: PageContext) -> SessionRow:
         state_reason=row.state_reason,
         strategy=config.strategy.name,
         round_number=row.current_round,
-        round_count=config.total_rounds,
+        round_count=max(
+            row.current_round, config.total_rounds
+        ),  # rounds without a version do not count
         version=row.current_version,
         best_value=row.best_value,
         best_version=row.best_version,
