@@ -5,24 +5,21 @@ process that is killed amid a long message, it would await the rest for ever. Wh
 than `PIPE_BUF` bytes, which are written at once or not at all (POSIX, write()).
 """
 
-import pickle
 import signal
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import count
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Protocol, Self
 
 from loky import ProcessPoolExecutor
-from loky.backend.reduction import dump
 from loky.process_executor import TerminatedWorkerError
 
 from qflare.processors import usable_processor_count
-from qflare_simulation import worker
+from qflare_simulation import results, worker
 from qflare_simulation.errors import SimulationError
 from qflare_simulation.worker import Programs
 
@@ -83,7 +80,8 @@ class ProcessPool:
         """Start a function; return what waits for its result and returns it. Files of devices stay where they are.
 
         Raises:
-            SimulationError: Now or when the result is asked for: a process of the pool was killed.
+            SimulationError: Now or when the result is asked for: a process of the pool was killed; or when the result
+                is asked for, the function raised in a process.
         """
         del devices
         if self._executor is None:
@@ -95,8 +93,8 @@ class ProcessPool:
         def result() -> Any:
             with _deaths_explained():
                 found = future.result()
-            if isinstance(found, _Raised):
-                raise found.error from _ProcessError(found.text)
+            if isinstance(found, results.Raised):
+                raise SimulationError(found.message) from _ProcessError(found.text)
             return found
 
         return result
@@ -128,18 +126,6 @@ class _ProcessError(Exception):
     """Where in a process of the pool an error was raised: the cause of the error that is raised here."""
 
 
-class _Raised(NamedTuple):
-    """What a function raised.
-
-    Attributes:
-        error: The error.
-        text: Its traceback, which does not travel with it.
-    """
-
-    error: BaseException
-    text: str
-
-
 class _Filed:
     """What is in a file while it travels, and arrives as itself."""
 
@@ -150,23 +136,18 @@ class _Filed:
         return _take, (self._path,)
 
 
-def _take(path: Path) -> Any:
-    with path.open("rb") as file:
-        content = pickle.load(file)  # noqa: S301 - a process of this pool has written it
+def _take(path: Path) -> results.Result:
+    found = results.read(path)
     path.unlink()
-    return content
-
-
-def _put(path: Path, content: Any) -> None:
-    with path.open("wb") as file:
-        dump(content, file)
+    return found
 
 
 def _outcome(path: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> _Filed:
     try:
-        _put(path, function(*arguments))
+        results.write(path, function(*arguments))
     except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
-        _put(path, _Raised(error, "".join(traceback.format_exception(error))))
+        path.unlink(missing_ok=True)
+        results.write(path, results.Raised.of(error))
     return _Filed(path)
 
 
