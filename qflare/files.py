@@ -1,11 +1,12 @@
-"""Private files and folders, and atomic, durable file writes."""
+"""Private files and folders, atomic and durable file writes, and JSON as people and other programs write it."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 
 def make_private_folder(folder: Path) -> None:
@@ -70,3 +71,20 @@ def synchronize_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def parse_json(text: str) -> Any:
+    """Return what a text in JSON says.
+
+    Raises:
+        ValueError: It is no JSON, or an object has a key twice, of which the last one would count without a word.
+        RecursionError: It is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a key twice in one object")
+    return entries

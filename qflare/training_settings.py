@@ -19,6 +19,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 
 from qflare.command_line import seconds, whole
+from qflare.files import parse_json
 from qflare.v1 import training_pb2
 
 SIMULATION: Final = "simulation"
@@ -157,19 +158,7 @@ def parse_file(path: Path) -> Any:
         OSError: The file cannot be read.
     """
     text = path.read_text("utf-8")
-    return tomllib.loads(text) if path.suffix == ".toml" else _parse_json(text)
-
-
-def _parse_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique_keys)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object; a key that stands there twice would silently have its last value."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError("a key twice in one object")
-    return entries
+    return tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
 
 
 def apply(config: training_pb2.TrainingConfig, setting: str) -> None:
@@ -292,7 +281,7 @@ def _items(field: FieldDescriptor, key: str, text: str) -> list[Any]:
     if field.message_type is None:
         return [_value(field, key, item.strip()) for item in text.split(",") if item.strip()]
     try:
-        items = _parse_json(text)
+        items = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise SettingError(f"{key}: got {text[:100]!r}", "a list in JSON") from error
     return items if isinstance(items, list) else [items]

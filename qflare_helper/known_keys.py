@@ -4,12 +4,11 @@ A key is found by its algorithm and bytes, so it is the one that would be read a
 each time.
 """
 
-from collections import OrderedDict
-from threading import Lock
 from typing import Final
 
 from qflare.crypto.signing import InvalidKeyError, PublicKey
 from qflare.v1 import security_pb2
+from qflare_helper.remembered import Remembered
 
 MAX_KEYS: Final = 512
 """Most keys that are remembered, about 13 KB each; those that were not used for the longest time are forgotten."""
@@ -23,9 +22,7 @@ class KnownKeys:
     """
 
     def __init__(self, most: int = MAX_KEYS) -> None:
-        self._most = most
-        self._lock = Lock()
-        self._keys: OrderedDict[tuple[int, bytes], PublicKey] = OrderedDict()
+        self._keys: Remembered[tuple[int, bytes], PublicKey] = Remembered(most)
 
     def read(self, message: security_pb2.PublicKey) -> PublicKey:
         """Read a key, or find it; as `PublicKey.from_proto`.
@@ -34,19 +31,10 @@ class KnownKeys:
             InvalidKeyError: Unknown algorithm, wrong length, or a key id of another key.
         """
         place = message.algorithm, message.data
-        with self._lock:
-            known = self._keys.get(place)
-            if known is not None:
-                self._keys.move_to_end(place)
+        known = self._keys.find(place)
         if known is None:
             known = PublicKey.from_proto(message)
-            self._remember(place, known)
+            self._keys.keep(place, known)
         if known.key_id != message.key_id:
             raise InvalidKeyError("key id does not belong to the key")
         return known
-
-    def _remember(self, place: tuple[int, bytes], key: PublicKey) -> None:
-        with self._lock:
-            self._keys[place] = key
-            if len(self._keys) > self._most:
-                self._keys.popitem(last=False)

@@ -6,14 +6,13 @@ read and compared each time.
 """
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Collection
-from threading import Lock
 from typing import Final
 
 from qflare.crypto.signing import PublicKey, tagged_hash
 from qflare.evidence.device_keys import open_receipt
 from qflare.v1 import security_pb2
+from qflare_helper.remembered import Remembered
 
 MAX_RECEIPTS: Final = 2**14
 """Most receipts that are remembered, 32 bytes each; those that were not shown for the longest time are forgotten."""
@@ -29,33 +28,18 @@ class VerifiedReceipts:
     """
 
     def __init__(self, most: int = MAX_RECEIPTS) -> None:
-        self._most = most
-        self._lock = Lock()
-        self._digests: OrderedDict[bytes, None] = OrderedDict()
+        self._digests: Remembered[bytes, bool] = Remembered(most)
 
     def open(
         self, envelope: security_pb2.SignedEnvelope, keys: Collection[PublicKey]
     ) -> security_pb2.EnrollmentReceipt:
         """Return a receipt, verified now or before; as `qflare.evidence.device_keys.open_receipt`."""
         digest = _digest(envelope, keys)
-        if self._is_known(digest):
+        if self._digests.find(digest):
             return security_pb2.EnrollmentReceipt.FromString(envelope.payload)
         receipt = open_receipt(envelope, keys)
-        self._remember(digest)
+        self._digests.keep(digest, True)
         return receipt
-
-    def _is_known(self, digest: bytes) -> bool:
-        with self._lock:
-            if digest not in self._digests:
-                return False
-            self._digests.move_to_end(digest)
-            return True
-
-    def _remember(self, digest: bytes) -> None:
-        with self._lock:
-            self._digests[digest] = None
-            if len(self._digests) > self._most:
-                self._digests.popitem(last=False)
 
 
 def _digest(envelope: security_pb2.SignedEnvelope, keys: Collection[PublicKey]) -> bytes:

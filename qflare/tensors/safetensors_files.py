@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qflare.files import new_file
+from qflare.files import new_file, parse_json
 from qflare.tensors.elements import BytesLike, PayloadSizeError
 from qflare.tensors.manifest import (
     CHUNK_BYTES,
@@ -194,16 +194,9 @@ def _read_header(file: BinaryIO) -> bytes:
 def _decode_json(header: bytes) -> dict[str, Any]:
     """Parse a header, which begins with a brace: JSON that does is an object."""
     try:
-        entries: dict[str, Any] = json.loads(header.decode(), object_pairs_hook=_unique_keys)
+        entries: dict[str, Any] = parse_json(header.decode())
     except (ValueError, RecursionError) as error:
         raise InvalidManifestError(f"header: got {error}, wanted JSON") from None
-    return entries
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError("a key twice in one object")
     return entries
 
 

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_rounds
 from qflare_server.storage.prepared import PreparedStatement
+from qflare_server.storage.repository.training_sessions import WorkQuery
 from qflare_server.storage.tables import (
-    QUERY_MODEL_TYPE,
     DeviceState,
     GroupStage,
     RoundState,
@@ -136,15 +136,7 @@ _WORK = (
     .order_by(ROUNDS.c.opened_at)
     .limit(1)
 )
-_IS_NO_QUERY = SESSIONS.c.model_type != QUERY_MODEL_TYPE
-_OF_SESSION = SESSIONS.c.id == bindparam("session")
-_WORKS = {
-    (False, False): PreparedStatement(_WORK.where(_IS_NO_QUERY)),
-    (False, True): PreparedStatement(_WORK),
-    (True, False): PreparedStatement(_WORK.where(_OF_SESSION, _IS_NO_QUERY)),
-    (True, True): PreparedStatement(_WORK.where(_OF_SESSION)),
-}
-"""Statements by whether one training session is asked for, and whether queries count."""
+_WORKS = WorkQuery(_WORK)
 
 
 def find_work(
@@ -160,11 +152,7 @@ def find_work(
     Steps of queries of federated analytics count only if the device answers them: one that has stopped doing so since
     it advertised would otherwise get nothing else to do.
     """
-    query = _WORKS[bool(training_session_id), answers_queries]
-    parameters: dict[str, Any] = {"device": device_id, "at": at}
-    if training_session_id:
-        parameters["session"] = training_session_id
-    rows = query.rows(session, parameters)
+    rows = _WORKS.rows(session, device_id, training_session_id, at, answers_queries=answers_queries)
     return Work(*rows[0]) if rows else None
 
 

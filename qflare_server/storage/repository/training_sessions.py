@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session
 from qflare_server.storage import tables
 from qflare_server.storage.epochs import bump_rounds
 from qflare_server.storage.paging import Order, Page, PageRequest, earlier, read_page
-from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement
+from qflare_server.storage.prepared import OneOf, PreparedInsert, PreparedStatement, Row
 from qflare_server.storage.records import Replacement, Round, Rows, TrainingSession
 from qflare_server.storage.repository.membership import is_open_to
 from qflare_server.storage.repository.references import is_meant
@@ -337,15 +337,45 @@ _OPEN_ROUND = (
     .order_by(sql_cast(ROUNDS.c.accepted_count, Float) / ROUNDS.c.target, ROUNDS.c.opened_at)
     .limit(1)
 )
-_IS_NO_QUERY = SESSIONS.c.model_type != QUERY_MODEL_TYPE
-_OF_SESSION = SESSIONS.c.id == bindparam("session")
-_OPEN_ROUNDS = {
-    (False, False): PreparedStatement(_OPEN_ROUND.where(_IS_NO_QUERY)),
-    (False, True): PreparedStatement(_OPEN_ROUND),
-    (True, False): PreparedStatement(_OPEN_ROUND.where(_OF_SESSION, _IS_NO_QUERY)),
-    (True, True): PreparedStatement(_OPEN_ROUND.where(_OF_SESSION)),
-}
-"""Statements by whether one training session is asked for, and whether queries count."""
+
+
+class WorkQuery:
+    """A SELECT of the work that a device may do, of one training session or of all, with or without queries.
+
+    Args:
+        statement: From training sessions, with the parameters `device` and `at`.
+    """
+
+    def __init__(self, statement: Select[Any]) -> None:
+        self._statements = {
+            (in_session, answers_queries): PreparedStatement(
+                statement.where(
+                    *[SESSIONS.c.id == bindparam("session")] * in_session,
+                    *[SESSIONS.c.model_type != QUERY_MODEL_TYPE] * (not answers_queries),
+                )
+            )
+            for in_session in (False, True)
+            for answers_queries in (False, True)
+        }
+
+    def rows(
+        self,
+        session: Session,
+        device_id: str,
+        training_session_id: str,
+        at: datetime,
+        *,
+        answers_queries: bool,
+    ) -> list[Row]:
+        """Return the rows for a device, of one training session, or of all if empty."""
+        parameters: dict[str, Any] = {"device": device_id, "at": at}
+        if training_session_id:
+            parameters["session"] = training_session_id
+        statement = self._statements[bool(training_session_id), answers_queries]
+        return statement.rows(session, parameters)
+
+
+_OPEN_ROUNDS = WorkQuery(_OPEN_ROUND)
 
 
 def find_open_round(
@@ -362,11 +392,9 @@ def find_open_round(
     only until the device has advertised, or groups are formed: `neighbors.find_work` finds its later steps. Of several,
     the round with the smallest share of its target is returned. One read-only statement: idle devices poll with it.
     """
-    query = _OPEN_ROUNDS[bool(training_session_id), answers_queries]
-    parameters: dict[str, Any] = {"device": device_id, "at": at}
-    if training_session_id:
-        parameters["session"] = training_session_id
-    rows = query.rows(session, parameters)
+    rows = _OPEN_ROUNDS.rows(
+        session, device_id, training_session_id, at, answers_queries=answers_queries
+    )
     return OpenRound(*rows[0]) if rows else None
 
 

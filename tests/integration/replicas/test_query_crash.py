@@ -1,5 +1,6 @@
 """`kill -9` of the coordinator in the middle of a query of federated analytics: one result, of every answer once."""
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,11 +12,18 @@ import pytest
 
 from qflare.analytics.queries import KINDS
 from qflare.analytics.results import NoisySum
+from qflare.v1 import coordinator_service_pb2 as messages
 from qflare.v1 import training_pb2
 from qflare_client import Analytics, Client, TaskKind
 from qflare_client.admin.connection import Admin
 from qflare_client.admin.profile import Profile
-from qflare_client.admin.queries import create_query, read_result
+from qflare_client.admin.queries import (
+    Protection,
+    Question,
+    create_query,
+    query_config,
+    read_result,
+)
 from qflare_helper.__main__ import main as helper_main
 from qflare_server.keys.setup import bootstrap_bundle
 from qflare_server.serving.application import Application
@@ -30,6 +38,14 @@ from tests.support.processes import CoordinatorProcess
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 EPSILON: Final = 600.0
+TIMEOUT_S: Final = 120.0
+NEIGHBOR_STEPS: Final = {
+    messages.TASK_KIND_ADVERTISE,
+    messages.TASK_KIND_SHARE,
+    messages.TASK_KIND_TRAIN,
+    messages.TASK_KIND_CONFIRM,
+    messages.TASK_KIND_REVEAL,
+}
 POLICY: Final = Analytics({"age": ["count"]}, min_cohort=2, max_epsilon=EPSILON, budget=EPSILON)
 
 
@@ -54,15 +70,26 @@ def _query(helper: HelperProcess) -> training_pb2.TrainingConfig:
     return config
 
 
-def _check(parts: Application, helper: HelperProcess, query_id: str, found: NoisySum) -> None:
+def _neighbor_query() -> training_pb2.TrainingConfig:
+    question = Question("age", "count")
+    # No kill may cost the round its time, however slow the machine is.
+    protection = Protection(DEVICES, EPSILON, neighbors=True, step_timeout_s=3600, deadline_s=3600)
+    return query_config(question, protection)
+
+
+def _check_result(parts: Application, query_id: str, found: NoisySum) -> None:
     """The result counts every device once, and its bytes are those that the kept answers give."""
     ((count,),) = found.result().rows
     assert count == pytest.approx(DEVICES, abs=6 * found.deviation)
+    again = recompute_version(parts.context, query_id, 1)
+    assert (again.recomputed, again.differences) == (True, ())
+
+
+def _check(parts: Application, helper: HelperProcess, query_id: str, found: NoisySum) -> None:
     config = replace(parts.context.config, helper_dir=helper.bundle_file.parent)
     known = Application.open(config)
     try:
-        again = recompute_version(known.context, query_id, 1)
-        assert (again.recomputed, again.differences) == (True, ())
+        _check_result(known, query_id, found)
     finally:
         known.close()
     assert helper_main(["--home", str(helper.home), "audit", "verify"]) == 0
@@ -102,3 +129,44 @@ def test_a_query_survives_kills_between_its_answers_and_while_it_is_unmasked(
         assert all(client.analytics_epsilon() == EPSILON for client in clients)
     _check(parts, helper, query_id, found.answers)
     assert f"1 answers with {DEVICES} updates" in capsys.readouterr().out
+
+
+def _visit(client: Client, query_id: str) -> int:
+    """Let a device do what the coordinator asks it for; return the kind of the task."""
+    task = client.get_task(query_id, answers_queries=True, takes_steps=False)
+    if client.take_step(task).kind is TaskKind.TRAIN:
+        client.answer(task, np.array([42.0]))
+    return messages.TASK_KIND_UNSPECIFIED if task.answer is None else task.answer.kind
+
+
+def test_a_query_in_groups_survives_kills_at_each_of_its_steps(
+    parts: Application, database_url: str, tmp_path: Path
+) -> None:
+    """The coordinator is killed when one device has taken a step and the others have not."""
+    settings = {"QFLARE_LEASE_S": "1"}  # that of a killed coordinator has to end
+    coordinator = CoordinatorProcess(tmp_path / "coordinator", database_url, settings=settings)
+    coordinator.start()
+    token = parts.use_cases.tokens.issue_admin(SYSTEM, "tester", [Role.ADMIN]).secret
+    killed: set[int] = set()
+    with ExitStack() as stack:
+        stack.callback(coordinator.stop)
+        admin = stack.enter_context(Admin(Profile(coordinator.address, token=token)))
+        query_id = create_query(admin, "ages", _neighbor_query()).training_session_id
+        homes = enroll_devices(parts, tmp_path, coordinator.address)
+        clients = [stack.enter_context(Client(home=home, analytics=POLICY)) for home in homes]
+        deadline = time.monotonic() + TIMEOUT_S
+        while (
+            killed != NEIGHBOR_STEPS or not parts.use_cases.training.get(query_id).current_version
+        ):
+            assert time.monotonic() < deadline, f"killed at {sorted(killed)}"
+            for client in clients:
+                kind = _visit(client, query_id)
+                if kind in NEIGHBOR_STEPS - killed:
+                    coordinator.kill()
+                    coordinator.start()
+                    killed.add(kind)
+                    assert _visit(client, query_id) != kind  # what was acknowledged is durable
+        found = read_result(admin, query_id)
+        assert (found.version.participant_count, found.version.round_number) == (DEVICES, 1)
+        assert all(client.analytics_epsilon() == EPSILON for client in clients)
+    _check_result(parts, query_id, found.answers)
